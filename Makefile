@@ -1,0 +1,43 @@
+# Each target is a command that a person could type.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A pip requirement for Detectron2, for example
+#   make env DETECTRON2='git+https://github.com/facebookresearch/detectron2.git'
+# Empty: the build pinned in requirements-detectron2.txt.
+DETECTRON2 ?=
+
+.PHONY: env test test-full lint bench clean
+
+env: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt requirements-detectron2.txt setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, and $(PYTHON) is %d.%d: choose one with PYTHON=..." % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements.txt
+ifeq ($(DETECTRON2),)
+	# The pinned wheel is tagged for Python 3.10 because of a C++ part that is not used here.
+	$(BIN)/pip install -q --upgrade --no-deps --only-binary=:all: --implementation cp \
+	  --python-version 310 --abi none --platform any -r requirements-detectron2.txt \
+	  --target $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+else
+	$(BIN)/pip install -q --no-build-isolation '$(DETECTRON2)'
+endif
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+test: env
+	$(BIN)/python -m pytest
+
+test-full: env
+	$(BIN)/python -m pytest -m ''
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: env
+	$(BIN)/python tools/benchmark.py assignment
+
+clean:
+	rm -rf $(VENV) output

@@ -1,0 +1,37 @@
+"""ATSS and its relatives on Detectron2 (arXiv 1912.02424). Importing registers everything."""
+
+try:
+    import detectron2  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "atss needs Detectron2, which is not installed. The official source: "
+        "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'; "
+        "or the build that `make env` of this project installs (requirements-detectron2.txt)."
+    ) from error
+
+from . import assigners
+from .config import add_atss_config
+from .detector import ATSSDetector
+from .structures import (
+    BACKGROUND,
+    IGNORE,
+    Anchors,
+    Assignment,
+    GroundTruth,
+    HeadOutput,
+    Predictions,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "BACKGROUND",
+    "IGNORE",
+    "ATSSDetector",
+    "Anchors",
+    "Assignment",
+    "GroundTruth",
+    "HeadOutput",
+    "Predictions",
+    "add_atss_config",
+    "assigners",
+]

@@ -1,0 +1,16 @@
+"""How training samples are chosen: one rule per file, all through one call.
+
+    assigner(anchors: Anchors, gt: GroundTruth, predictions: Predictions | None) -> Assignment
+
+A rule is a class that takes its parameters as keyword arguments. Registered, it can be named in a
+config: ``MODEL.ATSS.ASSIGNER`` chooses it, ``MODEL.ATSS.ASSIGNERS.<name>`` holds its arguments.
+"""
+
+from detectron2.utils.registry import Registry
+
+from .atss import ATSS
+
+ASSIGNER_REGISTRY = Registry("ASSIGNER")
+ASSIGNER_REGISTRY.register(ATSS)
+
+__all__ = ["ASSIGNER_REGISTRY", "ATSS"]

@@ -1,0 +1,250 @@
+"""Every config key with its unit and source, and the factories that turn a config into parts.
+
+Nothing else reads the config. Each factory stands in Detectron2's registry under the name of what
+it builds, so that ``build_model(cfg)`` finds it.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, build_anchor_generator, build_backbone
+from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
+from detectron2.modeling.backbone import FPN, build_resnet_backbone
+from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
+
+from . import anchors, backbone, detector, head
+from .assigners import ASSIGNER_REGISTRY
+from .box_coding import BoxDeltas
+from .criterion import Criterion
+from .data.datasets import num_classes_of
+from .postprocess import PostProcessor
+
+
+def add_atss_config(cfg: CfgNode) -> None:
+    """Adds the node MODEL.ATSS. Detectron2's own keys (solver, input, the anchors' offset) are left
+    alone: configs/Base-ATSS.yaml sets them."""
+    node = cfg.MODEL.ATSS = CfgNode()
+    # Classes, without background. -1: as many as the data sets have.
+    node.NUM_CLASSES = -1
+    # Pyramid levels, fine to coarse.
+    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+
+    # Anchors per location: every scale with every ratio. Scale: square root of the area in strides
+    # (paper, Table 5); ratio: height / width (Table 6). The offset of the first centre, in strides,
+    # is MODEL.ANCHOR_GENERATOR.OFFSET; the other keys of that node belong to other generators.
+    node.ANCHOR_SCALES = [8.0]
+    node.ANCHOR_RATIOS = [1.0]
+
+    # A name of atss.head.HEAD_REGISTRY.
+    node.HEAD = "ATSSHead"
+    # Convolutions per tower (RetinaNet, section 4).
+    node.NUM_CONVS = 4
+    # Normalisation in the towers, by Detectron2's names; "" for none.
+    node.NORM = "GN"
+    # Class probability that the head predicts before training (RetinaNet, section 4.1).
+    node.PRIOR_PROB = 0.01
+    # P7 is computed from P6 after a ReLU. mmdet's checkpoints want False.
+    node.RELU_BEFORE_P7 = True
+
+    # The rule that chooses samples: a name of atss.assigners.ASSIGNER_REGISTRY ("matcher" in
+    # Detectron2). ASSIGNERS.<name> holds its arguments, in capitals; new names are accepted there
+    # and checked against the signature of the rule.
+    node.ASSIGNER = "ATSS"
+    node.ASSIGNERS = CfgNode(new_allowed=True)
+    # Candidates of an object: the locations per level nearest to its centre (paper, Table 4).
+    node.ASSIGNERS.ATSS = CfgNode({"TOP_K": 9}, new_allowed=True)
+
+    # (wx, wy, ww, wh) of the box deltas.
+    node.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+    # Weight of the GIoU loss against the class and centerness losses.
+    node.BBOX_REG_LOSS_WEIGHT = 2.0
+    node.FOCAL_LOSS_ALPHA = 0.25
+    node.FOCAL_LOSS_GAMMA = 2.0
+
+    # Inference (paper, section 3.1). The threshold is on the class probability alone.
+    node.SCORE_THRESH_TEST = 0.05
+    # Kept per level before suppression.
+    node.TOPK_CANDIDATES_TEST = 1000
+    # IoU.
+    node.NMS_THRESH_TEST = 0.6
+    # "sqrt": root of probability x centerness; "product": without the root, as mmdet has it.
+    node.SCORE = "sqrt"
+
+    # Of backbone and towers, in training and inference: "fp32", "bf16", "fp16" (on GPUs; gradients
+    # are scaled), or "auto": bf16 where the processor is fast at it, else fp32.
+    node.PRECISION = "fp32"
+
+
+# ------------------------------------------------------------------------------------------------
+# Factories
+# ------------------------------------------------------------------------------------------------
+
+
+@META_ARCH_REGISTRY.register()
+def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
+    """The whole model."""
+    node = cfg.MODEL.ATSS
+    num_classes = resolve_num_classes(cfg)
+    built_backbone = build_backbone(cfg)
+    shapes = built_backbone.output_shape()
+    missing = [name for name in node.IN_FEATURES if name not in shapes]
+    if missing:
+        raise ValueError(
+            f"MODEL.ATSS.IN_FEATURES names {missing}, but the backbone makes {sorted(shapes)}"
+        )
+    input_shape = [shapes[name] for name in node.IN_FEATURES]
+    anchor_generator = build_anchor_generator(cfg, input_shape)
+    if not hasattr(anchor_generator, "grid"):
+        raise ValueError(
+            "ATSSDetector needs anchors on grids: set MODEL.ANCHOR_GENERATOR.NAME to "
+            f"GridAnchorGenerator, not {cfg.MODEL.ANCHOR_GENERATOR.NAME}"
+        )
+    build_head = _lookup(head.HEAD_REGISTRY, node.HEAD, "MODEL.ATSS.HEAD")
+    return detector.ATSSDetector(
+        backbone=built_backbone,
+        head=build_head(cfg, input_shape, num_classes, anchor_generator.num_anchors[0]),
+        head_in_features=node.IN_FEATURES,
+        anchor_generator=anchor_generator,
+        assigner=build_assigner(cfg),
+        box_coder=BoxDeltas(node.BBOX_REG_WEIGHTS),
+        criterion=Criterion(
+            box_loss_weight=node.BBOX_REG_LOSS_WEIGHT,
+            focal_alpha=node.FOCAL_LOSS_ALPHA,
+            focal_gamma=node.FOCAL_LOSS_GAMMA,
+        ),
+        postprocess=PostProcessor(
+            score_thresh=node.SCORE_THRESH_TEST,
+            topk_candidates=node.TOPK_CANDIDATES_TEST,
+            nms_thresh=node.NMS_THRESH_TEST,
+            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+            score=node.SCORE,
+        ),
+        num_classes=num_classes,
+        pixel_mean=cfg.MODEL.PIXEL_MEAN,
+        pixel_std=cfg.MODEL.PIXEL_STD,
+        input_format=cfg.INPUT.FORMAT,
+        vis_period=cfg.VIS_PERIOD,
+        precision=autocast_dtype(cfg),
+    )
+
+
+@ANCHOR_GENERATOR_REGISTRY.register()
+def GridAnchorGenerator(cfg: CfgNode, input_shape: list[ShapeSpec]) -> anchors.GridAnchorGenerator:
+    """One square anchor of 8 strides per location, unless the config says otherwise."""
+    return anchors.GridAnchorGenerator(
+        strides=[shape.stride for shape in input_shape],
+        scales=cfg.MODEL.ATSS.ANCHOR_SCALES,
+        ratios=cfg.MODEL.ATSS.ANCHOR_RATIOS,
+        offset=cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
+    )
+
+
+@head.HEAD_REGISTRY.register()
+def ATSSHead(
+    cfg: CfgNode, input_shape: list[ShapeSpec], num_classes: int, num_anchors: int
+) -> head.ATSSHead:
+    """The head for levels of ``input_shape``."""
+    channels = {shape.channels for shape in input_shape}
+    if len(channels) > 1:
+        raise ValueError(f"the head is shared by all levels, but they have {channels} channels")
+    return head.ATSSHead(
+        in_channels=channels.pop(),
+        num_levels=len(input_shape),
+        num_classes=num_classes,
+        num_anchors=num_anchors,
+        num_convs=cfg.MODEL.ATSS.NUM_CONVS,
+        norm=cfg.MODEL.ATSS.NORM,
+        prior_prob=cfg.MODEL.ATSS.PRIOR_PROB,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_atss_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """A ResNet under an FPN with P6 from P5."""
+    return backbone.build_fpn(
+        bottom_up=build_resnet_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+        relu_before_p7=cfg.MODEL.ATSS.RELU_BEFORE_P7,
+    )
+
+
+def build_assigner(cfg: CfgNode) -> Callable:
+    """The rule that MODEL.ATSS.ASSIGNER names, with the arguments that stand under its name."""
+    name = cfg.MODEL.ATSS.ASSIGNER
+    rule = _lookup(ASSIGNER_REGISTRY, name, "MODEL.ATSS.ASSIGNER")
+    arguments = {k.lower(): v for k, v in cfg.MODEL.ATSS.ASSIGNERS.get(name, {}).items()}
+    known = inspect.signature(rule).parameters
+    for argument in arguments:
+        if argument not in known:
+            raise ValueError(
+                f"MODEL.ATSS.ASSIGNERS.{name}.{argument.upper()} is no argument of {name}; "
+                f"it takes {[k.upper() for k in known]}"
+            )
+    return rule(**arguments)
+
+
+def resolve_num_classes(cfg: CfgNode) -> int:
+    """The number of classes: MODEL.ATSS.NUM_CLASSES, or that of the data sets where it is -1.
+
+    Raises:
+        ValueError: where config and data contradict each other, or nothing tells the number.
+    """
+    wanted = cfg.MODEL.ATSS.NUM_CLASSES
+    counts = {name: num_classes_of(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
+    known = {name: count for name, count in counts.items() if count is not None}
+    for name, count in known.items():
+        if wanted == -1:
+            wanted = count
+        elif wanted != count:
+            first = "MODEL.ATSS.NUM_CLASSES is"
+            if cfg.MODEL.ATSS.NUM_CLASSES == -1:
+                first = f"data set {next(iter(known))} has"
+            raise ValueError(f"{first} {wanted}, but data set {name} has {count} classes")
+    if wanted == -1:
+        raise ValueError(
+            "MODEL.ATSS.NUM_CLASSES is -1 (as many as the data have), but none of the data sets "
+            f"{list(counts)} is registered: register one, or set the number"
+        )
+    if wanted < 1:
+        raise ValueError(f"MODEL.ATSS.NUM_CLASSES must be positive, or -1, not {wanted}")
+    return wanted
+
+
+def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
+    """What MODEL.ATSS.PRECISION means on MODEL.DEVICE; None for plain float32.
+
+    Raises:
+        ValueError: for an unknown name, or for fp16 on a CPU.
+    """
+    precision, on_gpu = cfg.MODEL.ATSS.PRECISION, cfg.MODEL.DEVICE.startswith("cuda")
+    if precision == "auto":
+        return torch.bfloat16 if _fast_at_bf16(on_gpu) else None
+    if precision == "fp16" and not on_gpu:
+        raise ValueError("MODEL.ATSS.PRECISION fp16 needs a GPU; on a CPU use bf16, fp32 or auto")
+    known = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in known:
+        raise ValueError(
+            f"unknown MODEL.ATSS.PRECISION {precision!r}; known are {[*known, 'auto']}"
+        )
+    return known[precision]
+
+
+def _fast_at_bf16(on_gpu: bool) -> bool:
+    if on_gpu:
+        return torch.cuda.get_device_capability() >= (8, 0)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(flag, False) for flag in ("amx_bf16", "avx512_bf16"))
+
+
+def _lookup(registry: Any, name: str, key: str) -> Any:
+    if name not in registry:
+        raise ValueError(f"{key} is {name!r}; known are {sorted(k for k, _ in registry)}")
+    return registry.get(name)

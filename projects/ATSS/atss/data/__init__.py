@@ -1,0 +1,1 @@
+"""Data sets and the mapper that loads one image of them."""

@@ -1,0 +1,107 @@
+"""The head: two convolution towers, three predictors, one learned scale per level."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from detectron2.layers import get_norm
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+
+from .structures import HeadOutput
+
+HEAD_REGISTRY = Registry("ATSS_HEAD")
+HEAD_REGISTRY.__doc__ = """
+Heads that MODEL.ATSS.HEAD can name. Called as head(cfg, input_shape, num_classes, num_anchors) with
+input_shape: list[ShapeSpec]; returns a module: list of (N, C, H_l, W_l) features -> HeadOutput.
+"""
+
+
+class Scale(nn.Module):
+    """Multiplies by one learned number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def flatten_levels(maps: Sequence[Tensor], dim: int) -> Tensor:
+    """Per level (N, A * dim, H, W) -> (N, R, dim), in the order of the anchors."""
+    flat = []
+    for x in maps:
+        n, _, h, w = x.shape
+        flat.append(x.view(n, -1, dim, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, dim))
+    return torch.cat(flat, dim=1)
+
+
+class ATSSHead(nn.Module):
+    """RetinaNet's head with GroupNorm, centerness from the box tower, and a learned scale on each
+    level's regression (paper, section 3.2: the "universal improvements").
+
+    Towers and predictors are shared by all levels. Under autocast the towers and the class and
+    centerness predictors take its precision; boxes stay in float32, because a bfloat16 delta moves
+    a box on a coarse level by whole pixels.
+
+    Args:
+        in_channels: channels of every level.
+        num_levels: L.
+        num_classes: K.
+        num_anchors: A.
+        num_convs: convolutions per tower.
+        norm: Detectron2's name of the towers' normalisation, "" for none.
+        prior_prob: class probability at initialisation (RetinaNet, section 4.1).
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        num_levels: int,
+        num_classes: int,
+        num_anchors: int = 1,
+        num_convs: int = 4,
+        norm: str = "GN",
+        prior_prob: float = 0.01,
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.cls_subnet = self._tower(in_channels, num_convs, norm)
+        self.bbox_subnet = self._tower(in_channels, num_convs, norm)
+        self.cls_score = nn.Conv2d(in_channels, num_anchors * num_classes, 3, padding=1)
+        self.bbox_pred = nn.Conv2d(in_channels, num_anchors * 4, 3, padding=1)
+        self.ctrness = nn.Conv2d(in_channels, num_anchors, 3, padding=1)
+        self.scales = nn.ModuleList(Scale() for _ in range(num_levels))
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+        nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
+
+    @staticmethod
+    def _tower(channels: int, num_convs: int, norm: str) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for _ in range(num_convs):
+            layers.append(nn.Conv2d(channels, channels, 3, padding=1))
+            if norm:
+                layers.append(get_norm(norm, channels))
+            layers.append(nn.ReLU(inplace=True))
+        return nn.Sequential(*layers)
+
+    def forward(self, features: Sequence[Tensor]) -> HeadOutput:
+        """L feature maps (N, C, H_l, W_l) -> predictions for all R anchors."""
+        logits, deltas, quality = [], [], []
+        for x, scale in zip(features, self.scales, strict=True):
+            cls_feature, box_feature = self.cls_subnet(x), self.bbox_subnet(x)
+            logits.append(self.cls_score(cls_feature))
+            quality.append(self.ctrness(box_feature))
+            with torch.autocast(x.device.type, enabled=False):
+                deltas.append(scale(self.bbox_pred(box_feature.float())))
+        return HeadOutput(
+            logits=flatten_levels(logits, self.num_classes),
+            deltas=flatten_levels(deltas, 4),
+            quality=flatten_levels(quality, 1).squeeze(-1),
+        )

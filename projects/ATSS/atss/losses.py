@@ -1,0 +1,44 @@
+"""Loss functions, elementwise: how to sum, weigh and normalise is criterion.py's."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .geometry import intersection_union
+
+
+def sigmoid_focal_loss(
+    logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
+    """Focal loss (arXiv 1708.02002, equation 5) for targets in {0, 1}.
+
+    Args:
+        logits, targets: any one shape.
+        alpha: weight of positives; negatives weigh 1 - alpha.
+        gamma: how much well-classified elements count less.
+    Returns:
+        the loss of each element, same shape.
+    """
+    probability = logits.sigmoid()
+    miss = probability + targets - 2 * probability * targets  # 1 - p for positives, else p
+    balance = (1 - alpha) + (2 * alpha - 1) * targets
+    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return balance * miss**gamma * entropy
+
+
+def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
+    """1 - generalised IoU (arXiv 1902.09630, algorithm 1), in [0, 2].
+
+    Args:
+        boxes, targets: (..., 4).
+        eps: keeps the gradient finite where both boxes are empty.
+    Returns:
+        (...) losses.
+    """
+    intersection, union = intersection_union(boxes, targets)
+    low = torch.minimum(boxes[..., :2], targets[..., :2])
+    high = torch.maximum(boxes[..., 2:], targets[..., 2:])
+    width, height = (high - low).unbind(-1)
+    hull = width * height + eps
+    union = union + eps
+    return 1 - intersection / union + (hull - union) / hull

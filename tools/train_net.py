@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Trains or evaluates a detector.
+
+    tools/train_net.py --config-file configs/ATSS_R_50_FPN_1x.yaml --num-gpus 8
+    tools/train_net.py --config-file configs/ATSS_R_18_FPN_small.yaml \\
+        --register cells_train=train.json:images --register cells_val=val.json:images \\
+        DATASETS.TRAIN "('cells_train',)" DATASETS.TEST "('cells_val',)"
+"""
+
+import argparse
+import logging
+import sys
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup, launch
+
+from atss import add_atss_config
+from atss.config import build_assigner, resolve_num_classes
+from atss.data.datasets import register_coco
+from atss.engine import Trainer
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = default_argument_parser(epilog=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--register",
+        action="append",
+        default=[],
+        metavar="NAME=annotations.json:image_dir",
+        help="an own data set in COCO's format, to be used under NAME in the config (repeatable)",
+    )
+    return parser
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The config of this run, complete and checked against the data.
+
+    Raises:
+        ValueError, KeyError, OSError: with a sentence that says what is wrong.
+    """
+    for spec in args.register:
+        register_coco(spec)
+    cfg = get_cfg()
+    add_atss_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        print("No GPU here: running on the CPU.", file=sys.stderr)
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
+        cfg.MODEL.ATSS.NUM_CLASSES = resolve_num_classes(cfg)
+        build_assigner(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def main(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
+    """What every process does."""
+    for spec in args.register:
+        register_coco(spec)
+    default_setup(cfg, args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        return Trainer.test(cfg, model)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    logging.getLogger("atss").info("Starting at iteration %d", trainer.start_iter)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = make_parser().parse_args()
+    try:
+        cfg = setup(args)
+    except (ValueError, KeyError, OSError, AssertionError) as error:
+        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args, cfg),
+    )
