@@ -4,9 +4,9 @@ try:
     import detectron2  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "atss needs Detectron2, which is not installed. The official source: "
-        "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'; "
-        "or the build that `make env` of this project installs (requirements-detectron2.txt)."
+        "atss needs Detectron2, which is not installed. The official source: pip install "
+        "--no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'. "
+        "Or the build that `make env` of this project installs (requirements-detectron2.txt)."
     ) from error
 
 from . import assigners

@@ -27,20 +27,18 @@ class BoxDeltas:
 
     def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
         """(..., 4) boxes and anchors in pixels, neither empty -> (..., 4) deltas."""
-        shift = (centres(boxes) - centres(anchors)) / (anchors[..., 2:] - anchors[..., :2])
-        scale = (boxes[..., 2:] - boxes[..., :2]) / (anchors[..., 2:] - anchors[..., :2])
         wx, wy, ww, wh = self.weights
-        deltas = torch.cat([shift, scale.log()], dim=-1)
-        return torch.stack([w * d for w, d in zip((wx, wy, ww, wh), deltas.unbind(-1))], dim=-1)
+        anchor_size = anchors[..., 2:] - anchors[..., :2]
+        dx, dy = ((centres(boxes) - centres(anchors)) / anchor_size).unbind(-1)
+        dw, dh = ((boxes[..., 2:] - boxes[..., :2]) / anchor_size).log().unbind(-1)
+        return torch.stack([wx * dx, wy * dy, ww * dw, wh * dh], dim=-1)
 
     def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         """(..., 4) deltas, (..., 4) anchors in pixels -> (..., 4) boxes in pixels."""
         wx, wy, ww, wh = self.weights
         dx, dy, dw, dh = deltas.unbind(-1)
-        (x, y), (w, h) = (
-            centres(anchors).unbind(-1),
-            (anchors[..., 2:] - anchors[..., :2]).unbind(-1),
-        )
+        x, y = centres(anchors).unbind(-1)
+        w, h = (anchors[..., 2:] - anchors[..., :2]).unbind(-1)
         x = x + dx * (w / wx)
         y = y + dy * (h / wy)
         half_w = (dw / ww).clamp(max=self.MAX_LOG_SCALE).exp() * (w / 2)

@@ -135,7 +135,7 @@ class ATSSDetector(DenseDetector):
             shown = {"image": image.cpu(), "instances": gt_instances[0].to("cpu")}
             with torch.no_grad():
                 results = self.forward_inference(images, features, predictions)
-            self.visualize_training([shown], results)
+            self.visualize_training([shown], results[:1])
 
 
 def _in_float32(output: HeadOutput) -> HeadOutput:

@@ -24,8 +24,8 @@ class ATSS:
     # Where all candidates overlap equally, their standard deviation is zero but for rounding, and
     # rounding must not decide that an object has no positive at all.
     IOU_TOLERANCE = 1e-6
-    # Objects handled at a time, which bounds memory and keeps it in the processor's cache.
-    CHUNK = {"cpu": 1024, "cuda": 65536}
+    # Objects handled at a time: bounds memory, and keeps it in the processor's cache.
+    CHUNK = 1024
 
     def __init__(self, top_k: int = 9):
         if top_k < 1:
@@ -45,8 +45,7 @@ class ATSS:
         Returns:
             the assignment, (N, R).
         """
-        chunk = self.CHUNK.get(gt.boxes.device.type, 1024)
-        pairs = [self.candidates(anchors, boxes) for boxes in gt.boxes.split(chunk)]
+        pairs = [self.candidates(anchors, boxes) for boxes in gt.boxes.split(self.CHUNK)]
         index, affinity = (torch.cat(x) for x in zip(*pairs, strict=True))
         return Assignment.hard(resolve(anchors, gt, index, affinity))
 

@@ -1,0 +1,100 @@
+"""What several tests need: where real data lie, a tiny data set, a tiny model."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+
+from atss import GroundTruth, add_atss_config
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(__file__).with_name("data")
+
+
+def make_cfg(*opts: object, config: str = "ATSS_R_18_FPN_small.yaml") -> CfgNode:
+    """A config for the CPU, independent of any data set."""
+    cfg = get_cfg()
+    add_atss_config(cfg)
+    cfg.merge_from_file(str(ROOT / "configs" / config))
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.WEIGHTS = ""
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    cfg.MODEL.ATSS.NUM_CLASSES = 3
+    cfg.MODEL.ATSS.PRECISION = "fp32"
+    cfg.merge_from_list(list(opts))
+    return cfg
+
+
+def make_gt(boxes, image_index=None, num_images=1, classes=None) -> GroundTruth:
+    """GroundTruth from lists."""
+    boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    zeros = torch.zeros(len(boxes), dtype=torch.long)
+    image_index = zeros if image_index is None else torch.as_tensor(image_index)
+    classes = zeros if classes is None else torch.as_tensor(classes)
+    return GroundTruth(boxes, classes, image_index, num_images)
+
+
+def make_input(boxes=(), classes=(), hw=(96, 128), seed=0) -> dict:
+    """One training image in Detectron2's format."""
+    generator = torch.Generator().manual_seed(seed)
+    instances = Instances(hw)
+    instances.gt_boxes = Boxes(torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.gt_classes = torch.as_tensor(classes, dtype=torch.long)
+    image = torch.rand(3, *hw, generator=generator) * 255
+    return {"image": image, "instances": instances, "height": hw[0], "width": hw[1]}
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real images; tests that need it are skipped where it is absent."""
+    path = Path(os.environ.get("ATSS_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no real images at {path}; ATSS_TEST_DATA names their folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory) -> Path:
+    """A COCO-format data set of bright squares on noise: 8 images, 2 classes, one image empty."""
+    root = tmp_path_factory.mktemp("squares")
+    (root / "images").mkdir()
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(8):
+        pixels = rng.integers(0, 60, (96, 128, 3), dtype=np.uint8)
+        images.append({"id": i, "file_name": f"{i}.png", "width": 128, "height": 96})
+        for _ in range(0 if i == 7 else 3):
+            side = int(rng.integers(16, 48))
+            x, y = int(rng.integers(0, 128 - side)), int(rng.integers(0, 96 - side))
+            category = int(rng.integers(2))
+            pixels[y : y + side, x : x + side] = (255, 80, 0) if category else (0, 200, 255)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i,
+                    "category_id": 5 + category,
+                    "bbox": [x, y, side, side],
+                    "area": side * side,
+                    "iscrowd": 0,
+                }
+            )
+        Image.fromarray(pixels).save(root / "images" / f"{i}.png")
+    categories = [{"id": 5, "name": "blue"}, {"id": 6, "name": "orange"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "annotations.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,30 @@
+"""Deterministic weights by name, so that a golden file needs to store outputs only.
+
+`weights(shapes)` gives every tensor of a state dict from its key and shape alone. NumPy's legacy
+RandomState is used because its streams are frozen across NumPy versions.
+"""
+
+import zlib
+
+import numpy as np
+
+
+def tensor(key: str, shape) -> np.ndarray:
+    """float32 array for one state-dict entry (int64 zero for counters)."""
+    if key.endswith("num_batches_tracked"):
+        return np.zeros(tuple(shape), dtype=np.int64)
+    rng = np.random.RandomState(zlib.crc32(key.encode()) & 0xFFFFFFFF)
+    if key.endswith("running_var"):
+        return rng.uniform(0.8, 1.2, shape).astype(np.float32)
+    if key.endswith("running_mean"):
+        return (0.05 * rng.standard_normal(shape)).astype(np.float32)
+    if len(shape) <= 1:  # norm scales, biases, learnable level scales
+        if key.endswith("bias"):
+            return (0.05 * rng.standard_normal(shape)).astype(np.float32)
+        return rng.uniform(0.6, 1.0, shape).astype(np.float32)
+    fan_in = int(np.prod(shape[1:]))
+    return (rng.standard_normal(shape) * np.sqrt(1.0 / fan_in)).astype(np.float32)
+
+
+def weights(shapes: dict) -> dict:
+    return {key: tensor(key, shape) for key, shape in shapes.items()}

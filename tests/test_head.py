@@ -1,0 +1,67 @@
+import math
+
+import torch
+
+from atss.head import ATSSHead, flatten_levels
+
+HEAD = {"in_channels": 32, "num_levels": 2, "num_classes": 3, "num_anchors": 2, "num_convs": 1}
+
+
+def features(n: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, 32, *hw, generator=generator) for hw in ((3, 4), (2, 2))]
+
+
+def test_flattening_is_by_level_row_column_anchor():
+    level = torch.arange(2 * 6 * 2 * 3).view(2, 6, 2, 3)  # N 2, A 2 x dim 3, H 2, W 3
+    flat = flatten_levels([level[:, :, :1, :1], level], dim=3)
+    assert flat.shape == (2, 2 + 12, 3)
+    assert torch.equal(flat[1, 1], level[1, 3:, 0, 0])  # level 0, its second anchor
+    row, column, anchor = 1, 2, 1
+    place = 2 + (row * 3 + column) * 2 + anchor
+    assert torch.equal(flat[1, place], level[1, anchor * 3 : anchor * 3 + 3, row, column])
+
+
+def test_a_batch_is_its_images():
+    head = ATSSHead(**HEAD)
+    batch = [torch.cat(pair) for pair in zip(features(1, 1), features(1, 2), strict=True)]
+    together = head(batch)
+    for i in range(2):
+        alone = head(features(1, i + 1))
+        for joint, single in zip(together, alone, strict=True):
+            torch.testing.assert_close(joint[i], single[0])
+
+
+def test_initial_values():
+    head = ATSSHead(**HEAD, prior_prob=0.02)
+    torch.testing.assert_close(head.cls_score.bias.sigmoid(), torch.full((6,), 0.02))
+    assert abs(head.cls_subnet[0].weight.std().item() - 0.01) < 1e-3
+    assert head.bbox_pred.bias.abs().max() == 0
+    assert [s.scale.item() for s in head.scales] == [1, 1]
+
+
+def test_each_level_has_its_scale():
+    head = ATSSHead(**HEAD)
+    with torch.no_grad():
+        head.scales[1].scale.fill_(3)
+    maps = features(1)
+    scaled = head(maps).deltas
+    with torch.no_grad():
+        head.scales[1].scale.fill_(1)
+    plain = head(maps).deltas
+    torch.testing.assert_close(scaled[:, :24], plain[:, :24])
+    torch.testing.assert_close(scaled[:, 24:], 3 * plain[:, 24:])
+
+
+def test_boxes_stay_in_float32_under_autocast():
+    head = ATSSHead(**HEAD)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = head(features(1))
+    assert output.logits.dtype == torch.bfloat16
+    assert output.deltas.dtype == torch.float32
+    assert math.isfinite(output.deltas.sum())
+
+
+def test_no_norm_means_no_norm():
+    head = ATSSHead(**HEAD | {"norm": ""})
+    assert [type(layer).__name__ for layer in head.cls_subnet] == ["Conv2d", "ReLU"]

@@ -1,0 +1,43 @@
+import math
+
+import pytest
+import torch
+from torchvision.ops import generalized_box_iou_loss
+
+from atss.losses import giou_loss, sigmoid_focal_loss
+
+
+@pytest.mark.parametrize(("target", "expected"), [(1.0, 0.147487), (0.0, 0.024076)])
+def test_focal_loss_by_hand(target, expected):
+    """p = 0.3: 0.25 * 0.7^2 * -ln 0.3, and 0.75 * 0.3^2 * -ln 0.7."""
+    logit = torch.tensor(math.log(0.3 / 0.7))
+    loss = sigmoid_focal_loss(logit, torch.tensor(target))
+    torch.testing.assert_close(loss, torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_focal_loss_is_finite_far_out():
+    logits = torch.tensor([1e4, -1e4], requires_grad=True)
+    for target in (0.0, 1.0):
+        loss = sigmoid_focal_loss(logits, torch.full((2,), target))
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        assert torch.isfinite(loss).all()
+        assert torch.isfinite(gradient).all()
+
+
+def test_giou_loss_by_hand():
+    """Two unit squares two apart in a hull of 3 x 1: 1 - (0 - 1/3)."""
+    a, b = torch.tensor([0.0, 0, 1, 1]), torch.tensor([2.0, 0, 3, 1])
+    torch.testing.assert_close(giou_loss(a, b), torch.tensor(4 / 3))
+    torch.testing.assert_close(giou_loss(a, a), torch.tensor(0.0))
+
+
+def test_giou_loss_equals_torchvision():
+    corner, size = torch.rand(2, 2, 50, 2, generator=torch.Generator().manual_seed(0)) * 100
+    a, b = torch.cat([corner, corner + size], dim=2)
+    torch.testing.assert_close(giou_loss(a, b), generalized_box_iou_loss(a, b))
+
+
+def test_giou_gradient_of_empty_boxes_is_finite():
+    boxes = torch.zeros(1, 4, requires_grad=True)
+    giou_loss(boxes, torch.zeros(1, 4)).sum().backward()
+    assert torch.isfinite(boxes.grad).all()

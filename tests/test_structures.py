@@ -1,0 +1,81 @@
+import pytest
+import torch
+from conftest import make_gt
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.structures import Boxes, Instances
+
+from atss import BACKGROUND, IGNORE, Anchors, Assignment, GroundTruth
+from atss.anchors import GridAnchorGenerator
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("scales", "ratios"), [((8.0,), (1.0,)), ((4.0, 5.04, 6.35), (0.5, 1.0, 2.0))]
+)
+def test_grid_equals_detectron2s_generator(scales, ratios, offset):
+    strides, hw = (8, 16, 32, 64, 128), (100, 333)
+    theirs = DefaultAnchorGenerator(
+        sizes=[[scale * stride for scale in scales] for stride in strides],
+        aspect_ratios=[list(ratios)],
+        strides=list(strides),
+        offset=offset,
+    )
+    features = [torch.zeros(1, 1, -(-hw[0] // s), -(-hw[1] // s)) for s in strides]
+    expected = torch.cat([x.tensor for x in theirs(features)])
+    torch.testing.assert_close(
+        Anchors.grid(hw, strides, scales, ratios, offset).boxes, expected, atol=1e-4, rtol=0
+    )
+    ours = GridAnchorGenerator(strides=strides, scales=scales, ratios=ratios, offset=offset)
+    assert ours.num_anchors == theirs.num_anchors
+    assert ours.box_dim == theirs.box_dim
+    per_level = ours(features)
+    assert [len(x) for x in per_level] == Anchors.grid(hw, strides, scales, ratios).per_level
+    torch.testing.assert_close(
+        torch.cat([x.tensor for x in per_level]), expected, atol=1e-4, rtol=0
+    )
+
+
+def test_one_square_anchor_of_eight_strides():
+    anchors = Anchors.grid((16, 24), strides=(8,))
+    assert anchors.sizes == ((2, 3),)
+    assert anchors.boxes[0].tolist() == [-28, -28, 36, 36]
+    assert anchors.boxes[4].tolist() == [12 - 32, 12 - 32, 12 + 32, 12 + 32]
+
+
+def test_generator_keeps_few_grids():
+    generator = GridAnchorGenerator(strides=(8,))
+    for width in range(1, 60):
+        generator.grid([torch.zeros(1, 1, 2, width)])
+    assert len(generator._grids) == generator.CACHED_GRIDS
+    assert generator.grid([torch.zeros(1, 1, 2, 59)]).sizes == ((2, 59),)
+
+
+def test_ground_truth_gathers_instances():
+    boxes = torch.tensor([[0.0, 0, 5, 5], [1, 1, 7, 7], [2, 2, 9, 9]])
+    instances = [Instances((10, 10)) for _ in range(3)]
+    for x, own in zip(instances, (boxes[:2], boxes[:0], boxes[2:]), strict=True):
+        x.gt_boxes, x.gt_classes = Boxes(own), torch.arange(len(own))
+    gt = GroundTruth.from_instances(instances)
+    assert torch.equal(gt.boxes, boxes)
+    assert gt.classes.tolist() == [0, 1, 0]
+    assert gt.image_index.tolist() == [0, 0, 2]
+    assert (len(gt), gt.num_images) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"boxes": [[0, 0, float("nan"), 5]]}, "box 0 is not finite"),
+        ({"boxes": [[0, 0, 1, 1]], "image_index": [2]}, "but there are 1 images"),
+        ({"boxes": [[0, 0, 1, 1]], "classes": [0, 1]}, "classes must be"),
+    ],
+)
+def test_ground_truth_refuses(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_gt(**arguments)
+
+
+def test_positives_per_object():
+    gt_index = torch.tensor([[0, BACKGROUND, 0], [2, IGNORE, BACKGROUND]])
+    assert Assignment.hard(gt_index).positives_per_object(3).tolist() == [2, 0, 1]
+    assert Assignment.hard(gt_index.clamp(max=-1)).positives_per_object(0).tolist() == []
