@@ -36,7 +36,6 @@ def test_imports_point_downward():
                 for target in [node.module] if node.module else [a.name for a in node.names]:
                     target = target.split(".")[0]
                     allowed = rank[target] < rank[parts[0]] or target == parts[0]
-                    # losses and anchors build on what stands in the layer of plain data
                     assert allowed, f"{file.name} imports {target}"
 
 
@@ -92,11 +91,11 @@ def test_coco_configs_have_80_classes():
 
 def test_arguments_of_the_rule_are_checked():
     assert build_assigner(make_cfg("MODEL.ATSS.ASSIGNERS.ATSS.TOP_K", 5)).top_k == 5
-    with pytest.raises(ValueError, match="MODEL.ATSS.ASSIGNER is 'NoSuchRule'; known are"):
+    with pytest.raises(ValueError, match=r"MODEL.ATSS.ASSIGNER is 'NoSuchRule'; known are"):
         build_assigner(make_cfg("MODEL.ATSS.ASSIGNER", "NoSuchRule"))
     cfg = make_cfg()
     cfg.MODEL.ATSS.ASSIGNERS.ATSS.TOPK = 3
-    with pytest.raises(ValueError, match="ASSIGNERS.ATSS.TOPK is no argument of ATSS; it takes"):
+    with pytest.raises(ValueError, match=r"ASSIGNERS.ATSS.TOPK is no argument of ATSS; it takes"):
         build_assigner(cfg)
 
 

@@ -18,7 +18,7 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 
 from atss import add_atss_config
 from atss.config import build_assigner, resolve_num_classes
-from atss.data.datasets import register_coco
+from atss.data.datasets import refuse_unannotated, register_coco
 from atss.engine import Trainer
 
 
@@ -39,7 +39,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """The config of this run, complete and checked against the data.
 
     Raises:
-        ValueError, KeyError, OSError: with a sentence that says what is wrong.
+        ValueError, KeyError, AssertionError, OSError: with a sentence that says what is wrong.
     """
     for spec in args.register:
         register_coco(spec)
@@ -53,6 +53,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
         cfg.MODEL.ATSS.NUM_CLASSES = resolve_num_classes(cfg)
         build_assigner(cfg)
+    if not args.eval_only:
+        refuse_unannotated(cfg.DATASETS.TRAIN)
     cfg.freeze()
     return cfg
 

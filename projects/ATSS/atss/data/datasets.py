@@ -1,6 +1,7 @@
 """Own data sets in COCO's format, without code."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -22,13 +23,25 @@ def register_coco(spec: str) -> str:
         raise ValueError(f"--register takes NAME=annotations.json:image_dir, not {spec!r}")
     if not Path(image_dir).is_dir():
         raise ValueError(f"the image folder {image_dir} of data set {name} does not exist")
-    categories = _categories(json_file)
+    categories, annotated = _read(json_file)
     if name in DatasetCatalog:
         if MetadataCatalog.get(name).get("json_file") != json_file:
             raise ValueError(f"a data set called {name} is registered already: choose another name")
         return name
-    register_coco_instances(name, {"thing_classes": categories}, json_file, image_dir)
+    metadata = {"thing_classes": categories, "annotated": annotated}
+    register_coco_instances(name, metadata, json_file, image_dir)
     return name
+
+
+def refuse_unannotated(names: Sequence[str]) -> None:
+    """Training on a data set that :func:`register_coco` found without annotations cannot be.
+
+    Raises:
+        ValueError: naming the data set.
+    """
+    for name in names:
+        if MetadataCatalog.get(name).get("annotated") is False:
+            raise ValueError(f"data set {name} has no annotations to train on")
 
 
 def num_classes_of(name: str) -> int | None:
@@ -45,8 +58,9 @@ def num_classes_of(name: str) -> int | None:
     return None if classes is None else len(classes)
 
 
-def _categories(json_file: str) -> list[str]:
-    """Names of the categories in the order of their ids, as Detectron2 numbers them."""
+def _read(json_file: str) -> tuple[list[str], bool]:
+    """Names of the categories in the order of their ids, as Detectron2 numbers them, and whether
+    there are annotations."""
     try:
         with open(json_file, encoding="utf-8") as file:
             content = json.load(file)
@@ -59,7 +73,7 @@ def _categories(json_file: str) -> list[str]:
             f"{json_file} is not in COCO's format: it is a {type(content).__name__}, where a "
             "dictionary with images, annotations and categories belongs"
         )
-    # The test-dev files have no annotations; whoever trains on such a file is told so then.
+    # Files for a test server have no annotations.
     needed = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name")}
     optional = {"annotations": ("image_id", "category_id", "bbox")}
     for key, fields in (needed | optional).items():
@@ -75,4 +89,5 @@ def _categories(json_file: str) -> list[str]:
     if not content["images"] or not content["categories"]:
         empty = "images" if not content["images"] else "categories"
         raise ValueError(f"{json_file} has an empty list of {empty!r}")
-    return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+    names = [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+    return names, bool(content.get("annotations"))
