@@ -73,7 +73,7 @@ def test_nearest_locations_equal_a_full_sort(k):
     centres = ((anchors.boxes[:, :2] + anchors.boxes[:, 2:]) / 2).double().numpy()
     ends = np.cumsum(anchors.per_level)
     for level, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        for point, found, ok in zip(points, index[:, level], valid[:, level], strict=True):
+        for point, found, ok in zip(points, index[..., level].T, valid[..., level].T, strict=True):
             distance = ((centres[start:end] - point) ** 2).sum(axis=1)
             expected = start + np.argsort(distance, kind="stable")[:k]
             assert sorted(found[ok].tolist()) == sorted(expected.tolist())

@@ -18,17 +18,24 @@ def side_distances(points: Tensor, boxes: Tensor) -> Tensor:
     return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
 
 
+def nearest_side(points: Tensor, boxes: Tensor) -> Tensor:
+    """(...) distance from a point to the nearest side of a box; negative where it lies outside."""
+    (x, y), (x1, y1, x2, y2) = points.unbind(-1), boxes.unbind(-1)
+    horizontal, vertical = torch.minimum(x - x1, x2 - x), torch.minimum(y - y1, y2 - y)
+    return torch.minimum(horizontal, vertical)
+
+
 def area(boxes: Tensor) -> Tensor:
     """(...) area; zero where a side is negative."""
-    width, height = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
-    return width * height
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return (x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)
 
 
 def intersection_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """(...) areas of the intersection and of the union of two boxes."""
-    low = torch.maximum(a[..., :2], b[..., :2])
-    high = torch.minimum(a[..., 2:], b[..., 2:])
-    width, height = (high - low).clamp(min=0).unbind(-1)
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.unbind(-1), b.unbind(-1)
+    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
+    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
     intersection = width * height
     return intersection, area(a) + area(b) - intersection
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..geometry import centres, iou, side_distances
+from ..geometry import centres, iou, nearest_side
 from ..structures import Anchors, Assignment, GroundTruth, Predictions
-from .pairs import nearest_locations, resolve
+from .pairs import all_anchors, nearest_locations, resolve
 
 
 class ATSS:
@@ -46,7 +46,7 @@ class ATSS:
             the assignment, (N, R).
         """
         pairs = [self.candidates(anchors, boxes) for boxes in gt.boxes.split(self.CHUNK)]
-        index, affinity = (torch.cat(x) for x in zip(*pairs, strict=True))
+        index, affinity = (torch.cat(x, dim=1) for x in zip(*pairs, strict=True))
         return Assignment.hard(resolve(anchors, gt, index, affinity))
 
     def candidates(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,21 +55,22 @@ class ATSS:
         Args:
             gt_boxes: (G, 4).
         Returns:
-            (G, L * k * A) int64 into R, and (G, L * k * A) float64 IoU, -inf where not positive.
+            (k * A * L, G) int64 into R, and (k * A * L, G) float64 IoU, -inf where not positive.
         """
         objects = gt_boxes.double()
         location, valid = nearest_locations(anchors, centres(objects), self.top_k)
-        each = torch.arange(anchors.per_location, device=location.device)
-        index = (location[..., None] * anchors.per_location + each).flatten(1)
-        valid = valid[..., None].expand(*valid.shape, anchors.per_location).flatten(1)
+        index, valid = all_anchors(anchors, location, valid)
 
-        boxes, objects = anchors.boxes[index].double(), objects[:, None]
+        boxes = anchors.boxes.index_select(0, index.flatten())
+        # In memory x1 of all, then y1 of all: faster than box by box.
+        boxes = boxes.T.to(torch.float64, memory_format=torch.contiguous_format).T
+        boxes = boxes.view(*index.shape, 4)
         overlap = iou(boxes, objects) * valid  # lines 6 and 7
-        count = valid.sum(dim=1, keepdim=True)
-        mean = overlap.sum(dim=1, keepdim=True) / count  # line 8
-        squares = ((overlap - mean) * valid).square().sum(dim=1, keepdim=True)
+        count = valid.sum(dim=0)
+        mean = overlap.sum(dim=0) / count  # line 8
+        squares = ((overlap - mean) * valid).square_().sum(dim=0)
         std = (squares / (count - 1).clamp(min=1)).sqrt()  # line 9, unbiased
         threshold = mean + std  # line 10
-        inside = side_distances(centres(boxes), objects).amin(dim=-1) > self.INSIDE_MARGIN
+        inside = nearest_side(centres(boxes), objects) > self.INSIDE_MARGIN
         positive = (overlap >= threshold - self.IOU_TOLERANCE) & inside & valid  # line 12
         return index, overlap.masked_fill_(~positive, -torch.inf)

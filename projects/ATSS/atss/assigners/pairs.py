@@ -4,24 +4,10 @@ Anchors lie on regular grids. The locations nearest to a point are therefore kno
 and a rule never looks at all anchors.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from ..structures import BACKGROUND, Anchors, GroundTruth
-
-
-@lru_cache
-def _rank_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ranks (column, row), counted from 0, that a location among the k nearest can have.
-
-    A location in the i-th nearest column and the j-th nearest row (from 1) has i * j - 1 others
-    that are nowhere farther: those in columns and rows at least as near. So i * j <= k.
-    """
-    ranks = [(i, j) for j in range(k) for i in range(k) if (i + 1) * (j + 1) <= k]
-    columns, rows = torch.tensor(ranks).T.contiguous().to(device, non_blocking=True)
-    return columns, rows
 
 
 def nearest_locations(anchors: Anchors, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -34,42 +20,60 @@ def nearest_locations(anchors: Anchors, points: Tensor, k: int) -> tuple[Tensor,
     Args:
         points: (G, 2) float64 (x, y) in pixels.
     Returns:
-        (G, L, k) int64 index among the locations of all levels, in no particular order, and
-        (G, L, k) bool that is False where the level has fewer than k locations.
+        (k, G, L) int64 index among the locations of all levels, in no particular order, and
+        (k, G, L) bool that is False where the level has fewer than k locations.
     """
-    stride, width, height, first = anchors.lattice[:, :, None].unbind(1)  # (L, 1) each
-    count = torch.cat([width, height], dim=1)
-    at = points[:, None] / stride - anchors.offset  # (G, L, 2), in cells from the first location
+    stride, width, height, first = anchors.lattice.unbind(1)  # (L,) each
+    count = torch.stack([width, height])[:, None]  # (2, 1, L)
+    at = (
+        points.T[..., None] / stride - anchors.offset
+    )  # (2, G, L), in cells from the first location
 
     # Columns and rows from the nearest outwards. They alternate between both sides, beginning
     # with the side on which the point lies, until the shorter side is used up.
     nearest = (at - 0.5).ceil().clamp(min=0).minimum(count - 1)
-    upwards = at > nearest
     below, above = nearest, count - 1 - nearest
-    shorter = torch.minimum(below, above)[..., None]
-    rank = torch.arange(k, dtype=at.dtype, device=at.device)
+    shorter = torch.minimum(below, above)
+    rank = torch.arange(k, dtype=at.dtype, device=at.device)[:, None, None, None]
+    one_sided = rank > 2 * shorter
+    upwards = (one_sided & (above > below)) | (~one_sided & ((at > nearest) == (rank % 2 > 0)))
     step = torch.maximum((rank / 2).ceil(), rank - shorter)
-    up = torch.where(
-        rank > 2 * shorter, (above > below)[..., None], upwards[..., None] == (rank % 2 > 0)
-    )
-    step = torch.where(up, step, -step)  # (G, L, 2, k)
-    position = nearest[..., None] + step
-    squared = ((position - at[..., None]) * stride[..., None]).square()
-    squared.masked_fill_(rank >= count[..., None], torch.inf)
+    step *= upwards * 2 - 1  # (k, 2, G, L)
+    squared = ((nearest + step).sub_(at)).mul_(stride).square_()
+    squared.masked_fill_(rank >= count, torch.inf)
 
-    columns, rows = _rank_pairs(k, at.device)
-    distance = squared[:, :, 0, columns] + squared[:, :, 1, rows]  # (G, L, C)
-    # One integer that orders by distance, then by index: a positive float's bits order like its
-    # value, and the lowest of them make room for the place of the location around the nearest.
-    place = (step[:, :, 1, rows] + (k - 1)) * (2 * k - 1) + (step[:, :, 0, columns] + (k - 1))
-    low_bits = (1 << ((2 * k - 1) ** 2 - 1).bit_length()) - 1
-    key = (distance.view(torch.int64) & ~low_bits) | place.long()
-    chosen = key.topk(k, dim=-1, largest=False, sorted=False).indices
+    # One integer per location that orders by distance, then by index: a positive float's bits
+    # order like its value, and the lowest of them make room for row and column. In place where it
+    # can be, because fresh memory costs more than the arithmetic.
+    bits = (2 * k - 2).bit_length()
+    place = step.long().add_(k - 1)
+    place[:, 1] <<= bits
+    # A location in the i-th nearest column and the j-th nearest row has i * j - 1 others that are
+    # nowhere farther, those in columns and rows at least as near: only i * j <= k can be chosen.
+    reach = [(k // j, j - 1) for j in range(1, k + 1)]
+    distance = torch.cat([squared[:i, 0] + squared[j, 1] for i, j in reach])
+    key = distance.view(torch.int64)
+    key >>= 2 * bits
+    key <<= 2 * bits
+    key |= torch.cat([place[:i, 0] | place[j, 1] for i, j in reach])
+    key = key.topk(k, dim=0, largest=False, sorted=False).values
 
-    location = first + position[:, :, 1, rows] * width + position[:, :, 0, columns]
-    valid = distance.gather(-1, chosen) < torch.inf
-    location = location.gather(-1, chosen).masked_fill_(~valid, 0)
-    return location.long(), valid
+    column = nearest[0].long() + (key & ((1 << bits) - 1)) - (k - 1)
+    row = nearest[1].long() + (key >> bits & ((1 << bits) - 1)) - (k - 1)
+    location = first.long() + row * width.long() + column
+    valid = key < _INFINITY
+    return location.masked_fill_(~valid, 0), valid
+
+
+def all_anchors(anchors: Anchors, location: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """From locations to the A anchors of each: (k, G, L) -> (k * A * L, G), index and validity."""
+    each = torch.arange(anchors.per_location, device=location.device)[:, None, None]
+    index = (location[:, None] * anchors.per_location + each).movedim(-1, 2).flatten(0, 2)
+    valid = valid[:, None].expand(-1, anchors.per_location, -1, -1).movedim(-1, 2).flatten(0, 2)
+    return index, valid
+
+
+_INFINITY = torch.tensor(torch.inf, dtype=torch.float64).view(torch.int64).item()
 
 
 def resolve(anchors: Anchors, gt: GroundTruth, index: Tensor, affinity: Tensor) -> Tensor:
@@ -78,18 +82,18 @@ def resolve(anchors: Anchors, gt: GroundTruth, index: Tensor, affinity: Tensor) 
     of equal ones, to the lower ground truth.
 
     Args:
-        index: (G, C) int64 into R, the candidates of each ground truth, each at most once.
-        affinity: (G, C); -inf where the pair is none.
+        index: (C, G) int64 into R, the candidates of each ground truth, each at most once.
+        affinity: (C, G); -inf where the pair is none.
     Returns:
         (N, R) int64 into G, or BACKGROUND.
     """
     slots = gt.num_images * len(anchors.boxes)
-    slot = (gt.image_index[:, None] * len(anchors.boxes) + index).flatten()
-    affinity = affinity.flatten()
-    best = affinity.new_full((slots,), -torch.inf).scatter_reduce_(0, slot, affinity, "amax")
-    claimant = torch.arange(len(gt), device=slot.device).repeat_interleave(index.shape[1])
-    wins = (affinity == best[slot]) & (affinity > -torch.inf)
-    claimant = torch.where(wins, claimant, len(gt))
-    owner = slot.new_full((slots,), len(gt)).scatter_reduce_(0, slot, claimant, "amin")
-    owner = torch.where(owner < len(gt), owner, BACKGROUND)
-    return owner.view(gt.num_images, len(anchors.boxes))
+    slot = (gt.image_index * len(anchors.boxes) + index).flatten()
+    best = affinity.new_full((slots,), -torch.inf)
+    best.scatter_reduce_(0, slot, affinity.flatten(), "amax")
+    wins = (affinity == best.gather(0, slot).view_as(affinity)) & (affinity > -torch.inf)
+    claimant = torch.arange(len(gt), device=slot.device).expand_as(wins)
+    claimant = claimant.masked_fill(~wins, len(gt))
+    owner = slot.new_full((slots,), len(gt))
+    owner.scatter_reduce_(0, slot, claimant.flatten(), "amin")
+    return owner.masked_fill_(owner == len(gt), BACKGROUND).view(gt.num_images, -1)
