@@ -176,7 +176,6 @@ def test_default_predictor(tmp_path):
 
 def test_lazy_config_builds_the_same_model():
     lazy = LazyConfig.load(str(ROOT / "configs" / "ATSS_R_50_FPN_1x.py"))
-    lazy.train.init_checkpoint = ""
     ours = instantiate(lazy.model)
     cfg = make_cfg("MODEL.ATSS.NUM_CLASSES", 80, config="ATSS_R_50_FPN_1x.yaml")
     theirs = build_model(cfg)
@@ -184,6 +183,12 @@ def test_lazy_config_builds_the_same_model():
     assert {name: x.shape for name, x in ours.state_dict().items()} == shapes
     trainable = {name for name, x in theirs.named_parameters() if x.requires_grad}
     assert {name for name, x in ours.named_parameters() if x.requires_grad} == trainable
+    lazy.optimizer.params.model = ours
+    groups = instantiate(lazy.optimizer).param_groups
+    assert {(g["lr"], g["weight_decay"]) for g in groups} == {(0.01, 1e-4), (0.02, 0.0)}
+    rates = instantiate(lazy.lr_multiplier)
+    assert [rates(i / 90000) for i in (0, 500, 60000, 80000)] == pytest.approx([1 / 3, 1, 0.1, 0.01])
+
     ours.load_state_dict(theirs.state_dict())
     example = make_input(BOX, [0])
     for name, value in ours.train()([example]).items():

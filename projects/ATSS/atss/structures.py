@@ -66,7 +66,7 @@ class Anchors:
         Args:
             sizes: (height, width) of each level, in locations.
             strides: pixels between locations, per level.
-            scales: square root of the anchors' area, in strides (paper section 4.4: 8).
+            scales: square root of the anchors' area, in strides (paper, Table 5).
             ratios: height / width.
             offset: position of the first centre, in strides.
         """

@@ -65,7 +65,7 @@ class ATSS:
         # In memory x1 of all, then y1 of all: faster than box by box.
         boxes = boxes.T.to(torch.float64, memory_format=torch.contiguous_format).T
         boxes = boxes.view(*index.shape, 4)
-        overlap = iou(boxes, objects) * valid  # lines 6 and 7
+        overlap = iou(boxes, objects) * valid  # line 7
         count = valid.sum(dim=0)
         mean = overlap.sum(dim=0) / count  # line 8
         squares = ((overlap - mean) * valid).square_().sum(dim=0)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..structures import BACKGROUND, Anchors, GroundTruth
 
+_INFINITY = torch.tensor(torch.inf, dtype=torch.float64).view(torch.int64).item()
+
 
 def nearest_locations(anchors: Anchors, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k locations of each level whose centres are nearest to each point (Alg. 1, line 4).
@@ -25,9 +27,8 @@ def nearest_locations(anchors: Anchors, points: Tensor, k: int) -> tuple[Tensor,
     """
     stride, width, height, first = anchors.lattice.unbind(1)  # (L,) each
     count = torch.stack([width, height])[:, None]  # (2, 1, L)
-    at = (
-        points.T[..., None] / stride - anchors.offset
-    )  # (2, G, L), in cells from the first location
+    # Where the points lie, counted in locations from the first one: (2, G, L).
+    at = points.T[..., None] / stride - anchors.offset
 
     # Columns and rows from the nearest outwards. They alternate between both sides, beginning
     # with the side on which the point lies, until the shorter side is used up.
@@ -73,13 +74,9 @@ def all_anchors(anchors: Anchors, location: Tensor, valid: Tensor) -> tuple[Tens
     return index, valid
 
 
-_INFINITY = torch.tensor(torch.inf, dtype=torch.float64).view(torch.int64).item()
-
-
 def resolve(anchors: Anchors, gt: GroundTruth, index: Tensor, affinity: Tensor) -> Tensor:
-    """Gives each anchor of each image to the pair of highest affinity (Alg. 1, line 15: "if an
-    anchor box is assigned to multiple ground-truths, the one with the highest IoU is selected");
-    of equal ones, to the lower ground truth.
+    """Gives each anchor of each image to its pair of highest affinity (paper, section 4.1: of
+    several objects the one with the highest IoU); of equal ones, to the lower ground truth.
 
     Args:
         index: (C, G) int64 into R, the candidates of each ground truth, each at most once.
