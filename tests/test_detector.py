@@ -187,7 +187,9 @@ def test_lazy_config_builds_the_same_model():
     groups = instantiate(lazy.optimizer).param_groups
     assert {(g["lr"], g["weight_decay"]) for g in groups} == {(0.01, 1e-4), (0.02, 0.0)}
     rates = instantiate(lazy.lr_multiplier)
-    assert [rates(i / 90000) for i in (0, 500, 60000, 80000)] == pytest.approx([1 / 3, 1, 0.1, 0.01])
+    assert [rates(i / 90000) for i in (0, 500, 60000, 80000)] == pytest.approx(
+        [1 / 3, 1, 0.1, 0.01]
+    )
 
     ours.load_state_dict(theirs.state_dict())
     example = make_input(BOX, [0])

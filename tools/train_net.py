@@ -18,7 +18,7 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 
 from atss import add_atss_config
 from atss.config import build_assigner, resolve_num_classes
-from atss.data.datasets import refuse_unannotated, register_coco
+from atss.data.datasets import classes_of, refuse_unannotated, register_coco
 from atss.engine import Trainer
 
 
@@ -52,6 +52,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
         cfg.MODEL.ATSS.NUM_CLASSES = resolve_num_classes(cfg)
+        data_sets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+        cfg.MODEL.ATSS.CLASS_NAMES = next(filter(None, map(classes_of, data_sets)), [])
         build_assigner(cfg)
     if not args.eval_only:
         refuse_unannotated(cfg.DATASETS.TRAIN)

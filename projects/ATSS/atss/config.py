@@ -20,7 +20,7 @@ from . import anchors, backbone, detector, head
 from .assigners import ASSIGNER_REGISTRY
 from .box_coding import BoxDeltas
 from .criterion import Criterion
-from .data.datasets import num_classes_of
+from .data.datasets import classes_of
 from .postprocess import PostProcessor
 
 
@@ -30,6 +30,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     node = cfg.MODEL.ATSS = CfgNode()
     # Classes, without background. -1: as many as the data sets have.
     node.NUM_CLASSES = -1
+    # Their names, for pictures. train_net.py fills them in from the data.
+    node.CLASS_NAMES = []
     # Pyramid levels, fine to coarse.
     node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
 
@@ -198,8 +200,8 @@ def resolve_num_classes(cfg: CfgNode) -> int:
         ValueError: where config and data contradict each other, or nothing tells the number.
     """
     wanted = cfg.MODEL.ATSS.NUM_CLASSES
-    counts = {name: num_classes_of(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
-    known = {name: count for name, count in counts.items() if count is not None}
+    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    known = {name: len(c) for name in names if (c := classes_of(name)) is not None}
     for name, count in known.items():
         if wanted == -1:
             wanted = count
@@ -211,7 +213,7 @@ def resolve_num_classes(cfg: CfgNode) -> int:
     if wanted == -1:
         raise ValueError(
             "MODEL.ATSS.NUM_CLASSES is -1 (as many as the data have), but none of the data sets "
-            f"{list(counts)} is registered: register one, or set the number"
+            f"{list(names)} is registered: register one, or set the number"
         )
     if wanted < 1:
         raise ValueError(f"MODEL.ATSS.NUM_CLASSES must be positive, or -1, not {wanted}")

@@ -44,8 +44,8 @@ def refuse_unannotated(names: Sequence[str]) -> None:
             raise ValueError(f"data set {name} has no annotations to train on")
 
 
-def num_classes_of(name: str) -> int | None:
-    """How many classes a data set has, or None where no such data set is registered.
+def classes_of(name: str) -> list[str] | None:
+    """Names of a data set's classes, or None where no such data set is registered.
 
     Reads the annotations when Detectron2 does not know the classes before that.
     """
@@ -54,8 +54,7 @@ def num_classes_of(name: str) -> int | None:
     metadata = MetadataCatalog.get(name)
     if metadata.get("thing_classes") is None:
         DatasetCatalog.get(name)
-    classes = metadata.get("thing_classes")
-    return None if classes is None else len(classes)
+    return metadata.get("thing_classes")
 
 
 def _read(json_file: str) -> tuple[list[str], bool]:
