@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Empty: the build pinned in requirements-detectron2.txt.
 DETECTRON2 ?=
 
-.PHONY: env test test-full lint bench clean
+.PHONY: env demo test test-full lint bench clean
 
 env: $(VENV)/installed
 
@@ -25,6 +25,9 @@ else
 endif
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
+
+demo: env
+	$(BIN)/python -W ignore tools/digits.py
 
 test: env
 	$(BIN)/python -m pytest

@@ -22,5 +22,8 @@ setup(
         "pycocotools",
         "opencv-python",
     ],
-    extras_require={"test": ["pytest", "ruff"]},
+    extras_require={
+        "demo": ["matplotlib", "scikit-learn", "tqdm"],
+        "test": ["pytest", "ruff"],
+    },
 )

@@ -6,12 +6,17 @@ import pytest
 import recipe
 import torch
 from conftest import DATA, ROOT, make_cfg, make_input
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-TINY = ("MODEL.ATSS.NUM_CONVS", 1, "MODEL.FPN.OUT_CHANNELS", 64)
+# GroupNorm: with BatchNorm the images of a training batch would depend on each other.
+TINY = (
+    *("MODEL.ATSS.NUM_CONVS", 1, "MODEL.FPN.OUT_CHANNELS", 64),
+    *("MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN"),
+)
 BOX = [[20, 20, 90, 80]]
 
 
@@ -153,6 +158,16 @@ def test_bf16_is_close_to_fp32(outside):
         assert value.item() == pytest.approx(expected[name].item(), rel=0.02)
 
 
+def test_channels_last_changes_the_layout_alone():
+    example = make_input(BOX, [0])
+    expected = tiny().train()([example])
+    model = tiny("MODEL.ATSS.CHANNELS_LAST", True).train()
+    features = model.backbone(model.preprocess_image([example]).tensor)
+    assert features["p3"].is_contiguous(memory_format=torch.channels_last)
+    for name, value in model([example]).items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-4)
+
+
 def test_logs_assignment_and_pictures():
     model = tiny("VIS_PERIOD", 1).train()
     with EventStorage() as storage:
@@ -172,6 +187,23 @@ def test_default_predictor(tmp_path):
     instances = DefaultPredictor(cfg)(image)["instances"]
     assert instances.image_size == (60, 80)
     assert len(instances) == 100
+
+
+def test_a_retinanet_of_detectron2s_zoo_initialises_backbone_and_fpn(tmp_path):
+    """By the names of its weights; the head and P6, which differ, begin anew."""
+    cfg = make_cfg(*TINY, "MODEL.META_ARCHITECTURE", "RetinaNet")
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    cfg.MODEL.ANCHOR_GENERATOR.NAME = "DefaultAnchorGenerator"
+    cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    theirs = build_model(cfg).state_dict()
+    torch.save({"model": theirs}, tmp_path / "retinanet.pth")
+    model = tiny()
+    DetectionCheckpointer(model).load(str(tmp_path / "retinanet.pth"))
+    loaded = [n for n in theirs if n.startswith(("backbone.bottom_up", "backbone.fpn_"))]
+    assert loaded
+    for name in loaded:
+        torch.testing.assert_close(model.state_dict()[name], theirs[name])
+    assert model.backbone.top_block.p6.weight.shape[1] == 64
 
 
 def test_lazy_config_builds_the_same_model():

@@ -42,6 +42,7 @@ def plot_metrics(metrics_file: Path, target: Path) -> None:
                 sorted(points), [points[i] for i in sorted(points)], label=label, marker=marker
             )
         axis.set_xlabel("iteration")
+        axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
         axis.legend()
     left.set_ylabel("loss (median of 20 iterations)")

@@ -8,7 +8,9 @@
 """
 
 import argparse
+import importlib
 import logging
+import os
 import sys
 
 import torch
@@ -32,7 +34,31 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME=annotations.json:image_dir",
         help="an own data set in COCO's format, to be used under NAME in the config (repeatable)",
     )
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a Python module to import first, such as one that registers a rule (repeatable)",
+    )
     return parser
+
+
+def register(args: argparse.Namespace) -> None:
+    """What --import and --register ask for; every process does it for itself.
+
+    Raises:
+        ValueError: with a sentence that says what is wrong.
+    """
+    sys.path.insert(0, os.getcwd())
+    for module in args.imports:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"--import {module}: {error}") from error
+    for spec in args.register:
+        register_coco(spec)
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -41,8 +67,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Raises:
         ValueError, KeyError, AssertionError, OSError: with a sentence that says what is wrong.
     """
-    for spec in args.register:
-        register_coco(spec)
+    register(args)
     cfg = get_cfg()
     add_atss_config(cfg)
     cfg.merge_from_file(args.config_file)
@@ -63,8 +88,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def main(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     """What every process does."""
-    for spec in args.register:
-        register_coco(spec)
+    register(args)
     default_setup(cfg, args)
     if args.eval_only:
         model = Trainer.build_model(cfg)

@@ -80,6 +80,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     # Of backbone and towers, in training and inference: "fp32", "bf16", "fp16" (on GPUs; gradients
     # are scaled), or "auto": bf16 where the processor is fast at it, else fp32.
     node.PRECISION = "fp32"
+    # Keep the channels of a feature map together in memory, which convolutions in bf16 like.
+    node.CHANNELS_LAST = False
 
 
 # ------------------------------------------------------------------------------------------------
@@ -107,7 +109,7 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
             f"GridAnchorGenerator, not {cfg.MODEL.ANCHOR_GENERATOR.NAME}"
         )
     build_head = _lookup(head.HEAD_REGISTRY, node.HEAD, "MODEL.ATSS.HEAD")
-    return detector.ATSSDetector(
+    model = detector.ATSSDetector(
         backbone=built_backbone,
         head=build_head(cfg, input_shape, num_classes, anchor_generator.num_anchors[0]),
         head_in_features=node.IN_FEATURES,
@@ -133,6 +135,10 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
         vis_period=cfg.VIS_PERIOD,
         precision=autocast_dtype(cfg),
     )
+    if node.CHANNELS_LAST:
+        # Feature maps follow the weights of the convolutions that make them.
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(cfg.MODEL.DEVICE)
 
 
 @ANCHOR_GENERATOR_REGISTRY.register()
@@ -200,7 +206,7 @@ def resolve_num_classes(cfg: CfgNode) -> int:
         ValueError: where config and data contradict each other, or nothing tells the number.
     """
     wanted = cfg.MODEL.ATSS.NUM_CLASSES
-    names = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    names = list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
     known = {name: len(c) for name in names if (c := classes_of(name)) is not None}
     for name, count in known.items():
         if wanted == -1:
@@ -213,7 +219,7 @@ def resolve_num_classes(cfg: CfgNode) -> int:
     if wanted == -1:
         raise ValueError(
             "MODEL.ATSS.NUM_CLASSES is -1 (as many as the data have), but none of the data sets "
-            f"{list(names)} is registered: register one, or set the number"
+            f"{names} is registered: register one, or set the number"
         )
     if wanted < 1:
         raise ValueError(f"MODEL.ATSS.NUM_CLASSES must be positive, or -1, not {wanted}")
