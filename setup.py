@@ -1,8 +1,18 @@
 """Package metadata. Detectron2 is not pulled in: the one that the user has is the right one."""
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+if find_spec("detectron2") is None:
+    # Unseen in pip's isolated build, which hides the environment; `import atss` says it again.
+    print(
+        "Detectron2 is needed and not installed here: pip install --no-build-isolation "
+        "'git+https://github.com/facebookresearch/detectron2.git'",
+        file=sys.stderr,
+    )
 
 setup(
     name="atss-detectron2",

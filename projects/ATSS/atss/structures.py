@@ -114,6 +114,17 @@ class Anchors:
         """Number of anchors of each level; they sum to R."""
         return [height * width * self.per_location for height, width in self.sizes]
 
+    def centres_of(self, location: Tensor, level: int) -> Tensor:
+        """(..., 2) float64 centres in pixels of locations of one level.
+
+        Args:
+            location: (...) int64 among the locations of all levels.
+        """
+        local = location - sum(height * width for height, width in self.sizes[:level])
+        width = self.sizes[level][1]
+        cell = torch.stack([local % width, local // width], dim=-1)
+        return (cell.double() + self.offset) * self.strides[level]
+
     @cached_property
     def lattice(self) -> Tensor:
         """(L, 4) float64 on the boxes' device: stride, width, height, index of the level's first

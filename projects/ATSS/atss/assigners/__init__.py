@@ -9,8 +9,10 @@ config: ``MODEL.ATSS.ASSIGNER`` chooses it, ``MODEL.ATSS.ASSIGNERS.<name>`` hold
 from detectron2.utils.registry import Registry
 
 from .atss import ATSS
+from .spatial_scale import SpatialScale
 
 ASSIGNER_REGISTRY = Registry("ASSIGNER")
-ASSIGNER_REGISTRY.register(ATSS)
+for rule in (ATSS, SpatialScale):
+    ASSIGNER_REGISTRY.register(rule)
 
-__all__ = ["ASSIGNER_REGISTRY", "ATSS"]
+__all__ = ["ASSIGNER_REGISTRY", "ATSS", "SpatialScale"]

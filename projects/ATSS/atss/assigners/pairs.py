@@ -4,6 +4,8 @@ Anchors lie on regular grids. The locations nearest to a point are therefore kno
 and a rule never looks at all anchors.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,29 @@ def nearest_locations(anchors: Anchors, points: Tensor, k: int) -> tuple[Tensor,
     location = first.long() + row * width.long() + column
     valid = key < _INFINITY
     return location.masked_fill_(~valid, 0), valid
+
+
+def window(anchors: Anchors, level: int, points: Tensor, reach: float) -> Tensor:
+    """A rectangle of locations of one level around each point, of one size for all points, that
+    holds every location less than ``reach`` pixels away along both axes.
+
+    Args:
+        points: (G, 2) float64 (x, y) in pixels.
+        reach: in pixels; infinity for the whole level.
+    Returns:
+        (M, G) int64 index among the locations of all levels.
+    """
+    height, width = anchors.sizes[level]
+    stride = anchors.strides[level]
+    spans = []
+    for count, coordinate in zip((width, height), points.unbind(1), strict=True):
+        # The nearest n, where no more than n can be within reach.
+        n = count if math.isinf(reach) else min(count, int(2 * reach / stride) + 1)
+        start = (coordinate / stride - anchors.offset - n / 2).ceil().clamp(0, count - n)
+        spans.append(start.long() + torch.arange(n, device=points.device)[:, None])
+    columns, rows = spans
+    first = sum(h * w for h, w in anchors.sizes[:level])
+    return (first + rows[:, None] * width + columns).flatten(0, 1)
 
 
 def all_anchors(anchors: Anchors, location: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
