@@ -9,10 +9,11 @@ config: ``MODEL.ATSS.ASSIGNER`` chooses it, ``MODEL.ATSS.ASSIGNERS.<name>`` hold
 from detectron2.utils.registry import Registry
 
 from .atss import ATSS
+from .max_iou import MaxIoU
 from .spatial_scale import SpatialScale
 
 ASSIGNER_REGISTRY = Registry("ASSIGNER")
-for rule in (ATSS, SpatialScale):
+for rule in (ATSS, MaxIoU, SpatialScale):
     ASSIGNER_REGISTRY.register(rule)
 
-__all__ = ["ASSIGNER_REGISTRY", "ATSS", "SpatialScale"]
+__all__ = ["ASSIGNER_REGISTRY", "ATSS", "MaxIoU", "SpatialScale"]

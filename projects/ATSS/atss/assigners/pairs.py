@@ -5,6 +5,7 @@ and a rule never looks at all anchors.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -89,6 +90,36 @@ def window(anchors: Anchors, level: int, points: Tensor, reach: float) -> Tensor
     columns, rows = spans
     first = sum(h * w for h, w in anchors.sizes[:level])
     return (first + rows[:, None] * width + columns).flatten(0, 1)
+
+
+def rectangles(
+    anchors: Anchors, low: Tensor, high: Tensor, piece: int = 1 << 18
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All locations in a rectangle of its own per object and level, and at most one column or row
+    beyond it; a few at a time. Their number depends on the objects, so the host waits for it.
+
+    Args:
+        low, high: (G, L, 2) corners (x, y) in pixels.
+        piece: pairs at a time.
+    Yields:
+        (M,) int64 object and (M,) int64 location, objects in rising order.
+    """
+    stride, width, height, first = anchors.lattice.unbind(1)  # (L,) each
+    count = torch.stack([width, height], dim=1)
+    start = (low / stride[:, None] - anchors.offset).floor().clamp(min=0).minimum(count)
+    stop = (high / stride[:, None] - anchors.offset).ceil().add(1).clamp(min=0).minimum(count)
+    columns, rows = (stop - start).clamp(min=0).long().flatten(0, 1).unbind(1)
+    start_column, start_row = start.long().flatten(0, 1).unbind(1)
+    ends = (columns * rows).cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    for begin in range(0, total, piece):
+        pair = torch.arange(begin, min(begin + piece, total), device=ends.device)
+        cell = torch.searchsorted(ends, pair, right=True)  # object * L + level
+        within = pair - (ends - columns * rows)[cell]
+        column = start_column[cell] + within % columns[cell]
+        row = start_row[cell] + within // columns[cell]
+        level = cell % len(stride)
+        yield cell // len(stride), first.long()[level] + row * width.long()[level] + column
 
 
 def all_anchors(anchors: Anchors, location: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

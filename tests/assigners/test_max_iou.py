@@ -1,0 +1,104 @@
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import DATA, make_gt
+
+from atss import BACKGROUND, IGNORE, Anchors
+from atss.assigners import MaxIoU
+from atss.assigners.pairs import rectangles
+
+REFERENCE = np.load(DATA / "iou_assignment.npz")
+CASES = sorted({key.split("/")[0] for key in REFERENCE.files})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reference_vectors(case):
+    """Detectron2's Matcher([0.4, 0.5], low-quality matches) on float64 overlaps."""
+    anchors = Anchors.grid(
+        tuple(REFERENCE[f"{case}/image_size"].tolist()),
+        scales=REFERENCE[f"{case}/scales"].tolist(),
+        ratios=REFERENCE[f"{case}/ratios"].tolist(),
+    )
+    gt_index = MaxIoU()(anchors, make_gt(REFERENCE[f"{case}/gt"])).gt_index[0].numpy()
+    tie = np.unpackbits(REFERENCE[f"{case}/tie"])[: len(gt_index)].astype(bool)
+    np.testing.assert_array_equal(gt_index[~tie], REFERENCE[f"{case}/matched"][~tie])
+
+
+def brute_force(anchors, gt, low_quality, in_box):
+    """(R,) over all anchors, in float64."""
+    boxes = anchors.boxes.double().numpy()
+    if len(gt) == 0:
+        return np.full(len(boxes), BACKGROUND)
+    overlap = oracle.pairwise_iou(gt.astype(np.float64), boxes)
+    owner, best = overlap.argmax(axis=0), overlap.max(axis=0)
+    result = np.where(best >= 0.5, owner, np.where(best < 0.4, BACKGROUND, IGNORE))
+    if low_quality:
+        top = overlap.max(axis=1, keepdims=True)
+        claimed = ((overlap == top) & (top > 0)).any(axis=0)
+        result = np.where(claimed, owner, result)
+    if in_box:
+        centre, mine = (boxes[:, :2] + boxes[:, 2:]) / 2, gt.astype(np.float64)[owner]
+        inside = np.minimum(centre - mine[:, :2], mine[:, 2:] - centre).min(axis=1) > 0.01
+        result = np.where((result >= 0) & ~inside, IGNORE, result)
+    return result
+
+
+@pytest.mark.parametrize("low_quality", [False, True])
+@pytest.mark.parametrize("in_box", [False, True])
+@pytest.mark.parametrize("ratios", [(1.0,), (0.5, 2.0)])
+def test_equals_brute_force(low_quality, in_box, ratios):
+    """Integer boxes, so that overlaps tie exactly; some lie outside the canvas."""
+    hw = (160, 350)
+    anchors = Anchors.grid(hw, ratios=ratios)
+    rng = np.random.default_rng(0)
+    images = []
+    for count in (60, 0, 5):
+        centre = rng.uniform(-0.1, 1.1, (count, 2)) * (hw[1], hw[0])
+        size = np.exp(rng.uniform(np.log(3), np.log(500), (count, 2)))
+        boxes = np.concatenate([centre - size / 2, centre + size / 2], axis=1)
+        images.append(np.round(boxes).astype(np.float32))
+    images[0][-1] = (900, 900, 950, 950)  # overlaps no anchor, and claims none
+    image_index = np.repeat(np.arange(3), [len(b) for b in images])
+    rule = MaxIoU(low_quality_matches=low_quality, in_box=in_box)
+    assigned = rule(anchors, make_gt(np.concatenate(images), image_index, 3)).gt_index.numpy()
+    first = 0
+    for image, boxes in zip(assigned, images, strict=True):
+        expected = brute_force(anchors, boxes, low_quality, in_box)
+        np.testing.assert_array_equal(image, np.where(expected >= 0, expected + first, expected))
+        first += len(boxes)
+
+
+def test_rectangles_hold_all_that_overlap_and_little_more():
+    anchors = Anchors.grid((64, 96), strides=(8, 16))
+    low, high = torch.tensor([[10.0, 20], [50, 0]]), torch.tensor([[30.0, 25], [90, 70]])
+    found = {
+        (o, x)
+        for objects, locations in rectangles(
+            anchors,
+            low[:, None].expand(2, 2, 2).double(),
+            high[:, None].expand(2, 2, 2).double(),
+            7,
+        )
+        for o, x in zip(objects.tolist(), locations.tolist(), strict=True)
+    }
+    points = oracle.locations(anchors)
+    for o in range(2):
+        for x, point in enumerate(points):
+            stride = 8 if x < 96 else 16
+            gap = np.maximum(low[o].numpy() - point, point - high[o].numpy()).max()
+            if gap <= 0:
+                assert (o, x) in found
+            if gap > stride:
+                assert (o, x) not in found
+
+
+def test_no_object():
+    gt_index = MaxIoU()(Anchors.grid((64, 64)), make_gt([], num_images=2)).gt_index
+    assert (gt_index == BACKGROUND).all()
+    assert gt_index.shape[0] == 2
+
+
+def test_refuses_thresholds_out_of_order():
+    with pytest.raises(ValueError, match=r"background_below <= positive_from, got 0.6 and 0.5"):
+        MaxIoU(background_below=0.6)
