@@ -99,6 +99,16 @@ def test_arguments_of_the_rule_are_checked():
         build_assigner(cfg)
 
 
+def test_every_rule_has_its_arguments_in_the_config():
+    nodes = make_cfg().MODEL.ATSS.ASSIGNERS
+    assert nodes.ATSS == {"TOP_K": 9}
+    assert nodes.SpatialScale.RANGES == (64, 128, 256, 512)
+    opts = ("MODEL.ATSS.ASSIGNER", "MaxIoU", "MODEL.ATSS.ASSIGNERS.MaxIoU.IN_BOX", True)
+    assert build_assigner(make_cfg(*opts)).in_box
+    for name in ("ATSS", "MaxIoU", "SpatialScale"):
+        build_assigner(make_cfg("MODEL.ATSS.ASSIGNER", name))
+
+
 def test_a_rule_of_ones_own(tmp_path):
     """One registry line and a node of its own in the yaml."""
 

@@ -53,12 +53,17 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.RELU_BEFORE_P7 = True
 
     # The rule that chooses samples: a name of atss.assigners.ASSIGNER_REGISTRY ("matcher" in
-    # Detectron2). ASSIGNERS.<name> holds its arguments, in capitals; new names are accepted there
-    # and checked against the signature of the rule.
+    # Detectron2). ASSIGNERS.<name> holds its arguments, in capitals, as its class explains them:
+    # for ATSS that is ASSIGNERS.ATSS.TOP_K, 9 (paper, Table 4).
     node.ASSIGNER = "ATSS"
     node.ASSIGNERS = CfgNode(new_allowed=True)
-    # Candidates of an object: the locations per level nearest to its centre (paper, Table 4).
-    node.ASSIGNERS.ATSS = CfgNode({"TOP_K": 9}, new_allowed=True)
+    for name, rule in ASSIGNER_REGISTRY:
+        defaults = {
+            argument.upper(): parameter.default
+            for argument, parameter in inspect.signature(rule).parameters.items()
+            if parameter.default is not parameter.empty
+        }
+        node.ASSIGNERS[name] = CfgNode(defaults, new_allowed=True)
 
     # (wx, wy, ww, wh) of the box deltas.
     node.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
