@@ -1,5 +1,6 @@
 """The pages' code runs as it stands there."""
 
+import os
 import re
 
 import pytest
@@ -50,3 +51,5 @@ def test_every_file_that_a_page_names_exists():
     for file in (ROOT / "README.md", ROOT / "projects/ATSS/README.md", *ROOT.glob("docs/*.md")):
         for name in re.findall(r"(?:tools|configs|docs)/[\w/.-]+\.\w+", file.read_text()):
             assert (ROOT / name).is_file(), f"{file.name} names {name}"
+            if name.startswith("tools/"):
+                assert os.access(ROOT / name, os.X_OK), f"{name} is not executable"
