@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..geometry import centres, iou, nearest_side
 from ..structures import Anchors, Assignment, GroundTruth, Predictions
-from .pairs import all_anchors, nearest_locations, resolve
+from .pairs import all_anchors, assign_pairs, nearest_locations
 
 
 class ATSS:
@@ -45,9 +45,7 @@ class ATSS:
         Returns:
             the assignment, (N, R).
         """
-        pairs = [self.candidates(anchors, boxes) for boxes in gt.boxes.split(self.CHUNK)]
-        index, affinity = (torch.cat(x, dim=1) for x in zip(*pairs, strict=True))
-        return Assignment.hard(resolve(anchors, gt, index, affinity))
+        return assign_pairs(anchors, gt, self.candidates, self.CHUNK)
 
     def candidates(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
         """The candidates of each object, and how well each positive one overlaps it.

@@ -5,12 +5,12 @@ and a rule never looks at all anchors.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ..structures import BACKGROUND, Anchors, GroundTruth
+from ..structures import BACKGROUND, Anchors, Assignment, GroundTruth
 
 _INFINITY = torch.tensor(torch.inf, dtype=torch.float64).view(torch.int64).item()
 
@@ -128,6 +128,23 @@ def all_anchors(anchors: Anchors, location: Tensor, valid: Tensor) -> tuple[Tens
     index = (location[:, None] * anchors.per_location + each).movedim(-1, 2).flatten(0, 2)
     valid = valid[:, None].expand(-1, anchors.per_location, -1, -1).movedim(-1, 2).flatten(0, 2)
     return index, valid
+
+
+def assign_pairs(
+    anchors: Anchors,
+    gt: GroundTruth,
+    candidates: Callable[[Anchors, Tensor], tuple[Tensor, Tensor]],
+    chunk: int,
+) -> Assignment:
+    """The hard assignment of a rule that knows each object's candidates by itself.
+
+    Args:
+        candidates: (anchors, (g, 4) boxes) -> (C, g) index and affinity, as :func:`resolve` takes.
+        chunk: objects at a time, which bounds memory.
+    """
+    pairs = [candidates(anchors, boxes) for boxes in gt.boxes.split(chunk)]
+    index, affinity = (torch.cat(x, dim=1) for x in zip(*pairs, strict=True))
+    return Assignment.hard(resolve(anchors, gt, index, affinity))
 
 
 def resolve(anchors: Anchors, gt: GroundTruth, index: Tensor, affinity: Tensor) -> Tensor:

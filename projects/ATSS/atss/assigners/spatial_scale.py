@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..geometry import area, centres, nearest_side, side_distances
 from ..structures import Anchors, Assignment, GroundTruth, Predictions
-from .pairs import nearest_locations, resolve, window
+from .pairs import assign_pairs, nearest_locations, window
 
 
 class SpatialScale:
@@ -69,9 +69,7 @@ class SpatialScale:
                 f"SpatialScale has ranges for {len(self.ranges) + 1} levels, but there are "
                 f"{len(anchors.strides)}"
             )
-        pairs = [self.candidates(anchors, boxes) for boxes in gt.boxes.split(self.CHUNK)]
-        index, affinity = (torch.cat(x, dim=1) for x in zip(*pairs, strict=True))
-        return Assignment.hard(resolve(anchors, gt, index, affinity))
+        return assign_pairs(anchors, gt, self.candidates, self.CHUNK)
 
     def candidates(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
         """The anchors that can be positive for each object.
