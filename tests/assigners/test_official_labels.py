@@ -5,10 +5,10 @@ import pytest
 from conftest import DATA, make_gt
 
 from atss import IGNORE, Anchors
-from atss.assigners import ATSS, MaxIoU, SpatialScale
+from atss.assigners import ATSS, MaxIoU, SpatialScale, TopK
 
 REFERENCE = np.load(DATA / "official_labels.npz")
-RULES = {"ATSS": ATSS(), "SSC": SpatialScale(), "IoU": MaxIoU(in_box=True)}
+RULES = {"ATSS": ATSS(), "SSC": SpatialScale(), "IoU": MaxIoU(in_box=True), "TOPK": TopK()}
 
 
 @pytest.mark.parametrize("name", RULES)

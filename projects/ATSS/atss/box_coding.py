@@ -1,11 +1,15 @@
-"""How the four numbers that the head regresses describe a box."""
+"""How the four numbers that the head regresses describe a box.
+
+A coder has ``encode(boxes, anchors)``, ``decode(numbers, anchors)``, both on (..., 4), and
+``initial``, the number that the head predicts before training.
+"""
 
 import math
 
 import torch
 from torch import Tensor
 
-from .geometry import centres
+from .geometry import centres, side_distances
 
 
 class BoxDeltas:
@@ -17,6 +21,7 @@ class BoxDeltas:
         weights: (wx, wy, ww, wh).
     """
 
+    initial = 0.0
     # Stops exp() from overflowing: a box may be 1000 / 16 times as large as its anchor.
     MAX_LOG_SCALE = math.log(1000 / 16)
 
@@ -44,3 +49,55 @@ class BoxDeltas:
         half_w = (dw / ww).clamp(max=self.MAX_LOG_SCALE).exp() * (w / 2)
         half_h = (dh / wh).clamp(max=self.MAX_LOG_SCALE).exp() * (h / 2)
         return torch.stack([x - half_w, y - half_h, x + half_w, y + half_h], dim=-1)
+
+
+class PointDistances:
+    """Distances from the anchor's centre to the four sides, in strides ("point" in the paper): all
+    that matters of the anchor is where it lies.
+
+    Decoding rectifies. Before training every box is 8 strides wide and high.
+
+    Args:
+        anchor_scale: square root of the anchors' area, in strides.
+    """
+
+    initial = 4.0
+
+    def __init__(self, anchor_scale: float = 8.0):
+        if anchor_scale <= 0:
+            raise ValueError(f"the anchors' scale must be positive, got {anchor_scale}")
+        self.anchor_scale = anchor_scale
+
+    def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        """(..., 4) boxes and anchors in pixels -> (..., 4) distances in strides."""
+        return side_distances(centres(anchors), boxes) / self._stride(anchors)
+
+    def decode(self, distances: Tensor, anchors: Tensor) -> Tensor:
+        """(..., 4) distances in strides, (..., 4) anchors in pixels -> (..., 4) boxes in pixels."""
+        return _box_around(centres(anchors), distances.relu() * self._stride(anchors))
+
+    def _stride(self, anchors: Tensor) -> Tensor:
+        size = anchors[..., 2:] - anchors[..., :2]
+        return size.prod(dim=-1, keepdim=True).sqrt() / self.anchor_scale
+
+
+class LogDistances:
+    """Logarithms of the distances in pixels from the anchor's centre to the four sides (FCOS, arXiv
+    1904.01355, section 3.1: exp(x), before it counted in strides)."""
+
+    initial = 0.0
+    # Stops exp() from overflowing.
+    MAX_LOG = math.log(1 << 16)
+
+    def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        """(..., 4) boxes and anchors in pixels, the centres inside -> (..., 4) logarithms."""
+        return side_distances(centres(anchors), boxes).log()
+
+    def decode(self, logarithms: Tensor, anchors: Tensor) -> Tensor:
+        """(..., 4) logarithms, (..., 4) anchors in pixels -> (..., 4) boxes in pixels."""
+        return _box_around(centres(anchors), logarithms.clamp(max=self.MAX_LOG).exp())
+
+
+def _box_around(points: Tensor, distances: Tensor) -> Tensor:
+    """(..., 2) points and (..., 4) distances to left, top, right and bottom -> (..., 4) boxes."""
+    return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)

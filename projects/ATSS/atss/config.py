@@ -6,6 +6,7 @@ it builds, so that ``build_model(cfg)`` finds it.
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 
 from . import anchors, backbone, detector, head
 from .assigners import ASSIGNER_REGISTRY
-from .box_coding import BoxDeltas
-from .criterion import Criterion
+from .box_coding import BoxDeltas, LogDistances, PointDistances
+from .criterion import BoxLoss, Criterion, on_boxes, on_deltas
 from .data.datasets import classes_of
+from .losses import giou_loss, iou_loss, smooth_l1_loss
 from .postprocess import PostProcessor
 
 
@@ -47,6 +49,11 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.NUM_CONVS = 4
     # Normalisation in the towers, by Detectron2's names; "" for none.
     node.NORM = "GN"
+    # Tower from which centerness is predicted, "box" or "cls"; "" for none: scores are class
+    # probabilities then, and all positives weigh alike.
+    node.CENTERNESS = "box"
+    # A learned scale on each level's regression.
+    node.LEVEL_SCALE = True
     # Class probability that the head predicts before training (RetinaNet, section 4.1).
     node.PRIOR_PROB = 0.01
     # P7 is computed from P6 after a ReLU. mmdet's checkpoints want False.
@@ -65,11 +72,18 @@ def add_atss_config(cfg: CfgNode) -> None:
         }
         node.ASSIGNERS[name] = CfgNode(defaults, new_allowed=True)
 
+    # What the box predictor says: "box", deltas from the anchor; "point", distances from its centre
+    # in strides; "log_point", logarithms of distances in pixels (the first FCOS).
+    node.REGRESSION = "box"
     # (wx, wy, ww, wh) of the box deltas.
     node.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
-    # Weight of the GIoU loss against the class and centerness losses.
+    # "giou", "iou", or "smooth_l1", which compares deltas.
+    node.BBOX_REG_LOSS_TYPE = "giou"
+    # Its weight against the class and centerness losses.
     node.BBOX_REG_LOSS_WEIGHT = 2.0
+    # Where smooth L1 turns from quadratic to linear.
+    node.SMOOTH_L1_LOSS_BETA = 0.11
     node.FOCAL_LOSS_ALPHA = 0.25
     node.FOCAL_LOSS_GAMMA = 2.0
 
@@ -113,15 +127,18 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
             "ATSSDetector needs anchors on grids: set MODEL.ANCHOR_GENERATOR.NAME to "
             f"GridAnchorGenerator, not {cfg.MODEL.ANCHOR_GENERATOR.NAME}"
         )
+    num_anchors = anchor_generator.num_anchors[0]
+    box_coder = build_box_coder(cfg, num_anchors)
     build_head = _lookup(head.HEAD_REGISTRY, node.HEAD, "MODEL.ATSS.HEAD")
     model = detector.ATSSDetector(
         backbone=built_backbone,
-        head=build_head(cfg, input_shape, num_classes, anchor_generator.num_anchors[0]),
+        head=build_head(cfg, input_shape, num_classes, num_anchors),
         head_in_features=node.IN_FEATURES,
         anchor_generator=anchor_generator,
         assigner=build_assigner(cfg),
-        box_coder=BoxDeltas(node.BBOX_REG_WEIGHTS),
+        box_coder=box_coder,
         criterion=Criterion(
+            box_loss=build_box_loss(cfg, box_coder),
             box_loss_weight=node.BBOX_REG_LOSS_WEIGHT,
             focal_alpha=node.FOCAL_LOSS_ALPHA,
             focal_gamma=node.FOCAL_LOSS_GAMMA,
@@ -173,6 +190,9 @@ def ATSSHead(
         num_convs=cfg.MODEL.ATSS.NUM_CONVS,
         norm=cfg.MODEL.ATSS.NORM,
         prior_prob=cfg.MODEL.ATSS.PRIOR_PROB,
+        centerness=cfg.MODEL.ATSS.CENTERNESS,
+        level_scale=cfg.MODEL.ATSS.LEVEL_SCALE,
+        box_bias=build_box_coder(cfg, num_anchors).initial,
     )
 
 
@@ -187,6 +207,55 @@ def build_atss_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
         relu_before_p7=cfg.MODEL.ATSS.RELU_BEFORE_P7,
     )
+
+
+def build_box_coder(cfg: CfgNode, num_anchors: int) -> BoxDeltas | PointDistances | LogDistances:
+    """What MODEL.ATSS.REGRESSION names.
+
+    Raises:
+        ValueError: for an unknown name, or distances with several anchors per location, which would
+            all predict the same.
+    """
+    node = cfg.MODEL.ATSS
+    coders = {
+        "box": partial(BoxDeltas, node.BBOX_REG_WEIGHTS),
+        "point": partial(PointDistances, node.ANCHOR_SCALES[0]),
+        "log_point": LogDistances,
+    }
+    if node.REGRESSION not in coders:
+        raise ValueError(f"unknown MODEL.ATSS.REGRESSION {node.REGRESSION!r}; known: {[*coders]}")
+    if node.REGRESSION != "box" and num_anchors > 1:
+        raise ValueError(
+            f"MODEL.ATSS.REGRESSION {node.REGRESSION!r} does not look at the shape of an anchor: "
+            "MODEL.ATSS.ANCHOR_SCALES and ANCHOR_RATIOS must make one per location, not "
+            f"{num_anchors}"
+        )
+    return coders[node.REGRESSION]()
+
+
+def build_box_loss(cfg: CfgNode, box_coder: BoxDeltas | PointDistances | LogDistances) -> BoxLoss:
+    """What MODEL.ATSS.BBOX_REG_LOSS_TYPE names.
+
+    Raises:
+        ValueError: for an unknown name, or smooth L1 on distances, which decoding rectifies.
+    """
+    node = cfg.MODEL.ATSS
+    smooth_l1 = partial(smooth_l1_loss, beta=node.SMOOTH_L1_LOSS_BETA)
+    losses = {
+        "giou": on_boxes(giou_loss),
+        "iou": on_boxes(iou_loss),
+        "smooth_l1": on_deltas(smooth_l1, box_coder.encode),
+    }
+    if node.BBOX_REG_LOSS_TYPE not in losses:
+        raise ValueError(
+            f"unknown MODEL.ATSS.BBOX_REG_LOSS_TYPE {node.BBOX_REG_LOSS_TYPE!r}; known: {[*losses]}"
+        )
+    if node.BBOX_REG_LOSS_TYPE == "smooth_l1" and node.REGRESSION != "box":
+        raise ValueError(
+            "MODEL.ATSS.BBOX_REG_LOSS_TYPE smooth_l1 compares deltas, which MODEL.ATSS.REGRESSION "
+            f"{node.REGRESSION!r} has none of: use giou or iou"
+        )
+    return losses[node.BBOX_REG_LOSS_TYPE]
 
 
 def build_assigner(cfg: CfgNode) -> Callable:

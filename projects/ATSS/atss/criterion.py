@@ -1,5 +1,7 @@
 """From outputs and an assignment to the losses. All normalisers live here."""
 
+from collections.abc import Callable
+
 import torch
 from detectron2.utils import comm
 from torch import Tensor
@@ -8,6 +10,21 @@ from torch.nn import functional as F
 from .geometry import centerness, centres, side_distances
 from .losses import giou_loss, sigmoid_focal_loss
 from .structures import IGNORE, Anchors, Assignment, GroundTruth, HeadOutput
+
+# (deltas, boxes that they decode to, target boxes, anchors), (N, R, 4) each -> (N, R) losses.
+BoxLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def on_boxes(loss: Callable[[Tensor, Tensor], Tensor]) -> BoxLoss:
+    """A loss of decoded boxes against target boxes."""
+    return lambda deltas, boxes, targets, anchors: loss(boxes, targets)
+
+
+def on_deltas(
+    loss: Callable[[Tensor, Tensor], Tensor], encode: Callable[[Tensor, Tensor], Tensor]
+) -> BoxLoss:
+    """A loss of deltas against encoded targets, the mean of four."""
+    return lambda deltas, boxes, targets, anchors: loss(deltas, encode(targets, anchors)).mean(-1)
 
 
 class Criterion:
@@ -20,7 +37,7 @@ class Criterion:
         S_w   = max(w of all processes, 1e-6) / W
 
         loss_cls        = sum of focal losses / N_pos
-        loss_box_reg    = box_loss_weight * sum of w * GIoU loss / S_w
+        loss_box_reg    = box_loss_weight * sum of w * box loss / S_w
         loss_centerness = sum of binary cross entropies on positives / N_pos
 
     DDP averages gradients over processes, so that W of them equal one on the union of their images.
@@ -29,17 +46,20 @@ class Criterion:
     not depend on the assignment.
 
     Args:
-        box_loss_weight: of the GIoU loss against the other two.
+        box_loss: what a predicted box costs; GIoU by default.
+        box_loss_weight: of the box loss against the other two.
         focal_alpha, focal_gamma: of the focal loss.
     """
 
     def __init__(
         self,
         *,
+        box_loss: BoxLoss | None = None,
         box_loss_weight: float = 2.0,
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
     ):
+        self.box_loss = box_loss or on_boxes(giou_loss)
         self.box_loss_weight = box_loss_weight
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
@@ -63,6 +83,7 @@ class Criterion:
         classes, target_boxes = self._targets(anchors, gt, assignment)
         # Away from positives both boxes are the anchor: finite, and cut off from the gradient.
         boxes = torch.where(positive[..., None], boxes, anchors.boxes)
+        deltas = torch.where(positive[..., None], output.deltas, 0)
 
         box_weight = assignment.box_weight * positive
         if output.quality is not None:
@@ -75,7 +96,7 @@ class Criterion:
         cls_target.scatter_(2, classes[..., None], (assignment.cls_target * positive)[..., None])
         cls_loss = sigmoid_focal_loss(output.logits, cls_target, self.focal_alpha, self.focal_gamma)
         cls_loss = cls_loss.sum(dim=2) * (assignment.gt_index != IGNORE)
-        box_loss = giou_loss(boxes, target_boxes) * box_weight
+        box_loss = self.box_loss(deltas, boxes, target_boxes, anchors.boxes) * box_weight
         losses = {
             "loss_cls": cls_loss.sum() / num_positives,
             "loss_box_reg": self.box_loss_weight * box_loss.sum() / weight_sum,

@@ -11,7 +11,7 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from .anchors import GridAnchorGenerator
-from .box_coding import BoxDeltas
+from .box_coding import BoxDeltas, LogDistances, PointDistances
 from .criterion import Criterion
 from .postprocess import PostProcessor
 from .structures import Anchors, Assignment, GroundTruth, HeadOutput, Predictions
@@ -52,7 +52,7 @@ class ATSSDetector(DenseDetector):
         head: nn.Module,
         anchor_generator: GridAnchorGenerator,
         assigner: Callable[[Anchors, GroundTruth, Predictions], Assignment],
-        box_coder: BoxDeltas,
+        box_coder: BoxDeltas | PointDistances | LogDistances,
         criterion: Criterion,
         postprocess: PostProcessor,
         num_classes: int,

@@ -39,7 +39,8 @@ def flatten_levels(maps: Sequence[Tensor], dim: int) -> Tensor:
 
 class ATSSHead(nn.Module):
     """RetinaNet's head with GroupNorm, centerness from the box tower, and a learned scale on each
-    level's regression (paper, section 3.2: the "universal improvements").
+    level's regression (paper, section 3.2: the "universal improvements"), each of which can be
+    left out.
 
     Towers and predictors are shared by all levels. Under autocast the towers and the class and
     centerness predictors take its precision; boxes stay in float32, because a bfloat16 delta moves
@@ -53,6 +54,12 @@ class ATSSHead(nn.Module):
         num_convs: convolutions per tower.
         norm: Detectron2's name of the towers' normalisation, "" for none.
         prior_prob: class probability at initialisation (RetinaNet, section 4.1).
+        centerness: the tower that predicts it, "box" or "cls"; "" for none at all.
+        level_scale: whether each level's regression has a learned scale.
+        box_bias: what the box predictor gives at initialisation.
+
+    Raises:
+        ValueError: for an unknown tower.
     """
 
     def __init__(
@@ -65,21 +72,29 @@ class ATSSHead(nn.Module):
         num_convs: int = 4,
         norm: str = "GN",
         prior_prob: float = 0.01,
+        centerness: str = "box",
+        level_scale: bool = True,
+        box_bias: float = 0.0,
     ):
         super().__init__()
+        if centerness not in ("box", "cls", ""):
+            raise ValueError(f"centerness grows from 'box' or 'cls', or '': not {centerness!r}")
         self.num_classes = num_classes
         self.cls_subnet = self._tower(in_channels, num_convs, norm)
         self.bbox_subnet = self._tower(in_channels, num_convs, norm)
         self.cls_score = nn.Conv2d(in_channels, num_anchors * num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(in_channels, num_anchors * 4, 3, padding=1)
-        self.ctrness = nn.Conv2d(in_channels, num_anchors, 3, padding=1)
-        self.scales = nn.ModuleList(Scale() for _ in range(num_levels))
+        self.centerness = centerness
+        self.ctrness = nn.Conv2d(in_channels, num_anchors, 3, padding=1) if centerness else None
+        scale = Scale if level_scale else nn.Identity
+        self.scales = nn.ModuleList(scale() for _ in range(num_levels))
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
         nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
+        nn.init.constant_(self.bbox_pred.bias, box_bias)
 
     @staticmethod
     def _tower(channels: int, num_convs: int, norm: str) -> nn.Sequential:
@@ -97,11 +112,13 @@ class ATSSHead(nn.Module):
         for x, scale in zip(features, self.scales, strict=True):
             cls_feature, box_feature = self.cls_subnet(x), self.bbox_subnet(x)
             logits.append(self.cls_score(cls_feature))
-            quality.append(self.ctrness(box_feature))
+            if self.ctrness is not None:
+                source = box_feature if self.centerness == "box" else cls_feature
+                quality.append(self.ctrness(source))
             with torch.autocast(x.device.type, enabled=False):
                 deltas.append(scale(self.bbox_pred(box_feature.float())))
         return HeadOutput(
             logits=flatten_levels(logits, self.num_classes),
             deltas=flatten_levels(deltas, 4),
-            quality=flatten_levels(quality, 1).squeeze(-1),
+            quality=flatten_levels(quality, 1).squeeze(-1) if quality else None,
         )

@@ -42,3 +42,25 @@ def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
     hull = width * height + eps
     union = union + eps
     return 1 - intersection / union + (hull - union) / hull
+
+
+def iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+    """-ln of the IoU (UnitBox, arXiv 1608.01471), with a square pixel added to both areas as in
+    FCOS, so that boxes that do not overlap have a gradient.
+
+    Args:
+        boxes, targets: (..., 4) in pixels.
+    Returns:
+        (...) losses.
+    """
+    intersection, union = intersection_union(boxes, targets)
+    return ((union + 1) / (intersection + 1)).log()
+
+
+def smooth_l1_loss(values: Tensor, targets: Tensor, beta: float = 0.11) -> Tensor:
+    """Quadratic below ``beta`` and linear above (Fast R-CNN, arXiv 1504.08083, equation 3).
+
+    Returns:
+        the loss of each element, same shape.
+    """
+    return F.smooth_l1_loss(values, targets, reduction="none", beta=beta)

@@ -11,9 +11,10 @@ from detectron2.utils.registry import Registry
 from .atss import ATSS
 from .max_iou import MaxIoU
 from .spatial_scale import SpatialScale
+from .top_k import TopK
 
 ASSIGNER_REGISTRY = Registry("ASSIGNER")
-for rule in (ATSS, MaxIoU, SpatialScale):
+for rule in (ATSS, MaxIoU, SpatialScale, TopK):
     ASSIGNER_REGISTRY.register(rule)
 
-__all__ = ["ASSIGNER_REGISTRY", "ATSS", "MaxIoU", "SpatialScale"]
+__all__ = ["ASSIGNER_REGISTRY", "ATSS", "MaxIoU", "SpatialScale", "TopK"]

@@ -12,11 +12,14 @@ class ATSS:
     """Positive are the anchors that overlap an object more than its candidates usually do.
 
     The candidates of an object are the ``top_k`` locations per level nearest to its centre, with
-    all A anchors of each. Its threshold is mean + standard deviation of their IoUs with it. The
-    cost depends on the number of objects, not on the size of the image.
+    all A anchors of each; or the ``top_k`` nearest anchors, whatever A. Its threshold is mean +
+    standard deviation of their IoUs with it. The cost depends on the number of objects, not on the
+    size of the image.
 
     Args:
         top_k: k, the rule's one parameter (paper, Table 4).
+        count: what k counts, "locations" or "anchors". The authors' code had anchors at the time of
+            the paper, and locations since; with one anchor per location they agree.
     """
 
     # A centre counts as inside an object from this many pixels on, as in the authors' code.
@@ -27,10 +30,13 @@ class ATSS:
     # Objects handled at a time: bounds memory, and keeps it in the processor's cache.
     CHUNK = 1024
 
-    def __init__(self, top_k: int = 9):
+    def __init__(self, top_k: int = 9, count: str = "locations"):
         if top_k < 1:
             raise ValueError(f"ATSS needs top_k >= 1, got {top_k}")
+        if count not in ("locations", "anchors"):
+            raise ValueError(f"ATSS counts 'locations' or 'anchors', not {count!r}")
         self.top_k = top_k
+        self.count = count
 
     @torch.no_grad()
     def __call__(
@@ -53,11 +59,18 @@ class ATSS:
         Args:
             gt_boxes: (G, 4).
         Returns:
-            (k * A * L, G) int64 into R, and (k * A * L, G) float64 IoU, -inf where not positive.
+            (k * A * L, G) int64 into R, and (k * A * L, G) float64 IoU, -inf where not positive;
+            k * L where k counts anchors.
         """
         objects = gt_boxes.double()
-        location, valid = nearest_locations(anchors, centres(objects), self.top_k)
+        top_k = self.top_k
+        if self.count == "anchors":
+            top_k = -(-top_k // anchors.per_location)
+        location, valid = nearest_locations(anchors, centres(objects), top_k)
         index, valid = all_anchors(anchors, location, valid)
+        if self.count == "anchors":  # of the farthest location perhaps not all
+            cut = self.top_k * len(anchors.strides)
+            index, valid = index[:cut], valid[:cut]
 
         boxes = anchors.boxes.index_select(0, index.flatten())
         # In memory x1 of all, then y1 of all: faster than box by box.

@@ -25,16 +25,69 @@ def nearest_locations(anchors: Anchors, points: Tensor, k: int) -> tuple[Tensor,
     Args:
         points: (G, 2) float64 (x, y) in pixels.
     Returns:
-        (k, G, L) int64 index among the locations of all levels, in no particular order, and
-        (k, G, L) bool that is False where the level has fewer than k locations.
+        (k, G, L) int64 index among the locations of all levels, nearest first, and (k, G, L) bool
+        that is False where the level has fewer than k locations.
     """
-    stride, width, height, first = anchors.lattice.unbind(1)  # (L,) each
+    nearest, step, squared = _outwards(anchors, points, k)
+    # One integer per location that orders by distance, then by index: a positive float's bits
+    # order like its value, and the lowest of them make room for row and column. In place where it
+    # can be, because fresh memory costs more than the arithmetic.
+    bits = (2 * k - 2).bit_length()
+    place = step.add_(k - 1)
+    place[:, 1] <<= bits
+    distance = torch.cat([squared[:i, 0] + squared[j, 1] for i, j in _reach(k)])
+    key = distance.view(torch.int64)
+    key >>= 2 * bits
+    key <<= 2 * bits
+    key |= torch.cat([place[:i, 0] | place[j, 1] for i, j in _reach(k)])
+    key = key.topk(k, dim=0, largest=False).values
+
+    column = nearest[0] + (key & ((1 << bits) - 1)) - (k - 1)
+    row = nearest[1] + (key >> bits & ((1 << bits) - 1)) - (k - 1)
+    _, width, _, first = anchors.lattice.long().unbind(1)
+    valid = key < _INFINITY
+    return (first + row * width + column).masked_fill_(~valid, 0), valid
+
+
+def surrounding_locations(anchors: Anchors, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """A superset of the k best locations of each level, for every score that nowhere rises on the
+    way from a point outwards along a row or a column, as an overlap does.
+
+    Args:
+        points: (G, 2) float64 (x, y) in pixels.
+    Returns:
+        (M, G, L) int64 index among the locations of all levels, and (M, G, L) bool that is False
+        where there is no such location; M is the number of (i, j) with i * j <= k.
+    """
+    nearest, step, squared = _outwards(anchors, points, k)
+    step += nearest
+    _, width, _, first = anchors.lattice.long().unbind(1)
+    location = torch.cat([step[:i, 0] + step[j, 1] * width for i, j in _reach(k)]) + first
+    valid = torch.cat([squared[:i, 0] + squared[j, 1] < torch.inf for i, j in _reach(k)])
+    return location.masked_fill_(~valid, 0), valid
+
+
+def _reach(k: int) -> list[tuple[int, int]]:
+    """(how many columns, which row), nearest first. A location in the i-th nearest column and the
+    j-th nearest row has i * j - 1 others that are nowhere farther, those in columns and rows at
+    least as near: only i * j <= k can be among the k best."""
+    return [(k // j, j - 1) for j in range(1, k + 1)]
+
+
+def _outwards(anchors: Anchors, points: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k columns and the k rows of each level nearest to each point, nearest first.
+
+    Returns:
+        (2, G, L) int64 nearest column and row, (k, 2, G, L) int64 steps from there, and
+        (k, 2, G, L) float64 squared distances in pixels, infinite beyond the level.
+    """
+    stride, width, height, _ = anchors.lattice.unbind(1)  # (L,) each
     count = torch.stack([width, height])[:, None]  # (2, 1, L)
     # Where the points lie, counted in locations from the first one: (2, G, L).
     at = points.T[..., None] / stride - anchors.offset
 
-    # Columns and rows from the nearest outwards. They alternate between both sides, beginning
-    # with the side on which the point lies, until the shorter side is used up.
+    # They alternate between both sides, beginning with the side on which the point lies, until the
+    # shorter side is used up.
     nearest = (at - 0.5).ceil().clamp(min=0).minimum(count - 1)
     below, above = nearest, count - 1 - nearest
     shorter = torch.minimum(below, above)
@@ -45,28 +98,7 @@ def nearest_locations(anchors: Anchors, points: Tensor, k: int) -> tuple[Tensor,
     step *= upwards * 2 - 1  # (k, 2, G, L)
     squared = ((nearest + step).sub_(at)).mul_(stride).square_()
     squared.masked_fill_(rank >= count, torch.inf)
-
-    # One integer per location that orders by distance, then by index: a positive float's bits
-    # order like its value, and the lowest of them make room for row and column. In place where it
-    # can be, because fresh memory costs more than the arithmetic.
-    bits = (2 * k - 2).bit_length()
-    place = step.long().add_(k - 1)
-    place[:, 1] <<= bits
-    # A location in the i-th nearest column and the j-th nearest row has i * j - 1 others that are
-    # nowhere farther, those in columns and rows at least as near: only i * j <= k can be chosen.
-    reach = [(k // j, j - 1) for j in range(1, k + 1)]
-    distance = torch.cat([squared[:i, 0] + squared[j, 1] for i, j in reach])
-    key = distance.view(torch.int64)
-    key >>= 2 * bits
-    key <<= 2 * bits
-    key |= torch.cat([place[:i, 0] | place[j, 1] for i, j in reach])
-    key = key.topk(k, dim=0, largest=False, sorted=False).values
-
-    column = nearest[0].long() + (key & ((1 << bits) - 1)) - (k - 1)
-    row = nearest[1].long() + (key >> bits & ((1 << bits) - 1)) - (k - 1)
-    location = first.long() + row * width.long() + column
-    valid = key < _INFINITY
-    return location.masked_fill_(~valid, 0), valid
+    return nearest.long(), step.long(), squared
 
 
 def window(anchors: Anchors, level: int, points: Tensor, reach: float) -> Tensor:
@@ -123,7 +155,8 @@ def rectangles(
 
 
 def all_anchors(anchors: Anchors, location: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """From locations to the A anchors of each: (k, G, L) -> (k * A * L, G), index and validity."""
+    """From locations to the A anchors of each: (k, G, L) -> (k * A * L, G), index and validity;
+    all levels of the first location's first anchor come first."""
     each = torch.arange(anchors.per_location, device=location.device)[:, None, None]
     index = (location[:, None] * anchors.per_location + each).movedim(-1, 2).flatten(0, 2)
     valid = valid[:, None].expand(-1, anchors.per_location, -1, -1).movedim(-1, 2).flatten(0, 2)
@@ -133,16 +166,20 @@ def all_anchors(anchors: Anchors, location: Tensor, valid: Tensor) -> tuple[Tens
 def assign_pairs(
     anchors: Anchors,
     gt: GroundTruth,
-    candidates: Callable[[Anchors, Tensor], tuple[Tensor, Tensor]],
+    candidates: Callable[..., tuple[Tensor, Tensor]],
     chunk: int,
+    *per_object: Tensor,
 ) -> Assignment:
     """The hard assignment of a rule that knows each object's candidates by itself.
 
     Args:
-        candidates: (anchors, (g, 4) boxes) -> (C, g) index and affinity, as :func:`resolve` takes.
+        candidates: (anchors, (g, 4) boxes, *those of per_object) -> (C, g) index and affinity, as
+            :func:`resolve` takes.
         chunk: objects at a time, which bounds memory.
+        per_object: (G, ...) what else the rule wants to know of each object.
     """
-    pairs = [candidates(anchors, boxes) for boxes in gt.boxes.split(chunk)]
+    chunks = zip(*(x.split(chunk) for x in (gt.boxes, *per_object)), strict=True)
+    pairs = [candidates(anchors, *x) for x in chunks]
     index, affinity = (torch.cat(x, dim=1) for x in zip(*pairs, strict=True))
     return Assignment.hard(resolve(anchors, gt, index, affinity))
 
