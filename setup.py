@@ -33,7 +33,7 @@ setup(
         "opencv-python",
     ],
     extras_require={
-        "demo": ["matplotlib", "scikit-learn", "tqdm"],
+        "demo": ["matplotlib", "scikit-learn", "scipy", "tqdm"],
         "test": ["pytest", "ruff"],
     },
 )

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import cv2
 import demo
@@ -96,12 +97,12 @@ def test_wrong_inputs_are_named(run, name, sentence, tmp_path):
         run(tmp_path / name)
 
 
-def test_digits_are_fixed_tight_and_apart(tmp_path, monkeypatch):
+def test_digits_are_fixed_tight_and_apart(tmp_path):
     pytest.importorskip("sklearn")
-    monkeypatch.setattr(digits, "SPLITS", {"train": 12, "test": 6})
+    few = replace(digits.DEMO, images={"train": 12, "test": 6})
     for name in ("one", "two"):
-        digits.make_digits(tmp_path / name)
-    for split, count in digits.SPLITS.items():
+        digits.make_digits(tmp_path / name, few)
+    for split, count in few.images.items():
         first, second = ((tmp_path / n / f"{split}.json").read_text() for n in ("one", "two"))
         assert first == second
         content = json.loads(first)
@@ -118,7 +119,7 @@ def test_digits_are_fixed_tight_and_apart(tmp_path, monkeypatch):
                 covered[y : y + h, x : x + w] += 1
             assert covered.max(initial=0) <= 1
     made = (tmp_path / "one" / "train.json").stat().st_mtime_ns
-    digits.make_digits(tmp_path / "one")  # complete: left alone
+    digits.make_digits(tmp_path / "one", few)  # complete: left alone
     assert (tmp_path / "one" / "train.json").stat().st_mtime_ns == made
 
 
@@ -134,7 +135,8 @@ def test_make_demo_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
         "MODEL: {FPN: {OUT_CHANNELS: 64}, ATSS: {SCORE_THRESH_TEST: 0.0}}\n"
     )
     root = tmp_path / "demo"
-    monkeypatch.setattr(digits, "SPLITS", {"train": 12, "test": 8})
+    few = replace(digits.DEMO, images={"train": 12, "test": 8})
+    monkeypatch.setattr(digits_tool, "DEMO", few)
     monkeypatch.setattr(digits_tool, "CONFIG", config)
     monkeypatch.setattr(digits_tool, "ROOT", root)
     monkeypatch.setattr(sys, "argv", ["digits.py"])

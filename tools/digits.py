@@ -15,7 +15,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from atss.data.digits import make_digits
+from atss.data.digits import DEMO, make_digits
 from atss.engine import Trainer
 
 matplotlib.use("Agg")
@@ -97,7 +97,7 @@ def draw_examples(detector: Detector, records: list[dict], target: Path) -> None
 def main() -> None:
     data = ROOT / "data"
     ROOT.mkdir(parents=True, exist_ok=True)
-    make_digits(data)
+    make_digits(data, DEMO)
     register = [f"--register=digits_{s}={data}/{s}.json:{data}/{s}" for s in ("train", "test")]
     args = train_net.make_parser().parse_args(
         ["--config-file", str(CONFIG), *register, "OUTPUT_DIR", str(ROOT)]

@@ -96,6 +96,10 @@ def add_atss_config(cfg: CfgNode) -> None:
     # "sqrt": root of probability x centerness; "product": without the root, as mmdet has it.
     node.SCORE = "sqrt"
 
+    # Images that each process evaluates at a time. Images of different sizes are padded to the
+    # largest, which changes what a model sees at their right and lower borders.
+    node.IMS_PER_BATCH_TEST = 1
+
     # Of backbone and towers, in training and inference: "fp32", "bf16", "fp16" (on GPUs; gradients
     # are scaled), or "auto": bf16 where the processor is fast at it, else fp32.
     node.PRECISION = "fp32"

@@ -67,8 +67,13 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
-        """Detectron2's loader with our mapper."""
-        return build_detection_test_loader(cfg, dataset_name, mapper=Mapper(cfg, is_train=False))
+        """Detectron2's loader with our mapper, in batches of MODEL.ATSS.IMS_PER_BATCH_TEST."""
+        return build_detection_test_loader(
+            cfg,
+            dataset_name,
+            mapper=Mapper(cfg, is_train=False),
+            batch_size=cfg.MODEL.ATSS.IMS_PER_BATCH_TEST,
+        )
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
