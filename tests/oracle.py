@@ -3,6 +3,18 @@
 import numpy as np
 
 
+def random_boxes(
+    rng: np.random.Generator, count: int, hw: tuple[int, int], step: float | None = None
+) -> np.ndarray:
+    """(count, 4) float32 boxes of all sizes and shapes; some stick out of the canvas, some lie
+    outside. On multiples of ``step`` pixels, if given, so that distances and overlaps tie."""
+    height, width = hw
+    centre = rng.uniform(-0.1, 1.1, (count, 2)) * (width, height)
+    size = np.exp(rng.uniform(np.log(2), np.log(1.5 * max(hw)), (count, 2)))
+    boxes = np.concatenate([centre - size / 2, centre + size / 2], axis=1)
+    return (boxes if step is None else np.round(boxes / step) * step).astype(np.float32)
+
+
 def pairwise_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(G, 4), (R, 4) -> (G, R)."""
     low = np.maximum(a[:, None, :2], b[None, :, :2])
@@ -22,7 +34,7 @@ def locations(anchors) -> np.ndarray:
     return np.concatenate(centres)
 
 
-def atss(anchors, gt_boxes: np.ndarray, k: int) -> np.ndarray:
+def atss(anchors, gt_boxes: np.ndarray, k: int, count: str = "locations") -> np.ndarray:
     """(R,) ground-truth index or -1, by Algorithm 1; ties go to lower indices."""
     boxes = anchors.boxes.double().numpy()
     gt = gt_boxes.astype(np.float64)
@@ -37,7 +49,8 @@ def atss(anchors, gt_boxes: np.ndarray, k: int) -> np.ndarray:
         candidates = []
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
             order = np.argsort(distance[start:end], kind="stable")
-            candidates.append(start + order[: k * anchors.per_location])
+            taken = k * anchors.per_location if count == "locations" else k
+            candidates.append(start + order[:taken])
         candidates = np.concatenate(candidates)
         values = overlap[g, candidates]
         threshold = values.mean() + (values.std(ddof=1) if len(values) > 1 else 0)

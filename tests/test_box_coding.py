@@ -4,7 +4,8 @@ import pytest
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 
-from atss.box_coding import BoxDeltas
+from atss import Anchors
+from atss.box_coding import BoxDeltas, LogDistances, PointDistances
 
 
 def random_boxes(seed: int) -> torch.Tensor:
@@ -34,9 +35,42 @@ def test_equals_detectron2s():
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-6)
 
 
-def test_decode_is_finite_for_any_finite_delta():
+@pytest.mark.parametrize("coder", [BoxDeltas(), PointDistances(), LogDistances()])
+def test_decode_is_finite_for_any_finite_delta(coder):
     deltas = torch.tensor([[1e4, -1e4, 1e4, -1e4], [0, 0, 1e30, -1e30]])
-    assert torch.isfinite(BoxDeltas().decode(deltas, torch.tensor([0.0, 0, 64, 64]))).all()
+    assert torch.isfinite(coder.decode(deltas, torch.tensor([0.0, 0, 64, 64]))).all()
+
+
+def test_points_by_hand():
+    """An anchor of 8 strides of 4 px around (20, 40)."""
+    anchor = torch.tensor([4.0, 24, 36, 56])
+    box = PointDistances().decode(torch.tensor([1.0, 2, 0.5, -3]), anchor)
+    torch.testing.assert_close(box, torch.tensor([16.0, 32, 22, 40]))  # nothing below -3
+    distances = PointDistances().encode(torch.tensor([16.0, 32, 22, 48]), anchor)
+    torch.testing.assert_close(distances, torch.tensor([1.0, 2, 0.5, 2]))
+    whole = PointDistances().decode(torch.full((4,), PointDistances.initial), anchor)
+    torch.testing.assert_close(whole, anchor)  # before training each box is its anchor
+
+
+@pytest.mark.parametrize("ratio", [0.25, 2.0])
+@pytest.mark.parametrize("scale", [5.0, 8.0])
+def test_points_count_in_strides_whatever_the_anchor(scale, ratio):
+    anchors = Anchors.grid((16, 16), strides=(8,), scales=(scale,), ratios=(ratio,))
+    box = PointDistances(scale).decode(torch.ones(4), anchors.boxes[0])
+    torch.testing.assert_close(box, torch.tensor([-4.0, -4, 12, 12]))
+
+
+def test_logarithms_by_hand():
+    anchor = torch.tensor([4.0, 24, 36, 56])
+    logarithms = torch.tensor([1.0, 2, 4, 8]).log()
+    box = LogDistances().decode(logarithms, anchor)
+    torch.testing.assert_close(box, torch.tensor([19.0, 38, 24, 48]))
+    torch.testing.assert_close(LogDistances().encode(box, anchor), logarithms)
+
+
+def test_refuses_a_scale_that_cannot_be():
+    with pytest.raises(ValueError, match="must be positive, got 0"):
+        PointDistances(0)
 
 
 def test_refuses_weights_that_cannot_be():

@@ -8,7 +8,8 @@ from detectron2.utils import comm
 
 from atss import BACKGROUND, IGNORE, Anchors, Assignment, HeadOutput
 from atss.box_coding import BoxDeltas
-from atss.criterion import Criterion
+from atss.criterion import Criterion, on_deltas
+from atss.losses import smooth_l1_loss
 
 ANCHORS = Anchors.grid((16, 16), strides=(8,), scales=(2.0,))  # 4 anchors of 16 pixels
 GT = make_gt([[0, 0, 14, 12], [6, 2, 16, 16], [0, 0, 10, 16]], [0, 0, 1], 2, classes=[1, 0, 2])
@@ -149,3 +150,30 @@ def test_two_processes_equal_one_on_the_union(free_port):
     for rank, _, gradients in results:
         for gradient, x in zip(gradients, output, strict=True):
             torch.testing.assert_close(torch.tensor(gradient)[0] / 2, x.grad[rank])
+
+
+def test_plain_retinanets_box_loss():
+    """Smooth L1 of the deltas of positives, summed over 4 N_pos, without any weight."""
+    output, coder = random_output(quality=False), BoxDeltas()
+    boxes = coder.decode(output.deltas, ANCHORS.boxes)
+    criterion = Criterion(box_loss=on_deltas(smooth_l1_loss, coder.encode), box_loss_weight=1.0)
+    losses = criterion(output, boxes, ANCHORS, GT, Assignment.hard(GT_INDEX))
+    expected, positives = 0.0, 0
+    for n, r in (GT_INDEX >= 0).nonzero().tolist():
+        target = coder.encode(GT.boxes[GT_INDEX[n, r]], ANCHORS.boxes[r])
+        for x in (output.deltas[n, r] - target).abs().tolist():
+            expected += x**2 / 0.22 if x < 0.11 else x - 0.055
+        positives += 1
+    assert losses["loss_box_reg"].item() == pytest.approx(expected / (4 * positives), rel=1e-5)
+    assert "loss_centerness" not in losses
+
+
+def test_deltas_of_negatives_do_not_matter():
+    """However far out they are."""
+    output = random_output(quality=False)
+    wild = output.deltas.detach().clone()
+    wild[GT_INDEX < 0] = torch.inf
+    criterion = Criterion(box_loss=on_deltas(smooth_l1_loss, BoxDeltas().encode))
+    args = (ANCHORS.boxes.expand(2, 4, 4), ANCHORS, GT, Assignment.hard(GT_INDEX))
+    tame = criterion(output, *args)["loss_box_reg"]
+    torch.testing.assert_close(criterion(output._replace(deltas=wild), *args)["loss_box_reg"], tame)

@@ -1,5 +1,6 @@
 import math
 
+import pytest
 import torch
 
 from atss.head import ATSSHead, flatten_levels
@@ -65,3 +66,29 @@ def test_boxes_stay_in_float32_under_autocast():
 def test_no_norm_means_no_norm():
     head = ATSSHead(**HEAD | {"norm": ""})
     assert [type(layer).__name__ for layer in head.cls_subnet] == ["Conv2d", "ReLU"]
+
+
+def test_centerness_grows_from_the_tower_that_is_named():
+    maps = features(1)
+    for tower in ("box", "cls"):
+        head = ATSSHead(**HEAD, centerness=tower)
+        before = head(maps).quality
+        other = head.cls_subnet if tower == "box" else head.bbox_subnet
+        own = head.bbox_subnet if tower == "box" else head.cls_subnet
+        with torch.no_grad():
+            other[0].weight.mul_(-1)
+            assert torch.equal(head(maps).quality, before)
+            own[0].weight.mul_(-1)
+            assert not torch.equal(head(maps).quality, before)
+
+
+def test_without_centerness_and_scales():
+    head = ATSSHead(**HEAD, centerness="", level_scale=False, box_bias=4.0)
+    assert head(features(1)).quality is None
+    assert not any(name.startswith(("ctrness", "scales")) for name in head.state_dict())
+    assert (head.bbox_pred.bias == 4).all()
+
+
+def test_refuses_an_unknown_tower():
+    with pytest.raises(ValueError, match="not 'corner'"):
+        ATSSHead(**HEAD, centerness="corner")

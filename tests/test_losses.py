@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.ops import generalized_box_iou_loss
 
-from atss.losses import giou_loss, sigmoid_focal_loss
+from atss.losses import giou_loss, iou_loss, sigmoid_focal_loss, smooth_l1_loss
 
 
 @pytest.mark.parametrize(("target", "expected"), [(1.0, 0.147487), (0.0, 0.024076)])
@@ -41,3 +41,16 @@ def test_giou_gradient_of_empty_boxes_is_finite():
     boxes = torch.zeros(1, 4, requires_grad=True)
     giou_loss(boxes, torch.zeros(1, 4)).sum().backward()
     assert torch.isfinite(boxes.grad).all()
+
+
+def test_iou_loss_by_hand():
+    """4 of 12 px shared, a pixel added to both: -ln(5 / 13)."""
+    a, b = torch.tensor([0.0, 0, 4, 2]), torch.tensor([2.0, 0, 6, 2])
+    torch.testing.assert_close(iou_loss(a, b), torch.tensor(math.log(13 / 5)))
+    torch.testing.assert_close(iou_loss(a, a), torch.tensor(0.0))
+
+
+def test_smooth_l1_by_hand():
+    """Below beta x^2 / (2 beta), above |x| - beta / 2."""
+    loss = smooth_l1_loss(torch.tensor([0.1, -1.0]), torch.zeros(2), beta=0.5)
+    torch.testing.assert_close(loss, torch.tensor([0.01, 0.75]))

@@ -27,16 +27,7 @@ def test_reference_vectors(case):
     np.testing.assert_array_equal(gt_index[~tie], get["matched"][~tie])
 
 
-def random_boxes(rng, count, hw, integer):
-    """Boxes of all sizes and shapes; some stick out of the canvas, some lie outside."""
-    height, width = hw
-    centre = rng.uniform(-0.1, 1.1, (count, 2)) * (width, height)
-    size = np.exp(rng.uniform(np.log(2), np.log(1.5 * max(hw)), (count, 2)))
-    boxes = np.concatenate([centre - size / 2, centre + size / 2], axis=1)
-    return (np.round(boxes) if integer else boxes).astype(np.float32)
-
-
-@pytest.mark.parametrize("integer", [False, True], ids=["real", "integer"])
+@pytest.mark.parametrize("step", [None, 1], ids=["real", "integer"])
 @pytest.mark.parametrize("offset", [0.5, 0.0])
 @pytest.mark.parametrize(
     ("hw", "k", "scales", "ratios"),
@@ -48,10 +39,10 @@ def random_boxes(rng, count, hw, integer):
         ((128, 128), 4, (4.0, 6.0), (0.5, 1.0, 2.0)),
     ],
 )
-def test_equals_float64_brute_force_ties_included(hw, k, scales, ratios, offset, integer):
+def test_equals_float64_brute_force_ties_included(hw, k, scales, ratios, offset, step):
     anchors = Anchors.grid(hw, scales=scales, ratios=ratios, offset=offset)
     rng = np.random.default_rng(k)
-    boxes = [random_boxes(rng, count, hw, integer) for count in (40, 0, 7, 40)]
+    boxes = [oracle.random_boxes(rng, count, hw, step) for count in (40, 0, 7, 40)]
     image_index = np.repeat(np.arange(4), [len(b) for b in boxes])
     assigned = ATSS(k)(anchors, make_gt(np.concatenate(boxes), image_index, 4)).gt_index.numpy()
     first = 0
@@ -59,6 +50,17 @@ def test_equals_float64_brute_force_ties_included(hw, k, scales, ratios, offset,
         expected = oracle.atss(anchors, own, k)
         np.testing.assert_array_equal(image, np.where(expected >= 0, expected + first, -1))
         first += len(own)
+
+
+@pytest.mark.parametrize("k", [9, 4, 1])
+@pytest.mark.parametrize("ratios", [(1.0,), (0.5, 2.0), (0.5, 1.0, 2.0)])
+def test_k_may_count_anchors(k, ratios):
+    """As the authors' code had it first: k anchors per level, whatever A. Where k is no multiple of
+    A, the last location gives the first of its anchors only."""
+    anchors = Anchors.grid((128, 128), ratios=ratios)
+    boxes = oracle.random_boxes(np.random.default_rng(k), 60, (128, 128), 1)
+    gt_index = ATSS(k, count="anchors")(anchors, make_gt(boxes)).gt_index[0].numpy()
+    np.testing.assert_array_equal(gt_index, oracle.atss(anchors, boxes, k, "anchors"))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 9, 19])
@@ -76,7 +78,7 @@ def test_nearest_locations_equal_a_full_sort(k):
         for point, found, ok in zip(points, index[..., level].T, valid[..., level].T, strict=True):
             distance = ((centres[start:end] - point) ** 2).sum(axis=1)
             expected = start + np.argsort(distance, kind="stable")[:k]
-            assert sorted(found[ok].tolist()) == sorted(expected.tolist())
+            assert found[ok].tolist() == expected.tolist()
 
 
 def test_by_hand():
@@ -122,7 +124,7 @@ def test_conflicts_go_to_the_higher_overlap_then_to_the_lower_index():
 
 def test_order_of_objects_does_not_matter():
     anchors = Anchors.grid((160, 224))
-    boxes = random_boxes(np.random.default_rng(3), 30, (160, 224), integer=False)
+    boxes = oracle.random_boxes(np.random.default_rng(3), 30, (160, 224))
     order = np.random.default_rng(4).permutation(30)
     straight = ATSS()(anchors, make_gt(boxes)).gt_index
     shuffled = ATSS()(anchors, make_gt(boxes[order])).gt_index
@@ -131,7 +133,7 @@ def test_order_of_objects_does_not_matter():
 
 
 def test_scales_with_the_canvas():
-    boxes = random_boxes(np.random.default_rng(5), 20, (160, 224), integer=True)
+    boxes = oracle.random_boxes(np.random.default_rng(5), 20, (160, 224), 1)
     small = ATSS()(Anchors.grid((160, 224)), make_gt(boxes)).gt_index
     strides = tuple(2 * s for s in (8, 16, 32, 64, 128))
     large = ATSS()(Anchors.grid((320, 448), strides=strides), make_gt(boxes * 2)).gt_index
@@ -164,3 +166,8 @@ def test_a_single_candidate_is_its_own_threshold():
 def test_refuses_k_below_one():
     with pytest.raises(ValueError, match="top_k >= 1, got 0"):
         ATSS(top_k=0)
+
+
+def test_refuses_to_count_what_it_does_not_know():
+    with pytest.raises(ValueError, match="counts 'locations' or 'anchors', not 'levels'"):
+        ATSS(count="levels")

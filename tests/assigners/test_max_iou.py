@@ -52,12 +52,7 @@ def test_equals_brute_force(low_quality, in_box, ratios):
     hw = (160, 350)
     anchors = Anchors.grid(hw, ratios=ratios)
     rng = np.random.default_rng(0)
-    images = []
-    for count in (60, 0, 5):
-        centre = rng.uniform(-0.1, 1.1, (count, 2)) * (hw[1], hw[0])
-        size = np.exp(rng.uniform(np.log(3), np.log(500), (count, 2)))
-        boxes = np.concatenate([centre - size / 2, centre + size / 2], axis=1)
-        images.append(np.round(boxes).astype(np.float32))
+    images = [oracle.random_boxes(rng, count, hw, 1) for count in (60, 0, 5)]
     images[0][-1] = (900, 900, 950, 950)  # overlaps no anchor, and claims none
     image_index = np.repeat(np.arange(3), [len(b) for b in images])
     rule = MaxIoU(low_quality_matches=low_quality, in_box=in_box)

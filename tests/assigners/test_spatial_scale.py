@@ -52,19 +52,14 @@ def brute_force(anchors, gt, radius, top_k):
 
 
 @pytest.mark.parametrize(("radius", "top_k"), [(0, 0), (1.5, 0), (0, 9), (0, 2)])
-@pytest.mark.parametrize("integer", [False, True], ids=["real", "integer"])
+@pytest.mark.parametrize("step", [None, 4], ids=["real", "integer"])
 @pytest.mark.parametrize("ratios", [(1.0,), (0.5, 2.0)])
-def test_equals_brute_force(radius, top_k, integer, ratios):
+def test_equals_brute_force(radius, top_k, step, ratios):
     """Integer boxes whose farthest side is exactly an end of a range belong to both levels."""
     hw = (320, 700)
     anchors = Anchors.grid(hw, ratios=ratios)
     rng = np.random.default_rng(0)
-    images = []
-    for count in (50, 0, 9):
-        centre = rng.uniform(-0.05, 1.05, (count, 2)) * (hw[1], hw[0])
-        size = np.exp(rng.uniform(np.log(3), np.log(900), (count, 2)))
-        boxes = np.concatenate([centre - size / 2, centre + size / 2], axis=1)
-        images.append((np.round(boxes / 4) * 4 if integer else boxes).astype(np.float32))
+    images = [oracle.random_boxes(rng, count, hw, step) for count in (50, 0, 9)]
     image_index = np.repeat(np.arange(3), [len(b) for b in images])
     gt = make_gt(np.concatenate(images), image_index, 3)
     assigned = SpatialScale(radius=radius, top_k=top_k)(anchors, gt).gt_index.numpy()

@@ -59,10 +59,32 @@ class ATSS:
         Args:
             gt_boxes: (G, 4).
         Returns:
-            (k * A * L, G) int64 into R, and (k * A * L, G) float64 IoU, -inf where not positive;
+            (C, G) int64 into R, and (C, G) float64 IoU, -inf where not positive. C is k * A * L, or
             k * L where k counts anchors.
         """
         objects = gt_boxes.double()
+        index, valid, boxes = self._nearest(anchors, objects)
+        overlap = iou(boxes, objects) * valid  # line 7
+        mean, std = _mean_and_std(overlap, valid)  # lines 8, 9
+        threshold = mean + std  # line 10
+        inside = nearest_side(centres(boxes), objects) > self.INSIDE_MARGIN
+        positive = (overlap >= threshold - self.IOU_TOLERANCE) & inside & valid  # line 12
+        return index, overlap.masked_fill_(~positive, -torch.inf)
+
+    def statistics(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """What makes each object's threshold.
+
+        Args:
+            gt_boxes: (G, 4).
+        Returns:
+            (G,) float64 mean and (G,) float64 standard deviation of its candidates' IoUs.
+        """
+        objects = gt_boxes.double()
+        _, valid, boxes = self._nearest(anchors, objects)
+        return _mean_and_std(iou(boxes, objects) * valid, valid)
+
+    def _nearest(self, anchors: Anchors, objects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Lines 2 to 6: (C, G) index and validity of the candidates, (C, G, 4) their boxes."""
         top_k = self.top_k
         if self.count == "anchors":
             top_k = -(-top_k // anchors.per_location)
@@ -71,17 +93,15 @@ class ATSS:
         if self.count == "anchors":  # of the farthest location perhaps not all
             cut = self.top_k * len(anchors.strides)
             index, valid = index[:cut], valid[:cut]
-
         boxes = anchors.boxes.index_select(0, index.flatten())
         # In memory x1 of all, then y1 of all: faster than box by box.
         boxes = boxes.T.to(torch.float64, memory_format=torch.contiguous_format).T
-        boxes = boxes.view(*index.shape, 4)
-        overlap = iou(boxes, objects) * valid  # line 7
-        count = valid.sum(dim=0)
-        mean = overlap.sum(dim=0) / count  # line 8
-        squares = ((overlap - mean) * valid).square_().sum(dim=0)
-        std = (squares / (count - 1).clamp(min=1)).sqrt()  # line 9, unbiased
-        threshold = mean + std  # line 10
-        inside = nearest_side(centres(boxes), objects) > self.INSIDE_MARGIN
-        positive = (overlap >= threshold - self.IOU_TOLERANCE) & inside & valid  # line 12
-        return index, overlap.masked_fill_(~positive, -torch.inf)
+        return index, valid, boxes.view(*index.shape, 4)
+
+
+def _mean_and_std(overlap: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """(G,) mean and unbiased standard deviation of (C, G) overlaps, zero where not valid."""
+    count = valid.sum(dim=0)
+    mean = overlap.sum(dim=0) / count
+    squares = ((overlap - mean) * valid).square_().sum(dim=0)
+    return mean, (squares / (count - 1).clamp(min=1)).sqrt()

@@ -1,0 +1,86 @@
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import make_gt
+
+from atss import BACKGROUND, Anchors
+from atss.assigners import TopK
+from atss.assigners.pairs import surrounding_locations
+
+
+def brute_force(anchors, gt, k):
+    """(R,) over all anchors, in float64; what agrees to 2^-40 ties, and goes to lower indices."""
+    boxes, gt = anchors.boxes.double().numpy(), gt.astype(np.float64)
+    owner, best = np.full(len(boxes), BACKGROUND), np.full(len(boxes), -np.inf)
+    if len(gt) == 0:
+        return owner
+    overlap = oracle.pairwise_iou(gt, boxes)
+    centre, gt_centre = (boxes[:, :2] + boxes[:, 2:]) / 2, (gt[:, :2] + gt[:, 2:]) / 2
+    distance = np.linalg.norm(centre[None] - gt_centre[:, None], axis=2)
+    score = np.round((overlap - distance / distance.max() / 1000) * 2.0**40)
+    for g, box in enumerate(gt):
+        chosen = np.argsort(-score[g], kind="stable")[:k]
+        inside = np.minimum(centre[chosen] - box[:2], box[2:] - centre[chosen]).min(axis=1) > 0.01
+        chosen = chosen[inside]
+        better = chosen[overlap[g, chosen] > best[chosen]]
+        owner[better], best[better] = g, overlap[g, better]
+    return owner
+
+
+@pytest.mark.parametrize("step", [None, 1], ids=["real", "integer"])
+@pytest.mark.parametrize("k", [9, 1, 20])
+@pytest.mark.parametrize("ratios", [(1.0,), (0.5, 2.0)])
+def test_equals_brute_force(step, k, ratios):
+    hw = (160, 350)
+    anchors = Anchors.grid(hw, ratios=ratios)
+    rng = np.random.default_rng(k)
+    images = [oracle.random_boxes(rng, count, hw, step) for count in (60, 0, 5)]
+    image_index = np.repeat(np.arange(3), [len(b) for b in images])
+    gt_index = TopK(k)(anchors, make_gt(np.concatenate(images), image_index, 3)).gt_index.numpy()
+    first = 0
+    for image, boxes in zip(gt_index, images, strict=True):
+        expected = brute_force(anchors, boxes, k)
+        np.testing.assert_array_equal(image, np.where(expected >= 0, expected + first, -1))
+        first += len(boxes)
+
+
+def test_by_hand():
+    """Anchors of 16 px every 8 px, an object of 20 px around location (1, 1). That one overlaps it
+    most; next are the four in its row and column (10 x 16 px shared), whose centres lie 2 px inside
+    it; then the diagonal ones (10 x 10)."""
+    anchors = Anchors.grid((32, 32), strides=(8,), scales=(2.0,))
+    five = TopK(5)(anchors, make_gt([[2, 2, 22, 22]])).gt_index.view(4, 4)
+    expected = torch.full((4, 4), BACKGROUND)
+    expected[1, 0:3] = expected[0:3, 1] = 0
+    assert five.tolist() == expected.tolist()
+
+
+def test_surrounding_locations_hold_the_best_of_any_falling_score():
+    """For scores that fall along rows and columns in their own way, as overlaps with wide and tall
+    boxes do."""
+    anchors = Anchors.grid((70, 90), strides=(8, 32))
+    rng = np.random.default_rng(0)
+    points = rng.uniform(-30, 120, (200, 2))
+    index, valid = surrounding_locations(anchors, torch.from_numpy(points), 9)
+    centres = oracle.locations(anchors)
+    ends = np.cumsum(anchors.per_level)
+    for p, point in enumerate(points):
+        steepness = np.exp(rng.uniform(-3, 3, 2))
+        score = -(np.abs(centres - point) * steepness).sum(axis=1)
+        for level, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            best = start + np.argsort(-score[start:end])[:9]
+            held = index[:, p, level][valid[:, p, level]].tolist()
+            assert set(best) <= set(held)
+            assert len(set(held)) == len(held)
+
+
+def test_no_object():
+    gt_index = TopK()(Anchors.grid((64, 64)), make_gt([], num_images=2)).gt_index
+    assert (gt_index == BACKGROUND).all()
+    assert gt_index.shape[0] == 2
+
+
+def test_refuses_k_below_one():
+    with pytest.raises(ValueError, match="top_k >= 1, got 0"):
+        TopK(top_k=0)
