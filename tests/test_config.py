@@ -139,7 +139,7 @@ def test_a_rule_of_ones_own(tmp_path):
             "IN_FEATURES names \\['p2'\\], but the backbone",
         ),
         (("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator"), "to GridAnchorGenerator, not"),
-        (("MODEL.FPN.IN_FEATURES", ["res3", "res4"]), "must end with a feature of stride 32"),
+        (("MODEL.FPN.IN_FEATURES", ["res3", "res4"]), "names \\['p7'\\], but the backbone makes"),
         (("MODEL.ATSS.ASSIGNERS.ATSS.TOP_K", 0), "top_k >= 1, got 0"),
         (("MODEL.ATSS.NUM_CLASSES", 0), "must be positive, or -1, not 0"),
         (("MODEL.ATSS.SCORE", "cubed"), "unknown score 'cubed'"),

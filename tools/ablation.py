@@ -167,7 +167,7 @@ def write_table(results: dict, target: Path) -> None:
     """Markdown: rows, then differences."""
     seeds = max(len(runs) for runs in results.values())
     lines = [
-        f"Means of {seeds} seeds on the 200 test images of `atss.data.digits.ABLATION`.",
+        f"Means over {seeds} seed(s) on the 200 test images of `atss.data.digits.ABLATION`.",
         "",
         "| row | AP | AP50 | AP75 | paper, COCO |",
         "|---|---|---|---|---|",

@@ -1,0 +1,56 @@
+import csv
+import json
+
+import assignment_statistics as tool
+import pytest
+
+
+def run(tmp_path, annotations, *argv):
+    file = tmp_path / "annotations.json"
+    images = [{"id": 1, "file_name": "a.jpg", "width": 640, "height": 480}]
+    file.write_text(json.dumps({"images": images, "annotations": annotations}))
+    tool.main(["--annotations", str(file), "--output", str(tmp_path / "out"), *argv])
+    with open(tmp_path / "out" / "objects.csv") as table:
+        return list(csv.DictReader(table))
+
+
+def annotation(x, y, w, h, **more):
+    return {"id": 1, "image_id": 1, "category_id": 1, "bbox": [x, y, w, h], **more}
+
+
+def test_counts_by_rule_and_sorts_by_kind(tmp_path, capsys):
+    boxes = [(0, 0, 20, 20), (100, 100, 50, 50), (200, 100, 300, 90)]
+    objects = run(tmp_path, [annotation(*b) for b in boxes])
+    assert [float(o["area"]) for o in objects] == [400, 2500, 27000]
+    assert [float(o["border"]) for o in objects] == [0, 100, 100]
+    assert float(objects[2]["aspect"]) == pytest.approx(300 / 90)
+    # 800 / 480 is exact, so that sizes on the canvas are.
+    assert float(objects[1]["side"]) == pytest.approx(50 * 800 / 480, rel=1e-3)
+    for o in objects:
+        assert 0 < int(o["ATSS"]) <= 45
+        assert int(o["TopK"]) <= 9
+        assert 0 < float(o["mean"]) < 1
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "0.2 * k * L would be 9.0" in table
+    assert "| objects | count | ATSS | MaxIoU | SpatialScale | TopK |" in table
+    assert "small, < 32² | 1 |" in table
+    assert (tmp_path / "out" / "plot.png").is_file()
+
+
+def test_rules_and_arguments_are_chosen(tmp_path):
+    opts = ("--rules", "TopK", "--", "MODEL.ATSS.ASSIGNERS.TopK.TOP_K", "3")
+    (only,) = run(tmp_path, [annotation(100, 100, 80, 80)], *opts)
+    assert only["TopK"] == "3"
+    assert "mean" not in only
+
+
+def test_crowds_are_left_out_and_nothing_left_is_said(tmp_path):
+    with pytest.raises(SystemExit, match="has no objects"):
+        run(tmp_path, [annotation(0, 0, 20, 20, iscrowd=1)])
+
+
+def test_unknown_rule_and_unreadable_file(tmp_path):
+    with pytest.raises(SystemExit, match="known are"):
+        run(tmp_path, [annotation(0, 0, 20, 20)], "--rules", "Nearest")
+    with pytest.raises(SystemExit, match="cannot be read as COCO's json"):
+        tool.main(["--annotations", str(tmp_path / "absent.json")])
