@@ -92,3 +92,19 @@ def test_without_centerness_and_scales():
 def test_refuses_an_unknown_tower():
     with pytest.raises(ValueError, match="not 'corner'"):
         ATSSHead(**HEAD, centerness="corner")
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_last_convolution_of_each_tower_may_be_deformable(version):
+    head = ATSSHead(**HEAD | {"num_convs": 2}, deform=version)
+    names = [type(layer).__name__ for layer in head.bbox_subnet]
+    assert names == ["Conv2d", "GroupNorm", "ReLU", "DeformConvLayer", "GroupNorm", "ReLU"]
+    assert head.cls_subnet[3].offset.weight.abs().max() == 0
+    assert abs(head.cls_subnet[3].conv.weight.std().item() - 0.01) < 1e-3
+    head(features(1)).logits.sum().backward()
+    assert head.cls_subnet[3].offset.weight.grad.abs().max() > 0
+
+
+def test_refuses_an_unknown_version():
+    with pytest.raises(ValueError, match="not 'v3' with 1 convolutions"):
+        ATSSHead(**HEAD, deform="v3")

@@ -1,11 +1,16 @@
 """Backbones: any of Detectron2's bottom-ups under an FPN whose P6 and P7 grow out of P5."""
 
 import math
+from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init
-from detectron2.modeling.backbone import FPN, Backbone
+from detectron2.layers import CNNBlockBase
+from detectron2.modeling.backbone import FPN, Backbone, ResNet
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .deform_conv import DeformConv
 
 
 class P6P7FromP5(nn.Module):
@@ -48,3 +53,61 @@ def build_fpn(
     last = bottom_up.output_shape()[in_features[-1]].stride
     top_block = P6P7FromP5(out_channels, relu_before_p7, f"p{int(math.log2(last))}")
     return FPN(bottom_up, in_features, out_channels, norm, top_block, fuse_type)
+
+
+class DeformBottleneck(CNNBlockBase):
+    """Detectron2's bottleneck with a deformable 3 x 3 convolution, with the names that its own has,
+    on an operator that need not be compiled.
+
+    Args:
+        plain: the block whose layers it takes over.
+        modulated: version 2 (arXiv 1811.11168).
+        offset_groups: groups of channels that move together.
+    """
+
+    def __init__(self, plain: BottleneckBlock, modulated: bool, offset_groups: int = 1):
+        super().__init__(plain.in_channels, plain.out_channels, plain.stride)
+        self.conv1, self.conv3, self.shortcut = plain.conv1, plain.conv3, plain.shortcut
+        conv2 = plain.conv2
+        geometry = (conv2.stride, conv2.padding, conv2.dilation)
+        self.conv2 = DeformConv(conv2.weight, None, *geometry, conv2.norm)
+        numbers = (27 if modulated else 18) * offset_groups
+        self.conv2_offset = nn.Conv2d(conv2.in_channels, numbers, 3, *geometry)
+        nn.init.zeros_(self.conv2_offset.weight)
+        nn.init.zeros_(self.conv2_offset.bias)
+        self.conv2_offset.requires_grad_(conv2.weight.requires_grad)
+        self.split = 18 * offset_groups
+        self.modulated = modulated
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu_(self.conv1(x))
+        moved = self.conv2_offset(y)
+        mask = moved[:, self.split :].sigmoid() if self.modulated else None
+        y = F.relu_(self.conv2(y, moved[:, : self.split], mask))
+        y = self.conv3(y)
+        return F.relu_(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+def make_deformable(
+    bottom_up: ResNet, stages: Sequence[bool], modulated: bool, offset_groups: int = 1
+) -> ResNet:
+    """Makes the bottlenecks of some stages deformable.
+
+    Args:
+        stages: for res2 to res5, whether.
+
+    Raises:
+        ValueError: where a stage has no bottlenecks (ResNet-18 and 34).
+    """
+    for name, wanted in zip(("res2", "res3", "res4", "res5"), stages, strict=True):
+        stage = getattr(bottom_up, name, None)
+        if not wanted or stage is None:
+            continue
+        for i, block in enumerate(stage):
+            if not isinstance(block, BottleneckBlock):
+                raise ValueError(
+                    "MODEL.RESNETS.DEFORM_ON_PER_STAGE needs bottlenecks, which ResNet-18 and 34 "
+                    f"have none of ({name} is made of {type(block).__name__})"
+                )
+            stage[i] = DeformBottleneck(block, modulated, offset_groups)
+    return bottom_up

@@ -54,6 +54,9 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.CENTERNESS = "box"
     # A learned scale on each level's regression.
     node.LEVEL_SCALE = True
+    # The last convolution of both towers is deformable: "v1" or "v2"; "" for a plain one. In the
+    # backbone: MODEL.RESNETS.DEFORM_ON_PER_STAGE and DEFORM_MODULATED.
+    node.DEFORM_TOWER = ""
     # Class probability that the head predicts before training (RetinaNet, section 4.1).
     node.PRIOR_PROB = 0.01
     # P7 is computed from P6 after a ReLU. mmdet's checkpoints want False.
@@ -197,14 +200,22 @@ def ATSSHead(
         centerness=cfg.MODEL.ATSS.CENTERNESS,
         level_scale=cfg.MODEL.ATSS.LEVEL_SCALE,
         box_bias=build_box_coder(cfg, num_anchors).initial,
+        deform=cfg.MODEL.ATSS.DEFORM_TOWER,
     )
 
 
 @BACKBONE_REGISTRY.register()
 def build_atss_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """A ResNet under an FPN with P6 from P5."""
+    # Detectron2 builds it plain, because its deformable convolutions have to be compiled.
+    resnet, deform = cfg.MODEL.RESNETS, cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE
+    plain = cfg.clone()
+    plain.defrost()
+    plain.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False] * len(deform)
+    bottom_up = build_resnet_backbone(plain, input_shape)
+    backbone.make_deformable(bottom_up, deform, resnet.DEFORM_MODULATED, resnet.DEFORM_NUM_GROUPS)
     return backbone.build_fpn(
-        bottom_up=build_resnet_backbone(cfg, input_shape),
+        bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,

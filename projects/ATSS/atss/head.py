@@ -8,6 +8,7 @@ from detectron2.layers import get_norm
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
+from .deform_conv import DeformConv, DeformConvLayer
 from .structures import HeadOutput
 
 HEAD_REGISTRY = Registry("ATSS_HEAD")
@@ -57,9 +58,11 @@ class ATSSHead(nn.Module):
         centerness: the tower that predicts it, "box" or "cls"; "" for none at all.
         level_scale: whether each level's regression has a learned scale.
         box_bias: what the box predictor gives at initialisation.
+        deform: version of the deformable convolution that is the last of each tower, "v1" or "v2";
+            "" for a plain one.
 
     Raises:
-        ValueError: for an unknown tower.
+        ValueError: for an unknown tower or version.
     """
 
     def __init__(
@@ -75,13 +78,19 @@ class ATSSHead(nn.Module):
         centerness: str = "box",
         level_scale: bool = True,
         box_bias: float = 0.0,
+        deform: str = "",
     ):
         super().__init__()
         if centerness not in ("box", "cls", ""):
             raise ValueError(f"centerness grows from 'box' or 'cls', or '': not {centerness!r}")
+        if deform not in ("v1", "v2", "") or (deform and not num_convs):
+            raise ValueError(
+                f"the last convolution of a tower is deformable 'v1', 'v2' or '': not {deform!r} "
+                f"with {num_convs} convolutions"
+            )
         self.num_classes = num_classes
-        self.cls_subnet = self._tower(in_channels, num_convs, norm)
-        self.bbox_subnet = self._tower(in_channels, num_convs, norm)
+        self.cls_subnet = self._tower(in_channels, num_convs, norm, deform)
+        self.bbox_subnet = self._tower(in_channels, num_convs, norm, deform)
         self.cls_score = nn.Conv2d(in_channels, num_anchors * num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(in_channels, num_anchors * 4, 3, padding=1)
         self.centerness = centerness
@@ -89,18 +98,22 @@ class ATSSHead(nn.Module):
         scale = Scale if level_scale else nn.Identity
         self.scales = nn.ModuleList(scale() for _ in range(num_levels))
 
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+        for name, module in self.named_modules():
+            # Offsets of deformable convolutions begin at zero.
+            if isinstance(module, (nn.Conv2d, DeformConv)) and not name.endswith("offset"):
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
         nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
         nn.init.constant_(self.bbox_pred.bias, box_bias)
 
     @staticmethod
-    def _tower(channels: int, num_convs: int, norm: str) -> nn.Sequential:
+    def _tower(channels: int, num_convs: int, norm: str, deform: str) -> nn.Sequential:
         layers: list[nn.Module] = []
-        for _ in range(num_convs):
-            layers.append(nn.Conv2d(channels, channels, 3, padding=1))
+        for i in range(num_convs):
+            if deform and i == num_convs - 1:
+                layers.append(DeformConvLayer(channels, modulated=deform == "v2"))
+            else:
+                layers.append(nn.Conv2d(channels, channels, 3, padding=1))
             if norm:
                 layers.append(get_norm(norm, channels))
             layers.append(nn.ReLU(inplace=True))
