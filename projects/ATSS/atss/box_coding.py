@@ -1,7 +1,10 @@
 """How the four numbers that the head regresses describe a box.
 
-A coder has ``encode(boxes, anchors)``, ``decode(numbers, anchors)``, both on (..., 4), and
-``initial``, the number that the head predicts before training.
+A coder has ``encode(boxes, anchors)`` and ``decode(numbers, anchors)``, both on (..., 4);
+``initial``, the number that the head predicts before training; and ``legacy``, the pixels to add to
+a box that weights of the authors' code predict. Its coordinates name the centres of pixels, half a
+pixel before ours, and its boxes hold their last pixel, which its deltas count and its distances do
+not.
 """
 
 import math
@@ -22,6 +25,7 @@ class BoxDeltas:
     """
 
     initial = 0.0
+    legacy = (0.5, 0.5, 0.5, 0.5)
     # Stops exp() from overflowing: a box may be 1000 / 16 times as large as its anchor.
     MAX_LOG_SCALE = math.log(1000 / 16)
 
@@ -62,6 +66,7 @@ class PointDistances:
     """
 
     initial = 4.0
+    legacy = (0.0, 0.0, 1.0, 1.0)
 
     def __init__(self, anchor_scale: float = 8.0):
         if anchor_scale <= 0:
@@ -86,6 +91,7 @@ class LogDistances:
     1904.01355, section 3.1: exp(x), before it counted in strides)."""
 
     initial = 0.0
+    legacy = (0.0, 0.0, 1.0, 1.0)
     # Stops exp() from overflowing.
     MAX_LOG = math.log(1 << 16)
 

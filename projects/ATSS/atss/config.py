@@ -90,6 +90,10 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.FOCAL_LOSS_ALPHA = 0.25
     node.FOCAL_LOSS_GAMMA = 2.0
 
+    # For weights of the authors' code, to which coordinates name the centres of pixels, and boxes
+    # hold their last pixel: with True they give boxes like everyone's. To fine-tune them: False.
+    node.LEGACY_PIXELS = False
+
     # Inference (paper, section 3.1). The threshold is on the class probability alone.
     node.SCORE_THRESH_TEST = 0.05
     # Kept per level before suppression.
@@ -163,6 +167,7 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
         input_format=cfg.INPUT.FORMAT,
         vis_period=cfg.VIS_PERIOD,
         precision=autocast_dtype(cfg),
+        legacy_pixels=node.LEGACY_PIXELS,
     )
     if node.CHANNELS_LAST:
         # Feature maps follow the weights of the convolutions that make them.

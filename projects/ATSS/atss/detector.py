@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from detectron2.modeling.backbone import Backbone
@@ -39,6 +40,8 @@ class ATSSDetector(DenseDetector):
         vis_period: iterations between pictures of a training image in the log; 0 for none.
         precision: dtype of backbone and towers under autocast, or None to leave it to the caller.
             Everything after the head is float32.
+        legacy_pixels: the weights are those of the authors' code, where a coordinate names the
+            centre of a pixel and a box holds its last pixel.
     """
 
     # As Detectron2's writers print: every so many iterations. Reading a number off a GPU waits
@@ -62,6 +65,7 @@ class ATSSDetector(DenseDetector):
         head_in_features: Sequence[str] | None = None,
         vis_period: int = 0,
         precision: torch.dtype | None = None,
+        legacy_pixels: bool = False,
     ):
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
@@ -75,6 +79,7 @@ class ATSSDetector(DenseDetector):
         self.input_format = input_format
         self.vis_period = vis_period
         self.precision = precision
+        self.legacy_pixels = legacy_pixels
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """Detectron2's model format: a list of dicts with "image" (C, H, W) and, in training,
@@ -83,7 +88,11 @@ class ATSSDetector(DenseDetector):
         if self.precision is not None:
             autocast = torch.autocast(self.device.type, dtype=self.precision)
         with autocast:
-            return super().forward(batched_inputs)
+            results = super().forward(batched_inputs)
+        if self.legacy_pixels and not self.training:
+            for example, result in zip(batched_inputs, results, strict=True):
+                _keep_last_pixel(result["instances"], example["image"].shape[-2:])
+        return results
 
     def forward_training(
         self,
@@ -97,6 +106,8 @@ class ATSSDetector(DenseDetector):
             output = _in_float32(predictions)
             anchors = self.anchor_generator.grid(features)
             gt = GroundTruth.from_instances(gt_instances)
+            if self.legacy_pixels:
+                gt = replace(gt, boxes=gt.boxes - 0.5)
             boxes = self.box_coder.decode(output.deltas, anchors.boxes)
             quality = None if output.quality is None else output.quality.detach()
             seen = Predictions(output.logits.detach(), boxes.detach(), quality)
@@ -113,7 +124,13 @@ class ATSSDetector(DenseDetector):
         with torch.autocast(self.device.type, enabled=False):
             anchors = self.anchor_generator.grid(features)
             output = _in_float32(predictions)
-            return self.postprocess(output, anchors, self.box_coder.decode, images.image_sizes)
+            legacy = self.box_coder.legacy
+
+            def decode(deltas: Tensor, anchor_boxes: Tensor) -> Tensor:
+                boxes = self.box_coder.decode(deltas, anchor_boxes)
+                return boxes + boxes.new_tensor(legacy) if self.legacy_pixels else boxes
+
+            return self.postprocess(output, anchors, decode, images.image_sizes)
 
     def _log(
         self,
@@ -140,3 +157,13 @@ class ATSSDetector(DenseDetector):
 
 def _in_float32(output: HeadOutput) -> HeadOutput:
     return HeadOutput(*(x if x is None else x.float() for x in output))
+
+
+def _keep_last_pixel(instances: Instances, input_hw: Sequence[int]) -> None:
+    """In legacy pixels the last pixel of a box is one pixel of the original image wide, whatever
+    the size of the input: resizing it with the box was wrong by the difference. In place."""
+    height, width = instances.image_size
+    boxes = instances.pred_boxes.tensor
+    boxes[:, 2] += 1 - width / input_hw[1]
+    boxes[:, 3] += 1 - height / input_hw[0]
+    instances.pred_boxes.clip((height, width))

@@ -1,0 +1,211 @@
+"""From the weights of the authors' code or of mmdet to ours, and to mmdet's again."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import Tensor
+
+from ..model_zoo import get_config
+from .names import MMDET, OFFICIAL, TO_MMDET, Rule, rename
+
+SOURCES: dict[str, list[Rule]] = {"official": OFFICIAL, "mmdet": MMDET}
+# Blocks of the stages res2 to res5 -> depth.
+DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+# The authors' frozen batch norm divides by sqrt(var), ours by sqrt(var + this).
+BATCH_NORM_EPS = 1e-5
+
+
+class ConversionError(ValueError):
+    """Says what does not fit, name by name."""
+
+
+def load(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, whoever wrote it. Nothing in the file is executed.
+
+    Raises:
+        ConversionError: where the file is not one, is damaged, or holds more than data.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ConversionError(f"cannot read {path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise ConversionError(
+            f"{path} is no checkpoint, or one that wants to run code when it is read, which is not "
+            "done here"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{path} is no checkpoint, or is damaged") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise ConversionError(f"{path} holds no weights")
+    strange = [k for k, v in content.items() if not isinstance(v, Tensor)]
+    if strange:
+        raise ConversionError(f"{path} holds no weights: {strange[0]!r} is no tensor")
+    return dict(content)
+
+
+def convert(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Weights under our names, with our numbers.
+
+    Args:
+        state_dict: of an ATSS model with one anchor per location.
+        source: "official" (the authors' code) or "mmdet".
+    Returns:
+        a state dict of the model of :func:`config_for`.
+
+    Raises:
+        ConversionError: where anything is missing, unexpected, or of another shape.
+    """
+    if source not in SOURCES:
+        raise ConversionError(f"unknown source {source!r}; known are {[*SOURCES]}")
+    state_dict = _without_prefix(state_dict)
+    names, unknown = rename(list(state_dict), SOURCES[source])
+    converted = {new: state_dict[old] for old, new in names.items()}
+    if source == "official":
+        for name, value in converted.items():
+            if name.endswith("running_var"):
+                converted[name] = value - BATCH_NORM_EPS
+    else:
+        converted = _complete_mmdet(converted)
+    for name, value in converted.items():
+        if name.startswith("head.scales") and value.ndim == 0:
+            converted[name] = value.reshape(1)
+    _check(converted, unknown, source)
+    return converted
+
+
+def config_for(state_dict: Mapping[str, Tensor], source: str, regression: str = "box") -> CfgNode:
+    """The config that converted weights need.
+
+    Args:
+        state_dict: from :func:`convert`.
+        source: whose they were.
+        regression: "box" or "point", which weights do not tell.
+
+    Raises:
+        ConversionError: where the weights are of no backbone that is known.
+    """
+    try:
+        blocks = tuple(_blocks(state_dict, stage) for stage in range(2, 6))
+        conv2 = state_dict["backbone.bottom_up.res2.0.conv2.weight"].shape
+        classes = state_dict["head.cls_score.weight"].shape[0]
+        depth = DEPTHS[blocks]
+    except KeyError as error:
+        raise ConversionError(
+            f"these are no weights of an ATSS with a ResNet-50, 101 or 152: {error} is missing or "
+            "unknown"
+        ) from error
+    cfg = get_config("ATSS_R_50_FPN_1x")
+    resnet = cfg.MODEL.RESNETS
+    resnet.DEPTH = depth
+    resnet.NUM_GROUPS = conv2[0] // conv2[1]
+    resnet.WIDTH_PER_GROUP = conv2[1]
+    # The authors stride in the 1 x 1 convolutions of plain ResNets, and in no ResNeXt.
+    resnet.STRIDE_IN_1X1 = source == "official" and resnet.NUM_GROUPS == 1
+    offsets = {
+        stage: f"backbone.bottom_up.res{stage}.0.conv2_offset.weight" for stage in range(2, 6)
+    }
+    resnet.DEFORM_ON_PER_STAGE = [name in state_dict for name in offsets.values()]
+    channels = [state_dict[name].shape[0] for name in offsets.values() if name in state_dict]
+    resnet.DEFORM_MODULATED = bool(channels) and channels[0] % 27 == 0
+    tower = state_dict.get("head.cls_subnet.9.offset.weight")
+    cfg.MODEL.ATSS.DEFORM_TOWER = "" if tower is None else ("v2" if len(tower) == 27 else "v1")
+    cfg.MODEL.ATSS.NUM_CLASSES = classes
+    cfg.MODEL.ATSS.REGRESSION = regression
+    if source == "official":
+        cfg.MODEL.ATSS.LEGACY_PIXELS = True
+    else:
+        cfg.MODEL.ANCHOR_GENERATOR.OFFSET = 0.0
+        cfg.MODEL.ATSS.RELU_BEFORE_P7 = False
+        cfg.MODEL.ATSS.SCORE = "product"
+        cfg.INPUT.FORMAT = "RGB"
+        cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
+        cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+    return cfg
+
+
+def to_mmdet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights under mmdet's names.
+
+    Raises:
+        ConversionError: where mmdet's ATSS has no place for something; its towers have no biases.
+    """
+    state_dict = dict(state_dict)
+    for name in [n for n in state_dict if _is_tower_bias(n)]:
+        if state_dict.pop(name).abs().max() > 0:
+            raise ConversionError(f"mmdet's towers have no biases, but {name} is not zero")
+    names, unknown = rename(list(state_dict), TO_MMDET)
+    if unknown:
+        raise ConversionError(f"mmdet's ATSS has no place for {', '.join(unknown)}")
+    converted = {new: state_dict[old] for old, new in names.items()}
+    for name in list(converted):
+        if name.startswith("bbox_head.scales"):
+            converted[name] = converted[name].reshape(())
+        if name.endswith("running_var"):
+            count = name.replace("running_var", "num_batches_tracked")
+            converted[count] = torch.zeros((), dtype=torch.long)
+    return converted
+
+
+def _without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without "module.", where a distributed model's names all begin with it."""
+    if all(name.startswith("module.") for name in state_dict):
+        return {name.removeprefix("module."): value for name, value in state_dict.items()}
+    return dict(state_dict)
+
+
+def _is_tower_bias(name: str) -> bool:
+    """Whether it is the bias of a convolution (not of a norm or of offsets) in a tower."""
+    parts = name.split(".")
+    return (
+        parts[0] == "head"
+        and parts[1].endswith("_subnet")
+        and int(parts[2]) % 3 == 0
+        and (parts[3:] in (["bias"], ["conv", "bias"]))
+    )
+
+
+def _complete_mmdet(converted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Deformable layers of the towers by our names (in mmdet they carry the weight themselves), and
+    zeros for the biases that its towers lack."""
+    renamed = {}
+    for name, value in converted.items():
+        parent, _, kind = name.rpartition(".")
+        if f"{parent}.offset.weight" in converted:
+            name = f"{parent}.conv.{kind}"
+        renamed[name] = value
+    for name, value in list(renamed.items()):
+        bias = name.replace(".weight", ".bias")
+        if _is_tower_bias(bias) and name.endswith(".weight"):
+            renamed.setdefault(bias, value.new_zeros(len(value)))
+    return renamed
+
+
+def _blocks(state_dict: Mapping[str, Tensor], stage: int) -> int:
+    prefix = f"backbone.bottom_up.res{stage}."
+    return len({n.split(".")[3] for n in state_dict if n.startswith(prefix)})
+
+
+def _check(converted: dict[str, Tensor], unknown: list[str], source: str) -> None:
+    """Against the model that the weights say they are of."""
+    cfg = config_for(converted, source)
+    cfg.MODEL.DEVICE = "meta"  # shapes only
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in build_model(cfg).state_dict().items()}
+    problems = [f"unexpected: {name}" for name in unknown]
+    problems += [f"unexpected: {name}" for name in converted if name not in shapes]
+    problems += [f"missing: {name}" for name in shapes if name not in converted]
+    problems += [
+        f"wrong shape: {name} is {tuple(value.shape)}, not {shapes[name]}"
+        for name, value in converted.items()
+        if name in shapes and tuple(value.shape) != shapes[name]
+    ]
+    if problems:
+        raise ConversionError("the weights do not fit:\n  " + "\n  ".join(problems))

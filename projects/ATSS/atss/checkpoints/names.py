@@ -1,0 +1,166 @@
+"""Names of parameters in the authors' code, in mmdet and here, as patterns.
+
+Each table is a list of (pattern, replacement), tried in order on the whole name; a replacement is a
+template, or a function of the match; None drops the entry.
+"""
+
+import re
+from collections.abc import Callable
+
+Rule = tuple[str, str | Callable[[re.Match], str] | None]
+
+_HEAD = {"cls": "cls_subnet", "bbox": "bbox_subnet", "reg": "bbox_subnet"}
+
+
+def _plus_one(text: str) -> int:
+    return int(text) + 1
+
+
+def _resnet(root: str, offset: str, plain: str) -> list[Rule]:
+    """The stages of a ResNet.
+
+    Args:
+        root: pattern of the module that holds them.
+        offset, plain: how a deformable convolution calls the one that finds offsets, and itself.
+    """
+    stage = rf"{root}\.layer(\d)\.(\d+)\."
+
+    def block(tail: str) -> Callable[[re.Match], str]:
+        return lambda m: f"backbone.bottom_up.res{_plus_one(m[1])}.{m[2]}." + m.expand(tail)
+
+    return [
+        (stage + rf"conv2\.{offset}\.(\w+)", block(r"conv2_offset.\3")),
+        (stage + rf"conv2\.{plain}(weight)", block(r"conv2.\3")),
+        (stage + r"(conv\d)\.(weight)", block(r"\3.\4")),
+        (stage + r"bn(\d)\.num_batches_tracked", None),
+        (stage + r"bn(\d)\.(\w+)", block(r"conv\3.norm.\4")),
+        (stage + r"downsample\.0\.(\w+)", block(r"shortcut.\3")),
+        (stage + r"downsample\.1\.num_batches_tracked", None),
+        (stage + r"downsample\.1\.(\w+)", block(r"shortcut.norm.\3")),
+    ]
+
+
+OFFICIAL: list[Rule] = [
+    (r"rpn\.anchor_generator\.cell_anchors\.\d", None),
+    (r"backbone\.body\.stem\.conv1\.(\w+)", r"backbone.bottom_up.stem.conv1.\1"),
+    (r"backbone\.body\.stem\.bn1\.(\w+)", r"backbone.bottom_up.stem.conv1.norm.\1"),
+    *_resnet(r"backbone\.body", "offset", r"conv\."),
+    (
+        r"backbone\.fpn\.fpn_inner(\d)\.(\w+)",
+        lambda m: f"backbone.fpn_lateral{_plus_one(m[1])}.{m[2]}",
+    ),
+    (
+        r"backbone\.fpn\.fpn_layer(\d)\.(\w+)",
+        lambda m: f"backbone.fpn_output{_plus_one(m[1])}.{m[2]}",
+    ),
+    (r"backbone\.fpn\.top_blocks\.(p[67]\.\w+)", r"backbone.top_block.\1"),
+    (
+        r"rpn\.head\.(cls|bbox)_tower\.(\d+(?:\.offset|\.conv)?\.\w+)",
+        lambda m: f"head.{_HEAD[m[1]]}.{m[2]}",
+    ),
+    (r"rpn\.head\.cls_logits\.(\w+)", r"head.cls_score.\1"),
+    (r"rpn\.head\.bbox_pred\.(\w+)", r"head.bbox_pred.\1"),
+    (r"rpn\.head\.centerness\.(\w+)", r"head.ctrness.\1"),
+    (r"rpn\.head\.scales\.(\d)\.scale", r"head.scales.\1.scale"),
+]
+
+# Towers of mmdet count modules of convolution and norm; ours count layers, three to a module.
+MMDET: list[Rule] = [
+    (r"backbone\.conv1\.(\w+)", r"backbone.bottom_up.stem.conv1.\1"),
+    (r"backbone\.bn1\.num_batches_tracked", None),
+    (r"backbone\.bn1\.(\w+)", r"backbone.bottom_up.stem.conv1.norm.\1"),
+    *_resnet("backbone", "conv_offset", ""),
+    (
+        r"neck\.lateral_convs\.(\d)\.conv\.(\w+)",
+        lambda m: f"backbone.fpn_lateral{int(m[1]) + 3}.{m[2]}",
+    ),
+    (
+        r"neck\.fpn_convs\.([012])\.conv\.(\w+)",
+        lambda m: f"backbone.fpn_output{int(m[1]) + 3}.{m[2]}",
+    ),
+    (
+        r"neck\.fpn_convs\.([34])\.conv\.(\w+)",
+        lambda m: f"backbone.top_block.p{int(m[1]) + 3}.{m[2]}",
+    ),
+    (
+        r"bbox_head\.(cls|reg)_convs\.(\d)\.conv\.conv_offset\.(\w+)",
+        lambda m: f"head.{_HEAD[m[1]]}.{3 * int(m[2])}.offset.{m[3]}",
+    ),
+    (
+        r"bbox_head\.(cls|reg)_convs\.(\d)\.conv\.(\w+)",
+        lambda m: f"head.{_HEAD[m[1]]}.{3 * int(m[2])}.{m[3]}",
+    ),
+    (
+        r"bbox_head\.(cls|reg)_convs\.(\d)\.gn\.(\w+)",
+        lambda m: f"head.{_HEAD[m[1]]}.{3 * int(m[2]) + 1}.{m[3]}",
+    ),
+    (r"bbox_head\.atss_cls\.(\w+)", r"head.cls_score.\1"),
+    (r"bbox_head\.atss_reg\.(\w+)", r"head.bbox_pred.\1"),
+    (r"bbox_head\.atss_centerness\.(\w+)", r"head.ctrness.\1"),
+    (r"bbox_head\.scales\.(\d)\.scale", r"head.scales.\1.scale"),
+]
+
+_TOWER = {"cls_subnet": "cls_convs", "bbox_subnet": "reg_convs"}
+_STAGE = r"backbone\.bottom_up\.res(\d)\.(\d+)\."
+
+
+def _layer(tail: str) -> Callable[[re.Match], str]:
+    return lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}." + m.expand(tail)
+
+
+TO_MMDET: list[Rule] = [
+    (r"backbone\.bottom_up\.stem\.conv1\.(weight)", r"backbone.conv1.\1"),
+    (r"backbone\.bottom_up\.stem\.conv1\.norm\.(\w+)", r"backbone.bn1.\1"),
+    (_STAGE + r"conv2_offset\.(\w+)", _layer(r"conv2.conv_offset.\3")),
+    (_STAGE + r"conv(\d)\.norm\.(\w+)", _layer(r"bn\3.\4")),
+    (_STAGE + r"(conv\d\.\w+)", _layer(r"\3")),
+    (_STAGE + r"shortcut\.norm\.(\w+)", _layer(r"downsample.1.\3")),
+    (_STAGE + r"shortcut\.(\w+)", _layer(r"downsample.0.\3")),
+    (
+        r"backbone\.fpn_lateral(\d)\.(\w+)",
+        lambda m: f"neck.lateral_convs.{int(m[1]) - 3}.conv.{m[2]}",
+    ),
+    (r"backbone\.fpn_output(\d)\.(\w+)", lambda m: f"neck.fpn_convs.{int(m[1]) - 3}.conv.{m[2]}"),
+    (
+        r"backbone\.top_block\.p(\d)\.(\w+)",
+        lambda m: f"neck.fpn_convs.{int(m[1]) - 3}.conv.{m[2]}",
+    ),
+    (
+        r"head\.(\w+_subnet)\.(0|3|6|9)\.offset\.(\w+)",
+        lambda m: f"bbox_head.{_TOWER[m[1]]}.{int(m[2]) // 3}.conv.conv_offset.{m[3]}",
+    ),
+    (
+        r"head\.(\w+_subnet)\.(0|3|6|9)\.(?:conv\.)?(\w+)",
+        lambda m: f"bbox_head.{_TOWER[m[1]]}.{int(m[2]) // 3}.conv.{m[3]}",
+    ),
+    (
+        r"head\.(\w+_subnet)\.(1|4|7|10)\.(\w+)",
+        lambda m: f"bbox_head.{_TOWER[m[1]]}.{int(m[2]) // 3}.gn.{m[3]}",
+    ),
+    (r"head\.cls_score\.(\w+)", r"bbox_head.atss_cls.\1"),
+    (r"head\.bbox_pred\.(\w+)", r"bbox_head.atss_reg.\1"),
+    (r"head\.ctrness\.(\w+)", r"bbox_head.atss_centerness.\1"),
+    (r"head\.scales\.(\d)\.scale", r"bbox_head.scales.\1.scale"),
+]
+
+
+def rename(names: list[str], rules: list[Rule]) -> tuple[dict[str, str], list[str]]:
+    """Applies a table.
+
+    Returns:
+        {old name: new name}, without what is dropped; and the names that no pattern knows.
+    """
+    new, unknown = {}, []
+    for name in names:
+        for pattern, replacement in rules:
+            match = re.fullmatch(pattern, name)
+            if match is None:
+                continue
+            if callable(replacement):
+                new[name] = replacement(match)
+            elif replacement is not None:
+                new[name] = match.expand(replacement)
+            break
+        else:
+            unknown.append(name)
+    return new, unknown

@@ -1,0 +1,263 @@
+"""Published weights: what the authors' code and mmdet compute with the same numbers."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import recipe
+import torch
+from conftest import DATA, make_input
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+
+from atss.checkpoints import ConversionError, config_for, convert, load, to_mmdet
+
+OFFICIAL_SHAPES = json.loads((DATA / "official_atss_r50_shapes.json").read_text())
+MMDET_SHAPES = json.loads((DATA / "mmdet_atss_r50_shapes.json").read_text())
+MAP = json.loads((DATA / "checkpoint_map_d2.json").read_text())
+
+
+def tensors(shapes):
+    return {k: torch.from_numpy(v) for k, v in recipe.weights(shapes).items()}
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """Made-up weights as either code saves them."""
+    return {"official": tensors(OFFICIAL_SHAPES), "mmdet": tensors(MMDET_SHAPES)}
+
+
+@pytest.fixture(scope="module", params=["box", "point"])
+def official(request, weights):
+    """The authors' model with made-up weights, converted: model, input, what theirs computed."""
+    suffix = "" if request.param == "box" else "_point"
+    reference = np.load(DATA / f"official_atss_r50{suffix}.npz")
+    state = dict(weights["official"])
+    adjustments = (reference[f"adjust_{part}"] for part in ("keys", "mul", "add"))
+    for key, mul, add in zip(*adjustments, strict=True):
+        state[key] = state[key] * float(mul) + float(add)
+    converted = convert({f"module.{k}": v for k, v in state.items()}, "official")
+    cfg = config_for(converted, "official", request.param)
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg).eval()
+    model.load_state_dict(converted)
+    # Their boxes hold their last pixel.
+    boxes = reference["gt_boxes"] + np.array([0, 0, 1, 1], np.float32)
+    example = make_input(boxes, reference["gt_labels"] - 1, (160, 224))
+    example["image"] = torch.from_numpy(reference["image"])
+    return model, example, reference, request.param
+
+
+def outputs(model, example):
+    with torch.no_grad():
+        images = model.preprocess_image([example])
+        features = model.backbone(images.tensor)
+        return model.head([features[name] for name in model.head_in_features])
+
+
+def test_head_outputs_are_the_authors(official):
+    model, example, reference, regression = official
+    output = outputs(model, example)
+    if regression == "point":
+        output = output._replace(deltas=output.deltas.relu())  # ours rectifies when it decodes
+    for name, ours in zip(("cls", "box", "ctr"), output, strict=True):
+        maps = [reference[f"{name}_{level}"] for level in range(5)]
+        expected = np.concatenate([x.reshape(x.shape[-3], -1).T for x in maps])
+        ours = ours[0].reshape(len(expected), -1).numpy()
+        assert np.abs(ours - expected).max() <= 1e-3 * np.abs(expected).max()
+
+
+def test_losses_are_the_authors_on_continuous_boxes(official):
+    model, example, reference, _ = official
+    model.train()
+    losses = [x.item() for x in model([example]).values()]
+    model.eval()
+    np.testing.assert_allclose(losses, reference["halfpixel_losses"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("which", ["det", "low"])
+def test_detections_are_the_authors(official, which):
+    """As sets, theirs are not sorted. "low" has fewer than 100, so that the filter decides."""
+    model, example, reference, _ = official
+    shift = float(reference["low_shift"]) if which == "low" else 0.0
+    with torch.no_grad():
+        model.head.cls_score.bias += shift
+        found = model([example])[0]["instances"]
+        model.head.cls_score.bias -= shift
+    compare(
+        *(found.pred_boxes.tensor.numpy(), found.scores.numpy(), found.pred_classes.numpy() + 1),
+        *(reference[f"{which}_boxes"] + np.array([0, 0, 1, 1]), reference[f"{which}_scores"]),
+        reference[f"{which}_labels"],
+    )
+
+
+def compare(boxes, scores, classes, their_boxes, their_scores, their_classes):
+    """Each detection has its own equal in the other set."""
+    assert len(boxes) == len(their_boxes)
+    free = np.ones(len(boxes), bool)
+    for box, score, k in zip(their_boxes, their_scores, their_classes, strict=True):
+        near = (np.abs(boxes - box).max(axis=1) <= 0.05) & (np.abs(scores - score) <= 1e-3)
+        match = np.flatnonzero(near & (classes == k) & free)
+        assert len(match), f"no detection of class {k} at {box}"
+        free[match[0]] = False
+
+
+def test_boxes_keep_their_last_pixel_when_resized(official):
+    """Of an image half as large as the input: a box (x1, x2), last pixel included, is
+    (x1 / 2, (x2 - 1) / 2 + 1) there."""
+    model, example, _, _ = official
+    with torch.no_grad():
+        same = model([example])[0]["instances"].pred_boxes.tensor
+        half = model([example | {"height": 80, "width": 112}])[0]["instances"].pred_boxes.tensor
+    expected = same / 2
+    expected[:, 2:] += 0.5
+    expected[:, 2] = expected[:, 2].clamp(max=112)
+    expected[:, 3] = expected[:, 3].clamp(max=80)
+    torch.testing.assert_close(half, expected)
+
+
+def test_mmdets_detections_through_the_converter(weights):
+    reference = np.load(DATA / "mmdet_atss_r50.npz")
+    state = dict(weights["mmdet"])
+    state["bbox_head.atss_cls.bias"] = state["bbox_head.atss_cls.bias"] - 2
+    converted = convert(state, "mmdet")
+    cfg = config_for(converted, "mmdet")
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg).eval()
+    model.load_state_dict(converted)
+    example = make_input(reference["gt_boxes"], reference["gt_classes"], (160, 224))
+    example["image"] = torch.from_numpy(reference["image_rgb"])
+    with torch.no_grad():
+        found = model([example])[0]["instances"]
+    compare(
+        *(found.pred_boxes.tensor.numpy(), found.scores.numpy(), found.pred_classes.numpy()),
+        *(reference["det_boxes"], reference["det_scores"], reference["det_classes"]),
+    )
+    model.train()
+    losses = [x.item() for x in model([example]).values()]
+    np.testing.assert_allclose(losses, reference["loss_values"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("source", ["official", "mmdet"])
+def test_every_name_is_mapped(weights, source):
+    converted = convert(weights[source], source)
+    expected = {old: new for old, new in MAP[f"{source}_to_d2"].items() if new is not None}
+    assert set(converted) == set(MAP["target_shapes"])
+    for old, new in expected.items():
+        value = weights[source][old].reshape(converted[new].shape)
+        if source == "official" and new.endswith("running_var"):
+            value = value - 1e-5
+        assert torch.equal(converted[new], value), new
+
+
+def test_to_mmdet_and_back(weights):
+    back = to_mmdet(convert(weights["mmdet"], "mmdet"))
+    assert set(back) == set(weights["mmdet"])
+    for name, value in weights["mmdet"].items():
+        assert torch.equal(back[name].flatten(), value.flatten()), name
+    with pytest.raises(ConversionError, match=r"no biases, but head\.cls_subnet\.0\.bias"):
+        to_mmdet(convert(weights["official"], "official"))
+
+
+def deformable(weights, source):
+    """The same with deformable convolutions in c3 to c5 and in the towers."""
+    state = dict(weights[source])
+    if source == "official":
+        stage, offset, plain = "backbone.body.layer", "offset", "conv2.conv.weight"
+        towers = ["rpn.head.cls_tower.9", "rpn.head.bbox_tower.9"]
+    else:
+        stage, offset, plain = "backbone.layer", "conv_offset", "conv2.weight"
+        towers = ["bbox_head.cls_convs.3.conv", "bbox_head.reg_convs.3.conv"]
+    for name in list(state):
+        if name.startswith(tuple(f"{stage}{i}" for i in (2, 3, 4))) and "conv2.weight" in name:
+            block, value = name.removesuffix("conv2.weight"), state.pop(name)
+            state[block + plain] = value
+            state[f"{block}conv2.{offset}.weight"] = torch.zeros(27, value.shape[1], 3, 3)
+            state[f"{block}conv2.{offset}.bias"] = torch.zeros(27)
+    for tower in towers:
+        for kind in ("weight", "bias"):
+            if source == "official":
+                state[f"{tower}.conv.{kind}"] = state.pop(f"{tower}.{kind}")
+        state[f"{tower}.{offset}.weight"] = torch.zeros(27, 256, 3, 3)
+        state[f"{tower}.{offset}.bias"] = torch.zeros(27)
+    return state
+
+
+@pytest.mark.parametrize("source", ["official", "mmdet"])
+def test_deformable_weights(weights, source):
+    state = deformable(weights, source)
+    converted = convert(state, source)
+    cfg = config_for(converted, source)
+    assert cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE == [False, True, True, True]
+    assert cfg.MODEL.RESNETS.DEFORM_MODULATED
+    assert cfg.MODEL.ATSS.DEFORM_TOWER == "v2"
+    plain = convert(weights[source], source)
+    assert torch.equal(
+        converted["head.cls_subnet.9.conv.weight"], plain["head.cls_subnet.9.weight"]
+    )
+    assert "backbone.bottom_up.res3.0.conv2_offset.weight" in converted
+    if source == "mmdet":
+        assert set(to_mmdet(converted)) == set(state)
+
+
+def test_what_does_not_fit_is_listed(weights):
+    state = dict(weights["official"])
+    del state["backbone.fpn.fpn_inner2.bias"]
+    state["rpn.head.centerness.bias"] = torch.zeros(7)
+    state["rpn.head.surprise"] = torch.zeros(1)
+    with pytest.raises(ConversionError) as caught:
+        convert(state, "official")
+    lines = str(caught.value).splitlines()[1:]
+    assert lines == [
+        "  unexpected: rpn.head.surprise",
+        "  missing: backbone.fpn_lateral3.bias",
+        "  wrong shape: head.ctrness.bias is (7,), not (1,)",
+    ]
+    with pytest.raises(ConversionError, match="no weights of an ATSS"):
+        convert(weights["official"], "mmdet")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("exploded", "w"))
+
+
+@pytest.mark.parametrize("kind", ["code", "truncated", "text", "absent", "no tensors"])
+def test_files_that_are_no_weights_stop_with_a_sentence(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "weights.pth"
+    if kind == "code":
+        file.write_bytes(pickle.dumps({"model": Bomb()}))
+    elif kind == "truncated":
+        torch.save({"model": {"a": torch.zeros(1000)}}, file)
+        file.write_bytes(file.read_bytes()[:2000])
+    elif kind == "text":
+        file.write_text("<html>not found</html>")
+    elif kind == "no tensors":
+        torch.save({"model": {"a": 1}}, file)
+    with pytest.raises(ConversionError, match=r"weights\.pth") as caught:
+        load(file)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_detectron2s_checkpointer_loads_what_was_converted(weights, tmp_path, caplog):
+    """With as many classes all of it; with others, all but the class layer, and the log says so."""
+    converted = convert(weights["official"], "official")
+    torch.save({"model": converted}, tmp_path / "converted.pth")
+    cfg = config_for(converted, "official")
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    left = DetectionCheckpointer(model).load(str(tmp_path / "converted.pth"))
+    assert not left.get("missing_keys")
+    assert torch.equal(model.head.cls_score.weight, converted["head.cls_score.weight"])
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    cfg.MODEL.ATSS.NUM_CLASSES = 3
+    model = build_model(cfg)
+    with caplog.at_level("WARNING"):
+        DetectionCheckpointer(model).load(str(tmp_path / "converted.pth"))
+    skipped = [r.getMessage() for r in caplog.records if "Skip loading" in r.getMessage()]
+    assert len(skipped) == 2
+    assert all("head.cls_score" in message for message in skipped)
+    assert torch.equal(model.head.bbox_pred.weight, converted["head.bbox_pred.weight"])
