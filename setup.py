@@ -21,8 +21,9 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    package_dir={"": "projects/ATSS"},
-    packages=find_packages("projects/ATSS"),
+    package_dir={"": "projects/ATSS", "atss.configs": "configs"},
+    packages=[*find_packages("projects/ATSS"), "atss.configs"],
+    package_data={"atss.configs": ["*.yaml", "*.py", "tables/*.yaml"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.6",

@@ -3,14 +3,17 @@
 import json
 import pickle
 
+import convert_checkpoint
 import numpy as np
 import pytest
 import recipe
 import torch
 from conftest import DATA, make_input
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
+from atss import add_atss_config
 from atss.checkpoints import ConversionError, config_for, convert, load, to_mmdet
 
 OFFICIAL_SHAPES = json.loads((DATA / "official_atss_r50_shapes.json").read_text())
@@ -261,3 +264,42 @@ def test_detectron2s_checkpointer_loads_what_was_converted(weights, tmp_path, ca
     assert len(skipped) == 2
     assert all("head.cls_score" in message for message in skipped)
     assert torch.equal(model.head.bbox_pred.weight, converted["head.bbox_pred.weight"])
+
+
+def test_the_tool_writes_weights_and_their_config(weights, tmp_path, capsys):
+    torch.save({"model": weights["official"], "iteration": 3}, tmp_path / "theirs.pth")
+    out = tmp_path / "new" / "ours.pth"
+    paths = [str(tmp_path / "theirs.pth"), str(out)]
+    convert_checkpoint.main(["--from", "official", "--regression", "point", *paths])
+    assert "ours.yaml" in capsys.readouterr().out
+    cfg = get_cfg()
+    add_atss_config(cfg)
+    cfg.merge_from_file(str(out.with_suffix(".yaml")))
+    assert cfg.MODEL.ATSS.REGRESSION == "point"
+    assert str(out) == cfg.MODEL.WEIGHTS
+    cfg.MODEL.DEVICE = "cpu"
+    left = DetectionCheckpointer(build_model(cfg)).load(cfg.MODEL.WEIGHTS)
+    assert not left.get("missing_keys")
+    assert not left.get("unexpected_keys")
+
+    mmdet = tmp_path / "theirs_too.pth"
+    torch.save({"meta": {"epoch": 12}, "state_dict": weights["mmdet"]}, mmdet)
+    convert_checkpoint.main(["--from", "mmdet", str(mmdet), str(tmp_path / "from_mmdet.pth")])
+    back = tmp_path / "back.pth"
+    convert_checkpoint.main(["--to", "mmdet", str(tmp_path / "from_mmdet.pth"), str(back)])
+    assert set(load(back)) == set(weights["mmdet"])
+
+
+def test_the_tool_writes_nothing_where_weights_do_not_fit(weights, tmp_path):
+    state = {k: v for k, v in weights["official"].items() if "centerness" not in k}
+    torch.save({"model": state}, tmp_path / "theirs.pth")
+    for argv, sentence in (
+        (["--from", "official", "theirs.pth", "ours.pth"], r"missing: head\.ctrness\.weight"),
+        (["--from", "official", "absent.pth", "ours.pth"], "cannot read .*absent"),
+        (["--from", "official", "theirs.pth", "ours.pkl"], "must end in .pth"),
+        (["--from", "official", "theirs.pth", "theirs.pth"], "must not be IN"),
+    ):
+        paths = [str(tmp_path / p) for p in argv[2:]]
+        with pytest.raises(SystemExit, match=f"error: (.|\n)*{sentence}"):
+            convert_checkpoint.main([*argv[:2], *paths])
+        assert [p.name for p in tmp_path.iterdir()] == ["theirs.pth"]

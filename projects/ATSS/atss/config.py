@@ -103,6 +103,20 @@ def add_atss_config(cfg: CfgNode) -> None:
     # "sqrt": root of probability x centerness; "product": without the root, as mmdet has it.
     node.SCORE = "sqrt"
 
+    # Multi-scale testing (paper, Table 8), under TEST.AUG.ENABLED; views are TEST.AUG.MIN_SIZES,
+    # MAX_SIZE and FLIP, besides the plain one of INPUT.
+    node.TTA = CfgNode()
+    # How views are merged: "soft_vote", "vote" or "nms".
+    node.TTA.MERGE = "soft_vote"
+    # IoU with the best of a group from which on a box is of it.
+    node.TTA.VOTE_THRESH = 0.66
+    # Score that a voter keeps at least, under "soft_vote".
+    node.TTA.SOFT_MIN_SCORE = 0.05
+    # For each of TEST.AUG.MIN_SIZES, what counts: side in pixels of the view, square root of area.
+    node.TTA.SIZE_RANGES = [[0, 10000]] * len(cfg.TEST.AUG.MIN_SIZES)
+    # Per image. COCO counts 100; the authors' code hands in 1000.
+    node.TTA.MAX_DETECTIONS = 1000
+
     # Images that each process evaluates at a time. Images of different sizes are padded to the
     # largest, which changes what a model sees at their right and lower borders.
     node.IMS_PER_BATCH_TEST = 1

@@ -23,9 +23,11 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
 from .config import autocast_dtype
 from .data.mapper import Mapper
+from .test_time_augmentation import build_tta
 
 
 class Trainer(DefaultTrainer):
@@ -74,6 +76,18 @@ class Trainer(DefaultTrainer):
             mapper=Mapper(cfg, is_train=False),
             batch_size=cfg.MODEL.ATSS.IMS_PER_BATCH_TEST,
         )
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict:
+        """Multi-scale testing (TEST.AUG); results bear the suffix _TTA."""
+        logging.getLogger(__name__).info("Testing with %d sizes", len(cfg.TEST.AUG.MIN_SIZES) + 1)
+        model = getattr(model, "module", model)  # out of DistributedDataParallel
+        plain = cfg.clone()
+        plain.defrost()
+        plain.MODEL.ATSS.IMS_PER_BATCH_TEST = 1  # a view at a time
+        plain.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "tta")
+        results = cls.test(plain, build_tta(cfg, model))
+        return {f"{name}_TTA": result for name, result in results.items()}
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
