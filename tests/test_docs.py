@@ -48,7 +48,8 @@ def test_own_assigner_trains_by_its_yaml(page, tmp_path):
 
 
 def test_every_file_that_a_page_names_exists():
-    for file in (ROOT / "README.md", ROOT / "projects/ATSS/README.md", *ROOT.glob("docs/*.md")):
+    pages = ("README.md", "MODEL_ZOO.md", "projects/ATSS/README.md")
+    for file in (*(ROOT / page for page in pages), *ROOT.glob("docs/*.md")):
         for name in re.findall(r"(?:tools|configs|docs)/[\w/.-]+\.\w+", file.read_text()):
             assert (ROOT / name).is_file(), f"{file.name} names {name}"
             if name.startswith("tools/"):

@@ -71,6 +71,25 @@ def test_trains_evaluates_and_logs(command, tmp_path):
     assert {r["category_id"] for r in results} <= {5, 6}
 
 
+def test_multi_scale_testing_beside_the_plain_one(command, tmp_path):
+    aug = {
+        "TEST.AUG.ENABLED": True,
+        "TEST.AUG.MIN_SIZES": (64,),
+        "MODEL.ATSS.TTA.SIZE_RANGES": [[0, 1000]],
+        "SOLVER.MAX_ITER": 2,
+        "SOLVER.CHECKPOINT_PERIOD": 2,
+    }
+    run(command(**aug))
+    metrics = {}
+    for line in (tmp_path / "out" / "metrics.json").read_text().splitlines():
+        metrics |= json.loads(line)
+    assert {"bbox/AP", "bbox_TTA/AP"} <= set(metrics)
+    weights = {"MODEL.WEIGHTS": tmp_path / "out" / "model_final.pth"}
+    results = run(command("--eval-only", **aug, **weights))
+    assert set(results) == {"bbox", "bbox_TTA"}
+    assert (tmp_path / "out/tta/inference/squares/coco_instances_results.json").is_file()
+
+
 def test_stopped_run_resumes_to_the_end(command, tmp_path, monkeypatch, caplog):
     class Stop(HookBase):
         def after_step(self):
