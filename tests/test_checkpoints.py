@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import recipe
 import torch
-from conftest import DATA, make_input
+from conftest import DATA, make_cfg, make_input
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -245,6 +245,19 @@ def test_files_that_are_no_weights_stop_with_a_sentence(tmp_path, monkeypatch, k
     assert not (tmp_path / "exploded").exists()
 
 
+def load_into(model, file):
+    """As MODEL.WEIGHTS is loaded; what did not match."""
+
+    class Recording(DetectionCheckpointer):
+        def _load_model(self, checkpoint):
+            self.left = super()._load_model(checkpoint)
+            return self.left
+
+    checkpointer = Recording(model)
+    checkpointer.load(str(file))
+    return checkpointer.left
+
+
 def test_detectron2s_checkpointer_loads_what_was_converted(weights, tmp_path, caplog):
     """With as many classes all of it; with others, all but the class layer, and the log says so."""
     converted = convert(weights["official"], "official")
@@ -252,8 +265,9 @@ def test_detectron2s_checkpointer_loads_what_was_converted(weights, tmp_path, ca
     cfg = config_for(converted, "official")
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
-    left = DetectionCheckpointer(model).load(str(tmp_path / "converted.pth"))
-    assert not left.get("missing_keys")
+    left = load_into(model, tmp_path / "converted.pth")
+    assert not left.missing_keys
+    assert not left.unexpected_keys
     assert torch.equal(model.head.cls_score.weight, converted["head.cls_score.weight"])
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     cfg.MODEL.ATSS.NUM_CLASSES = 3
@@ -278,9 +292,9 @@ def test_the_tool_writes_weights_and_their_config(weights, tmp_path, capsys):
     assert cfg.MODEL.ATSS.REGRESSION == "point"
     assert str(out) == cfg.MODEL.WEIGHTS
     cfg.MODEL.DEVICE = "cpu"
-    left = DetectionCheckpointer(build_model(cfg)).load(cfg.MODEL.WEIGHTS)
-    assert not left.get("missing_keys")
-    assert not left.get("unexpected_keys")
+    left = load_into(build_model(cfg), cfg.MODEL.WEIGHTS)
+    assert not left.missing_keys
+    assert not left.unexpected_keys
 
     mmdet = tmp_path / "theirs_too.pth"
     torch.save({"meta": {"epoch": 12}, "state_dict": weights["mmdet"]}, mmdet)
@@ -303,3 +317,35 @@ def test_the_tool_writes_nothing_where_weights_do_not_fit(weights, tmp_path):
         with pytest.raises(SystemExit, match=f"error: (.|\n)*{sentence}"):
             convert_checkpoint.main([*argv[:2], *paths])
         assert [p.name for p in tmp_path.iterdir()] == ["theirs.pth"]
+
+
+def test_imagenet_weights_of_detectron2s_catalogue(tmp_path):
+    """A file with the names of MSRA/R-50.pkl (Caffe2's) fills the backbone: what is left to begin
+    anew is FPN, the levels above it, and the head."""
+    cfg = make_cfg(config="ATSS_R_50_FPN_1x.yaml")
+    model = build_model(cfg)
+    blobs = {}
+    for name, value in model.backbone.bottom_up.state_dict().items():
+        if "running" in name:
+            continue  # folded into scale and bias there
+        parts, _, kind = name.rpartition(".")
+        suffix = {"weight": "w", "bias": "b"}[kind]
+        if parts.endswith(".norm"):
+            parts, suffix = parts.removesuffix(".norm"), {"weight": "bn_s", "bias": "bn_b"}[kind]
+        if parts == "stem.conv1":
+            theirs = "conv1" if suffix == "w" else "res_conv1"
+        else:
+            stage, block, layer = parts.split(".")
+            branch = {"conv1": "2a", "conv2": "2b", "conv3": "2c", "shortcut": "1"}[layer]
+            theirs = f"{stage}_{block}_branch{branch}"
+        blobs[f"{theirs}_{suffix}"] = recipe.tensor(name, value.shape)
+    file = tmp_path / "R-50.pkl"
+    file.write_bytes(pickle.dumps({"blobs": blobs}))
+    missing = load_into(model, file).missing_keys
+    allowed = ("backbone.fpn_", "backbone.top_block.", "head.", "anchor_generator")
+    assert all(name.startswith(allowed) for name in missing)
+    filled = model.backbone.bottom_up.res4[2].conv2
+    expected = recipe.tensor("res4.2.conv2.weight", filled.weight.shape)
+    torch.testing.assert_close(filled.weight.detach(), torch.from_numpy(expected))
+    expected = recipe.tensor("res4.2.conv2.norm.bias", filled.norm.bias.shape)
+    torch.testing.assert_close(filled.norm.bias, torch.from_numpy(expected))

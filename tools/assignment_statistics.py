@@ -36,6 +36,8 @@ from matplotlib import pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 STRIDES = (8, 16, 32, 64, 128)
 DIVISIBILITY = 32
+# Ticks of the plots.
+COUNTS, SHAPES = (0, 1, 2, 5, 10, 20, 50, 100), (1, 2, 3, 5, 10)
 # name -> (what an object is sorted by, [(label, lower end, upper end)]).
 GROUPS = {
     "size in the image (COCO's)": (
@@ -48,7 +50,7 @@ GROUPS = {
     ),
     "place": (
         "border",
-        [("at the image's border", 0, 2), ("elsewhere", 2, np.inf)],
+        [("at the image's border", -np.inf, 2), ("elsewhere", 2, np.inf)],
     ),
 }
 
@@ -136,8 +138,8 @@ def table(objects: list[dict], rules: list[str], top: int) -> str:
         cells = [label, str(len(some))]
         for rule in rules:
             counts = np.array([o[rule] for o in some])
-            cells.append(f"{counts.mean():.1f} ({(counts == 0).mean():.1%})" if some else "")
-        if with_threshold and some:
+            cells.append(f"{counts.mean():.1f} ({(counts == 0).mean():.1%})")
+        if with_threshold:
             mean, std = (np.mean([o[key] for o in some]) for key in ("mean", "std"))
             cells += [f"{mean:.3f}", f"{std:.3f}", f"{mean + std:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -145,7 +147,9 @@ def table(objects: list[dict], rules: list[str], top: int) -> str:
     line("all", objects)
     for group, (key, bins) in GROUPS.items():
         for label, low, high in bins:
-            line(f"{group}: {label}", [o for o in objects if low <= o[key] < high])
+            some = [o for o in objects if low <= o[key] < high]
+            if some:
+                line(f"{group}: {label}", some)
     return "\n".join(lines) + "\n"
 
 
@@ -175,7 +179,8 @@ def plot(objects: list[dict], rules: list[str], top: int, target: Path) -> None:
             curve(axis, value[key], edges, value[rule], rule)
         axis.axhline(0.2 * top, color="black", ls=":", lw=1, label="0.2 · k · L")
         axis.set_yscale("symlog", linthresh=1)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 100)
+        axis.set_yticks(COUNTS, [str(n) for n in COUNTS])
         axis.set_ylabel("positives per object (mean, quartiles)")
         axis.set_xlabel("longer / shorter side" if key == "aspect" else size_label)
     if with_threshold:
@@ -186,6 +191,9 @@ def plot(objects: list[dict], rules: list[str], top: int, target: Path) -> None:
         axes[2].set_xlabel(size_label)
     for axis in axes:
         axis.set_xscale("log")
+    axes[1].set_xticks(SHAPES, [str(n) for n in SHAPES])
+    for axis in axes:
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()
