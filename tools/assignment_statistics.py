@@ -163,7 +163,9 @@ def plot(objects: list[dict], rules: list[str], top: int, target: Path) -> None:
 
     def curve(axis, by: np.ndarray, edges: np.ndarray, what: np.ndarray, label: str) -> None:
         place = np.digitize(by, edges)
-        bins = [i for i in range(1, len(edges)) if (place == i).sum() >= 3]
+        counts = np.bincount(place, minlength=len(edges))
+        fewest = min(3, counts.max())  # a mean of less says little
+        bins = [i for i in range(1, len(edges)) if counts[i] >= fewest]
         middle = [np.sqrt(edges[i - 1] * edges[i]) for i in bins]
         quartiles = [np.percentile(what[place == i], (25, 75)) for i in bins]
         (drawn,) = axis.plot(middle, [what[place == i].mean() for i in bins], "o-", ms=4)

@@ -16,7 +16,7 @@ import sys
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser, default_setup, hooks, launch
+from detectron2.engine import default_argument_parser, default_setup, launch
 
 from atss import add_atss_config
 from atss.config import build_assigner, resolve_num_classes
@@ -100,10 +100,6 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
         return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    if cfg.TEST.AUG.ENABLED:
-        trainer.register_hooks(
-            [hooks.EvalHook(0, lambda: trainer.test_with_tta(cfg, trainer.model))]
-        )
     logging.getLogger("atss").info("Starting at iteration %d", trainer.start_iter)
     return trainer.train()
 

@@ -30,8 +30,9 @@ def brute_force(anchors, gt, k):
 
 @pytest.mark.parametrize("step", [None, 1], ids=["real", "integer"])
 @pytest.mark.parametrize("k", [9, 1, 20])
-@pytest.mark.parametrize("ratios", [(1.0,), (0.5, 2.0)])
+@pytest.mark.parametrize("ratios", [(1.0,), (0.25, 4.0)])
 def test_equals_brute_force(step, k, ratios):
+    """These ratios give anchors without rounding, which otherwise decides ties in brute force."""
     hw = (160, 350)
     anchors = Anchors.grid(hw, ratios=ratios)
     rng = np.random.default_rng(k)

@@ -13,7 +13,14 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    hooks,
+)
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -61,6 +68,15 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's, and multi-scale testing at the end, before the last numbers are written."""
+        built = super().build_hooks()
+        if self.cfg.TEST.AUG.ENABLED:
+            writers = [i for i, x in enumerate(built) if isinstance(x, hooks.PeriodicWriter)]
+            test = hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
+            built.insert(writers[0] if writers else len(built), test)
+        return built
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:
