@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import oracle
 import pytest
@@ -5,7 +7,7 @@ import torch
 from conftest import DATA, make_gt
 
 from atss import BACKGROUND, IGNORE, Anchors
-from atss.assigners import MaxIoU
+from atss.assigners import MaxIoU, max_iou
 from atss.assigners.pairs import rectangles
 
 REFERENCE = np.load(DATA / "iou_assignment.npz")
@@ -97,3 +99,20 @@ def test_no_object():
 def test_refuses_thresholds_out_of_order():
     with pytest.raises(ValueError, match=r"background_below <= positive_from, got 0.6 and 0.5"):
         MaxIoU(background_below=0.6)
+
+
+def test_thresholds_belong_to_what_is_above_them():
+    """Anchors of 16 px; half of the one at (12, 12) has IoU 1/2 with it, a quarter of it 1/4."""
+    anchors = Anchors.grid((32, 32), strides=(8,), scales=(2.0,))
+    rule = MaxIoU(background_below=0.25, low_quality_matches=False)
+    assert rule(anchors, make_gt([[4, 4, 20, 12]])).gt_index[0, 5] == 0
+    assert rule(anchors, make_gt([[4, 4, 12, 12]])).gt_index[0, 5] == IGNORE
+
+
+@pytest.mark.parametrize("piece", [7, 1 << 18])
+def test_of_equal_objects_the_first_has_the_anchors(piece, monkeypatch):
+    """However the pairs are cut into pieces."""
+    monkeypatch.setattr(max_iou, "rectangles", partial(rectangles, piece=piece))
+    gt_index = MaxIoU()(Anchors.grid((64, 64)), make_gt([[0, 0, 50, 50]] * 3)).gt_index
+    assert set(gt_index.unique().tolist()) <= {0, BACKGROUND, IGNORE}
+    assert (gt_index == 0).any()

@@ -105,3 +105,11 @@ def test_refuses_ranges_of_other_levels():
 def test_torch_dtype_of_the_result():
     gt_index = SpatialScale()(Anchors.grid((64, 64)), make_gt([[0, 0, 40, 40]])).gt_index
     assert gt_index.dtype == torch.int64
+
+
+def test_on_the_border_is_outside():
+    """The location at (12, 12), on the left side of the object."""
+    anchors = Anchors.grid((64, 64))
+    gt_index = SpatialScale(margin=0)(anchors, make_gt([[12, 4, 60, 60]])).gt_index
+    assert gt_index[0, 1 * 8 + 1] == BACKGROUND
+    assert gt_index[0, 1 * 8 + 2] == 0

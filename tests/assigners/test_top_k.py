@@ -85,3 +85,21 @@ def test_no_object():
 def test_refuses_k_below_one():
     with pytest.raises(ValueError, match="top_k >= 1, got 0"):
         TopK(top_k=0)
+
+
+def test_distances_count_against_the_farthest_pair_of_the_image(monkeypatch):
+    anchors = Anchors.grid((160, 350))
+    rng = np.random.default_rng(0)
+    images = [oracle.random_boxes(rng, count, (160, 350)) for count in (5, 3)]
+    seen, candidates = [], TopK.candidates
+
+    def record(self, anchors, boxes, longest):
+        seen.append(longest)
+        return candidates(self, anchors, boxes, longest)
+
+    monkeypatch.setattr(TopK, "candidates", record)
+    TopK()(anchors, make_gt(np.concatenate(images), [0] * 5 + [1] * 3, 2))
+    for boxes, longest in zip(images, seen[0].split([5, 3]), strict=True):
+        middle = (boxes[:, :2] + boxes[:, 2:]).astype(np.float64) / 2
+        distance = np.linalg.norm(oracle.locations(anchors)[None] - middle[:, None], axis=2)
+        np.testing.assert_allclose(longest, distance.max())
