@@ -12,6 +12,8 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from atss.checkpoints import config_for, convert
+
 # GroupNorm: with BatchNorm the images of a training batch would depend on each other.
 TINY = (
     *("MODEL.ATSS.NUM_CONVS", 1, "MODEL.FPN.OUT_CHANNELS", 64),
@@ -27,34 +29,17 @@ def tiny(*opts):
 
 @pytest.fixture(scope="module")
 def mmdet():
-    """mmdet 3.3.0's ATSS with made-up weights: the model that equals it, its input, its outputs."""
+    """mmdet 3.3.0's ATSS with made-up weights, converted: our model, its input, their outputs."""
     reference = np.load(DATA / "mmdet_atss_r50.npz")
-    # What mmdet does differently, and RGB input with torchvision's normalisation.
-    cfg = make_cfg(
-        *("MODEL.ANCHOR_GENERATOR.OFFSET", 0.0),
-        *("MODEL.ATSS.RELU_BEFORE_P7", False),
-        *("MODEL.ATSS.SCORE", "product"),
-        *("MODEL.ATSS.NUM_CLASSES", 80),
-        *("MODEL.RESNETS.STRIDE_IN_1X1", False),
-        *("INPUT.FORMAT", "RGB"),
-        *("MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53]),
-        *("MODEL.PIXEL_STD", [58.395, 57.12, 57.375]),
-        config="ATSS_R_50_FPN_1x.yaml",
-    )
-    model = build_model(cfg)
-    weights = recipe.weights(json.loads((DATA / "mmdet_atss_r50_shapes.json").read_text()))
+    shapes = json.loads((DATA / "mmdet_atss_r50_shapes.json").read_text())
+    weights = {k: torch.from_numpy(v) for k, v in recipe.weights(shapes).items()}
     weights["bbox_head.atss_cls.bias"] -= 2
-    names = json.loads((DATA / "checkpoint_map_d2.json").read_text())["mmdet_to_d2"]
-    shapes = {name: x.shape for name, x in model.state_dict().items()}
-    state = {
-        names[key]: torch.from_numpy(value).reshape(shapes[names[key]])
-        for key, value in weights.items()
-        if names[key] is not None
-    }
-    for name, shape in shapes.items():
-        if "_subnet" in name and name.endswith("bias"):  # mmdet's tower convolutions have none
-            state.setdefault(name, torch.zeros(shape))
+    state = convert(weights, "mmdet")
+    cfg = config_for(state, "mmdet")
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
     model.load_state_dict(state)
+    names = json.loads((DATA / "checkpoint_map_d2.json").read_text())["mmdet_to_d2"]
     example = make_input(reference["gt_boxes"], reference["gt_classes"], (160, 224))
     example["image"] = torch.from_numpy(reference["image_rgb"])
     return model, example, reference, names

@@ -6,10 +6,12 @@ import re
 import subprocess
 import sys
 
+import convert_checkpoint
 import pytest
+import recipe
 import torch
 import train_net
-from conftest import ROOT
+from conftest import DATA, ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 
@@ -69,6 +71,29 @@ def test_trains_evaluates_and_logs(command, tmp_path):
     assert list(out.glob("events.out.tfevents.*"))
     results = json.loads((out / "inference/squares/coco_instances_results.json").read_text())
     assert {r["category_id"] for r in results} <= {5, 6}
+
+
+def test_fine_tunes_converted_weights_on_own_classes(command, tmp_path):
+    """From a file of the authors' to a model of two classes: the class layer begins anew, and the
+    log says so; everything else is theirs."""
+    theirs = json.loads((DATA / "official_atss_r50_shapes.json").read_text())
+    weights = {k: torch.from_numpy(v) for k, v in recipe.weights(theirs).items()}
+    torch.save({"model": weights}, tmp_path / "theirs.pth")
+    paths = [str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pth")]
+    convert_checkpoint.main(["--from", "official", *paths])
+    own = {"MODEL.ATSS.NUM_CLASSES": -1, "MODEL.ATSS.LEGACY_PIXELS": False}
+    argv = command(**own, **{"SOLVER.MAX_ITER": 1, "SOLVER.CHECKPOINT_PERIOD": 1})
+    argv[1] = str(tmp_path / "ours.yaml")
+    for key in ("MODEL.ATSS.NUM_CONVS", "MODEL.FPN.OUT_CHANNELS"):
+        del argv[argv.index(key) : argv.index(key) + 2]
+    run(argv)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    skipped = re.findall(r"Skip loading parameter '([\w.]+)'", log)
+    assert sorted(skipped) == ["head.cls_score.bias", "head.cls_score.weight"]
+    tuned = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["model"]
+    assert len(tuned["head.cls_score.bias"]) == 2
+    frozen = "backbone.bottom_up.res2.0.conv1.weight"
+    assert torch.equal(tuned[frozen], weights["backbone.body.layer1.0.conv1.weight"])
 
 
 def test_multi_scale_testing_beside_the_plain_one(command, tmp_path):
