@@ -1,143 +1,188 @@
 #!/usr/bin/env python3
 """Measures what the project claims to be fast at.
 
-    tools/benchmark.py assignment
+    tools/benchmark.py model                     a training step, inference, and their parts
+    tools/benchmark.py model --against all       beside every peer that is installed
+    tools/benchmark.py assignment                the assigner beside dense ones
+    tools/benchmark.py scaling                   how assignment grows; draws scaling.png
+    tools/benchmark.py data                      what loading images costs
 
-compares the assigner with a straightforward dense implementation (distances and overlaps of every
-object with every anchor, image by image), in one run, interleaved, by medians.
+Everything that is compared is measured in one run, in turn. Ratios are of medians; intervals hold
+the median with 95 % confidence. Peers are Detectron2's and torchvision's detectors, and mmdet's
+where it can be imported:
+
+    pip install --no-deps mmdet==3.3.0 mmcv-lite==2.1.0 mmengine==0.10.7 addict terminaltables \\
+        shapely yapf rich pygments markdown-it-py mdurl six
 """
 
 import argparse
-import multiprocessing
+import json
 import platform
-import re
-import statistics
-import time
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
 import torch
-from torchvision.ops import box_iou
+from benchmarks import assignment, data, model
+from benchmarks.peers import PEERS, installed
+from benchmarks.timing import Seconds, table
+from detectron2.config import get_cfg
 
-from atss import Anchors, GroundTruth
-from atss.assigners import ATSS
+from atss import add_atss_config, model_zoo
+from atss.acceleration import keep_freed_memory
 
-
-def dense_atss(anchors: Anchors, gt: GroundTruth, k: int = 9) -> torch.Tensor:
-    """The baseline: Algorithm 1 on (R, G) matrices. Returns gt_index (N, R)."""
-    result = []
-    centre = (anchors.boxes[:, :2] + anchors.boxes[:, 2:]) / 2
-    for image in range(gt.num_images):
-        own = (gt.image_index == image).nonzero().squeeze(1)
-        boxes = gt.boxes[own]
-        owner = torch.full((len(anchors.boxes),), -1)
-        if len(boxes):
-            overlap = box_iou(anchors.boxes, boxes)
-            # Not torch.cdist: it expands the square, and loses the digits that order neighbours.
-            difference = centre[:, None] - (boxes[:, :2] + boxes[:, 2:]) / 2
-            distance = difference.square().sum(dim=2).sqrt()
-            first, candidates = 0, []
-            for level in distance.split(anchors.per_level):
-                nearest = level.topk(min(k, len(level)), dim=0, largest=False).indices
-                candidates.append(nearest + first)
-                first += len(level)
-            candidates = torch.cat(candidates)
-            values = overlap.gather(0, candidates)
-            threshold = values.mean(dim=0) + values.std(dim=0)
-            points = centre[candidates]
-            sides = torch.cat([points - boxes[:, :2], boxes[:, 2:] - points], dim=2)
-            positive = (values >= threshold) & (sides.amin(dim=2) > 0.01)
-            chosen = torch.full_like(overlap, -1)
-            chosen.scatter_(0, candidates, torch.where(positive, values, -1))
-            best, winner = chosen.max(dim=1)
-            owner = torch.where(best >= 0, own[winner], -1)
-        result.append(owner)
-    return torch.stack(result)
+DEFAULT_CONFIG = "ATSS_R_50_FPN_1x.yaml"
 
 
-def random_objects(count: int, canvas_hw: tuple[int, int], num_images: int = 1) -> GroundTruth:
-    """Boxes of 8 to 512 pixels, sizes log-uniform, anywhere on the canvas; fixed seed."""
-    generator = torch.Generator().manual_seed(0)
-    height, width = canvas_hw
-    centre = torch.rand(count, 2, generator=generator) * torch.tensor([width, height])
-    size = 8 * 64 ** torch.rand(count, 2, generator=generator)
-    boxes = torch.cat([centre - size / 2, centre + size / 2], dim=1)
-    image_index = torch.arange(count) % num_images
-    return GroundTruth(boxes, torch.zeros(count, dtype=torch.long), image_index, num_images)
+def measure_model(args: argparse.Namespace) -> dict:
+    """Ours beside the peers, for every precision and layout asked for."""
+    peers = [name for name in PEERS if installed(name)] if args.against == ["all"] else args.against
+    names = [model.OURS, *peers]
+    report = {}
+    for case in _cases(args):
+        print(f"\n## {case.title}: {case.batch} x {case.height}x{case.width}, {case.boxes} boxes")
+        compared = model.beside_peers(names, case, args.runs)
+        memory = {name: model.peak_memory(name, case) for name in names} if args.memory else {}
+        for what, seconds in compared.items():
+            rows = []
+            for name, s in seconds.items():
+                ratio = seconds[model.OURS].median / s.median
+                images = case.batch / s.median
+                rows.append([name, _interval(s), f"{images:.2f}", f"{ratio:.3f}"])
+            print(f"\n{what}\n")
+            print(table(["", "seconds (95 %)", "images/s", "ours / this"], rows))
+        if memory:
+            rows = [[name, f"{mebibytes:.0f}"] for name, mebibytes in memory.items()]
+            print("\npeak memory of training\n")
+            print(table(["", "MiB"], rows))
+        partial = model.parts(case, args.runs)
+        for what, seconds in partial.items():
+            whole = sum(s.median for s in seconds.values())
+            rows = [
+                [name, f"{s.median * 1e3:.2f}", f"{100 * s.median / whole:.2f} %"]
+                for name, s in seconds.items()
+            ]
+            print(f"\nparts of our {what}\n")
+            print(table(["", "ms", "share"], rows))
+        report[case.title] = {"compared": _plain(compared), "parts": _plain(partial), "MiB": memory}
+    _across(report)
+    return report
 
 
-def median_seconds(functions: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
-    """Medians of several functions called in turn, after one uncounted call each."""
-    for function in functions.values():
-        function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(runs):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def _cases(args: argparse.Namespace) -> list[model.Case]:
+    height, width = args.size
+    cases = []
+    for variant in args.variants:
+        precision, _, layout = variant.partition("-")
+        cases.append(
+            model.Case(
+                *(precision, layout == "channels_last", args.batch, height, width, args.boxes),
+                *(args.device, args.config_file, tuple(args.opts)),
+            )
+        )
+    return cases
 
 
-def _peak_mebibytes() -> float:
-    """Peak resident memory of this process (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 1024
+def _across(report: dict) -> None:
+    """What mixing precisions gives: our last variant's step against everyone's first."""
+    if len(report) < 2:
+        return
+    first, *_, last = report
+    ours = report[last]["compared"]["training step"][model.OURS]["median"]
+    print(f"\nour step in {last}, against the steps in {first}\n")
+    steps = report[first]["compared"]["training step"]
+    print(table(["", "ratio"], [[name, f"{ours / s['median']:.3f}"] for name, s in steps.items()]))
 
 
-def _memory_child(count: int, canvas_hw: tuple[int, int], num_images: int, queue) -> None:
-    anchors, gt = Anchors.grid(canvas_hw), random_objects(count, canvas_hw, num_images)
-    ATSS()(anchors, random_objects(1, canvas_hw))  # what the library itself loads
-    before = _peak_mebibytes()
-    ATSS()(anchors, gt)
-    queue.put(_peak_mebibytes() - before)
+def _interval(s: Seconds) -> str:
+    low, high = s.interval
+    return f"{s.median:.3f} ({low:.3f} to {high:.3f})"
 
 
-def extra_mebibytes(count: int, canvas_hw: tuple[int, int], num_images: int) -> float:
-    """By how much one call raises a fresh process's peak memory, output included."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    child = context.Process(target=_memory_child, args=(count, canvas_hw, num_images, queue))
-    child.start()
-    child.join()
-    return queue.get()
+def _plain(seconds: dict[str, dict[str, Seconds]]) -> dict:
+    return {
+        what: {n: {"median": s.median, "values": s.values} for n, s in by_name.items()}
+        for what, by_name in seconds.items()
+    }
 
 
-def assignment(runs: int) -> None:
-    """Prints a table of seconds and ratios."""
-    print("boxes  canvas      images  closed form [ms]  dense [ms]   ratio  anchors that differ")
-    small, large = (800, 1344), (2160, 3840)
-    seconds = {}
-    for count, canvas_hw in ((7, small), (100, small), (1000, small), (1000, large)):
-        anchors, gt = Anchors.grid(canvas_hw), random_objects(count, canvas_hw)
-        functions = {
-            "ours": lambda a=anchors, g=gt: ATSS()(a, g),
-            "dense": lambda a=anchors, g=gt: dense_atss(a, g),
-        }
-        ours, dense = median_seconds(functions, runs).values()
-        seconds[count, canvas_hw] = ours
-        size = "x".join(map(str, canvas_hw))
-        row = (f"{count:5d}  {size:<10}  {1:6d}", f"{ours * 1e3:16.2f}", f"{dense * 1e3:10.1f}")
-        differ = (ATSS()(anchors, gt).gt_index != dense_atss(anchors, gt)).sum()
-        print("  ".join(row), f"{dense / ours:7.1f}  {differ:19d}")
-    anchors, gt = Anchors.grid(small), random_objects(75000, small, 128)
-    ours = median_seconds({"ours": lambda: ATSS()(anchors, gt)}, runs)["ours"]
-    print(f"75000  800x1344       128  {ours * 1e3:16.2f}")
-    ratio = seconds[1000, large] / seconds[1000, small]
-    print(f"1,000 boxes on 2160x3840 against 800x1344: {ratio:.2f} times the seconds")
-    print(f"75,000 boxes on 128 images: {extra_mebibytes(75000, small, 128):.0f} MiB of memory")
+def measure_assignment(args: argparse.Namespace) -> dict:
+    return assignment.beside_dense(args.runs, installed("mmdet-atss"))
+
+
+def measure_scaling(args: argparse.Namespace) -> dict:
+    return assignment.scaling(args.runs, Path(args.plots))
+
+
+def measure_data(args: argparse.Namespace) -> dict:
+    cfg = get_cfg()
+    add_atss_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    return data.loading(cfg, args.images, tuple(args.workers))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--runs", type=int, default=7, help="counted calls of each function")
+    shared.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    configured = argparse.ArgumentParser(add_help=False)
+    configured.add_argument(
+        "--config-file", default=model_zoo.get_config_file(DEFAULT_CONFIG), metavar="FILE"
+    )
+    configured.add_argument("opts", nargs="*", default=[], help="KEY VALUE ... of the config")
+    commands = parser.add_subparsers(required=True, metavar="WHAT")
+
+    command = commands.add_parser("model", parents=[shared, configured])
+    command.set_defaults(measure=measure_model)
+    command.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        choices=[*PEERS, "all"],
+        metavar="PEER",
+        help=f"of {', '.join(PEERS)}, or all that are installed",
+    )
+    command.add_argument(
+        "--variants",
+        nargs="+",
+        default=["fp32", "bf16-channels_last"],
+        metavar="VARIANT",
+        help="fp32, bf16 or fp16, each with -channels_last or without",
+    )
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--batch", type=int, default=1, help="images")
+    command.add_argument("--size", type=int, nargs=2, default=(800, 1088), metavar="PIXELS")
+    command.add_argument("--boxes", type=int, default=7, help="objects on each image")
+    command.add_argument("--memory", action="store_true", help="measure peak memory, too")
+
+    command = commands.add_parser("assignment", parents=[shared])
+    command.set_defaults(measure=measure_assignment)
+    command = commands.add_parser("scaling", parents=[shared])
+    command.set_defaults(measure=measure_scaling)
+    command.add_argument("--plots", default="output/benchmark", metavar="FOLDER")
+    command = commands.add_parser("data", parents=[shared, configured])
+    command.set_defaults(measure=measure_data)
+    command.add_argument("--images", type=int, default=64)
+    command.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4])
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=["assignment"])
-    parser.add_argument("--runs", type=int, default=11, help="counted calls of each function")
-    args = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    args = make_parser().parse_args()
+    keep_freed_memory()  # as train_net.py does on CPUs; it serves everyone who is measured
+    processor = platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        processor += f", {torch.cuda.get_device_name()}"
+    print(f"{processor}, {torch.get_num_threads()} threads")
     print(f"Python {platform.python_version()}, torch {torch.__version__}")
-    assignment(args.runs)
+    try:
+        report = args.measure(args)
+    except (ValueError, KeyError, ImportError, OSError) as error:
+        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

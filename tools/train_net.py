@@ -19,6 +19,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 
 from atss import add_atss_config
+from atss.acceleration import keep_freed_memory
 from atss.config import build_assigner, resolve_num_classes
 from atss.data.datasets import classes_of, refuse_unannotated, register_coco
 from atss.engine import Trainer
@@ -90,6 +91,8 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     """What every process does."""
     register(args)
     default_setup(cfg, args)
+    if cfg.MODEL.DEVICE == "cpu":
+        keep_freed_memory()
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)

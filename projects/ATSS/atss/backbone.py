@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init
-from detectron2.layers import CNNBlockBase
+from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone import FPN, Backbone, ResNet
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
@@ -49,10 +49,35 @@ def build_fpn(
     relu_before_p7: bool = True,
 ) -> FPN:
     """FPN on ``in_features`` of the bottom-up, with two more levels on top: P3 to P7 on features of
-    strides 8, 16 and 32."""
+    strides 8, 16 and 32. Frozen norms of the bottom-up are folded."""
+    fold_frozen_norms(bottom_up)
     last = bottom_up.output_shape()[in_features[-1]].stride
     top_block = P6P7FromP5(out_channels, relu_before_p7, f"p{int(math.log2(last))}")
     return FPN(bottom_up, in_features, out_channels, norm, top_block, fuse_type)
+
+
+class FrozenNormConv2d(Conv2d):
+    """A convolution with a frozen norm, which scales the weights, where scaling the output would
+    read and write all of it twice more in each direction. Same numbers but for rounding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
+        bias = self.norm.bias - self.norm.running_mean * scale
+        weight = self.weight * scale[:, None, None, None]
+        stride = self.stride
+        if self.kernel_size == (1, 1) and self.padding == (0, 0):
+            # Of the rest nothing is used. Strided kernels of this size are slow on CPUs.
+            x, stride = x[..., :: stride[0], :: stride[1]], 1
+        x = F.conv2d(x, weight, bias, stride, self.padding, self.dilation, self.groups)
+        return x if self.activation is None else self.activation(x)
+
+
+def fold_frozen_norms(module: nn.Module) -> None:
+    """Makes all convolutions with frozen norms scale their weights. In place; parameters, buffers
+    and their names stay."""
+    for conv in module.modules():
+        if type(conv) is Conv2d and conv.bias is None and isinstance(conv.norm, FrozenBatchNorm2d):
+            conv.__class__ = FrozenNormConv2d
 
 
 class DeformBottleneck(CNNBlockBase):

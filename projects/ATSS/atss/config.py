@@ -18,6 +18,7 @@ from detectron2.modeling.backbone import FPN, build_resnet_backbone
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 
 from . import anchors, backbone, detector, head
+from .acceleration import compile_in_place
 from .assigners import ASSIGNER_REGISTRY
 from .box_coding import BoxDeltas, LogDistances, PointDistances
 from .criterion import BoxLoss, Criterion, on_boxes, on_deltas
@@ -117,8 +118,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     # Per image. COCO counts 100; the authors' code hands in 1000.
     node.TTA.MAX_DETECTIONS = 1000
 
-    # Images that each process evaluates at a time. Images of different sizes are padded to the
-    # largest, which changes what a model sees at their right and lower borders.
+    # Images that each process evaluates at a time. Only those of one size, once padded, share a
+    # canvas, so that the numbers stay those of single images.
     node.IMS_PER_BATCH_TEST = 1
 
     # Of backbone and towers, in training and inference: "fp32", "bf16", "fp16" (on GPUs; gradients
@@ -126,6 +127,9 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.PRECISION = "fp32"
     # Keep the channels of a feature map together in memory, which convolutions in bf16 like.
     node.CHANNELS_LAST = False
+    # Let torch.compile compile backbone and head. The first iterations then take minutes, and again
+    # when the size of the images changes for the first time.
+    node.COMPILE = False
 
 
 # ------------------------------------------------------------------------------------------------
@@ -186,7 +190,10 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
     if node.CHANNELS_LAST:
         # Feature maps follow the weights of the convolutions that make them.
         model = model.to(memory_format=torch.channels_last)
-    return model.to(cfg.MODEL.DEVICE)
+    model = model.to(cfg.MODEL.DEVICE)
+    if node.COMPILE:
+        compile_in_place(model.backbone, model.head)
+    return model
 
 
 @ANCHOR_GENERATOR_REGISTRY.register()

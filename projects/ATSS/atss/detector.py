@@ -1,5 +1,6 @@
 """The detector: from images to losses or detections, top to bottom."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -88,11 +89,26 @@ class ATSSDetector(DenseDetector):
         if self.precision is not None:
             autocast = torch.autocast(self.device.type, dtype=self.precision)
         with autocast:
-            results = super().forward(batched_inputs)
-        if self.legacy_pixels and not self.training:
+            if self.training:
+                return super().forward(batched_inputs)
+            # An image padded beyond its own canvas would see other borders than alone.
+            results = [{}] * len(batched_inputs)
+            for group in self._of_one_canvas(batched_inputs):
+                detected = super().forward([batched_inputs[i] for i in group])
+                for i, result in zip(group, detected, strict=True):
+                    results[i] = result
+        if self.legacy_pixels:
             for example, result in zip(batched_inputs, results, strict=True):
                 _keep_last_pixel(result["instances"], example["image"].shape[-2:])
         return results
+
+    def _of_one_canvas(self, batched_inputs: list[dict]) -> list[list[int]]:
+        """Indices of images that are padded to the same size, group by group."""
+        step = max(self.backbone.size_divisibility, 1)
+        groups = defaultdict(list)
+        for i, example in enumerate(batched_inputs):
+            groups[tuple(-(-side // step) for side in example["image"].shape[-2:])].append(i)
+        return list(groups.values())
 
     def forward_training(
         self,

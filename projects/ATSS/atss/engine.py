@@ -12,6 +12,7 @@ from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
+    get_detection_dataset_dicts,
 )
 from detectron2.engine import (
     AMPTrainer,
@@ -85,11 +86,17 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
-        """Detectron2's loader with our mapper, in batches of MODEL.ATSS.IMS_PER_BATCH_TEST."""
+        """Detectron2's loader with our mapper, in batches of MODEL.ATSS.IMS_PER_BATCH_TEST. Images
+        of one size follow one another, because only those make a batch."""
+        records = get_detection_dataset_dicts(dataset_name, filter_empty=False)
+        records.sort(key=lambda x: (x.get("height", 0), x.get("width", 0)))
+        # Detectron2 gives each process a contiguous part: each gets images of all sizes.
+        world_size = comm.get_world_size()
+        records = [x for rank in range(world_size) for x in records[rank::world_size]]
         return build_detection_test_loader(
-            cfg,
-            dataset_name,
+            records,
             mapper=Mapper(cfg, is_train=False),
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
             batch_size=cfg.MODEL.ATSS.IMS_PER_BATCH_TEST,
         )
 

@@ -1,0 +1,226 @@
+"""The detector beside its peers: a training step, inference, their parts, and memory."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from atss import GroundTruth, Predictions, add_atss_config
+from atss.structures import HeadOutput
+
+from .peers import NUM_CLASSES, PEERS, Peer, in_precision
+from .timing import Seconds, Stopwatch, in_fresh_process, in_turn, parts_in_turn, peak_mebibytes
+
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: precision "fp32", "bf16" or "fp16", the layout of feature maps, and the
+    images. Everyone's model gets the same."""
+
+    precision: str
+    channels_last: bool
+    batch: int
+    height: int
+    width: int
+    boxes: int
+    device: str
+    config_file: str
+    options: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        layout = "channels last" if self.channels_last else "contiguous"
+        return f"{self.precision}, {layout}"
+
+
+def random_batch(case: Case) -> list[dict]:
+    """Noise with boxes of 8 to 512 pixels, in Detectron2's format; fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.tensor([case.width, case.height] * 2)
+    batch = []
+    for _ in range(case.batch):
+        size = (3, case.height, case.width)
+        image = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+        centre = torch.rand(case.boxes, 2, generator=generator) * corner[:2]
+        half = 4 * 64 ** torch.rand(case.boxes, 2, generator=generator)
+        boxes = torch.cat([centre - half, centre + half], dim=1).clamp(min=0).minimum(corner)
+        classes = torch.randint(0, NUM_CLASSES, (case.boxes,), generator=generator)
+        instances = Instances(size[1:], gt_boxes=Boxes(boxes), gt_classes=classes)
+        batch.append({"image": image, "instances": instances, "height": size[1], "width": size[2]})
+    return batch
+
+
+def build_ours(case: Case) -> Peer:
+    """The detector of a config, in the precision and layout of the case."""
+    cfg = get_cfg()
+    add_atss_config(cfg)
+    cfg.merge_from_file(case.config_file)
+    cfg.merge_from_list(
+        [
+            *("MODEL.DEVICE", case.device, "MODEL.ATSS.NUM_CLASSES", NUM_CLASSES),
+            *("MODEL.ATSS.PRECISION", case.precision),
+            *("MODEL.ATSS.CHANNELS_LAST", case.channels_last),
+            *case.options,
+        ]
+    )
+    model = build_model(cfg)
+    return Peer(model, (), lambda batch: batch, model, model)
+
+
+def build(name: str, case: Case) -> Peer:
+    """Ours or one of PEERS, on the device of the case."""
+    torch.manual_seed(0)
+    if name == OURS:
+        return build_ours(case)
+    peer = PEERS[name]()
+    peer.model.to(case.device)
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[case.precision]
+    in_precision(peer, dtype, case.channels_last)
+    return peer
+
+
+def training_step(peer: Peer, batch: list[dict]) -> Callable[[], None]:
+    """Forward, backward and a step of SGD; the learning rate is zero, so that all steps are of the
+    same weights."""
+    prepared = peer.prepare(batch)
+    optimizer = _sgd(peer.model)
+
+    def step() -> None:
+        peer.model.train()
+        with EventStorage(1):
+            losses = peer.losses(prepared)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+
+    return step
+
+
+def inference(peer: Peer, batch: list[dict]) -> Callable[[], None]:
+    """From images to detections."""
+    prepared = peer.prepare(batch)
+
+    def detect() -> None:
+        peer.model.eval()
+        with torch.no_grad():
+            peer.detect(prepared)
+
+    return detect
+
+
+def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
+
+
+def beside_peers(names: Sequence[str], case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
+    """{"training step" or "inference": {name: seconds per batch}}, all models in turn."""
+    device, batch = torch.device(case.device), random_batch(case)
+    models = {name: build(name, case) for name in names}
+    steps = {name: training_step(peer, batch) for name, peer in models.items()}
+    detects = {name: inference(peer, batch) for name, peer in models.items()}
+    return {
+        "training step": in_turn(steps, runs, device),
+        "inference": in_turn(detects, runs, device),
+    }
+
+
+def parts(case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
+    """The parts of our step and of our inference."""
+    device, batch = torch.device(case.device), random_batch(case)
+    model = build_ours(case).model
+    optimizer = _sgd(model)
+    instances = [x["instances"] for x in batch]
+
+    def precision():
+        if model.precision is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=model.precision)
+
+    def network(watch: Stopwatch):
+        images = model.preprocess_image(batch)
+        watch.lap("images to one batch")
+        with precision():
+            features = model.backbone(images.tensor)
+            watch.lap("backbone")
+            features = [features[name] for name in model.head_in_features]
+            predictions = model.head(features)
+            watch.lap("head")
+        return images, features, predictions
+
+    def step(watch: Stopwatch) -> None:
+        model.train()
+        _, features, predictions = network(watch)
+        given = [x.detach().float().requires_grad_() for x in predictions if x is not None]
+        output = HeadOutput(*given) if len(given) == 3 else HeadOutput(*given, None)
+        anchors = model.anchor_generator.grid(features)
+        gt = GroundTruth.from_instances([x.to(device) for x in instances])
+        boxes = model.box_coder.decode(output.deltas, anchors.boxes)
+        watch.lap("decoding")
+        quality = None if output.quality is None else output.quality.detach()
+        seen = Predictions(output.logits.detach(), boxes.detach(), quality)
+        assignment = model.assigner(anchors, gt, seen)
+        watch.lap("assignment")
+        losses = model.criterion(output, boxes, anchors, gt, assignment)
+        watch.lap("criterion")
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        watch.lap("criterion, backward")
+        tensors = [x for x in predictions if x is not None]
+        torch.autograd.backward(tensors, [x.grad for x in given])
+        watch.lap("head and backbone, backward")
+        optimizer.step()
+        watch.lap("optimizer")
+
+    @torch.no_grad()
+    def detect(watch: Stopwatch) -> None:
+        model.eval()
+        images, features, predictions = network(watch)
+        # An untrained head finds nothing. Raised so that 1,000 (anchor, class) pairs of each image
+        # pass the threshold, as on a crowded image.
+        logits = predictions.logits.float()
+        high = logits.flatten(1).topk(1000).values[:, -1, None, None]
+        threshold = torch.tensor(model.postprocess.score_thresh).logit()
+        raised = predictions._replace(logits=logits - high + threshold)
+        watch.lap("(raising scores)")
+        model.forward_inference(images, features, raised)
+        watch.lap("post-processing")
+
+    return {
+        "training step": parts_in_turn(step, runs, device),
+        "inference": parts_in_turn(detect, runs, device),
+    }
+
+
+def peak_memory(name: str, case: Case) -> float:
+    """MiB at the highest moment of two training steps: on a GPU what is allocated, on a CPU the
+    resident memory of a fresh process."""
+    if case.device.startswith("cuda"):
+        return _gpu_mebibytes(name, case)
+    return in_fresh_process(_cpu_mebibytes, name, case)
+
+
+def _two_steps(name: str, case: Case) -> None:
+    step = training_step(build(name, case), random_batch(case))
+    step()
+    step()
+
+
+def _cpu_mebibytes(name: str, case: Case) -> float:
+    _two_steps(name, case)
+    return peak_mebibytes()
+
+
+def _gpu_mebibytes(name: str, case: Case) -> float:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    _two_steps(name, case)
+    return torch.cuda.max_memory_allocated() / 2**20
