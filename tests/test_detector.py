@@ -212,3 +212,22 @@ def test_lazy_config_builds_the_same_model():
     example = make_input(BOX, [0])
     for name, value in ours.train()([example]).items():
         torch.testing.assert_close(value, theirs.train()([example])[name])
+
+
+def test_a_batch_of_several_sizes_detects_what_single_images_do():
+    model = tiny("MODEL.ATSS.SCORE_THRESH_TEST", 0.0).eval()
+    sizes = [(96, 128), (64, 128), (90, 125), (128, 96), (64, 127)]
+    examples = [make_input(hw=hw, seed=i) for i, hw in enumerate(sizes)]
+    canvases = []
+    model.backbone.register_forward_pre_hook(lambda m, x: canvases.append(tuple(x[0].shape)))
+    with torch.no_grad():
+        together = model(examples)
+        assert canvases == [(2, 3, 96, 128), (2, 3, 64, 128), (1, 3, 128, 96)]
+        alone = [model([example])[0] for example in examples]
+    for example, a, b in zip(examples, together, alone, strict=True):
+        a, b = a["instances"], b["instances"]
+        assert a.image_size == b.image_size == (example["height"], example["width"])
+        assert len(a) == len(b) > 0
+        assert torch.equal(a.pred_classes, b.pred_classes)
+        torch.testing.assert_close(a.scores, b.scores)
+        torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, atol=1e-3, rtol=0)

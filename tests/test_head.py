@@ -108,3 +108,21 @@ def test_last_convolution_of_each_tower_may_be_deformable(version):
 def test_refuses_an_unknown_version():
     with pytest.raises(ValueError, match="not 'v3' with 1 convolutions"):
         ATSSHead(**HEAD, deform="v3")
+
+
+@pytest.mark.parametrize("tower", ["box", "cls"])
+def test_predictors_run_together_as_they_would_alone(tower):
+    torch.manual_seed(0)
+    head = ATSSHead(
+        in_channels=32, num_levels=1, num_classes=3, num_convs=1, centerness=tower
+    ).eval()
+    x = torch.randn(1, 32, 5, 7)
+    output = head([x])
+    cls_feature, box_feature = head.cls_subnet(x), head.bbox_subnet(x)
+    source = box_feature if tower == "box" else cls_feature
+    for ours, alone in (
+        (output.logits, head.cls_score(cls_feature)),
+        (output.deltas, head.bbox_pred(box_feature)),
+        (output.quality[..., None], head.ctrness(source)),
+    ):
+        torch.testing.assert_close(ours, alone.flatten(2).transpose(1, 2))

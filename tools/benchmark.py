@@ -3,6 +3,7 @@
 
     tools/benchmark.py model                     a training step, inference, and their parts
     tools/benchmark.py model --against all       beside every peer that is installed
+    tools/benchmark.py batching                  inference of 8 images, together and one by one
     tools/benchmark.py assignment                the assigner beside dense ones
     tools/benchmark.py scaling                   how assignment grows; draws scaling.png
     tools/benchmark.py data                      what loading images costs
@@ -41,30 +42,80 @@ def measure_model(args: argparse.Namespace) -> dict:
     for case in _cases(args):
         print(f"\n## {case.title}: {case.batch} x {case.height}x{case.width}, {case.boxes} boxes")
         compared = model.beside_peers(names, case, args.runs)
-        memory = {name: model.peak_memory(name, case) for name in names} if args.memory else {}
         for what, seconds in compared.items():
-            rows = []
-            for name, s in seconds.items():
-                ratio = seconds[model.OURS].median / s.median
-                images = case.batch / s.median
-                rows.append([name, _interval(s), f"{images:.2f}", f"{ratio:.3f}"])
-            print(f"\n{what}\n")
-            print(table(["", "seconds (95 %)", "images/s", "ours / this"], rows))
+            _print_comparison(what, seconds, case.batch)
+        memory = {name: model.peak_memory(name, case) for name in names} if args.memory else {}
         if memory:
-            rows = [[name, f"{mebibytes:.0f}"] for name, mebibytes in memory.items()]
             print("\npeak memory of training\n")
-            print(table(["", "MiB"], rows))
-        partial = model.parts(case, args.runs)
-        for what, seconds in partial.items():
-            whole = sum(s.median for s in seconds.values())
-            rows = [
-                [name, f"{s.median * 1e3:.2f}", f"{100 * s.median / whole:.2f} %"]
-                for name, s in seconds.items()
-            ]
-            print(f"\nparts of our {what}\n")
-            print(table(["", "ms", "share"], rows))
-        report[case.title] = {"compared": _plain(compared), "parts": _plain(partial), "MiB": memory}
-    _across(report)
+            print(table(["", "MiB"], [[name, f"{mib:.0f}"] for name, mib in memory.items()]))
+        parts = model.parts(case, args.runs)
+        for what, seconds in parts.items():
+            _print_parts(what, seconds)
+        floor = model.floor(case)
+        _print_floor(floor)
+        report[case.title] = {
+            "compared": _plain(compared),
+            "MiB": memory,
+            "parts": _plain(parts),
+            "floor": floor,
+        }
+    _print_across(report)
+    return report
+
+
+def _print_comparison(what: str, seconds: dict[str, Seconds], batch: int) -> None:
+    ours = seconds[model.OURS].median
+    rows = [
+        [name, _interval(s), f"{batch / s.median:.2f}", f"{ours / s.median:.3f}"]
+        for name, s in seconds.items()
+    ]
+    print(f"\n{what}\n")
+    print(table(["", "seconds (95 %)", "images/s", "ours / this"], rows))
+
+
+def _print_parts(what: str, seconds: dict[str, Seconds]) -> None:
+    whole = sum(s.median for s in seconds.values())
+    rows = [
+        [name, f"{s.median * 1e3:.2f}", f"{100 * s.median / whole:.2f} %"]
+        for name, s in seconds.items()
+    ]
+    print(f"\nparts of our {what}\n")
+    print(table(["", "ms", "share"], rows))
+
+
+def _print_floor(floor: dict[str, float]) -> None:
+    operations, rate = floor["operations"], floor["operations per second"]
+    traffic, bandwidth = floor["bytes"], floor["bytes per second"]
+    print(
+        f"\nfloor of our training step: {operations / 1e9:.0f} billion operations at "
+        f"{rate / 1e9:.0f} billion/s (a matrix product) are {operations / rate:.2f} s; "
+        f"{traffic / 1e9:.1f} GB, operator by operator, at {bandwidth / 1e9:.1f} GB/s (a copy) "
+        f"are {traffic / bandwidth:.2f} s"
+    )
+
+
+def _print_across(report: dict) -> None:
+    """What mixing precisions gives: our last variant's step against everyone's first."""
+    if len(report) < 2:
+        return
+    first, *_, last = report
+    ours = report[last]["compared"]["training step"][model.OURS]["median"]
+    print(f"\nour step in {last}, against the steps in {first}\n")
+    steps = report[first]["compared"]["training step"]
+    print(table(["", "ratio"], [[name, f"{ours / s['median']:.3f}"] for name, s in steps.items()]))
+
+
+def measure_batching(args: argparse.Namespace) -> dict:
+    """Inference of a batch against that of its images one by one."""
+    report = {}
+    for case in _cases(args):
+        seconds, difference = model.batching(case, args.runs)
+        rows = [[name, _interval(s)] for name, s in seconds.items()]
+        print(f"\n## {case.title}: {case.batch} x {case.height}x{case.width}\n")
+        print(table(["", "seconds per image (95 %)"], rows))
+        ratio = seconds["together"].median / seconds["one by one"].median
+        print(f"together / one by one: {ratio:.3f}; {difference}")
+        report[case.title] = {name: s.median for name, s in seconds.items()}
     return report
 
 
@@ -80,17 +131,6 @@ def _cases(args: argparse.Namespace) -> list[model.Case]:
             )
         )
     return cases
-
-
-def _across(report: dict) -> None:
-    """What mixing precisions gives: our last variant's step against everyone's first."""
-    if len(report) < 2:
-        return
-    first, *_, last = report
-    ours = report[last]["compared"]["training step"][model.OURS]["median"]
-    print(f"\nour step in {last}, against the steps in {first}\n")
-    steps = report[first]["compared"]["training step"]
-    print(table(["", "ratio"], [[name, f"{ours / s['median']:.3f}"] for name, s in steps.items()]))
 
 
 def _interval(s: Seconds) -> str:
@@ -127,6 +167,11 @@ def make_parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--runs", type=int, default=7, help="counted calls of each function")
     shared.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    shared.add_argument(
+        "--keep-freed-memory",
+        action="store_true",
+        help="with the allocator set as train_net.py sets it on CPUs, for everyone",
+    )
     configured = argparse.ArgumentParser(add_help=False)
     configured.add_argument(
         "--config-file", default=model_zoo.get_config_file(DEFAULT_CONFIG), metavar="FILE"
@@ -134,7 +179,18 @@ def make_parser() -> argparse.ArgumentParser:
     configured.add_argument("opts", nargs="*", default=[], help="KEY VALUE ... of the config")
     commands = parser.add_subparsers(required=True, metavar="WHAT")
 
-    command = commands.add_parser("model", parents=[shared, configured])
+    modelled = argparse.ArgumentParser(add_help=False, parents=[shared, configured])
+    modelled.add_argument(
+        "--variants",
+        nargs="+",
+        default=["fp32", "bf16-channels_last"],
+        metavar="VARIANT",
+        help="fp32, bf16 or fp16, each with -channels_last or without",
+    )
+    modelled.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    modelled.add_argument("--size", type=int, nargs=2, default=(800, 1088), metavar="PIXELS")
+    modelled.add_argument("--boxes", type=int, default=7, help="objects on each image")
+    command = commands.add_parser("model", parents=[modelled])
     command.set_defaults(measure=measure_model)
     command.add_argument(
         "--against",
@@ -144,19 +200,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="PEER",
         help=f"of {', '.join(PEERS)}, or all that are installed",
     )
-    command.add_argument(
-        "--variants",
-        nargs="+",
-        default=["fp32", "bf16-channels_last"],
-        metavar="VARIANT",
-        help="fp32, bf16 or fp16, each with -channels_last or without",
-    )
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--batch", type=int, default=1, help="images")
-    command.add_argument("--size", type=int, nargs=2, default=(800, 1088), metavar="PIXELS")
-    command.add_argument("--boxes", type=int, default=7, help="objects on each image")
     command.add_argument("--memory", action="store_true", help="measure peak memory, too")
 
+    command = commands.add_parser("batching", parents=[modelled])
+    command.set_defaults(measure=measure_batching)
+    command.add_argument("--batch", type=int, default=8, help="images")
     command = commands.add_parser("assignment", parents=[shared])
     command.set_defaults(measure=measure_assignment)
     command = commands.add_parser("scaling", parents=[shared])
@@ -171,7 +220,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = make_parser().parse_args()
-    keep_freed_memory()  # as train_net.py does on CPUs; it serves everyone who is measured
+    if args.keep_freed_memory:
+        keep_freed_memory()
     processor = platform.processor() or platform.machine()
     if torch.cuda.is_available():
         processor += f", {torch.cuda.get_device_name()}"

@@ -75,7 +75,7 @@ def random_objects(count: int, canvas_hw: tuple[int, int], num_images: int = 1) 
     centre = torch.rand(count, 2, generator=generator) * torch.tensor([width, height])
     size = 8 * 64 ** torch.rand(count, 2, generator=generator)
     boxes = torch.cat([centre - size / 2, centre + size / 2], dim=1)
-    image_index = torch.arange(count) % num_images
+    image_index = torch.arange(count) * num_images // count  # image by image, as they come
     return GroundTruth(boxes, torch.zeros(count, dtype=torch.long), image_index, num_images)
 
 

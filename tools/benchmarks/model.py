@@ -10,6 +10,9 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from atss import GroundTruth, Predictions, add_atss_config
 from atss.structures import HeadOutput
@@ -197,6 +200,70 @@ def parts(case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
     return {
         "training step": parts_in_turn(step, runs, device),
         "inference": parts_in_turn(detect, runs, device),
+    }
+
+
+def batching(case: Case, runs: int) -> tuple[dict[str, Seconds], str]:
+    """Seconds per image of a batch together and one by one, and how the detections differ. The
+    threshold is that of an untrained head, so that there are detections to compare."""
+    model = build_ours(case).model.eval()
+    model.postprocess.score_thresh = 0.0101
+    batch = random_batch(case)
+    functions = {
+        "one by one": torch.no_grad()(lambda: [model([x])[0] for x in batch]),
+        "together": torch.no_grad()(lambda: model(batch)),
+    }
+    seconds = in_turn(functions, runs, torch.device(case.device))
+    per_image = {k: Seconds(tuple(v / len(batch) for v in s.values)) for k, s in seconds.items()}
+    alone, together = ([x["instances"] for x in f()] for f in functions.values())
+    if [len(x) for x in alone] != [len(x) for x in together]:
+        return per_image, "their numbers of detections differ"
+    boxes = [
+        (a.pred_boxes.tensor - b.pred_boxes.tensor).abs().max()
+        for a, b in zip(alone, together, strict=True)
+    ]
+    scores = [(a.scores - b.scores).abs().max() for a, b in zip(alone, together, strict=True)]
+    return per_image, (
+        f"{sum(map(len, alone))} detections, boxes differ by up to {max(boxes):.2g} px, "
+        f"scores by {max(scores):.2g}"
+    )
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts the bytes that operators read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        if not function.is_view:
+            self.bytes += sum(x.numel() * x.element_size() for x in tensors)
+        return result
+
+
+def floor(case: Case) -> dict[str, float]:
+    """What our step has to do, and how fast this machine does such things: operations of its
+    convolutions, bytes that its operators read and write one by one, the rate of a large matrix
+    product in the same precision, and the bandwidth of copying."""
+    device = torch.device(case.device)
+    step = training_step(build_ours(case), random_batch(case))
+    step()
+    with FlopCounterMode(display=False) as operations, _Traffic() as traffic:
+        step()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.precision]
+    a = torch.randn(4096, 4096, device=device).to(dtype)
+    block = torch.empty(2**28, dtype=torch.uint8, device=device)
+    other = torch.empty_like(block)
+    rates = {"product": lambda: a @ a, "copy": lambda: other.copy_(block)}
+    seconds = in_turn(rates, 5, device)
+    return {
+        "operations": operations.get_total_flops(),
+        "bytes": traffic.bytes,
+        "operations per second": 2 * 4096**3 / seconds["product"].median,
+        "bytes per second": 2 * block.numel() / seconds["copy"].median,
     }
 
 

@@ -8,6 +8,7 @@ neck and head under autocast, all else in float32, as ours does.
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -170,7 +171,9 @@ def _mmdet() -> Peer:
     cfg = get_config("mmdet::atss/atss_r50_fpn_1x_coco.py").model
     cfg.backbone.init_cfg = None  # no download
     model = MODELS.build(cfg)
+    logging.disable()  # a page of names
     model.init_weights()
+    logging.disable(logging.NOTSET)
 
     def prepare(batch: list[dict]) -> dict:
         samples = []

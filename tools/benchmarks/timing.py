@@ -1,5 +1,6 @@
 """Seconds and bytes: calls in turn, medians with intervals, peak memory."""
 
+import math
 import multiprocessing
 import re
 import statistics
@@ -61,20 +62,27 @@ class Seconds:
 
 
 def in_turn(
-    functions: dict[str, Callable[[], object]], runs: int, device: torch.device, warm_up: int = 1
+    functions: dict[str, Callable[[], object]], runs: int, device: torch.device
 ) -> dict[str, Seconds]:
-    """Times several functions, called in turn so that a change of the machine's mood meets all."""
-    for _ in range(warm_up):
-        for function in functions.values():
-            function()
+    """Times several functions, in turn so that a change of the machine's mood meets all. What takes
+    less than a tenth of a second is called several times a turn, and counts with the mean."""
+    repeats = {}
+    for name, function in functions.items():
+        function()
+        repeats[name] = max(1, math.ceil(0.1 / _seconds(function, 1, device)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(runs):
         for name, function in functions.items():
-            watch = Stopwatch(device)
-            function()
-            watch.lap("all")
-            times[name].append(watch.laps()["all"])
+            times[name].append(_seconds(function, repeats[name], device))
     return {name: Seconds(tuple(values)) for name, values in times.items()}
+
+
+def _seconds(function: Callable[[], object], repeats: int, device: torch.device) -> float:
+    watch = Stopwatch(device)
+    for _ in range(repeats):
+        function()
+    watch.lap("all")
+    return watch.laps()["all"] / repeats
 
 
 def parts_in_turn(

@@ -1,0 +1,80 @@
+import itertools
+import json
+import sys
+
+import benchmark
+import pytest
+import torch
+from benchmarks.assignment import dense_atss, random_objects
+from benchmarks.model import Case, build, random_batch, training_step
+from benchmarks.timing import Seconds, in_turn, table
+
+from atss import Anchors, model_zoo
+from atss.assigners import ATSS
+
+CONFIG = model_zoo.get_config_file("ATSS_R_50_FPN_1x.yaml")
+
+
+def case(precision="fp32", channels_last=False):
+    return Case(precision, channels_last, 1, 64, 96, 2, "cpu", CONFIG)
+
+
+def test_the_interval_is_of_order_statistics():
+    assert Seconds((3.0, 1.0, 2.0)).interval == (1.0, 3.0)
+    # Binomial(11, 1/2): at most one below with probability 0.6 %, at most two with 3.3 %.
+    assert Seconds(tuple(map(float, range(11)))).interval == (1.0, 9.0)
+    assert Seconds((4.0, 1.0, 2.0)).median == 2.0
+
+
+def test_functions_are_called_in_turn():
+    calls = []
+    functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    seconds = in_turn(functions, 3, torch.device("cpu"))
+    assert {name: len(s.values) for name, s in seconds.items()} == {"a": 3, "b": 3}
+    changes = sum(x != y for x, y in itertools.pairwise(calls))
+    assert changes == 1 + 2 * 3  # the first calls of both, then three turns of both
+
+
+def test_the_baseline_assigns_alike():
+    anchors, gt = Anchors.grid((256, 320)), random_objects(20, (256, 320))
+    assert torch.equal(ATSS()(anchors, gt).gt_index, dense_atss(anchors, gt))
+
+
+@pytest.mark.parametrize("name", ["detectron2-fcos", "torchvision-fcos"])
+def test_peers_train_the_same_parameters_as_ours(name):
+    def trained(which):
+        model = build(which, case()).model
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    # Ours has five numbers more, the levels' scales.
+    assert trained(name) == trained("ours") - 5
+
+
+def test_peers_run_in_bf16_too():
+    peer = build("detectron2-fcos", case("bf16", True))
+    weight = peer.model.backbone.bottom_up.res3[0].conv2.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    seen = []
+    conv = peer.model.head.cls_score
+    conv.register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+    training_step(peer, random_batch(case()))()
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    report = tmp_path / "report.json"
+    command = "benchmark.py model --against torchvision-fcos --variants fp32 --runs 1"
+    command += f" --size 64 64 --device cpu --json {report}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    benchmark.main()
+    printed = capsys.readouterr().out
+    measured = json.loads(report.read_text())["fp32, contiguous"]
+    step = measured["compared"]["training step"]
+    assert set(step) == {"ours", "torchvision-fcos"}
+    assert f"{step['ours']['median'] / step['torchvision-fcos']['median']:.3f}" in printed
+    assert {"assignment", "criterion", "backbone"} <= set(measured["parts"]["training step"])
+    assert "post-processing" in measured["parts"]["inference"]
+
+
+def test_a_table_reads_as_markdown():
+    assert table(["a", "bb"], [[1, 2]]).splitlines() == ["| a | bb |", "|---|----|", "| 1 | 2  |"]
