@@ -102,7 +102,7 @@ def part(gt: GroundTruth, keep: torch.Tensor, num_images: int) -> GroundTruth:
 
 
 @pytest.mark.parametrize("rule", [name for name, _ in ASSIGNER_REGISTRY])
-@examples(25, 1250)
+@examples(100, 1250)
 def test_assignment(rule, count):
     @for_all(count, grids(), truths(), st.randoms(use_true_random=False))
     def holds(grid, gt, random):
@@ -203,7 +203,7 @@ DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
 @pytest.mark.parametrize(("coder", "loss"), PARTS)
-@examples(8, 500)
+@examples(40, 500)
 def test_losses_and_gradients(coder, loss, count):
     rules = st.sampled_from([name for name, _ in ASSIGNER_REGISTRY])
 
@@ -229,7 +229,7 @@ def test_losses_and_gradients(coder, loss, count):
 
 
 @pytest.mark.parametrize("coder", ["box", "point", "log_point"])
-@examples(15, 1000)
+@examples(60, 1000)
 def test_detections(coder, count):
     sizes = st.tuples(st.integers(1, 200), st.integers(1, 200))
     scores = st.sampled_from(sorted(SCORES))
