@@ -35,6 +35,6 @@ setup(
     ],
     extras_require={
         "demo": ["matplotlib", "scikit-learn", "scipy", "tqdm"],
-        "test": ["pytest", "ruff"],
+        "test": ["hypothesis", "pytest", "ruff"],
     },
 )

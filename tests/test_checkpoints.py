@@ -9,12 +9,13 @@ import pytest
 import recipe
 import torch
 from conftest import DATA, make_cfg, make_input
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
 from atss import add_atss_config
 from atss.checkpoints import ConversionError, config_for, convert, load, to_mmdet
+from atss.engine import SafeCheckpointer
+from atss.weights import WeightsError
 
 OFFICIAL_SHAPES = json.loads((DATA / "official_atss_r50_shapes.json").read_text())
 MMDET_SHAPES = json.loads((DATA / "mmdet_atss_r50_shapes.json").read_text())
@@ -239,7 +240,7 @@ def test_files_that_are_no_weights_stop_with_a_sentence(tmp_path, monkeypatch, k
         file.write_text("<html>not found</html>")
     elif kind == "no tensors":
         torch.save({"model": {"a": 1}}, file)
-    with pytest.raises(ConversionError, match=r"weights\.pth") as caught:
+    with pytest.raises(WeightsError, match=r"weights\.pth") as caught:
         load(file)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "exploded").exists()
@@ -248,7 +249,7 @@ def test_files_that_are_no_weights_stop_with_a_sentence(tmp_path, monkeypatch, k
 def load_into(model, file):
     """As MODEL.WEIGHTS is loaded; what did not match."""
 
-    class Recording(DetectionCheckpointer):
+    class Recording(SafeCheckpointer):
         def _load_model(self, checkpoint):
             self.left = super()._load_model(checkpoint)
             return self.left
@@ -258,7 +259,7 @@ def load_into(model, file):
     return checkpointer.left
 
 
-def test_detectron2s_checkpointer_loads_what_was_converted(weights, tmp_path, caplog):
+def test_the_checkpointer_loads_what_was_converted(weights, tmp_path, caplog):
     """With as many classes all of it; with others, all but the class layer, and the log says so."""
     converted = convert(weights["official"], "official")
     torch.save({"model": converted}, tmp_path / "converted.pth")
@@ -273,7 +274,7 @@ def test_detectron2s_checkpointer_loads_what_was_converted(weights, tmp_path, ca
     cfg.MODEL.ATSS.NUM_CLASSES = 3
     model = build_model(cfg)
     with caplog.at_level("WARNING"):
-        DetectionCheckpointer(model).load(str(tmp_path / "converted.pth"))
+        SafeCheckpointer(model).load(str(tmp_path / "converted.pth"))
     skipped = [r.getMessage() for r in caplog.records if "Skip loading" in r.getMessage()]
     assert len(skipped) == 2
     assert all("head.cls_score" in message for message in skipped)

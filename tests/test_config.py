@@ -15,12 +15,13 @@ from atss.assigners import ASSIGNER_REGISTRY
 from atss.config import autocast_dtype, build_assigner, resolve_num_classes
 
 LAYERS = [
-    {"structures", "geometry"},
+    {"structures", "geometry", "config_checks", "weights"},
     {"losses", "assigners", "box_coding", "anchors", "deform_conv", "data"},
     {"head", "backbone", "criterion", "postprocess"},
     {"detector", "test_time_augmentation"},
     {"config"},
-    {"engine", "model_zoo"},
+    {"engine", "config_file"},
+    {"model_zoo"},
     {"checkpoints"},
 ]
 
@@ -143,8 +144,8 @@ def test_a_rule_of_ones_own(tmp_path):
         (("MODEL.FPN.IN_FEATURES", ["res3", "res4"]), "names \\['p7'\\], but the backbone makes"),
         (("MODEL.ATSS.ASSIGNERS.ATSS.TOP_K", 0), "top_k >= 1, got 0"),
         (("MODEL.ATSS.NUM_CLASSES", 0), "must be positive, or -1, not 0"),
-        (("MODEL.ATSS.SCORE", "cubed"), "unknown score 'cubed'"),
-        (("MODEL.ATSS.PRECISION", "fp64"), "unknown MODEL.ATSS.PRECISION 'fp64'"),
+        (("MODEL.ATSS.SCORE", "cubed"), "MODEL.ATSS.SCORE is 'cubed'; known"),
+        (("MODEL.ATSS.PRECISION", "fp64"), "MODEL.ATSS.PRECISION is 'fp64'; known are"),
         (("MODEL.ATSS.PRECISION", "fp16"), "fp16 needs a GPU"),
     ],
 )

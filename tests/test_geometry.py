@@ -25,3 +25,10 @@ def test_empty_boxes_overlap_nothing():
     assert iou(point, point) == 0
     assert iou(point, box) == 0
     assert iou(torch.tensor([8.0, 0, 2, 9]), box) == 0
+
+
+def test_centerness_is_zero_outside():
+    """Where one pair of distances has a negative product, and where both have."""
+    box = torch.tensor([10.0, 20, 30, 60])
+    points = torch.tensor([[5.0, 40], [20, 70], [5, 70]])
+    assert centerness(side_distances(points, box)).tolist() == [0, 0, 0]

@@ -225,7 +225,7 @@ def test_register_says_what_is_wrong(command, squares, register, sentence):
 
 
 def test_a_key_that_does_not_exist(command):
-    with pytest.raises((KeyError, AssertionError), match=r"MODEL.ATSS.TOPK"):
+    with pytest.raises(ValueError, match=r"MODEL.ATSS.TOPK; did you mean MODEL.*ATSS.TOP_K\?"):
         run(command(**{"MODEL.ATSS.TOPK": 3}))
 
 

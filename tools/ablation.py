@@ -23,15 +23,15 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import hooks
 from detectron2.utils.env import seed_all_rng
 from scipy import stats
 from torch import nn
 from tqdm import tqdm
 
-from atss import add_atss_config
 from atss.config import resolve_num_classes
+from atss.config_file import load_config
 from atss.data.datasets import register_coco
 from atss.data.digits import ABLATION, make_digits
 from atss.engine import Trainer
@@ -66,11 +66,7 @@ METRICS = ("AP", "AP50", "AP75")
 
 def row_config(row: str, seed: int, output: Path, opts: list[str]) -> CfgNode:
     """The config of one run."""
-    cfg = get_cfg()
-    add_atss_config(cfg)
-    cfg.merge_from_file(str(CONFIGS / "tables" / f"{row}.yaml"))
-    cfg.merge_from_file(str(CONFIGS / "ablation.yaml"))
-    cfg.merge_from_list(opts)
+    cfg = load_config(CONFIGS / "tables" / f"{row}.yaml", CONFIGS / "ablation.yaml", opts=opts)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.ATSS.NUM_CLASSES = resolve_num_classes(cfg)

@@ -22,13 +22,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from tqdm import tqdm
 
-from atss import Anchors, GroundTruth, add_atss_config
+from atss import Anchors, GroundTruth
 from atss.assigners import ASSIGNER_REGISTRY, ATSS
 from atss.config import build_assigner
+from atss.config_file import load_config
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -57,10 +58,7 @@ GROUPS = {
 
 def rule_config(config_file: str, rule: str, opts: list[str]) -> CfgNode:
     """The config with another rule."""
-    cfg = get_cfg()
-    add_atss_config(cfg)
-    cfg.merge_from_file(config_file)
-    cfg.merge_from_list(opts)
+    cfg = load_config(config_file, opts=opts)
     cfg.MODEL.ATSS.ASSIGNER = rule
     return cfg
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from atss.checkpoints import ConversionError, config_for, convert, load, to_mmdet
+from atss.weights import WeightsError
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         converted = convert(weights, args.source)
         cfg = config_for(converted, args.source, args.regression)
-    except (ConversionError, OSError) as error:
+    except (WeightsError, OSError) as error:
         sys.exit(f"error: {error}")
     write(args.output, {"model": converted, "__author__": f"converted from {args.source}"})
     cfg.MODEL.WEIGHTS = str(args.output)

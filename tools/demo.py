@@ -17,8 +17,6 @@ import cv2
 import detectron2.data.transforms as T
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
 from detectron2.data import Metadata
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
@@ -26,8 +24,9 @@ from detectron2.structures import BoxMode, Instances
 from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
 
-from atss import add_atss_config
+from atss.config_file import load_config
 from atss.data.datasets import classes_of
+from atss.engine import SafeCheckpointer
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm"}
@@ -43,10 +42,7 @@ class Detector:
     """
 
     def __init__(self, config_file: str, weights: str, opts: list[str]):
-        cfg = get_cfg()
-        add_atss_config(cfg)
-        cfg.merge_from_file(config_file)
-        cfg.merge_from_list(opts)
+        cfg = load_config(config_file, opts=opts)
         if not torch.cuda.is_available():
             cfg.MODEL.DEVICE = "cpu"
         names = cfg.MODEL.ATSS.CLASS_NAMES
@@ -54,7 +50,7 @@ class Detector:
             names = names or classes_of(data_set) or []
         self.metadata = Metadata(thing_classes=list(names)) if names else Metadata()
         self.model = build_model(cfg).eval()
-        DetectionCheckpointer(self.model).load(weights)
+        SafeCheckpointer(self.model).load(weights)
         short = cfg.INPUT.MIN_SIZE_TEST
         self.resize = T.ResizeShortestEdge([short, short], cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT

@@ -12,17 +12,18 @@ import importlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 
-from atss import add_atss_config
 from atss.acceleration import keep_freed_memory
 from atss.config import build_assigner, resolve_num_classes
+from atss.config_file import load_config
 from atss.data.datasets import classes_of, refuse_unannotated, register_coco
-from atss.engine import Trainer
+from atss.engine import SafeCheckpointer, Trainer, check_run
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -66,13 +67,10 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """The config of this run, complete and checked against the data.
 
     Raises:
-        ValueError, KeyError, AssertionError, OSError: with a sentence that says what is wrong.
+        ValueError: with a sentence that says what is wrong.
     """
     register(args)
-    cfg = get_cfg()
-    add_atss_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_config(args.config_file, opts=args.opts)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         print("No GPU here: running on the CPU.", file=sys.stderr)
         cfg.MODEL.DEVICE = "cpu"
@@ -81,10 +79,20 @@ def setup(args: argparse.Namespace) -> CfgNode:
         data_sets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
         cfg.MODEL.ATSS.CLASS_NAMES = next(filter(None, map(classes_of, data_sets)), [])
         build_assigner(cfg)
+    check_run(cfg, max(args.num_gpus, 1) * args.num_machines, training=not args.eval_only)
     if not args.eval_only:
         refuse_unannotated(cfg.DATASETS.TRAIN)
     cfg.freeze()
     return cfg
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Ends the program with what is wrong with its input."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 def main(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
@@ -94,25 +102,25 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
     if args.eval_only:
-        model = Trainer.build_model(cfg)
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        with one_sentence():
+            model = Trainer.build_model(cfg)
+            checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_tta(cfg, model))
         return results
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
+    with one_sentence():
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
     logging.getLogger("atss").info("Starting at iteration %d", trainer.start_iter)
     return trainer.train()
 
 
 if __name__ == "__main__":
     args = make_parser().parse_args()
-    try:
+    with one_sentence():
         cfg = setup(args)
-    except (ValueError, KeyError, OSError, AssertionError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
     launch(
         main,
         args.num_gpus,

@@ -11,6 +11,7 @@ except ImportError as error:
 
 from . import assigners
 from .config import add_atss_config
+from .config_file import load_config
 from .detector import ATSSDetector
 from .structures import (
     BACKGROUND,
@@ -34,4 +35,5 @@ __all__ = [
     "Predictions",
     "add_atss_config",
     "assigners",
+    "load_config",
 ]

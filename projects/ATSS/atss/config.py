@@ -7,7 +7,6 @@ it builds, so that ``build_model(cfg)`` finds it.
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -19,12 +18,13 @@ from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 
 from . import anchors, backbone, detector, head
 from .acceleration import compile_in_place
-from .assigners import ASSIGNER_REGISTRY
+from .assigners import ASSIGNER_REGISTRY, SpatialScale
 from .box_coding import BoxDeltas, LogDistances, PointDistances
+from .config_checks import building, check_values, lookup
 from .criterion import BoxLoss, Criterion, on_boxes, on_deltas
 from .data.datasets import classes_of
 from .losses import giou_loss, iou_loss, smooth_l1_loss
-from .postprocess import PostProcessor
+from .postprocess import SCORES, PostProcessor
 
 
 def add_atss_config(cfg: CfgNode) -> None:
@@ -140,9 +140,12 @@ def add_atss_config(cfg: CfgNode) -> None:
 @META_ARCH_REGISTRY.register()
 def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
     """The whole model."""
+    check_values(cfg)
     node = cfg.MODEL.ATSS
     num_classes = resolve_num_classes(cfg)
-    built_backbone = build_backbone(cfg)
+    lookup(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
+    with building("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME):
+        built_backbone = build_backbone(cfg)
     shapes = built_backbone.output_shape()
     missing = [name for name in node.IN_FEATURES if name not in shapes]
     if missing:
@@ -150,6 +153,15 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
             f"MODEL.ATSS.IN_FEATURES names {missing}, but the backbone makes {sorted(shapes)}"
         )
     input_shape = [shapes[name] for name in node.IN_FEATURES]
+    strides = [shape.stride for shape in input_shape]
+    if not strides or strides != sorted(set(strides)):
+        raise ValueError(
+            f"MODEL.ATSS.IN_FEATURES must name levels from fine to coarse, but {node.IN_FEATURES} "
+            f"have strides {strides}"
+        )
+    lookup(
+        ANCHOR_GENERATOR_REGISTRY, cfg.MODEL.ANCHOR_GENERATOR.NAME, "MODEL.ANCHOR_GENERATOR.NAME"
+    )
     anchor_generator = build_anchor_generator(cfg, input_shape)
     if not hasattr(anchor_generator, "grid"):
         raise ValueError(
@@ -158,10 +170,13 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
         )
     num_anchors = anchor_generator.num_anchors[0]
     box_coder = build_box_coder(cfg, num_anchors)
-    build_head = _lookup(head.HEAD_REGISTRY, node.HEAD, "MODEL.ATSS.HEAD")
+    lookup(SCORES, node.SCORE, "MODEL.ATSS.SCORE")
+    build_head = lookup(head.HEAD_REGISTRY, node.HEAD, "MODEL.ATSS.HEAD")
+    with building("MODEL.ATSS.HEAD", node.HEAD):
+        built_head = build_head(cfg, input_shape, num_classes, num_anchors)
     model = detector.ATSSDetector(
         backbone=built_backbone,
-        head=build_head(cfg, input_shape, num_classes, num_anchors),
+        head=built_head,
         head_in_features=node.IN_FEATURES,
         anchor_generator=anchor_generator,
         assigner=build_assigner(cfg),
@@ -190,7 +205,8 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
     if node.CHANNELS_LAST:
         # Feature maps follow the weights of the convolutions that make them.
         model = model.to(memory_format=torch.channels_last)
-    model = model.to(cfg.MODEL.DEVICE)
+    with building("MODEL.DEVICE", cfg.MODEL.DEVICE):
+        model = model.to(cfg.MODEL.DEVICE)
     if node.COMPILE:
         compile_in_place(model.backbone, model.head)
     return model
@@ -235,6 +251,12 @@ def build_atss_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """A ResNet under an FPN with P6 from P5."""
     # Detectron2 builds it plain, because its deformable convolutions have to be compiled.
     resnet, deform = cfg.MODEL.RESNETS, cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE
+    missing = [x for x in cfg.MODEL.FPN.IN_FEATURES if x not in resnet.OUT_FEATURES]
+    if missing:
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES names {missing}, but MODEL.RESNETS.OUT_FEATURES is "
+            f"{resnet.OUT_FEATURES}"
+        )
     plain = cfg.clone()
     plain.defrost()
     plain.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False] * len(deform)
@@ -263,15 +285,14 @@ def build_box_coder(cfg: CfgNode, num_anchors: int) -> BoxDeltas | PointDistance
         "point": partial(PointDistances, node.ANCHOR_SCALES[0]),
         "log_point": LogDistances,
     }
-    if node.REGRESSION not in coders:
-        raise ValueError(f"unknown MODEL.ATSS.REGRESSION {node.REGRESSION!r}; known: {[*coders]}")
+    build = lookup(coders, node.REGRESSION, "MODEL.ATSS.REGRESSION")
     if node.REGRESSION != "box" and num_anchors > 1:
         raise ValueError(
             f"MODEL.ATSS.REGRESSION {node.REGRESSION!r} does not look at the shape of an anchor: "
             "MODEL.ATSS.ANCHOR_SCALES and ANCHOR_RATIOS must make one per location, not "
             f"{num_anchors}"
         )
-    return coders[node.REGRESSION]()
+    return build()
 
 
 def build_box_loss(cfg: CfgNode, box_coder: BoxDeltas | PointDistances | LogDistances) -> BoxLoss:
@@ -287,22 +308,19 @@ def build_box_loss(cfg: CfgNode, box_coder: BoxDeltas | PointDistances | LogDist
         "iou": on_boxes(iou_loss),
         "smooth_l1": on_deltas(smooth_l1, box_coder.encode),
     }
-    if node.BBOX_REG_LOSS_TYPE not in losses:
-        raise ValueError(
-            f"unknown MODEL.ATSS.BBOX_REG_LOSS_TYPE {node.BBOX_REG_LOSS_TYPE!r}; known: {[*losses]}"
-        )
+    loss = lookup(losses, node.BBOX_REG_LOSS_TYPE, "MODEL.ATSS.BBOX_REG_LOSS_TYPE")
     if node.BBOX_REG_LOSS_TYPE == "smooth_l1" and node.REGRESSION != "box":
         raise ValueError(
             "MODEL.ATSS.BBOX_REG_LOSS_TYPE smooth_l1 compares deltas, which MODEL.ATSS.REGRESSION "
             f"{node.REGRESSION!r} has none of: use giou or iou"
         )
-    return losses[node.BBOX_REG_LOSS_TYPE]
+    return loss
 
 
 def build_assigner(cfg: CfgNode) -> Callable:
     """The rule that MODEL.ATSS.ASSIGNER names, with the arguments that stand under its name."""
     name = cfg.MODEL.ATSS.ASSIGNER
-    rule = _lookup(ASSIGNER_REGISTRY, name, "MODEL.ATSS.ASSIGNER")
+    rule = lookup(ASSIGNER_REGISTRY, name, "MODEL.ATSS.ASSIGNER")
     arguments = {k.lower(): v for k, v in cfg.MODEL.ATSS.ASSIGNERS.get(name, {}).items()}
     known = inspect.signature(rule).parameters
     for argument in arguments:
@@ -311,7 +329,15 @@ def build_assigner(cfg: CfgNode) -> Callable:
                 f"MODEL.ATSS.ASSIGNERS.{name}.{argument.upper()} is no argument of {name}; "
                 f"it takes {[k.upper() for k in known]}"
             )
-    return rule(**arguments)
+    with building("MODEL.ATSS.ASSIGNER", name):
+        built = rule(**arguments)
+    levels = len(cfg.MODEL.ATSS.IN_FEATURES)
+    if isinstance(built, SpatialScale) and len(built.ranges) + 1 != levels:
+        raise ValueError(
+            f"MODEL.ATSS.ASSIGNERS.{name}.RANGES is for {len(built.ranges) + 1} levels, but "
+            f"MODEL.ATSS.IN_FEATURES has {levels}"
+        )
+    return built
 
 
 def resolve_num_classes(cfg: CfgNode) -> int:
@@ -352,12 +378,8 @@ def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
         return torch.bfloat16 if _fast_at_bf16(on_gpu) else None
     if precision == "fp16" and not on_gpu:
         raise ValueError("MODEL.ATSS.PRECISION fp16 needs a GPU; on a CPU use bf16, fp32 or auto")
-    known = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision not in known:
-        raise ValueError(
-            f"unknown MODEL.ATSS.PRECISION {precision!r}; known are {[*known, 'auto']}"
-        )
-    return known[precision]
+    known = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return lookup(known, precision, "MODEL.ATSS.PRECISION")
 
 
 def _fast_at_bf16(on_gpu: bool) -> bool:
@@ -365,9 +387,3 @@ def _fast_at_bf16(on_gpu: bool) -> bool:
         return torch.cuda.get_device_capability() >= (8, 0)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(flag, False) for flag in ("amx_bf16", "avx512_bf16"))
-
-
-def _lookup(registry: Any, name: str, key: str) -> Any:
-    if name not in registry:
-        raise ValueError(f"{key} is {name!r}; known are {sorted(k for k, _ in registry)}")
-    return registry.get(name)

@@ -4,11 +4,13 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import (
+    DatasetCatalog,
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
@@ -33,9 +35,73 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from .assigners import ASSIGNER_REGISTRY
 from .config import autocast_dtype
+from .config_checks import TRAINING_LIMITS, check_values
 from .data.mapper import Mapper
 from .test_time_augmentation import build_tta
+from .weights import WeightsError, read, require_tensors, verify_download
+
+
+class SafeCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, but nothing that a file asks for is executed (its own opens every
+    .pkl with a bare pickle), downloads are checked, and what is wrong is said in a sentence."""
+
+    # Weights of other projects, whose names have to be matched with ours, by the end of the file's
+    # name: the key that they stand under, the end of the names that are left out, whose they are.
+    FOREIGN: ClassVar = {
+        ".pkl": ("blobs", "_momentum", "Caffe2"),
+        ".pyth": ("model_state", "num_batches_tracked", "pycls"),
+    }
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict:
+        """As there.
+
+        Raises:
+            WeightsError: where there is no such file, it holds no weights, or none that fit.
+        """
+        if path:
+            address = path.partition("?")[0]
+            try:
+                local = self.path_manager.get_local_path(address)
+            except OSError as error:
+                raise WeightsError(f"cannot fetch the weights {path}: {error}") from error
+            if not os.path.isfile(local):
+                raise WeightsError(f"the weights {path} do not exist")
+            if local != address:
+                verify_download(address, local)
+        self._loading = path
+        return super().load(path, *args, **kwargs)
+
+    def _load_file(self, filename: str) -> dict:
+        suffix = os.path.splitext(filename)[1]
+        if suffix not in self.FOREIGN:
+            loaded = super()._load_file(filename)
+        else:
+            loaded = read(filename)
+            if not isinstance(loaded, dict):
+                raise WeightsError(f"{filename} holds no weights")
+            if not {"model", "__author__"} <= loaded.keys():
+                key, left_out, author = self.FOREIGN[suffix]
+                content = loaded.get(key, loaded)
+                require_tensors(content, filename)
+                model = {k: v for k, v in content.items() if not k.endswith(left_out)}
+                loaded = {"model": model, "__author__": author, "matching_heuristics": True}
+        require_tensors(loaded["model"], filename)
+        return loaded
+
+    def _torch_load(self, filename: str) -> dict:
+        content = read(filename)
+        return content if isinstance(content, dict) else {"model": content}
+
+    def _load_model(self, checkpoint: dict) -> Any:
+        left = super()._load_model(checkpoint)
+        if {name for name, _ in self.model.named_parameters()} <= set(left.missing_keys):
+            raise WeightsError(
+                f"nothing in {self._loading} fits the model; weights of the authors' code or of "
+                "mmdet have to be converted by tools/convert_checkpoint.py"
+            )
+        return left
 
 
 class Trainer(DefaultTrainer):
@@ -62,9 +128,7 @@ class Trainer(DefaultTrainer):
         self._trainer = (AMPTrainer if scaled else SimpleTrainer)(model, data_loader, optimizer)
 
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -127,4 +191,38 @@ class Trainer(DefaultTrainer):
         raise ValueError(
             f"data set {dataset_name} has evaluator_type {kind!r} in its metadata; "
             "coco, lvis and pascal_voc are known"
+        )
+
+
+def check_run(cfg: CfgNode, processes: int, training: bool) -> None:
+    """What would stop a run only after a while, or be passed over silently.
+
+    Args:
+        processes: on all machines together.
+        training: or evaluation alone.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    used = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if training else cfg.DATASETS.TEST
+    for name in used:
+        if name not in DatasetCatalog:
+            raise ValueError(
+                f"DATASETS names {name!r}, which neither Detectron2 nor --register knows"
+            )
+    rules = sorted(name for name, _ in ASSIGNER_REGISTRY)
+    for name in cfg.MODEL.ATSS.ASSIGNERS:
+        if name not in rules:
+            raise ValueError(f"MODEL.ATSS.ASSIGNERS.{name} is of no rule; known are {rules}")
+    if cfg.TEST.AUG.ENABLED:
+        build_tta(cfg, None)
+    if not training:
+        return
+    check_values(cfg, TRAINING_LIMITS)
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError("DATASETS.TRAIN names no data set")
+    images = cfg.SOLVER.IMS_PER_BATCH
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE == 0 and images % processes:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {images}, which {processes} processes cannot share equally"
         )

@@ -48,12 +48,13 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 def centerness(distances: Tensor) -> Tensor:
     """How central a point is in its box (FCOS, arXiv 1904.01355, equation 3):
-    sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)), 1 in the middle and 0 on the border.
+    sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)), 1 in the middle, 0 on the border and
+    outside, where rules that do not ask for points inside may choose some.
 
     Args:
-        distances: (..., 4) as from :func:`side_distances`, all positive.
+        distances: (..., 4) as from :func:`side_distances`, of a box with area.
     """
-    left, top, right, bottom = distances.unbind(-1)
+    left, top, right, bottom = distances.clamp(min=0).unbind(-1)
     horizontal = torch.minimum(left, right) / torch.maximum(left, right)
     vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom)
     return (horizontal * vertical).sqrt()

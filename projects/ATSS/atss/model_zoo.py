@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from .config import add_atss_config
+from .config_file import load_config
+from .engine import SafeCheckpointer
 
 
 def get_config_file(name: str) -> str:
@@ -32,10 +32,7 @@ def get_config_file(name: str) -> str:
 
 def get_config(name: str) -> CfgNode:
     """A config with the keys of this project; ``name`` as in :func:`get_config_file`."""
-    cfg = get_cfg()
-    add_atss_config(cfg)
-    cfg.merge_from_file(get_config_file(name))
-    return cfg
+    return load_config(get_config_file(name))
 
 
 def get(name: str, weights: str | None = None, device: str | None = None) -> nn.Module:
@@ -45,11 +42,14 @@ def get(name: str, weights: str | None = None, device: str | None = None) -> nn.
         name: as in :func:`get_config_file`.
         weights: a path or address; random weights by default.
         device: that of the config by default.
+
+    Raises:
+        ValueError: for an unknown name, or weights that cannot be read or fit nowhere.
     """
     cfg = get_config(name)
     if device is not None:
         cfg.MODEL.DEVICE = device
     model = build_model(cfg).eval()
     if weights is not None:
-        DetectionCheckpointer(model).load(weights)
+        SafeCheckpointer(model).load(weights)
     return model

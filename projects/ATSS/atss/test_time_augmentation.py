@@ -11,6 +11,7 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
+from .config_checks import lookup
 from .geometry import area, iou
 from .postprocess import nms_per_class
 
@@ -172,8 +173,7 @@ def build_tta(cfg: CfgNode, model: nn.Module) -> ATSSWithTTA:
         "vote": lambda *x: merge_vote(*x, node.VOTE_THRESH),
         "nms": lambda *x: merge_nms(*x, cfg.MODEL.ATSS.NMS_THRESH_TEST),
     }
-    if node.MERGE not in merges:
-        raise ValueError(f"unknown MODEL.ATSS.TTA.MERGE {node.MERGE!r}; known: {[*merges]}")
+    merge = lookup(merges, node.MERGE, "MODEL.ATSS.TTA.MERGE")
     plain = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     sizes = [
         # Views smaller than the plain one have its cap.
@@ -185,7 +185,7 @@ def build_tta(cfg: CfgNode, model: nn.Module) -> ATSSWithTTA:
         plain=plain,
         sizes=sizes,
         flip=aug.FLIP,
-        merge=merges[node.MERGE],
+        merge=merge,
         max_detections=node.MAX_DETECTIONS,
         input_format=cfg.INPUT.FORMAT,
     )

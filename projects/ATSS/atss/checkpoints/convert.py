@@ -1,6 +1,5 @@
 """From the weights of the authors' code or of mmdet to ours, and to mmdet's again."""
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from detectron2.modeling import build_model
 from torch import Tensor
 
 from ..model_zoo import get_config
+from ..weights import WeightsError, read, require_tensors
 from .names import MMDET, OFFICIAL, TO_MMDET, Rule, rename
 
 SOURCES: dict[str, list[Rule]] = {"official": OFFICIAL, "mmdet": MMDET}
@@ -19,7 +19,7 @@ DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 BATCH_NORM_EPS = 1e-5
 
 
-class ConversionError(ValueError):
+class ConversionError(WeightsError):
     """Says what does not fit, name by name."""
 
 
@@ -27,28 +27,14 @@ def load(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint, whoever wrote it. Nothing in the file is executed.
 
     Raises:
-        ConversionError: where the file is not one, is damaged, or holds more than data.
+        WeightsError: where the file is not one, is damaged, or holds more than data.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ConversionError(f"cannot read {path}: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        raise ConversionError(
-            f"{path} is no checkpoint, or one that wants to run code when it is read, which is not "
-            "done here"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path} is no checkpoint, or is damaged") from error
+    content = read(path)
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise ConversionError(f"{path} holds no weights")
-    strange = [k for k, v in content.items() if not isinstance(v, Tensor)]
-    if strange:
-        raise ConversionError(f"{path} holds no weights: {strange[0]!r} is no tensor")
-    return dict(content)
+    require_tensors(content, path)
+    return {name: torch.as_tensor(value) for name, value in content.items()}
 
 
 def convert(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
