@@ -17,10 +17,18 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from atss import add_atss_config
 from atss.config import build_assigner, resolve_num_classes
-from atss.data.datasets import classes_of, refuse_unannotated, register_coco
+from atss.data.datasets import (
+    classes_of,
+    log_remarks,
+    refuse_unannotated,
+    refuse_unevaluable,
+    register_coco,
+)
 from atss.engine import Trainer
 
 
@@ -82,6 +90,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         build_assigner(cfg)
     if not args.eval_only:
         refuse_unannotated(cfg.DATASETS.TRAIN)
+    refuse_unevaluable(cfg.DATASETS.TEST)
     cfg.freeze()
     return cfg
 
@@ -90,6 +99,8 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     """What every process does."""
     register(args)
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="atss")
+    log_remarks((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
