@@ -15,7 +15,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from ..assigners.pairs import all_anchors, nearest_locations
 from ..geometry import centres, iou
 from ..structures import Anchors, GroundTruth
-from .coco_json import Objects, find_in_json, place_of
+from .coco_json import Objects, find_in_json, is_empty, is_length, place_of
 from .findings import ERROR, LEVELS, Finding
 from .images import problems, read_header
 
@@ -139,7 +139,7 @@ def find_in_files(
     progress: Callable[..., Iterable],
 ) -> list[Finding]:
     """What is wrong with the image files, each looked at once."""
-    images = [e for e in content["images"] if isinstance(e.get("file_name"), str)]
+    images = [e for e in content["images"] if not is_empty(e.get("file_name"))]
     look = partial(_look, image_dir=image_dir, sizes=sizes, deep=deep)
     found: dict[str, dict[int, str]] = defaultdict(dict)
     # Mostly waiting for a disk: more threads than processors.
@@ -161,8 +161,7 @@ def _look(
     except OSError as error:
         return [("file_unreadable", f"cannot be read: {error}")]
     labelled = (entry.get("width"), entry.get("height"))
-    numbers = all(isinstance(x, int | float) for x in labelled)
-    found = list(problems(header, labelled if numbers else None, sizes))
+    found = list(problems(header, labelled if all(map(is_length, labelled)) else None, sizes))
     if deep or not header.complete:
         try:
             read_header(path, decode=True)
@@ -230,40 +229,50 @@ def match(
     used = np.flatnonzero(objects.used)
     best_iou, positives = np.zeros(len(used)), np.zeros(len(used), dtype=np.int64)
     image_of = objects.image[used]
-    xywh = objects.boxes[used]
-    boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    sides = np.array([(e["width"], e["height"]) for e in content["images"]], dtype=np.float64)
+    boxes = objects.boxes[used]
+    boxes[:, 2:] += boxes[:, :2]
+    boxes = boxes.clip(0, np.tile(sides, 2)[image_of])
     order = np.argsort(image_of, kind="stable")
-    starts = np.searchsorted(image_of[order], np.arange(len(content["images"]) + 1))
-    by_size = defaultdict(list)
-    for i in np.unique(image_of):
-        by_size[content["images"][i]["height"], content["images"][i]["width"]].append(i)
-    chunks = [
-        (hw, some[i : i + CHUNK])
-        for hw, some in by_size.items()
-        for i in range(0, len(some), CHUNK)
-    ]
-    for hw, some in progress(chunks, unit="batch", desc="anchors"):
-        of_chunk = np.concatenate([order[starts[i] : starts[i + 1]] for i in some])
-        counts = [starts[i + 1] - starts[i] for i in some]
-        index = torch.from_numpy(np.repeat(np.arange(len(some)), counts))
-        limits = np.array([hw[1], hw[0]] * 2, dtype=np.float64)
-        clipped = boxes[of_chunk].clip(0, limits)
-        for short, longest in training.sizes:
-            height, width = ResizeShortestEdge.get_output_shape(*map(int, hw), short, longest)
-            if min(width, height) < 1:
-                continue
-            zoom = np.array([width, height] * 2) / limits
-            gt = GroundTruth(
-                torch.from_numpy(clipped * zoom).float(), torch.zeros_like(index), index, len(some)
-            )
-            padded = [
-                -(-x // training.divisibility) * training.divisibility for x in (height, width)
-            ]
-            anchors = training.anchors(tuple(padded))
-            given = training.assigner(anchors, gt).positives_per_object(len(gt)).numpy()
-            best_iou[of_chunk] = np.maximum(best_iou[of_chunk], _best_iou(anchors, gt.boxes))
-            positives[of_chunk] = np.maximum(positives[of_chunk], given)
+    starts = np.searchsorted(image_of[order], np.arange(len(sides) + 1))
+    batches = _batches(np.unique(image_of), sides, training)
+    for canvas, some, zoom in progress(batches, unit="batch", desc="anchors"):
+        of_batch = np.concatenate([order[starts[i] : starts[i + 1]] for i in some])
+        index = np.repeat(np.arange(len(some)), starts[some + 1] - starts[some])
+        gt = GroundTruth(
+            boxes=torch.from_numpy(boxes[of_batch] * np.tile(zoom, 2)[index]).float(),
+            classes=torch.zeros(len(index), dtype=torch.long),
+            image_index=torch.from_numpy(index),
+            num_images=len(some),
+        )
+        anchors = training.anchors(canvas)
+        given = training.assigner(anchors, gt).positives_per_object(len(gt)).numpy()
+        positives[of_batch] = np.maximum(positives[of_batch], given)
+        best_iou[of_batch] = np.maximum(best_iou[of_batch], _best_iou(anchors, gt.boxes))
     return best_iou, positives
+
+
+def _batches(
+    images: np.ndarray, sides: np.ndarray, training: Training
+) -> list[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
+    """Images in batches of one canvas each: its (height, width), positions of the images, and what
+    their (width, height) are multiplied by."""
+    batches = []
+    for short, longest in training.sizes:
+        by_canvas = defaultdict(list)
+        for i in images:
+            width, height = map(int, sides[i])
+            resized = ResizeShortestEdge.get_output_shape(height, width, short, longest)
+            if min(resized) > 0:
+                canvas = tuple(
+                    -(-x // training.divisibility) * training.divisibility for x in resized
+                )
+                by_canvas[canvas].append((i, resized[1] / width, resized[0] / height))
+        for canvas, some in by_canvas.items():
+            for start in range(0, len(some), CHUNK):
+                chunk = np.array(some[start : start + CHUNK])
+                batches.append((canvas, chunk[:, 0].astype(np.int64), chunk[:, 1:]))
+    return batches
 
 
 def _best_iou(anchors: Anchors, boxes: torch.Tensor) -> np.ndarray:

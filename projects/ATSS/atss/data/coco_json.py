@@ -3,6 +3,7 @@ start of a training (a million annotations take seconds), because only odd entri
 by one."""
 
 import json
+import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -79,8 +80,10 @@ def _structure(content: object) -> str | None:
             return f"its {key!r} is a {type(entries).__name__}, where a list belongs"
         for position, entry in enumerate(entries):
             if not isinstance(entry, dict):
-                kind = type(entry).__name__
-                return f"entry {position} of {key!r} is a {kind}, where a dictionary belongs"
+                return (
+                    f"entry {position} of {key!r} is {reprlib.repr(entry)}, where a dictionary "
+                    "belongs"
+                )
     return None
 
 
@@ -166,13 +169,15 @@ def _find_in_fields(content: dict, findings: _Findings) -> None:
             findings.add(kind, key, _repeated(ids))
 
     images, categories = content["images"], content["categories"]
-    findings.add("file_name_malformed", "images", _where(images, lambda e: _empty(e["file_name"])))
-    nameless = _where(categories, lambda e: _empty(e["name"]))
+    findings.add(
+        "file_name_malformed", "images", _where(images, lambda e: is_empty(e["file_name"]))
+    )
+    nameless = _where(categories, lambda e: is_empty(e["name"]))
     findings.add("category_name_malformed", "categories", nameless)
     sizes = {
         i: f"image {e['id']} ({e['file_name']}), {e['width']!r} x {e['height']!r}"
         for i, e in enumerate(images)
-        if not (_is_length(e["width"]) and _is_length(e["height"]))
+        if not (is_length(e["width"]) and is_length(e["height"]))
     }
     findings.add("image_size_malformed", "images", sizes, sizes.get)
 
@@ -267,12 +272,12 @@ def _repeated(values: Sequence) -> list[int]:
     return [i for i, x in enumerate(values) if counts[x] > 1]
 
 
-def _empty(text: object) -> bool:
+def is_empty(text: object) -> bool:
     """Whether it is no text, or an empty one."""
     return not isinstance(text, str) or not text.strip()
 
 
-def _is_length(x: object) -> bool:
+def is_length(x: object) -> bool:
     """Whether a side of an image can be that long: 640, or 640.0."""
     return type(x) in (int, float) and 0 < x < 2**31 and x == int(x)
 

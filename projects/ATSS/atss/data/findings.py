@@ -82,7 +82,7 @@ KINDS = {
     "category_without_objects": Kind(WARNING, "categories without objects"),
     "image_dropped": Kind(
         DROPPED,
-        "images without annotations but crowds, by DATALOADER.FILTER_EMPTY_ANNOTATIONS",
+        "images without objects or with crowds only, by DATALOADER.FILTER_EMPTY_ANNOTATIONS",
     ),
     "image_without_objects": Kind(NOTE, "images without objects, trained on as background"),
     # Image files.

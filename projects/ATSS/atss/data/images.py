@@ -20,6 +20,7 @@ class Header:
     """What a file says of its image.
 
     Attributes:
+        format: Pillow's name of it, such as "JPEG".
         size: (width, height) as training sees it, after the orientation.
         mode: Pillow's.
         orientation: EXIF's, 1 where there is none.
@@ -28,6 +29,7 @@ class Header:
         complete: ends as its format ends. False where that is unknown.
     """
 
+    format: str
     size: tuple[int, int]
     mode: str
     orientation: int
@@ -44,17 +46,17 @@ def read_header(file_name: str, decode: bool = False) -> Header:
     """
     try:
         with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
+            if decode:
+                image.load()
             header = Header(
+                format=image.format,
                 size=image.size,
                 mode=image.mode,
-                orientation=_orientation(image),
+                orientation=_orientation(image, decode),
                 transparent=image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info,
                 animated=getattr(image, "is_animated", False),
                 complete=_complete(file, image.format),
             )
-            if decode:
-                image.seek(0)  # the question for animation may have moved it
-                image.load()
     except Image.UnidentifiedImageError as error:
         empty = os.path.isfile(file_name) and not os.path.getsize(file_name)
         problem = "it is empty" if empty else "it is no image, or of an unknown format"
@@ -117,7 +119,10 @@ def problems(
             yield kind, f"has mode {header.mode}"
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image, decoded: bool) -> int:
+    # Pillow decodes a PNG in search of an EXIF behind its pixels, which is rare: so do we, if asked.
+    if image.format == "PNG" and not decoded and "exif" not in image.info:
+        return 1
     try:
         orientation = image.getexif().get(ORIENTATION)
     except Exception:  # Detectron2 takes a broken EXIF for none, too

@@ -33,6 +33,9 @@ class Mapper(DatasetMapper):
                 raise ValueError(f"{name} has a box that is not finite: {annotation['bbox']}")
         with _naming(name):
             header = read_header(name)
+            if header.format == "PNG":
+                # Detectron2 meets damage first where it looks for an EXIF, and passes over it.
+                read_header(name, decode=True)
         labelled = None
         if "width" in dataset_dict and "height" in dataset_dict:
             labelled = dataset_dict["width"], dataset_dict["height"]
