@@ -120,7 +120,7 @@ def problems(
 
 
 def _orientation(image: Image.Image, decoded: bool) -> int:
-    # Pillow decodes a PNG in search of an EXIF behind its pixels, which is rare: so do we, if asked.
+    # Pillow decodes a PNG in search of an EXIF behind its pixels, which is rare.
     if image.format == "PNG" and not decoded and "exif" not in image.info:
         return 1
     try:
