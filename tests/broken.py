@@ -366,7 +366,7 @@ FILES = [
          "it is no image, or of an unknown format", "file_unreadable"),
     Case("a header that ends early", data(encoded()[:20]), "stops", "cannot read the image",
          "file_unreadable"),
-    Case("a truncated PNG", cut("PNG"), "stops", "truncated", "file_truncated"),
+    Case("a truncated PNG", cut("PNG"), "stops", "Truncated", "file_truncated"),
     Case("a truncated JPEG", cut("JPEG"), "stops", "truncated", "file_truncated"),
     Case("a truncated WebP", cut("WEBP"), "stops", "cannot read the image",
          "file_unreadable"),

@@ -17,7 +17,7 @@ from ..geometry import centres, iou
 from ..structures import Anchors, GroundTruth
 from .coco_json import Objects, find_in_json, is_empty, is_length, place_of
 from .findings import ERROR, LEVELS, Finding
-from .images import problems, read_header
+from .images import problems, read_header, verify
 
 # An object is poorly matched where no anchor overlaps it by this IoU: then the best one has more
 # than ten times its area, or covers less than a tenth of it, or lies across.
@@ -164,6 +164,7 @@ def _look(
     found = list(problems(header, labelled if all(map(is_length, labelled)) else None, sizes))
     if deep or not header.complete:
         try:
+            verify(path)
             read_header(path, decode=True)
         except OSError as error:
             found.append(("file_truncated", f"cannot be decoded: {error}"))

@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.utils.file_io import PathManager
@@ -44,28 +46,42 @@ def read_header(file_name: str, decode: bool = False) -> Header:
     Raises:
         OSError: saying why it cannot be read, as the end of a sentence that names it.
     """
+    with _opened(file_name) as (file, image):
+        if decode:
+            image.load()
+        orientation = _orientation(image, decode)
+        return Header(
+            format=image.format,
+            size=image.size[::-1] if orientation in TURNED else image.size,
+            mode=image.mode,
+            orientation=orientation,
+            transparent=image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info,
+            animated=getattr(image, "is_animated", False),
+            complete=_complete(file, image.format),
+        )
+
+
+def verify(file_name: str) -> None:
+    """Compares the checksums of a format that has them, as PNG, without decoding.
+
+    Raises:
+        OSError: as :func:`read_header`.
+    """
+    with _opened(file_name) as (_, image):
+        image.verify()
+
+
+@contextmanager
+def _opened(file_name: str) -> Iterator[tuple[BinaryIO, Image.Image]]:
     try:
         with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
-            if decode:
-                image.load()
-            header = Header(
-                format=image.format,
-                size=image.size,
-                mode=image.mode,
-                orientation=_orientation(image, decode),
-                transparent=image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info,
-                animated=getattr(image, "is_animated", False),
-                complete=_complete(file, image.format),
-            )
+            yield file, image
     except Image.UnidentifiedImageError as error:
         empty = os.path.isfile(file_name) and not os.path.getsize(file_name)
         problem = "it is empty" if empty else "it is no image, or of an unknown format"
         raise OSError(problem) from error
     except Exception as error:  # damaged files make Pillow raise errors of many types
         raise OSError(getattr(error, "strerror", None) or str(error)) from error
-    if header.orientation in TURNED:
-        return Header(**vars(header) | {"size": header.size[::-1]})
-    return header
 
 
 def problems(
@@ -130,7 +146,7 @@ def _orientation(image: Image.Image, decoded: bool) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def _complete(file, image_format: str | None) -> bool:
+def _complete(file: BinaryIO, image_format: str | None) -> bool:
     """Whether the file's last bytes are the format's last bytes: cheap, and wrong only where
     something was appended to a complete file."""
     length = file.seek(0, os.SEEK_END)

@@ -7,7 +7,7 @@ import numpy as np
 from detectron2.data import DatasetMapper
 
 from .findings import ERROR, KINDS
-from .images import problems, read_header
+from .images import problems, read_header, verify
 
 
 class Mapper(DatasetMapper):
@@ -35,7 +35,7 @@ class Mapper(DatasetMapper):
             header = read_header(name)
             if header.format == "PNG":
                 # Detectron2 meets damage first where it looks for an EXIF, and passes over it.
-                read_header(name, decode=True)
+                verify(name)
         labelled = None
         if "width" in dataset_dict and "height" in dataset_dict:
             labelled = dataset_dict["width"], dataset_dict["height"]
