@@ -187,8 +187,9 @@ def test_training_stops_with_the_sentence_last(tmp_path):
     json_file, image_dir = break_data(replace(truncated, change=both), tmp_path / "data")
     command = [sys.executable, "-W", "ignore", str(ROOT / "tools/train_net.py")]
     command += ["--config-file", CONFIG, "--register", f"broken={json_file}:{image_dir}"]
-    command += "DATASETS.TRAIN ('broken',) DATASETS.TEST () DATALOADER.NUM_WORKERS 1".split()
-    command += f"SOLVER.MAX_ITER 4 MODEL.DEVICE cpu OUTPUT_DIR {tmp_path}/out".split()
+    command += ["DATASETS.TRAIN", "('broken',)", "DATASETS.TEST", "()"]
+    command += ["DATALOADER.NUM_WORKERS", "1", "SOLVER.MAX_ITER", "4"]
+    command += ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
