@@ -1,20 +1,456 @@
-"""docs/broken_input.md, whose tables say what broken input gives; tests make the input."""
+"""Broken data sets, as data: what is broken, and what must become of it. test_broken_input.py puts
+each through training's door and through tools/check_dataset.py; docs/broken_input.md shows them.
 
-import re
+    python tests/broken.py   # prints that page's tables
+"""
 
-from conftest import ROOT
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
-PAGE = ROOT / "docs" / "broken_input.md"
+import cv2
+import numpy as np
+from PIL import Image
+
+WIDTH, HEIGHT = 64, 48
+COLOUR = (200, 120, 40)  # RGB of every image
+OBJECTS = 12
 
 
-def table(section: str) -> dict[str, str]:
-    """{what is broken: what is said}, the rows of a section's table."""
-    text = PAGE.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| (.+?) \| `(.+?)` \|$", text, re.MULTILINE)
-    return dict(rows)
+@dataclass(frozen=True)
+class Case:
+    """A data set with one thing wrong.
+
+    Attributes:
+        name: what is wrong, for people.
+        change: called with the json's content and the folder of the data set, changes either.
+        training: "stops"; "leaves out"; "trains".
+        sentence: where training stops: of its sentence; where it leaves out: of what it logs; where
+            it trains: what it makes of it, for people.
+        kind: what check_dataset.py reports, a key of KINDS; None where it cannot read the
+            annotations; "" for nothing.
+        thing: what the sentence and the report must name.
+        objects: how many training gets, where it does not stop.
+        colour: RGB that training sees on the changed image; None where that is not looked at.
+    """
+
+    name: str
+    change: Callable[[dict, Path], object]
+    training: str
+    sentence: str
+    kind: str | None
+    thing: str = "a.png"
+    objects: int = OBJECTS
+    colour: tuple[int, int, int] | None = None
 
 
-def is_said(sentence: str, said: str) -> bool:
-    """Whether it is all that is said; "..." in the page stands for paths and the like."""
-    pattern = ".*".join(map(re.escape, sentence.split("...")))
-    return re.fullmatch(pattern, said) is not None
+def make_data(root: Path) -> dict:
+    """Four images, and the content of a json with three objects on each. Nothing is wrong."""
+    (root / "images").mkdir(parents=True)
+    images = []
+    for i, name in enumerate(("a.png", "b.png", "c.png", "d.png"), start=1):
+        plain().save(root / "images" / name)
+        images.append({"id": i, "file_name": name, "width": WIDTH, "height": HEIGHT})
+    annotations = [
+        {
+            "id": 3 * i + j + 1,
+            "image_id": i + 1,
+            "category_id": 1 + j % 2,
+            "bbox": [4 + 18 * j, 10 + i, 16, 20],
+            "area": 320,
+            "iscrowd": 0,
+        }
+        for i in range(4)
+        for j in range(3)
+    ]
+    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    return {"images": images, "categories": categories, "annotations": annotations}
+
+
+def break_data(case: Case, root: Path) -> tuple[Path, Path]:
+    """Writes the broken data set; gives its json and its folder of images."""
+    content = make_data(root)
+    json_file = root / "annotations.json"
+    json_file.write_text("")
+    changed = case.change(content, root)
+    if isinstance(changed, bytes):
+        json_file.write_bytes(changed)
+    elif json_file.exists():
+        json_file.write_text(json.dumps(changed if isinstance(changed, list) else content))
+    return json_file, root / "images"
+
+
+# ------------------------------------------------------------------------------------------------
+# Ways to break
+# ------------------------------------------------------------------------------------------------
+
+
+def put(*path: object) -> Callable:
+    """The last of ``path`` is the value, what stands before it the way there."""
+    *way, key, value = path
+
+    def change(content: dict, root: Path) -> None:
+        for step in way:
+            content = content[step]
+        content[key] = value
+
+    return change
+
+
+def drop(*path: object) -> Callable:
+    *way, key = path
+
+    def change(content: dict, root: Path) -> None:
+        for step in way:
+            content = content[step]
+        del content[key]
+
+    return change
+
+
+def boxes(new: Callable[[list], list]) -> Callable:
+    """Every box becomes another."""
+
+    def change(content: dict, root: Path) -> None:
+        for annotation in content["annotations"]:
+            annotation["bbox"] = new(annotation["bbox"])
+
+    return change
+
+
+def copy(key: str, **other: object) -> Callable:
+    """The first entry of a list once more, with these fields different."""
+    return lambda content, root: content[key].append(content[key][0] | other)
+
+
+def file(write: Callable[[Path], object], **fields: object) -> Callable:
+    """Another file in place of a.png, and these fields in its entry."""
+
+    def change(content: dict, root: Path) -> None:
+        path = root / "images" / "a.png"
+        path.unlink()
+        write(path)
+        content["images"][0] |= fields
+
+    return change
+
+
+def plain(mode: str = "RGB", size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
+    return Image.new("RGB", size, COLOUR).convert(mode)
+
+
+def saved(
+    image: Image.Image | np.ndarray, image_format: str = "PNG", **options: object
+) -> Callable:
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    return file(lambda path: image.save(path, format=image_format, **options))
+
+
+def data(content: bytes) -> Callable:
+    return file(lambda path: path.write_bytes(content))
+
+
+def encoded(image_format: str = "PNG") -> bytes:
+    """A file's bytes. Noise, so that it is long enough to be cut."""
+    noise = np.random.default_rng(0).integers(0, 2, (HEIGHT, WIDTH, 3), dtype=np.uint8) * 255
+    out = io.BytesIO()
+    Image.fromarray(noise).save(out, format=image_format)
+    return out.getvalue()
+
+
+def cut(image_format: str) -> Callable:
+    """A file that ends early."""
+    whole = encoded(image_format)
+    return data(whole[: len(whole) * 2 // 3])
+
+
+def damaged() -> bytes:
+    """A PNG whose end is there, but not its middle."""
+    png = encoded()
+    middle = len(png) // 2
+    return png[:middle] + bytes(64) + png[middle + 64 :]
+
+
+def huge() -> bytes:
+    """A PNG that claims 100,000 x 100,000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + encoded()[33:]
+
+
+def turned(orientation: int, before: tuple[int, int], **fields: object) -> Callable:
+    """An image with an EXIF orientation, of this size in the file."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return file(lambda path: plain(size=before).save(path, format="JPEG", exif=exif), **fields)
+
+
+def one_of_each(content: dict, root: Path) -> None:
+    """As converters write that make an image of every row of a table of objects."""
+    content["images"] = [
+        content["images"][a["image_id"] - 1] | {"id": a["id"]} for a in content["annotations"]
+    ]
+    for annotation in content["annotations"]:
+        annotation["image_id"] = annotation["id"]
+
+
+def repeat(content: dict, root: Path) -> None:
+    content["images"].append(content["images"][0] | {"id": 9})
+    for j, annotation in enumerate(content["annotations"][:3]):
+        content["annotations"].append(annotation | {"id": 20 + j, "image_id": 9})
+
+
+def empty_image(content: dict, root: Path) -> None:
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 1]
+
+
+def animation(image_format: str) -> Callable:
+    second = Image.new("RGB", (WIDTH, HEIGHT), (0, 0, 255))
+    options = {"save_all": True, "append_images": [second], "duration": 100}
+    return saved(
+        plain(), image_format, **options | ({} if image_format != "WEBP" else {"lossless": True})
+    )
+
+
+SIXTEEN_BITS = np.full((HEIGHT, WIDTH), 40_000, np.uint16)
+DEEP_COLOUR = cv2.imencode(".png", np.full((HEIGHT, WIDTH, 3), 40_000, np.uint16))[1].tobytes()
+FIRST = ("annotations", 0)
+BOX = "annotation 1 of a.png"
+
+# ------------------------------------------------------------------------------------------------
+# The cases: a line or two each
+# ------------------------------------------------------------------------------------------------
+
+# fmt: off
+STRUCTURE = [
+    Case("the file is missing", lambda c, r: (r / "annotations.json").unlink(), "stops",
+         "cannot read the annotations", None, "annotations.json"),
+    Case("no json", lambda c, r: b"<annotation/>", "stops", "is not json", None,
+         "annotations.json"),
+    Case("json that ends early", lambda c, r: json.dumps(c).encode()[:-20], "stops", "is not json",
+         None, "annotations.json"),
+    Case("a binary file", lambda c, r: b"\xff\xfe\x00\x01", "stops", "is not json", None,
+         "annotations.json"),
+    Case("a list, where a dictionary belongs", lambda c, r: [c], "stops", "it is a list", None,
+         "annotations.json"),
+    Case("no images", drop("images"), "stops", "it has no 'images'", None, "annotations.json"),
+    Case("annotations by image, in a dictionary", put("annotations", {"a.png": []}), "stops",
+         "its 'annotations' is a dict, where a list belongs", None, "annotations.json"),
+    Case("a number in place of an image", put("images", 1, 7), "stops",
+         "entry 1 of 'images' is 7, where a dictionary belongs", None, "annotations.json"),
+    Case("an empty list of images", put("images", []), "stops", "an empty list of 'images'", None,
+         "annotations.json"),
+    Case("an empty list of categories", put("categories", []), "stops",
+         "an empty list of 'categories'", None, "annotations.json"),
+]
+ENTRIES = [
+    Case("an image without file_name", drop("images", 0, "file_name"), "stops",
+         "entry 0 of 'images' has no 'file_name'", "field_missing", "entry 0"),
+    Case("a category without name", drop("categories", 0, "name"), "stops",
+         "entry 0 of 'categories' has no 'name'", "field_missing", "entry 0"),
+    Case("an annotation without bbox", drop(*FIRST, "bbox"), "stops",
+         "entry 0 of 'annotations' has no 'bbox'", "field_missing", "entry 0"),
+    Case("an annotation without id", drop(*FIRST, "id"), "stops",
+         "entry 0 of 'annotations' has no 'id'", "field_missing", "entry 0"),
+    Case("an image's id is null", put("images", 0, "id", None), "stops",
+         "ids that are no whole numbers", "id_malformed"),
+    Case("ids of images are text and numbers", put("images", 0, "id", "1"), "stops",
+         "ids that are no whole numbers", "id_malformed"),
+    Case("an annotation's id is text", put(*FIRST, "id", "x7"), "stops",
+         "ids that are no whole numbers", "id_malformed", "annotation x7"),
+    Case("an image's id twice", copy("images", file_name="b.png"), "stops",
+         "images that share an id", "image_id_twice"),
+    Case("an annotation's id twice", copy("annotations", image_id=2), "stops",
+         "annotations that share an id", "annotation_id_twice", BOX),
+    Case("a category's id twice", copy("categories", name="cow"), "stops",
+         "categories that share an id", "category_id_twice", "category 1 (cat)"),
+    Case("file_name is null", put("images", 0, "file_name", None), "stops",
+         "images whose file_name is not text", "file_name_malformed", "image 1"),
+    Case("file_name is empty", put("images", 0, "file_name", " "), "stops",
+         "images whose file_name is not text, or empty", "file_name_malformed", "image 1"),
+    Case("an image's width is null", put("images", 0, "width", None), "stops",
+         "width or height is not a positive whole number", "image_size_malformed"),
+    Case("an image's height is 0", put("images", 0, "height", 0), "stops",
+         "width or height is not a positive whole number", "image_size_malformed"),
+    Case("an image's width is text", put("images", 0, "width", "64"), "stops",
+         "width or height is not a positive whole number", "image_size_malformed"),
+    Case("a category's name is empty", put("categories", 0, "name", ""), "stops",
+         "categories whose name is not text, or empty", "category_name_malformed", "category 1"),
+    Case("a category's name is null", put("categories", 0, "name", None), "stops",
+         "categories whose name is not text", "category_name_malformed", "category 1"),
+    Case("two categories of one name", put("categories", 1, "name", "cat"), "trains",
+         "as two classes; logged", "category_name_twice", "category 2 (cat)"),
+    Case("a category without objects", copy("categories", id=3, name="cow"), "trains",
+         "class and all", "category_without_objects", "category 3 (cow)"),
+    Case("two images of one file with different objects", one_of_each, "stops",
+         "images that share a file but not its objects", "file_twice"),
+    Case("two images of one file with the same objects", repeat, "trains", "twice as often; logged",
+         "file_repeated", objects=15),
+    Case("an image without annotations", empty_image, "leaves out", "", "image_dropped", objects=9),
+]
+ANNOTATIONS = [
+    Case("an image that is not in the file", put(*FIRST, "image_id", 77), "stops",
+         "annotations of images that are not in the file", "image_unknown",
+         "annotation 1 of image 77"),
+    Case("image_id is text, ids are numbers", put(*FIRST, "image_id", "1"), "stops",
+         "annotations of images that are not in the file", "image_unknown", "annotation 1"),
+    Case("a category that is not in the file", put(*FIRST, "category_id", 77), "stops",
+         "annotations of categories that are not in the file", "category_unknown", BOX),
+    Case("category_id is a list", put(*FIRST, "category_id", [1]), "stops",
+         "annotations of categories that are not in the file", "category_unknown", BOX),
+    Case("iscrowd is null", put(*FIRST, "iscrowd", None), "stops", "iscrowd is neither 0 nor 1",
+         "crowd_malformed", BOX),
+    Case("iscrowd is text", put(*FIRST, "iscrowd", "0"), "stops", "iscrowd is neither 0 nor 1",
+         "crowd_malformed", BOX),
+    Case("ignore is 1", put(*FIRST, "ignore", 1), "stops", "annotations with 'ignore'", "ignore",
+         BOX),
+    Case("a segmentation that is one list of numbers",
+         put(*FIRST, "segmentation", [1, 2, 9, 2, 9, 9]), "stops",
+         "neither a list of polygons nor run lengths", "segmentation_malformed", BOX),
+    Case("a segmentation that is text", put(*FIRST, "segmentation", "1 2"), "stops",
+         "neither a list of polygons nor run lengths", "segmentation_malformed", BOX),
+    Case("a segmentation of two points", put(*FIRST, "segmentation", [[1, 2, 9, 9]]), "leaves out",
+         "no polygon of at least three points (1)", "segmentation_empty", BOX, 11),
+    Case("a crowd", put(*FIRST, "iscrowd", 1), "leaves out", "crowds (1)", "crowd", BOX, 11),
+    Case("a box of three numbers", put(*FIRST, "bbox", [1, 2, 3]), "stops",
+         "boxes that are not four numbers", "box_malformed", BOX),
+    Case("an empty box", put(*FIRST, "bbox", []), "stops", "boxes that are not four numbers",
+         "box_malformed", BOX),
+    Case("a box that is null", put(*FIRST, "bbox", None), "stops",
+         "boxes that are not four numbers", "box_malformed", BOX),
+    Case("a box of text", put(*FIRST, "bbox", ["1", "2", "3", "4"]), "stops",
+         "boxes that are not four numbers", "box_malformed", BOX),
+    Case("a number beyond all bounds", put(*FIRST, "bbox", [1, 2, 3, 10**400]), "stops",
+         "boxes that are not four numbers", "box_malformed", BOX),
+    Case("NaN in a box", put(*FIRST, "bbox", [1, 2, float("nan"), 4]), "stops",
+         "boxes that are not finite", "box_not_finite", BOX),
+    Case("infinity in a box", put(*FIRST, "bbox", [1, 2, float("inf"), 4]), "stops",
+         "boxes that are not finite", "box_not_finite", BOX),
+    Case("a box of negative width", put(*FIRST, "bbox", [40, 20, -16, 20]), "stops",
+         "boxes of negative width or height", "box_negative", BOX),
+    Case("boxes in shares of the image",
+         boxes(lambda b: [b[0] / 64, b[1] / 48, b[2] / 64, b[3] / 48]), "stops",
+         "COCO's are pixels, not shares", "box_units", BOX),
+    Case("boxes [x1, y1, x2, y2]", boxes(lambda b: [20, b[1] + 5, 58, 47]), "stops",
+         "boxes that look like [x1, y1, x2, y2]", "box_corners", BOX),
+    Case("a box of zero width", put(*FIRST, "bbox", [10, 10, 0, 20]), "leaves out",
+         "boxes of zero width or height (1)", "box_empty", BOX, 11),
+    Case("a box outside the image", put(*FIRST, "bbox", [64, 10, 20, 20]), "leaves out",
+         "boxes outside their image (1)", "box_outside", BOX, 11),
+    Case("a box beyond the image's border", put(*FIRST, "bbox", [50, 10, 30, 20]), "trains",
+         "clipped; logged", "box_partly_outside", BOX),
+    Case("one box in shares of the image", put(*FIRST, "bbox", [0.1, 0.2, 0.5, 0.5]), "trains",
+         "as it stands; logged", "box_small_units", BOX),
+    Case("an object twice", copy("annotations", id=99), "trains",
+         "though the second gets no anchor", "object_twice", "annotation 99 of a.png", 13),
+    Case("no area", drop(*FIRST, "area"), "trains",
+         'but a data set of DATASETS.TEST stops: "cannot be evaluated"', "evaluation_field_missing",
+         BOX),
+    Case("an annotation with id 0", put(*FIRST, "id", 0), "trains",
+         "though pycocotools counts its detection as wrong; logged", "annotation_id_zero",
+         "annotation 0 of a.png"),
+    Case("an object smaller than a pixel", put(*FIRST, "bbox", [10.2, 10.2, 0.3, 0.3]), "trains",
+         "though no anchor learns it", "object_without_positive", BOX),
+]
+FILES = [
+    Case("the file is missing", file(lambda path: None), "stops", "No such file or directory",
+         "file_unreadable"),
+    Case("a folder", file(lambda path: path.mkdir()), "stops", "Is a directory", "file_unreadable"),
+    Case("an empty file", data(b""), "stops", "it is empty", "file_unreadable"),
+    Case("text in place of an image", data(b"<html>404</html>"), "stops",
+         "it is no image, or of an unknown format", "file_unreadable"),
+    Case("a header that ends early", data(encoded()[:20]), "stops", "cannot read the image",
+         "file_unreadable"),
+    Case("a truncated PNG", cut("PNG"), "stops", "Truncated", "file_truncated"),
+    Case("a truncated JPEG", cut("JPEG"), "stops", "truncated", "file_truncated"),
+    Case("a truncated WebP", cut("WEBP"), "stops", "cannot read the image",
+         "file_unreadable"),
+    Case("a truncated BMP", cut("BMP"), "stops", "truncated", "file_truncated"),
+    Case("a truncated TIFF", cut("TIFF"), "stops", "truncated", "file_truncated"),
+    Case("a PNG damaged in its middle", data(damaged()), "stops", "cannot read the image",
+         "file_truncated"),
+    Case("a header of 100,000 x 100,000 pixels", data(huge()), "stops", "exceeds limit",
+         "file_unreadable"),
+    Case("another size than the annotations say", saved(plain(size=(32, 48))), "stops",
+         "is 32 x 48 pixels, but 64 x 48 according to the annotations", "image_size_wrong"),
+    Case("EXIF turns it, the annotations' size is that before", turned(6, (WIDTH, HEIGHT)), "stops",
+         "is 48 x 64 pixels after its EXIF orientation 6, but 64 x 48", "image_size_wrong"),
+    Case("EXIF turns it, the annotations' size is that after", turned(6, (HEIGHT, WIDTH)), "trains",
+         "turned", "image_rotated", colour=COLOUR),
+    Case("EXIF turns it by 180 degrees", turned(3, (WIDTH, HEIGHT)), "trains", "turned",
+         "image_rotated", colour=COLOUR),
+    Case("16 bits, greyscale PNG", saved(SIXTEEN_BITS), "stops", "more than 8 bits per channel",
+         "image_high_depth"),
+    Case("16 bits, greyscale TIFF", saved(SIXTEEN_BITS, "TIFF"), "stops",
+         "more than 8 bits per channel", "image_high_depth"),
+    Case("32 bits, TIFF", saved(SIXTEEN_BITS.astype(np.int32), "TIFF"), "stops",
+         "more than 8 bits per channel", "image_high_depth"),
+    Case("floating point, TIFF", saved(SIXTEEN_BITS.astype(np.float32), "TIFF"), "stops",
+         "more than 8 bits per channel", "image_high_depth"),
+    Case("16 bits, colour PNG", data(DEEP_COLOUR), "trains", "its upper 8 bits", "",
+         colour=(156, 156, 156)),
+    Case("greyscale", saved(plain("L")), "trains", "as colour", "image_grey",
+         colour=(135, 135, 135)),
+    Case("black and white", saved(Image.new("1", (WIDTH, HEIGHT), 1)), "trains", "as colour",
+         "image_grey", colour=(255, 255, 255)),
+    Case("a palette", saved(plain("P")), "trains", "as colour", "image_palette"),
+    Case("a palette with a transparent colour", saved(plain("P"), transparency=3), "trains",
+         "transparency is ignored", "image_alpha"),
+    Case("CMYK", saved(plain("CMYK"), "JPEG", quality=95), "trains", "as colour, without profile",
+         "image_cmyk", colour=COLOUR),
+    Case("an alpha channel", saved(Image.new("RGBA", (WIDTH, HEIGHT), (*COLOUR, 0))), "trains",
+         "the colours under it", "image_alpha", colour=COLOUR),
+    Case("greyscale with alpha", saved(Image.new("LA", (WIDTH, HEIGHT), (90, 10))), "trains",
+         "the colours under it", "image_alpha", colour=(90, 90, 90)),
+    Case("an animated GIF", animation("GIF"), "trains", "its first picture", "image_animated",
+         colour=COLOUR),
+    Case("an animated PNG", animation("PNG"), "trains", "its first picture", "image_animated",
+         colour=COLOUR),
+    Case("an animated WebP", animation("WEBP"), "trains", "its first picture", "image_animated",
+         colour=COLOUR),
+    Case("another format than its name says", saved(plain(), "BMP"), "trains", "by its content", "",
+         colour=COLOUR),
+    Case("bytes after the end", lambda c, r: (r / "images/a.png").open("ab").write(bytes(99)),
+         "trains", "without them", "", colour=COLOUR),
+    Case("one pixel", file(lambda p: plain(size=(1, 1)).save(p), width=1, height=1), "trains",
+         "enlarged; boxes outside are left out", "box_outside", objects=9),
+    Case("one pixel wide, 5,000 long",
+         file(lambda p: plain(size=(5000, 1)).save(p), width=5000, height=1), "stops",
+         "height and width must be > 0", "image_thin"),
+]
+# fmt: on
+
+SECTIONS = {
+    "Images": FILES,
+    "Annotations: The file": STRUCTURE,
+    "Annotations: Images and categories": ENTRIES,
+    "Annotations: Objects": ANNOTATIONS,
+}
+CASES = [case for cases in SECTIONS.values() for case in cases]
+
+
+def table(cases: list[Case]) -> str:
+    """Markdown."""
+    from atss.data.findings import KINDS
+
+    lines = ["| input | training | `check_dataset.py` |", "|---|---|---|"]
+    for case in cases:
+        training = {
+            "stops": f'stops: "{case.sentence}"',
+            "leaves out": "leaves it out" + (f', logged: "{case.sentence}"' * bool(case.sentence)),
+            "trains": f"trains: {case.sentence}",
+        }[case.training]
+        report = f"{KINDS[case.kind].level} `{case.kind}`" if case.kind else "nothing"
+        report = "exits with 2" if case.kind is None else report
+        lines.append(f"| {case.name} | {training} | {report} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    for heading, cases in SECTIONS.items():
+        print(f"## {heading}\n\n{table(cases)}")

@@ -2,7 +2,7 @@
 
 import pytest
 import train_net
-from broken import is_said, table
+from broken_page import is_said, table
 from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import train_net
-from broken import is_said, table
+from broken_page import is_said, table
 from conftest import make_cfg
 from detectron2.modeling import build_model
 

@@ -192,12 +192,12 @@ def test_wrong_input_is_one_sentence_without_traceback(command):
         ("{", "annotations.json is not json"),
         ("[]", "it is a list, where a dictionary"),
         ({"images": [], "annotations": []}, "it has no 'categories'"),
-        ({"images": [{"id": 1}], "categories": []}, "entry 0 of 'images' has no 'file_name'"),
+        ({"images": [{"id": 1}], "categories": [{}]}, "entry 0 of 'images' has no 'file_name'"),
         (
             {
                 "images": [{"id": 1, "file_name": "a.png", "width": 9, "height": 9}],
                 "categories": [{"id": 1, "name": "a"}],
-                "annotations": [{"image_id": 1, "category_id": 1}],
+                "annotations": [{"id": 1, "image_id": 1, "category_id": 1}],
             },
             "entry 0 of 'annotations' has no 'bbox'",
         ),

@@ -18,11 +18,19 @@ from contextlib import contextmanager
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from atss.acceleration import keep_freed_memory
 from atss.config import build_assigner, resolve_num_classes
 from atss.config_file import load_config
-from atss.data.datasets import classes_of, refuse_unannotated, register_coco
+from atss.data.datasets import (
+    classes_of,
+    log_remarks,
+    refuse_unannotated,
+    refuse_unevaluable,
+    register_coco,
+)
 from atss.engine import SafeCheckpointer, Trainer, check_run
 
 
@@ -82,6 +90,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_run(cfg, max(args.num_gpus, 1) * args.num_machines, training=not args.eval_only)
     if not args.eval_only:
         refuse_unannotated(cfg.DATASETS.TRAIN)
+    refuse_unevaluable(cfg.DATASETS.TEST)
     cfg.freeze()
     return cfg
 
@@ -99,6 +108,8 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     """What every process does."""
     register(args)
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="atss")
+    log_remarks((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
     if args.eval_only:

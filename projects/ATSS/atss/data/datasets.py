@@ -1,15 +1,19 @@
 """Own data sets in COCO's format, without code."""
 
-import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from .coco_json import class_names, find_in_json, read_coco
+from .findings import DROPPED, ERROR, WARNING
+
 
 def register_coco(spec: str) -> str:
-    """Registers ``NAME=annotations.json:image_dir`` with Detectron2.
+    """Registers ``NAME=annotations.json:image_dir`` with Detectron2, after the cheap checks of
+    ``tools/check_dataset.py``: those that look at no image.
 
     Returns:
         the name.
@@ -23,14 +27,43 @@ def register_coco(spec: str) -> str:
         raise ValueError(f"--register takes NAME=annotations.json:image_dir, not {spec!r}")
     if not Path(image_dir).is_dir():
         raise ValueError(f"the image folder {image_dir} of data set {name} does not exist")
-    categories, annotated = _read(json_file)
     if name in DatasetCatalog:
         if MetadataCatalog.get(name).get("json_file") != json_file:
             raise ValueError(f"a data set called {name} is registered already: choose another name")
         return name
-    metadata = {"thing_classes": categories, "annotated": annotated}
+    content = read_coco(json_file)
+    findings, _ = find_in_json(content)
+    for finding in findings:
+        if finding.level == ERROR:
+            raise ValueError(f"{json_file} has {finding.sentence()}")
+    metadata = {
+        "thing_classes": class_names(content),
+        "annotated": bool(content["annotations"]),
+        "remarks": {f.kind: f.sentence() for f in findings if f.level in (DROPPED, WARNING)},
+    }
     register_coco_instances(name, metadata, json_file, image_dir)
     return name
+
+
+def log_remarks(names: Sequence[str]) -> None:
+    """Says what training leaves out of data sets of :func:`register_coco`, and what is odd."""
+    for name in dict.fromkeys(names):
+        for remark in MetadataCatalog.get(name).get("remarks", {}).values():
+            logging.getLogger(__name__).warning("Data set %s has %s", name, remark)
+
+
+def refuse_unevaluable(names: Sequence[str]) -> None:
+    """Evaluation needs more of a data set than training.
+
+    Raises:
+        ValueError: naming the data set.
+    """
+    for name in names:
+        remarks = MetadataCatalog.get(name).get("remarks", {})
+        if "evaluation_field_missing" in remarks:
+            raise ValueError(
+                f"data set {name} cannot be evaluated: it has {remarks['evaluation_field_missing']}"
+            )
 
 
 def refuse_unannotated(names: Sequence[str]) -> None:
@@ -55,38 +88,3 @@ def classes_of(name: str) -> list[str] | None:
     if metadata.get("thing_classes") is None:
         DatasetCatalog.get(name)
     return metadata.get("thing_classes")
-
-
-def _read(json_file: str) -> tuple[list[str], bool]:
-    """Names of the categories in the order of their ids, as Detectron2 numbers them, and whether
-    there are annotations."""
-    try:
-        with open(json_file, encoding="utf-8") as file:
-            content = json.load(file)
-    except OSError as error:
-        raise ValueError(f"cannot read the annotations {json_file}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{json_file} is not json: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{json_file} is not in COCO's format: it is a {type(content).__name__}, where a "
-            "dictionary with images, annotations and categories belongs"
-        )
-    # Files for a test server have no annotations.
-    needed = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name")}
-    optional = {"annotations": ("image_id", "category_id", "bbox")}
-    for key, fields in (needed | optional).items():
-        if key not in content and key in needed:
-            raise ValueError(f"{json_file} is not in COCO's format: it has no {key!r}")
-        for position, entry in enumerate(content.get(key, [])):
-            missing = [field for field in fields if field not in entry]
-            if missing:
-                raise ValueError(
-                    f"{json_file} is not in COCO's format: entry {position} of {key!r} has no "
-                    f"{missing[0]!r}"
-                )
-    if not content["images"] or not content["categories"]:
-        empty = "images" if not content["images"] else "categories"
-        raise ValueError(f"{json_file} has an empty list of {empty!r}")
-    names = [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
-    return names, bool(content.get("annotations"))

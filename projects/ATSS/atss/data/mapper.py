@@ -1,19 +1,52 @@
 """Loads one image with its objects; what is wrong with them is said here, with the file's name."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 from detectron2.data import DatasetMapper
 
+from .findings import ERROR, KINDS
+from .images import problems, read_header, verify
+
 
 class Mapper(DatasetMapper):
-    """Detectron2's mapper, which names the file that cannot be read, and refuses boxes that are not
-    finite (it would drop them silently). Boxes without area or outside the image are dropped."""
+    """Detectron2's mapper, which names the file that it cannot use, and why.
+
+    It refuses what would be silently wrong: boxes that are not finite, which Detectron2 drops, and
+    images of 16 bits, which become white. Boxes without area or outside the image are dropped.
+
+    Raises:
+        ValueError, OSError: with a sentence that names the file.
+    """
 
     def __call__(self, dataset_dict: dict) -> dict:
+        self._refuse(dataset_dict)
+        with _naming(dataset_dict["file_name"]):
+            return super().__call__(dataset_dict)
+
+    def _refuse(self, dataset_dict: dict) -> None:
+        """What the annotations and the image's header tell."""
         name = dataset_dict["file_name"]
         for annotation in dataset_dict.get("annotations", ()):
             if not np.isfinite(annotation["bbox"]).all():
                 raise ValueError(f"{name} has a box that is not finite: {annotation['bbox']}")
-        try:
-            return super().__call__(dataset_dict)
-        except OSError as error:
-            raise OSError(f"cannot read the image {name}: {error}") from error
+        with _naming(name):
+            header = read_header(name)
+            if header.format == "PNG":
+                # Detectron2 meets damage first where it looks for an EXIF, and passes over it.
+                verify(name)
+        labelled = None
+        if "width" in dataset_dict and "height" in dataset_dict:
+            labelled = dataset_dict["width"], dataset_dict["height"]
+        for kind, problem in problems(header, labelled):
+            if KINDS[kind].level == ERROR:
+                raise ValueError(f"the image {name} {problem}")
+
+
+@contextmanager
+def _naming(file_name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Pillow raises errors of many types where a file is damaged
+        raise OSError(f"cannot read the image {file_name}: {error}") from error

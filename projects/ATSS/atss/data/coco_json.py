@@ -1,0 +1,324 @@
+"""Reads annotations in COCO's format, and finds what is wrong with them: cheap enough for every
+start of a training (a million annotations take seconds), because only odd entries are looked at one
+by one."""
+
+import json
+import reprlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .findings import Finding
+
+# What every entry must have. Files for a test server have no annotations.
+FIELDS = {
+    "images": ("id", "file_name", "width", "height"),
+    "categories": ("id", "name"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+}
+# Fewer boxes than this do not show in which order their numbers are.
+BOXES_THAT_TELL = 10
+# Farther beyond its image than by rounding, in pixels.
+BEYOND = 1.0
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The annotations as arrays, in the order of the json; M of them.
+
+    Attributes:
+        image: (M,) int64 position in the json's images, -1 where unknown.
+        category: (M,) int64 position among the categories sorted by id, -1 where unknown.
+        boxes: (M, 4) float64 (x, y, width, height) in pixels; NaN where malformed.
+        crowd: (M,) bool.
+        used: (M,) bool: training learns it, as far as the json tells.
+    """
+
+    image: np.ndarray
+    category: np.ndarray
+    boxes: np.ndarray
+    crowd: np.ndarray
+    used: np.ndarray
+
+
+def read_coco(json_file: str) -> dict:
+    """The content of a file in COCO's format: lists of dictionaries under "images", "categories"
+    and "annotations" (empty where there are none).
+
+    Raises:
+        ValueError: with a sentence that names the file, where it is something else.
+    """
+    try:
+        with open(json_file, encoding="utf-8") as file:
+            content = json.load(file)
+    except OSError as error:
+        raise ValueError(f"cannot read the annotations {json_file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{json_file} is not json: {error}") from error
+    problem = _structure(content)
+    if problem:
+        raise ValueError(f"{json_file} is not in COCO's format: {problem}")
+    for key in ("images", "categories"):
+        if not content[key]:
+            raise ValueError(f"{json_file} has an empty list of {key!r}")
+    return content | {"annotations": content.get("annotations", [])}
+
+
+def _structure(content: object) -> str | None:
+    if not isinstance(content, dict):
+        return (
+            f"it is a {type(content).__name__}, where a dictionary with images, annotations and "
+            "categories belongs"
+        )
+    for key in FIELDS:
+        if key not in content and key != "annotations":
+            return f"it has no {key!r}"
+        entries = content.get(key, [])
+        if not isinstance(entries, list):
+            return f"its {key!r} is a {type(entries).__name__}, where a list belongs"
+        for position, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                return (
+                    f"entry {position} of {key!r} is {reprlib.repr(entry)}, where a dictionary "
+                    "belongs"
+                )
+    return None
+
+
+def class_names(content: dict) -> list[str]:
+    """Names of the categories in the order of their ids, as Detectron2 numbers them."""
+    return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+
+
+def find_in_json(content: dict) -> tuple[list[Finding], Objects | None]:
+    """What is wrong with annotations, the gravest first, without a look at an image.
+
+    Args:
+        content: as from :func:`read_coco`.
+    Returns:
+        the findings, and the objects; None where fields or ids do not hold them together.
+    """
+    findings = _Findings(content)
+    _find_in_fields(content, findings)
+    if findings.found:
+        return findings.found, None
+    objects = _objects(content, findings)
+    return findings.found, objects
+
+
+class _Findings:
+    """Collects findings; names entries of the json for people."""
+
+    def __init__(self, content: dict):
+        self.content = content
+        self.found: list[Finding] = []
+
+    def add(
+        self, kind: str, key: str, positions: Iterable[int], place: Callable | None = None
+    ) -> None:
+        """Entries at these positions of the list ``key`` are of this kind."""
+        positions = list(positions)
+        if positions:
+            self.found.append(Finding(kind, positions, place or place_of(self.content, key)))
+
+
+def place_of(content: dict, key: str) -> Callable[[int], str]:
+    """Names the entries of the list ``key``: position -> such as "image 3 (a.jpg)"."""
+    entries = content[key]
+    if key == "images":
+        return lambda i: f"image {entries[i]['id']} ({entries[i]['file_name']})"
+    if key == "categories":
+        return lambda i: f"category {entries[i]['id']} ({entries[i]['name']})"
+    files: dict = {}
+
+    def annotation(i: int) -> str:
+        if not files:
+            files.update({image["id"]: image["file_name"] for image in content["images"]})
+        entry = entries[i]
+        image = entry["image_id"]
+        known = isinstance(image, int | str) and image in files
+        where = files[image] if known else f"image {image}"
+        return f"annotation {entry['id']} of {where}, bbox {json.dumps(entry['bbox'])}"
+
+    return annotation
+
+
+def _find_in_fields(content: dict, findings: _Findings) -> None:
+    """Fields without which entries cannot be told apart: present, of their type, unique."""
+    for key, fields in FIELDS.items():
+        lacks: dict[int, str] = {}
+        for field in fields:
+            for i in _where(content[key], lambda e, field=field: field not in e):
+                lacks.setdefault(i, f"entry {i} of {key!r} has no {field!r}")
+        findings.add("field_missing", key, sorted(lacks), lacks.get)
+    if findings.found:
+        return
+    for key, kind in (
+        ("images", "image_id_twice"),
+        ("categories", "category_id_twice"),
+        ("annotations", "annotation_id_twice"),
+    ):
+        ids = [entry["id"] for entry in content[key]]
+        # Evaluation computes with the ids of annotations, and sorts the others.
+        text = key != "annotations" and all(type(x) is str for x in ids)
+        malformed = _odd(ids, {str} if text else {int})
+        findings.add("id_malformed", key, malformed)
+        if not malformed:
+            findings.add(kind, key, _repeated(ids))
+
+    images, categories = content["images"], content["categories"]
+    findings.add(
+        "file_name_malformed", "images", _where(images, lambda e: is_empty(e["file_name"]))
+    )
+    nameless = _where(categories, lambda e: is_empty(e["name"]))
+    findings.add("category_name_malformed", "categories", nameless)
+    sizes = {
+        i: f"image {e['id']} ({e['file_name']}), {e['width']!r} x {e['height']!r}"
+        for i, e in enumerate(images)
+        if not (is_length(e["width"]) and is_length(e["height"]))
+    }
+    findings.add("image_size_malformed", "images", sizes, sizes.get)
+
+
+def _objects(content: dict, findings: _Findings) -> Objects:
+    """The annotations as arrays, and what is wrong with them one by one."""
+    images, categories = content["images"], content["categories"]
+    annotations = content["annotations"]
+
+    def add(kind: str, where: np.ndarray | Sequence[bool]) -> None:
+        findings.add(kind, "annotations", np.flatnonzero(where))
+
+    image = _look_up(annotations, "image_id", [e["id"] for e in images])
+    category = _look_up(annotations, "category_id", sorted(e["id"] for e in categories))
+    add("image_unknown", image < 0)
+    add("category_unknown", category < 0)
+    add("crowd_malformed", [e.get("iscrowd", 0) not in (0, 1) for e in annotations])
+    crowd = np.array([e.get("iscrowd", 0) == 1 for e in annotations], dtype=bool)
+    add("ignore", [e.get("ignore", 0) != 0 for e in annotations])
+    segmentations = [_segmentation(e.get("segmentation")) for e in annotations]
+    add("segmentation_malformed", [s == "malformed" for s in segmentations])
+
+    boxes, malformed = _boxes([e["bbox"] for e in annotations])
+    add("box_malformed", malformed)
+    finite = np.isfinite(boxes).all(axis=1)
+    add("box_not_finite", ~finite & ~malformed)
+    add("box_negative", finite & (boxes[:, 2:] < 0).any(axis=1))
+
+    x, y, w, h = np.where(finite[:, None], boxes, 0).T
+    sizes = np.array([(e["width"], e["height"]) for e in images], dtype=np.float64)
+    width, height = sizes[image].T if len(annotations) else np.zeros((2, 0))
+    known = finite & (image >= 0)
+    # A single pixel in a corner is rare; a data set of nothing else is in other units.
+    shares = finite & (np.maximum(np.maximum(x, y), np.maximum(x + w, y + h)) <= 1)
+    shares &= ~((w <= 0) | (h <= 0)) & (np.maximum(width, height) > 1)
+    in_shares = shares.any() and bool((shares | (w <= 0) | (h <= 0))[finite].all())
+    add("box_units" if in_shares else "box_small_units", shares)
+    beyond = np.maximum.reduce([-x, -y, x + w - width, y + h - height]) > BEYOND
+    corners = known & (w > x) & (h > y) & (w <= width) & (h <= height)
+    if len(annotations) >= BOXES_THAT_TELL and corners.all() and beyond.mean() >= 0.5:
+        add("box_corners", corners)
+
+    used = known & (category >= 0) & ~crowd
+    add("crowd", crowd)
+    for kind, where in (
+        ("segmentation_empty", np.array([s == "empty" for s in segmentations], dtype=bool)),
+        ("box_empty", (w == 0) | (h == 0)),
+        ("box_outside", (x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0)),
+    ):
+        add(kind, used & where)
+        used &= ~where
+    add("box_partly_outside", used & beyond)
+
+    add("evaluation_field_missing", [not {"area", "iscrowd"} <= e.keys() for e in annotations])
+    add("annotation_id_zero", [e["id"] == 0 for e in annotations])
+    _find_repeated_files(content, image, findings)
+    findings.add("category_name_twice", "categories", _repeated([c["name"] for c in categories]))
+    return Objects(image, category, boxes, crowd, used)
+
+
+def _find_repeated_files(content: dict, image: np.ndarray, findings: _Findings) -> None:
+    """One file in several entries: an error where a converter wrote one entry per object."""
+    repeated = _repeated([e["file_name"] for e in content["images"]])
+    objects_of = {i: [] for i in repeated}
+    for i, annotation in zip(image, content["annotations"], strict=True):
+        if i in objects_of:
+            objects_of[i].append(json.dumps([annotation["category_id"], annotation["bbox"]]))
+    by_file = defaultdict(set)
+    for i, objects in objects_of.items():
+        by_file[content["images"][i]["file_name"]].add(tuple(sorted(objects)))
+    differ = {i for i in repeated if len(by_file[content["images"][i]["file_name"]]) > 1}
+    findings.add("file_twice", "images", [i for i in repeated if i in differ])
+    findings.add("file_repeated", "images", [i for i in repeated if i not in differ])
+
+
+def _where(entries: Sequence, condition: Callable[[dict], bool]) -> list[int]:
+    return [i for i, entry in enumerate(entries) if condition(entry)]
+
+
+def _odd(values: Sequence, types: set[type]) -> list[int]:
+    """Positions of values of other types than these."""
+    if set(map(type, values)) <= types:
+        return []
+    return [i for i, x in enumerate(values) if type(x) not in types]
+
+
+def _repeated(values: Sequence) -> list[int]:
+    """Positions of values that are there more than once."""
+    if len(set(values)) == len(values):
+        return []
+    counts = Counter(values)
+    return [i for i, x in enumerate(values) if counts[x] > 1]
+
+
+def is_empty(text: object) -> bool:
+    """Whether it is no text, or an empty one."""
+    return not isinstance(text, str) or not text.strip()
+
+
+def is_length(x: object) -> bool:
+    """Whether a side of an image can be that long: 640, or 640.0."""
+    return type(x) in (int, float) and 0 < x < 2**31 and x == int(x)
+
+
+def _look_up(entries: Sequence[dict], field: str, ids: Sequence) -> np.ndarray:
+    """(M,) position of each entry's field among the ids, -1 where it is none of them."""
+    position = {x: i for i, x in enumerate(ids)}
+    values = [e[field] for e in entries]
+    for i in _odd(values, {int, str}):
+        values[i] = None
+    return np.fromiter((position.get(x, -1) for x in values), np.int64, len(values))
+
+
+def _segmentation(value: object) -> str:
+    """Whether Detectron2, which reads it even where only boxes are learnt, takes it ("fine"), drops
+    the object ("empty"), or breaks ("malformed")."""
+    if not value:
+        return "fine"
+    if isinstance(value, list):
+        if not all(isinstance(polygon, list) for polygon in value):
+            return "malformed"
+        return "fine" if any(len(p) % 2 == 0 and len(p) >= 6 for p in value) else "empty"
+    fine = isinstance(value, dict) and {"counts", "size"} <= set(value)
+    return "fine" if fine else "malformed"
+
+
+def _boxes(values: list) -> tuple[np.ndarray, np.ndarray]:
+    """(M, 4) float64, NaN where malformed, and (M,) bool: is malformed."""
+    try:
+        boxes = np.array(values)
+        if boxes.dtype.kind in "if" and boxes.shape == (len(values), 4):
+            return boxes.astype(np.float64), np.zeros(len(values), dtype=bool)
+    except (ValueError, OverflowError):
+        pass  # of several lengths, or with a number beyond all bounds
+    malformed = [
+        not (isinstance(b, list) and len(b) == 4 and all(map(_is_number, b))) for b in values
+    ]
+    nothing = [np.nan] * 4
+    boxes = [nothing if bad else b for b, bad in zip(values, malformed, strict=True)]
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4), np.array(malformed, dtype=bool)
+
+
+def _is_number(x: object) -> bool:
+    return type(x) is float or (type(x) is int and abs(x) < 2**53)

@@ -1,0 +1,148 @@
+"""Every kind of thing that can be wrong with a data set: how grave it is, and its sentence."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# Training or evaluation stops there, or would be silently wrong.
+ERROR = "error"
+# Training leaves it out.
+DROPPED = "dropped"
+# Worth a look.
+WARNING = "warning"
+# Handled, and good to know.
+NOTE = "note"
+LEVELS = (ERROR, DROPPED, WARNING, NOTE)
+
+
+class Kind(NamedTuple):
+    """How grave a kind is, and what it is called, in the plural."""
+
+    level: str
+    what: str
+
+
+KINDS = {
+    # Annotations.
+    "field_missing": Kind(ERROR, "entries without a field that COCO's format needs"),
+    "id_malformed": Kind(ERROR, "ids that are no whole numbers (or, of images, all text)"),
+    "image_id_twice": Kind(ERROR, "images that share an id, of which only the last would count"),
+    "file_name_malformed": Kind(ERROR, "images whose file_name is not text, or empty"),
+    "image_size_malformed": Kind(
+        ERROR, "images whose width or height is not a positive whole number"
+    ),
+    "file_twice": Kind(
+        ERROR,
+        "images that share a file but not its objects, so that each would teach the objects of the "
+        "others as background",
+    ),
+    "file_repeated": Kind(WARNING, "images that share a file and its objects"),
+    "category_id_twice": Kind(ERROR, "categories that share an id"),
+    "category_name_malformed": Kind(ERROR, "categories whose name is not text, or empty"),
+    "category_name_twice": Kind(WARNING, "categories that share a name, but are trained apart"),
+    "annotation_id_twice": Kind(ERROR, "annotations that share an id"),
+    "image_unknown": Kind(ERROR, "annotations of images that are not in the file"),
+    "category_unknown": Kind(ERROR, "annotations of categories that are not in the file"),
+    "crowd_malformed": Kind(ERROR, "annotations whose iscrowd is neither 0 nor 1"),
+    "ignore": Kind(ERROR, "annotations with 'ignore', which Detectron2 does not support"),
+    "segmentation_malformed": Kind(
+        ERROR, "annotations whose segmentation is neither a list of polygons nor run lengths"
+    ),
+    "box_malformed": Kind(ERROR, "boxes that are not four numbers [x, y, width, height]"),
+    "box_not_finite": Kind(ERROR, "boxes that are not finite"),
+    "box_negative": Kind(
+        ERROR,
+        "boxes of negative width or height, which training would take for the area on the other "
+        "side of their corner",
+    ),
+    "box_units": Kind(
+        ERROR, "boxes without a coordinate above 1, all of them: COCO's are pixels, not shares"
+    ),
+    "box_corners": Kind(
+        ERROR,
+        "boxes that look like [x1, y1, x2, y2], all of them: COCO's are [x, y, width, height]",
+    ),
+    "crowd": Kind(DROPPED, "crowds"),
+    "segmentation_empty": Kind(
+        DROPPED, "objects whose segmentation has no polygon of at least three points"
+    ),
+    "box_empty": Kind(DROPPED, "boxes of zero width or height"),
+    "box_outside": Kind(DROPPED, "boxes outside their image"),
+    "box_small_units": Kind(WARNING, "boxes without a coordinate above 1, among others"),
+    "box_partly_outside": Kind(
+        WARNING, "boxes that reach more than a pixel beyond their image, and are clipped"
+    ),
+    "object_twice": Kind(WARNING, "objects that are there twice, with equal class and box"),
+    "evaluation_field_missing": Kind(
+        WARNING, "annotations without 'area' or 'iscrowd', which evaluation needs"
+    ),
+    "annotation_id_zero": Kind(
+        WARNING, "annotations with id 0, whose detections pycocotools counts as wrong"
+    ),
+    "category_without_objects": Kind(WARNING, "categories without objects"),
+    "image_dropped": Kind(
+        DROPPED,
+        "images without objects or with crowds only, by DATALOADER.FILTER_EMPTY_ANNOTATIONS",
+    ),
+    "image_without_objects": Kind(NOTE, "images without objects, trained on as background"),
+    # Image files.
+    "file_unreadable": Kind(ERROR, "images that cannot be read"),
+    "file_truncated": Kind(ERROR, "images that are truncated or damaged"),
+    "image_size_wrong": Kind(ERROR, "images of another size than the annotations say"),
+    "image_high_depth": Kind(
+        ERROR, "images of more than 8 bits per channel, which would be cut off at 255"
+    ),
+    "image_thin": Kind(ERROR, "images too thin to be resized"),
+    "image_rotated": Kind(
+        WARNING, "images with an EXIF orientation, which is applied: boxes must lie as after it"
+    ),
+    "image_alpha": Kind(WARNING, "images with transparency, which is ignored"),
+    "image_animated": Kind(WARNING, "animated images, of which only the first is used"),
+    "image_huge": Kind(WARNING, "images so large that Pillow warns of them"),
+    "image_grey": Kind(NOTE, "greyscale images, read as colour"),
+    "image_palette": Kind(NOTE, "images with a palette, read as colour"),
+    "image_cmyk": Kind(NOTE, "CMYK images, converted without their colour profile"),
+    # Objects under the config's anchors.
+    "object_without_positive": Kind(
+        WARNING, "objects to which the rule gives no anchor, so that they are never learnt"
+    ),
+    "object_poorly_matched": Kind(
+        WARNING,
+        "objects too small, too large or too long for the anchors: the best has an IoU below",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """All cases of one kind in a data set.
+
+    Attributes:
+        kind: a key of KINDS.
+        positions: of the cases in a list of the json.
+        place: the name of one of them for people.
+        detail: appended to the kind's sentence.
+    """
+
+    kind: str
+    positions: Sequence[int]
+    place: Callable[[int], str]
+    detail: str = ""
+
+    @property
+    def level(self) -> str:
+        return KINDS[self.kind].level
+
+    @property
+    def what(self) -> str:
+        return KINDS[self.kind].what + self.detail
+
+    def examples(self, count: int | None = None) -> list[str]:
+        """Names of the first ``count`` cases, or of all."""
+        return [self.place(int(i)) for i in self.positions[:count]]
+
+    def sentence(self, count: int = 3) -> str:
+        """What is wrong, how often, and where first."""
+        more = len(self.positions) - count
+        examples = ", ".join(self.examples(count)) + (f", and {more} more" if more > 0 else "")
+        return f"{self.what} ({len(self.positions)}): {examples}"

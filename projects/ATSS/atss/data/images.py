@@ -1,0 +1,167 @@
+"""Looks at one image file by its header: what training would make of it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+# EXIF's tag, and the orientations that exchange width and height.
+ORIENTATION = 0x0112
+TURNED = (5, 6, 7, 8)
+# Modes of Pillow with more than 8 bits per channel.
+HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its image.
+
+    Attributes:
+        format: Pillow's name of it, such as "JPEG".
+        size: (width, height) as training sees it, after the orientation.
+        mode: Pillow's.
+        orientation: EXIF's, 1 where there is none.
+        transparent: has an alpha channel, or a transparent colour.
+        animated: has more than one picture.
+        complete: ends as its format ends. False where that is unknown.
+    """
+
+    format: str
+    size: tuple[int, int]
+    mode: str
+    orientation: int
+    transparent: bool
+    animated: bool
+    complete: bool
+
+
+def read_header(file_name: str, decode: bool = False) -> Header:
+    """Opens an image without decoding it, unless asked to.
+
+    Raises:
+        OSError: saying why it cannot be read, as the end of a sentence that names it.
+    """
+    with _opened(file_name) as (file, image):
+        if decode:
+            image.load()
+        orientation = _orientation(image, decode)
+        return Header(
+            format=image.format,
+            size=image.size[::-1] if orientation in TURNED else image.size,
+            mode=image.mode,
+            orientation=orientation,
+            transparent=image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info,
+            animated=getattr(image, "is_animated", False),
+            complete=_complete(file, image.format),
+        )
+
+
+def verify(file_name: str) -> None:
+    """Compares the checksums of a format that has them, as PNG, without decoding.
+
+    Raises:
+        OSError: as :func:`read_header`.
+    """
+    with _opened(file_name) as (_, image):
+        image.verify()
+
+
+@contextmanager
+def _opened(file_name: str) -> Iterator[tuple[BinaryIO, Image.Image]]:
+    try:
+        with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
+            yield file, image
+    except Image.UnidentifiedImageError as error:
+        empty = os.path.isfile(file_name) and not os.path.getsize(file_name)
+        problem = "it is empty" if empty else "it is no image, or of an unknown format"
+        raise OSError(problem) from error
+    except Exception as error:  # damaged files make Pillow raise errors of many types
+        raise OSError(getattr(error, "strerror", None) or str(error)) from error
+
+
+def problems(
+    header: Header, labelled: tuple[int, int] | None, sizes: tuple[tuple[int, int], ...] = ()
+) -> Iterator[tuple[str, str]]:
+    """What is to be said of an image that can be opened.
+
+    Args:
+        header: of its file.
+        labelled: its (width, height) according to the annotations; None where they do not say.
+        sizes: (shorter side, longest side) to which training resizes.
+    Yields:
+        a key of KINDS, and the end of a sentence that begins with the file's name.
+    """
+    if labelled and header.size != labelled:
+        (width, height), turned = header.size, header.orientation in TURNED
+        turn = f" after its EXIF orientation {header.orientation}" if turned else ""
+        yield (
+            "image_size_wrong",
+            f"is {width} x {height} pixels{turn}, but {labelled[0]:g} x {labelled[1]:g} according "
+            "to the annotations",
+        )
+    if header.mode in HIGH_DEPTH:
+        yield (
+            "image_high_depth",
+            f"has more than 8 bits per channel (mode {header.mode}), which would be cut off at "
+            "255: convert it to 8 bits",
+        )
+    for short, longest in sizes:
+        if min(ResizeShortestEdge.get_output_shape(*header.size, short, longest)) < 1:
+            yield (
+                "image_thin",
+                f"is {header.size[0]} x {header.size[1]} pixels, too thin to be resized to "
+                f"{longest} at most",
+            )
+            break
+    if header.orientation != 1:
+        yield "image_rotated", f"has EXIF orientation {header.orientation}"
+    if header.transparent:
+        yield "image_alpha", f"is transparent (mode {header.mode})"
+    if header.animated:
+        yield "image_animated", "is animated"
+    if header.size[0] * header.size[1] > Image.MAX_IMAGE_PIXELS:
+        yield "image_huge", f"is {header.size[0]} x {header.size[1]} pixels"
+    for kind, modes in (
+        ("image_grey", ("1", "L", "LA")),
+        ("image_palette", ("P", "PA")),
+        ("image_cmyk", ("CMYK",)),
+    ):
+        if header.mode in modes:
+            yield kind, f"has mode {header.mode}"
+
+
+def _orientation(image: Image.Image, decoded: bool) -> int:
+    # Pillow decodes a PNG in search of an EXIF behind its pixels, which is rare.
+    if image.format == "PNG" and not decoded and "exif" not in image.info:
+        return 1
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # Detectron2 takes a broken EXIF for none, too
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _complete(file: BinaryIO, image_format: str | None) -> bool:
+    """Whether the file's last bytes are the format's last bytes: cheap, and wrong only where
+    something was appended to a complete file."""
+    length = file.seek(0, os.SEEK_END)
+    file.seek(max(0, length - 12))
+    tail = file.read()
+    if image_format == "JPEG":
+        return tail.endswith(b"\xff\xd9")
+    if image_format == "PNG":
+        return tail.endswith(b"IEND\xaeB`\x82")
+    if image_format == "GIF":
+        return tail.endswith(b";")
+    if image_format in ("WEBP", "BMP"):
+        file.seek(0)
+        start = file.read(8)
+        if image_format == "BMP":
+            return int.from_bytes(start[2:6], "little") == length
+        return int.from_bytes(start[4:8], "little") + 8 == length
+    return False
