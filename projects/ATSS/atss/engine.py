@@ -6,13 +6,8 @@ import weakref
 from collections.abc import Iterable
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import (
-    MetadataCatalog,
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -29,17 +24,26 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
 )
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from .checkpointer import TrainingCheckpointer
 from .config import autocast_dtype
+from .data.loader import TrainLoader, build_train_loader, derive_seed
 from .data.mapper import Mapper
 from .test_time_augmentation import build_tta
 
 
 class Trainer(DefaultTrainer):
     """DefaultTrainer that also runs several processes on CPUs, knows the precision of
-    MODEL.ATSS.PRECISION, and chooses the evaluator by the data set's metadata."""
+    MODEL.ATSS.PRECISION, resumes bit for bit, and chooses the evaluator by the data set's metadata.
+
+    Attributes:
+        seed: SEED, or one drawn for all processes where that is negative. The order of images,
+            their augmentation and what the model draws in an iteration follow from it; a
+            checkpoint holds it.
+    """
 
     def __init__(self, cfg: CfgNode):
         # DefaultTrainer's own constructor hands DDP a GPU's number even where the model is on a
@@ -47,7 +51,11 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        cfg.defrost()
+        cfg.SEED = self.seed
+        cfg.freeze()
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
@@ -61,8 +69,11 @@ class Trainer(DefaultTrainer):
         self._trainer = (AMPTrainer if scaled else SimpleTrainer)(model, data_loader, optimizer)
 
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        self.checkpointer = TrainingCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            keep=cfg.SOLVER.CHECKPOINTS_TO_KEEP,
+            trainer=weakref.proxy(self),
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -78,10 +89,50 @@ class Trainer(DefaultTrainer):
             built.insert(writers[0] if writers else len(built), test)
         return built
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """DefaultTrainer's.
+
+        Raises:
+            OSError: where processes do not find the same checkpoint.
+        """
+        if resume and len(set(comm.all_gather(self.checkpointer.get_checkpoint_file()))) > 1:
+            raise OSError(
+                f"not all processes see the same last checkpoint in {self.cfg.OUTPUT_DIR}: "
+                "OUTPUT_DIR must be on a file system that all machines share"
+            )
+        super().resume_or_load(resume)
+
+    def train(self) -> dict | None:
+        """DefaultTrainer's, which also ends a run that was killed between its last iteration and
+        its last file."""
+        if self.start_iter >= self.max_iter:
+            self.checkpointer.save("model_final", iteration=self.iter)
+        return super().train()
+
+    def run_step(self) -> None:
+        """DefaultTrainer's, with generators that depend on nothing drawn before."""
+        seed_all_rng(derive_seed(self.seed, self.iter, comm.get_rank()))
+        super().run_step()
+
+    def state_dict(self) -> dict:
+        """DefaultTrainer's, and the seed."""
+        return super().state_dict() | {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """DefaultTrainer's; loaders will go on where they stopped."""
+        super().load_state_dict(state_dict)
+        self.seed = state_dict.get("seed", self.seed)  # DefaultTrainer's own have none
+        done = self.iter + 1
+        self.data_loader.skip(done, self.seed)
+        for hook in self._hooks:
+            if isinstance(hook, hooks.PreciseBN):
+                times = done // self.cfg.TEST.EVAL_PERIOD if self.cfg.TEST.EVAL_PERIOD else 0
+                hook._data_loader.skip(times * self.cfg.TEST.PRECISE_BN.NUM_ITER, self.seed)
+
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Iterable:
-        """Detectron2's loader with our mapper."""
-        return build_detection_train_loader(cfg, mapper=Mapper(cfg, is_train=True))
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        """Ours, which knows positions, with our mapper."""
+        return build_train_loader(cfg, Mapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
