@@ -29,7 +29,7 @@ OPTS = {
     "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4"],
     "MODEL.FPN.IN_FEATURES": ["res3", "res4"],
     "MODEL.FPN.OUT_CHANNELS": 32,
-    "MODEL.ATSS.IN_FEATURES": ["p3", "p4", "p5"],
+    "MODEL.ATSS.IN_FEATURES": ["p3", "p4", "p5", "p6"],
     "MODEL.ATSS.NUM_CONVS": 1,
     "MODEL.ATSS.PRECISION": "fp32",
     "INPUT.MIN_SIZE_TRAIN": (64, 80, 96),
@@ -156,6 +156,15 @@ def test_a_seed_that_was_drawn_is_kept(mixed, tmp_path):
     assert other[0] != before[0]
 
 
+def test_a_checkpoint_without_seed(mixed, tmp_path):
+    """Of Detectron2's own trainer."""
+    train(arguments(mixed, tmp_path), stop_after=4)
+    checkpoint = torch.load(tmp_path / "model_0000002.pth", weights_only=True)
+    del checkpoint["trainer"]["seed"]
+    torch.save(checkpoint, tmp_path / "model_0000002.pth")
+    assert list(train(arguments(mixed, tmp_path, "--resume"))) == [3, 4, 5, 6, 7]
+
+
 def test_precise_batch_statistics_resume_too(mixed, tmp_path):
     """Their loader is another one, at a place of its own."""
     node = "TEST.PRECISE_BN"
@@ -225,7 +234,7 @@ class Run:
         self.log = folder / "out" / "log.txt"
         self.unfinished = folder / "out" / TrainingCheckpointer.UNFINISHED
         self.errors = folder / "stderr"
-        self.begun = size(self.log), size(self.progress)
+        self.begun = size(self.log), size(self.progress), changed(self.unfinished)
         command = [sys.executable, "-W", "ignore", str(ROOT / "tools/train_net.py"), *argv]
         options = {"cwd": folder, "stdout": subprocess.DEVNULL, "start_new_session": True}
         with self.errors.open("w") as stderr:
@@ -238,21 +247,35 @@ class Run:
         reached = {
             "start": lambda: size(self.log) > self.begun[0],
             "step": lambda: size(self.progress) > self.begun[1] + growth,
-            "write": lambda: size(self.unfinished) >= part,
+            "write": lambda: self.writes() and size(self.unfinished) >= part,
         }[moment]
         while not reached() or (moment != "write" and (patience := patience - 1) > 0):
             assert self.process.poll() is None, self.errors.read_text()[-2000:]
             time.sleep(0.001)
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        return self.unfinished.exists()
+        return self.writes()
+
+    def writes(self):
+        """Whether it is writing a checkpoint: the file is none that an earlier kill left."""
+        return changed(self.unfinished) not in (None, self.begun[2])
 
     def finish(self):
         assert self.process.wait() == 0, self.errors.read_text()[-2000:]
 
 
 def size(path):
-    return path.stat().st_size if path.exists() else 0
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def changed(path):
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 @pytest.mark.parametrize(
@@ -283,3 +306,21 @@ def test_kills_change_nothing(mixed, tmp_path, kills, iterations):
     assert starts == sorted(starts, key=int)
     assert len(list((tmp_path / "out").glob("model_0*.pth"))) == 2
     assert not run.unfinished.exists()
+
+
+@pytest.mark.slow
+def test_three_processes_resume_bit_for_bit(mixed, tmp_path):
+    """Sums of three numbers depend on their order."""
+
+    def launch(output, *options):
+        argv = arguments(mixed, output, "--num-gpus", 3, *options, **{"SOLVER.IMS_PER_BATCH": 6})
+        command = [sys.executable, "-W", "ignore", str(ROOT / "tools/train_net.py"), *argv]
+        done = subprocess.run(map(str, command), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return final(output)
+
+    whole = launch(tmp_path)
+    for name in ("model_final.pth", "model_0000005.pth"):
+        os.remove(tmp_path / name)
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    assert_equal(launch(tmp_path, "--resume"), whole)

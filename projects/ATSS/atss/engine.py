@@ -62,7 +62,14 @@ class Trainer(DefaultTrainer):
 
         on_gpu = model.device.type == "cuda"
         device_ids = [comm.get_local_rank()] if on_gpu else None
-        model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+        model = create_ddp_model(
+            model,
+            broadcast_buffers=False,
+            device_ids=device_ids,
+            # Where it does not look for them, DDP changes the order in which it adds up gradients
+            # after the first iteration, of a resumed run too: last bits would differ.
+            find_unused_parameters=not on_gpu,
+        )
         scaled = cfg.SOLVER.AMP.ENABLED or autocast_dtype(cfg) == torch.float16
         if scaled and not on_gpu:
             raise ValueError("SOLVER.AMP.ENABLED needs a GPU; on a CPU set MODEL.ATSS.PRECISION")
@@ -88,19 +95,6 @@ class Trainer(DefaultTrainer):
             test = hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
             built.insert(writers[0] if writers else len(built), test)
         return built
-
-    def resume_or_load(self, resume: bool = True) -> None:
-        """DefaultTrainer's.
-
-        Raises:
-            OSError: where processes do not find the same checkpoint.
-        """
-        if resume and len(set(comm.all_gather(self.checkpointer.get_checkpoint_file()))) > 1:
-            raise OSError(
-                f"not all processes see the same last checkpoint in {self.cfg.OUTPUT_DIR}: "
-                "OUTPUT_DIR must be on a file system that all machines share"
-            )
-        super().resume_or_load(resume)
 
     def train(self) -> dict | None:
         """DefaultTrainer's, which also ends a run that was killed between its last iteration and
