@@ -136,7 +136,6 @@ def cut(file):
 @pytest.mark.parametrize("damage", [cut, os.remove, lambda file: file.write_bytes(b"")])
 def test_resumes_from_the_newest_that_can_be_read(checkpointer, tmp_path, caplog, damage):
     save(checkpointer, 2, 5)
-    torch.save({"model": {}}, tmp_path / "model_0000009.pth")  # weights alone are no checkpoint
     damage(tmp_path / "model_0000005.pth")
     assert resume(checkpointer) == (2, 2.0)
     assert "model_0000005.pth is missing or cannot be read: going on from" in caplog.text
@@ -157,5 +156,6 @@ def test_nothing_to_resume_from(checkpointer, tmp_path):
     assert not nowhere.has_checkpoint()
     save(checkpointer, 5)
     cut(tmp_path / "model_0000005.pth")
+    torch.save({"model": {}, "iteration": 5}, tmp_path / "weights.pth")  # alone no checkpoint
     with pytest.raises(OSError, match=r"model_0000005.pth is missing or cannot be read, and no"):
         resume(checkpointer)
