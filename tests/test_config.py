@@ -16,7 +16,7 @@ from atss.config import autocast_dtype, build_assigner, resolve_num_classes
 
 LAYERS = [
     {"structures", "geometry", "config_checks", "weights"},
-    {"losses", "assigners", "box_coding", "anchors", "deform_conv", "data"},
+    {"losses", "assigners", "box_coding", "anchors", "deform_conv", "data", "checkpointer"},
     {"head", "backbone", "criterion", "postprocess"},
     {"detector", "test_time_augmentation"},
     {"config"},

@@ -28,8 +28,11 @@ from .postprocess import SCORES, PostProcessor
 
 
 def add_atss_config(cfg: CfgNode) -> None:
-    """Adds the node MODEL.ATSS. Detectron2's own keys (solver, input, the anchors' offset) are left
-    alone: configs/Base-ATSS.yaml sets them."""
+    """Adds the node MODEL.ATSS, and SOLVER.CHECKPOINTS_TO_KEEP. Detectron2's own keys (solver,
+    input, the anchors' offset) are left alone: configs/Base-ATSS.yaml sets them."""
+    # Of the checkpoints that SOLVER.CHECKPOINT_PERIOD asks for, how many stay; 0: all.
+    cfg.SOLVER.CHECKPOINTS_TO_KEEP = 0
+
     node = cfg.MODEL.ATSS = CfgNode()
     # Classes, without background. -1: as many as the data sets have.
     node.NUM_CLASSES = -1

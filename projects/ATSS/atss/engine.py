@@ -13,7 +13,6 @@ from detectron2.data import (
     DatasetCatalog,
     MetadataCatalog,
     build_detection_test_loader,
-    build_detection_train_loader,
     get_detection_dataset_dicts,
 )
 from detectron2.engine import (
@@ -32,12 +31,15 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
 )
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from .assigners import ASSIGNER_REGISTRY
+from .checkpointer import TrainingCheckpointer
 from .config import autocast_dtype
 from .config_checks import TRAINING_LIMITS, check_values
+from .data.loader import TrainLoader, build_train_loader, derive_seed
 from .data.mapper import Mapper
 from .test_time_augmentation import build_tta
 from .weights import WeightsError, read, require_tensors, verify_download
@@ -104,9 +106,19 @@ class SafeCheckpointer(DetectionCheckpointer):
         return left
 
 
+class _SafeTrainingCheckpointer(TrainingCheckpointer, SafeCheckpointer):
+    """Survives kills, and executes nothing."""
+
+
 class Trainer(DefaultTrainer):
     """DefaultTrainer that also runs several processes on CPUs, knows the precision of
-    MODEL.ATSS.PRECISION, and chooses the evaluator by the data set's metadata."""
+    MODEL.ATSS.PRECISION, resumes bit for bit, and chooses the evaluator by the data set's metadata.
+
+    Attributes:
+        seed: SEED, or one drawn for all processes where that is negative. The order of images,
+            their augmentation and what the model draws in an iteration follow from it; a
+            checkpoint holds it.
+    """
 
     def __init__(self, cfg: CfgNode):
         # DefaultTrainer's own constructor hands DDP a GPU's number even where the model is on a
@@ -114,21 +126,37 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        cfg.defrost()
+        cfg.SEED = self.seed
+        cfg.freeze()
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
 
         on_gpu = model.device.type == "cuda"
         device_ids = [comm.get_local_rank()] if on_gpu else None
-        model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+        model = create_ddp_model(
+            model,
+            broadcast_buffers=False,
+            device_ids=device_ids,
+            # Where it does not look for them, DDP changes the order in which it adds up gradients
+            # after the first iteration, of a resumed run too: last bits would differ.
+            find_unused_parameters=not on_gpu,
+        )
         scaled = cfg.SOLVER.AMP.ENABLED or autocast_dtype(cfg) == torch.float16
         if scaled and not on_gpu:
             raise ValueError("SOLVER.AMP.ENABLED needs a GPU; on a CPU set MODEL.ATSS.PRECISION")
         self._trainer = (AMPTrainer if scaled else SimpleTrainer)(model, data_loader, optimizer)
 
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = _SafeTrainingCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            keep=cfg.SOLVER.CHECKPOINTS_TO_KEEP,
+            trainer=weakref.proxy(self),
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -143,10 +171,37 @@ class Trainer(DefaultTrainer):
             built.insert(writers[0] if writers else len(built), test)
         return built
 
+    def train(self) -> dict | None:
+        """DefaultTrainer's, which also ends a run that was killed between its last iteration and
+        its last file."""
+        if self.start_iter >= self.max_iter:
+            self.checkpointer.save("model_final", iteration=self.iter)
+        return super().train()
+
+    def run_step(self) -> None:
+        """DefaultTrainer's, with generators that depend on nothing drawn before."""
+        seed_all_rng(derive_seed(self.seed, self.iter, comm.get_rank()))
+        super().run_step()
+
+    def state_dict(self) -> dict:
+        """DefaultTrainer's, and the seed."""
+        return super().state_dict() | {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """DefaultTrainer's; loaders will go on where they stopped."""
+        super().load_state_dict(state_dict)
+        self.seed = state_dict.get("seed", self.seed)  # DefaultTrainer's own have none
+        done = self.iter + 1
+        self.data_loader.skip(done, self.seed)
+        for hook in self._hooks:
+            if isinstance(hook, hooks.PreciseBN):
+                times = done // self.cfg.TEST.EVAL_PERIOD if self.cfg.TEST.EVAL_PERIOD else 0
+                hook._data_loader.skip(times * self.cfg.TEST.PRECISE_BN.NUM_ITER, self.seed)
+
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Iterable:
-        """Detectron2's loader with our mapper."""
-        return build_detection_train_loader(cfg, mapper=Mapper(cfg, is_train=True))
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        """Ours, which knows positions, with our mapper."""
+        return build_train_loader(cfg, Mapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
@@ -194,11 +249,10 @@ class Trainer(DefaultTrainer):
         )
 
 
-def check_run(cfg: CfgNode, processes: int, training: bool) -> None:
+def check_run(cfg: CfgNode, training: bool) -> None:
     """What would stop a run only after a while, or be passed over silently.
 
     Args:
-        processes: on all machines together.
         training: or evaluation alone.
 
     Raises:
@@ -221,8 +275,3 @@ def check_run(cfg: CfgNode, processes: int, training: bool) -> None:
     check_values(cfg, TRAINING_LIMITS)
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN names no data set")
-    images = cfg.SOLVER.IMS_PER_BATCH
-    if cfg.SOLVER.REFERENCE_WORLD_SIZE == 0 and images % processes:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {images}, which {processes} processes cannot share equally"
-        )

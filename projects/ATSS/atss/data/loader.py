@@ -1,0 +1,179 @@
+"""Training batches as a function of seed and iteration, so that an interrupted run goes on with the
+images, crops and flips that it would have seen.
+
+Detectron2's samplers give an endless stream of indices, which the processes deal among themselves.
+Here every image carries its position in that stream: batches are formed from positions before any
+image is read, and what is drawn while an image is mapped follows from seed and position, whichever
+worker maps it. To resume is then to skip batches that nobody has made.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class TrainLoader:
+    """Endless batches of this process, lists of mapped images.
+
+    Args:
+        records: images in Detectron2's format.
+        mapper: makes of a record what the model takes.
+        sampler: from a seed to one of Detectron2's samplers.
+        batch_size: images of one batch of this process.
+        num_workers: processes that map images; 0 for none. The batches do not depend on it.
+        group: whether a batch holds wide images only, or none.
+        seed: of the order of images and of what is drawn while they are mapped.
+
+    Raises:
+        ValueError: naming an image without width and height, where they are needed.
+    """
+
+    def __init__(
+        self,
+        records: list[dict],
+        mapper: Callable[[dict], dict],
+        sampler: Callable[[int], Sampler],
+        *,
+        batch_size: int,
+        num_workers: int,
+        group: bool,
+        seed: int,
+    ):
+        self.groups = is_wide(records) if group else [False] * len(records)
+        self.records = DatasetFromList(records, copy=False)
+        self.mapper = mapper
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.start = 0
+
+    def skip(self, batches: int, seed: int) -> None:
+        """Iteration will begin after so many batches of the stream of that seed."""
+        self.start, self.seed = batches, seed
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        batches = make_batches(self.sampler(self.seed), self.batch_size, self.groups)
+        loader = DataLoader(
+            MappedByPosition(self.records, self.mapper, self.seed),
+            batch_sampler=islice(batches, self.start, None),
+            num_workers=self.num_workers,
+            collate_fn=trivial_batch_collator,
+            # Without its own, it draws from the one that the model may draw from.
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+
+
+def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> TrainLoader:
+    """What DATASETS.TRAIN, DATALOADER, SOLVER.IMS_PER_BATCH and SEED (not negative) ask for.
+
+    Raises:
+        ValueError: for an unknown sampler, or a batch that the processes cannot share evenly.
+    """
+    images, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    if images < 1 or images % processes:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {images}, which {processes} processes cannot share evenly"
+        )
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    return TrainLoader(
+        records,
+        mapper,
+        _choose_sampler(cfg.DATALOADER, records),
+        batch_size=images // processes,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        group=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        seed=cfg.SEED,
+    )
+
+
+def _choose_sampler(node: CfgNode, records: list[dict]) -> Callable[[int], Sampler]:
+    name, size = node.SAMPLER_TRAIN, len(records)
+    if name == "TrainingSampler":
+        return lambda seed: TrainingSampler(size, seed=seed)
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, node.REPEAT_THRESHOLD, sqrt=node.REPEAT_SQRT
+        )
+        return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
+    known = ["TrainingSampler", "RepeatFactorTrainingSampler"]
+    raise ValueError(f"DATALOADER.SAMPLER_TRAIN is {name!r}; known are {known}")
+
+
+def is_wide(records: list[dict]) -> np.ndarray:
+    """(number of images,) bool: whether an image is wider than high.
+
+    Raises:
+        ValueError: naming an image that does not say.
+    """
+    for record in records:
+        if "width" not in record or "height" not in record:
+            raise ValueError(
+                f"{record['file_name']} has no width and height in its record, which "
+                "DATALOADER.ASPECT_RATIO_GROUPING needs"
+            )
+    return np.array([record["width"] > record["height"] for record in records])
+
+
+def make_batches(
+    sampler: Iterable[int], batch_size: int, groups: Sequence[bool]
+) -> Iterator[list[tuple[int, int]]]:
+    """Batches of this process, each of (position, index) whose images are of one group. Positions
+    count the images of all processes."""
+    rank, processes = comm.get_rank(), comm.get_world_size()
+    waiting = defaultdict(list)
+    for turn, index in enumerate(sampler):
+        batch = waiting[bool(groups[index])]
+        batch.append((rank + turn * processes, index))
+        if len(batch) == batch_size:
+            yield batch.copy()
+            batch.clear()
+
+
+class MappedByPosition(Dataset):
+    """Maps the image of a (position, index). Its indices have no end: give it a sampler."""
+
+    def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict], seed: int):
+        self.records = records
+        self.mapper = mapper
+        self.seed = seed
+
+    def __getitem__(self, where: tuple[int, int]) -> dict:
+        position, index = where
+        with seeded(derive_seed(self.seed, position)):
+            return self.mapper(self.records[index])
+
+
+def derive_seed(seed: int, *key: int) -> int:
+    """A seed of 32 bits for each ``key``, unrelated to those of other keys and seeds."""
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's generators begin at ``seed``, and go on afterwards as if
+    nothing had been drawn. Of torch's, that of the CPU."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=()):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

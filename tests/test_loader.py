@@ -1,0 +1,166 @@
+"""What a process trains on follows from seed and iteration alone."""
+
+import random
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+
+from atss.data.loader import build_train_loader
+
+IMAGES = 10
+
+
+@pytest.fixture
+def records():
+    """Registered as data set "tiny": 10 images, 7 of them wide, 1 with a class of its own."""
+    name = "tiny"
+    images = [
+        {
+            "file_name": f"{i}.png",
+            "image_id": i,
+            "width": 9,
+            "height": 4 if i < 7 else 16,
+            "annotations": [{"category_id": int(i == 0), "iscrowd": 0}],
+        }
+        for i in range(IMAGES)
+    ]
+    DatasetCatalog.register(name, lambda: images)
+    MetadataCatalog.get(name).thing_classes = ["common", "rare"]
+    yield images
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def draw(record):
+    """A mapper that says which image it got, and what it drew from each of the generators."""
+    draws = (random.random(), np.random.rand(), torch.rand(()).item())
+    return {"id": record["image_id"], "wide": record["width"] > record["height"], "draws": draws}
+
+
+def make_loader(*opts, mapper=draw):
+    cfg = make_cfg("DATASETS.TRAIN", ("tiny",), "SEED", 3, "SOLVER.IMS_PER_BATCH", 4)
+    cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, *opts])
+    return build_train_loader(cfg, mapper)
+
+
+def take(loader, count):
+    return list(islice(iter(loader), count))
+
+
+@pytest.fixture
+def be(monkeypatch):
+    """be(rank, processes): whom Detectron2 takes this process for."""
+
+    def set_rank(rank, processes):
+        monkeypatch.setattr(comm, "get_rank", lambda: rank)
+        monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+
+    return set_rank
+
+
+def test_every_epoch_is_a_permutation_dealt_among_the_processes(records, be):
+    streams = []
+    for rank in range(2):
+        be(rank, 2)
+        batches = take(make_loader("DATALOADER.ASPECT_RATIO_GROUPING", False), 15)
+        assert {len(batch) for batch in batches} == {2}
+        streams.append([image for batch in batches for image in batch])
+    stream = [image for pair in zip(*streams, strict=True) for image in pair]
+    order = [image["id"] for image in stream]
+    epochs = [order[i : i + IMAGES] for i in range(0, 60, IMAGES)]
+    assert all(sorted(epoch) == list(range(IMAGES)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 6
+    be(0, 1)
+    alone = take(make_loader("DATALOADER.ASPECT_RATIO_GROUPING", False), 15)
+    assert [image for batch in alone for image in batch] == stream
+
+
+def test_a_batch_is_of_one_group_and_no_image_is_lost(records):
+    batches = take(make_loader(), 50)
+    assert all(len({image["wide"] for image in batch}) == 1 for batch in batches)
+    assert {batch[0]["wide"] for batch in batches} == {True, False}
+    counts = np.bincount([image["id"] for batch in batches for image in batch])
+    # At most three of each group wait for their batch.
+    assert counts.sum() == 200
+    assert counts.min() >= 20 - 3
+    assert counts.max() <= 20 + 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_skip_leads_to_the_same_batches(records, be, rank, workers):
+    be(rank, 2)
+    whole = take(make_loader(), 30)
+    loader = make_loader("DATALOADER.NUM_WORKERS", workers)
+    loader.skip(13, 3)
+    assert take(loader, 17) == whole[13:]
+
+
+def test_nothing_that_is_skipped_is_mapped(records):
+    mapped = []
+    loader = make_loader(mapper=lambda record: mapped.append(record) or record)
+    loader.skip(1000, 3)
+    take(loader, 1)
+    assert len(mapped) == 4
+
+
+def test_draws_follow_from_seed_and_position(records):
+    plain = take(make_loader(), 30)
+    assert take(make_loader(), 30) == plain
+    assert take(make_loader("SEED", 4), 30) != plain
+    for which in range(3):
+        draws = [image["draws"][which] for batch in plain for image in batch]
+        assert len(set(draws)) == 120, "two images drew the same"
+
+
+def test_generators_of_the_process_are_left_alone(records):
+    def draw_all():
+        return draw(records[0])["draws"]
+
+    def seed_all():
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+
+    seed_all()
+    expected = draw_all()
+    for workers in (0, 2):
+        seed_all()
+        take(make_loader("DATALOADER.NUM_WORKERS", workers), 3)
+        assert draw_all() == expected
+
+
+def test_rare_classes_come_more_often_where_asked(records):
+    name = "RepeatFactorTrainingSampler"
+    opts = ("DATALOADER.SAMPLER_TRAIN", name, "DATALOADER.REPEAT_THRESHOLD", 0.9)
+    batches = take(make_loader(*opts, "DATALOADER.ASPECT_RATIO_GROUPING", False), 30)
+    counts = np.bincount([image["id"] for batch in batches for image in batch])
+    assert counts[0] >= 2 * counts[1:].max()  # sqrt(0.9 / 0.1) = 3 times as often
+    loader = make_loader(*opts, "DATALOADER.ASPECT_RATIO_GROUPING", False)
+    loader.skip(20, 3)
+    assert take(loader, 10) == batches[20:]
+
+
+def test_empty_images_are_left_out_unless_wanted(records):
+    records[2]["annotations"] = []
+    for kept, opts in ((9, ()), (10, ("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False))):
+        batches = take(make_loader(*opts), 20)
+        assert len({image["id"] for batch in batches for image in batch}) == kept
+
+
+def test_what_cannot_be_is_said(records, be):
+    with pytest.raises(ValueError, match="SAMPLER_TRAIN is 'Best'; known are \\['TrainingSampler'"):
+        make_loader("DATALOADER.SAMPLER_TRAIN", "Best")
+    be(0, 3)
+    with pytest.raises(ValueError, match="IMS_PER_BATCH is 4, which 3 processes cannot share"):
+        make_loader()
+    be(0, 1)
+    del records[5]["height"]
+    with pytest.raises(ValueError, match=r"5.png has no width and height in its record"):
+        make_loader()
+    take(make_loader("DATALOADER.ASPECT_RATIO_GROUPING", False, mapper=dict), 3)
