@@ -16,12 +16,20 @@ import sys
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
 
 from atss import add_atss_config
 from atss.config import build_assigner, resolve_num_classes
 from atss.data.datasets import classes_of, refuse_unannotated, register_coco
 from atss.engine import Trainer
+from atss.launch import (
+    check_free_space,
+    check_output_dir,
+    check_processes,
+    check_shared,
+    launch,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -82,6 +90,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         build_assigner(cfg)
     if not args.eval_only:
         refuse_unannotated(cfg.DATASETS.TRAIN)
+    check_processes(args, cfg)
+    check_output_dir(cfg.OUTPUT_DIR)
     cfg.freeze()
     return cfg
 
@@ -99,6 +109,10 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
             results.update(Trainer.test_with_tta(cfg, model))
         return results
     trainer = Trainer(cfg)
+    if comm.is_main_process():
+        check_free_space(cfg.OUTPUT_DIR, trainer.model)
+    if args.resume:
+        check_shared(trainer.checkpointer.get_checkpoint_file())
     trainer.resume_or_load(resume=args.resume)
     logging.getLogger("atss").info("Starting at iteration %d", trainer.start_iter)
     return trainer.train()
@@ -110,11 +124,4 @@ if __name__ == "__main__":
         cfg = setup(args)
     except (ValueError, KeyError, OSError, AssertionError) as error:
         sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args, cfg),
-    )
+    launch(main, args, cfg)

@@ -34,6 +34,7 @@ from torch import nn
 
 from .config import autocast_dtype
 from .data.mapper import Mapper
+from .hooks import FiniteLosses, FiniteWeights, Preemption
 from .test_time_augmentation import build_tta
 
 
@@ -64,19 +65,29 @@ class Trainer(DefaultTrainer):
         self.checkpointer = DetectionCheckpointer(
             model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
+        self._trainer.register_hooks([FiniteLosses(model, self.checkpointer)])
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's, and multi-scale testing at the end, before the last numbers are written."""
-        built = super().build_hooks()
+        """Detectron2's, those that stop a training, and multi-scale testing at the end, before the
+        last numbers are written."""
+        self.preemption = Preemption()
+        built = [FiniteWeights(), *super().build_hooks()]
+        evaluation = next(i for i, x in enumerate(built) if isinstance(x, hooks.EvalHook))
+        built.insert(evaluation, self.preemption)
         if self.cfg.TEST.AUG.ENABLED:
             writers = [i for i, x in enumerate(built) if isinstance(x, hooks.PeriodicWriter)]
             test = hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
             built.insert(writers[0] if writers else len(built), test)
         return built
+
+    def train(self) -> dict | None:
+        """Detectron2's, and SIGTERM stops it after a checkpoint."""
+        with self.preemption:
+            return super().train()
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable:
