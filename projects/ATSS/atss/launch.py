@@ -150,11 +150,27 @@ def _world_size(args: argparse.Namespace) -> int:
 
 
 def _join(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
+    """One of the processes that torchrun started."""
+    rank, world_size, local_rank, local_world_size = (int(os.environ[x]) for x in ENVIRONMENT)
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=DEFAULT_TIMEOUT)
-    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        torch.cuda.set_device(local_rank)
+    store = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # It outlives a restart, with the addresses of the processes that are gone.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore(*address, is_master=False, timeout=DEFAULT_TIMEOUT)
+        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    distributed.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=DEFAULT_TIMEOUT,
+    )
+    comm.create_local_process_group(local_world_size)
+    # On several machines, torchrun may count a restart on one of them alone.
+    args.resume = any(comm.all_gather(args.resume))
     _in_one_sentence(main, args, cfg)
     distributed.destroy_process_group()
 
