@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+import train_net
 from conftest import ROOT, make_cfg, make_input
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from test_train_net import SMALL
@@ -68,15 +70,10 @@ def one_step(batch: list[dict], opts: tuple, output_dir: Path) -> dict:
     }
 
 
-def join(rank: int, port: int) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+def half_of_each(rank: int, output_dir: Path) -> None:
+    meeting = f"file://{output_dir}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     comm.create_local_process_group(2)
-
-
-def half_of_each(rank: int, port: int, output_dir: Path) -> None:
-    join(rank, port)
     for name, (boxes, opts) in CASES.items():
         result = one_step(images(boxes)[2 * rank : 2 * rank + 2], opts, output_dir)
         torch.save(result, output_dir / f"{name}.{rank}")
@@ -92,8 +89,7 @@ def half_of_each(rank: int, port: int, output_dir: Path) -> None:
 def halves(tmp_path_factory) -> Path:
     """What two processes with two images each leave behind."""
     output_dir = tmp_path_factory.mktemp("halves")
-    port = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False).port
-    mp.spawn(half_of_each, (port, output_dir), nprocs=2)
+    mp.spawn(half_of_each, (output_dir,), nprocs=2)
     return output_dir
 
 
@@ -161,21 +157,30 @@ def started(argv: list[str], port: int) -> list[subprocess.Popen]:
 
 
 def test_every_image_is_evaluated_once(squares, tmp_path, free_port):
-    """Seven images by two processes. A detection is written for each at this threshold."""
+    """Seven images by two processes, and by one."""
     content = json.loads((squares / "annotations.json").read_text())
     del content["images"][7]
     (tmp_path / "seven.json").write_text(json.dumps(content))
-    argv = command_line(squares, tmp_path / "out", "--eval-only", SEED=1)
-    argv[argv.index("--register") + 1] = f"squares={tmp_path}/seven.json:{squares}/images"
-    for process in started(argv, free_port):
-        said, _ = process.communicate()
-        assert process.returncode == 0, said[-2000:]
-    written = json.loads(
-        (tmp_path / "out/inference/squares/coco_instances_results.json").read_text()
-    )
-    found = Counter(x["image_id"] for x in written)
-    assert found == dict.fromkeys(range(7), 100)  # TEST.DETECTIONS_PER_IMAGE
-    assert len({json.dumps(x) for x in written}) == len(written)
+    counts = []
+    for name in ("one", "two"):
+        weights = {"MODEL.WEIGHTS": tmp_path / "weights.pth"}
+        argv = command_line(squares, tmp_path / name, "--eval-only", **weights)
+        argv[argv.index("--register") + 1] = f"squares={tmp_path}/seven.json:{squares}/images"
+        if name == "one":
+            args = train_net.make_parser().parse_args(argv[1:])
+            cfg = train_net.setup(args)
+            torch.save(Trainer.build_model(cfg).state_dict(), tmp_path / "weights.pth")
+            train_net.main(args, cfg)
+            DatasetCatalog.remove("squares")
+            MetadataCatalog.remove("squares")
+        else:
+            for process in started(argv, free_port):
+                said, _ = process.communicate()
+                assert process.returncode == 0, said[-2000:]
+        results = tmp_path / name / "inference/squares/coco_instances_results.json"
+        counts.append(Counter(x["image_id"] for x in json.loads(results.read_text())))
+    assert counts[0].keys() == set(range(7))
+    assert counts[0] == counts[1]
 
 
 def test_sigterm_to_one_of_two_stops_both(squares, tmp_path, free_port):

@@ -2,6 +2,7 @@
 """Trains or evaluates a detector.
 
     tools/train_net.py --config-file configs/ATSS_R_50_FPN_1x.yaml --num-gpus 8
+    torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/ATSS_R_50_FPN_1x.yaml
     tools/train_net.py --config-file configs/ATSS_R_18_FPN_small.yaml \\
         --register cells_train=train.json:images --register cells_val=val.json:images \\
         DATASETS.TRAIN "('cells_train',)" DATASETS.TEST "('cells_val',)"
@@ -18,6 +19,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from atss import add_atss_config
 from atss.config import build_assigner, resolve_num_classes
@@ -100,6 +102,7 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     """What every process does."""
     register(args)
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="atss")
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)

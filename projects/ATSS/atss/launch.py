@@ -62,14 +62,14 @@ def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
     world_size, images = _world_size(args), cfg.SOLVER.IMS_PER_BATCH
     if _is_started() and args.num_gpus * args.num_machines > 1:
         raise ValueError("torchrun has started the processes: leave out --num-gpus, --num-machines")
+    if not args.eval_only and not cfg.SOLVER.REFERENCE_WORLD_SIZE and images % world_size:
+        raise ValueError(f"SOLVER.IMS_PER_BATCH {images} does not divide by {world_size} processes")
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if _is_started() else args.num_gpus
     if on_gpu and local > torch.cuda.device_count():
         raise ValueError(f"{local} processes on a machine of {torch.cuda.device_count()} GPUs")
     if not (on_gpu or _is_started()) and world_size > 1 and torch.cuda.is_available():
         raise ValueError("--num-gpus uses GPUs: for processes with MODEL.DEVICE cpu use torchrun")
-    if not args.eval_only and not cfg.SOLVER.REFERENCE_WORLD_SIZE and images % world_size:
-        raise ValueError(f"SOLVER.IMS_PER_BATCH {images} does not divide by {world_size} processes")
 
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         args.resume = True
