@@ -15,8 +15,8 @@ from atss.assigners import ASSIGNER_REGISTRY
 from atss.config import autocast_dtype, build_assigner, resolve_num_classes
 
 LAYERS = [
-    {"structures", "geometry", "config_checks", "weights"},
-    {"losses", "assigners", "box_coding", "anchors", "deform_conv", "data", "checkpointer"},
+    {"structures", "geometry", "config_checks", "weights", "acceleration", "checkpointer", "hooks"},
+    {"losses", "assigners", "box_coding", "anchors", "deform_conv", "data"},
     {"head", "backbone", "criterion", "postprocess"},
     {"detector", "test_time_augmentation"},
     {"config"},

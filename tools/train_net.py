@@ -2,6 +2,7 @@
 """Trains or evaluates a detector.
 
     tools/train_net.py --config-file configs/ATSS_R_50_FPN_1x.yaml --num-gpus 8
+    torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/ATSS_R_50_FPN_1x.yaml
     tools/train_net.py --config-file configs/ATSS_R_18_FPN_small.yaml \\
         --register cells_train=train.json:images --register cells_val=val.json:images \\
         DATASETS.TRAIN "('cells_train',)" DATASETS.TEST "('cells_val',)"
@@ -12,12 +13,10 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -32,6 +31,13 @@ from atss.data.datasets import (
     register_coco,
 )
 from atss.engine import SafeCheckpointer, Trainer, check_run
+from atss.launch import (
+    check_free_space,
+    check_output_dir,
+    check_processes,
+    check_shared,
+    launch,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -87,21 +93,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
         data_sets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
         cfg.MODEL.ATSS.CLASS_NAMES = next(filter(None, map(classes_of, data_sets)), [])
         build_assigner(cfg)
-    check_run(cfg, max(args.num_gpus, 1) * args.num_machines, training=not args.eval_only)
+    check_run(cfg, training=not args.eval_only)
     if not args.eval_only:
         refuse_unannotated(cfg.DATASETS.TRAIN)
     refuse_unevaluable(cfg.DATASETS.TEST)
+    check_processes(args, cfg)
+    check_output_dir(cfg.OUTPUT_DIR)
     cfg.freeze()
     return cfg
-
-
-@contextmanager
-def one_sentence() -> Iterator[None]:
-    """Ends the program with what is wrong with its input."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
 
 
 def main(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
@@ -113,30 +112,27 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
     if args.eval_only:
-        with one_sentence():
-            model = Trainer.build_model(cfg)
-            checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-            checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        model = Trainer.build_model(cfg)
+        checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_tta(cfg, model))
         return results
-    with one_sentence():
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
+    trainer = Trainer(cfg)
+    if comm.is_main_process():
+        check_free_space(cfg.OUTPUT_DIR, trainer.model)
+    if args.resume:
+        check_shared(trainer.checkpointer.get_checkpoint_file())
+    trainer.resume_or_load(resume=args.resume)
     logging.getLogger("atss").info("Starting at iteration %d", trainer.start_iter)
     return trainer.train()
 
 
 if __name__ == "__main__":
     args = make_parser().parse_args()
-    with one_sentence():
+    try:
         cfg = setup(args)
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args, cfg),
-    )
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    launch(main, args, cfg)

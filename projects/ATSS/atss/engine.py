@@ -41,6 +41,7 @@ from .config import autocast_dtype
 from .config_checks import TRAINING_LIMITS, check_values
 from .data.loader import TrainLoader, build_train_loader, derive_seed
 from .data.mapper import Mapper
+from .hooks import FiniteLosses, FiniteWeights, Preemption
 from .test_time_augmentation import build_tta
 from .weights import WeightsError, read, require_tensors, verify_download
 
@@ -157,14 +158,19 @@ class Trainer(DefaultTrainer):
             keep=cfg.SOLVER.CHECKPOINTS_TO_KEEP,
             trainer=weakref.proxy(self),
         )
+        self._trainer.register_hooks([FiniteLosses(model, self.checkpointer)])
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's, and multi-scale testing at the end, before the last numbers are written."""
-        built = super().build_hooks()
+        """Detectron2's, those that stop a training, and multi-scale testing at the end, before the
+        last numbers are written."""
+        self.preemption = Preemption()
+        built = [FiniteWeights(), *super().build_hooks()]
+        evaluation = next(i for i, x in enumerate(built) if isinstance(x, hooks.EvalHook))
+        built.insert(evaluation, self.preemption)
         if self.cfg.TEST.AUG.ENABLED:
             writers = [i for i, x in enumerate(built) if isinstance(x, hooks.PeriodicWriter)]
             test = hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
@@ -173,10 +179,11 @@ class Trainer(DefaultTrainer):
 
     def train(self) -> dict | None:
         """DefaultTrainer's, which also ends a run that was killed between its last iteration and
-        its last file."""
+        its last file; SIGTERM stops it after a checkpoint."""
         if self.start_iter >= self.max_iter:
             self.checkpointer.save("model_final", iteration=self.iter)
-        return super().train()
+        with self.preemption:
+            return super().train()
 
     def run_step(self) -> None:
         """DefaultTrainer's, with generators that depend on nothing drawn before."""

@@ -1,0 +1,170 @@
+"""What stops a training: losses or weights that are not finite, and a scheduler's SIGTERM.
+
+Whatever one process meets, all of them learn of it and stop in the same iteration: one that left
+alone would leave the others waiting for it in the next collective.
+"""
+
+import logging
+import math
+import os
+import re
+import signal
+import threading
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import HookBase, TrainerBase
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+# "Temporary failure, try again" (EX_TEMPFAIL in sysexits.h). Not 143, which also is what the shell
+# says of a process that SIGTERM killed before it could save.
+EXIT_PREEMPTED = 75
+
+
+class FiniteLosses(HookBase):
+    """Stops at a loss that is NaN or infinite, before the optimizer can step on it.
+
+    For the trainer that makes the steps (SimpleTrainer or AMPTrainer). Inf in the gradients alone
+    is the gradient scaler's business.
+
+    Args:
+        model: what that trainer calls.
+        checkpointer: knows the checkpoints that the message can name.
+    """
+
+    def __init__(self, model: nn.Module, checkpointer: DetectionCheckpointer):
+        model.register_forward_hook(self._remember)
+        self.checkpointer = checkpointer
+
+    def _remember(self, model: nn.Module, inputs: tuple[list[dict]], losses: dict) -> None:
+        if model.training:
+            self.images = [str(x.get("file_name", x.get("image_id"))) for x in inputs[0]]
+            self.losses = {name: loss.detach() for name, loss in losses.items()}
+
+    def after_backward(self) -> None:
+        """
+        Raises:
+            FloatingPointError: in all processes, with the iteration, the losses, the images of the
+                processes in which they are not finite, and the last good checkpoint.
+        """
+        # Detectron2 reads the losses off the device right after this, so nothing waits longer.
+        values = torch.stack([*self.losses.values()]).tolist()
+        values = {k: v for k, v in zip(self.losses, values, strict=True) if not math.isfinite(v)}
+        found = [x for x in comm.all_gather((values, self.images) if values else None) if x]
+        if not found:
+            return
+        said = ", ".join(f"{name} is {value}" for name, value in found[0][0].items())
+        images = ", ".join(image for _, images in found for image in images)
+        raise FloatingPointError(
+            f"at iteration {self.trainer.iter} {said}, on the images {images}; "
+            + _last_good(self.checkpointer, self.trainer.iter - 1)
+        )
+
+
+class FiniteWeights(HookBase):
+    """Stops before weights that are not finite are saved; goes before PeriodicCheckpointer."""
+
+    def after_step(self) -> None:
+        """
+        Raises:
+            FloatingPointError: in all processes, with the iteration and the last good checkpoint.
+        """
+        if _saves_now(self.trainer):
+            refuse_broken_weights(self.trainer)
+
+
+class Preemption(HookBase):
+    """After SIGTERM: a checkpoint of the iteration that is under way, then exit code 75.
+
+    Goes between PeriodicCheckpointer and EvalHook. As a context manager, around the training, it
+    holds the signal's handler. One process that gets the signal is enough. While an evaluation runs
+    whose iteration has its checkpoint, the process exits at once.
+    """
+
+    asked = False
+    saved = False
+
+    def __enter__(self) -> None:
+        # Python handles signals in the main thread alone.
+        self.handles = threading.current_thread() is threading.main_thread()
+        if self.handles:
+            self.previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.handles:
+            signal.signal(signal.SIGTERM, self.previous)
+
+    def _on_sigterm(self, *_: object) -> None:
+        self.asked = True
+        if self.saved:
+            raise SystemExit(EXIT_PREEMPTED)
+
+    def before_step(self) -> None:
+        self.saved = False
+
+    def after_step(self) -> None:
+        saved = _saves_now(self.trainer)
+        if not any(comm.all_gather(self.asked)):
+            self.saved = saved
+            return
+        iteration = self.trainer.iter
+        if not saved:
+            refuse_broken_weights(self.trainer)
+            self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+        # Who starts processes ends all of them when one has left.
+        comm.synchronize()
+        logging.getLogger(__name__).info(
+            "SIGTERM: stopped after iteration %d; --resume goes on from there", iteration
+        )
+        raise SystemExit(EXIT_PREEMPTED)
+
+
+def refuse_broken_weights(trainer: TrainerBase) -> None:
+    """
+    Raises:
+        FloatingPointError: where a weight is NaN or infinite.
+    """
+    finite: list[Tensor] = [torch.isfinite(x).all() for x in trainer.model.parameters()]
+    if not torch.stack(finite).all():
+        raise FloatingPointError(
+            f"iteration {trainer.iter} made weights that are not finite, which are not saved; "
+            + _last_good(trainer.checkpointer, trainer.iter)
+        )
+
+
+def _saves_now(trainer: TrainerBase) -> bool:
+    """Whether PeriodicCheckpointer saves in this iteration."""
+    done = trainer.iter + 1
+    return done % trainer.cfg.SOLVER.CHECKPOINT_PERIOD == 0 or done == trainer.max_iter
+
+
+def _last_good(checkpointer: DetectionCheckpointer, iteration: int) -> str:
+    """Names the newest checkpoint of an iteration before this one. Its weights have given finite
+    losses since, which those of the iteration just before a failure have not."""
+    names = sorted(os.path.basename(path) for path in checkpointer.get_all_checkpoint_files())
+    made = {name: re.fullmatch(r"model_(\d+)\.pth", name) for name in names}
+    good = [name for name, match in made.items() if match and int(match[1]) < iteration]
+    if not good:
+        return "there is no checkpoint from before it"
+    return f"the last good checkpoint is {os.path.join(checkpointer.save_dir, good[-1])}"
+
+
+def _leave_sigterm_to_parent() -> None:
+    """In a process that loads data: SIGTERM from the training process ends it; from elsewhere, as
+    when a scheduler signals a whole process group, it does nothing, so that training can go on to
+    the end of the iteration."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if not isinstance(getattr(handler, "__self__", None), Preemption):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+os.register_at_fork(after_in_child=_leave_sigterm_to_parent)
