@@ -26,9 +26,8 @@ import torch
 from benchmarks import assignment, data, model
 from benchmarks.peers import PEERS, installed
 from benchmarks.timing import Seconds, table
-from detectron2.config import get_cfg
 
-from atss import add_atss_config, model_zoo
+from atss import load_config, model_zoo
 from atss.acceleration import keep_freed_memory
 
 DEFAULT_CONFIG = "ATSS_R_50_FPN_1x.yaml"
@@ -154,10 +153,7 @@ def measure_scaling(args: argparse.Namespace) -> dict:
 
 
 def measure_data(args: argparse.Namespace) -> dict:
-    cfg = get_cfg()
-    add_atss_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_config(args.config_file, opts=args.opts)
     return data.loading(cfg, args.images, tuple(args.workers))
 
 
@@ -229,8 +225,8 @@ def main() -> None:
     print(f"Python {platform.python_version()}, torch {torch.__version__}")
     try:
         report = args.measure(args)
-    except (ValueError, KeyError, ImportError, OSError) as error:
-        sys.exit(f"error: {error.args[0] if isinstance(error, KeyError) else error}")
+    except (ValueError, ImportError, OSError) as error:
+        sys.exit(f"error: {error}")
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
 

@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_anchor_generator, build_backbone
 from tqdm import tqdm
 
-from atss import Anchors, add_atss_config
+from atss import Anchors, load_config
 from atss.config import build_assigner
 from atss.data.check import Report, Training, check
 from atss.data.coco_json import read_coco
@@ -108,16 +108,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_intermixed_args(argv)
     try:
-        cfg = get_cfg()
-        add_atss_config(cfg)
-        cfg.merge_from_file(args.config_file)
-        cfg.merge_from_list(args.opts)
-        training = build_training(cfg)
+        training = build_training(load_config(args.config_file, opts=args.opts))
         content = read_coco(args.annotations)
         if not Path(args.image_dir).is_dir():
             raise ValueError(f"the image folder {args.image_dir} does not exist")
-    except (ValueError, KeyError, OSError, AssertionError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     progress = partial(tqdm, disable=None, leave=False)  # on a terminal only
     report = check(content, args.image_dir, training, args.deep, progress)

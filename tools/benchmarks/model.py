@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -14,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from atss import GroundTruth, Predictions, add_atss_config
+from atss import GroundTruth, Predictions, load_config
 from atss.structures import HeadOutput
 
 from .peers import NUM_CLASSES, PEERS, Peer, in_precision
@@ -63,17 +62,13 @@ def random_batch(case: Case) -> list[dict]:
 
 def build_ours(case: Case) -> Peer:
     """The detector of a config, in the precision and layout of the case."""
-    cfg = get_cfg()
-    add_atss_config(cfg)
-    cfg.merge_from_file(case.config_file)
-    cfg.merge_from_list(
-        [
-            *("MODEL.DEVICE", case.device, "MODEL.ATSS.NUM_CLASSES", NUM_CLASSES),
-            *("MODEL.ATSS.PRECISION", case.precision),
-            *("MODEL.ATSS.CHANNELS_LAST", case.channels_last),
-            *case.options,
-        ]
-    )
+    options = [
+        *("MODEL.DEVICE", case.device, "MODEL.ATSS.NUM_CLASSES", NUM_CLASSES),
+        *("MODEL.ATSS.PRECISION", case.precision),
+        *("MODEL.ATSS.CHANNELS_LAST", case.channels_last),
+        *case.options,
+    ]
+    cfg = load_config(case.config_file, opts=options)
     model = build_model(cfg)
     return Peer(model, (), lambda batch: batch, model, model)
 
