@@ -29,10 +29,10 @@ def arguments(*argv):
 def test_images_must_divide_by_processes(torchrun):
     cfg = make_cfg("SOLVER.IMS_PER_BATCH", 3)
     check_processes(arguments(), cfg)
-    with pytest.raises(ValueError, match="IMS_PER_BATCH is 3, which 2 processes cannot share evenly"):
+    with pytest.raises(ValueError, match="which 2 processes cannot share evenly"):
         check_processes(arguments("--num-gpus", "2"), cfg)
     torchrun()
-    with pytest.raises(ValueError, match="IMS_PER_BATCH is 3, which 2 processes cannot share evenly"):
+    with pytest.raises(ValueError, match="which 2 processes cannot share evenly"):
         check_processes(arguments(), cfg)
     check_processes(arguments("--eval-only"), cfg)
 
