@@ -16,8 +16,8 @@ from atss.config import autocast_dtype, build_assigner, resolve_num_classes
 
 LAYERS = [
     {"structures", "geometry"},
-    {"losses", "assigners", "box_coding", "anchors", "deform_conv", "data"},
-    {"head", "backbone", "criterion", "postprocess"},
+    {"losses", "assigners", "box_coding", "anchors", "deform_conv"},
+    {"head", "backbone", "criterion", "postprocess", "data"},
     {"detector", "test_time_augmentation"},
     {"config"},
     {"engine", "model_zoo"},
