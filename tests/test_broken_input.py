@@ -93,6 +93,8 @@ def test_check_dataset(case, tmp_path, capsys):
     is_error = bool(case.kind) and KINDS[case.kind].level == ERROR
     assert errors == [case.kind] * is_error
     assert status == is_error
+    if not is_error:
+        assert sum(of_class["objects"] for of_class in report["classes"]) == case.objects
     if not case.kind:
         assert not found
         return

@@ -16,6 +16,7 @@ from broken_page import is_said, table
 from conftest import make_cfg
 from detectron2.modeling import build_model
 
+from atss.launch import launch
 from atss.engine import SafeCheckpointer
 from atss.weights import WeightsError, read
 
@@ -137,7 +138,7 @@ def test_train_net_runs_nothing(what, flags, config, squares, tmp_path, monkeypa
     argv += ["MODEL.WEIGHTS", str(file), "OUTPUT_DIR", str(tmp_path / "out")]
     args = train_net.make_parser().parse_args(argv)
     with pytest.raises(SystemExit) as caught:
-        train_net.main(args, train_net.setup(args))
+        launch(train_net.main, args, train_net.setup(args))
     assert is_said(f"error: {SENTENCES[what]}", caught.value.code), caught.value.code
     assert not (tmp_path / "exploded").exists()
 

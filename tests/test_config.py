@@ -16,8 +16,8 @@ from atss.config import autocast_dtype, build_assigner, resolve_num_classes
 
 LAYERS = [
     {"structures", "geometry", "config_checks", "weights", "acceleration", "checkpointer", "hooks"},
-    {"losses", "assigners", "box_coding", "anchors", "deform_conv", "data"},
-    {"head", "backbone", "criterion", "postprocess"},
+    {"losses", "assigners", "box_coding", "anchors", "deform_conv"},
+    {"head", "backbone", "criterion", "postprocess", "data"},
     {"detector", "test_time_augmentation"},
     {"config"},
     {"engine", "config_file"},
@@ -47,7 +47,7 @@ def test_only_engine_and_backbone_touch_the_less_public_parts():
     for file in package.rglob("*.py"):
         text = file.read_text()
         if file.name not in allowed:
-            assert "detectron2.engine" not in text, file
+            assert "detectron2.engine." not in text, file  # what stands below its public names
             assert "detectron2.modeling.backbone.fpn" not in text, file
 
 

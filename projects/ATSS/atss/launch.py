@@ -11,10 +11,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 
-import detectron2.engine
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DEFAULT_TIMEOUT
+from detectron2.engine import launch as start_processes
 from detectron2.utils import comm
 from torch import distributed, nn
 from torch.multiprocessing import ProcessExitedException
@@ -40,7 +40,7 @@ def launch(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
     else:
         signal.signal(signal.SIGTERM, _pass_on)
         try:
-            detectron2.engine.launch(
+            start_processes(
                 _in_one_sentence,
                 args.num_gpus,
                 num_machines=args.num_machines,
