@@ -48,9 +48,14 @@ def images(boxes) -> list[dict]:
 
 
 def one_step(batch: list[dict], opts: tuple, output_dir: Path) -> dict:
-    """Losses, gradients and weights of Trainer's first step, the weights drawn with a seed."""
+    """Losses, gradients and weights of Trainer's first step, the weights drawn with a seed. The
+    network is in float64: in float32 the order of its sums alone moves gradients by 1e-5."""
 
     class OneBatch(Trainer):
+        @classmethod
+        def build_model(cls, cfg):
+            return super().build_model(cfg).double()
+
         @classmethod
         def build_train_loader(cls, cfg):
             return [batch]
@@ -104,15 +109,11 @@ def test_two_processes_make_the_step_of_one(halves, tmp_path, name):
     for loss, value in whole["losses"].items():
         mean = sum(result["losses"][loss] for result in results) / 2
         assert mean == pytest.approx(value, rel=1e-6, abs=1e-30)
-    worst = 0
     for kind in ("gradients", "weights"):
         for parameter, values in whole[kind].items():
             for result in results:
-                far = abs(result[kind][parameter] - values).max() / max(abs(values).max(), 1e-30)
-                worst = max(worst, far)
-                print(kind, parameter, far) if far > 1e-6 else 0
-    print("WORST", worst)
-    assert worst < 1e-6
+                difference = abs(result[kind][parameter] - values).max()
+                assert difference <= 1e-6 * abs(values).max(), (kind, parameter)
 
 
 def test_all_processes_stop_at_a_loss_that_is_not_finite_in_one(halves):
