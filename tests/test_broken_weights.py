@@ -16,8 +16,8 @@ from broken_page import is_said, table
 from conftest import make_cfg
 from detectron2.modeling import build_model
 
-from atss.launch import launch
 from atss.engine import SafeCheckpointer
+from atss.launch import launch
 from atss.weights import WeightsError, read
 
 SENTENCES = table("Weights")
