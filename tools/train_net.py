@@ -121,7 +121,8 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
         return results
     trainer = Trainer(cfg)
     if comm.is_main_process():
-        check_free_space(cfg.OUTPUT_DIR, trainer.model)
+        kept = cfg.SOLVER.CHECKPOINTS_TO_KEEP
+        check_free_space(cfg.OUTPUT_DIR, trainer.model, copies=max(kept + 1, 2))
     if args.resume:
         check_shared(trainer.checkpointer.get_checkpoint_file())
     trainer.resume_or_load(resume=args.resume)
