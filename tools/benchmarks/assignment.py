@@ -177,6 +177,9 @@ def _draw(studies: dict, path: Path) -> None:
             known = {v: times[name] for v, times in points.items() if name in times}
             axis.plot(list(known), list(known.values()), style, label=name)
         axis.set(xscale="log", yscale="log", xlabel=title)
+        ticks = list(points) if len(points) < 8 else list(points)[::2]
+        axis.set_xticks(ticks, [f"{v:,}" for v in ticks])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("assignment [ms]")
     axes[0].legend()
