@@ -36,7 +36,7 @@ TRAINING_LIMITS = {
     "DATALOADER.NUM_WORKERS": (0, math.inf),
     "INPUT.MIN_SIZE_TRAIN": (1, math.inf),
     "INPUT.MAX_SIZE_TRAIN": (1, math.inf),
-    "SOLVER.BASE_LR": (0, 1e6),
+    "SOLVER.BASE_LR": (0, math.inf),
     "SOLVER.CHECKPOINT_PERIOD": (1, math.inf),
     "SOLVER.IMS_PER_BATCH": (1, math.inf),
     "SOLVER.MAX_ITER": (1, math.inf),

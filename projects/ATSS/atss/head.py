@@ -139,7 +139,8 @@ class ATSSHead(nn.Module):
             from_cls = predict_together(self.cls_subnet(x), *cls_predictors)
             box_feature = self.bbox_subnet(x)
             with torch.autocast(x.device.type, enabled=False):
-                from_box = predict_together(box_feature.float(), *box_predictors)
+                precise = box_feature.to(self.bbox_pred.weight.dtype)
+                from_box = predict_together(precise, *box_predictors)
                 deltas.append(scale(from_box[0]))
             logits.append(from_cls[0])
             quality += from_cls[1:] + from_box[1:]
