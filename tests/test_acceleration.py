@@ -49,7 +49,7 @@ def test_without_a_compiler_the_modules_run_as_they_are(monkeypatch, caplog):
 
 @pytest.mark.slow
 def test_compiled_parts_give_the_same_losses_and_gradients():
-    options = ("MODEL.ATSS.NUM_CONVS", 1, "MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RESNETS.NORM", "GN")
+    options = ("MODEL.ATSS.NUM_CONVS", 1, "MODEL.FPN.OUT_CHANNELS", 64, "MODEL.RESNETS.NORM", "GN")
     example = make_input([[20, 20, 90, 80]], [1])
     results = []
     for compiled in (False, True):

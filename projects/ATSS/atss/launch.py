@@ -174,7 +174,6 @@ def _join(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
     # On several machines, torchrun may count a restart on one of them alone.
     args.resume = any(comm.all_gather(args.resume))
     _in_one_sentence(main, args, cfg)
-    distributed.destroy_process_group()
 
 
 def _in_one_sentence(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
@@ -185,6 +184,9 @@ def _in_one_sentence(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None
         if sentence is None:
             raise
         sys.exit(f"error: {sentence}")
+    if distributed.is_initialized():
+        # Left to the end of Python, gloo's threads now and then abort the process.
+        distributed.destroy_process_group()
 
 
 def _pass_on(signum: int, _: object) -> None:
