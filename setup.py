@@ -35,6 +35,8 @@ setup(
     ],
     extras_require={
         "demo": ["matplotlib", "scikit-learn", "scipy", "tqdm"],
+        # To be measured beside, by tools/benchmark.py.
+        "peers": ["mmdet==3.3.0", "mmcv-lite==2.1.0", "mmengine==0.10.7"],
         "test": ["hypothesis", "pytest", "ruff"],
     },
 )

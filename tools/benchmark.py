@@ -10,10 +10,7 @@
 
 Everything that is compared is measured in one run, in turn. Ratios are of medians; intervals hold
 the median with 95 % confidence. Peers are Detectron2's and torchvision's detectors, and mmdet's
-where it can be imported:
-
-    pip install --no-deps mmdet==3.3.0 mmcv-lite==2.1.0 mmengine==0.10.7 addict terminaltables \\
-        shapely yapf rich pygments markdown-it-py mdurl six
+where it is installed: pip install -e '.[peers]'
 """
 
 import argparse
