@@ -9,8 +9,10 @@ import torch
 from conftest import make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
+from PIL import Image
 
 from atss.data.loader import build_train_loader
+from atss.engine import Trainer
 
 IMAGES = 10
 
@@ -164,3 +166,25 @@ def test_what_cannot_be_is_said(records, be):
     with pytest.raises(ValueError, match=r"5.png has no width and height in its record"):
         make_loader()
     take(make_loader("DATALOADER.ASPECT_RATIO_GROUPING", False, mapper=dict), 3)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_evaluation_sees_every_image_once_and_sizes_together(
+    processes, records, tmp_path, be, monkeypatch
+):
+    rng = random.Random(0)
+    for record in records:
+        side = rng.choice([32, 48])
+        record |= {"file_name": str(tmp_path / record["file_name"]), "width": 40, "height": side}
+        del record["annotations"]
+        Image.new("RGB", (40, side)).save(record["file_name"])
+    cfg = make_cfg("DATALOADER.NUM_WORKERS", 0, "MODEL.ATSS.IMS_PER_BATCH_TEST", 2)
+    seen, mixed = [], 0
+    for rank in range(processes):
+        be(rank, processes)
+        monkeypatch.setattr(comm, "get_local_size", lambda: processes)
+        for batch in Trainer.build_test_loader(cfg, "tiny"):
+            seen += [x["image_id"] for x in batch]
+            mixed += len({x["height"] for x in batch}) > 1
+    assert sorted(seen) == list(range(IMAGES))
+    assert mixed <= processes  # where one size ends and the next begins
