@@ -6,11 +6,14 @@ import benchmark
 import pytest
 import torch
 from benchmarks.assignment import dense_atss, random_objects
+from benchmarks.data import loading
 from benchmarks.model import Case, build, random_batch, training_step
 from benchmarks.timing import Seconds, in_turn, table
+from conftest import make_cfg
 
 from atss import Anchors, model_zoo
 from atss.assigners import ATSS
+from atss.data.datasets import register_coco
 
 CONFIG = model_zoo.get_config_file("ATSS_R_50_FPN_1x.yaml")
 
@@ -74,6 +77,16 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert f"{step['ours']['median'] / step['torchvision-fcos']['median']:.3f}" in printed
     assert {"assignment", "criterion", "backbone"} <= set(measured["parts"]["training step"])
     assert "post-processing" in measured["parts"]["inference"]
+
+
+def test_loading_is_measured_with_the_trainers_loader(squares, capsys):
+    register_coco(f"to_load={squares}/annotations.json:{squares}/images")
+    cfg = make_cfg("DATASETS.TRAIN", ("to_load",), "SOLVER.IMS_PER_BATCH", 2)
+    report = loading(cfg, 4, (0,))
+    assert set(report["images per second by workers"]) == {0}
+    parts = report["ms per image"]
+    assert 0 < parts["decoding the file"] < parts["all, by the mapper"]
+    assert "images/s" in capsys.readouterr().out
 
 
 def test_a_table_reads_as_markdown():

@@ -39,6 +39,7 @@ def loading(cfg: CfgNode, images: int, workers: tuple[int, ...]) -> dict:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = number
+        cfg.SEED = 0
         batches = iter(Trainer.build_train_loader(cfg))
         for _ in islice(batches, 2 + number):  # the workers start, and fill their queues
             pass

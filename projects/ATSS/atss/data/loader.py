@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, get_detection_dataset_dicts
-from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -69,7 +68,7 @@ class TrainLoader:
             MappedByPosition(self.records, self.mapper, self.seed),
             batch_sampler=islice(batches, self.start, None),
             num_workers=self.num_workers,
-            collate_fn=trivial_batch_collator,
+            collate_fn=list,
             # Without its own, it draws from the one that the model may draw from.
             generator=torch.Generator(),
         )
