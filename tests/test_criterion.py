@@ -8,7 +8,7 @@ from detectron2.utils import comm
 
 from atss import BACKGROUND, IGNORE, Anchors, Assignment, HeadOutput
 from atss.box_coding import BoxDeltas
-from atss.criterion import Criterion, on_deltas
+from atss.criterion import Criterion, OnDeltas
 from atss.losses import smooth_l1_loss
 
 ANCHORS = Anchors.grid((16, 16), strides=(8,), scales=(2.0,))  # 4 anchors of 16 pixels
@@ -156,7 +156,7 @@ def test_plain_retinanets_box_loss():
     """Smooth L1 of the deltas of positives, summed over 4 N_pos, without any weight."""
     output, coder = random_output(quality=False), BoxDeltas()
     boxes = coder.decode(output.deltas, ANCHORS.boxes)
-    criterion = Criterion(box_loss=on_deltas(smooth_l1_loss, coder.encode), box_loss_weight=1.0)
+    criterion = Criterion(box_loss=OnDeltas(smooth_l1_loss, coder.encode), box_loss_weight=1.0)
     losses = criterion(output, boxes, ANCHORS, GT, Assignment.hard(GT_INDEX))
     expected, positives = 0.0, 0
     for n, r in (GT_INDEX >= 0).nonzero().tolist():
@@ -173,7 +173,7 @@ def test_deltas_of_negatives_do_not_matter():
     output = random_output(quality=False)
     wild = output.deltas.detach().clone()
     wild[GT_INDEX < 0] = torch.inf
-    criterion = Criterion(box_loss=on_deltas(smooth_l1_loss, BoxDeltas().encode))
+    criterion = Criterion(box_loss=OnDeltas(smooth_l1_loss, BoxDeltas().encode))
     args = (ANCHORS.boxes.expand(2, 4, 4), ANCHORS, GT, Assignment.hard(GT_INDEX))
     tame = criterion(output, *args)["loss_box_reg"]
     torch.testing.assert_close(criterion(output._replace(deltas=wild), *args)["loss_box_reg"], tame)

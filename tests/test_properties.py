@@ -16,7 +16,7 @@ from atss import IGNORE, Anchors, ATSSDetector, GroundTruth
 from atss.anchors import GridAnchorGenerator
 from atss.assigners import ASSIGNER_REGISTRY
 from atss.box_coding import BoxDeltas, LogDistances, PointDistances
-from atss.criterion import Criterion, on_boxes, on_deltas
+from atss.criterion import Criterion, OnBoxes, OnDeltas
 from atss.geometry import area, centres, iou, nearest_side
 from atss.losses import giou_loss, iou_loss, smooth_l1_loss
 from atss.postprocess import SCORES, PostProcessor
@@ -146,9 +146,9 @@ def test_assignment(rule, count):
 
 
 LOSSES = {
-    "giou": lambda coder: on_boxes(giou_loss),
-    "iou": lambda coder: on_boxes(iou_loss),
-    "smooth_l1": lambda coder: on_deltas(smooth_l1_loss, coder.encode),
+    "giou": lambda coder: OnBoxes(giou_loss),
+    "iou": lambda coder: OnBoxes(iou_loss),
+    "smooth_l1": lambda coder: OnDeltas(smooth_l1_loss, coder.encode),
 }
 PARTS = [
     ("box", "giou"),

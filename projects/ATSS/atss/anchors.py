@@ -1,6 +1,7 @@
 """The anchor generator: one square anchor of 8 strides per location, by default."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from detectron2.structures import Boxes
@@ -21,8 +22,6 @@ class GridAnchorGenerator(nn.Module):
     """
 
     box_dim = 4
-    # Multi-scale training sees some hundreds of canvas sizes; each costs R * 16 bytes.
-    CACHED_GRIDS = 32
 
     def __init__(
         self,
@@ -39,7 +38,6 @@ class GridAnchorGenerator(nn.Module):
             raise ValueError(f"anchor offset must be in [0, 1), got {offset}")
         self.strides, self.scales, self.ratios = tuple(strides), tuple(scales), tuple(ratios)
         self.offset = offset
-        self._grids: dict[tuple, Anchors] = {}
 
     @property
     def num_anchors(self) -> list[int]:
@@ -48,17 +46,27 @@ class GridAnchorGenerator(nn.Module):
 
     def grid(self, features: Sequence[Tensor]) -> Anchors:
         """Anchors for feature maps (N, C, H, W), one per level, on their device."""
-        sizes, device = tuple(tuple(x.shape[-2:]) for x in features), features[0].device
-        if (sizes, device) not in self._grids:
-            if len(self._grids) >= self.CACHED_GRIDS:
-                self._grids.pop(next(iter(self._grids)))  # the oldest
-            with torch.no_grad():
-                self._grids[sizes, device] = Anchors.on_levels(
-                    sizes, self.strides, self.scales, self.ratios, self.offset, device
-                )
-        return self._grids[sizes, device]
+        sizes = tuple(tuple(x.shape[-2:]) for x in features)
+        layout = (self.strides, self.scales, self.ratios, self.offset)
+        return _cached_grid(sizes, *layout, features[0].device)
 
     def forward(self, features: Sequence[Tensor]) -> list[Boxes]:
-        """One Boxes per level, as Detectron2 wants them."""
+        """One Boxes per level, as Detectron2 wants them; the caller's own."""
         anchors = self.grid(features)
-        return [Boxes(boxes) for boxes in anchors.boxes.split(anchors.per_level)]
+        return [Boxes(boxes.clone()) for boxes in anchors.boxes.split(anchors.per_level)]
+
+
+# Of the whole process, and safe with several threads on one model. Multi-scale training sees some
+# hundreds of canvas sizes; each grid costs 48 bytes an anchor: its boxes, and their sides in float64.
+@lru_cache(maxsize=32)
+def _cached_grid(
+    sizes: tuple[tuple[int, int], ...],
+    strides: tuple[int, ...],
+    scales: tuple[float, ...],
+    ratios: tuple[float, ...],
+    offset: float,
+    device: torch.device,
+) -> Anchors:
+    # What inference mode makes cannot be trained with.
+    with torch.inference_mode(False), torch.no_grad():
+        return Anchors.on_levels(sizes, strides, scales, ratios, offset, device)

@@ -21,7 +21,7 @@ from .acceleration import compile_in_place
 from .assigners import ASSIGNER_REGISTRY, SpatialScale
 from .box_coding import BoxDeltas, LogDistances, PointDistances
 from .config_checks import building, check_values, lookup
-from .criterion import BoxLoss, Criterion, on_boxes, on_deltas
+from .criterion import BoxLoss, Criterion, OnBoxes, OnDeltas
 from .data.datasets import classes_of
 from .losses import giou_loss, iou_loss, smooth_l1_loss
 from .postprocess import SCORES, PostProcessor
@@ -307,9 +307,9 @@ def build_box_loss(cfg: CfgNode, box_coder: BoxDeltas | PointDistances | LogDist
     node = cfg.MODEL.ATSS
     smooth_l1 = partial(smooth_l1_loss, beta=node.SMOOTH_L1_LOSS_BETA)
     losses = {
-        "giou": on_boxes(giou_loss),
-        "iou": on_boxes(iou_loss),
-        "smooth_l1": on_deltas(smooth_l1, box_coder.encode),
+        "giou": OnBoxes(giou_loss),
+        "iou": OnBoxes(iou_loss),
+        "smooth_l1": OnDeltas(smooth_l1, box_coder.encode),
     }
     loss = lookup(losses, node.BBOX_REG_LOSS_TYPE, "MODEL.ATSS.BBOX_REG_LOSS_TYPE")
     if node.BBOX_REG_LOSS_TYPE == "smooth_l1" and node.REGRESSION != "box":

@@ -1,6 +1,7 @@
 """From outputs and an assignment to the losses. All normalisers live here."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from detectron2.utils import comm
@@ -15,16 +16,25 @@ from .structures import IGNORE, Anchors, Assignment, GroundTruth, HeadOutput
 BoxLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def on_boxes(loss: Callable[[Tensor, Tensor], Tensor]) -> BoxLoss:
+@dataclass(frozen=True)
+class OnBoxes:
     """A loss of decoded boxes against target boxes."""
-    return lambda deltas, boxes, targets, anchors: loss(boxes, targets)
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, deltas: Tensor, boxes: Tensor, targets: Tensor, anchors: Tensor) -> Tensor:
+        return self.loss(boxes, targets)
 
 
-def on_deltas(
-    loss: Callable[[Tensor, Tensor], Tensor], encode: Callable[[Tensor, Tensor], Tensor]
-) -> BoxLoss:
+@dataclass(frozen=True)
+class OnDeltas:
     """A loss of deltas against encoded targets, the mean of four."""
-    return lambda deltas, boxes, targets, anchors: loss(deltas, encode(targets, anchors)).mean(-1)
+
+    loss: Callable[[Tensor, Tensor], Tensor]
+    encode: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, deltas: Tensor, boxes: Tensor, targets: Tensor, anchors: Tensor) -> Tensor:
+        return self.loss(deltas, self.encode(targets, anchors)).mean(-1)
 
 
 class Criterion:
@@ -59,7 +69,7 @@ class Criterion:
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
     ):
-        self.box_loss = box_loss or on_boxes(giou_loss)
+        self.box_loss = box_loss or OnBoxes(giou_loss)
         self.box_loss_weight = box_loss_weight
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
@@ -78,10 +88,18 @@ class Criterion:
             boxes: (N, R, 4), its deltas decoded, in pixels.
         Returns:
             scalar losses by name.
+
+        Raises:
+            ValueError: for class targets between 0 and 1, which the focal loss is wrong for. Only
+                on a CPU: to look would make the host wait for a GPU.
         """
+        _refuse_soft(assignment.cls_target)
         positive = assignment.positive
         classes, target_boxes = self._targets(anchors, gt, assignment)
-        # Away from positives both boxes are the anchor: finite, and cut off from the gradient.
+        # What does not count is replaced, not multiplied by zero: it may be infinite. Away from
+        # positives both boxes are the anchor.
+        counts = assignment.gt_index != IGNORE
+        logits = torch.where(counts[..., None], output.logits, 0)
         boxes = torch.where(positive[..., None], boxes, anchors.boxes)
         deltas = torch.where(positive[..., None], output.deltas, 0)
 
@@ -94,16 +112,17 @@ class Criterion:
 
         cls_target = torch.zeros_like(output.logits)
         cls_target.scatter_(2, classes[..., None], (assignment.cls_target * positive)[..., None])
-        cls_loss = sigmoid_focal_loss(output.logits, cls_target, self.focal_alpha, self.focal_gamma)
-        cls_loss = cls_loss.sum(dim=2) * (assignment.gt_index != IGNORE)
+        cls_loss = sigmoid_focal_loss(logits, cls_target, self.focal_alpha, self.focal_gamma)
+        cls_loss = cls_loss.sum(dim=2) * counts
         box_loss = self.box_loss(deltas, boxes, target_boxes, anchors.boxes) * box_weight
         losses = {
             "loss_cls": cls_loss.sum() / num_positives,
             "loss_box_reg": self.box_loss_weight * box_loss.sum() / weight_sum,
         }
         if output.quality is not None:
+            quality = torch.where(positive, output.quality, 0)
             quality_loss = F.binary_cross_entropy_with_logits(
-                output.quality, centerness_target, reduction="none"
+                quality, centerness_target, reduction="none"
             )
             losses["loss_centerness"] = (quality_loss * positive).sum() / num_positives
         return losses
@@ -120,6 +139,16 @@ class Criterion:
         index = assignment.gt_index.clamp(min=0)
         boxes = torch.where(assignment.positive[..., None], gt.boxes[index], anchors.boxes)
         return gt.classes[index], boxes
+
+
+def _refuse_soft(cls_target: Tensor) -> None:
+    if cls_target.device.type == "cpu":
+        soft = (cls_target != 0) & (cls_target != 1)
+        if soft.any():
+            raise ValueError(
+                f"Assignment.cls_target holds {cls_target[soft][0].item():g}, but the focal loss is "
+                "for class targets 0 and 1"
+            )
 
 
 def _average_over_processes(num_positives: Tensor, weight_sum: Tensor) -> tuple[Tensor, Tensor]:

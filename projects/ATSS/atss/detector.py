@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 
 import torch
 from detectron2.modeling.backbone import Backbone
@@ -17,6 +16,11 @@ from .box_coding import BoxDeltas, LogDistances, PointDistances
 from .criterion import Criterion
 from .postprocess import PostProcessor
 from .structures import Anchors, Assignment, GroundTruth, HeadOutput, Predictions
+
+LEGACY_PIXELS_IN_TRAINING = (
+    "MODEL.ATSS.LEGACY_PIXELS True is for inference with weights of the authors' code: set it to "
+    "False to train them on"
+)
 
 
 class ATSSDetector(DenseDetector):
@@ -42,7 +46,8 @@ class ATSSDetector(DenseDetector):
         precision: dtype of backbone and towers under autocast, or None to leave it to the caller.
             Everything after the head is float32.
         legacy_pixels: the weights are those of the authors' code, where a coordinate names the
-            centre of a pixel and a box holds its last pixel.
+            centre of a pixel and a box holds its last pixel. For inference: to train such weights
+            on is to leave these pixels.
     """
 
     # As Detectron2's writers print: every so many iterations. Reading a number off a GPU waits
@@ -117,13 +122,18 @@ class ATSSDetector(DenseDetector):
         predictions: HeadOutput,
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """anchors -> decode -> assign -> losses."""
+        """anchors -> decode -> assign -> losses.
+
+        Raises:
+            ValueError: with legacy pixels, in which the losses would learn other boxes than
+                inference reports.
+        """
+        if self.legacy_pixels:
+            raise ValueError(LEGACY_PIXELS_IN_TRAINING)
         with torch.autocast(self.device.type, enabled=False):
             output = _in_float32(predictions)
             anchors = self.anchor_generator.grid(features)
             gt = GroundTruth.from_instances(gt_instances)
-            if self.legacy_pixels:
-                gt = replace(gt, boxes=gt.boxes - 0.5)
             boxes = self.box_coder.decode(output.deltas, anchors.boxes)
             quality = None if output.quality is None else output.quality.detach()
             seen = Predictions(output.logits.detach(), boxes.detach(), quality)

@@ -41,6 +41,7 @@ from .config import autocast_dtype
 from .config_checks import TRAINING_LIMITS, check_values
 from .data.loader import TrainLoader, build_train_loader, derive_seed
 from .data.mapper import Mapper
+from .detector import LEGACY_PIXELS_IN_TRAINING
 from .hooks import FiniteLosses, FiniteWeights, Preemption
 from .test_time_augmentation import build_tta
 from .weights import WeightsError, read, require_tensors, verify_download
@@ -280,5 +281,7 @@ def check_run(cfg: CfgNode, training: bool) -> None:
     if not training:
         return
     check_values(cfg, TRAINING_LIMITS)
+    if cfg.MODEL.ATSS.LEGACY_PIXELS:
+        raise ValueError(LEGACY_PIXELS_IN_TRAINING)
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN names no data set")

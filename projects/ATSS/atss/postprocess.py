@@ -11,10 +11,15 @@ from .structures import Anchors, HeadOutput
 
 # How class probability and centerness make the score. Both rank alike; the root keeps the score
 # on the scale of a probability (authors' code), without it scores are mmdet's.
-SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "sqrt": lambda probability, quality: (probability * quality).sqrt(),
-    "product": lambda probability, quality: probability * quality,
-}
+def product(probability: Tensor, quality: Tensor) -> Tensor:
+    return probability * quality
+
+
+def root(probability: Tensor, quality: Tensor) -> Tensor:
+    return product(probability, quality).sqrt()
+
+
+SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sqrt": root, "product": product}
 
 
 def nms_per_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
@@ -87,6 +92,9 @@ class PostProcessor:
             anchor, classes, scores = self._candidates(output.logits[i], quality, anchors)
             boxes = Boxes(decode(output.deltas[i, anchor], anchors.boxes[anchor]))
             boxes.clip(image_size)
+            # Nothing overlaps a box without area: it would take the place of a detection.
+            real = boxes.nonempty()
+            boxes, scores, classes = boxes[real], scores[real], classes[real]
             keep = nms_per_class(boxes.tensor, scores, classes, self.nms_thresh)
             keep = keep[: self.max_detections]
             results.append(

@@ -233,7 +233,7 @@ class Assignment:
 
     Attributes:
         gt_index: (N, R) int64 into the G ground truths of the batch, or BACKGROUND, or IGNORE.
-        cls_target: (N, R) float32, target of the assigned class.
+        cls_target: (N, R) float32, target of the assigned class, 0 or 1.
         box_weight: (N, R) float32, weight of the box loss.
     """
 

@@ -56,7 +56,8 @@ def merge_vote(
                 0, left.new_zeros(1, dtype=torch.long), True
             )
             members, weights = left[group], left_scores[group]
-            merged = (members * weights[:, None]).sum(dim=0) / weights.sum()
+            shares = weights if weights.any() else torch.ones_like(weights)
+            merged = (members * shares[:, None]).sum(dim=0) / shares.sum()
             found, found_scores = merged[None], weights[:1]
             if len(members) == 1:
                 found = members

@@ -11,15 +11,16 @@ from .pairs import all_anchors, assign_pairs, nearest_locations
 class ATSS:
     """Positive are the anchors that overlap an object more than its candidates usually do.
 
-    The candidates of an object are the ``top_k`` locations per level nearest to its centre, with
-    all A anchors of each; or the ``top_k`` nearest anchors, whatever A. Its threshold is mean +
-    standard deviation of their IoUs with it. The cost depends on the number of objects, not on the
-    size of the image.
+    The candidates of an object are the ``top_k`` anchors per level nearest to its centre, however
+    many a location has. Its threshold is mean + standard deviation of their IoUs with it. The cost
+    depends on the number of objects, not on the size of the image.
 
     Args:
         top_k: k, the rule's one parameter (paper, Table 4).
-        count: what k counts, "locations" or "anchors". The authors' code had anchors at the time of
-            the paper, and locations since; with one anchor per location they agree.
+        count: what k counts: "anchors" (Algorithm 1, line 4, and the authors' code when the paper's
+            figures were made; of equally distant ones the lower index is nearer), or "locations",
+            each with all its A anchors (their code since its last commit, of 2020-04-22). With one
+            anchor per location they agree.
     """
 
     # A centre counts as inside an object from this many pixels on, as in the authors' code.
@@ -30,7 +31,7 @@ class ATSS:
     # Objects handled at a time: bounds memory, and keeps it in the processor's cache.
     CHUNK = 2048
 
-    def __init__(self, top_k: int = 9, count: str = "locations"):
+    def __init__(self, top_k: int = 9, count: str = "anchors"):
         if top_k < 1:
             raise ValueError(f"ATSS needs top_k >= 1, got {top_k}")
         if count not in ("locations", "anchors"):
