@@ -34,7 +34,7 @@ def locations(anchors) -> np.ndarray:
     return np.concatenate(centres)
 
 
-def atss(anchors, gt_boxes: np.ndarray, k: int, count: str = "locations") -> np.ndarray:
+def atss(anchors, gt_boxes: np.ndarray, k: int, count: str) -> np.ndarray:
     """(R,) ground-truth index or -1, by Algorithm 1; ties go to lower indices."""
     boxes = anchors.boxes.double().numpy()
     gt = gt_boxes.astype(np.float64)

@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import re
+import runpy
+from pprint import pformat
 
 import convert_checkpoint
 import numpy as np
@@ -11,9 +14,11 @@ import torch
 from conftest import DATA, make_cfg, make_input
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from PIL import Image
 
 from atss import add_atss_config
-from atss.checkpoints import ConversionError, config_for, convert, load, to_mmdet
+from atss.checkpoints import ConversionError, config_for, convert, load, mmdet_config, to_mmdet
+from atss.data.mapper import Mapper
 from atss.engine import SafeCheckpointer
 from atss.weights import WeightsError
 
@@ -72,12 +77,23 @@ def test_head_outputs_are_the_authors(official):
         assert np.abs(ours - expected).max() <= 1e-3 * np.abs(expected).max()
 
 
-def test_losses_are_the_authors_on_continuous_boxes(official):
-    model, example, reference, _ = official
+def test_losses_equal_the_authors_formulas_on_continuous_boxes(official, monkeypatch):
+    """Theirs are of legacy boxes, without the last pixel in GIoU and centerness; the reference is
+    the same network and formulas on boxes that are half a pixel larger on each side."""
+    model, _, reference, _ = official
+    boxes = reference["gt_boxes"] + np.array([-0.5, -0.5, 0.5, 0.5], np.float32)
+    example = make_input(boxes, reference["gt_labels"] - 1, (160, 224))
+    example["image"] = torch.from_numpy(reference["image"])
     model.train()
+    with pytest.raises(ValueError, match=r"LEGACY_PIXELS True is for inference .* set it to False"):
+        model([example])
+    monkeypatch.setattr(model, "legacy_pixels", False)
     losses = [x.item() for x in model([example]).values()]
     model.eval()
     np.testing.assert_allclose(losses, reference["halfpixel_losses"], rtol=1e-3)
+    theirs = [float(reference[f"loss_{name}"]) for name in ("cls", "reg", "centerness")]
+    np.testing.assert_allclose(losses[0], theirs[0], rtol=1e-5)
+    np.testing.assert_allclose(losses[1:], theirs[1:], rtol=0.021)  # 0.8 and 2.0 % on this image
 
 
 @pytest.mark.parametrize("which", ["det", "low"])
@@ -121,17 +137,37 @@ def test_boxes_keep_their_last_pixel_when_resized(official):
     torch.testing.assert_close(half, expected)
 
 
-def test_mmdets_detections_through_the_converter(weights):
+@pytest.mark.parametrize("original", [(160, 112), (80, 224)], ids=["narrower", "lower"])
+def test_each_side_keeps_its_own_last_pixel(official, original):
+    """Of an image half as wide, or half as high, as the input."""
+    model, example, _, _ = official
+    height, width = original
+    with torch.no_grad():
+        same = model([example])[0]["instances"].pred_boxes.tensor
+        other = model([example | {"height": height, "width": width}])[0]["instances"]
+    zoom = torch.tensor([width / 224, height / 160] * 2)
+    expected = same * zoom
+    expected[:, 2:] += 1 - zoom[2:]
+    expected[:, 2:] = expected[:, 2:].minimum(torch.tensor([width, height]))
+    torch.testing.assert_close(other.pred_boxes.tensor, expected)
+
+
+def test_mmdets_detections_from_a_file_through_the_converter(weights, tmp_path):
+    """The image is read as training and evaluation read it, in the order of channels that the
+    config says."""
     reference = np.load(DATA / "mmdet_atss_r50.npz")
     state = dict(weights["mmdet"])
     state["bbox_head.atss_cls.bias"] = state["bbox_head.atss_cls.bias"] - 2
     converted = convert(state, "mmdet")
     cfg = config_for(converted, "mmdet")
     cfg.MODEL.DEVICE = "cpu"
+    cfg.INPUT.MIN_SIZE_TEST = 160
     model = build_model(cfg).eval()
     model.load_state_dict(converted)
+    file = tmp_path / "image.png"
+    Image.fromarray(reference["image_rgb"].transpose(1, 2, 0)).save(file)
     example = make_input(reference["gt_boxes"], reference["gt_classes"], (160, 224))
-    example["image"] = torch.from_numpy(reference["image_rgb"])
+    example["image"] = Mapper(cfg, is_train=False)({"file_name": str(file)})["image"]
     with torch.no_grad():
         found = model([example])[0]["instances"]
     compare(
@@ -147,7 +183,9 @@ def test_mmdets_detections_through_the_converter(weights):
 def test_every_name_is_mapped(weights, source):
     converted = convert(weights[source], source)
     expected = {old: new for old, new in MAP[f"{source}_to_d2"].items() if new is not None}
-    assert set(converted) == set(MAP["target_shapes"])
+    biases = {f"head.{t}_subnet.{i}.bias" for t in ("cls", "bbox") for i in (0, 3, 6, 9)}
+    absent = biases if source == "mmdet" else set()
+    assert set(converted) == set(MAP["target_shapes"]) - absent
     for old, new in expected.items():
         value = weights[source][old].reshape(converted[new].shape)
         if source == "official" and new.endswith("running_var"):
@@ -160,8 +198,79 @@ def test_to_mmdet_and_back(weights):
     assert set(back) == set(weights["mmdet"])
     for name, value in weights["mmdet"].items():
         assert torch.equal(back[name].flatten(), value.flatten()), name
-    with pytest.raises(ConversionError, match=r"no biases, but head\.cls_subnet\.0\.bias"):
+    with pytest.raises(
+        ConversionError, match=r"no biases, but head\.cls_subnet\.0\.bias .*TOWER_B"
+    ):
         to_mmdet(convert(weights["official"], "official"))
+
+
+def test_a_model_trained_here_becomes_mmdets(tmp_path, capsys):
+    """Names and shapes are those of mmdet's own R-50, and what its config has to say is told:
+    nothing of this is mmdet's default."""
+    opts = ("MODEL.ATSS.TOWER_BIAS", False, "MODEL.ATSS.NUM_CLASSES", 80)
+    cfg = make_cfg(*opts, config="ATSS_R_50_FPN_1x.yaml")
+    model = build_model(cfg)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    sum(model([make_input([[20, 20, 90, 80]], [1])]).values()).backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict()}, tmp_path / "model_final.pth")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    paths = [str(tmp_path / name) for name in ("model_final.pth", "for_mmdet.pth")]
+    convert_checkpoint.main(["--to", "mmdet", *paths])
+    converted = load(paths[1])
+    assert {k: tuple(v.shape) for k, v in converted.items()} == {
+        k: tuple(v) for k, v in MMDET_SHAPES.items()
+    }
+    printed = capsys.readouterr().out
+    theirs = runpy.run_path(str(tmp_path / "for_mmdet.py"))["model"]
+    assert pformat(theirs, sort_dicts=False) in printed
+    assert theirs["bbox_head"]["anchor_generator"]["center_offset"] == 0.5
+    assert theirs["neck"]["relu_before_extra_convs"] is True
+    assert theirs["backbone"]["style"] == "caffe"
+    assert theirs["data_preprocessor"]["bgr_to_rgb"] is False
+    assert theirs["data_preprocessor"]["mean"] == [102.9801, 115.9465, 122.7717]
+
+    back = convert(converted, "mmdet")
+    for name, value in model.state_dict().items():
+        assert torch.equal(back[name], value), name
+
+
+def test_lower_levels_become_mmdets():
+    """An FPN on res2 to res4: mmdet counts its levels from zero, and calls P5 and P6 its third and
+    fourth."""
+    levels = ["res2", "res3", "res4"]
+    opts = ("MODEL.FPN.IN_FEATURES", levels, "MODEL.RESNETS.OUT_FEATURES", levels)
+    opts += ("MODEL.ATSS.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"], "MODEL.FPN.NORM", "")
+    opts += ("MODEL.ATSS.TOWER_BIAS", False, "MODEL.ATSS.NUM_CONVS", 1)
+    cfg = make_cfg(*opts)
+    state = build_model(cfg).state_dict()
+    converted = to_mmdet(state)
+    pairs = {"lateral_convs.0": "fpn_lateral2", "lateral_convs.2": "fpn_lateral4"}
+    pairs |= {"fpn_convs.1": "fpn_output3", "fpn_convs.3": "top_block.p6"}
+    for theirs, ours in (pairs | {"fpn_convs.4": "top_block.p7"}).items():
+        weight = converted[f"neck.{theirs}.conv.weight"]
+        assert torch.equal(weight, state[f"backbone.{ours}.weight"])
+    model = {}
+    exec(mmdet_config(cfg), model)
+    neck = model["model"]["neck"]
+    assert (neck["start_level"], neck["in_channels"]) == (0, [64, 128, 256])
+    assert model["model"]["backbone"]["out_indices"] == (0, 1, 2)
+    assert model["model"]["bbox_head"]["anchor_generator"]["strides"] == [4, 8, 16, 32, 64]
+
+
+def test_what_mmdet_cannot_do_is_said():
+    state = build_model(make_cfg("MODEL.ATSS.TOWER_BIAS", False, "MODEL.FPN.NORM", "")).state_dict()
+    for missing in ("head.ctrness.weight", "head.scales.4.scale", "head.bbox_subnet.4.weight"):
+        part = {k: v for k, v in state.items() if k != missing}
+        with pytest.raises(ConversionError, match="mmdet's ATSS needs bbox_head"):
+            to_mmdet(part)
+    with pytest.raises(ConversionError, match=r"no place for head\.surprise"):
+        to_mmdet(state | {"head.surprise": torch.zeros(1)})
+    for key, value in (("REGRESSION", "point"), ("LEGACY_PIXELS", True), ("NORM", "BN")):
+        with pytest.raises(ConversionError, match=rf"nothing like MODEL\.ATSS\.{key} {value!r}"):
+            mmdet_config(make_cfg(f"MODEL.ATSS.{key}", value))
+    with pytest.raises(ConversionError, match="one anchor per location"):
+        mmdet_config(make_cfg(config="tables/atss_A9.yaml"))
 
 
 def deformable(weights, source):
@@ -186,6 +295,34 @@ def deformable(weights, source):
         state[f"{tower}.{offset}.weight"] = torch.zeros(27, 256, 3, 3)
         state[f"{tower}.{offset}.bias"] = torch.zeros(27)
     return state
+
+
+@pytest.mark.parametrize("source", ["official", "mmdet"])
+def test_strides_lie_where_each_code_has_them(weights, source):
+    """The authors' plain ResNets stride in the 1 x 1 convolution, everybody else in the 3 x 3."""
+
+    def strides(state):
+        cfg = config_for(convert(state, source), source)
+        cfg.MODEL.DEVICE = "meta"
+        with torch.device("meta"):
+            block = build_model(cfg).backbone.bottom_up.res3[0]
+        return *block.conv1.stride, *block.conv2.stride
+
+    wide = {}  # ResNeXt-50, 32 x 8d
+    for name, value in weights[source].items():
+        stage = re.match(r"(backbone\.(?:body\.)?layer)(\d)\.\d+\.(conv|bn)([123])", name)
+        if stage and (stage[3], stage[4]) != ("bn", "3"):
+            width = 256 * 2 ** (int(stage[2]) - 1)
+            shape = list(value.shape)
+            if stage[4] in "12" and shape:
+                shape[0] = width
+            if stage[3] == "conv" and stage[4] != "1":
+                shape[1] = width // 32 if stage[4] == "2" else width
+            value = torch.zeros(shape)
+        wide[name] = value
+    in_1x1 = source == "official"
+    assert strides(weights[source]) == ((2, 2, 1, 1) if in_1x1 else (1, 1, 2, 2))
+    assert strides(wide) == (1, 1, 2, 2)
 
 
 @pytest.mark.parametrize("source", ["official", "mmdet"])
@@ -301,7 +438,11 @@ def test_the_tool_writes_weights_and_their_config(weights, tmp_path, capsys):
     torch.save({"meta": {"epoch": 12}, "state_dict": weights["mmdet"]}, mmdet)
     convert_checkpoint.main(["--from", "mmdet", str(mmdet), str(tmp_path / "from_mmdet.pth")])
     back = tmp_path / "back.pth"
-    convert_checkpoint.main(["--to", "mmdet", str(tmp_path / "from_mmdet.pth"), str(back)])
+    paths = [str(tmp_path / "from_mmdet.pth"), str(back)]
+    with pytest.raises(SystemExit, match=r"error: cannot read the config .*config\.yaml"):
+        convert_checkpoint.main(["--to", "mmdet", *paths])
+    config = str(tmp_path / "from_mmdet.yaml")
+    convert_checkpoint.main(["--to", "mmdet", "--config-file", config, *paths])
     assert set(load(back)) == set(weights["mmdet"])
 
 

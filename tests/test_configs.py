@@ -59,10 +59,12 @@ def test_builds_trains_and_detects(name, size):
 @pytest.mark.parametrize("row", ROWS)
 def test_the_zoo_lists_every_row_with_the_papers_ap(row):
     comment = (ROOT / f"configs/tables/{row}.yaml").read_text().replace("\n# ", " ")
-    ap = re.search(r"the paper's AP (\d\d\.\d)\.", comment).group(1)
-    listed = re.findall(rf"\[{row}\]\(configs/tables/{row}\.yaml\) \| ([\d.]+) ", ZOO)
+    listed = re.findall(rf"\[{row}\]\(configs/tables/{row}\.yaml\) \| ([\d.]*) ", ZOO)
     assert listed
-    assert set(listed) == {ap}
+    if "No published AP" in comment:
+        assert set(listed) == {""}
+    else:
+        assert set(listed) == {re.search(r"the paper's AP (\d\d\.\d)\.", comment).group(1)}
 
 
 def test_points_want_one_anchor_per_location():

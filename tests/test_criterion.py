@@ -9,7 +9,7 @@ from detectron2.utils import comm
 from atss import BACKGROUND, IGNORE, Anchors, Assignment, HeadOutput
 from atss.box_coding import BoxDeltas
 from atss.criterion import Criterion, OnDeltas
-from atss.losses import smooth_l1_loss
+from atss.losses import giou_loss, smooth_l1_loss
 
 ANCHORS = Anchors.grid((16, 16), strides=(8,), scales=(2.0,))  # 4 anchors of 16 pixels
 GT = make_gt([[0, 0, 14, 12], [6, 2, 16, 16], [0, 0, 10, 16]], [0, 0, 1], 2, classes=[1, 0, 2])
@@ -177,3 +177,47 @@ def test_deltas_of_negatives_do_not_matter():
     args = (ANCHORS.boxes.expand(2, 4, 4), ANCHORS, GT, Assignment.hard(GT_INDEX))
     tame = criterion(output, *args)["loss_box_reg"]
     torch.testing.assert_close(criterion(output._replace(deltas=wild), *args)["loss_box_reg"], tame)
+
+
+def test_the_box_loss_is_a_mean_weighted_by_centerness():
+    """One positive, far from its object's centre: what it weighs cancels, however little it is."""
+    output = random_output()
+    index = torch.full((2, 4), BACKGROUND)
+    index[0, 0] = 0
+    gt = make_gt([[3.9, 3.9, 30, 30]], [0], 2)
+    boxes = BoxDeltas().decode(output.deltas, ANCHORS.boxes)
+    loss = losses_of(output, gt, index)["loss_box_reg"]
+    torch.testing.assert_close(loss, 2 * giou_loss(boxes[0, 0], gt.boxes[0]))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_infinite_outputs_that_do_not_count_change_nothing(value):
+    """Logits of ignored anchors, centerness of those without an object: multiplied by zero they
+    would be no number."""
+
+    def train(output):
+        leaves = HeadOutput(*(x.detach().clone().requires_grad_() for x in output))
+        losses = losses_of(leaves)
+        sum(losses.values()).backward()
+        return losses, [x.grad for x in leaves]
+
+    wild = HeadOutput(*(x.detach().clone() for x in random_output()))
+    wild.logits[GT_INDEX == IGNORE] = value
+    wild.quality[GT_INDEX < 0] = value
+    (expected, gradients), (losses, others) = train(random_output()), train(wild)
+    assert losses == expected
+    for a, b in zip(gradients, others, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_soft_class_targets_are_refused():
+    """The focal loss has its minimum elsewhere: for a target of 0.7 at a probability of 0.88."""
+    output = random_output()
+    boxes = BoxDeltas().decode(output.deltas, ANCHORS.boxes)
+    ones = torch.ones(2, 4)
+    for target in (torch.zeros(2, 4), ones):
+        Criterion()(output, boxes, ANCHORS, GT, Assignment(GT_INDEX, target, ones))
+    with pytest.raises(
+        ValueError, match=r"cls_target holds 0\.7, but .* for class targets 0 and 1"
+    ):
+        Criterion()(output, boxes, ANCHORS, GT, Assignment(GT_INDEX, ones * 0.7, ones))

@@ -5,6 +5,7 @@ import torch
 from conftest import make_cfg
 from detectron2.modeling import build_backbone
 from torch import nn
+from torch.nn import functional as F
 
 from atss.deform_conv import DeformConv, DeformConvLayer
 
@@ -129,6 +130,37 @@ def test_zero_offsets_equal_the_plain_backbone():
     with torch.no_grad():
         for a, b in zip(plain(x).values(), deformable(x).values(), strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])
+def test_offset_groups_move_their_own_channels(modulated):
+    """The second half of the channels, one pixel to the right: as if they were shifted left."""
+    opts = ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
+    opts += ("MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.FPN.OUT_CHANNELS", 16)
+    opts += ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, False, False])
+    opts += ("MODEL.RESNETS.DEFORM_MODULATED", modulated, "MODEL.RESNETS.DEFORM_NUM_GROUPS", 2)
+    block = build_backbone(make_cfg(*opts)).bottom_up.res3[1].eval()
+    x = torch.randn(1, 512, 6, 9)
+    with torch.no_grad():
+        offsets = block.conv2_offset.bias[: 2 * 18].view(2, 9, 2)  # group, tap, (y, x)
+        offsets[1, :, 1] = 1
+        if modulated:
+            block.conv2_offset.bias[2 * 18 :] = 100  # weights of taps all but 1
+        y = F.relu(block.conv1(x))
+        still, moved = y.chunk(2, dim=1)
+        shifted = torch.cat([still, moved.roll(-1, dims=3)], dim=1)
+        inner = F.relu(block.conv2.norm(F.conv2d(shifted, block.conv2.weight, padding=1)))
+        expected = F.relu(block.conv3(inner) + x)
+        torch.testing.assert_close(block(x)[..., 1:-2], expected[..., 1:-2], atol=1e-5, rtol=1e-4)
+
+
+def test_offsets_are_frozen_with_their_block():
+    opts = ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
+    opts += ("MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.FPN.OUT_CHANNELS", 16)
+    opts += ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, False])
+    bottom_up = build_backbone(make_cfg(*opts, "MODEL.BACKBONE.FREEZE_AT", 3)).bottom_up
+    assert not any(p.requires_grad for p in bottom_up.res3.parameters())
+    assert all(p.requires_grad for p in bottom_up.res4.parameters())
 
 
 def test_small_resnets_have_no_bottlenecks_to_deform():

@@ -1,4 +1,5 @@
 import json
+import pickle
 from contextlib import nullcontext
 
 import numpy as np
@@ -12,6 +13,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
+from atss import Assignment
 from atss.checkpoints import config_for, convert
 
 # GroupNorm: with BatchNorm the images of a training batch would depend on each other.
@@ -231,3 +233,41 @@ def test_a_batch_of_several_sizes_detects_what_single_images_do():
         assert torch.equal(a.pred_classes, b.pred_classes)
         torch.testing.assert_close(a.scores, b.scores)
         torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, atol=1e-3, rtol=0)
+
+
+def test_rules_see_predictions_without_their_gradient():
+    """A rule that weighs by what the model says must not train through it."""
+    model, seen = tiny().train(), []
+
+    def rule(anchors, gt, predictions):
+        seen.append(predictions)
+        weight = predictions.quality.sigmoid()
+        return Assignment(
+            torch.zeros_like(weight, dtype=torch.long), torch.ones_like(weight), weight
+        )
+
+    model.assigner = rule
+    losses = model([make_input(BOX, [0])])
+    assert not any(x.requires_grad for x in (seen[0].logits, seen[0].boxes, seen[0].quality))
+    losses["loss_box_reg"].backward()
+    assert model.head.ctrness.weight.grad is None or (model.head.ctrness.weight.grad == 0).all()
+
+
+@pytest.mark.parametrize(
+    "row", ["atss_box", "atss_point", "fcos_original", "retinanet_A1", "ssc_lite_point"]
+)
+def test_survives_pickling(row):
+    """As torch.save(model) and processes that are spawned have it."""
+    torch.manual_seed(0)
+    opts = ("MODEL.ATSS.SCORE_THRESH_TEST", 0.0, "MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.SCORE")
+    opts += ("product" if row == "atss_point" else "sqrt", "MODEL.RESNETS.DEPTH", 18)
+    opts += ("MODEL.RESNETS.RES2_OUT_CHANNELS", 64)
+    model = build_model(make_cfg(*opts, config=f"tables/{row}.yaml"))
+    example = make_input(BOX, [0])
+    expected = model([example])
+    copy = pickle.loads(pickle.dumps(model))
+    assert copy([example]) == expected
+    with torch.no_grad():
+        found, again = (m.eval()([example])[0]["instances"] for m in (model, copy))
+    assert torch.equal(found.pred_boxes.tensor, again.pred_boxes.tensor)
+    assert torch.equal(found.scores, again.scores)

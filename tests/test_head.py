@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 
@@ -54,13 +52,18 @@ def test_each_level_has_its_scale():
     torch.testing.assert_close(scaled[:, 24:], 3 * plain[:, 24:])
 
 
-def test_boxes_stay_in_float32_under_autocast():
-    head = ATSSHead(**HEAD)
+def test_boxes_are_predicted_in_float32_under_autocast():
+    """Not only the result: the predictor's weights and products, too."""
+    head, maps = ATSSHead(**HEAD), features(1)
+    torch.nn.init.normal_(head.bbox_pred.weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = head(features(1))
+        output = head(maps)
+        feature = head.bbox_subnet(maps[0])
     assert output.logits.dtype == torch.bfloat16
     assert output.deltas.dtype == torch.float32
-    assert math.isfinite(output.deltas.sum())
+    expected = flatten_levels([head.bbox_pred(feature.float())], 4)
+    torch.testing.assert_close(output.deltas[:, : expected.shape[1]], expected)
+    assert not torch.allclose(expected.bfloat16().float(), expected)  # the test could see it
 
 
 def test_no_norm_means_no_norm():
@@ -126,3 +129,16 @@ def test_predictors_run_together_as_they_would_alone(tower):
         (output.quality[..., None], head.ctrness(source)),
     ):
         torch.testing.assert_close(ours, alone.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("deform", ["", "v2"])
+def test_towers_without_biases(deform):
+    """mmdet's have none; without a norm they keep theirs."""
+    head = ATSSHead(**HEAD | {"num_convs": 2}, deform=deform, tower_bias=False)
+    names = [name for name, _ in head.named_parameters() if name.startswith("cls_subnet")]
+    last = ["3.offset.weight", "3.offset.bias", "3.conv.weight"] if deform else ["3.weight"]
+    expected = ["0.weight", "1.weight", "1.bias", *last, "4.weight", "4.bias"]
+    assert sorted(names) == sorted(f"cls_subnet.{name}" for name in expected)
+    head(features(1)).logits.sum().backward()
+    plain = ATSSHead(**HEAD | {"norm": ""}, tower_bias=False)
+    assert plain.cls_subnet[0].bias is not None

@@ -54,3 +54,14 @@ def test_smooth_l1_by_hand():
     """Below beta x^2 / (2 beta), above |x| - beta / 2."""
     loss = smooth_l1_loss(torch.tensor([0.1, -1.0]), torch.zeros(2), beta=0.5)
     torch.testing.assert_close(loss, torch.tensor([0.01, 0.75]))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_gradient_of_the_focal_loss_for_small_gamma(gamma):
+    """-alpha (1 - p)^gamma ln p differentiated by hand; finite where p is 1 to the last digit."""
+    logits = torch.tensor([-1.0, 2.0, 1e4], dtype=torch.float64, requires_grad=True)
+    loss = sigmoid_focal_loss(logits, torch.ones_like(logits), gamma=gamma)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    p = logits.detach().sigmoid()
+    expected = 0.25 * (1 - p) ** gamma * (gamma * p * p.log() - (1 - p))
+    torch.testing.assert_close(gradient, expected)

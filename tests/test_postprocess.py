@@ -33,6 +33,20 @@ def test_filters_on_the_class_score_alone():
     assert len(detect(output_of({(3, 1): logit - 0.5}, quality=3.0))) == 0
 
 
+def test_the_threshold_itself_does_not_pass():
+    assert len(detect(output_of({(0, 0): 0.0}), score_thresh=0.5)) == 0
+    assert len(detect(output_of({(0, 0): 1e-3}), score_thresh=0.5)) == 1
+
+
+def test_boxes_beyond_the_border_take_nobodys_place():
+    """The anchors of the last column lie right of an image 40 pixels wide, with better scores."""
+    beyond = {(anchor, k): 3.0 for anchor in (3, 7, 11, 15) for k in range(3)}
+    real = {(0, 0): 1.0, (5, 1): 2.0}
+    result = detect(output_of(beyond | real), image_size=(64, 40), max_detections=5)
+    assert result.pred_classes.tolist() == [1, 0]
+    assert result.pred_boxes.nonempty().all()
+
+
 def test_scores_by_name():
     p, q = torch.tensor(2.0).sigmoid(), torch.tensor(0.3).sigmoid()
     output = output_of({(0, 0): 2.0}, quality=0.3)
@@ -92,3 +106,12 @@ def test_suppression_is_per_class_and_exact():
         if all(overlap[i, j] <= 0.3 for j in rivals):
             expected.append(i)
     assert kept == expected
+
+
+def test_suppression_is_exact_for_high_classes():
+    """IoU 0.60005, at coordinates around 1,000: shifted apart in float32, the sixtieth class loses
+    hundredths of a pixel."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 6.0005], [990, 990, 1000, 1000]])
+    boxes = torch.cat([boxes, torch.tensor([[20.0, 0, 30, 10], [20, 0, 30, 5.9995]])])
+    scores, classes = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]), torch.full((5,), 60)
+    assert nms_per_class(boxes, scores, classes, 0.6).tolist() == [0, 2, 3, 4]

@@ -1,3 +1,6 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import pytest
 import torch
 from conftest import make_gt
@@ -42,12 +45,40 @@ def test_one_square_anchor_of_eight_strides():
     assert anchors.boxes[4].tolist() == [12 - 32, 12 - 32, 12 + 32, 12 + 32]
 
 
-def test_generator_keeps_few_grids():
+def test_generator_keeps_few_grids_with_several_threads_too():
+    """Eight threads ask for more canvas sizes than are kept, over and over."""
     generator = GridAnchorGenerator(strides=(8,))
-    for width in range(1, 60):
-        generator.grid([torch.zeros(1, 1, 2, width)])
-    assert len(generator._grids) == generator.CACHED_GRIDS
-    assert generator.grid([torch.zeros(1, 1, 2, 59)]).sizes == ((2, 59),)
+    features = [[torch.zeros(1, 1, 2, width)] for width in range(1, 60)]
+
+    def ask(seed):
+        order = np.random.default_rng(seed).permutation(np.repeat(np.arange(59), 5))
+        return all(generator.grid(features[i]).sizes == ((2, i + 1),) for i in order)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(8)))
+    kept = generator.grid(features[0])
+    assert generator.grid(features[0]) is kept
+    for x in features[1:]:
+        generator.grid(x)
+    assert generator.grid(features[0]) is not kept  # 58 others came between
+
+
+def test_generator_hands_out_boxes_of_the_callers_own():
+    generator, features = GridAnchorGenerator(strides=(8, 16)), [torch.zeros(1, 1, 2, 3)] * 2
+    before = [x.tensor.clone() for x in generator(features)]
+    for boxes in generator(features):
+        boxes.scale(2, 2)
+    for boxes, expected in zip(generator(features), before, strict=True):
+        assert torch.equal(boxes.tensor, expected)
+
+
+def test_a_grid_of_inference_mode_serves_training():
+    generator, features = GridAnchorGenerator(strides=(8,)), [torch.zeros(1, 1, 3, 5)]
+    with torch.inference_mode():
+        generator.grid(features)
+    scale = torch.ones(1, requires_grad=True)
+    (generator.grid(features).boxes * scale).sum().backward()
+    assert torch.isfinite(scale.grad).all()
 
 
 def test_ground_truth_gathers_instances():

@@ -44,6 +44,13 @@ def test_nothing_merges_to_nothing():
     assert [len(x) for x in merge_vote(*empty, 0.66, 0.05)] == [0, 0, 0]
 
 
+def test_a_group_whose_scores_are_all_zero_is_its_mean():
+    boxes, nothing = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10]]), torch.zeros(2)
+    found, scores, _ = merge_vote(boxes, nothing, torch.zeros(2, dtype=torch.long), 0.66)
+    assert found.tolist() == [[0.5, 0, 10.5, 10]]
+    assert scores.tolist() == [0]
+
+
 class Bright(nn.Module):
     """Finds the bright rectangle of each view, exactly, and remembers the views."""
 
@@ -55,6 +62,7 @@ class Bright(nn.Module):
         (example,) = batched_inputs
         image = example["image"].float().mean(dim=0)
         self.seen.append(tuple(image.shape))
+        self.channels = example["image"].float().mean(dim=(1, 2)).tolist()
         rows, columns = (image > 128).any(dim=1).nonzero(), (image > 128).any(dim=0).nonzero()
         box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         height, width = example["height"], example["width"]
@@ -91,6 +99,40 @@ def test_views_are_resized_mirrored_and_brought_back():
     assert len(found) == 1
     expected = torch.tensor([[40.0, 60, 160, 140]])
     torch.testing.assert_close(found.pred_boxes.tensor, expected, atol=2.0, rtol=0)
+
+
+def test_a_mirrored_view_is_brought_back_to_the_pixel():
+    image = example()["image"].permute(1, 2, 0).numpy()
+    wrapped = tta(Bright())
+    for flip in (False, True):
+        boxes, _, _ = wrapped._view(image, *wrapped.views[0], flip)
+        assert boxes.tolist() == [[20, 30, 80, 70]]
+
+
+def test_views_smaller_than_the_plain_one_have_its_cap():
+    """Ten times as wide as high: the cap decides. The others have TEST.AUG.MAX_SIZE."""
+    model, long = Bright(), torch.zeros(3, 20, 200, dtype=torch.uint8)
+    long[:, 5:15, 50:150] = 255
+    tta(model, "TEST.AUG.FLIP", False)([{"image": long}])
+    assert model.seen == [(40, 400), (40, 400), (30, 300)]
+
+
+@pytest.mark.parametrize(("least", "greatest", "counts"), [(40, 99, 0), (1, 40, 0), (39, 41, 1)])
+def test_both_ends_of_a_views_range_are_outside(least, greatest, counts):
+    """A square of 40 pixels on the plain view's size."""
+    image = np.zeros((100, 100, 3), np.uint8)
+    image[30:70, 30:70] = 255
+    boxes, _, _ = tta(Bright())._view(image, 100, 400, least, greatest, False)
+    assert len(boxes) == counts
+
+
+@pytest.mark.parametrize("order", ["BGR", "RGB"])
+def test_files_are_read_in_the_models_order_of_channels(tmp_path, order):
+    """A file that is red alone."""
+    Image.fromarray(np.full((50, 50, 3), (255, 140, 0), np.uint8)).save(tmp_path / "a.png")
+    model = Bright()
+    tta(model, "INPUT.FORMAT", order)([example() | {"file_name": str(tmp_path / "a.png")}])
+    assert model.channels == ([0, 140, 255] if order == "BGR" else [255, 140, 0])
 
 
 def test_sizes_out_of_a_views_range_do_not_count():

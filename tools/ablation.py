@@ -68,6 +68,10 @@ CLAIMS = (
 METRICS = ("AP", "AP50", "AP75")
 
 
+def known_rows() -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / "tables").glob("*.yaml"))
+
+
 def row_config(row: str, seed: int, output: Path, opts: list[str]) -> CfgNode:
     """The config of one run."""
     cfg = load_config(CONFIGS / "tables" / f"{row}.yaml", CONFIGS / "ablation.yaml", opts=opts)
@@ -228,7 +232,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    known = sorted(path.stem for path in (CONFIGS / "tables").glob("*.yaml"))
+    known = known_rows()
     rows = known if args.rows == ["all"] else list(dict.fromkeys(args.rows))
     for row in rows:
         if row not in known:

@@ -5,10 +5,13 @@
     tools/convert_checkpoint.py --from mmdet atss_r50_fpn_1x_coco.pth converted.pth
     tools/train_net.py --config-file converted.yaml --eval-only
 
-    tools/convert_checkpoint.py --to mmdet model_final.pth for_mmdet.pth
+    tools/convert_checkpoint.py --to mmdet output/model_final.pth for_mmdet.pth
 
 "official" is the authors' code. Nothing in a file is executed. Where anything is missing,
 unexpected or of another shape, it is listed, and nothing is written.
+
+For mmdet, train with MODEL.ATSS.TOWER_BIAS False: its towers have no biases. What its config has to
+say for these weights is printed, and written beside them.
 """
 
 import argparse
@@ -17,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from atss.checkpoints import ConversionError, config_for, convert, load, to_mmdet
-from atss.weights import WeightsError
+from atss.checkpoints import ConversionError, config_for, convert, load, mmdet_config, to_mmdet
+from atss.config_file import load_config
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -33,6 +36,11 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("box", "point"),
         default="box",
         help="what the authors' weights were trained to regress (weights do not tell)",
+    )
+    parser.add_argument(
+        "--config-file",
+        type=Path,
+        help="with --to: the config of the run that made IN; config.yaml beside it by default",
     )
     parser.add_argument("input", type=Path, metavar="IN")
     parser.add_argument("output", type=Path, metavar="OUT", help="a .pth file")
@@ -54,20 +62,26 @@ def main(argv: list[str] | None = None) -> None:
         if args.output.resolve() == args.input.resolve():
             raise ConversionError("OUT must not be IN")
         weights = load(args.input)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         if args.target:
-            write(args.output, {"meta": {}, "state_dict": to_mmdet(weights)})
-            print(f"Written: {args.output}")
-            return
-        converted = convert(weights, args.source)
-        cfg = config_for(converted, args.source, args.regression)
-    except (WeightsError, OSError) as error:
+            config = mmdet_config(
+                load_config(args.config_file or args.input.with_name("config.yaml"))
+            )
+            content = {"meta": {}, "state_dict": to_mmdet(weights)}
+        else:
+            converted = convert(weights, args.source)
+            cfg = config_for(converted, args.source, args.regression)
+            cfg.MODEL.WEIGHTS = str(args.output)
+            config = cfg.dump()
+            content = {"model": converted, "__author__": f"converted from {args.source}"}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write(args.output, content)
+        config_file = args.output.with_suffix(".py" if args.target else ".yaml")
+        config_file.write_text(config)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    write(args.output, {"model": converted, "__author__": f"converted from {args.source}"})
-    cfg.MODEL.WEIGHTS = str(args.output)
-    config = args.output.with_suffix(".yaml")
-    config.write_text(cfg.dump())
-    print(f"Written: {args.output}, and the config that it needs: {config}")
+    print(f"Written: {args.output}, and the config that it needs: {config_file}")
+    if args.target:
+        print(f"\n{config}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def test_reference_vectors(case):
         offset=float(REFERENCE[f"{case}/offset"]),
     )
     assert anchors.per_level == REFERENCE[f"{case}/anchors_per_level"].tolist()
-    gt_index = ATSS(int(get["k"]))(anchors, make_gt(get["gt"])).gt_index[0].numpy()
+    gt_index = ATSS(int(get["k"]), "locations")(anchors, make_gt(get["gt"])).gt_index[0].numpy()
     tie = np.unpackbits(get["tie"])[: len(gt_index)].astype(bool)
     np.testing.assert_array_equal(gt_index[~tie], get["matched"][~tie])
 
@@ -44,22 +44,23 @@ def test_equals_float64_brute_force_ties_included(hw, k, scales, ratios, offset,
     rng = np.random.default_rng(k)
     boxes = [oracle.random_boxes(rng, count, hw, step) for count in (40, 0, 7, 40)]
     image_index = np.repeat(np.arange(4), [len(b) for b in boxes])
-    assigned = ATSS(k)(anchors, make_gt(np.concatenate(boxes), image_index, 4)).gt_index.numpy()
+    rule = ATSS(k, count="locations")
+    assigned = rule(anchors, make_gt(np.concatenate(boxes), image_index, 4)).gt_index.numpy()
     first = 0
     for image, own in zip(assigned, boxes, strict=True):
-        expected = oracle.atss(anchors, own, k)
+        expected = oracle.atss(anchors, own, k, "locations")
         np.testing.assert_array_equal(image, np.where(expected >= 0, expected + first, -1))
         first += len(own)
 
 
 @pytest.mark.parametrize("k", [9, 4, 1])
 @pytest.mark.parametrize("ratios", [(1.0,), (0.5, 2.0), (0.5, 1.0, 2.0)])
-def test_k_may_count_anchors(k, ratios):
-    """As the authors' code had it first: k anchors per level, whatever A. Where k is no multiple of
-    A, the last location gives the first of its anchors only."""
+def test_k_counts_anchors(k, ratios):
+    """Algorithm 1, line 4: k anchors per level, whatever A. Where k is no multiple of A, the last
+    location gives the first of its anchors only."""
     anchors = Anchors.grid((128, 128), ratios=ratios)
     boxes = oracle.random_boxes(np.random.default_rng(k), 60, (128, 128), 1)
-    gt_index = ATSS(k, count="anchors")(anchors, make_gt(boxes)).gt_index[0].numpy()
+    gt_index = ATSS(k)(anchors, make_gt(boxes)).gt_index[0].numpy()
     np.testing.assert_array_equal(gt_index, oracle.atss(anchors, boxes, k, "anchors"))
 
 

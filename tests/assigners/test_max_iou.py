@@ -116,3 +116,11 @@ def test_of_equal_objects_the_first_has_the_anchors(piece, monkeypatch):
     gt_index = MaxIoU()(Anchors.grid((64, 64)), make_gt([[0, 0, 50, 50]] * 3)).gt_index
     assert set(gt_index.unique().tolist()) <= {0, BACKGROUND, IGNORE}
     assert (gt_index == 0).any()
+
+
+@pytest.mark.parametrize(("inside", "expected"), [(0.02, 0), (0.005, IGNORE)])
+def test_a_centre_is_inside_from_a_hundredth_of_a_pixel_on(inside, expected):
+    """The anchor of 16 px at (12, 12), an object that covers a little more than its right half."""
+    anchors = Anchors.grid((32, 32), strides=(8,), scales=(2.0,))
+    gt = make_gt([[12 - inside, 4, 20, 20]])
+    assert MaxIoU(in_box=True)(anchors, gt).gt_index[0, 5] == expected

@@ -57,7 +57,7 @@ class GridAnchorGenerator(nn.Module):
 
 
 # Of the whole process, and safe with several threads on one model. Multi-scale training sees some
-# hundreds of canvas sizes; each grid costs 48 bytes an anchor: its boxes, and their sides in float64.
+# hundreds of canvas sizes; a grid costs 48 bytes an anchor, for boxes and their sides in float64.
 @lru_cache(maxsize=32)
 def _cached_grid(
     sizes: tuple[tuple[int, int], ...],

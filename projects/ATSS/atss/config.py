@@ -53,6 +53,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.NUM_CONVS = 4
     # Normalisation in the towers, by Detectron2's names; "" for none.
     node.NORM = "GN"
+    # The towers' convolutions have biases where a norm follows. Weights for mmdet want False.
+    node.TOWER_BIAS = True
     # Tower from which centerness is predicted, "box" or "cls"; "" for none: scores are class
     # probabilities then, and all positives weigh alike.
     node.CENTERNESS = "box"
@@ -241,6 +243,7 @@ def ATSSHead(
         num_anchors=num_anchors,
         num_convs=cfg.MODEL.ATSS.NUM_CONVS,
         norm=cfg.MODEL.ATSS.NORM,
+        tower_bias=cfg.MODEL.ATSS.TOWER_BIAS,
         prior_prob=cfg.MODEL.ATSS.PRIOR_PROB,
         centerness=cfg.MODEL.ATSS.CENTERNESS,
         level_scale=cfg.MODEL.ATSS.LEVEL_SCALE,

@@ -146,8 +146,8 @@ def _refuse_soft(cls_target: Tensor) -> None:
         soft = (cls_target != 0) & (cls_target != 1)
         if soft.any():
             raise ValueError(
-                f"Assignment.cls_target holds {cls_target[soft][0].item():g}, but the focal loss is "
-                "for class targets 0 and 1"
+                f"Assignment.cls_target holds {cls_target[soft][0].item():g}, but the focal loss "
+                "is for class targets 0 and 1"
             )
 
 

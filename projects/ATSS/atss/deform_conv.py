@@ -61,12 +61,13 @@ class DeformConvLayer(nn.Module):
     Args:
         channels: in and out.
         modulated: version 2.
+        bias: whether the convolution has one.
     """
 
-    def __init__(self, channels: int, modulated: bool = True):
+    def __init__(self, channels: int, modulated: bool = True, bias: bool = True):
         super().__init__()
         self.offset = nn.Conv2d(channels, 27 if modulated else 18, 3, padding=1)
-        plain = nn.Conv2d(channels, channels, 3, padding=1)
+        plain = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
         self.conv = DeformConv(plain.weight, plain.bias, padding=1)
         self.modulated = modulated
         nn.init.zeros_(self.offset.weight)

@@ -64,6 +64,8 @@ class ATSSHead(nn.Module):
         num_anchors: A.
         num_convs: convolutions per tower.
         norm: Detectron2's name of the towers' normalisation, "" for none.
+        tower_bias: whether the towers' convolutions have biases where a norm follows; mmdet's have
+            none.
         prior_prob: class probability at initialisation (RetinaNet, section 4.1).
         centerness: the tower that predicts it, "box" or "cls"; "" for none at all.
         level_scale: whether each level's regression has a learned scale.
@@ -84,6 +86,7 @@ class ATSSHead(nn.Module):
         num_anchors: int = 1,
         num_convs: int = 4,
         norm: str = "GN",
+        tower_bias: bool = True,
         prior_prob: float = 0.01,
         centerness: str = "box",
         level_scale: bool = True,
@@ -99,8 +102,9 @@ class ATSSHead(nn.Module):
                 f"with {num_convs} convolutions"
             )
         self.num_classes = num_classes
-        self.cls_subnet = self._tower(in_channels, num_convs, norm, deform)
-        self.bbox_subnet = self._tower(in_channels, num_convs, norm, deform)
+        tower = (in_channels, num_convs, norm, tower_bias or not norm, deform)
+        self.cls_subnet = self._tower(*tower)
+        self.bbox_subnet = self._tower(*tower)
         self.cls_score = nn.Conv2d(in_channels, num_anchors * num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(in_channels, num_anchors * 4, 3, padding=1)
         self.centerness = centerness
@@ -112,18 +116,19 @@ class ATSSHead(nn.Module):
             # Offsets of deformable convolutions begin at zero.
             if isinstance(module, (nn.Conv2d, DeformConv)) and not name.endswith("offset"):
                 nn.init.normal_(module.weight, std=0.01)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
         nn.init.constant_(self.bbox_pred.bias, box_bias)
 
     @staticmethod
-    def _tower(channels: int, num_convs: int, norm: str, deform: str) -> nn.Sequential:
+    def _tower(channels: int, num_convs: int, norm: str, bias: bool, deform: str) -> nn.Sequential:
         layers: list[nn.Module] = []
         for i in range(num_convs):
             if deform and i == num_convs - 1:
-                layers.append(DeformConvLayer(channels, modulated=deform == "v2"))
+                layers.append(DeformConvLayer(channels, deform == "v2", bias))
             else:
-                layers.append(nn.Conv2d(channels, channels, 3, padding=1))
+                layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=bias))
             if norm:
                 layers.append(get_norm(norm, channels))
             layers.append(nn.ReLU(inplace=True))

@@ -9,6 +9,7 @@ from torchvision.ops import nms
 
 from .structures import Anchors, HeadOutput
 
+
 # How class probability and centerness make the score. Both rank alike; the root keeps the score
 # on the scale of a probability (authors' code), without it scores are mmdet's.
 def product(probability: Tensor, quality: Tensor) -> Tensor:

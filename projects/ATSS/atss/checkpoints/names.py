@@ -108,40 +108,51 @@ def _layer(tail: str) -> Callable[[re.Match], str]:
     return lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}." + m.expand(tail)
 
 
-TO_MMDET: list[Rule] = [
-    (r"backbone\.bottom_up\.stem\.conv1\.(weight)", r"backbone.conv1.\1"),
-    (r"backbone\.bottom_up\.stem\.conv1\.norm\.(\w+)", r"backbone.bn1.\1"),
-    (_STAGE + r"conv2_offset\.(\w+)", _layer(r"conv2.conv_offset.\3")),
-    (_STAGE + r"conv(\d)\.norm\.(\w+)", _layer(r"bn\3.\4")),
-    (_STAGE + r"(conv\d\.\w+)", _layer(r"\3")),
-    (_STAGE + r"shortcut\.norm\.(\w+)", _layer(r"downsample.1.\3")),
-    (_STAGE + r"shortcut\.(\w+)", _layer(r"downsample.0.\3")),
-    (
-        r"backbone\.fpn_lateral(\d)\.(\w+)",
-        lambda m: f"neck.lateral_convs.{int(m[1]) - 3}.conv.{m[2]}",
-    ),
-    (r"backbone\.fpn_output(\d)\.(\w+)", lambda m: f"neck.fpn_convs.{int(m[1]) - 3}.conv.{m[2]}"),
-    (
-        r"backbone\.top_block\.p(\d)\.(\w+)",
-        lambda m: f"neck.fpn_convs.{int(m[1]) - 3}.conv.{m[2]}",
-    ),
-    (
-        r"head\.(\w+_subnet)\.(0|3|6|9)\.offset\.(\w+)",
-        lambda m: f"bbox_head.{_TOWER[m[1]]}.{int(m[2]) // 3}.conv.conv_offset.{m[3]}",
-    ),
-    (
-        r"head\.(\w+_subnet)\.(0|3|6|9)\.(?:conv\.)?(\w+)",
-        lambda m: f"bbox_head.{_TOWER[m[1]]}.{int(m[2]) // 3}.conv.{m[3]}",
-    ),
-    (
-        r"head\.(\w+_subnet)\.(1|4|7|10)\.(\w+)",
-        lambda m: f"bbox_head.{_TOWER[m[1]]}.{int(m[2]) // 3}.gn.{m[3]}",
-    ),
-    (r"head\.cls_score\.(\w+)", r"bbox_head.atss_cls.\1"),
-    (r"head\.bbox_pred\.(\w+)", r"bbox_head.atss_reg.\1"),
-    (r"head\.ctrness\.(\w+)", r"bbox_head.atss_centerness.\1"),
-    (r"head\.scales\.(\d)\.scale", r"bbox_head.scales.\1.scale"),
-]
+def to_mmdet_rules(lowest: int, laterals: int) -> list[Rule]:
+    """The table back to mmdet, whose FPN counts its levels from zero.
+
+    Args:
+        lowest: the lowest of our levels, 3 for P3.
+        laterals: how many of them are made of the backbone's.
+    """
+    return [
+        (r"backbone\.bottom_up\.stem\.conv1\.(weight)", r"backbone.conv1.\1"),
+        (r"backbone\.bottom_up\.stem\.conv1\.norm\.(\w+)", r"backbone.bn1.\1"),
+        (_STAGE + r"conv2_offset\.(\w+)", _layer(r"conv2.conv_offset.\3")),
+        (_STAGE + r"conv(\d)\.norm\.(\w+)", _layer(r"bn\3.\4")),
+        (_STAGE + r"(conv\d\.\w+)", _layer(r"\3")),
+        (_STAGE + r"shortcut\.norm\.(\w+)", _layer(r"downsample.1.\3")),
+        (_STAGE + r"shortcut\.(\w+)", _layer(r"downsample.0.\3")),
+        (
+            r"backbone\.fpn_lateral(\d)\.(\w+)",
+            lambda m: f"neck.lateral_convs.{int(m[1]) - lowest}.conv.{m[2]}",
+        ),
+        (
+            r"backbone\.fpn_output(\d)\.(\w+)",
+            lambda m: f"neck.fpn_convs.{int(m[1]) - lowest}.conv.{m[2]}",
+        ),
+        # The first of the two is called p6 whatever its level.
+        (
+            r"backbone\.top_block\.p([67])\.(\w+)",
+            lambda m: f"neck.fpn_convs.{int(m[1]) - 6 + laterals}.conv.{m[2]}",
+        ),
+        (
+            r"head\.(\w+_subnet)\.(0|3|6|9)\.offset\.(\w+)",
+            lambda m: f"bbox_head.{_TOWER[m[1]]}.{int(m[2]) // 3}.conv.conv_offset.{m[3]}",
+        ),
+        (
+            r"head\.(\w+_subnet)\.(0|3|6|9)\.(?:conv\.)?(\w+)",
+            lambda m: f"bbox_head.{_TOWER[m[1]]}.{int(m[2]) // 3}.conv.{m[3]}",
+        ),
+        (
+            r"head\.(\w+_subnet)\.(1|4|7|10)\.(\w+)",
+            lambda m: f"bbox_head.{_TOWER[m[1]]}.{int(m[2]) // 3}.gn.{m[3]}",
+        ),
+        (r"head\.cls_score\.(\w+)", r"bbox_head.atss_cls.\1"),
+        (r"head\.bbox_pred\.(\w+)", r"bbox_head.atss_reg.\1"),
+        (r"head\.ctrness\.(\w+)", r"bbox_head.atss_centerness.\1"),
+        (r"head\.scales\.(\d)\.scale", r"bbox_head.scales.\1.scale"),
+    ]
 
 
 def rename(names: list[str], rules: list[Rule]) -> tuple[dict[str, str], list[str]]:
