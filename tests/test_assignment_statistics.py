@@ -3,6 +3,7 @@ import json
 
 import assignment_statistics as tool
 import pytest
+from conftest import ROOT
 
 
 def run(tmp_path, annotations, *argv):
@@ -54,3 +55,20 @@ def test_unknown_rule_and_unreadable_file(tmp_path):
         run(tmp_path, [annotation(0, 0, 20, 20)], "--rules", "Nearest")
     with pytest.raises(SystemExit, match="cannot be read as COCO's json"):
         tool.main(["--annotations", str(tmp_path / "absent.json")])
+
+
+def test_several_configs_are_compared_on_their_own_anchors(tmp_path):
+    """Nine anchors: 45 candidates under Algorithm 1, nine times as many under the later rule."""
+    rows = [str(ROOT / "configs/tables" / f"{r}.yaml") for r in ("atss_A9", "atss_A9_locations")]
+    (only,) = run(tmp_path, [annotation(100, 100, 80, 80)], "--config-file", *rows)
+    assert 0 < int(only["atss_A9"]) <= 45 < int(only["atss_A9_locations"]) <= 405
+    assert "mean" not in only
+    assert (
+        "| objects | count | atss_A9 | atss_A9_locations |"
+        in (tmp_path / "out/table.md").read_text()
+    )
+    many = [str(f) for f in sorted((ROOT / "configs/tables").glob("atss_k*.yaml"))]
+    run(tmp_path, [annotation(100, 100, 80, 80)], "--config-file", *many)
+    assert "| atss_k19 | " in (tmp_path / "out" / "table.md").read_text()
+    with pytest.raises(SystemExit, match="--rules is for one config"):
+        run(tmp_path, [annotation(0, 0, 9, 9)], "--rules", "ATSS", "--config-file", *rows)

@@ -247,7 +247,7 @@ def rule(rule, anchors: Anchors) -> tuple[str, dict]:
             "in box": not (found["between"] >= 0).any(),
             "by IoU": {q: state(rule, two, [x, -4, x + 16, 12], (4, 4)) for q, x in left.items()},
         }
-    # An object of 300 px moves away from the location of P5 at (528, 528), by twentieths of a stride.
+    # An object of 300 px moves away from P5's location (528, 528), by twentieths of a stride.
     around = [528 - 150, 528 - 150, 528 + 150, 528 + 150]
 
     def lost(twentieths: int) -> bool:

@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""How many samples each object of a data set gets, by its size, shape and place, for every rule.
+"""How many samples each object of a data set gets, by its size, shape and place: for every rule, or
+for several configs.
 
     tools/assignment_statistics.py --annotations datasets/coco/annotations/instances_val2017.json
+    tools/assignment_statistics.py --annotations train.json --config-file configs/tables/atss_*.yaml
     tools/assignment_statistics.py --annotations train.json --rules ATSS SpatialScale \\
         --config-file configs/ATSS_R_18_FPN_small.yaml --output output/statistics
 
 Reads annotations only, no image. Canvases are those of testing: INPUT.MIN_SIZE_TEST and
-INPUT.MAX_SIZE_TEST of the config, padded to multiples of 32. Writes a table, a plot, and one line
-per object.
+INPUT.MAX_SIZE_TEST of the first config, padded to multiples of 32. Writes a table, a plot, and one
+line per object.
 """
 
 import argparse
@@ -16,7 +18,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -83,10 +85,17 @@ def images_of(annotations: str) -> list[tuple[dict, np.ndarray]]:
     return [(images[i], np.array(b, dtype=np.float64)) for i, b in boxes.items() if i in images]
 
 
+def anchors_of(cfg: CfgNode, canvas_hw: Sequence[int]) -> Anchors:
+    node, offset = cfg.MODEL.ATSS, cfg.MODEL.ANCHOR_GENERATOR.OFFSET
+    return Anchors.grid(canvas_hw, STRIDES, node.ANCHOR_SCALES, node.ANCHOR_RATIOS, offset)
+
+
 def measure(images: list, cfgs: dict[str, CfgNode]) -> Iterator[dict]:
-    """One record per object: what it is, how many positives each rule gives it, and the mean and
-    standard deviation of its candidates' IoUs under ATSS."""
+    """One record per object: what it is, how many positives each config's rule gives it on that
+    config's anchors, and the mean and standard deviation of its candidates' IoUs where one of the
+    rules is ATSS."""
     rules = {name: build_assigner(cfg) for name, cfg in cfgs.items()}
+    with_threshold = [isinstance(rule, ATSS) for rule in rules.values()].count(True) == 1
     cfg = next(iter(cfgs.values()))
     for image, xywh in tqdm(images, unit="image"):
         size = (image["height"], image["width"])
@@ -94,9 +103,6 @@ def measure(images: list, cfgs: dict[str, CfgNode]) -> Iterator[dict]:
             *size, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
         )
         canvas = [-(-side // DIVISIBILITY) * DIVISIBILITY for side in (height, width)]
-        node = cfg.MODEL.ATSS
-        offset = cfg.MODEL.ANCHOR_GENERATOR.OFFSET
-        anchors = Anchors.grid(canvas, STRIDES, node.ANCHOR_SCALES, node.ANCHOR_RATIOS, offset)
         x, y, w, h = xywh.T
         zoom = np.array([width / size[1], height / size[0]] * 2)
         boxes = torch.from_numpy(np.stack([x, y, x + w, y + h], axis=1) * zoom).float()
@@ -110,45 +116,56 @@ def measure(images: list, cfgs: dict[str, CfgNode]) -> Iterator[dict]:
             "border": np.stack([x, y, size[1] - x - w, size[0] - y - h]).min(axis=0),
         }
         for name, rule in rules.items():
+            anchors = anchors_of(cfgs[name], canvas)
             counts = rule(anchors, gt).positives_per_object(len(gt))
             columns[name] = counts.tolist()
-            if isinstance(rule, ATSS):
+            if with_threshold and isinstance(rule, ATSS):
                 mean, std = rule.statistics(anchors, gt.boxes)
                 columns["mean"], columns["std"] = mean.tolist(), std.tolist()
         for values in zip(*columns.values(), strict=True):
             yield dict(zip(columns, values, strict=True))
 
 
-def table(objects: list[dict], rules: list[str], top: int) -> str:
-    """Markdown: positives per object and objects without any, by group."""
-    with_threshold = "mean" in objects[0]
-    header = ["objects", "count", *rules]
-    header += ["IoU of candidates: mean", "std", "threshold"] if with_threshold else []
+def groups(objects: list[dict]) -> dict[str, list[dict]]:
+    """{label: the objects of that kind}, all of them first, without empty ones."""
+    found = {"all": objects}
+    for group, (key, bins) in GROUPS.items():
+        for label, low, high in bins:
+            found[f"{group}: {label}"] = [o for o in objects if low <= o[key] < high]
+    return {label: some for label, some in found.items() if some}
+
+
+def positives(objects: list[dict], column: str) -> str:
+    """Mean of a column's counts, and in brackets the share that is 0."""
+    counts = np.array([o[column] for o in objects])
+    return f"{counts.mean():.1f} ({(counts == 0).mean():.1%})"
+
+
+def table(objects: list[dict], columns: list[str], top: int) -> str:
+    """Markdown: positives per object and objects without any, by group; a line for each group, or,
+    where there are many columns, a line for each of these."""
     lines = [
         "Positives per object, and in brackets the objects without any. "
         f"0.2 * k * L would be {0.2 * top:.1f}.",
         "",
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
     ]
-
-    def line(label: str, some: list[dict]) -> None:
-        cells = [label, str(len(some))]
-        for rule in rules:
-            counts = np.array([o[rule] for o in some])
-            cells.append(f"{counts.mean():.1f} ({(counts == 0).mean():.1%})")
-        if with_threshold:
-            mean, std = (np.mean([o[key] for o in some]) for key in ("mean", "std"))
-            cells += [f"{mean:.3f}", f"{std:.3f}", f"{mean + std:.3f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-
-    line("all", objects)
-    for group, (key, bins) in GROUPS.items():
-        for label, low, high in bins:
-            some = [o for o in objects if low <= o[key] < high]
-            if some:
-                line(f"{group}: {label}", some)
-    return "\n".join(lines) + "\n"
+    kinds = groups(objects)
+    if len(columns) > 6:
+        rows = [["", *(f"{label} ({len(some)})" for label, some in kinds.items())]]
+        rows += [[c, *(positives(some, c) for some in kinds.values())] for c in columns]
+    else:
+        rows = [["objects", "count", *columns]]
+        rows += [
+            [label, str(len(some)), *(positives(some, c) for c in columns)]
+            for label, some in kinds.items()
+        ]
+        if "mean" in objects[0]:
+            rows[0] += ["IoU of candidates: mean", "std", "threshold"]
+            for row, some in zip(rows[1:], kinds.values(), strict=True):
+                mean, std = (np.mean([o[key] for o in some]) for key in ("mean", "std"))
+                row += [f"{mean:.3f}", f"{std:.3f}", f"{mean + std:.3f}"]
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
 def plot(objects: list[dict], rules: list[str], top: int, target: Path) -> None:
@@ -206,8 +223,13 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--annotations", required=True, help="in COCO's format")
-    parser.add_argument("--config-file", default=str(ROOT / "configs/ATSS_R_50_FPN_1x.yaml"))
-    parser.add_argument("--rules", nargs="+", help="names of rules; all by default")
+    parser.add_argument(
+        "--config-file",
+        nargs="+",
+        default=[str(ROOT / "configs/ATSS_R_50_FPN_1x.yaml")],
+        help="one whose anchors all rules get, or several, each with its own rule and anchors",
+    )
+    parser.add_argument("--rules", nargs="+", help="of one config: names of rules; all by default")
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
     parser.add_argument("--output", type=Path, default=Path("output/assignment_statistics"))
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="after --: over the config")
@@ -219,17 +241,22 @@ def main(argv: list[str] | None = None) -> None:
     sys.path.insert(0, os.getcwd())
     for module in args.imports:
         importlib.import_module(module)
-    rules = args.rules or [name for name, _ in ASSIGNER_REGISTRY]
     try:
         images = images_of(args.annotations)
-        cfgs = {rule: rule_config(args.config_file, rule, args.opts) for rule in rules}
+        if len(args.config_file) == 1:
+            rules = args.rules or [name for name, _ in ASSIGNER_REGISTRY]
+            cfgs = {rule: rule_config(*args.config_file, rule, args.opts) for rule in rules}
+        elif args.rules:
+            raise ValueError("--rules is for one config; several have each their own")
+        else:
+            cfgs = {Path(f).stem: load_config(f, opts=args.opts) for f in args.config_file}
         objects = list(measure(images, cfgs))
     except (ValueError, KeyError) as error:
         sys.exit(f"error: {error.args[0]}")
     top = next(iter(cfgs.values())).MODEL.ATSS.ASSIGNERS.ATSS.TOP_K * len(STRIDES)
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "table.md").write_text(table(objects, rules, top))
-    plot(objects, rules, top, args.output / "plot.png")
+    (args.output / "table.md").write_text(table(objects, list(cfgs), top))
+    plot(objects, list(cfgs), top, args.output / "plot.png")
     with open(args.output / "objects.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, objects[0])
         writer.writeheader()
