@@ -29,11 +29,14 @@ endif
 demo: env
 	$(BIN)/python -W ignore tools/digits.py
 
+# A process for each core, and a thread for each process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: env
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-full: env
-	$(BIN)/python -m pytest -m ''
+	$(PYTEST) -m ''
 
 lint: env
 	$(BIN)/ruff check .

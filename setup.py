@@ -37,6 +37,6 @@ setup(
         "demo": ["matplotlib", "scikit-learn", "scipy", "tqdm"],
         # To be measured beside, by tools/benchmark.py.
         "peers": ["mmdet==3.3.0", "mmcv-lite==2.1.0", "mmengine==0.10.7"],
-        "test": ["hypothesis", "pytest", "ruff"],
+        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
     },
 )

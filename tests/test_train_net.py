@@ -96,6 +96,31 @@ def test_fine_tunes_converted_weights_on_own_classes(command, tmp_path):
     assert torch.equal(tuned[frozen], weights["backbone.body.layer1.0.conv1.weight"])
 
 
+@pytest.mark.parametrize("source", ["official", "mmdet"])
+def test_converted_weights_of_own_classes_are_evaluated_and_trained_on(command, tmp_path, source):
+    """Two classes, as the data have: nothing of the weights begins anew."""
+    theirs = json.loads((DATA / f"{source}_atss_r50_shapes.json").read_text())
+    theirs = {k: [2, *v[1:]] if v and v[0] == 80 else v for k, v in theirs.items()}
+    weights = {k: torch.from_numpy(v) for k, v in recipe.weights(theirs).items()}
+    torch.save({"model": weights}, tmp_path / "theirs.pth")
+    paths = [str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pth")]
+    convert_checkpoint.main(["--from", source, *paths])
+
+    def converted(*options, **opts):
+        argv = command(*options, **opts, **{"SOLVER.MAX_ITER": 1, "SOLVER.CHECKPOINT_PERIOD": 1})
+        argv[1] = str(tmp_path / "ours.yaml")
+        for key in ("MODEL.ATSS.NUM_CONVS", "MODEL.FPN.OUT_CHANNELS"):
+            del argv[argv.index(key) : argv.index(key) + 2]
+        return argv
+
+    assert math.isfinite(run(converted("--eval-only"))["bbox"]["AP"])
+    if source == "official":
+        with pytest.raises(ValueError, match=r"LEGACY_PIXELS True is for inference"):
+            run(converted())
+    run(converted(**{"MODEL.ATSS.LEGACY_PIXELS": False}))
+    assert "Skip loading" not in (tmp_path / "out" / "log.txt").read_text()
+
+
 def test_multi_scale_testing_beside_the_plain_one(command, tmp_path):
     aug = {
         "TEST.AUG.ENABLED": True,

@@ -176,7 +176,7 @@ def to_mmdet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def mmdet_config(cfg: CfgNode) -> str:
-    """What mmdet's own config of ATSS (configs/atss/atss_r50_fpn_1x_coco.py of mmdet 3) has to be
+    """What mmdet's own config of ATSS (atss_r50_fpn_1x_coco of mmdet 3) has to be
     changed to for weights of :func:`to_mmdet`, as Python.
 
     Args:
@@ -194,10 +194,14 @@ def mmdet_config(cfg: CfgNode) -> str:
     if len(node.ANCHOR_SCALES) * len(node.ANCHOR_RATIOS) > 1:
         raise ConversionError("only models with one anchor per location are converted for mmdet")
     stages = [int(name.removeprefix("res")) for name in cfg.MODEL.FPN.IN_FEATURES]
+    count = stages[-1] - 1  # from res2 on
     backbone = {
         "type": "ResNet" if resnet.NUM_GROUPS == 1 else "ResNeXt",
         "depth": resnet.DEPTH,
-        "out_indices": tuple(range(stages[-1] - 1)),
+        "num_stages": count,
+        "strides": (1, *[2] * (count - 1)),
+        "dilations": (1,) * count,
+        "out_indices": tuple(range(count)),
         "style": "caffe" if resnet.STRIDE_IN_1X1 else "pytorch",
         "init_cfg": None,
     }
@@ -206,8 +210,8 @@ def mmdet_config(cfg: CfgNode) -> str:
     if any(resnet.DEFORM_ON_PER_STAGE):
         kind, groups = "DCNv2" if resnet.DEFORM_MODULATED else "DCN", resnet.DEFORM_NUM_GROUPS
         backbone["dcn"] = {"type": kind, "deform_groups": groups, "fallback_on_stride": False}
-        backbone["stage_with_dcn"] = tuple(resnet.DEFORM_ON_PER_STAGE)
-    channels = [resnet.RES2_OUT_CHANNELS * 2**i for i in range(stages[-1] - 1)]
+        backbone["stage_with_dcn"] = tuple(resnet.DEFORM_ON_PER_STAGE[:count])
+    channels = [resnet.RES2_OUT_CHANNELS * 2**i for i in range(count)]
     strides = [2**level for level in range(stages[0], stages[-1] + 3)]
     model = {
         "data_preprocessor": {
