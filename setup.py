@@ -1,5 +1,6 @@
 """Package metadata. Detectron2 is not pulled in: the one that the user has is the right one."""
 
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,16 +15,21 @@ if find_spec("detectron2") is None:
         file=sys.stderr,
     )
 
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "projects/ATSS/atss/__init__.py").read_text(encoding="utf-8")
+)[1]
+
 setup(
     name="atss-detectron2",
-    version="0.1.0",
+    version=VERSION,
     description="ATSS and its relatives: one-stage object detection on Detectron2",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    package_dir={"": "projects/ATSS", "atss.configs": "configs"},
-    packages=[*find_packages("projects/ATSS"), "atss.configs"],
-    package_data={"atss.configs": ["*.yaml", "*.py", "tables/*.yaml"]},
+    package_dir={"": "projects/ATSS", "atss.configs": "configs", "atss.tools": "tools"},
+    packages=[*find_packages("projects/ATSS"), "atss.configs", "atss.tools"],
+    package_data={"atss": ["py.typed"], "atss.configs": ["**/*.yaml", "**/*.py"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.6",
@@ -37,6 +43,6 @@ setup(
         "demo": ["matplotlib", "scikit-learn", "scipy", "tqdm"],
         # To be measured beside, by tools/benchmark.py.
         "peers": ["mmdet==3.3.0", "mmcv-lite==2.1.0", "mmengine==0.10.7"],
-        "test": ["hypothesis", "pytest", "pytest-xdist", "ruff"],
+        "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
     },
 )

@@ -10,12 +10,12 @@ from torch.optim import SGD
 
 from atss.anchors import GridAnchorGenerator
 from atss.assigners import ATSS
-from atss.backbone import build_fpn
-from atss.box_coding import BoxDeltas
-from atss.criterion import Criterion
-from atss.detector import ATSSDetector
-from atss.head import ATSSHead
-from atss.postprocess import PostProcessor
+from atss.modeling.backbone import build_fpn
+from atss.modeling.box_coding import BoxDeltas
+from atss.modeling.criterion import Criterion
+from atss.modeling.detector import ATSSDetector
+from atss.modeling.head import ATSSHead
+from atss.modeling.postprocess import PostProcessor
 
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 dataloader.train.mapper.augmentations[0].short_edge_length = (800,)

@@ -15,7 +15,7 @@ from PIL import Image
 from atss import GroundTruth, add_atss_config
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(__file__).with_name("data")
+GOLDEN = Path(__file__).with_name("golden")
 
 
 def make_cfg(*opts: object, config: str = "ATSS_R_18_FPN_small.yaml") -> CfgNode:

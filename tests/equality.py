@@ -122,6 +122,10 @@ def run(folder: Path, target: Path, only: str) -> dict:
     return json.loads(target.read_text())
 
 
+def worktree(*arguments: str) -> None:
+    subprocess.run(["git", "-C", str(ROOT), "worktree", *arguments], check=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -141,15 +145,12 @@ def main() -> int:
             folder = ROOT
             if commit:
                 folder = Path(scratch) / str(i)
-                worktree = ["git", "-C", str(ROOT), "worktree"]
-                subprocess.run(
-                    [*worktree, "add", "-q", "--detach", str(folder), commit], check=True
-                )
+                worktree("add", "-q", "--detach", str(folder), commit)
             try:
                 found.append(run(folder, Path(scratch) / f"{i}.json", args.only))
             finally:
                 if commit:
-                    subprocess.run([*worktree, "remove", "--force", str(folder)], check=True)
+                    worktree("remove", "--force", str(folder))
     return compare(*found)
 
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from atss import IGNORE, Anchors, ATSSDetector, GroundTruth
 from atss.anchors import GridAnchorGenerator
 from atss.assigners import ASSIGNER_REGISTRY
-from atss.box_coding import BoxDeltas, LogDistances, PointDistances
-from atss.criterion import Criterion, OnBoxes, OnDeltas
 from atss.geometry import area, centres, iou, nearest_side
 from atss.losses import giou_loss, iou_loss, smooth_l1_loss
-from atss.postprocess import SCORES, PostProcessor
+from atss.modeling.box_coding import BoxDeltas, LogDistances, PointDistances
+from atss.modeling.criterion import Criterion, OnBoxes, OnDeltas
+from atss.modeling.postprocess import SCORES, PostProcessor
 from atss.structures import HeadOutput
 
 K = 3

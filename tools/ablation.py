@@ -11,212 +11,12 @@ goes on with the first run that is not complete.
 """
 
 import argparse
-import contextlib
-import json
 import logging
-import os
-import re
 import sys
-import time
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-import torch
-from detectron2.config import CfgNode
-from detectron2.engine import hooks
-from detectron2.utils.env import seed_all_rng
-from scipy import stats
-from torch import nn
-from tqdm import tqdm
-
-from atss.config import resolve_num_classes
-from atss.config_file import load_config
-from atss.data.datasets import register_coco
-from atss.data.digits import ABLATION, make_digits
-from atss.engine import Trainer
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-# Chosen before any result was seen.
-PRIMARY = (
-    *("retinanet_A1", "iou_box", "iou_point", "ssc_box", "ssc_point", "ssc_lite_point"),
-    *("atss_box", "atss_point", "atss_k3", "atss_k17", "iou_A9", "atss_A9"),
-)
-# What is compared, of the rows that were trained: (statement, row, row that it is compared with).
-CLAIMS = (
-    ("Table 1: all improvements over none", "iou_box", "retinanet_A1"),
-    ("Table 2: spatial and scale over IoU, boxes", "ssc_box", "iou_box"),
-    ("Table 2: spatial and scale over IoU, points", "ssc_point", "iou_point"),
-    ("Table 2: point over box, IoU", "iou_point", "iou_box"),
-    ("Table 2: point over box, spatial and scale", "ssc_point", "ssc_box"),
-    ("Table 3: ATSS over IoU, boxes", "atss_box", "iou_box"),
-    ("Table 3: ATSS over spatial and scale, points", "atss_point", "ssc_point"),
-    ("Table 3: lite over spatial and scale, points", "ssc_lite_point", "ssc_point"),
-    ("Table 3: point over box, ATSS", "atss_point", "atss_box"),
-    ("Table 4: k = 3 over k = 9", "atss_k3", "atss_box"),
-    ("Table 4: k = 17 over k = 9", "atss_k17", "atss_box"),
-    ("Table 7: 9 anchors over 1, IoU", "iou_A9", "iou_box"),
-    ("Table 7: 9 anchors over 1, ATSS", "atss_A9", "atss_box"),
-    ("Table 7: 3 scales over 1, ATSS", "atss_A3_scales", "atss_box"),
-    ("Table 7: 3 ratios over 1, ATSS", "atss_A3_ratios", "atss_box"),
-    ("Table 7: ATSS over IoU, 9 anchors", "atss_A9", "iou_A9"),
-    ("the later rule, k * 9, over 1 anchor", "atss_A9_locations", "atss_box"),
-)
-METRICS = ("AP", "AP50", "AP75")
-
-
-def known_rows() -> list[str]:
-    return sorted(path.stem for path in (CONFIGS / "tables").glob("*.yaml"))
-
-
-def row_config(row: str, seed: int, output: Path, opts: list[str]) -> CfgNode:
-    """The config of one run."""
-    cfg = load_config(CONFIGS / "tables" / f"{row}.yaml", CONFIGS / "ablation.yaml", opts=opts)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.ATSS.NUM_CLASSES = resolve_num_classes(cfg)
-    cfg.SEED = seed
-    cfg.OUTPUT_DIR = str(output)
-    cfg.freeze()
-    return cfg
-
-
-@torch.no_grad()
-def pair_weights(model: nn.Module, seed: int) -> None:
-    """Draws the head's weights anew, part by part, so that what a row leaves out of a head does not
-    change the rest of it. (The backbone comes before the head, and equals anyway.)"""
-    for name, part in model.head.named_children():
-        generator = torch.Generator().manual_seed(seed)
-        for module in part.modules() if name != "scales" else ():
-            if isinstance(module, nn.Conv2d):
-                weight = torch.empty_like(module.weight, device="cpu")
-                module.weight.copy_(nn.init.normal_(weight, std=0.01, generator=generator))
-
-
-def train(cfg: CfgNode, progress: tqdm) -> dict[str, float]:
-    """One run, silent but for the progress: its metrics."""
-    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    start = time.perf_counter()
-    seed_all_rng(cfg.SEED)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        trainer = Trainer(cfg)
-        pair_weights(trainer.model, cfg.SEED)
-        trainer.register_hooks([hooks.CallbackHook(after_step=lambda _: progress.update())])
-        trainer.train()
-    (Path(cfg.OUTPUT_DIR) / "model_final.pth").unlink()
-    results = trainer._last_eval_results["bbox"]
-    return {name: results[name] for name in METRICS} | {"seconds": time.perf_counter() - start}
-
-
-def run_all(rows: list[str], seeds: int, output: Path, opts: list[str]) -> dict:
-    """Trains what is not there yet; {row: {seed: metrics}}.
-
-    Raises:
-        ValueError: where results of another config lie in the output folder.
-    """
-    wanted, results = [], {row: {} for row in rows}
-    for seed in range(1, seeds + 1):
-        for row in rows:
-            folder = output / row / f"seed{seed}"
-            cfg = row_config(row, seed, folder, opts)
-            done = folder / "result.json"
-            if not done.is_file():
-                wanted.append((row, seed, cfg, done))
-                continue
-            result = json.loads(done.read_text())
-            if result["config"] != cfg.dump():
-                raise ValueError(f"{folder} holds a run of another config: choose another --output")
-            results[row][seed] = result["metrics"]
-    if len(wanted) < seeds * len(rows):
-        print(f"{seeds * len(rows) - len(wanted)} runs are in {output}; {len(wanted)} to go.")
-    total = sum(cfg.SOLVER.MAX_ITER for _, _, cfg, _ in wanted)
-    with tqdm(total=total, unit="iteration", disable=not wanted) as progress:
-        for number, (row, seed, cfg, done) in enumerate(wanted, start=1):
-            progress.set_description(f"run {number} of {len(wanted)}: {row}, seed {seed}")
-            metrics = results[row][seed] = train(cfg, progress)
-            unfinished = done.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps({"config": cfg.dump(), "metrics": metrics}))
-            unfinished.rename(done)
-            progress.write(f"{row}, seed {seed}: AP {metrics['AP']:.1f}", file=sys.stdout)
-    return results
-
-
-def paired(results: dict, row: str, other: str) -> tuple[np.ndarray, float]:
-    """AP of a row minus that of another, seed by seed, and half the width of the 95 % interval of
-    the mean (Student's t; not a number for one seed)."""
-    seeds = sorted(set(results[row]) & set(results[other]))
-    difference = np.array([results[row][s]["AP"] - results[other][s]["AP"] for s in seeds])
-    if len(seeds) < 2:
-        return difference, float("nan")
-    half = stats.t.ppf(0.975, len(seeds) - 1) * stats.sem(difference)
-    return difference, float(half)
-
-
-def claims(results: dict) -> list[tuple[str, np.ndarray, float]]:
-    """Those of CLAIMS whose rows were trained: (statement, differences, half interval)."""
-    known = [c for c in CLAIMS if c[1] in results and c[2] in results]
-    return [(statement, *paired(results, row, other)) for statement, row, other in known]
-
-
-def paper_ap(row: str) -> str:
-    """The AP that stands in the comment of a row's config; "" for a row that is not the paper's."""
-    comment = (CONFIGS / "tables" / f"{row}.yaml").read_text().replace("\n# ", " ")
-    printed = re.search(r"the paper's AP ([\d.]+\d)", comment)
-    return printed.group(1) if printed else ""
-
-
-def write_table(results: dict, target: Path) -> None:
-    """Markdown: rows, then differences."""
-    seeds = max(len(runs) for runs in results.values())
-    lines = [
-        f"Means over {seeds} seed(s) on the 200 test images of `atss.data.digits.ABLATION`.",
-        "",
-        "| row | AP | AP50 | AP75 | paper, COCO |",
-        "|---|---|---|---|---|",
-    ]
-    for row, runs in results.items():
-        means = [np.mean([r[name] for r in runs.values()]) for name in METRICS]
-        cells = " | ".join(f"{mean:.1f}" for mean in means)
-        lines.append(f"| {row} | {cells} | {paper_ap(row)} |")
-    lines += [
-        "",
-        "| paired difference of AP | mean | 95 % interval | per seed |",
-        "|---|---|---|---|",
-    ]
-    for statement, difference, half in claims(results):
-        mean = difference.mean()
-        interval = "" if np.isnan(half) else f"{mean - half:+.1f} to {mean + half:+.1f}"
-        each = ", ".join(f"{d:+.1f}" for d in difference)
-        lines.append(f"| {statement} | {mean:+.1f} | {interval} | {each} |")
-    target.write_text("\n".join(lines) + "\n")
-
-
-def plot(results: dict, target: Path) -> None:
-    """Left every run's AP by row, right the paired differences with their intervals."""
-    height = 1.2 + 0.32 * max(len(results), len(CLAIMS))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), layout="constrained")
-    for y, runs in enumerate(results.values()):
-        points = [r["AP"] for r in runs.values()]
-        left.plot(points, [y] * len(points), "o", color="tab:blue", alpha=0.5)
-        left.plot(np.mean(points), y, "|", color="black", ms=16, mew=2)
-    left.set_yticks(range(len(results)), list(results))
-    left.set_xlabel("AP (%): each seed, and the mean")
-    compared = claims(results)
-    for y, (_, difference, half) in enumerate(compared):
-        half = 0 if np.isnan(half) else half
-        right.errorbar(difference.mean(), y, xerr=half, fmt="o", color="tab:orange", capsize=3)
-        right.plot(difference, [y] * len(difference), ".", color="black", alpha=0.4)
-    right.axvline(0, color="black", lw=0.8)
-    right.set_yticks(range(len(compared)), [statement for statement, _, _ in compared])
-    right.set_xlabel("paired difference of AP (%): mean and its 95 % interval")
-    for axis in (left, right):
-        axis.invert_yaxis()
-        axis.grid(axis="x", alpha=0.3)
-    figure.savefig(target, dpi=110)
-    plt.close(figure)
+from atss.analysis.experiments import PRIMARY, compare_rows, write_table
+from atss.analysis.plots import plot_experiments
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -232,22 +32,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    known = known_rows()
-    rows = known if args.rows == ["all"] else list(dict.fromkeys(args.rows))
-    for row in rows:
-        if row not in known:
-            sys.exit(f"error: there is no row {row!r}; known are {', '.join(known)}")
     logging.getLogger("detectron2").setLevel(logging.INFO)  # else the trainer sets up a log
-    data = args.output / "data"
-    make_digits(data, ABLATION)
-    for split in ("train", "test"):
-        register_coco(f"ablation_{split}={data}/{split}.json:{data}/{split}")
     try:
-        results = run_all(rows, args.seeds, args.output, args.opts)
-    except ValueError as error:
+        results = compare_rows(args.rows, args.seeds, args.output, args.opts)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     write_table(results, args.output / "table.md")
-    plot(results, args.output / "plot.png")
+    plot_experiments(results, args.output / "plot.png")
     print((args.output / "table.md").read_text())
     print(f"Table and plot: {args.output}/table.md and {args.output}/plot.png")
 

@@ -25,7 +25,7 @@ from benchmarks.peers import PEERS, installed
 from benchmarks.timing import Seconds, table
 
 from atss import load_config, model_zoo
-from atss.acceleration import keep_freed_memory
+from atss.engine.launch import keep_freed_memory
 
 DEFAULT_CONFIG = "ATSS_R_50_FPN_1x.yaml"
 

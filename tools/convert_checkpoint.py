@@ -18,10 +18,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from atss.checkpoints import ConversionError, config_for, convert, load, mmdet_config, to_mmdet
-from atss.config_file import load_config
+from atss import load_config
+from atss.checkpoints import convert_file, convert_file_to_mmdet
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -47,41 +45,32 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def write(path: Path, content: dict) -> None:
-    """All of it or nothing."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    torch.save(content, unfinished)
-    unfinished.rename(path)
-
-
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.source and args.config_file:
+        parser.error("--config-file is for --to")
     try:
         if args.output.suffix != ".pth":
-            raise ConversionError(f"OUT must end in .pth, not {args.output.name}")
+            raise ValueError(f"OUT must end in .pth, not {args.output.name}")
         if args.output.resolve() == args.input.resolve():
-            raise ConversionError("OUT must not be IN")
-        weights = load(args.input)
-        if args.target:
-            config = mmdet_config(
-                load_config(args.config_file or args.input.with_name("config.yaml"))
-            )
-            content = {"meta": {}, "state_dict": to_mmdet(weights)}
+            raise ValueError("OUT must not be IN")
+        if args.source:
+            cfg = convert_file(args.input, args.output, args.source, args.regression)
+            print(f"Written: {args.output}, and its config: {args.output.with_suffix('.yaml')}")
+            if not cfg.DATASETS.TEST:
+                print(
+                    "Whose classes these are the weights do not tell: name data sets by --register."
+                )
         else:
-            converted = convert(weights, args.source)
-            cfg = config_for(converted, args.source, args.regression)
-            cfg.MODEL.WEIGHTS = str(args.output)
-            config = cfg.dump()
-            content = {"model": converted, "__author__": f"converted from {args.source}"}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        write(args.output, content)
-        config_file = args.output.with_suffix(".py" if args.target else ".yaml")
-        config_file.write_text(config)
+            cfg = load_config(args.config_file or args.input.with_name("config.yaml"))
+            config = convert_file_to_mmdet(args.input, args.output, cfg)
+            print(
+                f"Written: {args.output}, and for mmdet's config: {args.output.with_suffix('.py')}"
+            )
+            print(f"\n{config}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"Written: {args.output}, and the config that it needs: {config_file}")
-    if args.target:
-        print(f"\n{config}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import DATA, make_gt
+from conftest import GOLDEN, make_gt
 
 from atss import BACKGROUND, Anchors
 from atss.assigners import ATSS
 from atss.assigners.pairs import nearest_locations
 
-REFERENCE = np.load(DATA / "atss_assignment.npz")
+REFERENCE = np.load(GOLDEN / "atss_assignment.npz")
 CASES = sorted({key.split("/")[0] for key in REFERENCE.files})
 
 

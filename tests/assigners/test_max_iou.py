@@ -4,13 +4,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import DATA, make_gt
+from conftest import GOLDEN, make_gt
 
 from atss import BACKGROUND, IGNORE, Anchors
 from atss.assigners import MaxIoU, max_iou
 from atss.assigners.pairs import rectangles
 
-REFERENCE = np.load(DATA / "iou_assignment.npz")
+REFERENCE = np.load(GOLDEN / "iou_assignment.npz")
 CASES = sorted({key.split("/")[0] for key in REFERENCE.files})
 
 

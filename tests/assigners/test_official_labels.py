@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from conftest import DATA, make_gt
+from conftest import GOLDEN, make_gt
 
 from atss import IGNORE, Anchors
 from atss.assigners import ATSS, MaxIoU, SpatialScale, TopK
 
-REFERENCE = np.load(DATA / "official_labels.npz")
+REFERENCE = np.load(GOLDEN / "official_labels.npz")
 RULES = {"ATSS": ATSS(), "SSC": SpatialScale(), "IoU": MaxIoU(in_box=True), "TOPK": TopK()}
 
 

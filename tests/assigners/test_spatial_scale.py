@@ -2,12 +2,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import DATA, make_gt
+from conftest import GOLDEN, make_gt
 
 from atss import BACKGROUND, Anchors
 from atss.assigners import SpatialScale
 
-REFERENCE = np.load(DATA / "fcos_assignment.npz")
+REFERENCE = np.load(GOLDEN / "fcos_assignment.npz")
 RANGES = (64, 128, 256, 512)
 
 

@@ -10,9 +10,8 @@ except ImportError as error:
     ) from error
 
 from . import assigners
-from .config import add_atss_config
-from .config_file import load_config
-from .detector import ATSSDetector
+from .config import add_atss_config, load_config
+from .modeling import ATSSDetector
 from .structures import (
     BACKGROUND,
     IGNORE,
@@ -23,7 +22,7 @@ from .structures import (
     Predictions,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "BACKGROUND",
     "IGNORE",

@@ -1,13 +1,134 @@
-"""The anchor generator: one square anchor of 8 strides per location, by default."""
+"""Anchors, and what generates them: one square anchor of 8 strides per location, by default."""
 
+from __future__ import annotations
+
+import math
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property
+from threading import Lock
 
 import torch
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
-from .structures import Anchors
+
+@dataclass(frozen=True)
+class Anchors:
+    """Anchors on a pyramid of regular grids, together with the grids that made them.
+
+    Location (row i, column j) of a level has its centre at
+    ``((j + offset) * stride, (i + offset) * stride)`` and carries A boxes around it.
+
+    Attributes:
+        boxes: (R, 4) float32.
+        strides: pixels between neighbouring locations, per level.
+        sizes: (height, width) of each level, in locations.
+        offset: position of the first centre, in strides.
+        per_location: A.
+    """
+
+    boxes: Tensor
+    strides: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
+    offset: float
+    per_location: int
+
+    @classmethod
+    def on_levels(
+        cls,
+        sizes: Sequence[tuple[int, int]],
+        strides: Sequence[int],
+        scales: Sequence[float] = (8.0,),
+        ratios: Sequence[float] = (1.0,),
+        offset: float = 0.5,
+        device: torch.device | str | None = None,
+    ) -> Anchors:
+        """Anchors for levels of known size.
+
+        Args:
+            sizes: (height, width) of each level, in locations.
+            strides: pixels between locations, per level.
+            scales: square root of the anchors' area, in strides (paper, Table 5).
+            ratios: height / width.
+            offset: position of the first centre, in strides.
+        """
+        if len(sizes) != len(strides):
+            raise ValueError(f"{len(sizes)} level sizes for {len(strides)} strides")
+        boxes = []
+        for (height, width), stride in zip(sizes, strides, strict=True):
+            x = (torch.arange(width, dtype=torch.float32, device=device) + offset) * stride
+            y = (torch.arange(height, dtype=torch.float32, device=device) + offset) * stride
+            centres = torch.stack(torch.broadcast_tensors(x, y[:, None]), dim=-1)
+            cells = [
+                (-w / 2, -h / 2, w / 2, h / 2)
+                for scale in scales
+                for ratio in ratios
+                for w in [scale * stride / math.sqrt(ratio)]
+                for h in [w * ratio]
+            ]
+            cells = torch.tensor(cells).to(centres.device, non_blocking=True)
+            boxes.append((centres.repeat(1, 1, 2)[:, :, None] + cells).reshape(-1, 4))
+        return cls(
+            boxes=torch.cat(boxes),
+            strides=tuple(strides),
+            sizes=tuple((int(h), int(w)) for h, w in sizes),
+            offset=float(offset),
+            per_location=len(scales) * len(ratios),
+        )
+
+    @classmethod
+    def grid(
+        cls,
+        canvas_hw: tuple[int, int],
+        strides: Sequence[int] = (8, 16, 32, 64, 128),
+        scales: Sequence[float] = (8.0,),
+        ratios: Sequence[float] = (1.0,),
+        offset: float = 0.5,
+        device: torch.device | str | None = None,
+    ) -> Anchors:
+        """Anchors for a canvas of (height, width) pixels, on levels as FPN makes them:
+        ceil(height / stride) x ceil(width / stride). Other arguments as in :meth:`on_levels`."""
+        sizes = [tuple(-(-side // stride) for side in canvas_hw) for stride in strides]
+        return cls.on_levels(sizes, strides, scales, ratios, offset, device)
+
+    @cached_property
+    def per_level(self) -> list[int]:
+        """Number of anchors of each level; they sum to R."""
+        return [height * width * self.per_location for height, width in self.sizes]
+
+    @cached_property
+    def sides(self) -> Tensor:
+        """(4, R) float64: the boxes in memory x1 of all, then y1 of all, which is faster to work
+        on than box by box."""
+        return self.boxes.T.to(torch.float64, memory_format=torch.contiguous_format)
+
+    def centres_of(self, location: Tensor, level: int) -> Tensor:
+        """(..., 2) float64 centres in pixels of locations of one level.
+
+        Args:
+            location: (...) int64 among the locations of all levels.
+        """
+        local = location - sum(height * width for height, width in self.sizes[:level])
+        width = self.sizes[level][1]
+        cell = torch.stack([local % width, local // width], dim=-1)
+        return (cell.double() + self.offset) * self.strides[level]
+
+    @cached_property
+    def lattice(self) -> Tensor:
+        """(L, 4) float64 on the boxes' device: stride, width, height, index of the level's first
+        location among the locations of all levels."""
+        first, rows = 0, []
+        for stride, (height, width) in zip(self.strides, self.sizes, strict=True):
+            rows.append((stride, width, height, first))
+            first += height * width
+        # Not torch.tensor(..., device=...): that would make the host wait for the GPU.
+        lattice = torch.tensor(rows, dtype=torch.float64)
+        return lattice.to(self.boxes.device, non_blocking=True)
+
+
+# Of all generators, because a lock cannot be pickled with one.
+_LOCK = Lock()
 
 
 class GridAnchorGenerator(nn.Module):
@@ -22,6 +143,9 @@ class GridAnchorGenerator(nn.Module):
     """
 
     box_dim = 4
+    # Multi-scale training sees some hundreds of canvas sizes; a grid costs 48 bytes an anchor, for
+    # boxes and their sides in float64.
+    CACHED_GRIDS = 32
 
     def __init__(
         self,
@@ -38,6 +162,10 @@ class GridAnchorGenerator(nn.Module):
             raise ValueError(f"anchor offset must be in [0, 1), got {offset}")
         self.strides, self.scales, self.ratios = tuple(strides), tuple(scales), tuple(ratios)
         self.offset = offset
+        self._grids: dict[tuple, Anchors] = {}
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_grids": {}}  # they are made anew in no time
 
     @property
     def num_anchors(self) -> list[int]:
@@ -45,28 +173,20 @@ class GridAnchorGenerator(nn.Module):
         return [len(self.scales) * len(self.ratios)] * len(self.strides)
 
     def grid(self, features: Sequence[Tensor]) -> Anchors:
-        """Anchors for feature maps (N, C, H, W), one per level, on their device."""
-        sizes = tuple(tuple(x.shape[-2:]) for x in features)
-        layout = (self.strides, self.scales, self.ratios, self.offset)
-        return _cached_grid(sizes, *layout, features[0].device)
+        """Anchors for feature maps (N, C, H, W), one per level, on their device. They are kept and
+        handed out again: not to be changed in place."""
+        key = tuple(tuple(x.shape[-2:]) for x in features), features[0].device
+        with _LOCK:  # several threads may use one model
+            if key not in self._grids:
+                if len(self._grids) >= self.CACHED_GRIDS:
+                    self._grids.pop(next(iter(self._grids)))  # the oldest
+                # What inference mode makes cannot be trained with.
+                with torch.inference_mode(False), torch.no_grad():
+                    layout = (self.strides, self.scales, self.ratios, self.offset)
+                    self._grids[key] = Anchors.on_levels(key[0], *layout, key[1])
+            return self._grids[key]
 
     def forward(self, features: Sequence[Tensor]) -> list[Boxes]:
         """One Boxes per level, as Detectron2 wants them; the caller's own."""
         anchors = self.grid(features)
         return [Boxes(boxes.clone()) for boxes in anchors.boxes.split(anchors.per_level)]
-
-
-# Of the whole process, and safe with several threads on one model. Multi-scale training sees some
-# hundreds of canvas sizes; a grid costs 48 bytes an anchor, for boxes and their sides in float64.
-@lru_cache(maxsize=32)
-def _cached_grid(
-    sizes: tuple[tuple[int, int], ...],
-    strides: tuple[int, ...],
-    scales: tuple[float, ...],
-    ratios: tuple[float, ...],
-    offset: float,
-    device: torch.device,
-) -> Anchors:
-    # What inference mode makes cannot be trained with.
-    with torch.inference_mode(False), torch.no_grad():
-        return Anchors.on_levels(sizes, strides, scales, ratios, offset, device)

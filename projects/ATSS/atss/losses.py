@@ -21,8 +21,8 @@ def sigmoid_focal_loss(
     """
     probability = logits.sigmoid()
     miss = probability + targets - 2 * probability * targets  # 1 - p for positives, else p
-    # For gamma < 1 the slope of the power is infinite at 0, where a saturated logit lies.
-    miss = miss.clamp(min=torch.finfo(miss.dtype).tiny)
+    if 0 < gamma < 1:  # the slope of such a power is infinite at 0, where a saturated logit lies
+        miss = miss.clamp(min=torch.finfo(miss.dtype).tiny)
     balance = (1 - alpha) + (2 * alpha - 1) * targets
     entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return balance * miss**gamma * entropy

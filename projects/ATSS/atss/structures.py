@@ -4,7 +4,7 @@ Shape letters, used in every docstring and comment of this package:
 
     N  images in the batch               G  ground truths of the WHOLE batch
     R  anchors over all levels           K  classes
-    L  pyramid levels                    k  locations taken per level (top-k)
+    L  pyramid levels                    k  anchors (or locations) taken per level
     A  anchors per location              P  candidate pairs (ground truth, anchor)
 
 Boxes are (x1, y1, x2, y2) in absolute pixels of the padded canvas, continuous: width is x2 - x1.
@@ -14,134 +14,30 @@ Anchors are flattened by level, row, column, anchor; within a location by scale,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .anchors import Anchors
+
 if TYPE_CHECKING:
     from detectron2.structures import Instances
 
+__all__ = [
+    "BACKGROUND",
+    "IGNORE",
+    "Anchors",
+    "Assignment",
+    "GroundTruth",
+    "HeadOutput",
+    "Predictions",
+]
+
 BACKGROUND = -1
 IGNORE = -2
-
-
-@dataclass(frozen=True)
-class Anchors:
-    """Anchors on a pyramid of regular grids, together with the grids that made them.
-
-    Location (row i, column j) of a level has its centre at
-    ``((j + offset) * stride, (i + offset) * stride)`` and carries A boxes around it.
-
-    Attributes:
-        boxes: (R, 4) float32.
-        strides: pixels between neighbouring locations, per level.
-        sizes: (height, width) of each level, in locations.
-        offset: position of the first centre, in strides.
-        per_location: A.
-    """
-
-    boxes: Tensor
-    strides: tuple[int, ...]
-    sizes: tuple[tuple[int, int], ...]
-    offset: float
-    per_location: int
-
-    @classmethod
-    def on_levels(
-        cls,
-        sizes: Sequence[tuple[int, int]],
-        strides: Sequence[int],
-        scales: Sequence[float] = (8.0,),
-        ratios: Sequence[float] = (1.0,),
-        offset: float = 0.5,
-        device: torch.device | str | None = None,
-    ) -> Anchors:
-        """Anchors for levels of known size.
-
-        Args:
-            sizes: (height, width) of each level, in locations.
-            strides: pixels between locations, per level.
-            scales: square root of the anchors' area, in strides (paper, Table 5).
-            ratios: height / width.
-            offset: position of the first centre, in strides.
-        """
-        if len(sizes) != len(strides):
-            raise ValueError(f"{len(sizes)} level sizes for {len(strides)} strides")
-        boxes = []
-        for (height, width), stride in zip(sizes, strides, strict=True):
-            x = (torch.arange(width, dtype=torch.float32, device=device) + offset) * stride
-            y = (torch.arange(height, dtype=torch.float32, device=device) + offset) * stride
-            centres = torch.stack(torch.broadcast_tensors(x, y[:, None]), dim=-1)
-            cells = [
-                (-w / 2, -h / 2, w / 2, h / 2)
-                for scale in scales
-                for ratio in ratios
-                for w in [scale * stride / math.sqrt(ratio)]
-                for h in [w * ratio]
-            ]
-            cells = torch.tensor(cells).to(centres.device, non_blocking=True)
-            boxes.append((centres.repeat(1, 1, 2)[:, :, None] + cells).reshape(-1, 4))
-        return cls(
-            boxes=torch.cat(boxes),
-            strides=tuple(strides),
-            sizes=tuple((int(h), int(w)) for h, w in sizes),
-            offset=float(offset),
-            per_location=len(scales) * len(ratios),
-        )
-
-    @classmethod
-    def grid(
-        cls,
-        canvas_hw: tuple[int, int],
-        strides: Sequence[int] = (8, 16, 32, 64, 128),
-        scales: Sequence[float] = (8.0,),
-        ratios: Sequence[float] = (1.0,),
-        offset: float = 0.5,
-        device: torch.device | str | None = None,
-    ) -> Anchors:
-        """Anchors for a canvas of (height, width) pixels, on levels as FPN makes them:
-        ceil(height / stride) x ceil(width / stride). Other arguments as in :meth:`on_levels`."""
-        sizes = [tuple(-(-side // stride) for side in canvas_hw) for stride in strides]
-        return cls.on_levels(sizes, strides, scales, ratios, offset, device)
-
-    @cached_property
-    def per_level(self) -> list[int]:
-        """Number of anchors of each level; they sum to R."""
-        return [height * width * self.per_location for height, width in self.sizes]
-
-    @cached_property
-    def sides(self) -> Tensor:
-        """(4, R) float64: the boxes in memory x1 of all, then y1 of all, which is faster to work
-        on than box by box."""
-        return self.boxes.T.to(torch.float64, memory_format=torch.contiguous_format)
-
-    def centres_of(self, location: Tensor, level: int) -> Tensor:
-        """(..., 2) float64 centres in pixels of locations of one level.
-
-        Args:
-            location: (...) int64 among the locations of all levels.
-        """
-        local = location - sum(height * width for height, width in self.sizes[:level])
-        width = self.sizes[level][1]
-        cell = torch.stack([local % width, local // width], dim=-1)
-        return (cell.double() + self.offset) * self.strides[level]
-
-    @cached_property
-    def lattice(self) -> Tensor:
-        """(L, 4) float64 on the boxes' device: stride, width, height, index of the level's first
-        location among the locations of all levels."""
-        first, rows = 0, []
-        for stride, (height, width) in zip(self.strides, self.sizes, strict=True):
-            rows.append((stride, width, height, first))
-            first += height * width
-        # Not torch.tensor(..., device=...): that would make the host wait for the GPU.
-        lattice = torch.tensor(rows, dtype=torch.float64)
-        return lattice.to(self.boxes.device, non_blocking=True)
 
 
 @dataclass(frozen=True)

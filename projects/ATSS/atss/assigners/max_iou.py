@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..anchors import Anchors
 from ..geometry import centres, iou, nearest_side
-from ..structures import BACKGROUND, IGNORE, Anchors, Assignment, GroundTruth, Predictions
+from ..structures import BACKGROUND, IGNORE, Assignment, GroundTruth, Predictions
 from .pairs import rectangles
 
 

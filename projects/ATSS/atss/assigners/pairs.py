@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..structures import BACKGROUND, Anchors, Assignment, GroundTruth
+from ..anchors import Anchors
+from ..structures import BACKGROUND, Assignment, GroundTruth
 
 _INFINITY = torch.tensor(torch.inf, dtype=torch.float64).view(torch.int64).item()
 

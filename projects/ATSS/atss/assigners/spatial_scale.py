@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..anchors import Anchors
 from ..geometry import area, centres, nearest_side, side_distances
-from ..structures import Anchors, Assignment, GroundTruth, Predictions
+from ..structures import Assignment, GroundTruth, Predictions
 from .pairs import assign_pairs, nearest_locations, window
 
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..anchors import Anchors
 from ..geometry import centres, iou, nearest_side
-from ..structures import Anchors, Assignment, GroundTruth, Predictions
+from ..structures import Assignment, GroundTruth, Predictions
 from .pairs import all_anchors, assign_pairs, surrounding_locations
 
 

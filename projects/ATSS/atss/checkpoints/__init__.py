@@ -1,5 +1,27 @@
-"""Published weights: read without executing anything, renamed, converted, checked."""
+"""Weights: read without executing anything, written so that a kill loses nothing, converted from
+other projects' names."""
 
-from .convert import ConversionError, config_for, convert, load, mmdet_config, to_mmdet
+from .checkpointer import SafeCheckpointer, TrainingCheckpointer
+from .convert import (
+    ConversionError,
+    config_for,
+    convert,
+    convert_file,
+    load,
+)
+from .mmdet import convert_file_to_mmdet, mmdet_config, to_mmdet
+from .read import WeightsError
 
-__all__ = ["ConversionError", "config_for", "convert", "load", "mmdet_config", "to_mmdet"]
+__all__ = [
+    "ConversionError",
+    "SafeCheckpointer",
+    "TrainingCheckpointer",
+    "WeightsError",
+    "config_for",
+    "convert",
+    "convert_file",
+    "convert_file_to_mmdet",
+    "load",
+    "mmdet_config",
+    "to_mmdet",
+]

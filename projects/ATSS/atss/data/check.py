@@ -1,5 +1,5 @@
-"""Checks a data set before it costs days of training: its annotations, its image files, and whether
-its objects suit the config's anchors."""
+"""Checks a data set before it costs days of training: its annotations and its image files. Whether
+its objects suit the anchors of a config, whoever calls it can let it ask."""
 
 import os
 from collections import defaultdict
@@ -9,40 +9,28 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import torch
-from detectron2.data.transforms import ResizeShortestEdge
 
-from ..assigners.pairs import all_anchors, nearest_locations
-from ..geometry import centres, iou
-from ..structures import Anchors, GroundTruth
 from .coco_json import Objects, find_in_json, is_empty, is_length, place_of
-from .findings import ERROR, LEVELS, Finding
+from .findings import DROPPED, ERROR, LEVELS, NOTE, WARNING, Finding
 from .images import problems, read_header, verify
 
 # An object is poorly matched where no anchor overlaps it by this IoU: then the best one has more
 # than ten times its area, or covers less than a tenth of it, or lies across.
 POOR_IOU = 0.1
-# Images assigned at a time, which bounds memory.
-CHUNK = 64
 
 
-@dataclass(frozen=True)
-class Training:
-    """What a check has to know of the config.
-
-    Attributes:
-        sizes: (shorter side, longest side) to which images are resized; of a range, its ends.
-        anchors: (height, width) of a canvas -> its anchors.
-        assigner: the rule.
-        divisibility: canvases are padded to multiples of it.
-        filter_empty: whether images without annotations are left out.
-    """
-
-    sizes: tuple[tuple[int, int], ...]
-    anchors: Callable[[tuple[int, int]], Anchors]
-    assigner: Callable
-    divisibility: int
-    filter_empty: bool
+EXAMPLES = 3
+# The most frequent, and as many of the rarest.
+CLASSES = 10
+HEADINGS = {
+    ERROR: "Errors: training or evaluation stops there, or would be silently wrong",
+    DROPPED: "What training leaves out",
+    WARNING: "Worth a look",
+    NOTE: "Good to know",
+}
+# (content of the json, its objects) -> (M,) IoU of each object that training uses with its best
+# anchor, (M,) positives that a rule gives it.
+Match = Callable[[dict, Objects], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -96,7 +84,9 @@ class Report:
 def check(
     content: dict,
     image_dir: str,
-    training: Training,
+    sizes: Sequence[tuple[int, int]],
+    filter_empty: bool,
+    match: Match | None = None,
     deep: bool = False,
     progress: Callable[..., Iterable] = lambda items, **_: items,
 ) -> Report:
@@ -105,20 +95,22 @@ def check(
     Args:
         content: of its json, as from :func:`~atss.data.coco_json.read_coco`.
         image_dir: the folder that file names begin in.
-        training: what the config makes of it.
+        sizes: (shorter side, longest side) to which images are resized; of a range, its ends.
+        filter_empty: whether training leaves out images without annotations.
+        match: how objects fare with anchors, where that is to be looked at.
         deep: decode every image; else only those that do not end as their format ends.
         progress: wraps what takes long, as tqdm does.
     """
     findings, objects = find_in_json(content)
     sound = all(finding.level != ERROR for finding in findings)
-    findings += find_in_files(content, image_dir, training.sizes, deep, progress)
+    findings += find_in_files(content, image_dir, sizes, deep, progress)
     classes, best_iou, positives = [], None, None
     if objects is not None:
         classes = _classes(content, objects)
-        findings += _find_in_objects(content, objects, training, findings)
-    if sound:
+        findings += _find_in_objects(content, objects, filter_empty, findings)
+    if sound and match is not None:
         used = np.flatnonzero(objects.used)
-        best_iou, positives = match(content, objects, training, progress)
+        best_iou, positives = match(content, objects)
         place = place_of(content, "annotations")
         for kind, where, detail in (
             ("object_without_positive", positives == 0, ""),
@@ -134,7 +126,7 @@ def check(
 def find_in_files(
     content: dict,
     image_dir: str,
-    sizes: tuple[tuple[int, int], ...],
+    sizes: Sequence[tuple[int, int]],
     deep: bool,
     progress: Callable[..., Iterable],
 ) -> list[Finding]:
@@ -152,7 +144,7 @@ def find_in_files(
 
 
 def _look(
-    entry: dict, image_dir: str, sizes: tuple[tuple[int, int], ...], deep: bool
+    entry: dict, image_dir: str, sizes: Sequence[tuple[int, int]], deep: bool
 ) -> list[tuple[str, str]]:
     """Kind and sentence's end of each problem of an image."""
     path = os.path.join(image_dir, entry["file_name"])
@@ -181,7 +173,7 @@ def _classes(content: dict, objects: Objects) -> list[tuple[str, int, int]]:
 
 
 def _find_in_objects(
-    content: dict, objects: Objects, training: Training, findings: Sequence[Finding]
+    content: dict, objects: Objects, filter_empty: bool, findings: Sequence[Finding]
 ) -> list[Finding]:
     """Objects there twice, classes without any, images without any."""
     found = []
@@ -211,75 +203,41 @@ def _find_in_objects(
     number = len(content["images"])
     annotated = np.bincount(objects.image[counted], minlength=number) > 0
     with_objects = np.bincount(objects.image[used], minlength=number) > 0
-    dropped = ~annotated & training.filter_empty
+    dropped = ~annotated & filter_empty
     if len(content["annotations"]):
         add("image_dropped", "images", np.flatnonzero(dropped))
         add("image_without_objects", "images", np.flatnonzero(~with_objects & ~dropped))
     return found
 
 
-def match(
-    content: dict, objects: Objects, training: Training, progress: Callable[..., Iterable]
-) -> tuple[np.ndarray, np.ndarray]:
-    """How the objects that training uses fare with the anchors, on the size that suits each best.
-
-    Returns:
-        (M,) IoU with the best anchor, and (M,) positives that the rule gives it among the others
-        of its image, without crops.
-    """
-    used = np.flatnonzero(objects.used)
-    best_iou, positives = np.zeros(len(used)), np.zeros(len(used), dtype=np.int64)
-    image_of = objects.image[used]
-    sides = np.array([(e["width"], e["height"]) for e in content["images"]], dtype=np.float64)
-    boxes = objects.boxes[used]
-    boxes[:, 2:] += boxes[:, :2]
-    boxes = boxes.clip(0, np.tile(sides, 2)[image_of])
-    order = np.argsort(image_of, kind="stable")
-    starts = np.searchsorted(image_of[order], np.arange(len(sides) + 1))
-    batches = _batches(np.unique(image_of), sides, training)
-    for canvas, some, zoom in progress(batches, unit="batch", desc="anchors"):
-        of_batch = np.concatenate([order[starts[i] : starts[i + 1]] for i in some])
-        index = np.repeat(np.arange(len(some)), starts[some + 1] - starts[some])
-        gt = GroundTruth(
-            boxes=torch.from_numpy(boxes[of_batch] * np.tile(zoom, 2)[index]).float(),
-            classes=torch.zeros(len(index), dtype=torch.long),
-            image_index=torch.from_numpy(index),
-            num_images=len(some),
-        )
-        anchors = training.anchors(canvas)
-        given = training.assigner(anchors, gt).positives_per_object(len(gt)).numpy()
-        positives[of_batch] = np.maximum(positives[of_batch], given)
-        best_iou[of_batch] = np.maximum(best_iou[of_batch], _best_iou(anchors, gt.boxes))
-    return best_iou, positives
-
-
-def _batches(
-    images: np.ndarray, sides: np.ndarray, training: Training
-) -> list[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
-    """Images in batches of one canvas each: its (height, width), positions of the images, and what
-    their (width, height) are multiplied by."""
-    batches = []
-    for short, longest in training.sizes:
-        by_canvas = defaultdict(list)
-        for i in images:
-            width, height = map(int, sides[i])
-            resized = ResizeShortestEdge.get_output_shape(height, width, short, longest)
-            if min(resized) > 0:
-                canvas = tuple(
-                    -(-x // training.divisibility) * training.divisibility for x in resized
-                )
-                by_canvas[canvas].append((i, resized[1] / width, resized[0] / height))
-        for canvas, some in by_canvas.items():
-            for start in range(0, len(some), CHUNK):
-                chunk = np.array(some[start : start + CHUNK])
-                batches.append((canvas, chunk[:, 0].astype(np.int64), chunk[:, 1:]))
-    return batches
-
-
-def _best_iou(anchors: Anchors, boxes: torch.Tensor) -> np.ndarray:
-    """(G,) IoU of each box with the anchor that overlaps it most: on each level one at the location
-    nearest to its centre, because anchors of a level differ in nothing else but shape."""
-    boxes = boxes.double()
-    index, valid = all_anchors(anchors, *nearest_locations(anchors, centres(boxes), 1))
-    overlap = iou(anchors.boxes[index].double(), boxes) * valid
-    return overlap.amax(dim=0).numpy()
+def page(report: Report) -> str:
+    """The report for people."""
+    lines = [f"{report.images:,} images, {report.annotations:,} annotations"]
+    for level in LEVELS:
+        findings = [f for f in report.findings if f.level == level]
+        if findings:
+            lines += ["", HEADINGS[level]]
+        for finding in findings:
+            count = len(finding.positions)
+            lines.append(f"{count:>9,}  {finding.what}")
+            lines += [f"{'':13}{example}" for example in finding.examples(EXAMPLES)]
+            if count > EXAMPLES:
+                lines.append(f"{'':13}and {count - EXAMPLES:,} more")
+    if report.classes:
+        lines += ["", "  objects     images  class"]
+        by_objects = sorted(report.classes, key=lambda c: -c[1])
+        rows = [f"{n:>9,}  {m:>9,}  {name}" for name, n, m in by_objects]
+        if len(rows) > 2 * CLASSES:
+            rows[CLASSES:-CLASSES] = [f"{'':22} ... {len(rows) - 2 * CLASSES} more classes ..."]
+        lines += rows
+    summary = report.to_dict()
+    if "best_iou" in summary:
+        quantiles = summary["best_iou"]
+        lines += [
+            "",
+            f"IoU of an object with its best anchor: median {quantiles['p50']:.2f}, "
+            f"5 % below {quantiles['p5']:.2f}, 1 % below {quantiles['p1']:.2f}; "
+            f"{summary['positives_per_object']:.1f} positives per object",
+        ]
+    lines += ["", f"Kinds of errors: {report.errors}" if report.errors else "No errors"]
+    return "\n".join(lines)

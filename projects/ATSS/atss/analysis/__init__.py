@@ -1,0 +1,1 @@
+"""What is asked of data, rules and results: statistics, experiments, pictures, plots."""

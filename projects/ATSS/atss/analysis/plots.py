@@ -1,0 +1,155 @@
+"""Everything that matplotlib draws."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from .experiments import CLAIMS, claims
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+# (x1, y1, x2, y2) in pixels, and what is written beside it.
+Boxes = Iterable[tuple[Sequence[float], str]]
+# Ticks of the statistics.
+COUNTS, SHAPES = (0, 1, 2, 5, 10, 20, 50, 100), (1, 2, 3, 5, 10)
+
+
+def plot_metrics(metrics_file: Path, target: Path) -> None:
+    """Losses and AP over iterations, from the trainer's metrics.json."""
+    records = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    curves = {"class": "loss_cls", "box": "loss_box_reg", "centerness": "loss_centerness"}
+    for axis, lines in ((left, curves), (right, {"AP": "bbox/AP", "AP50": "bbox/AP50"})):
+        for label, key in lines.items():
+            # A resumed run writes some iterations twice: the last word counts.
+            points = {r["iteration"]: r[key] for r in records if key in r}
+            marker = "o" if axis is right else None
+            axis.plot(
+                sorted(points), [points[i] for i in sorted(points)], label=label, marker=marker
+            )
+        axis.set_xlabel("iteration")
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    left.set_ylabel("loss (median of 20 iterations)")
+    left.set_ylim(bottom=0)
+    right.set_ylabel("AP on held-out images (%)")
+    right.set_ylim(0, 100)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def plot_examples(
+    images: Sequence[np.ndarray], truth: Sequence[Boxes], found: Sequence[Boxes], target: Path
+) -> None:
+    """Images with ground truth left and detections right, two pairs a row.
+
+    Args:
+        images: (H, W, 3) BGR, an even number.
+        truth, found: of each image, boxes (x1, y1, x2, y2) in pixels with their labels.
+    """
+    figure, axes = plt.subplots(len(images) // 2, 4, figsize=(12, 1.55 * len(images)))
+    axes = axes.reshape(-1, 2)
+    for pair, image, *boxes in zip(axes, images, truth, found, strict=True):
+        for panel, some, colour, style in zip(
+            pair, boxes, ("lime", "orange"), ("-", "--"), strict=True
+        ):
+            panel.imshow(np.ascontiguousarray(image[:, :, ::-1]))
+            panel.set_axis_off()
+            for (x1, y1, x2, y2), text in some:
+                outline = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, lw=1.6)
+                outline.set(edgecolor=colour, linestyle=style)
+                panel.add_patch(outline)
+                panel.text(
+                    *(x1, max(y1 - 2, 8), text),
+                    color="black",
+                    fontsize=8,
+                    va="bottom",
+                    bbox={"facecolor": colour, "pad": 0.8, "lw": 0, "alpha": 0.85},
+                )
+    for i in range(2):
+        axes[i][0].set_title("ground truth", color="green")
+        axes[i][1].set_title("detections", color="darkorange")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(target, dpi=100)
+    plt.close(figure)
+
+
+def plot_experiments(results: dict, target: Path) -> None:
+    """Left every run's AP by row, right the paired differences with their intervals."""
+    height = 1.2 + 0.32 * max(len(results), len(CLAIMS))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), layout="constrained")
+    for y, runs in enumerate(results.values()):
+        points = [r["AP"] for r in runs.values()]
+        left.plot(points, [y] * len(points), "o", color="tab:blue", alpha=0.5)
+        left.plot(np.mean(points), y, "|", color="black", ms=16, mew=2)
+    left.set_yticks(range(len(results)), list(results))
+    left.set_xlabel("AP (%): each seed, and the mean")
+    compared = claims(results)
+    for y, (_, difference, half) in enumerate(compared):
+        half = 0 if np.isnan(half) else half
+        right.errorbar(difference.mean(), y, xerr=half, fmt="o", color="tab:orange", capsize=3)
+        right.plot(difference, [y] * len(difference), ".", color="black", alpha=0.4)
+    right.axvline(0, color="black", lw=0.8)
+    right.set_yticks(range(len(compared)), [statement for statement, _, _ in compared])
+    right.set_xlabel("paired difference of AP (%): mean and its 95 % interval")
+    for axis in (left, right):
+        axis.invert_yaxis()
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def plot_statistics(objects: list[dict], rules: list[str], top: int | None, target: Path) -> None:
+    """Positives over the object's size and over its shape; mean, std and threshold over size."""
+    with_threshold = "mean" in objects[0]
+    figure, axes = plt.subplots(
+        1, 3 if with_threshold else 2, figsize=(15 if with_threshold else 10, 4.2)
+    )
+    value = {key: np.array([o[key] for o in objects]) for key in objects[0]}
+
+    def curve(axis, by: np.ndarray, edges: np.ndarray, what: np.ndarray, label: str) -> None:
+        place = np.digitize(by, edges)
+        counts = np.bincount(place, minlength=len(edges))
+        fewest = min(3, counts.max())  # a mean of less says little
+        bins = [i for i in range(1, len(edges)) if counts[i] >= fewest]
+        middle = [np.sqrt(edges[i - 1] * edges[i]) for i in bins]
+        quartiles = [np.percentile(what[place == i], (25, 75)) for i in bins]
+        (drawn,) = axis.plot(middle, [what[place == i].mean() for i in bins], "o-", ms=4)
+        drawn.set_label(label)
+        if quartiles:
+            axis.fill_between(middle, *zip(*quartiles, strict=True), alpha=0.15, lw=0)
+
+    size_label = "size of the object on the canvas, √area (px)"
+    sizes = np.geomspace(value["side"].min() * 0.99, value["side"].max() * 1.01, 13)
+    shapes = np.geomspace(1, max(value["aspect"].max() * 1.01, 2), 9)
+    for axis, key, edges in ((axes[0], "side", sizes), (axes[1], "aspect", shapes)):
+        for rule in rules:
+            curve(axis, value[key], edges, value[rule], rule)
+        if top is not None:
+            axis.axhline(0.2 * top, color="black", ls=":", lw=1, label="0.2 · k · L")
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_ylim(0, 100)
+        axis.set_yticks(COUNTS, [str(n) for n in COUNTS])
+        axis.set_ylabel("positives per object (mean, quartiles)")
+        axis.set_xlabel("longer / shorter side" if key == "aspect" else size_label)
+    if with_threshold:
+        for key in ("mean", "std"):
+            curve(axes[2], value["side"], sizes, value[key], key)
+        curve(axes[2], value["side"], sizes, value["mean"] + value["std"], "threshold")
+        axes[2].set_ylabel("IoU of ATSS's candidates")
+        axes[2].set_xlabel(size_label)
+    for axis in axes:
+        axis.set_xscale("log")
+    axes[1].set_xticks(SHAPES, [str(n) for n in SHAPES])
+    for axis in axes:
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, dpi=100)
+    plt.close(figure)

@@ -1,0 +1,272 @@
+"""What rules give to the objects of a data set, asked without a model."""
+
+import csv
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.transforms import ResizeShortestEdge
+
+from ..anchors import Anchors
+from ..assigners import ASSIGNER_REGISTRY, ATSS
+from ..assigners.pairs import all_anchors, nearest_locations
+from ..config import (
+    Sampling,
+    build_sampling,
+    candidates_per_object,
+    load_config,
+    with_rule,
+)
+from ..data.coco_json import Objects, find_in_json, read_coco
+from ..data.findings import ERROR
+from ..geometry import centres, iou
+from ..structures import GroundTruth
+
+Progress = Callable[..., Iterable]
+# Images assigned at a time, which bounds memory.
+CHUNK = 64
+# name -> (what an object is sorted by, [(label, lower end, upper end)]).
+GROUPS = {
+    "size in the image (COCO's)": (
+        "area",
+        [("small, < 32²", 0, 32**2), ("medium", 32**2, 96**2), ("large, ≥ 96²", 96**2, np.inf)],
+    ),
+    "longer / shorter side": (
+        "aspect",
+        [("< 1.5", 1, 1.5), ("1.5 to 3", 1.5, 3), ("≥ 3", 3, np.inf)],
+    ),
+    "place": (
+        "border",
+        [("at the image's border", -np.inf, 2), ("elsewhere", 2, np.inf)],
+    ),
+}
+
+
+def on_canvases(
+    content: dict,
+    objects: Objects,
+    sizes: Sequence[tuple[int, int]],
+    divisibility: int,
+    progress: Progress = lambda items, **_: items,
+) -> Iterator[tuple[tuple[int, int], np.ndarray, GroundTruth, np.ndarray]]:
+    """The objects that training uses as a rule sees them: images resized, those of one canvas
+    together.
+
+    Args:
+        content, objects: of a json.
+        sizes: (shorter side, longest side); every image comes once for each.
+        divisibility: canvases are padded to multiples of it.
+        progress: wraps the batches, as tqdm does.
+    Yields:
+        (height, width) of the canvas; (m,) positions among the M objects that are used; the ground
+        truth of these; (m, 2) pixels of the canvas per pixel of the image, (x, y).
+    """
+    used = np.flatnonzero(objects.used)
+    image_of = objects.image[used]
+    sides = np.array([(e["width"], e["height"]) for e in content["images"]], dtype=np.float64)
+    boxes = objects.boxes[used]
+    boxes[:, 2:] += boxes[:, :2]
+    boxes = boxes.clip(0, np.tile(sides, 2)[image_of])
+    order = np.argsort(image_of, kind="stable")
+    starts = np.searchsorted(image_of[order], np.arange(len(sides) + 1))
+    batches = _batches(np.unique(image_of), sides, sizes, divisibility)
+    for canvas, some, zoom in progress(batches, unit="batch", desc="anchors"):
+        of_batch = np.concatenate([order[starts[i] : starts[i + 1]] for i in some])
+        index = np.repeat(np.arange(len(some)), starts[some + 1] - starts[some])
+        gt = GroundTruth(
+            boxes=torch.from_numpy(boxes[of_batch] * np.tile(zoom, 2)[index]).float(),
+            classes=torch.zeros(len(index), dtype=torch.long),
+            image_index=torch.from_numpy(index),
+            num_images=len(some),
+        )
+        yield canvas, of_batch, gt, zoom[index]
+
+
+def match(
+    content: dict,
+    objects: Objects,
+    sampling: Sampling,
+    sizes: Sequence[tuple[int, int]],
+    progress: Progress = lambda items, **_: items,
+) -> tuple[np.ndarray, np.ndarray]:
+    """How the objects that training uses fare with the anchors, on the size that suits each best.
+
+    Returns:
+        (M,) IoU with the best anchor, and (M,) positives that the rule gives it among the others
+        of its image, without crops.
+    """
+    count = int(objects.used.sum())
+    best_iou, positives = np.zeros(count), np.zeros(count, dtype=np.int64)
+    canvases = on_canvases(content, objects, sizes, sampling.divisibility, progress)
+    for canvas, of_batch, gt, _ in canvases:
+        anchors = sampling.anchors(canvas)
+        given = sampling.assigner(anchors, gt).positives_per_object(len(gt)).numpy()
+        positives[of_batch] = np.maximum(positives[of_batch], given)
+        best_iou[of_batch] = np.maximum(best_iou[of_batch], _best_iou(anchors, gt.boxes))
+    return best_iou, positives
+
+
+def measure(
+    content: dict,
+    objects: Objects,
+    samplings: dict[str, Sampling],
+    size: tuple[int, int],
+    progress: Progress = lambda items, **_: items,
+) -> list[dict]:
+    """One record per object that training uses, in the order of the json: what it is, how many
+    positives each of ``samplings`` gives it on images of ``size`` (shorter side, longest side), and
+    the mean and standard deviation of its candidates' IoUs where one of the rules is ATSS."""
+    used = np.flatnonzero(objects.used)
+    x, y, w, h = objects.boxes[used].T
+    sides = np.array([(e["width"], e["height"]) for e in content["images"]], dtype=np.float64)
+    width, height = sides[objects.image[used]].T
+    columns = {
+        "image_id": np.array([content["images"][i]["id"] for i in objects.image[used]]),
+        "area": w * h,
+        "side": np.zeros(len(used)),
+        "aspect": np.maximum(w, h) / np.minimum(w, h),
+        "border": np.stack([x, y, width - x - w, height - y - h]).min(axis=0),
+    }
+    columns |= {name: np.zeros(len(used), dtype=np.int64) for name in samplings}
+    adaptive = [name for name, s in samplings.items() if isinstance(s.assigner, ATSS)]
+    if len(adaptive) == 1:
+        columns |= {"mean": np.zeros(len(used)), "std": np.zeros(len(used))}
+    divisibility = max(s.divisibility for s in samplings.values())
+    canvases = on_canvases(content, objects, [size], divisibility, progress)
+    for canvas, of_batch, gt, zoom in canvases:
+        columns["side"][of_batch] = np.sqrt(columns["area"][of_batch] * zoom.prod(axis=1))
+        for name, sampling in samplings.items():
+            anchors = sampling.anchors(canvas)
+            counts = sampling.assigner(anchors, gt).positives_per_object(len(gt))
+            columns[name][of_batch] = counts.numpy()
+            if [name] == adaptive:
+                mean, std = sampling.assigner.statistics(anchors, gt.boxes)
+                columns["mean"][of_batch], columns["std"][of_batch] = mean.numpy(), std.numpy()
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, values, strict=True)) for values in rows]
+
+
+def compare(
+    annotations: str,
+    config_files: Sequence[str],
+    rules: Sequence[str] | None,
+    opts: Sequence[str],
+    progress: Progress = lambda items, **_: items,
+) -> tuple[list[dict], list[str], int | None]:
+    """Counts what rules give on one config's anchors, or several configs each by their own.
+
+    Args:
+        rules: of one config; all that are registered by default.
+    Returns:
+        the records of :func:`measure`; the names of the columns; k * L, or None where the configs
+        differ in it.
+
+    Raises:
+        ValueError: naming what is wrong with the file, the configs or the rules.
+    """
+    content = read_coco(annotations)
+    findings, objects = find_in_json(content)
+    for finding in findings:
+        if finding.level == ERROR:
+            raise ValueError(f"{annotations} has {finding.sentence()}")
+    if objects is None or not objects.used.any():
+        raise ValueError(f"{annotations} has no objects")
+    cfgs: dict[str, CfgNode] = {}
+    if len(config_files) == 1:
+        cfg = load_config(*config_files, opts=opts)
+        for rule in rules or [name for name, _ in ASSIGNER_REGISTRY]:
+            cfgs[rule] = with_rule(cfg, rule)
+    elif rules:
+        raise ValueError("--rules is for one config; several have each their own")
+    for file in config_files if len(config_files) > 1 else ():
+        name = Path(file).stem
+        if name in cfgs:
+            raise ValueError(f"two configs are called {name}: the columns would be, too")
+        cfgs[name] = load_config(file, opts=opts)
+    first = next(iter(cfgs.values()))
+    size = (first.INPUT.MIN_SIZE_TEST, first.INPUT.MAX_SIZE_TEST)
+    samplings = {name: build_sampling(cfg) for name, cfg in cfgs.items()}
+    records = measure(content, objects, samplings, size, progress)
+    reach = {candidates_per_object(cfg) for cfg in cfgs.values()}
+    return records, list(cfgs), reach.pop() if len(reach) == 1 else None
+
+
+def groups(objects: list[dict]) -> dict[str, list[dict]]:
+    """{label: the objects of that kind}, all of them first, without empty ones."""
+    found = {"all": objects}
+    for group, (key, bins) in GROUPS.items():
+        for label, low, high in bins:
+            found[f"{group}: {label}"] = [o for o in objects if low <= o[key] < high]
+    return {label: some for label, some in found.items() if some}
+
+
+def positives(objects: list[dict], column: str) -> str:
+    """Mean of a column's counts, and in brackets the share that is 0."""
+    counts = np.array([o[column] for o in objects])
+    return f"{counts.mean():.1f} ({(counts == 0).mean():.1%})"
+
+
+def table(objects: list[dict], columns: list[str], top: int | None) -> str:
+    """Markdown: positives per object and objects without any, by group; a line for each group, or,
+    where there are many columns, a line for each of these."""
+    lines = ["Positives per object, and in brackets the objects without any.", ""]
+    if top is not None:
+        lines[0] += f" 0.2 * k * L would be {0.2 * top:.1f}."
+    kinds = groups(objects)
+    if len(columns) > 6 and "mean" not in objects[0]:
+        rows = [["", *(f"{label} ({len(some)})" for label, some in kinds.items())]]
+        rows += [[c, *(positives(some, c) for some in kinds.values())] for c in columns]
+    else:
+        rows = [["objects", "count", *columns]]
+        rows += [
+            [label, str(len(some)), *(positives(some, c) for c in columns)]
+            for label, some in kinds.items()
+        ]
+        if "mean" in objects[0]:
+            rows[0] += ["IoU of candidates: mean", "std", "threshold"]
+            for row, some in zip(rows[1:], kinds.values(), strict=True):
+                mean, std = (np.mean([o[key] for o in some]) for key in ("mean", "std"))
+                row += [f"{mean:.3f}", f"{std:.3f}", f"{mean + std:.3f}"]
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def write_csv(objects: list[dict], target: Path) -> None:
+    """A line per object."""
+    with open(target, "w", newline="") as file:
+        writer = csv.DictWriter(file, objects[0])
+        writer.writeheader()
+        writer.writerows(objects)
+
+
+def _batches(
+    images: np.ndarray, sides: np.ndarray, sizes: Sequence[tuple[int, int]], divisibility: int
+) -> list[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
+    """Images in batches of one canvas each: its (height, width), positions of the images, and what
+    their (width, height) are multiplied by."""
+    batches = []
+    for short, longest in sizes:
+        by_canvas = defaultdict(list)
+        for i in images:
+            width, height = map(int, sides[i])
+            resized = ResizeShortestEdge.get_output_shape(height, width, short, longest)
+            if min(resized) > 0:
+                canvas = tuple(-(-x // divisibility) * divisibility for x in resized)
+                by_canvas[canvas].append((i, resized[1] / width, resized[0] / height))
+        for canvas, some in by_canvas.items():
+            for start in range(0, len(some), CHUNK):
+                chunk = np.array(some[start : start + CHUNK])
+                batches.append((canvas, chunk[:, 0].astype(np.int64), chunk[:, 1:]))
+    return batches
+
+
+def _best_iou(anchors: Anchors, boxes: torch.Tensor) -> np.ndarray:
+    """(G,) IoU of each box with the anchor that overlaps it most: on each level one at the location
+    nearest to its centre, because anchors of a level differ in nothing else but shape."""
+    boxes = boxes.double()
+    index, valid = all_anchors(anchors, *nearest_locations(anchors, centres(boxes), 1))
+    overlap = iou(anchors.boxes[index].double(), boxes) * valid
+    return overlap.amax(dim=0).numpy()

@@ -1,0 +1,177 @@
+"""Checkpoints that execute nothing when they are loaded, and survive a kill at any moment."""
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, BinaryIO, ClassVar
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from .read import WeightsError, read, require_tensors, verify_download
+
+# By Detectron2's PeriodicCheckpointer.
+NUMBERED = re.compile(r"model_(\d{7,})\.pth")
+
+
+class SafeCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, but nothing that a file asks for is executed (its own opens every
+    .pkl with a bare pickle), downloads are checked, and what is wrong is said in a sentence."""
+
+    # Weights of other projects, whose names have to be matched with ours, by the end of the file's
+    # name: the key that they stand under, the end of the names that are left out, whose they are.
+    FOREIGN: ClassVar = {
+        ".pkl": ("blobs", "_momentum", "Caffe2"),
+        ".pyth": ("model_state", "num_batches_tracked", "pycls"),
+    }
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict:
+        """As there.
+
+        Raises:
+            WeightsError: where there is no such file, it holds no weights, or none that fit.
+        """
+        if path:
+            address = path.partition("?")[0]
+            try:
+                local = self.path_manager.get_local_path(address)
+            except OSError as error:
+                raise WeightsError(f"cannot fetch the weights {path}: {error}") from error
+            if not os.path.isfile(local):
+                raise WeightsError(f"the weights {path} do not exist")
+            if local != address:
+                verify_download(address, local)
+        self._loading = path
+        return super().load(path, *args, **kwargs)
+
+    def _load_file(self, filename: str) -> dict:
+        suffix = os.path.splitext(filename)[1]
+        if suffix not in self.FOREIGN:
+            loaded = super()._load_file(filename)
+        else:
+            loaded = read(filename)
+            if not isinstance(loaded, dict):
+                raise WeightsError(f"{filename} holds no weights")
+            if not {"model", "__author__"} <= loaded.keys():
+                key, left_out, author = self.FOREIGN[suffix]
+                content = loaded.get(key, loaded)
+                require_tensors(content, filename)
+                model = {k: v for k, v in content.items() if not k.endswith(left_out)}
+                loaded = {"model": model, "__author__": author, "matching_heuristics": True}
+        require_tensors(loaded["model"], filename)
+        return loaded
+
+    def _torch_load(self, filename: str) -> dict:
+        content = read(filename)
+        return content if isinstance(content, dict) else {"model": content}
+
+    def _load_model(self, checkpoint: dict) -> Any:
+        left = super()._load_model(checkpoint)
+        if {name for name, _ in self.model.named_parameters()} <= set(left.missing_keys):
+            raise WeightsError(
+                f"nothing in {self._loading} fits the model; weights of the authors' code or of "
+                "mmdet have to be converted by tools/convert_checkpoint.py"
+            )
+        return left
+
+
+class TrainingCheckpointer(SafeCheckpointer):
+    """A safe one, which writes every file under another name first, removes old ones, and resumes
+    from the newest complete one where ``last_checkpoint`` leads nowhere.
+
+    Args:
+        model, save_dir, checkpointables: as in Detectron2's DetectionCheckpointer. The folder is a
+            local or mounted one.
+        keep: how many of the files that are numbered by iteration stay; 0 for all. Those of later
+            iterations, which another run left there, are not touched.
+    """
+
+    # At most one is left by kills: the next write begins it anew.
+    UNFINISHED = "unfinished_checkpoint"
+
+    def __init__(self, model: nn.Module, save_dir: str, *, keep: int = 0, **checkpointables: Any):
+        super().__init__(model, save_dir, **checkpointables)
+        if keep < 0:
+            raise ValueError(f"SOLVER.CHECKPOINTS_TO_KEEP must be 0 (all) or more, not {keep}")
+        self.keep = keep
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Writes ``<name>.pth`` with ``kwargs`` beside the states, and then that it is the last."""
+        if not (self.save_dir and self.save_to_disk):
+            return
+        parts = {"model": self.model, **self.checkpointables}
+        data = {key: part.state_dict() for key, part in parts.items()} | kwargs
+        self.logger.info("Saving checkpoint to %s", os.path.join(self.save_dir, f"{name}.pth"))
+        self._write(f"{name}.pth", lambda file: torch.save(data, file))
+        self.tag_last_checkpoint(f"{name}.pth")
+        if self.keep and (match := NUMBERED.fullmatch(f"{name}.pth")):
+            self._remove_old(int(match[1]))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Detectron2's, all or nothing."""
+        self._write("last_checkpoint", lambda file: file.write(last_filename_basename.encode()))
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is one to resume from."""
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """The one to resume from: what ``last_checkpoint`` names where that can be read, else the
+        one with most iterations; "" where there is none.
+
+        Raises:
+            OSError: where ``last_checkpoint`` names one, but none can be read.
+        """
+        named = super().get_checkpoint_file()
+        if named and iterations(named) is not None:
+            return named
+        files = self.get_all_checkpoint_files() if os.path.isdir(self.save_dir) else []
+        complete = {file: done for file in files if (done := iterations(file)) is not None}
+        if complete:
+            newest = max(complete, key=complete.get)
+            self.logger.warning(
+                "%s is missing or cannot be read: going on from %s",
+                named or os.path.join(self.save_dir, "last_checkpoint"),
+                newest,
+            )
+            return newest
+        if named:
+            raise OSError(
+                f"{named} is missing or cannot be read, and no other checkpoint is complete: put "
+                f"it back, or remove last_checkpoint from {self.save_dir} to begin anew"
+            )
+        return ""
+
+    def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
+        unfinished = os.path.join(self.save_dir, self.UNFINISHED)
+        try:
+            with open(unfinished, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:  # a full disk needs the room
+            with suppress(OSError):
+                os.remove(unfinished)
+            raise
+        os.replace(unfinished, os.path.join(self.save_dir, name))
+
+    def _remove_old(self, last: int) -> None:
+        files = {
+            int(match[1]): name
+            for name in os.listdir(self.save_dir)
+            if (match := NUMBERED.fullmatch(name)) and int(match[1]) <= last
+        }
+        for number in sorted(files)[: -self.keep]:
+            os.remove(os.path.join(self.save_dir, files[number]))
+
+
+def iterations(file: str) -> int | None:
+    """The last iteration before a complete checkpoint was written; None for any other file."""
+    try:
+        # Mapped, so that weights are not read; a file that was cut has lost its table of contents.
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return content["trainer"]["iteration"]
+    except Exception:  # what torch raises differs with what is wrong with a file
+        return None

@@ -1,0 +1,185 @@
+"""From our weights to mmdet's, and what its config has to say for them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from pprint import pformat
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from ..config.checks import flatten
+from .convert import ConversionError, check_against, is_tower_bias, load, write
+from .names import rename, to_mmdet_rules
+
+# All that mmdet's ATSS, its FPN and its ResNets can do of these keys.
+MMDETS_ATSS = {
+    "MODEL.ATSS.HEAD": "ATSSHead",
+    "MODEL.ATSS.REGRESSION": "box",
+    "MODEL.ATSS.NORM": "GN",
+    "MODEL.ATSS.CENTERNESS": "box",
+    "MODEL.ATSS.LEVEL_SCALE": True,
+    "MODEL.ATSS.DEFORM_TOWER": "",
+    "MODEL.ATSS.LEGACY_PIXELS": False,
+    "MODEL.BACKBONE.NAME": "build_atss_resnet_fpn_backbone",
+    "MODEL.FPN.FUSE_TYPE": "sum",
+    "MODEL.FPN.NORM": "",
+    "MODEL.RESNETS.RES5_DILATION": 1,
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
+}
+
+
+def to_mmdet(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
+    """Our weights under mmdet's names, whole.
+
+    Args:
+        state_dict: of a model of ``cfg``, with any number of classes.
+        cfg: of the run that the weights come from.
+
+    Raises:
+        ConversionError: where mmdet's ATSS cannot do what the config says, or the weights are not
+            those of such a model.
+    """
+    _refuse_for_mmdet(cfg)
+    for name, value in state_dict.items():
+        if is_tower_bias(name) and value.abs().max() > 0:
+            raise ConversionError(
+                f"mmdet's towers have no biases, but {name} is not zero: train with "
+                "MODEL.ATSS.TOWER_BIAS False"
+            )
+    check_against(dict(state_dict), [], _with_classes_of(cfg, state_dict))
+    levels = _levels(cfg)
+    some = [name for name in state_dict if not is_tower_bias(name)]
+    names, unknown = rename(some, to_mmdet_rules(levels[0], len(levels) - 2))
+    if unknown:
+        raise ConversionError(f"mmdet's ATSS has no place for {', '.join(unknown)}")
+    converted = {new: state_dict[old] for old, new in names.items()}
+    for name in list(converted):
+        if name.startswith("bbox_head.scales"):
+            converted[name] = converted[name].reshape(())
+        if name.endswith("running_var"):
+            count = name.replace("running_var", "num_batches_tracked")
+            converted.setdefault(count, torch.zeros((), dtype=torch.long))
+    return converted
+
+
+def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
+    """What mmdet's own config of ATSS (atss_r50_fpn_1x_coco of mmdet 3) has to be changed to for
+    weights of :func:`to_mmdet`, as Python.
+
+    Args:
+        cfg, state_dict: as there.
+
+    Raises:
+        ConversionError: where mmdet's ATSS cannot do what the config says.
+    """
+    _refuse_for_mmdet(cfg)
+    node, resnet = cfg.MODEL.ATSS, cfg.MODEL.RESNETS
+    levels = _levels(cfg)
+    count = levels[-1] - 3  # stages, from res2 on
+    backbone = {
+        "type": "ResNet" if resnet.NUM_GROUPS == 1 else "ResNeXt",
+        "depth": resnet.DEPTH,
+        "num_stages": count,
+        "strides": (1, *[2] * (count - 1)),
+        "dilations": (1,) * count,
+        "out_indices": tuple(range(count)),
+        "style": "caffe" if resnet.STRIDE_IN_1X1 else "pytorch",
+        "init_cfg": None,
+    }
+    if resnet.NUM_GROUPS > 1:
+        backbone |= {"groups": resnet.NUM_GROUPS, "base_width": resnet.WIDTH_PER_GROUP}
+    if any(resnet.DEFORM_ON_PER_STAGE):
+        kind, groups = "DCNv2" if resnet.DEFORM_MODULATED else "DCN", resnet.DEFORM_NUM_GROUPS
+        backbone["dcn"] = {"type": kind, "deform_groups": groups, "fallback_on_stride": False}
+        backbone["stage_with_dcn"] = tuple(resnet.DEFORM_ON_PER_STAGE[:count])
+    channels = [resnet.RES2_OUT_CHANNELS * 2**i for i in range(count)]
+    strides = [2**level for level in levels]
+    model = {
+        "data_preprocessor": {
+            "mean": list(cfg.MODEL.PIXEL_MEAN),
+            "std": list(cfg.MODEL.PIXEL_STD),
+            "bgr_to_rgb": cfg.INPUT.FORMAT == "RGB",
+        },
+        "backbone": backbone,
+        "neck": {
+            "in_channels": channels,
+            "out_channels": cfg.MODEL.FPN.OUT_CHANNELS,
+            "start_level": levels[0] - 2,
+            "add_extra_convs": "on_output",
+            "relu_before_extra_convs": node.RELU_BEFORE_P7,
+            "num_outs": len(strides),
+        },
+        "bbox_head": {
+            "num_classes": len(state_dict["head.cls_score.bias"]),
+            "in_channels": cfg.MODEL.FPN.OUT_CHANNELS,
+            "feat_channels": cfg.MODEL.FPN.OUT_CHANNELS,
+            "stacked_convs": node.NUM_CONVS,
+            "anchor_generator": {
+                "ratios": list(node.ANCHOR_RATIOS),
+                "octave_base_scale": node.ANCHOR_SCALES[0],
+                "scales_per_octave": 1,
+                "strides": strides,
+                "center_offset": cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
+            },
+            "bbox_coder": {"target_stds": [1 / weight for weight in node.BBOX_REG_WEIGHTS]},
+        },
+        "test_cfg": {
+            "nms_pre": node.TOPK_CANDIDATES_TEST,
+            "score_thr": node.SCORE_THRESH_TEST,
+            "nms": {"type": "nms", "iou_threshold": node.NMS_THRESH_TEST},
+            "max_per_img": cfg.TEST.DETECTIONS_PER_IMAGE,
+        },
+    }
+    return f"model = {pformat(model, sort_dicts=False)}\n"
+
+
+def convert_file_to_mmdet(path: Path, target: Path, cfg: CfgNode) -> str:
+    """Converts a checkpoint of ours for mmdet, and writes beside it, as .py, what mmdet's config
+    has to say, which is returned. Where anything does not fit, nothing is written.
+
+    Raises:
+        WeightsError: saying what.
+    """
+    weights = load(path)
+    content = {"meta": {}, "state_dict": to_mmdet(weights, cfg)}
+    config = mmdet_config(cfg, weights)
+    write(target, content, target.with_suffix(".py"), config)
+    return config
+
+
+def _refuse_for_mmdet(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ConversionError: naming the key of what mmdet's ATSS cannot do.
+    """
+    values = dict(flatten(cfg))
+    for key, needed in MMDETS_ATSS.items():
+        if values[key] != needed:
+            raise ConversionError(
+                f"mmdet's ATSS has nothing like {key} {values[key]!r}: only {needed!r}"
+            )
+    if cfg.MODEL.RESNETS.NUM_GROUPS == 1 and cfg.MODEL.RESNETS.WIDTH_PER_GROUP != 64:
+        raise ConversionError(
+            "mmdet's ResNet has nothing like MODEL.RESNETS.WIDTH_PER_GROUP: only 64"
+        )
+    if len(cfg.MODEL.ATSS.ANCHOR_SCALES) * len(cfg.MODEL.ATSS.ANCHOR_RATIOS) > 1:
+        raise ConversionError("only models with one anchor per location are converted for mmdet")
+    if len(cfg.MODEL.ATSS.IN_FEATURES) != len(_levels(cfg)):
+        raise ConversionError("mmdet's ATSS uses all levels of its FPN, MODEL.ATSS.IN_FEATURES not")
+
+
+def _levels(cfg: CfgNode) -> list[int]:
+    """Numbers of the pyramid's levels: those made of stages of the backbone, and two more."""
+    stages = [int(name.removeprefix("res")) for name in cfg.MODEL.FPN.IN_FEATURES]
+    return [*stages, stages[-1] + 1, stages[-1] + 2]
+
+
+def _with_classes_of(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> CfgNode:
+    """The config with as many classes as the weights have, whatever the data."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    if "head.cls_score.bias" in state_dict:
+        cfg.MODEL.ATSS.NUM_CLASSES = len(state_dict["head.cls_score.bias"])
+    return cfg

@@ -1,0 +1,358 @@
+"""The factories that turn a config into parts. Nothing else reads MODEL.ATSS.
+
+Each stands in Detectron2's registry under the name of what it builds, so that ``build_model(cfg)``
+finds it.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, build_anchor_generator, build_backbone
+from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
+from detectron2.modeling.backbone import FPN, build_resnet_backbone
+from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
+from torch import nn
+
+from .. import anchors
+from ..anchors import Anchors
+from ..assigners import ASSIGNER_REGISTRY, SpatialScale
+from ..losses import giou_loss, iou_loss, smooth_l1_loss
+from ..modeling import backbone, detector, head
+from ..modeling.box_coding import BoxDeltas, LogDistances, PointDistances
+from ..modeling.criterion import BoxLoss, Criterion, OnBoxes, OnDeltas
+from ..modeling.detector import LEGACY_PIXELS_IN_TRAINING
+from ..modeling.postprocess import SCORES, PostProcessor
+from ..structures import Assignment
+from .checks import building, check_values, lookup
+from .classes import resolve_num_classes
+from .tta import build_merge, build_views
+
+
+@META_ARCH_REGISTRY.register()
+def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
+    """The whole model."""
+    check_values(cfg)
+    node = cfg.MODEL.ATSS
+    num_classes = resolve_num_classes(cfg)
+    lookup(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
+    with building("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME):
+        built_backbone = build_backbone(cfg)
+    shapes = built_backbone.output_shape()
+    missing = [name for name in node.IN_FEATURES if name not in shapes]
+    if missing:
+        raise ValueError(
+            f"MODEL.ATSS.IN_FEATURES names {missing}, but the backbone makes {sorted(shapes)}"
+        )
+    input_shape = [shapes[name] for name in node.IN_FEATURES]
+    strides = [shape.stride for shape in input_shape]
+    if not strides or strides != sorted(set(strides)):
+        raise ValueError(
+            f"MODEL.ATSS.IN_FEATURES must name levels from fine to coarse, but {node.IN_FEATURES} "
+            f"have strides {strides}"
+        )
+    lookup(
+        ANCHOR_GENERATOR_REGISTRY, cfg.MODEL.ANCHOR_GENERATOR.NAME, "MODEL.ANCHOR_GENERATOR.NAME"
+    )
+    anchor_generator = build_anchor_generator(cfg, input_shape)
+    if not hasattr(anchor_generator, "grid"):
+        raise ValueError(
+            "ATSSDetector needs anchors on grids: set MODEL.ANCHOR_GENERATOR.NAME to "
+            f"GridAnchorGenerator, not {cfg.MODEL.ANCHOR_GENERATOR.NAME}"
+        )
+    num_anchors = anchor_generator.num_anchors[0]
+    box_coder = build_box_coder(cfg, num_anchors)
+    lookup(SCORES, node.SCORE, "MODEL.ATSS.SCORE")
+    build_head = lookup(head.HEAD_REGISTRY, node.HEAD, "MODEL.ATSS.HEAD")
+    with building("MODEL.ATSS.HEAD", node.HEAD):
+        built_head = build_head(cfg, input_shape, num_classes, num_anchors)
+    model = detector.ATSSDetector(
+        backbone=built_backbone,
+        head=built_head,
+        head_in_features=node.IN_FEATURES,
+        anchor_generator=anchor_generator,
+        assigner=build_assigner(cfg),
+        box_coder=box_coder,
+        criterion=Criterion(
+            box_loss=build_box_loss(cfg, box_coder),
+            box_loss_weight=node.BBOX_REG_LOSS_WEIGHT,
+            focal_alpha=node.FOCAL_LOSS_ALPHA,
+            focal_gamma=node.FOCAL_LOSS_GAMMA,
+        ),
+        postprocess=PostProcessor(
+            score_thresh=node.SCORE_THRESH_TEST,
+            topk_candidates=node.TOPK_CANDIDATES_TEST,
+            nms_thresh=node.NMS_THRESH_TEST,
+            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+            score=node.SCORE,
+        ),
+        num_classes=num_classes,
+        pixel_mean=cfg.MODEL.PIXEL_MEAN,
+        pixel_std=cfg.MODEL.PIXEL_STD,
+        input_format=cfg.INPUT.FORMAT,
+        vis_period=cfg.VIS_PERIOD,
+        precision=autocast_dtype(cfg),
+        legacy_pixels=node.LEGACY_PIXELS,
+    )
+    if node.CHANNELS_LAST:
+        # Feature maps follow the weights of the convolutions that make them.
+        model = model.to(memory_format=torch.channels_last)
+    with building("MODEL.DEVICE", cfg.MODEL.DEVICE):
+        model = model.to(cfg.MODEL.DEVICE)
+    if node.COMPILE:
+        compile_in_place(model.backbone, model.head)
+    return model
+
+
+@ANCHOR_GENERATOR_REGISTRY.register()
+def GridAnchorGenerator(cfg: CfgNode, input_shape: list[ShapeSpec]) -> anchors.GridAnchorGenerator:
+    """One square anchor of 8 strides per location, unless the config says otherwise."""
+    return anchors.GridAnchorGenerator(
+        strides=[shape.stride for shape in input_shape],
+        scales=cfg.MODEL.ATSS.ANCHOR_SCALES,
+        ratios=cfg.MODEL.ATSS.ANCHOR_RATIOS,
+        offset=cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
+    )
+
+
+@head.HEAD_REGISTRY.register()
+def ATSSHead(
+    cfg: CfgNode, input_shape: list[ShapeSpec], num_classes: int, num_anchors: int
+) -> head.ATSSHead:
+    """The head for levels of ``input_shape``."""
+    channels = {shape.channels for shape in input_shape}
+    if len(channels) > 1:
+        raise ValueError(f"the head is shared by all levels, but they have {channels} channels")
+    return head.ATSSHead(
+        in_channels=channels.pop(),
+        num_levels=len(input_shape),
+        num_classes=num_classes,
+        num_anchors=num_anchors,
+        num_convs=cfg.MODEL.ATSS.NUM_CONVS,
+        norm=cfg.MODEL.ATSS.NORM,
+        tower_bias=cfg.MODEL.ATSS.TOWER_BIAS,
+        prior_prob=cfg.MODEL.ATSS.PRIOR_PROB,
+        centerness=cfg.MODEL.ATSS.CENTERNESS,
+        level_scale=cfg.MODEL.ATSS.LEVEL_SCALE,
+        box_bias=build_box_coder(cfg, num_anchors).initial,
+        deform=cfg.MODEL.ATSS.DEFORM_TOWER,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_atss_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """A ResNet under an FPN with P6 from P5."""
+    # Detectron2 builds it plain, because its deformable convolutions have to be compiled.
+    resnet, deform = cfg.MODEL.RESNETS, cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE
+    missing = [x for x in cfg.MODEL.FPN.IN_FEATURES if x not in resnet.OUT_FEATURES]
+    if missing:
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES names {missing}, but MODEL.RESNETS.OUT_FEATURES is "
+            f"{resnet.OUT_FEATURES}"
+        )
+    plain = cfg.clone()
+    plain.defrost()
+    plain.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False] * len(deform)
+    bottom_up = build_resnet_backbone(plain, input_shape)
+    backbone.make_deformable(bottom_up, deform, resnet.DEFORM_MODULATED, resnet.DEFORM_NUM_GROUPS)
+    return backbone.build_fpn(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+        relu_before_p7=cfg.MODEL.ATSS.RELU_BEFORE_P7,
+    )
+
+
+def build_box_coder(cfg: CfgNode, num_anchors: int) -> BoxDeltas | PointDistances | LogDistances:
+    """What MODEL.ATSS.REGRESSION names.
+
+    Raises:
+        ValueError: for an unknown name, or distances with several anchors per location, which would
+            all predict the same.
+    """
+    node = cfg.MODEL.ATSS
+    coders = {
+        "box": partial(BoxDeltas, node.BBOX_REG_WEIGHTS),
+        "point": partial(PointDistances, node.ANCHOR_SCALES[0]),
+        "log_point": LogDistances,
+    }
+    build = lookup(coders, node.REGRESSION, "MODEL.ATSS.REGRESSION")
+    if node.REGRESSION != "box" and num_anchors > 1:
+        raise ValueError(
+            f"MODEL.ATSS.REGRESSION {node.REGRESSION!r} does not look at the shape of an anchor: "
+            "MODEL.ATSS.ANCHOR_SCALES and ANCHOR_RATIOS must make one per location, not "
+            f"{num_anchors}"
+        )
+    return build()
+
+
+def build_box_loss(cfg: CfgNode, box_coder: BoxDeltas | PointDistances | LogDistances) -> BoxLoss:
+    """What MODEL.ATSS.BBOX_REG_LOSS_TYPE names.
+
+    Raises:
+        ValueError: for an unknown name, or smooth L1 on distances, which decoding rectifies.
+    """
+    node = cfg.MODEL.ATSS
+    smooth_l1 = partial(smooth_l1_loss, beta=node.SMOOTH_L1_LOSS_BETA)
+    losses = {
+        "giou": OnBoxes(giou_loss),
+        "iou": OnBoxes(iou_loss),
+        "smooth_l1": OnDeltas(smooth_l1, box_coder.encode),
+    }
+    loss = lookup(losses, node.BBOX_REG_LOSS_TYPE, "MODEL.ATSS.BBOX_REG_LOSS_TYPE")
+    if node.BBOX_REG_LOSS_TYPE == "smooth_l1" and node.REGRESSION != "box":
+        raise ValueError(
+            "MODEL.ATSS.BBOX_REG_LOSS_TYPE smooth_l1 compares deltas, which MODEL.ATSS.REGRESSION "
+            f"{node.REGRESSION!r} has none of: use giou or iou"
+        )
+    return loss
+
+
+def build_assigner(cfg: CfgNode) -> Callable:
+    """The rule that MODEL.ATSS.ASSIGNER names, with the arguments that stand under its name."""
+    name = cfg.MODEL.ATSS.ASSIGNER
+    rule = lookup(ASSIGNER_REGISTRY, name, "MODEL.ATSS.ASSIGNER")
+    arguments = {k.lower(): v for k, v in cfg.MODEL.ATSS.ASSIGNERS.get(name, {}).items()}
+    known = inspect.signature(rule).parameters
+    for argument in arguments:
+        if argument not in known:
+            raise ValueError(
+                f"MODEL.ATSS.ASSIGNERS.{name}.{argument.upper()} is no argument of {name}; "
+                f"it takes {[k.upper() for k in known]}"
+            )
+    with building("MODEL.ATSS.ASSIGNER", name):
+        built = rule(**arguments)
+    levels = len(cfg.MODEL.ATSS.IN_FEATURES)
+    if isinstance(built, SpatialScale) and len(built.ranges) + 1 != levels:
+        raise ValueError(
+            f"MODEL.ATSS.ASSIGNERS.{name}.RANGES is for {len(built.ranges) + 1} levels, but "
+            f"MODEL.ATSS.IN_FEATURES has {levels}"
+        )
+    return built
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a config chooses samples, without a model.
+
+    Attributes:
+        anchors: (height, width) of a canvas -> its anchors.
+        assigner: the rule.
+        divisibility: canvases are padded to multiples of it.
+    """
+
+    anchors: Callable[[tuple[int, int]], Anchors]
+    assigner: Callable[..., Assignment]
+    divisibility: int
+
+
+def with_rule(cfg: CfgNode, rule: str) -> CfgNode:
+    """The same config with another rule."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.ATSS.ASSIGNER = rule
+    return cfg
+
+
+def candidates_per_object(cfg: CfgNode) -> int:
+    """k * L of ATSS, whatever the rule of the config."""
+    return cfg.MODEL.ATSS.ASSIGNERS.ATSS.TOP_K * len(cfg.MODEL.ATSS.IN_FEATURES)
+
+
+def build_sampling(cfg: CfgNode) -> Sampling:
+    """Anchors and rule of a config.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    with torch.device("meta"):  # shapes without weights
+        built = build_backbone(cfg)
+    shapes = [built.output_shape()[name] for name in cfg.MODEL.ATSS.IN_FEATURES]
+    generator = build_anchor_generator(cfg, shapes)
+    layout = {name: getattr(generator, name) for name in ("strides", "scales", "ratios", "offset")}
+    return Sampling(
+        anchors=partial(Anchors.grid, **layout),
+        assigner=build_assigner(cfg),
+        divisibility=max(built.size_divisibility, 1),
+    )
+
+
+def check_model(cfg: CfgNode, training: bool) -> None:
+    """What building the model does not see, or only after a while.
+
+    Args:
+        training: or inference alone.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    rules = sorted(name for name, _ in ASSIGNER_REGISTRY)
+    for name in cfg.MODEL.ATSS.ASSIGNERS:
+        if name not in rules:
+            raise ValueError(f"MODEL.ATSS.ASSIGNERS.{name} is of no rule; known are {rules}")
+    if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
+        build_assigner(cfg)
+    if cfg.TEST.AUG.ENABLED:
+        build_views(cfg)
+        build_merge(cfg)
+    if training and cfg.MODEL.ATSS.LEGACY_PIXELS:
+        raise ValueError(LEGACY_PIXELS_IN_TRAINING)
+
+
+def one_image_at_a_time(cfg: CfgNode) -> CfgNode:
+    """A copy for evaluations of models that take one image, as test-time augmentation does."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.ATSS.IMS_PER_BATCH_TEST = 1
+    return cfg
+
+
+def images_per_test_batch(cfg: CfgNode) -> int:
+    """How many images each process evaluates at a time."""
+    return cfg.MODEL.ATSS.IMS_PER_BATCH_TEST
+
+
+def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
+    """What MODEL.ATSS.PRECISION means on MODEL.DEVICE; None for plain float32.
+
+    Raises:
+        ValueError: for an unknown name, or for fp16 on a CPU.
+    """
+    precision, on_gpu = cfg.MODEL.ATSS.PRECISION, cfg.MODEL.DEVICE.startswith("cuda")
+    if precision == "auto":
+        return torch.bfloat16 if _fast_at_bf16(on_gpu) else None
+    if precision == "fp16" and not on_gpu:
+        raise ValueError("MODEL.ATSS.PRECISION fp16 needs a GPU; on a CPU use bf16, fp32 or auto")
+    known = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return lookup(known, precision, "MODEL.ATSS.PRECISION")
+
+
+def _fast_at_bf16(on_gpu: bool) -> bool:
+    if on_gpu:
+        return torch.cuda.get_device_capability() >= (8, 0)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(flag, False) for flag in ("amx_bf16", "avx512_bf16"))
+
+
+def compile_in_place(*modules: nn.Module) -> None:
+    """Has torch.compile compile the modules when they are first called; names of parameters stay.
+    Where it does not work at all, for want of a compiler for example, the log says so, and the
+    modules run as they are."""
+    device = next(modules[0].parameters()).device
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        logging.getLogger(__name__).warning(
+            "MODEL.ATSS.COMPILE: torch.compile does not work here, running uncompiled: %s", reason
+        )
+        return
+    for module in modules:
+        module.compile()

@@ -1,0 +1,117 @@
+"""Every config key of this project with its unit and source. Their values are read in build.py."""
+
+import inspect
+
+from detectron2.config import CfgNode
+
+from ..assigners import ASSIGNER_REGISTRY
+
+
+def add_atss_config(cfg: CfgNode) -> None:
+    """Adds the node MODEL.ATSS, and SOLVER.CHECKPOINTS_TO_KEEP. Detectron2's own keys (solver,
+    input, the anchors' offset) are left alone: configs/Base-ATSS.yaml sets them."""
+    # Of the checkpoints that SOLVER.CHECKPOINT_PERIOD asks for, how many stay; 0: all.
+    cfg.SOLVER.CHECKPOINTS_TO_KEEP = 0
+
+    node = cfg.MODEL.ATSS = CfgNode()
+    # Classes, without background. -1: as many as the data sets have.
+    node.NUM_CLASSES = -1
+    # Their names, for pictures. train_net.py fills them in from the data.
+    node.CLASS_NAMES = []
+    # Pyramid levels, fine to coarse.
+    node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+
+    # Anchors per location: every scale with every ratio. Scale: square root of the area in strides
+    # (paper, Table 5); ratio: height / width (Table 6). The offset of the first centre, in strides,
+    # is MODEL.ANCHOR_GENERATOR.OFFSET; the other keys of that node belong to other generators.
+    node.ANCHOR_SCALES = [8.0]
+    node.ANCHOR_RATIOS = [1.0]
+
+    # A name of atss.head.HEAD_REGISTRY.
+    node.HEAD = "ATSSHead"
+    # Convolutions per tower (RetinaNet, section 4).
+    node.NUM_CONVS = 4
+    # Normalisation in the towers, by Detectron2's names; "" for none.
+    node.NORM = "GN"
+    # The towers' convolutions have biases where a norm follows. Weights for mmdet want False.
+    node.TOWER_BIAS = True
+    # Tower from which centerness is predicted, "box" or "cls"; "" for none: scores are class
+    # probabilities then, and all positives weigh alike.
+    node.CENTERNESS = "box"
+    # A learned scale on each level's regression.
+    node.LEVEL_SCALE = True
+    # The last convolution of both towers is deformable: "v1" or "v2"; "" for a plain one. In the
+    # backbone: MODEL.RESNETS.DEFORM_ON_PER_STAGE and DEFORM_MODULATED.
+    node.DEFORM_TOWER = ""
+    # Class probability that the head predicts before training (RetinaNet, section 4.1).
+    node.PRIOR_PROB = 0.01
+    # P7 is computed from P6 after a ReLU. mmdet's checkpoints want False.
+    node.RELU_BEFORE_P7 = True
+
+    # The rule that chooses samples: a name of atss.assigners.ASSIGNER_REGISTRY ("matcher" in
+    # Detectron2). ASSIGNERS.<name> holds its arguments, in capitals, as its class explains them:
+    # for ATSS that is ASSIGNERS.ATSS.TOP_K, 9 (paper, Table 4).
+    node.ASSIGNER = "ATSS"
+    node.ASSIGNERS = CfgNode(new_allowed=True)
+    for name, rule in ASSIGNER_REGISTRY:
+        defaults = {
+            argument.upper(): parameter.default
+            for argument, parameter in inspect.signature(rule).parameters.items()
+            if parameter.default is not parameter.empty
+        }
+        node.ASSIGNERS[name] = CfgNode(defaults, new_allowed=True)
+
+    # What the box predictor says: "box", deltas from the anchor; "point", distances from its centre
+    # in strides; "log_point", logarithms of distances in pixels (the first FCOS).
+    node.REGRESSION = "box"
+    # (wx, wy, ww, wh) of the box deltas.
+    node.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+    # "giou", "iou", or "smooth_l1", which compares deltas.
+    node.BBOX_REG_LOSS_TYPE = "giou"
+    # Its weight against the class and centerness losses.
+    node.BBOX_REG_LOSS_WEIGHT = 2.0
+    # Where smooth L1 turns from quadratic to linear.
+    node.SMOOTH_L1_LOSS_BETA = 0.11
+    node.FOCAL_LOSS_ALPHA = 0.25
+    node.FOCAL_LOSS_GAMMA = 2.0
+
+    # For weights of the authors' code, to which coordinates name the centres of pixels, and boxes
+    # hold their last pixel: with True they give boxes like everyone's. To fine-tune them: False.
+    node.LEGACY_PIXELS = False
+
+    # Inference (paper, section 3.1). The threshold is on the class probability alone.
+    node.SCORE_THRESH_TEST = 0.05
+    # Kept per level before suppression.
+    node.TOPK_CANDIDATES_TEST = 1000
+    # IoU.
+    node.NMS_THRESH_TEST = 0.6
+    # "sqrt": root of probability x centerness; "product": without the root, as mmdet has it.
+    node.SCORE = "sqrt"
+
+    # Multi-scale testing (paper, Table 8), under TEST.AUG.ENABLED; views are TEST.AUG.MIN_SIZES,
+    # MAX_SIZE and FLIP, besides the plain one of INPUT.
+    node.TTA = CfgNode()
+    # How views are merged: "soft_vote", "vote" or "nms".
+    node.TTA.MERGE = "soft_vote"
+    # IoU with the best of a group from which on a box is of it.
+    node.TTA.VOTE_THRESH = 0.66
+    # Score that a voter keeps at least, under "soft_vote".
+    node.TTA.SOFT_MIN_SCORE = 0.05
+    # For each of TEST.AUG.MIN_SIZES, what counts: side in pixels of the view, square root of area.
+    node.TTA.SIZE_RANGES = [[0, 10000]] * len(cfg.TEST.AUG.MIN_SIZES)
+    # Per image. COCO counts 100; the authors' code hands in 1000.
+    node.TTA.MAX_DETECTIONS = 1000
+
+    # Images that each process evaluates at a time. Only those of one size, once padded, share a
+    # canvas, so that the numbers stay those of single images.
+    node.IMS_PER_BATCH_TEST = 1
+
+    # Of backbone and towers, in training and inference: "fp32", "bf16", "fp16" (on GPUs; gradients
+    # are scaled), or "auto": bf16 where the processor is fast at it, else fp32.
+    node.PRECISION = "fp32"
+    # Keep the channels of a feature map together in memory, which convolutions in bf16 like.
+    node.CHANNELS_LAST = False
+    # Let torch.compile compile backbone and head. The first iterations then take minutes, and again
+    # when the size of the images changes for the first time.
+    node.COMPILE = False

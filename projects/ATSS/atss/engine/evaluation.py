@@ -1,0 +1,58 @@
+"""What evaluation needs of a data set: its loader and its evaluator."""
+
+import os
+from collections.abc import Iterable
+
+from detectron2.config import CfgNode
+from detectron2.data import (
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+)
+from detectron2.utils import comm
+
+from ..config import images_per_test_batch
+from ..data.mapper import Mapper
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
+    """Detectron2's loader with our mapper, in batches of MODEL.ATSS.IMS_PER_BATCH_TEST. Images of
+    one size follow one another, because only those make a batch."""
+    records = get_detection_dataset_dicts(dataset_name, filter_empty=False)
+    records.sort(key=lambda x: (x.get("height", 0), x.get("width", 0)))
+    # Detectron2 gives each process a contiguous part: each gets images of all sizes.
+    world_size = comm.get_world_size()
+    records = [x for rank in range(world_size) for x in records[rank::world_size]]
+    return build_detection_test_loader(
+        records,
+        mapper=Mapper(cfg, is_train=False),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        batch_size=images_per_test_batch(cfg),
+    )
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+    """By the evaluator_type in the data set's metadata. A data set without annotations gets its
+    results written in COCO's format, for a server to evaluate.
+
+    Raises:
+        ValueError: for an unknown type.
+    """
+    output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind == "coco":
+        return COCOEvaluator(dataset_name, ("bbox",), output_dir=output_dir)
+    if kind == "lvis":
+        return LVISEvaluator(dataset_name, ("bbox",), output_dir=output_dir)
+    if kind == "pascal_voc":
+        return PascalVOCDetectionEvaluator(dataset_name)
+    raise ValueError(
+        f"data set {dataset_name} has evaluator_type {kind!r} in its metadata; "
+        "coco, lvis and pascal_voc are known"
+    )

@@ -1,0 +1,134 @@
+"""Starts the processes of a training or joins those that torchrun started; what goes wrong in them
+is said in one sentence."""
+
+import argparse
+import ctypes
+import errno
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DEFAULT_TIMEOUT
+from detectron2.engine import launch as start_processes
+from detectron2.utils import comm
+from torch import distributed
+from torch.multiprocessing import ProcessExitedException
+
+Main = Callable[[argparse.Namespace, CfgNode], object]
+
+# What torchrun tells each process that it starts; a scheduler's script can tell the same.
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def launch(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Runs ``main(args, cfg)`` in every process.
+
+    Under torchrun this is one of them; otherwise Detectron2's launch starts ``--num-gpus`` per
+    machine, on GPUs with NCCL, on CPUs with gloo. Leaves Python with ``error: ...`` and code 1, or
+    with the code of the process that failed first.
+    """
+    if is_started():
+        _join(main, args, cfg)
+    elif world_size(args) == 1:
+        _in_one_sentence(main, args, cfg)
+    else:
+        signal.signal(signal.SIGTERM, _pass_on)
+        try:
+            start_processes(
+                _in_one_sentence,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(main, args, cfg),
+            )
+        except ProcessExitedException as error:
+            sys.exit(f"error: {error}" if error.exit_code < 0 else error.exit_code)
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep the memory that is freed, for training on CPUs.
+
+    It would give every large block back to the system, and the next feature map of that size would
+    be made of fresh pages, one fault per 4 KiB. With glibc; elsewhere nothing happens. The process
+    stays as large as it once was.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_mmap_max, m_trim_threshold, never = -4, -1, -1  # of malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, never)
+
+
+def explain(error: BaseException, output_dir: str) -> str | None:
+    """One sentence for what goes wrong in ordinary use; None where only a traceback helps."""
+    link: BaseException | None = error
+    while link is not None:  # torch.save hides the disk's error behind one of its own
+        if isinstance(link, OSError) and link.errno in CANNOT_WRITE:
+            return f"cannot write into OUTPUT_DIR {output_dir}: {link.strerror}"
+        link = link.__cause__ or link.__context__
+    if not isinstance(error, ValueError | OSError | FloatingPointError):
+        return None
+    # From a data loader's process comes a traceback as text, which ends in what was raised there.
+    last = (str(error).strip().splitlines() or [repr(error)])[-1]
+    return last.removeprefix(f"{type(error).__name__}: ")
+
+
+def is_started() -> bool:
+    return all(name in os.environ for name in ENVIRONMENT)
+
+
+def world_size(args: argparse.Namespace) -> int:
+    return int(os.environ["WORLD_SIZE"]) if is_started() else args.num_gpus * args.num_machines
+
+
+def _join(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
+    """One of the processes that torchrun started."""
+    rank, world_size, local_rank, local_world_size = (int(os.environ[x]) for x in ENVIRONMENT)
+    on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    store = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # It outlives a restart, with the addresses of the processes that are gone.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore(*address, is_master=False, timeout=DEFAULT_TIMEOUT)
+        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    distributed.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=DEFAULT_TIMEOUT,
+    )
+    comm.create_local_process_group(local_world_size)
+    # On several machines, torchrun may count a restart on one of them alone.
+    args.resume = any(comm.all_gather(args.resume))
+    _in_one_sentence(main, args, cfg)
+
+
+def _in_one_sentence(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
+    try:
+        main(args, cfg)
+    except Exception as error:
+        sentence = explain(error, cfg.OUTPUT_DIR)
+        if sentence is None:
+            raise
+        sys.exit(f"error: {sentence}")
+    if distributed.is_initialized():
+        # Left to the end of Python, gloo's threads now and then abort the process.
+        distributed.destroy_process_group()
+
+
+def _pass_on(signum: int, _: object) -> None:
+    processes = multiprocessing.active_children()
+    if not processes:
+        sys.exit(128 + signum)
+    for process in processes:
+        if process.pid is not None:
+            os.kill(process.pid, signum)

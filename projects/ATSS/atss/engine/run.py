@@ -1,0 +1,245 @@
+"""The way in: from a command line to a run.
+
+    cfg = prepare(args)     once, where the command was given: all that can be wrong is said here
+    run(args, cfg)          in every process
+
+The checks of a run stand here alone.
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import shutil
+import sys
+import tempfile
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from ..checkpoints import SafeCheckpointer
+from ..config import check_model, complete, load_config
+from ..config.checks import TRAINING_LIMITS, check_values
+from ..data.datasets import log_remarks, refuse_unannotated, refuse_unevaluable, register_coco
+from .launch import is_started, keep_freed_memory, launch, world_size
+from .trainer import Trainer
+
+
+def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
+    """Detectron2's arguments, --register and --import."""
+    parser = default_argument_parser(epilog=epilog)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--register",
+        action="append",
+        default=[],
+        metavar="NAME=annotations.json:image_dir",
+        help="an own data set in COCO's format, to be used under NAME in the config (repeatable)",
+    )
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a Python module to import first, such as one that registers a rule (repeatable)",
+    )
+    return parser
+
+
+def prepare(args: argparse.Namespace) -> CfgNode:
+    """The config of a run, complete and checked.
+
+    Args:
+        args: of :func:`make_parser`; ``resume`` is set where torchrun has restarted this process.
+
+    Raises:
+        ValueError, OSError: with a sentence that says what is wrong.
+    """
+    register(args)
+    cfg = load_config(args.config_file, opts=args.opts)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        print("No GPU here: running on the CPU.", file=sys.stderr)
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
+        complete(cfg)
+    check_config(cfg, training=not args.eval_only)
+    check_processes(args, cfg)
+    check_output_dir(cfg.OUTPUT_DIR)
+    cfg.freeze()
+    return cfg
+
+
+def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
+    """What every process does: evaluates with --eval-only, or trains; results by task."""
+    register(args)
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="atss")
+    log_remarks((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    if cfg.MODEL.DEVICE == "cpu":
+        keep_freed_memory()
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(Trainer.test_with_tta(cfg, model))
+        return results
+    trainer = Trainer(cfg)
+    if comm.is_main_process():
+        kept = cfg.SOLVER.CHECKPOINTS_TO_KEEP
+        check_free_space(cfg.OUTPUT_DIR, trainer.model, copies=max(kept + 1, 2))
+    if args.resume:
+        check_shared(trainer.checkpointer.get_checkpoint_file())
+    trainer.resume_or_load(resume=args.resume)
+    logging.getLogger("atss").info("Starting at iteration %d", trainer.start_iter)
+    return trainer.train()
+
+
+def start(args: argparse.Namespace) -> None:
+    """Prepares and runs in as many processes as asked for; leaves Python with ``error: ...`` where
+    something is wrong."""
+    try:
+        cfg = prepare(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    launch(run, args, cfg)
+
+
+def register(args: argparse.Namespace) -> None:
+    """What --import and --register ask for; every process does it for itself.
+
+    Raises:
+        ValueError: with a sentence that says what is wrong.
+    """
+    import_modules(args.imports)
+    for spec in args.register:
+        register_coco(spec)
+
+
+def import_modules(names: list[str]) -> None:
+    """Modules of the user's, from the folder in which the command was given too.
+
+    Raises:
+        ValueError: naming one that does not exist.
+    """
+    sys.path.insert(0, os.getcwd())
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"--import {name}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------
+# Checks
+# ------------------------------------------------------------------------------------------------
+
+
+def check_config(cfg: CfgNode, training: bool) -> None:
+    """What would stop a run only after a while, or be passed over silently.
+
+    Args:
+        training: or evaluation alone.
+
+    Raises:
+        ValueError: naming the key, or the data set.
+    """
+    used = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if training else cfg.DATASETS.TEST
+    for name in used:
+        if name not in DatasetCatalog:
+            raise ValueError(
+                f"DATASETS names {name!r}, which neither Detectron2 nor --register knows"
+            )
+    if not used:
+        raise ValueError(f"DATASETS.{'TRAIN' if training else 'TEST'} names no data set")
+    check_model(cfg, training)
+    if training:
+        check_values(cfg, TRAINING_LIMITS)
+        if not cfg.DATASETS.TRAIN:
+            raise ValueError("DATASETS.TRAIN names no data set")
+        refuse_unannotated(cfg.DATASETS.TRAIN)
+    refuse_unevaluable(cfg.DATASETS.TEST)
+
+
+def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Whether so many processes can do what the config asks for. Where torchrun has restarted this
+    one, it resumes.
+
+    Raises:
+        ValueError: with a sentence that says what is wrong.
+    """
+    count, images = world_size(args), cfg.SOLVER.IMS_PER_BATCH
+    if is_started() and args.num_gpus * args.num_machines > 1:
+        raise ValueError("torchrun has started the processes: leave out --num-gpus, --num-machines")
+    if not args.eval_only and not cfg.SOLVER.REFERENCE_WORLD_SIZE and images % count:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {images}, which {count} processes cannot share evenly"
+        )
+    on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if is_started() else args.num_gpus
+    if on_gpu and local > torch.cuda.device_count():
+        raise ValueError(f"{local} processes on a machine of {torch.cuda.device_count()} GPUs")
+    if not (on_gpu or is_started()) and count > 1 and torch.cuda.is_available():
+        raise ValueError("--num-gpus uses GPUs: for processes with MODEL.DEVICE cpu use torchrun")
+
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        args.resume = True
+    may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval_only
+    if may_restart and not args.resume and os.path.exists(f"{cfg.OUTPUT_DIR}/last_checkpoint"):
+        raise ValueError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} has a checkpoint, from which a restart would go on: "
+            "give --resume, or another OUTPUT_DIR"
+        )
+
+
+def check_output_dir(path: str) -> None:
+    """Makes the folder and writes a byte into it.
+
+    Raises:
+        ValueError: where that fails.
+    """
+    try:
+        if not os.path.exists(path):
+            os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise ValueError(f"cannot write into OUTPUT_DIR {path}: {error.strerror}") from error
+
+
+def check_free_space(path: str, model: nn.Module, copies: int = 2) -> None:
+    """Whether the folder has room for checkpoints: weights, and a momentum for each that is
+    trained. By default for two, because one is written before the other is deleted.
+
+    Raises:
+        ValueError: naming the folder and the sizes.
+    """
+    tensors = [*model.state_dict().values(), *(x for x in model.parameters() if x.requires_grad)]
+    need = copies * sum(x.numel() * x.element_size() for x in tensors)
+    free = shutil.disk_usage(path).free
+    if free < need:
+        raise ValueError(
+            f"OUTPUT_DIR {path} has {free / 1e6:.0f} MB free, but {copies} checkpoints take "
+            f"{need / 1e6:.0f} MB"
+        )
+
+
+def check_shared(checkpoint: str) -> None:
+    """Whether all processes would resume from the same checkpoint.
+
+    Raises:
+        ValueError: naming those that they see.
+    """
+    seen = set(comm.all_gather(checkpoint))
+    if len(seen) > 1:
+        raise ValueError(
+            "OUTPUT_DIR must be a folder that all machines share; as the last checkpoint they see "
+            + " and ".join(sorted(path or "none" for path in seen))
+        )

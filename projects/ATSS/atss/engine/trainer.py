@@ -1,0 +1,150 @@
+"""The trainer: Detectron2's, where that cannot train on CPUs or evaluate by itself."""
+
+import logging
+import os
+import weakref
+from collections.abc import Iterable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    hooks,
+)
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from ..checkpoints.checkpointer import TrainingCheckpointer
+from ..config import autocast_dtype, build_tta, one_image_at_a_time
+from ..data.loader import TrainLoader, build_train_loader, derive_seed
+from ..data.mapper import Mapper
+from .evaluation import build_evaluator, build_test_loader
+from .hooks import FiniteLosses, FiniteWeights, Preemption
+
+
+class Trainer(DefaultTrainer):
+    """DefaultTrainer that also runs several processes on CPUs, knows the precision of
+    MODEL.ATSS.PRECISION, resumes bit for bit, and chooses the evaluator by the data set's metadata.
+
+    Attributes:
+        seed: SEED, or one drawn for all processes where that is negative. The order of images,
+            their augmentation and what the model draws in an iteration follow from it; a
+            checkpoint holds it.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        # DefaultTrainer's own constructor hands DDP a GPU's number even where the model is on a
+        # CPU, which DDP refuses. The steps and their order are its.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        cfg.defrost()
+        cfg.SEED = self.seed
+        cfg.freeze()
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+
+        on_gpu = model.device.type == "cuda"
+        device_ids = [comm.get_local_rank()] if on_gpu else None
+        model = create_ddp_model(
+            model,
+            broadcast_buffers=False,
+            device_ids=device_ids,
+            # Where it does not look for them, DDP changes the order in which it adds up gradients
+            # after the first iteration, of a resumed run too: last bits would differ.
+            find_unused_parameters=not on_gpu,
+        )
+        scaled = cfg.SOLVER.AMP.ENABLED or autocast_dtype(cfg) == torch.float16
+        if scaled and not on_gpu:
+            raise ValueError("SOLVER.AMP.ENABLED needs a GPU; on a CPU set MODEL.ATSS.PRECISION")
+        self._trainer = (AMPTrainer if scaled else SimpleTrainer)(model, data_loader, optimizer)
+
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = TrainingCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            keep=cfg.SOLVER.CHECKPOINTS_TO_KEEP,
+            trainer=weakref.proxy(self),
+        )
+        self._trainer.register_hooks([FiniteLosses(model, self.checkpointer)])
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's, those that stop a training, and multi-scale testing at the end, before the
+        last numbers are written."""
+        self.preemption = Preemption()
+        built = [FiniteWeights(), *super().build_hooks()]
+        evaluation = next(i for i, x in enumerate(built) if isinstance(x, hooks.EvalHook))
+        built.insert(evaluation, self.preemption)
+        if self.cfg.TEST.AUG.ENABLED:
+            writers = [i for i, x in enumerate(built) if isinstance(x, hooks.PeriodicWriter)]
+            test = hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
+            built.insert(writers[0] if writers else len(built), test)
+        return built
+
+    def train(self) -> dict | None:
+        """DefaultTrainer's, which also ends a run that was killed between its last iteration and
+        its last file; SIGTERM stops it after a checkpoint."""
+        if self.start_iter >= self.max_iter:
+            self.checkpointer.save("model_final", iteration=self.iter)
+        with self.preemption:
+            return super().train()
+
+    def run_step(self) -> None:
+        """DefaultTrainer's, with generators that depend on nothing drawn before."""
+        seed_all_rng(derive_seed(self.seed, self.iter, comm.get_rank()))
+        super().run_step()
+
+    def state_dict(self) -> dict:
+        """DefaultTrainer's, and the seed."""
+        return super().state_dict() | {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """DefaultTrainer's; loaders will go on where they stopped."""
+        super().load_state_dict(state_dict)
+        self.seed = state_dict.get("seed", self.seed)  # DefaultTrainer's own have none
+        done = self.iter + 1
+        self.data_loader.skip(done, self.seed)
+        for hook in self._hooks:
+            if isinstance(hook, hooks.PreciseBN):
+                times = done // self.cfg.TEST.EVAL_PERIOD if self.cfg.TEST.EVAL_PERIOD else 0
+                hook._data_loader.skip(times * self.cfg.TEST.PRECISE_BN.NUM_ITER, self.seed)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        """Ours, which knows positions, with our mapper."""
+        return build_train_loader(cfg, Mapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
+        """Ours, in which images of one size follow one another."""
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """By the data set's metadata."""
+        return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict:
+        """Multi-scale testing (TEST.AUG); results bear the suffix _TTA."""
+        logging.getLogger(__name__).info("Testing with %d sizes", len(cfg.TEST.AUG.MIN_SIZES) + 1)
+        model = getattr(model, "module", model)  # out of DistributedDataParallel
+        one_by_one = one_image_at_a_time(cfg)
+        one_by_one.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "tta")
+        results = cls.test(one_by_one, build_tta(cfg, model))
+        return {f"{name}_TTA": result for name, result in results.items()}

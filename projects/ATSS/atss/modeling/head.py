@@ -1,0 +1,156 @@
+"""The head: two convolution towers, three predictors, one learned scale per level."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from detectron2.layers import get_norm
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..structures import HeadOutput
+from .deform_conv import DeformConv, DeformConvLayer
+
+HEAD_REGISTRY = Registry("ATSS_HEAD")
+HEAD_REGISTRY.__doc__ = """
+Heads that MODEL.ATSS.HEAD can name. Called as head(cfg, input_shape, num_classes, num_anchors) with
+input_shape: list[ShapeSpec]; returns a module: list of (N, C, H_l, W_l) features -> HeadOutput.
+"""
+
+
+class Scale(nn.Module):
+    """Multiplies by one learned number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def flatten_levels(maps: Sequence[Tensor], dim: int) -> Tensor:
+    """Per level (N, A * dim, H, W) -> (N, R, dim), in the order of the anchors."""
+    flat = []
+    for x in maps:
+        n, _, h, w = x.shape
+        flat.append(x.view(n, -1, dim, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, dim))
+    return torch.cat(flat, dim=1)
+
+
+def predict_together(x: Tensor, *predictors: nn.Conv2d) -> tuple[Tensor, ...]:
+    """What several 3 x 3 convolutions make of one input, by one convolution: on CPUs the gradient
+    of one with 1 or 4 channels takes as long as that of one with 80."""
+    weight = torch.cat([predictor.weight for predictor in predictors])
+    bias = torch.cat([predictor.bias for predictor in predictors])
+    channels = [predictor.out_channels for predictor in predictors]
+    return F.conv2d(x, weight, bias, padding=1).split(channels, dim=1)
+
+
+class ATSSHead(nn.Module):
+    """RetinaNet's head with GroupNorm, centerness from the box tower, and a learned scale on each
+    level's regression (paper, section 3.2: the "universal improvements"), each of which can be
+    left out.
+
+    Towers and predictors are shared by all levels. Under autocast the towers and what is predicted
+    from the class tower take its precision; what is predicted from the box tower stays in float32,
+    because a bfloat16 delta moves a box on a coarse level by whole pixels.
+
+    Args:
+        in_channels: channels of every level.
+        num_levels: L.
+        num_classes: K.
+        num_anchors: A.
+        num_convs: convolutions per tower.
+        norm: Detectron2's name of the towers' normalisation, "" for none.
+        tower_bias: whether the towers' convolutions have biases where a norm follows; mmdet's have
+            none.
+        prior_prob: class probability at initialisation (RetinaNet, section 4.1).
+        centerness: the tower that predicts it, "box" or "cls"; "" for none at all.
+        level_scale: whether each level's regression has a learned scale.
+        box_bias: what the box predictor gives at initialisation.
+        deform: version of the deformable convolution that is the last of each tower, "v1" or "v2";
+            "" for a plain one.
+
+    Raises:
+        ValueError: for an unknown tower or version.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        num_levels: int,
+        num_classes: int,
+        num_anchors: int = 1,
+        num_convs: int = 4,
+        norm: str = "GN",
+        tower_bias: bool = True,
+        prior_prob: float = 0.01,
+        centerness: str = "box",
+        level_scale: bool = True,
+        box_bias: float = 0.0,
+        deform: str = "",
+    ):
+        super().__init__()
+        if centerness not in ("box", "cls", ""):
+            raise ValueError(f"centerness grows from 'box' or 'cls', or '': not {centerness!r}")
+        if deform not in ("v1", "v2", "") or (deform and not num_convs):
+            raise ValueError(
+                f"the last convolution of a tower is deformable 'v1', 'v2' or '': not {deform!r} "
+                f"with {num_convs} convolutions"
+            )
+        self.num_classes = num_classes
+        tower = (in_channels, num_convs, norm, tower_bias or not norm, deform)
+        self.cls_subnet = self._tower(*tower)
+        self.bbox_subnet = self._tower(*tower)
+        self.cls_score = nn.Conv2d(in_channels, num_anchors * num_classes, 3, padding=1)
+        self.bbox_pred = nn.Conv2d(in_channels, num_anchors * 4, 3, padding=1)
+        self.centerness = centerness
+        self.ctrness = nn.Conv2d(in_channels, num_anchors, 3, padding=1) if centerness else None
+        scale = Scale if level_scale else nn.Identity
+        self.scales = nn.ModuleList(scale() for _ in range(num_levels))
+
+        for name, module in self.named_modules():
+            # Offsets of deformable convolutions begin at zero.
+            if isinstance(module, (nn.Conv2d, DeformConv)) and not name.endswith("offset"):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
+        nn.init.constant_(self.bbox_pred.bias, box_bias)
+
+    @staticmethod
+    def _tower(channels: int, num_convs: int, norm: str, bias: bool, deform: str) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for i in range(num_convs):
+            if deform and i == num_convs - 1:
+                layers.append(DeformConvLayer(channels, deform == "v2", bias))
+            else:
+                layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=bias))
+            if norm:
+                layers.append(get_norm(norm, channels))
+            layers.append(nn.ReLU(inplace=True))
+        return nn.Sequential(*layers)
+
+    def forward(self, features: Sequence[Tensor]) -> HeadOutput:
+        """L feature maps (N, C, H_l, W_l) -> predictions for all R anchors."""
+        cls_predictors, box_predictors = [self.cls_score], [self.bbox_pred]
+        if self.ctrness is not None:
+            (box_predictors if self.centerness == "box" else cls_predictors).append(self.ctrness)
+        logits, deltas, quality = [], [], []
+        for x, scale in zip(features, self.scales, strict=True):
+            from_cls = predict_together(self.cls_subnet(x), *cls_predictors)
+            box_feature = self.bbox_subnet(x)
+            with torch.autocast(x.device.type, enabled=False):
+                precise = box_feature.to(self.bbox_pred.weight.dtype)
+                from_box = predict_together(precise, *box_predictors)
+                deltas.append(scale(from_box[0]))
+            logits.append(from_cls[0])
+            quality += from_cls[1:] + from_box[1:]
+        return HeadOutput(
+            logits=flatten_levels(logits, self.num_classes),
+            deltas=flatten_levels(deltas, 4),
+            quality=flatten_levels(quality, 1).squeeze(-1) if quality else None,
+        )

@@ -1,0 +1,83 @@
+"""A trained detector from its config and weights: images in, NumPy out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import detectron2.data.transforms as T
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+
+from .checkpoints import SafeCheckpointer
+from .config import class_names, load_config
+
+
+class Detections(NamedTuple):
+    """What was found on one image, best first.
+
+    Attributes:
+        boxes: (M, 4) float32 (x1, y1, x2, y2) in pixels of the image.
+        scores: (M,) float32.
+        classes: (M,) int64, positions in ``Predictor.names``.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+
+    def above(self, threshold: float) -> "Detections":
+        """Those whose score is at least so much."""
+        return Detections(*(x[self.scores >= threshold] for x in self))
+
+
+class Predictor:
+    """Detects on images of any sizes, several at a time.
+
+    Args:
+        config: a file, such as the config.yaml that a training leaves, or a config.
+        weights: a checkpoint; that of the config by default. Nothing in it is executed.
+        opts: KEY VALUE pairs over the config.
+
+    Attributes:
+        names: of the classes; empty where neither config nor data tell.
+
+    Raises:
+        ValueError: naming the file or the key, where config or weights cannot be used.
+    """
+
+    def __init__(
+        self, config: str | Path | CfgNode, weights: str | None = None, opts: Sequence[Any] = ()
+    ):
+        cfg = config if isinstance(config, CfgNode) else load_config(config, opts=opts)
+        if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.DEVICE = "cpu"
+        self.names = class_names(cfg)
+        self.model = build_model(cfg).eval()
+        SafeCheckpointer(self.model).load(weights or cfg.MODEL.WEIGHTS)
+        short = cfg.INPUT.MIN_SIZE_TEST
+        self.resize = T.ResizeShortestEdge([short, short], cfg.INPUT.MAX_SIZE_TEST)
+        self.input_format = cfg.INPUT.FORMAT
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[np.ndarray]) -> list[Detections]:
+        """
+        Args:
+            images: (H, W, 3) uint8, BGR as OpenCV reads them.
+        """
+        inputs = []
+        for image in images:
+            height, width = image.shape[:2]
+            if self.input_format == "RGB":
+                image = image[:, :, ::-1]
+            image = self.resize.get_transform(image).apply_image(image)
+            tensor = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+            inputs.append({"image": tensor, "height": height, "width": width})
+        found = [x["instances"].to("cpu") for x in self.model(inputs)]
+        return [
+            Detections(x.pred_boxes.tensor.numpy(), x.scores.numpy(), x.pred_classes.numpy())
+            for x in found
+        ]

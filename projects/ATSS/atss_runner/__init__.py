@@ -1,0 +1,1 @@
+"""What runs where torch and Detectron2 are not installed: NumPy and OpenCV are enough."""

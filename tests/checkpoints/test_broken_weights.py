@@ -1,0 +1,226 @@
+"""Weights that cannot be loaded, or want code to run: through tools/demo.py and tools/train_net.py
+each gives the sentence of docs/broken_input.md, and nothing of it runs."""
+
+import hashlib
+import io
+import os
+import pickle
+import sys
+
+import demo
+import numpy as np
+import pytest
+import torch
+from broken_page import is_said, table
+from conftest import make_cfg
+from detectron2.modeling import build_model
+
+import atss.engine.run as way_in
+from atss.checkpoints import SafeCheckpointer
+from atss.checkpoints.read import WeightsError, read
+from atss.engine.launch import launch
+
+SENTENCES = table("Weights")
+MODEL = ("MODEL.FPN.OUT_CHANNELS", "64", "MODEL.ATSS.NUM_CONVS", "1", "MODEL.ATSS.NUM_CLASSES", "2")
+
+
+class Calls:
+    """Its pickle calls a function when it is read."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+TOUCH = Calls(os.system, "touch exploded")
+EVAL = Calls(eval, "open('exploded', 'w')")
+LOAD = Calls(np.load, "exploded.npy", None, True)
+
+
+def saved(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def pickled(content, protocol=2):
+    return pickle.dumps(content, protocol)
+
+
+def bytes_for_torch():
+    """How a tensor pickles outside torch.save: bytes that torch.load opens without restraint."""
+    return Calls(torch.storage._load_from_bytes, saved({"a": TOUCH}))
+
+
+def objects_from_numbers():
+    """An array that says it holds objects, and gives numbers for their addresses."""
+    array = pickled({"a": np.zeros(1, np.int64)}, 2)
+    return array.replace(b"X\x02\x00\x00\x00i8", b"X\x02\x00\x00\x00O8")
+
+
+FEW = {"a": torch.zeros(1000)}
+# What is broken: the file's ending and its bytes.
+CASES = {
+    "nothing there": (".pth", None),
+    "an empty .pth": (".pth", b""),
+    "an empty .pkl": (".pkl", b""),
+    "a truncated .pth": (".pth", saved({"model": FEW})[:2000]),
+    "a truncated .pkl": (".pkl", pickled({"a": np.zeros(1000)})[:2000]),
+    "a web page as .pth": (".pth", b"<html>not found</html>"),
+    "a web page as .pkl": (".pkl", b"<html>not found</html>"),
+    "a .pth that runs a command": (".pth", saved({"model": TOUCH})),
+    "a pickle called .pth that runs a command": (".pth", pickled({"model": TOUCH})),
+    "a .pth that evaluates Python": (".pth", saved({"model": FEW, "trainer": EVAL})),
+    "a .pyth that runs a command": (".pyth", saved({"model_state": TOUCH})),
+    "a .pth of a whole model": (".pth", saved(torch.nn.Linear(1, 1))),
+    "a .pkl that runs a command": (".pkl", pickled({"model": TOUCH, "__author__": "x"})),
+    "a .pkl that evaluates Python": (".pkl", pickled({"blobs": EVAL})),
+    "a .pkl that has numpy open a file": (".pkl", pickled({"a": LOAD})),
+    "a .pkl that has torch open bytes": (".pkl", pickled({"a": bytes_for_torch()})),
+    "a .pkl with an array of objects": (".pkl", pickled({"a": np.array([TOUCH])})),
+    "a .pkl with addresses for objects": (".pkl", objects_from_numbers()),
+    "a .pkl of tensors": (".pkl", pickled({"a": torch.zeros(1)})),
+    "a list in a .pth": (".pth", saved([torch.zeros(1)])),
+    "a list in a .pkl": (".pkl", pickled([np.zeros(1)])),
+    "no tensors": (".pth", saved({"model": {"a": 1}})),
+    "no weights at all": (".pth", saved({"model": {}})),
+    "mmdet's, not converted": (".pth", saved({"meta": {}, "state_dict": FEW})),
+    "the authors', not converted": (".pth", saved({"model": {"module.rpn.head.a": FEW["a"]}})),
+}
+
+
+def weights(what, tmp_path):
+    ending, content = CASES[what]
+    file = tmp_path / f"weights{ending}"
+    if content is not None:
+        file.write_bytes(content)
+    return file
+
+
+def test_the_page_lists_the_cases():
+    assert list(SENTENCES) == list(CASES)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A small config as train_net.py leaves it."""
+    file = tmp_path_factory.mktemp("config") / "config.yaml"
+    cfg = make_cfg()
+    cfg.merge_from_list(list(MODEL))
+    file.write_text(cfg.dump())
+    return file
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_demo_says_it_in_one_sentence(what, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = weights(what, tmp_path)
+    (tmp_path / "image.png").touch()
+    argv = ["demo.py", "--config-file", str(config), "--weights", str(file)]
+    monkeypatch.setattr(sys, "argv", [*argv, "--input", "image.png", "--output", "out"])
+    with pytest.raises(SystemExit) as caught:
+        demo.main()
+    assert is_said(f"error: {SENTENCES[what]}", caught.value.code), caught.value.code
+    assert file.name in caught.value.code
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("what", [w for w in CASES if "runs a command" in w])
+@pytest.mark.parametrize("flags", [[], ["--eval-only"]])
+def test_train_net_runs_nothing(what, flags, config, squares, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = weights(what, tmp_path)
+    argv = ["--config-file", str(config), *flags]
+    argv += ["--register", f"squares_weights={squares}/annotations.json:{squares}/images"]
+    argv += ["DATASETS.TRAIN", "('squares_weights',)", "DATASETS.TEST", "('squares_weights',)"]
+    argv += ["MODEL.WEIGHTS", str(file), "OUTPUT_DIR", str(tmp_path / "out")]
+    args = way_in.make_parser().parse_args(argv)
+    with pytest.raises(SystemExit) as caught:
+        launch(way_in.run, args, way_in.prepare(args))
+    assert is_said(f"error: {SENTENCES[what]}", caught.value.code), caught.value.code
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_bombs_explode_where_pickle_reads_them(tmp_path, monkeypatch):
+    """Else the tests above would show nothing."""
+    monkeypatch.chdir(tmp_path)
+    for what in ("a .pkl that runs a command", "a .pkl that evaluates Python"):
+        pickle.loads(CASES[what][1])
+        (tmp_path / "exploded").unlink()
+    torch.load(io.BytesIO(CASES["a .pth that runs a command"][1]), weights_only=False)
+    assert (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_what_zoo_files_hold_is_read(protocol, tmp_path):
+    content = {
+        "rows": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "one": np.array(5),
+        "big-endian": np.arange(3, dtype=">f4"),
+        "flags": np.array([True, False]),
+        "scalar": np.float32(3.5),
+        "others": [1, 2.5, "text", ("a", None), {"b": True}],
+    }
+    file = tmp_path / "zoo.pkl"
+    file.write_bytes(pickle.dumps(content, protocol))
+    # A model zoo's files are of numpy 1.
+    for renamed in (file.read_bytes(), file.read_bytes().replace(b"numpy._core", b"numpy.core")):
+        if protocol < 4:  # whose names have no length in front of them
+            file.write_bytes(renamed)
+        found = read(file)
+        assert found["others"] == content["others"]
+        for name in content.keys() - {"others"}:
+            np.testing.assert_array_equal(found[name], content[name])
+            assert found[name].dtype.newbyteorder("=") == content[name].dtype.newbyteorder("=")
+        assert torch.from_numpy(found["rows"]).tolist() == content["rows"].tolist()
+
+
+def test_text_of_python_2_is_read_as_bytes(tmp_path):
+    """Caffe2's files: numbers of an array as a str of Python 2."""
+    file = tmp_path / "old.pkl"
+    pickle_of_2 = (
+        b"(dS'a'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+        b"(I1\n(I2\ntcnumpy\ndtype\n(S'f4'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntb"
+        b"I00\nS'\\x00\\x00\\x80?\\x00\\x00\\x00@'\ntbs."
+    )
+    file.write_bytes(pickle_of_2)
+    assert read(file)["a"].tolist() == [1.0, 2.0]
+
+
+class Downloads:
+    """A path manager whose addresses are files of a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def get_local_path(self, path):
+        return str(self.folder / path.rpartition("/")[2])
+
+
+def test_a_download_is_compared_with_the_checksum_in_its_name(tmp_path):
+    model = build_model(make_cfg(*MODEL))
+    content = saved(model.state_dict())
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    for name in (f"model-{digest}.pth", "model-00000000.pth", "model.pth"):
+        (tmp_path / name).write_bytes(content)
+    checkpointer = SafeCheckpointer(model)
+    checkpointer.path_manager = Downloads(tmp_path)
+    checkpointer.load(f"https://somewhere/model-{digest}.pth")
+    checkpointer.load("https://somewhere/model.pth")
+    with pytest.raises(WeightsError, match=rf"begins with {digest}, not with 00000000 .* delete /"):
+        checkpointer.load("https://somewhere/model-00000000.pth")
+    checkpointer.load(str(tmp_path / "model-00000000.pth"))  # what one has called so oneself
+
+
+def test_what_fits_in_part_is_listed(tmp_path, caplog):
+    model = build_model(make_cfg(*MODEL))
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("head.ctrness")}
+    torch.save({"model": state}, tmp_path / "part.pth")
+    with caplog.at_level("WARNING"):
+        SafeCheckpointer(model).load(str(tmp_path / "part.pth"))
+    text = caplog.text
+    assert "not found in the checkpoint" in text
+    assert "head.ctrness" in text

@@ -1,0 +1,161 @@
+"""Whatever happens while a checkpoint is written, there is one to resume from."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from atss.checkpoints.checkpointer import TrainingCheckpointer
+
+
+class Progress:
+    """Stands for the trainer."""
+
+    iteration = 0
+
+    def state_dict(self):
+        return {"iteration": self.iteration}
+
+    def load_state_dict(self, state):
+        self.iteration = state["iteration"]
+
+
+@pytest.fixture
+def checkpointer(tmp_path):
+    return TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path), keep=2, trainer=Progress())
+
+
+def save(checkpointer, *iterations):
+    for iteration in iterations:
+        checkpointer.checkpointables["trainer"].iteration = iteration
+        nn.init.constant_(checkpointer.model.weight, iteration)
+        checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+
+
+def resume(checkpointer):
+    """(iteration, weight) that a new process resumes from."""
+    new = TrainingCheckpointer(nn.Linear(1, 1), checkpointer.save_dir, trainer=Progress())
+    new.resume_or_load("", resume=True)
+    return new.checkpointables["trainer"].iteration, new.model.weight.item()
+
+
+def stop_within(monkeypatch, name, error):
+    """torch.save writes half, or os.replace nothing, and stops with the error."""
+    whole = torch.save
+
+    def half(data, file):
+        whole(data, file)
+        file.truncate(file.tell() // 2)
+        raise error
+
+    def none(source, target):
+        raise error
+
+    owner, stopped = {"save": (torch, half), "replace": (os, none)}[name]
+    monkeypatch.setattr(owner, name, stopped)
+
+
+@pytest.mark.parametrize("where", ["save", "replace"])
+def test_a_stop_within_the_write_leaves_the_one_before(checkpointer, monkeypatch, where):
+    save(checkpointer, 2)
+    with monkeypatch.context() as patch:
+        stop_within(patch, where, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            save(checkpointer, 5)
+    assert resume(checkpointer) == (2, 2.0)
+    save(checkpointer, 5)
+    assert resume(checkpointer) == (5, 5.0)
+    files = {"model_0000002.pth", "model_0000005.pth", "last_checkpoint"}
+    assert set(os.listdir(checkpointer.save_dir)) == files
+
+
+def test_what_a_kill_left_is_overwritten(checkpointer, tmp_path):
+    (tmp_path / checkpointer.UNFINISHED).write_bytes(b"x" * 100_000)
+    save(checkpointer, 2)
+    assert resume(checkpointer) == (2, 2.0)
+    assert set(os.listdir(tmp_path)) == {"model_0000002.pth", "last_checkpoint"}
+
+
+def test_a_write_that_fails_gives_its_room_back(checkpointer, monkeypatch, tmp_path):
+    stop_within(monkeypatch, "save", OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="No space left"):
+        save(checkpointer, 2)
+    assert not os.listdir(tmp_path)
+
+
+def test_the_name_follows_when_the_file_is_complete(checkpointer, monkeypatch, tmp_path):
+    """A kill between the two writes loses nothing either: the older one is named."""
+    save(checkpointer, 2)
+    monkeypatch.setattr(checkpointer, "tag_last_checkpoint", lambda name: None)
+    save(checkpointer, 5)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
+    assert resume(checkpointer) == (2, 2.0)
+
+
+def test_files_reach_the_disk_before_they_get_their_name(checkpointer, monkeypatch):
+    steps = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, name=name, do=original: (steps.append(name), do(*a))
+        )
+    save(checkpointer, 2)
+    assert steps == ["fsync", "replace"] * 2
+
+
+def test_the_last_ones_are_kept_over_restarts(checkpointer, tmp_path):
+    (tmp_path / "model_best.pth").touch()
+    (tmp_path / "model_0090000.pth").touch()  # of a longer run
+    save(checkpointer, 2, 5)
+    checkpointer.save("model_final", iteration=5)
+    again = TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path), keep=2, trainer=Progress())
+    save(again, 8, 11)
+    numbers = {"model_0000008.pth", "model_0000011.pth", "model_0090000.pth"}
+    assert set(os.listdir(tmp_path)) == {
+        *numbers,
+        "model_best.pth",
+        "model_final.pth",
+        "last_checkpoint",
+    }
+    assert resume(checkpointer) == (11, 11.0)
+
+
+def test_all_are_kept_by_default_and_less_than_none_is_refused(tmp_path):
+    checkpointer = TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path), trainer=Progress())
+    save(checkpointer, 2, 5, 8)
+    assert len(os.listdir(tmp_path)) == 4
+    with pytest.raises(ValueError, match=r"CHECKPOINTS_TO_KEEP must be 0 \(all\) or more, not -1"):
+        TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path), keep=-1)
+
+
+def cut(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", [cut, os.remove, lambda file: file.write_bytes(b"")])
+def test_resumes_from_the_newest_that_can_be_read(checkpointer, tmp_path, caplog, damage):
+    save(checkpointer, 2, 5)
+    damage(tmp_path / "model_0000005.pth")
+    assert resume(checkpointer) == (2, 2.0)
+    assert "model_0000005.pth is missing or cannot be read: going on from" in caplog.text
+
+
+@pytest.mark.parametrize("content", [None, "", "gone.pth"])
+def test_resumes_without_a_true_last_checkpoint(checkpointer, tmp_path, content):
+    save(checkpointer, 2, 5)
+    (tmp_path / "last_checkpoint").unlink()
+    if content is not None:
+        (tmp_path / "last_checkpoint").write_text(content)
+    assert resume(checkpointer) == (5, 5.0)
+
+
+def test_nothing_to_resume_from(checkpointer, tmp_path):
+    assert not checkpointer.has_checkpoint()
+    nowhere = TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path / "nowhere"), trainer=Progress())
+    assert not nowhere.has_checkpoint()
+    save(checkpointer, 5)
+    cut(tmp_path / "model_0000005.pth")
+    torch.save({"model": {}, "iteration": 5}, tmp_path / "weights.pth")  # alone no checkpoint
+    with pytest.raises(OSError, match=r"model_0000005.pth is missing or cannot be read, and no"):
+        resume(checkpointer)

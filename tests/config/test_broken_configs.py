@@ -1,0 +1,112 @@
+"""Configs that cannot be: each stops train_net.py with the sentence of docs/broken_input.md."""
+
+import pytest
+from broken_page import is_said, table
+from conftest import ROOT
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+
+import atss.engine.run as way_in
+
+SENTENCES = table("Configs")
+# What is broken: changes on the command line, or the text of a yaml file.
+ATSS = "MODEL.ATSS."
+CASES = {
+    "unknown rule": [ATSS + "ASSIGNER", "NoSuchRule"],
+    "misspelt rule in a yaml": "MODEL: {ATSS: {ASSIGNERS: {ATTS: {TOP_K: 5}}}}",
+    "misspelt argument of a rule": "MODEL: {ATSS: {ASSIGNERS: {ATSS: {TOPK: 5}}}}",
+    "k of 0": [ATSS + "ASSIGNERS.ATSS.TOP_K", "0"],
+    "falling ranges of levels": [
+        *(ATSS + "ASSIGNER", "SpatialScale"),
+        *(ATSS + "ASSIGNERS.SpatialScale.RANGES", "(64, 32, 16, 8)"),
+    ],
+    "ranges for other levels": [
+        *(ATSS + "ASSIGNER", "SpatialScale", ATSS + "IN_FEATURES", "['p3', 'p4']"),
+    ],
+    "level that the backbone does not make": [ATSS + "IN_FEATURES", "['p2', 'p3']"],
+    "levels from coarse to fine": [ATSS + "IN_FEATURES", "['p4', 'p3']"],
+    "no levels": [ATSS + "IN_FEATURES", "[]"],
+    "FPN on stages that are not put out": ["MODEL.RESNETS.OUT_FEATURES", "['res4', 'res5']"],
+    "other anchor generator": ["MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator"],
+    "unknown anchor generator": ["MODEL.ANCHOR_GENERATOR.NAME", "Grid"],
+    "unknown backbone": ["MODEL.BACKBONE.NAME", "resnet"],
+    "unknown depth": ["MODEL.RESNETS.DEPTH", "19"],
+    "unknown head": [ATSS + "HEAD", "NoHead"],
+    "unknown norm in the head": [ATSS + "NORM", "XX"],
+    "channels that groups do not divide": ["MODEL.FPN.OUT_CHANNELS", "100"],
+    "unknown regression": [ATSS + "REGRESSION", "corner"],
+    "unknown box loss": [ATSS + "BBOX_REG_LOSS_TYPE", "diou"],
+    "points with several anchors": [
+        *(ATSS + "REGRESSION", "point", ATSS + "ANCHOR_SCALES", "[4.0, 8.0]"),
+    ],
+    "smooth L1 on points": [ATSS + "REGRESSION", "point", ATSS + "BBOX_REG_LOSS_TYPE", "smooth_l1"],
+    "negative anchor": [ATSS + "ANCHOR_SCALES", "[-8.0]"],
+    "no anchor": [ATSS + "ANCHOR_RATIOS", "[]"],
+    "text among numbers": [ATSS + "ANCHOR_RATIOS", "['one']"],
+    "threshold above 1": [ATSS + "NMS_THRESH_TEST", "1.5"],
+    "threshold that is no number": "MODEL: {ATSS: {SCORE_THRESH_TEST: .nan}}",
+    "unknown score": [ATSS + "SCORE", "cubed"],
+    "fp16 on a CPU": [ATSS + "PRECISION", "fp16"],
+    "unknown precision": [ATSS + "PRECISION", "fp64"],
+    "unknown device": ["MODEL.DEVICE", "gpu"],
+    "unknown order of channels": ["INPUT.FORMAT", "rgb"],
+    "classes against data": [ATSS + "NUM_CLASSES", "7"],
+    "data set that nobody registered": ["DATASETS.TRAIN", "('squares_train',)"],
+    "nothing to train on": ["DATASETS.TRAIN", "()"],
+    "ranges of views": ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64,)"],
+    "more processes than images": ["--num-gpus", "8", "SOLVER.IMS_PER_BATCH", "4"],
+    "no iterations": ["SOLVER.MAX_ITER", "0"],
+    "misspelt key": ["SOLVER.BASE_LRR", "0.1"],
+    "misspelt key in a yaml": "SOLVER: {MAXITER: 5}",
+    "misspelt group in a yaml": "MODEL: {ATS: {NMS_THRESH_TEST: 0.5}}",
+    "key in the wrong place": ["MODEL.BASE_LR", "0.1"],
+    "key below a value": [ATSS + "NORM.GROUPS", "8"],
+    "value for a group": [ATSS[:-1], "8"],
+    "group for a value in a yaml": "MODEL: {ATSS: {NORM: {GN: 1}}}",
+    "key without a value": ["SOLVER.BASE_LR", "0.1", "SEED"],
+    "key without a value in a yaml": "MODEL:\n  ATSS:\n    NMS_THRESH_TEST:\n",
+    "text for a tuple": ["DATASETS.TRAIN", "squares"],
+    "whole number for a float": [ATSS + "NMS_THRESH_TEST", "1"],
+    "text for a number in a yaml": "SOLVER: {BASE_LR: fast}",
+    "file that does not exist": None,
+    "base that does not exist": "_BASE_: nowhere.yaml\n",
+    "base of itself": "_BASE_: broken.yaml\n",
+    "no yaml": "MODEL: [1, 2\n",
+    "no keys": "- MODEL\n",
+    "empty file": "",
+    "key that stands twice": "SOLVER: {BASE_LR: 0.1}\nSEED: 1\nSOLVER: {MAX_ITER: 9}\n",
+    "Python in a yaml": "SEED: !!python/object/apply:os.system ['touch exploded']\n",
+}
+
+
+@pytest.fixture
+def data(squares):
+    """The options that register the squares, for the time of a test."""
+    yield ["--register", f"squares={squares}/annotations.json:{squares}/images"]
+    if "squares" in DatasetCatalog:
+        DatasetCatalog.remove("squares")
+        MetadataCatalog.remove("squares")
+
+
+def test_the_page_lists_the_cases():
+    assert list(SENTENCES) == list(CASES)
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_one_sentence(what, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    broken, file = CASES[what], tmp_path / "broken.yaml"
+    if broken is not None:
+        base = f"_BASE_: {ROOT}/configs/ATSS_R_18_FPN_small.yaml\n"
+        text = broken if isinstance(broken, str) else base
+        needs_base = text.startswith(("MODEL: {", "MODEL:\n", "SOLVER: {", "SEED"))
+        file.write_text(base + text if needs_base else text)
+    options = ["DATASETS.TRAIN", "('squares',)", "DATASETS.TEST", "('squares',)"]
+    options = [*options, "MODEL.DEVICE", "cpu"]
+    changes = broken if isinstance(broken, list) else []
+    flags = 2 if changes and changes[0].startswith("--") else 0
+    argv = ["--config-file", str(file), *data, *changes[:flags], *options, *changes[flags:]]
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        build_model(way_in.prepare(way_in.make_parser().parse_args(argv)))
+    assert is_said(SENTENCES[what], str(caught.value)), str(caught.value)
+    assert not (tmp_path / "exploded").exists()

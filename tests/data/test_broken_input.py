@@ -1,0 +1,201 @@
+"""Broken data sets at both doors: training, and tools/check_dataset.py. The cases: broken.py."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import check_dataset
+import pytest
+import torch
+from broken import CASES, HEIGHT, SECTIONS, WIDTH, Case, break_data, table
+from conftest import ROOT, make_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+
+from atss import Anchors
+from atss.analysis import statistics
+from atss.data import check
+from atss.data.datasets import refuse_unevaluable, register_coco
+from atss.data.findings import ERROR, KINDS
+from atss.data.mapper import Mapper
+from atss.geometry import iou
+
+SOUND = Case("nothing", lambda content, root: None, "trains", "", "")
+CONFIG = str(ROOT / "configs" / "ATSS_R_18_FPN_small.yaml")
+
+
+@pytest.fixture
+def train():
+    """What training does with a data set before the model sees it: train(json_file, image_dir)
+    gives the mapped examples, and what the log says."""
+
+    def door(json_file, image_dir):
+        register_coco(f"broken={json_file}:{image_dir}")
+        records = get_detection_dataset_dicts(["broken"])
+        mapper = Mapper(cfg, is_train=True)
+        return [mapper(r) for r in records], MetadataCatalog.get("broken").remarks
+
+    cfg = make_cfg("INPUT.MIN_SIZE_TRAIN", (HEIGHT,), "INPUT.RANDOM_FLIP", "none")
+    yield door
+    if "broken" in DatasetCatalog:
+        DatasetCatalog.remove("broken")
+        MetadataCatalog.remove("broken")
+
+
+def inspect(case, root, *options):
+    """Exit status and report of check_dataset.py."""
+    json_file, image_dir = break_data(case, root)
+    target = root / "report.json"
+    paths = [str(json_file), str(image_dir)]
+    status = check_dataset.main([*paths, "--config-file", CONFIG, "--json", str(target), *options])
+    return status, json.loads(target.read_text()) if target.is_file() else None
+
+
+@pytest.mark.parametrize("case", [SOUND, *CASES], ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of some of these files
+def test_training(case, train, tmp_path):
+    paths = break_data(case, tmp_path / "data")
+    if case.training == "stops":
+        with pytest.raises((ValueError, OSError), match=re.escape(case.sentence)) as error:
+            train(*paths)
+        sentence = str(error.value)
+        assert case.thing in sentence
+        assert "\n" not in sentence
+        return
+    examples, remarks = train(*paths)
+    assert sum(len(e["instances"]) for e in examples) == case.objects
+    if case.training == "leaves out" and case.sentence:
+        assert case.sentence in remarks[case.kind]
+        assert case.thing in remarks[case.kind]
+    if case.training == "trains" and "logged" in case.sentence:
+        assert case.thing in remarks[case.kind]
+    if case.colour:
+        image = examples[0]["image"].float()  # BGR
+        assert image.shape == (3, HEIGHT, WIDTH)
+        expected = torch.tensor(case.colour[::-1]).float()[:, None, None]
+        assert (image - expected).abs().max() <= 4  # of a lossy format
+
+
+@pytest.mark.parametrize("case", [SOUND, *CASES], ids=lambda case: case.name)
+@pytest.mark.filterwarnings("ignore")
+def test_check_dataset(case, tmp_path, capsys):
+    deep = ["--deep"] if "middle" in case.name else []
+    status, report = inspect(case, tmp_path / "data", *deep)
+    captured = capsys.readouterr()
+    if case.kind is None:
+        assert status == 2
+        assert captured.err.startswith("error: ")
+        assert case.sentence in captured.err
+        assert captured.err.count("\n") == 1
+        return
+    found = {finding["kind"]: finding for finding in report["findings"]}
+    errors = [kind for kind in found if KINDS[kind].level == ERROR]
+    is_error = bool(case.kind) and KINDS[case.kind].level == ERROR
+    assert errors == [case.kind] * is_error
+    assert status == is_error
+    if not is_error:
+        assert sum(of_class["objects"] for of_class in report["classes"]) == case.objects
+    if not case.kind:
+        assert not found
+        return
+    finding = found[case.kind]
+    assert any(case.thing in where for where in finding["where"])
+    assert finding["count"] == len(finding["where"])
+    assert f"{finding['count']:>9,}  {finding['what']}" in captured.out
+
+
+def test_the_page_and_the_cases_agree():
+    page = (ROOT / "docs" / "broken_input.md").read_text()
+    for heading, cases in SECTIONS.items():
+        for level, title in enumerate(heading.split(": "), start=2):
+            assert f"\n{'#' * level} {title}\n" in page
+        assert table(cases) in page, f"python tests/broken.py prints the new table of {heading}"
+
+
+def test_every_finding_has_a_case():
+    assert len({(case.name, case.kind) for case in CASES}) == len(CASES)
+    by_files_alone = {"object_poorly_matched", "image_without_objects", "image_huge"}
+    assert {case.kind for case in CASES} >= set(KINDS) - by_files_alone
+
+
+def test_every_error_of_annotations_stops_training():
+    for case in CASES:
+        if case.kind and KINDS[case.kind].level == ERROR:
+            assert case.training == "stops", case.name
+
+
+def test_truncated_images_are_found_without_decoding_the_others(tmp_path, monkeypatch):
+    """The cheap test for truncated files: only what does not end as its format ends is decoded."""
+    decoded, read_header = [], check.read_header
+
+    def spy(path, decode=False):
+        decoded.extend([path] * decode)
+        return read_header(path, decode)
+
+    monkeypatch.setattr(check, "read_header", spy)
+    assert inspect(SOUND, tmp_path / "sound")[0] == 0
+    assert decoded == []
+    inspect(SOUND, tmp_path / "deep", "--deep")
+    assert len(decoded) == 4
+
+
+def test_data_without_area_are_refused_for_evaluation(train, tmp_path):
+    case = next(case for case in CASES if case.name == "no area")
+    train(*break_data(case, tmp_path / "data"))
+    with pytest.raises(ValueError, match=r"data set broken cannot be evaluated: .*annotation 1 of"):
+        refuse_unevaluable(("broken",))
+
+
+def test_objects_are_counted_by_class_and_matched_to_anchors(tmp_path):
+    _, report = inspect(SOUND, tmp_path / "data")
+    cat, dog = report["classes"]
+    assert cat == {"name": "cat", "objects": 8, "images": 4}
+    assert dog == {"name": "dog", "objects": 4, "images": 4}
+    # 16 x 20 of 48 px become 107 x 133 of 320 px: the anchor of 128 px, its centre within 8 px.
+    assert 0.7 < report["best_iou"]["p50"] < 0.9
+    assert report["positives_per_object"] > 3
+
+
+def test_best_iou_is_that_of_all_anchors(tmp_path):
+    """Against a look at every anchor, with several shapes per location and boxes at borders."""
+    generator = torch.Generator().manual_seed(0)
+    anchors = Anchors.grid((160, 224), scales=(4.0, 6.0), ratios=(0.5, 1.0, 2.0))
+    corner = torch.rand(200, 2, generator=generator) * torch.tensor([224.0, 160.0]) - 10
+    boxes = torch.cat([corner, corner + torch.rand(200, 2, generator=generator) * 150], dim=1)
+    every = iou(anchors.boxes[:, None].double(), boxes.double()).amax(dim=0)
+    torch.testing.assert_close(torch.from_numpy(statistics._best_iou(anchors, boxes)), every)
+
+
+def test_a_config_of_fewer_levels(tmp_path):
+    """Strides are the backbone's, not five by habit."""
+    json_file, image_dir = break_data(SOUND, tmp_path / "data")
+    argv = [str(json_file), str(image_dir), "--config-file", str(ROOT / "configs/demo.yaml")]
+    assert check_dataset.main(argv) == 0
+    assert check_dataset.main([*argv, "MODEL.ATSS.ASSIGNER", "Nonesuch"]) == 2
+
+
+def test_training_stops_with_the_sentence_last(tmp_path):
+    """Through the command, in a worker process: the file's name is in the last line. What is left
+    out has been logged before."""
+    truncated, crowd = (
+        next(case for case in CASES if case.name == name)
+        for name in ("a truncated JPEG", "a crowd")
+    )
+
+    def both(content, root):
+        truncated.change(content, root)
+        crowd.change(content, root)
+
+    json_file, image_dir = break_data(replace(truncated, change=both), tmp_path / "data")
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tools/train_net.py")]
+    command += ["--config-file", CONFIG, "--register", f"broken={json_file}:{image_dir}"]
+    command += ["DATASETS.TRAIN", "('broken',)", "DATASETS.TEST", "()"]
+    command += ["DATALOADER.NUM_WORKERS", "1", "SOLVER.MAX_ITER", "4"]
+    command += ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(r"cannot read the image .*a\.png: .*truncated", last), done.stderr[-1500:]
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "Data set broken has crowds (1): annotation 1 of a.png" in log

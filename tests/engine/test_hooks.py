@@ -1,0 +1,201 @@
+"""What stops a training: losses or weights that are not finite, SIGTERM, the disk."""
+
+import os
+import resource
+import shutil
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
+from test_train_net import SMALL
+
+import atss.engine.run as way_in
+from atss.data.mapper import Mapper
+from atss.engine import Trainer
+from atss.engine.hooks import EXIT_PREEMPTED
+from atss.engine.launch import launch
+
+
+@pytest.fixture
+def start(squares, tmp_path):
+    """train_net.py on the squares, in this process: start(*options, KEY=VALUE)."""
+
+    def run(*options, **opts):
+        values = {
+            "DATASETS.TRAIN": ("squares",),
+            "DATASETS.TEST": (),
+            "OUTPUT_DIR": tmp_path / "out",
+        }
+        values |= SMALL | {"SOLVER.CHECKPOINT_PERIOD": 2} | opts
+        register = f"squares={squares}/annotations.json:{squares}/images"
+        config = str(ROOT / "configs" / "ATSS_R_18_FPN_small.yaml")
+        argv = ["--config-file", config, "--register", register, *options]
+        argv += [str(x) for item in values.items() for x in item]
+        args = way_in.make_parser().parse_args(argv)
+        launch(way_in.run, args, way_in.prepare(args))
+
+    yield run
+    if "squares" in DatasetCatalog:
+        DatasetCatalog.remove("squares")
+        MetadataCatalog.remove("squares")
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """at(iteration, act): calls act(trainer) before that iteration."""
+
+    def add(iteration, act):
+        class Act(HookBase):
+            def before_step(self):
+                if self.trainer.iter == iteration:
+                    act(self.trainer)
+
+        build_hooks = Trainer.build_hooks
+        monkeypatch.setattr(Trainer, "build_hooks", lambda self: [*build_hooks(self), Act()])
+
+    return add
+
+
+def last(tmp_path) -> tuple[str, int]:
+    """The last checkpoint's name, and the iteration that it holds."""
+    name = (tmp_path / "out/last_checkpoint").read_text()
+    return name, torch.load(tmp_path / "out" / name, weights_only=False)["iteration"]
+
+
+def sigterm(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_the_iteration_under_way_and_exits_with_its_code(start, at, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    at(2, sigterm)
+    with pytest.raises(SystemExit) as stop:
+        start()
+    assert stop.value.code == EXIT_PREEMPTED == 75
+    assert last(tmp_path) == ("model_0000002.pth", 2)
+    assert signal.getsignal(signal.SIGTERM) == before
+    seen = []
+    at(3, lambda trainer: seen.append(trainer.start_iter))
+    at(4, sigterm)
+    with pytest.raises(SystemExit):
+        start("--resume")
+    assert seen == [3]
+    assert last(tmp_path) == ("model_0000004.pth", 4)
+
+
+def test_sigterm_in_the_last_iteration_leaves_a_finished_training(start, at, tmp_path):
+    at(5, sigterm)
+    with pytest.raises(SystemExit) as stop:
+        start()
+    assert stop.value.code == EXIT_PREEMPTED
+    assert last(tmp_path) == ("model_final.pth", 5)
+
+
+def test_sigterm_ends_an_evaluation_whose_checkpoint_is_written(start, monkeypatch, tmp_path):
+    monkeypatch.setattr(Trainer, "test", sigterm)
+    with pytest.raises(SystemExit) as stop:
+        start(**{"TEST.EVAL_PERIOD": 2})
+    assert stop.value.code == EXIT_PREEMPTED
+    assert last(tmp_path) == ("model_0000001.pth", 1)
+
+
+def test_sigterm_in_an_evaluation_without_a_checkpoint_waits_for_one(start, monkeypatch, tmp_path):
+    monkeypatch.setattr(Trainer, "test", lambda *_: sigterm() or {})
+    with pytest.raises(SystemExit) as stop:
+        start(**{"TEST.EVAL_PERIOD": 1, "SOLVER.CHECKPOINT_PERIOD": 4})
+    assert stop.value.code == EXIT_PREEMPTED
+    assert last(tmp_path) == ("model_0000001.pth", 1)
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_images(start, monkeypatch, tmp_path):
+    """From iteration 4 on all images are infinitely bright. The checkpoint of iteration 3 has not
+    shown that it is good."""
+    seen = []
+
+    class Blinding(Mapper):
+        def __call__(self, record):
+            mapped = super().__call__(record)
+            seen.append(mapped["file_name"])
+            if len(seen) > 8:
+                mapped["image"] = mapped["image"].float() + torch.inf
+            return mapped
+
+    monkeypatch.setattr("atss.engine.trainer.Mapper", Blinding)
+    with pytest.raises(SystemExit) as stop:
+        start()
+    sentence = stop.value.code
+    assert sentence.startswith("error: at iteration 4 loss_cls is nan")
+    for name in seen[8:10]:
+        assert name in sentence
+    assert sentence.endswith(f"the last good checkpoint is {tmp_path}/out/model_0000001.pth")
+    assert "\n" not in sentence
+    assert last(tmp_path) == ("model_0000003.pth", 3)
+
+
+def test_weights_that_are_not_finite_are_not_saved(start, at, tmp_path):
+    """The gradients of iteration 3 are infinite, though its losses are not."""
+
+    def poison(trainer):
+        trainer.model.head.cls_score.weight.register_hook(lambda gradient: gradient + torch.inf)
+
+    at(3, poison)
+    with pytest.raises(
+        SystemExit, match="error: iteration 3 made weights that are not finite"
+    ) as e:
+        start()
+    assert str(e.value).endswith(f"the last good checkpoint is {tmp_path}/out/model_0000001.pth")
+    assert last(tmp_path) == ("model_0000001.pth", 1)
+    assert not (tmp_path / "out/model_0000003.pth").exists()
+
+
+def test_a_learning_rate_that_explodes(start):
+    with pytest.raises(SystemExit, match=r"error: (at )?iteration \d .* (nan|inf|not finite)"):
+        start(**{"SOLVER.BASE_LR": 1e30})
+
+
+def test_a_full_disk_is_told_before_training(start, monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    with pytest.raises(
+        SystemExit, match=rf"error: OUTPUT_DIR {tmp_path}/out has 1 MB free, but 2 "
+    ):
+        start()
+    assert not list((tmp_path / "out").glob("model_*"))
+
+
+def test_room_for_a_checkpoint_is_its_size(start, monkeypatch, tmp_path):
+    """What the check asks for, against the file that is written."""
+    disk = SimpleNamespace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    with pytest.raises(SystemExit, match=r"2 checkpoints take (\d+) MB") as stop:
+        start()
+    megabytes = int(str(stop.value).split()[-2])
+    disk.free = (megabytes + 1) * 10**6
+    start(**{"SOLVER.MAX_ITER": 1})
+    size = (tmp_path / "out/model_final.pth").stat().st_size
+    assert size / 1e6 == pytest.approx(megabytes / 2, rel=0.02)
+
+
+def test_a_write_that_fails_later_names_the_folder(start, at, tmp_path):
+    """Files may grow to 1 MB from iteration 3 on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    at(3, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard)))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert stop.value.code == f"error: cannot write into OUTPUT_DIR {tmp_path}/out: File too large"
+    assert last(tmp_path) == ("model_0000001.pth", 1)
+
+
+@pytest.mark.parametrize("below", ["", "/deeper"])
+def test_a_folder_that_cannot_be_written(start, tmp_path, below):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(
+        ValueError, match=rf"^cannot write into OUTPUT_DIR {tmp_path}/out{below}: Not a"
+    ):
+        start(OUTPUT_DIR=f"{tmp_path}/out{below}")

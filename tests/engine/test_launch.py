@@ -1,0 +1,90 @@
+"""What can be said of processes before they start, and of what went wrong in them."""
+
+import errno
+
+import pytest
+import torch
+from conftest import make_cfg
+
+import atss.engine.run as way_in
+from atss.engine.launch import explain
+from atss.engine.run import check_processes
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """torchrun(KEY=value): the environment of one of its two processes."""
+
+    def set_environment(**more):
+        environment = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2} | more
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+
+    return set_environment
+
+
+def arguments(*argv):
+    return way_in.make_parser().parse_args(argv)
+
+
+def test_images_must_divide_by_processes(torchrun):
+    cfg = make_cfg("SOLVER.IMS_PER_BATCH", 3)
+    check_processes(arguments(), cfg)
+    with pytest.raises(ValueError, match="which 2 processes cannot share evenly"):
+        check_processes(arguments("--num-gpus", "2"), cfg)
+    torchrun()
+    with pytest.raises(ValueError, match="which 2 processes cannot share evenly"):
+        check_processes(arguments(), cfg)
+    check_processes(arguments("--eval-only"), cfg)
+
+
+def test_torchrun_and_launch_do_not_mix(torchrun):
+    torchrun()
+    with pytest.raises(ValueError, match="leave out --num-gpus"):
+        check_processes(arguments("--num-gpus", "2"), make_cfg())
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="2 processes on a machine of 1 GPUs"):
+        check_processes(arguments("--num-gpus", "2"), make_cfg("MODEL.DEVICE", "cuda"))
+
+
+def test_launch_has_no_processes_on_the_cpu_of_a_machine_with_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"MODEL.DEVICE cpu use torchrun"):
+        check_processes(arguments("--num-gpus", "2"), make_cfg())
+
+
+def test_a_restart_resumes(torchrun, tmp_path):
+    cfg = make_cfg("OUTPUT_DIR", str(tmp_path))
+    args = arguments()
+    torchrun(TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_RESTART_COUNT=0)
+    check_processes(args, cfg)
+    assert not args.resume
+    torchrun(TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_RESTART_COUNT=1)
+    check_processes(args, cfg)
+    assert args.resume
+
+
+def test_a_restart_could_not_tell_an_older_runs_checkpoint(torchrun, tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    cfg = make_cfg("OUTPUT_DIR", str(tmp_path))
+    torchrun(TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_RESTART_COUNT=0)
+    with pytest.raises(ValueError, match=f"{tmp_path} has a checkpoint, .*: give --resume"):
+        check_processes(arguments(), cfg)
+    check_processes(arguments("--resume"), cfg)
+    torchrun(TORCHELASTIC_MAX_RESTARTS=0)
+    check_processes(arguments(), cfg)
+
+
+def test_errors_in_one_sentence():
+    assert explain(ValueError("a is b"), "out") == "a is b"
+    from_worker = (
+        "Caught OSError in DataLoader worker process 0.\nTraceback:\n  x\nOSError: no a.png\n"
+    )
+    assert explain(OSError(from_worker), "out") == "no a.png"
+    hidden = RuntimeError("unexpected pos 768")
+    hidden.__context__ = OSError(errno.ENOSPC, "No space left on device")
+    assert explain(hidden, "out") == "cannot write into OUTPUT_DIR out: No space left on device"
+    assert explain(RuntimeError("a fault of ours"), "out") is None

@@ -1,0 +1,233 @@
+"""Several processes: they equal one, agree to stop, and count each image once."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import ROOT, make_cfg, make_input
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from test_train_net import SMALL
+
+import atss.engine.run as way_in
+from atss.engine import Trainer
+from atss.engine.hooks import EXIT_PREEMPTED
+
+BOXES = [
+    [[20, 20, 60, 80]],
+    [[5, 5, 100, 90], [70, 30, 90, 50]],
+    [[0, 40, 30, 90]],
+    [[60, 8, 99, 70]],
+]
+# name: objects of four images, and what the config says besides. No statistics over a batch: those
+# of BatchNorm are each process's own.
+OPTIONS = ("MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN", "MODEL.ATSS.NUM_CONVS", 1)
+CASES = {
+    "ordinary": (BOXES, ()),
+    "a process without objects": ([*BOXES[:2], [], []], ()),
+    "one positive in all": (
+        [[], [], BOXES[2], []],
+        ("MODEL.ATSS.ASSIGNER", "TopK", "MODEL.ATSS.ASSIGNERS.TopK.TOP_K", 1),
+    ),
+    "no object": ([[]] * 4, ()),
+}
+
+
+def images(boxes) -> list[dict]:
+    batch = [make_input(b, [i % 3 for i in range(len(b))], seed=n) for n, b in enumerate(boxes)]
+    return [x | {"file_name": f"{n}.png"} for n, x in enumerate(batch)]
+
+
+def one_step(batch: list[dict], opts: tuple, output_dir: Path) -> dict:
+    """Losses, gradients and weights of Trainer's first step, the weights drawn with a seed. The
+    network is in float64: in float32 the order of its sums alone moves gradients by 1e-5."""
+
+    class OneBatch(Trainer):
+        @classmethod
+        def build_model(cls, cfg):
+            return super().build_model(cfg).double()
+
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return [batch]
+
+    torch.manual_seed(0)
+    trainer = OneBatch(make_cfg(*OPTIONS, *opts, "OUTPUT_DIR", str(output_dir)))
+    losses = {}
+    trainer.model.register_forward_hook(lambda *seen: losses.update(seen[2]))
+    with EventStorage() as storage:
+        trainer.run_step()
+    model = getattr(trainer.model, "module", trainer.model)
+    return {
+        "losses": {name: loss.item() for name, loss in losses.items()},
+        "gradients": {name: x.grad.numpy() for name, x in model.named_parameters()},
+        "weights": {name: x.detach().numpy() for name, x in model.named_parameters()},
+        "positives": storage.histories().get("assignment/positives_per_object"),
+    }
+
+
+def half_of_each(rank: int, output_dir: Path) -> None:
+    meeting = f"file://{output_dir}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    for name, (boxes, opts) in CASES.items():
+        result = one_step(images(boxes)[2 * rank : 2 * rank + 2], opts, output_dir)
+        torch.save(result, output_dir / f"{name}.{rank}")
+    broken = images(BOXES)[2 * rank : 2 * rank + 2]
+    if rank == 1:
+        broken[0]["image"][:] = torch.inf
+    with pytest.raises(FloatingPointError) as error:
+        one_step(broken, (), output_dir)
+    (output_dir / f"broken.{rank}").write_text(str(error.value))
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory) -> Path:
+    """What two processes with two images each leave behind."""
+    output_dir = tmp_path_factory.mktemp("halves")
+    mp.spawn(half_of_each, (output_dir,), nprocs=2)
+    return output_dir
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_make_the_step_of_one(halves, tmp_path, name):
+    """Losses in the mean over the processes, as Detectron2 logs them; DDP's gradients; weights."""
+    boxes, opts = CASES[name]
+    whole = one_step(images(boxes), opts, tmp_path)
+    if name == "one positive in all":
+        assert whole["positives"].latest() == 1
+    results = [torch.load(halves / f"{name}.{rank}", weights_only=False) for rank in range(2)]
+    for loss, value in whole["losses"].items():
+        mean = sum(result["losses"][loss] for result in results) / 2
+        assert mean == pytest.approx(value, rel=1e-6, abs=1e-30)
+    for kind in ("gradients", "weights"):
+        for parameter, values in whole[kind].items():
+            for result in results:
+                difference = abs(result[kind][parameter] - values).max()
+                assert difference <= 1e-6 * abs(values).max(), (kind, parameter)
+
+
+def test_all_processes_stop_at_a_loss_that_is_not_finite_in_one(halves):
+    first, second = ((halves / f"broken.{rank}").read_text() for rank in range(2))
+    assert first == second
+    assert re.match(r"at iteration 0 loss_cls is nan.*, on the images 2.png, 3.png; ", first)
+
+
+def command_line(squares: Path, output_dir: Path, *options: str, **opts: object) -> list[str]:
+    """A command line of tools/train_net.py."""
+    values = {"DATASETS.TRAIN": ("squares",), "DATASETS.TEST": ("squares",)}
+    values |= SMALL | {"OUTPUT_DIR": output_dir} | opts
+    register = f"squares={squares}/annotations.json:{squares}/images"
+    config = str(ROOT / "configs" / "ATSS_R_18_FPN_small.yaml")
+    flat = [str(x) for item in values.items() for x in item]
+    return [
+        f"{ROOT}/tools/train_net.py",
+        "--config-file",
+        config,
+        "--register",
+        register,
+        *options,
+        *flat,
+    ]
+
+
+def started(argv: list[str], port: int) -> list[subprocess.Popen]:
+    """Two processes that know of each other as torchrun tells them, but nobody watches them."""
+    known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    known |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", *argv],
+            env=os.environ | known | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def test_every_image_is_evaluated_once(squares, tmp_path, free_port):
+    """Seven images by two processes, and by one."""
+    content = json.loads((squares / "annotations.json").read_text())
+    del content["images"][7]
+    (tmp_path / "seven.json").write_text(json.dumps(content))
+    counts = []
+    for name in ("one", "two"):
+        weights = {"MODEL.WEIGHTS": tmp_path / "weights.pth"}
+        argv = command_line(squares, tmp_path / name, "--eval-only", **weights)
+        argv[argv.index("--register") + 1] = f"squares={tmp_path}/seven.json:{squares}/images"
+        if name == "one":
+            args = way_in.make_parser().parse_args(argv[1:])
+            cfg = way_in.prepare(args)
+            torch.save(Trainer.build_model(cfg).state_dict(), tmp_path / "weights.pth")
+            way_in.run(args, cfg)
+            DatasetCatalog.remove("squares")
+            MetadataCatalog.remove("squares")
+        else:
+            for process in started(argv, free_port):
+                said, _ = process.communicate()
+                assert process.returncode == 0, said[-2000:]
+        results = tmp_path / name / "inference/squares/coco_instances_results.json"
+        counts.append(Counter(x["image_id"] for x in json.loads(results.read_text())))
+    assert counts[0].keys() == set(range(7))
+    assert counts[0] == counts[1]
+
+
+def test_sigterm_to_one_of_two_stops_both(squares, tmp_path, free_port):
+    """And to its group, to which the processes that load data belong."""
+    opts = {
+        "SOLVER.MAX_ITER": 10**6,
+        "SOLVER.CHECKPOINT_PERIOD": 10**6,
+        "DATALOADER.NUM_WORKERS": 1,
+    }
+    argv = command_line(squares, tmp_path / "out", **opts | {"TEST.EVAL_PERIOD": 2})
+    processes = started(argv, free_port)
+    for line in processes[0].stdout:  # an evaluation: training has begun
+        if "Start inference" in line:
+            break
+    os.killpg(processes[1].pid, signal.SIGTERM)
+    for process in processes:
+        said, _ = process.communicate()
+        assert process.returncode == EXIT_PREEMPTED, said[-2000:]
+    name = (tmp_path / "out/last_checkpoint").read_text()
+    iteration = torch.load(tmp_path / "out" / name, weights_only=False)["iteration"]
+    assert name == f"model_{iteration:07d}.pth"
+    assert (
+        f"SIGTERM: stopped after iteration {iteration};" in (tmp_path / "out/log.txt").read_text()
+    )
+
+
+@pytest.mark.slow
+def test_fifty_steps_under_torchrun_with_a_process_killed(squares, tmp_path):
+    opts = {"SOLVER.MAX_ITER": 50, "SOLVER.CHECKPOINT_PERIOD": 10, "DATALOADER.NUM_WORKERS": 1}
+    argv = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    argv += command_line(squares, tmp_path / "out", **opts)
+    torchrun = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    said, killed = [], None
+    for line in torchrun.stdout:
+        said.append(line)
+        if killed is None and "model_0000019.pth" in line:
+            children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text()
+            killed = int(children.split()[-1])
+            os.kill(killed, signal.SIGKILL)
+    log = "".join(said)
+    assert torchrun.wait() == 0, log[-3000:]
+    assert re.findall(r"Starting training from iteration (\d+)", log) == ["0", "20"]
+    assert torch.load(tmp_path / "out/model_final.pth", weights_only=False)["iteration"] == 49
+    assert re.search(r"AP +\|", log)

@@ -1,0 +1,302 @@
+"""The user's door, end to end, on a data set of coloured squares."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import convert_checkpoint
+import pytest
+import recipe
+import torch
+from conftest import GOLDEN, ROOT
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
+
+import atss.engine.run as way_in
+from atss.data.mapper import Mapper
+from atss.engine import Trainer
+
+SMALL = {
+    "MODEL.ATSS.NUM_CONVS": 1,
+    "MODEL.ATSS.SCORE_THRESH_TEST": 0.0,
+    "MODEL.FPN.OUT_CHANNELS": 64,
+    "INPUT.MIN_SIZE_TRAIN": (96,),
+    "INPUT.MIN_SIZE_TEST": 96,
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.MAX_ITER": 6,
+    "SOLVER.CHECKPOINT_PERIOD": 3,
+    "SEED": 1,
+}
+
+
+@pytest.fixture
+def command(squares, tmp_path):
+    """Arguments of a short run on the squares: command(*options, KEY=VALUE)."""
+    names = set(DatasetCatalog.list())
+
+    def build(*options, register=None, **opts):
+        register = register or f"squares={squares}/annotations.json:{squares}/images"
+        config = ROOT / "configs" / "ATSS_R_18_FPN_small.yaml"
+        values = {"DATASETS.TRAIN": ("squares",), "DATASETS.TEST": ("squares",)}
+        values |= SMALL | {"OUTPUT_DIR": tmp_path / "out"} | opts
+        flat = [str(x) for item in values.items() for x in item]
+        return ["--config-file", str(config), "--register", register, *options, *flat]
+
+    yield build
+    for name in set(DatasetCatalog.list()) - names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def prepare(argv):
+    return way_in.prepare(way_in.make_parser().parse_args(argv))
+
+
+def run(argv):
+    args = way_in.make_parser().parse_args(argv)
+    return way_in.run(args, way_in.prepare(args))
+
+
+def test_trains_evaluates_and_logs(command, tmp_path):
+    run(command(**{"TEST.EVAL_PERIOD": 6, "VIS_PERIOD": 3, "MODEL.ATSS.PRECISION": "bf16"}))
+    out = tmp_path / "out"
+    assert (out / "model_final.pth").is_file()
+    assert "NUM_CLASSES: 2" in (out / "config.yaml").read_text()
+    metrics = {}
+    for line in (out / "metrics.json").read_text().splitlines():
+        metrics |= json.loads(line)
+    for name in ("loss_cls", "loss_box_reg", "loss_centerness", "total_loss", "bbox/AP"):
+        assert math.isfinite(metrics[name])
+    assert metrics["assignment/positives_per_object"] > 0
+    assert "assignment/objects_without_positive" in metrics
+    assert list(out.glob("events.out.tfevents.*"))
+    results = json.loads((out / "inference/squares/coco_instances_results.json").read_text())
+    assert {r["category_id"] for r in results} <= {5, 6}
+
+
+def test_fine_tunes_converted_weights_on_own_classes(command, tmp_path):
+    """From a file of the authors' to a model of two classes: the class layer begins anew, and the
+    log says so; everything else is theirs."""
+    theirs = json.loads((GOLDEN / "official_atss_r50_shapes.json").read_text())
+    weights = {k: torch.from_numpy(v) for k, v in recipe.weights(theirs).items()}
+    torch.save({"model": weights}, tmp_path / "theirs.pth")
+    paths = [str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pth")]
+    convert_checkpoint.main(["--from", "official", *paths])
+    own = {"MODEL.ATSS.NUM_CLASSES": -1, "MODEL.ATSS.LEGACY_PIXELS": False}
+    argv = command(**own, **{"SOLVER.MAX_ITER": 1, "SOLVER.CHECKPOINT_PERIOD": 1})
+    argv[1] = str(tmp_path / "ours.yaml")
+    for key in ("MODEL.ATSS.NUM_CONVS", "MODEL.FPN.OUT_CHANNELS"):
+        del argv[argv.index(key) : argv.index(key) + 2]
+    run(argv)
+    log = (tmp_path / "out" / "log.txt").read_text()
+    skipped = re.findall(r"Skip loading parameter '([\w.]+)'", log)
+    assert sorted(skipped) == ["head.cls_score.bias", "head.cls_score.weight"]
+    tuned = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["model"]
+    assert len(tuned["head.cls_score.bias"]) == 2
+    frozen = "backbone.bottom_up.res2.0.conv1.weight"
+    assert torch.equal(tuned[frozen], weights["backbone.body.layer1.0.conv1.weight"])
+
+
+@pytest.mark.parametrize("source", ["official", "mmdet"])
+def test_converted_weights_of_own_classes_are_evaluated_and_trained_on(command, tmp_path, source):
+    """Two classes, as the data have: nothing of the weights begins anew."""
+    theirs = json.loads((GOLDEN / f"{source}_atss_r50_shapes.json").read_text())
+    theirs = {k: [2, *v[1:]] if v and v[0] == 80 else v for k, v in theirs.items()}
+    weights = {k: torch.from_numpy(v) for k, v in recipe.weights(theirs).items()}
+    torch.save({"model": weights}, tmp_path / "theirs.pth")
+    paths = [str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pth")]
+    convert_checkpoint.main(["--from", source, *paths])
+
+    def converted(*options, **opts):
+        argv = command(*options, **opts, **{"SOLVER.MAX_ITER": 2, "SOLVER.CHECKPOINT_PERIOD": 2})
+        argv[1] = str(tmp_path / "ours.yaml")
+        for key in ("MODEL.ATSS.NUM_CONVS", "MODEL.FPN.OUT_CHANNELS"):
+            del argv[argv.index(key) : argv.index(key) + 2]
+        return argv
+
+    assert math.isfinite(run(converted("--eval-only"))["bbox"]["AP"])
+    with pytest.raises(ValueError, match=r"DATASETS\.TEST names no data set"):
+        prepare(["--config-file", str(tmp_path / "ours.yaml"), "--eval-only"])
+    if source == "official":
+        with pytest.raises(ValueError, match=r"LEGACY_PIXELS True is for inference"):
+            prepare(converted())
+    run(converted(**{"MODEL.ATSS.LEGACY_PIXELS": False, "MODEL.ATSS.NUM_CLASSES": -1}))
+    assert "Skip loading" not in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_multi_scale_testing_beside_the_plain_one(command, tmp_path):
+    aug = {
+        "TEST.AUG.ENABLED": True,
+        "TEST.AUG.MIN_SIZES": (64,),
+        "MODEL.ATSS.TTA.SIZE_RANGES": [[0, 1000]],
+        "SOLVER.MAX_ITER": 2,
+        "SOLVER.CHECKPOINT_PERIOD": 2,
+    }
+    run(command(**aug))
+    metrics = {}
+    for line in (tmp_path / "out" / "metrics.json").read_text().splitlines():
+        metrics |= json.loads(line)
+    assert {"bbox/AP", "bbox_TTA/AP"} <= set(metrics)
+    weights = {"MODEL.WEIGHTS": tmp_path / "out" / "model_final.pth"}
+    results = run(command("--eval-only", **aug, **weights))
+    assert set(results) == {"bbox", "bbox_TTA"}
+    assert (tmp_path / "out/tta/inference/squares/coco_instances_results.json").is_file()
+
+
+def test_stopped_run_resumes_to_the_end(command, tmp_path, monkeypatch, caplog):
+    class Stop(HookBase):
+        def after_step(self):
+            if self.trainer.iter == 4:
+                raise KeyboardInterrupt
+
+    build_hooks = Trainer.build_hooks
+    monkeypatch.setattr(Trainer, "build_hooks", lambda self: [*build_hooks(self), Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        run(command())
+    assert (tmp_path / "out/last_checkpoint").read_text() == "model_0000002.pth"
+    monkeypatch.undo()
+    starts = []
+    train = Trainer.train
+    monkeypatch.setattr(
+        Trainer, "train", lambda self: (starts.append(self.start_iter), train(self))
+    )
+    run(command("--resume"))
+    assert starts == [3]
+    final = torch.load(tmp_path / "out/model_final.pth", weights_only=False)
+    assert final["iteration"] == 5
+
+
+def test_evaluates_only(command, tmp_path):
+    run(command())
+    weights = tmp_path / "out/model_final.pth"
+    results = run(command("--eval-only", **{"MODEL.WEIGHTS": weights}))
+    assert "AP" in results["bbox"]
+
+
+def test_data_without_annotations_get_their_results_written(command, squares, tmp_path):
+    content = json.loads((squares / "annotations.json").read_text())
+    del content["annotations"]
+    json_file = tmp_path / "test-dev.json"
+    json_file.write_text(json.dumps(content))
+    register = f"testdev={json_file}:{squares}/images"
+    opts = {"DATASETS.TRAIN": (), "DATASETS.TEST": ("testdev",)}
+    results = run(command("--eval-only", register=register, **opts))
+    assert not results.get("bbox")
+    written = tmp_path / "out/inference/testdev/coco_instances_results.json"
+    assert {r["image_id"] for r in json.loads(written.read_text())} == set(range(8))
+
+
+def test_two_processes_on_cpus(command, tmp_path):
+    """As `--num-gpus 8` does on GPUs, by Detectron2's launch."""
+    argv = command("--num-gpus", "2", **{"SOLVER.MAX_ITER": 2})
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(ROOT / "tools/train_net.py"), *argv],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "No GPU here: running on the CPU." in done.stderr or torch.cuda.is_available()
+    assert (tmp_path / "out/model_final.pth").is_file()
+    table = re.search(r"AP +\|", done.stdout)
+    assert table
+
+
+def test_wrong_input_is_one_sentence_without_traceback(command):
+    argv = command(**{"MODEL.ATSS.NUM_CLASSES": 7})
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(ROOT / "tools/train_net.py"), *argv],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    error = done.stderr.splitlines()[-1]
+    assert error == "error: MODEL.ATSS.NUM_CLASSES is 7, but data set squares has 2 classes"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "annotations.json is not json"),
+        ("[]", "it is a list, where a dictionary"),
+        ({"images": [], "annotations": []}, "it has no 'categories'"),
+        ({"images": [{"id": 1}], "categories": [{}]}, "entry 0 of 'images' has no 'file_name'"),
+        (
+            {
+                "images": [{"id": 1, "file_name": "a.png", "width": 9, "height": 9}],
+                "categories": [{"id": 1, "name": "a"}],
+                "annotations": [{"id": 1, "image_id": 1, "category_id": 1}],
+            },
+            "entry 0 of 'annotations' has no 'bbox'",
+        ),
+        ({"images": [], "annotations": [], "categories": []}, "an empty list of 'images'"),
+    ],
+)
+def test_annotations_that_are_not_coco(command, tmp_path, content, sentence):
+    json_file = tmp_path / "annotations.json"
+    json_file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=sentence):
+        run(command(register=f"squares={json_file}:{tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("register", "sentence"),
+    [
+        ("squares", "takes NAME=annotations.json:image_dir, not 'squares'"),
+        ("squares=/no.json:{root}/images", "cannot read the annotations /no.json"),
+        ("squares={root}/annotations.json:/nowhere", "image folder /nowhere of data set squares"),
+    ],
+)
+def test_register_says_what_is_wrong(command, squares, register, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        run(command(register=register.format(root=squares)))
+
+
+def test_a_key_that_does_not_exist(command):
+    with pytest.raises(ValueError, match=r"MODEL.ATSS.TOPK; did you mean MODEL.*ATSS.TOP_K\?"):
+        run(command(**{"MODEL.ATSS.TOPK": 3}))
+
+
+def test_training_data_without_annotations(command, squares, tmp_path):
+    content = json.loads((squares / "annotations.json").read_text())
+    del content["annotations"]
+    json_file = tmp_path / "bare.json"
+    json_file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="data set squares has no annotations to train on"):
+        run(command(register=f"squares={json_file}:{squares}/images"))
+
+
+@pytest.fixture
+def mapper(command):
+    args = way_in.make_parser().parse_args(command())
+    return Mapper(way_in.prepare(args), is_train=True)
+
+
+def record(path, box=(0, 0, 9, 9)):
+    annotation = {"bbox": list(box), "bbox_mode": 0, "category_id": 0}
+    return {"file_name": str(path), "annotations": [annotation]}
+
+
+def test_unreadable_images_are_named(mapper, squares, tmp_path):
+    truncated = tmp_path / "truncated.png"
+    truncated.write_bytes((squares / "images/0.png").read_bytes()[:3000])
+    text = tmp_path / "text.png"
+    text.write_text("not an image")
+    for path in (truncated, text, tmp_path / "missing.png"):
+        with pytest.raises(OSError, match=f"cannot read the image .*{path.name}"):
+            mapper(record(path))
+
+
+def test_boxes_that_are_not_finite_are_refused(mapper, squares):
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"0.png has a box that is not finite"):
+            mapper(record(squares / "images/0.png", (0, 0, value, 9)))
+
+
+def test_boxes_without_area_or_outside_are_dropped(mapper, squares):
+    path = squares / "images/0.png"
+    for box, count in (((5, 5, 5, 9), 0), ((200, 5, 220, 9), 0), ((5, 5, 20, 20), 1)):
+        assert len(mapper(record(path, box))["instances"]) == count

@@ -1,0 +1,223 @@
+import math
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import make_gt
+from detectron2.utils import comm
+
+from atss import BACKGROUND, IGNORE, Anchors, Assignment, HeadOutput
+from atss.losses import giou_loss, smooth_l1_loss
+from atss.modeling.box_coding import BoxDeltas
+from atss.modeling.criterion import Criterion, OnDeltas
+
+ANCHORS = Anchors.grid((16, 16), strides=(8,), scales=(2.0,))  # 4 anchors of 16 pixels
+GT = make_gt([[0, 0, 14, 12], [6, 2, 16, 16], [0, 0, 10, 16]], [0, 0, 1], 2, classes=[1, 0, 2])
+GT_INDEX = torch.tensor([[0, 1, BACKGROUND, BACKGROUND], [IGNORE, BACKGROUND, 2, BACKGROUND]])
+
+
+def random_output(n: int = 2, seed: int = 0, quality: bool = True) -> HeadOutput:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(n, 4, 3), (n, 4, 4), (n, 4)]
+    logits, deltas, q = (torch.randn(s, generator=generator).requires_grad_() for s in shapes)
+    return HeadOutput(logits, deltas, q if quality else None)
+
+
+def losses_of(output: HeadOutput, gt=GT, gt_index=GT_INDEX) -> dict[str, torch.Tensor]:
+    boxes = BoxDeltas().decode(output.deltas, ANCHORS.boxes)
+    return Criterion()(output, boxes, ANCHORS, gt, Assignment.hard(gt_index))
+
+
+def spelled_out(output: HeadOutput) -> dict[str, float]:
+    """The formulas of the paper's section 3.1, one anchor at a time, in Python's float64."""
+    centres = [(4, 4), (12, 4), (4, 12), (12, 12)]
+    boxes = BoxDeltas().decode(output.deltas, ANCHORS.boxes).tolist()
+    cls = box = quality = weights = 0.0
+    positives = 0
+    for n in range(2):
+        for r in range(4):
+            g = GT_INDEX[n, r].item()
+            if g == IGNORE:
+                continue
+            for k in range(3):
+                p = 1 / (1 + math.exp(-output.logits[n, r, k].item()))
+                if g >= 0 and GT.classes[g] == k:
+                    cls += 0.25 * (1 - p) ** 2 * -math.log(p)
+                else:
+                    cls += 0.75 * p**2 * -math.log(1 - p)
+            if g < 0:
+                continue
+            positives += 1
+            (x, y), (x1, y1, x2, y2), (a1, b1, a2, b2) = (
+                centres[r],
+                GT.boxes[g].tolist(),
+                boxes[n][r],
+            )
+            left, top, right, bottom = x - x1, y - y1, x2 - x, y2 - y
+            horizontal = min(left, right) / max(left, right)
+            centerness = math.sqrt(horizontal * min(top, bottom) / max(top, bottom))
+            inter = max(0, min(x2, a2) - max(x1, a1)) * max(0, min(y2, b2) - max(y1, b1))
+            union = (x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - inter
+            hull = (max(x2, a2) - min(x1, a1)) * (max(y2, b2) - min(y1, b1))
+            box += centerness * (1 - inter / union + (hull - union) / hull)
+            weights += centerness
+            q = 1 / (1 + math.exp(-output.quality[n, r].item()))
+            quality -= centerness * math.log(q) + (1 - centerness) * math.log(1 - q)
+    return {
+        "loss_cls": cls / positives,
+        "loss_box_reg": 2 * box / weights,
+        "loss_centerness": quality / positives,
+    }
+
+
+def test_equals_the_formulas_spelled_out():
+    output = random_output()
+    losses = losses_of(output)
+    expected = spelled_out(output)
+    assert losses.keys() == expected.keys()
+    for name, value in losses.items():
+        assert value.item() == pytest.approx(expected[name], rel=1e-5)
+
+
+def test_without_a_quality_branch_boxes_weigh_alike():
+    losses = losses_of(random_output(quality=False))
+    assert losses.keys() == {"loss_cls", "loss_box_reg"}
+
+
+@pytest.mark.parametrize("gt", [make_gt([], num_images=2), GT], ids=["no object", "no positive"])
+def test_nothing_positive_gives_zero_losses_with_gradients(gt):
+    output = random_output()
+    losses = losses_of(output, gt, torch.full((2, 4), BACKGROUND))
+    assert losses["loss_box_reg"] == losses["loss_centerness"] == 0
+    assert losses["loss_cls"] > 0
+    sum(losses.values()).backward()
+    for x in output:
+        assert torch.isfinite(x.grad).all()
+    assert output.deltas.grad.abs().max() == 0
+
+
+def test_ignored_anchors_get_no_gradient():
+    output = random_output()
+    sum(losses_of(output).values()).backward()
+    assert output.logits.grad[1, 0].abs().max() == 0
+    assert output.logits.grad[1, 1].abs().min() > 0
+
+
+def test_finite_for_extreme_outputs():
+    for value in (1e4, -1e4):
+        output = HeadOutput(*(torch.full_like(x, value).requires_grad_() for x in random_output()))
+        losses = losses_of(output)
+        sum(losses.values()).backward()
+        assert all(torch.isfinite(x) for x in losses.values())
+        assert all(torch.isfinite(x.grad).all() for x in output)
+
+
+def _one_image(rank: int, port: int, queue: mp.SimpleQueue) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    comm.create_local_process_group(2)
+    output = HeadOutput(*(x[rank : rank + 1].detach().requires_grad_() for x in random_output()))
+    mine = GT.image_index == rank
+    gt = make_gt(GT.boxes[mine], [0] * int(mine.sum()), 1, GT.classes[mine])
+    offset = 0 if rank == 0 else 2
+    index = GT_INDEX[rank : rank + 1]
+    losses = losses_of(output, gt, torch.where(index >= 0, index - offset, index))
+    sum(losses.values()).backward()
+    values = {name: value.item() for name, value in losses.items()}
+    queue.put((rank, values, [x.grad.tolist() for x in output]))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one_on_the_union(free_port):
+    """Averaged over processes, as DDP does: the same losses and the same gradients."""
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    workers = [context.Process(target=_one_image, args=(r, free_port, queue)) for r in range(2)]
+    for worker in workers:
+        worker.start()
+    results = sorted(queue.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+
+    output = random_output()
+    losses = losses_of(output)
+    sum(losses.values()).backward()
+    for name, value in losses.items():
+        mean = sum(values[name] for _, values, _ in results) / 2
+        assert mean == pytest.approx(value.item(), rel=1e-6)
+    for rank, _, gradients in results:
+        for gradient, x in zip(gradients, output, strict=True):
+            torch.testing.assert_close(torch.tensor(gradient)[0] / 2, x.grad[rank])
+
+
+def test_plain_retinanets_box_loss():
+    """Smooth L1 of the deltas of positives, summed over 4 N_pos, without any weight."""
+    output, coder = random_output(quality=False), BoxDeltas()
+    boxes = coder.decode(output.deltas, ANCHORS.boxes)
+    criterion = Criterion(box_loss=OnDeltas(smooth_l1_loss, coder.encode), box_loss_weight=1.0)
+    losses = criterion(output, boxes, ANCHORS, GT, Assignment.hard(GT_INDEX))
+    expected, positives = 0.0, 0
+    for n, r in (GT_INDEX >= 0).nonzero().tolist():
+        target = coder.encode(GT.boxes[GT_INDEX[n, r]], ANCHORS.boxes[r])
+        for x in (output.deltas[n, r] - target).abs().tolist():
+            expected += x**2 / 0.22 if x < 0.11 else x - 0.055
+        positives += 1
+    assert losses["loss_box_reg"].item() == pytest.approx(expected / (4 * positives), rel=1e-5)
+    assert "loss_centerness" not in losses
+
+
+def test_deltas_of_negatives_do_not_matter():
+    """However far out they are."""
+    output = random_output(quality=False)
+    wild = output.deltas.detach().clone()
+    wild[GT_INDEX < 0] = torch.inf
+    criterion = Criterion(box_loss=OnDeltas(smooth_l1_loss, BoxDeltas().encode))
+    args = (ANCHORS.boxes.expand(2, 4, 4), ANCHORS, GT, Assignment.hard(GT_INDEX))
+    tame = criterion(output, *args)["loss_box_reg"]
+    torch.testing.assert_close(criterion(output._replace(deltas=wild), *args)["loss_box_reg"], tame)
+
+
+def test_the_box_loss_is_a_mean_weighted_by_centerness():
+    """One positive, far from its object's centre: what it weighs cancels, however little it is."""
+    output = random_output()
+    index = torch.full((2, 4), BACKGROUND)
+    index[0, 0] = 0
+    gt = make_gt([[3.9, 3.9, 30, 30]], [0], 2)
+    boxes = BoxDeltas().decode(output.deltas, ANCHORS.boxes)
+    loss = losses_of(output, gt, index)["loss_box_reg"]
+    torch.testing.assert_close(loss, 2 * giou_loss(boxes[0, 0], gt.boxes[0]))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_infinite_outputs_that_do_not_count_change_nothing(value):
+    """Logits of ignored anchors, centerness of those without an object: multiplied by zero they
+    would be no number."""
+
+    def train(output):
+        leaves = HeadOutput(*(x.detach().clone().requires_grad_() for x in output))
+        losses = losses_of(leaves)
+        sum(losses.values()).backward()
+        return losses, [x.grad for x in leaves]
+
+    wild = HeadOutput(*(x.detach().clone() for x in random_output()))
+    wild.logits[GT_INDEX == IGNORE] = value
+    wild.quality[GT_INDEX < 0] = value
+    (expected, gradients), (losses, others) = train(random_output()), train(wild)
+    assert losses == expected
+    for a, b in zip(gradients, others, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_soft_class_targets_are_refused():
+    """The focal loss has its minimum elsewhere: for a target of 0.7 at a probability of 0.88."""
+    output = random_output()
+    boxes = BoxDeltas().decode(output.deltas, ANCHORS.boxes)
+    ones = torch.ones(2, 4)
+    for target in (torch.zeros(2, 4), ones):
+        Criterion()(output, boxes, ANCHORS, GT, Assignment(GT_INDEX, target, ones))
+    with pytest.raises(
+        ValueError, match=r"cls_target holds 0\.7, but .* for class targets 0 and 1"
+    ):
+        Criterion()(output, boxes, ANCHORS, GT, Assignment(GT_INDEX, ones * 0.7, ones))

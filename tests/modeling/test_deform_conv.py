@@ -1,0 +1,169 @@
+import itertools
+
+import pytest
+import torch
+from conftest import make_cfg
+from detectron2.modeling import build_backbone
+from torch import nn
+from torch.nn import functional as F
+
+from atss.modeling.deform_conv import DeformConv, DeformConvLayer
+
+
+def bilinear(image, y, x):
+    """Value of an (H, W) image at a point in pixels, zero outside."""
+    height, width = image.shape
+    y0, x0 = torch.floor(y), torch.floor(x)
+    value = torch.zeros((), dtype=image.dtype)
+    for i, j in itertools.product((0, 1), (0, 1)):
+        row, column = int(y0) + i, int(x0) + j
+        if 0 <= row < height and 0 <= column < width:
+            weight = (1 - (y - row).abs()) * (1 - (x - column).abs())
+            value = value + weight * image[row, column]
+    return value
+
+
+def slow(x, offset, mask, weight, stride, groups):
+    """The papers' sums, tap by tap; padding 1."""
+    n, _, height, width = offset.shape
+    y = torch.zeros(n, len(weight), height, width, dtype=x.dtype)
+    per_group = weight.shape[1]
+    for i, o, r, c in itertools.product(range(n), range(len(weight)), range(height), range(width)):
+        group = o // (len(weight) // groups)
+        total = torch.zeros((), dtype=x.dtype)
+        for tap, (ky, kx) in enumerate(itertools.product(range(3), range(3))):
+            py = r * stride - 1 + ky + offset[i, 2 * tap, r, c]
+            px = c * stride - 1 + kx + offset[i, 2 * tap + 1, r, c]
+            m = 1 if mask is None else mask[i, tap, r, c]
+            for k in range(per_group):
+                sample = bilinear(x[i, group * per_group + k], py, px)
+                total = total + m * weight[o, k, ky, kx] * sample
+        y[i, o, r, c] = total
+    return y
+
+
+@pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 2)])
+def test_equals_the_papers_sums(modulated, stride, groups):
+    """Forward and gradients of everything, in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    height, width = -(-4 // stride), -(-5 // stride)
+    x, offset = random(1, 4, 4, 5), random(1, 18, height, width)
+    weight = random(4, 4 // groups, 3, 3)
+    mask = random(1, 9, height, width) if modulated else None
+    layer = DeformConv(nn.Parameter(weight.detach().clone()), stride=stride, padding=1)
+    ours, expected = layer(x, offset, mask), slow(x, offset, mask, weight, stride, groups)
+    torch.testing.assert_close(ours, expected)
+    inputs = [t for t in (x, offset, mask) if t is not None]
+    mine = torch.autograd.grad(ours.square().sum(), [*inputs, layer.weight])
+    theirs = torch.autograd.grad(expected.square().sum(), [*inputs, weight])
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])
+def test_begins_as_a_plain_convolution(modulated):
+    layer = DeformConvLayer(8, modulated)
+    x = torch.randn(2, 8, 6, 7)
+    plain = nn.functional.conv2d(x, layer.conv.weight, padding=1) * (0.5 if modulated else 1)
+    expected = plain + layer.conv.bias[:, None, None]
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_autocast_keeps_positions_exact():
+    layer = DeformConvLayer(8)
+    nn.init.normal_(layer.offset.bias, std=3)
+    x = torch.randn(1, 8, 6, 7)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])
+def test_backbone_has_detectron2s_names_and_shapes(modulated):
+    """The blocks are Detectron2's, so that its checkpoints load; only their operator is swapped."""
+    opts = (
+        *("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256),
+        *("MODEL.RESNETS.NUM_GROUPS", 2, "MODEL.RESNETS.WIDTH_PER_GROUP", 8),
+        *("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, False, True, True]),
+        *("MODEL.RESNETS.DEFORM_MODULATED", modulated, "MODEL.FPN.OUT_CHANNELS", 16),
+    )
+    backbone = build_backbone(make_cfg(*opts))
+    ours = {k: tuple(v.shape) for k, v in backbone.bottom_up.state_dict().items()}
+    # As DeformBottleneckBlock of Detectron2 names them: the 3 x 3 convolution without bias.
+    assert ours["res4.1.conv2_offset.weight"] == (27 if modulated else 18, 64, 3, 3)
+    assert ours["res4.1.conv2_offset.bias"] == (27 if modulated else 18,)
+    assert ours["res4.1.conv2.weight"] == (64, 32, 3, 3)
+    assert "res4.1.conv2.norm.running_var" in ours
+    assert "res4.1.conv2.bias" not in ours
+    plain = make_cfg(*opts, "MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False] * 4)
+    assert set(ours) - set(build_backbone(plain).bottom_up.state_dict()) == {
+        f"{stage}.{i}.conv2_offset.{kind}"
+        for stage, blocks in (("res4", 6), ("res5", 3))
+        for i in range(blocks)
+        for kind in ("weight", "bias")
+    }
+    kinds = [type(m) for m in backbone.modules()]
+    assert kinds.count(DeformConv) == 6 + 3
+    maps = backbone(torch.randn(1, 3, 64, 64))
+    sum(m.sum() for m in maps.values()).backward()
+    block = backbone.bottom_up.res4[1]
+    assert block.conv2.weight.grad.abs().max() > 0
+    assert block.conv2_offset.weight.grad.abs().max() > 0
+
+
+def test_zero_offsets_equal_the_plain_backbone():
+    """Version 1; version 2 begins with taps of half weight."""
+    opts = ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
+    opts += ("MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.FPN.OUT_CHANNELS", 16)
+    plain = build_backbone(make_cfg(*opts)).eval()
+    deform = ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True])
+    deformable = build_backbone(make_cfg(*opts, *deform)).eval()
+    missing = deformable.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert all("conv2_offset" in key for key in missing)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for a, b in zip(plain(x).values(), deformable(x).values(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])
+def test_offset_groups_move_their_own_channels(modulated):
+    """The second half of the channels, one pixel to the right: as if they were shifted left."""
+    opts = ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
+    opts += ("MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.FPN.OUT_CHANNELS", 16)
+    opts += ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, False, False])
+    opts += ("MODEL.RESNETS.DEFORM_MODULATED", modulated, "MODEL.RESNETS.DEFORM_NUM_GROUPS", 2)
+    block = build_backbone(make_cfg(*opts)).bottom_up.res3[1].eval()
+    x = torch.randn(1, 512, 6, 9)
+    with torch.no_grad():
+        offsets = block.conv2_offset.bias[: 2 * 18].view(2, 9, 2)  # group, tap, (y, x)
+        offsets[1, :, 1] = 1
+        if modulated:
+            block.conv2_offset.bias[2 * 18 :] = 100  # weights of taps all but 1
+        y = F.relu(block.conv1(x))
+        still, moved = y.chunk(2, dim=1)
+        shifted = torch.cat([still, moved.roll(-1, dims=3)], dim=1)
+        inner = F.relu(block.conv2.norm(F.conv2d(shifted, block.conv2.weight, padding=1)))
+        expected = F.relu(block.conv3(inner) + x)
+        torch.testing.assert_close(block(x)[..., 1:-2], expected[..., 1:-2], atol=1e-5, rtol=1e-4)
+
+
+def test_offsets_are_frozen_with_their_block():
+    opts = ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
+    opts += ("MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.FPN.OUT_CHANNELS", 16)
+    opts += ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, False])
+    bottom_up = build_backbone(make_cfg(*opts, "MODEL.BACKBONE.FREEZE_AT", 3)).bottom_up
+    assert not any(p.requires_grad for p in bottom_up.res3.parameters())
+    assert all(p.requires_grad for p in bottom_up.res4.parameters())
+
+
+def test_small_resnets_have_no_bottlenecks_to_deform():
+    opts = ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, False, False, True])
+    with pytest.raises(ValueError, match=r"needs bottlenecks.*res5 is made of BasicBlock"):
+        build_backbone(make_cfg(*opts))

@@ -1,0 +1,144 @@
+import pytest
+import torch
+
+from atss.modeling.head import ATSSHead, flatten_levels
+
+HEAD = {"in_channels": 32, "num_levels": 2, "num_classes": 3, "num_anchors": 2, "num_convs": 1}
+
+
+def features(n: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, 32, *hw, generator=generator) for hw in ((3, 4), (2, 2))]
+
+
+def test_flattening_is_by_level_row_column_anchor():
+    level = torch.arange(2 * 6 * 2 * 3).view(2, 6, 2, 3)  # N 2, A 2 x dim 3, H 2, W 3
+    flat = flatten_levels([level[:, :, :1, :1], level], dim=3)
+    assert flat.shape == (2, 2 + 12, 3)
+    assert torch.equal(flat[1, 1], level[1, 3:, 0, 0])  # level 0, its second anchor
+    row, column, anchor = 1, 2, 1
+    place = 2 + (row * 3 + column) * 2 + anchor
+    assert torch.equal(flat[1, place], level[1, anchor * 3 : anchor * 3 + 3, row, column])
+
+
+def test_a_batch_is_its_images():
+    head = ATSSHead(**HEAD)
+    batch = [torch.cat(pair) for pair in zip(features(1, 1), features(1, 2), strict=True)]
+    together = head(batch)
+    for i in range(2):
+        alone = head(features(1, i + 1))
+        for joint, single in zip(together, alone, strict=True):
+            torch.testing.assert_close(joint[i], single[0])
+
+
+def test_initial_values():
+    head = ATSSHead(**HEAD, prior_prob=0.02)
+    torch.testing.assert_close(head.cls_score.bias.sigmoid(), torch.full((6,), 0.02))
+    assert abs(head.cls_subnet[0].weight.std().item() - 0.01) < 1e-3
+    assert head.bbox_pred.bias.abs().max() == 0
+    assert [s.scale.item() for s in head.scales] == [1, 1]
+
+
+def test_each_level_has_its_scale():
+    head = ATSSHead(**HEAD)
+    with torch.no_grad():
+        head.scales[1].scale.fill_(3)
+    maps = features(1)
+    scaled = head(maps).deltas
+    with torch.no_grad():
+        head.scales[1].scale.fill_(1)
+    plain = head(maps).deltas
+    torch.testing.assert_close(scaled[:, :24], plain[:, :24])
+    torch.testing.assert_close(scaled[:, 24:], 3 * plain[:, 24:])
+
+
+def test_boxes_are_predicted_in_float32_under_autocast():
+    """Not only the result: the predictor's weights and products, too."""
+    head, maps = ATSSHead(**HEAD), features(1)
+    torch.nn.init.normal_(head.bbox_pred.weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = head(maps)
+        feature = head.bbox_subnet(maps[0])
+    assert output.logits.dtype == torch.bfloat16
+    assert output.deltas.dtype == torch.float32
+    expected = flatten_levels([head.bbox_pred(feature.float())], 4)
+    torch.testing.assert_close(output.deltas[:, : expected.shape[1]], expected)
+    assert not torch.allclose(expected.bfloat16().float(), expected)  # the test could see it
+
+
+def test_no_norm_means_no_norm():
+    head = ATSSHead(**HEAD | {"norm": ""})
+    assert [type(layer).__name__ for layer in head.cls_subnet] == ["Conv2d", "ReLU"]
+
+
+def test_centerness_grows_from_the_tower_that_is_named():
+    maps = features(1)
+    for tower in ("box", "cls"):
+        head = ATSSHead(**HEAD, centerness=tower)
+        before = head(maps).quality
+        other = head.cls_subnet if tower == "box" else head.bbox_subnet
+        own = head.bbox_subnet if tower == "box" else head.cls_subnet
+        with torch.no_grad():
+            other[0].weight.mul_(-1)
+            assert torch.equal(head(maps).quality, before)
+            own[0].weight.mul_(-1)
+            assert not torch.equal(head(maps).quality, before)
+
+
+def test_without_centerness_and_scales():
+    head = ATSSHead(**HEAD, centerness="", level_scale=False, box_bias=4.0)
+    assert head(features(1)).quality is None
+    assert not any(name.startswith(("ctrness", "scales")) for name in head.state_dict())
+    assert (head.bbox_pred.bias == 4).all()
+
+
+def test_refuses_an_unknown_tower():
+    with pytest.raises(ValueError, match="not 'corner'"):
+        ATSSHead(**HEAD, centerness="corner")
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_last_convolution_of_each_tower_may_be_deformable(version):
+    head = ATSSHead(**HEAD | {"num_convs": 2}, deform=version)
+    names = [type(layer).__name__ for layer in head.bbox_subnet]
+    assert names == ["Conv2d", "GroupNorm", "ReLU", "DeformConvLayer", "GroupNorm", "ReLU"]
+    assert head.cls_subnet[3].offset.weight.abs().max() == 0
+    assert abs(head.cls_subnet[3].conv.weight.std().item() - 0.01) < 1e-3
+    head(features(1)).logits.sum().backward()
+    assert head.cls_subnet[3].offset.weight.grad.abs().max() > 0
+
+
+def test_refuses_an_unknown_version():
+    with pytest.raises(ValueError, match="not 'v3' with 1 convolutions"):
+        ATSSHead(**HEAD, deform="v3")
+
+
+@pytest.mark.parametrize("tower", ["box", "cls"])
+def test_predictors_run_together_as_they_would_alone(tower):
+    torch.manual_seed(0)
+    head = ATSSHead(
+        in_channels=32, num_levels=1, num_classes=3, num_convs=1, centerness=tower
+    ).eval()
+    x = torch.randn(1, 32, 5, 7)
+    output = head([x])
+    cls_feature, box_feature = head.cls_subnet(x), head.bbox_subnet(x)
+    source = box_feature if tower == "box" else cls_feature
+    for ours, alone in (
+        (output.logits, head.cls_score(cls_feature)),
+        (output.deltas, head.bbox_pred(box_feature)),
+        (output.quality[..., None], head.ctrness(source)),
+    ):
+        torch.testing.assert_close(ours, alone.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("deform", ["", "v2"])
+def test_towers_without_biases(deform):
+    """mmdet's have none; without a norm they keep theirs."""
+    head = ATSSHead(**HEAD | {"num_convs": 2}, deform=deform, tower_bias=False)
+    names = [name for name, _ in head.named_parameters() if name.startswith("cls_subnet")]
+    last = ["3.offset.weight", "3.offset.bias", "3.conv.weight"] if deform else ["3.weight"]
+    expected = ["0.weight", "1.weight", "1.bias", *last, "4.weight", "4.bias"]
+    assert sorted(names) == sorted(f"cls_subnet.{name}" for name in expected)
+    head(features(1)).logits.sum().backward()
+    plain = ATSSHead(**HEAD | {"norm": ""}, tower_bias=False)
+    assert plain.cls_subnet[0].bias is not None

@@ -1,0 +1,182 @@
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, make_cfg, make_input
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+from torch import nn
+
+from atss.config import build_tta
+from atss.modeling.suppression import merge_nms, merge_vote
+
+REFERENCE = np.load(GOLDEN / "tta_merge.npz")
+# Their boxes hold their last pixel.
+LAST_PIXEL = torch.tensor([0.0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("prefix", ["", "edge_"])
+@pytest.mark.parametrize("name", ["vote", "soft_vote", "nms"])
+def test_merges_are_the_authors(name, prefix):
+    boxes, scores, classes = (
+        torch.from_numpy(REFERENCE[f"{prefix}{part}"]) for part in ("boxes", "scores", "labels")
+    )
+    vote, soft = float(REFERENCE["vote_th"]), float(REFERENCE["soft_min_score"])
+    merge = {
+        "vote": lambda *x: merge_vote(*x, vote),
+        "soft_vote": lambda *x: merge_vote(*x, vote, soft),
+        "nms": lambda *x: merge_nms(*x, float(REFERENCE["nms_th"])),
+    }[name]
+    found = merge(boxes + LAST_PIXEL, scores, classes)
+    expected = [torch.from_numpy(REFERENCE[f"{prefix}{name}_{x}"]) for x in ("boxes", "scores")]
+    labels = torch.from_numpy(REFERENCE[f"{prefix}{name}_labels"])
+    assert len(found[0]) == len(labels)
+    assert (found[1].diff() <= 0).all()
+    free = torch.ones(len(labels), dtype=torch.bool)
+    for box, score, k in zip(*expected, labels, strict=True):
+        near = ((found[0] - LAST_PIXEL - box).abs().amax(dim=1) <= 2e-4) & free & (found[2] == k)
+        match = (near & ((found[1] - score).abs() <= 1e-5)).nonzero()
+        assert len(match), (box, score, k)
+        free[match[0]] = False
+
+
+def test_nothing_merges_to_nothing():
+    empty = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long)
+    assert [len(x) for x in merge_vote(*empty, 0.66, 0.05)] == [0, 0, 0]
+
+
+def test_a_group_whose_scores_are_all_zero_is_its_mean():
+    boxes, nothing = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10]]), torch.zeros(2)
+    found, scores, _ = merge_vote(boxes, nothing, torch.zeros(2, dtype=torch.long), 0.66)
+    assert found.tolist() == [[0.5, 0, 10.5, 10]]
+    assert scores.tolist() == [0]
+
+
+class Bright(nn.Module):
+    """Finds the bright rectangle of each view, exactly, and remembers the views."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, batched_inputs):
+        (example,) = batched_inputs
+        image = example["image"].float().mean(dim=0)
+        self.seen.append(tuple(image.shape))
+        self.channels = example["image"].float().mean(dim=(1, 2)).tolist()
+        rows, columns = (image > 128).any(dim=1).nonzero(), (image > 128).any(dim=0).nonzero()
+        box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        height, width = example["height"], example["width"]
+        zoom = [width / image.shape[1], height / image.shape[0]] * 2
+        found = Instances((height, width))
+        found.pred_boxes = Boxes(torch.tensor([box]) * torch.tensor(zoom))
+        found.scores, found.pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.long)
+        return [{"instances": found}]
+
+
+def tta(model, *opts):
+    return build_tta(
+        make_cfg(
+            *("INPUT.MIN_SIZE_TEST", 100, "INPUT.MAX_SIZE_TEST", 400),
+            *("TEST.AUG.MIN_SIZES", (50, 200), "TEST.AUG.MAX_SIZE", 300),
+            *("MODEL.ATSS.TTA.SIZE_RANGES", [[0, 10000], [0, 10000]], *opts),
+        ),
+        model,
+    )
+
+
+def example():
+    """100 x 200 pixels, bright from (20, 30) to (80, 70)."""
+    image = torch.zeros(3, 100, 200, dtype=torch.uint8)
+    image[:, 30:70, 20:80] = 255
+    return {"image": image, "height": 200, "width": 400}
+
+
+def test_views_are_resized_mirrored_and_brought_back():
+    model = Bright()
+    found = tta(model)([example()])[0]["instances"]
+    # Each twice, the second time mirrored; the last capped at its long side.
+    assert model.seen == [(100, 200)] * 2 + [(50, 100)] * 2 + [(150, 300)] * 2
+    assert len(found) == 1
+    expected = torch.tensor([[40.0, 60, 160, 140]])
+    torch.testing.assert_close(found.pred_boxes.tensor, expected, atol=2.0, rtol=0)
+
+
+def test_a_mirrored_view_is_brought_back_to_the_pixel():
+    image = example()["image"].permute(1, 2, 0).numpy()
+    wrapped = tta(Bright())
+    for flip in (False, True):
+        boxes, _, _ = wrapped._view(image, *wrapped.views[0], flip)
+        assert boxes.tolist() == [[20, 30, 80, 70]]
+
+
+def test_views_smaller_than_the_plain_one_have_its_cap():
+    """Ten times as wide as high: the cap decides. The others have TEST.AUG.MAX_SIZE."""
+    model, long = Bright(), torch.zeros(3, 20, 200, dtype=torch.uint8)
+    long[:, 5:15, 50:150] = 255
+    tta(model, "TEST.AUG.FLIP", False)([{"image": long}])
+    assert model.seen == [(40, 400), (40, 400), (30, 300)]
+
+
+@pytest.mark.parametrize(("least", "greatest", "counts"), [(40, 99, 0), (1, 40, 0), (39, 41, 1)])
+def test_both_ends_of_a_views_range_are_outside(least, greatest, counts):
+    """A square of 40 pixels on the plain view's size."""
+    image = np.zeros((100, 100, 3), np.uint8)
+    image[30:70, 30:70] = 255
+    boxes, _, _ = tta(Bright())._view(image, 100, 400, least, greatest, False)
+    assert len(boxes) == counts
+
+
+@pytest.mark.parametrize("order", ["BGR", "RGB"])
+def test_files_are_read_in_the_models_order_of_channels(tmp_path, order):
+    """A file that is red alone."""
+    Image.fromarray(np.full((50, 50, 3), (255, 140, 0), np.uint8)).save(tmp_path / "a.png")
+    model = Bright()
+    tta(model, "INPUT.FORMAT", order)([example() | {"file_name": str(tmp_path / "a.png")}])
+    assert model.channels == ([0, 140, 255] if order == "BGR" else [255, 140, 0])
+
+
+def test_sizes_out_of_a_views_range_do_not_count():
+    """The rectangle measures sqrt(60 * 40) = 49 px on the plain view, 24 and 73 on the others."""
+    ranges = ("MODEL.ATSS.TTA.SIZE_RANGES", [[30, 10000], [0, 70]], "MODEL.ATSS.TTA.MERGE", "nms")
+    wrapped = tta(Bright(), *ranges, "MODEL.ATSS.NMS_THRESH_TEST", 0.9999)
+    image = example()["image"].permute(1, 2, 0).numpy()
+    views = [wrapped._view(image, *view, False) for view in wrapped.views]
+    assert [len(boxes) for boxes, _, _ in views] == [1, 0, 0]
+
+
+def test_reads_the_file_where_there_is_one(tmp_path):
+    given = example()
+    Image.fromarray(given["image"].permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    small = {"image": given["image"][:, ::2, ::2], "file_name": str(tmp_path / "a.png")}
+    model = Bright()
+    tta(model)([small])
+    assert model.seen[0] == (100, 200)
+
+
+def test_a_detector_with_a_view_like_the_plain_one_finds_what_it_finds_alone():
+    torch.manual_seed(0)
+    cfg = make_cfg(
+        *("INPUT.MIN_SIZE_TEST", 96, "TEST.AUG.MIN_SIZES", (), "TEST.AUG.FLIP", False),
+        *("MODEL.ATSS.TTA.SIZE_RANGES", [], "MODEL.ATSS.TTA.MERGE", "nms"),
+        *("MODEL.ATSS.SCORE_THRESH_TEST", 0.0, "MODEL.FPN.OUT_CHANNELS", 64),
+    )
+    model = build_model(cfg).eval()
+    image = make_input()
+    image["image"] = image["image"].byte()
+    alone = model([image])[0]["instances"]
+    wrapped = build_tta(cfg, model)([image])[0]["instances"]
+    torch.testing.assert_close(wrapped.scores, alone.scores)
+    torch.testing.assert_close(wrapped.pred_boxes.tensor, alone.pred_boxes.tensor)
+
+
+@pytest.mark.parametrize(
+    ("opts", "sentence"),
+    [
+        (("MODEL.ATSS.TTA.SIZE_RANGES", [[0, 1]]), "has 1 ranges for the 2 sizes"),
+        (("MODEL.ATSS.TTA.MERGE", "mean"), "MODEL.ATSS.TTA.MERGE is 'mean'; known are"),
+    ],
+)
+def test_impossible_configs_stop_with_a_sentence(opts, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tta(Bright(), *opts)

@@ -1,0 +1,102 @@
+"""tools/ablation.py: paired runs, resumed, in a table."""
+
+import json
+from dataclasses import replace
+
+import ablation
+import numpy as np
+import pytest
+import torch
+from conftest import make_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+
+from atss.analysis import experiments
+from atss.data import digits
+
+TINY = (
+    *("--", "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"),
+    *("MODEL.ATSS.NUM_CONVS", "1", "MODEL.FPN.OUT_CHANNELS", "32"),
+)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    few = replace(digits.ABLATION, images={"train": 8, "test": 4})
+    monkeypatch.setattr(experiments, "ABLATION", few)
+
+    def call(*argv):
+        try:
+            ablation.main(["--output", str(tmp_path / "out"), *argv])
+        finally:
+            for name in ("ablation_train", "ablation_test"):
+                DatasetCatalog.pop(name, None)
+                MetadataCatalog.pop(name, None)
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_trains_what_is_missing_and_compares(run, tmp_path):
+    rows = ("--rows", "iou_box", "atss_box", "--seeds", "2")
+    first = run(*rows, *TINY)
+    assert first.count("AP") > 4
+    out = tmp_path / "out"
+    assert "Table 3: ATSS over IoU, boxes" in (out / "table.md").read_text()
+    assert (out / "plot.png").stat().st_size > 10_000
+    assert not list(out.rglob("model_*.pth"))  # gigabytes, otherwise
+    result = out / "atss_box" / "seed2" / "result.json"
+    metrics = json.loads(result.read_text())["metrics"]
+    result.unlink()  # as if it had been interrupted there
+    assert "3 runs are in" in run(*rows, *TINY)
+    again = json.loads(result.read_text())["metrics"]
+    assert [again[k] for k in experiments.METRICS] == [metrics[k] for k in experiments.METRICS]
+    with pytest.raises(SystemExit, match="holds a run of another config"):
+        run(*rows, *TINY, "SOLVER.BASE_LR", "0.5")
+
+
+def test_names_the_rows_that_there_are(run):
+    with pytest.raises(SystemExit, match=r"there is no row 'atss_k99'; known are .*atss_k9?"):
+        run("--rows", "atss_k99")
+
+
+def test_rows_of_a_seed_begin_with_the_same_weights():
+    def weights(row, seed):
+        seed_all_rng(seed)
+        model = build_model(make_cfg(config=f"tables/{row}.yaml"))
+        experiments.pair_weights(model, seed)
+        parts = {
+            name: [m.weight for m in part.modules() if isinstance(m, torch.nn.Conv2d)]
+            for name, part in model.head.named_children()
+            if name != "scales"
+        }
+        return parts | {"backbone": list(model.backbone.parameters())}
+
+    # Their heads have different layers; what they share is equal.
+    plain, full, other = weights("retinanet_A1", 1), weights("atss_point", 1), weights("iou_box", 2)
+    assert set(plain) == set(full) - {"ctrness"}
+    for name, tensors in plain.items():
+        for a, b in zip(tensors, full[name], strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(other["cls_score"][0], full["cls_score"][0])
+
+
+def test_paired_interval_by_hand():
+    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.3027."""
+    results = {
+        "a": {1: {"AP": 11.0}, 2: {"AP": 22.0}, 3: {"AP": 33.0}},
+        "b": {1: {"AP": 10.0}, 2: {"AP": 20.0}, 3: {"AP": 30.0}},
+    }
+    difference, half = experiments.paired(results, "a", "b")
+    np.testing.assert_allclose(difference, [1, 2, 3])
+    assert half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+
+
+def test_every_claim_is_about_rows():
+    for _, row, other in experiments.CLAIMS:
+        assert row in experiments.known_rows()
+        assert other in experiments.known_rows()
+    assert experiments.paper_ap("atss_A9") == "39.2"
+    assert experiments.paper_ap("atss_A9_locations") == ""  # not the paper's

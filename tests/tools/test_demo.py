@@ -1,0 +1,160 @@
+"""tools/demo.py, and the data of `make demo`."""
+
+import json
+import sys
+from dataclasses import replace
+
+import cv2
+import demo
+import digits as digits_tool
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from PIL import Image
+
+from atss.data import digits
+from atss.predictor import Predictor
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A config and weights as train_net.py leaves them (the weights are random)."""
+    folder = tmp_path_factory.mktemp("trained")
+    cfg = make_cfg("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.NUM_CONVS", 1)
+    cfg.INPUT.MIN_SIZE_TEST = 96
+    cfg.MODEL.ATSS.SCORE_THRESH_TEST = 0.0
+    cfg.MODEL.ATSS.CLASS_NAMES = ["ant", "bee", "cat"]
+    torch.manual_seed(0)
+    torch.save({"model": build_model(cfg).state_dict()}, folder / "model.pth")
+    (folder / "config.yaml").write_text(cfg.dump())
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    def call(*inputs, threshold=0.0):
+        argv = ["demo.py", "--config-file", str(trained / "config.yaml")]
+        argv += ["--weights", str(trained / "model.pth"), "--output", str(tmp_path / "out")]
+        argv += ["--score-threshold", str(threshold), "--batch", "3"]
+        demo.main([*argv[1:], "--input", *map(str, inputs)])
+        return json.loads((tmp_path / "out" / "detections.json").read_text())
+
+    return call
+
+
+def test_draws_a_folder_and_an_image(run, squares, tmp_path):
+    records = run(squares / "images", squares / "images" / "0.png")
+    names = sorted(p.name for p in (tmp_path / "out").glob("*.png"))
+    assert names == sorted([f"{i}.png" for i in range(8)] + ["0_1.png"])
+    first = [r for r in records if r["file_name"] == str(squares / "images" / "0.png")]
+    half = len(first) // 2
+    assert first[:half] == first[half:]  # it was named twice
+    assert half > 0
+    assert {r["category_id"] for r in first} <= {1, 2, 3}
+    assert all(len(r["bbox"]) == 4 and 0 <= r["score"] <= 1 for r in first)
+    drawn = cv2.imread(str(tmp_path / "out" / "0.png"))
+    assert drawn.shape == (96, 128, 3)
+
+
+def test_several_images_at_once_equal_one_by_one(trained, squares):
+    predictor = Predictor(trained / "config.yaml", str(trained / "model.pth"))
+    assert predictor.names == ["ant", "bee", "cat"]
+    images = [cv2.imread(str(squares / "images" / f"{i}.png")) for i in range(3)]
+    together = predictor(images)
+    for image, joint in zip(images, together, strict=True):
+        (alone,) = predictor([image])
+        assert joint.boxes.shape == (len(joint.scores), 4)
+        np.testing.assert_allclose(joint.scores, alone.scores, atol=1e-4, rtol=1e-3)
+
+
+def test_reads_a_video(run, tmp_path):
+    video = tmp_path / "film.avi"
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"MJPG"), 5, (128, 96))
+    for value in range(4):
+        writer.write(np.full((96, 128, 3), value * 60, np.uint8))
+    writer.release()
+    records = run(video)
+    assert {r["frame"] for r in records} == set(range(4))
+    assert cv2.VideoCapture(str(tmp_path / "out" / "film.mp4")).read()[1].shape == (96, 128, 3)
+
+
+def test_an_unreadable_image_is_skipped_and_named(run, squares, tmp_path, capsys):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    records = run(bad, squares / "images" / "1.png")
+    assert {r["file_name"] for r in records} == {str(squares / "images" / "1.png")}
+    assert f"skipped {bad}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("nowhere.png", "does not exist"), ("conftest.py", "neither an image nor a video")],
+)
+def test_wrong_inputs_are_named(run, name, sentence, tmp_path):
+    (tmp_path / "conftest.py").write_text("")
+    with pytest.raises(SystemExit, match=rf"error: the input .*{name} .*{sentence}|{sentence}"):
+        run(tmp_path / name)
+
+
+def test_digits_are_fixed_tight_and_apart(tmp_path):
+    pytest.importorskip("sklearn")
+    few = replace(digits.DEMO, images={"train": 12, "test": 6})
+    for name in ("one", "two"):
+        digits.make_digits(tmp_path / name, few)
+    for split, count in few.images.items():
+        first, second = ((tmp_path / n / f"{split}.json").read_text() for n in ("one", "two"))
+        assert first == second
+        content = json.loads(first)
+        assert len(content["images"]) == count
+        for image in content["images"]:
+            pixels = np.asarray(Image.open(tmp_path / "one" / split / image["file_name"]))
+            assert pixels.shape == (192, 192, 3)
+            boxes = [a["bbox"] for a in content["annotations"] if a["image_id"] == image["id"]]
+            covered = np.zeros((192, 192), int)
+            for x, y, w, h in boxes:
+                assert w > 0
+                assert h > 0
+                assert max(w, h) <= 140
+                covered[y : y + h, x : x + w] += 1
+            assert covered.max(initial=0) <= 1
+    made = (tmp_path / "one" / "train.json").stat().st_mtime_ns
+    digits.make_digits(tmp_path / "one", few)  # complete: left alone
+    assert (tmp_path / "one" / "train.json").stat().st_mtime_ns == made
+
+
+def test_make_demo_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
+    """The whole of it with 12 images and 4 iterations; a second run finds it done, a third that
+    lost its last checkpoint goes on from the one before."""
+    pytest.importorskip("sklearn")
+    config = tmp_path / "demo.yaml"
+    config.write_text(
+        f"_BASE_: {ROOT}/configs/demo.yaml\n"
+        "SOLVER: {MAX_ITER: 4, IMS_PER_BATCH: 2, CHECKPOINT_PERIOD: 2}\n"
+        "TEST: {EVAL_PERIOD: 2}\nDATALOADER: {NUM_WORKERS: 0}\n"
+        "MODEL: {FPN: {OUT_CHANNELS: 64}, ATSS: {SCORE_THRESH_TEST: 0.0}}\n"
+    )
+    root = tmp_path / "demo"
+    few = replace(digits.DEMO, images={"train": 12, "test": 8})
+    monkeypatch.setattr(digits_tool, "DEMO", few)
+    monkeypatch.setattr(digits_tool, "CONFIG", config)
+    monkeypatch.setattr(digits_tool, "ROOT", root)
+    monkeypatch.setattr(sys, "argv", ["digits.py"])
+
+    def said():
+        digits_tool.main()
+        for name in ("digits_train", "digits_test"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        return capsys.readouterr().out
+
+    first = said()
+    assert "Starting a new demo of 4 iterations" in first
+    assert "AP50" in first
+    for name in ("detections.png", "training.png", "metrics.json"):
+        assert (root / name).is_file()
+    assert "is trained already" in said()
+    (root / "last_checkpoint").write_text("model_0000001.pth")
+    assert "going on at iteration 2" in said()
