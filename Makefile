@@ -41,6 +41,7 @@ test-full: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: env
 	$(BIN)/python tools/benchmark.py assignment

@@ -8,14 +8,9 @@ from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch.optim import SGD
 
-from atss.anchors import GridAnchorGenerator
+from atss import ATSSDetector, GridAnchorGenerator
 from atss.assigners import ATSS
-from atss.modeling.backbone import build_fpn
-from atss.modeling.box_coding import BoxDeltas
-from atss.modeling.criterion import Criterion
-from atss.modeling.detector import ATSSDetector
-from atss.modeling.head import ATSSHead
-from atss.modeling.postprocess import PostProcessor
+from atss.modeling import ATSSHead, BoxDeltas, Criterion, PostProcessor, build_fpn
 
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 dataloader.train.mapper.augmentations[0].short_edge_length = (800,)

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {
     "tables/atss_box+ablation": ("tables/atss_box.yaml", "ablation.yaml"),
     "tables/ssc_point+ablation": ("tables/ssc_point.yaml", "ablation.yaml"),
+    "tables/retinanet_A9+ablation": ("tables/retinanet_A9.yaml", "ablation.yaml"),
 }
 
 

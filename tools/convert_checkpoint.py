@@ -59,16 +59,11 @@ def main(argv: list[str] | None = None) -> None:
             cfg = convert_file(args.input, args.output, args.source, args.regression)
             print(f"Written: {args.output}, and its config: {args.output.with_suffix('.yaml')}")
             if not cfg.DATASETS.TEST:
-                print(
-                    "Whose classes these are the weights do not tell: name data sets by --register."
-                )
+                print("Weights do not tell whose classes: name data sets by --register.")
         else:
             cfg = load_config(args.config_file or args.input.with_name("config.yaml"))
             config = convert_file_to_mmdet(args.input, args.output, cfg)
-            print(
-                f"Written: {args.output}, and for mmdet's config: {args.output.with_suffix('.py')}"
-            )
-            print(f"\n{config}")
+            print(f"Written: {args.output}; for mmdet's config:\n\n{config}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -6,10 +6,10 @@ import logging
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
+from atss.analysis.pictures import beside_truth
 from atss.analysis.plots import plot_examples, plot_metrics
 from atss.config import get_config_file
 from atss.data.digits import DEMO, make_digits
@@ -18,27 +18,10 @@ from atss.engine.run import make_parser, prepare
 from atss.predictor import Predictor
 
 ROOT = Path("output/demo")
-CONFIG = get_config_file("demo")
+CONFIG = get_config_file("ATSS_R_18_FPN_demo")
 SCORE = 0.4
 # Loggers that tell more than a newcomer wants to read.
 QUIET = ("detectron2.engine.defaults", "detectron2.data", "fvcore", "detectron2.evaluation.testing")
-
-
-def draw_examples(records: list[dict], target: Path) -> None:
-    """Held-out images, ground truth left and detections right."""
-    predictor = Predictor(ROOT / "config.yaml", str(ROOT / "model_final.pth"))
-    images = [read_image(record["file_name"], format="BGR") for record in records]
-    truth, found = [], []
-    for record, detected in zip(records, predictor(images), strict=True):
-        boxes = [(a["bbox"], str(a["category_id"])) for a in record["annotations"]]
-        truth.append([((x, y, x + w, y + h), text) for (x, y, w, h), text in boxes])
-        found.append(
-            [
-                (box, f"{k} {score:.2f}")
-                for box, score, k in zip(*detected.above(SCORE), strict=True)
-            ]
-        )
-    plot_examples(images, truth, found, target)
 
 
 def main() -> None:
@@ -66,7 +49,9 @@ def main() -> None:
         print(f"Starting a new demo of {trainer.max_iter} iterations in {ROOT}.")
     trainer.train()
 
-    draw_examples(DatasetCatalog.get("digits_test")[:8], ROOT / "detections.png")
+    predictor = Predictor(ROOT / "config.yaml", str(ROOT / "model_final.pth"))
+    held_out = DatasetCatalog.get("digits_test")[:8]
+    plot_examples(*beside_truth(predictor, held_out, SCORE), ROOT / "detections.png")
     plot_metrics(ROOT / "metrics.json", ROOT / "training.png")
     results = trainer._last_eval_results["bbox"]
     print("\nAP on 250 held-out images:")

@@ -7,10 +7,15 @@ import torch
 from conftest import ROOT, make_cfg, make_input
 from detectron2.modeling import build_model
 
+from atss import load_config
+from atss.assigners import ASSIGNER_REGISTRY
+
+# What others are made of, and what is laid over them.
+RECIPES = {"small": [], "ablation": [], "demo": ["small.yaml"]}
 CONFIGS = sorted(
     str(path.relative_to(ROOT / "configs"))
     for path in ROOT.glob("configs/**/*.yaml")
-    if path.stem not in ("Base-ATSS", "ablation")  # what others are made of
+    if path.stem not in ("Base-ATSS", *RECIPES)
 )
 ROWS = sorted(path.stem for path in ROOT.glob("configs/tables/*.yaml"))
 ZOO = (ROOT / "MODEL_ZOO.md").read_text()
@@ -81,3 +86,22 @@ def test_smooth_l1_wants_deltas():
 def test_unknown_names_are_refused_with_those_that_are_known(key):
     with pytest.raises(ValueError, match=rf"MODEL\.ATSS\.{key} is 'x'; known are \['"):
         build_model(make_cfg(f"MODEL.ATSS.{key}", "x"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("row", ROWS)
+def test_a_recipe_can_be_laid_over_every_row(row, recipe):
+    """It says data, backbone and schedule, and leaves the row's rule and its losses as they are."""
+    files = [f"tables/{row}.yaml", *RECIPES[recipe], f"{recipe}.yaml"]
+    plain = load_config(ROOT / "configs" / files[0])
+    cfg = load_config(*(ROOT / "configs" / file for file in files))
+    assert "_BASE_" not in (ROOT / "configs" / files[-1]).read_text()
+    for key in ("ASSIGNER", "REGRESSION", "CENTERNESS", "BBOX_REG_LOSS_TYPE", "ANCHOR_SCALES"):
+        assert cfg.MODEL.ATSS[key] == plain.MODEL.ATSS[key]
+    cfg.MODEL.DEVICE = "meta"
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    cfg.MODEL.ATSS.NUM_CLASSES = 3
+    with torch.device("meta"):
+        model = build_model(cfg)
+    assert isinstance(model.assigner, ASSIGNER_REGISTRY.get(plain.MODEL.ATSS.ASSIGNER))
+    assert len(model.anchor_generator.strides) == len(cfg.MODEL.ATSS.IN_FEATURES)

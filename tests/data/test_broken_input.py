@@ -170,7 +170,12 @@ def test_best_iou_is_that_of_all_anchors(tmp_path):
 def test_a_config_of_fewer_levels(tmp_path):
     """Strides are the backbone's, not five by habit."""
     json_file, image_dir = break_data(SOUND, tmp_path / "data")
-    argv = [str(json_file), str(image_dir), "--config-file", str(ROOT / "configs/demo.yaml")]
+    argv = [
+        str(json_file),
+        str(image_dir),
+        "--config-file",
+        str(ROOT / "configs/ATSS_R_18_FPN_demo.yaml"),
+    ]
     assert check_dataset.main(argv) == 0
     assert check_dataset.main([*argv, "MODEL.ATSS.ASSIGNER", "Nonesuch"]) == 2
 

@@ -131,7 +131,7 @@ def test_make_demo_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     config = tmp_path / "demo.yaml"
     config.write_text(
-        f"_BASE_: {ROOT}/configs/demo.yaml\n"
+        f"_BASE_: {ROOT}/configs/ATSS_R_18_FPN_demo.yaml\n"
         "SOLVER: {MAX_ITER: 4, IMS_PER_BATCH: 2, CHECKPOINT_PERIOD: 2}\n"
         "TEST: {EVAL_PERIOD: 2}\nDATALOADER: {NUM_WORKERS: 0}\n"
         "MODEL: {FPN: {OUT_CHANNELS: 64}, ATSS: {SCORE_THRESH_TEST: 0.0}}\n"

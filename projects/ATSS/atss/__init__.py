@@ -10,6 +10,7 @@ except ImportError as error:
     ) from error
 
 from . import assigners
+from .anchors import GridAnchorGenerator
 from .config import add_atss_config, load_config
 from .modeling import ATSSDetector
 from .structures import (
@@ -29,6 +30,7 @@ __all__ = [
     "ATSSDetector",
     "Anchors",
     "Assignment",
+    "GridAnchorGenerator",
     "GroundTruth",
     "HeadOutput",
     "Predictions",

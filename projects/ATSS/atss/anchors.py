@@ -37,7 +37,7 @@ class Anchors:
     @classmethod
     def on_levels(
         cls,
-        sizes: Sequence[tuple[int, int]],
+        sizes: Sequence[Sequence[int]],
         strides: Sequence[int],
         scales: Sequence[float] = (8.0,),
         ratios: Sequence[float] = (1.0,),
@@ -60,14 +60,14 @@ class Anchors:
             x = (torch.arange(width, dtype=torch.float32, device=device) + offset) * stride
             y = (torch.arange(height, dtype=torch.float32, device=device) + offset) * stride
             centres = torch.stack(torch.broadcast_tensors(x, y[:, None]), dim=-1)
-            cells = [
+            corners = [
                 (-w / 2, -h / 2, w / 2, h / 2)
                 for scale in scales
                 for ratio in ratios
                 for w in [scale * stride / math.sqrt(ratio)]
                 for h in [w * ratio]
             ]
-            cells = torch.tensor(cells).to(centres.device, non_blocking=True)
+            cells = torch.tensor(corners).to(centres.device, non_blocking=True)
             boxes.append((centres.repeat(1, 1, 2)[:, :, None] + cells).reshape(-1, 4))
         return cls(
             boxes=torch.cat(boxes),

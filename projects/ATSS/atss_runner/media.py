@@ -74,17 +74,18 @@ class Film:
         """To ``write`` frames of the same size to, and to ``release`` at the end."""
         sides = (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
         size = tuple(int(self.source.get(side)) for side in sides)
-        return cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), self.rate, size)
+        return cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
 
 
 def draw(
-    image: np.ndarray, boxes: np.ndarray, classes: Sequence[int], labels: Sequence[str]
+    image: np.ndarray, boxes: np.ndarray, classes: Sequence[int] | np.ndarray, labels: Sequence[str]
 ) -> np.ndarray:
     """A copy of the image with boxes and labels on it.
 
     Args:
         image: (H, W, 3) uint8 BGR.
-        boxes: (M, 4) (x1, y1, x2, y2) in pixels, the best first: it is drawn over the others.
+        boxes: (M, 4) (x1, y1, x2, y2) in pixels, the best first: it is drawn over
+            the others, and labels over all boxes.
         classes: (M,) numbers, which choose the colours.
         labels: (M,) texts.
     """
@@ -92,28 +93,21 @@ def draw(
     # Lines and letters grow with the image: 1 pixel and 10 pixels at 640.
     scale = max(max(image.shape[:2]) / 640, 0.6)
     thick, size = max(1, round(1.5 * scale)), 0.42 * scale
-    for (x1, y1, x2, y2), k, label in reversed(list(zip(boxes, classes, labels, strict=True))):
-        colour = COLOURS[int(k) % len(COLOURS)]
-        corner, opposite = (
-            (round(float(x1)), round(float(y1))),
-            (round(float(x2)), round(float(y2))),
-        )
-        cv2.rectangle(drawn, corner, opposite, colour, thick, cv2.LINE_AA)
+    best_last = list(zip(np.rint(boxes).astype(int).tolist(), classes, labels, strict=True))[::-1]
+    for (x1, y1, x2, y2), k, _ in best_last:
+        cv2.rectangle(drawn, (x1, y1), (x2, y2), _colour(k), thick)
+    for (x1, y1, _, _), k, label in best_last:
         (width, height), below = cv2.getTextSize(label, cv2.FONT_HERSHEY_SIMPLEX, size, 1)
         # Above the box where there is room, else inside it.
-        x, top = corner[0], corner[1] - height - below - thick
-        top = top if top >= 0 else corner[1]
-        x = min(x, max(image.shape[1] - width, 0))
-        cv2.rectangle(drawn, (x, top), (x + width, top + height + below), colour, -1)
-        dark = sum(colour) > 380
-        cv2.putText(
-            drawn,
-            label,
-            (x, top + height),
-            cv2.FONT_HERSHEY_SIMPLEX,
-            size,
-            (0, 0, 0) if dark else (255, 255, 255),
-            1,
-            cv2.LINE_AA,
-        )
+        top = y1 - height - below - thick
+        top = top if top >= 0 else y1
+        x = min(x1, max(image.shape[1] - width, 0))
+        cv2.rectangle(drawn, (x, top), (x + width, top + height + below), _colour(k), -1)
+        ink = (0, 0, 0) if sum(_colour(k)) > 380 else (255, 255, 255)
+        place = (x, top + height)
+        cv2.putText(drawn, label, place, cv2.FONT_HERSHEY_SIMPLEX, size, ink, 1, cv2.LINE_AA)
     return drawn
+
+
+def _colour(k: int) -> tuple[int, int, int]:
+    return COLOURS[int(k) % len(COLOURS)]

@@ -1,1 +1,3 @@
-"""What is asked of data, rules and results: statistics, experiments, pictures, plots."""
+"""What is asked of data, rules and results. None is loaded until it is named: matplotlib is slow."""
+
+__all__ = ["experiments", "pictures", "plots", "statistics"]

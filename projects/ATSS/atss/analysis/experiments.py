@@ -70,7 +70,7 @@ def row_config(row: str, seed: int, output: Path, opts: list[str]) -> CfgNode:
 def pair_weights(model: nn.Module, seed: int) -> None:
     """Draws the head's weights anew, part by part, so that what a row leaves out of a head does not
     change the rest of it. (The backbone comes before the head, and equals anyway.)"""
-    for name, part in model.head.named_children():
+    for name, part in model.get_submodule("head").named_children():
         generator = torch.Generator().manual_seed(seed)
         for module in part.modules() if name != "scales" else ():
             if isinstance(module, nn.Conv2d):
@@ -99,7 +99,8 @@ def run_all(rows: list[str], seeds: int, output: Path, opts: list[str]) -> dict:
     Raises:
         ValueError: where results of another config lie in the output folder.
     """
-    wanted, results = [], {row: {} for row in rows}
+    wanted = []
+    results: dict[str, dict] = {row: {} for row in rows}
     for seed in range(1, seeds + 1):
         for row in rows:
             folder = output / row / f"seed{seed}"

@@ -46,6 +46,21 @@ def draw(image: np.ndarray, found: Detections, names: Sequence[str]) -> np.ndarr
     return media.draw(image, found.boxes, found.classes, labels)
 
 
+def beside_truth(
+    predictor: Predictor, records: Sequence[dict], threshold: float
+) -> tuple[list[np.ndarray], list[list], list[list]]:
+    """What :func:`atss.analysis.plots.plot_examples` draws of records in Detectron2's format: the
+    images, BGR, and of each the objects and what is found, boxes (x1, y1, x2, y2) with labels."""
+    images = [read_image(record["file_name"], format="BGR") for record in records]
+    truth, found = [], []
+    for record, detected in zip(records, predictor(images), strict=True):
+        objects = [(a["bbox"], str(a["category_id"])) for a in record["annotations"]]
+        truth.append([((x, y, x + w, y + h), text) for (x, y, w, h), text in objects])
+        best = zip(*detected.above(threshold), strict=True)
+        found.append([(box, f"{k} {score:.2f}") for box, score, k in best])
+    return images, truth, found
+
+
 def as_records(found: Detections, **where: object) -> list[dict]:
     """In COCO's form; category_id counts the classes from 1."""
     return [
@@ -69,7 +84,8 @@ def _images(
             except OSError as error:
                 print(f"skipped {path}: {error}", file=sys.stderr)
 
-    records, stems = [], Counter()
+    records = []
+    stems: Counter[str] = Counter()
     with tqdm(total=len(paths), unit="image") as progress:
         for some in media.batches(readable(), batch):
             results = predictor([image for _, image in some])

@@ -29,7 +29,7 @@ Progress = Callable[..., Iterable]
 # Images assigned at a time, which bounds memory.
 CHUNK = 64
 # name -> (what an object is sorted by, [(label, lower end, upper end)]).
-GROUPS = {
+GROUPS: dict[str, tuple[str, list[tuple[str, float, float]]]] = {
     "size in the image (COCO's)": (
         "area",
         [("small, < 32²", 0, 32**2), ("medium", 32**2, 96**2), ("large, ≥ 96²", 96**2, np.inf)],
@@ -142,7 +142,7 @@ def measure(
             anchors = sampling.anchors(canvas)
             counts = sampling.assigner(anchors, gt).positives_per_object(len(gt))
             columns[name][of_batch] = counts.numpy()
-            if [name] == adaptive:
+            if [name] == adaptive and isinstance(sampling.assigner, ATSS):
                 mean, std = sampling.assigner.statistics(anchors, gt.boxes)
                 columns["mean"][of_batch], columns["std"][of_batch] = mean.numpy(), std.numpy()
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)

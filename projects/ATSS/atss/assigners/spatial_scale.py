@@ -85,6 +85,7 @@ class SpatialScale:
         middle = centres(objects)
         if self.top_k:
             nearest, exists = nearest_locations(anchors, middle, self.top_k)
+        valid: Tensor | bool
         index, affinity = [], []
         bounds = zip((-1.0, *self.ranges), (*self.ranges, math.inf), strict=True)
         for level, (low, high) in enumerate(bounds):

@@ -130,7 +130,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         files = self.get_all_checkpoint_files() if os.path.isdir(self.save_dir) else []
         complete = {file: done for file in files if (done := iterations(file)) is not None}
         if complete:
-            newest = max(complete, key=complete.get)
+            newest = max(complete, key=complete.__getitem__)
             self.logger.warning(
                 "%s is missing or cannot be read: going on from %s",
                 named or os.path.join(self.save_dir, "last_checkpoint"),

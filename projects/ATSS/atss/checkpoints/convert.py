@@ -15,7 +15,7 @@ from .read import WeightsError, read, require_tensors
 
 SOURCES: dict[str, list[Rule]] = {"official": OFFICIAL, "mmdet": MMDET}
 # Blocks of the stages res2 to res5 -> depth.
-DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+DEPTHS: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 # The authors' frozen batch norm divides by sqrt(var), ours by sqrt(var + this).
 BATCH_NORM_EPS = 1e-5
 

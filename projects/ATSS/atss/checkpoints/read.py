@@ -116,7 +116,7 @@ def _scalar(kind: _DType, raw: bytes | str) -> np.generic:
     return np.frombuffer(raw, _checked(kind))[0]
 
 
-def _from_buffer(buffer: bytes, kind: _DType, shape: tuple, order: str) -> np.ndarray:
+def _from_buffer(buffer: bytes, kind: _DType, shape: tuple, order: Any) -> np.ndarray:
     return np.frombuffer(buffer, _checked(kind)).reshape(shape, order=order).copy()
 
 

@@ -337,7 +337,7 @@ def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
 def _fast_at_bf16(on_gpu: bool) -> bool:
     if on_gpu:
         return torch.cuda.get_device_capability() >= (8, 0)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(flag, False) for flag in ("amx_bf16", "avx512_bf16"))
 
 

@@ -1,1 +1,7 @@
-"""Data sets and the mapper that loads one image of them."""
+"""Images and annotations: loading them by position, and what can be wrong with them."""
+
+from .datasets import register_coco
+from .loader import TrainLoader, build_train_loader
+from .mapper import Mapper
+
+__all__ = ["Mapper", "TrainLoader", "build_train_loader", "register_coco"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -73,8 +74,8 @@ class Report:
         ]
         keys = ("name", "objects", "images")
         classes = [dict(zip(keys, c, strict=True)) for c in self.classes]
-        result = counts | {"findings": findings, "classes": classes}
-        if self.best_iou is not None and len(self.best_iou):
+        result: dict = counts | {"findings": findings, "classes": classes}
+        if self.best_iou is not None and self.positives is not None and len(self.best_iou):
             quantiles = {f"p{q}": float(np.percentile(self.best_iou, q)) for q in (1, 5, 25, 50)}
             result["best_iou"] = quantiles
             result["positives_per_object"] = float(self.positives.mean())
@@ -108,7 +109,7 @@ def check(
     if objects is not None:
         classes = _classes(content, objects)
         findings += _find_in_objects(content, objects, filter_empty, findings)
-    if sound and match is not None:
+    if sound and objects is not None and match is not None:
         used = np.flatnonzero(objects.used)
         best_iou, positives = match(content, objects)
         place = place_of(content, "annotations")
@@ -140,7 +141,7 @@ def find_in_files(
         for i, problems_of_image in enumerate(looks):
             for kind, problem in problems_of_image:
                 found[kind][i] = f"{images[i]['file_name']} {problem}"
-    return [Finding(kind, sorted(where), where.get) for kind, where in found.items()]
+    return [Finding(kind, sorted(where), where.__getitem__) for kind, where in found.items()]
 
 
 def _look(
@@ -152,7 +153,7 @@ def _look(
         header = read_header(path)
     except OSError as error:
         return [("file_unreadable", f"cannot be read: {error}")]
-    labelled = (entry.get("width"), entry.get("height"))
+    labelled: tuple[Any, Any] = (entry.get("width"), entry.get("height"))
     found = list(problems(header, labelled if all(map(is_length, labelled)) else None, sizes))
     if deep or not header.complete:
         try:
@@ -178,7 +179,7 @@ def _find_in_objects(
     """Objects there twice, classes without any, images without any."""
     found = []
 
-    def add(kind: str, key: str, positions: Sequence[int]) -> None:
+    def add(kind: str, key: str, positions: Sequence[int] | np.ndarray) -> None:
         if len(positions):
             found.append(Finding(kind, positions, place_of(content, key)))
 

@@ -150,8 +150,9 @@ def _find_in_fields(content: dict, findings: _Findings) -> None:
     for key, fields in FIELDS.items():
         lacks: dict[int, str] = {}
         for field in fields:
-            for i in _where(content[key], lambda e, field=field: field not in e):
-                lacks.setdefault(i, f"entry {i} of {key!r} has no {field!r}")
+            for i, entry in enumerate(content[key]):
+                if field not in entry:
+                    lacks.setdefault(i, f"entry {i} of {key!r} has no {field!r}")
         findings.add("field_missing", key, sorted(lacks), lacks.get)
     if findings.found:
         return
@@ -241,7 +242,7 @@ def _objects(content: dict, findings: _Findings) -> Objects:
 def _find_repeated_files(content: dict, image: np.ndarray, findings: _Findings) -> None:
     """One file in several entries: an error where a converter wrote one entry per object."""
     repeated = _repeated([e["file_name"] for e in content["images"]])
-    objects_of = {i: [] for i in repeated}
+    objects_of: dict[int, list[str]] = {i: [] for i in repeated}
     for i, annotation in zip(image, content["annotations"], strict=True):
         if i in objects_of:
             objects_of[i].append(json.dumps([annotation["category_id"], annotation["bbox"]]))
@@ -279,7 +280,7 @@ def is_empty(text: object) -> bool:
 
 def is_length(x: object) -> bool:
     """Whether a side of an image can be that long: 640, or 640.0."""
-    return type(x) in (int, float) and 0 < x < 2**31 and x == int(x)
+    return (type(x) is int or type(x) is float) and 0 < x < 2**31 and x == int(x)
 
 
 def _look_up(entries: Sequence[dict], field: str, ids: Sequence) -> np.ndarray:
@@ -316,8 +317,8 @@ def _boxes(values: list) -> tuple[np.ndarray, np.ndarray]:
         not (isinstance(b, list) and len(b) == 4 and all(map(_is_number, b))) for b in values
     ]
     nothing = [np.nan] * 4
-    boxes = [nothing if bad else b for b, bad in zip(values, malformed, strict=True)]
-    return np.array(boxes, dtype=np.float64).reshape(-1, 4), np.array(malformed, dtype=bool)
+    rows = [nothing if bad else b for b, bad in zip(values, malformed, strict=True)]
+    return np.array(rows, dtype=np.float64).reshape(-1, 4), np.array(malformed, dtype=bool)
 
 
 def _is_number(x: object) -> bool:

@@ -93,7 +93,8 @@ def make_digits(root: Path, recipe: Recipe) -> None:
         middle = photographs[0].shape[1] // 2
         grounds = [p[:, :middle] if train else p[:, middle:] for p in photographs]
         rng = np.random.default_rng(seed)
-        images, annotations = [], []
+        images = []
+        annotations: list[dict] = []
         for i in tqdm(range(count), desc=f"drawing digits ({split})"):
             canvas, objects = _draw(rng, recipe, grounds, glyphs, labels)
             name = f"{i:04d}.png"
@@ -117,7 +118,7 @@ def _draw(
     grounds: list[np.ndarray],
     glyphs: np.ndarray,
     labels: np.ndarray,
-) -> tuple[np.ndarray, list[tuple[int, tuple[int, int, int, int]]]]:
+) -> tuple[np.ndarray, list[tuple[int, tuple[int, ...]]]]:
     """One canvas (side, side, 3), and (label, (x, y, width, height)) of each digit on it."""
     side = recipe.side
     ground = grounds[rng.integers(len(grounds))]
@@ -137,7 +138,8 @@ def _draw(
     if recipe.large_first:
         tries.sort(key=lambda t: -t[3] * t[4])
 
-    drawn, objects = [], []
+    drawn: list[np.ndarray] = []
+    objects = []
     for which, x, y, width, height, colour in tries:
         corners = np.array([x, y, x + width, y + height])
         if any(_iou(corners, other) > recipe.overlap for other in drawn):

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 # Training or evaluation stops there, or would be silently wrong.
 ERROR = "error"
 # Training leaves it out.
@@ -125,7 +127,7 @@ class Finding:
     """
 
     kind: str
-    positions: Sequence[int]
+    positions: Sequence[int] | np.ndarray
     place: Callable[[int], str]
     detail: str = ""
 

@@ -1,10 +1,10 @@
 """Looks at one image file by its header: what training would make of it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.utils.file_io import PathManager
@@ -31,7 +31,7 @@ class Header:
         complete: ends as its format ends. False where that is unknown.
     """
 
-    format: str
+    format: str | None
     size: tuple[int, int]
     mode: str
     orientation: int
@@ -85,7 +85,7 @@ def _opened(file_name: str) -> Iterator[tuple[BinaryIO, Image.Image]]:
 
 
 def problems(
-    header: Header, labelled: tuple[int, int] | None, sizes: tuple[tuple[int, int], ...] = ()
+    header: Header, labelled: tuple[int, int] | None, sizes: Sequence[tuple[int, int]] = ()
 ) -> Iterator[tuple[str, str]]:
     """What is to be said of an image that can be opened.
 
@@ -124,7 +124,7 @@ def problems(
         yield "image_alpha", f"is transparent (mode {header.mode})"
     if header.animated:
         yield "image_animated", "is animated"
-    if header.size[0] * header.size[1] > Image.MAX_IMAGE_PIXELS:
+    if header.size[0] * header.size[1] > cast(int, Image.MAX_IMAGE_PIXELS):
         yield "image_huge", f"is {header.size[0]} x {header.size[1]} pixels"
     for kind, modes in (
         ("image_grey", ("1", "L", "LA")),
@@ -140,7 +140,7 @@ def _orientation(image: Image.Image, decoded: bool) -> int:
     if image.format == "PNG" and not decoded and "exif" not in image.info:
         return 1
     try:
-        orientation = image.getexif().get(ORIENTATION)
+        orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # Detectron2 takes a broken EXIF for none, too
         return 1
     return orientation if orientation in range(1, 9) else 1

@@ -129,12 +129,12 @@ def is_wide(records: list[dict]) -> np.ndarray:
 
 
 def make_batches(
-    sampler: Iterable[int], batch_size: int, groups: Sequence[bool]
+    sampler: Iterable[int], batch_size: int, groups: Sequence[bool] | np.ndarray
 ) -> Iterator[list[tuple[int, int]]]:
     """Batches of this process, each of (position, index) whose images are of one group. Positions
     count the images of all processes."""
     rank, processes = comm.get_rank(), comm.get_world_size()
-    waiting = defaultdict(list)
+    waiting: dict[bool, list[tuple[int, int]]] = defaultdict(list)
     for turn, index in enumerate(sampler):
         batch = waiting[bool(groups[index])]
         batch.append((rank + turn * processes, index))

@@ -49,8 +49,8 @@ class FiniteLosses(HookBase):
                 processes in which they are not finite, and the last good checkpoint.
         """
         # Detectron2 reads the losses off the device right after this, so nothing waits longer.
-        values = torch.stack([*self.losses.values()]).tolist()
-        values = {k: v for k, v in zip(self.losses, values, strict=True) if not math.isfinite(v)}
+        numbers = torch.stack([*self.losses.values()]).tolist()
+        values = {k: v for k, v in zip(self.losses, numbers, strict=True) if not math.isfinite(v)}
         found = [x for x in comm.all_gather((values, self.images) if values else None) if x]
         if not found:
             return

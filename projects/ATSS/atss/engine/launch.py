@@ -93,7 +93,7 @@ def _join(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    store = None
+    store: distributed.Store | None = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # It outlives a restart, with the addresses of the processes that are gone.
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

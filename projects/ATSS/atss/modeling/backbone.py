@@ -98,8 +98,8 @@ class DeformBottleneck(CNNBlockBase):
         self.conv2 = DeformConv(conv2.weight, None, *geometry, conv2.norm)
         numbers = (27 if modulated else 18) * offset_groups
         self.conv2_offset = nn.Conv2d(conv2.in_channels, numbers, 3, *geometry)
-        nn.init.zeros_(self.conv2_offset.weight)
-        nn.init.zeros_(self.conv2_offset.bias)
+        for parameter in self.conv2_offset.parameters():
+            nn.init.zeros_(parameter)
         self.conv2_offset.requires_grad_(conv2.weight.requires_grad)
         self.split = 18 * offset_groups
         self.modulated = modulated

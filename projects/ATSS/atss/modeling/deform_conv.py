@@ -1,6 +1,8 @@
 """Deformable convolution on torchvision's operator, which runs on CPUs and GPUs alike and needs no
 compiled part of Detectron2."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
@@ -18,6 +20,8 @@ class DeformConv(nn.Module):
         stride, padding, dilation: in pixels.
         norm: applied after the convolution, or None.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -45,8 +49,9 @@ class DeformConv(nn.Module):
         """
         # The operator has no half precision on CPUs, and positions want more than eight bits.
         dtype = torch.promote_types(x.dtype, torch.float32)
-        tensors = (x, offset, self.weight, self.bias, mask)
-        wide, offset, weight, bias, mask = (t if t is None else t.to(dtype) for t in tensors)
+        wide, offset, weight = x.to(dtype), offset.to(dtype), self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        mask = None if mask is None else mask.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             y = deform_conv2d(
                 wide, offset, weight, bias, self.stride, self.padding, self.dilation, mask
@@ -68,10 +73,12 @@ class DeformConvLayer(nn.Module):
         super().__init__()
         self.offset = nn.Conv2d(channels, 27 if modulated else 18, 3, padding=1)
         plain = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
-        self.conv = DeformConv(plain.weight, plain.bias, padding=1)
+        self.conv = DeformConv(
+            plain.get_parameter("weight"), cast(nn.Parameter | None, plain.bias), padding=1
+        )
         self.modulated = modulated
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        for parameter in self.offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from detectron2.modeling.backbone import Backbone
@@ -90,14 +90,14 @@ class ATSSDetector(DenseDetector):
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """Detectron2's model format: a list of dicts with "image" (C, H, W) and, in training,
         "instances"; returns losses by name in training, else one dict with "instances" each."""
-        autocast = nullcontext()
+        autocast: AbstractContextManager = nullcontext()
         if self.precision is not None:
             autocast = torch.autocast(self.device.type, dtype=self.precision)
         with autocast:
             if self.training:
                 return super().forward(batched_inputs)
             # An image padded beyond its own canvas would see other borders than alone.
-            results = [{}] * len(batched_inputs)
+            results: list[dict] = [{}] * len(batched_inputs)
             for group in self._of_one_canvas(batched_inputs):
                 detected = super().forward([batched_inputs[i] for i in group])
                 for i, result in zip(group, detected, strict=True):
@@ -182,7 +182,8 @@ class ATSSDetector(DenseDetector):
 
 
 def _in_float32(output: HeadOutput) -> HeadOutput:
-    return HeadOutput(*(x if x is None else x.float() for x in output))
+    logits, deltas, quality = output
+    return HeadOutput(logits.float(), deltas.float(), None if quality is None else quality.float())
 
 
 def _keep_last_pixel(instances: Instances, input_hw: Sequence[int]) -> None:

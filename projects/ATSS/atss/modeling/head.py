@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.layers import get_norm
@@ -43,9 +44,9 @@ def predict_together(x: Tensor, *predictors: nn.Conv2d) -> tuple[Tensor, ...]:
     """What several 3 x 3 convolutions make of one input, by one convolution: on CPUs the gradient
     of one with 1 or 4 channels takes as long as that of one with 80."""
     weight = torch.cat([predictor.weight for predictor in predictors])
-    bias = torch.cat([predictor.bias for predictor in predictors])
+    biases: list[Any] = [predictor.bias for predictor in predictors]
     channels = [predictor.out_channels for predictor in predictors]
-    return F.conv2d(x, weight, bias, padding=1).split(channels, dim=1)
+    return F.conv2d(x, weight, torch.cat(biases), padding=1).split(channels, dim=1)
 
 
 class ATSSHead(nn.Module):
@@ -118,8 +119,10 @@ class ATSSHead(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.constant_(self.cls_score.bias, -math.log((1 - prior_prob) / prior_prob))
-        nn.init.constant_(self.bbox_pred.bias, box_bias)
+        nn.init.constant_(
+            self.cls_score.get_parameter("bias"), -math.log((1 - prior_prob) / prior_prob)
+        )
+        nn.init.constant_(self.bbox_pred.get_parameter("bias"), box_bias)
 
     @staticmethod
     def _tower(channels: int, num_convs: int, norm: str, bias: bool, deform: str) -> nn.Sequential:
@@ -139,7 +142,8 @@ class ATSSHead(nn.Module):
         cls_predictors, box_predictors = [self.cls_score], [self.bbox_pred]
         if self.ctrness is not None:
             (box_predictors if self.centerness == "box" else cls_predictors).append(self.ctrness)
-        logits, deltas, quality = [], [], []
+        logits, deltas = [], []
+        quality: list[Tensor] = []
         for x, scale in zip(features, self.scales, strict=True):
             from_cls = predict_together(self.cls_subnet(x), *cls_predictors)
             box_feature = self.bbox_subnet(x)
