@@ -32,16 +32,6 @@ LIMITS = {
     "MODEL.PIXEL_STD": (1e-6, 1e6),
     "TEST.DETECTIONS_PER_IMAGE": (1, math.inf),
 }
-TRAINING_LIMITS = {
-    "DATALOADER.NUM_WORKERS": (0, math.inf),
-    "INPUT.MIN_SIZE_TRAIN": (1, math.inf),
-    "INPUT.MAX_SIZE_TRAIN": (1, math.inf),
-    "SOLVER.BASE_LR": (0, math.inf),
-    "SOLVER.CHECKPOINT_PERIOD": (1, math.inf),
-    "SOLVER.IMS_PER_BATCH": (1, math.inf),
-    "SOLVER.MAX_ITER": (1, math.inf),
-    "TEST.EVAL_PERIOD": (0, math.inf),
-}
 NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
 CHOICES = {
     "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601"),

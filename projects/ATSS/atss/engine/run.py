@@ -9,6 +9,7 @@ The checks of a run stand here alone.
 import argparse
 import importlib
 import logging
+import math
 import os
 import shutil
 import sys
@@ -24,10 +25,22 @@ from torch import nn
 
 from ..checkpoints import SafeCheckpointer
 from ..config import check_model, complete, load_config
-from ..config.checks import TRAINING_LIMITS, check_values
+from ..config.checks import check_values
 from ..data.datasets import log_remarks, refuse_unannotated, refuse_unevaluable, register_coco
 from .launch import is_started, keep_freed_memory, launch, world_size
 from .trainer import Trainer
+
+# Of Detectron2's keys: least and greatest value of each number.
+TRAINING_LIMITS = {
+    "DATALOADER.NUM_WORKERS": (0, math.inf),
+    "INPUT.MIN_SIZE_TRAIN": (1, math.inf),
+    "INPUT.MAX_SIZE_TRAIN": (1, math.inf),
+    "SOLVER.BASE_LR": (0, math.inf),
+    "SOLVER.CHECKPOINT_PERIOD": (1, math.inf),
+    "SOLVER.IMS_PER_BATCH": (1, math.inf),
+    "SOLVER.MAX_ITER": (1, math.inf),
+    "TEST.EVAL_PERIOD": (0, math.inf),
+}
 
 
 def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
