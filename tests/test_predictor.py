@@ -1,0 +1,49 @@
+"""A detector from its config and weights. Drawing and films: tests/tools/test_demo.py."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_cfg
+from detectron2.modeling import build_model
+
+from atss.checkpoints import WeightsError
+from atss.predictor import Predictor
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.save({"model": build_model(make_cfg(*TINY)).state_dict()}, tmp_path / "model.pth")
+    return str(tmp_path / "model.pth")
+
+
+TINY = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.NUM_CONVS", 1, "INPUT.MIN_SIZE_TEST", 64)
+
+
+@pytest.mark.parametrize("order", ["BGR", "RGB"])
+def test_images_are_bgr_whatever_the_model_wants(weights, order):
+    predictor = Predictor(make_cfg(*TINY, "INPUT.FORMAT", order), weights)
+    seen = []
+    predictor.model.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
+    predictor([np.full((64, 96, 3), (10, 20, 30), np.uint8)])
+    expected = [10, 20, 30] if order == "BGR" else [30, 20, 10]
+    assert seen[0]["image"][:, 5, 5].tolist() == expected
+
+
+def test_boxes_are_in_pixels_of_each_image(weights):
+    """Of any size; what comes out is NumPy, the best first."""
+    predictor = Predictor(make_cfg(*TINY, "MODEL.ATSS.SCORE_THRESH_TEST", 0.0), weights)
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
+    small, large = predictor([image, image.repeat(2, axis=0).repeat(2, axis=1)])
+    for found, (height, width) in ((small, (64, 96)), (large, (128, 192))):
+        assert all(isinstance(x, np.ndarray) for x in found)
+        assert (np.diff(found.scores) <= 0).all()
+        assert 0 < found.boxes[:, 2].max() <= width
+        assert 0 < found.boxes[:, 3].max() <= height
+    assert large.boxes.max() > 96
+    kept = small.above(float(small.scores[3]))
+    assert len(kept.boxes) == len(kept.classes) == (small.scores >= small.scores[3]).sum()
+
+
+def test_weights_that_do_not_exist_are_named():
+    with pytest.raises(WeightsError, match=r"the weights nowhere\.pth do not exist"):
+        Predictor(make_cfg(*TINY), "nowhere.pth")
