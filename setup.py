@@ -29,7 +29,11 @@ setup(
     license="Apache-2.0",
     package_dir={"": "projects/ATSS", "atss.configs": "configs", "atss.tools": "tools"},
     packages=[*find_packages("projects/ATSS"), "atss.configs", "atss.tools"],
-    package_data={"atss": ["py.typed"], "atss.configs": ["**/*.yaml", "**/*.py"]},
+    package_data={
+        "atss": ["py.typed"],
+        "atss_runner": ["py.typed"],
+        "atss.configs": ["**/*.yaml", "**/*.py"],
+    },
     python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.6",

@@ -8,8 +8,8 @@
 Each commit is checked out beside the other and run in this environment, on one thread, in
 float32: two images of 96 x 128 pixels with five objects, the weights that the seed draws, configs
 as they are but for ResNet-101 and ResNeXt-101, which get the depth of 50. Compared are the names,
-shapes and values of the state dict, the losses, all gradients and the detections, by SHA-256; the
-LazyConfig likewise. Exits with 1 where anything differs.
+shapes and values of the state dict, the losses, all gradients and the detections (of one view), by
+SHA-256; the LazyConfig likewise. Exits with 1 where anything differs.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Recipes, and the files that they are laid over to make a model; what a commit lacks is left out.
+# Recipes, and the files that they are laid over to make a model.
 RECIPES = {
     "tables/atss_box+ablation": ("tables/atss_box.yaml", "ablation.yaml"),
     "tables/ssc_point+ablation": ("tables/ssc_point.yaml", "ablation.yaml"),
@@ -80,8 +80,10 @@ def models(only: str) -> Iterator[tuple[str, object]]:
     from detectron2.config import LazyConfig, instantiate
     from detectron2.modeling import build_model
 
+    import atss
     from atss import load_config
 
+    assert Path(atss.__file__).is_relative_to(Path.cwd()), atss.__file__
     configs = Path.cwd() / "configs"
     files = {str(f.relative_to(configs)): (f,) for f in sorted(configs.rglob("*.yaml"))}
     files |= {name: tuple(configs / f for f in some) for name, some in RECIPES.items()}
@@ -156,18 +158,19 @@ def main() -> int:
 
 
 def compare(old: dict, new: dict) -> int:
+    differing = len(old.keys() ^ new.keys())
     for name in sorted(old.keys() ^ new.keys()):
         print(f"{name}: in one of them only")
-    differing = 0
+    tensors = 0
     for name in sorted(old.keys() & new.keys()):
         a, b = old[name], new[name]
         wrong = [what for what in sorted(a.keys() | b.keys()) if a.get(what) != b.get(what)]
         differing += bool(wrong)
+        tensors += len(a | b)
         if wrong:
             print(f"{name}: {len(wrong)} of {len(a | b)} differ: {', '.join(wrong[:5])}")
-    both = old.keys() & new.keys()
-    print(f"{len(both)} configs, {sum(map(len, old.values()))} tensors: {differing} differ")
-    return 1 if differing or not both else 0
+    print(f"{len(old.keys() & new.keys())} configs, {tensors} tensors: {differing} configs differ")
+    return 1 if differing or not tensors else 0
 
 
 if __name__ == "__main__":

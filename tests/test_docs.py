@@ -48,9 +48,16 @@ def test_own_assigner_trains_by_its_yaml(page, tmp_path):
 
 
 def test_every_file_that_a_page_names_exists():
-    pages = ("README.md", "MODEL_ZOO.md", "projects/ATSS/README.md")
-    for file in (*(ROOT / page for page in pages), *ROOT.glob("docs/*.md")):
-        for name in re.findall(r"(?:tools|configs|docs)/[\w/.-]+\.\w+", file.read_text()):
+    own = (
+        "README.md",
+        "MODEL_ZOO.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "projects/ATSS/README.md",
+    )
+    named = re.compile(r"(?<![\w/])(?:tools|configs|docs|tests|projects)/[\w/.-]+\.\w+")
+    for file in (*(ROOT / page for page in own), *ROOT.glob("docs/*.md")):
+        for name in named.findall(file.read_text()):
             assert (ROOT / name).is_file(), f"{file.name} names {name}"
             if name.startswith("tools/"):
                 assert os.access(ROOT / name, os.X_OK), f"{name} is not executable"

@@ -15,7 +15,7 @@ import logging
 import sys
 from pathlib import Path
 
-from atss.analysis.experiments import PRIMARY, compare_rows, write_table
+from atss.analysis.experiments import PRIMARY, claims, compare_rows, write_table
 from atss.analysis.plots import plot_experiments
 
 
@@ -35,10 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("detectron2").setLevel(logging.INFO)  # else the trainer sets up a log
     try:
         results = compare_rows(args.rows, args.seeds, args.output, args.opts)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
     write_table(results, args.output / "table.md")
-    plot_experiments(results, args.output / "plot.png")
+    plot_experiments(results, claims(results), args.output / "plot.png")
     print((args.output / "table.md").read_text())
     print(f"Table and plot: {args.output}/table.md and {args.output}/plot.png")
 

@@ -8,8 +8,8 @@ for several configs.
         --config-file configs/ATSS_R_18_FPN_small.yaml --output output/statistics
 
 Reads annotations only, no image. Canvases are those of testing: INPUT.MIN_SIZE_TEST and
-INPUT.MAX_SIZE_TEST of the first config, padded to multiples of 32. Writes a table, a plot, and one
-line per object.
+INPUT.MAX_SIZE_TEST of the first config, padded as the backbones need it. Writes a table, a plot,
+and one line per object.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from atss.analysis.plots import plot_statistics
 from atss.analysis.statistics import compare, table, write_csv
 from atss.config import get_config_file
-from atss.engine.run import import_modules
+from atss.engine.run import NoSuchModule, import_modules
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,6 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     try:
         import_modules(args.imports)
+    except NoSuchModule as error:  # a bug in the module keeps its traceback
+        sys.exit(f"error: {error}")
+    try:
         found = compare(args.annotations, args.config_file, args.rules, args.opts, tqdm)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             cfg = load_config(args.config_file or args.input.with_name("config.yaml"))
             config = convert_file_to_mmdet(args.input, args.output, cfg)
-            print(f"Written: {args.output}; for mmdet's config:\n\n{config}")
+            settings = args.output.with_suffix(".py")
+            print(f"Written: {args.output}, and {settings} for mmdet's config:\n\n{config}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -11,10 +11,9 @@ import logging
 import sys
 from pathlib import Path
 
-from atss_runner.media import find_media
-
 from atss.analysis.pictures import annotate
 from atss.predictor import Predictor
+from atss_runner.media import find_media
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -35,6 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
     try:
+        if args.batch < 1:
+            raise ValueError(f"--batch must be 1 or more, not {args.batch}")
         paths = find_media(args.input)
         predictor = Predictor(args.config_file, args.weights, args.opts)
     except (ValueError, OSError) as error:

@@ -174,7 +174,7 @@ def test_a_config_of_fewer_levels(tmp_path):
         str(json_file),
         str(image_dir),
         "--config-file",
-        str(ROOT / "configs/ATSS_R_18_FPN_demo.yaml"),
+        str(ROOT / "configs/demo.yaml"),
     ]
     assert check_dataset.main(argv) == 0
     assert check_dataset.main([*argv, "MODEL.ATSS.ASSIGNER", "Nonesuch"]) == 2

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 
 from .checkpoints import SafeCheckpointer
-from .config import class_names, load_config
+from .config import class_names, load_config, merge_options, use_available_device
+from .config.checks import lookup
 
 
 class Detections(NamedTuple):
@@ -37,7 +39,7 @@ class Predictor:
 
     Args:
         config: a file, such as the config.yaml that a training leaves, or a config.
-        weights: a checkpoint; that of the config by default. Nothing in it is executed.
+        weights: a checkpoint, such as model_final.pth. Nothing in it is executed.
         opts: KEY VALUE pairs over the config.
 
     Attributes:
@@ -47,17 +49,15 @@ class Predictor:
         ValueError: naming the file or the key, where config or weights cannot be used.
     """
 
-    def __init__(
-        self, config: str | Path | CfgNode, weights: str | None = None, opts: Sequence[Any] = ()
-    ):
-        cfg = config if isinstance(config, CfgNode) else load_config(config, opts=opts)
-        if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-            cfg = cfg.clone()
-            cfg.defrost()
-            cfg.MODEL.DEVICE = "cpu"
+    def __init__(self, config: str | Path | CfgNode, weights: str | Path, opts: Sequence[Any] = ()):
+        cfg = config.clone() if isinstance(config, CfgNode) else load_config(config)
+        cfg.defrost()
+        merge_options(cfg, opts)
+        use_available_device(cfg)
+        lookup(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
         self.names = class_names(cfg)
         self.model = build_model(cfg).eval()
-        SafeCheckpointer(self.model).load(weights or cfg.MODEL.WEIGHTS)
+        SafeCheckpointer(self.model).load(str(weights))
         short = cfg.INPUT.MIN_SIZE_TEST
         self.resize = T.ResizeShortestEdge([short, short], cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT

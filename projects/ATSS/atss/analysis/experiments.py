@@ -17,7 +17,13 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 from tqdm import tqdm
 
-from ..config import complete, config_names, get_config_file, load_config
+from ..config import (
+    config_names,
+    get_config_file,
+    load_config,
+    set_num_classes,
+    use_available_device,
+)
 from ..data.datasets import register_coco
 from ..data.digits import ABLATION, make_digits
 from ..engine import Trainer
@@ -57,9 +63,8 @@ def known_rows() -> list[str]:
 def row_config(row: str, seed: int, output: Path, opts: list[str]) -> CfgNode:
     """The config of one run."""
     cfg = load_config(get_config_file(f"tables/{row}"), get_config_file("ablation"), opts=opts)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    complete(cfg)
+    use_available_device(cfg)
+    set_num_classes(cfg)
     cfg.SEED = seed
     cfg.OUTPUT_DIR = str(output)
     cfg.freeze()

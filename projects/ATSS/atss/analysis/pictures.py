@@ -7,9 +7,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from atss_runner import media
 from detectron2.data.detection_utils import read_image
 from tqdm import tqdm
+
+from atss_runner import media
 
 from ..predictor import Detections, Predictor
 

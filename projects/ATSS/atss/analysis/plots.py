@@ -7,8 +7,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from .experiments import CLAIMS, claims
-
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -79,9 +77,11 @@ def plot_examples(
     plt.close(figure)
 
 
-def plot_experiments(results: dict, target: Path) -> None:
+def plot_experiments(
+    results: dict, compared: Sequence[tuple[str, np.ndarray, float]], target: Path
+) -> None:
     """Left every run's AP by row, right the paired differences with their intervals."""
-    height = 1.2 + 0.32 * max(len(results), len(CLAIMS))
+    height = 1.2 + 0.32 * max(len(results), len(compared))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), layout="constrained")
     for y, runs in enumerate(results.values()):
         points = [r["AP"] for r in runs.values()]
@@ -89,7 +89,6 @@ def plot_experiments(results: dict, target: Path) -> None:
         left.plot(np.mean(points), y, "|", color="black", ms=16, mew=2)
     left.set_yticks(range(len(results)), list(results))
     left.set_xlabel("AP (%): each seed, and the mean")
-    compared = claims(results)
     for y, (_, difference, half) in enumerate(compared):
         half = 0 if np.isnan(half) else half
         right.errorbar(difference.mean(), y, xerr=half, fmt="o", color="tab:orange", capsize=3)

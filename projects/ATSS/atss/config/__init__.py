@@ -1,28 +1,34 @@
 """From config files to parts: the keys, reading them, building."""
 
 from .build import (
-    Sampling,
+    ATSSDetector,
+    ATSSHead,
+    GridAnchorGenerator,
     autocast_dtype,
     build_assigner,
+    build_atss_resnet_fpn_backbone,
     build_box_coder,
     build_box_loss,
-    build_sampling,
-    candidates_per_object,
     check_model,
     images_per_test_batch,
     one_image_at_a_time,
-    with_rule,
+    use_available_device,
 )
-from .classes import class_names, complete, resolve_num_classes
+from .classes import class_names, complete_classes, resolve_num_classes, set_num_classes
 from .keys import add_atss_config
-from .read import config_names, get_config, get_config_file, load_config
+from .read import config_names, get_config, get_config_file, load_config, merge_options
+from .sampling import Sampling, build_sampling, candidates_per_object, with_rule
 from .tta import build_tta
 
 __all__ = [
+    "ATSSDetector",
+    "ATSSHead",
+    "GridAnchorGenerator",
     "Sampling",
     "add_atss_config",
     "autocast_dtype",
     "build_assigner",
+    "build_atss_resnet_fpn_backbone",
     "build_box_coder",
     "build_box_loss",
     "build_sampling",
@@ -30,13 +36,16 @@ __all__ = [
     "candidates_per_object",
     "check_model",
     "class_names",
-    "complete",
+    "complete_classes",
     "config_names",
     "get_config",
     "get_config_file",
     "images_per_test_batch",
     "load_config",
+    "merge_options",
     "one_image_at_a_time",
     "resolve_num_classes",
+    "set_num_classes",
+    "use_available_device",
     "with_rule",
 ]

@@ -1,4 +1,4 @@
-"""The factories that turn a config into parts. Nothing else reads MODEL.ATSS.
+"""The factories that turn a config into parts. MODEL.ATSS is read in this folder alone.
 
 Each stands in Detectron2's registry under the name of what it builds, so that ``build_model(cfg)``
 finds it.
@@ -7,7 +7,6 @@ finds it.
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,12 +14,11 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_anchor_generator, build_backbone
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
-from detectron2.modeling.backbone import FPN, build_resnet_backbone
+from detectron2.modeling.backbone import FPN, Backbone, build_resnet_backbone
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from torch import nn
 
 from .. import anchors
-from ..anchors import Anchors
 from ..assigners import ASSIGNER_REGISTRY, SpatialScale
 from ..losses import giou_loss, iou_loss, smooth_l1_loss
 from ..modeling import backbone, detector, head
@@ -28,7 +26,6 @@ from ..modeling.box_coding import BoxDeltas, LogDistances, PointDistances
 from ..modeling.criterion import BoxLoss, Criterion, OnBoxes, OnDeltas
 from ..modeling.detector import LEGACY_PIXELS_IN_TRAINING
 from ..modeling.postprocess import SCORES, PostProcessor
-from ..structures import Assignment
 from .checks import building, check_values, lookup
 from .classes import resolve_num_classes
 from .tta import build_merge, build_views
@@ -40,31 +37,8 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
     check_values(cfg)
     node = cfg.MODEL.ATSS
     num_classes = resolve_num_classes(cfg)
-    lookup(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
-    with building("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME):
-        built_backbone = build_backbone(cfg)
-    shapes = built_backbone.output_shape()
-    missing = [name for name in node.IN_FEATURES if name not in shapes]
-    if missing:
-        raise ValueError(
-            f"MODEL.ATSS.IN_FEATURES names {missing}, but the backbone makes {sorted(shapes)}"
-        )
-    input_shape = [shapes[name] for name in node.IN_FEATURES]
-    strides = [shape.stride for shape in input_shape]
-    if not strides or strides != sorted(set(strides)):
-        raise ValueError(
-            f"MODEL.ATSS.IN_FEATURES must name levels from fine to coarse, but {node.IN_FEATURES} "
-            f"have strides {strides}"
-        )
-    lookup(
-        ANCHOR_GENERATOR_REGISTRY, cfg.MODEL.ANCHOR_GENERATOR.NAME, "MODEL.ANCHOR_GENERATOR.NAME"
-    )
-    anchor_generator = build_anchor_generator(cfg, input_shape)
-    if not hasattr(anchor_generator, "grid"):
-        raise ValueError(
-            "ATSSDetector needs anchors on grids: set MODEL.ANCHOR_GENERATOR.NAME to "
-            f"GridAnchorGenerator, not {cfg.MODEL.ANCHOR_GENERATOR.NAME}"
-        )
+    built_backbone, input_shape = build_levels(cfg)
+    anchor_generator = build_anchors(cfg, input_shape)
     num_anchors = anchor_generator.num_anchors[0]
     box_coder = build_box_coder(cfg, num_anchors)
     lookup(SCORES, node.SCORE, "MODEL.ATSS.SCORE")
@@ -107,6 +81,41 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
     if node.COMPILE:
         compile_in_place(model.backbone, model.head)
     return model
+
+
+def build_levels(cfg: CfgNode) -> tuple[Backbone, list[ShapeSpec]]:
+    """The backbone, and the shapes of the levels that the head looks at."""
+    node = cfg.MODEL.ATSS
+    lookup(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
+    with building("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME):
+        built_backbone = build_backbone(cfg)
+    shapes = built_backbone.output_shape()
+    missing = [name for name in node.IN_FEATURES if name not in shapes]
+    if missing:
+        raise ValueError(
+            f"MODEL.ATSS.IN_FEATURES names {missing}, but the backbone makes {sorted(shapes)}"
+        )
+    input_shape = [shapes[name] for name in node.IN_FEATURES]
+    strides = [shape.stride for shape in input_shape]
+    if not strides or strides != sorted(set(strides)):
+        raise ValueError(
+            f"MODEL.ATSS.IN_FEATURES must name levels from fine to coarse, but {node.IN_FEATURES} "
+            f"have strides {strides}"
+        )
+    return built_backbone, input_shape
+
+
+def build_anchors(cfg: CfgNode, input_shape: list[ShapeSpec]) -> anchors.GridAnchorGenerator:
+    lookup(
+        ANCHOR_GENERATOR_REGISTRY, cfg.MODEL.ANCHOR_GENERATOR.NAME, "MODEL.ANCHOR_GENERATOR.NAME"
+    )
+    anchor_generator = build_anchor_generator(cfg, input_shape)
+    if not hasattr(anchor_generator, "grid"):
+        raise ValueError(
+            "ATSSDetector needs anchors on grids: set MODEL.ANCHOR_GENERATOR.NAME to "
+            f"GridAnchorGenerator, not {cfg.MODEL.ANCHOR_GENERATOR.NAME}"
+        )
+    return anchor_generator
 
 
 @ANCHOR_GENERATOR_REGISTRY.register()
@@ -238,52 +247,6 @@ def build_assigner(cfg: CfgNode) -> Callable:
     return built
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a config chooses samples, without a model.
-
-    Attributes:
-        anchors: (height, width) of a canvas -> its anchors.
-        assigner: the rule.
-        divisibility: canvases are padded to multiples of it.
-    """
-
-    anchors: Callable[[tuple[int, int]], Anchors]
-    assigner: Callable[..., Assignment]
-    divisibility: int
-
-
-def with_rule(cfg: CfgNode, rule: str) -> CfgNode:
-    """The same config with another rule."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.ATSS.ASSIGNER = rule
-    return cfg
-
-
-def candidates_per_object(cfg: CfgNode) -> int:
-    """k * L of ATSS, whatever the rule of the config."""
-    return cfg.MODEL.ATSS.ASSIGNERS.ATSS.TOP_K * len(cfg.MODEL.ATSS.IN_FEATURES)
-
-
-def build_sampling(cfg: CfgNode) -> Sampling:
-    """Anchors and rule of a config.
-
-    Raises:
-        ValueError: naming the key.
-    """
-    with torch.device("meta"):  # shapes without weights
-        built = build_backbone(cfg)
-    shapes = [built.output_shape()[name] for name in cfg.MODEL.ATSS.IN_FEATURES]
-    generator = build_anchor_generator(cfg, shapes)
-    layout = {name: getattr(generator, name) for name in ("strides", "scales", "ratios", "offset")}
-    return Sampling(
-        anchors=partial(Anchors.grid, **layout),
-        assigner=build_assigner(cfg),
-        divisibility=max(built.size_divisibility, 1),
-    )
-
-
 def check_model(cfg: CfgNode, training: bool) -> None:
     """What building the model does not see, or only after a while.
 
@@ -304,6 +267,15 @@ def check_model(cfg: CfgNode, training: bool) -> None:
         build_merge(cfg)
     if training and cfg.MODEL.ATSS.LEGACY_PIXELS:
         raise ValueError(LEGACY_PIXELS_IN_TRAINING)
+
+
+def use_available_device(cfg: CfgNode) -> bool:
+    """Puts the model on the CPU, in place, where MODEL.DEVICE is a GPU and there is none; whether
+    that was so."""
+    absent = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    if absent:
+        cfg.MODEL.DEVICE = "cpu"
+    return absent
 
 
 def one_image_at_a_time(cfg: CfgNode) -> CfgNode:

@@ -32,13 +32,18 @@ def resolve_num_classes(cfg: CfgNode) -> int:
     return wanted
 
 
-def complete(cfg: CfgNode) -> None:
+def set_num_classes(cfg: CfgNode) -> None:
+    """Fills in, in place, the number of classes, as the data sets have them."""
+    cfg.MODEL.ATSS.NUM_CLASSES = resolve_num_classes(cfg)
+
+
+def complete_classes(cfg: CfgNode) -> None:
     """Fills in, in place, the number of classes and their names, as the data sets have them.
 
     Raises:
         ValueError: as :func:`resolve_num_classes`.
     """
-    cfg.MODEL.ATSS.NUM_CLASSES = resolve_num_classes(cfg)
+    set_num_classes(cfg)
     cfg.MODEL.ATSS.CLASS_NAMES = []  # not those of a run whose config this was
     cfg.MODEL.ATSS.CLASS_NAMES = class_names(cfg)
 

@@ -1,4 +1,4 @@
-"""Every config key of this project with its unit and source. Their values are read in build.py."""
+"""Every config key of this project with its unit and source. This folder alone reads them."""
 
 import inspect
 
@@ -27,7 +27,7 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.ANCHOR_SCALES = [8.0]
     node.ANCHOR_RATIOS = [1.0]
 
-    # A name of atss.head.HEAD_REGISTRY.
+    # A name of atss.modeling.HEAD_REGISTRY.
     node.HEAD = "ATSSHead"
     # Convolutions per tower (RetinaNet, section 4).
     node.NUM_CONVS = 4

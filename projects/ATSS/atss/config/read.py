@@ -26,7 +26,7 @@ def load_config(*files: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
     defaults = cfg.clone()
     for file in files:
         _merge_file(cfg, str(file))
-    _merge_options(cfg, opts)
+    merge_options(cfg, opts)
     _refuse_empty(cfg, defaults)
     return cfg
 
@@ -62,8 +62,15 @@ def get_config_file(name: str) -> str:
 
 
 def get_config(name: str) -> CfgNode:
-    """A config with the keys of this project; ``name`` as in :func:`get_config_file`."""
-    return load_config(get_config_file(name))
+    """A config with the keys of this project; ``name`` as in :func:`get_config_file`.
+
+    Raises:
+        ValueError: for an unknown name, or that of a recipe.
+    """
+    cfg = load_config(get_config_file(name))
+    if cfg.MODEL.META_ARCHITECTURE != "ATSSDetector":
+        raise ValueError(f"{name} is a recipe: lay it over a config, _BASE_: [..., {name}.yaml]")
+    return cfg
 
 
 def _merge_file(cfg: CfgNode, file: str) -> None:
@@ -89,7 +96,7 @@ def _merge_file(cfg: CfgNode, file: str) -> None:
         raise ValueError(f"config {file}: {_explain(cfg, error)}") from error
 
 
-def _merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
+def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
     """Merges KEY VALUE pairs in place.
 
     Raises:

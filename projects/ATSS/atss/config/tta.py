@@ -6,7 +6,7 @@ from functools import partial
 from detectron2.config import CfgNode
 from torch import nn
 
-from ..modeling.suppression import Detections, merge_nms, merge_vote
+from ..modeling.suppression import ScoredBoxes, merge_nms, merge_vote
 from ..modeling.tta import ATSSWithTTA
 from .checks import lookup
 
@@ -48,7 +48,7 @@ def build_views(cfg: CfgNode) -> list[tuple[int, int, float, float]]:
     ]
 
 
-def build_merge(cfg: CfgNode) -> Callable[..., Detections]:
+def build_merge(cfg: CfgNode) -> Callable[..., ScoredBoxes]:
     """What MODEL.ATSS.TTA.MERGE names.
 
     Raises:

@@ -87,7 +87,7 @@ def _structure(content: object) -> str | None:
     return None
 
 
-def class_names(content: dict) -> list[str]:
+def category_names(content: dict) -> list[str]:
     """Names of the categories in the order of their ids, as Detectron2 numbers them."""
     return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from .coco_json import class_names, find_in_json, read_coco
+from .coco_json import category_names, find_in_json, read_coco
 from .findings import DROPPED, ERROR, WARNING
 
 
@@ -37,7 +37,7 @@ def register_coco(spec: str) -> str:
         if finding.level == ERROR:
             raise ValueError(f"{json_file} has {finding.sentence()}")
     metadata = {
-        "thing_classes": class_names(content),
+        "thing_classes": category_names(content),
         "annotated": bool(content["annotations"]),
         "remarks": {f.kind: f.sentence() for f in findings if f.level in (DROPPED, WARNING)},
     }

@@ -3,7 +3,7 @@
     cfg = prepare(args)     once, where the command was given: all that can be wrong is said here
     run(args, cfg)          in every process
 
-The checks of a run stand here alone.
+The checks of a run are called here alone.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoints import SafeCheckpointer
-from ..config import check_model, complete, load_config
+from ..config import check_model, complete_classes, load_config, use_available_device
 from ..config.checks import check_values
 from ..data.datasets import log_remarks, refuse_unannotated, refuse_unevaluable, register_coco
 from .launch import is_started, keep_freed_memory, launch, world_size
@@ -76,11 +76,10 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     """
     register(args)
     cfg = load_config(args.config_file, opts=args.opts)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+    if use_available_device(cfg):
         print("No GPU here: running on the CPU.", file=sys.stderr)
-        cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
-        complete(cfg)
+        complete_classes(cfg)
     check_config(cfg, training=not args.eval_only)
     check_processes(args, cfg)
     check_output_dir(cfg.OUTPUT_DIR)
@@ -136,18 +135,22 @@ def register(args: argparse.Namespace) -> None:
         register_coco(spec)
 
 
+class NoSuchModule(ValueError):
+    """What --import names is not there."""
+
+
 def import_modules(names: list[str]) -> None:
     """Modules of the user's, from the folder in which the command was given too.
 
     Raises:
-        ValueError: naming one that does not exist.
+        NoSuchModule: naming one that does not exist, or what it lacks itself.
     """
     sys.path.insert(0, os.getcwd())
     for name in names:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise ValueError(f"--import {name}: {error}") from error
+            raise NoSuchModule(f"--import {name}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from torchvision.ops import nms
 from ..geometry import iou
 
 # (boxes (M, 4), scores (M,), classes (M,)) -> the same of what is left, best first.
-Detections = tuple[Tensor, Tensor, Tensor]
+ScoredBoxes = tuple[Tensor, Tensor, Tensor]
 
 
 def nms_per_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
@@ -27,7 +27,7 @@ def nms_per_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: flo
     return nms(boxes + (classes * span)[:, None], scores.double(), threshold)
 
 
-def merge_nms(boxes: Tensor, scores: Tensor, classes: Tensor, nms_thresh: float) -> Detections:
+def merge_nms(boxes: Tensor, scores: Tensor, classes: Tensor, nms_thresh: float) -> ScoredBoxes:
     """Plain suppression of each class."""
     keep = nms_per_class(boxes, scores, classes, nms_thresh)
     return boxes[keep], scores[keep], classes[keep]
@@ -39,7 +39,7 @@ def merge_vote(
     classes: Tensor,
     vote_thresh: float,
     soft_min_score: float | None = None,
-) -> Detections:
+) -> ScoredBoxes:
     """Groups of overlapping boxes of a class become their mean, weighted by score, with the group's
     highest score (box voting, arXiv 1505.01749, section 5).
 
@@ -49,7 +49,7 @@ def merge_vote(
         soft_min_score: the members of a group stay too, their scores lowered by their overlap with
             its best (soft suppression, arXiv 1704.04503), where this much is left; None for not.
     """
-    kept: list[Detections] = []
+    kept: list[ScoredBoxes] = []
     for k in classes.unique():
         of_class = (classes == k).nonzero().squeeze(1)
         order = of_class[scores[of_class].argsort(descending=True, stable=True)]

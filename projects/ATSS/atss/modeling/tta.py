@@ -11,7 +11,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..geometry import area
-from .suppression import Detections
+from .suppression import ScoredBoxes
 
 
 class ATSSWithTTA(nn.Module):
@@ -39,7 +39,7 @@ class ATSSWithTTA(nn.Module):
         plain: tuple[int, int],
         sizes: Sequence[tuple[int, int, float, float]],
         flip: bool,
-        merge: Callable[[Tensor, Tensor, Tensor], Detections],
+        merge: Callable[[Tensor, Tensor, Tensor], ScoredBoxes],
         max_detections: int,
         input_format: str,
     ):
@@ -77,7 +77,7 @@ class ATSSWithTTA(nn.Module):
 
     def _view(
         self, image: np.ndarray, short: int, longest: int, least: float, greatest: float, flip: bool
-    ) -> Detections:
+    ) -> ScoredBoxes:
         """What the model finds on one view, in pixels of the image."""
         resize = T.ResizeShortestEdge([short, short], longest).get_transform(image)
         view = resize.apply_image(image)

@@ -1,0 +1,63 @@
+"""The whole of a training on a small data set that needs no download, with its pictures."""
+
+import logging
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+
+from ..data.digits import Recipe, make_digits
+from ..engine import Trainer
+from ..engine.run import make_parser, prepare
+from ..predictor import Predictor
+from .pictures import beside_truth
+from .plots import plot_examples, plot_metrics
+
+# Loggers that tell more than a newcomer wants to read.
+QUIET = ("detectron2.engine.defaults", "detectron2.data", "fvcore", "detectron2.evaluation.testing")
+
+
+def train_on_digits(
+    root: Path, config: str, recipe: Recipe, score: float = 0.4
+) -> dict[str, float]:
+    """Draws the data, trains, or goes on where an interrupted training was, evaluates, and leaves
+    config, weights, metrics.json, detections.png and training.png in a folder.
+
+    Args:
+        root: the folder.
+        config: a file whose data sets are digits_train and digits_test.
+        score: least score of the detections that are drawn.
+    Returns:
+        AP, AP50 and so on, in percent.
+
+    Raises:
+        ValueError, OSError: as :func:`atss.engine.run.prepare`.
+    """
+    data = root / "data"
+    root.mkdir(parents=True, exist_ok=True)
+    make_digits(data, recipe)
+    register = [f"--register=digits_{s}={data}/{s}.json:{data}/{s}" for s in ("train", "test")]
+    args = make_parser().parse_args(["--config-file", config, *register, "OUTPUT_DIR", str(root)])
+    cfg = prepare(args)
+    setup_logger(str(root))
+    for name in QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    seed_all_rng(cfg.SEED)
+    (root / "config.yaml").write_text(cfg.dump())
+
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    if trainer.start_iter >= trainer.max_iter:
+        print(f"The demo in {root} is trained already: evaluating it again.")
+    elif trainer.start_iter:
+        print(f"An interrupted demo is in {root}: going on at iteration {trainer.start_iter}.")
+    else:
+        print(f"Starting a new demo of {trainer.max_iter} iterations in {root}.")
+    trainer.train()
+
+    predictor = Predictor(root / "config.yaml", str(root / "model_final.pth"))
+    held_out = DatasetCatalog.get("digits_test")[:8]
+    plot_examples(*beside_truth(predictor, held_out, score), root / "detections.png")
+    plot_metrics(root / "metrics.json", root / "training.png")
+    return trainer._last_eval_results["bbox"]
