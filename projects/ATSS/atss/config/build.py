@@ -106,6 +106,7 @@ def build_levels(cfg: CfgNode) -> tuple[Backbone, list[ShapeSpec]]:
 
 
 def build_anchors(cfg: CfgNode, input_shape: list[ShapeSpec]) -> anchors.GridAnchorGenerator:
+    """What MODEL.ANCHOR_GENERATOR.NAME names, which must have a grid."""
     lookup(
         ANCHOR_GENERATOR_REGISTRY, cfg.MODEL.ANCHOR_GENERATOR.NAME, "MODEL.ANCHOR_GENERATOR.NAME"
     )
