@@ -11,7 +11,7 @@ from atss import load_config
 from atss.assigners import ASSIGNER_REGISTRY
 
 # What others are made of, and what is laid over them.
-RECIPES = {"small": [], "ablation": [], "digits": ["small.yaml"]}
+RECIPES = {"small": [], "ablation": [], "digits": ["small.yaml"], "fine_tune": []}
 # What a recipe may say of MODEL.ATSS: what follows from its levels, its size and the machine.
 OF_RECIPES = ("IN_FEATURES", "NUM_CONVS", "PRECISION", "CHANNELS_LAST", "IMS_PER_BATCH_TEST")
 CONFIGS = sorted(

@@ -9,6 +9,7 @@ from .build import (
     build_atss_resnet_fpn_backbone,
     build_box_coder,
     build_box_loss,
+    build_timm_fpn_backbone,
     check_model,
     images_per_test_batch,
     one_image_at_a_time,
@@ -18,6 +19,7 @@ from .classes import class_names, complete_classes, resolve_num_classes, set_num
 from .keys import add_atss_config
 from .read import config_names, get_config, get_config_file, load_config, merge_options
 from .sampling import Sampling, build_sampling, candidates_per_object, with_rule
+from .schedule import complete_schedule
 from .tta import build_tta
 
 __all__ = [
@@ -32,11 +34,13 @@ __all__ = [
     "build_box_coder",
     "build_box_loss",
     "build_sampling",
+    "build_timm_fpn_backbone",
     "build_tta",
     "candidates_per_object",
     "check_model",
     "class_names",
     "complete_classes",
+    "complete_schedule",
     "config_names",
     "get_config",
     "get_config_file",

@@ -6,6 +6,7 @@ finds it.
 
 import inspect
 import logging
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -21,13 +22,14 @@ from torch import nn
 from .. import anchors
 from ..assigners import ASSIGNER_REGISTRY, SpatialScale
 from ..losses import giou_loss, iou_loss, smooth_l1_loss
-from ..modeling import backbone, detector, head
+from ..modeling import backbone, detector, head, pretrained, timm_backbone
 from ..modeling.box_coding import BoxDeltas, LogDistances, PointDistances
 from ..modeling.criterion import BoxLoss, Criterion, OnBoxes, OnDeltas
 from ..modeling.detector import LEGACY_PIXELS_IN_TRAINING
 from ..modeling.postprocess import SCORES, PostProcessor
 from .checks import building, check_values, lookup
 from .classes import resolve_num_classes
+from .pixels import TIMM, check_pixels
 from .tta import build_merge, build_views
 
 
@@ -180,6 +182,46 @@ def build_atss_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     )
 
 
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Any model of timm that makes feature maps, under the same FPN. With the weights that
+    MODEL.TIMM asks for, unless MODEL.WEIGHTS brings others."""
+    node, levels = cfg.MODEL.TIMM, cfg.MODEL.FPN.IN_FEATURES
+    wrong = [x for x in levels if not re.fullmatch(r"s\d+", x)]
+    if wrong:
+        raise ValueError(
+            f"MODEL.FPN.IN_FEATURES names {wrong}; maps of timm are named by strides: s8, s16, s32"
+        )
+    check_pixels(cfg)
+    wanted = node.PRETRAINED or node.WEIGHTS
+    weights = None
+    # On "meta" are shapes alone.
+    if wanted and not cfg.MODEL.WEIGHTS and torch.get_default_device().type != "meta":
+        weights = pretrained.load_pretrained(node.NAME, node.WEIGHTS)
+    loaded = bool(wanted or cfg.MODEL.WEIGHTS)
+    if not loaded and (node.FREEZE_STATISTICS or cfg.MODEL.BACKBONE.FREEZE_AT):
+        logging.getLogger(__name__).warning(
+            "%s begins with random weights: all of it is trained, whatever "
+            "MODEL.BACKBONE.FREEZE_AT and MODEL.TIMM.FREEZE_STATISTICS say",
+            node.NAME,
+        )
+    bottom_up = timm_backbone.TimmBackbone(
+        node.NAME,
+        strides=[int(x[1:]) for x in levels],
+        weights=weights,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT if loaded else 0,
+        freeze_statistics=node.FREEZE_STATISTICS and loaded,
+    )
+    return backbone.build_fpn(
+        bottom_up=bottom_up,
+        in_features=levels,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+        relu_before_p7=cfg.MODEL.ATSS.RELU_BEFORE_P7,
+    )
+
+
 def build_box_coder(cfg: CfgNode, num_anchors: int) -> BoxDeltas | PointDistances | LogDistances:
     """What MODEL.ATSS.REGRESSION names.
 
@@ -263,6 +305,10 @@ def check_model(cfg: CfgNode, training: bool) -> None:
             raise ValueError(f"MODEL.ATSS.ASSIGNERS.{name} is of no rule; known are {rules}")
     if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
         build_assigner(cfg)
+    node = cfg.MODEL.TIMM
+    wanted = (node.PRETRAINED or node.WEIGHTS) and not cfg.MODEL.WEIGHTS
+    if cfg.MODEL.BACKBONE.NAME == TIMM and wanted:
+        pretrained.find_pretrained(node.NAME, node.WEIGHTS)
     if cfg.TEST.AUG.ENABLED:
         build_views(cfg)
         build_merge(cfg)

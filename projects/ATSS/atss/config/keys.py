@@ -8,10 +8,48 @@ from ..assigners import ASSIGNER_REGISTRY
 
 
 def add_atss_config(cfg: CfgNode) -> None:
-    """Adds the node MODEL.ATSS, and SOLVER.CHECKPOINTS_TO_KEEP. Detectron2's own keys (solver,
-    input, the anchors' offset) are left alone: configs/Base-ATSS.yaml sets them."""
+    """Adds the nodes MODEL.ATSS and MODEL.TIMM, and keys of training to Detectron2's own nodes,
+    whose keys (solver, input, the anchors' offset) are left alone: configs/Base-ATSS.yaml sets
+    them."""
+    # "SGD" or "AdamW".
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Learning rate of the backbone without its FPN, over that of the rest.
+    cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0
+    # Weight decay of learned scales, of levels in the head and of channels in a backbone; None: as
+    # of other weights.
+    cfg.SOLVER.WEIGHT_DECAY_SCALE = None
+    # Passes over the training images, in place of SOLVER.MAX_ITER; 0: MAX_ITER it is.
+    cfg.SOLVER.EPOCHS = 0.0
+    # Iterations that SOLVER.EPOCHS are at least: of few images, an epoch is so many passes.
+    cfg.SOLVER.MIN_ITER = 0
+    # Epochs between checkpoints and between evaluations, in place of SOLVER.CHECKPOINT_PERIOD and
+    # TEST.EVAL_PERIOD; 0: these it is.
+    cfg.SOLVER.CHECKPOINT_EPOCHS = 0.0
+    cfg.TEST.EVAL_EPOCHS = 0.0
     # Of the checkpoints that SOLVER.CHECKPOINT_PERIOD asks for, how many stay; 0: all.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 0
+
+    # Brightness, contrast and saturation of a training image are each multiplied by up to 1 + this,
+    # or down to 1 - this. Saturation is of RGB.
+    cfg.INPUT.COLOR_JITTER = 0.0
+    # Share of the training after which INPUT.CROP and INPUT.COLOR_JITTER no longer act, so that it
+    # ends on images as they are.
+    cfg.INPUT.AUGMENT_UNTIL = 1.0
+
+    # A backbone of timm, under MODEL.BACKBONE.NAME build_timm_fpn_backbone. Its maps are called s4,
+    # s8, ... in MODEL.FPN.IN_FEATURES, by their strides.
+    timm = cfg.MODEL.TIMM = CfgNode()
+    timm.NAME = ""
+    # Its weights: of a package that carries them, or of timm's hub. Where MODEL.WEIGHTS names those
+    # of a whole detector, these are not looked at.
+    timm.PRETRAINED = False
+    # A file of them (.safetensors, .pth), in place of the hub's.
+    timm.WEIGHTS = ""
+    # INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD are those that its weights were made with.
+    timm.PIXELS = True
+    # Batch norms keep their means and variances in training. Like MODEL.BACKBONE.FREEZE_AT, n for
+    # what comes before the map of stride 2^n, it counts only where weights are loaded.
+    timm.FREEZE_STATISTICS = False
 
     node = cfg.MODEL.ATSS = CfgNode()
     # Classes, without background. -1: as many as the data sets have.

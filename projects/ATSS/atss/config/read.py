@@ -13,10 +13,12 @@ from detectron2.utils.file_io import PathManager
 
 from .checks import flatten
 from .keys import add_atss_config
+from .pixels import complete_pixels
 
 
 def load_config(*files: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
-    """Detectron2's defaults, ours, the files in their order, and KEY VALUE pairs over all.
+    """Detectron2's defaults, ours, the files in their order, and KEY VALUE pairs over all;
+    pixels as a backbone of timm wants them.
 
     Raises:
         ValueError: in one sentence, naming the file or the key.
@@ -28,6 +30,7 @@ def load_config(*files: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
         _merge_file(cfg, str(file))
     merge_options(cfg, opts)
     _refuse_empty(cfg, defaults)
+    complete_pixels(cfg)
     return cfg
 
 

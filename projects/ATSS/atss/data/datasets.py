@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
 
 from .coco_json import category_names, find_in_json, read_coco
@@ -75,6 +75,15 @@ def refuse_unannotated(names: Sequence[str]) -> None:
     for name in names:
         if MetadataCatalog.get(name).get("annotated") is False:
             raise ValueError(f"data set {name} has no annotations to train on")
+
+
+def count_training_images(names: Sequence[str], filter_empty: bool) -> int:
+    """Images that training on these data sets goes through.
+
+    Args:
+        filter_empty: whether it leaves out those without objects.
+    """
+    return len(get_detection_dataset_dicts(list(names), filter_empty=filter_empty))
 
 
 def classes_of(name: str) -> list[str] | None:

@@ -7,6 +7,7 @@ image is read, and what is drawn while an image is mapped follows from seed and 
 worker maps it. To resume is then to skip batches that nobody has made.
 """
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ class TrainLoader:
     Args:
         records: images in Detectron2's format.
         mapper: makes of a record what the model takes.
+        late_mapper: does it from position ``late_from`` on.
         sampler: from a seed to one of Detectron2's samplers.
         batch_size: images of one batch of this process.
         num_workers: processes that map images; 0 for none. The batches do not depend on it.
@@ -48,10 +50,14 @@ class TrainLoader:
         num_workers: int,
         group: bool,
         seed: int,
+        late_mapper: Callable[[dict], dict] | None = None,
+        late_from: float = math.inf,
     ):
         self.groups = is_wide(records) if group else [False] * len(records)
         self.records = DatasetFromList(records, copy=False)
         self.mapper = mapper
+        self.late_mapper = late_mapper or mapper
+        self.late_from = late_from
         self.sampler = sampler
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -65,7 +71,9 @@ class TrainLoader:
     def __iter__(self) -> Iterator[list[dict]]:
         batches = make_batches(self.sampler(self.seed), self.batch_size, self.groups)
         loader = DataLoader(
-            MappedByPosition(self.records, self.mapper, self.seed),
+            MappedByPosition(
+                self.records, self.mapper, self.seed, self.late_mapper, self.late_from
+            ),
             batch_sampler=islice(batches, self.start, None),
             num_workers=self.num_workers,
             collate_fn=list,
@@ -75,8 +83,16 @@ class TrainLoader:
         return iter(loader)
 
 
-def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> TrainLoader:
-    """What DATASETS.TRAIN, DATALOADER, SOLVER.IMS_PER_BATCH and SEED (not negative) ask for.
+def build_train_loader(
+    cfg: CfgNode,
+    mapper: Callable[[dict], dict],
+    late_mapper: Callable[[dict], dict] | None = None,
+) -> TrainLoader:
+    """What DATASETS.TRAIN, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH and SEED (not negative) ask for.
+
+    Args:
+        mapper: until INPUT.AUGMENT_UNTIL.
+        late_mapper: from then on, where it is another.
 
     Raises:
         ValueError: for an unknown sampler, or a batch that the processes cannot share evenly.
@@ -97,6 +113,8 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[[dict], dict]) -> TrainLoa
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         group=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         seed=cfg.SEED,
+        late_mapper=late_mapper,
+        late_from=cfg.INPUT.AUGMENT_UNTIL * cfg.SOLVER.MAX_ITER * images,
     )
 
 
@@ -146,15 +164,25 @@ def make_batches(
 class MappedByPosition(Dataset):
     """Maps the image of a (position, index). Its indices have no end: give it a sampler."""
 
-    def __init__(self, records: Sequence[dict], mapper: Callable[[dict], dict], seed: int):
+    def __init__(
+        self,
+        records: Sequence[dict],
+        mapper: Callable[[dict], dict],
+        seed: int,
+        late_mapper: Callable[[dict], dict],
+        late_from: float,
+    ):
         self.records = records
         self.mapper = mapper
         self.seed = seed
+        self.late_mapper = late_mapper
+        self.late_from = late_from
 
     def __getitem__(self, where: tuple[int, int]) -> dict:
         position, index = where
+        mapper = self.mapper if position < self.late_from else self.late_mapper
         with seeded(derive_seed(self.seed, position)):
-            return self.mapper(self.records[index])
+            return mapper(self.records[index])
 
 
 def derive_seed(seed: int, *key: int) -> int:

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 
 from .findings import ERROR, KINDS
 from .images import problems, read_header, verify
@@ -19,6 +21,17 @@ class Mapper(DatasetMapper):
     Raises:
         ValueError, OSError: with a sentence that names the file.
     """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
+        """As there, and INPUT.COLOR_JITTER."""
+        arguments = super().from_config(cfg, is_train)
+        jitter = cfg.INPUT.COLOR_JITTER
+        if is_train and jitter:
+            low_high = (1 - jitter, 1 + jitter)
+            colours = (T.RandomBrightness, T.RandomContrast, T.RandomSaturation)
+            arguments["augmentations"] += [colour(*low_high) for colour in colours]
+        return arguments
 
     def __call__(self, dataset_dict: dict) -> dict:
         self._refuse(dataset_dict)
@@ -42,6 +55,15 @@ class Mapper(DatasetMapper):
         for kind, problem in problems(header, labelled):
             if KINDS[kind].level == ERROR:
                 raise ValueError(f"the image {name} {problem}")
+
+
+def without_augmentation(cfg: CfgNode) -> CfgNode:
+    """The config of the end of a training: crops and colours are off, sizes and flips stay."""
+    plain = cfg.clone()
+    plain.defrost()
+    plain.INPUT.CROP.ENABLED = False
+    plain.INPUT.COLOR_JITTER = 0.0
+    return plain
 
 
 @contextmanager

@@ -24,7 +24,13 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoints import SafeCheckpointer
-from ..config import check_model, complete_classes, load_config, use_available_device
+from ..config import (
+    check_model,
+    complete_classes,
+    complete_schedule,
+    load_config,
+    use_available_device,
+)
 from ..config.checks import check_values
 from ..data.datasets import log_remarks, refuse_unannotated, refuse_unevaluable, register_coco
 from .launch import is_started, keep_freed_memory, launch, world_size
@@ -83,6 +89,8 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     check_config(cfg, training=not args.eval_only)
     check_processes(args, cfg)
     check_output_dir(cfg.OUTPUT_DIR)
+    if not args.eval_only:
+        complete_schedule(cfg)
     cfg.freeze()
     return cfg
 

@@ -25,9 +25,10 @@ from torch import nn
 from ..checkpoints.checkpointer import TrainingCheckpointer
 from ..config import autocast_dtype, build_tta, one_image_at_a_time
 from ..data.loader import TrainLoader, build_train_loader, derive_seed
-from ..data.mapper import Mapper
+from ..data.mapper import Mapper, without_augmentation
 from .evaluation import build_evaluator, build_test_loader
 from .hooks import FiniteLosses, FiniteWeights, Preemption
+from .solver import build_optimizer
 
 
 class Trainer(DefaultTrainer):
@@ -127,7 +128,13 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         """Ours, which knows positions, with our mapper."""
-        return build_train_loader(cfg, Mapper(cfg, is_train=True))
+        augmented = Mapper(cfg, is_train=True)
+        return build_train_loader(cfg, augmented, Mapper(without_augmentation(cfg), is_train=True))
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Ours, which knows AdamW and rates of backbones."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable:
