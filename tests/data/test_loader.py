@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import transforms as T
 from detectron2.utils import comm
 from PIL import Image
 
-from atss.data.loader import build_train_loader
+from atss.data.loader import build_train_loader, seeded
+from atss.data.mapper import Mapper, without_augmentation
 from atss.engine import Trainer
 
 IMAGES = 10
@@ -44,10 +46,10 @@ def draw(record):
     return {"id": record["image_id"], "wide": record["width"] > record["height"], "draws": draws}
 
 
-def make_loader(*opts, mapper=draw):
+def make_loader(*opts, mapper=draw, late=None):
     cfg = make_cfg("DATASETS.TRAIN", ("tiny",), "SEED", 3, "SOLVER.IMS_PER_BATCH", 4)
     cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, *opts])
-    return build_train_loader(cfg, mapper)
+    return build_train_loader(cfg, mapper, late)
 
 
 def take(loader, count):
@@ -188,3 +190,47 @@ def test_evaluation_sees_every_image_once_and_sizes_together(
             mixed += len({x["height"] for x in batch}) > 1
     assert sorted(seen) == list(range(IMAGES))
     assert mixed <= processes  # where one size ends and the next begins
+
+
+def test_augmentation_ends_at_an_iteration_of_all_processes(records, be):
+    """Whatever the number of processes and workers, and after a resume."""
+    cfg = ("INPUT.AUGMENT_UNTIL", 0.9, "SOLVER.MAX_ITER", 20)
+    for rank, processes in ((0, 1), (0, 2), (1, 2)):
+        be(rank, processes)
+        loader = make_loader(*cfg, "DATALOADER.ASPECT_RATIO_GROUPING", False, late=lambda x: None)
+        late = [[image is None for image in batch] for batch in take(loader, 20)]
+        assert late == [[False] * (4 // processes)] * 18 + [[True] * (4 // processes)] * 2
+        loader.skip(19, 3)
+        assert take(loader, 1) == [[None] * (4 // processes)]
+
+
+def test_augmentations_are_those_of_the_config(records):
+    opts = ("INPUT.COLOR_JITTER", 0.25, "INPUT.CROP.ENABLED", True, "INPUT.FORMAT", "RGB")
+    cfg = make_cfg("INPUT.MIN_SIZE_TRAIN", (64,), *opts)
+    pixels = np.full((60, 80, 3), (200, 100, 50), np.uint8)
+
+    def seen(cfg):
+        augmentations = Mapper(cfg, is_train=True).augmentations
+        results = []
+        for seed in range(40):
+            with seeded(seed):
+                image = T.AugInput(pixels.copy())
+                augmentations(image)
+                results.append(image.image)
+        return results
+
+    def ranges(images):
+        means = np.array([image.reshape(-1, 3).mean(axis=0) for image in images])
+        return means.min(axis=0), means.max(axis=0)
+
+    low, high = ranges(seen(cfg))
+    assert (low < (170, 85, 43)).all()
+    assert (high > (220, 110, 60)).all()
+    plain = seen(without_augmentation(cfg))
+    assert {image.shape for image in plain} == {(64, 85, 3)}
+    assert ranges(plain)[0].tolist() == ranges(plain)[1].tolist() == [200, 100, 50]
+    assert len({image.shape for image in seen(cfg)}) > 1
+    # Evaluation sees images as they are.
+    assert [type(a) for a in Mapper(cfg, is_train=False).augmentations.augs] == [
+        T.ResizeShortestEdge
+    ]

@@ -1,0 +1,113 @@
+"""Which rate and which decay each parameter gets; passes become iterations."""
+
+import pytest
+import torch
+from conftest import make_cfg
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer as detectron2s
+
+from atss.config import complete_schedule
+from atss.data import datasets
+from atss.engine.solver import build_optimizer
+
+RECIPE = "ATSS_lite0_FPN_fine_tune.yaml"
+
+
+def settings(optimizer, model) -> dict[str, tuple[float, float]]:
+    """Name -> (rate, decay)."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        names[parameter]: (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(make_cfg(config=RECIPE))
+
+
+def test_the_recipes_rates_and_decays(model):
+    optimizer = build_optimizer(make_cfg(config=RECIPE), model)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    found = settings(optimizer, model)
+    assert found.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    for name, (rate, decay) in found.items():
+        in_backbone = name.startswith("backbone.bottom_up.")
+        assert rate == pytest.approx(0.0002 if in_backbone else 0.001), name
+        assert decay == (0.05 if dict(model.named_parameters())[name].ndim > 1 else 0.0), name
+    assert any(name.endswith(".scale") for name in found)
+    assert found["backbone.fpn_lateral3.weight"] == (0.001, 0.05)
+
+
+def test_scales_decay_as_weights_unless_told(model):
+    cfg = make_cfg("SOLVER.WEIGHT_DECAY_SCALE", None, config=RECIPE)
+    found = settings(build_optimizer(cfg, model), model)
+    assert {decay for name, (_, decay) in found.items() if name.endswith(".scale")} == {0.05}
+
+
+def test_the_papers_optimizer_is_detectron2s():
+    cfg = make_cfg()
+    model = build_model(cfg)
+    ours, theirs = build_optimizer(cfg, model), detectron2s(cfg, model)
+    assert type(ours).__mro__[1] is type(theirs).__mro__[1] is torch.optim.SGD
+    assert ours.state_dict() == theirs.state_dict()
+    assert settings(ours, model) == settings(theirs, model)
+
+
+@pytest.mark.parametrize(
+    ("opts", "sentence"),
+    [
+        (
+            ("SOLVER.OPTIMIZER", "Adam"),
+            r"SOLVER\.OPTIMIZER is 'Adam'; known are \['AdamW', 'SGD'\]",
+        ),
+        (("SOLVER.BIAS_LR_FACTOR", 2.0), r"BACKBONE_LR_FACTOR and SOLVER\.BIAS_LR_FACTOR cannot"),
+    ],
+)
+def test_what_cannot_be_is_refused(model, opts, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build_optimizer(make_cfg(*opts, config=RECIPE), model)
+
+
+def test_a_backbone_without_a_bottom_up_has_no_rate_of_its_own():
+    with pytest.raises(ValueError, match=r"needs a backbone under an FPN, with parameters in back"):
+        build_optimizer(make_cfg(config=RECIPE), torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("images", "opts", "wanted"),
+    [
+        # 448 images are 56 iterations.
+        (448, ("SOLVER.EPOCHS", 12.0, "TEST.EVAL_EPOCHS", 2.0), (672, 5000, 112)),
+        (449, ("SOLVER.EPOCHS", 1.0), (57, 5000, 0)),
+        (448, ("SOLVER.CHECKPOINT_EPOCHS", 0.5), (90, 28, 0)),
+        # 20 images: at least 600 iterations, evaluated as often.
+        (
+            20,
+            ("SOLVER.EPOCHS", 12.0, "SOLVER.MIN_ITER", 600, "TEST.EVAL_EPOCHS", 2.0),
+            (600, 5000, 100),
+        ),
+        (4, ("SOLVER.CHECKPOINT_EPOCHS", 0.1), (90, 1, 0)),
+        (448, (), (90, 5000, 0)),
+    ],
+)
+def test_epochs_become_iterations(monkeypatch, images, opts, wanted):
+    asked = []
+    monkeypatch.setattr(
+        datasets,
+        "get_detection_dataset_dicts",
+        lambda names, filter_empty: asked.append((names, filter_empty)) or [{}] * images,
+    )
+    cfg = make_cfg("DATASETS.TRAIN", ("x",), "SOLVER.MAX_ITER", 90, "SOLVER.IMS_PER_BATCH", 8)
+    cfg.merge_from_list(["DATALOADER.FILTER_EMPTY_ANNOTATIONS", False, *opts])
+    complete_schedule(cfg)
+    found = cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
+    assert found == wanted
+    assert asked == ([(["x"], False)] if opts else [])
+
+
+def test_negative_epochs_are_refused():
+    with pytest.raises(ValueError, match=r"TEST\.EVAL_EPOCHS must be from 0 on, not -1\.0"):
+        complete_schedule(make_cfg("TEST.EVAL_EPOCHS", -1.0))
