@@ -32,8 +32,10 @@ def add_atss_config(cfg: CfgNode) -> None:
     # Brightness, contrast and saturation of a training image are each multiplied by up to 1 + this,
     # or down to 1 - this. Saturation is of RGB.
     cfg.INPUT.COLOR_JITTER = 0.0
-    # Share of the training after which INPUT.CROP and INPUT.COLOR_JITTER no longer act, so that it
-    # ends on images as they are.
+    # Probability with which a training image is put together of four.
+    cfg.INPUT.MOSAIC = 0.0
+    # Share of the training after which INPUT.CROP, COLOR_JITTER and MOSAIC no longer act, so that
+    # it ends on images as they are.
     cfg.INPUT.AUGMENT_UNTIL = 1.0
 
     # A backbone of timm, under MODEL.BACKBONE.NAME build_timm_fpn_backbone. Its maps are called s4,

@@ -22,6 +22,8 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .mosaic import Mosaic
+
 
 class TrainLoader:
     """Endless batches of this process, lists of mapped images.
@@ -105,6 +107,9 @@ def build_train_loader(
     records = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )
+    late_mapper = late_mapper or mapper
+    if cfg.INPUT.MOSAIC:
+        mapper = Mosaic(mapper, records, cfg.INPUT.MOSAIC)
     return TrainLoader(
         records,
         mapper,

@@ -1,0 +1,87 @@
+"""Mosaic: four training images in one (YOLOv4, arXiv 2004.10934, section 3.4)."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+from torch.nn import functional as F
+
+# Where the four meet, in shares of the image's height and width.
+CENTER = (0.35, 0.65)
+# The most by which a piece is larger than its part of the image, so that some of it is left out.
+ENLARGED = 1.5
+# Of an object of which less of its area is left than this, nothing is left.
+LEAST_AREA = 0.1
+
+
+class Mosaic:
+    """A mapper that now and then puts four mapped images together, as large as the first of them.
+
+    What it draws comes from NumPy's generator, as all that is drawn in mapping: under
+    :class:`~atss.data.loader.TrainLoader` it follows from seed and position.
+
+    Args:
+        mapper: of a record.
+        records: those among which the other three are drawn.
+        probability: of a mosaic.
+    """
+
+    def __init__(self, mapper: Callable[[dict], dict], records: Sequence[dict], probability: float):
+        self.mapper = mapper
+        self.records = records
+        self.probability = probability
+
+    def __call__(self, record: dict) -> dict:
+        first = self.mapper(record)
+        if np.random.rand() >= self.probability:
+            return first
+        drawn = np.random.randint(len(self.records), size=3)
+        return put_together([first, *(self.mapper(self.records[i]) for i in drawn)])
+
+
+def put_together(mapped: Sequence[dict]) -> dict:
+    """The first of four mapped images, with the upper left, upper right, lower left and lower right
+    part of its picture taken by one of them each. Objects have boxes and classes, nothing else."""
+    height, width = mapped[0]["image"].shape[1:]
+    y = round(height * np.random.uniform(*CENTER))
+    x = round(width * np.random.uniform(*CENTER))
+    canvas = torch.empty_like(mapped[0]["image"])
+    boxes, classes = [], []
+    parts = [(0, 0, y, x), (0, x, y, width), (y, 0, height, x), (y, x, height, width)]
+    for piece, (top, left, bottom, right) in zip(mapped, parts, strict=True):
+        pixels, inside, kept = _window(piece, bottom - top, right - left)
+        canvas[:, top:bottom, left:right] = pixels
+        boxes.append(inside + inside.new_tensor([left, top, left, top]))
+        classes.append(piece["instances"].gt_classes[kept])
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(torch.cat(boxes))
+    instances.gt_classes = torch.cat(classes)
+    return mapped[0] | {"image": canvas, "instances": instances}
+
+
+def _window(piece: dict, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A random window of that size, of the picture made a little larger than the window.
+
+    Returns:
+        (C, height, width) pixels, (M, 4) boxes in it, (N,) bool: which objects these are.
+    """
+    image = piece["image"]
+    scale = max(height / image.shape[1], width / image.shape[2]) * np.random.uniform(1, ENLARGED)
+    size = [max(round(image.shape[1] * scale), height), max(round(image.shape[2] * scale), width)]
+    resized = F.interpolate(
+        image[None].float(), size=size, mode="bilinear", align_corners=False, antialias=True
+    )[0]
+    top = np.random.randint(size[0] - height + 1)
+    left = np.random.randint(size[1] - width + 1)
+    scales = [size[1] / image.shape[2], size[0] / image.shape[1]]
+    boxes = piece["instances"].gt_boxes.tensor
+    boxes = boxes * boxes.new_tensor(2 * scales) - boxes.new_tensor(2 * [left, top])
+    clipped = Boxes(boxes.clone())
+    clipped.clip((height, width))
+    kept = clipped.area() >= LEAST_AREA * Boxes(boxes).area()
+    pixels = resized[:, top : top + height, left : left + width]
+    if not image.is_floating_point():
+        pixels = pixels.round().clamp(0, 255)
+    return pixels.to(image.dtype), clipped.tensor[kept], kept
