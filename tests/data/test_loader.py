@@ -230,6 +230,13 @@ def test_augmentations_are_those_of_the_config(records):
     assert {image.shape for image in plain} == {(64, 85, 3)}
     assert ranges(plain)[0].tolist() == ranges(plain)[1].tolist() == [200, 100, 50]
     assert len({image.shape for image in seen(cfg)}) > 1
+    squares = seen(make_cfg("INPUT.SCALE_JITTER", [0.5, 2.0], "INPUT.SCALE_JITTER_SIZE", 48))
+    assert {image.shape for image in squares} == {(48, 48, 3)}
+    # Padded where it is made small; filled where it is made large.
+    shares = [(image == 128).all(axis=2).mean() for image in squares]
+    assert min(shares) == 0
+    assert max(shares) > 0.6
+    assert {im.shape for im in seen(without_augmentation(cfg))} == {(64, 85, 3)}
     # Evaluation sees images as they are.
     assert [type(a) for a in Mapper(cfg, is_train=False).augmentations.augs] == [
         T.ResizeShortestEdge

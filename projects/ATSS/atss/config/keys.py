@@ -29,13 +29,18 @@ def add_atss_config(cfg: CfgNode) -> None:
     # Of the checkpoints that SOLVER.CHECKPOINT_PERIOD asks for, how many stay; 0: all.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 0
 
+    # In place of INPUT.MIN_SIZE_TRAIN: an image is made to fit a square of SCALE_JITTER_SIZE pixels
+    # times a factor between these two, of which a square of that size is cut out, or padded to it
+    # ("large scale jitter", arXiv 2012.07177); empty: none. All images of a batch are of one size.
+    cfg.INPUT.SCALE_JITTER = []
+    cfg.INPUT.SCALE_JITTER_SIZE = 352
     # Brightness, contrast and saturation of a training image are each multiplied by up to 1 + this,
     # or down to 1 - this. Saturation is of RGB.
     cfg.INPUT.COLOR_JITTER = 0.0
     # Probability with which a training image is put together of four.
     cfg.INPUT.MOSAIC = 0.0
-    # Share of the training after which INPUT.CROP, COLOR_JITTER and MOSAIC no longer act, so that
-    # it ends on images as they are.
+    # Share of the training after which INPUT.CROP, SCALE_JITTER, COLOR_JITTER and MOSAIC no
+    # longer act, so that it ends on images as they are.
     cfg.INPUT.AUGMENT_UNTIL = 1.0
 
     # A backbone of timm, under MODEL.BACKBONE.NAME build_timm_fpn_backbone. Its maps are called s4,

@@ -24,8 +24,15 @@ class Mapper(DatasetMapper):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
-        """As there, and INPUT.COLOR_JITTER."""
+        """As there, and INPUT.SCALE_JITTER and COLOR_JITTER."""
         arguments = super().from_config(cfg, is_train)
+        if is_train and cfg.INPUT.SCALE_JITTER:
+            side = cfg.INPUT.SCALE_JITTER_SIZE
+            arguments["augmentations"] = [
+                T.ResizeScale(*cfg.INPUT.SCALE_JITTER, side, side),
+                T.FixedSizeCrop((side, side)),
+                *(x for x in arguments["augmentations"] if not isinstance(x, T.ResizeShortestEdge)),
+            ]
         jitter = cfg.INPUT.COLOR_JITTER
         if is_train and jitter:
             low_high = (1 - jitter, 1 + jitter)
@@ -62,6 +69,7 @@ def without_augmentation(cfg: CfgNode) -> CfgNode:
     plain = cfg.clone()
     plain.defrost()
     plain.INPUT.CROP.ENABLED = False
+    plain.INPUT.SCALE_JITTER = []
     plain.INPUT.COLOR_JITTER = 0.0
     return plain
 
