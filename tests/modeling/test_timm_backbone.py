@@ -244,3 +244,8 @@ def test_maps_are_named_by_strides():
     cfg = make_cfg("MODEL.FPN.IN_FEATURES", ["res3", "s16"], config=RECIPE)
     with pytest.raises(ValueError, match=r"names \['res3'\]; maps of timm are named by strides"):
         build_backbone(cfg)
+
+
+def test_nobody_is_alarmed_by_a_classifier_that_is_not_needed(lite0, caplog):
+    TimmBackbone("tf_efficientnet_lite0", weights=lite0)
+    assert "conv_head" not in caplog.text

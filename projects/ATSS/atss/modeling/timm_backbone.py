@@ -2,7 +2,9 @@
 one is asked for."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,7 +59,8 @@ class TimmBackbone(Backbone):
         options: dict[str, Any] = {"out_indices": [where[stride] for stride in strides]}
         if weights is not None:
             options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": weights}}
-        self.net = _create(name, **options)
+        with _quiet():
+            self.net = _create(name, **options)
         if weights is not None:
             require_loaded(self.net, weights, name)
         self.channels_come_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
@@ -159,6 +162,18 @@ def _create(name: str, **options: Any) -> Any:
         except (AttributeError, RuntimeError) as error:
             raise ValueError(f"{name} of timm gives no feature maps: {error}") from error
     raise refusal
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """timm warns of weights that a backbone has no use for: those of the classifier."""
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _try(name: str, trial: Any) -> None:
