@@ -8,10 +8,18 @@ from ..assigners import ASSIGNER_REGISTRY
 
 
 def add_atss_config(cfg: CfgNode) -> None:
-    """Adds the node MODEL.ATSS, and SOLVER.CHECKPOINTS_TO_KEEP. Detectron2's own keys (solver,
-    input, the anchors' offset) are left alone: configs/Base-ATSS.yaml sets them."""
+    """Adds the node MODEL.ATSS, and keys of training to SOLVER and TEST. Detectron2's own keys
+    (solver, input, the anchors' offset) are left alone: configs/Base-ATSS.yaml sets them."""
     # Of the checkpoints that SOLVER.CHECKPOINT_PERIOD asks for, how many stay; 0: all.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 0
+    # Averages the weights of all iterations, and evaluates the average too: each step keeps this
+    # part of it, or (1 + n) / (10 + n) after n steps, where that is less. 0: none.
+    cfg.SOLVER.EMA_DECAY = 0.0
+    # The metric by which the best weights of all evaluations (TEST.EVAL_PERIOD) are kept as
+    # model_best.pth, by its name in metrics.json; with several test sets "name/bbox/AP". "": none.
+    cfg.TEST.BEST_METRIC = "bbox/AP"
+    # Training ends after so many evaluations without a better one; 0: never.
+    cfg.TEST.PATIENCE = 0
 
     node = cfg.MODEL.ATSS = CfgNode()
     # Classes, without background. -1: as many as the data sets have.
