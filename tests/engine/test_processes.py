@@ -39,6 +39,7 @@ CASES = {
         ("MODEL.ATSS.ASSIGNER", "TopK", "MODEL.ATSS.ASSIGNERS.TopK.TOP_K", 1),
     ),
     "no object": ([[]] * 4, ()),
+    "averaged": (BOXES, ("SOLVER.EMA_DECAY", 0.9)),
 }
 
 
@@ -48,8 +49,9 @@ def images(boxes) -> list[dict]:
 
 
 def one_step(batch: list[dict], opts: tuple, output_dir: Path) -> dict:
-    """Losses, gradients and weights of Trainer's first step, the weights drawn with a seed. The
-    network is in float64: in float32 the order of its sums alone moves gradients by 1e-5."""
+    """Losses, gradients and weights of Trainer's first step, the weights drawn with a seed; with
+    averages, of the second step. The network is in float64: in float32 the order of its sums alone
+    moves gradients by 1e-5."""
 
     class OneBatch(Trainer):
         @classmethod
@@ -58,16 +60,23 @@ def one_step(batch: list[dict], opts: tuple, output_dir: Path) -> dict:
 
         @classmethod
         def build_train_loader(cls, cfg):
-            return [batch]
+            return [batch] * 2
 
     torch.manual_seed(0)
     trainer = OneBatch(make_cfg(*OPTIONS, *opts, "OUTPUT_DIR", str(output_dir)))
     losses = {}
     trainer.model.register_forward_hook(lambda *seen: losses.update(seen[2]))
+    averages = {}
     with EventStorage() as storage:
         trainer.run_step()
+        if trainer.averaging:
+            trainer.averaging.after_step()
+            trainer.run_step()
+            trainer.averaging.after_step()
+            averages = trainer.averaging.state_dict()["model"]
     model = getattr(trainer.model, "module", trainer.model)
     return {
+        "averages": {name: x.numpy() for name, x in averages.items()},
         "losses": {name: loss.item() for name, loss in losses.items()},
         "gradients": {name: x.grad.numpy() for name, x in model.named_parameters()},
         "weights": {name: x.detach().numpy() for name, x in model.named_parameters()},
@@ -111,7 +120,7 @@ def test_two_processes_make_the_step_of_one(halves, tmp_path, name):
     for loss, value in whole["losses"].items():
         mean = sum(result["losses"][loss] for result in results) / 2
         assert mean == pytest.approx(value, rel=1e-6, abs=1e-30)
-    for kind in ("gradients", "weights"):
+    for kind in ("gradients", "weights", "averages"):
         for parameter, values in whole[kind].items():
             for result in results:
                 difference = abs(result[kind][parameter] - values).max()
@@ -208,6 +217,25 @@ def test_sigterm_to_one_of_two_stops_both(squares, tmp_path, free_port):
     assert (
         f"SIGTERM: stopped after iteration {iteration};" in (tmp_path / "out/log.txt").read_text()
     )
+
+
+def test_two_processes_end_early_in_the_same_iteration(squares, tmp_path, free_port):
+    """Only the first has results. Where nothing is learned, AP is always the same."""
+    opts = {"TEST.EVAL_PERIOD": 1, "TEST.PATIENCE": 2, "SOLVER.EMA_DECAY": 0.9}
+    opts |= {"SOLVER.BASE_LR": 1e-12, "SOLVER.MAX_ITER": 50, "SOLVER.CHECKPOINT_PERIOD": 50}
+    # BatchNorm's statistics would move.
+    opts |= {"MODEL.RESNETS.NORM": "FrozenBN", "MODEL.FPN.NORM": "GN"}
+    processes = started(command_line(squares, tmp_path / "out", **opts), free_port)
+    for process in processes:
+        said, _ = process.communicate()
+        assert process.returncode == 0, said[-2000:]
+    log = (tmp_path / "out/log.txt").read_text()
+    assert "Training ends early, with iteration 2: 2 evaluations gave no better" in log
+    ended = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
+    assert ended["iteration"] == 2
+    best = torch.load(tmp_path / "out/model_best.pth", weights_only=True)
+    assert (best["iteration"], best["averaged"]) == (0, False)
+    assert best["value"] == ended["trainer"]["hooks"]["Best"]["value"]
 
 
 @pytest.mark.slow

@@ -109,6 +109,14 @@ class TrainingCheckpointer(SafeCheckpointer):
         if self.keep and (match := NUMBERED.fullmatch(f"{name}.pth")):
             self._remove_old(int(match[1]))
 
+    def save_weights(self, name: str, model: nn.Module, **kwargs: Any) -> None:
+        """Writes ``<name>.pth`` with the weights of a model and ``kwargs``; nothing that a run
+        could resume from."""
+        if not (self.save_dir and self.save_to_disk):
+            return
+        data = {"model": model.state_dict()} | kwargs
+        self._write(f"{name}.pth", lambda file: torch.save(data, file))
+
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Detectron2's, all or nothing."""
         self._write("last_checkpoint", lambda file: file.write(last_filename_basename.encode()))

@@ -28,6 +28,14 @@ def add_atss_config(cfg: CfgNode) -> None:
     cfg.TEST.EVAL_EPOCHS = 0.0
     # Of the checkpoints that SOLVER.CHECKPOINT_PERIOD asks for, how many stay; 0: all.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 0
+    # Averages the weights of all iterations, and evaluates the average too: each step keeps this
+    # part of it, or (1 + n) / (10 + n) after n steps, where that is less. 0: none.
+    cfg.SOLVER.EMA_DECAY = 0.0
+    # The metric by which the best weights of all evaluations (TEST.EVAL_PERIOD) are kept as
+    # model_best.pth, by its name in metrics.json; with several test sets "name/bbox/AP". "": none.
+    cfg.TEST.BEST_METRIC = "bbox/AP"
+    # Training ends after so many evaluations without a better one; 0: never.
+    cfg.TEST.PATIENCE = 0
 
     # In place of INPUT.MIN_SIZE_TRAIN: an image is made to fit a square of SCALE_JITTER_SIZE pixels
     # times a factor between these two, of which a square of that size is cut out, or padded to it

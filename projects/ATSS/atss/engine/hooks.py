@@ -77,7 +77,7 @@ class FiniteWeights(HookBase):
 class Preemption(HookBase):
     """After SIGTERM: a checkpoint of the iteration that is under way, then exit code 75.
 
-    Goes between PeriodicCheckpointer and EvalHook. As a context manager, around the training, it
+    Goes between PeriodicCheckpointer and Evaluation. As a context manager, around the training, it
     holds the signal's handler. One process that gets the signal is enough. While an evaluation runs
     whose iteration has its checkpoint, the process exits at once.
     """
@@ -99,6 +99,9 @@ class Preemption(HookBase):
         self.asked = True
         if self.saved:
             raise SystemExit(EXIT_PREEMPTED)
+
+    def before_train(self) -> None:
+        self.saved = self.trainer.start_iter > 0  # resumed from a checkpoint
 
     def before_step(self) -> None:
         self.saved = False

@@ -18,6 +18,8 @@ from detectron2.utils import comm
 from torch import distributed
 from torch.multiprocessing import ProcessExitedException
 
+from .outlook import LESS_MEMORY
+
 Main = Callable[[argparse.Namespace, CfgNode], object]
 
 # What torchrun tells each process that it starts; a scheduler's script can tell the same.
@@ -72,6 +74,10 @@ def explain(error: BaseException, output_dir: str) -> str | None:
         if isinstance(link, OSError) and link.errno in CANNOT_WRITE:
             return f"cannot write into OUTPUT_DIR {output_dir}: {link.strerror}"
         link = link.__cause__ or link.__context__
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU's memory is not enough: {LESS_MEMORY}"
+    if isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error):
+        return f"the machine's memory is not enough: {LESS_MEMORY}"
     if not isinstance(error, ValueError | OSError | FloatingPointError):
         return None
     # From a data loader's process comes a traceback as text, which ends in what was raised there.

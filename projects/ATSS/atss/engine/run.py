@@ -33,6 +33,7 @@ from ..config import (
 )
 from ..config.checks import check_values
 from ..data.datasets import log_remarks, refuse_unannotated, refuse_unevaluable, register_coco
+from .best import keeps_best
 from .launch import is_started, keep_freed_memory, launch, world_size
 from .trainer import Trainer
 
@@ -43,9 +44,11 @@ TRAINING_LIMITS = {
     "INPUT.MAX_SIZE_TRAIN": (1, math.inf),
     "SOLVER.BASE_LR": (0, math.inf),
     "SOLVER.CHECKPOINT_PERIOD": (1, math.inf),
+    "SOLVER.EMA_DECAY": (0, 0.999999),
     "SOLVER.IMS_PER_BATCH": (1, math.inf),
     "SOLVER.MAX_ITER": (1, math.inf),
     "TEST.EVAL_PERIOD": (0, math.inf),
+    "TEST.PATIENCE": (0, math.inf),
 }
 
 
@@ -114,7 +117,13 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     trainer = Trainer(cfg)
     if comm.is_main_process():
         kept = cfg.SOLVER.CHECKPOINTS_TO_KEEP
-        check_free_space(cfg.OUTPUT_DIR, trainer.model, copies=max(kept + 1, 2))
+        check_free_space(
+            cfg.OUTPUT_DIR,
+            trainer.model,
+            copies=max(kept + 1, 2),
+            averaged=trainer.averaging is not None,
+            best=trainer.best is not None,
+        )
     if args.resume:
         check_shared(trainer.checkpointer.get_checkpoint_file())
     trainer.resume_or_load(resume=args.resume)
@@ -186,10 +195,31 @@ def check_config(cfg: CfgNode, training: bool) -> None:
     check_model(cfg, training)
     if training:
         check_values(cfg, TRAINING_LIMITS)
+        check_best(cfg)
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN names no data set")
         refuse_unannotated(cfg.DATASETS.TRAIN)
     refuse_unevaluable(cfg.DATASETS.TEST)
+
+
+def check_best(cfg: CfgNode) -> None:
+    """Whether there will be evaluations for what depends on them.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
+    if not keeps_best(cfg):
+        if cfg.TEST.PATIENCE:
+            raise ValueError(
+                f"TEST.PATIENCE {cfg.TEST.PATIENCE} ends training by its evaluations: it needs "
+                "TEST.EVAL_PERIOD, TEST.BEST_METRIC and DATASETS.TEST"
+            )
+    elif len(names) > 1 and not metric.startswith(tuple(f"{name}/" for name in names)):
+        raise ValueError(
+            f"TEST.BEST_METRIC is {metric!r}; with several test sets it must name one of them, as "
+            f"'{names[0]}/bbox/AP' does"
+        )
 
 
 def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
@@ -238,20 +268,27 @@ def check_output_dir(path: str) -> None:
         raise ValueError(f"cannot write into OUTPUT_DIR {path}: {error.strerror}") from error
 
 
-def check_free_space(path: str, model: nn.Module, copies: int = 2) -> None:
+def check_free_space(
+    path: str, model: nn.Module, copies: int = 2, averaged: bool = False, best: bool = False
+) -> None:
     """Whether the folder has room for checkpoints: weights, and a momentum for each that is
     trained. By default for two, because one is written before the other is deleted.
+
+    Args:
+        averaged: they hold averaged weights too.
+        best: besides them the best weights are kept.
 
     Raises:
         ValueError: naming the folder and the sizes.
     """
-    tensors = [*model.state_dict().values(), *(x for x in model.parameters() if x.requires_grad)]
-    need = copies * sum(x.numel() * x.element_size() for x in tensors)
+    weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())
+    momenta = sum(x.numel() * x.element_size() for x in model.parameters() if x.requires_grad)
+    need = copies * (weights * (2 if averaged else 1) + momenta) + (weights if best else 0)
     free = shutil.disk_usage(path).free
     if free < need:
+        what = f"{copies} checkpoints" + (" and the best weights" if best else "")
         raise ValueError(
-            f"OUTPUT_DIR {path} has {free / 1e6:.0f} MB free, but {copies} checkpoints take "
-            f"{need / 1e6:.0f} MB"
+            f"OUTPUT_DIR {path} has {free / 1e6:.0f} MB free, but {what} take {need / 1e6:.0f} MB"
         )
 
 

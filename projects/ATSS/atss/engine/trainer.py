@@ -4,6 +4,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 from detectron2.config import CfgNode
@@ -26,19 +27,29 @@ from ..checkpoints.checkpointer import TrainingCheckpointer
 from ..config import autocast_dtype, build_tta, one_image_at_a_time
 from ..data.loader import TrainLoader, build_train_loader, derive_seed
 from ..data.mapper import Mapper, without_augmentation
+from .averaging import Averaging
+from .best import Best, Evaluation, evaluated_iteration, keeps_best
 from .evaluation import build_evaluator, build_test_loader
-from .hooks import FiniteLosses, FiniteWeights, Preemption
+from .hooks import FiniteLosses, FiniteWeights, Preemption, refuse_broken_weights
+from .outlook import Outlook
 from .solver import build_optimizer
+
+
+class EndedEarly(BaseException):
+    """Leaves Detectron2's loop over the iterations, which takes an Exception for a failure."""
 
 
 class Trainer(DefaultTrainer):
     """DefaultTrainer that also runs several processes on CPUs, knows the precision of
-    MODEL.ATSS.PRECISION, resumes bit for bit, and chooses the evaluator by the data set's metadata.
+    MODEL.ATSS.PRECISION, resumes bit for bit, chooses the evaluator by the data set's metadata,
+    averages weights, keeps the best, and ends where they do not become better.
 
     Attributes:
         seed: SEED, or one drawn for all processes where that is negative. The order of images,
             their augmentation and what the model draws in an iteration follow from it; a
             checkpoint holds it.
+        averaging: with SOLVER.EMA_DECAY.
+        best: with TEST.BEST_METRIC and evaluations during training.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -55,6 +66,9 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        # Before other hooks see the model: the averages are a copy of it.
+        decay = cfg.SOLVER.EMA_DECAY
+        self.averaging = Averaging(model, decay) if decay else None
 
         on_gpu = model.device.type == "cuda"
         device_ids = [comm.get_local_rank()] if on_gpu else None
@@ -85,25 +99,91 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Detectron2's, those that stop a training, and multi-scale testing at the end, before the
-        last numbers are written."""
+        """Detectron2's, those that stop a training, averages, the best weights, and multi-scale
+        testing at the end, before the last numbers are written."""
+        built, test = super().build_hooks(), self.cfg.TEST
+
+        def found(kind: type[HookBase]) -> list[HookBase]:
+            return [x for x in built if isinstance(x, kind)]
+
+        # The main process alone saves and writes.
+        checkpointer, writer = found(hooks.PeriodicCheckpointer), found(hooks.PeriodicWriter)
+        own = (hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
+        first = [x for x in built if not isinstance(x, own)]
         self.preemption = Preemption()
-        built = [FiniteWeights(), *super().build_hooks()]
-        evaluation = next(i for i, x in enumerate(built) if isinstance(x, hooks.EvalHook))
-        built.insert(evaluation, self.preemption)
-        if self.cfg.TEST.AUG.ENABLED:
-            writers = [i for i, x in enumerate(built) if isinstance(x, hooks.PeriodicWriter)]
-            test = hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
-            built.insert(writers[0] if writers else len(built), test)
-        return built
+        self.best = None
+        if keeps_best(self.cfg):
+            self.best = Best(test.BEST_METRIC, test.PATIENCE, self.checkpointer)
+        with_tta = None
+        if test.AUG.ENABLED:
+            with_tta = Evaluation(0, lambda: self.test_with_tta(self.cfg, self.model))
+        return [
+            FiniteWeights(),
+            *first,
+            self.averaging,
+            Outlook() if comm.is_main_process() else None,
+            *checkpointer,
+            self.preemption,
+            Evaluation(test.EVAL_PERIOD, self.evaluate, next(iter(writer), None)),
+            self.best,
+            with_tta,
+            *writer,
+        ]
 
     def train(self) -> dict | None:
         """DefaultTrainer's, which also ends a run that was killed between its last iteration and
-        its last file; SIGTERM stops it after a checkpoint."""
+        its last file; SIGTERM stops it after a checkpoint. One that ended early stays ended."""
+        if self.best and self.best.exhausted:
+            self._log_early_end(self.best)
+            self.max_iter = min(self.max_iter, self.start_iter)
         if self.start_iter >= self.max_iter:
             self.checkpointer.save("model_final", iteration=self.iter)
-        with self.preemption:
+        with self.preemption, suppress(EndedEarly):
             return super().train()
+        return None
+
+    def before_train(self) -> None:
+        """Detectron2's; an evaluation that is made up for may be the one that ends the run."""
+        super().before_train()
+        if self.best and self.best.exhausted and self.start_iter < self.max_iter:
+            self.iter -= 1
+            self._end_early(self.best)
+
+    def after_step(self) -> None:
+        """Detectron2's; ends the run where evaluations have not become better for long."""
+        super().after_step()
+        if self.best and self.best.exhausted:
+            self._end_early(self.best)
+
+    def _end_early(self, best: Best) -> None:
+        """Makes this iteration the last one."""
+        self._log_early_end(best)
+        self.checkpointer.save("model_final", iteration=self.iter)
+        self.preemption.saved = True
+        self.iter += 1
+        self.max_iter = self.iter
+        raise EndedEarly
+
+    def _log_early_end(self, best: Best) -> None:
+        logging.getLogger(__name__).info(
+            "Training ends early, with iteration %d: %s", self.iter, best.reason_to_stop()
+        )
+
+    def evaluate(self) -> dict:
+        """Results of the weights as they are now and, with SOLVER.EMA_DECAY, of the averaged ones,
+        which bear the suffix _EMA. The best weights are kept."""
+        if self.best:
+            refuse_broken_weights(self)  # which could count as the best
+        results = self.test(self.cfg, self.model)
+        evaluated = [(self.checkpointer.model, results)]
+        self._last_eval_results = dict(results)
+        if self.averaging:
+            averaged = self.test_averages(self.cfg, self.averaging.model)
+            evaluated.append((self.averaging.model, averaged))
+            self._last_eval_results |= {f"{name}_EMA": x for name, x in averaged.items()}
+        if self.best:
+            self.best.update(evaluated, evaluated_iteration(self))
+        return self._last_eval_results
 
     def run_step(self) -> None:
         """DefaultTrainer's, with generators that depend on nothing drawn before."""
@@ -145,6 +225,15 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """By the data set's metadata."""
         return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def test_averages(cls, cfg: CfgNode, model: nn.Module) -> dict:
+        """As test does, with files of results in a folder of their own."""
+        logging.getLogger(__name__).info("Evaluating the averaged weights")
+        elsewhere = cfg.clone()
+        elsewhere.defrost()
+        elsewhere.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "ema")
+        return cls.test(elsewhere, model)
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict:

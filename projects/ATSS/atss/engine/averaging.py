@@ -1,0 +1,71 @@
+"""Averaged weights (EMA): those of many iterations together often detect better than the last."""
+
+import copy
+import itertools
+import logging
+from collections.abc import Iterator
+
+import torch
+from detectron2.engine import HookBase
+from torch import Tensor, nn
+
+
+class Averaging(HookBase):
+    """Averages what is learned and the statistics of BatchNorm after every step. The n-th update,
+    from 1 on, keeps min(decay, (1 + n) / (10 + n)) of the average, so that in a short run it is not
+    mostly of the first weights; update 0 copies.
+
+    Goes before PeriodicCheckpointer, so that what that saves is of the same step.
+
+    Args:
+        model: not within DistributedDataParallel, and without hooks that are the training's alone.
+        decay: in [0, 1).
+
+    Attributes:
+        model: a copy, in evaluation mode, with the averages.
+        updates: so many made it.
+    """
+
+    # torch's AveragedModel would do the same, but reads its counter in every step where device and
+    # host must wait for each other.
+    def __init__(self, model: nn.Module, decay: float):
+        self.source = model
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay = decay
+        self.updates = 0
+
+    def before_train(self) -> None:
+        if self.updates:
+            return
+        self.model.load_state_dict(self.source.state_dict())
+        if self.trainer.start_iter > 0:
+            logging.getLogger(__name__).info(
+                "The checkpoint has no averaged weights: the average begins with its weights, at "
+                "iteration %d",
+                self.trainer.start_iter,
+            )
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        n = self.updates
+        kept = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        # Looked up anew, because PreciseBN puts other tensors in the place of its statistics.
+        pairs = [*zip(_tensors(self.model), _tensors(self.source), strict=True)]
+        averaged, latest = zip(*(x for x in pairs if x[0].is_floating_point()), strict=True)
+        torch._foreach_lerp_(averaged, latest, 1 - kept)
+        for counter, latest_counter in pairs:
+            if not counter.is_floating_point():
+                counter.copy_(latest_counter)
+        self.updates += 1
+
+    def state_dict(self) -> dict:
+        model = {name: x.cpu() for name, x in self.model.state_dict().items()}
+        return {"model": model, "updates": self.updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.updates = state["updates"]
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())

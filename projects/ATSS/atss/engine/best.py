@@ -1,0 +1,216 @@
+"""Evaluations during training, and what follows from them: the best weights, an early end.
+
+Results exist in the main process alone; what follows is decided there and told to all.
+"""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase, TrainerBase, hooks
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter
+from torch import nn
+
+from ..checkpoints import TrainingCheckpointer
+
+
+class Evaluation(hooks.EvalHook):
+    """Detectron2's, in a run that may have been interrupted or end early.
+
+    A checkpoint is written before the evaluation of its iteration, so that a run that is to stop
+    has saved early. Resumed from there, the evaluation is made up for before the first step.
+
+    Args:
+        period: in iterations; 0 for at the end alone.
+        evaluate: gives the results by task.
+        writer: what writes them, in the main process.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        evaluate: Callable[[], dict],
+        writer: hooks.PeriodicWriter | None = None,
+    ):
+        super().__init__(period, evaluate)
+        self.writer = writer
+        self.last = -1
+
+    def before_train(self) -> None:
+        start = self.trainer.start_iter
+        if self._period and 0 < start < self.trainer.max_iter and start % self._period == 0:
+            logging.getLogger(__name__).info(
+                "Evaluating iteration %d, whose checkpoint was written before that", start - 1
+            )
+            self.trainer.storage.iter = start - 1
+            self._do_eval()
+            self._write()
+            self.trainer.storage.iter = start
+
+    def after_step(self) -> None:
+        super().after_step()
+        iteration = self.trainer.iter
+        if self.last == iteration and self.writer and (iteration + 1) % self.writer._period:
+            self._write()
+
+    def after_train(self) -> None:
+        # Detectron2's evaluates also where the last iteration failed.
+        ended = self.trainer.iter >= self.trainer.max_iter
+        if ended and self.last != evaluated_iteration(self.trainer):
+            self._do_eval()
+        del self._func  # which holds the trainer
+
+    def _do_eval(self) -> None:
+        start = time.perf_counter()
+        super()._do_eval()
+        if self._period and self.last < 0:
+            seconds = timedelta(seconds=round(time.perf_counter() - start))
+            logging.getLogger(__name__).info("One evaluation takes %s", seconds)
+        self.last = evaluated_iteration(self.trainer)
+
+    def _write(self) -> None:
+        """PeriodicWriter alone would lose all but the last evaluation of 20 iterations."""
+        for writer in self.writer._writers if self.writer else ():
+            if not isinstance(writer, CommonMetricPrinter):
+                writer.write()
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is known of the best weights after some evaluations.
+
+    Attributes:
+        metric: that decides; greater is better.
+        value: the best, of the weights of ``iteration``; -inf, and -1, where there are none.
+        averaged: whether it is that of the averaged weights.
+        evaluated: iteration of the last evaluation.
+        since: evaluations that did not have a better one, since the best.
+    """
+
+    metric: str
+    value: float = -math.inf
+    iteration: int = -1
+    averaged: bool = False
+    evaluated: int = -1
+    since: int = 0
+
+
+class Best(HookBase):
+    """Keeps the best weights of all evaluations as model_best.pth.
+
+    Args:
+        metric: such as "bbox/AP", or "name/bbox/AP" where there are several test sets.
+        patience: training is to end after so many evaluations without a better one; 0 for never.
+        checkpointer: writes the file.
+    """
+
+    FILE = "model_best"
+
+    def __init__(self, metric: str, patience: int, checkpointer: TrainingCheckpointer):
+        self.standing = Standing(metric)
+        self.patience = patience
+        self.checkpointer = checkpointer
+
+    @property
+    def exhausted(self) -> bool:
+        return 0 < self.patience <= self.standing.since
+
+    def update(self, evaluated: list[tuple[nn.Module, dict]], iteration: int) -> None:
+        """
+        Args:
+            evaluated: models of an iteration with their results, the averaged one last.
+
+        Raises:
+            ValueError: in all processes, where the results do not have the metric.
+        """
+        if iteration == self.standing.evaluated:  # at the end of a run that ended early, resumed
+            return
+        found = self._compare(evaluated, iteration) if comm.is_main_process() else None
+        found = comm.all_gather(found)[0]
+        if isinstance(found, str):
+            raise ValueError(found)
+        self.standing = found
+
+    def _compare(self, evaluated: list[tuple[nn.Module, dict]], iteration: int) -> Standing | str:
+        """Where the best stand now, or what is wrong. Writes the file."""
+        metric, best = self.standing.metric, None
+        standing = replace(self.standing, evaluated=iteration, since=self.standing.since + 1)
+        for averaged, (model, results) in enumerate(evaluated):
+            values = flatten_results_dict(results)
+            if metric not in values:
+                # Those of single classes are left out.
+                known = [name for name in values if "-" not in name.rpartition("/")[2]]
+                return f"TEST.BEST_METRIC is {metric!r}, which the evaluation does not give; " + (
+                    f"known are {sorted(known)}" if known else "it gives none: set it to ''"
+                )
+            value = float(values[metric])
+            if math.isfinite(value) and value > standing.value:
+                best = model
+                standing = Standing(metric, value, iteration, bool(averaged), iteration)
+        logger = logging.getLogger(__name__)
+        if best is None:
+            logger.info("No better %s for %d evaluations", metric, standing.since)
+            return standing
+        logger.info("The best %s so far: %s", metric, _describe(standing))
+        about = {x: getattr(standing, x) for x in ("metric", "value", "iteration", "averaged")}
+        self.checkpointer.save_weights(self.FILE, best, **about)
+        return standing
+
+    def reason_to_stop(self) -> str:
+        best = _describe(self.standing) if self.standing.iteration >= 0 else "none"
+        return (
+            f"{self.standing.since} evaluations gave no better {self.standing.metric} than {best} "
+            f"(TEST.PATIENCE {self.patience})"
+        )
+
+    def after_train(self) -> None:
+        finished = self.trainer.iter >= self.trainer.max_iter
+        if not (finished and comm.is_main_process()):
+            return
+        logger, standing = logging.getLogger(__name__), self.standing
+        if standing.iteration < 0:
+            logger.warning("No best weights: %s was a number in no evaluation", standing.metric)
+            return
+        logger.info(
+            "The best weights are in %s, to be given as MODEL.WEIGHTS: %s %s",
+            os.path.join(self.checkpointer.save_dir, f"{self.FILE}.pth"),
+            standing.metric,
+            _describe(standing),
+        )
+
+    def state_dict(self) -> dict:
+        return asdict(self.standing)
+
+    def load_state_dict(self, state: dict) -> None:
+        loaded = Standing(**state)
+        if loaded.metric == self.standing.metric:
+            self.standing = loaded
+        else:
+            logging.getLogger(__name__).warning(
+                "TEST.BEST_METRIC was %s until now: the best weights by %s are those from here on",
+                loaded.metric,
+                self.standing.metric,
+            )
+
+
+def _describe(standing: Standing) -> str:
+    kind = "averaged weights (EMA)" if standing.averaged else "weights"
+    return f"{standing.value:.3f}, with the {kind} of iteration {standing.iteration}"
+
+
+def keeps_best(cfg: CfgNode) -> bool:
+    """Whether the config asks for the best weights, and evaluates during training to find them."""
+    return bool(cfg.TEST.BEST_METRIC and cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST)
+
+
+def evaluated_iteration(trainer: TrainerBase) -> int:
+    """That which made the weights, numbered as checkpoints are. After the last one Detectron2 has
+    counted on, also where there was none to make."""
+    return min(trainer.storage.iter, max(trainer.max_iter, trainer.start_iter) - 1)

@@ -1,0 +1,355 @@
+"""The best weights and the early end: found by the right numbers, and the same however often a run
+is interrupted."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_cfg
+from test_averaging import run
+from test_interruption import arguments, assert_equal, final
+from torch import nn
+
+import atss.engine.run as way_in
+from atss.checkpoints import TrainingCheckpointer
+from atss.engine import Trainer
+from atss.engine.best import Best
+from atss.engine.hooks import EXIT_PREEMPTED
+from atss.engine.launch import launch
+from atss.predictor import Predictor
+
+EVALUATED = {"TEST.EVAL_PERIOD": 2}
+
+
+def best(output):
+    return torch.load(output / "model_best.pth", weights_only=True)
+
+
+def log(output):
+    return (output / "log.txt").read_text()
+
+
+def metrics(output):
+    """{iteration: line} of the evaluations."""
+    lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    return {line["iteration"]: line for line in lines if "bbox/AP" in line}
+
+
+@pytest.fixture
+def by_weights(monkeypatch):
+    """Evaluations without images: any numbers, but the same for the same weights. Gives the list
+    of what was evaluated."""
+    seen = []
+
+    def test(cls, cfg, model):
+        total = sum(x.double().abs().sum().item() for x in model.parameters())
+        seen.append(total)
+        return {"bbox": {"AP": 100 * math.modf(1e4 * total)[0], "AP50": -total}}
+
+    monkeypatch.setattr(Trainer, "test", classmethod(test))
+    return seen
+
+
+def scripted(monkeypatch, *values):
+    """Evaluations give these APs, one after the other. Gives the list of those left."""
+    left = list(values)
+    monkeypatch.setattr(
+        Trainer, "test", classmethod(lambda *_: {"bbox": {"AP": left.pop(0), "AP50": 0.0}})
+    )
+    return left
+
+
+# ------------------------------------------------------------------------------------------------
+# Which are best
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keeper(tmp_path):
+    return Best("bbox/AP", 0, TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path)))
+
+
+def evaluated(*values, metric="AP"):
+    """A model whose weight is the value, with that result."""
+    models = [nn.Linear(1, 1) for _ in values]
+    for model, value in zip(models, values, strict=True):
+        nn.init.constant_(model.weight, value)
+    return [(m, {"bbox": {metric: v, "APs": -v}}) for m, v in zip(models, values, strict=True)]
+
+
+def test_greater_is_better_and_the_first_stays(keeper, tmp_path):
+    kept = []
+    for i, values in enumerate([(1, 2), (3, 3), (3, 3), (0, 1), (4, 5)]):
+        keeper.update(evaluated(*values), 10 * i)
+        found = best(tmp_path)
+        assert found["model"]["weight"].item() == found["value"]
+        kept.append((found["value"], found["iteration"], found["averaged"]))
+    first, second, last = (2.0, 0, True), (3.0, 10, False), (5.0, 40, True)
+    assert kept == [first, second, second, second, last]
+    assert found["metric"] == "bbox/AP"
+    assert sorted(os.listdir(tmp_path)) == ["model_best.pth"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_never_best(keeper, tmp_path, value):
+    keeper.update(evaluated(value, value), 0)
+    assert not (tmp_path / "model_best.pth").exists()
+    keeper.update(evaluated(-1.0, value), 1)
+    assert best(tmp_path)["value"] == -1.0
+    keeper.update(evaluated(value), 2)
+    assert best(tmp_path)["iteration"] == 1
+    assert keeper.standing.since == 1
+
+
+def test_a_metric_that_there_is_not(keeper):
+    results = {"bbox": {"AP50": 1.0, "APl": 2.0, "AP-orange": 3.0}}
+    with pytest.raises(ValueError, match=r"does not give; known are \['bbox/AP50', 'bbox/APl'\]$"):
+        keeper.update([(nn.Linear(1, 1), results)], 0)
+    with pytest.raises(ValueError, match="it gives none: set it to ''"):
+        keeper.update([(nn.Linear(1, 1), {})], 0)
+
+
+def test_several_test_sets(tmp_path):
+    keeper = Best("b/bbox/AP", 0, TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path)))
+    results = {"a": {"bbox": {"AP": 9.0}}, "b": {"bbox": {"AP": 4.0}}}
+    keeper.update([(nn.Linear(1, 1), results)], 0)
+    assert best(tmp_path)["value"] == 4.0
+
+
+# ------------------------------------------------------------------------------------------------
+# In a training
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_file_gives_the_value_again(squares, tmp_path):
+    """By --eval-only, and the predictor loads it."""
+    run(squares, tmp_path, **EVALUATED, **{"TEST.BEST_METRIC": "bbox/AP50"})
+    found = best(tmp_path)
+    values = [line[f"bbox{x}/AP50"] for line in metrics(tmp_path).values() for x in ("", "_EMA")]
+    assert found["value"] == max(values)
+    assert set(found) == {"model", "metric", "value", "iteration", "averaged"}
+    kind = "averaged weights (EMA)" if found["averaged"] else "weights"
+    assert (
+        f"The best weights are in {tmp_path}/model_best.pth, to be given as MODEL.WEIGHTS: "
+        f"bbox/AP50 {found['value']:.3f}, with the {kind} of iteration {found['iteration']}"
+    ) in log(tmp_path)
+    register = f"short={squares}/annotations.json:{squares}/images"
+    opts = {"MODEL.WEIGHTS": tmp_path / "model_best.pth", "DATASETS.TEST": ("short",)}
+    opts |= {"INPUT.MIN_SIZE_TEST": 64, "MODEL.ATSS.SCORE_THRESH_TEST": 0.0}
+    opts |= {"DATASETS.TRAIN": ()}
+    argv = arguments(register, tmp_path / "again", "--eval-only", **opts)
+    args = way_in.make_parser().parse_args(argv)
+    assert way_in.run(args, way_in.prepare(args))["bbox"]["AP50"] == found["value"]
+    predictor = Predictor(tmp_path / "config.yaml", tmp_path / "model_best.pth")
+    assert_equal(dict(predictor.model.state_dict()), dict(found["model"]))
+
+
+@pytest.mark.parametrize("checkpoints", [2, 3])
+def test_an_interruption_changes_nothing(squares, tmp_path, by_weights, checkpoints):
+    """Resumed after iteration 3, whose evaluation its checkpoint does not know, or after 2."""
+    opts = EVALUATED | {"SOLVER.MAX_ITER": 8, "SOLVER.CHECKPOINT_PERIOD": checkpoints}
+    run(squares, tmp_path / "whole", **opts)
+    run(squares, tmp_path / "parts", stop_after=4, **opts)
+    run(squares, tmp_path / "parts", "--resume", **opts)
+    assert_equal(final(tmp_path / "parts"), final(tmp_path / "whole"))
+    assert_equal(best(tmp_path / "parts"), best(tmp_path / "whole"))
+    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    assert set(whole) == set(parts) == {1, 3, 5, 8}
+    for iteration, line in whole.items():
+        for name in ("bbox/AP", "bbox_EMA/AP"):
+            assert line.get(name) == parts[iteration].get(name)
+    assert (tmp_path / "parts/last_checkpoint").read_text() == "model_final.pth"
+
+
+@pytest.mark.parametrize("peak", [1, 3, 5])
+def test_the_best_is_known_over_interruptions(squares, tmp_path, monkeypatch, peak):
+    """It is of the evaluation before the stop, of that at the checkpoint, or of one after it."""
+    values = {1: 20.0, 3: 20.0, 5: 20.0, 7: 20.0} | {peak: 50.0}
+
+    def test(self, cfg, model):
+        return {"bbox": {"AP": values[min(self.storage.iter, 7)]}}
+
+    monkeypatch.setattr(Trainer, "test", test)
+    opts = EVALUATED | {"SOLVER.EMA_DECAY": 0.0, "SOLVER.MAX_ITER": 8}
+    run(squares, tmp_path, stop_after=4, **opts)
+    run(squares, tmp_path, "--resume", **opts)
+    found = best(tmp_path)
+    assert (found["value"], found["iteration"]) == (50.0, peak)
+
+
+def test_it_is_no_checkpoint(squares, tmp_path, by_weights, monkeypatch):
+    tagged, tag = [], TrainingCheckpointer.tag_last_checkpoint
+    monkeypatch.setattr(
+        TrainingCheckpointer,
+        "tag_last_checkpoint",
+        lambda self, name: (tagged.append(name), tag(self, name)),
+    )
+    run(squares, tmp_path, **EVALUATED)
+    assert "model_best.pth" not in tagged
+    for path in tmp_path.glob("model_[0f]*.pth"):
+        path.unlink()
+    with pytest.raises(OSError, match=r"model_final.pth is missing .*, and no other checkpoint"):
+        run(squares, tmp_path, "--resume", **EVALUATED)
+
+
+def test_another_metric_begins_anew(squares, tmp_path, by_weights):
+    run(squares, tmp_path, stop_after=4, **EVALUATED)
+    run(squares, tmp_path, "--resume", **EVALUATED | {"TEST.BEST_METRIC": "bbox/AP50"})
+    assert "TEST.BEST_METRIC was bbox/AP until now" in log(tmp_path)
+    assert best(tmp_path)["metric"] == "bbox/AP50"
+    lines = [line for iteration, line in metrics(tmp_path).items() if iteration >= 3]
+    values = [line[f"bbox{x}/AP50"] for line in lines for x in ("", "_EMA")]
+    assert best(tmp_path)["value"] == max(values)
+
+
+def test_none_without_a_metric(squares, tmp_path, by_weights):
+    run(squares, tmp_path, **EVALUATED | {"TEST.BEST_METRIC": ""})
+    assert len(by_weights) == 6
+    assert not (tmp_path / "model_best.pth").exists()
+
+
+def test_an_unknown_metric_ends_the_run_in_one_sentence(squares, tmp_path):
+    register = f"short={squares}/annotations.json:{squares}/images"
+    opts = {"DATASETS.TRAIN": ("short",), "DATASETS.TEST": ("short",), "TEST.EVAL_PERIOD": 1}
+    opts |= {"MODEL.ATSS.SCORE_THRESH_TEST": 0.0, "TEST.BEST_METRIC": "bbox_EMA/AP"}
+    opts |= {"SOLVER.EMA_DECAY": 0.9}
+    args = way_in.make_parser().parse_args(arguments(register, tmp_path, **opts))
+    with pytest.raises(SystemExit) as stop:
+        launch(way_in.run, args, way_in.prepare(args))
+    assert stop.value.code.startswith(
+        "error: TEST.BEST_METRIC is 'bbox_EMA/AP', which the evaluation does not give; known are "
+        "['bbox/AP', 'bbox/AP50', "
+    )
+
+
+def test_sigterm_ends_an_evaluation_that_is_made_up_for(squares, tmp_path, by_weights, monkeypatch):
+    run(squares, tmp_path, stop_after=2, **EVALUATED)
+    name = (tmp_path / "last_checkpoint").read_text()
+    monkeypatch.setattr(Trainer, "test", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        run(squares, tmp_path, "--resume", **EVALUATED)
+    assert stop.value.code == EXIT_PREEMPTED
+    assert (tmp_path / "last_checkpoint").read_text() == name == "model_0000001.pth"
+
+
+# ------------------------------------------------------------------------------------------------
+# The early end
+# ------------------------------------------------------------------------------------------------
+
+EARLY = {
+    "TEST.EVAL_PERIOD": 1,
+    "TEST.PATIENCE": 2,
+    "SOLVER.EMA_DECAY": 0.0,
+    "SOLVER.CHECKPOINT_PERIOD": 2,
+}
+
+
+def test_ends_after_so_many_without_a_better_one(squares, tmp_path, monkeypatch):
+    left = scripted(monkeypatch, 1.0, 3.0, 2.0, 4.0, 4.0, math.nan, 9.0)
+    losses = run(squares, tmp_path, **EARLY | {"SOLVER.MAX_ITER": 50})
+    assert list(losses) == [0, 1, 2, 3, 4, 5]
+    assert left == [9.0]  # nothing is evaluated twice
+    assert best(tmp_path)["iteration"] == 3
+    assert final(tmp_path)["iteration"] == final(tmp_path)["trainer"]["iteration"] == 5
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    said = log(tmp_path)
+    assert (
+        "Training ends early, with iteration 5: 2 evaluations gave no better bbox/AP than 4.000, "
+        "with the weights of iteration 3 (TEST.PATIENCE 2)"
+    ) in said
+    assert "The best weights are in" in said
+    assert "Exception during training" not in said
+    assert set(metrics(tmp_path)) == {0, 1, 2, 3, 4, 5}
+
+
+def test_what_ended_early_does_not_go_on(squares, tmp_path, monkeypatch):
+    opts = EARLY | {"SOLVER.MAX_ITER": 50}
+    scripted(monkeypatch, 5.0, 4.0, 3.0)
+    run(squares, tmp_path, **opts)
+    before, best_before = final(tmp_path), best(tmp_path)
+    left = scripted(monkeypatch, 9.0, 9.0)  # evaluated again, which does not count again
+    assert run(squares, tmp_path, "--resume", **opts) == {}
+    assert left == [9.0]
+    assert_equal(final(tmp_path), before)
+    assert_equal(best(tmp_path), best_before)
+    scripted(monkeypatch, 4.0, 6.0, *[0.0] * 4)
+    more = run(squares, tmp_path, "--resume", **opts | {"TEST.PATIENCE": 3})
+    assert list(more) == [3, 4, 5, 6]
+    assert best(tmp_path)["iteration"] == 3
+
+
+class Stop(BaseException):
+    """As a kill."""
+
+
+@pytest.mark.parametrize("stopped", ["evaluate", "_end_early"])
+def test_ends_alike_when_interrupted(squares, tmp_path, monkeypatch, stopped):
+    """Before the evaluation that ends it, or just after: the checkpoint there does not know."""
+    opts = EARLY | {"SOLVER.MAX_ITER": 50, "TEST.EVAL_PERIOD": 2}
+    scripted(monkeypatch, 3.0, 2.0, 1.0)
+    assert list(run(squares, tmp_path / "whole", **opts)) == [0, 1, 2, 3, 4, 5]
+    act = getattr(Trainer, stopped)
+
+    def stop(self, *arguments):
+        if self.iter == 5:
+            raise Stop
+        return act(self, *arguments)
+
+    scripted(monkeypatch, 3.0, 2.0, 1.0)
+    monkeypatch.setattr(Trainer, stopped, stop)
+    with pytest.raises(Stop):
+        run(squares, tmp_path / "parts", **opts)
+    assert (tmp_path / "parts/last_checkpoint").read_text() == "model_0000005.pth"
+    monkeypatch.setattr(Trainer, stopped, act)
+    scripted(monkeypatch, 1.0)
+    assert run(squares, tmp_path / "parts", "--resume", **opts) == {}
+    assert_equal(final(tmp_path / "parts"), final(tmp_path / "whole"))
+    assert_equal(best(tmp_path / "parts"), best(tmp_path / "whole"))
+
+
+def test_an_early_end_is_tested_with_several_sizes_too(squares, tmp_path, monkeypatch):
+    opts = EARLY | {"TEST.PATIENCE": 1, "TEST.AUG.ENABLED": True, "TEST.AUG.MIN_SIZES": (64,)}
+    opts |= {"MODEL.ATSS.TTA.SIZE_RANGES": [[0, 1000]]}
+    scripted(monkeypatch, 2.0, 1.0, 3.0)
+    assert list(run(squares, tmp_path, **opts)) == [0, 1]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert [line["bbox_TTA/AP"] for line in lines if "bbox_TTA/AP" in line] == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("opts", "sentence"),
+    [
+        ({"TEST.PATIENCE": 3}, "TEST.PATIENCE 3 ends training by its evaluations: it needs TEST"),
+        ({"TEST.PATIENCE": 3, "TEST.EVAL_PERIOD": 2, "DATASETS.TEST": ()}, "TEST.PATIENCE 3 ends"),
+        ({"TEST.PATIENCE": 3, "TEST.EVAL_PERIOD": 2, "TEST.BEST_METRIC": ""}, "TEST.PATIENCE 3"),
+        ({"TEST.PATIENCE": -1}, "TEST.PATIENCE must be from 0 on, not -1"),
+        ({"SOLVER.EMA_DECAY": 1.0}, "SOLVER.EMA_DECAY must be from 0 to 0.999999, not 1.0"),
+    ],
+)
+def test_what_is_refused_before_training(squares, tmp_path, opts, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        run(squares, tmp_path, **{"SOLVER.EMA_DECAY": 0.0} | opts)
+
+
+def test_one_of_several_test_sets_must_be_named():
+    cfg = make_cfg("DATASETS.TEST", ("a", "b"), "TEST.EVAL_PERIOD", 2)
+    with pytest.raises(ValueError, match=r"'bbox/AP'; with several .*, as 'a/bbox/AP' does"):
+        way_in.check_best(cfg)
+    cfg.TEST.BEST_METRIC = "b/bbox/AP"
+    way_in.check_best(cfg)
+
+
+def test_room_for_averages_and_the_best(squares, tmp_path, monkeypatch):
+    """What the check asks for, against the files that are written."""
+    run(squares, tmp_path, **EVALUATED | {"SOLVER.MAX_ITER": 2})
+    size = sum((tmp_path / f"model_{x}.pth").stat().st_size for x in ("final", "best"))
+    model = Predictor(tmp_path / "config.yaml", tmp_path / "model_best.pth").model
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(ValueError, match="1 checkpoints and the best weights take") as error:
+        way_in.check_free_space(str(tmp_path), model, copies=1, averaged=True, best=True)
+    assert size / 1e6 == pytest.approx(int(str(error.value).split()[-2]), rel=0.05)

@@ -1,0 +1,127 @@
+"""The line on time and memory that a newcomer looks for."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_averaging import run
+
+from atss.engine import outlook
+from atss.engine.outlook import Outlook, peak_memory
+
+RAW = {"SOLVER.EMA_DECAY": 0.0, "DATASETS.TEST": ()}
+
+
+def told(output):
+    return re.findall(r"One iteration takes.*", (output / "log.txt").read_text())
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Stands for the time: moves on when told."""
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(outlook, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    return now
+
+
+class Said(list):
+    """Stands for the log."""
+
+    def info(self, text, *values):
+        self.append(text % values)
+
+    warning = info
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = Said()
+    monkeypatch.setattr(outlook, "logging", SimpleNamespace(getLogger=lambda name: lines))
+    return lines
+
+
+def trainer(start, max_iter, period=0):
+    cfg = SimpleNamespace(
+        TEST=SimpleNamespace(EVAL_PERIOD=period),
+        DATASETS=SimpleNamespace(TEST=("a",)),
+        SOLVER=SimpleNamespace(IMS_PER_BATCH=4),
+    )
+    loader = SimpleNamespace(records=range(1000))
+    return SimpleNamespace(
+        iter=start, max_iter=max_iter, cfg=cfg, data_loader=loader, model=torch.nn.Linear(1, 1)
+    )
+
+
+def iterate(hook, clock, *seconds):
+    hook.before_train()
+    for duration in seconds:
+        hook.before_step()
+        clock.seconds += duration
+        hook.after_step()
+        clock.seconds += 100  # a checkpoint, an evaluation
+        hook.trainer.iter += 1
+
+
+def test_the_first_iterations_do_not_count(clock, said):
+    hook = Outlook()
+    hook.trainer = trainer(start=1000, max_iter=2020, period=50)
+    iterate(hook, clock, 60.0, 30.0, 10.0, *[2.0] * 30)
+    (line,) = said
+    assert line.startswith(
+        "One iteration takes 2.00 s: one pass over the 1000 training images 0:08:20, the 1000 "
+        "iterations to go 0:33:20, and the evaluations besides. Memory needed until now: "
+    )
+
+
+def test_a_run_of_two_iterations(clock, said):
+    hook = Outlook()
+    hook.trainer = trainer(start=0, max_iter=2)
+    iterate(hook, clock, 5.0, 3.0)
+    (line,) = said
+    assert line.startswith("One iteration takes 4.00 s: one pass over the 1000 training images 0:")
+    assert "the 0 iterations to go 0:00:00. Memory" in line
+
+
+@pytest.mark.parametrize("used", ["8.9 of 10.0 GB (89 %)", "9.1 of 10.0 GB (91 %)"])
+def test_little_memory_is_told_with_what_to_do(clock, said, monkeypatch, used):
+    monkeypatch.setattr(outlook, "peak_memory", lambda device: (float(used[:3]) * 1e9, 10e9))
+    hook = Outlook()
+    hook.trainer = trainer(start=0, max_iter=1)
+    iterate(hook, clock, 1.0)
+    assert said[0].endswith(f"Memory needed until now: {used}")
+    warned = used.startswith("9")
+    assert len(said) == 1 + warned
+    for key in ("SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "INPUT.MIN_SIZE_TRAIN", "PRECISION"):
+        assert (key in said[-1]) == warned
+
+
+def test_the_machine(monkeypatch):
+    """Memory that is written to is counted, in bytes, once for each process of the machine."""
+    before, total = peak_memory(torch.device("cpu"))
+    torch.ones(int(before) + 300 * 2**20, dtype=torch.uint8)
+    after, _ = peak_memory(torch.device("cpu"))
+    assert 250 * 2**20 < after - before < total
+    monkeypatch.setattr(outlook.comm, "get_local_size", lambda: 3)
+    assert peak_memory(torch.device("cpu"))[0] == 3 * after
+
+
+def test_the_gpu(monkeypatch):
+    gpu = torch.device("cuda:1")
+    properties = {gpu: SimpleNamespace(total_memory=8)}
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", {gpu: 6}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
+    assert peak_memory(gpu) == (6, 8)
+
+
+def test_in_a_training(squares, tmp_path):
+    """Of 7 images, those with objects; once, also when resumed; how long an evaluation takes."""
+    run(squares, tmp_path, stop_after=2, **RAW)
+    assert told(tmp_path) == []
+    opts = {"DATASETS.TEST": ("short",), "TEST.EVAL_PERIOD": 2}
+    run(squares, tmp_path, "--resume", **RAW | opts)
+    (line,) = told(tmp_path)
+    assert "one pass over the 7 training images" in line
+    assert "and the evaluations besides" in line
+    log = (tmp_path / "log.txt").read_text()
+    assert len(re.findall(r"One evaluation takes \d+:\d\d:\d\d", log)) == 1
