@@ -26,7 +26,7 @@ from torch import nn
 from ..checkpoints import SafeCheckpointer
 from ..config import check_model, complete_classes, load_config, use_available_device
 from ..config.checks import check_values
-from ..data.datasets import log_remarks, refuse_unannotated, refuse_unevaluable, register_coco
+from ..data import datasets
 from .launch import is_started, keep_freed_memory, launch, world_size
 from .trainer import Trainer
 
@@ -51,8 +51,9 @@ def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
         "--register",
         action="append",
         default=[],
-        metavar="NAME=annotations.json:image_dir",
-        help="an own data set in COCO's format, to be used under NAME in the config (repeatable)",
+        metavar="NAME=annotations.json:image_dir|NAME=data.yaml:split",
+        help="an own data set in COCO's format, or the split of one in YOLO's layout, to be used "
+        "under NAME in the config (repeatable)",
     )
     parser.add_argument(
         "--import",
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     register(args)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="atss")
-    log_remarks((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    datasets.log_remarks((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
     if args.eval_only:
@@ -132,7 +133,7 @@ def register(args: argparse.Namespace) -> None:
     """
     import_modules(args.imports)
     for spec in args.register:
-        register_coco(spec)
+        datasets.register(spec)
 
 
 class NoSuchModule(ValueError):
@@ -180,8 +181,8 @@ def check_config(cfg: CfgNode, training: bool) -> None:
         check_values(cfg, TRAINING_LIMITS)
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN names no data set")
-        refuse_unannotated(cfg.DATASETS.TRAIN)
-    refuse_unevaluable(cfg.DATASETS.TEST)
+        datasets.refuse_unannotated(cfg.DATASETS.TRAIN)
+    datasets.refuse_unevaluable(cfg.DATASETS.TEST)
 
 
 def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
