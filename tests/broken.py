@@ -71,9 +71,37 @@ def make_data(root: Path) -> dict:
     return {"images": images, "categories": categories, "annotations": annotations}
 
 
+def write_yolo(content: dict, root: Path, **keys: object) -> Path:
+    """The same data in YOLO's layout, with these keys in its yaml, which it gives."""
+    names = [c["name"] for c in content["categories"]]
+    (root / "labels").mkdir()
+    for image in content["images"]:
+        lines = [
+            label(a["category_id"] - 1, a["bbox"])
+            for a in content["annotations"]
+            if a["image_id"] == image["id"]
+        ]
+        (root / "labels" / image["file_name"]).with_suffix(".txt").write_text("\n".join(lines))
+    yaml_file = root / "data.yaml"
+    yaml_file.write_text(json.dumps({"train": "images", "names": names} | keys))  # json is yaml
+    return yaml_file
+
+
+def label(category: int, box: list[float]) -> str:
+    """The line of a box (x, y, width, height) in pixels."""
+    x, y, w, h = box
+    shares = (x + w / 2) / WIDTH, (y + h / 2) / HEIGHT, w / WIDTH, h / HEIGHT
+    return f"{category} " + " ".join(f"{share:.6f}" for share in shares)
+
+
 def break_data(case: Case, root: Path) -> tuple[Path, Path]:
-    """Writes the broken data set; gives its json and its folder of images."""
+    """Writes the broken data set; gives its json and its folder of images, or its yaml and its
+    split."""
     content = make_data(root)
+    if case in YOLO:
+        yaml_file = write_yolo(content, root)
+        case.change(content, root)
+        return yaml_file, Path("train")
     json_file = root / "annotations.json"
     json_file.write_text("")
     changed = case.change(content, root)
@@ -215,6 +243,36 @@ def animation(image_format: str) -> Callable:
     return saved(
         plain(), image_format, **options | ({} if image_format != "WEBP" else {"lossless": True})
     )
+
+
+def line(text: str) -> Callable:
+    """The first label of a.png becomes another."""
+
+    def change(content: dict, root: Path) -> None:
+        path = root / "labels" / "a.txt"
+        path.write_text("\n".join([text, *path.read_text().splitlines()[1:]]))
+
+    return change
+
+
+def key(name: str, value: object) -> Callable:
+    """A key of the data.yaml gets another value; None takes it away."""
+
+    def change(content: dict, root: Path) -> None:
+        path = root / "data.yaml"
+        config = json.loads(path.read_text()) | {name: value}
+        path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+    return change
+
+
+def text(content: str) -> Callable:
+    """Another content of the data.yaml."""
+    return lambda c, root: (root / "data.yaml").write_text(content)
+
+
+def no_labels(content: dict, root: Path) -> None:
+    (root / "labels").rename(root / "annotations")
 
 
 SIXTEEN_BITS = np.full((HEIGHT, WIDTH), 40_000, np.uint16)
@@ -423,6 +481,79 @@ FILES = [
          file(lambda p: plain(size=(5000, 1)).save(p), width=5000, height=1), "stops",
          "height and width must be > 0", "image_thin"),
 ]
+LINE = "labels/a.txt line 1"
+YAML = [
+    Case("the yaml is missing", lambda c, r: (r / "data.yaml").unlink(), "stops",
+         "cannot be read: No such file or directory", None, "data.yaml"),
+    Case("no yaml", text("names: [cat, dog"), "stops", "line 1 is no valid yaml", None,
+         "data.yaml"),
+    Case("a tag that makes a Python object", text("names: !!python/name:os.system"), "stops",
+         "line 1 is no valid yaml: could not determine a constructor", None, "data.yaml"),
+    Case("a list, where keys belong", text("[cat, dog]"), "stops", "it holds no keys with values",
+         None, "data.yaml"),
+    Case("no names", key("names", None), "stops", "it has no 'names'", None, "data.yaml"),
+    Case("names that are text", key("names", "cat dog"), "stops",
+         "its 'names' is a str, where a list or a dictionary belongs", None, "data.yaml"),
+    Case("a name that yaml takes for a truth value", text("names: [cat, no]"), "stops",
+         "the name of class 1 is False: put it in quotes", None, "data.yaml"),
+    Case("names by other names", key("names", {"cat": 0, "dog": 1}), "stops",
+         "its 'names' has 'cat', where the number of a class belongs", None, "data.yaml"),
+    Case("nc and names disagree", key("nc", 3), "stops", "its 'nc' is 3, but it has 2 names", None,
+         "data.yaml"),
+    Case("a split that is not there", key("train", None), "stops", "it has no split 'train'", None,
+         "data.yaml"),
+    Case("a folder that does not exist", key("train", "pictures"), "stops",
+         "its 'train' names 'pictures', which does not exist; tried", None, "data.yaml"),
+    Case("a number for a folder", key("train", 7), "stops", "its 'train' is 7", None, "data.yaml"),
+    Case("a file that is no .txt", key("train", "data.yaml"), "stops",
+         "which is neither a folder nor a .txt", None, "data.yaml"),
+    Case("a folder without images", key("train", "labels"), "stops", "its 'train' has no images",
+         None, "data.yaml"),
+    Case("no label file at all", no_labels, "stops",
+         "that of images/a.png was looked for at labels/a.txt", None, "data.yaml"),
+    Case("a list names an image that does not exist",
+         lambda c, r: (key("train", "list.txt")(c, r),
+                       (r / "list.txt").write_text("images/b.png\nimages/gone.png")), "stops",
+         "images that cannot be read (1)", "file_unreadable", "images/gone.png"),
+    Case("text in place of one of YOLO's images", data(b"<html>404</html>"), "stops",
+         "images that cannot be read (1)", "file_unreadable", "images/a.png"),
+]
+LABELS = [
+    Case("five numbers after the class", line("0 0.5 0.5 0.25 0.25 0.9"), "stops", "has 6 numbers",
+         "label_malformed", LINE),
+    Case("three numbers after the class", line("0 0.5 0.5 0.25"), "stops", "has 4 numbers",
+         "label_malformed", LINE),
+    Case("a class alone", line("1"), "stops", "has 1 number", "label_malformed", LINE),
+    Case("a word", line("cat 0.5 0.5 0.25 0.25"), "stops",
+         "has 'cat', where a number belongs", "label_malformed", LINE),
+    Case("a NaN", line("0 0.5 nan 0.25 0.25"), "stops", "has nan, which is not finite",
+         "label_malformed", LINE),
+    Case("half a class", line("0.5 0.5 0.5 0.25 0.25"), "stops",
+         "has class 0.5, which is no whole number", "label_malformed", LINE),
+    Case("a label file in UTF-16", lambda c, r: (r / "labels/a.txt").write_bytes(b"\xff\xfe0"),
+         "stops", "it is no text in UTF-8", "label_malformed", "labels/a.txt"),
+    Case("a class beyond the names", line("2 0.5 0.5 0.25 0.25"), "stops",
+         "labels of classes that have no name (1)", "label_class_unknown", f"{LINE}, class 2"),
+    Case("a class below 0", line("-1 0.5 0.5 0.25 0.25"), "stops",
+         "labels of classes that have no name (1)", "label_class_unknown", f"{LINE}, class -1"),
+    Case("a label in pixels", line("0 32 24 16 12"), "stops", "YOLO's are shares, not pixels (1)",
+         "label_units", f"{LINE}, 32 24 16 12"),
+    Case("a label of negative width", line("0 0.5 0.5 -0.25 0.25"), "stops",
+         "boxes of negative width or height", "box_negative", "annotation 1 of images/a.png"),
+    Case("a label of zero width", line("0 0.5 0.5 0 0.25"), "leaves out",
+         "boxes of zero width or height (1)", "box_empty", "annotation 1 of images/a.png", 11),
+    Case("a label beyond the image's border", line("0 0.9 0.5 0.4 0.25"), "trains",
+         "clipped; logged", "box_partly_outside", LINE),
+    Case("a label twice", lambda c, r: (r / "labels/a.txt").write_text(
+         "\n".join(2 * (r / "labels/a.txt").read_text().splitlines()[:1])), "trains",
+         "though the second gets no anchor", "object_twice", "annotation 2 of images/a.png", 11),
+    Case("an image without a label file", lambda c, r: (r / "labels/a.txt").unlink(), "leaves out",
+         "images without a label file, taken to be without objects (1)", "label_missing",
+         "images/a.png", 9),
+    Case("an empty label file", lambda c, r: (r / "labels/a.txt").write_text("\n"), "leaves out",
+         "", "image_dropped", "images/a.png", 9),
+]
+YOLO = YAML + LABELS
 # fmt: on
 
 SECTIONS = {
@@ -430,6 +561,8 @@ SECTIONS = {
     "Annotations: The file": STRUCTURE,
     "Annotations: Images and categories": ENTRIES,
     "Annotations: Objects": ANNOTATIONS,
+    "YOLO's layout: The yaml and its images": YAML,
+    "YOLO's layout: Labels": LABELS,
 }
 CASES = [case for cases in SECTIONS.values() for case in cases]
 

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Says what is wrong with a data set in COCO's format, before it costs days of training.
+"""Says what is wrong with a data set in COCO's format or in YOLO's layout, before it costs days of
+training.
 
     tools/check_dataset.py train.json images --config-file configs/ATSS_R_18_FPN_small.yaml
     tools/check_dataset.py train.json images --json report.json --deep
+    tools/check_dataset.py data.yaml train
 
 Looks at the annotations, at the header of every image, and at whether the anchors of the config
 suit the objects. Exits with 0 where there are no errors, with 1 where there are some, and with 2
@@ -21,15 +23,15 @@ from atss import load_config
 from atss.analysis.statistics import match
 from atss.config import build_sampling, get_config_file
 from atss.data.check import check, page
-from atss.data.coco_json import read_coco
+from atss.data.datasets import read
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("annotations", help="in COCO's format")
-    parser.add_argument("image_dir", help="the folder that file names begin in")
+    parser.add_argument("annotations", help="a json in COCO's format, or the data.yaml of YOLO's")
+    parser.add_argument("images", help="the folder that file names begin in, or the split")
     parser.add_argument("--config-file", default=get_config_file("ATSS_R_50_FPN_1x"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every finding in full")
     parser.add_argument("--deep", action="store_true", help="decode every image, which takes long")
@@ -44,14 +46,12 @@ def main(argv: list[str] | None = None) -> int:
         cfg = load_config(args.config_file, opts=args.opts)
         sizes = [(size, cfg.INPUT.MAX_SIZE_TRAIN) for size in cfg.INPUT.MIN_SIZE_TRAIN]
         asked = partial(match, sampling=build_sampling(cfg), sizes=sizes, progress=progress)
-        content = read_coco(args.annotations)
-        if not Path(args.image_dir).is_dir():
-            raise ValueError(f"the image folder {args.image_dir} does not exist")
+        content, image_dir, found = read(args.annotations, args.images)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    report = check(content, args.image_dir, sizes, filter_empty, asked, args.deep, progress)
+    report = check(content, image_dir, sizes, filter_empty, asked, args.deep, progress, found)
     print(page(report))
     if args.json:
         args.json.write_text(json.dumps(report.to_dict(), indent=1))

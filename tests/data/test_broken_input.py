@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from atss import Anchors
 from atss.analysis import statistics
 from atss.data import check
-from atss.data.datasets import refuse_unevaluable, register_coco
+from atss.data.datasets import refuse_unevaluable, register
 from atss.data.findings import ERROR, KINDS
 from atss.data.mapper import Mapper
 from atss.geometry import iou
@@ -27,11 +27,11 @@ CONFIG = str(ROOT / "configs" / "ATSS_R_18_FPN_small.yaml")
 
 @pytest.fixture
 def train():
-    """What training does with a data set before the model sees it: train(json_file, image_dir)
+    """What training does with a data set before the model sees it: train(annotations, images)
     gives the mapped examples, and what the log says."""
 
-    def door(json_file, image_dir):
-        register_coco(f"broken={json_file}:{image_dir}")
+    def door(annotations, images):
+        register(f"broken={annotations}:{images}")
         records = get_detection_dataset_dicts(["broken"])
         mapper = Mapper(cfg, is_train=True)
         return [mapper(r) for r in records], MetadataCatalog.get("broken").remarks
@@ -45,9 +45,8 @@ def train():
 
 def inspect(case, root, *options):
     """Exit status and report of check_dataset.py."""
-    json_file, image_dir = break_data(case, root)
+    paths = map(str, break_data(case, root))
     target = root / "report.json"
-    paths = [str(json_file), str(image_dir)]
     status = check_dataset.main([*paths, "--config-file", CONFIG, "--json", str(target), *options])
     return status, json.loads(target.read_text()) if target.is_file() else None
 

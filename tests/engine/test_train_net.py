@@ -245,9 +245,9 @@ def test_annotations_that_are_not_coco(command, tmp_path, content, sentence):
 @pytest.mark.parametrize(
     ("register", "sentence"),
     [
-        ("squares", "takes NAME=annotations.json:image_dir, not 'squares'"),
+        ("squares", "takes NAME=annotations.json:image_dir or NAME=data.yaml:split, not 'squares'"),
         ("squares=/no.json:{root}/images", "cannot read the annotations /no.json"),
-        ("squares={root}/annotations.json:/nowhere", "image folder /nowhere of data set squares"),
+        ("squares={root}/annotations.json:/nowhere", "image folder /nowhere does not exist"),
     ],
 )
 def test_register_says_what_is_wrong(command, squares, register, sentence):

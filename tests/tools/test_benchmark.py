@@ -13,7 +13,7 @@ from conftest import make_cfg
 
 from atss import Anchors, model_zoo
 from atss.assigners import ATSS
-from atss.data.datasets import register_coco
+from atss.data.datasets import register
 
 CONFIG = model_zoo.get_config_file("ATSS_R_50_FPN_1x.yaml")
 
@@ -80,7 +80,7 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
 
 
 def test_loading_is_measured_with_the_trainers_loader(squares, capsys):
-    register_coco(f"to_load={squares}/annotations.json:{squares}/images")
+    register(f"to_load={squares}/annotations.json:{squares}/images")
     cfg = make_cfg("DATASETS.TRAIN", ("to_load",), "SOLVER.IMS_PER_BATCH", 2)
     report = loading(cfg, 4, (0,))
     assert set(report["images per second by workers"]) == {0}

@@ -24,7 +24,7 @@ from ..config import (
     set_num_classes,
     use_available_device,
 )
-from ..data.datasets import register_coco
+from ..data.datasets import register
 from ..data.digits import ABLATION, make_digits
 from ..engine import Trainer
 
@@ -201,5 +201,5 @@ def compare_rows(rows: Sequence[str], seeds: int, output: Path, opts: list[str])
     data = output / "data"
     make_digits(data, ABLATION)
     for split in ("train", "test"):
-        register_coco(f"ablation_{split}={data}/{split}.json:{data}/{split}")
+        register(f"ablation_{split}={data}/{split}.json:{data}/{split}")
     return run_all(rows, seeds, output, opts)

@@ -26,7 +26,7 @@ def complete_schedule(cfg: CfgNode) -> None:
     if not any(epochs.values()):
         return
     images = count_training_images(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    epoch = images / solver.IMS_PER_BATCH
+    epoch = images / max(solver.IMS_PER_BATCH, 1)
     if solver.EPOCHS:
         epoch = max(epoch, solver.MIN_ITER / solver.EPOCHS)
         solver.MAX_ITER = math.ceil(epoch * solver.EPOCHS)

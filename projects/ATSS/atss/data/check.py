@@ -39,7 +39,7 @@ class Report:
     """What a check has found.
 
     Attributes:
-        images, annotations: how many the json has.
+        images, annotations: how many there are.
         findings: the gravest first.
         classes: name, objects and images with such an object, of each class; of what training uses.
         best_iou: (M,) of each object that training uses with the best anchor; None where not
@@ -90,19 +90,22 @@ def check(
     match: Match | None = None,
     deep: bool = False,
     progress: Callable[..., Iterable] = lambda items, **_: items,
+    found: Sequence[Finding] = (),
 ) -> Report:
     """Everything that is to be said of a data set.
 
     Args:
-        content: of its json, as from :func:`~atss.data.coco_json.read_coco`.
-        image_dir: the folder that file names begin in.
+        content, image_dir: its content in COCO's format and the folder that file names begin in, as
+            from :func:`~atss.data.datasets.read`.
         sizes: (shorter side, longest side) to which images are resized; of a range, its ends.
         filter_empty: whether training leaves out images without annotations.
         match: how objects fare with anchors, where that is to be looked at.
         deep: decode every image; else only those that do not end as their format ends.
         progress: wraps what takes long, as tqdm does.
+        found: what was found while the content was read.
     """
     findings, objects = find_in_json(content)
+    findings = [*found, *findings]
     sound = all(finding.level != ERROR for finding in findings)
     findings += find_in_files(content, image_dir, sizes, deep, progress)
     classes, best_iou, positives = [], None, None

@@ -87,6 +87,15 @@ KINDS = {
         "images without objects or with crowds only, by DATALOADER.FILTER_EMPTY_ANNOTATIONS",
     ),
     "image_without_objects": Kind(NOTE, "images without objects, trained on as background"),
+    # Labels of YOLO's.
+    "label_malformed": Kind(ERROR, "labels that are neither a box nor a polygon"),
+    "label_class_unknown": Kind(ERROR, "labels of classes that have no name"),
+    "label_units": Kind(
+        ERROR,
+        "labels that lie farther outside their image than it is large: YOLO's are shares, not "
+        "pixels",
+    ),
+    "label_missing": Kind(WARNING, "images without a label file, taken to be without objects"),
     # Image files.
     "file_unreadable": Kind(ERROR, "images that cannot be read"),
     "file_truncated": Kind(ERROR, "images that are truncated or damaged"),
@@ -121,7 +130,7 @@ class Finding:
 
     Attributes:
         kind: a key of KINDS.
-        positions: of the cases in a list of the json.
+        positions: of the cases, in a list of the json or of places.
         place: the name of one of them for people.
         detail: appended to the kind's sentence.
     """

@@ -47,7 +47,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind == "coco":
-        return COCOEvaluator(dataset_name, ("bbox",), output_dir=output_dir)
+        # Of data that came in no json Detectron2 writes one there: not to be trusted the next time.
+        return COCOEvaluator(
+            dataset_name, ("bbox",), output_dir=output_dir, allow_cached_coco=False
+        )
     if kind == "lvis":
         return LVISEvaluator(dataset_name, ("bbox",), output_dir=output_dir)
     if kind == "pascal_voc":

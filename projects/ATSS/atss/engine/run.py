@@ -23,7 +23,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from ..checkpoints import SafeCheckpointer
+from ..checkpoints import SafeCheckpointer, TrainingCheckpointer
 from ..config import (
     check_model,
     complete_classes,
@@ -32,7 +32,7 @@ from ..config import (
     use_available_device,
 )
 from ..config.checks import check_values
-from ..data.datasets import log_remarks, refuse_unannotated, refuse_unevaluable, register_coco
+from ..data import datasets
 from .best import keeps_best
 from .launch import is_started, keep_freed_memory, launch, world_size
 from .trainer import Trainer
@@ -60,8 +60,9 @@ def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
         "--register",
         action="append",
         default=[],
-        metavar="NAME=annotations.json:image_dir",
-        help="an own data set in COCO's format, to be used under NAME in the config (repeatable)",
+        metavar="NAME=annotations.json:image_dir|NAME=data.yaml:split",
+        help="an own data set in COCO's format, or the split of one in YOLO's layout, to be used "
+        "under NAME in the config (repeatable)",
     )
     parser.add_argument(
         "--import",
@@ -89,11 +90,12 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         print("No GPU here: running on the CPU.", file=sys.stderr)
     if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
         complete_classes(cfg)
-    check_config(cfg, training=not args.eval_only)
     check_processes(args, cfg)
-    check_output_dir(cfg.OUTPUT_DIR)
+    check_data(cfg, training=not args.eval_only)
     if not args.eval_only:
         complete_schedule(cfg)
+    check_config(_weights_at_hand(args, cfg), training=not args.eval_only)
+    check_output_dir(cfg.OUTPUT_DIR)
     cfg.freeze()
     return cfg
 
@@ -103,9 +105,10 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     register(args)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="atss")
-    log_remarks((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    datasets.log_remarks((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
+    cfg = _weights_at_hand(args, cfg)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
@@ -131,6 +134,19 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     return trainer.train()
 
 
+def _weights_at_hand(args: argparse.Namespace, cfg: CfgNode) -> CfgNode:
+    """Of a run that goes on from a checkpoint: the backbone is in it, so that a file or a hub from
+    which it once came is not needed again."""
+    checkpointer = TrainingCheckpointer(nn.Module(), cfg.OUTPUT_DIR)
+    began_with_pretrained = cfg.MODEL.TIMM.PRETRAINED or cfg.MODEL.TIMM.WEIGHTS
+    if not (args.resume and began_with_pretrained and checkpointer.has_checkpoint()):
+        return cfg
+    resumed = cfg.clone()
+    resumed.defrost()
+    resumed.MODEL.WEIGHTS = checkpointer.get_checkpoint_file()
+    return resumed
+
+
 def start(args: argparse.Namespace) -> None:
     """Prepares and runs in as many processes as asked for; leaves Python with ``error: ...`` where
     something is wrong."""
@@ -149,7 +165,7 @@ def register(args: argparse.Namespace) -> None:
     """
     import_modules(args.imports)
     for spec in args.register:
-        register_coco(spec)
+        datasets.register(spec)
 
 
 class NoSuchModule(ValueError):
@@ -182,7 +198,22 @@ def check_config(cfg: CfgNode, training: bool) -> None:
         training: or evaluation alone.
 
     Raises:
-        ValueError: naming the key, or the data set.
+        ValueError: naming the key.
+    """
+    check_model(cfg, training)
+    if training:
+        check_values(cfg, TRAINING_LIMITS)
+        check_best(cfg)
+
+
+def check_data(cfg: CfgNode, training: bool) -> None:
+    """Whether the data sets can be used for what they are to be.
+
+    Args:
+        training: or evaluation alone.
+
+    Raises:
+        ValueError: naming the data set, or the key.
     """
     used = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if training else cfg.DATASETS.TEST
     for name in used:
@@ -192,14 +223,11 @@ def check_config(cfg: CfgNode, training: bool) -> None:
             )
     if not used:
         raise ValueError(f"DATASETS.{'TRAIN' if training else 'TEST'} names no data set")
-    check_model(cfg, training)
     if training:
-        check_values(cfg, TRAINING_LIMITS)
-        check_best(cfg)
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN names no data set")
-        refuse_unannotated(cfg.DATASETS.TRAIN)
-    refuse_unevaluable(cfg.DATASETS.TEST)
+        datasets.refuse_unannotated(cfg.DATASETS.TRAIN)
+    datasets.refuse_unevaluable(cfg.DATASETS.TEST)
 
 
 def check_best(cfg: CfgNode) -> None:

@@ -1,0 +1,444 @@
+"""Data sets in YOLO's layout: read, registered, trained on. What is refused: broken.py."""
+
+import json
+import re
+
+import check_dataset
+import pytest
+import torch
+from conftest import ROOT, make_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, Instances
+from PIL import Image
+
+import atss.engine.run as way_in
+from atss.data.datasets import register
+from atss.data.yolo import read_yolo
+from atss.engine.evaluation import build_evaluator, build_test_loader
+
+WIDTH, HEIGHT = 100, 50
+# The box [40, 15, 20, 10].
+BOX = "0 0.5 0.4 0.2 0.2"
+YAML = "{train: train/images, names: [cat, dog]}"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Writes files: data({name: text}), where the text of an image may be empty; gives the yaml."""
+
+    def write(files, yaml=YAML):
+        for name, text in {**files, "data.yaml": yaml}.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix.lower() in (".png", ".jpg"):
+                Image.new("RGB", (WIDTH, HEIGHT)).save(path)
+            else:
+                path.write_bytes(text.encode())
+        return str(tmp_path / "data.yaml")
+
+    return write
+
+
+@pytest.fixture
+def registered():
+    """Registers for the time of a test."""
+    names = set(DatasetCatalog.list())
+    yield register
+    for name in set(DatasetCatalog.list()) - names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def one(label):
+    """Files of one image with this label."""
+    return {"train/images/a.png": "", "train/labels/a.txt": label}
+
+
+def boxes_of(yaml_file, split="train"):
+    return [(a["category_id"], a["bbox"]) for a in read_yolo(yaml_file, split)[0]["annotations"]]
+
+
+def files_of(yaml_file, split="train"):
+    return [image["file_name"] for image in read_yolo(yaml_file, split)[0]["images"]]
+
+
+def kinds_of(yaml_file):
+    return {f.kind: f for f in read_yolo(yaml_file, "train")[1]}
+
+
+# ------------------------------------------------------------------------------------------------
+# The yaml
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("[cat, dog]", {0: "cat", 1: "dog"}),
+        ("{0: cat, 1: dog}", {0: "cat", 1: "dog"}),
+        ("{7: dog, 0: cat, 10: cow}", {0: "cat", 7: "dog", 10: "cow"}),
+        ("{'0': cat, '1': dog}", {0: "cat", 1: "dog"}),
+        ("[7, 8]", {0: "7", 1: "8"}),
+    ],
+)
+def test_names(data, names, expected):
+    content, _ = read_yolo(data(one(BOX), f"{{train: train, names: {names}}}"), "train")
+    assert {c["id"]: c["name"] for c in content["categories"]} == expected
+    assert list(expected) == [c["id"] for c in content["categories"]]
+
+
+@pytest.mark.parametrize("key", ["val", "valid", "validation"])
+@pytest.mark.parametrize("asked", ["val", "valid", "validation"])
+def test_the_validation_split_by_any_of_its_names(data, key, asked):
+    yaml_file = data(one(BOX), f"{{train: nowhere, {key}: train/images, names: [cat]}}")
+    assert files_of(yaml_file, asked) == ["train/images/a.png"]
+
+
+def test_a_split_that_is_asked_for_by_its_own_key(data):
+    files = one(BOX) | {"b/images/b.png": "", "b/labels/b.txt": ""}
+    yaml_file = data(files, "{val: train, valid: b, extra: b, names: [cat]}")
+    assert files_of(yaml_file, "valid") == files_of(yaml_file, "extra") == ["b/images/b.png"]
+
+
+def test_a_missing_split_names_those_there_are(data):
+    yaml = "{path: ., nc: 1, names: [cat], download: a, train: t, val: v, test: }"
+    yaml_file = data({}, yaml)
+    for split in ("test", "names", "download"):
+        sentence = f"{yaml_file}: it has no split {split!r}, only 'train', 'val'"
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+            read_yolo(yaml_file, split)
+    with pytest.raises(ValueError, match="'train', nor any other"):
+        read_yolo(data({}, "names: [cat]"), "train")
+
+
+# ------------------------------------------------------------------------------------------------
+# Where images and labels lie
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_searched_in_depth_for_images_in_any_case(data):
+    names = ("b/z.png", "b/c/A.JPG", "a.jpg")
+    files = {f"train/images/{name}": "" for name in names}
+    files |= {
+        "train/images/notes.txt": "",
+        "train/images/.hidden.png": "",
+        "train/labels/a.txt": "",
+    }
+    assert files_of(data(files)) == [f"train/images/{n}" for n in ("a.jpg", "b/c/A.JPG", "b/z.png")]
+
+
+def test_a_list_begins_in_its_folder_or_below_path(data, tmp_path):
+    files = {f"set/images/{name}.png": "" for name in "abcd"}
+    files |= {"set/labels/a.txt": BOX, "set/sub/e.png": ""}
+    lines = [
+        "\ufeff./e.png",
+        "",
+        "images/b.png",
+        f"{tmp_path}/set/images/a.png",
+        " ./../images/c.png ",
+    ]
+    yaml_file = data(
+        files | {"set/sub/list.txt": "\r\n".join(lines)},
+        "{path: set, train: sub/list.txt, names: [cat]}",
+    )
+    expected = [*(f"set/images/{name}.png" for name in "abc"), "set/sub/e.png"]
+    assert files_of(yaml_file) == expected
+
+
+def test_several_entries_give_an_image_once(data):
+    files = {f"train/images/{name}.png": "" for name in "ba"} | {"train/labels/b.txt": BOX}
+    files |= {"list.txt": "./train/images/../images/a.png\n./train/images/a.png"}
+    yaml_file = data(files, "{train: [list.txt, train/images, ./train/], names: [cat]}")
+    assert files_of(yaml_file) == ["train/images/a.png", "train/images/b.png"]
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "{path: ., train: train/images}",
+        "{path: ../{here}, train: train}",
+        "{path: {root}, train: train}",
+        "{train: '{root}/train'}",
+        "{train: ../train/images}",
+        "{path: /nowhere/of/a/colleague, train: train/images}",
+    ],
+)
+def test_where_a_folder_is_looked_for(data, tmp_path, yaml):
+    yaml = yaml.replace("{here}", tmp_path.name).replace("{root}", str(tmp_path))
+    yaml_file = data(one(BOX), yaml.replace("}", ", names: [cat]}"))
+    assert files_of(yaml_file) == ["train/images/a.png"]
+
+
+def test_path_begins_in_the_folder_of_the_yaml_before_that_of_the_command(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    files = {"set/train/a.png": "", "set/train/a.txt": "", "here/set/train/b.png": ""}
+    data(
+        files
+        | {"here/set/train/b.txt": "", "here/data.yaml": "{path: set, train: train, names: [cat]}"}
+    )
+    assert files_of("here/data.yaml") == ["set/train/b.png"]
+    (tmp_path / "here/set").rename(tmp_path / "here/moved")
+    assert files_of("here/data.yaml") == [f"{tmp_path}/set/train/a.png"]
+
+
+def test_a_folder_that_is_nowhere_names_what_was_tried(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yaml_file = data(one(BOX), "{path: set, train: ../gone, names: [cat]}")
+    tried = [f"{tmp_path}/gone", f"{tmp_path}/set/gone", f"{tmp_path.parent}/gone"]
+    sentence = f"names '../gone', which does not exist; tried {', '.join(tried)}"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        read_yolo(yaml_file, "train")
+
+
+@pytest.mark.parametrize(
+    ("image", "label"),
+    [
+        ("images/train/a.png", "labels/train/a.txt"),
+        ("images/x/images/a.b.png", "images/x/labels/a.b.txt"),
+        ("myimages/a.png", "myimages/a.txt"),
+        ("pictures/a.png", "pictures/a.txt"),
+    ],
+)
+def test_where_a_label_lies(data, image, label):
+    yaml = f"{{train: {image.rpartition('/')[0]}, names: [cat]}}"
+    assert boxes_of(data({image: "", label: BOX}, yaml)) == [(0, [40, 15, 20, 10])]
+
+
+def test_labels_nowhere(data, tmp_path):
+    files = {"images/a.png": "", "images/b.png": "", "annotations/a.txt": BOX}
+    sentence = (
+        "data.yaml: no image of 'train' has a label file: that of images/a.png was looked for "
+    )
+    with pytest.raises(ValueError, match=f"{re.escape(sentence)}at labels/a.txt$"):
+        read_yolo(data(files, "{train: images, names: [cat]}"), "train")
+
+
+def test_images_without_objects_stay_and_labels_without_images_go(data):
+    files = one(BOX) | {"train/images/b.png": "", "train/images/c.png": ""}
+    yaml_file = data(files | {"train/labels/c.txt": "", "train/labels/gone.txt": "9 9 9"})
+    content, findings = read_yolo(yaml_file, "train")
+    assert [image["file_name"][-5] for image in content["images"]] == ["a", "b", "c"]
+    assert [a["image_id"] for a in content["annotations"]] == [1]
+    assert [(f.kind, f.examples()) for f in findings] == [("label_missing", ["train/images/b.png"])]
+
+
+# ------------------------------------------------------------------------------------------------
+# Lines
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (BOX, (0, [40, 15, 20, 10])),
+        ("1.0 0.5 0.4 2e-1 .2", (1, [40, 15, 20, 10])),
+        ("0 0.1 0.2 0.5 0.6 0.3 0.9", (0, [10, 10, 40, 35])),
+        ("0 0.5 0.2 0.7 0.4 0.5 0.6 0.3 0.4", (0, [30, 10, 40, 20])),
+        # The centre and the size are not clipped: the corners are.
+        ("0 0.05 0.5 0.2 1.2", (0, [0, 0, 15, 50])),
+        ("0 1.0 1.0 0.2 0.2", (0, [90, 45, 10, 5])),
+        ("0 -0.1 -0.1 0.5 1.2 1.3 0.5", (0, [0, 0, 100, 50])),
+    ],
+)
+def test_a_line(data, line, expected):
+    assert boxes_of(data(one(line))) == [expected]
+
+
+def test_boxes_and_polygons_in_one_file_with_a_mark_blank_lines_and_carriage_returns(data):
+    polygon = "1 0.1 0.2 0.5 0.6 0.3 0.9"
+    content, _ = read_yolo(data(one(f"\ufeff{BOX}\r\n\r\n  \r\n{polygon}\r\n{BOX}")), "train")
+    first, second, third = content["annotations"]
+    assert first == {
+        **{"id": 1, "image_id": 1, "category_id": 0},
+        **{"bbox": [40, 15, 20, 10], "area": 200, "iscrowd": 0},
+    }
+    assert (second["category_id"], second["bbox"]) == (1, [10, 10, 40, 35])
+    assert (third["id"], third["bbox"]) == (3, first["bbox"])
+
+
+def test_only_what_reaches_more_than_a_pixel_beyond_is_said_to_be_clipped(data):
+    by_rounding, farther = "0 0.95 0.5 0.110 0.2", "0 0.95 0.5 0.130 0.2"
+    found = kinds_of(data(one(f"{by_rounding}\n{farther}")))
+    assert found["box_partly_outside"].examples() == ["train/labels/a.txt line 2"]
+
+
+def test_a_far_line_is_one_in_pixels(data):
+    near, far = "0 0.5 0.5 2.0 2.0", "0 0.5 0.5 2.1 1.0"
+    assert "label_units" not in kinds_of(data(one(near)))
+    assert kinds_of(data(one(far)))["label_units"].examples() == [
+        "train/labels/a.txt line 1, 0.5 0.5 2.1 1.0"
+    ]
+
+
+def test_what_is_wrong_with_many_lines_is_said_at_once(data):
+    files = one(f"{BOX}\n0 1 2\n0 1 2\n7 0.5 0.4 0.2 0.2")
+    files |= {"train/images/b.png": "", "train/labels/b.txt": "0 1 2\n0 1 2\n8 .1 .1 .1 .1"}
+    with pytest.raises(ValueError, match=r"data\.yaml has labels that are neither") as error:
+        register(f"broken={data(files)}:train")
+    assert "(4): train/labels/a.txt line 2 has 3 numbers, " in str(error.value)
+    assert "train/labels/b.txt line 1 has" in str(error.value)
+    assert str(error.value).endswith(", and 1 more")
+    assert "broken" not in DatasetCatalog
+    unknown = kinds_of(data(files))["label_class_unknown"].examples()
+    assert unknown == ["train/labels/a.txt line 4, class 7", "train/labels/b.txt line 3, class 8"]
+
+
+def test_shares_are_of_the_image_as_it_is_turned(data, tmp_path):
+    yaml_file = data(one(BOX))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "train/images/a.png", "JPEG", exif=exif)
+    content, _ = read_yolo(yaml_file, "train")
+    assert (content["images"][0]["width"], content["images"][0]["height"]) == (50, 100)
+    assert content["annotations"][0]["bbox"] == [20, 30, 10, 20]
+
+
+# ------------------------------------------------------------------------------------------------
+# Registered
+# ------------------------------------------------------------------------------------------------
+
+
+def three_images(data):
+    """One with two objects, one without, one with one; ids of classes have a gap."""
+    files = {f"train/images/{name}.png": "" for name in "abc"}
+    files |= {
+        "train/labels/a.txt": f"{BOX}\n5 0.2 0.5 0.1 0.4",
+        "train/labels/c.txt": "5 .6 .5 .3 .9",
+    }
+    return data(files, "{train: train, names: {5: dog, 0: cat}}")
+
+
+def test_records(data, registered, tmp_path):
+    name = registered(f"pets={three_images(data)}:train")
+    a, b, c = DatasetCatalog.get(name)
+    assert a["file_name"] == str(tmp_path / "train/images/a.png")
+    assert (a["width"], a["height"], a["image_id"]) == (WIDTH, HEIGHT, 1)
+    assert a["annotations"][1] == {
+        **{"bbox": [15, 15, 10, 20], "bbox_mode": BoxMode.XYWH_ABS},
+        **{"category_id": 1, "iscrowd": 0},
+    }
+    assert b["annotations"] == []
+    assert c["annotations"][0]["category_id"] == 1
+    metadata = MetadataCatalog.get(name)
+    assert metadata.thing_classes == ["cat", "dog"]
+    assert metadata.annotated
+    assert list(metadata.remarks) == ["label_missing"]
+    a["annotations"].clear()
+    assert len(DatasetCatalog.get(name)[0]["annotations"]) == 2
+
+
+def test_relative_to_the_folder_of_the_command(data, registered, tmp_path, monkeypatch):
+    three_images(data)
+    monkeypatch.chdir(tmp_path)
+    registered("pets=data.yaml:train")
+    assert DatasetCatalog.get("pets")[0]["file_name"] == "train/images/a.png"
+
+
+def test_a_name_is_taken_once(data, registered):
+    yaml_file = three_images(data)
+    for _ in range(2):
+        assert registered(f"pets={yaml_file}:train") == "pets"
+    with pytest.raises(ValueError, match="a data set called pets is registered already"):
+        registered(f"pets={yaml_file}:val")
+
+
+def ground_truth(record):
+    """Its objects as a detector gives them."""
+    instances = Instances((record["height"], record["width"]))
+    boxes = [
+        BoxMode.convert(a["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
+        for a in record["annotations"]
+    ]
+    instances.pred_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
+    instances.scores = torch.ones(len(boxes))
+    instances.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]]).long()
+    return {"instances": instances}
+
+
+def evaluate(name, output_dir):
+    cfg = make_cfg("OUTPUT_DIR", str(output_dir), "DATALOADER.NUM_WORKERS", 0)
+    evaluator = build_evaluator(cfg, name)
+    evaluator.reset()
+    records = DatasetCatalog.get(name)
+    evaluator.process(records, [ground_truth(r) for r in records])
+    return evaluator, evaluator.evaluate()["bbox"]
+
+
+def test_ground_truth_has_an_ap_of_100(data, registered, tmp_path):
+    """Whatever an earlier run has left in the folder; images without objects count."""
+    old = tmp_path / "out/inference/pets/pets_coco_format.json"
+    old.parent.mkdir(parents=True)
+    old.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    registered(f"pets={three_images(data)}:train")
+    evaluator, result = evaluate("pets", tmp_path / "out")
+    assert result["AP"] == pytest.approx(100)
+    assert result["AP-dog"] == pytest.approx(100)
+    assert len(evaluator._coco_api.imgs) == 3
+    written = json.loads((old.parent / "coco_instances_results.json").read_text())
+    assert [r["category_id"] for r in written] == [0, 5, 5]  # the yaml's
+    loader = build_test_loader(make_cfg("DATALOADER.NUM_WORKERS", 0), "pets")
+    assert sum(len(batch) for batch in loader) == 3
+
+
+def test_trains_and_evaluates(data, registered, tmp_path):
+    register_train = f"--register=pets={three_images(data)}:train"
+    options = {
+        **{"DATASETS.TRAIN": ("pets",), "DATASETS.TEST": ("pets",), "MODEL.WEIGHTS": ""},
+        **{"MODEL.ATSS.NUM_CONVS": 1, "MODEL.FPN.OUT_CHANNELS": 64, "DATALOADER.NUM_WORKERS": 0},
+        **{"INPUT.MIN_SIZE_TRAIN": (64,), "INPUT.MIN_SIZE_TEST": 64, "SOLVER.IMS_PER_BATCH": 2},
+        **{
+            "SOLVER.MAX_ITER": 2,
+            "MODEL.ATSS.SCORE_THRESH_TEST": 0.0,
+            "OUTPUT_DIR": tmp_path / "out",
+        },
+    }
+
+    def run(*arguments, **opts):
+        flat = [str(x) for item in (options | opts).items() for x in item]
+        config = str(ROOT / "configs/ATSS_R_18_FPN_small.yaml")
+        argv = ["--config-file", config, register_train, *arguments, *flat]
+        args = way_in.make_parser().parse_args(argv)
+        return way_in.run(args, way_in.prepare(args))
+
+    run()
+    config = (tmp_path / "out/config.yaml").read_text()
+    assert re.search(r"CLASS_NAMES:\s+- cat\s+- dog\n", config)
+    log = (tmp_path / "out/log.txt").read_text()
+    assert "Data set pets has images without a label file, taken to be without objects (1)" in log
+    results = run("--eval-only", **{"MODEL.WEIGHTS": tmp_path / "out/model_final.pth"})
+    assert set(results["bbox"]) >= {"AP", "AP-cat", "AP-dog"}
+
+
+# ------------------------------------------------------------------------------------------------
+# Real data
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("split", "images", "objects"), [("train", 448, 3324), ("val", 127, 909), ("test", 63, 584)]
+)
+def test_aquarium(real_data, split, images, objects):
+    content, findings = read_yolo(str(real_data / "aquarium/data.yaml"), split)
+    assert (len(content["images"]), len(content["annotations"])) == (images, objects)
+    names = [c["name"] for c in content["categories"]]
+    assert names == ["fish", "jellyfish", "penguin", "puffin", "shark", "starfish", "stingray"]
+    assert not findings
+    if split == "val":
+        image = next(i for i in content["images"] if i["file_name"] == "valid/images/IMG_2277.jpg")
+        boxes = [a["bbox"] for a in content["annotations"] if a["image_id"] == image["id"]]
+        assert (image["width"], image["height"]) == (480, 640)
+        # By hand, of 0.578125 0.392578 0.072917 0.253906 and 0.190755 0.102051 0.381510 0.170898.
+        assert boxes[0] == pytest.approx([260, 170, 35, 162.5], abs=1e-3)
+        assert boxes[1] == pytest.approx([0, 10.62528, 183.1248, 109.37472], abs=1e-3)
+
+
+def test_aquarium_is_checked(real_data, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    argv = [str(real_data / "aquarium/data.yaml"), "test", "--json", str(report)]
+    assert check_dataset.main(argv) == 0
+    found = json.loads(report.read_text())
+    assert (found["images"], found["annotations"]) == (63, 584)
+    assert {f["kind"]: f["count"] for f in found["findings"]}["box_empty"] == 2
+    assert "63 images, 584 annotations" in capsys.readouterr().out
