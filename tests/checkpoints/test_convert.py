@@ -436,6 +436,18 @@ def test_the_checkpointer_loads_what_was_converted(weights, tmp_path, caplog):
     assert torch.equal(model.head.bbox_pred.weight, converted["head.bbox_pred.weight"])
 
 
+@pytest.mark.parametrize(("count", "first"), [(80, ["person", "bicycle"]), (3, [])])
+def test_eighty_classes_are_named_as_cocos(weights, tmp_path, count, first):
+    state = {k: v[:count] if "atss_cls" in k else v for k, v in weights["mmdet"].items()}
+    torch.save({"state_dict": state}, tmp_path / "theirs.pth")
+    convert_checkpoint.main(
+        ["--from", "mmdet", str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pth")]
+    )
+    names = torch.load(tmp_path / "ours.pth", weights_only=True)["class_names"]
+    assert names[:2] == first
+    assert len(names) == (count if first else 0)
+
+
 def test_the_tool_writes_weights_and_their_config(weights, tmp_path, capsys):
     torch.save({"model": weights["official"], "iteration": 3}, tmp_path / "theirs.pth")
     out = tmp_path / "new" / "ours.pth"
