@@ -47,3 +47,11 @@ def test_boxes_are_in_pixels_of_each_image(weights):
 def test_weights_that_do_not_exist_are_named():
     with pytest.raises(WeightsError, match=r"the weights nowhere\.pth do not exist"):
         Predictor(make_cfg(*TINY), "nowhere.pth")
+
+
+def test_weights_of_other_classes_are_warned_of(tmp_path, caplog):
+    content = {"model": build_model(make_cfg(*TINY)).state_dict(), "class_names": ["a", "b", "c"]}
+    torch.save(content, tmp_path / "model.pth")
+    cfg = make_cfg(*TINY, "MODEL.ATSS.CLASS_NAMES", ["a", "c", "b"])
+    assert Predictor(cfg, str(tmp_path / "model.pth")).names == ["a", "c", "b"]
+    assert "Class 1 is 'b' to the weights" in caplog.text

@@ -58,7 +58,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.source:
             cfg = convert_file(args.input, args.output, args.source, args.regression)
             print(f"Written: {args.output}, and its config: {args.output.with_suffix('.yaml')}")
-            if not cfg.DATASETS.TEST:
+            if cfg.DATASETS.TEST:
+                print("Eighty classes: taken for COCO's, whose names are written with the weights.")
+            else:
                 print("Weights do not tell whose classes: name data sets by --register.")
         else:
             cfg = load_config(args.config_file or args.input.with_name("config.yaml"))

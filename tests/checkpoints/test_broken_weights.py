@@ -86,6 +86,7 @@ CASES = {
     "a list in a .pkl": (".pkl", pickled([np.zeros(1)])),
     "no tensors": (".pth", saved({"model": {"a": 1}})),
     "no weights at all": (".pth", saved({"model": {}})),
+    "names of classes that are none": (".pth", saved({"model": FEW, "class_names": {0: "a"}})),
     "mmdet's, not converted": (".pth", saved({"meta": {}, "state_dict": FEW})),
     "the authors', not converted": (".pth", saved({"model": {"module.rpn.head.a": FEW["a"]}})),
 }

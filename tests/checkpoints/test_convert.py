@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import recipe
 import torch
-from conftest import GOLDEN, make_cfg, make_input
+from conftest import GOLDEN, ROOT, make_cfg, make_input
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from PIL import Image
 
-from atss import add_atss_config
+from atss import add_atss_config, load_config
 from atss.checkpoints import (
     ConversionError,
     SafeCheckpointer,
@@ -436,6 +436,18 @@ def test_the_checkpointer_loads_what_was_converted(weights, tmp_path, caplog):
     assert torch.equal(model.head.bbox_pred.weight, converted["head.bbox_pred.weight"])
 
 
+@pytest.mark.parametrize(("count", "first"), [(80, ["person", "bicycle"]), (3, [])])
+def test_eighty_classes_are_named_as_cocos(weights, tmp_path, count, first):
+    state = {k: v[:count] if "atss_cls" in k else v for k, v in weights["mmdet"].items()}
+    torch.save({"state_dict": state}, tmp_path / "theirs.pth")
+    convert_checkpoint.main(
+        ["--from", "mmdet", str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pth")]
+    )
+    names = torch.load(tmp_path / "ours.pth", weights_only=True)["class_names"]
+    assert names[:2] == first
+    assert len(names) == (count if first else 0)
+
+
 def test_the_tool_writes_weights_and_their_config(weights, tmp_path, capsys):
     torch.save({"model": weights["official"], "iteration": 3}, tmp_path / "theirs.pth")
     out = tmp_path / "new" / "ours.pth"
@@ -462,6 +474,22 @@ def test_the_tool_writes_weights_and_their_config(weights, tmp_path, capsys):
     config = str(tmp_path / "from_mmdet.yaml")
     convert_checkpoint.main(["--to", "mmdet", "--config-file", config, *paths])
     assert set(load(back)) == set(weights["mmdet"])
+
+
+def test_the_recipe_for_tuning_goes_over_what_was_written(weights, tmp_path):
+    """It trains these weights, in their pixels, on any classes."""
+    torch.save({"model": weights["official"]}, tmp_path / "theirs.pth")
+    paths = [str(tmp_path / name) for name in ("theirs.pth", "ours.pth")]
+    convert_checkpoint.main(["--from", "official", *paths])
+    recipe_file = ROOT / "configs" / "fine_tune.yaml"
+    (tmp_path / "tune.yaml").write_text(f"_BASE_: [ours.yaml, {recipe_file}]\n")
+    cfg, given = load_config(tmp_path / "tune.yaml"), load_config(tmp_path / "ours.yaml")
+    assert paths[1] == cfg.MODEL.WEIGHTS
+    assert (given.MODEL.ATSS.NUM_CLASSES, given.MODEL.ATSS.LEGACY_PIXELS) == (80, True)
+    assert (cfg.MODEL.ATSS.NUM_CLASSES, cfg.MODEL.ATSS.LEGACY_PIXELS) == (-1, False)
+    for key in ("PIXEL_MEAN", "PIXEL_STD", "RESNETS", "ANCHOR_GENERATOR", "FPN"):
+        assert cfg.MODEL[key] == given.MODEL[key]
+    assert given.INPUT.FORMAT == cfg.INPUT.FORMAT
 
 
 def test_the_tool_writes_nothing_where_weights_do_not_fit(weights, tmp_path):

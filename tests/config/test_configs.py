@@ -9,9 +9,13 @@ from detectron2.modeling import build_model
 
 from atss import load_config
 from atss.assigners import ASSIGNER_REGISTRY
+from atss.engine.solver import build_optimizer
 
 # What others are made of, and what is laid over them.
-RECIPES = {"small": [], "ablation": [], "digits": ["small.yaml"], "fine_tune": []}
+RECIPES = {
+    **{"small": [], "ablation": [], "digits": ["small.yaml"]},
+    **{"fine_tune": [], "fine_tune_coco": []},
+}
 # What a recipe may say of MODEL.ATSS: what follows from its levels, its size and the machine.
 OF_RECIPES = ("IN_FEATURES", "NUM_CONVS", "PRECISION", "CHANNELS_LAST", "IMS_PER_BATCH_TEST")
 CONFIGS = sorted(
@@ -111,3 +115,19 @@ def test_a_recipe_can_be_laid_over_every_row(row, recipe):
         model = build_model(cfg)
     assert isinstance(model.assigner, ASSIGNER_REGISTRY.get(plain.MODEL.ATSS.ASSIGNER))
     assert len(model.anchor_generator.strides) == len(cfg.MODEL.ATSS.IN_FEATURES)
+
+
+def test_tuning_coco_weights_moves_the_backbone_less_and_decays_weights_alone():
+    cfg = make_cfg("MODEL.DEVICE", "meta", config="ATSS_R_50_FPN_fine_tune.yaml")
+    with torch.device("meta"):
+        model = build_model(cfg)
+    groups = build_optimizer(cfg, model).param_groups
+    found = {x: (g["lr"], g["weight_decay"]) for g in groups for x in g["params"]}
+    trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
+    assert set(found) == set(trained.values())
+    for name, x in trained.items():
+        rate = 1e-5 if name.startswith("backbone.bottom_up.") else 1e-4
+        assert found[x] == pytest.approx((rate, 0.05 if x.ndim > 1 else 0.0)), name
+    stages = {name.split(".")[2] for name in trained if name.startswith("backbone.bottom_up.")}
+    assert stages == {"res3", "res4", "res5"}
+    assert not any("norm" in name for name in trained if name.startswith("backbone."))

@@ -180,7 +180,8 @@ def test_every_config_of_the_paper_is_here():
     configs = ROOT / "configs"
     files = {str(f.relative_to(configs).with_suffix("")) for f in configs.rglob("*.yaml")}
     ours = {"Base-ATSS", "ATSS_R_18_FPN_small", "demo", "small", "ablation", "digits"}
-    ours |= {"ATSS_lite0_FPN_fine_tune", "fine_tune"}
+    ours |= {"ATSS_R_50_FPN_fine_tune", "ATSS_lite0_FPN_fine_tune", "fine_tune"}
+    ours |= {"fine_tune_coco"}
     assert set(ROWS) == files - ours
 
 

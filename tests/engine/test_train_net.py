@@ -77,27 +77,47 @@ def test_trains_evaluates_and_logs(command, tmp_path):
     assert {r["category_id"] for r in results} <= {5, 6}
 
 
-def test_fine_tunes_converted_weights_on_own_classes(command, tmp_path):
-    """From a file of the authors' to a model of two classes: the class layer begins anew, and the
-    log says so; everything else is theirs."""
+def test_fine_tunes_converted_weights_on_own_classes(command, squares, tmp_path):
+    """From a file of the authors' to a model of two classes, one of which COCO knows: its row is
+    theirs, the other begins anew, and the log says so; everything else is theirs."""
     theirs = json.loads((GOLDEN / "official_atss_r50_shapes.json").read_text())
     weights = {k: torch.from_numpy(v) for k, v in recipe.weights(theirs).items()}
     torch.save({"model": weights}, tmp_path / "theirs.pth")
     paths = [str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pth")]
     convert_checkpoint.main(["--from", "official", *paths])
-    own = {"MODEL.ATSS.NUM_CLASSES": -1, "MODEL.ATSS.LEGACY_PIXELS": False}
-    argv = command(**own, **{"SOLVER.MAX_ITER": 1, "SOLVER.CHECKPOINT_PERIOD": 1})
+    data = json.loads((squares / "annotations.json").read_text())
+    data["categories"] = [{"id": 5, "name": "cell"}, {"id": 6, "name": "Traffic_Light"}]
+    (tmp_path / "named.json").write_text(json.dumps(data))
+    named = dict.fromkeys(("DATASETS.TRAIN", "DATASETS.TEST"), ("named",))
+    argv = command(
+        register=f"named={tmp_path}/named.json:{squares}/images",
+        **named,
+        **{"MODEL.ATSS.NUM_CLASSES": -1, "MODEL.ATSS.LEGACY_PIXELS": False},
+        # The rate of this iteration is 0.
+        **{"SOLVER.MAX_ITER": 1, "SOLVER.CHECKPOINT_PERIOD": 1},
+        **{"SOLVER.WARMUP_FACTOR": 0.0, "SOLVER.WARMUP_METHOD": "linear"},
+    )
     argv[1] = str(tmp_path / "ours.yaml")
     for key in ("MODEL.ATSS.NUM_CONVS", "MODEL.FPN.OUT_CHANNELS"):
         del argv[argv.index(key) : argv.index(key) + 2]
     run(argv)
     log = (tmp_path / "out" / "log.txt").read_text()
-    skipped = re.findall(r"Skip loading parameter '([\w.]+)'", log)
-    assert sorted(skipped) == ["head.cls_score.bias", "head.cls_score.weight"]
-    tuned = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)["model"]
-    assert len(tuned["head.cls_score.bias"]) == 2
+    assert "Classes known to the weights: Traffic_Light (1 of 2); new: cell" in log
+    assert "Skip loading" not in log
+    content = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)
+    assert content["class_names"] == ["cell", "Traffic_Light"]
+    tuned = content["model"]
+    traffic_light = 9  # of COCO's eighty
+    for kind in ("weight", "bias"):
+        theirs = weights[f"rpn.head.cls_logits.{kind}"]
+        assert torch.equal(tuned[f"head.cls_score.{kind}"][1], theirs[traffic_light])
+    assert tuned["head.cls_score.bias"][0].item() == pytest.approx(-math.log(99))
     frozen = "backbone.bottom_up.res2.0.conv1.weight"
     assert torch.equal(tuned[frozen], weights["backbone.body.layer1.0.conv1.weight"])
+    saved = {p.name for p in (tmp_path / "out").glob("*.pth")}
+    assert saved == {"model_0000000.pth", "model_final.pth"}
+    numbered = torch.load(tmp_path / "out" / "model_0000000.pth", weights_only=True)
+    assert numbered["class_names"] == ["cell", "Traffic_Light"]
 
 
 @pytest.mark.parametrize("source", ["official", "mmdet"])

@@ -57,7 +57,7 @@ class Predictor:
         lookup(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
         self.names = class_names(cfg)
         self.model = build_model(cfg).eval()
-        SafeCheckpointer(self.model).load(str(weights))
+        SafeCheckpointer(self.model, class_names=self.names).load(str(weights))
         short = cfg.INPUT.MIN_SIZE_TEST
         self.resize = T.ResizeShortestEdge([short, short], cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT

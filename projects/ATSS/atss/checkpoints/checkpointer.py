@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO, ClassVar
 
@@ -10,6 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from .classes import KEY, names_in, take_rows, warn_of_others
 from .read import WeightsError, read, require_tensors, verify_download
 
 # By Detectron2's PeriodicCheckpointer.
@@ -18,7 +19,13 @@ NUMBERED = re.compile(r"model_(\d{7,})\.pth")
 
 class SafeCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, but nothing that a file asks for is executed (its own opens every
-    .pkl with a bare pickle), downloads are checked, and what is wrong is said in a sentence."""
+    .pkl with a bare pickle), downloads are checked, and what is wrong is said in a sentence. That
+    weights are of other classes is logged.
+
+    Args:
+        model, save_dir, checkpointables: as there.
+        class_names: of the model; empty where they are not known.
+    """
 
     # Weights of other projects, whose names have to be matched with ours, by the end of the file's
     # name: the key that they stand under, the end of the names that are left out, whose they are.
@@ -26,6 +33,17 @@ class SafeCheckpointer(DetectionCheckpointer):
         ".pkl": ("blobs", "_momentum", "Caffe2"),
         ".pyth": ("model_state", "num_batches_tracked", "pycls"),
     }
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        class_names: Sequence[str] = (),
+        **checkpointables: Any,
+    ):
+        super().__init__(model, save_dir, **checkpointables)
+        self.class_names = list(class_names)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict:
         """As there.
@@ -68,6 +86,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return content if isinstance(content, dict) else {"model": content}
 
     def _load_model(self, checkpoint: dict) -> Any:
+        self._match_classes(names_in(checkpoint, self._loading), checkpoint["model"])
         left = super()._load_model(checkpoint)
         if {name for name, _ in self.model.named_parameters()} <= set(left.missing_keys):
             raise WeightsError(
@@ -76,14 +95,19 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
         return left
 
+    def _match_classes(self, names: list[str], weights: dict[str, Any]) -> None:
+        """What the names of classes that the weights know mean for them."""
+        warn_of_others(names, self.class_names, self._loading)
+
 
 class TrainingCheckpointer(SafeCheckpointer):
     """A safe one, which writes every file under another name first, removes old ones, and resumes
-    from the newest complete one where ``last_checkpoint`` leads nowhere.
+    from the newest complete one where ``last_checkpoint`` leads nowhere. Where a training begins
+    from weights of other classes, the class layer takes over the rows of those that both have.
 
     Args:
-        model, save_dir, checkpointables: as in Detectron2's DetectionCheckpointer. The folder is a
-            local or mounted one.
+        model, save_dir, class_names, checkpointables: as there. The folder is a local or mounted
+            one.
         keep: how many of the files that are numbered by iteration stay; 0 for all. Those of later
             iterations, which another run left there, are not touched.
     """
@@ -91,18 +115,20 @@ class TrainingCheckpointer(SafeCheckpointer):
     # At most one is left by kills: the next write begins it anew.
     UNFINISHED = "unfinished_checkpoint"
 
-    def __init__(self, model: nn.Module, save_dir: str, *, keep: int = 0, **checkpointables: Any):
-        super().__init__(model, save_dir, **checkpointables)
+    def __init__(self, model: nn.Module, save_dir: str, *, keep: int = 0, **others: Any):
+        super().__init__(model, save_dir, **others)
         if keep < 0:
             raise ValueError(f"SOLVER.CHECKPOINTS_TO_KEEP must be 0 (all) or more, not {keep}")
         self.keep = keep
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Writes ``<name>.pth`` with ``kwargs`` beside the states, and then that it is the last."""
+        """Writes ``<name>.pth`` with the names of the classes and ``kwargs`` beside the states, and
+        then that it is the last."""
         if not (self.save_dir and self.save_to_disk):
             return
         parts = {"model": self.model, **self.checkpointables}
-        data = {key: part.state_dict() for key, part in parts.items()} | kwargs
+        data = {key: part.state_dict() for key, part in parts.items()}
+        data |= {KEY: self.class_names, **kwargs}
         self.logger.info("Saving checkpoint to %s", os.path.join(self.save_dir, f"{name}.pth"))
         self._write(f"{name}.pth", lambda file: torch.save(data, file))
         self.tag_last_checkpoint(f"{name}.pth")
@@ -114,8 +140,23 @@ class TrainingCheckpointer(SafeCheckpointer):
         could resume from."""
         if not (self.save_dir and self.save_to_disk):
             return
-        data = {"model": model.state_dict()} | kwargs
+        data = {"model": model.state_dict(), KEY: self.class_names} | kwargs
         self._write(f"{name}.pth", lambda file: torch.save(data, file))
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
+        """As there. Where not all states are asked for, this is no resumption: a training begins.
+
+        Raises:
+            WeightsError: as there.
+        """
+        self._begins = checkpointables is not None
+        return super().load(path, checkpointables)
+
+    def _match_classes(self, names: list[str], weights: dict[str, Any]) -> None:
+        if self._begins:
+            take_rows(weights, names, self.model, self.class_names)
+        else:
+            super()._match_classes(names, weights)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Detectron2's, all or nothing."""

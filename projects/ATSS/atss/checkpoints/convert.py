@@ -8,8 +8,10 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor
 
+from ..config.classes import class_names
 from ..config.read import get_config
 from ..data.datasets import classes_of
+from .classes import KEY
 from .names import MMDET, OFFICIAL, Rule, rename
 from .read import WeightsError, read, require_tensors
 
@@ -123,7 +125,8 @@ def config_for(state_dict: Mapping[str, Tensor], source: str, regression: str = 
 
 def convert_file(path: Path, target: Path, source: str, regression: str) -> CfgNode:
     """Converts another project's checkpoint, and writes beside it, as .yaml, the config that it
-    needs, which is returned. Where anything does not fit, nothing is written.
+    needs, which is returned. Eighty classes get COCO's names, as in :func:`config_for`. Where
+    anything does not fit, nothing is written.
 
     Raises:
         WeightsError: saying what.
@@ -132,6 +135,7 @@ def convert_file(path: Path, target: Path, source: str, regression: str) -> CfgN
     cfg = config_for(converted, source, regression)
     cfg.MODEL.WEIGHTS = str(target)
     content = {"model": converted, "__author__": f"converted from {source}"}
+    content[KEY] = class_names(cfg)
     write(target, content, target.with_suffix(".yaml"), cfg.dump())
     return cfg
 

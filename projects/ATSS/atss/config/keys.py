@@ -69,7 +69,7 @@ def add_atss_config(cfg: CfgNode) -> None:
     node = cfg.MODEL.ATSS = CfgNode()
     # Classes, without background. -1: as many as the data sets have.
     node.NUM_CLASSES = -1
-    # Their names, for pictures. train_net.py fills them in from the data.
+    # Their names, for pictures and checkpoints. train_net.py fills them in from the data.
     node.CLASS_NAMES = []
     # Pyramid levels, fine to coarse.
     node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]

@@ -24,7 +24,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoints.checkpointer import TrainingCheckpointer
-from ..config import autocast_dtype, build_tta, one_image_at_a_time
+from ..config import autocast_dtype, build_tta, class_names, one_image_at_a_time
 from ..data.loader import TrainLoader, build_train_loader, derive_seed
 from ..data.mapper import Mapper, without_augmentation
 from .averaging import Averaging
@@ -90,6 +90,7 @@ class Trainer(DefaultTrainer):
             model,
             cfg.OUTPUT_DIR,
             keep=cfg.SOLVER.CHECKPOINTS_TO_KEEP,
+            class_names=class_names(cfg),
             trainer=weakref.proxy(self),
         )
         self._trainer.register_hooks([FiniteLosses(model, self.checkpointer)])

@@ -17,6 +17,9 @@ HEAD_REGISTRY = Registry("ATSS_HEAD")
 HEAD_REGISTRY.__doc__ = """
 Heads that MODEL.ATSS.HEAD can name. Called as head(cfg, input_shape, num_classes, num_anchors) with
 input_shape: list[ShapeSpec]; returns a module: list of (N, C, H_l, W_l) features -> HeadOutput.
+Its attribute class_layers, {name of a layer: num_anchors}, says which layers have a row for each
+anchor and class, anchor by anchor: where a training begins from weights of other classes, those
+that it knows keep their rows.
 """
 
 
@@ -74,6 +77,9 @@ class ATSSHead(nn.Module):
         deform: version of the deformable convolution that is the last of each tower, "v1" or "v2";
             "" for a plain one.
 
+    Attributes:
+        class_layers: as HEAD_REGISTRY explains.
+
     Raises:
         ValueError: for an unknown tower or version.
     """
@@ -103,6 +109,7 @@ class ATSSHead(nn.Module):
                 f"with {num_convs} convolutions"
             )
         self.num_classes = num_classes
+        self.class_layers = {"cls_score": num_anchors}
         tower = (in_channels, num_convs, norm, tower_bias or not norm, deform)
         self.cls_subnet = self._tower(*tower)
         self.bbox_subnet = self._tower(*tower)

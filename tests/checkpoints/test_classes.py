@@ -1,0 +1,248 @@
+"""From weights of some classes to a model of others: rows follow names."""
+
+import logging
+import math
+
+import pytest
+import torch
+from conftest import make_cfg
+from detectron2.modeling import build_model
+from torch import nn
+
+from atss.checkpoints import SafeCheckpointer, TrainingCheckpointer, WeightsError
+from atss.checkpoints.classes import class_tensors, equal_names
+from atss.modeling.head import ATSSHead
+
+OLD = ["person", "traffic light", "zebra", "dog"]
+
+
+class Model(nn.Module):
+    def __init__(self, num_classes, num_anchors=3, channels=8, seed=1):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.head = ATSSHead(
+            in_channels=channels,
+            num_levels=1,
+            num_classes=num_classes,
+            num_anchors=num_anchors,
+            num_convs=1,
+            norm="",
+        )
+
+
+class Progress:
+    """Stands for the trainer."""
+
+    def state_dict(self):
+        return {"iteration": 7}
+
+    def load_state_dict(self, state):
+        self.loaded = state
+
+
+def trained(**kwargs):
+    """A model of the old classes, none of whose rows is like another."""
+    model = Model(len(OLD), **kwargs, seed=0)
+    for x in model.parameters():
+        nn.init.normal_(x)
+    return model
+
+
+def saved(model, folder, names=OLD):
+    """The file that a training of these classes leaves."""
+    checkpointer = TrainingCheckpointer(model, str(folder), class_names=names, trainer=Progress())
+    checkpointer.save("model_final")
+    return str(folder / "model_final.pth")
+
+
+def begin(file, names, **kwargs):
+    """A model of other classes that begins from the file, and what it was before."""
+    model, fresh = Model(len(names), **kwargs), Model(len(names), **kwargs)
+    TrainingCheckpointer(model, "", class_names=names).resume_or_load(file, resume=False)
+    return model, fresh
+
+
+def logits(model):
+    """(N, H, W, A, K), on random features."""
+    features = torch.randn(1, 8, 4, 5, generator=torch.Generator().manual_seed(2))
+    head = model.head
+    with torch.no_grad():
+        return head([features]).logits.reshape(1, 4, 5, -1, head.num_classes)
+
+
+@pytest.fixture
+def caplog(caplog):
+    caplog.set_level(logging.INFO)
+    return caplog
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "places"),
+    [
+        (["a", "b"], ["b", "c", "a"], {0: 1, 2: 0}),
+        (["Traffic Light"], [" traffic_light "], {0: 0}),
+        (["t-shirt"], ["T shirt"], {0: 0}),
+        (["tshirt", "car"], ["t shirt", "cart"], {}),
+        (["A", "a"], ["a", "A"], {0: 1, 1: 0}),  # letters are other classes than small letters
+        (["A"], ["a", "A"], {1: 0}),
+        (["x", "x"], ["x", "y", "x", "x"], {0: 0, 2: 1}),
+        (["-1", "1"], ["1", "-1"], {0: 1, 1: 0}),
+        ([], ["a"], {}),
+    ],
+)
+def test_which_names_are_equal(theirs, ours, places):
+    assert equal_names(theirs, ours) == places
+
+
+@pytest.mark.parametrize("num_anchors", [1, 3])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["cell", "Zebra", "person", "tile", "a", "b", "c"],
+        ["dog", "zebra", "traffic_light", "person"],  # as many, in another order
+        ["person", "horse", "zebra", "cell"],  # as many, others among them
+        ["tile", "cell"],
+        OLD,
+    ],
+)
+def test_rows_follow_names(tmp_path, names, num_anchors):
+    """What the new model says of a class is what the old one said, at every anchor; of others it
+    says what a new layer does."""
+    old = trained(num_anchors=num_anchors)
+    model, fresh = begin(saved(old, tmp_path), names, num_anchors=num_anchors)
+    before, now = logits(old), logits(model)
+    places = {name.lower().replace("_", " "): i for i, name in enumerate(OLD)}
+    rows = model.head.cls_score.weight.unflatten(0, (num_anchors, -1))
+    untouched = fresh.head.cls_score.weight.unflatten(0, (num_anchors, -1))
+    bias = model.head.cls_score.bias.view(num_anchors, -1)
+    for k, name in enumerate(names):
+        place = places.get(name.lower().replace("_", " "))
+        if place is not None:
+            torch.testing.assert_close(now[..., k], before[..., place])
+        else:
+            assert torch.equal(rows[:, k], untouched[:, k])
+            assert bias[:, k].tolist() == pytest.approx([-math.log(99)] * num_anchors)
+    for name, value in model.state_dict().items():
+        if "cls_score" not in name:
+            assert torch.equal(value, old.state_dict()[name]), name
+
+
+def test_the_log_says_which_classes_are_known(tmp_path, caplog):
+    file = saved(trained(), tmp_path)
+    begin(file, ["cell", "dog", "person"])
+    assert "Classes known to the weights: dog, person (2 of 3); new: cell" in caplog.text
+    assert "Skip loading" not in caplog.text
+    begin(file, ["tile", "cell"])
+    assert "Classes known to the weights: none (0 of 2); new: tile, cell" in caplog.text
+    begin(file, OLD[::-1])
+    last = caplog.records[-1].getMessage()
+    assert last == "Classes known to the weights: dog, zebra, traffic light, person (4 of 4)"
+
+
+@pytest.mark.parametrize("known", ["neither", "ours", "theirs"])
+def test_without_names_rows_are_taken_by_place(tmp_path, caplog, known):
+    """As of all checkpoints of before."""
+    old = trained()
+    file = saved(old, tmp_path, OLD if known == "theirs" else [])
+    ours = ["a", "b", "c", "d"] if known == "ours" else []
+    model = Model(4)
+    TrainingCheckpointer(model, "", class_names=ours).resume_or_load(file, resume=False)
+    assert torch.equal(model.head.cls_score.weight, old.head.cls_score.weight)
+    who = "This run does" if known == "theirs" else "The weights do"
+    assert f"{who} not name classes: the class layer is taken over as it is" in caplog.text
+
+
+def test_without_names_and_of_another_number_the_layer_begins_anew(tmp_path, caplog):
+    old = trained()
+    file = tmp_path / "old.pth"
+    torch.save({"model": old.state_dict()}, file)
+    model, fresh = begin(str(file), ["person", "cell"])
+    assert torch.equal(model.head.cls_score.weight, fresh.head.cls_score.weight)
+    assert torch.equal(model.head.bbox_pred.weight, old.head.bbox_pred.weight)
+    assert (
+        "The weights do not name classes, and head.cls_score.weight is (12, 8, 3, 3), which does "
+        "not fit: the class layer begins anew" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"num_anchors": 3}, {"num_anchors": 6}),  # as many rows
+        ({"channels": 16}, {}),
+        ({"num_anchors": 1}, {}),
+    ],
+)
+def test_rows_of_other_anchors_or_sizes_are_left_out(tmp_path, caplog, theirs, ours):
+    file = saved(trained(**theirs), tmp_path)
+    model, fresh = begin(file, ["person", "dog"], **ours)
+    for name in ("weight", "bias"):
+        found, before = (getattr(x.head.cls_score, name) for x in (model, fresh))
+        assert torch.equal(found, before)
+    assert "The weights name 4 classes, and head.cls_score.weight is (" in caplog.text
+    assert "Classes known" not in caplog.text
+
+
+def test_weights_without_a_class_layer_say_nothing_of_classes(tmp_path, caplog):
+    state = {k: v for k, v in Model(2).state_dict().items() if "cls_score" not in k}
+    torch.save({"model": state}, tmp_path / "backbone.pth")
+    begin(str(tmp_path / "backbone.pth"), ["person", "cell"])
+    assert "name classes" not in caplog.text
+
+
+def test_resuming_takes_everything_as_it_is(tmp_path, caplog):
+    """Rows by place, and the states; that names have changed since is said."""
+    old = trained()
+    saved(old, tmp_path)
+    model, progress = Model(4, seed=5), Progress()
+    names = ["dog", "traffic light", "zebra", "person"]
+    checkpointer = TrainingCheckpointer(model, str(tmp_path), class_names=names, trainer=progress)
+    checkpointer.resume_or_load("", resume=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, old.state_dict()[name]), name
+    assert progress.loaded == {"iteration": 7}
+    assert "Class 0 is 'person' to the weights" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["person", "dog", "zebra", "Traffic-Light"], "Class 1 is 'traffic light' to the weights"),
+        (["person", "traffic light", "zebra", "cat"], "Class 3 is 'dog' to the weights"),
+        (["Person", "traffic_light", "zebra", "dog "], None),
+        ([], None),
+    ],
+)
+def test_evaluation_of_other_classes_is_warned_of(tmp_path, caplog, names, said):
+    old, model = trained(), Model(4)
+    file = saved(old, tmp_path)
+    SafeCheckpointer(model, class_names=names).resume_or_load(file, resume=False)
+    assert torch.equal(model.head.cls_score.weight, old.head.cls_score.weight)
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == (said is not None)
+    if said:
+        assert warnings[0].startswith(f"{said} {file}, but {names[int(said[6])]!r} here")
+
+
+def test_a_checkpoint_holds_the_names_as_data(tmp_path):
+    content = torch.load(saved(trained(), tmp_path), weights_only=True)
+    assert content["class_names"] == OLD
+
+
+@pytest.mark.parametrize("names", ["person", {"0": "person"}, [1, 2]])
+def test_names_that_are_none_are_refused(tmp_path, names):
+    file = tmp_path / "odd.pth"
+    torch.save({"model": Model(1).state_dict(), "class_names": names}, file)
+    with pytest.raises(WeightsError, match=r"odd\.pth has class_names that are no list of names"):
+        begin(str(file), ["person"])
+
+
+@pytest.mark.parametrize(("config", "count"), [("atss_box", 1), ("atss_A9", 9)])
+def test_the_layers_of_a_whole_model(config, count):
+    cfg = make_cfg(config=f"tables/{config}.yaml")
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg)
+    tensors = {"head.cls_score.weight": count, "head.cls_score.bias": count}
+    assert class_tensors(model) == tensors
+    assert class_tensors(model.head) == {k.removeprefix("head."): n for k, n in tensors.items()}
