@@ -26,14 +26,19 @@ from torch import nn
 from ..checkpoints import SafeCheckpointer
 from ..config import (
     check_model,
-    class_names,
     complete_classes,
     complete_schedule,
     load_config,
     use_available_device,
 )
 from ..config.checks import check_values
-from ..data.datasets import log_remarks, refuse_unannotated, refuse_unevaluable, register_coco
+from ..data.datasets import (
+    classes_of,
+    log_remarks,
+    refuse_unannotated,
+    refuse_unevaluable,
+    register_coco,
+)
 from .launch import is_started, keep_freed_memory, launch, world_size
 from .trainer import Trainer
 
@@ -106,9 +111,8 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
         keep_freed_memory()
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = SafeCheckpointer(
-            model, save_dir=cfg.OUTPUT_DIR, class_names=class_names(cfg)
-        )
+        names = classes_of(cfg.DATASETS.TEST[0]) or ()
+        checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR, class_names=names)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
