@@ -132,7 +132,7 @@ def test_the_file_gives_the_value_again(squares, tmp_path):
     found = best(tmp_path)
     values = [line[f"bbox{x}/AP50"] for line in metrics(tmp_path).values() for x in ("", "_EMA")]
     assert found["value"] == max(values)
-    assert set(found) == {"model", "metric", "value", "iteration", "averaged"}
+    assert set(found) == {*("model", "class_names", "metric", "value", "iteration", "averaged")}
     kind = "averaged weights (EMA)" if found["averaged"] else "weights"
     assert (
         f"The best weights are in {tmp_path}/model_best.pth, to be given as MODEL.WEIGHTS: "

@@ -196,6 +196,22 @@ def test_evaluates_only(command, tmp_path):
     assert "AP" in results["bbox"]
 
 
+def test_evaluation_on_classes_in_another_order_is_warned_of(command, squares, tmp_path):
+    """What counts is the data set that is evaluated, not the one that the config trains on."""
+    run(command(**{"SOLVER.MAX_ITER": 1}))
+    opts = {"MODEL.WEIGHTS": tmp_path / "out/model_final.pth"}
+    run(command("--eval-only", **opts))
+    log = tmp_path / "out" / "log.txt"
+    assert "to the weights" not in log.read_text()
+    data = json.loads((squares / "annotations.json").read_text())
+    data["categories"] = [{"id": 5, "name": "orange"}, {"id": 6, "name": "blue"}]
+    (tmp_path / "swapped.json").write_text(json.dumps(data))
+    both = ("--register", f"swapped={tmp_path}/swapped.json:{squares}/images")
+    run(command(*both, "--eval-only", **opts, **{"DATASETS.TEST": ("swapped",)}))
+    assert "Class 0 is 'blue' to the weights" in log.read_text()
+    assert "but 'orange' here (2 of 2 differ)" in log.read_text()
+
+
 def test_data_without_annotations_get_their_results_written(command, squares, tmp_path):
     content = json.loads((squares / "annotations.json").read_text())
     del content["annotations"]

@@ -26,7 +26,6 @@ from torch import nn
 from ..checkpoints import SafeCheckpointer, TrainingCheckpointer
 from ..config import (
     check_model,
-    class_names,
     complete_classes,
     complete_schedule,
     load_config,
@@ -112,9 +111,8 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     cfg = _weights_at_hand(args, cfg)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = SafeCheckpointer(
-            model, save_dir=cfg.OUTPUT_DIR, class_names=class_names(cfg)
-        )
+        names = datasets.classes_of(cfg.DATASETS.TEST[0]) or ()
+        checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR, class_names=names)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
