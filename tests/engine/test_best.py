@@ -237,6 +237,26 @@ def test_sigterm_ends_an_evaluation_that_is_made_up_for(squares, tmp_path, by_we
     assert (tmp_path / "last_checkpoint").read_text() == name == "model_0000001.pth"
 
 
+def test_sigterm_in_the_last_iteration_leaves_its_evaluation_to_the_resumed(
+    squares, tmp_path, by_weights, monkeypatch
+):
+    step = Trainer.run_step
+
+    def terminate_last(self):
+        if self.iter == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run_step", terminate_last)
+        with pytest.raises(SystemExit) as stop:
+            run(squares, tmp_path, **EVALUATED)
+    assert stop.value.code == EXIT_PREEMPTED
+    assert len(by_weights) == 4  # of iterations 1 and 3
+    run(squares, tmp_path, "--resume", **EVALUATED)
+    assert len(by_weights) == 6
+
+
 # ------------------------------------------------------------------------------------------------
 # The early end
 # ------------------------------------------------------------------------------------------------
