@@ -1,0 +1,112 @@
+"""The recipe for one's own data, through the user's door, on coloured squares."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from test_interruption import assert_equal
+
+import atss.engine.run as way_in
+from atss.modeling.pretrained import load_pretrained
+from atss.predictor import Predictor
+
+safetensors_torch = pytest.importorskip("safetensors.torch")
+pytest.importorskip("timm")
+
+# Eight images are four iterations a pass.
+SMALL = {
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.WARMUP_ITERS": 2,
+    "SOLVER.MIN_ITER": 0,
+    "SOLVER.EPOCHS": 2.0,
+    "TEST.EVAL_EPOCHS": 1.0,
+    "MODEL.FPN.OUT_CHANNELS": 64,
+    "MODEL.ATSS.NUM_CONVS": 1,
+    "MODEL.ATSS.SCORE_THRESH_TEST": 0.0,
+    "INPUT.SCALE_JITTER_SIZE": 96,
+    "INPUT.MIN_SIZE_TRAIN": (96,),
+    "INPUT.MIN_SIZE_TEST": 96,
+    "INPUT.MOSAIC": 0.5,
+    "DATALOADER.NUM_WORKERS": 0,
+    "SEED": 1,
+}
+
+
+@pytest.fixture
+def tune(squares):
+    """tune(output, *options, KEY=VALUE): a short run of the recipe, in this process."""
+    names = set(DatasetCatalog.list())
+
+    def run(output, *options, **opts):
+        config = ROOT / "configs" / "ATSS_lite0_FPN_fine_tune.yaml"
+        values = {"DATASETS.TRAIN": ("squares",), "DATASETS.TEST": ("squares",)}
+        values |= SMALL | {"OUTPUT_DIR": output} | opts
+        flat = [str(x) for item in values.items() for x in item]
+        register = f"squares={squares}/annotations.json:{squares}/images"
+        argv = ["--config-file", str(config), "--register", register, *options, *flat]
+        args = way_in.make_parser().parse_args(argv)
+        return way_in.run(args, way_in.prepare(args))
+
+    yield run
+    for name in set(DatasetCatalog.list()) - names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def final(output):
+    return torch.load(output / "model_final.pth", weights_only=True)
+
+
+def test_goes_on_bit_for_bit_where_the_backbones_file_is_gone(tune, tmp_path):
+    """Averages, best and mosaics included. The backbone is in the checkpoint."""
+    file = tmp_path / "lite0.safetensors"
+    weights = load_pretrained("tf_efficientnet_lite0")
+    safetensors_torch.save_file({k: v.contiguous() for k, v in weights.items()}, file)
+    own = {"MODEL.TIMM.WEIGHTS": str(file)}
+    tune(tmp_path / "whole", **own)
+    # At 6 of 8 iterations, between two evaluations.
+    steps = {"SOLVER.CHECKPOINT_EPOCHS": 1.5}
+    tune(tmp_path / "cut", **own, **steps)
+    for left in ("model_final.pth", "model_best.pth"):
+        (tmp_path / "cut" / left).unlink()
+    (tmp_path / "cut" / "last_checkpoint").write_text("model_0000005.pth")
+    file.unlink()
+    tune(tmp_path / "cut", "--resume", **own, **steps)
+    whole, cut = final(tmp_path / "whole"), final(tmp_path / "cut")
+    assert whole["iteration"] == cut["iteration"] == 7
+    assert_equal(whole, cut)
+    with pytest.raises(ValueError, match=r"MODEL\.TIMM\.WEIGHTS .*lite0\.safetensors does not exi"):
+        tune(tmp_path / "anew", **own)
+
+
+def test_what_a_run_leaves_can_be_used_alone(tune, tmp_path, squares):
+    """config.yaml and model_best.pth find what was trained on, without ImageNet's weights; all was
+    evaluated twice, raw and averaged."""
+    tune(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    evaluated = {line["iteration"] for line in lines if "bbox/AP" in line and "bbox_EMA/AP" in line}
+    assert {3, 7} <= evaluated | {line["iteration"] - 1 for line in lines if "bbox_EMA/AP" in line}
+    predictor = Predictor(
+        str(tmp_path / "config.yaml"),
+        str(tmp_path / "model_best.pth"),
+        ["MODEL.TIMM.WEIGHTS", "gone.safetensors"],
+    )
+    assert predictor.names == ["blue", "orange"]
+    log = (tmp_path / "log.txt").read_text()
+    assert "Backbone: ImageNet weights of EfficientNet-Lite0 by Google" in log
+
+
+def test_statistics_and_first_stages_are_those_of_imagenet_at_the_end(tune, tmp_path):
+    tune(tmp_path)
+    tuned, before = final(tmp_path)["model"], load_pretrained("tf_efficientnet_lite0")
+    prefix = "backbone.bottom_up.net."
+    changed = {
+        name
+        for name, value in before.items()
+        if prefix + name in tuned and not torch.equal(tuned[prefix + name], value)
+    }
+    assert not any(n.endswith(("running_mean", "running_var")) for n in changed)
+    assert not any(n.startswith(("conv_stem", "bn1", "blocks.0", "blocks.1")) for n in changed)
+    assert {"blocks.2.0.conv_pw.weight", "blocks.6.0.bn3.weight"} <= changed
