@@ -129,7 +129,7 @@ def test_a_folder_is_searched_in_depth_for_images_in_any_case(data):
 
 def test_a_list_begins_in_its_folder_or_below_path(data, tmp_path):
     files = {f"set/images/{name}.png": "" for name in "abcd"}
-    files |= {"set/labels/a.txt": BOX, "set/sub/e.png": ""}
+    files |= {"set/labels/a.txt": BOX, "set/sub/e.png": "", "set/e.png": ""}
     lines = [
         "\ufeff./e.png",
         "",
@@ -238,7 +238,7 @@ def test_images_without_objects_stay_and_labels_without_images_go(data):
         ("0 0.5 0.2 0.7 0.4 0.5 0.6 0.3 0.4", (0, [30, 10, 40, 20])),
         # The centre and the size are not clipped: the corners are.
         ("0 0.05 0.5 0.2 1.2", (0, [0, 0, 15, 50])),
-        ("0 1.0 1.0 0.2 0.2", (0, [90, 45, 10, 5])),
+        ("0 1.1 1.0 0.4 0.2", (0, [90, 45, 10, 5])),
         ("0 -0.1 -0.1 0.5 1.2 1.3 0.5", (0, [0, 0, 100, 50])),
     ],
 )
@@ -305,9 +305,9 @@ def three_images(data):
     files = {f"train/images/{name}.png": "" for name in "abc"}
     files |= {
         "train/labels/a.txt": f"{BOX}\n5 0.2 0.5 0.1 0.4",
-        "train/labels/c.txt": "5 .6 .5 .3 .9",
+        "train/labels/c.txt": "9 .6 .5 .3 .9",
     }
-    return data(files, "{train: train, names: {5: dog, 0: cat}}")
+    return data(files, "{train: train, names: {9: cow, 5: dog, 0: cat}}")
 
 
 def test_records(data, registered, tmp_path):
@@ -320,9 +320,9 @@ def test_records(data, registered, tmp_path):
         **{"category_id": 1, "iscrowd": 0},
     }
     assert b["annotations"] == []
-    assert c["annotations"][0]["category_id"] == 1
+    assert c["annotations"][0]["category_id"] == 2
     metadata = MetadataCatalog.get(name)
-    assert metadata.thing_classes == ["cat", "dog"]
+    assert metadata.thing_classes == ["cat", "dog", "cow"]
     assert metadata.annotated
     assert list(metadata.remarks) == ["label_missing"]
     a["annotations"].clear()
@@ -377,7 +377,7 @@ def test_ground_truth_has_an_ap_of_100(data, registered, tmp_path):
     assert result["AP-dog"] == pytest.approx(100)
     assert len(evaluator._coco_api.imgs) == 3
     written = json.loads((old.parent / "coco_instances_results.json").read_text())
-    assert [r["category_id"] for r in written] == [0, 5, 5]  # the yaml's
+    assert [r["category_id"] for r in written] == [0, 5, 9]  # the yaml's
     loader = build_test_loader(make_cfg("DATALOADER.NUM_WORKERS", 0), "pets")
     assert sum(len(batch) for batch in loader) == 3
 
@@ -404,11 +404,11 @@ def test_trains_and_evaluates(data, registered, tmp_path):
 
     run()
     config = (tmp_path / "out/config.yaml").read_text()
-    assert re.search(r"CLASS_NAMES:\s+- cat\s+- dog\n", config)
+    assert re.search(r"CLASS_NAMES:\s+- cat\s+- dog\s+- cow\n", config)
     log = (tmp_path / "out/log.txt").read_text()
     assert "Data set pets has images without a label file, taken to be without objects (1)" in log
     results = run("--eval-only", **{"MODEL.WEIGHTS": tmp_path / "out/model_final.pth"})
-    assert set(results["bbox"]) >= {"AP", "AP-cat", "AP-dog"}
+    assert set(results["bbox"]) >= {"AP", "AP-cat", "AP-dog", "AP-cow"}
 
 
 # ------------------------------------------------------------------------------------------------
