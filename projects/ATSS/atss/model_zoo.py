@@ -14,7 +14,8 @@ def get(name: str, weights: str | None = None, device: str | None = None) -> nn.
 
     Args:
         name: as in :func:`get_config_file`.
-        weights: a path or address; random weights by default.
+        weights: a path or address; by default they are random, or those of its backbone where the config
+            names some of timm.
         device: that of the config by default.
 
     Raises:
@@ -23,6 +24,8 @@ def get(name: str, weights: str | None = None, device: str | None = None) -> nn.
     cfg = get_config(name)
     if device is not None:
         cfg.MODEL.DEVICE = device
+    if weights is not None:
+        cfg.MODEL.WEIGHTS = weights  # so that a backbone's own are not looked for
     model = build_model(cfg).eval()
     if weights is not None:
         SafeCheckpointer(model).load(weights)

@@ -56,6 +56,7 @@ class Predictor:
         use_available_device(cfg)
         lookup(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
         self.names = class_names(cfg)
+        cfg.MODEL.WEIGHTS = str(weights)  # so that a backbone's own are not looked for
         self.model = build_model(cfg).eval()
         SafeCheckpointer(self.model, class_names=self.names).load(str(weights))
         short = cfg.INPUT.MIN_SIZE_TEST
