@@ -481,7 +481,7 @@ def test_the_recipe_for_tuning_goes_over_what_was_written(weights, tmp_path):
     torch.save({"model": weights["official"]}, tmp_path / "theirs.pth")
     paths = [str(tmp_path / name) for name in ("theirs.pth", "ours.pth")]
     convert_checkpoint.main(["--from", "official", *paths])
-    recipe_file = ROOT / "configs" / "fine_tune.yaml"
+    recipe_file = ROOT / "configs" / "fine_tune_coco.yaml"
     (tmp_path / "tune.yaml").write_text(f"_BASE_: [ours.yaml, {recipe_file}]\n")
     cfg, given = load_config(tmp_path / "tune.yaml"), load_config(tmp_path / "ours.yaml")
     assert paths[1] == cfg.MODEL.WEIGHTS

@@ -14,8 +14,8 @@ def get(name: str, weights: str | None = None, device: str | None = None) -> nn.
 
     Args:
         name: as in :func:`get_config_file`.
-        weights: a path or address; by default they are random, or those of its backbone where the config
-            names some of timm.
+        weights: a path or address; by default random, or of the backbone alone where the config
+            names some of timm's.
         device: that of the config by default.
 
     Raises:
