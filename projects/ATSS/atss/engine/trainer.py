@@ -133,10 +133,7 @@ class Trainer(DefaultTrainer):
 
     def train(self) -> dict | None:
         """DefaultTrainer's, which also ends a run that was killed between its last iteration and
-        its last file; SIGTERM stops it after a checkpoint. One that ended early stays ended."""
-        if self.best and self.best.exhausted:
-            self._log_early_end(self.best)
-            self.max_iter = min(self.max_iter, self.start_iter)
+        its last file; SIGTERM stops it after a checkpoint."""
         if self.start_iter >= self.max_iter:
             self.checkpointer.save("model_final", iteration=self.iter)
         with self.preemption, suppress(EndedEarly):
@@ -144,7 +141,8 @@ class Trainer(DefaultTrainer):
         return None
 
     def before_train(self) -> None:
-        """Detectron2's; an evaluation that is made up for may be the one that ends the run."""
+        """Detectron2's; a run that ended early stays ended, and an evaluation that is made up for
+        may be the one that ends it."""
         super().before_train()
         if self.best and self.best.exhausted and self.start_iter < self.max_iter:
             self.iter -= 1
@@ -158,17 +156,14 @@ class Trainer(DefaultTrainer):
 
     def _end_early(self, best: Best) -> None:
         """Makes this iteration the last one."""
-        self._log_early_end(best)
+        logging.getLogger(__name__).info(
+            "Training ends early, with iteration %d: %s", self.iter, best.reason_to_stop()
+        )
         self.checkpointer.save("model_final", iteration=self.iter)
         self.preemption.saved = True
         self.iter += 1
         self.max_iter = self.iter
         raise EndedEarly
-
-    def _log_early_end(self, best: Best) -> None:
-        logging.getLogger(__name__).info(
-            "Training ends early, with iteration %d: %s", self.iter, best.reason_to_stop()
-        )
 
     def evaluate(self) -> dict:
         """Results of the weights as they are now and, with SOLVER.EMA_DECAY, of the averaged ones,
