@@ -108,6 +108,17 @@ def test_epochs_become_iterations(monkeypatch, images, opts, wanted):
     assert asked == ([(["x"], False)] if opts else [])
 
 
+def test_iterations_that_are_typed_count(monkeypatch):
+    """The recipe's epochs would make a trial of ten iterations one of six hundred."""
+    monkeypatch.setattr(datasets, "get_detection_dataset_dicts", lambda *_, **__: [{}] * 80)
+    opts = ("SOLVER.EPOCHS", 10.0, "SOLVER.MAX_ITER", 7, "TEST.EVAL_EPOCHS", 1.0)
+    for given, wanted in ((["SOLVER.MAX_ITER"], 7), (["SOLVER.MAX_ITER", "SOLVER.EPOCHS"], 200)):
+        cfg = make_cfg(*opts, "SOLVER.IMS_PER_BATCH", 4)
+        complete_schedule(cfg, given)
+        assert cfg.SOLVER.MAX_ITER == wanted
+        assert cfg.TEST.EVAL_PERIOD == 20
+
+
 def test_negative_epochs_are_refused():
     with pytest.raises(ValueError, match=r"TEST\.EVAL_EPOCHS must be from 0 on, not -1\.0"):
         complete_schedule(make_cfg("TEST.EVAL_EPOCHS", -1.0))

@@ -1,29 +1,40 @@
 """Passes over the data become iterations."""
 
 import math
+from collections.abc import Collection
 
 from detectron2.config import CfgNode
 
 from ..data.datasets import count_training_images
 
 
-def complete_schedule(cfg: CfgNode) -> None:
+# In place of iterations.
+EPOCHS = {
+    "SOLVER.MAX_ITER": "SOLVER.EPOCHS",
+    "SOLVER.CHECKPOINT_PERIOD": "SOLVER.CHECKPOINT_EPOCHS",
+    "TEST.EVAL_PERIOD": "TEST.EVAL_EPOCHS",
+}
+
+
+def complete_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
     """Fills in, in place, the iterations that SOLVER.EPOCHS, SOLVER.CHECKPOINT_EPOCHS and
     TEST.EVAL_EPOCHS stand for.
+
+    Args:
+        given: keys that somebody has typed: iterations among them count, and not the epochs that a
+            file asks for.
 
     Raises:
         ValueError: naming a key whose number cannot be.
     """
     solver, test = cfg.SOLVER, cfg.TEST
-    epochs = {
-        "SOLVER.EPOCHS": solver.EPOCHS,
-        "SOLVER.CHECKPOINT_EPOCHS": solver.CHECKPOINT_EPOCHS,
-        "TEST.EVAL_EPOCHS": test.EVAL_EPOCHS,
-    }
-    for key, value in epochs.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{key} must be from 0 on, not {value}")
-    if not any(epochs.values()):
+    for iterations, epochs in EPOCHS.items():
+        group, name = epochs.split(".")
+        if iterations in given and epochs not in given:
+            cfg[group][name] = 0.0
+        if not 0 <= cfg[group][name] < math.inf:
+            raise ValueError(f"{epochs} must be from 0 on, not {cfg[group][name]}")
+    if not (solver.EPOCHS or solver.CHECKPOINT_EPOCHS or test.EVAL_EPOCHS):
         return
     images = count_training_images(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     epoch = images / max(solver.IMS_PER_BATCH, 1)

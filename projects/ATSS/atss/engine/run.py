@@ -93,7 +93,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     check_processes(args, cfg)
     check_data(cfg, training=not args.eval_only)
     if not args.eval_only:
-        complete_schedule(cfg)
+        complete_schedule(cfg, given=args.opts[::2])
     check_config(_weights_at_hand(args, cfg), training=not args.eval_only)
     check_output_dir(cfg.OUTPUT_DIR)
     cfg.freeze()
