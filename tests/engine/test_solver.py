@@ -115,8 +115,7 @@ def test_iterations_that_are_typed_count(monkeypatch):
     for given, wanted in ((["SOLVER.MAX_ITER"], 7), (["SOLVER.MAX_ITER", "SOLVER.EPOCHS"], 200)):
         cfg = make_cfg(*opts, "SOLVER.IMS_PER_BATCH", 4)
         complete_schedule(cfg, given)
-        assert cfg.SOLVER.MAX_ITER == wanted
-        assert cfg.TEST.EVAL_PERIOD == 20
+        assert (wanted, 20) == (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD)
 
 
 def test_negative_epochs_are_refused():

@@ -7,7 +7,6 @@ from detectron2.config import CfgNode
 
 from ..data.datasets import count_training_images
 
-
 # In place of iterations.
 EPOCHS = {
     "SOLVER.MAX_ITER": "SOLVER.EPOCHS",
