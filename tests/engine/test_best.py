@@ -18,7 +18,7 @@ from torch import nn
 import atss.engine.run as way_in
 from atss.checkpoints import TrainingCheckpointer
 from atss.engine import Trainer
-from atss.engine.best import Best
+from atss.engine.best import Best, best_metric
 from atss.engine.hooks import EXIT_PREEMPTED
 from atss.engine.launch import launch
 from atss.predictor import Predictor
@@ -356,12 +356,14 @@ def test_what_is_refused_before_training(squares, tmp_path, opts, sentence):
         run(squares, tmp_path, **{"SOLVER.EMA_DECAY": 0.0} | opts)
 
 
-def test_one_of_several_test_sets_must_be_named():
+def test_of_several_test_sets_the_first_counts_unless_named():
     cfg = make_cfg("DATASETS.TEST", ("a", "b"), "TEST.EVAL_PERIOD", 2)
-    with pytest.raises(ValueError, match=r"'bbox/AP'; with several .*, as 'a/bbox/AP' does"):
-        way_in.check_best(cfg)
-    cfg.TEST.BEST_METRIC = "b/bbox/AP"
-    way_in.check_best(cfg)
+    assert best_metric(cfg) == "a/bbox/AP"
+    cfg.TEST.BEST_METRIC = "b/bbox/AP50"
+    assert best_metric(cfg) == "b/bbox/AP50"
+    cfg.DATASETS.TEST = ("b",)
+    cfg.TEST.BEST_METRIC = "bbox/AP"
+    assert best_metric(cfg) == "bbox/AP"
 
 
 def test_room_for_averages_and_the_best(squares, tmp_path, monkeypatch):

@@ -205,9 +205,15 @@ def _describe(standing: Standing) -> str:
     return f"{standing.value:.3f}, with the {kind} of iteration {standing.iteration}"
 
 
-def keeps_best(cfg: CfgNode) -> bool:
-    """Whether the config asks for the best weights, and evaluates during training to find them."""
-    return bool(cfg.TEST.BEST_METRIC and cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST)
+def best_metric(cfg: CfgNode) -> str:
+    """The metric of the best weights, under its whole name; "" where the config does not ask for
+    them, or evaluates only at the end."""
+    metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
+    if not (metric and cfg.TEST.EVAL_PERIOD > 0 and names):
+        return ""
+    if len(names) == 1 or metric.startswith(tuple(f"{name}/" for name in names)):
+        return metric
+    return f"{names[0]}/{metric}"
 
 
 def evaluated_iteration(trainer: TrainerBase) -> int:

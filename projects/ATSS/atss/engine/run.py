@@ -33,7 +33,7 @@ from ..config import (
 )
 from ..config.checks import check_values
 from ..data import datasets
-from .best import keeps_best
+from .best import best_metric
 from .launch import is_started, keep_freed_memory, launch, world_size
 from .trainer import Trainer
 
@@ -237,17 +237,10 @@ def check_best(cfg: CfgNode) -> None:
     Raises:
         ValueError: naming the key.
     """
-    metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
-    if not keeps_best(cfg):
-        if cfg.TEST.PATIENCE:
-            raise ValueError(
-                f"TEST.PATIENCE {cfg.TEST.PATIENCE} ends training by its evaluations: it needs "
-                "TEST.EVAL_PERIOD, TEST.BEST_METRIC and DATASETS.TEST"
-            )
-    elif len(names) > 1 and not metric.startswith(tuple(f"{name}/" for name in names)):
+    if cfg.TEST.PATIENCE and not best_metric(cfg):
         raise ValueError(
-            f"TEST.BEST_METRIC is {metric!r}; with several test sets it must name one of them, as "
-            f"'{names[0]}/bbox/AP' does"
+            f"TEST.PATIENCE {cfg.TEST.PATIENCE} ends training by its evaluations: it needs "
+            "TEST.EVAL_PERIOD, TEST.BEST_METRIC and DATASETS.TEST"
         )
 
 

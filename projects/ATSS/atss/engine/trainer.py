@@ -28,7 +28,7 @@ from ..config import autocast_dtype, build_tta, class_names, one_image_at_a_time
 from ..data.loader import TrainLoader, build_train_loader, derive_seed
 from ..data.mapper import Mapper, without_augmentation
 from .averaging import Averaging
-from .best import Best, Evaluation, evaluated_iteration, keeps_best
+from .best import Best, Evaluation, best_metric, evaluated_iteration
 from .evaluation import build_evaluator, build_test_loader
 from .hooks import FiniteLosses, FiniteWeights, Preemption, refuse_broken_weights
 from .outlook import Outlook
@@ -113,8 +113,8 @@ class Trainer(DefaultTrainer):
         first = [x for x in built if not isinstance(x, own)]
         self.preemption = Preemption()
         self.best = None
-        if keeps_best(self.cfg):
-            self.best = Best(test.BEST_METRIC, test.PATIENCE, self.checkpointer)
+        if metric := best_metric(self.cfg):
+            self.best = Best(metric, test.PATIENCE, self.checkpointer)
         with_tta = None
         if test.AUG.ENABLED:
             with_tta = Evaluation(0, lambda: self.test_with_tta(self.cfg, self.model))
