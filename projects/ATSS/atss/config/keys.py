@@ -32,8 +32,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     # part of it, or (1 + n) / (10 + n) after n steps, where that is less. 0: none.
     cfg.SOLVER.EMA_DECAY = 0.0
     # The metric by which the best weights of all evaluations (TEST.EVAL_PERIOD) are kept as
-    # model_best.pth, by its name in metrics.json. Of several test sets it is the first's, or that of
-    # the one in "name/bbox/AP". "": none.
+    # model_best.pth, by its name in metrics.json. Of several test sets it is the first's, or that
+    # of the one in "name/bbox/AP". "": none.
     cfg.TEST.BEST_METRIC = "bbox/AP"
     # Training ends after so many evaluations without a better one; 0: never.
     cfg.TEST.PATIENCE = 0
