@@ -9,6 +9,7 @@ import torch
 from conftest import make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from PIL import Image
 
@@ -204,6 +205,29 @@ def test_augmentation_ends_at_an_iteration_of_all_processes(records, be):
         assert take(loader, 1) == [[None] * (4 // processes)]
 
 
+def test_augmentation_does_not_end_unless_asked(records):
+    """Where images wait for others of their group, positions run beyond the last iteration."""
+    loader = make_loader("SOLVER.MAX_ITER", 20, "SEED", 7, late=lambda x: None)
+    assert None not in [image for batch in take(loader, 20) for image in batch]
+
+
+def test_boxes_stay_on_their_objects_under_scale_jitter(tmp_path):
+    pixels = np.zeros((60, 80, 3), np.uint8)
+    pixels[20:40, 30:60] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    box = {"bbox": [30, 20, 30, 20], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    record = {"file_name": str(tmp_path / "a.png"), "height": 60, "width": 80}
+    cfg = make_cfg("INPUT.SCALE_JITTER", [0.5, 2.0], "INPUT.SCALE_JITTER_SIZE", 64)
+    mapper = Mapper(cfg, is_train=True)
+    for seed in range(20):
+        with seeded(seed):
+            mapped = mapper(record | {"annotations": [{**box, "iscrowd": 0}]})
+        bright = mapped["image"][0] > 200
+        for x0, y0, x1, y1 in mapped["instances"].gt_boxes.tensor.round().int().tolist():
+            assert bright[y0:y1, x0:x1].float().mean() > 0.8
+            assert bright.sum() <= 1.1 * (y1 - y0) * (x1 - x0)
+
+
 def test_augmentations_are_those_of_the_config(records):
     opts = ("INPUT.COLOR_JITTER", 0.25, "INPUT.CROP.ENABLED", True, "INPUT.FORMAT", "RGB")
     cfg = make_cfg("INPUT.MIN_SIZE_TRAIN", (64,), *opts)
@@ -230,13 +254,15 @@ def test_augmentations_are_those_of_the_config(records):
     assert {image.shape for image in plain} == {(64, 85, 3)}
     assert ranges(plain)[0].tolist() == ranges(plain)[1].tolist() == [200, 100, 50]
     assert len({image.shape for image in seen(cfg)}) > 1
-    squares = seen(make_cfg("INPUT.SCALE_JITTER", [0.5, 2.0], "INPUT.SCALE_JITTER_SIZE", 48))
+    jittered = make_cfg("INPUT.SCALE_JITTER", [0.5, 2.0], "INPUT.SCALE_JITTER_SIZE", 48)
+    jittered.INPUT.MIN_SIZE_TRAIN = (64,)
+    squares = seen(jittered)
     assert {image.shape for image in squares} == {(48, 48, 3)}
     # Padded where it is made small; filled where it is made large.
     shares = [(image == 128).all(axis=2).mean() for image in squares]
     assert min(shares) == 0
     assert max(shares) > 0.6
-    assert {im.shape for im in seen(without_augmentation(cfg))} == {(64, 85, 3)}
+    assert {im.shape for im in seen(without_augmentation(jittered))} == {(64, 85, 3)}
     # Evaluation sees images as they are.
     assert [type(a) for a in Mapper(cfg, is_train=False).augmentations.augs] == [
         T.ResizeShortestEdge

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import make_cfg, make_input
 
+from atss.data.datasets import register
 from atss.data.loader import seeded
 from atss.data.mosaic import Mosaic, put_together
 from atss.engine import Trainer
@@ -73,9 +74,7 @@ def test_as_often_as_asked_for(probability):
 
 def test_batches_follow_from_the_position(squares):
     """A resumed run sees the mosaics that it would have seen; the last tenth has none."""
-    from atss.data.datasets import register_coco
-
-    register_coco(f"mosaics={squares}/annotations.json:{squares}/images")
+    register(f"mosaics={squares}/annotations.json:{squares}/images")
     cfg = make_cfg("DATASETS.TRAIN", ("mosaics",), "INPUT.MOSAIC", 1.0, "SEED", 5)
     opts = ("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 10)
     cfg.merge_from_list([*opts, "INPUT.AUGMENT_UNTIL", 0.9, "INPUT.MIN_SIZE_TRAIN", (96,)])

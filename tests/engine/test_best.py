@@ -18,7 +18,7 @@ from torch import nn
 import atss.engine.run as way_in
 from atss.checkpoints import TrainingCheckpointer
 from atss.engine import Trainer
-from atss.engine.best import Best, best_metric
+from atss.engine.best import ABOUT, Best, best_metric
 from atss.engine.hooks import EXIT_PREEMPTED
 from atss.engine.launch import launch
 from atss.predictor import Predictor
@@ -110,8 +110,57 @@ def test_a_metric_that_there_is_not(keeper):
     results = {"bbox": {"AP50": 1.0, "APl": 2.0, "AP-orange": 3.0}}
     with pytest.raises(ValueError, match=r"does not give; known are \['bbox/AP50', 'bbox/APl'\]$"):
         keeper.update([(nn.Linear(1, 1), results)], 0)
-    with pytest.raises(ValueError, match="it gives none: set it to ''"):
-        keeper.update([(nn.Linear(1, 1), {})], 0)
+
+
+def results(ap):
+    return {"bbox": {"AP": ap}}
+
+
+def test_patience_begins_with_the_first_number(tmp_path):
+    """Nothing is detected at first, so that there is nothing to become better than."""
+    model = nn.Linear(1, 1)
+    keeper = Best("bbox/AP", 2, TrainingCheckpointer(model, str(tmp_path)))
+    exhausted = []
+    for i, ap in enumerate([math.nan, math.nan, math.nan, 3.0, 2.0, 1.0]):
+        keeper.update([(model, results(ap))], i)
+        exhausted.append(keeper.exhausted)
+    assert exhausted == [False] * 5 + [True]
+
+
+def test_where_nothing_is_measured_nothing_is_best(tmp_path):
+    """Of data without annotations, detections are written for a server."""
+    keeper = Best("bbox/AP", 1, TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path)))
+    keeper.update([(nn.Linear(1, 1), {})], 0)
+    assert not keeper.exhausted
+    assert not (tmp_path / "model_best.pth").exists()
+
+
+def test_a_run_that_goes_on_keeps_what_its_former_end_was(tmp_path):
+    """The checkpoint was written before the evaluation. What is of later iterations, or by another
+    metric or on other data, is not taken over."""
+    model = nn.Linear(1, 1)
+
+    def keeper(metric="bbox/AP", data=("a",)):
+        return Best(metric, 0, TrainingCheckpointer(model, str(tmp_path)), data)
+
+    keeper().update([(model, results(50.0))], 5)
+    known = keeper()
+    known.adopt(6)
+    known.update([(model, results(40.0))], 8)
+    assert best(tmp_path)["value"] == 50.0
+    for other, start in ((keeper(), 5), (keeper("bbox/AP50"), 6), (keeper(data=("b",)), 6)):
+        other.adopt(start)
+        assert other.standing.iteration == -1
+
+
+def test_other_test_sets_begin_anew(tmp_path, caplog):
+    model = nn.Linear(1, 1)
+    first = Best("bbox/AP", 0, TrainingCheckpointer(model, str(tmp_path)), ("a",))
+    first.update([(model, results(50.0))], 5)
+    other = Best("bbox/AP", 0, TrainingCheckpointer(model, str(tmp_path)), ("b",))
+    other.load_state_dict(first.state_dict())
+    assert other.standing.iteration == -1
+    assert "Until now the best weights were by bbox/AP on a" in caplog.text
 
 
 def test_several_test_sets(tmp_path):
@@ -132,7 +181,7 @@ def test_the_file_gives_the_value_again(squares, tmp_path):
     found = best(tmp_path)
     values = [line[f"bbox{x}/AP50"] for line in metrics(tmp_path).values() for x in ("", "_EMA")]
     assert found["value"] == max(values)
-    assert set(found) == {*("model", "class_names", "metric", "value", "iteration", "averaged")}
+    assert set(found) == {"model", "class_names", *ABOUT}
     kind = "averaged weights (EMA)" if found["averaged"] else "weights"
     assert (
         f"The best weights are in {tmp_path}/model_best.pth, to be given as MODEL.WEIGHTS: "
@@ -200,7 +249,7 @@ def test_it_is_no_checkpoint(squares, tmp_path, by_weights, monkeypatch):
 def test_another_metric_begins_anew(squares, tmp_path, by_weights):
     run(squares, tmp_path, stop_after=4, **EVALUATED)
     run(squares, tmp_path, "--resume", **EVALUATED | {"TEST.BEST_METRIC": "bbox/AP50"})
-    assert "TEST.BEST_METRIC was bbox/AP until now" in log(tmp_path)
+    assert "Until now the best weights were by bbox/AP on " in log(tmp_path)
     assert best(tmp_path)["metric"] == "bbox/AP50"
     lines = [line for iteration, line in metrics(tmp_path).items() if iteration >= 3]
     values = [line[f"bbox{x}/AP50"] for line in lines for x in ("", "_EMA")]
@@ -366,12 +415,17 @@ def test_of_several_test_sets_the_first_counts_unless_named():
     assert best_metric(cfg) == "bbox/AP"
 
 
-def test_room_for_averages_and_the_best(squares, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("optimizer", "moments"), [("SGD", 1), ("AdamW", 2)])
+def test_room_for_averages_and_the_best(squares, tmp_path, monkeypatch, optimizer, moments):
     """What the check asks for, against the files that are written."""
-    run(squares, tmp_path, **EVALUATED | {"SOLVER.MAX_ITER": 2})
-    size = sum((tmp_path / f"model_{x}.pth").stat().st_size for x in ("final", "best"))
+    opts = {"SOLVER.MAX_ITER": 2, "SOLVER.OPTIMIZER": optimizer}
+    run(squares, tmp_path, **EVALUATED | opts)
+    left = ("final", "best", "final_EMA")
+    size = sum((tmp_path / f"model_{x}.pth").stat().st_size for x in left)
     model = Predictor(tmp_path / "config.yaml", tmp_path / "model_best.pth").model
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(ValueError, match="1 checkpoints and the best weights take") as error:
-        way_in.check_free_space(str(tmp_path), model, copies=1, averaged=True, best=True)
+        way_in.check_free_space(
+            str(tmp_path), model, copies=1, moments=moments, averaged=True, best=True
+        )
     assert size / 1e6 == pytest.approx(int(str(error.value).split()[-2]), rel=0.05)

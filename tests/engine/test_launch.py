@@ -95,7 +95,7 @@ def test_memory_that_runs_out_is_told_with_what_to_do():
         torch.empty(2**60, dtype=torch.uint8)
     said = explain(of_machine.value, "out")
     assert said.startswith("the machine's memory is not enough: lower SOLVER.IMS_PER_BATCH, and ")
-    for key in ("INPUT.MIN_SIZE_TRAIN", "INPUT.MAX_SIZE_TRAIN", "MODEL.ATSS.PRECISION"):
+    for key in ("INPUT.MIN_SIZE_TRAIN", "SCALE_JITTER_SIZE", "MODEL.ATSS.PRECISION"):
         assert key in said
     of_gpu = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out")
     assert of_gpu == said.replace("the machine's", "the GPU's")

@@ -238,6 +238,23 @@ def test_two_processes_end_early_in_the_same_iteration(squares, tmp_path, free_p
     assert best["value"] == ended["trainer"]["hooks"]["Best"]["value"]
 
 
+def test_the_best_of_two_processes_is_what_was_measured(squares, tmp_path, free_port):
+    """Each process has statistics of BatchNorm of its own, and evaluates its share of the images;
+    the file holds those of the first."""
+    opts = {"TEST.EVAL_PERIOD": 2, "SOLVER.EMA_DECAY": 0.9, "TEST.BEST_METRIC": "bbox/AP50"}
+    opts |= {"SOLVER.MAX_ITER": 6, "SOLVER.BASE_LR": 0.01}
+    for process in started(command_line(squares, tmp_path / "out", **opts), free_port):
+        said, _ = process.communicate()
+        assert process.returncode == 0, said[-2000:]
+    best = torch.load(tmp_path / "out/model_best.pth", weights_only=True)
+    alone = command_line(squares, tmp_path / "again", "--eval-only", **opts)
+    alone += ["MODEL.WEIGHTS", str(tmp_path / "out/model_best.pth")]
+    args = way_in.make_parser().parse_args(alone[1:])
+    found = way_in.run(args, way_in.prepare(args))
+    assert found["bbox"]["AP50"] == pytest.approx(best["value"], rel=1e-4)
+    assert best["value"] > 0
+
+
 @pytest.mark.slow
 def test_fifty_steps_under_torchrun_with_a_process_killed(squares, tmp_path):
     opts = {"SOLVER.MAX_ITER": 50, "SOLVER.CHECKPOINT_PERIOD": 10, "DATALOADER.NUM_WORKERS": 1}

@@ -91,6 +91,12 @@ def test_a_backbone_without_a_bottom_up_has_no_rate_of_its_own():
         ),
         (4, ("SOLVER.CHECKPOINT_EPOCHS", 0.1), (90, 1, 0)),
         (448, (), (90, 5000, 0)),
+        # 78.125 iterations: four evaluations and the last, each after a checkpoint.
+        (
+            625,
+            ("SOLVER.EPOCHS", 10.0, "SOLVER.CHECKPOINT_EPOCHS", 1.0, "TEST.EVAL_EPOCHS", 2.0),
+            (782, 79, 158),
+        ),
     ],
 )
 def test_epochs_become_iterations(monkeypatch, images, opts, wanted):

@@ -1,7 +1,11 @@
 """Backbones of timm: maps, weights, what stays as it is; what is said where something is absent."""
 
+import argparse
+import io
 import logging
 import sys
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from PIL import Image
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from atss import load_config
+from atss.checkpoints import SafeCheckpointer
 from atss.modeling import pretrained
 from atss.modeling.timm_backbone import TimmBackbone, pixels_of
 
@@ -141,7 +146,8 @@ def test_files_are_read_without_executing_anything(tmp_path, capfd):
 
 def test_a_checkpoint_of_timms_training_is_read(tmp_path):
     weights = random_weights("resnet18")
-    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "w.pth")
+    args = argparse.Namespace(model="resnet18", lr=0.1)
+    torch.save({"state_dict": weights, "epoch": 3, "args": args}, tmp_path / "w.pth")
     found = pretrained.read_pretrained(str(tmp_path / "w.pth"))
     assert found.keys() == weights.keys()
 
@@ -249,3 +255,65 @@ def test_maps_are_named_by_strides():
 def test_nobody_is_alarmed_by_a_classifier_that_is_not_needed(lite0, caplog):
     TimmBackbone("tf_efficientnet_lite0", weights=lite0)
     assert "conv_head" not in caplog.text
+
+
+def test_a_hub_that_answers_anything_is_asked_for_weights(monkeypatch):
+    """The root of a mirror may say 404."""
+
+    def answer(url, timeout):
+        raise urllib.error.HTTPError(url, 404, "Not Found", {}, io.BytesIO())
+
+    asked = []
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *x: asked.append(x) or "file")
+    path, credit = pretrained.find_pretrained("resnet18.a1_in1k")
+    assert (path, asked) == ("file", [("timm/resnet18.a1_in1k", "model.safetensors")])
+    assert credit == "weights timm/resnet18.a1_in1k, licence apache-2.0"
+
+
+def test_each_weight_vouches_for_one():
+    """Statistics that nobody has trained are all alike."""
+    torch.manual_seed(0)
+    fresh = timm.create_model("resnet18").state_dict()
+    without = {k: v for k, v in fresh.items() if k != "layer2.0.bn1.running_var"}
+    with pytest.raises(ValueError, match="1 are not in the file"):
+        TimmBackbone("resnet18", weights=without)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("resnet18.typo", r"Invalid pretrained tag .*known are \[.*'a1_in1k'"),
+        ("inception_v4", r"of an image of 352 x 352, inception_v4 makes maps of \[\(41, 41\)"),
+        ("maxvit_tiny_tf_224", r"does not take images of any size, such as 352 x 352: height"),
+    ],
+)
+def test_what_would_fail_in_training_is_refused_before(name, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        TimmBackbone(name)
+
+
+def test_what_no_map_depends_on_is_not_trained():
+    """Processes would wait for its gradients."""
+    backbone = TimmBackbone("hrnet_w18_small")
+    sum(x.sum() for x in backbone(torch.randn(2, 3, 64, 64)).values()).backward()
+    trained = [p for p in backbone.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained)
+    assert len(trained) < len([*backbone.parameters()])
+
+
+def test_weights_of_a_detector_with_another_backbone_are_refused(tmp_path):
+    """What stays as it is loaded would stay random."""
+    other = ("MODEL.TIMM.NAME", "resnet18", "MODEL.TIMM.PRETRAINED", False)
+    cfg = make_cfg(*other, "MODEL.TIMM.PIXELS", False, config=RECIPE)
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "resnet.pth")
+    cfg = make_cfg("MODEL.WEIGHTS", str(tmp_path / "resnet.pth"), config=RECIPE)
+    checkpointer = SafeCheckpointer(build_model(cfg))
+    with pytest.raises(ValueError, match=r"resnet\.pth has no weights for \d+ parts of the backb"):
+        checkpointer.load(cfg.MODEL.WEIGHTS)
+
+
+def test_pixels_that_were_typed_are_not_overwritten():
+    with pytest.raises(ValueError, match=r"MODEL\.TIMM\.PIXELS wants INPUT\.FORMAT RGB"):
+        load_config(f"configs/{RECIPE}", opts=["INPUT.FORMAT", "BGR"])
+    load_config(f"configs/{RECIPE}", opts=["INPUT.FORMAT", "RGB"])

@@ -93,7 +93,22 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"nothing in {self._loading} fits the model; weights of the authors' code or of "
                 "mmdet have to be converted by tools/convert_checkpoint.py"
             )
+        self._refuse_random_parts({*left.missing_keys, *(x[0] for x in left.incorrect_shapes)})
         return left
+
+    def _refuse_random_parts(self, missing: set[str]) -> None:
+        """Of what stays as it is loaded, as modules say in their attribute ``relies_on_weights``,
+        all has to be there."""
+        for path, module in self.model.named_modules():
+            if not getattr(module, "relies_on_weights", False):
+                continue
+            lacking = [name for name in missing if name.startswith(f"{path}.")]
+            if lacking := sorted(x for x in lacking if not x.endswith("num_batches_tracked")):
+                raise WeightsError(
+                    f"{self._loading} has no weights for {len(lacking)} parts of the backbone, "
+                    f"such as {lacking[0]}, which would stay random: give MODEL.WEIGHTS of a "
+                    "detector with the same MODEL.TIMM.NAME, or none"
+                )
 
     def _match_classes(self, names: list[str], weights: dict[str, Any]) -> None:
         """What the names of classes that the weights know mean for them."""

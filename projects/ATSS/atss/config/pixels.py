@@ -1,5 +1,7 @@
 """How pixels become numbers: a backbone of timm says it itself."""
 
+from collections.abc import Collection
+
 from detectron2.config import CfgNode
 
 from ..modeling.timm_backbone import pixels_of
@@ -7,13 +9,19 @@ from ..modeling.timm_backbone import pixels_of
 TIMM = "build_timm_fpn_backbone"
 
 
-def complete_pixels(cfg: CfgNode) -> None:
+def complete_pixels(cfg: CfgNode, given: Collection[str] = ()) -> None:
     """Fills in, in place, what MODEL.TIMM.PIXELS asks for.
 
+    Args:
+        given: keys that somebody has typed, which are not to be overwritten silently.
+
     Raises:
-        ValueError: as :func:`~atss.modeling.timm_backbone.pixels_of`.
+        ValueError: as :func:`~atss.modeling.timm_backbone.pixels_of`, or where other values were
+            typed.
     """
     if _asks(cfg):
+        if set(given) & {"INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"}:
+            check_pixels(cfg)
         cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = pixels_of(cfg.MODEL.TIMM.NAME)
 
 

@@ -30,7 +30,7 @@ def load_config(*files: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
         _merge_file(cfg, str(file))
     merge_options(cfg, opts)
     _refuse_empty(cfg, defaults)
-    complete_pixels(cfg)
+    complete_pixels(cfg, given=opts[::2])
     return cfg
 
 
@@ -112,6 +112,8 @@ def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
     for key, value in zip(options[::2], options[1::2], strict=True):
         if isinstance(known.get(key), CfgNode):
             raise ValueError(_is_a_group(key, known[key]))
+        if isinstance(known.get(key), float) and re.fullmatch(r"[+-]?\d+", str(value)):
+            value = float(value)
         try:
             cfg.merge_from_list([key, value])
         except (AssertionError, KeyError, TypeError, ValueError) as error:

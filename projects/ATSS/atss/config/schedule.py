@@ -40,7 +40,11 @@ def complete_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
     if solver.EPOCHS:
         epoch = max(epoch, solver.MIN_ITER / solver.EPOCHS)
         solver.MAX_ITER = math.ceil(epoch * solver.EPOCHS)
+    # Rounded up, so that the last period ends with the training and not just before it.
     if solver.CHECKPOINT_EPOCHS:
-        solver.CHECKPOINT_PERIOD = max(round(epoch * solver.CHECKPOINT_EPOCHS), 1)
+        solver.CHECKPOINT_PERIOD = max(math.ceil(epoch * solver.CHECKPOINT_EPOCHS), 1)
     if test.EVAL_EPOCHS:
-        test.EVAL_PERIOD = max(round(epoch * test.EVAL_EPOCHS), 1)
+        # An evaluation that a checkpoint precedes can be broken off at once.
+        follows = 0 < solver.CHECKPOINT_EPOCHS <= test.EVAL_EPOCHS
+        unit = solver.CHECKPOINT_PERIOD if follows else 1
+        test.EVAL_PERIOD = max(math.ceil(epoch * test.EVAL_EPOCHS / unit), 1) * unit

@@ -35,28 +35,25 @@ class TrainLoader:
         sampler: from a seed to one of Detectron2's samplers.
         batch_size: images of one batch of this process.
         num_workers: processes that map images; 0 for none. The batches do not depend on it.
-        group: whether a batch holds wide images only, or none.
+        groups: (number of images,) of each: a batch is of one group.
         seed: of the order of images and of what is drawn while they are mapped.
-
-    Raises:
-        ValueError: naming an image without width and height, where they are needed.
     """
 
     def __init__(
         self,
-        records: list[dict],
+        records: Sequence[dict],
         mapper: Callable[[dict], dict],
         sampler: Callable[[int], Sampler],
         *,
         batch_size: int,
         num_workers: int,
-        group: bool,
+        groups: Sequence[bool] | np.ndarray,
         seed: int,
         late_mapper: Callable[[dict], dict] | None = None,
         late_from: float = math.inf,
     ):
-        self.groups = is_wide(records) if group else [False] * len(records)
-        self.records = DatasetFromList(records, copy=False)
+        self.groups = groups
+        self.records = records
         self.mapper = mapper
         self.late_mapper = late_mapper or mapper
         self.late_from = late_from
@@ -97,7 +94,8 @@ def build_train_loader(
         late_mapper: from then on, where it is another.
 
     Raises:
-        ValueError: for an unknown sampler, or a batch that the processes cannot share evenly.
+        ValueError: for an unknown sampler, a batch that the processes cannot share evenly, or an
+            image without width and height, where they are needed.
     """
     images, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if images < 1 or images % processes:
@@ -107,19 +105,24 @@ def build_train_loader(
     records = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )
-    late_mapper = late_mapper or mapper
+    sampler = _choose_sampler(cfg.DATALOADER, records)
+    groups = is_wide(records) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else [False] * len(records)
+    # Packed, so that processes that load images share them.
+    packed = DatasetFromList(records, copy=False)
+    late_mapper, until = late_mapper or mapper, cfg.INPUT.AUGMENT_UNTIL
     if cfg.INPUT.MOSAIC:
-        mapper = Mosaic(mapper, records, cfg.INPUT.MOSAIC)
+        mapper = Mosaic(mapper, packed, cfg.INPUT.MOSAIC)
     return TrainLoader(
-        records,
+        packed,
         mapper,
-        _choose_sampler(cfg.DATALOADER, records),
+        sampler,
         batch_size=images // processes,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        group=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        groups=groups,
         seed=cfg.SEED,
         late_mapper=late_mapper,
-        late_from=cfg.INPUT.AUGMENT_UNTIL * cfg.SOLVER.MAX_ITER * images,
+        # Where images wait for others of their group, positions run ahead of the iterations.
+        late_from=until * cfg.SOLVER.MAX_ITER * images if until < 1 else math.inf,
     )
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 from detectron2.engine import HookBase
-from torch import Tensor, nn
+from detectron2.utils import comm
+from torch import Tensor, distributed, nn
 
 
 class Averaging(HookBase):
@@ -15,7 +16,8 @@ class Averaging(HookBase):
     from 1 on, keeps min(decay, (1 + n) / (10 + n)) of the average, so that in a short run it is not
     mostly of the first weights; update 0 copies.
 
-    Goes before PeriodicCheckpointer, so that what that saves is of the same step.
+    The last ones are left as model_final_EMA.pth. Goes before PeriodicCheckpointer, so that what
+    that saves is of the same step.
 
     Args:
         model: not within DistributedDataParallel, and without hooks that are the training's alone.
@@ -25,6 +27,8 @@ class Averaging(HookBase):
         model: a copy, in evaluation mode, with the averages.
         updates: so many made it.
     """
+
+    FILE = "model_final_EMA"
 
     # torch's AveragedModel would do the same, but reads its counter in every step where device and
     # host must wait for each other.
@@ -58,6 +62,10 @@ class Averaging(HookBase):
                 counter.copy_(latest_counter)
         self.updates += 1
 
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            self.trainer.checkpointer.save_weights(self.FILE, self.model)
+
     def state_dict(self) -> dict:
         model = {name: x.cpu() for name, x in self.model.state_dict().items()}
         return {"model": model, "updates": self.updates}
@@ -65,6 +73,15 @@ class Averaging(HookBase):
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.updates = state["updates"]
+
+
+def share_statistics(model: nn.Module) -> None:
+    """Gives all processes the running statistics of the first, which checkpoints hold: each has
+    measured its own."""
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                distributed.broadcast(buffer, 0)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

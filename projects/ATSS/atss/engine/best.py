@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
@@ -19,6 +19,10 @@ from detectron2.utils.events import CommonMetricPrinter
 from torch import nn
 
 from ..checkpoints import TrainingCheckpointer
+from ..checkpoints.read import read
+
+# Of a standing, what stands beside the weights.
+ABOUT = ("metric", "data", "value", "iteration", "averaged")
 
 
 class Evaluation(hooks.EvalHook):
@@ -88,13 +92,15 @@ class Standing:
 
     Attributes:
         metric: that decides; greater is better.
+        data: the test sets, by name.
         value: the best, of the weights of ``iteration``; -inf, and -1, where there are none.
         averaged: whether it is that of the averaged weights.
         evaluated: iteration of the last evaluation.
-        since: evaluations that did not have a better one, since the best.
+        since: evaluations that did not have a better one, since the first best.
     """
 
     metric: str
+    data: str = ""
     value: float = -math.inf
     iteration: int = -1
     averaged: bool = False
@@ -109,12 +115,19 @@ class Best(HookBase):
         metric: such as "bbox/AP", or "name/bbox/AP" where there are several test sets.
         patience: training is to end after so many evaluations without a better one; 0 for never.
         checkpointer: writes the file.
+        test_sets: their names.
     """
 
     FILE = "model_best"
 
-    def __init__(self, metric: str, patience: int, checkpointer: TrainingCheckpointer):
-        self.standing = Standing(metric)
+    def __init__(
+        self,
+        metric: str,
+        patience: int,
+        checkpointer: TrainingCheckpointer,
+        test_sets: Sequence[str] = (),
+    ):
+        self.standing = Standing(metric, ", ".join(test_sets))
         self.patience = patience
         self.checkpointer = checkpointer
 
@@ -141,26 +154,50 @@ class Best(HookBase):
     def _compare(self, evaluated: list[tuple[nn.Module, dict]], iteration: int) -> Standing | str:
         """Where the best stand now, or what is wrong. Writes the file."""
         metric, best = self.standing.metric, None
-        standing = replace(self.standing, evaluated=iteration, since=self.standing.since + 1)
+        had_one = self.standing.iteration >= 0
+        since = self.standing.since + 1 if had_one else 0
+        standing = replace(self.standing, evaluated=iteration, since=since)
         for averaged, (model, results) in enumerate(evaluated):
             values = flatten_results_dict(results)
             if metric not in values:
                 # Those of single classes are left out.
                 known = [name for name in values if "-" not in name.rpartition("/")[2]]
-                return f"TEST.BEST_METRIC is {metric!r}, which the evaluation does not give; " + (
-                    f"known are {sorted(known)}" if known else "it gives none: set it to ''"
+                if not known:  # without annotations, detections are written and nothing is measured
+                    continue
+                return (
+                    f"TEST.BEST_METRIC is {metric!r}, which the evaluation does not give; known "
+                    f"are {sorted(known)}"
                 )
             value = float(values[metric])
             if math.isfinite(value) and value > standing.value:
                 best = model
-                standing = Standing(metric, value, iteration, bool(averaged), iteration)
+                standing = replace(
+                    standing, value=value, iteration=iteration, averaged=bool(averaged), since=0
+                )
         logger = logging.getLogger(__name__)
         if best is None:
-            logger.info("No better %s for %d evaluations", metric, standing.since)
+            if had_one:
+                logger.info("No better %s for %d evaluations", metric, standing.since)
             return standing
         logger.info("The best %s so far: %s", metric, _describe(standing))
-        about = {x: getattr(standing, x) for x in ("metric", "value", "iteration", "averaged")}
+        about = {x: getattr(standing, x) for x in ABOUT}
         self.checkpointer.save_weights(self.FILE, best, **about)
+        return standing
+
+    def adopt(self, start_iter: int) -> None:
+        """Of a run that goes on: better weights in the file than the checkpoint knows of, as those
+        of an evaluation at its former end."""
+        self.standing = comm.all_gather(self._adopt(start_iter))[0]
+
+    def _adopt(self, start_iter: int) -> Standing:
+        path = os.path.join(self.checkpointer.save_dir, f"{self.FILE}.pth")
+        if not comm.is_main_process() or not os.path.isfile(path):
+            return self.standing
+        about = {x: value for x, value in read(path).items() if x in ABOUT}
+        standing = self.standing
+        same = all(about.get(x) == getattr(standing, x) for x in ("metric", "data"))
+        if same and about["iteration"] < start_iter and about["value"] > standing.value:
+            return replace(standing, **about)
         return standing
 
     def reason_to_stop(self) -> str:
@@ -189,14 +226,13 @@ class Best(HookBase):
         return asdict(self.standing)
 
     def load_state_dict(self, state: dict) -> None:
-        loaded = Standing(**state)
-        if loaded.metric == self.standing.metric:
+        loaded, standing = Standing(**state), self.standing
+        if (loaded.metric, loaded.data) == (standing.metric, standing.data):
             self.standing = loaded
         else:
             logging.getLogger(__name__).warning(
-                "TEST.BEST_METRIC was %s until now: the best weights by %s are those from here on",
-                loaded.metric,
-                self.standing.metric,
+                "Until now the best weights were by %s on %s: those by %s on %s are from here on",
+                *(loaded.metric, loaded.data, standing.metric, standing.data),
             )
 
 

@@ -115,6 +115,14 @@ class Preemption(HookBase):
         if not saved:
             refuse_broken_weights(self.trainer)
             self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+        self._leave(iteration)
+
+    def leave_if_asked(self, iteration: int) -> None:
+        """For whoever has saved this iteration: exits where one process got the signal."""
+        if any(comm.all_gather(self.asked)):
+            self._leave(iteration)
+
+    def _leave(self, iteration: int) -> None:
         # Who starts processes ends all of them when one has left.
         comm.synchronize()
         logging.getLogger(__name__).info(

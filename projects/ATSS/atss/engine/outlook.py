@@ -13,8 +13,10 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 LESS_MEMORY = (
-    "lower SOLVER.IMS_PER_BATCH, and SOLVER.BASE_LR with it, or INPUT.MIN_SIZE_TRAIN and "
-    "INPUT.MAX_SIZE_TRAIN, or set MODEL.ATSS.PRECISION to bf16"
+    "lower SOLVER.IMS_PER_BATCH, and SOLVER.BASE_LR with it, or the size of images "
+    "(INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN; with INPUT.SCALE_JITTER also SCALE_JITTER_SIZE), or "
+    "set MODEL.ATSS.PRECISION to bf16; in an evaluation lower MODEL.ATSS.IMS_PER_BATCH_TEST, "
+    "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST"
 )
 
 

@@ -35,18 +35,25 @@ from ..config.checks import check_values
 from ..data import datasets
 from .best import best_metric
 from .launch import is_started, keep_freed_memory, launch, world_size
+from .solver import MOMENTS
 from .trainer import Trainer
 
 # Of Detectron2's keys: least and greatest value of each number.
 TRAINING_LIMITS = {
     "DATALOADER.NUM_WORKERS": (0, math.inf),
+    "INPUT.AUGMENT_UNTIL": (0, 1),
+    "INPUT.COLOR_JITTER": (0, 1),
     "INPUT.MIN_SIZE_TRAIN": (1, math.inf),
     "INPUT.MAX_SIZE_TRAIN": (1, math.inf),
+    "INPUT.MOSAIC": (0, 1),
+    "INPUT.SCALE_JITTER_SIZE": (32, math.inf),
+    "SOLVER.BACKBONE_LR_FACTOR": (0, math.inf),
     "SOLVER.BASE_LR": (0, math.inf),
     "SOLVER.CHECKPOINT_PERIOD": (1, math.inf),
     "SOLVER.EMA_DECAY": (0, 0.999999),
     "SOLVER.IMS_PER_BATCH": (1, math.inf),
     "SOLVER.MAX_ITER": (1, math.inf),
+    "SOLVER.MIN_ITER": (0, math.inf),
     "TEST.EVAL_PERIOD": (0, math.inf),
     "TEST.PATIENCE": (0, math.inf),
 }
@@ -125,6 +132,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
             cfg.OUTPUT_DIR,
             trainer.model,
             copies=max(kept + 1, 2),
+            moments=MOMENTS[cfg.SOLVER.OPTIMIZER],
             averaged=trainer.averaging is not None,
             best=trainer.best is not None,
         )
@@ -204,6 +212,12 @@ def check_config(cfg: CfgNode, training: bool) -> None:
     check_model(cfg, training)
     if training:
         check_values(cfg, TRAINING_LIMITS)
+        jitter = cfg.INPUT.SCALE_JITTER
+        if jitter and not (len(jitter) == 2 and 0 < jitter[0] <= jitter[1]):
+            raise ValueError(
+                "INPUT.SCALE_JITTER must be two factors, such as [0.5, 2.0], or empty for none, "
+                f"not {jitter}"
+            )
         check_best(cfg)
 
 
@@ -291,13 +305,19 @@ def check_output_dir(path: str) -> None:
 
 
 def check_free_space(
-    path: str, model: nn.Module, copies: int = 2, averaged: bool = False, best: bool = False
+    path: str,
+    model: nn.Module,
+    copies: int = 2,
+    moments: int = 1,
+    averaged: bool = False,
+    best: bool = False,
 ) -> None:
-    """Whether the folder has room for checkpoints: weights, and a momentum for each that is
-    trained. By default for two, because one is written before the other is deleted.
+    """Whether the folder has room for checkpoints: weights, and what the optimizer remembers of
+    each that is trained. By default for two, because one is written before the other is deleted.
 
     Args:
-        averaged: they hold averaged weights too.
+        moments: so many numbers a weight.
+        averaged: they hold averaged weights too, and these have a file of their own at the end.
         best: besides them the best weights are kept.
 
     Raises:
@@ -305,7 +325,8 @@ def check_free_space(
     """
     weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())
     momenta = sum(x.numel() * x.element_size() for x in model.parameters() if x.requires_grad)
-    need = copies * (weights * (2 if averaged else 1) + momenta) + (weights if best else 0)
+    saved = weights * (2 if averaged else 1) + momenta * moments
+    need = copies * saved + weights * (averaged + best)
     free = shutil.disk_usage(path).free
     if free < need:
         what = f"{copies} checkpoints" + (" and the best weights" if best else "")

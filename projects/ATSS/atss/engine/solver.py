@@ -7,6 +7,8 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
 BACKBONE = "backbone.bottom_up."
+# Numbers that an optimizer remembers of each weight.
+MOMENTS = {"SGD": 1, "AdamW": 2}
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

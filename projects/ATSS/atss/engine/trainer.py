@@ -4,7 +4,6 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable
-from contextlib import suppress
 
 import torch
 from detectron2.config import CfgNode
@@ -17,7 +16,7 @@ from detectron2.engine import (
     hooks,
 )
 from detectron2.engine.defaults import create_ddp_model
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
@@ -27,7 +26,7 @@ from ..checkpoints.checkpointer import TrainingCheckpointer
 from ..config import autocast_dtype, build_tta, class_names, one_image_at_a_time
 from ..data.loader import TrainLoader, build_train_loader, derive_seed
 from ..data.mapper import Mapper, without_augmentation
-from .averaging import Averaging
+from .averaging import Averaging, share_statistics
 from .best import Best, Evaluation, best_metric, evaluated_iteration
 from .evaluation import build_evaluator, build_test_loader
 from .hooks import FiniteLosses, FiniteWeights, Preemption, refuse_broken_weights
@@ -62,6 +61,8 @@ class Trainer(DefaultTrainer):
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         cfg.defrost()
         cfg.SEED = self.seed
+        # Scaled to the number of processes, short ones become none.
+        cfg.SOLVER.CHECKPOINT_PERIOD = max(cfg.SOLVER.CHECKPOINT_PERIOD, 1)
         cfg.freeze()
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -114,7 +115,7 @@ class Trainer(DefaultTrainer):
         self.preemption = Preemption()
         self.best = None
         if metric := best_metric(self.cfg):
-            self.best = Best(metric, test.PATIENCE, self.checkpointer)
+            self.best = Best(metric, test.PATIENCE, self.checkpointer, self.cfg.DATASETS.TEST)
         with_tta = None
         if test.AUG.ENABLED:
             with_tta = Evaluation(0, lambda: self.test_with_tta(self.cfg, self.model))
@@ -136,14 +137,20 @@ class Trainer(DefaultTrainer):
         its last file; SIGTERM stops it after a checkpoint."""
         if self.start_iter >= self.max_iter:
             self.checkpointer.save("model_final", iteration=self.iter)
-        with self.preemption, suppress(EndedEarly):
-            return super().train()
-        return None
+        with self.preemption:
+            try:
+                return super().train()
+            except EndedEarly:
+                if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+                    verify_results(self.cfg, self._last_eval_results)
+                return self._last_eval_results
 
     def before_train(self) -> None:
         """Detectron2's; a run that ended early stays ended, and an evaluation that is made up for
         may be the one that ends it."""
         super().before_train()
+        if self.best and self.start_iter > 0:
+            self.best.adopt(self.start_iter)
         if self.best and self.best.exhausted and self.start_iter < self.max_iter:
             self.iter -= 1
             self._end_early(self.best)
@@ -161,6 +168,7 @@ class Trainer(DefaultTrainer):
         )
         self.checkpointer.save("model_final", iteration=self.iter)
         self.preemption.saved = True
+        self.preemption.leave_if_asked(self.iter)
         self.iter += 1
         self.max_iter = self.iter
         raise EndedEarly
@@ -170,6 +178,10 @@ class Trainer(DefaultTrainer):
         which bear the suffix _EMA. The best weights are kept."""
         if self.best:
             refuse_broken_weights(self)  # which could count as the best
+        # What the first process saves is what all evaluate.
+        share_statistics(self.checkpointer.model)
+        if self.averaging:
+            share_statistics(self.averaging.model)
         results = self.test(self.cfg, self.model)
         evaluated = [(self.checkpointer.model, results)]
         self._last_eval_results = dict(results)

@@ -2,11 +2,15 @@
 timm's hub; that all of them are there is checked here, because timm says nothing of those that
 are not."""
 
+import argparse
 import hashlib
 import importlib
 import logging
+import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +73,9 @@ def read_pretrained(path: str) -> dict[str, Tensor]:
 
             content: Any = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Checkpoints of timm's own training hold the arguments that it had.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever damage makes of a reader
         raise ValueError(
             f"MODEL.TIMM.WEIGHTS {path} is no file of weights, is damaged, or wants to run code "
@@ -111,9 +117,14 @@ def require_loaded(net: nn.Module, weights: Mapping[str, Tensor], name: str) -> 
     Raises:
         ValueError: naming some that are not.
     """
-    known = {_digest(x) for x in weights.values() if x.is_floating_point()}
+    left = Counter(_digest(x) for x in weights.values() if x.is_floating_point())
     state = {k: v for k, v in net.state_dict().items() if v.is_floating_point()}
-    missing = [key for key, value in state.items() if _digest(value) not in known]
+    missing = []
+    for key, value in state.items():
+        digest = _digest(value)
+        if not left[digest]:
+            missing.append(key)
+        left[digest] -= 1
     if missing:
         raise ValueError(
             f"of the {len(state)} weights of {name}, {len(missing)} are not in the file, such as "
@@ -140,7 +151,8 @@ def _fetch(name: str) -> tuple[str, str]:
     try:
         # Once, and not for long: the hub's own client would try again for the better part of a
         # minute.
-        urllib.request.urlopen(constants.ENDPOINT, timeout=PATIENCE).close()
+        with suppress(urllib.error.HTTPError):  # which is an answer
+            urllib.request.urlopen(constants.ENDPOINT, timeout=PATIENCE).close()
         return hf_hub_download(*where), credit
     except Exception as error:
         raise ValueError(

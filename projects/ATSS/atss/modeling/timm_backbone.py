@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .pretrained import require_loaded
 
-# Of a trial image: no square, and divisible by all strides and windows that are in use.
-TRIAL_SIZE = (448, 896)
+# Of trial images: what training meets, multiples of 32 and of nothing larger.
+TRIAL_SIZES = ((352, 352), (96, 160), (320, 448))
 # What lets models that were made for one size take any, in the words of their families.
 ANY_SIZE: tuple[dict, ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
 
@@ -49,6 +49,7 @@ class TimmBackbone(Backbone):
         super().__init__()
         with torch.device("meta"):
             trial = _create(name)
+        # The last map of each stride.
         where = {made: i for i, made in enumerate(x["reduction"] for x in trial.feature_info.info)}
         missing = [stride for stride in strides if stride not in where]
         if missing:
@@ -63,20 +64,25 @@ class TimmBackbone(Backbone):
             self.net = _create(name, **options)
         if weights is not None:
             require_loaded(self.net, weights, name)
-        self.channels_come_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
+        self.channels_come_last = _channels_come_last(self.net)
         self._out_features = [f"s{stride}" for stride in strides]
         self._out_feature_strides = dict(zip(self._out_features, strides, strict=True))
         channels = self.net.feature_info.channels()
         self._out_feature_channels = dict(zip(self._out_features, channels, strict=True))
-        _try(name, trial)
-        if freeze_at:
-            if 2**freeze_at not in where:
-                raise ValueError(
-                    f"MODEL.BACKBONE.FREEZE_AT {freeze_at} asks for the map of stride "
-                    f"{2**freeze_at}, but those of {name} have strides {sorted(where)}"
-                )
-            self._freeze(name, where[2**freeze_at])
+        needed = _try(name, options["out_indices"], strides)
+        if freeze_at and 2**freeze_at not in where:
+            raise ValueError(
+                f"MODEL.BACKBONE.FREEZE_AT {freeze_at} asks for the map of stride {2**freeze_at}, "
+                f"but those of {name} have strides {sorted(where)}"
+            )
+        frozen = _try(name, [where[2**freeze_at]], [2**freeze_at]) if freeze_at else set()
+        for parameter_name, parameter in self.net.named_parameters():
+            # What no map depends on would wait for gradients, and decay.
+            if parameter_name in frozen or parameter_name not in needed:
+                parameter.requires_grad_(False)
         self.freeze_statistics = freeze_statistics
+        # For whoever loads weights.
+        self.relies_on_weights = freeze_statistics or freeze_at > 0
         self.train()
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
@@ -105,18 +111,6 @@ class TimmBackbone(Backbone):
             ):
                 module.eval()
         return self
-
-    def _freeze(self, name: str, index: int) -> None:
-        """What the map of this index depends on, whatever the family calls its stages."""
-        with torch.device("meta"):
-            trial = _create(name, out_indices=[index])
-            (made,) = trial(torch.empty(1, 3, *TRIAL_SIZE))
-        names, parameters = zip(*trial.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(made.sum(), parameters, allow_unused=True)
-        needed = {n for n, gradient in zip(names, gradients, strict=True) if gradient is not None}
-        for parameter_name, parameter in self.net.named_parameters():
-            if parameter_name in needed:
-                parameter.requires_grad_(False)
 
 
 def pixels_of(name: str) -> tuple[str, list[float], list[float]]:
@@ -148,6 +142,11 @@ def _require(name: str) -> Any:
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"MODEL.TIMM.NAME is {name!r}, which timm does not know{hint}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = [x.partition(".")[2] for x in timm.list_pretrained(f"{name.partition('.')[0]}.*")]
+        raise ValueError(f"MODEL.TIMM.NAME is {name!r}: {error}; known are {tags}") from error
     return timm
 
 
@@ -176,11 +175,36 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _try(name: str, trial: Any) -> None:
-    """Whether it takes images of any size."""
-    try:
-        trial(torch.empty(1, 3, *TRIAL_SIZE, device="meta"))
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(
-            f"{name} does not take images of any size: {str(error).partition(chr(10))[0]}"
-        ) from error
+def _try(name: str, indices: list[int], strides: Sequence[int]) -> set[str]:
+    """Names of the parameters that these maps depend on, whatever the family calls its stages.
+
+    Raises:
+        ValueError: where images of some size are not taken, or their maps not of the sizes that
+            the strides say.
+    """
+    with torch.device("meta"), torch.enable_grad():
+        trial = _create(name, out_indices=indices).eval()
+        for height, width in TRIAL_SIZES:
+            try:
+                maps = trial(torch.empty(1, 3, height, width))
+            except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"{name} does not take images of any size, such as {height} x {width}: "
+                    f"{str(error).partition(chr(10))[0]}"
+                ) from error
+            axes = (1, 2) if _channels_come_last(trial) else (2, 3)
+            found = [tuple(x.shape[axis] for axis in axes) for x in maps]
+            wanted = [(height // stride, width // stride) for stride in strides]
+            if found != wanted:
+                raise ValueError(
+                    f"of an image of {height} x {width}, {name} makes maps of {found}, where "
+                    f"strides {list(strides)} mean {wanted}"
+                )
+        names, parameters = zip(*trial.named_parameters(), strict=True)
+        total = torch.stack([x.sum() for x in maps]).sum()
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    return {n for n, gradient in zip(names, gradients, strict=True) if gradient is not None}
+
+
+def _channels_come_last(net: Any) -> bool:
+    return str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
