@@ -13,7 +13,7 @@ from atss.engine.solver import build_optimizer
 
 # What others are made of, and what is laid over them.
 RECIPES = {
-    **{"small": [], "ablation": [], "digits": ["small.yaml"]},
+    **{"small": [], "ablation": [], "digits": ["fine_tune.yaml"]},
     **{"fine_tune": [], "fine_tune_coco": []},
 }
 # What a recipe may say of MODEL.ATSS: what follows from its levels, its size and the machine.
