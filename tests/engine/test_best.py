@@ -21,6 +21,7 @@ from atss.engine import Trainer
 from atss.engine.best import ABOUT, Best, best_metric
 from atss.engine.hooks import EXIT_PREEMPTED
 from atss.engine.launch import launch
+from atss.engine.solver import MOMENTS
 from atss.predictor import Predictor
 
 EVALUATED = {"TEST.EVAL_PERIOD": 2}
@@ -415,8 +416,8 @@ def test_of_several_test_sets_the_first_counts_unless_named():
     assert best_metric(cfg) == "bbox/AP"
 
 
-@pytest.mark.parametrize(("optimizer", "moments"), [("SGD", 1), ("AdamW", 2)])
-def test_room_for_averages_and_the_best(squares, tmp_path, monkeypatch, optimizer, moments):
+@pytest.mark.parametrize("optimizer", MOMENTS)
+def test_room_for_averages_and_the_best(squares, tmp_path, monkeypatch, optimizer):
     """What the check asks for, against the files that are written."""
     opts = {"SOLVER.MAX_ITER": 2, "SOLVER.OPTIMIZER": optimizer}
     run(squares, tmp_path, **EVALUATED | opts)
@@ -426,6 +427,6 @@ def test_room_for_averages_and_the_best(squares, tmp_path, monkeypatch, optimize
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(ValueError, match="1 checkpoints and the best weights take") as error:
         way_in.check_free_space(
-            str(tmp_path), model, copies=1, moments=moments, averaged=True, best=True
+            str(tmp_path), model, copies=1, moments=MOMENTS[optimizer], averaged=True, best=True
         )
     assert size / 1e6 == pytest.approx(int(str(error.value).split()[-2]), rel=0.05)
