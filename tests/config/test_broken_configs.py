@@ -7,6 +7,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 import atss.engine.run as way_in
+from atss import load_config
 
 SENTENCES = table("Configs")
 # What is broken: changes on the command line, or the text of a yaml file.
@@ -66,7 +67,7 @@ CASES = {
     "key without a value": ["SOLVER.BASE_LR", "0.1", "SEED"],
     "key without a value in a yaml": "MODEL:\n  ATSS:\n    NMS_THRESH_TEST:\n",
     "text for a tuple": ["DATASETS.TRAIN", "squares"],
-    "whole number for a float": [ATSS + "NMS_THRESH_TEST", "1"],
+    "text for a float": [ATSS + "NMS_THRESH_TEST", "high"],
     "text for a number in a yaml": "SOLVER: {BASE_LR: fast}",
     "file that does not exist": None,
     "base that does not exist": "_BASE_: nowhere.yaml\n",
@@ -110,3 +111,7 @@ def test_one_sentence(what, data, tmp_path, monkeypatch):
         build_model(way_in.prepare(way_in.make_parser().parse_args(argv)))
     assert is_said(SENTENCES[what], str(caught.value)), str(caught.value)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_a_whole_number_will_do_for_a_float():
+    assert load_config(opts=["SOLVER.EPOCHS", "12", "SOLVER.BASE_LR", 1]).SOLVER.EPOCHS == 12.0
