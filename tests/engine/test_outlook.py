@@ -125,3 +125,14 @@ def test_in_a_training(squares, tmp_path):
     assert "and the evaluations besides" in line
     log = (tmp_path / "log.txt").read_text()
     assert len(re.findall(r"One evaluation takes \d+:\d\d:\d\d", log)) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "limited"), [("1000000\n", True), ("max\n", False), (None, False), (f"{2**62}", False)]
+)
+def test_memory_of_a_container_is_what_it_is_given(tmp_path, monkeypatch, said, limited):
+    if said is not None:
+        (tmp_path / "limit").write_text(said)
+    monkeypatch.setattr(outlook, "CONTAINER_LIMITS", (tmp_path / "limit",))
+    _, total = peak_memory(torch.device("cpu"))
+    assert (total == 1e6) == limited

@@ -6,7 +6,9 @@ import resource
 import statistics
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from detectron2.engine import HookBase
@@ -17,6 +19,13 @@ LESS_MEMORY = (
     "(INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN; with INPUT.SCALE_JITTER also SCALE_JITTER_SIZE), or "
     "set MODEL.ATSS.PRECISION to bf16; in an evaluation lower MODEL.ATSS.IMS_PER_BATCH_TEST, "
     "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST"
+)
+
+
+# Of a Linux container, by the two versions of control groups.
+CONTAINER_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
 
 
@@ -66,14 +75,19 @@ class Outlook(HookBase):
 
 
 def peak_memory(device: torch.device) -> tuple[float, float]:
-    """Bytes that were in use at most, and that there are: of the GPU, or of the machine, of which
-    each process of it is taken to use as much. Processes that load data are not counted."""
+    """Bytes that were in use at most, and that there are: of the GPU, or of the machine or the
+    container, of which each process of it is taken to use as much. Processes that load data are not
+    counted."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return torch.cuda.max_memory_reserved(device), total
     unit = 1 if sys.platform == "darwin" else 1024
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit * comm.get_local_size()
-    return used, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # not there, or "max"
+            total = min(total, int(file.read_text()))
+    return used, total
 
 
 def _duration(seconds: float) -> timedelta:
