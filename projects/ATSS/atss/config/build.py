@@ -172,14 +172,7 @@ def build_atss_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     plain.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False] * len(deform)
     bottom_up = build_resnet_backbone(plain, input_shape)
     backbone.make_deformable(bottom_up, deform, resnet.DEFORM_MODULATED, resnet.DEFORM_NUM_GROUPS)
-    return backbone.build_fpn(
-        bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-        relu_before_p7=cfg.MODEL.ATSS.RELU_BEFORE_P7,
-    )
+    return _under_fpn(cfg, bottom_up)
 
 
 @BACKBONE_REGISTRY.register()
@@ -193,12 +186,12 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
             f"MODEL.FPN.IN_FEATURES names {wrong}; maps of timm are named by strides: s8, s16, s32"
         )
     check_pixels(cfg)
-    wanted = node.PRETRAINED or node.WEIGHTS
+    wanted = begins_pretrained(cfg)
     weights = None
     # On "meta" are shapes alone.
     if wanted and not cfg.MODEL.WEIGHTS and torch.get_default_device().type != "meta":
         weights = pretrained.load_pretrained(node.NAME, node.WEIGHTS)
-    loaded = bool(wanted or cfg.MODEL.WEIGHTS)
+    loaded = wanted or bool(cfg.MODEL.WEIGHTS)
     if not loaded and (node.FREEZE_STATISTICS or cfg.MODEL.BACKBONE.FREEZE_AT):
         logging.getLogger(__name__).warning(
             "%s begins with random weights: all of it is trained, whatever "
@@ -212,14 +205,24 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT if loaded else 0,
         freeze_statistics=node.FREEZE_STATISTICS and loaded,
     )
+    return _under_fpn(cfg, bottom_up)
+
+
+def _under_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     return backbone.build_fpn(
         bottom_up=bottom_up,
-        in_features=levels,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
         relu_before_p7=cfg.MODEL.ATSS.RELU_BEFORE_P7,
     )
+
+
+def begins_pretrained(cfg: CfgNode) -> bool:
+    """Whether the config asks for a backbone of timm with weights of its own."""
+    node = cfg.MODEL.TIMM
+    return cfg.MODEL.BACKBONE.NAME == TIMM and bool(node.PRETRAINED or node.WEIGHTS)
 
 
 def build_box_coder(cfg: CfgNode, num_anchors: int) -> BoxDeltas | PointDistances | LogDistances:
@@ -305,10 +308,8 @@ def check_model(cfg: CfgNode, training: bool) -> None:
             raise ValueError(f"MODEL.ATSS.ASSIGNERS.{name} is of no rule; known are {rules}")
     if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
         build_assigner(cfg)
-    node = cfg.MODEL.TIMM
-    wanted = (node.PRETRAINED or node.WEIGHTS) and not cfg.MODEL.WEIGHTS
-    if cfg.MODEL.BACKBONE.NAME == TIMM and wanted:
-        pretrained.find_pretrained(node.NAME, node.WEIGHTS)
+    if begins_pretrained(cfg) and not cfg.MODEL.WEIGHTS:
+        pretrained.find_pretrained(cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.WEIGHTS)
     if cfg.TEST.AUG.ENABLED:
         build_views(cfg)
         build_merge(cfg)

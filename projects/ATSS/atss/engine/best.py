@@ -201,10 +201,9 @@ class Best(HookBase):
         return standing
 
     def reason_to_stop(self) -> str:
-        best = _describe(self.standing) if self.standing.iteration >= 0 else "none"
         return (
-            f"{self.standing.since} evaluations gave no better {self.standing.metric} than {best} "
-            f"(TEST.PATIENCE {self.patience})"
+            f"{self.standing.since} evaluations gave no better {self.standing.metric} than "
+            f"{_describe(self.standing)} (TEST.PATIENCE {self.patience})"
         )
 
     def after_train(self) -> None:

@@ -25,6 +25,7 @@ from torch import nn
 
 from ..checkpoints import SafeCheckpointer, TrainingCheckpointer
 from ..config import (
+    begins_pretrained,
     check_model,
     complete_classes,
     complete_schedule,
@@ -146,13 +147,14 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
 def _weights_at_hand(args: argparse.Namespace, cfg: CfgNode) -> CfgNode:
     """Of a run that goes on from a checkpoint: the backbone is in it, so that a file or a hub from
     which it once came is not needed again."""
-    checkpointer = TrainingCheckpointer(nn.Module(), cfg.OUTPUT_DIR)
-    began_with_pretrained = cfg.MODEL.TIMM.PRETRAINED or cfg.MODEL.TIMM.WEIGHTS
-    if not (args.resume and began_with_pretrained and checkpointer.has_checkpoint()):
+    if not (args.resume and begins_pretrained(cfg)):
+        return cfg
+    checkpoint = TrainingCheckpointer(nn.Module(), cfg.OUTPUT_DIR).get_checkpoint_file()
+    if not checkpoint:
         return cfg
     resumed = cfg.clone()
     resumed.defrost()
-    resumed.MODEL.WEIGHTS = checkpointer.get_checkpoint_file()
+    resumed.MODEL.WEIGHTS = checkpoint
     return resumed
 
 

@@ -216,8 +216,10 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         """Ours, which knows positions, with our mapper."""
-        augmented = Mapper(cfg, is_train=True)
-        return build_train_loader(cfg, augmented, Mapper(without_augmentation(cfg), is_train=True))
+        late = None
+        if cfg.INPUT.AUGMENT_UNTIL < 1:
+            late = Mapper(without_augmentation(cfg), is_train=True)
+        return build_train_loader(cfg, Mapper(cfg, is_train=True), late)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

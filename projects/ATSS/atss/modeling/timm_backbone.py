@@ -86,7 +86,7 @@ class TimmBackbone(Backbone):
         self.train()
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) -> by name (N, C, H / stride, W / stride), rounded up."""
+        """(N, 3, H, W) -> by name (N, C, H / stride, W / stride)."""
         maps = self.net(image)
         if self.channels_come_last:
             maps = [x.permute(0, 3, 1, 2).contiguous() for x in maps]
