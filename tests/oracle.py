@@ -30,7 +30,7 @@ def locations(anchors) -> np.ndarray:
     for stride, (height, width) in zip(anchors.strides, anchors.sizes, strict=True):
         rows, columns = np.mgrid[:height, :width]
         points = (np.stack([columns, rows], axis=-1).reshape(-1, 2) + anchors.offset) * stride
-        centres.append(points.repeat(anchors.per_location, axis=0))
+        centres.append(points.repeat(anchors.num_anchors, axis=0))
     return np.concatenate(centres)
 
 
@@ -49,7 +49,7 @@ def atss(anchors, gt_boxes: np.ndarray, k: int, count: str) -> np.ndarray:
         candidates = []
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
             order = np.argsort(distance[start:end], kind="stable")
-            taken = k * anchors.per_location if count == "locations" else k
+            taken = k * anchors.num_anchors if count == "locations" else k
             candidates.append(start + order[:taken])
         candidates = np.concatenate(candidates)
         values = overlap[g, candidates]

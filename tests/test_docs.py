@@ -23,7 +23,7 @@ def page():
         if language == "python":
             exec(compile(code, "own_assigner.md", "exec"), names)
     yield names, next(code for language, code in blocks if language == "yaml")
-    ASSIGNER_REGISTRY._obj_map.pop("NearestInside")
+    ASSIGNER_REGISTRY.entries.pop("NearestInside")
 
 
 def test_own_assigner_is_twenty_lines_and_works(page):

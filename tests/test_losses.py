@@ -2,23 +2,29 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
-from atss.losses import giou_loss, iou_loss, sigmoid_focal_loss, smooth_l1_loss
+from atss.losses import Focal, giou_loss, iou_loss, smooth_l1_loss
+
+
+def focal(logits, targets, **arguments):
+    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return Focal(**arguments)(logits.sigmoid(), entropy, targets)
 
 
 @pytest.mark.parametrize(("target", "expected"), [(1.0, 0.147487), (0.0, 0.024076)])
 def test_focal_loss_by_hand(target, expected):
     """p = 0.3: 0.25 * 0.7^2 * -ln 0.3, and 0.75 * 0.3^2 * -ln 0.7."""
     logit = torch.tensor(math.log(0.3 / 0.7))
-    loss = sigmoid_focal_loss(logit, torch.tensor(target))
+    loss = focal(logit, torch.tensor(target))
     torch.testing.assert_close(loss, torch.tensor(expected), atol=1e-6, rtol=0)
 
 
 def test_focal_loss_is_finite_far_out():
     logits = torch.tensor([1e4, -1e4], requires_grad=True)
     for target in (0.0, 1.0):
-        loss = sigmoid_focal_loss(logits, torch.full((2,), target))
+        loss = focal(logits, torch.full((2,), target))
         (gradient,) = torch.autograd.grad(loss.sum(), logits)
         assert torch.isfinite(loss).all()
         assert torch.isfinite(gradient).all()
@@ -60,7 +66,7 @@ def test_smooth_l1_by_hand():
 def test_gradient_of_the_focal_loss_for_small_gamma(gamma):
     """-alpha (1 - p)^gamma ln p differentiated by hand; finite where p is 1 to the last digit."""
     logits = torch.tensor([-1.0, 2.0, 1e4], dtype=torch.float64, requires_grad=True)
-    loss = sigmoid_focal_loss(logits, torch.ones_like(logits), gamma=gamma)
+    loss = focal(logits, torch.ones_like(logits), gamma=gamma)
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     p = logits.detach().sigmoid()
     expected = 0.25 * (1 - p) ** gamma * (gamma * p * p.log() - (1 - p))

@@ -42,7 +42,7 @@ def brute_force(anchors, gt, radius, top_k):
             near, start = np.zeros(len(points), bool), 0
             for count in anchors.per_level:
                 order = np.argsort((away[start : start + count] ** 2).sum(axis=1), kind="stable")
-                near[start + order[: top_k * anchors.per_location]] = True
+                near[start + order[: top_k * anchors.num_anchors]] = True
                 start += count
             positive &= near
         area = np.prod(box[2:] - box[:2])
@@ -87,9 +87,9 @@ def test_of_two_objects_the_smaller_wins_of_equal_ones_the_first():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"ranges": (128, 64)}, "rising, positive ranges"),
-        ({"radius": -1}, "is negative"),
-        ({"top_k": -1}, "is negative"),
+        ({"ranges": (128, 64)}, "ranges must rise from above 0, not"),
+        ({"radius": -1}, "radius must be from 0 on, not -1"),
+        ({"top_k": -1}, "top_k must be from 0 on, not -1"),
     ],
 )
 def test_refuses_impossible_arguments(arguments, sentence):

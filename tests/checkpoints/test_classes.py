@@ -67,7 +67,7 @@ def logits(model):
     features = torch.randn(1, 8, 4, 5, generator=torch.Generator().manual_seed(2))
     head = model.head
     with torch.no_grad():
-        return head([features]).logits.reshape(1, 4, 5, -1, head.num_classes)
+        return head([features]).classes.reshape(1, 4, 5, -1, head.num_classes)
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def test_head_outputs_are_the_authors(official):
     model, example, reference, regression = official
     output = outputs(model, example)
     if regression == "point":
-        output = output._replace(deltas=output.deltas.relu())  # ours rectifies when it decodes
+        output = output._replace(numbers=output.numbers.relu())  # ours rectifies when it decodes
     for name, ours in zip(("cls", "box", "ctr"), output, strict=True):
         maps = [reference[f"{name}_{level}"] for level in range(5)]
         expected = np.concatenate([x.reshape(x.shape[-3], -1).T for x in maps])
@@ -94,7 +94,7 @@ def test_losses_equal_the_authors_formulas_on_continuous_boxes(official, monkeyp
     model.train()
     with pytest.raises(ValueError, match=r"LEGACY_PIXELS True is for inference .* set it to False"):
         model([example])
-    monkeypatch.setattr(model, "legacy_pixels", False)
+    monkeypatch.setattr(model, "box_coder", model.box_coder.code)
     losses = [x.item() for x in model([example]).values()]
     model.eval()
     np.testing.assert_allclose(losses, reference["halfpixel_losses"], rtol=1e-3)

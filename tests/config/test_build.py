@@ -63,7 +63,7 @@ def test_arguments_of_the_rule_are_checked():
 
 def test_every_rule_has_its_arguments_in_the_config():
     nodes = make_cfg().MODEL.ATSS.ASSIGNERS
-    assert nodes.ATSS == {"TOP_K": 9, "COUNT": "anchors"}
+    assert nodes.ATSS == {"TOP_K": 9, "COUNT": "anchors", "SIMILARITY": "iou"}
     assert nodes.SpatialScale.RANGES == (64, 128, 256, 512)
     opts = ("MODEL.ATSS.ASSIGNER", "MaxIoU", "MODEL.ATSS.ASSIGNERS.MaxIoU.IN_BOX", True)
     assert build_assigner(make_cfg(*opts)).in_box
@@ -89,7 +89,7 @@ def test_a_rule_of_ones_own(tmp_path):
         cfg.merge_from_file(str(config))
         assert build_assigner(cfg).share == 0.25
     finally:
-        ASSIGNER_REGISTRY._obj_map.pop("Nothing")
+        ASSIGNER_REGISTRY.entries.pop("Nothing")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_rule_of_ones_own(tmp_path):
         ),
         (("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator"), "to GridAnchorGenerator, not"),
         (("MODEL.FPN.IN_FEATURES", ["res3", "res4"]), "names \\['p7'\\], but the backbone makes"),
-        (("MODEL.ATSS.ASSIGNERS.ATSS.TOP_K", 0), "top_k >= 1, got 0"),
+        (("MODEL.ATSS.ASSIGNERS.ATSS.TOP_K", 0), "ASSIGNERS.ATSS.TOP_K must be from 1 on, not 0"),
         (("MODEL.ATSS.NUM_CLASSES", 0), "must be positive, or -1, not 0"),
         (("MODEL.ATSS.SCORE", "cubed"), "MODEL.ATSS.SCORE is 'cubed'; known"),
         (("MODEL.ATSS.PRECISION", "fp64"), "MODEL.ATSS.PRECISION is 'fp64'; known are"),

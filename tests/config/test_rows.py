@@ -8,6 +8,7 @@ the backbones and multi-scale testing the authors' yamls (configs/atss/ of sfzha
 import bisect
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,7 +197,7 @@ def test_does_what_its_source_states(row):
     sides = [1024 // stride for stride in STRIDES]
     anchors = model.anchor_generator.grid([torch.zeros(1, 1, side, side) for side in sides])
     seen = {
-        "rule": rule(model.assigner, anchors),
+        "rule": rule(model.branches["main"].assigner, anchors),
         "anchors": anchor_shapes(anchors),
         "first centre": tuple(((anchors.boxes[0, :2] + anchors.boxes[0, 2:]) / 2).tolist()),
         "test size": size_in_test(cfg),
@@ -227,7 +228,7 @@ def approx(value):
 
 def anchor_shapes(anchors: Anchors) -> list[tuple[float, float]]:
     """(width, height) of one location's anchors, in strides."""
-    size = anchors.boxes[: anchors.per_location, 2:] - anchors.boxes[: anchors.per_location, :2]
+    size = anchors.boxes[: anchors.num_anchors, 2:] - anchors.boxes[: anchors.num_anchors, :2]
     return [(w / 8, h / 8) for w, h in size.tolist()]
 
 
@@ -235,7 +236,7 @@ def state(rule, anchors: Anchors, box, point, level: int = 0) -> str:
     """What the rule makes of the first anchor at a point of a level, under one object."""
     stride, (_, width) = anchors.strides[level], anchors.sizes[level]
     column, row = (int(x / stride - anchors.offset) for x in point)
-    first = sum(anchors.per_level[:level]) + (row * width + column) * anchors.per_location
+    first = sum(anchors.per_level[:level]) + (row * width + column) * anchors.num_anchors
     value = rule(anchors, make_gt([box])).gt_index[0, first].item()
     return {BACKGROUND: "background", IGNORE: "ignored"}.get(value, "positive")
 
@@ -295,7 +296,7 @@ def regression(coder, anchors: Anchors) -> str:
         "point": [x - 8, y - 8, x + 8, y + 8],
         "log_point": [x - math.e, y - math.e, x + math.e, y + math.e],
     }
-    found = coder.decode(torch.ones(4), anchors.boxes[0]).tolist()
+    found = coder.decode(torch.ones(4), anchors.boxes[0], anchors.stride[0]).tolist()
     return next((name for name, box in known.items() if found == pytest.approx(box)), str(found))
 
 
@@ -307,10 +308,10 @@ def losses(model) -> dict:
     quality = torch.zeros(1, 2) if model.head.centerness else None
     output = HeadOutput(logits, torch.ones(1, 2, 4), quality)
     assignment = Assignment.hard(torch.tensor([[0, BACKGROUND]]))
-    found = model.criterion(output, box.expand(1, 2, 4), anchors, gt, assignment)
+    found = model.branches["main"].criterion(output, box.expand(1, 2, 4), anchors, gt, assignment)
     p, q = torch.tensor([1.2, 0.3]).sigmoid().tolist()
     focal = 0.25 * (1 - p) ** 2 * -math.log(p) + 0.75 * q**2 * -math.log(1 - q)
-    deltas = model.box_coder.encode(gt.boxes, anchors.boxes[:1])
+    deltas = model.box_coder.encode(gt.boxes, anchors.boxes[:1], anchors.stride[:1])
     known = {
         "2 x giou": 2 * giou_loss(box, gt.boxes),
         "1 x iou": iou_loss(box, gt.boxes),
@@ -341,7 +342,8 @@ def inference(postprocess) -> dict:
         logits = torch.full((1, len(anchors.boxes), 1), -30.0)
         logits[0, : len(boxes)] = math.log(probability / (1 - probability))
         output = HeadOutput(logits, torch.zeros(1, len(anchors.boxes), 4), None)
-        return len(detector(output, anchors, lambda _, a: boxes[: len(a)], [(20000, 20000)])[0])
+        code = SimpleNamespace(decode=lambda _, a, stride: boxes[: len(a)])
+        return len(detector(output, anchors, code, [(20000, 20000)])[0])
 
     apart = torch.arange(1200.0)[:, None] * 8 + torch.tensor([0.0, 0, 4, 4])
     everything = copy.copy(postprocess)
@@ -467,7 +469,8 @@ def views(cfg) -> dict:
 
     def merge(iou: float, lower: float) -> tuple[list, list]:
         boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10 * iou]])
-        found = tta.merge(boxes, torch.tensor([0.9, lower]), torch.zeros(2, dtype=torch.long))
+        classes = torch.zeros(2, dtype=torch.long)
+        found = tta.merge(boxes, torch.tensor([0.9, lower]), classes, 100)
         return found[0].tolist(), found[1].tolist()
 
     voted = [merge(iou, 0.5)[0][0] != [0, 0, 10, 10] for iou in (0.655, 0.665)]

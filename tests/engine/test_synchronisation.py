@@ -32,8 +32,8 @@ def inputs(device, objects=5):
 
 
 def train(rule, anchors, gt, output):
-    boxes = BoxDeltas().decode(output.deltas, anchors.boxes)
-    seen = Predictions(output.logits.detach(), boxes.detach(), output.quality.detach())
+    boxes = BoxDeltas().decode(output.numbers, anchors.boxes, anchors.stride)
+    seen = Predictions(output.map(torch.Tensor.detach), boxes.detach())
     losses = Criterion()(output, boxes, anchors, gt, rule(anchors, gt, seen))
     sum(losses.values()).backward()
 

@@ -5,7 +5,15 @@ import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 
 from atss import Anchors
-from atss.modeling.box_coding import BoxDeltas, LogDistances, PointDistances
+from atss.modeling.box_coding import (
+    BoxDeltas,
+    Corners,
+    LegacyPixels,
+    LogDistances,
+    PointDistances,
+)
+
+STRIDE = torch.tensor(4.0)
 
 
 def random_boxes(seed: int) -> torch.Tensor:
@@ -17,38 +25,39 @@ def test_by_hand():
     """An anchor of 20 x 40 around (20, 40), moved by (2, 4) and doubled in width."""
     anchor = torch.tensor([10.0, 20, 30, 60])
     deltas = torch.tensor([1.0, 1.0, 5 * math.log(2), 0])
-    box = BoxDeltas().decode(deltas, anchor)
+    box = BoxDeltas().decode(deltas, anchor, STRIDE)
     torch.testing.assert_close(box, torch.tensor([2.0, 24, 42, 64]))
-    torch.testing.assert_close(BoxDeltas().encode(box, anchor), deltas)
+    torch.testing.assert_close(BoxDeltas().encode(box, anchor, STRIDE), deltas)
 
 
 def test_equals_detectron2s():
     weights = (10.0, 10.0, 5.0, 5.0)
     boxes, anchors = random_boxes(0), random_boxes(1)
     theirs = Box2BoxTransform(weights)
-    deltas = BoxDeltas(weights).encode(boxes, anchors)
+    deltas = BoxDeltas(weights).encode(boxes, anchors, STRIDE)
     torch.testing.assert_close(deltas, theirs.get_deltas(anchors, boxes))
-    torch.testing.assert_close(BoxDeltas(weights).decode(deltas, anchors), boxes)
+    torch.testing.assert_close(BoxDeltas(weights).decode(deltas, anchors, STRIDE), boxes)
     wild = torch.randn(100, 4, generator=torch.Generator().manual_seed(2)) * 30
-    ours, expected = BoxDeltas(weights).decode(wild, anchors), theirs.apply_deltas(wild, anchors)
+    ours = BoxDeltas(weights).decode(wild, anchors, STRIDE)
+    expected = theirs.apply_deltas(wild, anchors)
     # Sides are a centre plus or minus half a size, and float32 is 6e-5 apart at 1,000 pixels.
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-6)
 
 
-@pytest.mark.parametrize("coder", [BoxDeltas(), PointDistances(), LogDistances()])
+@pytest.mark.parametrize("coder", [BoxDeltas(), PointDistances(), LogDistances(), Corners()])
 def test_decode_is_finite_for_any_finite_delta(coder):
     deltas = torch.tensor([[1e4, -1e4, 1e4, -1e4], [0, 0, 1e30, -1e30]])
-    assert torch.isfinite(coder.decode(deltas, torch.tensor([0.0, 0, 64, 64]))).all()
+    assert torch.isfinite(coder.decode(deltas, torch.tensor([0.0, 0, 64, 64]), STRIDE)).all()
 
 
 def test_points_by_hand():
     """An anchor of 8 strides of 4 px around (20, 40)."""
     anchor = torch.tensor([4.0, 24, 36, 56])
-    box = PointDistances().decode(torch.tensor([1.0, 2, 0.5, -3]), anchor)
+    box = PointDistances().decode(torch.tensor([1.0, 2, 0.5, -3]), anchor, STRIDE)
     torch.testing.assert_close(box, torch.tensor([16.0, 32, 22, 40]))  # nothing below -3
-    distances = PointDistances().encode(torch.tensor([16.0, 32, 22, 48]), anchor)
+    distances = PointDistances().encode(torch.tensor([16.0, 32, 22, 48]), anchor, STRIDE)
     torch.testing.assert_close(distances, torch.tensor([1.0, 2, 0.5, 2]))
-    whole = PointDistances().decode(torch.full((4,), PointDistances.initial), anchor)
+    whole = PointDistances().decode(torch.full((4,), PointDistances.initial), anchor, STRIDE)
     torch.testing.assert_close(whole, anchor)  # before training each box is its anchor
 
 
@@ -56,23 +65,37 @@ def test_points_by_hand():
 @pytest.mark.parametrize("scale", [5.0, 8.0])
 def test_points_count_in_strides_whatever_the_anchor(scale, ratio):
     anchors = Anchors.grid((16, 16), strides=(8,), scales=(scale,), ratios=(ratio,))
-    box = PointDistances(scale).decode(torch.ones(4), anchors.boxes[0])
+    box = PointDistances().decode(torch.ones(4), anchors.boxes[0], anchors.stride[0])
     torch.testing.assert_close(box, torch.tensor([-4.0, -4, 12, 12]))
 
 
 def test_logarithms_by_hand():
     anchor = torch.tensor([4.0, 24, 36, 56])
     logarithms = torch.tensor([1.0, 2, 4, 8]).log()
-    box = LogDistances().decode(logarithms, anchor)
+    box = LogDistances().decode(logarithms, anchor, STRIDE)
     torch.testing.assert_close(box, torch.tensor([19.0, 38, 24, 48]))
-    torch.testing.assert_close(LogDistances().encode(box, anchor), logarithms)
+    torch.testing.assert_close(LogDistances().encode(box, anchor, STRIDE), logarithms)
 
 
-def test_refuses_a_scale_that_cannot_be():
-    with pytest.raises(ValueError, match="must be positive, got 0"):
-        PointDistances(0)
+def test_corners_by_hand():
+    box, anchor = torch.tensor([4.0, 8, 20, 10]), torch.zeros(4)
+    numbers = Corners().encode(box, anchor, STRIDE)
+    assert numbers.tolist() == [1.0, 2, 5, 2.5]
+    assert torch.equal(Corners().decode(numbers, anchor, STRIDE), box)
+
+
+def test_legacy_pixels_move_what_is_decoded():
+    """Deltas know the last pixel, half of it on each side; distances do not."""
+    anchor = torch.tensor([4.0, 24, 36, 56])
+    for code, moved in ((BoxDeltas(), [0.5] * 4), (PointDistances(), [0.0, 0, 1, 1])):
+        numbers = torch.full((4,), code.initial)
+        plain = code.decode(numbers, anchor, STRIDE)
+        found = LegacyPixels(code).decode(numbers, anchor, STRIDE)
+        assert (found - plain).tolist() == moved
 
 
 def test_refuses_weights_that_cannot_be():
-    with pytest.raises(ValueError, match="four positive numbers"):
+    with pytest.raises(ValueError, match="weights must be from 1e-06 to 1e"):
         BoxDeltas((1, 1, 0, 1))
+    with pytest.raises(ValueError, match="weights must be four numbers"):
+        BoxDeltas((1, 1))

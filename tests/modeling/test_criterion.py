@@ -7,9 +7,10 @@ from conftest import make_gt
 from detectron2.utils import comm
 
 from atss import BACKGROUND, IGNORE, Anchors, Assignment, HeadOutput
-from atss.losses import giou_loss, smooth_l1_loss
+from atss.losses import giou_loss
 from atss.modeling.box_coding import BoxDeltas
-from atss.modeling.criterion import Criterion, OnDeltas
+from atss.modeling.criterion import Criterion
+from atss.modeling.terms import SmoothL1, score
 
 ANCHORS = Anchors.grid((16, 16), strides=(8,), scales=(2.0,))  # 4 anchors of 16 pixels
 GT = make_gt([[0, 0, 14, 12], [6, 2, 16, 16], [0, 0, 10, 16]], [0, 0, 1], 2, classes=[1, 0, 2])
@@ -23,15 +24,19 @@ def random_output(n: int = 2, seed: int = 0, quality: bool = True) -> HeadOutput
     return HeadOutput(logits, deltas, q if quality else None)
 
 
+def tensors(output: HeadOutput) -> list[torch.Tensor]:
+    return [output.classes, output.numbers, output.quality]
+
+
 def losses_of(output: HeadOutput, gt=GT, gt_index=GT_INDEX) -> dict[str, torch.Tensor]:
-    boxes = BoxDeltas().decode(output.deltas, ANCHORS.boxes)
+    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
     return Criterion()(output, boxes, ANCHORS, gt, Assignment.hard(gt_index))
 
 
 def spelled_out(output: HeadOutput) -> dict[str, float]:
     """The formulas of the paper's section 3.1, one anchor at a time, in Python's float64."""
     centres = [(4, 4), (12, 4), (4, 12), (12, 12)]
-    boxes = BoxDeltas().decode(output.deltas, ANCHORS.boxes).tolist()
+    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride).tolist()
     cls = box = quality = weights = 0.0
     positives = 0
     for n in range(2):
@@ -40,7 +45,7 @@ def spelled_out(output: HeadOutput) -> dict[str, float]:
             if g == IGNORE:
                 continue
             for k in range(3):
-                p = 1 / (1 + math.exp(-output.logits[n, r, k].item()))
+                p = 1 / (1 + math.exp(-output.classes[n, r, k].item()))
                 if g >= 0 and GT.classes[g] == k:
                     cls += 0.25 * (1 - p) ** 2 * -math.log(p)
                 else:
@@ -91,25 +96,25 @@ def test_nothing_positive_gives_zero_losses_with_gradients(gt):
     assert losses["loss_box_reg"] == losses["loss_centerness"] == 0
     assert losses["loss_cls"] > 0
     sum(losses.values()).backward()
-    for x in output:
+    for x in tensors(output):
         assert torch.isfinite(x.grad).all()
-    assert output.deltas.grad.abs().max() == 0
+    assert output.numbers.grad.abs().max() == 0
 
 
 def test_ignored_anchors_get_no_gradient():
     output = random_output()
     sum(losses_of(output).values()).backward()
-    assert output.logits.grad[1, 0].abs().max() == 0
-    assert output.logits.grad[1, 1].abs().min() > 0
+    assert output.classes.grad[1, 0].abs().max() == 0
+    assert output.classes.grad[1, 1].abs().min() > 0
 
 
 def test_finite_for_extreme_outputs():
-    for value in (1e4, -1e4):
-        output = HeadOutput(*(torch.full_like(x, value).requires_grad_() for x in random_output()))
+    for far in (torch.full_like, lambda x, value: torch.full_like(x, -value)):
+        output = random_output().map(lambda x, far=far: far(x, 1e4).requires_grad_())
         losses = losses_of(output)
         sum(losses.values()).backward()
         assert all(torch.isfinite(x) for x in losses.values())
-        assert all(torch.isfinite(x.grad).all() for x in output)
+        assert all(torch.isfinite(x.grad).all() for x in tensors(output))
 
 
 def _one_image(rank: int, port: int, queue: mp.SimpleQueue) -> None:
@@ -117,7 +122,7 @@ def _one_image(rank: int, port: int, queue: mp.SimpleQueue) -> None:
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
     comm.create_local_process_group(2)
-    output = HeadOutput(*(x[rank : rank + 1].detach().requires_grad_() for x in random_output()))
+    output = random_output().map(lambda x: x[rank : rank + 1].detach().requires_grad_())
     mine = GT.image_index == rank
     gt = make_gt(GT.boxes[mine], [0] * int(mine.sum()), 1, GT.classes[mine])
     offset = 0 if rank == 0 else 2
@@ -125,7 +130,7 @@ def _one_image(rank: int, port: int, queue: mp.SimpleQueue) -> None:
     losses = losses_of(output, gt, torch.where(index >= 0, index - offset, index))
     sum(losses.values()).backward()
     values = {name: value.item() for name, value in losses.items()}
-    queue.put((rank, values, [x.grad.tolist() for x in output]))
+    queue.put((rank, values, [x.grad.tolist() for x in tensors(output)]))
     torch.distributed.destroy_process_group()
 
 
@@ -148,20 +153,20 @@ def test_two_processes_equal_one_on_the_union(free_port):
         mean = sum(values[name] for _, values, _ in results) / 2
         assert mean == pytest.approx(value.item(), rel=1e-6)
     for rank, _, gradients in results:
-        for gradient, x in zip(gradients, output, strict=True):
+        for gradient, x in zip(gradients, tensors(output), strict=True):
             torch.testing.assert_close(torch.tensor(gradient)[0] / 2, x.grad[rank])
 
 
 def test_plain_retinanets_box_loss():
     """Smooth L1 of the deltas of positives, summed over 4 N_pos, without any weight."""
     output, coder = random_output(quality=False), BoxDeltas()
-    boxes = coder.decode(output.deltas, ANCHORS.boxes)
-    criterion = Criterion(box_loss=OnDeltas(smooth_l1_loss, coder.encode), box_loss_weight=1.0)
+    boxes = coder.decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
+    criterion = Criterion(box_terms={"smooth_l1": SmoothL1(coder, weight=1.0)})
     losses = criterion(output, boxes, ANCHORS, GT, Assignment.hard(GT_INDEX))
     expected, positives = 0.0, 0
     for n, r in (GT_INDEX >= 0).nonzero().tolist():
-        target = coder.encode(GT.boxes[GT_INDEX[n, r]], ANCHORS.boxes[r])
-        for x in (output.deltas[n, r] - target).abs().tolist():
+        target = coder.encode(GT.boxes[GT_INDEX[n, r]], ANCHORS.boxes[r], ANCHORS.stride[r])
+        for x in (output.numbers[n, r] - target).abs().tolist():
             expected += x**2 / 0.22 if x < 0.11 else x - 0.055
         positives += 1
     assert losses["loss_box_reg"].item() == pytest.approx(expected / (4 * positives), rel=1e-5)
@@ -171,12 +176,14 @@ def test_plain_retinanets_box_loss():
 def test_deltas_of_negatives_do_not_matter():
     """However far out they are."""
     output = random_output(quality=False)
-    wild = output.deltas.detach().clone()
+    wild = output.numbers.detach().clone()
     wild[GT_INDEX < 0] = torch.inf
-    criterion = Criterion(box_loss=OnDeltas(smooth_l1_loss, BoxDeltas().encode))
+    criterion = Criterion(box_terms={"smooth_l1": SmoothL1(BoxDeltas())})
     args = (ANCHORS.boxes.expand(2, 4, 4), ANCHORS, GT, Assignment.hard(GT_INDEX))
     tame = criterion(output, *args)["loss_box_reg"]
-    torch.testing.assert_close(criterion(output._replace(deltas=wild), *args)["loss_box_reg"], tame)
+    torch.testing.assert_close(
+        criterion(output._replace(numbers=wild), *args)["loss_box_reg"], tame
+    )
 
 
 def test_the_box_loss_is_a_mean_weighted_by_centerness():
@@ -185,7 +192,7 @@ def test_the_box_loss_is_a_mean_weighted_by_centerness():
     index = torch.full((2, 4), BACKGROUND)
     index[0, 0] = 0
     gt = make_gt([[3.9, 3.9, 30, 30]], [0], 2)
-    boxes = BoxDeltas().decode(output.deltas, ANCHORS.boxes)
+    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
     loss = losses_of(output, gt, index)["loss_box_reg"]
     torch.testing.assert_close(loss, 2 * giou_loss(boxes[0, 0], gt.boxes[0]))
 
@@ -196,13 +203,13 @@ def test_infinite_outputs_that_do_not_count_change_nothing(value):
     would be no number."""
 
     def train(output):
-        leaves = HeadOutput(*(x.detach().clone().requires_grad_() for x in output))
+        leaves = output.map(lambda x: x.detach().clone().requires_grad_())
         losses = losses_of(leaves)
         sum(losses.values()).backward()
-        return losses, [x.grad for x in leaves]
+        return losses, [x.grad for x in tensors(leaves)]
 
-    wild = HeadOutput(*(x.detach().clone() for x in random_output()))
-    wild.logits[GT_INDEX == IGNORE] = value
+    wild = random_output().map(lambda x: x.detach().clone())
+    wild.classes[GT_INDEX == IGNORE] = value
     wild.quality[GT_INDEX < 0] = value
     (expected, gradients), (losses, others) = train(random_output()), train(wild)
     assert losses == expected
@@ -213,11 +220,12 @@ def test_infinite_outputs_that_do_not_count_change_nothing(value):
 def test_soft_class_targets_are_refused():
     """The focal loss has its minimum elsewhere: for a target of 0.7 at a probability of 0.88."""
     output = random_output()
-    boxes = BoxDeltas().decode(output.deltas, ANCHORS.boxes)
+    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
     ones = torch.ones(2, 4)
+    criterion = Criterion(cls_target=score)
     for target in (torch.zeros(2, 4), ones):
-        Criterion()(output, boxes, ANCHORS, GT, Assignment(GT_INDEX, target, ones))
-    with pytest.raises(
-        ValueError, match=r"cls_target holds 0\.7, but .* for class targets 0 and 1"
-    ):
-        Criterion()(output, boxes, ANCHORS, GT, Assignment(GT_INDEX, ones * 0.7, ones))
+        criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX, target))
+    with pytest.raises(ValueError, match=r"class target is 0\.7, but .* for targets 0 and 1"):
+        criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX, ones * 0.7))
+    with pytest.raises(ValueError, match="score of a rule that gives none"):
+        criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX))

@@ -12,10 +12,14 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from atss import Assignment
 from atss.checkpoints import config_for, convert
 from atss.config import build_tta
+from atss.modeling import Branch, Criterion
+from atss.modeling.criterion import Quotient
+from atss.modeling.terms import score
 
 # GroupNorm: with BatchNorm the images of a training batch would depend on each other.
 TINY = (
@@ -54,7 +58,7 @@ def test_head_outputs_equal_mmdets(mmdet):
         images = model.preprocess_image([example])
         features = model.backbone(images.tensor)
         output = model.head([features[name] for name in model.head_in_features])
-    for name, ours in zip(("cls", "box", "ctr"), output, strict=True):
+    for name, ours in zip(("cls", "box", "ctr"), output[:3], strict=True):
         maps = [reference[f"{name}{level}"] for level in range(5)]
         expected = np.concatenate([x.reshape(len(x), -1).T for x in maps])
         ours = ours[0].reshape(len(expected), -1).numpy()
@@ -88,10 +92,10 @@ def test_a_batch_equals_its_images():
     seen = []
 
     def record(output, boxes, anchors, gt, assignment):
-        seen.append((output.logits, boxes, assignment.gt_index))
-        return {}
+        seen.append((output.classes, boxes, assignment.gt_index))
+        return {"loss": Quotient(boxes.sum(), boxes.new_ones(()), 1.0)}
 
-    model.criterion = record
+    model.branches["main"].criterion.quotients = record
     with torch.no_grad():
         model(examples)
         for example in examples:
@@ -242,14 +246,13 @@ def test_rules_see_predictions_without_their_gradient():
 
     def rule(anchors, gt, predictions):
         seen.append(predictions)
-        weight = predictions.quality.sigmoid()
-        return Assignment(
-            torch.zeros_like(weight, dtype=torch.long), torch.ones_like(weight), weight
-        )
+        weight = predictions.output.quality.sigmoid()
+        return Assignment(torch.zeros_like(weight, dtype=torch.long), weight)
 
-    model.assigner = rule
+    model.branches = nn.ModuleDict({"main": Branch(rule, Criterion(box_weight=score))})
     losses = model([make_input(BOX, [0])])
-    assert not any(x.requires_grad for x in (seen[0].logits, seen[0].boxes, seen[0].quality))
+    output, boxes = seen[0]
+    assert not any(x.requires_grad for x in (output.classes, output.numbers, output.quality, boxes))
     losses["loss_box_reg"].backward()
     assert model.head.ctrness.weight.grad is None or (model.head.ctrness.weight.grad == 0).all()
 

@@ -27,7 +27,7 @@ def test_a_batch_is_its_images():
     together = head(batch)
     for i in range(2):
         alone = head(features(1, i + 1))
-        for joint, single in zip(together, alone, strict=True):
+        for joint, single in zip(together[:3], alone[:3], strict=True):
             torch.testing.assert_close(joint[i], single[0])
 
 
@@ -44,10 +44,10 @@ def test_each_level_has_its_scale():
     with torch.no_grad():
         head.scales[1].scale.fill_(3)
     maps = features(1)
-    scaled = head(maps).deltas
+    scaled = head(maps).numbers
     with torch.no_grad():
         head.scales[1].scale.fill_(1)
-    plain = head(maps).deltas
+    plain = head(maps).numbers
     torch.testing.assert_close(scaled[:, :24], plain[:, :24])
     torch.testing.assert_close(scaled[:, 24:], 3 * plain[:, 24:])
 
@@ -59,10 +59,10 @@ def test_boxes_are_predicted_in_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = head(maps)
         feature = head.bbox_subnet(maps[0])
-    assert output.logits.dtype == torch.bfloat16
-    assert output.deltas.dtype == torch.float32
+    assert output.classes.dtype == torch.bfloat16
+    assert output.numbers.dtype == torch.float32
     expected = flatten_levels([head.bbox_pred(feature.float())], 4)
-    torch.testing.assert_close(output.deltas[:, : expected.shape[1]], expected)
+    torch.testing.assert_close(output.numbers[:, : expected.shape[1]], expected)
     assert not torch.allclose(expected.bfloat16().float(), expected)  # the test could see it
 
 
@@ -93,7 +93,7 @@ def test_without_centerness_and_scales():
 
 
 def test_refuses_an_unknown_tower():
-    with pytest.raises(ValueError, match="not 'corner'"):
+    with pytest.raises(ValueError, match="centerness is 'corner'; known are"):
         ATSSHead(**HEAD, centerness="corner")
 
 
@@ -104,13 +104,15 @@ def test_last_convolution_of_each_tower_may_be_deformable(version):
     assert names == ["Conv2d", "GroupNorm", "ReLU", "DeformConvLayer", "GroupNorm", "ReLU"]
     assert head.cls_subnet[3].offset.weight.abs().max() == 0
     assert abs(head.cls_subnet[3].conv.weight.std().item() - 0.01) < 1e-3
-    head(features(1)).logits.sum().backward()
+    head(features(1)).classes.sum().backward()
     assert head.cls_subnet[3].offset.weight.grad.abs().max() > 0
 
 
 def test_refuses_an_unknown_version():
-    with pytest.raises(ValueError, match="not 'v3' with 1 convolutions"):
+    with pytest.raises(ValueError, match="deform is 'v3'; known are"):
         ATSSHead(**HEAD, deform="v3")
+    with pytest.raises(ValueError, match="tower without convolutions"):
+        ATSSHead(**{**HEAD, "num_convs": 0}, deform="v1")
 
 
 @pytest.mark.parametrize("tower", ["box", "cls"])
@@ -124,8 +126,8 @@ def test_predictors_run_together_as_they_would_alone(tower):
     cls_feature, box_feature = head.cls_subnet(x), head.bbox_subnet(x)
     source = box_feature if tower == "box" else cls_feature
     for ours, alone in (
-        (output.logits, head.cls_score(cls_feature)),
-        (output.deltas, head.bbox_pred(box_feature)),
+        (output.classes, head.cls_score(cls_feature)),
+        (output.numbers, head.bbox_pred(box_feature)),
         (output.quality[..., None], head.ctrness(source)),
     ):
         torch.testing.assert_close(ours, alone.flatten(2).transpose(1, 2))
@@ -139,6 +141,6 @@ def test_towers_without_biases(deform):
     last = ["3.offset.weight", "3.offset.bias", "3.conv.weight"] if deform else ["3.weight"]
     expected = ["0.weight", "1.weight", "1.bias", *last, "4.weight", "4.bias"]
     assert sorted(names) == sorted(f"cls_subnet.{name}" for name in expected)
-    head(features(1)).logits.sum().backward()
+    head(features(1)).classes.sum().backward()
     plain = ATSSHead(**HEAD | {"norm": ""}, tower_bias=False)
     assert plain.cls_subnet[0].bias is not None

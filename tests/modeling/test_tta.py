@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from atss.config import build_tta
-from atss.modeling.suppression import merge_nms, merge_vote
+from atss.modeling.suppression import NMS, SoftVote, Vote
 
 REFERENCE = np.load(GOLDEN / "tta_merge.npz")
 # Their boxes hold their last pixel.
@@ -23,11 +23,11 @@ def test_merges_are_the_authors(name, prefix):
     )
     vote, soft = float(REFERENCE["vote_th"]), float(REFERENCE["soft_min_score"])
     merge = {
-        "vote": lambda *x: merge_vote(*x, vote),
-        "soft_vote": lambda *x: merge_vote(*x, vote, soft),
-        "nms": lambda *x: merge_nms(*x, float(REFERENCE["nms_th"])),
+        "vote": Vote(vote),
+        "soft_vote": SoftVote(vote, soft),
+        "nms": NMS(float(REFERENCE["nms_th"])),
     }[name]
-    found = merge(boxes + LAST_PIXEL, scores, classes)
+    found = merge(boxes + LAST_PIXEL, scores, classes, 1000)
     expected = [torch.from_numpy(REFERENCE[f"{prefix}{name}_{x}"]) for x in ("boxes", "scores")]
     labels = torch.from_numpy(REFERENCE[f"{prefix}{name}_labels"])
     assert len(found[0]) == len(labels)
@@ -42,12 +42,12 @@ def test_merges_are_the_authors(name, prefix):
 
 def test_nothing_merges_to_nothing():
     empty = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long)
-    assert [len(x) for x in merge_vote(*empty, 0.66, 0.05)] == [0, 0, 0]
+    assert [len(x) for x in SoftVote()(*empty, 10)] == [0, 0, 0]
 
 
 def test_a_group_whose_scores_are_all_zero_is_its_mean():
     boxes, nothing = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10]]), torch.zeros(2)
-    found, scores, _ = merge_vote(boxes, nothing, torch.zeros(2, dtype=torch.long), 0.66)
+    found, scores, _ = Vote()(boxes, nothing, torch.zeros(2, dtype=torch.long), 10)
     assert found.tolist() == [[0.5, 0, 10.5, 10]]
     assert scores.tolist() == [0]
 

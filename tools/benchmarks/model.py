@@ -150,29 +150,29 @@ def parts(case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
             features = model.backbone(images.tensor)
             watch.lap("backbone")
             features = [features[name] for name in model.head_in_features]
-            predictions = model.head(features)
+            predictions: HeadOutput = model.head(features)
             watch.lap("head")
         return images, features, predictions
 
     def step(watch: Stopwatch) -> None:
         model.train()
         _, features, predictions = network(watch)
-        given = [x.detach().float().requires_grad_() for x in predictions if x is not None]
-        output = HeadOutput(*given) if len(given) == 3 else HeadOutput(*given, None)
+        output = predictions.map(lambda x: x.detach().float().requires_grad_())
         anchors = model.anchor_generator.grid(features)
         gt = GroundTruth.from_instances([x.to(device) for x in instances])
-        boxes = model.box_coder.decode(output.deltas, anchors.boxes)
+        boxes = model.box_coder.decode(output.numbers, anchors.boxes, anchors.stride)
         watch.lap("decoding")
-        quality = None if output.quality is None else output.quality.detach()
-        seen = Predictions(output.logits.detach(), boxes.detach(), quality)
-        assignment = model.assigner(anchors, gt, seen)
+        seen = Predictions(output.map(torch.Tensor.detach), boxes.detach())
+        branch = model.branches[model.inference]
+        assignment = branch.assigner(anchors, gt, seen)
         watch.lap("assignment")
-        losses = model.criterion(output, boxes, anchors, gt, assignment)
+        losses = branch.criterion(output, boxes, anchors, gt, assignment)
         watch.lap("criterion")
         optimizer.zero_grad()
         sum(losses.values()).backward()
         watch.lap("criterion, backward")
-        tensors = [x for x in predictions if x is not None]
+        pairs = zip(predictions[:3], output[:3], strict=True)
+        tensors, given = zip(*((a, b) for a, b in pairs if a is not None), strict=True)
         torch.autograd.backward(tensors, [x.grad for x in given])
         watch.lap("head and backbone, backward")
         optimizer.step()
@@ -184,12 +184,12 @@ def parts(case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
         images, features, predictions = network(watch)
         # An untrained head finds nothing. Raised so that 1,000 (anchor, class) pairs of each image
         # pass the threshold, as on a crowded image.
-        logits = predictions.logits.float()
+        logits = predictions.classes.float()
         high = logits.flatten(1).topk(1000).values[:, -1, None, None]
         threshold = torch.tensor(model.postprocess.score_thresh).logit()
-        raised = predictions._replace(logits=logits - high + threshold)
+        raised = predictions._replace(classes=logits - high + threshold)
         watch.lap("(raising scores)")
-        model.forward_inference(images, features, raised)
+        model.forward_inference(images, features, {model.inference: raised})
         watch.lap("post-processing")
 
     return {

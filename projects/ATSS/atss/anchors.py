@@ -12,6 +12,8 @@ import torch
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from .parts import WrongValue, within
+
 
 @dataclass(frozen=True)
 class Anchors:
@@ -25,14 +27,14 @@ class Anchors:
         strides: pixels between neighbouring locations, per level.
         sizes: (height, width) of each level, in locations.
         offset: position of the first centre, in strides.
-        per_location: A.
+        num_anchors: A.
     """
 
     boxes: Tensor
     strides: tuple[int, ...]
     sizes: tuple[tuple[int, int], ...]
     offset: float
-    per_location: int
+    num_anchors: int
 
     @classmethod
     def on_levels(
@@ -74,7 +76,7 @@ class Anchors:
             strides=tuple(strides),
             sizes=tuple((int(h), int(w)) for h, w in sizes),
             offset=float(offset),
-            per_location=len(scales) * len(ratios),
+            num_anchors=len(scales) * len(ratios),
         )
 
     @classmethod
@@ -95,7 +97,15 @@ class Anchors:
     @cached_property
     def per_level(self) -> list[int]:
         """Number of anchors of each level; they sum to R."""
-        return [height * width * self.per_location for height, width in self.sizes]
+        return [height * width * self.num_anchors for height, width in self.sizes]
+
+    @cached_property
+    def stride(self) -> Tensor:
+        """(R,) float32: pixels between the locations of each anchor's level."""
+        strides = [
+            self.boxes.new_full((n,), s) for n, s in zip(self.per_level, self.strides, strict=True)
+        ]
+        return torch.cat(strides)
 
     @cached_property
     def sides(self) -> Tensor:
@@ -143,8 +153,8 @@ class GridAnchorGenerator(nn.Module):
     """
 
     box_dim = 4
-    # Multi-scale training sees some hundreds of canvas sizes; a grid costs 48 bytes an anchor, for
-    # boxes and their sides in float64.
+    # Multi-scale training sees some hundreds of canvas sizes; a grid costs 52 bytes an anchor, for
+    # boxes, their sides in float64, and strides.
     CACHED_GRIDS = 32
 
     def __init__(
@@ -156,10 +166,10 @@ class GridAnchorGenerator(nn.Module):
         offset: float = 0.5,
     ):
         super().__init__()
-        if not scales or not ratios or min(scales) <= 0 or min(ratios) <= 0:
-            raise ValueError(f"anchor scales {scales} and ratios {ratios} must be positive")
+        within("scales", scales, 1e-6, 1e6)
+        within("ratios", ratios, 1e-6, 1e6)
         if not 0 <= offset < 1:
-            raise ValueError(f"anchor offset must be in [0, 1), got {offset}")
+            raise WrongValue("offset", f"must be at least 0 and less than 1, not {offset}")
         self.strides, self.scales, self.ratios = tuple(strides), tuple(scales), tuple(ratios)
         self.offset = offset
         self._grids: dict[tuple, Anchors] = {}

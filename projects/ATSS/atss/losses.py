@@ -1,31 +1,50 @@
 """Loss functions, elementwise: how to sum, weigh and normalise is criterion.py's."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .geometry import intersection_union
+from .parts import within
 
 
-def sigmoid_focal_loss(
-    logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0
-) -> Tensor:
-    """Focal loss (arXiv 1708.02002, equation 5) for targets in {0, 1}.
+@dataclass(frozen=True)
+class Focal:
+    """Focal loss (arXiv 1708.02002, equation 5), for targets 0 and 1.
+
+    A class loss takes what it may need, so that it need not know whether the head gives logits or
+    probabilities.
 
     Args:
-        logits, targets: any one shape.
         alpha: weight of positives; negatives weigh 1 - alpha.
         gamma: how much well-classified elements count less.
-    Returns:
-        the loss of each element, same shape.
     """
-    probability = logits.sigmoid()
-    miss = probability + targets - 2 * probability * targets  # 1 - p for positives, else p
-    if 0 < gamma < 1:  # the slope of such a power is infinite at 0, where a saturated logit lies
-        miss = miss.clamp(min=torch.finfo(miss.dtype).tiny)
-    balance = (1 - alpha) + (2 * alpha - 1) * targets
-    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return balance * miss**gamma * entropy
+
+    alpha: float = 0.25
+    gamma: float = 2.0
+    # Targets between 0 and 1 would be trained wrongly.
+    hard_targets: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        within("alpha", self.alpha, 0, 1)
+        within("gamma", self.gamma, 0, 1e3)
+
+    def __call__(self, probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
+        """
+        Args:
+            probability, entropy, targets: of any one shape; entropy is the cross entropy of the two
+                others.
+        Returns:
+            the loss of each element, same shape.
+        """
+        miss = probability + targets - 2 * probability * targets  # 1 - p for positives, else p
+        if 0 < self.gamma < 1:  # the slope of such a power is infinite at 0, of a saturated logit
+            miss = miss.clamp(min=torch.finfo(miss.dtype).tiny)
+        balance = (1 - self.alpha) + (2 * self.alpha - 1) * targets
+        return balance * miss**self.gamma * entropy
 
 
 def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:

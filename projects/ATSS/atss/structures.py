@@ -14,12 +14,13 @@ Anchors are flattened by level, row, column, anchor; within a location by scale,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .anchors import Anchors
 
@@ -33,6 +34,7 @@ __all__ = [
     "Assignment",
     "GroundTruth",
     "HeadOutput",
+    "Matched",
     "Predictions",
 ]
 
@@ -98,50 +100,80 @@ class HeadOutput(NamedTuple):
     """What the head predicts for every anchor, levels flattened.
 
     Attributes:
-        logits: (N, R, K) class logits.
-        deltas: (N, R, 4) boxes as the box coder writes them.
+        classes: (N, R, K) logits, or probabilities where it says so; None where other outputs of
+            the head have them.
+        numbers: (N, R, D) boxes as the box code writes them.
         quality: (N, R) logits of the quality branch, or None where the head has none.
+        probabilities: whether classes are probabilities.
     """
 
-    logits: Tensor
-    deltas: Tensor
+    classes: Tensor | None
+    numbers: Tensor
     quality: Tensor | None
+    probabilities: bool = False
+
+    def of_image(self, i: int) -> HeadOutput:
+        """Of one image, without N."""
+        return self.map(lambda x: x[i])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> HeadOutput:
+        """What a function makes of each tensor."""
+        made = (None if x is None else function(x) for x in self[:3])
+        return HeadOutput(*made, self.probabilities)
+
+    def probability(self) -> Tensor:
+        """(N, R, K) of the classes."""
+        assert self.classes is not None
+        return self.classes if self.probabilities else self.classes.sigmoid()
+
+    def cross_entropy(self, targets: Tensor) -> Tensor:
+        """(N, R, K) of the classes with targets in [0, 1]."""
+        assert self.classes is not None
+        if self.probabilities:
+            return F.binary_cross_entropy(self.classes, targets, reduction="none")
+        return F.binary_cross_entropy_with_logits(self.classes, targets, reduction="none")
 
 
-@dataclass(frozen=True)
-class Predictions:
+class Predictions(NamedTuple):
     """What the model says now, detached, for rules that look at it.
 
     Attributes:
-        logits: (N, R, K) class logits.
-        boxes: (N, R, 4) decoded boxes.
-        quality: (N, R) logits of the quality branch, or None.
+        output: the head's.
+        boxes: (N, R, 4), its numbers decoded.
     """
 
-    logits: Tensor
+    output: HeadOutput
     boxes: Tensor
-    quality: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Assignment:
     """Which ground truth each anchor of each image learns.
 
     Attributes:
         gt_index: (N, R) int64 into the G ground truths of the batch, or BACKGROUND, or IGNORE.
-        cls_target: (N, R) float32, target of the assigned class, 0 or 1.
-        box_weight: (N, R) float32, weight of the box loss.
+        score: (N, R) float32 in [0, 1], how well each positive suits its ground truth, for class
+            targets and box weights that ask for it; None where the rule only says yes or no.
     """
 
     gt_index: Tensor
-    cls_target: Tensor
-    box_weight: Tensor
+    score: Tensor | None
+
+    def __init__(
+        self, gt_index: Tensor, score: Tensor | None = None, *old: Tensor, **older: Tensor
+    ):
+        if old or older:
+            raise TypeError(
+                "an Assignment holds gt_index and score: class targets and box weights are the "
+                "criterion's, MODEL.ATSS.CLS_TARGET and BOX_WEIGHT"
+            )
+        object.__setattr__(self, "gt_index", gt_index)
+        object.__setattr__(self, "score", score)
 
     @classmethod
     def hard(cls, gt_index: Tensor) -> Assignment:
-        """A rule that only says yes or no: targets and weights are 1."""
-        ones = torch.ones_like(gt_index, dtype=torch.float32)
-        return cls(gt_index, ones, ones)
+        """A rule that only says yes or no."""
+        return cls(gt_index)
 
     @property
     def positive(self) -> Tensor:
@@ -155,3 +187,28 @@ class Assignment:
         # Anchors without a ground truth are counted in a last slot, which is dropped.
         slot = torch.where(index >= 0, index, num_objects)
         return counts.scatter_add_(0, slot, torch.ones_like(index))[:num_objects]
+
+
+class Matched(NamedTuple):
+    """What the parts of a criterion see of all anchors and their objects.
+
+    What does not count is replaced, since it may be infinite: classes of ignored anchors, and
+    numbers and quality away from positives, are 0; away from positives both boxes are the anchor.
+
+    Attributes:
+        output: the head's.
+        boxes: (N, R, 4), its numbers decoded.
+        anchors: R anchors, with the stride of each.
+        target_classes: (N, R) int64 in [0, K).
+        target_boxes: (N, R, 4).
+        positive: (N, R) bool.
+        score: (N, R) float32, the rule's, or None where it gives none.
+    """
+
+    output: HeadOutput
+    boxes: Tensor
+    anchors: Anchors
+    target_classes: Tensor
+    target_boxes: Tensor
+    positive: Tensor
+    score: Tensor | None

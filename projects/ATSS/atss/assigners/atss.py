@@ -1,10 +1,13 @@
 """Adaptive training sample selection: Algorithm 1 of the paper."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..anchors import Anchors
 from ..geometry import centres, iou, nearest_side
+from ..parts import one_of, within
 from ..structures import Assignment, GroundTruth, Predictions
 from .pairs import all_anchors, assign_pairs, nearest_locations
 
@@ -22,6 +25,7 @@ class ATSS:
             figures were made; of equally distant ones the lower index is nearer), or "locations",
             each with all its A anchors (their code since its last commit, of 2020-04-22). With one
             anchor per location they agree.
+        similarity: of anchors and objects, (..., 4) each -> (...) from 0 to 1.
     """
 
     # A centre counts as inside an object from this many pixels on, as in the authors' code.
@@ -32,13 +36,17 @@ class ATSS:
     # Objects handled at a time: bounds memory, and keeps it in the processor's cache.
     CHUNK = 2048
 
-    def __init__(self, top_k: int = 9, count: str = "anchors"):
-        if top_k < 1:
-            raise ValueError(f"ATSS needs top_k >= 1, got {top_k}")
-        if count not in ("locations", "anchors"):
-            raise ValueError(f"ATSS counts 'locations' or 'anchors', not {count!r}")
+    def __init__(
+        self,
+        top_k: int = 9,
+        count: str = "anchors",
+        similarity: Callable[[Tensor, Tensor], Tensor] = iou,
+    ):
+        within("top_k", top_k, 1)
+        one_of("count", count, ("anchors", "locations"))
         self.top_k = top_k
         self.count = count
+        self.similarity = similarity
 
     @torch.no_grad()
     def __call__(
@@ -66,7 +74,7 @@ class ATSS:
         """
         objects = gt_boxes.double()
         index, valid, boxes = self._nearest(anchors, objects)
-        overlap = iou(boxes, objects) * valid  # line 7
+        overlap = self.similarity(boxes, objects) * valid  # line 7
         mean, std = _mean_and_std(overlap, valid)  # lines 8, 9
         threshold = mean + std  # line 10
         inside = nearest_side(centres(boxes), objects) > self.INSIDE_MARGIN
@@ -83,13 +91,13 @@ class ATSS:
         """
         objects = gt_boxes.double()
         _, valid, boxes = self._nearest(anchors, objects)
-        return _mean_and_std(iou(boxes, objects) * valid, valid)
+        return _mean_and_std(self.similarity(boxes, objects) * valid, valid)
 
     def _nearest(self, anchors: Anchors, objects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Lines 2 to 6: (C, G) index and validity of the candidates, (C, G, 4) their boxes."""
         top_k = self.top_k
         if self.count == "anchors":
-            top_k = -(-top_k // anchors.per_location)
+            top_k = -(-top_k // anchors.num_anchors)
         location, valid = nearest_locations(anchors, centres(objects), top_k)
         index, valid = all_anchors(anchors, location, valid)
         if self.count == "anchors":  # of the farthest location perhaps not all

@@ -91,12 +91,12 @@ class MaxIoU:
         """Pieces of all pairs that can overlap, in the order of the objects: (M,) slot in N * R,
         (M,) ground truth, (M,) IoU in float64."""
         objects = gt.boxes.double()
-        cells = [x[: anchors.per_location] for x in anchors.boxes.split(anchors.per_level)]
+        cells = [x[: anchors.num_anchors] for x in anchors.boxes.split(anchors.per_level)]
         reach = torch.stack([(x[:, 2:] - x[:, :2]).amax(dim=0) / 2 for x in cells])  # (L, 2)
         low, high = objects[:, None, :2] - reach, objects[:, None, 2:] + reach
-        each = torch.arange(anchors.per_location, device=objects.device)
+        each = torch.arange(anchors.num_anchors, device=objects.device)
         for claimant, location in rectangles(anchors, low, high):
-            index = (location[:, None] * anchors.per_location + each).flatten()
-            claimant = claimant.repeat_interleave(anchors.per_location)
+            index = (location[:, None] * anchors.num_anchors + each).flatten()
+            claimant = claimant.repeat_interleave(anchors.num_anchors)
             overlap = iou(anchors.boxes[index].double(), objects[claimant])
             yield gt.image_index[claimant] * len(anchors.boxes) + index, claimant, overlap

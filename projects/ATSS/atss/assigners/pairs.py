@@ -158,9 +158,9 @@ def rectangles(
 def all_anchors(anchors: Anchors, location: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """From locations to the A anchors of each: (k, G, L) -> (k * A * L, G), index and validity;
     all levels of the first location's first anchor come first."""
-    each = torch.arange(anchors.per_location, device=location.device)[:, None, None]
-    index = (location[:, None] * anchors.per_location + each).movedim(-1, 2).flatten(0, 2)
-    valid = valid[:, None].expand(-1, anchors.per_location, -1, -1).movedim(-1, 2).flatten(0, 2)
+    each = torch.arange(anchors.num_anchors, device=location.device)[:, None, None]
+    index = (location[:, None] * anchors.num_anchors + each).movedim(-1, 2).flatten(0, 2)
+    valid = valid[:, None].expand(-1, anchors.num_anchors, -1, -1).movedim(-1, 2).flatten(0, 2)
     return index, valid
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..anchors import Anchors
 from ..geometry import area, centres, nearest_side, side_distances
+from ..parts import WrongValue, within
 from ..structures import Assignment, GroundTruth, Predictions
 from .pairs import assign_pairs, nearest_locations, window
 
@@ -28,6 +29,7 @@ class SpatialScale:
             FCOS "with center sampling" in Table 3 has 9); 0 for all.
         margin: a location is inside from more than this many pixels on. The authors of ATSS have
             0.01; mmdet, and they for FCOS itself, 0.
+        num_levels: that there will be, where it is known.
     """
 
     # Objects handled at a time: bounds memory at some 1,500 candidates each.
@@ -39,11 +41,17 @@ class SpatialScale:
         radius: float = 0.0,
         top_k: int = 0,
         margin: float = 0.01,
+        num_levels: int | None = None,
     ):
         if list(ranges) != sorted(ranges) or min(ranges, default=1) <= 0:
-            raise ValueError(f"SpatialScale needs rising, positive ranges, got {list(ranges)}")
-        if radius < 0 or top_k < 0:
-            raise ValueError(f"SpatialScale: radius {radius} or top_k {top_k} is negative")
+            raise WrongValue("ranges", f"must rise from above 0, not {list(ranges)}")
+        if num_levels not in (None, len(ranges) + 1):
+            raise WrongValue(
+                "ranges",
+                f"is for {len(ranges) + 1} levels, but MODEL.ATSS.IN_FEATURES has {num_levels}",
+            )
+        within("radius", radius, 0)
+        within("top_k", top_k, 0)
         self.ranges = tuple(ranges)
         self.radius = radius
         self.top_k = top_k
@@ -102,7 +110,7 @@ class SpatialScale:
                 reach = self.radius * anchors.strides[level]
                 positive &= ((points - middle).abs() < reach).all(dim=-1)
             score = (-area(objects)).expand_as(positive).masked_fill(~positive, -torch.inf)
-            each = torch.arange(anchors.per_location, device=location.device)[:, None, None]
-            index.append((location * anchors.per_location + each).flatten(0, 1))
-            affinity.append(score.expand(anchors.per_location, -1, -1).flatten(0, 1))
+            each = torch.arange(anchors.num_anchors, device=location.device)[:, None, None]
+            index.append((location * anchors.num_anchors + each).flatten(0, 1))
+            affinity.append(score.expand(anchors.num_anchors, -1, -1).flatten(0, 1))
         return torch.cat(index), torch.cat(affinity)

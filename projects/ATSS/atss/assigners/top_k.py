@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..anchors import Anchors
 from ..geometry import centres, iou, nearest_side
+from ..parts import within
 from ..structures import Assignment, GroundTruth, Predictions
 from .pairs import all_anchors, assign_pairs, surrounding_locations
 
@@ -31,8 +32,7 @@ class TopK:
     CHUNK = 1024
 
     def __init__(self, top_k: int = 9):
-        if top_k < 1:
-            raise ValueError(f"TopK needs top_k >= 1, got {top_k}")
+        within("top_k", top_k, 1)
         self.top_k = top_k
 
     @torch.no_grad()

@@ -2,18 +2,20 @@
 
 from .build import (
     ATSSDetector,
-    ATSSHead,
     GridAnchorGenerator,
     autocast_dtype,
     begins_pretrained,
     build_assigner,
     build_atss_resnet_fpn_backbone,
     build_box_coder,
-    build_box_loss,
+    build_branches,
+    build_criterion,
+    build_postprocess,
     build_timm_fpn_backbone,
     check_model,
     images_per_test_batch,
     one_image_at_a_time,
+    prune,
     use_available_device,
 )
 from .classes import class_names, complete_classes, resolve_num_classes, set_num_classes
@@ -25,7 +27,6 @@ from .tta import build_tta
 
 __all__ = [
     "ATSSDetector",
-    "ATSSHead",
     "GridAnchorGenerator",
     "Sampling",
     "add_atss_config",
@@ -34,7 +35,9 @@ __all__ = [
     "build_assigner",
     "build_atss_resnet_fpn_backbone",
     "build_box_coder",
-    "build_box_loss",
+    "build_branches",
+    "build_criterion",
+    "build_postprocess",
     "build_sampling",
     "build_timm_fpn_backbone",
     "build_tta",
@@ -50,6 +53,7 @@ __all__ = [
     "load_config",
     "merge_options",
     "one_image_at_a_time",
+    "prune",
     "resolve_num_classes",
     "set_num_classes",
     "use_available_device",

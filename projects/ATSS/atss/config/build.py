@@ -4,11 +4,10 @@ Each stands in Detectron2's registry under the name of what it builds, so that `
 finds it.
 """
 
-import inspect
 import logging
 import re
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -19,15 +18,16 @@ from detectron2.modeling.backbone import FPN, Backbone, build_resnet_backbone
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from torch import nn
 
-from .. import anchors
-from ..assigners import ASSIGNER_REGISTRY, SpatialScale
-from ..losses import giou_loss, iou_loss, smooth_l1_loss
-from ..modeling import backbone, detector, head, pretrained, timm_backbone
-from ..modeling.box_coding import BoxDeltas, LogDistances, PointDistances
-from ..modeling.criterion import BoxLoss, Criterion, OnBoxes, OnDeltas
+from .. import anchors, modeling
+from ..assigners import ASSIGNER_REGISTRY
+from ..modeling import backbone, detector, pretrained, timm_backbone
+from ..modeling.box_coding import BoxCode, LegacyPixels
+from ..modeling.branch import Assigner, Branch, Phase
+from ..modeling.criterion import Criterion
 from ..modeling.detector import LEGACY_PIXELS_IN_TRAINING
-from ..modeling.postprocess import SCORES, PostProcessor
-from .checks import building, check_values, lookup
+from ..modeling.postprocess import PostProcessor
+from ..parts import Parts, overlay, within
+from .checks import building, check_values, lookup, naming
 from .classes import resolve_num_classes
 from .pixels import TIMM, check_pixels
 from .tta import build_merge, build_views
@@ -41,39 +41,23 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
     num_classes = resolve_num_classes(cfg)
     built_backbone, input_shape = build_levels(cfg)
     anchor_generator = build_anchors(cfg, input_shape)
-    num_anchors = anchor_generator.num_anchors[0]
-    box_coder = build_box_coder(cfg, num_anchors)
-    lookup(SCORES, node.SCORE, "MODEL.ATSS.SCORE")
-    build_head = lookup(head.HEAD_REGISTRY, node.HEAD, "MODEL.ATSS.HEAD")
-    with building("MODEL.ATSS.HEAD", node.HEAD):
-        built_head = build_head(cfg, input_shape, num_classes, num_anchors)
+    code = build_box_coder(cfg, anchor_generator.num_anchors[0])
+    known = _known(cfg, input_shape, num_classes, anchor_generator, code)
     model = detector.ATSSDetector(
         backbone=built_backbone,
-        head=built_head,
+        head=modeling.HEAD_REGISTRY.build(node, **known),
         head_in_features=node.IN_FEATURES,
         anchor_generator=anchor_generator,
-        assigner=build_assigner(cfg),
-        box_coder=box_coder,
-        criterion=Criterion(
-            box_loss=build_box_loss(cfg, box_coder),
-            box_loss_weight=node.BBOX_REG_LOSS_WEIGHT,
-            focal_alpha=node.FOCAL_LOSS_ALPHA,
-            focal_gamma=node.FOCAL_LOSS_GAMMA,
-        ),
-        postprocess=PostProcessor(
-            score_thresh=node.SCORE_THRESH_TEST,
-            topk_candidates=node.TOPK_CANDIDATES_TEST,
-            nms_thresh=node.NMS_THRESH_TEST,
-            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-            score=node.SCORE,
-        ),
+        branches=build_branches(cfg, known),
+        inference=node.INFERENCE,
+        box_coder=LegacyPixels(code) if node.LEGACY_PIXELS else code,
+        postprocess=build_postprocess(cfg),
         num_classes=num_classes,
         pixel_mean=cfg.MODEL.PIXEL_MEAN,
         pixel_std=cfg.MODEL.PIXEL_STD,
         input_format=cfg.INPUT.FORMAT,
         vis_period=cfg.VIS_PERIOD,
         precision=autocast_dtype(cfg),
-        legacy_pixels=node.LEGACY_PIXELS,
     )
     if node.CHANNELS_LAST:
         # Feature maps follow the weights of the convolutions that make them.
@@ -81,8 +65,129 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
     with building("MODEL.DEVICE", cfg.MODEL.DEVICE):
         model = model.to(cfg.MODEL.DEVICE)
     if node.COMPILE:
-        compile_in_place(model.backbone, model.head)
+        own_heads = [x.head for x in model.branches.values() if x.head is not None]
+        compile_in_place(model.backbone, model.head, *own_heads)
     return model
+
+
+def _known(
+    cfg: CfgNode,
+    input_shape: list[ShapeSpec],
+    num_classes: int,
+    anchor_generator: anchors.GridAnchorGenerator,
+    code: BoxCode,
+) -> dict[str, Any]:
+    """What parts may ask for by the name of a parameter.
+
+    Raises:
+        ValueError: for levels of different widths.
+    """
+    channels = {shape.channels for shape in input_shape}
+    if len(channels) > 1:
+        raise ValueError(f"the head is shared by all levels, but they have {channels} channels")
+    return {
+        "cfg": cfg,
+        "input_shape": input_shape,
+        "in_channels": channels.pop(),
+        "num_levels": len(input_shape),
+        "num_classes": num_classes,
+        "num_anchors": anchor_generator.num_anchors[0],
+        "anchor_generator": anchor_generator,
+        "code": code,
+        "box_bias": code.initial,
+        "box_channels": code.channels,
+    }
+
+
+def build_branches(cfg: CfgNode, known: dict[str, Any]) -> dict[str, Branch]:
+    """The branch of the plain keys, "main", and those of MODEL.ATSS.BRANCHES."""
+    node = cfg.MODEL.ATSS
+    branches = {"main": build_branch(cfg, known)}
+    for name in node.BRANCHES:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in branches:
+            raise ValueError(f"MODEL.ATSS.BRANCHES holds {name!r}, which is no new name")
+        branches[name] = build_branch(_laid_over(cfg, name), known)
+    if node.INFERENCE not in branches:
+        raise ValueError(
+            f"MODEL.ATSS.INFERENCE is {node.INFERENCE!r}; the branches are {sorted(branches)}"
+        )
+    return branches
+
+
+def build_branch(cfg: CfgNode, known: dict[str, Any]) -> Branch:
+    """What the plain keys say of a branch."""
+    node, known = cfg.MODEL.ATSS, {**known, "cfg": cfg}
+    earlier = []
+    for name, until in node.PHASES:
+        phase = _laid_over(cfg, name)
+        iteration = until * cfg.SOLVER.MAX_ITER if 0 < until < 1 else until
+        earlier.append(Phase(iteration, _own_rule(phase, known), build_criterion(phase, known)))
+    return Branch(
+        _own_rule(cfg, known),
+        build_criterion(cfg, known),
+        assignment_of=node.ASSIGNMENT_OF,
+        output=node.OUTPUT,
+        head=modeling.HEAD_REGISTRY.build(node, **known) if node.OWN_HEAD else None,
+        detached=node.DETACHED,
+        earlier=earlier,
+    )
+
+
+def _own_rule(cfg: CfgNode, known: dict[str, Any]) -> Assigner | None:
+    node = cfg.MODEL.ATSS
+    return None if node.ASSIGNMENT_OF else ASSIGNER_REGISTRY.build(node, **known)
+
+
+def _laid_over(cfg: CfgNode, name: str) -> CfgNode:
+    """The config with what MODEL.ATSS.BRANCH.<name> says over its plain keys."""
+    copy = cfg.clone()
+    copy.defrost()
+    copy.MODEL.ATSS = overlay(cfg.MODEL.ATSS, name)
+    return copy
+
+
+def build_criterion(cfg: CfgNode, known: dict[str, Any]) -> Criterion:
+    """What becomes of an assignment."""
+    node = cfg.MODEL.ATSS
+    with naming(
+        quality_weight="MODEL.ATSS.QUALITY_LOSS_WEIGHT",
+        least="MODEL.ATSS.NORMALISER_LEAST",
+        box_least="MODEL.ATSS.BOX_NORMALISER_LEAST",
+    ):
+        return Criterion(
+            cls_loss=modeling.CLS_LOSSES.build(node, **known),
+            cls_target=modeling.CLS_TARGETS.build(node, **known),
+            box_terms=modeling.BOX_LOSSES.build(node, **known),
+            box_weight=modeling.BOX_WEIGHTS.build(node, **known),
+            quality=modeling.QUALITIES.build(node, **known),
+            quality_name=node.QUALITY,
+            quality_weight=node.QUALITY_LOSS_WEIGHT,
+            normaliser=modeling.NORMALISERS.build(node, **known),
+            least=node.NORMALISER_LEAST,
+            least_per_image=node.NORMALISER_PER_IMAGE,
+            box_least=node.BOX_NORMALISER_LEAST,
+            level_weight=modeling.LEVEL_WEIGHTS.build(node, **known),
+        )
+
+
+def build_postprocess(cfg: CfgNode) -> PostProcessor:
+    """How detections are made."""
+    node = cfg.MODEL.ATSS
+    with naming(
+        score_thresh="MODEL.ATSS.SCORE_THRESH_TEST",
+        topk_candidates="MODEL.ATSS.TOPK_CANDIDATES_TEST",
+        max_detections="TEST.DETECTIONS_PER_IMAGE",
+    ):
+        return PostProcessor(
+            score_thresh=node.SCORE_THRESH_TEST,
+            topk_candidates=node.TOPK_CANDIDATES_TEST,
+            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+            score=modeling.SCORES.build(node),
+            suppression=modeling.SUPPRESSIONS.build(node),
+            threshold_on_score=node.THRESHOLD_ON_SCORE,
+            rank_by_class=node.RANK_BY_CLASS,
+            rank_anchors=node.RANK_ANCHORS,
+        )
 
 
 def build_levels(cfg: CfgNode) -> tuple[Backbone, list[ShapeSpec]]:
@@ -124,36 +229,17 @@ def build_anchors(cfg: CfgNode, input_shape: list[ShapeSpec]) -> anchors.GridAnc
 @ANCHOR_GENERATOR_REGISTRY.register()
 def GridAnchorGenerator(cfg: CfgNode, input_shape: list[ShapeSpec]) -> anchors.GridAnchorGenerator:
     """One square anchor of 8 strides per location, unless the config says otherwise."""
-    return anchors.GridAnchorGenerator(
-        strides=[shape.stride for shape in input_shape],
-        scales=cfg.MODEL.ATSS.ANCHOR_SCALES,
-        ratios=cfg.MODEL.ATSS.ANCHOR_RATIOS,
-        offset=cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
-    )
-
-
-@head.HEAD_REGISTRY.register()
-def ATSSHead(
-    cfg: CfgNode, input_shape: list[ShapeSpec], num_classes: int, num_anchors: int
-) -> head.ATSSHead:
-    """The head for levels of ``input_shape``."""
-    channels = {shape.channels for shape in input_shape}
-    if len(channels) > 1:
-        raise ValueError(f"the head is shared by all levels, but they have {channels} channels")
-    return head.ATSSHead(
-        in_channels=channels.pop(),
-        num_levels=len(input_shape),
-        num_classes=num_classes,
-        num_anchors=num_anchors,
-        num_convs=cfg.MODEL.ATSS.NUM_CONVS,
-        norm=cfg.MODEL.ATSS.NORM,
-        tower_bias=cfg.MODEL.ATSS.TOWER_BIAS,
-        prior_prob=cfg.MODEL.ATSS.PRIOR_PROB,
-        centerness=cfg.MODEL.ATSS.CENTERNESS,
-        level_scale=cfg.MODEL.ATSS.LEVEL_SCALE,
-        box_bias=build_box_coder(cfg, num_anchors).initial,
-        deform=cfg.MODEL.ATSS.DEFORM_TOWER,
-    )
+    with naming(
+        scales="MODEL.ATSS.ANCHOR_SCALES",
+        ratios="MODEL.ATSS.ANCHOR_RATIOS",
+        offset="MODEL.ANCHOR_GENERATOR.OFFSET",
+    ):
+        return anchors.GridAnchorGenerator(
+            strides=[shape.stride for shape in input_shape],
+            scales=cfg.MODEL.ATSS.ANCHOR_SCALES,
+            ratios=cfg.MODEL.ATSS.ANCHOR_RATIOS,
+            offset=cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
+        )
 
 
 @BACKBONE_REGISTRY.register()
@@ -225,72 +311,56 @@ def begins_pretrained(cfg: CfgNode) -> bool:
     return cfg.MODEL.BACKBONE.NAME == TIMM and bool(node.PRETRAINED or node.WEIGHTS)
 
 
-def build_box_coder(cfg: CfgNode, num_anchors: int) -> BoxDeltas | PointDistances | LogDistances:
+def build_box_coder(cfg: CfgNode, num_anchors: int) -> BoxCode:
     """What MODEL.ATSS.REGRESSION names.
 
     Raises:
-        ValueError: for an unknown name, or distances with several anchors per location, which would
-            all predict the same.
+        ValueError: for an unknown name, or a code that does not look at the shape of an anchor with
+            several anchors per location, which would all predict the same.
     """
     node = cfg.MODEL.ATSS
-    coders = {
-        "box": partial(BoxDeltas, node.BBOX_REG_WEIGHTS),
-        "point": partial(PointDistances, node.ANCHOR_SCALES[0]),
-        "log_point": LogDistances,
-    }
-    build = lookup(coders, node.REGRESSION, "MODEL.ATSS.REGRESSION")
-    if node.REGRESSION != "box" and num_anchors > 1:
+    code = modeling.BOX_CODES.build(node)
+    if num_anchors > 1 and not code.uses_shape:
         raise ValueError(
             f"MODEL.ATSS.REGRESSION {node.REGRESSION!r} does not look at the shape of an anchor: "
             "MODEL.ATSS.ANCHOR_SCALES and ANCHOR_RATIOS must make one per location, not "
             f"{num_anchors}"
         )
-    return build()
+    return code
 
 
-def build_box_loss(cfg: CfgNode, box_coder: BoxDeltas | PointDistances | LogDistances) -> BoxLoss:
-    """What MODEL.ATSS.BBOX_REG_LOSS_TYPE names.
-
-    Raises:
-        ValueError: for an unknown name, or smooth L1 on distances, which decoding rectifies.
-    """
-    node = cfg.MODEL.ATSS
-    smooth_l1 = partial(smooth_l1_loss, beta=node.SMOOTH_L1_LOSS_BETA)
-    losses = {
-        "giou": OnBoxes(giou_loss),
-        "iou": OnBoxes(iou_loss),
-        "smooth_l1": OnDeltas(smooth_l1, box_coder.encode),
-    }
-    loss = lookup(losses, node.BBOX_REG_LOSS_TYPE, "MODEL.ATSS.BBOX_REG_LOSS_TYPE")
-    if node.BBOX_REG_LOSS_TYPE == "smooth_l1" and node.REGRESSION != "box":
-        raise ValueError(
-            "MODEL.ATSS.BBOX_REG_LOSS_TYPE smooth_l1 compares deltas, which MODEL.ATSS.REGRESSION "
-            f"{node.REGRESSION!r} has none of: use giou or iou"
-        )
-    return loss
-
-
-def build_assigner(cfg: CfgNode) -> Callable:
+def build_assigner(cfg: CfgNode) -> Assigner:
     """The rule that MODEL.ATSS.ASSIGNER names, with the arguments that stand under its name."""
-    name = cfg.MODEL.ATSS.ASSIGNER
-    rule = lookup(ASSIGNER_REGISTRY, name, "MODEL.ATSS.ASSIGNER")
-    arguments = {k.lower(): v for k, v in cfg.MODEL.ATSS.ASSIGNERS.get(name, {}).items()}
-    known = inspect.signature(rule).parameters
-    for argument in arguments:
-        if argument not in known:
-            raise ValueError(
-                f"MODEL.ATSS.ASSIGNERS.{name}.{argument.upper()} is no argument of {name}; "
-                f"it takes {[k.upper() for k in known]}"
-            )
-    with building("MODEL.ATSS.ASSIGNER", name):
-        built = rule(**arguments)
-    levels = len(cfg.MODEL.ATSS.IN_FEATURES)
-    if isinstance(built, SpatialScale) and len(built.ranges) + 1 != levels:
-        raise ValueError(
-            f"MODEL.ATSS.ASSIGNERS.{name}.RANGES is for {len(built.ranges) + 1} levels, but "
-            f"MODEL.ATSS.IN_FEATURES has {levels}"
-        )
-    return built
+    return ASSIGNER_REGISTRY.build(cfg.MODEL.ATSS, num_levels=len(cfg.MODEL.ATSS.IN_FEATURES))
+
+
+def kinds() -> list[Parts]:
+    """Every kind of part that a config can name."""
+    from .. import assigners
+
+    found = [*vars(assigners).values(), *vars(modeling).values()]
+    return [x for x in found if isinstance(x, Parts)]
+
+
+def prune(cfg: CfgNode) -> None:
+    """Leaves, in place, the arguments of the parts that the config names, and no others: what a run
+    says of itself can be read where parts that it did not use are not known."""
+    node = cfg.MODEL.ATSS
+    nodes = [node, *(overlay(node, name) for name in node.BRANCH)]
+    chosen = {(kind.group, name) for x in nodes for kind, name in _chosen(x)}
+    for kind in kinds():
+        group = node.get(kind.group, {})
+        for name in [x for x in group if (kind.group, x) not in chosen]:
+            del group[name]
+        if kind.group in node and not group:
+            del node[kind.group]
+
+
+def _chosen(node: CfgNode) -> Iterator[tuple[Parts, str]]:
+    for kind in kinds():
+        if kind.key in node:
+            yield from kind.chosen(node)
+    yield from modeling.SUPPRESSIONS.chosen(node, "TTA.MERGE")
 
 
 def check_model(cfg: CfgNode, training: bool) -> None:
@@ -302,10 +372,13 @@ def check_model(cfg: CfgNode, training: bool) -> None:
     Raises:
         ValueError: naming the key.
     """
-    rules = sorted(name for name, _ in ASSIGNER_REGISTRY)
-    for name in cfg.MODEL.ATSS.ASSIGNERS:
-        if name not in rules:
-            raise ValueError(f"MODEL.ATSS.ASSIGNERS.{name} is of no rule; known are {rules}")
+    for kind in kinds():
+        for name in cfg.MODEL.ATSS.get(kind.group, {}):
+            if name not in kind.entries:
+                raise ValueError(
+                    f"MODEL.ATSS.{kind.group}.{name} is of no {kind.key}; known are "
+                    f"{sorted(kind.entries)}"
+                )
     if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
         build_assigner(cfg)
     if begins_pretrained(cfg) and not cfg.MODEL.WEIGHTS:
@@ -335,8 +408,15 @@ def one_image_at_a_time(cfg: CfgNode) -> CfgNode:
 
 
 def images_per_test_batch(cfg: CfgNode) -> int:
-    """How many images each process evaluates at a time."""
-    return cfg.MODEL.ATSS.IMS_PER_BATCH_TEST
+    """How many images each process evaluates at a time.
+
+    Raises:
+        ValueError: for less than one.
+    """
+    count = cfg.MODEL.ATSS.IMS_PER_BATCH_TEST
+    with naming(count="MODEL.ATSS.IMS_PER_BATCH_TEST"):
+        within("count", count, 1)
+    return count
 
 
 def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:

@@ -7,37 +7,19 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-# Least and greatest value of a key, or of each of its values, of which there must be some.
-LIMITS = {
+from ..modeling.head import NORMS
+from ..parts import WrongValue, one_of, within
+
+# Least and greatest value of a key, or of each of its values, of which there must be some. Of our
+# own keys, what they are handed to checks it.
+LIMITS: dict[str, tuple[float, float]] = {
     "INPUT.MAX_SIZE_TEST": (0, math.inf),
     "INPUT.MIN_SIZE_TEST": (0, math.inf),
-    "MODEL.ANCHOR_GENERATOR.OFFSET": (0, 1),
-    "MODEL.ATSS.ANCHOR_RATIOS": (1e-6, 1e6),
-    "MODEL.ATSS.ANCHOR_SCALES": (1e-6, 1e6),
-    "MODEL.ATSS.BBOX_REG_LOSS_WEIGHT": (0, 1e6),
-    "MODEL.ATSS.BBOX_REG_WEIGHTS": (1e-6, 1e6),
-    "MODEL.ATSS.FOCAL_LOSS_ALPHA": (0, 1),
-    "MODEL.ATSS.FOCAL_LOSS_GAMMA": (0, 1e3),
-    "MODEL.ATSS.IMS_PER_BATCH_TEST": (1, math.inf),
-    "MODEL.ATSS.NMS_THRESH_TEST": (0, 1),
-    "MODEL.ATSS.NUM_CONVS": (0, math.inf),
-    "MODEL.ATSS.PRIOR_PROB": (1e-9, 1 - 1e-9),
-    "MODEL.ATSS.SCORE_THRESH_TEST": (0, 1),
-    "MODEL.ATSS.SMOOTH_L1_LOSS_BETA": (0, 1e6),
-    "MODEL.ATSS.TOPK_CANDIDATES_TEST": (1, math.inf),
-    "MODEL.ATSS.TTA.MAX_DETECTIONS": (1, math.inf),
-    "MODEL.ATSS.TTA.SOFT_MIN_SCORE": (0, 1),
-    "MODEL.ATSS.TTA.VOTE_THRESH": (0, 1),
     "MODEL.FPN.OUT_CHANNELS": (1, math.inf),
     "MODEL.PIXEL_STD": (1e-6, 1e6),
-    "TEST.DETECTIONS_PER_IMAGE": (1, math.inf),
 }
-NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
 CHOICES = {
     "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601"),
-    "MODEL.ATSS.CENTERNESS": ("box", "cls", ""),
-    "MODEL.ATSS.DEFORM_TOWER": ("v1", "v2", ""),
-    "MODEL.ATSS.NORM": NORMS,
     "MODEL.FPN.NORM": NORMS,
     "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),
 }
@@ -50,17 +32,27 @@ def check_values(cfg: CfgNode, limits: Mapping[str, tuple[float, float]] = LIMIT
         ValueError: naming the key.
     """
     known = dict(flatten(cfg))
-    for key, (low, high) in limits.items():
-        value = known[key]
-        for number in value if isinstance(value, list | tuple) else [value]:
-            if not isinstance(number, int | float) or not low <= number <= high:
-                least_and_most = f"from {low:g}" + (f" to {high:g}" if high < math.inf else " on")
-                raise ValueError(f"{key} must be {least_and_most}, not {value!r}")
-        if value in ([], ()):
-            raise ValueError(f"{key} is empty")
-    for key, choices in CHOICES.items():
-        if known[key] not in choices:
-            raise ValueError(f"{key} is {known[key]!r}; known are {[*choices]}")
+    try:
+        for key, (low, high) in limits.items():
+            within(key, known[key], low, high)
+        for key, choices in CHOICES.items():
+            one_of(key, known[key], choices)
+    except WrongValue as error:
+        raise ValueError(str(error)) from error
+
+
+@contextmanager
+def naming(**keys: str) -> Iterator[None]:
+    """Says of a wrong argument which key it comes from.
+
+    Args:
+        keys: {argument: key}.
+    """
+    try:
+        yield
+    except WrongValue as error:
+        key = keys.get(error.argument, error.argument)
+        raise ValueError(f"{key} {error.complaint}") from error
 
 
 def lookup(known: Mapping[str, Any] | Iterable[tuple[str, Any]], name: str, key: str) -> Any:

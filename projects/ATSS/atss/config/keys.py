@@ -1,10 +1,14 @@
-"""Every config key of this project with its unit and source. This folder alone reads them."""
+"""Every config key of this project with its unit and source. This folder alone reads them.
 
-import inspect
+Arguments of parts have their keys from the signatures of these, such as
+MODEL.ATSS.ASSIGNERS.<name>.<ARGUMENT>. Those written out here, because they are older or shared,
+must have the same defaults.
+"""
 
 from detectron2.config import CfgNode
 
-from ..assigners import ASSIGNER_REGISTRY
+from .. import modeling
+from ..assigners import ASSIGNER_REGISTRY, SIMILARITIES
 
 
 def add_atss_config(cfg: CfgNode) -> None:
@@ -81,8 +85,6 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.ANCHOR_SCALES = [8.0]
     node.ANCHOR_RATIOS = [1.0]
 
-    # A name of atss.modeling.HEAD_REGISTRY.
-    node.HEAD = "ATSSHead"
     # Convolutions per tower (RetinaNet, section 4).
     node.NUM_CONVS = 4
     # Normalisation in the towers, by Detectron2's names; "" for none.
@@ -102,51 +104,63 @@ def add_atss_config(cfg: CfgNode) -> None:
     # P7 is computed from P6 after a ReLU. mmdet's checkpoints want False.
     node.RELU_BEFORE_P7 = True
 
-    # The rule that chooses samples: a name of atss.assigners.ASSIGNER_REGISTRY ("matcher" in
-    # Detectron2). ASSIGNERS.<name> holds its arguments, in capitals, as its class explains them:
-    # for ATSS that is ASSIGNERS.ATSS.TOP_K, 9 (paper, Table 4).
-    node.ASSIGNER = "ATSS"
-    node.ASSIGNERS = CfgNode(new_allowed=True)
-    for name, rule in ASSIGNER_REGISTRY:
-        defaults = {
-            argument.upper(): parameter.default
-            for argument, parameter in inspect.signature(rule).parameters.items()
-            if parameter.default is not parameter.empty
-        }
-        node.ASSIGNERS[name] = CfgNode(defaults, new_allowed=True)
-
-    # What the box predictor says: "box", deltas from the anchor; "point", distances from its centre
-    # in strides; "log_point", logarithms of distances in pixels (the first FCOS).
-    node.REGRESSION = "box"
     # (wx, wy, ww, wh) of the box deltas.
     node.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
-    # "giou", "iou", or "smooth_l1", which compares deltas.
-    node.BBOX_REG_LOSS_TYPE = "giou"
-    # Its weight against the class and centerness losses.
+    # Weight of the box loss against the class and quality losses.
     node.BBOX_REG_LOSS_WEIGHT = 2.0
     # Where smooth L1 turns from quadratic to linear.
     node.SMOOTH_L1_LOSS_BETA = 0.11
     node.FOCAL_LOSS_ALPHA = 0.25
     node.FOCAL_LOSS_GAMMA = 2.0
+    # Weight of the quality branch's loss.
+    node.QUALITY_LOSS_WEIGHT = 1.0
+    # Class and quality losses are divided by what MODEL.ATSS.NORMALISER counts on all processes, at
+    # least this, in the whole batch or for each of its images.
+    node.NORMALISER_LEAST = 1.0
+    node.NORMALISER_PER_IMAGE = False
+    # Box losses are divided by the sum of box weights, at least this.
+    node.BOX_NORMALISER_LEAST = 1e-6
+
+    # Branches besides "main", that of the keys of this node: outputs that learn by a rule and a
+    # criterion of their own.
+    node.BRANCHES = []
+    # BRANCH.<name> holds keys of this node with other values: for the branch of that name, for a
+    # phase, or for a part that is made of parts.
+    node.BRANCH = CfgNode(new_allowed=True)
+    # The branch that detects.
+    node.INFERENCE = "main"
+    # Of a branch: the head's output that it reads, where the head gives several by name.
+    node.OUTPUT = ""
+    # It has a head of its own under its name, on features through which perhaps nothing is learnt.
+    node.OWN_HEAD = False
+    node.DETACHED = False
+    # It takes the assignment of the branch of this name.
+    node.ASSIGNMENT_OF = ""
+    # Phases before that of these keys: (name in BRANCH, until which iteration, or which share of
+    # SOLVER.MAX_ITER).
+    node.PHASES = []
 
     # For weights of the authors' code, to which coordinates name the centres of pixels, and boxes
     # hold their last pixel: with True they give boxes like everyone's. To fine-tune them: False.
     node.LEGACY_PIXELS = False
 
-    # Inference (paper, section 3.1). The threshold is on the class probability alone.
+    # Inference (paper, section 3.1). The threshold is on the class probability, or on the score
+    # (PAA, OTA).
     node.SCORE_THRESH_TEST = 0.05
-    # Kept per level before suppression.
+    node.THRESHOLD_ON_SCORE = False
+    # Kept per level before suppression, by their scores or by class probability (mmdet); of pairs
+    # of anchor and class, or of anchors by their best class (PAA).
     node.TOPK_CANDIDATES_TEST = 1000
+    node.RANK_BY_CLASS = False
+    node.RANK_ANCHORS = False
     # IoU.
     node.NMS_THRESH_TEST = 0.6
-    # "sqrt": root of probability x centerness; "product": without the root, as mmdet has it.
-    node.SCORE = "sqrt"
 
     # Multi-scale testing (paper, Table 8), under TEST.AUG.ENABLED; views are TEST.AUG.MIN_SIZES,
     # MAX_SIZE and FLIP, besides the plain one of INPUT.
     node.TTA = CfgNode()
-    # How views are merged: "soft_vote", "vote" or "nms".
+    # How views are merged: a name as of MODEL.ATSS.SUPPRESSION.
     node.TTA.MERGE = "soft_vote"
     # IoU with the best of a group from which on a box is of it.
     node.TTA.VOTE_THRESH = 0.66
@@ -169,3 +183,34 @@ def add_atss_config(cfg: CfgNode) -> None:
     # Let torch.compile compile backbone and head. The first iterations then take minutes, and again
     # when the size of the images changes for the first time.
     node.COMPILE = False
+
+    # Parts by name, and their arguments.
+    # The rule that chooses samples ("matcher" in Detectron2). Of ATSS there is
+    # ASSIGNERS.ATSS.TOP_K, 9 (paper, Table 4).
+    ASSIGNER_REGISTRY.add_keys(node, "ATSS")
+    SIMILARITIES.add_keys(node)
+    modeling.HEAD_REGISTRY.add_keys(node, "ATSSHead")
+    # What the box predictor says: "box", deltas from the anchor; "point", distances from its centre
+    # in strides; "log_point", logarithms of distances in pixels (the first FCOS); "corners", boxes
+    # in strides.
+    modeling.BOX_CODES.add_keys(node, "box")
+    # "": no class loss.
+    modeling.CLS_LOSSES.add_keys(node, "focal")
+    # What the class of a positive's object is to say: "one", or "score", that of the rule.
+    modeling.CLS_TARGETS.add_keys(node, "one")
+    # "giou", "iou", or "smooth_l1", which compares what the head regresses; several that act
+    # together with "+" between; "": no box loss.
+    modeling.BOX_LOSSES.add_keys(node, "giou")
+    # Of each positive in the box loss: "one", "score", "centerness"; "": what its quality is to be,
+    # or 1 where the head predicts none.
+    modeling.BOX_WEIGHTS.add_keys(node, "")
+    # What the quality branch is to say; "": it has no loss.
+    modeling.QUALITIES.add_keys(node, "centerness")
+    # "positives", or "targets", the sum of class targets.
+    modeling.NORMALISERS.add_keys(node, "positives")
+    # By which the losses of a level are multiplied; "": 1.
+    modeling.LEVEL_WEIGHTS.add_keys(node, "")
+    # "sqrt": root of probability x quality; "product": without the root, as mmdet has it.
+    modeling.SCORES.add_keys(node, "sqrt")
+    # What becomes of boxes that overlap: "nms", "vote", "soft_vote" or "none".
+    modeling.SUPPRESSIONS.add_keys(node, "nms")

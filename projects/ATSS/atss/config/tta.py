@@ -1,14 +1,14 @@
 """Builds multi-scale testing from TEST.AUG and MODEL.ATSS.TTA."""
 
 from collections.abc import Callable
-from functools import partial
 
 from detectron2.config import CfgNode
 from torch import nn
 
-from ..modeling.suppression import ScoredBoxes, merge_nms, merge_vote
+from ..modeling import SUPPRESSIONS
+from ..modeling.suppression import ScoredBoxes
 from ..modeling.tta import ATSSWithTTA
-from .checks import lookup
+from .checks import naming
 
 
 def build_tta(cfg: CfgNode, model: nn.Module) -> ATSSWithTTA:
@@ -17,15 +17,16 @@ def build_tta(cfg: CfgNode, model: nn.Module) -> ATSSWithTTA:
     Raises:
         ValueError: where the ranges are not as many as the sizes, or the merge is unknown.
     """
-    return ATSSWithTTA(
-        model,
-        plain=(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
-        sizes=build_views(cfg),
-        flip=cfg.TEST.AUG.FLIP,
-        merge=build_merge(cfg),
-        max_detections=cfg.MODEL.ATSS.TTA.MAX_DETECTIONS,
-        input_format=cfg.INPUT.FORMAT,
-    )
+    with naming(max_detections="MODEL.ATSS.TTA.MAX_DETECTIONS"):
+        return ATSSWithTTA(
+            model,
+            plain=(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
+            sizes=build_views(cfg),
+            flip=cfg.TEST.AUG.FLIP,
+            merge=build_merge(cfg),
+            max_detections=cfg.MODEL.ATSS.TTA.MAX_DETECTIONS,
+            input_format=cfg.INPUT.FORMAT,
+        )
 
 
 def build_views(cfg: CfgNode) -> list[tuple[int, int, float, float]]:
@@ -54,11 +55,4 @@ def build_merge(cfg: CfgNode) -> Callable[..., ScoredBoxes]:
     Raises:
         ValueError: for an unknown name.
     """
-    node = cfg.MODEL.ATSS.TTA
-    vote = partial(merge_vote, vote_thresh=node.VOTE_THRESH)
-    merges = {
-        "soft_vote": partial(vote, soft_min_score=node.SOFT_MIN_SCORE),
-        "vote": vote,
-        "nms": partial(merge_nms, nms_thresh=cfg.MODEL.ATSS.NMS_THRESH_TEST),
-    }
-    return lookup(merges, node.MERGE, "MODEL.ATSS.TTA.MERGE")
+    return SUPPRESSIONS.build(cfg.MODEL.ATSS, "TTA.MERGE")

@@ -30,6 +30,7 @@ from ..config import (
     complete_classes,
     complete_schedule,
     load_config,
+    prune,
     use_available_device,
 )
 from ..config.checks import check_values
@@ -104,6 +105,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         complete_schedule(cfg, given=args.opts[::2])
     check_config(_weights_at_hand(args, cfg), training=not args.eval_only)
     check_output_dir(cfg.OUTPUT_DIR)
+    prune(cfg)  # what the run writes into its folder can be read where other parts are not known
     cfg.freeze()
     return cfg
 

@@ -1,21 +1,47 @@
-"""How the four numbers that the head regresses describe a box.
-
-A coder has ``encode(boxes, anchors)`` and ``decode(numbers, anchors)``, both on (..., 4);
-``initial``, the number that the head predicts before training; and ``legacy``, the pixels to add to
-a box that weights of the authors' code predict. Its coordinates name the centres of pixels, half a
-pixel before ours, and its boxes hold their last pixel, which its deltas count and its distances do
-not.
-"""
+"""How the numbers that the head regresses describe a box."""
 
 import math
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..geometry import centres, side_distances
+from ..parts import WrongValue, within
 
 
-class BoxDeltas:
+class BoxCode(Protocol):
+    """What every box code has.
+
+    Attributes:
+        channels: D, numbers that the head predicts for each anchor.
+        initial: the number that the head predicts before training.
+        uses_shape: whether it looks at the anchor's width and height, so that several anchors of a
+            location say different things.
+        comparable: whether numbers of the head may be compared with encoded boxes.
+        legacy: pixels to add to a box that weights of the authors' code predict.
+    """
+
+    channels: int = 4
+    initial: float = 0.0
+    uses_shape: bool = False
+    comparable: bool = False
+    # Their coordinates name the centres of pixels, half a pixel before ours, and their boxes hold
+    # their last pixel, which their deltas count and their distances do not.
+    legacy: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+
+    def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
+        """(..., 4) boxes and (..., 4) anchors in pixels, (...) strides -> (..., E) numbers, of
+        which there may be fewer than channels."""
+        ...
+
+    def decode(self, numbers: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
+        """(..., D) numbers, (..., 4) anchors in pixels, (...) strides -> (..., 4) boxes in
+        pixels."""
+        ...
+
+
+class BoxDeltas(BoxCode):
     """Shift and scaling of the anchor box (R-CNN, arXiv 1311.2524, appendix C; "box" in the paper).
 
     dx = wx * (x - x_anchor) / w_anchor, dw = ww * ln(w / w_anchor), and the same for y and h.
@@ -24,17 +50,19 @@ class BoxDeltas:
         weights: (wx, wy, ww, wh).
     """
 
-    initial = 0.0
+    uses_shape = True
+    comparable = True
     legacy = (0.5, 0.5, 0.5, 0.5)
     # Stops exp() from overflowing: a box may be 1000 / 16 times as large as its anchor.
     MAX_LOG_SCALE = math.log(1000 / 16)
 
     def __init__(self, weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)):
-        if len(weights) != 4 or min(weights) <= 0:
-            raise ValueError(f"box coder weights must be four positive numbers, got {weights}")
+        within("weights", weights, 1e-6, 1e6)
+        if len(weights) != 4:
+            raise WrongValue("weights", f"must be four numbers, not {weights}")
         self.weights = tuple(weights)
 
-    def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+    def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
         """(..., 4) boxes and anchors in pixels, neither empty -> (..., 4) deltas."""
         wx, wy, ww, wh = self.weights
         anchor_size = anchors[..., 2:] - anchors[..., :2]
@@ -42,10 +70,10 @@ class BoxDeltas:
         dw, dh = ((boxes[..., 2:] - boxes[..., :2]) / anchor_size).log().unbind(-1)
         return torch.stack([wx * dx, wy * dy, ww * dw, wh * dh], dim=-1)
 
-    def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+    def decode(self, numbers: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
         """(..., 4) deltas, (..., 4) anchors in pixels -> (..., 4) boxes in pixels."""
         wx, wy, ww, wh = self.weights
-        dx, dy, dw, dh = deltas.unbind(-1)
+        dx, dy, dw, dh = numbers.unbind(-1)
         x, y = centres(anchors).unbind(-1)
         w, h = (anchors[..., 2:] - anchors[..., :2]).unbind(-1)
         x = x + dx * (w / wx)
@@ -55,53 +83,89 @@ class BoxDeltas:
         return torch.stack([x - half_w, y - half_h, x + half_w, y + half_h], dim=-1)
 
 
-class PointDistances:
+class PointDistances(BoxCode):
     """Distances from the anchor's centre to the four sides, in strides ("point" in the paper): all
     that matters of the anchor is where it lies.
 
     Decoding rectifies. Before training every box is 8 strides wide and high.
-
-    Args:
-        anchor_scale: square root of the anchors' area, in strides.
     """
 
     initial = 4.0
-    legacy = (0.0, 0.0, 1.0, 1.0)
 
-    def __init__(self, anchor_scale: float = 8.0):
-        if anchor_scale <= 0:
-            raise ValueError(f"the anchors' scale must be positive, got {anchor_scale}")
-        self.anchor_scale = anchor_scale
+    def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
+        """(..., 4) boxes and anchors in pixels, (...) strides -> (..., 4) distances in strides."""
+        return side_distances(centres(anchors), boxes) / stride[..., None]
 
-    def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
-        """(..., 4) boxes and anchors in pixels -> (..., 4) distances in strides."""
-        return side_distances(centres(anchors), boxes) / self._stride(anchors)
-
-    def decode(self, distances: Tensor, anchors: Tensor) -> Tensor:
-        """(..., 4) distances in strides, (..., 4) anchors in pixels -> (..., 4) boxes in pixels."""
-        return _box_around(centres(anchors), distances.relu() * self._stride(anchors))
-
-    def _stride(self, anchors: Tensor) -> Tensor:
-        size = anchors[..., 2:] - anchors[..., :2]
-        return size.prod(dim=-1, keepdim=True).sqrt() / self.anchor_scale
+    def decode(self, numbers: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
+        """(..., 4) distances in strides -> (..., 4) boxes in pixels."""
+        return _box_around(centres(anchors), numbers.relu() * stride[..., None])
 
 
-class LogDistances:
+class LogDistances(BoxCode):
     """Logarithms of the distances in pixels from the anchor's centre to the four sides (FCOS, arXiv
     1904.01355, section 3.1: exp(x), before it counted in strides)."""
 
-    initial = 0.0
-    legacy = (0.0, 0.0, 1.0, 1.0)
     # Stops exp() from overflowing.
     MAX_LOG = math.log(1 << 16)
 
-    def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+    def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
         """(..., 4) boxes and anchors in pixels, the centres inside -> (..., 4) logarithms."""
         return side_distances(centres(anchors), boxes).log()
 
-    def decode(self, logarithms: Tensor, anchors: Tensor) -> Tensor:
+    def decode(self, numbers: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
         """(..., 4) logarithms, (..., 4) anchors in pixels -> (..., 4) boxes in pixels."""
-        return _box_around(centres(anchors), logarithms.clamp(max=self.MAX_LOG).exp())
+        return _box_around(centres(anchors), numbers.clamp(max=self.MAX_LOG).exp())
+
+
+class Corners(BoxCode):
+    """The box itself, in strides: for heads that decode, and move what they decoded, themselves."""
+
+    comparable = True
+
+    def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
+        """(..., 4) boxes in pixels, (...) strides -> (..., 4) boxes in strides."""
+        return boxes / stride[..., None]
+
+    def decode(self, numbers: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
+        """(..., 4) boxes in strides, (...) strides -> (..., 4) boxes in pixels."""
+        return numbers * stride[..., None]
+
+
+class LegacyPixels(BoxCode):
+    """The boxes of everyone from numbers of the authors' weights, for inference: in training the
+    losses would learn other boxes than inference reports.
+
+    Args:
+        code: how the weights write boxes.
+    """
+
+    def __init__(self, code: BoxCode):
+        self.code = code
+        self.channels, self.initial, self.uses_shape = code.channels, code.initial, code.uses_shape
+
+    def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
+        """As the code in it."""
+        return self.code.encode(boxes, anchors, stride)
+
+    def decode(self, numbers: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
+        """(..., D) numbers, (..., 4) anchors in pixels -> (..., 4) boxes in pixels."""
+        boxes = self.code.decode(numbers, anchors, stride)
+        return boxes + boxes.new_tensor(self.code.legacy)
+
+    @staticmethod
+    def after_resizing(instances: Any, input_hw: tuple[int, int]) -> None:
+        """The last pixel of a box is one pixel of the original image wide, whatever the size of the
+        input: resizing it with the box was wrong by the difference. In place.
+
+        Args:
+            instances: detections of one image, in its own pixels.
+            input_hw: (height, width) of the input.
+        """
+        height, width = instances.image_size
+        boxes = instances.pred_boxes.tensor
+        boxes[:, 2] += 1 - width / input_hw[1]
+        boxes[:, 3] += 1 - height / input_hw[0]
+        instances.pred_boxes.clip((height, width))
 
 
 def _box_around(points: Tensor, distances: Tensor) -> Tensor:

@@ -1,145 +1,211 @@
 """From outputs and an assignment to the losses. All normalisers live here."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.utils import comm
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..anchors import Anchors
-from ..geometry import centerness, centres, side_distances
-from ..losses import giou_loss, sigmoid_focal_loss
-from ..structures import IGNORE, Assignment, GroundTruth, HeadOutput
+from ..losses import Focal
+from ..parts import within
+from ..structures import IGNORE, Assignment, GroundTruth, HeadOutput, Matched
+from .terms import GIoU, central, one, positives
 
-# (deltas, boxes that they decode to, target boxes, anchors), (N, R, 4) each -> (N, R) losses.
-BoxLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class OnBoxes:
-    """A loss of decoded boxes against target boxes."""
-
-    loss: Callable[[Tensor, Tensor], Tensor]
-
-    def __call__(self, deltas: Tensor, boxes: Tensor, targets: Tensor, anchors: Tensor) -> Tensor:
-        return self.loss(boxes, targets)
+PerAnchor = Callable[[Matched], Tensor]  # -> (N, R)
+FOCAL = Focal()
 
 
-@dataclass(frozen=True)
-class OnDeltas:
-    """A loss of deltas against encoded targets, the mean of four."""
+class Quotient(NamedTuple):
+    """A loss before it is divided: ``total / max(amount, least)``.
 
-    loss: Callable[[Tensor, Tensor], Tensor]
-    encode: Callable[[Tensor, Tensor], Tensor]
+    Attributes:
+        total: scalar sum over the batch of this process, weighted.
+        amount: scalar, what it is divided by; of all processes.
+        least: of all processes.
+    """
 
-    def __call__(self, deltas: Tensor, boxes: Tensor, targets: Tensor, anchors: Tensor) -> Tensor:
-        return self.loss(deltas, self.encode(targets, anchors)).mean(-1)
+    total: Tensor
+    amount: Tensor
+    least: float
 
 
-class Criterion:
+class Criterion(nn.Module):
     """Losses of a dense detector, for any rule that chooses the samples.
 
     With W processes, and sums over the batch of one process:
 
-        N_pos = max(positives of all processes, 1) / W
-        w     = box weight * centerness target (1 where the head predicts none)
-        S_w   = max(w of all processes, 1e-6) / W
+        N = max(normaliser of all processes, least) / W       by default of the positives, least 1
+        w = box weight of each positive                       by default the quality target
+        S = max(w of all processes, box_least) / W
 
-        loss_cls        = sum of focal losses / N_pos
-        loss_box_reg    = box_loss_weight * sum of w * box loss / S_w
-        loss_centerness = sum of binary cross entropies on positives / N_pos
+        loss_cls       = sum of class losses / N
+        loss_box_reg   = weight * sum of w * box loss / S     of the first box term; of others
+                                                              loss_<name>
+        loss_<quality> = quality_weight * sum of binary cross entropies on positives / N
 
     DDP averages gradients over processes, so that W of them equal one on the union of their images.
-    (The authors clamp N_pos after dividing by W; that differs only with fewer positives than
+    (The authors of ATSS clamp N after dividing by W; that differs only with fewer positives than
     processes.) A batch without objects is an ordinary batch. No host synchronisation: shapes do
     not depend on the assignment.
 
     Args:
-        box_loss: what a predicted box costs; GIoU by default.
-        box_loss_weight: of the box loss against the other two.
-        focal_alpha, focal_gamma: of the focal loss.
+        cls_loss: (probability, cross entropy, targets), (N, R, K) each -> (N, R, K); None for none.
+        cls_target: what the class of a positive's object is to say, (N, R); other classes, and
+            negatives, are to say 0.
+        box_terms: {name: loss}, each Matched -> (N, R), with its ``weight`` if it has one.
+        box_weight: of each positive in the box terms; None for what its quality is to be, or 1
+            where the head predicts none.
+        quality: what the quality branch is to say, (N, R); None, or a head without the branch, for
+            no loss of it.
+        quality_name: in the name of its loss.
+        quality_weight: of its loss against the others.
+        normaliser: (matched, class targets) -> scalar, of class and quality losses.
+        least, least_per_image: its lower bound, for the batch or for each image of it.
+        box_least: lower bound of the sum of box weights.
+        level_weight: Matched -> (R,), by which all losses of an anchor are multiplied; None for 1.
+            It may be a module with buffers, and that of another criterion, too.
     """
 
     def __init__(
         self,
         *,
-        box_loss: BoxLoss | None = None,
-        box_loss_weight: float = 2.0,
-        focal_alpha: float = 0.25,
-        focal_gamma: float = 2.0,
+        cls_loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = FOCAL,
+        cls_target: PerAnchor = one,
+        box_terms: Mapping[str, PerAnchor] | None = None,
+        box_weight: PerAnchor | None = None,
+        quality: PerAnchor | None = central,
+        quality_name: str = "centerness",
+        quality_weight: float = 1.0,
+        normaliser: Callable[[Matched, Tensor], Tensor] = positives,
+        least: float = 1.0,
+        least_per_image: bool = False,
+        box_least: float = 1e-6,
+        level_weight: PerAnchor | None = None,
     ):
-        self.box_loss = box_loss or OnBoxes(giou_loss)
-        self.box_loss_weight = box_loss_weight
-        self.focal_alpha = focal_alpha
-        self.focal_gamma = focal_gamma
+        super().__init__()
+        within("quality_weight", quality_weight, 0, 1e6)
+        within("least", least, 1e-12)
+        within("box_least", box_least, 1e-12)
+        self.cls_loss, self.cls_target = cls_loss, cls_target
+        self.box_terms = {"giou": GIoU()} if box_terms is None else dict(box_terms)
+        self.box_weight = box_weight
+        self.quality, self.quality_name = quality, quality_name
+        self.quality_weight = quality_weight
+        self.normaliser = normaliser
+        self.least, self.least_per_image, self.box_least = least, least_per_image, box_least
+        self.level_weight = level_weight
 
-    def __call__(
+    def forward(self, *args: Any) -> dict[str, Tensor]:
+        """Scalar losses by name; arguments of :meth:`quotients`."""
+        return divide(self.quotients(*args))
+
+    def quotients(
         self,
         output: HeadOutput,
         boxes: Tensor,
         anchors: Anchors,
         gt: GroundTruth,
         assignment: Assignment,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Quotient]:
         """
         Args:
             output: the head's, in float32.
-            boxes: (N, R, 4), its deltas decoded, in pixels.
+            boxes: (N, R, 4), its numbers decoded, in pixels.
         Returns:
-            scalar losses by name.
+            the losses by name, not yet divided.
 
         Raises:
-            ValueError: for class targets between 0 and 1, which the focal loss is wrong for. Only
-                on a CPU: to look would make the host wait for a GPU.
+            ValueError: for class targets between 0 and 1 where the class loss is wrong for them.
+                Only on a CPU: to look would make the host wait for a GPU.
         """
-        _refuse_soft(assignment.cls_target)
-        positive = assignment.positive
-        classes, target_boxes = self._targets(anchors, gt, assignment)
-        # What does not count is replaced, not multiplied by zero: it may be infinite. Away from
-        # positives both boxes are the anchor.
         counts = assignment.gt_index != IGNORE
-        logits = torch.where(counts[..., None], output.logits, 0)
-        boxes = torch.where(positive[..., None], boxes, anchors.boxes)
-        deltas = torch.where(positive[..., None], output.deltas, 0)
+        matched = _match(output, boxes, anchors, gt, assignment, counts)
+        positive = matched.positive
+        level_weight = 1 if self.level_weight is None else self.level_weight(matched)
+        cls_target = self.cls_target(matched)
+        amount = self.normaliser(matched, cls_target)
+        least = self.least
+        if self.least_per_image:
+            least *= gt.num_images * comm.get_world_size()
+        found = {}
 
-        box_weight = assignment.box_weight * positive
-        if output.quality is not None:
-            distances = side_distances(centres(anchors.boxes), target_boxes)
-            centerness_target = centerness(distances)
-            box_weight = box_weight * centerness_target
-        num_positives, weight_sum = _average_over_processes(positive.sum(), box_weight.sum())
+        if self.cls_loss is not None:
+            if getattr(self.cls_loss, "hard_targets", False):
+                _refuse_soft(cls_target)
+            targets = torch.zeros_like(matched.output.classes)
+            targets.scatter_(2, matched.target_classes[..., None], cls_target[..., None])
+            entropy = matched.output.cross_entropy(targets)
+            cls_loss = self.cls_loss(matched.output.probability(), entropy, targets)
+            cls_loss = cls_loss.sum(dim=2) * counts * level_weight
+            found["loss_cls"] = Quotient(cls_loss.sum(), amount, least)
 
-        cls_target = torch.zeros_like(output.logits)
-        cls_target.scatter_(2, classes[..., None], (assignment.cls_target * positive)[..., None])
-        cls_loss = sigmoid_focal_loss(logits, cls_target, self.focal_alpha, self.focal_gamma)
-        cls_loss = cls_loss.sum(dim=2) * counts
-        box_loss = self.box_loss(deltas, boxes, target_boxes, anchors.boxes) * box_weight
-        losses = {
-            "loss_cls": cls_loss.sum() / num_positives,
-            "loss_box_reg": self.box_loss_weight * box_loss.sum() / weight_sum,
-        }
-        if output.quality is not None:
-            quality = torch.where(positive, output.quality, 0)
+        has_quality = self.quality is not None and output.quality is not None
+        quality_target = self.quality(matched) if has_quality else 1
+        if self.box_terms:
+            weight = quality_target if self.box_weight is None else self.box_weight(matched)
+            weight = positive.float() * weight
+            for i, (name, term) in enumerate(self.box_terms.items()):
+                total = (term(matched) * weight * level_weight).sum()
+                total = getattr(term, "weight", 1.0) * total
+                name = "box_reg" if i == 0 else name
+                found[f"loss_{name}"] = Quotient(total, weight.sum(), self.box_least)
+
+        if has_quality:
             quality_loss = F.binary_cross_entropy_with_logits(
-                quality, centerness_target, reduction="none"
+                matched.output.quality, quality_target, reduction="none"
             )
-            losses["loss_centerness"] = (quality_loss * positive).sum() / num_positives
-        return losses
+            total = self.quality_weight * (quality_loss * positive * level_weight).sum()
+            found[f"loss_{self.quality_name}"] = Quotient(total, amount, least)
+        return found
 
-    @staticmethod
-    def _targets(
-        anchors: Anchors, gt: GroundTruth, assignment: Assignment
-    ) -> tuple[Tensor, Tensor]:
-        """(N, R) class and (N, R, 4) box of each anchor's object; where it has none, class 0 and
-        the anchor itself."""
-        shape = (*assignment.gt_index.shape, 4)
-        if len(gt) == 0:
-            return torch.zeros_like(assignment.gt_index), anchors.boxes.expand(shape)
+
+def divide(quotients: Mapping[str, Quotient]) -> dict[str, Tensor]:
+    """The losses, divided by what all processes have; one all-reduce for all of them."""
+    world_size = comm.get_world_size()
+    amounts = torch.stack([x.amount.to(x.total.dtype) for x in quotients.values()])
+    if world_size > 1:
+        torch.distributed.all_reduce(amounts)
+    return {
+        name: x.total / (amount.clamp(min=x.least) / world_size)
+        for (name, x), amount in zip(quotients.items(), amounts.unbind(), strict=True)
+    }
+
+
+def _match(
+    output: HeadOutput,
+    boxes: Tensor,
+    anchors: Anchors,
+    gt: GroundTruth,
+    assignment: Assignment,
+    counts: Tensor,
+) -> Matched:
+    positive = assignment.positive
+    if len(gt):
         index = assignment.gt_index.clamp(min=0)
-        boxes = torch.where(assignment.positive[..., None], gt.boxes[index], anchors.boxes)
-        return gt.classes[index], boxes
+        target_boxes = torch.where(positive[..., None], gt.boxes[index], anchors.boxes)
+        target_classes = gt.classes[index]
+    else:
+        target_boxes = anchors.boxes.expand(*positive.shape, 4)
+        target_classes = torch.zeros_like(assignment.gt_index)
+    # Not multiplied by zero: it may be infinite.
+    classes, numbers, quality, probabilities = output
+    return Matched(
+        output=HeadOutput(
+            None if classes is None else torch.where(counts[..., None], classes, 0),
+            torch.where(positive[..., None], numbers, 0),
+            None if quality is None else torch.where(positive, quality, 0),
+            probabilities,
+        ),
+        boxes=torch.where(positive[..., None], boxes, anchors.boxes),
+        anchors=anchors,
+        target_classes=target_classes,
+        target_boxes=target_boxes,
+        positive=positive,
+        score=assignment.score,
+    )
 
 
 def _refuse_soft(cls_target: Tensor) -> None:
@@ -147,16 +213,6 @@ def _refuse_soft(cls_target: Tensor) -> None:
         soft = (cls_target != 0) & (cls_target != 1)
         if soft.any():
             raise ValueError(
-                f"Assignment.cls_target holds {cls_target[soft][0].item():g}, but the focal loss "
-                "is for class targets 0 and 1"
+                f"a class target is {cls_target[soft][0].item():g}, but the class loss is for "
+                "targets 0 and 1"
             )
-
-
-def _average_over_processes(num_positives: Tensor, weight_sum: Tensor) -> tuple[Tensor, Tensor]:
-    """N_pos and S_w of the formula above, by one all-reduce."""
-    world_size = comm.get_world_size()
-    sums = torch.stack([num_positives.to(weight_sum.dtype), weight_sum])
-    if world_size > 1:
-        torch.distributed.all_reduce(sums)
-    num_positives, weight_sum = sums.unbind()
-    return num_positives.clamp(min=1) / world_size, weight_sum.clamp(min=1e-6) / world_size

@@ -1,20 +1,22 @@
 """The detector: from images to losses or detections, top to bottom."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from ..anchors import Anchors, GridAnchorGenerator
+from ..anchors import GridAnchorGenerator
 from ..structures import Assignment, GroundTruth, HeadOutput, Predictions
-from .box_coding import BoxDeltas, LogDistances, PointDistances
-from .criterion import Criterion
+from .box_coding import BoxCode, LegacyPixels
+from .branch import Assigner, Branch, HeadOutputs
+from .criterion import Criterion, divide
 from .postprocess import PostProcessor
 
 LEGACY_PIXELS_IN_TRAINING = (
@@ -26,18 +28,19 @@ LEGACY_PIXELS_IN_TRAINING = (
 class ATSSDetector(DenseDetector):
     """One-stage detector whose training samples an assigner chooses.
 
-    Detectron2's :class:`DenseDetector` normalises and pads the images, runs the backbone and the
-    head, and brings detections back to the size of the original image; this class fills in the
-    rest. All parts come built; :mod:`atss.config` builds them from a config.
+    It has one branch, or several: outputs, each with a rule and a criterion of its own. All parts
+    come built; :mod:`atss.config` builds them from a config.
 
     Args:
         backbone: images -> {name: feature map}.
-        head: list of feature maps -> HeadOutput.
+        head: list of feature maps -> HeadOutput, or {name: HeadOutput} for branches to read.
         anchor_generator: feature maps -> Anchors, by its method ``grid``.
-        assigner: (anchors, ground truth, predictions) -> Assignment.
-        box_coder: ``decode(deltas, anchors)`` -> boxes.
-        criterion: (output, boxes, anchors, ground truth, assignment) -> losses.
-        postprocess: (output, anchors, decode, image sizes) -> detections.
+        assigner: (anchors, ground truth, predictions) -> Assignment, of the one branch.
+        box_coder: between numbers and boxes.
+        criterion: (output, boxes, anchors, ground truth, assignment) -> losses, of the one branch.
+        branches: {name: branch}, in place of assigner and criterion.
+        inference: name of the branch that detects; losses of the others are called <name>/...
+        postprocess: (output, anchors, box code, image sizes) -> detections.
         num_classes: K.
         pixel_mean, pixel_std: of the channels, in the order of ``input_format``.
         input_format: "BGR" or "RGB": the order of the channels that come in.
@@ -45,9 +48,9 @@ class ATSSDetector(DenseDetector):
         vis_period: iterations between pictures of a training image in the log; 0 for none.
         precision: dtype of backbone and towers under autocast, or None to leave it to the caller.
             Everything after the head is float32.
-        legacy_pixels: the weights are those of the authors' code, where a coordinate names the
-            centre of a pixel and a box holds its last pixel. For inference: to train such weights
-            on is to leave these pixels.
+
+    Attributes:
+        iteration: of the training, for phases, where there is no event storage that knows it.
     """
 
     # As Detectron2's writers print: every so many iterations. Reading a number off a GPU waits
@@ -60,32 +63,38 @@ class ATSSDetector(DenseDetector):
         backbone: Backbone,
         head: nn.Module,
         anchor_generator: GridAnchorGenerator,
-        assigner: Callable[[Anchors, GroundTruth, Predictions], Assignment],
-        box_coder: BoxDeltas | PointDistances | LogDistances,
-        criterion: Criterion,
+        box_coder: BoxCode,
         postprocess: PostProcessor,
         num_classes: int,
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
+        assigner: Assigner | None = None,
+        criterion: Criterion | None = None,
+        branches: Mapping[str, Branch] | None = None,
+        inference: str = "main",
         input_format: str = "BGR",
         head_in_features: Sequence[str] | None = None,
         vis_period: int = 0,
         precision: torch.dtype | None = None,
-        legacy_pixels: bool = False,
     ):
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
         )
+        if branches is None:
+            if assigner is None or criterion is None:
+                raise ValueError("a detector needs an assigner and a criterion, or branches")
+            branches = {"main": Branch(assigner, criterion)}
+        _check_branches(branches, inference)
+        self.branches = nn.ModuleDict(branches)
+        self.inference = inference
         self.anchor_generator = anchor_generator
-        self.assigner = assigner
         self.box_coder = box_coder
-        self.criterion = criterion
         self.postprocess = postprocess
         self.num_classes = num_classes
         self.input_format = input_format
         self.vis_period = vis_period
         self.precision = precision
-        self.legacy_pixels = legacy_pixels
+        self.iteration = 0
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """Detectron2's model format: a list of dicts with "image" (C, H, W) and, in training,
@@ -95,17 +104,51 @@ class ATSSDetector(DenseDetector):
             autocast = torch.autocast(self.device.type, dtype=self.precision)
         with autocast:
             if self.training:
-                return super().forward(batched_inputs)
+                return self._losses(batched_inputs)
             # An image padded beyond its own canvas would see other borders than alone.
             results: list[dict] = [{}] * len(batched_inputs)
             for group in self._of_one_canvas(batched_inputs):
-                detected = super().forward([batched_inputs[i] for i in group])
+                detected = self._detections([batched_inputs[i] for i in group])
                 for i, result in zip(group, detected, strict=True):
-                    results[i] = result
-        if self.legacy_pixels:
-            for example, result in zip(batched_inputs, results, strict=True):
-                _keep_last_pixel(result["instances"], example["image"].shape[-2:])
+                    results[i] = {"instances": result}
         return results
+
+    def _features(self, batched_inputs: list[dict]) -> tuple[ImageList, list[Tensor]]:
+        """Normalised and padded images, and their feature maps."""
+        images = self.preprocess_image(batched_inputs)
+        maps = self.backbone(images.tensor)
+        return images, [maps[name] for name in self.head_in_features]
+
+    def _detections(self, batched_inputs: list[dict]) -> list[Instances]:
+        """Of images of one canvas, in pixels of the originals."""
+        images, features = self._features(batched_inputs)
+        found = self.forward_inference(images, features, self._outputs(features, self.inference))
+        results = []
+        for example, detected, input_hw in zip(
+            batched_inputs, found, images.image_sizes, strict=True
+        ):
+            height, width = example.get("height", input_hw[0]), example.get("width", input_hw[1])
+            result = detector_postprocess(detected, height, width)
+            if isinstance(self.box_coder, LegacyPixels):
+                self.box_coder.after_resizing(result, input_hw)
+            results.append(result)
+        return results
+
+    def _outputs(self, features: list[Tensor], *names: str) -> dict[str, HeadOutput]:
+        """What branches read: {name of a branch: output}."""
+        wanted = {name: self.branches[name] for name in names}
+        if any(branch.head is None for branch in wanted.values()):
+            shared: HeadOutputs = self.head(features)
+        return {
+            name: branch.read(shared if branch.head is None else branch.own_output(features))
+            for name, branch in wanted.items()
+        }
+
+    def _losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        images, features = self._features(batched_inputs)
+        outputs = self._outputs(features, *self.branches)
+        gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
+        return self.forward_training(images, features, outputs, gt_instances)
 
     def _of_one_canvas(self, batched_inputs: list[dict]) -> list[list[int]]:
         """Indices of images that are padded to the same size, group by group."""
@@ -119,78 +162,91 @@ class ATSSDetector(DenseDetector):
         self,
         images: ImageList,
         features: list[Tensor],
-        predictions: HeadOutput,
+        outputs: Mapping[str, HeadOutput],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        """anchors -> decode -> assign -> losses.
+        """anchors -> decode -> assign -> losses, of each branch.
+
+        Args:
+            outputs: what each branch reads, by its name.
 
         Raises:
             ValueError: with legacy pixels, in which the losses would learn other boxes than
                 inference reports.
         """
-        if self.legacy_pixels:
+        if isinstance(self.box_coder, LegacyPixels):
             raise ValueError(LEGACY_PIXELS_IN_TRAINING)
+        storage = get_event_storage() if has_event_storage() else None
+        iteration = self.iteration if storage is None else storage.iter
         with torch.autocast(self.device.type, enabled=False):
-            output = _in_float32(predictions)
             anchors = self.anchor_generator.grid(features)
             gt = GroundTruth.from_instances(gt_instances)
-            boxes = self.box_coder.decode(output.deltas, anchors.boxes)
-            quality = None if output.quality is None else output.quality.detach()
-            seen = Predictions(output.logits.detach(), boxes.detach(), quality)
-            assignment = self.assigner(anchors, gt, seen)
-            losses = self.criterion(output, boxes, anchors, gt, assignment)
-        if has_event_storage():
-            self._log(images, features, predictions, gt_instances, gt, assignment)
+            precise = {name: output.map(Tensor.float) for name, output in outputs.items()}
+            boxes, assignments, criteria = {}, {}, {}
+            for name, output in precise.items():
+                boxes[name] = self.box_coder.decode(output.numbers, anchors.boxes, anchors.stride)
+                assigner, criteria[name] = self.branches[name].at(iteration)
+                if assigner is not None:
+                    seen = Predictions(output.map(Tensor.detach), boxes[name].detach())
+                    assignments[name] = assigner(anchors, gt, seen)
+            quotients = {}
+            for name, output in precise.items():
+                assignment = assignments[self.branches[name].assignment_of or name]
+                found = criteria[name].quotients(output, boxes[name], anchors, gt, assignment)
+                prefix = "" if name == self.inference else f"{name}/"
+                quotients |= {prefix + loss: quotient for loss, quotient in found.items()}
+            losses = divide(quotients)
+        if storage is not None:
+            self._log(images, features, outputs, gt_instances, gt, assignments)
         return losses
 
     def forward_inference(
-        self, images: ImageList, features: list[Tensor], predictions: HeadOutput
+        self, images: ImageList, features: list[Tensor], outputs: Mapping[str, HeadOutput]
     ) -> list[Instances]:
-        """score -> filter -> decode -> clip -> NMS, in the frame of the network's input."""
+        """score -> filter -> decode -> clip -> suppress, in the frame of the network's input."""
         with torch.autocast(self.device.type, enabled=False):
             anchors = self.anchor_generator.grid(features)
-            output = _in_float32(predictions)
-            legacy = self.box_coder.legacy
-
-            def decode(deltas: Tensor, anchor_boxes: Tensor) -> Tensor:
-                boxes = self.box_coder.decode(deltas, anchor_boxes)
-                return boxes + boxes.new_tensor(legacy) if self.legacy_pixels else boxes
-
-            return self.postprocess(output, anchors, decode, images.image_sizes)
+            output = outputs[self.inference].map(Tensor.float)
+            return self.postprocess(output, anchors, self.box_coder, images.image_sizes)
 
     def _log(
         self,
         images: ImageList,
         features: list[Tensor],
-        predictions: HeadOutput,
+        outputs: Mapping[str, HeadOutput],
         gt_instances: list[Instances],
         gt: GroundTruth,
-        assignment: Assignment,
+        assignments: Mapping[str, Assignment],
     ) -> None:
         storage = get_event_storage()
         if storage.iter % self.LOG_PERIOD == 0 and len(gt):
-            counts = assignment.positives_per_object(len(gt)).cpu()
-            storage.put_scalar("assignment/positives_per_object", counts.float().mean().item())
-            storage.put_scalar("assignment/objects_without_positive", (counts == 0).sum().item())
+            for name, assignment in assignments.items():
+                prefix = "" if name == self.inference else f"{name}/"
+                counts = assignment.positives_per_object(len(gt)).cpu()
+                mean, without = counts.float().mean().item(), (counts == 0).sum().item()
+                storage.put_scalar(f"{prefix}assignment/positives_per_object", mean)
+                storage.put_scalar(f"{prefix}assignment/objects_without_positive", without)
         if self.vis_period > 0 and storage.iter % self.vis_period == 0:
             height, width = images.image_sizes[0]
             image = images.tensor[0, :, :height, :width] * self.pixel_std + self.pixel_mean
             shown = {"image": image.cpu(), "instances": gt_instances[0].to("cpu")}
             with torch.no_grad():
-                results = self.forward_inference(images, features, predictions)
+                results = self.forward_inference(images, features, outputs)
             self.visualize_training([shown], results[:1])
 
 
-def _in_float32(output: HeadOutput) -> HeadOutput:
-    logits, deltas, quality = output
-    return HeadOutput(logits.float(), deltas.float(), None if quality is None else quality.float())
+def _check_branches(branches: Mapping[str, Branch], inference: str) -> None:
+    """Whether the branches know one another.
 
-
-def _keep_last_pixel(instances: Instances, input_hw: Sequence[int]) -> None:
-    """In legacy pixels the last pixel of a box is one pixel of the original image wide, whatever
-    the size of the input: resizing it with the box was wrong by the difference. In place."""
-    height, width = instances.image_size
-    boxes = instances.pred_boxes.tensor
-    boxes[:, 2] += 1 - width / input_hw[1]
-    boxes[:, 3] += 1 - height / input_hw[0]
-    instances.pred_boxes.clip((height, width))
+    Raises:
+        ValueError: where one names another that there is not.
+    """
+    if inference not in branches:
+        raise ValueError(f"no branch {inference!r} for inference: there are {sorted(branches)}")
+    for name, branch in branches.items():
+        giver = branch.assignment_of
+        if giver and (giver not in branches or branches[giver].assignment_of):
+            givers = sorted(x for x in branches if not branches[x].assignment_of)
+            raise ValueError(
+                f"branch {name!r} takes the assignment of {giver!r}; those with one are {givers}"
+            )

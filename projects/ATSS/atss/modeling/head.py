@@ -1,26 +1,20 @@
 """The head: two convolution towers, three predictors, one learned scale per level."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from detectron2.layers import get_norm
-from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..parts import one_of, within
 from ..structures import HeadOutput
 from .deform_conv import DeformConv, DeformConvLayer
 
-HEAD_REGISTRY = Registry("ATSS_HEAD")
-HEAD_REGISTRY.__doc__ = """
-Heads that MODEL.ATSS.HEAD can name. Called as head(cfg, input_shape, num_classes, num_anchors) with
-input_shape: list[ShapeSpec]; returns a module: list of (N, C, H_l, W_l) features -> HeadOutput.
-Its attribute class_layers, {name of a layer: num_anchors}, says which layers have a row for each
-anchor and class, anchor by anchor: where a training begins from weights of other classes, those
-that it knows keep their rows.
-"""
+# Detectron2's names.
+NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
 
 
 class Scale(nn.Module):
@@ -74,11 +68,14 @@ class ATSSHead(nn.Module):
         centerness: the tower that predicts it, "box" or "cls"; "" for none at all.
         level_scale: whether each level's regression has a learned scale.
         box_bias: what the box predictor gives at initialisation.
+        box_channels: numbers of a box.
         deform: version of the deformable convolution that is the last of each tower, "v1" or "v2";
             "" for a plain one.
 
     Attributes:
-        class_layers: as HEAD_REGISTRY explains.
+        class_layers: {name of a layer: A} of the layers that have a row for each anchor and class,
+            anchor by anchor: where a training begins from weights of other classes, those that it
+            knows keep their rows. Every head has it.
 
     Raises:
         ValueError: for an unknown tower or version.
@@ -98,23 +95,24 @@ class ATSSHead(nn.Module):
         centerness: str = "box",
         level_scale: bool = True,
         box_bias: float = 0.0,
+        box_channels: int = 4,
         deform: str = "",
     ):
         super().__init__()
-        if centerness not in ("box", "cls", ""):
-            raise ValueError(f"centerness grows from 'box' or 'cls', or '': not {centerness!r}")
-        if deform not in ("v1", "v2", "") or (deform and not num_convs):
-            raise ValueError(
-                f"the last convolution of a tower is deformable 'v1', 'v2' or '': not {deform!r} "
-                f"with {num_convs} convolutions"
-            )
-        self.num_classes = num_classes
+        within("num_convs", num_convs, 0)
+        within("prior_prob", prior_prob, 1e-9, 1 - 1e-9)
+        one_of("norm", norm, NORMS)
+        one_of("centerness", centerness, ("box", "cls", ""))
+        one_of("deform", deform, ("v1", "v2", ""))
+        if deform and not num_convs:
+            raise ValueError("a tower without convolutions has none to be deformable")
+        self.num_classes, self.box_channels = num_classes, box_channels
         self.class_layers = {"cls_score": num_anchors}
         tower = (in_channels, num_convs, norm, tower_bias or not norm, deform)
         self.cls_subnet = self._tower(*tower)
         self.bbox_subnet = self._tower(*tower)
         self.cls_score = nn.Conv2d(in_channels, num_anchors * num_classes, 3, padding=1)
-        self.bbox_pred = nn.Conv2d(in_channels, num_anchors * 4, 3, padding=1)
+        self.bbox_pred = nn.Conv2d(in_channels, num_anchors * box_channels, 3, padding=1)
         self.centerness = centerness
         self.ctrness = nn.Conv2d(in_channels, num_anchors, 3, padding=1) if centerness else None
         scale = Scale if level_scale else nn.Identity
@@ -144,24 +142,30 @@ class ATSSHead(nn.Module):
             layers.append(nn.ReLU(inplace=True))
         return nn.Sequential(*layers)
 
+    def towers(self, features: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """L feature maps -> class and box features of each level."""
+        for x in features:
+            yield self.cls_subnet(x), self.bbox_subnet(x)
+
     def forward(self, features: Sequence[Tensor]) -> HeadOutput:
         """L feature maps (N, C, H_l, W_l) -> predictions for all R anchors."""
         cls_predictors, box_predictors = [self.cls_score], [self.bbox_pred]
         if self.ctrness is not None:
             (box_predictors if self.centerness == "box" else cls_predictors).append(self.ctrness)
-        logits, deltas = [], []
+        classes, numbers = [], []
         quality: list[Tensor] = []
-        for x, scale in zip(features, self.scales, strict=True):
-            from_cls = predict_together(self.cls_subnet(x), *cls_predictors)
-            box_feature = self.bbox_subnet(x)
-            with torch.autocast(x.device.type, enabled=False):
+        for (cls_feature, box_feature), scale in zip(
+            self.towers(features), self.scales, strict=True
+        ):
+            from_cls = predict_together(cls_feature, *cls_predictors)
+            with torch.autocast(box_feature.device.type, enabled=False):
                 precise = box_feature.to(self.bbox_pred.weight.dtype)
                 from_box = predict_together(precise, *box_predictors)
-                deltas.append(scale(from_box[0]))
-            logits.append(from_cls[0])
-            quality += from_cls[1:] + from_box[1:]
+                numbers.append(scale(from_box[0]))
+            classes.append(from_cls[0])
+            quality += [*from_cls[1:], *from_box[1:]]
         return HeadOutput(
-            logits=flatten_levels(logits, self.num_classes),
-            deltas=flatten_levels(deltas, 4),
+            classes=flatten_levels(classes, self.num_classes),
+            numbers=flatten_levels(numbers, self.box_channels),
             quality=flatten_levels(quality, 1).squeeze(-1) if quality else None,
         )

@@ -7,12 +7,17 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..anchors import Anchors
+from ..parts import within
 from ..structures import HeadOutput
-from .suppression import nms_per_class
+from .box_coding import BoxCode
+from .suppression import NMS, ScoredBoxes
+
+PLAIN_NMS = NMS()
 
 
-# How class probability and centerness make the score. Both rank alike; the root keeps the score
-# on the scale of a probability (authors' code), without it scores are mmdet's.
+# How class probability and quality make the score, (...) each, of the same shape. Both rank alike;
+# the root keeps the score on the scale of a probability (authors' code), without it scores are
+# mmdet's.
 def product(probability: Tensor, quality: Tensor) -> Tensor:
     return probability * quality
 
@@ -21,21 +26,23 @@ def root(probability: Tensor, quality: Tensor) -> Tensor:
     return product(probability, quality).sqrt()
 
 
-SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sqrt": root, "product": product}
-
-
 class PostProcessor:
     """Detections of each image.
 
-    A (anchor, class) pair is a candidate when its class probability alone exceeds the threshold;
-    candidates are ranked by probability times centerness, and only those kept are decoded.
+    A pair of anchor and class is a candidate when its class probability alone exceeds the
+    threshold; candidates are ranked by their scores, and only those kept are decoded.
 
     Args:
-        score_thresh: on the class probability.
+        score_thresh: of a candidate.
         topk_candidates: kept per level, before suppression.
-        nms_thresh: IoU above which a lower-scored box of the same class goes.
         max_detections: kept per image.
-        score: name of the final score, of SCORES.
+        score: (class probability, quality) -> score; class probability where the head has no
+            quality.
+        suppression: what becomes of boxes that overlap.
+        threshold_on_score: the threshold is on the score, and not on the class probability (PAA,
+            OTA).
+        rank_by_class: candidates are ranked by class probability, and not by score (mmdet).
+        rank_anchors: anchors are ranked, by their best class, each with all its classes (PAA).
     """
 
     def __init__(
@@ -43,69 +50,102 @@ class PostProcessor:
         *,
         score_thresh: float = 0.05,
         topk_candidates: int = 1000,
-        nms_thresh: float = 0.6,
         max_detections: int = 100,
-        score: str = "sqrt",
+        score: Callable[[Tensor, Tensor], Tensor] = root,
+        suppression: Callable[[Tensor, Tensor, Tensor, int], ScoredBoxes] = PLAIN_NMS,
+        threshold_on_score: bool = False,
+        rank_by_class: bool = False,
+        rank_anchors: bool = False,
     ):
-        if score not in SCORES:
-            raise ValueError(f"unknown score {score!r}; known are {sorted(SCORES)}")
+        within("score_thresh", score_thresh, 0, 1)
+        within("topk_candidates", topk_candidates, 1)
+        within("max_detections", max_detections, 1)
         self.score_thresh = score_thresh
         self.topk_candidates = topk_candidates
-        self.nms_thresh = nms_thresh
         self.max_detections = max_detections
-        self.score = SCORES[score]
+        self.score = score
+        self.suppression = suppression
+        self.threshold_on_score = threshold_on_score
+        self.rank_by_class = rank_by_class
+        self.rank_anchors = rank_anchors
 
     @torch.no_grad()
     def __call__(
         self,
         output: HeadOutput,
         anchors: Anchors,
-        decode: Callable[[Tensor, Tensor], Tensor],
+        code: BoxCode,
         image_sizes: Sequence[tuple[int, int]],
     ) -> list[Instances]:
         """
         Args:
             output: the head's, in float32.
-            decode: the box coder's: (M, 4) deltas and anchors -> boxes in pixels.
+            code: that decodes its numbers.
             image_sizes: (height, width) of each image on its canvas; boxes are clipped to it.
         Returns:
             per image: pred_boxes, scores, pred_classes, best first.
         """
-        results = []
-        for i, image_size in enumerate(image_sizes):
-            quality = None if output.quality is None else output.quality[i].sigmoid()
-            anchor, classes, scores = self._candidates(output.logits[i], quality, anchors)
-            boxes = Boxes(decode(output.deltas[i, anchor], anchors.boxes[anchor]))
-            boxes.clip(image_size)
-            # Nothing overlaps a box without area: it would take the place of a detection.
-            real = boxes.nonempty()
-            boxes, scores, classes = boxes[real], scores[real], classes[real]
-            keep = nms_per_class(boxes.tensor, scores, classes, self.nms_thresh)
-            keep = keep[: self.max_detections]
-            results.append(
-                Instances(
-                    image_size,
-                    pred_boxes=boxes[keep],
-                    scores=scores[keep],
-                    pred_classes=classes[keep],
-                )
-            )
-        return results
+        return [
+            self._detect(output.of_image(i), anchors, code, x) for i, x in enumerate(image_sizes)
+        ]
 
-    def _candidates(
-        self, logits: Tensor, quality: Tensor | None, anchors: Anchors
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(R, K) logits, (R,) quality -> (M,) anchor index, class and score, over all levels."""
+    def _detect(
+        self, output: HeadOutput, anchors: Anchors, code: BoxCode, image_size: tuple[int, int]
+    ) -> Instances:
+        """Of one image, whose output has no N."""
+        anchor, classes, scores = self._candidates(output, anchors)
+        decoded = code.decode(output.numbers[anchor], anchors.boxes[anchor], anchors.stride[anchor])
+        boxes = Boxes(decoded)
+        boxes.clip(image_size)
+        # Nothing overlaps a box without area: it would take the place of a detection.
+        real = ScoredBoxes(boxes.tensor, scores, classes).take(boxes.nonempty())
+        kept = self.suppression(*real, self.max_detections)
+        return Instances(
+            image_size,
+            pred_boxes=Boxes(kept.boxes),
+            scores=kept.scores,
+            pred_classes=kept.classes,
+        )
+
+    def _candidates(self, output: HeadOutput, anchors: Anchors) -> tuple[Tensor, Tensor, Tensor]:
+        """(M,) anchor index, class and score of an image's candidates, over all levels."""
+        levels = [output.probability().split(anchors.per_level)]
+        if output.quality is not None:
+            levels.append(output.quality.sigmoid().split(anchors.per_level))
         kept, first = [], 0
-        for level in logits.split(anchors.per_level):
-            probability = level.sigmoid()
-            anchor, classes = (probability > self.score_thresh).nonzero().unbind(1)
-            score = probability[anchor, classes]
-            anchor = anchor + first
-            if quality is not None:
-                score = self.score(score, quality[anchor])
-            score, best = score.topk(min(self.topk_candidates, len(score)))
-            kept.append((anchor[best], classes[best], score))
-            first += len(level)
+        for probability, *quality in zip(*levels, strict=True):
+            anchor, classes, score = self._of_level(probability, *quality)
+            kept.append((anchor + first, classes, score))
+            first += len(probability)
         anchor, classes, score = (torch.cat(x) for x in zip(*kept, strict=True))
         return anchor, classes, score
+
+    def _of_level(
+        self, probability: Tensor, quality: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(R, K) and (R,) of a level -> (M,) anchor index, class and score."""
+        anchors = torch.arange(len(probability), device=probability.device)
+        if self.rank_anchors:
+            rank = probability if self.rank_by_class else self._score(probability, quality, anchors)
+            anchors = self._best(rank.amax(dim=1))
+        passing = probability[anchors] if self.rank_anchors else probability
+        if self.threshold_on_score:
+            passing = self._score(passing, quality, anchors)
+        row, classes = (passing > self.score_thresh).nonzero().unbind(1)
+        anchor = anchors[row]
+        chosen = probability[anchor, classes]
+        score = self._score(chosen, quality, anchor)
+        if self.rank_anchors:
+            return anchor, classes, score
+        best = self._best(chosen if self.rank_by_class else score)
+        return anchor[best], classes[best], score[best]
+
+    def _score(self, probability: Tensor, quality: Tensor | None, anchor: Tensor) -> Tensor:
+        """Of (M,) or (M, K) probabilities of (M,) anchors."""
+        if quality is None:
+            return probability
+        own = quality[anchor]
+        return self.score(probability, own[:, None] if probability.ndim == 2 else own)
+
+    def _best(self, rank: Tensor) -> Tensor:
+        return rank.topk(min(self.topk_candidates, len(rank))).indices

@@ -1,83 +1,127 @@
-"""What becomes of boxes that overlap: suppression, and votes."""
+"""What becomes of boxes that overlap.
+
+A suppression maps (boxes (M, 4), scores (M,), classes (M,), limit) to the same three of what is
+left, best first and at most so many. Votes move boxes, so it is not indices.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.ops import nms
 
 from ..geometry import iou
-
-# (boxes (M, 4), scores (M,), classes (M,)) -> the same of what is left, best first.
-ScoredBoxes = tuple[Tensor, Tensor, Tensor]
+from ..parts import within
 
 
-def nms_per_class(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
+class ScoredBoxes(NamedTuple):
+    """Attributes: boxes (M, 4), scores (M,), classes (M,)."""
+
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+
+    def take(self, index: Tensor) -> "ScoredBoxes":
+        """Those of an index or a mask."""
+        return ScoredBoxes(*(x[index] for x in self))
+
+
+def keep_all(boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> ScoredBoxes:
+    """No suppression."""
+    best = scores.argsort(descending=True, stable=True)[:limit]
+    return ScoredBoxes(boxes, scores, classes).take(best)
+
+
+@dataclass(frozen=True)
+class NMS:
     """Non-maximum suppression of all classes at once.
 
     Boxes are shifted apart by class, in float64: in float32 the shift would cost the overlaps of
     high classes their last digits.
 
     Args:
-        boxes, scores, classes: (M, 4), (M,), (M,).
         threshold: a box goes when its IoU with a better one of its class exceeds this.
-    Returns:
-        indices of what stays, best first.
     """
-    boxes = boxes.double()
-    span = boxes.max() - boxes.min() + 1 if len(boxes) else 1
-    return nms(boxes + (classes * span)[:, None], scores.double(), threshold)
+
+    threshold: float = 0.6
+
+    def __post_init__(self) -> None:
+        within("threshold", self.threshold, 0, 1)
+
+    def __call__(self, boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> ScoredBoxes:
+        precise = boxes.double()
+        span = precise.max() - precise.min() + 1 if len(precise) else 1
+        keep = nms(precise + (classes * span)[:, None], scores.double(), self.threshold)
+        return ScoredBoxes(boxes, scores, classes).take(keep[:limit])
 
 
-def merge_nms(boxes: Tensor, scores: Tensor, classes: Tensor, nms_thresh: float) -> ScoredBoxes:
-    """Plain suppression of each class."""
-    keep = nms_per_class(boxes, scores, classes, nms_thresh)
-    return boxes[keep], scores[keep], classes[keep]
-
-
-def merge_vote(
-    boxes: Tensor,
-    scores: Tensor,
-    classes: Tensor,
-    vote_thresh: float,
-    soft_min_score: float | None = None,
-) -> ScoredBoxes:
+@dataclass(frozen=True)
+class Vote:
     """Groups of overlapping boxes of a class become their mean, weighted by score, with the group's
     highest score (box voting, arXiv 1505.01749, section 5).
 
     Args:
-        boxes, scores, classes: (M, 4), (M,), (M,).
-        vote_thresh: a group is the best box that is left and all that overlap it so much.
-        soft_min_score: the members of a group stay too, their scores lowered by their overlap with
-            its best (soft suppression, arXiv 1704.04503), where this much is left; None for not.
+        threshold: a group is the best box that is left and all whose IoU with it is at least so
+            much.
     """
-    kept: list[ScoredBoxes] = []
-    for k in classes.unique():
-        of_class = (classes == k).nonzero().squeeze(1)
-        order = of_class[scores[of_class].argsort(descending=True, stable=True)]
-        left, left_scores = boxes[order], scores[order]
-        if len(left) == 1:
-            kept.append((left, left_scores, classes[order]))
-            continue
-        while len(left):
-            overlap = iou(left[0], left)
-            # The best is of its group, even where it has no area.
-            group = (overlap >= vote_thresh).index_fill(
-                0, left.new_zeros(1, dtype=torch.long), True
-            )
-            members, weights = left[group], left_scores[group]
-            shares = weights if weights.any() else torch.ones_like(weights)
-            merged = (members * shares[:, None]).sum(dim=0) / shares.sum()
-            found, found_scores = merged[None], weights[:1]
-            if len(members) == 1:
-                found = members
-            elif soft_min_score is not None:
-                lowered = weights * (1 - overlap[group])
-                stay = lowered >= soft_min_score
-                found = torch.cat([found, members[stay]])
-                found_scores = torch.cat([found_scores, lowered[stay]])
-            kept.append((found, found_scores, k.expand(len(found))))
-            left, left_scores = left[~group], left_scores[~group]
-    if not kept:
-        return boxes, scores, classes
-    merged, merged_scores, merged_classes = (torch.cat(x) for x in zip(*kept, strict=True))
-    order = merged_scores.argsort(descending=True, stable=True)
-    return merged[order], merged_scores[order], merged_classes[order]
+
+    threshold: float = 0.66
+
+    def __post_init__(self) -> None:
+        within("threshold", self.threshold, 0, 1)
+
+    def __call__(self, boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> ScoredBoxes:
+        kept: list[ScoredBoxes] = []
+        for k in classes.unique():
+            of_class = (classes == k).nonzero().squeeze(1)
+            order = of_class[scores[of_class].argsort(descending=True, stable=True)]
+            left, left_scores = boxes[order], scores[order]
+            if len(left) == 1:
+                kept.append(ScoredBoxes(left, left_scores, classes[order]))
+                continue
+            while len(left):
+                overlap = iou(left[0], left)
+                # The best is of its group, even where it has no area.
+                group = overlap >= self.threshold
+                group = group.index_fill(0, left.new_zeros(1, dtype=torch.long), True)
+                found, found_scores = self._merge(left[group], left_scores[group], overlap[group])
+                kept.append(ScoredBoxes(found, found_scores, k.expand(len(found))))
+                left, left_scores = left[~group], left_scores[~group]
+        if not kept:
+            return ScoredBoxes(boxes, scores, classes)
+        merged = (torch.cat(x) for x in zip(*kept, strict=True))
+        return keep_all(*merged, limit)
+
+    def _merge(self, members: Tensor, weights: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
+        """What becomes of a group: (M, 4) boxes, (M,) scores and overlaps with the first."""
+        if len(members) == 1:
+            return members, weights
+        shares = weights if weights.any() else torch.ones_like(weights)
+        mean = (members * shares[:, None]).sum(dim=0) / shares.sum()
+        return mean[None], weights[:1]
+
+
+@dataclass(frozen=True)
+class SoftVote(Vote):
+    """Votes, whose voters stay with their scores lowered by their overlap with the best (soft
+    suppression, arXiv 1704.04503).
+
+    Args:
+        threshold: as of votes.
+        min_score: what a lowered score must be at least for its box to stay.
+    """
+
+    min_score: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("min_score", self.min_score, 0, 1)
+
+    def _merge(self, members: Tensor, weights: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
+        found, found_scores = super()._merge(members, weights, overlap)
+        if len(members) == 1:
+            return found, found_scores
+        lowered = weights * (1 - overlap)
+        stay = lowered >= self.min_score
+        return torch.cat([found, members[stay]]), torch.cat([found_scores, lowered[stay]])

@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..geometry import area
+from ..parts import within
 from .suppression import ScoredBoxes
 
 
@@ -27,7 +28,7 @@ class ATSSWithTTA(nn.Module):
         sizes: (short side, longest side, least and greatest size) of the others: only boxes whose
             area lies between the squares of the latter two, in pixels of the view, count.
         flip: whether each view is mirrored too.
-        merge: boxes, scores, classes -> the same, merged.
+        merge: a suppression.
         max_detections: kept per image.
         input_format: of the model, "BGR" or "RGB".
     """
@@ -39,11 +40,12 @@ class ATSSWithTTA(nn.Module):
         plain: tuple[int, int],
         sizes: Sequence[tuple[int, int, float, float]],
         flip: bool,
-        merge: Callable[[Tensor, Tensor, Tensor], ScoredBoxes],
+        merge: Callable[[Tensor, Tensor, Tensor, int], ScoredBoxes],
         max_detections: int,
         input_format: str,
     ):
         super().__init__()
+        within("max_detections", max_detections, 1)
         self.model = model
         self.views = [(*plain, 0.0, float("inf")), *sizes]
         self.flips = (False, True) if flip else (False,)
@@ -63,13 +65,14 @@ class ATSSWithTTA(nn.Module):
         else:
             image = example["image"].permute(1, 2, 0).cpu().numpy()
         views = [self._view(image, *view, flip) for view in self.views for flip in self.flips]
-        boxes, scores, classes = self.merge(*(torch.cat(x) for x in zip(*views, strict=True)))
+        together = (torch.cat(x) for x in zip(*views, strict=True))
+        boxes, scores, classes = self.merge(*together, self.max_detections)
         height, width = image.shape[:2]
         merged = Instances(
             (height, width),
-            pred_boxes=Boxes(boxes[: self.max_detections]),
-            scores=scores[: self.max_detections],
-            pred_classes=classes[: self.max_detections],
+            pred_boxes=Boxes(boxes),
+            scores=scores,
+            pred_classes=classes,
         )
         return detector_postprocess(
             merged, example.get("height", height), example.get("width", width)
@@ -93,4 +96,4 @@ class ATSSWithTTA(nn.Module):
         if flip:
             x1, y1, x2, y2 = boxes.unbind(1)
             boxes = torch.stack([width - x2, y1, width - x1, y2], dim=1)
-        return boxes, found.scores[counts], found.pred_classes[counts]
+        return ScoredBoxes(boxes, found.scores[counts], found.pred_classes[counts])
