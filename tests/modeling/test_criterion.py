@@ -1,15 +1,19 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import make_gt
+from conftest import GOLDEN, make_gt
 from detectron2.utils import comm
 
 from atss import BACKGROUND, IGNORE, Anchors, Assignment, HeadOutput
+from atss.assigners import ATSS
 from atss.losses import giou_loss
 from atss.modeling.box_coding import BoxDeltas
 from atss.modeling.criterion import Criterion
+from atss.modeling.head import flatten_levels
+from atss.modeling.postprocess import PostProcessor, product
 from atss.modeling.terms import SmoothL1, score
 
 ANCHORS = Anchors.grid((16, 16), strides=(8,), scales=(2.0,))  # 4 anchors of 16 pixels
@@ -229,3 +233,40 @@ def test_soft_class_targets_are_refused():
         criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX, ones * 0.7))
     with pytest.raises(ValueError, match="score of a rule that gives none"):
         criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX))
+
+
+def test_losses_gradients_and_detections_equal_mmdets():
+    """mmdet 3.3.0's ATSS head on given outputs: anchors from offset 0, scores without the root."""
+    reference = np.load(GOLDEN / "successor_losses.npz")
+    kinds = {"cls": 8, "box": 4, "centerness": 1}
+    maps = {
+        kind: [torch.from_numpy(reference[f"atss/{kind}_{i}"]).requires_grad_() for i in range(5)]
+        for kind in kinds
+    }
+    flat = {kind: flatten_levels(maps[kind], dim) for kind, dim in kinds.items()}
+    output = HeadOutput(flat["cls"], flat["box"], flat["centerness"].squeeze(-1))
+    hw = tuple(reference["image_size"].tolist())
+    anchors, code = Anchors.grid(hw, offset=0.0), BoxDeltas()
+    boxes = [torch.from_numpy(reference[f"gt_boxes_{i}"]).float() for i in range(2)]
+    classes = [torch.from_numpy(reference[f"gt_classes_{i}"]).long() for i in range(2)]
+    image_index = [i for i, x in enumerate(boxes) for _ in x]
+    gt = make_gt(torch.cat(boxes), image_index, 2, torch.cat(classes))
+
+    decoded = code.decode(output.numbers, anchors.boxes, anchors.stride)
+    losses = Criterion()(output, decoded, anchors, gt, ATSS()(anchors, gt))
+    names = {"loss_cls": "loss_cls", "loss_box_reg": "loss_bbox", "loss_centerness": None}
+    expected = dict(zip(reference["atss/loss_names"], reference["atss/loss_values"], strict=True))
+    for name, value in losses.items():
+        assert value.item() == pytest.approx(expected[names[name] or name], rel=1e-5)
+    sum(losses.values()).backward()
+    norms = zip(reference["atss/grad_of"], reference["atss/grad_norms"], strict=True)
+    for kind, norm in norms:
+        found = torch.cat([x.grad.flatten() for x in maps[kind]]).norm().item()
+        assert found == pytest.approx(norm, rel=1e-4), kind
+
+    detect = PostProcessor(score=product, rank_by_class=True)
+    for i, found in enumerate(detect(output.map(torch.Tensor.detach), anchors, code, [hw] * 2)):
+        scores = torch.from_numpy(reference[f"atss/det_scores_{i}"])
+        torch.testing.assert_close(found.scores, scores, atol=1e-6, rtol=1e-5)
+        theirs = torch.from_numpy(reference[f"atss/det_boxes_{i}"])
+        torch.testing.assert_close(found.pred_boxes.tensor, theirs, atol=1e-3, rtol=0)

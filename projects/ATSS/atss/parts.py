@@ -281,6 +281,8 @@ def overlay(node: CfgNode, name: str, key: str = "") -> CfgNode:
             raise ValueError(f"{NODE}.BRANCH has no {name!r}; it has {sorted(node.BRANCH)}")
         copy[key] = name
         return copy
+    if key and key not in node.BRANCH[name]:
+        raise ValueError(f"{NODE}.BRANCH.{name} must name its {key}")
     try:
         copy.merge_from_other_cfg(node.BRANCH[name])
     except (KeyError, ValueError) as error:

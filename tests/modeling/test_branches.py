@@ -1,0 +1,229 @@
+import pickle
+
+import pytest
+import torch
+from conftest import make_cfg, make_input
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from atss import Assignment, modeling
+from atss.assigners import ATSS, TopK
+from atss.modeling import Branch, Criterion, Phase
+from atss.structures import HeadOutput
+
+TINY = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.NUM_CONVS", 1)
+EXAMPLE = make_input([[20, 20, 90, 80], [4, 4, 30, 40]], [0, 2])
+
+
+def build(*opts, **nested):
+    cfg = make_cfg(*TINY)
+    cfg.MODEL.ATSS.merge_from_other_cfg(type(cfg)(nested))
+    cfg.merge_from_list(list(opts))
+    torch.manual_seed(0)
+    return build_model(cfg).train()
+
+
+def test_a_head_of_its_own_learns_from_detached_features():
+    opts = ("MODEL.ATSS.BRANCHES", ["extra"])
+    own = {"extra": {"OWN_HEAD": True, "DETACHED": True, "HEAD": "ATSSHead"}}
+    model = build(*opts, BRANCH=own)
+    losses = model([EXAMPLE])
+    extra = sum(x for name, x in losses.items() if name.startswith("extra/"))
+    extra.backward()
+    touched = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert touched
+    assert all(name.startswith("branches.extra.head.") for name in touched)
+
+
+def test_a_head_of_its_own_shares_features():
+    model = build("MODEL.ATSS.BRANCHES", ["extra"], BRANCH={"extra": {"OWN_HEAD": True}})
+    losses = model([EXAMPLE])
+    sum(x for name, x in losses.items() if name.startswith("extra/")).backward()
+    assert model.backbone.get_parameter("fpn_lateral3.weight").grad.abs().sum() > 0
+    assert model.head.cls_score.weight.grad is None
+
+
+def test_the_branch_for_inference_detects():
+    """Its losses keep their names, and the detector's head is not run."""
+    one = {"one": {"OWN_HEAD": True}}
+    model = build("MODEL.ATSS.BRANCHES", ["one"], "MODEL.ATSS.INFERENCE", "one", BRANCH=one)
+    assert "main/loss_cls" in model([EXAMPLE])
+    nn.init.constant_(model.branches["one"].head.cls_score.bias, 3.0)
+    model.head.forward = None
+    with torch.no_grad():
+        found = model.eval()([EXAMPLE])[0]["instances"]
+    assert len(found) > 50
+
+
+def test_two_branches_read_two_outputs_of_a_head():
+    class Two(nn.Module):
+        """A coarse output without classes, and a fine one."""
+
+        def __init__(self, head):
+            super().__init__()
+            self.head = head
+
+        def forward(self, features):
+            fine = self.head(features)
+            coarse = HeadOutput(None, fine.numbers * 0.5, None)
+            return {"coarse": coarse, "fine": fine}
+
+    model = build()
+    model.head = Two(model.head)
+    model.branches = nn.ModuleDict(
+        {
+            "main": Branch(ATSS(), Criterion(), output="fine"),
+            "coarse": Branch(None, Criterion(cls_loss=None), assignment_of="main", output="coarse"),
+        }
+    )
+    losses = model([EXAMPLE])
+    assert losses.keys() == {
+        *("loss_cls", "loss_box_reg", "loss_centerness"),
+        "coarse/loss_box_reg",
+    }
+    assert losses["coarse/loss_box_reg"] != losses["loss_box_reg"]
+    with torch.no_grad():
+        model.eval()([EXAMPLE])
+    model.branches["main"].output = "finest"
+    with pytest.raises(
+        ValueError, match=r"output 'finest' .* gives \['coarse', 'fine'\]"
+    ):
+        model([EXAMPLE])
+
+
+def test_a_branch_takes_anothers_assignment():
+    asked = []
+
+    class Rule(ATSS):
+        def __call__(self, *args):
+            asked.append(1)
+            return super().__call__(*args)
+
+    model = build()
+    model.branches = nn.ModuleDict(
+        {
+            "boxes": Branch(None, Criterion(cls_loss=None, quality=None), assignment_of="main"),
+            "main": Branch(Rule(), Criterion(box_terms={})),
+        }
+    )
+    plain = build()([EXAMPLE])
+    losses = model([EXAMPLE])
+    assert len(asked) == 1
+    assert losses["loss_cls"] == plain["loss_cls"]
+    assert losses["boxes/loss_box_reg"] > 0
+
+
+def test_phases_end_at_their_iterations():
+    """By the event storage, which resumes; without one by the attribute."""
+    first, last = TopK(), ATSS()
+    criteria = Criterion(quality_weight=2.0), Criterion()
+    model = build()
+    branch = Branch(last, criteria[1], earlier=[Phase(5, first, criteria[0])])
+    model.branches = nn.ModuleDict({"main": branch})
+    assert branch.at(4) == (first, criteria[0])
+    assert branch.at(5) == (last, criteria[1])
+    plain = build()([EXAMPLE])["loss_centerness"].item()
+    for iteration in (4, 5):
+        model.iteration = iteration
+        alone = model([EXAMPLE])
+        model.iteration = 0
+        with EventStorage(iteration):
+            stored = model([EXAMPLE])
+        assert alone == stored
+        assert (stored["loss_centerness"].item() == plain) == (iteration == 5)
+
+
+class Counter(nn.Module):
+    """Weighs levels by how many positives they had."""
+
+    def __init__(self, num_levels: int = 5):
+        super().__init__()
+        self.register_buffer("positives", torch.zeros(num_levels))
+
+    def forward(self, matched):
+        per_level = matched.positive.sum(0).split(matched.anchors.per_level)
+        self.positives += torch.stack([x.sum() for x in per_level])
+        weight = 2 - self.positives / self.positives.max().clamp(min=1)
+        counts = torch.tensor(matched.anchors.per_level)
+        return weight.repeat_interleave(counts)
+
+
+def test_buffers_are_saved_where_they_are_chosen_and_may_be_shared():
+    assert not [x for x in build().state_dict() if x.startswith("branches")]
+    counter, model = Counter(), build()
+    branches = {
+        "main": Branch(ATSS(), Criterion(level_weight=counter)),
+        "other": Branch(ATSS(), Criterion(level_weight=counter)),
+    }
+    model.branches = nn.ModuleDict(branches)
+    plain = build()([EXAMPLE])
+    losses = model([EXAMPLE])
+    assert losses["loss_cls"] > plain["loss_cls"]
+    saved = {k: v for k, v in model.state_dict().items() if "positives" in k}
+    assert len(saved) == 2
+    first, second = saved.values()
+    assert torch.equal(first, second)
+    assert first.sum() == 2 * (ATSS()(*seen(model)).gt_index >= 0).sum()
+
+
+def seen(model):
+    from atss import GroundTruth
+
+    features = [torch.zeros(1, 1, 96 // s, 128 // s) for s in (8, 16, 32, 64)]
+    features.append(torch.zeros(1, 1, 1, 1))
+    anchors = model.anchor_generator.grid(features)
+    return anchors, GroundTruth.from_instances([EXAMPLE["instances"]])
+
+
+@pytest.mark.parametrize(
+    ("opts", "nested", "sentence"),
+    [
+        (("MODEL.ATSS.BRANCHES", ["x"]), {}, r"MODEL.ATSS.BRANCH has no 'x'; it has \[\]"),
+        (
+            ("MODEL.ATSS.BRANCHES", ["x"]),
+            {"BRANCH": {"x": {"ASIGNER": "ATSS"}}},
+            "MODEL.ATSS.BRANCH.x: Non-existent config key: ASIGNER",
+        ),
+        (
+            ("MODEL.ATSS.BRANCHES", ["x"]),
+            {"BRANCH": {"x": {"ASSIGNERS": {"ATSS": {"TOPK": 3}}}}},
+            "ASSIGNERS.ATSS.TOPK is no argument of ATSS",
+        ),
+        (
+            ("MODEL.ATSS.BRANCHES", ["x"]),
+            {"BRANCH": {"x": {"ASSIGNMENT_OF": "y"}}},
+            r"branch 'x' takes the assignment of 'y'; those with one are \['main'\]",
+        ),
+        (("MODEL.ATSS.BRANCHES", ["main"]), {}, "BRANCHES holds 'main', which is no new name"),
+        (("MODEL.ATSS.INFERENCE", "x"), {}, r"INFERENCE is 'x'; the branches are \['main'\]"),
+        (("MODEL.ATSS.DETACHED", True), {}, "detached features are for a head of"),
+        (
+            ("MODEL.ATSS.PHASES", [["x", 9], ["x", 3]]),
+            {"BRANCH": {"x": {"ASSIGNER": "TopK"}}},
+            r"phases must end at rising iterations, not at \[9, 3\]",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(opts, nested, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build(*opts, **nested)
+
+
+def test_detectors_with_branches_can_be_pickled():
+    wide = {"wide": {"ASSIGNERS": {"ATSS": {"TOP_K": 17}}}}
+    model = build("MODEL.ATSS.BRANCHES", ["wide"], BRANCH=wide)
+    copy = pickle.loads(pickle.dumps(model))
+    assert copy([EXAMPLE]) == model([EXAMPLE])
+
+
+def test_an_assignment_says_what_became_of_its_old_arguments():
+    index = torch.zeros(1, 4, dtype=torch.long)
+    for call in (
+        lambda: Assignment(index, index, index),
+        lambda: Assignment(index, cls_target=index, box_weight=index),
+    ):
+        with pytest.raises(TypeError, match="class targets and box weights are the criterion's"):
+            call()
+    assert Assignment.hard(index).score is None
+    assert modeling.HEAD_REGISTRY.get("ATSSHead") is modeling.ATSSHead
