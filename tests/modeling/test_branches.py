@@ -86,9 +86,7 @@ def test_two_branches_read_two_outputs_of_a_head():
     with torch.no_grad():
         model.eval()([EXAMPLE])
     model.branches["main"].output = "finest"
-    with pytest.raises(
-        ValueError, match=r"output 'finest' .* gives \['coarse', 'fine'\]"
-    ):
+    with pytest.raises(ValueError, match=r"output 'finest' .* gives \['coarse', 'fine'\]"):
         model([EXAMPLE])
 
 

@@ -118,8 +118,12 @@ class HeadOutput(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> HeadOutput:
         """What a function makes of each tensor."""
-        made = (None if x is None else function(x) for x in self[:3])
-        return HeadOutput(*made, self.probabilities)
+        return HeadOutput(
+            None if self.classes is None else function(self.classes),
+            function(self.numbers),
+            None if self.quality is None else function(self.quality),
+            self.probabilities,
+        )
 
     def probability(self) -> Tensor:
         """(N, R, K) of the classes."""

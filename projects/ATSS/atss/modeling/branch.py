@@ -57,14 +57,15 @@ class Branch(nn.Module):
         self.assigner, self.criterion = assigner, criterion
         self.assignment_of, self.output = assignment_of, output
         self.head, self.detached = head, detached
-        self.earlier = [tuple(phase) for phase in earlier]
+        self.earlier = list(earlier)
+        # Known as modules, for what they may hold.
         self.earlier_criteria = nn.ModuleList(phase.criterion for phase in earlier)
 
     def at(self, iteration: int) -> tuple[Assigner | None, Criterion]:
         """Assigner and criterion of an iteration."""
-        for until, assigner, criterion in self.earlier:
-            if iteration < until:
-                return assigner, criterion
+        for phase in self.earlier:
+            if iteration < phase.until:
+                return phase.assigner, phase.criterion
         return self.assigner, self.criterion
 
     def read(self, outputs: HeadOutputs) -> HeadOutput:

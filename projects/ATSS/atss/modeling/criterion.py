@@ -52,7 +52,8 @@ class Criterion(nn.Module):
     not depend on the assignment.
 
     Args:
-        cls_loss: (probability, cross entropy, targets), (N, R, K) each -> (N, R, K); None for none.
+        cls_loss: (probability, cross entropy, targets), (N, R, K) each -> (N, R, K); None, or an
+            output without classes, for no loss of them.
         cls_target: what the class of a positive's object is to say, (N, R); other classes, and
             negatives, are to say 0.
         box_terms: {name: loss}, each Matched -> (N, R), with its ``weight`` if it has one.
@@ -86,6 +87,8 @@ class Criterion(nn.Module):
         level_weight: PerAnchor | None = None,
     ):
         super().__init__()
+        if cls_loss is None and quality is None and box_terms is not None and not box_terms:
+            raise ValueError("a criterion needs a loss: of classes, of boxes or of quality")
         within("quality_weight", quality_weight, 0, 1e6)
         within("least", least, 1e-12)
         within("box_least", box_least, 1e-12)
@@ -123,42 +126,42 @@ class Criterion(nn.Module):
         """
         counts = assignment.gt_index != IGNORE
         matched = _match(output, boxes, anchors, gt, assignment, counts)
-        positive = matched.positive
+        classes, positive, found = matched.output.classes, matched.positive, {}
         level_weight = 1 if self.level_weight is None else self.level_weight(matched)
         cls_target = self.cls_target(matched)
         amount = self.normaliser(matched, cls_target)
-        least = self.least
-        if self.least_per_image:
-            least *= gt.num_images * comm.get_world_size()
-        found = {}
+        images = gt.num_images * comm.get_world_size() if self.least_per_image else 1
 
-        if self.cls_loss is not None:
+        if self.cls_loss is not None and classes is not None:
             if getattr(self.cls_loss, "hard_targets", False):
                 _refuse_soft(cls_target)
-            targets = torch.zeros_like(matched.output.classes)
+            targets = torch.zeros_like(classes)
             targets.scatter_(2, matched.target_classes[..., None], cls_target[..., None])
             entropy = matched.output.cross_entropy(targets)
             cls_loss = self.cls_loss(matched.output.probability(), entropy, targets)
             cls_loss = cls_loss.sum(dim=2) * counts * level_weight
-            found["loss_cls"] = Quotient(cls_loss.sum(), amount, least)
+            found["loss_cls"] = Quotient(cls_loss.sum(), amount, self.least * images)
 
-        has_quality = self.quality is not None and output.quality is not None
-        quality_target = self.quality(matched) if has_quality else 1
-        if self.box_terms:
-            weight = quality_target if self.box_weight is None else self.box_weight(matched)
-            weight = positive.float() * weight
-            for i, (name, term) in enumerate(self.box_terms.items()):
-                total = (term(matched) * weight * level_weight).sum()
-                total = getattr(term, "weight", 1.0) * total
-                name = "box_reg" if i == 0 else name
-                found[f"loss_{name}"] = Quotient(total, weight.sum(), self.box_least)
+        quality = matched.output.quality
+        quality_target = None
+        if self.quality is not None and quality is not None:
+            quality_target = self.quality(matched)
+        weight = positive.float()
+        if self.box_weight is not None:
+            weight = weight * self.box_weight(matched)
+        elif quality_target is not None:
+            weight = weight * quality_target
+        for i, (name, term) in enumerate(self.box_terms.items()):
+            total = getattr(term, "weight", 1.0) * (term(matched) * weight * level_weight).sum()
+            logged = "loss_box_reg" if i == 0 else f"loss_{name}"
+            found[logged] = Quotient(total, weight.sum(), self.box_least)
 
-        if has_quality:
+        if quality is not None and quality_target is not None:
             quality_loss = F.binary_cross_entropy_with_logits(
-                matched.output.quality, quality_target, reduction="none"
+                quality, quality_target, reduction="none"
             )
             total = self.quality_weight * (quality_loss * positive * level_weight).sum()
-            found[f"loss_{self.quality_name}"] = Quotient(total, amount, least)
+            found[f"loss_{self.quality_name}"] = Quotient(total, amount, self.least * images)
         return found
 
 

@@ -16,7 +16,7 @@ from ..anchors import GridAnchorGenerator
 from ..structures import Assignment, GroundTruth, HeadOutput, Predictions
 from .box_coding import BoxCode, LegacyPixels
 from .branch import Assigner, Branch, HeadOutputs
-from .criterion import Criterion, divide
+from .criterion import Criterion, Quotient, divide
 from .postprocess import PostProcessor
 
 LEGACY_PIXELS_IN_TRAINING = (
@@ -136,13 +136,18 @@ class ATSSDetector(DenseDetector):
 
     def _outputs(self, features: list[Tensor], *names: str) -> dict[str, HeadOutput]:
         """What branches read: {name of a branch: output}."""
-        wanted = {name: self.branches[name] for name in names}
+        wanted = {name: self._branch(name) for name in names}
         if any(branch.head is None for branch in wanted.values()):
             shared: HeadOutputs = self.head(features)
         return {
             name: branch.read(shared if branch.head is None else branch.own_output(features))
             for name, branch in wanted.items()
         }
+
+    def _branch(self, name: str) -> Branch:
+        branch = self.branches[name]
+        assert isinstance(branch, Branch)
+        return branch
 
     def _losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
         images, features = self._features(batched_inputs)
@@ -183,15 +188,15 @@ class ATSSDetector(DenseDetector):
             gt = GroundTruth.from_instances(gt_instances)
             precise = {name: output.map(Tensor.float) for name, output in outputs.items()}
             boxes, assignments, criteria = {}, {}, {}
+            quotients: dict[str, Quotient] = {}
             for name, output in precise.items():
                 boxes[name] = self.box_coder.decode(output.numbers, anchors.boxes, anchors.stride)
-                assigner, criteria[name] = self.branches[name].at(iteration)
+                assigner, criteria[name] = self._branch(name).at(iteration)
                 if assigner is not None:
                     seen = Predictions(output.map(Tensor.detach), boxes[name].detach())
                     assignments[name] = assigner(anchors, gt, seen)
-            quotients = {}
             for name, output in precise.items():
-                assignment = assignments[self.branches[name].assignment_of or name]
+                assignment = assignments[self._branch(name).assignment_of or name]
                 found = criteria[name].quotients(output, boxes[name], anchors, gt, assignment)
                 prefix = "" if name == self.inference else f"{name}/"
                 quotients |= {prefix + loss: quotient for loss, quotient in found.items()}

@@ -90,8 +90,8 @@ class Vote:
                 left, left_scores = left[~group], left_scores[~group]
         if not kept:
             return ScoredBoxes(boxes, scores, classes)
-        merged = (torch.cat(x) for x in zip(*kept, strict=True))
-        return keep_all(*merged, limit)
+        boxes, scores, classes = (torch.cat(x) for x in zip(*kept, strict=True))
+        return keep_all(boxes, scores, classes, limit)
 
     def _merge(self, members: Tensor, weights: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
         """What becomes of a group: (M, 4) boxes, (M,) scores and overlaps with the first."""

@@ -65,8 +65,8 @@ class ATSSWithTTA(nn.Module):
         else:
             image = example["image"].permute(1, 2, 0).cpu().numpy()
         views = [self._view(image, *view, flip) for view in self.views for flip in self.flips]
-        together = (torch.cat(x) for x in zip(*views, strict=True))
-        boxes, scores, classes = self.merge(*together, self.max_detections)
+        boxes, scores, classes = (torch.cat(x) for x in zip(*views, strict=True))
+        boxes, scores, classes = self.merge(boxes, scores, classes, self.max_detections)
         height, width = image.shape[:2]
         merged = Instances(
             (height, width),

@@ -1,0 +1,74 @@
+"""What a run says of itself, and who can read it."""
+
+import pytest
+from conftest import ROOT, make_cfg
+from detectron2.modeling import build_model
+
+import atss.engine.run as way_in
+from atss import load_config
+from atss.assigners import ASSIGNER_REGISTRY
+from atss.config import build_assigner, prune
+
+
+@pytest.fixture
+def register_mine():
+    """Registers a rule of a third party, and takes it away."""
+
+    def mine():
+        @ASSIGNER_REGISTRY.register()
+        class Mine:
+            def __init__(self, share: float = 0.5):
+                self.share = share
+
+    yield mine
+    ASSIGNER_REGISTRY.entries.pop("Mine", None)
+
+
+def test_a_dump_holds_the_arguments_of_what_is_chosen(tmp_path):
+    cfg = make_cfg()
+    full = load_config(ROOT / "configs/ATSS_R_18_FPN_small.yaml")
+    prune(cfg)
+    assert cfg.MODEL.ATSS.ASSIGNERS == {
+        "ATSS": {"TOP_K": 9, "COUNT": "anchors", "SIMILARITY": "iou"}
+    }
+    assert "CLS_LOSSES" not in cfg.MODEL.ATSS
+    build_model(cfg)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    again = load_config(tmp_path / "config.yaml")
+    assert again.MODEL.ATSS.ASSIGNERS == full.MODEL.ATSS.ASSIGNERS
+    prune(again)
+    assert again.dump() == cfg.dump()
+
+
+def test_of_branches_too():
+    cfg = make_cfg("MODEL.ATSS.BRANCHES", ["points"])
+    own = {"ASSIGNER": "SpatialScale", "PHASES": [["first", 9]]}
+    cfg.MODEL.ATSS.BRANCH.points = type(cfg)(own)
+    cfg.MODEL.ATSS.BRANCH.first = type(cfg)({"ASSIGNER": "TopK"})
+    prune(cfg)
+    assert set(cfg.MODEL.ATSS.ASSIGNERS) == {"ATSS", "SpatialScale", "TopK"}
+    build_model(cfg)
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_third_parties_come_and_go(register_mine, squares, tmp_path, chosen):
+    """Registered and dumped, absent, present again."""
+    register_mine()
+    opts = ["MODEL.ATSS.ASSIGNER", "Mine" if chosen else "ATSS", "DATASETS.TRAIN", "('squares',)"]
+    opts += ["DATASETS.TEST", "('squares',)", "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu"]
+    register = f"squares={squares}/annotations.json:{squares}/images"
+    config = str(ROOT / "configs/ATSS_R_18_FPN_small.yaml")
+    argv = ["--config-file", config, "--register", register, *opts]
+    cfg = way_in.prepare(way_in.make_parser().parse_args(argv))
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+
+    del ASSIGNER_REGISTRY.entries["Mine"]
+    argv = ["--config-file", str(tmp_path / "config.yaml"), "--register", register, "--eval-only"]
+    arguments = way_in.make_parser().parse_args(argv)
+    if not chosen:
+        way_in.prepare(arguments)
+        return
+    with pytest.raises(ValueError, match=r"ASSIGNERS\.Mine is of no ASSIGNER; known are \['ATSS'"):
+        way_in.prepare(arguments)
+    register_mine()
+    assert build_assigner(way_in.prepare(arguments)).share == 0.5

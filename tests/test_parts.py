@@ -1,0 +1,177 @@
+from dataclasses import dataclass
+
+import pytest
+from detectron2.config import CfgNode
+
+from atss.parts import Parts, within
+
+
+@dataclass(frozen=True)
+class Sharp:
+    """A part with arguments: one key of its own, one that is older, one that is injected."""
+
+    width: int
+    power: float = 2.0
+    share: float = 0.5
+
+    def __post_init__(self):
+        within("power", self.power, 0, 10)
+        if self.share > self.power:
+            raise ValueError("a share greater than the power")
+
+
+def plain(x):
+    return x
+
+
+def kind_of(**options) -> Parts:
+    kind = Parts("SHAPE", known=("width",), **options)
+    kind.register(Sharp, name="sharp", keys={"power": "OLD_POWER"})
+    kind.register(plain)
+    return kind
+
+
+def node_of(kind: Parts, default: str = "sharp", **values) -> CfgNode:
+    node = CfgNode()
+    node.BRANCH = CfgNode(new_allowed=True)
+    kind.add_keys(node, default)
+    for key, value in values.items():
+        node[key] = value
+    return node
+
+
+def test_the_signature_gives_the_keys():
+    node = node_of(kind_of())
+    assert node == {
+        "BRANCH": {},
+        "SHAPE": "sharp",
+        "SHAPES": {"sharp": {"SHARE": 0.5}},
+        "OLD_POWER": 2.0,
+    }
+    assert kind_of().build(node, width=3) == Sharp(3, 2.0, 0.5)
+    node.OLD_POWER, node.SHAPES.sharp.SHARE = 4.0, 0.25
+    assert kind_of().build(node, width=3) == Sharp(3, 4.0, 0.25)
+    assert kind_of().build(node_of(kind_of(), "plain")) is plain
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda node: node.update(SHAPE="round"),
+            r"MODEL\.ATSS\.SHAPE is 'round'; known are \['plain', 'sharp'\]",
+        ),
+        (
+            lambda node: node.SHAPES.sharp.update(SHARES=1),
+            r"MODEL\.ATSS\.SHAPES\.sharp\.SHARES is no argument of sharp; it takes \['SHARE'\]",
+        ),
+        (
+            lambda node: node.SHAPES.sharp.update(POWER=1),
+            r"MODEL\.ATSS\.SHAPES\.sharp\.POWER is no argument .*; use MODEL\.ATSS\.OLD_POWER",
+        ),
+        (
+            lambda node: node.SHAPES.sharp.update(WIDTH=1),
+            r"MODEL\.ATSS\.SHAPES\.sharp\.WIDTH is no argument of sharp",
+        ),
+        (
+            lambda node: node.update(OLD_POWER=11),
+            r"^MODEL\.ATSS\.OLD_POWER must be from 0 to 10, not 11",
+        ),
+        (
+            lambda node: node.SHAPES.sharp.update(SHARE=9.0),
+            r"MODEL\.ATSS\.SHAPE sharp does not work here: a share greater than the power",
+        ),
+    ],
+)
+def test_what_a_user_gets_wrong_is_a_sentence(change, sentence):
+    node = node_of(kind_of())
+    change(node)
+    with pytest.raises(ValueError, match=sentence):
+        kind_of().build(node, width=3)
+
+
+def test_a_bug_in_a_part_keeps_its_traceback():
+    class Broken:
+        def __init__(self):
+            self.x = {}["nothing"]
+
+    kind = kind_of()
+    kind.register(Broken)
+    with pytest.raises(KeyError, match="nothing"):
+        kind.build(node_of(kind, "Broken"))
+
+
+def test_what_only_the_detector_knows_is_asked_for():
+    with pytest.raises(ValueError, match=r"SHAPE sharp wants width, which neither the config"):
+        kind_of().build(node_of(kind_of()))
+
+
+def test_names_are_registered_once_and_functions_have_no_arguments():
+    kind = kind_of()
+    with pytest.raises(ValueError, match="SHAPE plain is registered already"):
+        kind.register(plain)
+
+    def with_argument(x, y=3):
+        return x + y
+
+    with pytest.raises(ValueError, match="function with an argument y: a part with arguments is"):
+        kind.register(with_argument)
+
+
+@pytest.mark.parametrize("parentheses", [False, True])
+def test_registers_as_a_decorator(parentheses):
+    kind = Parts("SHAPE")
+
+    def flat(x):
+        return x
+
+    assert (kind.register()(flat) if parentheses else kind.register(flat)) is flat
+    assert dict(kind) == {"flat": flat}
+
+
+def test_a_key_has_one_default():
+    kind = kind_of()
+
+    @dataclass
+    class Blunt:
+        power: float = 3.0
+
+    kind.register(Blunt, keys={"power": "OLD_POWER"})
+    with pytest.raises(ValueError, match=r"Blunt wants 3\.0 as the default of MODEL\.ATSS\.OLD_P"):
+        node_of(kind)
+    node = CfgNode({"OLD_POWER": 7.0})
+    with pytest.raises(ValueError, match=r"sharp wants 2\.0 as the default .*, which is 7\.0"):
+        kind_of().add_keys(node, "sharp")
+
+
+def test_none_and_several():
+    optional = kind_of(optional=True)
+    assert optional.build(node_of(optional, "")) is None
+    several = kind_of(several=True, optional=True)
+    node = node_of(several, "plain + sharp")
+    built = several.build(node, width=1)
+    assert built == {"plain": plain, "sharp": Sharp(1)}
+    assert list(built) == ["plain", "sharp"]
+    assert several.build(node_of(several, "")) == {}
+
+
+def test_a_part_of_a_part_is_named_by_its_argument():
+    shapes, frames = kind_of(), Parts("FRAME", known=("width",))
+
+    @dataclass(frozen=True)
+    class Frame:
+        shape: object = plain
+        size: int = 1
+
+    frames.register(Frame, parts={"shape": shapes})
+    node = node_of(shapes)
+    frames.add_keys(node, "Frame")
+    assert node.FRAMES.Frame == {"SHAPE": "plain", "SIZE": 1}
+    assert frames.build(node) == Frame(plain)
+    node.FRAMES.Frame.SHAPE = "sharp"
+    assert frames.build(node, width=2) == Frame(Sharp(2))
+    # An overlay holds the same part with other arguments.
+    node.BRANCH.other = CfgNode({"SHAPE": "sharp", "OLD_POWER": 5.0})
+    node.FRAMES.Frame.SHAPE = "other"
+    assert frames.build(node, width=2) == Frame(Sharp(2, 5.0))
+    assert list(frames.chosen(node)) == [(frames, "Frame"), (shapes, "sharp")]
