@@ -5,46 +5,62 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, make_cfg, make_input
-from detectron2.config import get_cfg
+from conftest import ROOT, make_input
 from detectron2.modeling import build_model
 
-from atss import add_atss_config
+from atss import load_config
 from atss.assigners import ASSIGNER_REGISTRY
+from atss.modeling import BOX_CODES, CLS_LOSSES, HEAD_REGISTRY
+
+# What each page registers.
+PAGES = {
+    "own_assigner": (ASSIGNER_REGISTRY, "NearestInside"),
+    "own_box_code": (BOX_CODES, "pairs"),
+    "own_class_loss": (CLS_LOSSES, "poly"),
+    "own_head": (HEAD_REGISTRY, "OneTower"),
+}
 
 
-@pytest.fixture(scope="module")
-def page():
-    """Runs docs/own_assigner.md; gives its names and its yaml."""
-    text = (ROOT / "docs" / "own_assigner.md").read_text()
+@pytest.fixture(params=PAGES)
+def page(request):
+    """Runs the Python of a page; gives its file's name, its names and its yaml."""
+    text = (ROOT / "docs" / f"{request.param}.md").read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
     names = {}
     for language, code in blocks:
         if language == "python":
-            exec(compile(code, "own_assigner.md", "exec"), names)
-    yield names, next(code for language, code in blocks if language == "yaml")
-    ASSIGNER_REGISTRY.entries.pop("NearestInside")
+            exec(compile(code, request.param, "exec"), names)
+    yield request.param, names, next(code for language, code in blocks if language == "yaml")
+    kind, name = PAGES[request.param]
+    del kind.entries[name]
 
 
-def test_own_assigner_is_twenty_lines_and_works(page):
-    names, _ = page
-    counts = names["assignment"].positives_per_object(2)
-    assert counts.shape == (2,)
-    assert counts.min() > 0
+# What the page has made and printed.
+MADE = {
+    "own_assigner": lambda x: x["assignment"].positives_per_object(2).min() > 0,
+    "own_box_code": lambda x: torch.equal(x["box"], x["anchor"]),
+    "own_class_loss": lambda x: x["entropy"].shape == (2,),
+    "own_head": lambda x: x["output"].classes.shape == (2, 80, 3),
+}
 
 
-def test_own_assigner_trains_by_its_yaml(page, tmp_path):
-    _, code = page
+def test_a_part_of_ones_own_works_and_trains_by_its_yaml(page, tmp_path):
+    name, names, code = page
+    assert MADE[name](names)
     config = tmp_path / "my_config.yaml"
     config.write_text(code.replace("configs/", f"{ROOT}/configs/"))
-    cfg = get_cfg()
-    add_atss_config(cfg)
-    cfg.merge_from_file(str(config))
-    assert cfg.MODEL.ATSS.ASSIGNERS.NearestInside.MIN_IOU == 0.3
-    opts = ("MODEL.ATSS.ASSIGNER", "NearestInside", "MODEL.FPN.OUT_CHANNELS", 64)
-    model = build_model(make_cfg(*opts)).train()
+    opts = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "")
+    opts += ("DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.ATSS.NUM_CLASSES", 3)
+    model = build_model(load_config(config, opts=opts)).train()
     losses = model([make_input([[20, 20, 90, 80]], [0])])
     assert torch.isfinite(sum(losses.values()))
+    own = {
+        "own_assigner": lambda: model.branches["main"].assigner.min_iou == 0.3,
+        "own_box_code": lambda: model.box_coder.channels == 8,
+        "own_class_loss": lambda: model.branches["main"].criterion.cls_loss.epsilon == 0.5,
+        "own_head": lambda: model.head.cls_score.in_channels == 96,
+    }
+    assert own[name]()
 
 
 def test_every_file_that_a_page_names_exists():
