@@ -148,7 +148,7 @@ def test_assignment(rule, count):
 LOSSES = {
     "giou": lambda coder: GIoU(),
     "iou": lambda coder: IoU(),
-    "smooth_l1": SmoothL1,
+    "smooth_l1": lambda coder: SmoothL1(code=coder),
 }
 PARTS = [
     ("box", "giou"),

@@ -165,7 +165,7 @@ def test_plain_retinanets_box_loss():
     """Smooth L1 of the deltas of positives, summed over 4 N_pos, without any weight."""
     output, coder = random_output(quality=False), BoxDeltas()
     boxes = coder.decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
-    criterion = Criterion(box_terms={"smooth_l1": SmoothL1(coder, weight=1.0)})
+    criterion = Criterion(box_terms={"smooth_l1": SmoothL1(code=coder, weight=1.0)})
     losses = criterion(output, boxes, ANCHORS, GT, Assignment.hard(GT_INDEX))
     expected, positives = 0.0, 0
     for n, r in (GT_INDEX >= 0).nonzero().tolist():
@@ -182,7 +182,7 @@ def test_deltas_of_negatives_do_not_matter():
     output = random_output(quality=False)
     wild = output.numbers.detach().clone()
     wild[GT_INDEX < 0] = torch.inf
-    criterion = Criterion(box_terms={"smooth_l1": SmoothL1(BoxDeltas())})
+    criterion = Criterion(box_terms={"smooth_l1": SmoothL1(code=BoxDeltas())})
     args = (ANCHORS.boxes.expand(2, 4, 4), ANCHORS, GT, Assignment.hard(GT_INDEX))
     tame = criterion(output, *args)["loss_box_reg"]
     torch.testing.assert_close(

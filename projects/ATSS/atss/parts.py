@@ -126,6 +126,11 @@ class Parts:
         self.entries[name] = Entry(target, keys or {}, parts or {})
         return target
 
+    def add(self, **targets: Callable) -> None:
+        """Registers some by their names."""
+        for name, target in targets.items():
+            self.register(target, name=name)
+
     def named(self, node: CfgNode, key: str = "") -> list[str]:
         """The parts that the node names."""
         value = lookup_key(node, key or self.key)

@@ -14,118 +14,54 @@ from .detector import ATSSDetector
 from .head import ATSSHead
 from .postprocess import PostProcessor, product, root
 from .suppression import NMS, SoftVote, Vote, keep_all
-from .terms import GIoU, IoU, OnBoxes, SmoothL1
+from .terms import GIoU, IoU, SmoothL1
 from .tta import ATSSWithTTA
 
 # A head is a module: list of (N, C, H_l, W_l) features -> HeadOutput, or several by name.
-HEAD_REGISTRY = Parts(
-    "HEAD",
-    known=(
-        "cfg",
-        "input_shape",
-        "in_channels",
-        "num_levels",
-        "num_classes",
-        "num_anchors",
-        "anchor_generator",
-        "box_bias",
-        "box_channels",
-    ),
-)
-HEAD_REGISTRY.register(
-    ATSSHead,
-    keys={
-        "num_convs": "NUM_CONVS",
-        "norm": "NORM",
-        "tower_bias": "TOWER_BIAS",
-        "prior_prob": "PRIOR_PROB",
-        "centerness": "CENTERNESS",
-        "level_scale": "LEVEL_SCALE",
-        "deform": "DEFORM_TOWER",
-    },
-)
+SHAPES = ("in_channels", "num_levels", "num_classes", "num_anchors", "box_bias", "box_channels")
+HEAD_REGISTRY = Parts("HEAD", known=("cfg", "input_shape", "anchor_generator", *SHAPES))
+OLDER = ("num_convs", "norm", "tower_bias", "prior_prob", "centerness", "level_scale")
+OLDER_KEYS = {"deform": "DEFORM_TOWER", **{x: x.upper() for x in OLDER}}
+HEAD_REGISTRY.register(ATSSHead, keys=OLDER_KEYS)
 
 BOX_CODES = Parts("REGRESSION")
 BOX_CODES.register(BoxDeltas, name="box", keys={"weights": "BBOX_REG_WEIGHTS"})
-BOX_CODES.register(PointDistances, name="point")
-BOX_CODES.register(LogDistances, name="log_point")
-BOX_CODES.register(Corners, name="corners")
+BOX_CODES.add(point=PointDistances, log_point=LogDistances, corners=Corners)
 
 CLS_LOSSES = Parts("CLS_LOSS", group="CLS_LOSSES", optional=True)
-CLS_LOSSES.register(
-    Focal, name="focal", keys={"alpha": "FOCAL_LOSS_ALPHA", "gamma": "FOCAL_LOSS_GAMMA"}
-)
-
+FOCAL_KEYS = {"alpha": "FOCAL_LOSS_ALPHA", "gamma": "FOCAL_LOSS_GAMMA"}
+CLS_LOSSES.register(Focal, name="focal", keys=FOCAL_KEYS)
 CLS_TARGETS = Parts("CLS_TARGET")
-CLS_TARGETS.register(terms.one)
-CLS_TARGETS.register(terms.score)
+CLS_TARGETS.add(one=terms.one, score=terms.score)
 
-BOX_LOSSES = Parts(
-    "BBOX_REG_LOSS_TYPE", known=("code",), group="BBOX_REG_LOSSES", optional=True, several=True
-)
+BOX_LOSSES = Parts("BBOX_REG_LOSS_TYPE", ("code",), "BBOX_REG_LOSSES", optional=True, several=True)
 WEIGHT = {"weight": "BBOX_REG_LOSS_WEIGHT"}
 BOX_LOSSES.register(GIoU, name="giou", keys=WEIGHT)
 BOX_LOSSES.register(IoU, name="iou", keys=WEIGHT)
 BOX_LOSSES.register(SmoothL1, name="smooth_l1", keys={**WEIGHT, "beta": "SMOOTH_L1_LOSS_BETA"})
-
-# "": as the quality branch says.
 BOX_WEIGHTS = Parts("BOX_WEIGHT", optional=True)
+BOX_WEIGHTS.add(one=terms.one, score=terms.score, centerness=terms.central)
 QUALITIES = Parts("QUALITY", group="QUALITIES", optional=True)
-for name, weight in {"one": terms.one, "score": terms.score, "centerness": terms.central}.items():
-    BOX_WEIGHTS.register(weight, name=name)
-QUALITIES.register(terms.central, name="centerness")
-
+QUALITIES.add(centerness=terms.central)
 NORMALISERS = Parts("NORMALISER")
-NORMALISERS.register(terms.positives)
-NORMALISERS.register(terms.targets)
-
+NORMALISERS.add(positives=terms.positives, targets=terms.targets)
 LEVEL_WEIGHTS = Parts("LEVEL_WEIGHT", known=("num_levels",), optional=True)
 
 SCORES = Parts("SCORE")
-SCORES.register(root, name="sqrt")
-SCORES.register(product)
-
+SCORES.add(sqrt=root, product=product)
 SUPPRESSIONS = Parts("SUPPRESSION")
 SUPPRESSIONS.register(NMS, name="nms", keys={"threshold": "NMS_THRESH_TEST"})
 VOTE = {"threshold": "TTA.VOTE_THRESH"}
 SUPPRESSIONS.register(Vote, name="vote", keys=VOTE)
 SUPPRESSIONS.register(SoftVote, name="soft_vote", keys={**VOTE, "min_score": "TTA.SOFT_MIN_SCORE"})
-SUPPRESSIONS.register(keep_all, name="none")
+SUPPRESSIONS.add(none=keep_all)
 
+# fmt: off
 __all__ = [
-    "BOX_CODES",
-    "BOX_LOSSES",
-    "BOX_WEIGHTS",
-    "CLS_LOSSES",
-    "CLS_TARGETS",
-    "HEAD_REGISTRY",
-    "LEVEL_WEIGHTS",
-    "NMS",
-    "NORMALISERS",
-    "QUALITIES",
-    "SCORES",
-    "SUPPRESSIONS",
-    "ATSSDetector",
-    "ATSSHead",
-    "ATSSWithTTA",
-    "BoxDeltas",
-    "Branch",
-    "Corners",
-    "Criterion",
-    "Focal",
-    "GIoU",
-    "IoU",
-    "LegacyPixels",
-    "LogDistances",
-    "OnBoxes",
-    "P6P7FromP5",
-    "Phase",
-    "PointDistances",
-    "PostProcessor",
-    "SmoothL1",
-    "SoftVote",
-    "Vote",
-    "build_fpn",
-    "keep_all",
-    "make_deformable",
+    "BOX_CODES", "BOX_LOSSES", "BOX_WEIGHTS", "CLS_LOSSES", "CLS_TARGETS", "HEAD_REGISTRY",
+    "LEVEL_WEIGHTS", "NMS", "NORMALISERS", "QUALITIES", "SCORES", "SUPPRESSIONS", "ATSSDetector",
+    "ATSSHead", "ATSSWithTTA", "BoxDeltas", "Branch", "Corners", "Criterion", "Focal", "GIoU",
+    "IoU", "LegacyPixels", "LogDistances", "P6P7FromP5", "Phase", "PointDistances",
+    "PostProcessor", "SmoothL1", "SoftVote", "Vote", "build_fpn", "keep_all", "make_deformable",
 ]
+# fmt: on

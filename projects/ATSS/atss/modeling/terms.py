@@ -1,6 +1,5 @@
 """What a criterion is made of: functions of what is matched, each chosen by name."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -43,55 +42,44 @@ def central(matched: Matched) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class OnBoxes:
-    """A loss of decoded boxes against those of objects.
+@dataclass(frozen=True, kw_only=True)
+class BoxTerm:
+    """Args: weight: against the other losses."""
 
-    Args:
-        loss: (..., 4) boxes, (..., 4) targets -> (...).
-        weight: against the other losses.
-    """
-
-    loss: Callable[[Tensor, Tensor], Tensor]
     weight: float = 2.0
 
     def __post_init__(self) -> None:
         within("weight", self.weight, 0, 1e6)
 
+
+class GIoU(BoxTerm):
+    """Generalised IoU of boxes."""
+
     def __call__(self, matched: Matched) -> Tensor:
-        return self.loss(matched.boxes, matched.target_boxes)
+        return giou_loss(matched.boxes, matched.target_boxes)
 
 
-class GIoU(OnBoxes):
-    """Generalised IoU."""
+class IoU(BoxTerm):
+    """-ln of the IoU of boxes."""
 
-    def __init__(self, weight: float = 2.0):
-        super().__init__(giou_loss, weight)
-
-
-class IoU(OnBoxes):
-    """-ln of the IoU."""
-
-    def __init__(self, weight: float = 2.0):
-        super().__init__(iou_loss, weight)
+    def __call__(self, matched: Matched) -> Tensor:
+        return iou_loss(matched.boxes, matched.target_boxes)
 
 
-@dataclass(frozen=True)
-class SmoothL1:
+@dataclass(frozen=True, kw_only=True)
+class SmoothL1(BoxTerm):
     """Smooth L1 between numbers and encoded targets, the mean of four.
 
     Args:
         code: by which targets are encoded.
         beta: where it turns from quadratic to linear.
-        weight: against the other losses.
     """
 
     code: BoxCode
     beta: float = 0.11
-    weight: float = 2.0
 
     def __post_init__(self) -> None:
-        within("weight", self.weight, 0, 1e6)
+        super().__post_init__()
         within("beta", self.beta, 0, 1e6)
         if not self.code.comparable:
             raise ValueError(
