@@ -14,7 +14,8 @@ from atss.modeling.box_coding import BoxDeltas
 from atss.modeling.criterion import Criterion
 from atss.modeling.head import flatten_levels
 from atss.modeling.postprocess import PostProcessor, product
-from atss.modeling.terms import SmoothL1, score
+from atss.modeling.terms import GIoU, SmoothL1, score, targets
+from atss.modeling.terms import one as one_for_all
 
 ANCHORS = Anchors.grid((16, 16), strides=(8,), scales=(2.0,))  # 4 anchors of 16 pixels
 GT = make_gt([[0, 0, 14, 12], [6, 2, 16, 16], [0, 0, 10, 16]], [0, 0, 1], 2, classes=[1, 0, 2])
@@ -270,3 +271,86 @@ def test_losses_gradients_and_detections_equal_mmdets():
         torch.testing.assert_close(found.scores, scores, atol=1e-6, rtol=1e-5)
         theirs = torch.from_numpy(reference[f"atss/det_boxes_{i}"])
         torch.testing.assert_close(found.pred_boxes.tensor, theirs, atol=1e-3, rtol=0)
+
+
+def matched_of(output, assignment):
+    """What a criterion hands its parts."""
+    seen = []
+
+    def look(matched):
+        seen.append(matched)
+        return matched.positive.float()
+
+    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
+    Criterion(cls_target=look)(output, boxes, ANCHORS, GT, assignment)
+    return seen[0]
+
+
+def test_what_parts_see():
+    matched = matched_of(random_output(), Assignment(GT_INDEX, torch.full((2, 4), 0.25)))
+    assert torch.equal(matched.target_boxes[0, 1], GT.boxes[1])
+    assert torch.equal(matched.target_boxes[0, 2], ANCHORS.boxes[2])
+    assert torch.equal(matched.boxes[0, 2], ANCHORS.boxes[2])
+    assert matched.target_classes[0, :2].tolist() == [1, 0]
+    assert matched.output.numbers[0, 2].abs().sum() == 0
+    assert matched.output.classes[1, 0].abs().sum() == 0
+    assert matched.anchors.stride.tolist() == [8] * 4
+    assert score(matched)[0].tolist() == [0.25, 0.25, 0, 0]
+
+
+def test_probabilities_are_no_logits():
+    output = random_output()
+    said = output._replace(classes=output.classes.sigmoid(), probabilities=True)
+    for (name, a), b in zip(losses_of(output).items(), losses_of(said).values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def losses_with(assignment=None, **parts):
+    output = random_output()
+    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
+    assignment = assignment or Assignment.hard(GT_INDEX)
+    losses = Criterion(**parts)(output, boxes, ANCHORS, GT, assignment)
+    return {name: x.item() for name, x in losses.items()}
+
+
+def test_bounds_and_weights_are_values():
+    """Three positives in two images."""
+    plain = losses_with()
+    bounded = losses_with(least=6.0)
+    assert bounded["loss_cls"] == pytest.approx(plain["loss_cls"] / 2)
+    assert bounded["loss_centerness"] == pytest.approx(plain["loss_centerness"] / 2)
+    assert bounded["loss_box_reg"] == plain["loss_box_reg"]
+    each = losses_with(least=3.0, least_per_image=True)
+    assert each == pytest.approx(bounded)
+    assert losses_with(box_least=1e3)["loss_box_reg"] < 0.01 * plain["loss_box_reg"]
+    half = losses_with(quality_weight=0.5)
+    assert half["loss_centerness"] == pytest.approx(plain["loss_centerness"] / 2)
+    by_targets = losses_with(
+        Assignment(GT_INDEX, (GT_INDEX >= 0) * 1.0), cls_target=score, normaliser=targets
+    )
+    assert by_targets == pytest.approx(plain)
+
+
+def test_terms_act_together_each_with_its_weight():
+    plain = losses_with()
+    both = losses_with(box_terms={"giou": GIoU(weight=1.0), "again": GIoU(weight=0.25)})
+    assert both["loss_box_reg"] == pytest.approx(plain["loss_box_reg"] / 2)
+    assert both["loss_again"] == pytest.approx(plain["loss_box_reg"] / 8)
+
+
+def test_the_box_weight_may_be_another_than_the_quality():
+    plain, one = losses_with(), losses_with(box_weight=one_for_all)
+    assert one["loss_box_reg"] != pytest.approx(plain["loss_box_reg"], rel=1e-3)
+    assert one["loss_centerness"] == plain["loss_centerness"]
+    without = losses_with(quality=None)
+    assert without.keys() == {"loss_cls", "loss_box_reg"}
+    assert without["loss_box_reg"] == one["loss_box_reg"]
+    by_score = losses_with(Assignment(GT_INDEX, torch.full((2, 4), 0.3)), box_weight=score)
+    assert by_score["loss_box_reg"] == pytest.approx(one["loss_box_reg"])
+
+
+def test_a_criterion_may_lack_classes_or_boxes_but_not_all():
+    assert losses_with(cls_loss=None).keys() == {"loss_box_reg", "loss_centerness"}
+    assert losses_with(box_terms={}).keys() == {"loss_cls", "loss_centerness"}
+    with pytest.raises(ValueError, match="a criterion needs a loss"):
+        Criterion(cls_loss=None, box_terms={}, quality=None)

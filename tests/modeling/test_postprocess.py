@@ -2,7 +2,7 @@ import torch
 
 from atss import Anchors, HeadOutput
 from atss.modeling.box_coding import BoxDeltas
-from atss.modeling.postprocess import PostProcessor, product
+from atss.modeling.postprocess import PostProcessor, product, root
 
 ANCHORS = Anchors.grid((64, 64), strides=(16, 32), scales=(1.0,))  # 16 of 16 px, 4 of 32 px
 CODE = BoxDeltas()
@@ -69,6 +69,53 @@ def test_ranks_on_the_product():
     output.quality[0, 0] = -4.0
     best = detect(output, topk_candidates=1).pred_boxes.tensor[0]
     assert torch.equal(best, ANCHORS.boxes[1])
+
+
+def test_ranks_by_class_probability_alone():
+    output = output_of({(0, 0): 2.0, (1, 0): 1.0})
+    output.quality[0, 0] = -4.0
+    best = detect(output, topk_candidates=1, rank_by_class=True)
+    assert torch.equal(best.pred_boxes.tensor[0], ANCHORS.boxes[0])
+    expected = root(torch.tensor(2.0).sigmoid(), torch.tensor(-4.0).sigmoid())
+    torch.testing.assert_close(best.scores[0], expected)
+
+
+def test_the_threshold_may_be_on_the_score():
+    """Class probability 0.04 does not pass 0.05, its root with a quality of 1 does."""
+    logit = torch.logit(torch.tensor(0.04)).item()
+    output = output_of({(3, 1): logit}, quality=20.0)
+    assert len(detect(output)) == 0
+    found = detect(output, threshold_on_score=True)
+    torch.testing.assert_close(found.scores, torch.tensor([0.2]))
+    found = detect(output._replace(quality=None), threshold_on_score=True)
+    assert len(found) == 0
+    # And the other way round: 0.06 passes, its product with a half does not.
+    output = output_of({(3, 1): torch.logit(torch.tensor(0.06)).item()})
+    assert len(detect(output, score=product)) == 1
+    assert len(detect(output, score=product, threshold_on_score=True)) == 0
+
+
+def test_anchors_may_be_ranked_by_their_best_class():
+    """Two pairs of the best anchor, and none of the second best, of one place on each level."""
+    output = output_of({(0, 0): 3.0, (0, 1): 1.0, (1, 2): 2.0, (17, 0): 0.5})
+    pairs = detect(output, topk_candidates=1)
+    assert sorted(pairs.pred_classes.tolist()) == [0, 0]
+    anchors = detect(output, topk_candidates=1, rank_anchors=True)
+    assert anchors.pred_classes.tolist() == [0, 1, 0]
+    torch.testing.assert_close(anchors.scores[1], (torch.tensor(1.0).sigmoid() / 2).sqrt())
+    output.quality[0, 0] = -8.0
+    best = detect(output, topk_candidates=1, rank_anchors=True)
+    assert best.pred_classes.tolist() == [2, 0]
+    best = detect(output, topk_candidates=1, rank_anchors=True, rank_by_class=True)
+    assert sorted(best.pred_classes.tolist()) == [0, 0, 1]
+
+
+def test_probabilities_are_no_logits():
+    output = output_of({(0, 0): 2.0})
+    said = output._replace(classes=output.classes.sigmoid(), probabilities=True)
+    a, b = detect(output), detect(said)
+    assert torch.equal(a.scores, b.scores)
+    assert len(a) == len(b) == 1
 
 
 def test_clips_to_the_image_before_suppression():

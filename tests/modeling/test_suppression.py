@@ -1,7 +1,7 @@
 import torch
 from torchvision.ops import box_iou
 
-from atss.modeling.suppression import NMS
+from atss.modeling.suppression import NMS, SoftVote, Vote, keep_all
 
 
 def test_suppression_is_per_class_and_exact():
@@ -28,3 +28,17 @@ def test_suppression_is_exact_for_high_classes():
     scores, classes = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]), torch.full((5,), 60)
     found = NMS(0.6)(boxes, scores, classes, 5)
     assert torch.equal(found.boxes, boxes[[0, 2, 3, 4]])
+
+
+def test_all_keep_to_the_limit_best_first():
+    corner = torch.arange(40.0)[:, None] * torch.tensor([20.0, 0])
+    boxes = torch.cat([corner, corner + 10], dim=1)
+    scores, classes = (
+        torch.rand(40, generator=torch.Generator().manual_seed(0)),
+        torch.arange(40) % 3,
+    )
+    best = scores.sort(descending=True).values
+    for suppress in (NMS(), Vote(), SoftVote(), keep_all):
+        found = suppress(boxes, scores, classes, 7)
+        assert torch.equal(found.scores, best[:7])
+        assert torch.equal(boxes[[scores.tolist().index(x) for x in best[:7]]], found.boxes)

@@ -117,6 +117,7 @@ def config_for(state_dict: Mapping[str, Tensor], source: str, regression: str = 
         cfg.MODEL.ANCHOR_GENERATOR.OFFSET = 0.0
         cfg.MODEL.ATSS.RELU_BEFORE_P7 = False
         cfg.MODEL.ATSS.SCORE = "product"
+        cfg.MODEL.ATSS.RANK_BY_CLASS = True
         cfg.INPUT.FORMAT = "RGB"
         cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
         cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]

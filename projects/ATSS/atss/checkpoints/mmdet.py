@@ -22,6 +22,7 @@ MMDETS_ATSS = {
     "MODEL.ATSS.DEFORM_TOWER": "",
     "MODEL.ATSS.LEGACY_PIXELS": False,
     "MODEL.BACKBONE.NAME": "build_atss_resnet_fpn_backbone",
+    "MODEL.ATSS.SUPPRESSION": "nms",
     "MODEL.FPN.FUSE_TYPE": "sum",
     "MODEL.FPN.NORM": "",
     "MODEL.RESNETS.RES5_DILATION": 1,
