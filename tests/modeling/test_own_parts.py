@@ -183,3 +183,25 @@ def test_a_rule_made_of_rules(register):
     cfg.MODEL.ATSS.BRANCH.wide.ASSIGNER = "ATSS"
     rule = build_assigner(cfg)
     assert (rule.first.top_k, rule.second.top_k) == (9, 17)
+
+
+def test_a_head_that_decodes_by_a_code_within(register):
+    """Its numbers are boxes in strides: what it moves after decoding is moved."""
+
+    class Decoding(modeling.ATSSHead):
+        def __init__(self, anchor_generator, inner_code=modeling.BoxDeltas, **arguments):
+            super().__init__(**arguments)
+            self.anchor_generator, self.inner_code = anchor_generator, inner_code
+
+        def forward(self, features):
+            output, anchors = super().forward(features), self.anchor_generator.grid(features)
+            boxes = self.inner_code.decode(output.numbers, anchors.boxes, anchors.stride)
+            return output._replace(numbers=boxes / anchors.stride[:, None])
+
+    keys = {"num_convs": "NUM_CONVS"}
+    register(modeling.HEAD_REGISTRY, Decoding, keys=keys, parts={"inner_code": modeling.BOX_CODES})
+    heads = {"Decoding": {"INNER_CODE": "box"}}
+    moved, model = train("MODEL.ATSS.REGRESSION", "corners", HEAD="Decoding", HEADS=heads)
+    assert isinstance(model.head.inner_code, modeling.BoxDeltas)
+    plain, _ = train()
+    assert moved == pytest.approx(plain, rel=1e-4)

@@ -232,8 +232,10 @@ class Parts:
             arguments[written.lower()] = value
         arguments |= {p: lookup_key(node, k) for p, k in entry.keys.items()}
         for p, kind in entry.parts.items():
-            if p in arguments:
-                arguments[p] = kind.build(overlay(node, arguments[p], kind.key), **known)
+            default = parameters[p].default
+            if p in arguments or default is not inspect.Parameter.empty:
+                inner = arguments.get(p) or kind.name_of(default)
+                arguments[p] = kind.build(overlay(node, inner, kind.key), **known)
         lacks = [p for p, x in parameters.items() if x.default is x.empty and p not in arguments]
         if lacks:
             raise ValueError(
@@ -247,12 +249,21 @@ class Parts:
         return f"{NODE}.{keys.get(argument, f'{self.group}.{name}.{argument.upper()}')}"
 
     def _parameters(self, name: str) -> Iterator[inspect.Parameter]:
-        """What configs can set or builders inject."""
-        target = self.entries[name].target
-        if inspect.isclass(target):
-            for p in inspect.signature(target).parameters.values():
-                if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+        """What configs can set or builders inject; where a class hands on ``**arguments``, those of
+        the class that it extends, too."""
+        target, seen = self.entries[name].target, set()
+        if not inspect.isclass(target):
+            return
+        for cls in target.__mro__:
+            if "__init__" not in vars(cls):
+                continue
+            parameters = list(inspect.signature(cls).parameters.values())
+            for p in parameters:
+                if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in seen:
+                    seen.add(p.name)
                     yield p
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                return
 
     def chosen(self, node: CfgNode, key: str = "") -> Iterator[tuple[Parts, str]]:
         """Kind and name of every part that is named here, parts of parts with them."""
