@@ -55,9 +55,9 @@ def test_a_part_of_ones_own_works_and_trains_by_its_yaml(page, tmp_path):
     losses = model([make_input([[20, 20, 90, 80]], [0])])
     assert torch.isfinite(sum(losses.values()))
     own = {
-        "own_assigner": lambda: model.branches["main"].assigner.min_iou == 0.3,
+        "own_assigner": lambda: model.branches["main"].at(0).assigner.min_iou == 0.3,
         "own_box_code": lambda: model.box_coder.channels == 8,
-        "own_class_loss": lambda: model.branches["main"].criterion.cls_loss.epsilon == 0.5,
+        "own_class_loss": lambda: model.branches["main"].at(0).criterion.cls_loss.epsilon == 0.5,
         "own_head": lambda: model.head.cls_score.in_channels == 96,
     }
     assert own[name]()

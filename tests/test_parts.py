@@ -32,7 +32,7 @@ def kind_of(**options) -> Parts:
 
 
 def node_of(kind: Parts, default: str = "sharp", **values) -> CfgNode:
-    node = CfgNode()
+    node = CfgNode({"OLD_POWER": 2.0})
     node.BRANCH = CfgNode(new_allowed=True)
     kind.add_keys(node, default)
     for key, value in values.items():
@@ -63,11 +63,11 @@ def test_the_signature_gives_the_keys():
         ),
         (
             lambda node: node.SHAPES.sharp.update(SHARES=1),
-            r"MODEL\.ATSS\.SHAPES\.sharp\.SHARES is no argument of sharp; it takes \['SHARE'\]",
+            r"MODEL\.ATSS\.SHAPES\.sharp\.SHARES is no .* of sharp; it takes \['POWER', 'SHARE'\]",
         ),
         (
-            lambda node: node.SHAPES.sharp.update(POWER=1),
-            r"MODEL\.ATSS\.SHAPES\.sharp\.POWER is no argument .*; use MODEL\.ATSS\.OLD_POWER",
+            lambda node: node.SHAPES.sharp.update(POWER=-1),
+            r"^MODEL\.ATSS\.OLD_POWER must be from 0 to 10, not -1",
         ),
         (
             lambda node: node.SHAPES.sharp.update(WIDTH=1),
@@ -137,11 +137,16 @@ def test_a_key_has_one_default():
         power: float = 3.0
 
     kind.register(Blunt, keys={"power": "OLD_POWER"})
-    with pytest.raises(ValueError, match=r"Blunt wants 3\.0 as the default of MODEL\.ATSS\.OLD_P"):
+    with pytest.raises(ValueError, match=r"Blunt wants 3\.0 as the default .*, which is 2\.0"):
         node_of(kind)
-    node = CfgNode({"OLD_POWER": 7.0})
-    with pytest.raises(ValueError, match=r"sharp wants 2\.0 as the default .*, which is 7\.0"):
-        kind_of().add_keys(node, "sharp")
+    with pytest.raises(KeyError, match="OLD_POWER"):
+        kind_of().add_keys(CfgNode(), "sharp")
+
+
+def test_a_part_may_say_otherwise_than_the_key_that_it_shares():
+    node = node_of(kind_of())
+    node.SHAPES.sharp.POWER = 5.0
+    assert kind_of().build(node, width=1) == Sharp(1, 5.0)
 
 
 def test_none_and_several():
@@ -153,6 +158,12 @@ def test_none_and_several():
     assert built == {"plain": plain, "sharp": Sharp(1)}
     assert list(built) == ["plain", "sharp"]
     assert several.build(node_of(several, "")) == {}
+    for names, sentence in (
+        ("plain + ", "is 'plain [+] '; known"),
+        ("plain+plain", "names plain t"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            several.build(node_of(several, names))
 
 
 def test_a_part_of_a_part_is_named_by_its_argument():
@@ -171,7 +182,32 @@ def test_a_part_of_a_part_is_named_by_its_argument():
     node.FRAMES.Frame.SHAPE = "sharp"
     assert frames.build(node, width=2) == Frame(Sharp(2))
     # An overlay holds the same part with other arguments.
-    node.BRANCH.other = CfgNode({"SHAPE": "sharp", "OLD_POWER": 5.0})
+    node.BRANCH.other = CfgNode({"OLD_POWER": 5.0})
     node.FRAMES.Frame.SHAPE = "other"
+    with pytest.raises(ValueError, match=r"SHAPE is 'other', but .*BRANCH\.other names no SHAPE"):
+        frames.build(node, width=2)
+    node.BRANCH.other.SHAPE = "sharp"
     assert frames.build(node, width=2) == Frame(Sharp(2, 5.0))
     assert list(frames.chosen(node)) == [(frames, "Frame"), (shapes, "sharp")]
+    node.FRAMES.Frame.SHAPE = "round"
+    known = r"\['other', 'plain', 'sharp'\]"
+    with pytest.raises(ValueError, match=rf"FRAMES\.Frame\.SHAPE is 'round'; known are {known}"):
+        frames.build(node)
+
+
+def test_a_part_of_its_own_kind_is_not_itself():
+    kind = Parts("SHAPE")
+
+    @dataclass(frozen=True)
+    class Twice:
+        inner: object = None
+
+    kind.register(plain)
+    kind.register(Twice, parts={"inner": kind})
+    node = node_of(kind, "Twice")
+    assert kind.build(node) == Twice(None)
+    node.SHAPES.Twice.INNER = "plain"
+    assert kind.build(node) == Twice(plain)
+    node.SHAPES.Twice.INNER = "Twice"
+    with pytest.raises(ValueError, match=r"SHAPES\.Twice\.INNER is 'Twice', which is Twice again"):
+        kind.build(node)

@@ -114,7 +114,7 @@ def test_a_recipe_can_be_laid_over_every_row(row, recipe):
     with torch.device("meta"):
         model = build_model(cfg)
     assert isinstance(
-        model.branches["main"].assigner, ASSIGNER_REGISTRY.get(plain.MODEL.ATSS.ASSIGNER)
+        model.branches["main"].at(0).assigner, ASSIGNER_REGISTRY.get(plain.MODEL.ATSS.ASSIGNER)
     )
     assert len(model.anchor_generator.strides) == len(cfg.MODEL.ATSS.IN_FEATURES)
 

@@ -197,7 +197,7 @@ def test_does_what_its_source_states(row):
     sides = [1024 // stride for stride in STRIDES]
     anchors = model.anchor_generator.grid([torch.zeros(1, 1, side, side) for side in sides])
     seen = {
-        "rule": rule(model.branches["main"].assigner, anchors),
+        "rule": rule(model.branches["main"].at(0).assigner, anchors),
         "anchors": anchor_shapes(anchors),
         "first centre": tuple(((anchors.boxes[0, :2] + anchors.boxes[0, 2:]) / 2).tolist()),
         "test size": size_in_test(cfg),
@@ -308,7 +308,9 @@ def losses(model) -> dict:
     quality = torch.zeros(1, 2) if model.head.centerness else None
     output = HeadOutput(logits, torch.ones(1, 2, 4), quality)
     assignment = Assignment.hard(torch.tensor([[0, BACKGROUND]]))
-    found = model.branches["main"].criterion(output, box.expand(1, 2, 4), anchors, gt, assignment)
+    found = (
+        model.branches["main"].at(0).criterion(output, box.expand(1, 2, 4), anchors, gt, assignment)
+    )
     p, q = torch.tensor([1.2, 0.3]).sigmoid().tolist()
     focal = 0.25 * (1 - p) ** 2 * -math.log(p) + 0.75 * q**2 * -math.log(1 - q)
     deltas = model.box_coder.encode(gt.boxes, anchors.boxes[:1], anchors.stride[:1])

@@ -73,8 +73,10 @@ def test_two_branches_read_two_outputs_of_a_head():
     model.head = Two(model.head)
     model.branches = nn.ModuleDict(
         {
-            "main": Branch(ATSS(), Criterion(), output="fine"),
-            "coarse": Branch(None, Criterion(cls_loss=None), assignment_of="main", output="coarse"),
+            "main": Branch(Phase(ATSS(), Criterion()), output="fine"),
+            "coarse": Branch(
+                Phase(None, Criterion(cls_loss=None), assignment_of="main"), output="coarse"
+            ),
         }
     )
     losses = model([EXAMPLE])
@@ -101,8 +103,10 @@ def test_a_branch_takes_anothers_assignment():
     model = build()
     model.branches = nn.ModuleDict(
         {
-            "boxes": Branch(None, Criterion(cls_loss=None, quality=None), assignment_of="main"),
-            "main": Branch(Rule(), Criterion(box_terms={})),
+            "boxes": Branch(
+                Phase(None, Criterion(cls_loss=None, quality=None), assignment_of="main")
+            ),
+            "main": Branch(Phase(Rule(), Criterion(box_terms={}))),
         }
     )
     plain = build()([EXAMPLE])
@@ -117,10 +121,11 @@ def test_phases_end_at_their_iterations():
     first, last = TopK(), ATSS()
     criteria = Criterion(quality_weight=2.0), Criterion()
     model = build()
-    branch = Branch(last, criteria[1], earlier=[Phase(5, first, criteria[0])])
+    phases = Phase(first, criteria[0], until=5), Phase(last, criteria[1])
+    branch = Branch(*phases)
     model.branches = nn.ModuleDict({"main": branch})
-    assert branch.at(4) == (first, criteria[0])
-    assert branch.at(5) == (last, criteria[1])
+    assert branch.at(4) is phases[0]
+    assert branch.at(5) is phases[1]
     plain = build()([EXAMPLE])["loss_centerness"].item()
     for iteration in (4, 5):
         model.iteration = iteration
@@ -151,8 +156,8 @@ def test_buffers_are_saved_where_they_are_chosen_and_may_be_shared():
     assert not [x for x in build().state_dict() if x.startswith("branches")]
     counter, model = Counter(), build()
     branches = {
-        "main": Branch(ATSS(), Criterion(level_weight=counter)),
-        "other": Branch(ATSS(), Criterion(level_weight=counter)),
+        "main": Branch(Phase(ATSS(), Criterion(level_weight=counter))),
+        "other": Branch(Phase(ATSS(), Criterion(level_weight=counter))),
     }
     model.branches = nn.ModuleDict(branches)
     plain = build()([EXAMPLE])
@@ -181,7 +186,7 @@ def seen(model):
         (
             ("MODEL.ATSS.BRANCHES", ["x"]),
             {"BRANCH": {"x": {"ASIGNER": "ATSS"}}},
-            "MODEL.ATSS.BRANCH.x: Non-existent config key: ASIGNER",
+            r"MODEL.ATSS.BRANCH.x.ASIGNER: there is no key MODEL.ATSS.ASIGNER",
         ),
         (
             ("MODEL.ATSS.BRANCHES", ["x"]),
@@ -191,21 +196,96 @@ def seen(model):
         (
             ("MODEL.ATSS.BRANCHES", ["x"]),
             {"BRANCH": {"x": {"ASSIGNMENT_OF": "y"}}},
-            r"branch 'x' takes the assignment of 'y'; those with one are \['main'\]",
+            r"branch x: MODEL.ATSS.ASSIGNMENT_OF is 'y'; the others are \['main'\]",
+        ),
+        (
+            ("MODEL.ATSS.BRANCHES", ["x"]),
+            {"BRANCH": {"x": {"REGRESSION": "point"}}},
+            "BRANCH.x.REGRESSION: a branch has none of its own; what it may have is",
+        ),
+        (
+            ("MODEL.ATSS.PHASES", [["x", 3]]),
+            {"BRANCH": {"x": {"OWN_HEAD": True}}},
+            "BRANCH.x.OWN_HEAD: a phase has none of its own",
+        ),
+        (("MODEL.ATSS.PHASES", [["x", 1.0]]), {}, r"PHASES holds pairs .*, not \['x', 1.0\]"),
+        (("MODEL.ATSS.PHASES", ["x", 9]), {}, "PHASES holds pairs .*, not 'x'"),
+        (("MODEL.ATSS.PHASES", [["x", "9"]]), {}, r"PHASES holds pairs .*, not \['x', '9'\]"),
+        (("MODEL.ATSS.BRANCHES", ["update"]), {}, "BRANCHES holds 'update', which is no new"),
+        (("MODEL.ATSS.BRANCHES", [3]), {}, "BRANCHES holds 3, which is no new name"),
+        (
+            ("MODEL.ATSS.BRANCHES", ["x"]),
+            {"BRANCH": {"x": 3}},
+            "MODEL.ATSS.BRANCH.x must hold keys of MODEL.ATSS, not 3",
+        ),
+        (
+            ("MODEL.ATSS.BRANCHES", ["x"]),
+            {"BRANCH": {"x": {"ASSIGNERS": 3}}},
+            "BRANCH.x.ASSIGNERS must be as MODEL.ATSS.ASSIGNERS, not 3",
         ),
         (("MODEL.ATSS.BRANCHES", ["main"]), {}, "BRANCHES holds 'main', which is no new name"),
         (("MODEL.ATSS.INFERENCE", "x"), {}, r"INFERENCE is 'x'; the branches are \['main'\]"),
         (("MODEL.ATSS.DETACHED", True), {}, "detached features are for a head of"),
+        (("MODEL.ATSS.OWN_HEAD", True), {}, "OWN_HEAD is for branches of MODEL.ATSS.BRANCHES"),
         (
             ("MODEL.ATSS.PHASES", [["x", 9], ["x", 3]]),
             {"BRANCH": {"x": {"ASSIGNER": "TopK"}}},
-            r"phases must end at rising iterations, not at \[9, 3\]",
+            r"phases must end at rising iterations, the last at none, not \[9, 3, inf\]",
         ),
     ],
 )
 def test_what_cannot_be_is_one_sentence(opts, nested, sentence):
     with pytest.raises(ValueError, match=sentence):
         build(*opts, **nested)
+
+
+def test_branches_do_not_inherit_what_makes_a_branch():
+    """Phases of main, and whose assignment it takes, are main's; its parts are those of all."""
+    wide = {"ASSIGNERS": {"ATSS": {"TOP_K": 17}}}
+    nested = {"wide": wide, "first": {"ASSIGNER": "TopK"}}
+    opts = ("MODEL.ATSS.BRANCHES", ["wide"], "MODEL.ATSS.PHASES", [["first", 9]])
+    model = build(*opts, "MODEL.ATSS.QUALITY_LOSS_WEIGHT", 2.0, BRANCH=nested)
+    main, other = model.branches["main"], model.branches["wide"]
+    assert isinstance(main.at(0).assigner, TopK)
+    assert other.at(0).assigner.top_k == 17
+    assert other.at(0).criterion.quality_weight == main.at(0).criterion.quality_weight == 2.0
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [
+        {"extra": {"OWN_HEAD": True, "CLS_LOSS": ""}},
+        {"extra": {"OWN_HEAD": True, "BBOX_REG_LOSS_TYPE": "", "QUALITY": ""}},
+    ],
+)
+def test_every_parameter_has_a_gradient(nested):
+    """DDP on GPUs waits for all of them."""
+    model = build("MODEL.ATSS.BRANCHES", ["extra"], BRANCH=nested)
+    sum(model([EXAMPLE]).values()).backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_branches_that_read_one_output_share_its_boxes(monkeypatch):
+    model, decoded = build("MODEL.ATSS.BRANCHES", ["x"], BRANCH={"x": {"QUALITY": ""}}), []
+    decode = model.box_coder.decode
+    monkeypatch.setattr(model.box_coder, "decode", lambda *x: decoded.append(1) or decode(*x))
+    model([EXAMPLE])
+    assert len(decoded) == 1
+
+
+def test_a_level_weight_is_shared_unless_a_branch_names_its_own():
+    modeling.LEVEL_WEIGHTS.register(Counter, name="counter")
+    try:
+        nested = {"same": {"QUALITY": ""}, "own": {"LEVEL_WEIGHT": "counter"}}
+        opts = ("MODEL.ATSS.LEVEL_WEIGHT", "counter", "MODEL.ATSS.BRANCHES", ["same", "own"])
+        model = build(*opts, "MODEL.ATSS.PHASES", [["same", 5]], BRANCH=nested)
+    finally:
+        del modeling.LEVEL_WEIGHTS.entries["counter"]
+    weights = {n: b.at(9).criterion.level_weight for n, b in model.branches.items()}
+    assert weights["main"] is weights["same"]
+    assert weights["main"] is model.branches["main"].at(0).criterion.level_weight
+    assert weights["main"] is not weights["own"]
 
 
 def test_detectors_with_branches_can_be_pickled():

@@ -352,5 +352,7 @@ def test_the_box_weight_may_be_another_than_the_quality():
 def test_a_criterion_may_lack_classes_or_boxes_but_not_all():
     assert losses_with(cls_loss=None).keys() == {"loss_box_reg", "loss_centerness"}
     assert losses_with(box_terms={}).keys() == {"loss_cls", "loss_centerness"}
-    with pytest.raises(ValueError, match="a criterion needs a loss"):
-        Criterion(cls_loss=None, box_terms={}, quality=None)
+    with pytest.raises(ValueError, match="a branch has no loss"):
+        losses_with(cls_loss=None, box_terms={}, quality=None)
+    with pytest.raises(ValueError, match="a box term cannot be called 'cls'"):
+        Criterion(box_terms={"giou": GIoU(), "cls": GIoU()})

@@ -17,7 +17,7 @@ from torch import nn
 from atss import Assignment
 from atss.checkpoints import config_for, convert
 from atss.config import build_tta
-from atss.modeling import Branch, Criterion
+from atss.modeling import Branch, Criterion, Phase
 from atss.modeling.criterion import Quotient
 from atss.modeling.terms import score
 
@@ -95,7 +95,7 @@ def test_a_batch_equals_its_images():
         seen.append((output.classes, boxes, assignment.gt_index))
         return {"loss": Quotient(boxes.sum(), boxes.new_ones(()), 1.0)}
 
-    model.branches["main"].criterion.quotients = record
+    model.branches["main"].at(0).criterion.quotients = record
     with torch.no_grad():
         model(examples)
         for example in examples:
@@ -249,7 +249,7 @@ def test_rules_see_predictions_without_their_gradient():
         weight = predictions.output.quality.sigmoid()
         return Assignment(torch.zeros_like(weight, dtype=torch.long), weight)
 
-    model.branches = nn.ModuleDict({"main": Branch(rule, Criterion(box_weight=score))})
+    model.branches = nn.ModuleDict({"main": Branch(Phase(rule, Criterion(box_weight=score)))})
     losses = model([make_input(BOX, [0])])
     output, boxes = seen[0]
     assert not any(x.requires_grad for x in (output.classes, output.numbers, output.quality, boxes))

@@ -62,7 +62,7 @@ def test_a_rule_with_soft_scores(register):
     soft, model = train(ASSIGNER="Soft", ASSIGNERS={"Soft": {"SHARE": 0.25}}, BOX_WEIGHT="score")
     # A mean weighted by what is the same everywhere.
     assert soft == pytest.approx(plain)
-    assert model.branches["main"].assigner.share == 0.25
+    assert model.branches["main"].at(0).assigner.share == 0.25
 
 
 def test_a_class_loss(register):
@@ -140,7 +140,7 @@ def test_a_suppression(register):
 def test_a_second_branch_with_another_k():
     wide = {"wide": {"ASSIGNERS": {"ATSS": {"TOP_K": 17}}, "QUALITY": ""}}
     losses, model = train("MODEL.ATSS.BRANCHES", ["wide"], BRANCH=wide)
-    assert {name: branch.assigner.top_k for name, branch in model.branches.items()} == {
+    assert {name: branch.at(0).assigner.top_k for name, branch in model.branches.items()} == {
         "main": 9,
         "wide": 17,
     }
@@ -178,7 +178,7 @@ def test_a_rule_made_of_rules(register):
     cfg = make_cfg("MODEL.ATSS.ASSIGNER", "Union")
     cfg.MODEL.ATSS.BRANCH.wide = type(cfg)({"ASSIGNERS": {"ATSS": {"TOP_K": 17}}})
     cfg.MODEL.ATSS.ASSIGNERS.Union = type(cfg)({"FIRST": "ATSS", "SECOND": "wide"})
-    with pytest.raises(ValueError, match=r"BRANCH\.wide must name its ASSIGNER"):
+    with pytest.raises(ValueError, match=r"BRANCH\.wide names no ASSIGNER"):
         build_assigner(cfg)  # it would be Union again
     cfg.MODEL.ATSS.BRANCH.wide.ASSIGNER = "ATSS"
     rule = build_assigner(cfg)

@@ -163,7 +163,7 @@ def parts(case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
         boxes = model.box_coder.decode(output.numbers, anchors.boxes, anchors.stride)
         watch.lap("decoding")
         seen = Predictions(output.map(torch.Tensor.detach), boxes.detach())
-        branch = model.branches[model.inference]
+        branch = model.branches[model.inference].at(0)
         assignment = branch.assigner(anchors, gt, seen)
         watch.lap("assignment")
         losses = branch.criterion(output, boxes, anchors, gt, assignment)

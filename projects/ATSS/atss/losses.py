@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .geometry import intersection_union
-from .parts import within
+from .parts import Parts, within
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,12 @@ class Focal:
             miss = miss.clamp(min=torch.finfo(miss.dtype).tiny)
         balance = (1 - self.alpha) + (2 * self.alpha - 1) * targets
         return balance * miss**self.gamma * entropy
+
+
+CLS_LOSSES = Parts("CLS_LOSS", ("num_classes",), "CLS_LOSSES", optional=True)
+CLS_LOSSES.register(
+    Focal, name="focal", keys={"alpha": "FOCAL_LOSS_ALPHA", "gamma": "FOCAL_LOSS_GAMMA"}
+)
 
 
 def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:

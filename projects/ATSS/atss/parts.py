@@ -1,14 +1,14 @@
 """Parts that a config names: registered once, their signatures are the keys.
 
 Under MODEL.ATSS, ``<KEY>`` names a part of a kind, and ``<KEY>S.<name>`` holds its arguments in
-capitals. An argument that several parts share, or that had a key before, keeps that: ``keys``. What
-is known only while building (channels, the box code) is injected by the name of the parameter:
-``known``. An argument may be a part itself: ``parts``; its key names it, or an overlay of
-MODEL.ATSS.BRANCH that holds the same keys with other values.
+capitals. An argument may have a key that other parts share, ``keys``, which holds where the part's
+own does not say otherwise. What is known only while building (channels, the box code) is injected
+by the name of the parameter: ``known``. An argument may be a part itself, ``parts``: its key names
+it, or an overlay of MODEL.ATSS.BRANCH that holds the same keys with other values.
 
-A part without arguments is a function; one with arguments is a class, which is built. What is wrong
-with a config raises ValueError, in a sentence that names the key; any other error is a bug in the
-part and keeps its traceback.
+A part without arguments is a function; one with arguments is a class, which is built. A ValueError
+in building becomes a sentence that names the key; any other error is a bug in the part and keeps
+its traceback.
 """
 
 from __future__ import annotations
@@ -93,6 +93,9 @@ class Parts:
     def __iter__(self) -> Iterator[tuple[str, Callable]]:
         return ((name, entry.target) for name, entry in self.entries.items())
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
     def get(self, name: str) -> Callable:
         """What is registered under a name."""
         return self.entries[name].target
@@ -118,7 +121,7 @@ class Parts:
             raise ValueError(f"{self.key} {name} is registered already")
         if not inspect.isclass(target):
             for p in inspect.signature(target).parameters.values():
-                if p.default is not p.empty or p.kind is p.KEYWORD_ONLY:
+                if p.default is not p.empty or p.kind is p.KEYWORD_ONLY or p.name in self.known:
                     raise ValueError(
                         f"{self.key} {name} is a function with an argument {p.name}: a part with "
                         "arguments is a class"
@@ -131,24 +134,17 @@ class Parts:
         for name, target in targets.items():
             self.register(target, name=name)
 
-    def named(self, node: CfgNode, key: str = "") -> list[str]:
-        """The parts that the node names."""
-        value = lookup_key(node, key or self.key)
-        if self.several:
-            return [x.strip() for x in value.split("+") if x.strip()]
-        return [value] if value or not self.optional else []
-
     def add_keys(self, node: CfgNode, default: str | None = None) -> None:
         """The keys of all parts with the defaults of their signatures. The groups stay open for
         parts that are registered later.
 
         Args:
+            node: which has the keys that parts share.
             default: the part that is named by default; None where parts of this kind are only named
                 by arguments of others.
 
         Raises:
-            ValueError: where two parts share a key with different defaults, or where the node holds
-                another default already.
+            ValueError: where a shared key is not there, or has another default.
         """
         if default is not None:
             node[self.key] = default
@@ -159,28 +155,24 @@ class Parts:
             for p in self._parameters(name):
                 if p.name in self.known or p.default is p.empty:
                     continue
-                value = p.default
-                if p.name in entry.parts:
-                    value = entry.parts[p.name].name_of(value)
                 if p.name not in entry.keys:
-                    own[p.name.upper()] = value
+                    kind = entry.parts.get(p.name)
+                    own[p.name.upper()] = kind.name_of(p.default) if kind else p.default
                     continue
-                *path, last = entry.keys[p.name].split(".")
-                holder = lookup_key(node, ".".join(path)) if path else node
-                if holder.setdefault(last, value) != value:
+                shared = lookup_key(node, entry.keys[p.name])
+                if shared != p.default:
                     raise ValueError(
-                        f"{self.key} {name} wants {value!r} as the default of "
-                        f"{NODE}.{entry.keys[p.name]}, which is {holder[last]!r}"
+                        f"{self.key} {name} wants {p.default!r} as the default of "
+                        f"{NODE}.{entry.keys[p.name]}, which is {shared!r}"
                     )
             if own:
                 group[name] = own
 
     def name_of(self, part: Any) -> str:
-        """The name of a part that is a default."""
-        if isinstance(part, str):
-            return part
-        of = [name for name, target in self if part is target or type(part) is target]
-        return of[0]
+        """The name of a part that is a default; "" for None."""
+        if part is None or isinstance(part, str):
+            return part or ""
+        return next(name for name, target in self if part is target or type(part) is target)
 
     def build(self, node: CfgNode, key: str = "", **known: Any) -> Any:
         """The part that the node names, None for none; those that it names by their names, where
@@ -193,20 +185,54 @@ class Parts:
         Raises:
             ValueError: naming the key that is at fault, in full.
         """
-        built = {
-            name: self._build(node, key or self.key, name, known) for name in self.named(node, key)
-        }
-        if self.several:
-            return built
-        return next(iter(built.values()), None)
+        key = key or self.key
+        built = {name: self._build(node, key, name, known) for name in self._named(node, key)}
+        return built if self.several else next(iter(built.values()), None)
+
+    def chosen(self, node: CfgNode, key: str = "") -> Iterator[tuple[Parts, str]]:
+        """Kind and name of every part that is named here, parts of parts with them."""
+        for name in self._named(node, key or self.key):
+            yield self, name
+            for kind, inner in self._inner(node, name).values():
+                yield from kind.chosen(inner)
+
+    def shared_keys(self) -> set[str]:
+        """Keys that parts of this kind share."""
+        return {key for entry in self.entries.values() for key in entry.keys.values()}
+
+    def _named(self, node: CfgNode, key: str) -> list[str]:
+        """The parts that a key names.
+
+        Raises:
+            ValueError: for one that is not known, none, or one twice.
+        """
+        value = lookup_key(node, key)
+        if self.optional and value == "":
+            return []
+        names = [x.strip() for x in value.split("+")] if self.several else [value]
+        for name in names:
+            if name not in self.entries:
+                raise ValueError(f"{NODE}.{key} is {value!r}; known are {sorted(self.entries)}")
+            if names.count(name) > 1:
+                raise ValueError(f"{NODE}.{key} {value!r} names {name} twice")
+        return names
 
     def _build(self, node: CfgNode, key: str, name: str, known: Mapping[str, Any]) -> Any:
-        if name not in self.entries:
-            raise ValueError(f"{NODE}.{key} is {name!r}; known are {sorted(self.entries)}")
         target = self.entries[name].target
         if not inspect.isclass(target):
             return target
-        arguments = self._arguments(node, key, name, known)
+        parameters = {p.name: p for p in self._parameters(name)}
+        arguments = self._given(node, name)
+        arguments |= {p: known[p] for p in parameters if p in self.known and p in known}
+        arguments |= {p: None for p in self.entries[name].parts if arguments.get(p) == ""}
+        for p, (kind, inner) in self._inner(node, name).items():
+            arguments[p] = kind.build(inner, **known)
+        lacks = [p for p, x in parameters.items() if x.default is x.empty and p not in arguments]
+        if lacks:
+            raise ValueError(
+                f"{NODE}.{key} {name} wants {', '.join(lacks)}, which neither the config says nor "
+                f"the detector: it knows {sorted({*self.known} & {*known})}"
+            )
         try:
             return target(**arguments)
         except WrongValue as error:
@@ -214,35 +240,55 @@ class Parts:
         except ValueError as error:
             raise ValueError(f"{NODE}.{key} {name} does not work here: {error}") from error
 
-    def _arguments(
-        self, node: CfgNode, key: str, name: str, known: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """What a part is built with."""
-        entry = self.entries[name]
-        parameters = {p.name: p for p in self._parameters(name)}
-        arguments = {p: known[p] for p in parameters if p in self.known and p in known}
-        own = [p for p in parameters if p not in self.known and p not in entry.keys]
+    def _given(self, node: CfgNode, name: str) -> dict[str, Any]:
+        """The arguments that the config says of a part.
+
+        Raises:
+            ValueError: for one that it does not take.
+        """
+        keys = self.entries[name].keys
+        takes = [p.name for p in self._parameters(name) if p.name not in self.known]
+        given = {p: lookup_key(node, key) for p, key in keys.items()}
         for written, value in node.get(self.group, {}).get(name, {}).items():
-            if written.lower() not in own:
-                where = f"{NODE}.{self.group}.{name}.{written}"
-                hint = f"it takes {[x.upper() for x in own]}"
-                if written.lower() in entry.keys:
-                    hint = f"use {NODE}.{entry.keys[written.lower()]}"
-                raise ValueError(f"{where} is no argument of {name}; {hint}")
-            arguments[written.lower()] = value
-        arguments |= {p: lookup_key(node, k) for p, k in entry.keys.items()}
+            if written.lower() not in takes:
+                raise ValueError(
+                    f"{NODE}.{self.group}.{name}.{written} is no argument of {name}; it takes "
+                    f"{[x.upper() for x in takes]}"
+                )
+            given[written.lower()] = value
+        return given
+
+    def _inner(self, node: CfgNode, name: str) -> dict[str, tuple[Parts, CfgNode]]:
+        """Kind and node of each part that is an argument of a part.
+
+        Raises:
+            ValueError: for a name that is neither a part nor an overlay, or one that leads back.
+        """
+        entry, found = self.entries[name], {}
+        given = self._given(node, name)
+        defaults = {p.name: p.default for p in self._parameters(name)}
         for p, kind in entry.parts.items():
-            default = parameters[p].default
-            if p in arguments or default is not inspect.Parameter.empty:
-                inner = arguments.get(p) or kind.name_of(default)
-                arguments[p] = kind.build(overlay(node, inner, kind.key), **known)
-        lacks = [p for p, x in parameters.items() if x.default is x.empty and p not in arguments]
-        if lacks:
-            raise ValueError(
-                f"{NODE}.{key} {name} wants {', '.join(lacks)}, which neither the config says nor "
-                f"the detector: it knows {sorted({*self.known} & {*known})}"
-            )
-        return arguments
+            inner = given.get(p, kind.name_of(defaults[p]))
+            where = self._key_of(name, p)
+            if inner == "":
+                continue
+            if inner not in kind and inner not in node.BRANCH:
+                known = sorted([*kind.entries, *node.BRANCH])
+                raise ValueError(f"{where} is {inner!r}; known are {known}")
+            if inner in kind and inner in node.BRANCH:
+                raise ValueError(f"{where} is {inner!r}, a part and an overlay of {NODE}.BRANCH")
+            copy = overlay(node, inner) if inner in node.BRANCH else node.clone()
+            copy.defrost()
+            if inner in kind:
+                copy[kind.key] = inner
+            elif kind.key not in node.BRANCH[inner]:
+                raise ValueError(
+                    f"{where} is {inner!r}, but {NODE}.BRANCH.{inner} names no {kind.key}"
+                )
+            if kind is self and copy[kind.key] == name:
+                raise ValueError(f"{where} is {inner!r}, which is {name} again")
+            found[p] = kind, copy
+        return found
 
     def _key_of(self, name: str, argument: str) -> str:
         keys = self.entries[name].keys
@@ -265,16 +311,6 @@ class Parts:
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 return
 
-    def chosen(self, node: CfgNode, key: str = "") -> Iterator[tuple[Parts, str]]:
-        """Kind and name of every part that is named here, parts of parts with them."""
-        for name in self.named(node, key):
-            yield self, name
-            if name in self.entries:
-                own = node.get(self.group, {}).get(name, {})
-                for p, kind in self.entries[name].parts.items():
-                    if p.upper() in own:
-                        yield from kind.chosen(overlay(node, own[p.upper()], kind.key))
-
 
 def lookup_key(node: CfgNode, key: str) -> Any:
     """The value of a key, with dots where it lies deeper."""
@@ -283,24 +319,26 @@ def lookup_key(node: CfgNode, key: str) -> Any:
     return node
 
 
-def overlay(node: CfgNode, name: str, key: str = "") -> CfgNode:
-    """A copy of the node with what BRANCH.<name> says over it; where there is no such overlay and
-    ``key`` is given, with ``name`` under that key.
+def overlay(node: CfgNode, name: str) -> CfgNode:
+    """A copy of the node with what BRANCH.<name> says over it.
 
     Raises:
         ValueError: for an unknown overlay, or naming a key in it that there is not.
     """
-    copy = node.clone()
-    copy.defrost()
+    where = f"{NODE}.BRANCH.{name}"
     if name not in node.BRANCH:
-        if not key:
-            raise ValueError(f"{NODE}.BRANCH has no {name!r}; it has {sorted(node.BRANCH)}")
-        copy[key] = name
-        return copy
-    if key and key not in node.BRANCH[name]:
-        raise ValueError(f"{NODE}.BRANCH.{name} must name its {key}")
+        raise ValueError(f"{NODE}.BRANCH has no {name!r}; it has {sorted(node.BRANCH)}")
+    over, copy = node.BRANCH[name], node.clone()
+    if not isinstance(over, CfgNode):
+        raise ValueError(f"{where} must hold keys of {NODE}, not {over!r}")
+    for key, value in over.items():
+        if key not in node:
+            raise ValueError(f"{where}.{key}: there is no key {NODE}.{key}")
+        if isinstance(value, CfgNode) != isinstance(node[key], CfgNode):
+            raise ValueError(f"{where}.{key} must be as {NODE}.{key}, not {value!r}")
+    copy.defrost()
     try:
-        copy.merge_from_other_cfg(node.BRANCH[name])
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{NODE}.BRANCH.{name}: {error.args[0]}") from error
+        copy.merge_from_other_cfg(over)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"{where}: {str(error.args[0]).partition(chr(10))[0]}") from error
     return copy

@@ -127,7 +127,8 @@ class HeadOutput(NamedTuple):
 
     def probability(self) -> Tensor:
         """(N, R, K) of the classes."""
-        assert self.classes is not None
+        if self.classes is None:
+            raise ValueError("an output without classes detects nothing")
         return self.classes if self.probabilities else self.classes.sigmoid()
 
     def cross_entropy(self, targets: Tensor) -> Tensor:

@@ -204,7 +204,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     # Of each positive in the box loss: "one", "score", "centerness"; "": what its quality is to be,
     # or 1 where the head predicts none.
     modeling.BOX_WEIGHTS.add_keys(node, "")
-    # What the quality branch is to say; "": it has no loss.
+    # What the quality branch is to say; "": it has no loss here, and is to be trained by another
+    # branch, or left out of the head: MODEL.ATSS.CENTERNESS "".
     modeling.QUALITIES.add_keys(node, "centerness")
     # "positives", or "targets", the sum of class targets.
     modeling.NORMALISERS.add_keys(node, "positives")

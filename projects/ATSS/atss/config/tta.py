@@ -8,6 +8,7 @@ from torch import nn
 from ..modeling import SUPPRESSIONS
 from ..modeling.suppression import ScoredBoxes
 from ..modeling.tta import ATSSWithTTA
+from ..parts import within
 from .checks import naming
 
 
@@ -17,16 +18,15 @@ def build_tta(cfg: CfgNode, model: nn.Module) -> ATSSWithTTA:
     Raises:
         ValueError: where the ranges are not as many as the sizes, or the merge is unknown.
     """
-    with naming(max_detections="MODEL.ATSS.TTA.MAX_DETECTIONS"):
-        return ATSSWithTTA(
-            model,
-            plain=(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
-            sizes=build_views(cfg),
-            flip=cfg.TEST.AUG.FLIP,
-            merge=build_merge(cfg),
-            max_detections=cfg.MODEL.ATSS.TTA.MAX_DETECTIONS,
-            input_format=cfg.INPUT.FORMAT,
-        )
+    return ATSSWithTTA(
+        model,
+        plain=(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
+        sizes=build_views(cfg),
+        flip=cfg.TEST.AUG.FLIP,
+        merge=build_merge(cfg),
+        max_detections=cfg.MODEL.ATSS.TTA.MAX_DETECTIONS,
+        input_format=cfg.INPUT.FORMAT,
+    )
 
 
 def build_views(cfg: CfgNode) -> list[tuple[int, int, float, float]]:
@@ -55,4 +55,6 @@ def build_merge(cfg: CfgNode) -> Callable[..., ScoredBoxes]:
     Raises:
         ValueError: for an unknown name.
     """
+    with naming(limit="MODEL.ATSS.TTA.MAX_DETECTIONS"):
+        within("limit", cfg.MODEL.ATSS.TTA.MAX_DETECTIONS, 1)
     return SUPPRESSIONS.build(cfg.MODEL.ATSS, "TTA.MERGE")

@@ -3,7 +3,7 @@
 Keys that are older than their parts, or that parts share, stand beside them.
 """
 
-from ..losses import Focal
+from ..losses import CLS_LOSSES, Focal
 from ..parts import Parts
 from . import terms
 from .backbone import P6P7FromP5, build_fpn, make_deformable
@@ -28,9 +28,6 @@ BOX_CODES = Parts("REGRESSION")
 BOX_CODES.register(BoxDeltas, name="box", keys={"weights": "BBOX_REG_WEIGHTS"})
 BOX_CODES.add(point=PointDistances, log_point=LogDistances, corners=Corners)
 
-CLS_LOSSES = Parts("CLS_LOSS", group="CLS_LOSSES", optional=True)
-FOCAL_KEYS = {"alpha": "FOCAL_LOSS_ALPHA", "gamma": "FOCAL_LOSS_GAMMA"}
-CLS_LOSSES.register(Focal, name="focal", keys=FOCAL_KEYS)
 CLS_TARGETS = Parts("CLS_TARGET")
 CLS_TARGETS.add(one=terms.one, score=terms.score)
 

@@ -14,7 +14,7 @@ from ..parts import within
 from ..structures import IGNORE, Assignment, GroundTruth, HeadOutput, Matched
 from .terms import GIoU, central, one, positives
 
-PerAnchor = Callable[[Matched], Tensor]  # -> (N, R)
+PerAnchor = Callable[[Matched], Tensor]  # -> (N, R), or what can be multiplied by it
 FOCAL = Focal()
 
 
@@ -87,13 +87,17 @@ class Criterion(nn.Module):
         level_weight: PerAnchor | None = None,
     ):
         super().__init__()
-        if cls_loss is None and quality is None and box_terms is not None and not box_terms:
-            raise ValueError("a criterion needs a loss: of classes, of boxes or of quality")
         within("quality_weight", quality_weight, 0, 1e6)
         within("least", least, 1e-12)
         within("box_least", box_least, 1e-12)
         self.cls_loss, self.cls_target = cls_loss, cls_target
         self.box_terms = {"giou": GIoU()} if box_terms is None else dict(box_terms)
+        for name in self.box_terms:
+            if name in ("cls", "box_reg", quality_name):
+                raise ValueError(f"a box term cannot be called {name!r}: another loss is")
+        # Known as modules, for what they may hold.
+        held = {k: x for k, x in self.box_terms.items() if isinstance(x, nn.Module)}
+        self.term_modules = nn.ModuleDict(held)
         self.box_weight = box_weight
         self.quality, self.quality_name = quality, quality_name
         self.quality_weight = quality_weight
@@ -162,6 +166,14 @@ class Criterion(nn.Module):
             )
             total = self.quality_weight * (quality_loss * positive * level_weight).sum()
             found[f"loss_{self.quality_name}"] = Quotient(total, amount, self.least * images)
+        if not found:
+            raise ValueError("a branch has no loss: of classes, of boxes or of quality")
+        # What no loss reads has a gradient of zero all the same, for DDP on GPUs waits for it.
+        read = (self.cls_loss, self.box_terms, quality_target)
+        for x, by in zip((classes, matched.output.numbers, quality), read, strict=True):
+            if x is not None and (by is None or by == {}):
+                name, first = next(iter(found.items()))
+                found[name] = first._replace(total=first.total + x[:0].sum())
         return found
 
 
@@ -185,7 +197,7 @@ def _match(
     assignment: Assignment,
     counts: Tensor,
 ) -> Matched:
-    positive = assignment.positive
+    positive, score = assignment.positive, assignment.score
     if len(gt):
         index = assignment.gt_index.clamp(min=0)
         target_boxes = torch.where(positive[..., None], gt.boxes[index], anchors.boxes)
@@ -207,7 +219,7 @@ def _match(
         target_classes=target_classes,
         target_boxes=target_boxes,
         positive=positive,
-        score=assignment.score,
+        score=None if score is None else torch.where(positive, score, 0),
     )
 
 

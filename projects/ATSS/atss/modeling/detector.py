@@ -1,8 +1,9 @@
 """The detector: from images to losses or detections, top to bottom."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from detectron2.modeling.backbone import Backbone
@@ -12,10 +13,10 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from ..anchors import GridAnchorGenerator
+from ..anchors import Anchors, GridAnchorGenerator
 from ..structures import Assignment, GroundTruth, HeadOutput, Predictions
 from .box_coding import BoxCode, LegacyPixels
-from .branch import Assigner, Branch, HeadOutputs
+from .branch import Assigner, Branch, Phase
 from .criterion import Criterion, Quotient, divide
 from .postprocess import PostProcessor
 
@@ -83,9 +84,10 @@ class ATSSDetector(DenseDetector):
         if branches is None:
             if assigner is None or criterion is None:
                 raise ValueError("a detector needs an assigner and a criterion, or branches")
-            branches = {"main": Branch(assigner, criterion)}
-        _check_branches(branches, inference)
-        self.branches = nn.ModuleDict(branches)
+            branches = {"main": Branch(Phase(assigner, criterion))}
+        if inference not in branches:
+            raise ValueError(f"no branch {inference!r} for inference: there are {sorted(branches)}")
+        self.branches: Mapping[str, Branch] = nn.ModuleDict(branches)  # type: ignore[assignment]
         self.inference = inference
         self.anchor_generator = anchor_generator
         self.box_coder = box_coder
@@ -119,10 +121,24 @@ class ATSSDetector(DenseDetector):
         maps = self.backbone(images.tensor)
         return images, [maps[name] for name in self.head_in_features]
 
+    def _outputs(self, features: list[Tensor], names: Iterable[str]) -> dict[str, HeadOutput]:
+        """What branches read: {name of a branch: output}."""
+        shared = cache(lambda: self.head(features))
+        return {name: self.branches[name].read(features, shared) for name in names}
+
+    def _losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        if any("instances" not in x for x in batched_inputs):
+            raise ValueError("to train, images come with their instances")
+        images, features = self._features(batched_inputs)
+        outputs = self._outputs(features, self.branches)
+        gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
+        return self.forward_training(images, features, outputs, gt_instances)
+
     def _detections(self, batched_inputs: list[dict]) -> list[Instances]:
         """Of images of one canvas, in pixels of the originals."""
         images, features = self._features(batched_inputs)
-        found = self.forward_inference(images, features, self._outputs(features, self.inference))
+        outputs = self._outputs(features, [self.inference])
+        found = self.forward_inference(images, features, outputs)
         results = []
         for example, detected, input_hw in zip(
             batched_inputs, found, images.image_sizes, strict=True
@@ -133,27 +149,6 @@ class ATSSDetector(DenseDetector):
                 self.box_coder.after_resizing(result, input_hw)
             results.append(result)
         return results
-
-    def _outputs(self, features: list[Tensor], *names: str) -> dict[str, HeadOutput]:
-        """What branches read: {name of a branch: output}."""
-        wanted = {name: self._branch(name) for name in names}
-        if any(branch.head is None for branch in wanted.values()):
-            shared: HeadOutputs = self.head(features)
-        return {
-            name: branch.read(shared if branch.head is None else branch.own_output(features))
-            for name, branch in wanted.items()
-        }
-
-    def _branch(self, name: str) -> Branch:
-        branch = self.branches[name]
-        assert isinstance(branch, Branch)
-        return branch
-
-    def _losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
-        images, features = self._features(batched_inputs)
-        outputs = self._outputs(features, *self.branches)
-        gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
-        return self.forward_training(images, features, outputs, gt_instances)
 
     def _of_one_canvas(self, batched_inputs: list[dict]) -> list[list[int]]:
         """Indices of images that are padded to the same size, group by group."""
@@ -186,24 +181,42 @@ class ATSSDetector(DenseDetector):
         with torch.autocast(self.device.type, enabled=False):
             anchors = self.anchor_generator.grid(features)
             gt = GroundTruth.from_instances(gt_instances)
-            precise = {name: output.map(Tensor.float) for name, output in outputs.items()}
-            boxes, assignments, criteria = {}, {}, {}
+            precise, boxes = self._decode(outputs, anchors)
+            phases = {name: branch.at(iteration) for name, branch in self.branches.items()}
+            assignments = {}
+            for name, phase in phases.items():
+                if phase.assigner is not None:
+                    output = precise[name].map(Tensor.detach)
+                    seen = Predictions(output, boxes[name].detach())
+                    assignments[name] = phase.assigner(anchors, gt, seen)
             quotients: dict[str, Quotient] = {}
-            for name, output in precise.items():
-                boxes[name] = self.box_coder.decode(output.numbers, anchors.boxes, anchors.stride)
-                assigner, criteria[name] = self._branch(name).at(iteration)
-                if assigner is not None:
-                    seen = Predictions(output.map(Tensor.detach), boxes[name].detach())
-                    assignments[name] = assigner(anchors, gt, seen)
-            for name, output in precise.items():
-                assignment = assignments[self._branch(name).assignment_of or name]
-                found = criteria[name].quotients(output, boxes[name], anchors, gt, assignment)
-                prefix = "" if name == self.inference else f"{name}/"
-                quotients |= {prefix + loss: quotient for loss, quotient in found.items()}
+            for name, phase in phases.items():
+                giver = phase.assignment_of or name
+                if giver not in assignments:
+                    raise ValueError(
+                        f"branch {name!r} takes the assignment of {giver!r}; those with one are "
+                        f"{sorted(assignments)}"
+                    )
+                args = (precise[name], boxes[name], anchors, gt, assignments[giver])
+                for loss, quotient in phase.criterion.quotients(*args).items():
+                    quotients[loss if name == self.inference else f"{name}/{loss}"] = quotient
             losses = divide(quotients)
         if storage is not None:
             self._log(images, features, outputs, gt_instances, gt, assignments)
         return losses
+
+    def _decode(
+        self, outputs: Mapping[str, HeadOutput], anchors: Anchors
+    ) -> tuple[dict[str, HeadOutput], dict[str, Tensor]]:
+        """Each branch's output in float32, and its boxes; once where branches read the same."""
+        known: dict[int, tuple[HeadOutput, Tensor]] = {}
+        for output in outputs.values():
+            if id(output) not in known:
+                precise = output.map(Tensor.float)
+                boxes = self.box_coder.decode(precise.numbers, anchors.boxes, anchors.stride)
+                known[id(output)] = precise, boxes
+        precise_of = {name: known[id(output)][0] for name, output in outputs.items()}
+        return precise_of, {name: known[id(output)][1] for name, output in outputs.items()}
 
     def forward_inference(
         self, images: ImageList, features: list[Tensor], outputs: Mapping[str, HeadOutput]
@@ -238,20 +251,3 @@ class ATSSDetector(DenseDetector):
             with torch.no_grad():
                 results = self.forward_inference(images, features, outputs)
             self.visualize_training([shown], results[:1])
-
-
-def _check_branches(branches: Mapping[str, Branch], inference: str) -> None:
-    """Whether the branches know one another.
-
-    Raises:
-        ValueError: where one names another that there is not.
-    """
-    if inference not in branches:
-        raise ValueError(f"no branch {inference!r} for inference: there are {sorted(branches)}")
-    for name, branch in branches.items():
-        giver = branch.assignment_of
-        if giver and (giver not in branches or branches[giver].assignment_of):
-            givers = sorted(x for x in branches if not branches[x].assignment_of)
-            raise ValueError(
-                f"branch {name!r} takes the assignment of {giver!r}; those with one are {givers}"
-            )

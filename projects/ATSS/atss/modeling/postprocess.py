@@ -145,7 +145,9 @@ class PostProcessor:
         if quality is None:
             return probability
         own = quality[anchor]
-        return self.score(probability, own[:, None] if probability.ndim == 2 else own)
+        if probability.ndim == 2:
+            own = own[:, None].expand_as(probability)
+        return self.score(probability, own)
 
     def _best(self, rank: Tensor) -> Tensor:
         return rank.topk(min(self.topk_candidates, len(rank))).indices

@@ -28,7 +28,7 @@ def score(matched: Matched) -> Tensor:
     """
     if matched.score is None:
         raise ValueError("a class target or box weight is the score of a rule that gives none")
-    return matched.score * matched.positive
+    return matched.score
 
 
 def central(matched: Matched) -> Tensor:
@@ -83,8 +83,8 @@ class SmoothL1(BoxTerm):
         within("beta", self.beta, 0, 1e6)
         if not self.code.comparable:
             raise ValueError(
-                f"it compares what boxes are encoded to, and {type(self.code).__name__} rectifies "
-                "what it decodes: use a loss of boxes"
+                f"it compares numbers with encoded boxes, for which {type(self.code).__name__} is "
+                "not made: use a loss of boxes"
             )
 
     def __call__(self, matched: Matched) -> Tensor:

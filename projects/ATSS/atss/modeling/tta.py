@@ -11,7 +11,6 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..geometry import area
-from ..parts import within
 from .suppression import ScoredBoxes
 
 
@@ -45,7 +44,6 @@ class ATSSWithTTA(nn.Module):
         input_format: str,
     ):
         super().__init__()
-        within("max_detections", max_detections, 1)
         self.model = model
         self.views = [(*plain, 0.0, float("inf")), *sizes]
         self.flips = (False, True) if flip else (False,)
