@@ -1,5 +1,6 @@
 """From config files to parts: the keys, reading them, building."""
 
+from .branches import build_branches, build_criterion, prune
 from .build import (
     ATSSDetector,
     GridAnchorGenerator,
@@ -8,14 +9,11 @@ from .build import (
     build_assigner,
     build_atss_resnet_fpn_backbone,
     build_box_coder,
-    build_branches,
-    build_criterion,
     build_postprocess,
     build_timm_fpn_backbone,
     check_model,
     images_per_test_batch,
     one_image_at_a_time,
-    prune,
     use_available_device,
 )
 from .classes import class_names, complete_classes, resolve_num_classes, set_num_classes
