@@ -196,20 +196,30 @@ def test_evaluates_only(command, tmp_path):
     assert "AP" in results["bbox"]
 
 
-def test_evaluation_on_classes_in_another_order_is_warned_of(command, squares, tmp_path):
-    """What counts is the data set that is evaluated, not the one that the config trains on."""
+def test_evaluation_on_classes_in_another_order(command, squares, tmp_path):
+    """Classes go by their names: where a file numbers them otherwise, the results are the same;
+    where it calls them otherwise, the log says so."""
     run(command(**{"SOLVER.MAX_ITER": 1}))
     opts = {"MODEL.WEIGHTS": tmp_path / "out/model_final.pth"}
-    run(command("--eval-only", **opts))
+    plain = run(command("--eval-only", **opts))
+    data = json.loads((squares / "annotations.json").read_text())
+    for kind, key in (("categories", "id"), ("annotations", "category_id")):
+        for entry in data[kind]:
+            entry[key] = 11 - entry[key]
+    (tmp_path / "turned.json").write_text(json.dumps(data))
+    turned = ("--register", f"turned={tmp_path}/turned.json:{squares}/images")
+    sets = {"DATASETS.TRAIN": (), "DATASETS.TEST": ("turned",)}
+    found = run(command(*turned, "--eval-only", **opts, **sets))
+    assert str(found) == str(plain)  # some are no number
     log = tmp_path / "out" / "log.txt"
     assert "to the weights" not in log.read_text()
-    data = json.loads((squares / "annotations.json").read_text())
-    data["categories"] = [{"id": 5, "name": "orange"}, {"id": 6, "name": "blue"}]
-    (tmp_path / "swapped.json").write_text(json.dumps(data))
-    both = ("--register", f"swapped={tmp_path}/swapped.json:{squares}/images")
-    run(command(*both, "--eval-only", **opts, **{"DATASETS.TEST": ("swapped",)}))
+    data["categories"] = [{"id": 5, "name": "red"}, {"id": 6, "name": "blue"}]
+    (tmp_path / "red.json").write_text(json.dumps(data))
+    red = ("--register", f"red={tmp_path}/red.json:{squares}/images")
+    sets = {"DATASETS.TRAIN": (), "DATASETS.TEST": ("red",)}
+    run(command(*red, "--eval-only", **opts, **sets))
     assert "Class 0 is 'blue' to the weights" in log.read_text()
-    assert "but 'orange' here (2 of 2 differ)" in log.read_text()
+    assert "but 'red' here (2 of 2 differ)" in log.read_text()
 
 
 def test_data_without_annotations_get_their_results_written(command, squares, tmp_path):

@@ -16,7 +16,13 @@ from .build import (
     one_image_at_a_time,
     use_available_device,
 )
-from .classes import class_names, complete_classes, resolve_num_classes, set_num_classes
+from .classes import (
+    class_names,
+    complete_classes,
+    follow_classes,
+    resolve_num_classes,
+    set_num_classes,
+)
 from .keys import add_atss_config
 from .read import config_names, get_config, get_config_file, load_config, merge_options
 from .sampling import Sampling, build_sampling, candidates_per_object, with_rule
@@ -45,6 +51,7 @@ __all__ = [
     "complete_classes",
     "complete_schedule",
     "config_names",
+    "follow_classes",
     "get_config",
     "get_config_file",
     "images_per_test_batch",

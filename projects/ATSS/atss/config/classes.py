@@ -2,7 +2,7 @@
 
 from detectron2.config import CfgNode
 
-from ..data.datasets import classes_of
+from ..data.datasets import classes_of, follow
 
 
 def resolve_num_classes(cfg: CfgNode) -> int:
@@ -37,15 +37,31 @@ def set_num_classes(cfg: CfgNode) -> None:
     cfg.MODEL.ATSS.NUM_CLASSES = resolve_num_classes(cfg)
 
 
-def complete_classes(cfg: CfgNode) -> None:
-    """Fills in, in place, the number of classes and their names, as the data sets have them.
+def complete_classes(cfg: CfgNode, training: bool = True) -> None:
+    """Fills in, in place, the number of classes and their names: those of the data sets, or, where
+    nothing is trained, those that the config of a run names, if the data sets have the same ones.
+    All data sets follow their order.
 
     Raises:
-        ValueError: as :func:`resolve_num_classes`.
+        ValueError: as :func:`resolve_num_classes`, or where data sets have different classes.
     """
     set_num_classes(cfg)
-    cfg.MODEL.ATSS.CLASS_NAMES = []  # not those of a run whose config this was
-    cfg.MODEL.ATSS.CLASS_NAMES = class_names(cfg)
+    of_run = list(cfg.MODEL.ATSS.CLASS_NAMES)
+    cfg.MODEL.ATSS.CLASS_NAMES = []
+    names = class_names(cfg)
+    cfg.MODEL.ATSS.CLASS_NAMES = names if training or sorted(of_run) != sorted(names) else of_run
+    follow_classes(cfg)
+
+
+def follow_classes(cfg: CfgNode) -> None:
+    """Has the data sets of the config number their classes as MODEL.ATSS.CLASS_NAMES does; in each
+    process, once data sets are registered.
+
+    Raises:
+        ValueError: where one has other classes.
+    """
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        follow(name, cfg.MODEL.ATSS.CLASS_NAMES)
 
 
 def class_names(cfg: CfgNode) -> list[str]:

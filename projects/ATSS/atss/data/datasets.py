@@ -3,12 +3,12 @@
 import logging
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 
 from .coco_json import category_names, find_in_json, read_coco
@@ -64,14 +64,20 @@ def register(spec: str) -> str:
             raise ValueError(f"{annotations} has {finding.sentence()}")
     metadata = {
         "source": source,
+        "evaluator_type": "coco",
         "thing_classes": category_names(content),
         "annotated": bool(content["annotations"]),
         "remarks": {f.kind: f.sentence() for f in findings if f.level in (DROPPED, WARNING)},
     }
     if _is_yolo(annotations):
-        _register_content(name, metadata, content, image_dir)
+        # As bytes they take a tenth of the memory, and whoever asks gets records of his own.
+        load = partial(pickle.loads, pickle.dumps(_records(content, image_dir)))
     else:
-        register_coco_instances(name, metadata, annotations, image_dir)
+        load = partial(load_coco_json, annotations, image_dir)
+        metadata |= {"json_file": annotations, "image_root": image_dir}
+    # Sorted by id, categories get the numbers that Detectron2 gives those of a json.
+    ids = sorted(category["id"] for category in content["categories"])
+    _register(name, load, {category_id: i for i, category_id in enumerate(ids)}, metadata)
     return name
 
 
@@ -79,11 +85,9 @@ def _is_yolo(annotations: str) -> bool:
     return annotations.lower().endswith((".yaml", ".yml"))
 
 
-def _register_content(name: str, metadata: dict, content: dict, image_dir: str) -> None:
-    """Registers what was read, so that what was checked is what is used. Sorted by id, categories
-    get the numbers that Detectron2 gives those of a json."""
-    ids = sorted(category["id"] for category in content["categories"])
-    number = {category_id: i for i, category_id in enumerate(ids)}
+def _records(content: dict, image_dir: str) -> list[dict]:
+    """What was read, in Detectron2's format, so that what was checked is what is used; categories
+    by their ids."""
     records = {
         image["id"]: {
             "file_name": os.path.join(image_dir, image["file_name"]),
@@ -99,16 +103,65 @@ def _register_content(name: str, metadata: dict, content: dict, image_dir: str) 
             {
                 "bbox": annotation["bbox"],
                 "bbox_mode": BoxMode.XYWH_ABS,
-                "category_id": number[annotation["category_id"]],
+                "category_id": annotation["category_id"],
                 "iscrowd": annotation["iscrowd"],
             }
         )
-    # As bytes they take a tenth of the memory, and whoever asks gets records of his own.
-    stored = pickle.dumps(list(records.values()))
-    DatasetCatalog.register(name, partial(pickle.loads, stored))
+    return list(records.values())
+
+
+def _register(
+    name: str, load: Callable[[], list[dict]], number: Mapping[int, int], metadata: dict
+) -> None:
+    DatasetCatalog.register(name, partial(_numbered, load, number))
     MetadataCatalog.get(name).set(
-        evaluator_type="coco", thing_dataset_id_to_contiguous_id=number, **metadata
+        thing_dataset_id_to_contiguous_id=dict(number), load=load, **metadata
     )
+
+
+def _numbered(load: Callable[[], list[dict]], number: Mapping[int, int]) -> list[dict]:
+    records = load()
+    for record in records:
+        for annotation in record["annotations"]:
+            annotation["category_id"] = number[annotation["category_id"]]
+    return records
+
+
+def follow(name: str, classes: Sequence[str]) -> None:
+    """Gives the classes of a data set the numbers that they have among ``classes``: sets whose
+    files list the same classes in another order can be used together.
+
+    Raises:
+        ValueError: naming a class that one of them has not, or a data set in another order that
+            :func:`register` did not make.
+    """
+    own = classes_of(name)
+    if own is None or not classes or list(map(_plain, own)) == list(map(_plain, classes)):
+        return
+    places = {_plain(x): i for i, x in enumerate(classes)}
+    if len(places) < len(classes) or {*map(_plain, own)} != {*places}:
+        i = next(i for i, (a, b) in enumerate(zip(own, classes, strict=False)) if a != b)
+        raise ValueError(
+            f"class {i} of data set {name} is {own[i]!r}, but {classes[i]!r} of the data set or "
+            "weights that it is used with: what is found would be called by the wrong name"
+        )
+    metadata = MetadataCatalog.get(name).as_dict()
+    if "source" not in metadata:
+        raise ValueError(
+            f"data set {name} has the classes {own}, which are {[*classes]} in another order: "
+            "register it by --register"
+        )
+    old = metadata.pop("thing_dataset_id_to_contiguous_id")
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+    number = {category_id: places[_plain(own[i])] for category_id, i in old.items()}
+    load = metadata.pop("load")
+    unchanged = {k: x for k, x in metadata.items() if k != "name"}
+    _register(name, load, number, {**unchanged, "thing_classes": list(classes)})
+
+
+def _plain(class_name: str) -> str:
+    return class_name.strip().casefold()
 
 
 def log_remarks(names: Sequence[str]) -> None:

@@ -24,11 +24,13 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoints import SafeCheckpointer, TrainingCheckpointer
+from ..checkpoints.classes import names_in, warn_of_others
 from ..config import (
     begins_pretrained,
     check_model,
     complete_classes,
     complete_schedule,
+    follow_classes,
     load_config,
     prune,
     use_available_device,
@@ -98,7 +100,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     if use_available_device(cfg):
         print("No GPU here: running on the CPU.", file=sys.stderr)
     if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
-        complete_classes(cfg)
+        complete_classes(cfg, training=not args.eval_only)
     check_processes(args, cfg)
     check_data(cfg, training=not args.eval_only)
     if not args.eval_only:
@@ -113,6 +115,8 @@ def prepare(args: argparse.Namespace) -> CfgNode:
 def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     """What every process does: evaluates with --eval-only, or trains; results by task."""
     register(args)
+    if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
+        follow_classes(cfg)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="atss")
     datasets.log_remarks((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
@@ -121,9 +125,9 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     cfg = _weights_at_hand(args, cfg)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        names = datasets.classes_of(cfg.DATASETS.TEST[0]) or ()
-        checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR, class_names=names)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        _follow_weights(names_in(loaded, cfg.MODEL.WEIGHTS), cfg)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_tta(cfg, model))
@@ -144,6 +148,16 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     trainer.resume_or_load(resume=args.resume)
     logging.getLogger("atss").info("Starting at iteration %d", trainer.start_iter)
     return trainer.train()
+
+
+def _follow_weights(names: list[str], cfg: CfgNode) -> None:
+    """Data sets that have the classes of the weights number them as these do; where they have
+    others, the log says so."""
+    for name in cfg.DATASETS.TEST:
+        try:
+            datasets.follow(name, names)
+        except ValueError:
+            warn_of_others(names, datasets.classes_of(name) or (), cfg.MODEL.WEIGHTS)
 
 
 def _weights_at_hand(args: argparse.Namespace, cfg: CfgNode) -> CfgNode:
