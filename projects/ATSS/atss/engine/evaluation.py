@@ -1,7 +1,8 @@
 """What evaluation needs of a data set: its loader and its evaluator."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -19,6 +20,19 @@ from detectron2.utils import comm
 
 from ..config import images_per_test_batch
 from ..data.mapper import Mapper
+
+
+class ByName(COCOEvaluator):
+    """Detectron2's, for classes that are not numbered in the order of their ids in the data: it
+    would give the APs of classes to each other's names."""
+
+    def _derive_coco_results(
+        self, coco_eval: Any, iou_type: str, class_names: Sequence[str] | None = None
+    ) -> dict:
+        number = getattr(self._metadata, "thing_dataset_id_to_contiguous_id", None)
+        if class_names and number:
+            class_names = [class_names[number[category_id]] for category_id in sorted(number)]
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
@@ -48,9 +62,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind == "coco":
         # Of data that came in no json Detectron2 writes one there: not to be trusted the next time.
-        return COCOEvaluator(
-            dataset_name, ("bbox",), output_dir=output_dir, allow_cached_coco=False
-        )
+        return ByName(dataset_name, ("bbox",), output_dir=output_dir, allow_cached_coco=False)
     if kind == "lvis":
         return LVISEvaluator(dataset_name, ("bbox",), output_dir=output_dir)
     if kind == "pascal_voc":
