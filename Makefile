@@ -46,5 +46,6 @@ lint: env
 bench: env
 	$(BIN)/python tools/benchmark.py assignment
 
+# Not output/, where trainings lie.
 clean:
-	rm -rf $(VENV) output
+	rm -rf $(VENV)

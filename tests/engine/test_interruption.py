@@ -233,13 +233,14 @@ class Run:
     def __init__(self, folder, argv):
         self.progress = folder / "progress"
         self.log = folder / "out" / "log.txt"
-        self.unfinished = folder / "out" / TrainingCheckpointer.UNFINISHED
         self.errors = folder / "stderr"
-        self.begun = size(self.log), size(self.progress), changed(self.unfinished)
+        self.begun = size(self.log), size(self.progress)
         command = [sys.executable, "-W", "ignore", str(ROOT / "tools/train_net.py"), *argv]
         options = {"cwd": folder, "stdout": subprocess.DEVNULL, "start_new_session": True}
         with self.errors.open("w") as stderr:
             self.process = subprocess.Popen(command, stderr=stderr, **options)
+        name = f"{TrainingCheckpointer.UNFINISHED}{self.process.pid}"
+        self.unfinished = folder / "out" / name
 
     def kill(self, moment, rng, whole):
         """Kills it and its workers while it starts, some iterations later, or within the write of
@@ -258,8 +259,8 @@ class Run:
         return self.writes()
 
     def writes(self):
-        """Whether it is writing a checkpoint: the file is none that an earlier kill left."""
-        return changed(self.unfinished) not in (None, self.begun[2])
+        """Whether it is writing a checkpoint."""
+        return self.unfinished.exists()
 
     def finish(self):
         assert self.process.wait() == 0, self.errors.read_text()[-2000:]
@@ -270,13 +271,6 @@ def size(path):
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def changed(path):
-    try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
 
 
 @pytest.mark.parametrize(
@@ -306,7 +300,7 @@ def test_kills_change_nothing(mixed, tmp_path, kills, iterations):
     starts = re.findall(r"Starting at iteration (\d+)", (tmp_path / "out/log.txt").read_text())
     assert starts == sorted(starts, key=int)
     assert len(list((tmp_path / "out").glob("model_0*.pth"))) == 2
-    assert not run.unfinished.exists()
+    assert not list((tmp_path / "out").glob("unfinished*"))
 
 
 @pytest.mark.slow

@@ -112,9 +112,9 @@ class HeadOutput(NamedTuple):
     quality: Tensor | None
     probabilities: bool = False
 
-    def of_image(self, i: int) -> HeadOutput:
-        """Of one image, without N."""
-        return self.map(lambda x: x[i])
+    def at(self, index: int | slice) -> HeadOutput:
+        """Of some images, or of one without N; of that, of some anchors."""
+        return self.map(lambda x: x[index])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> HeadOutput:
         """What a function makes of each tensor."""

@@ -127,8 +127,8 @@ class TrainingCheckpointer(SafeCheckpointer):
             iterations, which another run left there, are not touched.
     """
 
-    # At most one is left by kills: the next write begins it anew.
-    UNFINISHED = "unfinished_checkpoint"
+    # Of each process its own, should two write into one folder.
+    UNFINISHED = "unfinished_checkpoint_"
 
     def __init__(self, model: nn.Module, save_dir: str, *, keep: int = 0, **others: Any):
         super().__init__(model, save_dir, **others)
@@ -209,7 +209,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         return ""
 
     def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
-        unfinished = os.path.join(self.save_dir, self.UNFINISHED)
+        unfinished = os.path.join(self.save_dir, f"{self.UNFINISHED}{os.getpid()}")
         try:
             with open(unfinished, "wb") as file:
                 write(file)

@@ -66,7 +66,7 @@ def verify_download(url: str, path: str | Path) -> None:
         WeightsError: where they differ.
     """
     match = re.search(r"-([0-9a-f]{8})\.(?:pth|pt|pkl)$", url)
-    if match is None:
+    if match is None or re.fullmatch(r"(?:19|20)\d\d[01]\d[0-3]\d", match[1]):  # a date
         return
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]

@@ -185,6 +185,22 @@ def refuse_unevaluable(names: Sequence[str]) -> None:
             )
 
 
+def refuse_missing_images(names: Sequence[str]) -> None:
+    """What an evaluation at the end of a training would meet: a stat for each file.
+
+    Raises:
+        ValueError: naming the data set and the first image that is not there.
+    """
+    for name in dict.fromkeys(names):
+        files = [record["file_name"] for record in DatasetCatalog.get(name)]
+        missing = [x for x in files if "://" not in x and not os.path.isfile(x)]
+        if missing:
+            raise ValueError(
+                f"data set {name}: {len(missing)} of {len(files)} images do not exist, such as "
+                f"{missing[0]}"
+            )
+
+
 def refuse_unannotated(names: Sequence[str]) -> None:
     """Training on a data set that :func:`register` found without annotations cannot be.
 

@@ -14,6 +14,9 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
 
 import torch
 from detectron2.config import CfgNode
@@ -117,7 +120,8 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     register(args)
     if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
         follow_classes(cfg)
-    default_setup(cfg, args)
+    with _keeping_config(cfg.OUTPUT_DIR, args.eval_only):
+        default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="atss")
     datasets.log_remarks((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     if cfg.MODEL.DEVICE == "cpu":
@@ -179,9 +183,74 @@ def start(args: argparse.Namespace) -> None:
     something is wrong."""
     try:
         cfg = prepare(args)
+        lock = None
+        if not args.eval_only and _is_first(args):
+            refuse_used_folder(cfg.OUTPUT_DIR, args.resume)
+            lock = lock_folder(cfg.OUTPUT_DIR)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     launch(run, args, cfg)
+    if lock is not None:
+        lock.close()
+
+
+def _is_first(args: argparse.Namespace) -> bool:
+    """Whether this is the only process of a run, or the first."""
+    return not (int(os.environ.get("RANK", 0)) if is_started() else args.machine_rank)
+
+
+@contextmanager
+def _keeping_config(folder: str, keep: bool) -> Iterator[None]:
+    """Where asked to, leaves the config.yaml of a training as it is: an evaluation is none."""
+    path = os.path.join(folder, "config.yaml")
+    before = None
+    if keep and os.path.isfile(path):
+        with open(path, "rb") as file:
+            before = file.read()
+    yield
+    if before is not None and comm.is_main_process():
+        with open(path, "wb") as file:
+            file.write(before)
+
+
+def refuse_used_folder(path: str, resume: bool) -> None:
+    """That a new training does not replace another.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    if not resume and os.path.exists(os.path.join(path, "last_checkpoint")):
+        raise ValueError(
+            f"OUTPUT_DIR {path} holds a training already: --resume goes on with it, another "
+            "OUTPUT_DIR begins a new one"
+        )
+
+
+def lock_folder(path: str) -> IO | None:
+    """Keeps other runs out of a folder for as long as the file that is returned is open; None
+    where the system has no such locks. What a killed run was writing is removed.
+
+    Raises:
+        ValueError: where another run is there.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = open(os.path.join(path, "lock"), "w")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ValueError(
+            f"OUTPUT_DIR {path} is in use by another run: wait for it, or choose another"
+        ) from error
+    except OSError:  # a file system without locks
+        return file
+    for name in os.listdir(path):
+        if name.startswith(TrainingCheckpointer.UNFINISHED):
+            os.remove(os.path.join(path, name))
+    return file
 
 
 def register(args: argparse.Namespace) -> None:
@@ -261,6 +330,7 @@ def check_data(cfg: CfgNode, training: bool) -> None:
             raise ValueError("DATASETS.TRAIN names no data set")
         datasets.refuse_unannotated(cfg.DATASETS.TRAIN)
     datasets.refuse_unevaluable(cfg.DATASETS.TEST)
+    datasets.refuse_missing_images(cfg.DATASETS.TEST)
 
 
 def check_best(cfg: CfgNode) -> None:

@@ -85,9 +85,7 @@ class PostProcessor:
         Returns:
             per image: pred_boxes, scores, pred_classes, best first.
         """
-        return [
-            self._detect(output.of_image(i), anchors, code, x) for i, x in enumerate(image_sizes)
-        ]
+        return [self._detect(output.at(i), anchors, code, x) for i, x in enumerate(image_sizes)]
 
     def _detect(
         self, output: HeadOutput, anchors: Anchors, code: BoxCode, image_size: tuple[int, int]
@@ -109,19 +107,20 @@ class PostProcessor:
 
     def _candidates(self, output: HeadOutput, anchors: Anchors) -> tuple[Tensor, Tensor, Tensor]:
         """(M,) anchor index, class and score of an image's candidates, over all levels."""
-        levels = [output.probability().split(anchors.per_level)]
-        if output.quality is not None:
-            levels.append(output.quality.sigmoid().split(anchors.per_level))
+        quality = None if output.quality is None else output.quality.sigmoid()
         kept, first = [], 0
-        for probability, *quality in zip(*levels, strict=True):
-            anchor, classes, score = self._of_level(probability, *quality)
+        for count in anchors.per_level:
+            level = slice(first, first + count)
+            probability = output.at(level).probability()
+            of_level = None if quality is None else quality[level]
+            anchor, classes, score = self._of_level(probability, of_level)
             kept.append((anchor + first, classes, score))
-            first += len(probability)
+            first += count
         anchor, classes, score = (torch.cat(x) for x in zip(*kept, strict=True))
         return anchor, classes, score
 
     def _of_level(
-        self, probability: Tensor, quality: Tensor | None = None
+        self, probability: Tensor, quality: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(R, K) and (R,) of a level -> (M,) anchor index, class and score."""
         anchors = torch.arange(len(probability), device=probability.device)

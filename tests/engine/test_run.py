@@ -1,0 +1,99 @@
+"""Folders of runs: whose they are, and what stays in them."""
+
+import pytest
+import yaml
+from conftest import ROOT
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+import atss.engine.run as way_in
+from atss.checkpoints import TrainingCheckpointer
+
+
+@pytest.fixture
+def arguments(squares, tmp_path):
+    def make(*options, **opts):
+        defaults = {
+            "DATASETS.TRAIN": "('squares',)",
+            "DATASETS.TEST": "('squares',)",
+            "MODEL.DEVICE": "cpu",
+            "OUTPUT_DIR": tmp_path / "out",
+        }
+        pairs = [str(x) for pair in (defaults | opts).items() for x in pair]
+        register = f"squares={squares}/annotations.json:{squares}/images"
+        config = str(ROOT / "configs/ATSS_R_18_FPN_small.yaml")
+        argv = ["--config-file", config, "--register", register, *options, *pairs]
+        return way_in.make_parser().parse_args(argv)
+
+    yield make
+    for name in ("squares", "bare"):
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What start() would have run, and how often."""
+    runs = []
+    monkeypatch.setattr(way_in, "launch", lambda run, args, cfg: runs.append(cfg))
+    return runs
+
+
+def said_by(args) -> str:
+    with pytest.raises(SystemExit) as caught:
+        way_in.start(args)
+    return str(caught.value)
+
+
+def test_a_new_training_does_not_replace_another(arguments, launched, tmp_path):
+    way_in.start(arguments())
+    (tmp_path / "out" / "last_checkpoint").write_text("model_final.pth")
+    sentence = said_by(arguments())
+    assert sentence.startswith(f"error: OUTPUT_DIR {tmp_path}/out holds a training already: --res")
+    way_in.start(arguments("--resume"))
+    way_in.start(arguments("--eval-only"))
+    assert len(launched) == 3
+
+
+def test_two_runs_cannot_share_a_folder(arguments, launched, tmp_path):
+    (tmp_path / "out").mkdir()
+    left = tmp_path / "out" / f"{TrainingCheckpointer.UNFINISHED}123"
+    left.touch()
+    lock = way_in.lock_folder(str(tmp_path / "out"))
+    assert not left.exists()  # of a run that was killed
+    assert f"{tmp_path}/out is in use by another run" in said_by(arguments())
+    way_in.start(arguments("--eval-only"))
+    lock.close()
+    way_in.start(arguments())
+    way_in.start(arguments())  # the one before has ended
+    assert len(launched) == 3
+
+
+def test_an_evaluation_leaves_the_config_of_the_training(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("of the training")
+    for evaluates, after in ((True, "of the training"), (False, "written anew")):
+        with way_in._keeping_config(str(tmp_path), evaluates):
+            config.write_text("written anew")
+        assert config.read_text() == after
+    with way_in._keeping_config(str(tmp_path / "none"), True):
+        pass
+
+
+def test_images_of_the_test_data_are_looked_for_first(arguments, squares, launched, tmp_path):
+    spec = f"bare={squares}/annotations.json:{tmp_path}"
+    args = arguments("--register", spec, **{"DATASETS.TEST": "('bare',)"})
+    sentence = said_by(args)
+    assert sentence == (
+        f"error: data set bare: 8 of 8 images do not exist, such as {tmp_path}/0.png"
+    )
+    assert not launched
+
+
+def test_the_small_config_writes_checkpoints(arguments):
+    """After each pass over the images: of 8, in batches of 4, without the one that is empty."""
+    cfg = way_in.prepare(arguments())
+    assert (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_TO_KEEP) == (2, 1)
+    assert (
+        "CHECKPOINT_EPOCHS" in yaml.safe_load((ROOT / "configs/small.yaml").read_text())["SOLVER"]
+    )
