@@ -55,3 +55,40 @@ def test_weights_of_other_classes_are_warned_of(tmp_path, caplog):
     cfg = make_cfg(*TINY, "MODEL.ATSS.CLASS_NAMES", ["a", "c", "b"])
     assert Predictor(cfg, str(tmp_path / "model.pth")).names == ["a", "c", "b"]
     assert "Class 1 is 'b' to the weights" in caplog.text
+
+
+def test_a_rule_that_is_not_known_here_is_not_needed(weights, tmp_path):
+    """Nor phases, or other branches: what they had in the weights is left over."""
+    cfg = make_cfg(*TINY, "MODEL.ATSS.BRANCHES", ["extra"], "MODEL.ATSS.PHASES", [["extra", 5]])
+    cfg.MODEL.ATSS.BRANCH.extra = type(cfg)({"OWN_HEAD": True, "ASSIGNER": "Gone"})
+    cfg.MODEL.ATSS.ASSIGNER = "Gone"
+    cfg.MODEL.ATSS.ASSIGNERS.Gone = type(cfg)({"SHARE": 1})
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    image = np.zeros((64, 96, 3), np.uint8)
+    (found,) = Predictor(tmp_path / "config.yaml", weights)([image])
+    (plain,) = Predictor(make_cfg(*TINY), weights)([image])
+    assert np.array_equal(found.boxes, plain.boxes)
+
+
+def test_the_branch_for_inference_is_built(tmp_path):
+    cfg = make_cfg(*TINY, "MODEL.ATSS.BRANCHES", ["one"], "MODEL.ATSS.INFERENCE", "one")
+    cfg.MODEL.ATSS.BRANCH.one = type(cfg)({"OWN_HEAD": True, "QUALITY": "", "NUM_CONVS": 2})
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
+    model = Predictor(cfg, tmp_path / "model.pth").model
+    assert len(model.branches["one"].head.cls_subnet) == 6
+
+
+@pytest.mark.parametrize("lacks", ["head.cls_score.weight", "backbone.fpn_lateral3.weight"])
+def test_weights_that_fit_in_part_are_refused(weights, tmp_path, lacks):
+    content = torch.load(weights)
+    del content["model"][lacks]
+    torch.save(content, tmp_path / "part.pth")
+    with pytest.raises(
+        WeightsError, match=rf"part.pth has no weights for 1 parts .* {lacks}: they"
+    ):
+        Predictor(make_cfg(*TINY), tmp_path / "part.pth")
+
+
+def test_no_weights_are_refused():
+    with pytest.raises(WeightsError, match=r"MODEL.WEIGHTS names no weights to detect with"):
+        Predictor(make_cfg(*TINY), "")

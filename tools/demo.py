@@ -11,7 +11,7 @@ import logging
 import sys
 from pathlib import Path
 
-from atss.analysis.pictures import annotate
+from atss.analysis.pictures import annotate, targets
 from atss.predictor import Predictor
 from atss_runner.media import find_media
 
@@ -33,16 +33,42 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
+    records: list[dict] = []
+    seen = 0
     try:
         if args.batch < 1:
             raise ValueError(f"--batch must be 1 or more, not {args.batch}")
         paths = find_media(args.input)
+        targets(paths, args.output)
+        target = make_file(args.output, "detections.json")
         predictor = Predictor(args.config_file, args.weights, args.opts)
+        try:
+            for found in annotate(predictor, paths, args.output, args.score_threshold, args.batch):
+                records += found
+                seen += 1
+        finally:  # what was found until something went wrong, or ctrl-C
+            target.write_text(json.dumps(records))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    records = annotate(predictor, paths, args.output, args.score_threshold, args.batch)
-    (args.output / "detections.json").write_text(json.dumps(records))
+    except KeyboardInterrupt:
+        sys.exit(f"stopped: {target} holds {len(records)} detections of {seen} images or frames")
+    if not seen:
+        sys.exit("error: none of the inputs could be read")
     print(f"{len(records)} detections: pictures and detections.json are in {args.output}")
+
+
+def make_file(folder: Path, name: str) -> Path:
+    """Makes the folder and an empty file in it, before anything is worked out.
+
+    Raises:
+        OSError: in a sentence that names the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("[]")
+    except OSError as error:
+        raise OSError(f"cannot write into --output {folder}: {error.strerror}") from error
+    return folder / name
 
 
 if __name__ == "__main__":

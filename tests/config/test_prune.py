@@ -66,6 +66,8 @@ def test_third_parties_come_and_go(register_mine, squares, tmp_path, chosen):
     del ASSIGNER_REGISTRY.entries["Mine"]
     argv = ["--config-file", str(tmp_path / "config.yaml"), "--register", register, "--eval-only"]
     arguments = way_in.make_parser().parse_args(argv)
+    way_in.prepare(arguments)  # to evaluate, it is not needed in any case
+    arguments.eval_only = False
     if not chosen:
         way_in.prepare(arguments)
         return

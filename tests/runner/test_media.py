@@ -41,7 +41,7 @@ def test_folders_and_files_are_found(tmp_path):
     for name in ("b.png", "a.JPG", "film.mp4", "notes.txt"):
         (tmp_path / name).touch()
     found = media.find_media([tmp_path, tmp_path / "b.png"])
-    assert [path.name for path in found] == ["a.JPG", "b.png", "film.mp4", "b.png"]
+    assert [path.name for path in found] == ["a.JPG", "b.png", "film.mp4"]  # each once
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no image and no video"):
         media.find_media([tmp_path / "empty"])

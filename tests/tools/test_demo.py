@@ -1,6 +1,8 @@
 """tools/demo.py, and the data of `make demo`."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 
 import cv2
@@ -13,6 +15,7 @@ from conftest import ROOT, make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from PIL import Image
+from pycocotools.coco import COCO
 
 from atss.data import digits
 from atss.predictor import Predictor
@@ -34,28 +37,103 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path):
-    def call(*inputs, threshold=0.0):
-        argv = ["demo.py", "--config-file", str(trained / "config.yaml")]
-        argv += ["--weights", str(trained / "model.pth"), "--output", str(tmp_path / "out")]
+    def call(*inputs, threshold=0.0, output=tmp_path / "out", opts=()):
+        argv = ["--config-file", str(trained / "config.yaml"), "--opts", *map(str, opts)]
+        argv += ["--weights", str(trained / "model.pth"), "--output", str(output)]
         argv += ["--score-threshold", str(threshold), "--batch", "3"]
-        demo.main([*argv[1:], "--input", *map(str, inputs)])
-        return json.loads((tmp_path / "out" / "detections.json").read_text())
+        demo.main([*argv, "--input", *map(str, inputs)])
+        return json.loads((output / "detections.json").read_text())
 
     return call
 
 
 def test_draws_a_folder_and_an_image(run, squares, tmp_path):
-    records = run(squares / "images", squares / "images" / "0.png")
+    records = run(squares / "images", squares / "images" / "0.png")  # once, though named twice
     names = sorted(p.name for p in (tmp_path / "out").glob("*.png"))
-    assert names == sorted([f"{i}.png" for i in range(8)] + ["0_1.png"])
+    assert names == [f"{i}.png" for i in range(8)]
     first = [r for r in records if r["file_name"] == str(squares / "images" / "0.png")]
-    half = len(first) // 2
-    assert first[:half] == first[half:]  # it was named twice
-    assert half > 0
-    assert {r["category_id"] for r in first} <= {1, 2, 3}
+    assert len(first) > 0
+    assert {r["image_id"] for r in first} == {0}
+    assert {(r["category_id"], r["category_name"]) for r in first} <= {
+        *((1, "ant"), (2, "bee"), (3, "cat"))
+    }
     assert all(len(r["bbox"]) == 4 and 0 <= r["score"] <= 1 for r in first)
     drawn = cv2.imread(str(tmp_path / "out" / "0.png"))
     assert drawn.shape == (96, 128, 3)
+
+
+def test_detections_have_the_ids_of_the_data(run, squares):
+    """COCO's own reader takes them."""
+    records = run(squares / "images", opts=("MODEL.ATSS.CLASS_IDS", "[5, 6, 90]"))
+    assert {r["category_id"] for r in records} <= {5, 6, 90}
+    truth = COCO(str(squares / "annotations.json"))
+    assert len(truth.loadRes(records).anns) == len(records) > 0
+
+
+def test_images_of_one_name_have_pictures_of_their_own(run, squares, tmp_path):
+    for name in ("a/0.png", "a/0_1.png", "b/0.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(squares / "images" / "0.png", tmp_path / name)
+    run(tmp_path / "a", tmp_path / "b")
+    names = sorted(p.name for p in (tmp_path / "out").glob("*.png"))
+    assert names == ["0.png", "0_1.png", "0_2.png"]
+
+
+def test_no_input_is_replaced(run, squares, tmp_path):
+    image = tmp_path / "photo.png"
+    shutil.copy(squares / "images" / "0.png", image)
+    before = image.read_bytes()
+    with pytest.raises(SystemExit, match=r"photo.png would replace an input: choose another --o"):
+        run(image, output=tmp_path)
+    assert image.read_bytes() == before
+    assert not (tmp_path / "detections.json").exists()
+
+
+def test_what_was_found_is_written_when_something_goes_wrong(run, squares, tmp_path, monkeypatch):
+    drawn = []
+
+    def write(path, picture):
+        drawn.append(path)
+        return len(drawn) < 6
+
+    monkeypatch.setattr(cv2, "imwrite", write)
+    with pytest.raises(SystemExit, match=r"error: cannot write the picture .*5.png"):
+        run(squares / "images")
+    records = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {r["image_id"] for r in records} == {0, 1, 2, 3, 4}
+
+    def stop(path, picture):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cv2, "imwrite", stop)
+    with pytest.raises(SystemExit, match=r"stopped: .*detections.json holds 0 detections of 0 im"):
+        run(squares / "images")
+
+
+def test_the_output_is_tried_first(run, squares, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"cannot write into --output .*file: File exists"):
+        run(squares / "images", output=tmp_path / "file")
+
+
+def test_images_that_training_refuses_are_not_detected_on(run, tmp_path, capsys):
+    """16 bits would be white; damage in the middle of a PNG, grey; what is thin has no pixel."""
+    Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(tmp_path / "deep.png")
+    noise = np.random.default_rng(0).integers(0, 255, (96, 96, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "damaged.png")
+    content = bytearray((tmp_path / "damaged.png").read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "damaged.png").write_bytes(content)
+    Image.fromarray(np.zeros((1, 5000, 3), np.uint8)).save(tmp_path / "thin.png")
+    with pytest.raises(SystemExit, match="error: none of the inputs could be read"):
+        run(*(tmp_path / f"{name}.png" for name in ("deep", "damaged", "thin")))
+    said = capsys.readouterr().err
+    for sentence in (
+        "deep.png has more than 8 bits per channel",
+        "cannot read the image .*damaged.png: ",
+        "thin.png is 5000 x 1 pixels, too thin",
+    ):
+        assert re.search(sentence, said), sentence
 
 
 def test_several_images_at_once_equal_one_by_one(trained, squares):
@@ -85,7 +163,7 @@ def test_an_unreadable_image_is_skipped_and_named(run, squares, tmp_path, capsys
     bad.write_bytes(b"no image")
     records = run(bad, squares / "images" / "1.png")
     assert {r["file_name"] for r in records} == {str(squares / "images" / "1.png")}
-    assert f"skipped {bad}" in capsys.readouterr().err
+    assert f"skipped: cannot read the image {bad}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,14 @@ from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 
 from .checkpoints import SafeCheckpointer
-from .config import class_names, load_config, merge_options, use_available_device
+from .config import (
+    class_ids,
+    class_names,
+    for_inference,
+    load_config,
+    merge_options,
+    use_available_device,
+)
 from .config.checks import lookup
 
 
@@ -44,6 +51,8 @@ class Predictor:
 
     Attributes:
         names: of the classes; empty where neither config nor data tell.
+        ids: of the classes in the data that they were learnt from; empty where they are not known.
+        size: (shorter side, longest side) to which images are resized.
 
     Raises:
         ValueError: naming the file or the key, where config or weights cannot be used.
@@ -57,10 +66,13 @@ class Predictor:
         lookup(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
         self.names = class_names(cfg)
         cfg.MODEL.WEIGHTS = str(weights)  # so that a backbone's own are not looked for
+        if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
+            cfg = for_inference(cfg)
         self.model = build_model(cfg).eval()
-        SafeCheckpointer(self.model, class_names=self.names).load(str(weights))
-        short = cfg.INPUT.MIN_SIZE_TEST
-        self.resize = T.ResizeShortestEdge([short, short], cfg.INPUT.MAX_SIZE_TEST)
+        SafeCheckpointer(self.model, class_names=self.names, whole=True).load(str(weights))
+        self.ids = class_ids(cfg)
+        self.size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        self.resize = T.ResizeShortestEdge([self.size[0]] * 2, self.size[1])
         self.input_format = cfg.INPUT.FORMAT
 
     @torch.no_grad()

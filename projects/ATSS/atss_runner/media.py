@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 
 
 def find_media(names: Iterable[str | Path]) -> list[Path]:
-    """The images and videos that are named, or lie in the folders that are named.
+    """The images and videos that are named, or lie in the folders that are named, each once.
 
     Raises:
         ValueError: naming what does not exist, or is neither.
@@ -39,7 +39,7 @@ def find_media(names: Iterable[str | Path]) -> list[Path]:
             raise ValueError(f"the input {path} is neither an image nor a video by its ending")
         else:
             found.append(path)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def is_video(path: Path) -> bool:

@@ -63,7 +63,7 @@ def plot_examples(
                 outline.set(edgecolor=colour, linestyle=style)
                 panel.add_patch(outline)
                 panel.text(
-                    *(x1, max(y1 - 2, 8), text),
+                    *(x1, max(y1 - 2, 8), text.replace("$", r"\$")),
                     color="black",
                     fontsize=8,
                     va="bottom",

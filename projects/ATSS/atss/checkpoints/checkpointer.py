@@ -25,6 +25,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     Args:
         model, save_dir, checkpointables: as there.
         class_names: of the model; empty where they are not known.
+        whole: all weights of the model have to be there, as what it detects with.
     """
 
     # Weights of other projects, whose names have to be matched with ours, by the end of the file's
@@ -40,9 +41,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         class_names: Sequence[str] = (),
+        whole: bool = False,
         **checkpointables: Any,
     ):
         super().__init__(model, save_dir, **checkpointables)
+        self.whole = whole
         self.class_names = list(class_names)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict:
@@ -51,6 +54,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         Raises:
             WeightsError: where there is no such file, it holds no weights, or none that fit.
         """
+        if self.whole and not path:
+            raise WeightsError("MODEL.WEIGHTS names no weights to detect with")
         if path:
             address = path.partition("?")[0]
             try:
@@ -93,7 +98,15 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"nothing in {self._loading} fits the model; weights of the authors' code or of "
                 "mmdet have to be converted by tools/convert_checkpoint.py"
             )
-        self._refuse_random_parts({*left.missing_keys, *(x[0] for x in left.incorrect_shapes)})
+        lacking = {*left.missing_keys, *(x[0] for x in left.incorrect_shapes)}
+        self._refuse_random_parts(lacking)
+        if self.whole:
+            names = [name for name, _ in self.model.named_parameters() if name in lacking]
+            if names:
+                raise WeightsError(
+                    f"{self._loading} has no weights for {len(names)} parts of the model, such as "
+                    f"{names[0]}: they are of another model, or of a backbone alone"
+                )
         return left
 
     def _refuse_random_parts(self, missing: set[str]) -> None:

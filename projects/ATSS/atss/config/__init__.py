@@ -1,6 +1,6 @@
 """From config files to parts: the keys, reading them, building."""
 
-from .branches import build_branches, build_criterion, prune
+from .branches import build_branches, build_criterion, for_inference, prune
 from .build import (
     ATSSDetector,
     GridAnchorGenerator,
@@ -17,6 +17,7 @@ from .build import (
     use_available_device,
 )
 from .classes import (
+    class_ids,
     class_names,
     complete_classes,
     follow_classes,
@@ -47,11 +48,13 @@ __all__ = [
     "build_tta",
     "candidates_per_object",
     "check_model",
+    "class_ids",
     "class_names",
     "complete_classes",
     "complete_schedule",
     "config_names",
     "follow_classes",
+    "for_inference",
     "get_config",
     "get_config_file",
     "images_per_test_batch",

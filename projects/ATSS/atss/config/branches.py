@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from torch import nn
 
 from .. import assigners, modeling
@@ -13,6 +13,7 @@ from ..modeling.branch import Branch, Phase
 from ..modeling.criterion import Criterion
 from ..parts import Parts, overlay
 from .checks import naming
+from .keys import add_atss_config
 
 # What a branch is, beside parts: the keys, with the values that they have where a branch of
 # MODEL.ATSS.BRANCHES does not say otherwise.
@@ -209,6 +210,26 @@ def _chosen(node: CfgNode) -> Iterator[tuple[Parts, str]]:
         if kind.key in node:
             yield from kind.chosen(node)
     yield from modeling.SUPPRESSIONS.chosen(node, "TTA.MERGE")
+
+
+def for_inference(cfg: CfgNode) -> CfgNode:
+    """A copy without what only training has a use for: rules, criteria, phases, and branches that
+    do not detect. A model that an own rule has trained detects where that is not known."""
+    cfg, fresh = cfg.clone(), get_cfg()
+    add_atss_config(fresh)
+    cfg.defrost()
+    node, usual = cfg.MODEL.ATSS, fresh.MODEL.ATSS
+    for key in {"ASSIGNMENT_OF", "PHASES", *_keys_of(*KINDS_OF_PHASES)} & {*usual}:
+        node[key] = usual[key]
+    node.BRANCHES = [node.INFERENCE] if node.INFERENCE in node.BRANCH else []
+    kept = {"OUTPUT", "OWN_HEAD", "DETACHED", *_keys_of(modeling.HEAD_REGISTRY)}
+    for name in list(node.BRANCH):
+        if name not in node.BRANCHES:
+            del node.BRANCH[name]
+            continue
+        for key in {*node.BRANCH[name]} - kept:
+            del node.BRANCH[name][key]
+    return cfg
 
 
 def check_groups(node: CfgNode) -> None:

@@ -2,7 +2,7 @@
 
 from detectron2.config import CfgNode
 
-from ..data.datasets import classes_of, follow
+from ..data.datasets import classes_of, follow, ids_of
 
 
 def resolve_num_classes(cfg: CfgNode) -> int:
@@ -51,6 +51,8 @@ def complete_classes(cfg: CfgNode, training: bool = True) -> None:
     names = class_names(cfg)
     cfg.MODEL.ATSS.CLASS_NAMES = names if training or sorted(of_run) != sorted(names) else of_run
     follow_classes(cfg)
+    cfg.MODEL.ATSS.CLASS_IDS = []
+    cfg.MODEL.ATSS.CLASS_IDS = class_ids(cfg)
 
 
 def follow_classes(cfg: CfgNode) -> None:
@@ -62,6 +64,13 @@ def follow_classes(cfg: CfgNode) -> None:
     """
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         follow(name, cfg.MODEL.ATSS.CLASS_NAMES)
+
+
+def class_ids(cfg: CfgNode) -> list[int]:
+    """MODEL.ATSS.CLASS_IDS, or else those of the first data set that is registered; or none."""
+    known = list(cfg.MODEL.ATSS.CLASS_IDS)
+    data_sets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    return known or next(filter(None, map(ids_of, data_sets)), [])
 
 
 def class_names(cfg: CfgNode) -> list[str]:

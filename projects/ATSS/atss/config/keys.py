@@ -76,6 +76,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.NUM_CLASSES = -1
     # Their names, for pictures and checkpoints. train_net.py fills them in from the data.
     node.CLASS_NAMES = []
+    # Their ids in the data, for detections that are written as COCO's json. Filled in, too.
+    node.CLASS_IDS = []
     # Pyramid levels, fine to coarse.
     node.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
 

@@ -48,6 +48,7 @@ def register(spec: str) -> str:
     """
     name, equals, source = spec.partition("=")
     annotations, colon, images = source.rpartition(":")
+    annotations, images = os.path.expanduser(annotations), os.path.expanduser(images)
     if not (name and equals and annotations and colon and images):
         raise ValueError(
             "--register takes NAME=annotations.json:image_dir or NAME=data.yaml:split, not "
@@ -219,6 +220,15 @@ def count_training_images(names: Sequence[str], filter_empty: bool) -> int:
         filter_empty: whether it leaves out those without objects.
     """
     return len(get_detection_dataset_dicts(list(names), filter_empty=filter_empty))
+
+
+def ids_of(name: str) -> list[int]:
+    """Ids of a data set's classes in its file, in the order of their numbers; [] where that is not
+    known."""
+    if classes_of(name) is None:
+        return []
+    number = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id", {})
+    return sorted(number, key=number.__getitem__)
 
 
 def classes_of(name: str) -> list[str] | None:

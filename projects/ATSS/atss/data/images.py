@@ -1,4 +1,4 @@
-"""Looks at one image file by its header: what training would make of it."""
+"""Looks at one image file by its header: what training would make of it. Reads it."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -6,9 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
+import numpy as np
+from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+
+from .findings import ERROR, KINDS
 
 # EXIF's tag, and the orientations that exchange width and height.
 ORIENTATION = 0x0112
@@ -82,6 +86,45 @@ def _opened(file_name: str) -> Iterator[tuple[BinaryIO, Image.Image]]:
         raise OSError(problem) from error
     except Exception as error:  # damaged files make Pillow raise errors of many types
         raise OSError(getattr(error, "strerror", None) or str(error)) from error
+
+
+def refuse(
+    file_name: str, labelled: tuple[int, int] | None = None, sizes: Sequence[tuple[int, int]] = ()
+) -> None:
+    """What would be read wrongly, in training, evaluation and prediction alike.
+
+    Args:
+        labelled, sizes: as of :func:`problems`.
+
+    Raises:
+        OSError: as :func:`read_header`.
+        ValueError: with a sentence that names the file.
+    """
+    header = read_header(file_name)
+    if header.format == "PNG":
+        # Detectron2 meets damage first where it looks for an EXIF, and passes over it.
+        verify(file_name)
+    for kind, problem in problems(header, labelled, sizes):
+        if KINDS[kind].level == ERROR:
+            raise ValueError(f"the image {file_name} {problem}")
+
+
+def read(file_name: str, sizes: Sequence[tuple[int, int]] = ()) -> np.ndarray:
+    """(H, W, 3) uint8 BGR, turned as EXIF says.
+
+    Args:
+        sizes: (shorter side, longest side) to which it is to be resized.
+
+    Raises:
+        ValueError, OSError: with a sentence that names the file.
+    """
+    try:
+        refuse(file_name, None, sizes)
+        return read_image(file_name, format="BGR")
+    except ValueError:
+        raise
+    except Exception as error:  # Pillow raises errors of many types where a file is damaged
+        raise OSError(f"cannot read the image {file_name}: {error}") from error
 
 
 def problems(

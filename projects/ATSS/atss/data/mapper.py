@@ -8,8 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 
-from .findings import ERROR, KINDS
-from .images import problems, read_header, verify
+from .images import refuse
 
 
 class Mapper(DatasetMapper):
@@ -51,17 +50,11 @@ class Mapper(DatasetMapper):
         for annotation in dataset_dict.get("annotations", ()):
             if not np.isfinite(annotation["bbox"]).all():
                 raise ValueError(f"{name} has a box that is not finite: {annotation['bbox']}")
-        with _naming(name):
-            header = read_header(name)
-            if header.format == "PNG":
-                # Detectron2 meets damage first where it looks for an EXIF, and passes over it.
-                verify(name)
         labelled = None
         if "width" in dataset_dict and "height" in dataset_dict:
             labelled = dataset_dict["width"], dataset_dict["height"]
-        for kind, problem in problems(header, labelled):
-            if KINDS[kind].level == ERROR:
-                raise ValueError(f"the image {name} {problem}")
+        with _naming(name):
+            refuse(name, labelled)
 
 
 def without_augmentation(cfg: CfgNode) -> CfgNode:
@@ -78,5 +71,9 @@ def without_augmentation(cfg: CfgNode) -> CfgNode:
 def _naming(file_name: str) -> Iterator[None]:
     try:
         yield
+    except ValueError as error:
+        if file_name in str(error):
+            raise
+        raise OSError(f"cannot read the image {file_name}: {error}") from error
     except Exception as error:  # Pillow raises errors of many types where a file is damaged
         raise OSError(f"cannot read the image {file_name}: {error}") from error

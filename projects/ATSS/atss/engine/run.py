@@ -34,6 +34,7 @@ from ..config import (
     complete_classes,
     complete_schedule,
     follow_classes,
+    for_inference,
     load_config,
     prune,
     use_available_device,
@@ -100,10 +101,13 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     """
     register(args)
     cfg = load_config(args.config_file, opts=args.opts)
+    if args.eval_only and cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
+        cfg = for_inference(cfg)
     if use_available_device(cfg):
         print("No GPU here: running on the CPU.", file=sys.stderr)
     if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
         complete_classes(cfg, training=not args.eval_only)
+    cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     check_processes(args, cfg)
     check_data(cfg, training=not args.eval_only)
     if not args.eval_only:
@@ -129,7 +133,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     cfg = _weights_at_hand(args, cfg)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR, whole=True)
         loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         _follow_weights(names_in(loaded, cfg.MODEL.WEIGHTS), cfg)
         results = Trainer.test(cfg, model)
