@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_cfg
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.modeling import build_model
+from PIL import Image
 
 from atss.checkpoints import WeightsError
 from atss.predictor import Predictor
@@ -19,14 +21,21 @@ def weights(tmp_path):
 TINY = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.NUM_CONVS", 1, "INPUT.MIN_SIZE_TEST", 64)
 
 
-@pytest.mark.parametrize("order", ["BGR", "RGB"])
-def test_images_are_bgr_whatever_the_model_wants(weights, order):
-    predictor = Predictor(make_cfg(*TINY, "INPUT.FORMAT", order), weights)
+@pytest.mark.parametrize("order", ["BGR", "RGB", "L", "YUV-BT.601"])
+def test_images_are_bgr_whatever_the_model_wants(tmp_path, order):
+    opts = (*TINY, "INPUT.FORMAT", order)
+    if order == "L":
+        opts += ("MODEL.PIXEL_MEAN", [100.0], "MODEL.PIXEL_STD", [1.0])
+    torch.save({"model": build_model(make_cfg(*opts)).state_dict()}, tmp_path / "model.pth")
+    predictor = Predictor(make_cfg(*opts), tmp_path / "model.pth")
     seen = []
     predictor.model.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
     predictor([np.full((64, 96, 3), (10, 20, 30), np.uint8)])
-    expected = [10, 20, 30] if order == "BGR" else [30, 20, 10]
-    assert seen[0]["image"][:, 5, 5].tolist() == expected
+    read = convert_PIL_to_numpy(Image.new("RGB", (9, 9), (30, 20, 10)), order)  # as in training
+    pixel = torch.from_numpy(read[5, 5].copy())
+    torch.testing.assert_close(seen[0]["image"][:, 5, 5], pixel, check_dtype=False)
+    expected = {"BGR": [10, 20, 30], "RGB": [30, 20, 10], "L": [22]}.get(order)
+    assert expected in (None, seen[0]["image"][:, 5, 5].tolist())
 
 
 def test_boxes_are_in_pixels_of_each_image(weights):

@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from atss import Anchors
 from atss.analysis import statistics
 from atss.data import check
-from atss.data.datasets import refuse_unevaluable, register
+from atss.data.datasets import register
 from atss.data.findings import ERROR, KINDS
 from atss.data.mapper import Mapper
 from atss.geometry import iou
@@ -137,13 +137,6 @@ def test_truncated_images_are_found_without_decoding_the_others(tmp_path, monkey
     assert decoded == []
     inspect(SOUND, tmp_path / "deep", "--deep")
     assert len(decoded) == 4
-
-
-def test_data_without_area_are_refused_for_evaluation(train, tmp_path):
-    case = next(case for case in CASES if case.name == "no area")
-    train(*break_data(case, tmp_path / "data"))
-    with pytest.raises(ValueError, match=r"data set broken cannot be evaluated: .*annotation 1 of"):
-        refuse_unevaluable(("broken",))
 
 
 def test_objects_are_counted_by_class_and_matched_to_anchors(tmp_path):

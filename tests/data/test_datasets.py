@@ -44,10 +44,10 @@ def arguments(squares, exchanged, *argv):
     return way_in.make_parser().parse_args([*config, *specs, *argv])
 
 
-def truth_as_detections(name: str, classes: list[str]) -> dict:
+def truth_as_detections(name: str, classes: list[str], folder: str | None = None) -> dict:
     """The evaluator's results of perfect detections by a model whose classes are these."""
     names = MetadataCatalog.get(name).thing_classes
-    evaluator = COCOEvaluator(name, ("bbox",), output_dir=None, allow_cached_coco=False)
+    evaluator = COCOEvaluator(name, ("bbox",), output_dir=folder, allow_cached_coco=False)
     evaluator.reset()
     for record in DatasetCatalog.get(name):
         found = Instances((record["height"], record["width"]))
@@ -112,3 +112,25 @@ def test_sets_that_others_registered_are_not_renumbered(squares):
     finally:
         DatasetCatalog.remove("foreign")
         MetadataCatalog.remove("foreign")
+
+
+@pytest.mark.parametrize("area", [None, 0, float("nan"), "large", ...])
+def test_where_an_area_cannot_be_used_that_of_the_box_is(squares, tmp_path, area):
+    """Of an object of 16 to 48 pixels a side; of no area it would count as small, or crash."""
+    content = json.loads((squares / "annotations.json").read_text())
+    sides = [x["bbox"][2] for x in content["annotations"]]
+    for entry in content["annotations"]:
+        del entry["area"]
+        if area is not ...:
+            entry["area"] = area
+    (tmp_path / "areas.json").write_text(json.dumps(content))
+    datasets.register(f"areas={tmp_path}/areas.json:{squares}/images")
+    try:
+        remarks = MetadataCatalog.get("areas").remarks
+        assert "annotations whose area is missing, or no positive" in remarks["area_unusable"]
+        results = truth_as_detections("areas", ["blue", "orange"], str(tmp_path))
+    finally:
+        DatasetCatalog.remove("areas")
+        MetadataCatalog.remove("areas")
+    assert min(sides) < 32 < max(sides)
+    assert results["AP"] == results["APs"] == results["APm"] == 100

@@ -8,8 +8,10 @@ import detectron2.data.transforms as T
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
+from PIL import Image
 
 from .checkpoints import SafeCheckpointer
 from .config import (
@@ -21,6 +23,7 @@ from .config import (
     use_available_device,
 )
 from .config.checks import lookup
+from .data.mapper import single
 
 
 class Detections(NamedTuple):
@@ -84,10 +87,10 @@ class Predictor:
         inputs = []
         for image in images:
             height, width = image.shape[:2]
-            if self.input_format == "RGB":
-                image = image[:, :, ::-1]
+            as_pillow = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
+            image = convert_PIL_to_numpy(as_pillow, self.input_format)
             image = self.resize.get_transform(image).apply_image(image)
-            tensor = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+            tensor = single(torch.as_tensor(image.transpose(2, 0, 1).copy()))
             inputs.append({"image": tensor, "height": height, "width": width})
         found = [x["instances"].to("cpu") for x in self.model(inputs)]
         return [

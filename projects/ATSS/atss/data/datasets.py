@@ -75,7 +75,10 @@ def register(spec: str) -> str:
         load = partial(pickle.loads, pickle.dumps(_records(content, image_dir)))
     else:
         load = partial(load_coco_json, annotations, image_dir)
-        metadata |= {"json_file": annotations, "image_root": image_dir}
+        # Evaluation reads the file itself, where it is named, and would crash at the end of a
+        # training, or count objects of no area as small.
+        if not any(x.kind == "area_unusable" for x in findings):
+            metadata |= {"json_file": annotations, "image_root": image_dir}
     # Sorted by id, categories get the numbers that Detectron2 gives those of a json.
     ids = sorted(category["id"] for category in content["categories"])
     _register(name, load, {category_id: i for i, category_id in enumerate(ids)}, metadata)
@@ -170,20 +173,6 @@ def log_remarks(names: Sequence[str]) -> None:
     for name in dict.fromkeys(names):
         for remark in MetadataCatalog.get(name).get("remarks", {}).values():
             logging.getLogger(__name__).warning("Data set %s has %s", name, remark)
-
-
-def refuse_unevaluable(names: Sequence[str]) -> None:
-    """Evaluation needs more of a data set than training.
-
-    Raises:
-        ValueError: naming the data set.
-    """
-    for name in names:
-        remarks = MetadataCatalog.get(name).get("remarks", {})
-        if "evaluation_field_missing" in remarks:
-            raise ValueError(
-                f"data set {name} cannot be evaluated: it has {remarks['evaluation_field_missing']}"
-            )
 
 
 def refuse_missing_images(names: Sequence[str]) -> None:

@@ -75,8 +75,10 @@ KINDS = {
         WARNING, "boxes that reach more than a pixel beyond their image, and are clipped"
     ),
     "object_twice": Kind(WARNING, "objects that are there twice, with equal class and box"),
-    "evaluation_field_missing": Kind(
-        WARNING, "annotations without 'area' or 'iscrowd', which evaluation needs"
+    "area_unusable": Kind(
+        WARNING,
+        "annotations whose area is missing, or no positive number: evaluation takes that of the "
+        "polygons, or of the box",
     ),
     "annotation_id_zero": Kind(
         WARNING, "annotations with id 0, whose detections pycocotools counts as wrong"

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
@@ -42,7 +43,9 @@ class Mapper(DatasetMapper):
     def __call__(self, dataset_dict: dict) -> dict:
         self._refuse(dataset_dict)
         with _naming(dataset_dict["file_name"]):
-            return super().__call__(dataset_dict)
+            mapped = super().__call__(dataset_dict)
+        mapped["image"] = single(mapped["image"])
+        return mapped
 
     def _refuse(self, dataset_dict: dict) -> None:
         """What the annotations and the image's header tell."""
@@ -55,6 +58,11 @@ class Mapper(DatasetMapper):
             labelled = dataset_dict["width"], dataset_dict["height"]
         with _naming(name):
             refuse(name, labelled)
+
+
+def single(image: torch.Tensor) -> torch.Tensor:
+    """What Detectron2 reads as float64, as YUV, in float32, in which models are."""
+    return image.float() if image.dtype == torch.float64 else image
 
 
 def without_augmentation(cfg: CfgNode) -> CfgNode:
