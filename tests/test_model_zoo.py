@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from atss import model_zoo
+from atss.config import read
 
 
 def test_configs_by_name():
@@ -23,3 +26,22 @@ def test_models_with_and_without_weights(tmp_path, monkeypatch):
     again = model_zoo.get("ATSS_R_18_FPN_small", str(tmp_path / "weights.pth"), "cpu")
     for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_without_a_gpu_models_are_on_the_cpu(monkeypatch):
+    small = model_zoo.get_config("ATSS_R_18_FPN_small")
+    small.MODEL.ATSS.NUM_CLASSES, small.MODEL.FPN.OUT_CHANNELS = 3, 64
+    small.DATASETS.TRAIN = small.DATASETS.TEST = ()
+    assert small.MODEL.DEVICE == "cuda"
+    monkeypatch.setattr(model_zoo, "get_config", lambda name: small.clone())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert model_zoo.get("ATSS_R_18_FPN_small").device.type == "cpu"
+
+
+def test_an_installation_at_the_root(monkeypatch):
+    """pip install --target /app: there is no folder of the project above the package."""
+    for package, found in (("/app/atss", "/app/atss/configs"), ("/p/q/r/s/atss", "/p/q/configs")):
+        monkeypatch.setattr(read, "__file__", f"{package}/config/read.py")
+        monkeypatch.setattr(Path, "resolve", lambda self: self)
+        monkeypatch.setattr(Path, "is_file", lambda self, found=found: str(self.parent) == found)
+        assert read.config_folder() == Path(found)

@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_intermixed_args(argv)
     progress = partial(tqdm, disable=None, leave=False)  # on a terminal only
     try:
+        if args.json and not args.json.parent.is_dir():
+            raise ValueError(f"--json {args.json}: there is no folder {args.json.parent}")
         cfg = load_config(args.config_file, opts=args.opts)
         sizes = [(size, cfg.INPUT.MAX_SIZE_TRAIN) for size in cfg.INPUT.MIN_SIZE_TRAIN]
         asked = partial(match, sampling=build_sampling(cfg), sizes=sizes, progress=progress)

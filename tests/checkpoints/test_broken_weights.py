@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 
 import atss.engine.run as way_in
 from atss.checkpoints import SafeCheckpointer
-from atss.checkpoints.read import WeightsError, read
+from atss.checkpoints.read import WeightsError, read, verify_download
 from atss.engine.launch import launch
 
 SENTENCES = table("Weights")
@@ -225,3 +225,11 @@ def test_what_fits_in_part_is_listed(tmp_path, caplog):
     text = caplog.text
     assert "not found in the checkpoint" in text
     assert "head.ctrness" in text
+
+
+def test_a_date_in_a_name_is_no_checksum(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(b"something")
+    verify_download("https://example.org/cells-20261124.pth", file)
+    with pytest.raises(WeightsError, match="SHA-256 begins with"):
+        verify_download("https://example.org/cells-20269924.pth", file)

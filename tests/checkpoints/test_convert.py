@@ -464,6 +464,14 @@ def test_the_tool_writes_weights_and_their_config(weights, tmp_path, capsys):
     assert not left.missing_keys
     assert not left.unexpected_keys
 
+    # Once more the same; another config that stands there is not replaced.
+    paths = [str(tmp_path / "theirs.pth"), str(out)]
+    convert_checkpoint.main(["--from", "official", "--regression", "point", *paths])
+    with pytest.raises(
+        SystemExit, match=r"error: .*ours.yaml is there already, with other content"
+    ):
+        convert_checkpoint.main(["--from", "official", *paths])
+
     mmdet = tmp_path / "theirs_too.pth"
     torch.save({"meta": {"epoch": 12}, "state_dict": weights["mmdet"]}, mmdet)
     convert_checkpoint.main(["--from", "mmdet", str(mmdet), str(tmp_path / "from_mmdet.pth")])
@@ -537,3 +545,25 @@ def test_imagenet_weights_of_detectron2s_catalogue(tmp_path):
     torch.testing.assert_close(filled.weight.detach(), torch.from_numpy(expected))
     expected = recipe.tensor("res4.2.conv2.norm.bias", filled.norm.bias.shape)
     torch.testing.assert_close(filled.norm.bias, torch.from_numpy(expected))
+
+
+def test_a_conversion_that_cannot_be_written_leaves_nothing(weights, tmp_path, monkeypatch):
+    torch.save({"model": weights["official"]}, tmp_path / "theirs.pth")
+    (tmp_path / "folder.pth").mkdir()
+    argv = ["--from", "official", str(tmp_path / "theirs.pth")]
+    with pytest.raises(SystemExit, match=r"error: .*folder\.pth is a folder: name a file"):
+        convert_checkpoint.main([*argv, str(tmp_path / "folder.pth")])
+
+    def full(content, path):
+        path.write_bytes(b"x" * 100)
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise RuntimeError("unexpected pos 64") from error
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        SystemExit, match=r"error: cannot write .*new\.pth: No space left on device"
+    ):
+        convert_checkpoint.main([*argv, str(tmp_path / "new.pth")])
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["folder.pth", "theirs.pth"]

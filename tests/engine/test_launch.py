@@ -99,3 +99,14 @@ def test_memory_that_runs_out_is_told_with_what_to_do():
         assert key in said
     of_gpu = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out")
     assert of_gpu == said.replace("the machine's", "the GPU's")
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    """A download into a full home is not OUTPUT_DIR's fault, nor an image that cannot be read."""
+    inside = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out" / "model.pth"))
+    elsewhere = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "cache" / "x.pkl"))
+    image = OSError(errno.EIO, "Input/output error", str(tmp_path / "images" / "a.png"))
+    out = str(tmp_path / "out")
+    assert explain(inside, out) == f"cannot write into OUTPUT_DIR {out}: No space left on device"
+    assert explain(elsewhere, out).startswith(f"cannot write into {tmp_path}/cache/x.pkl: No space")
+    assert explain(image, out) == f"cannot read {tmp_path}/images/a.png: Input/output error"

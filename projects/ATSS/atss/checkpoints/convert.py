@@ -142,12 +142,30 @@ def convert_file(path: Path, target: Path, source: str, regression: str) -> CfgN
 
 
 def write(target: Path, content: dict, config_file: Path, config: str) -> None:
-    """The weights, all of them or nothing, and the config."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """The weights, all of them or nothing, and the config.
+
+    Raises:
+        ValueError: where either would replace what is no such file, or another config.
+        OSError: in a sentence, where they cannot be written.
+    """
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder: name a file")
+    if config_file.exists() and config_file.read_text() != config:
+        raise ValueError(f"{config_file} is there already, with other content: choose another OUT")
     unfinished = target.with_name(target.name + ".unfinished")
-    torch.save(content, unfinished)
-    unfinished.rename(target)
-    config_file.write_text(config)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.save(content, unfinished)
+        except BaseException:  # a full disk needs the room
+            unfinished.unlink(missing_ok=True)
+            raise
+        unfinished.rename(target)
+        config_file.write_text(config)
+    except (OSError, RuntimeError) as error:  # torch hides the disk's error behind one of its own
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(cause, "strerror", None) or str(cause).partition("\n")[0]
+        raise OSError(f"cannot write {target}: {reason}") from error
 
 
 def _without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -37,9 +37,12 @@ def load_config(*files: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
 def config_folder() -> Path:
     """Where the configs of this project lie."""
     package = Path(__file__).resolve().parents[1]
-    # Beside the package where it was installed from a wheel, in the project's folder otherwise.
-    folders = (package / "configs", package.parents[2] / "configs")
-    return next(folder for folder in folders if (folder / "Base-ATSS.yaml").is_file())
+    # In the package where it was installed from a wheel, in the project's folder otherwise.
+    folders = [folder / "configs" for folder in (package, *package.parents[2:3])]
+    found = [folder for folder in folders if (folder / "Base-ATSS.yaml").is_file()]
+    if not found:
+        raise ValueError(f"this installation has no configs: they are in none of {folders}")
+    return found[0]
 
 
 def config_names() -> list[str]:

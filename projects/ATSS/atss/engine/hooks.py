@@ -178,4 +178,5 @@ def _leave_sigterm_to_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-os.register_at_fork(after_in_child=_leave_sigterm_to_parent)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_leave_sigterm_to_parent)

@@ -72,7 +72,10 @@ def explain(error: BaseException, output_dir: str) -> str | None:
     link: BaseException | None = error
     while link is not None:  # torch.save hides the disk's error behind one of its own
         if isinstance(link, OSError) and link.errno in CANNOT_WRITE:
-            return f"cannot write into OUTPUT_DIR {output_dir}: {link.strerror}"
+            elsewhere = link.filename and not _is_within(str(link.filename), output_dir)
+            what = link.filename if elsewhere else f"OUTPUT_DIR {output_dir}"
+            reads = link.errno == errno.EIO and elsewhere
+            return f"cannot {'read' if reads else 'write into'} {what}: {link.strerror}"
         link = link.__cause__ or link.__context__
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is not enough: {LESS_MEMORY}"
@@ -83,6 +86,11 @@ def explain(error: BaseException, output_dir: str) -> str | None:
     # From a data loader's process comes a traceback as text, which ends in what was raised there.
     last = (str(error).strip().splitlines() or [repr(error)])[-1]
     return last.removeprefix(f"{type(error).__name__}: ")
+
+
+def _is_within(path: str, folder: str) -> bool:
+    folder = os.path.realpath(folder)
+    return os.path.commonpath([os.path.realpath(path), folder]) == folder
 
 
 def is_started() -> bool:
