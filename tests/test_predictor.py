@@ -1,5 +1,7 @@
 """A detector from its config and weights. Drawing and films: tests/tools/test_demo.py."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from atss.checkpoints import WeightsError
+from atss.modeling import SUPPRESSIONS
 from atss.predictor import Predictor
 
 
@@ -96,6 +99,38 @@ def test_weights_that_fit_in_part_are_refused(weights, tmp_path, lacks):
         WeightsError, match=rf"part.pth has no weights for 1 parts .* {lacks}: they"
     ):
         Predictor(make_cfg(*TINY), tmp_path / "part.pth")
+
+
+def test_what_norms_have_measured_is_needed_too(tmp_path):
+    opts = (*TINY, "MODEL.RESNETS.NORM", "FrozenBN")
+    content = {"model": build_model(make_cfg(*opts)).state_dict()}
+    del content["model"]["backbone.bottom_up.stem.conv1.norm.running_var"]
+    torch.save(content, tmp_path / "part.pth")
+    with pytest.raises(WeightsError, match=r"for 1 parts .*stem.conv1.norm.running_var"):
+        Predictor(make_cfg(*opts), tmp_path / "part.pth")
+
+
+def test_overlays_that_inference_needs_are_kept(tmp_path):
+    @dataclass(frozen=True)
+    class Twice:
+        first: object = "nms"
+
+        def __call__(self, boxes, scores, classes, limit):
+            return self.first(*self.first(boxes, scores, classes, limit), limit)
+
+    SUPPRESSIONS.register(Twice, parts={"first": SUPPRESSIONS})
+    try:
+        cfg = make_cfg(*TINY, "MODEL.ATSS.SUPPRESSION", "Twice")
+        cfg.MODEL.ATSS.PHASES = [["main", 0.5]]
+        over = {"SUPPRESSION": "nms", "NMS_THRESH_TEST": 0.3, "ASSIGNER": "TopK"}
+        cfg.MODEL.ATSS.BRANCH.main = type(cfg)({"ASSIGNER": "TopK"})
+        cfg.MODEL.ATSS.BRANCH.strict = type(cfg)(over)
+        cfg.MODEL.ATSS.SUPPRESSIONS.Twice = type(cfg)({"FIRST": "strict"})
+        torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
+        model = Predictor(cfg, tmp_path / "model.pth").model
+    finally:
+        del SUPPRESSIONS.entries["Twice"]
+    assert model.postprocess.suppression.first.threshold == 0.3
 
 
 def test_no_weights_are_refused():

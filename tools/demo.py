@@ -34,20 +34,22 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
     records: list[dict] = []
-    seen = 0
+    seen, target = 0, args.output / "detections.json"
     try:
         if args.batch < 1:
             raise ValueError(f"--batch must be 1 or more, not {args.batch}")
         paths = find_media(args.input)
         targets(paths, args.output)
-        target = make_file(args.output, "detections.json")
+        try_to_write(target)
         predictor = Predictor(args.config_file, args.weights, args.opts)
         try:
             for found in annotate(predictor, paths, args.output, args.score_threshold, args.batch):
                 records += found
                 seen += 1
         finally:  # what was found until something went wrong, or ctrl-C
-            target.write_text(json.dumps(records))
+            unfinished = target.with_name("detections.json.unfinished")
+            unfinished.write_text(json.dumps(records))
+            unfinished.replace(target)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -57,18 +59,18 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(records)} detections: pictures and detections.json are in {args.output}")
 
 
-def make_file(folder: Path, name: str) -> Path:
-    """Makes the folder and an empty file in it, before anything is worked out.
+def try_to_write(file: Path) -> None:
+    """Makes the folder, and opens the file in it, before anything is worked out.
 
     Raises:
         OSError: in a sentence that names the folder.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("[]")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a"):
+            pass
     except OSError as error:
-        raise OSError(f"cannot write into --output {folder}: {error.strerror}") from error
-    return folder / name
+        raise OSError(f"cannot write into --output {file.parent}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

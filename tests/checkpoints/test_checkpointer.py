@@ -71,7 +71,7 @@ def test_a_stop_within_the_write_leaves_the_one_before(checkpointer, monkeypatch
 
 
 def test_what_a_kill_left_is_overwritten(checkpointer, tmp_path):
-    (tmp_path / f"{checkpointer.UNFINISHED}{os.getpid()}").write_bytes(b"x" * 100_000)
+    (tmp_path / f"{checkpointer.UNFINISHED}_{os.getpid()}").write_bytes(b"x" * 100_000)
     save(checkpointer, 2)
     assert resume(checkpointer) == (2, 2.0)
     assert set(os.listdir(tmp_path)) == {"model_0000002.pth", "last_checkpoint"}

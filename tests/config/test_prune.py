@@ -51,6 +51,14 @@ def test_of_branches_too():
     build_model(cfg)
 
 
+def test_a_group_that_an_overlay_holds_stays():
+    cfg = make_cfg("MODEL.ATSS.BRANCHES", ["b"])
+    own = {"CLS_LOSS": "focal", "CLS_LOSSES": {"focal": {"GAMMA": 1.0}}}
+    cfg.MODEL.ATSS.BRANCH.b = type(cfg)(own)
+    prune(cfg)
+    assert build_model(cfg).branches["b"].at(0).criterion.cls_loss.gamma == 1.0
+
+
 @pytest.mark.parametrize("chosen", [False, True])
 def test_third_parties_come_and_go(register_mine, squares, tmp_path, chosen):
     """Registered and dumped, absent, present again."""

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO
 
 import atss.engine.run as way_in
 from atss.data import datasets
+from atss.engine.evaluation import build_evaluator
 
 
 @pytest.fixture
@@ -44,10 +46,13 @@ def arguments(squares, exchanged, *argv):
     return way_in.make_parser().parse_args([*config, *specs, *argv])
 
 
-def truth_as_detections(name: str, classes: list[str], folder: str | None = None) -> dict:
-    """The evaluator's results of perfect detections by a model whose classes are these."""
+def truth_as_detections(name: str, classes: list[str], folder, only: str = "") -> dict:
+    """The evaluator's results of perfect detections by a model whose classes are these, or of one
+    class alone."""
     names = MetadataCatalog.get(name).thing_classes
-    evaluator = COCOEvaluator(name, ("bbox",), output_dir=folder, allow_cached_coco=False)
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR = str(folder)
+    evaluator = build_evaluator(cfg, name)
     evaluator.reset()
     for record in DatasetCatalog.get(name):
         found = Instances((record["height"], record["width"]))
@@ -58,6 +63,8 @@ def truth_as_detections(name: str, classes: list[str], folder: str | None = None
         found.scores = torch.ones(len(boxes))
         said = [names[x["category_id"]] for x in record["annotations"]]
         found.pred_classes = torch.tensor([classes.index(x) for x in said], dtype=torch.long)
+        if only:
+            found = found[[i for i, x in enumerate(said) if x == only]]
         evaluator.process([record], [{"instances": found}])
     return evaluator.evaluate()["bbox"]
 
@@ -72,7 +79,9 @@ def test_classes_in_another_order_keep_their_names(squares, exchanged, tmp_path)
         DatasetCatalog.get(n)[0]["annotations"][0]["category_id"] for n in ("plain", "exchanged")
     }
     assert len(ids) == 1
-    assert truth_as_detections("exchanged", ["blue", "orange"])["AP"] == 100
+    for only, aps in (("", (100, 100)), ("blue", (100, 0)), ("orange", (0, 100))):
+        results = truth_as_detections("exchanged", ["blue", "orange"], tmp_path, only)
+        assert (results["AP-blue"], results["AP-orange"]) == aps
 
 
 def test_a_runs_own_names_count_in_evaluation(squares, exchanged, tmp_path):
@@ -83,14 +92,14 @@ def test_a_runs_own_names_count_in_evaluation(squares, exchanged, tmp_path):
     assert cfg.MODEL.ATSS.CLASS_NAMES == ["orange", "blue"]
     for name in ("plain", "exchanged"):
         assert MetadataCatalog.get(name).thing_classes == ["orange", "blue"]
-        assert truth_as_detections(name, ["orange", "blue"])["AP"] == 100
+        assert truth_as_detections(name, ["orange", "blue"], tmp_path)["AP"] == 100
 
 
 def test_other_classes_are_refused(squares, exchanged, tmp_path):
     exchanged.write_text(exchanged.read_text().replace("orange", "red"))
     sets = ("DATASETS.TRAIN", "('plain',)", "DATASETS.TEST", "('exchanged',)")
     options = (*sets, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "run"))
-    sentence = "class 0 of data set exchanged is 'red', but 'blue' of the data set"
+    sentence = "data set exchanged has the classes 'red', 'blue', but the data set or weights"
     with pytest.raises(ValueError, match=sentence):
         way_in.prepare(arguments(squares, exchanged, *options))
 
@@ -100,6 +109,23 @@ def test_names_may_differ_in_case(squares, exchanged):
         datasets.register(spec)
     datasets.follow("exchanged", ["Blue", "ORANGE "])
     assert MetadataCatalog.get("exchanged").thing_classes == ["Blue", "ORANGE "]
+    with pytest.raises(ValueError, match="exchanged has the classes 'Blue', 'ORANGE ', but the"):
+        datasets.follow("exchanged", ["blue"])
+
+
+@pytest.mark.parametrize(
+    ("own", "classes", "places"),
+    [
+        (["a", "b"], ["b", "a"], [1, 0]),
+        (["a", "b", "A", "B"], ["A", "B", "a", "b"], [2, 3, 0, 1]),
+        (["a", "B"], ["b", "A"], [1, 0]),
+        (["a", "A"], ["A", "b"], None),
+        (["a", "b"], ["a", "b", "c"], None),
+        (["a", "a"], ["a", "b"], None),
+    ],
+)
+def test_classes_are_those_of_the_same_name(own, classes, places):
+    assert datasets._places(own, classes) == places
 
 
 def test_sets_that_others_registered_are_not_renumbered(squares):
@@ -116,21 +142,24 @@ def test_sets_that_others_registered_are_not_renumbered(squares):
 
 @pytest.mark.parametrize("area", [None, 0, float("nan"), "large", ...])
 def test_where_an_area_cannot_be_used_that_of_the_box_is(squares, tmp_path, area):
-    """Of an object of 16 to 48 pixels a side; of no area it would count as small, or crash."""
+    """Of one object, of 16 to 48 pixels a side; others keep the areas that they have."""
     content = json.loads((squares / "annotations.json").read_text())
-    sides = [x["bbox"][2] for x in content["annotations"]]
-    for entry in content["annotations"]:
-        del entry["area"]
-        if area is not ...:
-            entry["area"] = area
+    first, *others = content["annotations"]
+    for entry in others:
+        entry["area"] = 7.0
+    del first["area"]
+    if area is not ...:
+        first["area"] = area
     (tmp_path / "areas.json").write_text(json.dumps(content))
     datasets.register(f"areas={tmp_path}/areas.json:{squares}/images")
     try:
-        remarks = MetadataCatalog.get("areas").remarks
-        assert "annotations whose area is missing, or no positive" in remarks["area_unusable"]
-        results = truth_as_detections("areas", ["blue", "orange"], str(tmp_path))
+        metadata = MetadataCatalog.get("areas")
+        assert "annotations whose area is missing, or no pos" in metadata.remarks["area_unusable"]
+        truth = COCO(metadata.json_file)
+        results = truth_as_detections("areas", ["blue", "orange"], tmp_path)
     finally:
         DatasetCatalog.remove("areas")
         MetadataCatalog.remove("areas")
-    assert min(sides) < 32 < max(sides)
-    assert results["AP"] == results["APs"] == results["APm"] == 100
+    areas = [x["area"] for x in truth.anns.values()]
+    assert areas == [first["bbox"][2] * first["bbox"][3]] + [7.0] * len(others)
+    assert results["AP"] == results["APs"] == 100

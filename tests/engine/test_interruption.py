@@ -239,7 +239,7 @@ class Run:
         options = {"cwd": folder, "stdout": subprocess.DEVNULL, "start_new_session": True}
         with self.errors.open("w") as stderr:
             self.process = subprocess.Popen(command, stderr=stderr, **options)
-        name = f"{TrainingCheckpointer.UNFINISHED}{self.process.pid}"
+        name = f"{TrainingCheckpointer.UNFINISHED}_{self.process.pid}"
         self.unfinished = folder / "out" / name
 
     def kill(self, moment, rng, whole):

@@ -1,5 +1,8 @@
 """Folders of runs: whose they are, and what stays in them."""
 
+import subprocess
+import sys
+
 import pytest
 import yaml
 from conftest import ROOT
@@ -55,29 +58,53 @@ def test_a_new_training_does_not_replace_another(arguments, launched, tmp_path):
     assert len(launched) == 3
 
 
+HOLD = """
+import sys, time
+from atss.engine.run import lock_folder
+lock = lock_folder(sys.argv[1])
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
 def test_two_runs_cannot_share_a_folder(arguments, launched, tmp_path):
     (tmp_path / "out").mkdir()
-    left = tmp_path / "out" / f"{TrainingCheckpointer.UNFINISHED}123"
+    left = tmp_path / "out" / f"{TrainingCheckpointer.UNFINISHED}_123"
     left.touch()
-    lock = way_in.lock_folder(str(tmp_path / "out"))
+    command = [sys.executable, "-W", "ignore", "-c", HOLD, str(tmp_path / "out")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
     assert not left.exists()  # of a run that was killed
     assert f"{tmp_path}/out is in use by another run" in said_by(arguments())
     way_in.start(arguments("--eval-only"))
-    lock.close()
+    other.communicate()
     way_in.start(arguments())
     way_in.start(arguments())  # the one before has ended
     assert len(launched) == 3
 
 
-def test_an_evaluation_leaves_the_config_of_the_training(tmp_path):
-    config = tmp_path / "config.yaml"
+def test_an_evaluation_or_failed_resumption_leaves_the_config(arguments, tmp_path, monkeypatch):
+    config = tmp_path / "out" / "config.yaml"
+    config.parent.mkdir()
     config.write_text("of the training")
-    for evaluates, after in ((True, "of the training"), (False, "written anew")):
-        with way_in._keeping_config(str(tmp_path), evaluates):
-            config.write_text("written anew")
-        assert config.read_text() == after
-    with way_in._keeping_config(str(tmp_path / "none"), True):
-        pass
+    cfg = way_in.prepare(arguments())
+    for options in (["--eval-only"], ["--resume"]):
+        new = way_in._set_up(arguments(*options), cfg)
+        assert config.read_text() == "of the training"
+        assert b"OUTPUT_DIR" in new
+    assert b"OUTPUT_DIR" in way_in._set_up(arguments(), cfg)
+    assert "OUTPUT_DIR" in config.read_text()
+
+    config.write_text("of the training")
+
+    def fail(cfg, args):
+        config.write_text("half")
+        raise OSError("no log")
+
+    monkeypatch.setattr(way_in, "default_setup", fail)
+    with pytest.raises(OSError, match="no log"):
+        way_in._set_up(arguments("--eval-only"), cfg)
+    assert config.read_text() == "of the training"
 
 
 def test_images_of_the_test_data_are_looked_for_first(arguments, squares, launched, tmp_path):

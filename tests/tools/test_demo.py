@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import demo
@@ -17,6 +18,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 from pycocotools.coco import COCO
 
+from atss.analysis.pictures import image_ids
 from atss.data import digits
 from atss.predictor import Predictor
 
@@ -37,9 +39,9 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path):
-    def call(*inputs, threshold=0.0, output=tmp_path / "out", opts=()):
+    def call(*inputs, threshold=0.0, output=tmp_path / "out", opts=(), weights=None):
         argv = ["--config-file", str(trained / "config.yaml"), "--opts", *map(str, opts)]
-        argv += ["--weights", str(trained / "model.pth"), "--output", str(output)]
+        argv += ["--weights", str(weights or trained / "model.pth"), "--output", str(output)]
         argv += ["--score-threshold", str(threshold), "--batch", "3"]
         demo.main([*argv, "--input", *map(str, inputs)])
         return json.loads((output / "detections.json").read_text())
@@ -108,6 +110,20 @@ def test_what_was_found_is_written_when_something_goes_wrong(run, squares, tmp_p
     monkeypatch.setattr(cv2, "imwrite", stop)
     with pytest.raises(SystemExit, match=r"stopped: .*detections.json holds 0 detections of 0 im"):
         run(squares / "images")
+    (tmp_path / "out" / "detections.json").write_text("[1]")
+    with pytest.raises(SystemExit, match="error: the weights nowhere do not exist"):
+        run(squares / "images", weights="nowhere")
+    assert (tmp_path / "out" / "detections.json").read_text() == "[1]"
+
+
+def test_ids_are_numbers_where_all_names_are():
+    def ids(*names):
+        return list(image_ids([Path(x) for x in names]).values())
+
+    assert ids("a/000000000139.jpg", "a/0.png") == [139, 0]
+    assert ids("a/0001.jpg", "b/1.jpg") == ["0001.jpg", "1.jpg"]
+    assert ids("a/1.jpg", "a/\uff12.jpg") == ["1.jpg", "\uff12.jpg"]
+    assert ids("a/1.jpg", "a/cell.jpg") == ["1.jpg", "cell.jpg"]
 
 
 def test_the_output_is_tried_first(run, squares, tmp_path):

@@ -18,10 +18,10 @@ from torch import nn
 from tqdm import tqdm
 
 from ..config import (
+    complete_classes,
     config_names,
     get_config_file,
     load_config,
-    set_num_classes,
     use_available_device,
 )
 from ..data.datasets import register
@@ -64,7 +64,7 @@ def row_config(row: str, seed: int, output: Path, opts: list[str]) -> CfgNode:
     """The config of one run."""
     cfg = load_config(get_config_file(f"tables/{row}"), get_config_file("ablation"), opts=opts)
     use_available_device(cfg)
-    set_num_classes(cfg)
+    complete_classes(cfg)
     cfg.SEED = seed
     cfg.OUTPUT_DIR = str(output)
     cfg.freeze()

@@ -61,6 +61,15 @@ def targets(paths: Sequence[Path], output: Path) -> dict[Path, Path]:
     return found
 
 
+def image_ids(paths: Sequence[Path]) -> dict[Path, int | str]:
+    """The numbers that all names are, without their endings, as COCO's, or else the names: a guess,
+    because images do not tell their ids in a json."""
+    stems = [path.stem.lstrip("0") or "0" for path in paths]
+    if all(x.isascii() and x.isdecimal() for x in stems) and len({*stems}) == len(stems):
+        return {path: int(stem) for path, stem in zip(paths, stems, strict=True)}
+    return {path: path.name for path in paths}
+
+
 def draw(image: np.ndarray, found: Detections, names: Sequence[str]) -> np.ndarray:
     """The BGR image with boxes, class names and scores on it."""
     labels = [
@@ -121,6 +130,7 @@ def _images(
             except (ValueError, OSError) as error:
                 print(f"skipped: {error}", file=sys.stderr)
 
+    ids = image_ids(paths)
     with tqdm(total=len(paths), unit="image") as progress:
         for some in media.batches(readable(), batch):
             results = predictor([image for _, image in some])
@@ -129,8 +139,7 @@ def _images(
                 drawn = draw(image, shown, predictor.names)
                 if not cv2.imwrite(str(places[path]), drawn):
                     raise OSError(f"cannot write the picture {places[path]}")
-                image_id = int(path.stem) if path.stem.isdecimal() else path.stem
-                where = {"image_id": image_id, "file_name": str(path)}
+                where = {"image_id": ids[path], "file_name": str(path)}
                 yield as_records(shown, predictor.ids, predictor.names, **where)
             progress.update(len(some))
 
@@ -140,6 +149,8 @@ def _video(
 ) -> Iterator[list[dict]]:
     film = media.Film(path)
     writer = film.writer(target)
+    if not writer.isOpened():
+        raise OSError(f"cannot write the film {target}")
     number = 0
     with tqdm(total=film.count, unit="frame", desc=path.name) as progress:
         try:
@@ -154,4 +165,5 @@ def _video(
         finally:
             writer.release()
     if number == 0:
+        target.unlink(missing_ok=True)
         print(f"skipped: {path} has no frame that can be read", file=sys.stderr)

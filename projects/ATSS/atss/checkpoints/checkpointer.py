@@ -8,7 +8,9 @@ from typing import Any, BinaryIO, ClassVar
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .classes import KEY, names_in, take_rows, warn_of_others
 from .read import WeightsError, read, require_tensors, verify_download
@@ -101,7 +103,12 @@ class SafeCheckpointer(DetectionCheckpointer):
         lacking = {*left.missing_keys, *(x[0] for x in left.incorrect_shapes)}
         self._refuse_random_parts(lacking)
         if self.whole:
-            names = [name for name, _ in self.model.named_parameters() if name in lacking]
+            # Of buffers some may come and go, but not what norms have measured.
+            needed = {name for name, _ in self.model.named_parameters()}
+            for path, module in self.model.named_modules():
+                if isinstance(module, _NormBase | FrozenBatchNorm2d):
+                    needed |= {f"{path}.{name}" for name, _ in module.named_buffers()}
+            names = sorted(x for x in needed & lacking if not x.endswith("num_batches_tracked"))
             if names:
                 raise WeightsError(
                     f"{self._loading} has no weights for {len(names)} parts of the model, such as "
@@ -141,7 +148,7 @@ class TrainingCheckpointer(SafeCheckpointer):
     """
 
     # Of each process its own, should two write into one folder.
-    UNFINISHED = "unfinished_checkpoint_"
+    UNFINISHED = "unfinished_checkpoint"
 
     def __init__(self, model: nn.Module, save_dir: str, *, keep: int = 0, **others: Any):
         super().__init__(model, save_dir, **others)
@@ -222,7 +229,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         return ""
 
     def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
-        unfinished = os.path.join(self.save_dir, f"{self.UNFINISHED}{os.getpid()}")
+        unfinished = os.path.join(self.save_dir, f"{self.UNFINISHED}_{os.getpid()}")
         try:
             with open(unfinished, "wb") as file:
                 write(file)

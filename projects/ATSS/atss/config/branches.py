@@ -201,7 +201,7 @@ def prune(cfg: CfgNode) -> None:
         group = node.get(kind.group, {})
         for name in [x for x in group if (kind.group, x) not in chosen]:
             del group[name]
-        if kind.group in node and not group:
+        if kind.group in node and not group and not node.BRANCH:  # overlays may hold it
             del node[kind.group]
 
 
@@ -219,16 +219,16 @@ def for_inference(cfg: CfgNode) -> CfgNode:
     add_atss_config(fresh)
     cfg.defrost()
     node, usual = cfg.MODEL.ATSS, fresh.MODEL.ATSS
-    for key in {"ASSIGNMENT_OF", "PHASES", *_keys_of(*KINDS_OF_PHASES)} & {*usual}:
+    training = {"ASSIGNMENT_OF", "PHASES", *OF_CRITERIA, *_keys_of(*KINDS_OF_PHASES)}
+    for key in training & {*usual}:
         node[key] = usual[key]
-    node.BRANCHES = [node.INFERENCE] if node.INFERENCE in node.BRANCH else []
-    kept = {"OUTPUT", "OWN_HEAD", "DETACHED", *_keys_of(modeling.HEAD_REGISTRY)}
-    for name in list(node.BRANCH):
-        if name not in node.BRANCHES:
-            del node.BRANCH[name]
-            continue
-        for key in {*node.BRANCH[name]} - kept:
-            del node.BRANCH[name][key]
+    node.BRANCHES = [x for x in node.BRANCHES if x == node.INFERENCE]
+    for name, over in list(node.BRANCH.items()):
+        if isinstance(over, CfgNode):
+            for key in training & {*over}:
+                del over[key]
+            if not over and name not in node.BRANCHES:
+                del node.BRANCH[name]
     return cfg
 
 

@@ -39,8 +39,7 @@ def set_num_classes(cfg: CfgNode) -> None:
 
 def complete_classes(cfg: CfgNode, training: bool = True) -> None:
     """Fills in, in place, the number of classes and their names: those of the data sets, or, where
-    nothing is trained, those that the config of a run names, if the data sets have the same ones.
-    All data sets follow their order.
+    nothing is trained, those that the config of a run names. All data sets follow their order.
 
     Raises:
         ValueError: as :func:`resolve_num_classes`, or where data sets have different classes.
@@ -49,7 +48,7 @@ def complete_classes(cfg: CfgNode, training: bool = True) -> None:
     of_run = list(cfg.MODEL.ATSS.CLASS_NAMES)
     cfg.MODEL.ATSS.CLASS_NAMES = []
     names = class_names(cfg)
-    cfg.MODEL.ATSS.CLASS_NAMES = names if training or sorted(of_run) != sorted(names) else of_run
+    cfg.MODEL.ATSS.CLASS_NAMES = names if training or not of_run else of_run
     follow_classes(cfg)
     cfg.MODEL.ATSS.CLASS_IDS = []
     cfg.MODEL.ATSS.CLASS_IDS = class_ids(cfg)

@@ -232,7 +232,7 @@ def _objects(content: dict, findings: _Findings) -> Objects:
         used &= ~where
     add("box_partly_outside", used & beyond)
 
-    add("area_unusable", [not _is_area(e.get("area")) for e in annotations])
+    add("area_unusable", [not is_area(e.get("area")) or "iscrowd" not in e for e in annotations])
     add("annotation_id_zero", [e["id"] == 0 for e in annotations])
     _find_repeated_files(content, image, findings)
     findings.add("category_name_twice", "categories", _repeated([c["name"] for c in categories]))
@@ -321,7 +321,8 @@ def _boxes(values: list) -> tuple[np.ndarray, np.ndarray]:
     return np.array(rows, dtype=np.float64).reshape(-1, 4), np.array(malformed, dtype=bool)
 
 
-def _is_area(x: object) -> bool:
+def is_area(x: object) -> bool:
+    """Whether an object can have such an area."""
     return type(x) in (int, float) and 0 < x < np.inf  # type: ignore[operator]
 
 

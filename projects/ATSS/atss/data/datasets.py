@@ -1,8 +1,12 @@
 """Own data sets in COCO's format or in YOLO's layout, without code."""
 
+import atexit
+import json
 import logging
 import os
 import pickle
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 
-from .coco_json import category_names, find_in_json, read_coco
+from .coco_json import category_names, find_in_json, is_area, read_coco
 from .findings import DROPPED, ERROR, WARNING, Finding
 from .yolo import read_yolo
 
@@ -74,15 +78,31 @@ def register(spec: str) -> str:
         # As bytes they take a tenth of the memory, and whoever asks gets records of his own.
         load = partial(pickle.loads, pickle.dumps(_records(content, image_dir)))
     else:
-        load = partial(load_coco_json, annotations, image_dir)
-        # Evaluation reads the file itself, where it is named, and would crash at the end of a
-        # training, or count objects of no area as small.
-        if not any(x.kind == "area_unusable" for x in findings):
-            metadata |= {"json_file": annotations, "image_root": image_dir}
+        file = annotations
+        if any(x.kind == "area_unusable" for x in findings):
+            file = _with_areas(content, name)
+        load = partial(load_coco_json, file, image_dir)
+        metadata |= {"json_file": file, "image_root": image_dir}
     # Sorted by id, categories get the numbers that Detectron2 gives those of a json.
     ids = sorted(category["id"] for category in content["categories"])
     _register(name, load, {category_id: i for i, category_id in enumerate(ids)}, metadata)
     return name
+
+
+def _with_areas(content: dict, name: str) -> str:
+    """A copy, for as long as this process runs, of a json for evaluation to read, which would crash
+    at its end, or count objects of no area as small; in it these have the areas of their boxes."""
+    folder = tempfile.mkdtemp(prefix="atss_areas_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    entries = []
+    for entry in content["annotations"]:
+        box_area = entry["bbox"][2] * entry["bbox"][3]
+        area = entry["area"] if is_area(entry.get("area")) else box_area
+        entries.append({**entry, "area": area, "iscrowd": entry.get("iscrowd", 0)})
+    path = os.path.join(folder, f"{name}.json")
+    with open(path, "w") as file:
+        json.dump({**content, "annotations": entries}, file)
+    return path
 
 
 def _is_yolo(annotations: str) -> bool:
@@ -140,32 +160,43 @@ def follow(name: str, classes: Sequence[str]) -> None:
             :func:`register` did not make.
     """
     own = classes_of(name)
-    if own is None or not classes or list(map(_plain, own)) == list(map(_plain, classes)):
+    if own is None or not classes or list(own) == list(classes):
         return
-    places = {_plain(x): i for i, x in enumerate(classes)}
-    if len(places) < len(classes) or {*map(_plain, own)} != {*places}:
-        i = next(i for i, (a, b) in enumerate(zip(own, classes, strict=False)) if a != b)
+    places = _places(own, classes)
+    if places is None:
         raise ValueError(
-            f"class {i} of data set {name} is {own[i]!r}, but {classes[i]!r} of the data set or "
-            "weights that it is used with: what is found would be called by the wrong name"
+            f"data set {name} has the classes {_some(own)}, but the data set or weights that it is "
+            f"used with have {_some(classes)}: what is found would be called by the wrong name"
         )
     metadata = MetadataCatalog.get(name).as_dict()
     if "source" not in metadata:
+        if places == list(range(len(own))):
+            return
         raise ValueError(
-            f"data set {name} has the classes {own}, which are {[*classes]} in another order: "
-            "register it by --register"
+            f"data set {name} has the classes {_some(own)}, which are {_some(classes)} in another "
+            "order: register it by --register"
         )
     old = metadata.pop("thing_dataset_id_to_contiguous_id")
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
-    number = {category_id: places[_plain(own[i])] for category_id, i in old.items()}
+    number = {category_id: places[i] for category_id, i in old.items()}
     load = metadata.pop("load")
     unchanged = {k: x for k, x in metadata.items() if k != "name"}
     _register(name, load, number, {**unchanged, "thing_classes": list(classes)})
 
 
-def _plain(class_name: str) -> str:
-    return class_name.strip().casefold()
+def _places(own: Sequence[str], classes: Sequence[str]) -> list[int] | None:
+    """Where each class lies among the others; in other cases only where that is unambiguous."""
+    for plain in (str, lambda x: x.strip().casefold()):
+        ours, theirs = [plain(x) for x in own], [plain(x) for x in classes]
+        if len({*ours}) == len(ours) and sorted(ours) == sorted(theirs):
+            return [theirs.index(x) for x in ours]
+    return None
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:5]))
+    return f"{len(names)} classes {shown}, ..." if len(names) > 5 else f"{shown}"
 
 
 def log_remarks(names: Sequence[str]) -> None:
@@ -182,7 +213,7 @@ def refuse_missing_images(names: Sequence[str]) -> None:
         ValueError: naming the data set and the first image that is not there.
     """
     for name in dict.fromkeys(names):
-        files = [record["file_name"] for record in DatasetCatalog.get(name)]
+        files = [os.fspath(record["file_name"]) for record in DatasetCatalog.get(name)]
         missing = [x for x in files if "://" not in x and not os.path.isfile(x)]
         if missing:
             raise ValueError(

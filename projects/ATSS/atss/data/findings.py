@@ -77,8 +77,8 @@ KINDS = {
     "object_twice": Kind(WARNING, "objects that are there twice, with equal class and box"),
     "area_unusable": Kind(
         WARNING,
-        "annotations whose area is missing, or no positive number: evaluation takes that of the "
-        "polygons, or of the box",
+        "annotations whose area is missing, or no positive number (evaluation takes that of the "
+        "box), or without 'iscrowd' (0)",
     ),
     "annotation_id_zero": Kind(
         WARNING, "annotations with id 0, whose detections pycocotools counts as wrong"

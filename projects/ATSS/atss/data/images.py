@@ -121,9 +121,9 @@ def read(file_name: str, sizes: Sequence[tuple[int, int]] = ()) -> np.ndarray:
     try:
         refuse(file_name, None, sizes)
         return read_image(file_name, format="BGR")
-    except ValueError:
-        raise
     except Exception as error:  # Pillow raises errors of many types where a file is damaged
+        if isinstance(error, ValueError) and file_name in str(error):
+            raise
         raise OSError(f"cannot read the image {file_name}: {error}") from error
 
 

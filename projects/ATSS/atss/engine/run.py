@@ -14,8 +14,6 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import IO
 
 import torch
@@ -124,8 +122,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     register(args)
     if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
         follow_classes(cfg)
-    with _keeping_config(cfg.OUTPUT_DIR, args.eval_only):
-        default_setup(cfg, args)
+    config = _set_up(args, cfg)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="atss")
     datasets.log_remarks((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     if cfg.MODEL.DEVICE == "cpu":
@@ -154,6 +151,8 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     if args.resume:
         check_shared(trainer.checkpointer.get_checkpoint_file())
     trainer.resume_or_load(resume=args.resume)
+    if comm.is_main_process():
+        _replace(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), config)
     logging.getLogger("atss").info("Starting at iteration %d", trainer.start_iter)
     return trainer.train()
 
@@ -188,9 +187,9 @@ def start(args: argparse.Namespace) -> None:
     try:
         cfg = prepare(args)
         lock = None
-        if not args.eval_only and _is_first(args):
+        if not args.eval_only:
+            lock = lock_folder(cfg.OUTPUT_DIR) if _is_first(args) else None
             refuse_used_folder(cfg.OUTPUT_DIR, args.resume)
-            lock = lock_folder(cfg.OUTPUT_DIR)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     launch(run, args, cfg)
@@ -203,18 +202,36 @@ def _is_first(args: argparse.Namespace) -> bool:
     return not (int(os.environ.get("RANK", 0)) if is_started() else args.machine_rank)
 
 
-@contextmanager
-def _keeping_config(folder: str, keep: bool) -> Iterator[None]:
-    """Where asked to, leaves the config.yaml of a training as it is: an evaluation is none."""
-    path = os.path.join(folder, "config.yaml")
-    before = None
-    if keep and os.path.isfile(path):
+def _set_up(args: argparse.Namespace, cfg: CfgNode) -> bytes:
+    """Detectron2's setup of logs and seeds. An evaluation, and until it has succeeded a resumption,
+    leave the config.yaml of the training as it is.
+
+    Returns:
+        what a training is to write there.
+    """
+    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    first = comm.is_main_process()
+    before = _read(path) if first and (args.eval_only or args.resume) else None
+    try:
+        default_setup(cfg, args)
+        return _read(path) or b"" if first else b""
+    finally:
+        if before is not None:
+            _replace(path, before)
+
+
+def _read(path: str) -> bytes | None:
+    try:
         with open(path, "rb") as file:
-            before = file.read()
-    yield
-    if before is not None and comm.is_main_process():
-        with open(path, "wb") as file:
-            file.write(before)
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def _replace(path: str, content: bytes) -> None:
+    with open(f"{path}.unfinished", "wb") as file:
+        file.write(content)
+    os.replace(f"{path}.unfinished", path)
 
 
 def refuse_used_folder(path: str, resume: bool) -> None:
@@ -243,8 +260,9 @@ def lock_folder(path: str) -> IO | None:
         return None
     file = open(os.path.join(path, "lock"), "w")  # noqa: SIM115
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        # Not flock, which processes that load data would hold for a while after a kill.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
         file.close()
         raise ValueError(
             f"OUTPUT_DIR {path} is in use by another run: wait for it, or choose another"

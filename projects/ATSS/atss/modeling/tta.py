@@ -86,6 +86,8 @@ class ATSSWithTTA(nn.Module):
             view = view[:, ::-1]
         (height, width), (view_height, view_width) = image.shape[:2], view.shape[:2]
         tensor = torch.as_tensor(np.ascontiguousarray(view.transpose(2, 0, 1)))
+        if tensor.dtype == torch.float64:  # as Detectron2 reads YUV
+            tensor = tensor.float()
         found = self.model([{"image": tensor, "height": height, "width": width}])[0]["instances"]
         boxes = found.pred_boxes.tensor
         size = area(boxes) * (view_height / height) * (view_width / width)
