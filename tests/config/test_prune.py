@@ -3,6 +3,7 @@
 import pytest
 import yaml
 from conftest import ROOT, make_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 import atss.engine.run as way_in
@@ -23,6 +24,9 @@ def register_mine():
 
     yield mine
     ASSIGNER_REGISTRY.entries.pop("Mine", None)
+    if "squares" in DatasetCatalog:
+        DatasetCatalog.remove("squares")
+        MetadataCatalog.remove("squares")
 
 
 def test_a_dump_holds_the_arguments_of_what_is_chosen(tmp_path):

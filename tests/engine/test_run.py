@@ -120,7 +120,7 @@ def test_images_of_the_test_data_are_looked_for_first(arguments, squares, launch
 def test_the_small_config_writes_checkpoints(arguments):
     """After each pass over the images: of 8, in batches of 4, without the one that is empty."""
     cfg = way_in.prepare(arguments())
-    assert (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_TO_KEEP) == (2, 1)
+    assert (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_TO_KEEP) == (2, 2)
     assert (
         "CHECKPOINT_EPOCHS" in yaml.safe_load((ROOT / "configs/small.yaml").read_text())["SOLVER"]
     )

@@ -107,7 +107,8 @@ def test_epochs_become_iterations(monkeypatch, images, opts, wanted):
         lambda names, filter_empty: asked.append((names, filter_empty)) or [{}] * images,
     )
     cfg = make_cfg("DATASETS.TRAIN", ("x",), "SOLVER.MAX_ITER", 90, "SOLVER.IMS_PER_BATCH", 8)
-    cfg.merge_from_list(["DATALOADER.FILTER_EMPTY_ANNOTATIONS", False, *opts])
+    cfg.merge_from_list(["DATALOADER.FILTER_EMPTY_ANNOTATIONS", False])
+    cfg.merge_from_list(["SOLVER.CHECKPOINT_EPOCHS", 0.0, *opts])
     complete_schedule(cfg)
     found = cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
     assert found == wanted

@@ -229,7 +229,9 @@ def test_data_without_annotations_get_their_results_written(command, squares, tm
     json_file = tmp_path / "test-dev.json"
     json_file.write_text(json.dumps(content))
     register = f"testdev={json_file}:{squares}/images"
+    run(command(**{"SOLVER.MAX_ITER": 1, "DATASETS.TEST": ()}))
     opts = {"DATASETS.TRAIN": (), "DATASETS.TEST": ("testdev",)}
+    opts["MODEL.WEIGHTS"] = tmp_path / "out" / "model_final.pth"
     results = run(command("--eval-only", register=register, **opts))
     assert not results.get("bbox")
     written = tmp_path / "out/inference/testdev/coco_instances_results.json"
