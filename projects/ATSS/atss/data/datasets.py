@@ -156,7 +156,7 @@ def follow(name: str, classes: Sequence[str]) -> None:
     files list the same classes in another order can be used together.
 
     Raises:
-        ValueError: naming a class that one of them has not, or a data set in another order that
+        ValueError: naming the classes where they are others, or a data set in another order that
             :func:`register` did not make.
     """
     own = classes_of(name)
@@ -196,7 +196,7 @@ def _places(own: Sequence[str], classes: Sequence[str]) -> list[int] | None:
 
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(map(repr, names[:5]))
-    return f"{len(names)} classes {shown}, ..." if len(names) > 5 else f"{shown}"
+    return f"{len(names)} classes {shown}, ..." if len(names) > 5 else shown
 
 
 def log_remarks(names: Sequence[str]) -> None:

@@ -118,9 +118,16 @@ def read(file_name: str, sizes: Sequence[tuple[int, int]] = ()) -> np.ndarray:
     Raises:
         ValueError, OSError: with a sentence that names the file.
     """
-    try:
+    with naming(file_name):
         refuse(file_name, None, sizes)
         return read_image(file_name, format="BGR")
+
+
+@contextmanager
+def naming(file_name: str) -> Iterator[None]:
+    """Has whatever goes wrong in reading an image name its file."""
+    try:
+        yield
     except Exception as error:  # Pillow raises errors of many types where a file is damaged
         if isinstance(error, ValueError) and file_name in str(error):
             raise

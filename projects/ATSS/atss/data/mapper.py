@@ -1,15 +1,12 @@
 """Loads one image with its objects; what is wrong with them is said here, with the file's name."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 
-from .images import refuse
+from .images import naming, refuse
 
 
 class Mapper(DatasetMapper):
@@ -42,7 +39,7 @@ class Mapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict) -> dict:
         self._refuse(dataset_dict)
-        with _naming(dataset_dict["file_name"]):
+        with naming(dataset_dict["file_name"]):
             mapped = super().__call__(dataset_dict)
         mapped["image"] = single(mapped["image"])
         return mapped
@@ -56,7 +53,7 @@ class Mapper(DatasetMapper):
         labelled = None
         if "width" in dataset_dict and "height" in dataset_dict:
             labelled = dataset_dict["width"], dataset_dict["height"]
-        with _naming(name):
+        with naming(name):
             refuse(name, labelled)
 
 
@@ -73,15 +70,3 @@ def without_augmentation(cfg: CfgNode) -> CfgNode:
     plain.INPUT.SCALE_JITTER = []
     plain.INPUT.COLOR_JITTER = 0.0
     return plain
-
-
-@contextmanager
-def _naming(file_name: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        if file_name in str(error):
-            raise
-        raise OSError(f"cannot read the image {file_name}: {error}") from error
-    except Exception as error:  # Pillow raises errors of many types where a file is damaged
-        raise OSError(f"cannot read the image {file_name}: {error}") from error

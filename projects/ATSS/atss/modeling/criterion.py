@@ -169,9 +169,9 @@ class Criterion(nn.Module):
         if not found:
             raise ValueError("a branch has no loss: of classes, of boxes or of quality")
         # What no loss reads has a gradient of zero all the same, for DDP on GPUs waits for it.
-        read = (self.cls_loss, self.box_terms, quality_target)
-        for x, by in zip((classes, matched.output.numbers, quality), read, strict=True):
-            if x is not None and (by is None or by == {}):
+        read = (self.cls_loss is not None, bool(self.box_terms), quality_target is not None)
+        for x, is_read in zip((classes, matched.output.numbers, quality), read, strict=True):
+            if x is not None and not is_read:
                 name, first = next(iter(found.items()))
                 found[name] = first._replace(total=first.total + x[:0].sum())
         return found
