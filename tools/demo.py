@@ -26,12 +26,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--score-threshold", type=float, default=0.4, help="what is shown from")
     parser.add_argument("--batch", type=int, default=4, help="images at a time")
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config changes")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="last: over the config")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+    args = make_parser().parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING)
     records: list[dict] = []
     seen, target = 0, args.output / "detections.json"

@@ -40,10 +40,11 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def run(trained, tmp_path):
     def call(*inputs, threshold=0.0, output=tmp_path / "out", opts=(), weights=None):
-        argv = ["--config-file", str(trained / "config.yaml"), "--opts", *map(str, opts)]
-        argv += ["--weights", str(weights or trained / "model.pth"), "--output", str(output)]
+        argv = ["--config-file", str(trained / "config.yaml")]
+        argv += ["--weights", str(weights or trained / "model.pth")]
         argv += ["--score-threshold", str(threshold), "--batch", "3"]
-        demo.main([*argv, "--input", *map(str, inputs)])
+        argv += ["--input", *map(str, inputs), "--output", str(output)]
+        demo.main([*argv, *map(str, opts)])
         return json.loads((output / "detections.json").read_text())
 
     return call
