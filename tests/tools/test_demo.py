@@ -219,6 +219,22 @@ def test_digits_are_fixed_tight_and_apart(tmp_path):
     assert (tmp_path / "one" / "train.json").stat().st_mtime_ns == made
 
 
+def test_digits_can_be_had_without_a_training(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    few = replace(digits.FEW, images={"train": 4, "val": 2, "test": 1})
+    monkeypatch.setattr(digits_tool, "FEW", few)
+    argv = ["--data", str(tmp_path / "digits")]
+    digits_tool.main(argv)
+    assert (
+        "train.json (4 images), val.json (2 images), test.json (1 images)"
+        in capsys.readouterr().out
+    )
+    for split, count in few.images.items():
+        assert len(list((tmp_path / "digits" / split).glob("*.png"))) == count
+    with pytest.raises(SystemExit, match="is there already: nothing was written"):
+        digits_tool.main(argv)
+
+
 def test_make_demo_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
     """The whole of it with 12 images and 4 iterations; a second run finds it done, a third that
     lost its last checkpoint goes on from the one before."""
