@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from atss.analysis.pictures import annotate, targets
+from atss.engine.launch import STOPPED
 from atss.predictor import Predictor
 from atss_runner.media import find_media
 
@@ -53,7 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"stopped: {target} holds {len(records)} detections of {seen} images or frames")
+        holds = f"{target} holds {len(records)} detections of {seen} images or frames"
+        print(f"stopped: {holds}", file=sys.stderr)
+        sys.exit(STOPPED)
     if not seen:
         sys.exit("error: none of the inputs could be read")
     print(f"{len(records)} detections: pictures and detections.json are in {args.output}")

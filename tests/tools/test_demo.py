@@ -92,7 +92,9 @@ def test_no_input_is_replaced(run, squares, tmp_path):
     assert not (tmp_path / "detections.json").exists()
 
 
-def test_what_was_found_is_written_when_something_goes_wrong(run, squares, tmp_path, monkeypatch):
+def test_what_was_found_is_written_when_something_goes_wrong(
+    run, squares, tmp_path, monkeypatch, capsys
+):
     drawn = []
 
     def write(path, picture):
@@ -109,8 +111,9 @@ def test_what_was_found_is_written_when_something_goes_wrong(run, squares, tmp_p
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cv2, "imwrite", stop)
-    with pytest.raises(SystemExit, match=r"stopped: .*detections.json holds 0 detections of 0 im"):
+    with pytest.raises(SystemExit, match="130"):
         run(squares / "images")
+    assert "detections.json holds 0 detections of 0 images" in capsys.readouterr().err
     (tmp_path / "out" / "detections.json").write_text("[1]")
     with pytest.raises(SystemExit, match="error: the weights nowhere do not exist"):
         run(squares / "images", weights="nowhere")
