@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from atss import Anchors
 from atss.analysis import statistics
 from atss.data import check
-from atss.data.datasets import register
+from atss.data.datasets import refuse_unannotated, register
 from atss.data.findings import ERROR, KINDS
 from atss.data.mapper import Mapper
 from atss.geometry import iou
@@ -32,6 +32,7 @@ def train():
 
     def door(annotations, images):
         register(f"broken={annotations}:{images}")
+        refuse_unannotated(["broken"])
         records = get_detection_dataset_dicts(["broken"])
         mapper = Mapper(cfg, is_train=True)
         return [mapper(r) for r in records], MetadataCatalog.get("broken").remarks

@@ -16,7 +16,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 
 from .coco_json import category_names, find_in_json, is_area, read_coco
-from .findings import DROPPED, ERROR, WARNING, Finding
+from .findings import DROPPED, ERROR, KINDS, WARNING, Finding
 from .yolo import read_yolo
 
 
@@ -63,7 +63,8 @@ def register(spec: str) -> str:
             raise ValueError(f"a data set called {name} is registered already: choose another name")
         return name
     content, image_dir, findings = read(annotations, images)
-    findings += find_in_json(content)[0]
+    more, objects = find_in_json(content)
+    findings += more
     for finding in findings:
         if finding.level == ERROR:
             raise ValueError(f"{annotations} has {finding.sentence()}")
@@ -71,7 +72,7 @@ def register(spec: str) -> str:
         "source": source,
         "evaluator_type": "coco",
         "thing_classes": category_names(content),
-        "annotated": bool(content["annotations"]),
+        "to_learn": 0 if objects is None else int(objects.used.sum()),
         "remarks": {f.kind: f.sentence() for f in findings if f.level in (DROPPED, WARNING)},
     }
     if _is_yolo(annotations):
@@ -223,14 +224,18 @@ def refuse_missing_images(names: Sequence[str]) -> None:
 
 
 def refuse_unannotated(names: Sequence[str]) -> None:
-    """Training on a data set that :func:`register` found without annotations cannot be.
+    """Training cannot be on a data set in which :func:`register` found no object that it uses.
 
     Raises:
-        ValueError: naming the data set.
+        ValueError: naming the data set, and what its annotations are.
     """
     for name in names:
-        if MetadataCatalog.get(name).get("annotated") is False:
-            raise ValueError(f"data set {name} has no annotations to train on")
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("to_learn") == 0:
+            remarks = metadata.remarks.items()
+            left_out = "; ".join(x for kind, x in remarks if KINDS[kind].level == DROPPED)
+            but = f", but {left_out}" if left_out else ""
+            raise ValueError(f"data set {name} has no annotations to train on{but}")
 
 
 def count_training_images(names: Sequence[str], filter_empty: bool) -> int:
