@@ -51,9 +51,8 @@ def register(spec: str) -> str:
         ValueError: with a sentence that says what is wrong with the argument or the files.
     """
     name, equals, source = spec.partition("=")
-    annotations, colon, images = source.rpartition(":")
-    annotations, images = os.path.expanduser(annotations), os.path.expanduser(images)
-    if not (name and equals and annotations and colon and images):
+    annotations, images = _split(source)
+    if not (name and equals and annotations and images):
         raise ValueError(
             "--register takes NAME=annotations.json:image_dir or NAME=data.yaml:split, not "
             f"{spec!r}"
@@ -88,6 +87,15 @@ def register(spec: str) -> str:
     ids = sorted(category["id"] for category in content["categories"])
     _register(name, load, {category_id: i for i, category_id in enumerate(ids)}, metadata)
     return name
+
+
+def _split(source: str) -> tuple[str, str]:
+    """The annotations, and the folder or split. Where either has a colon in its name, the first
+    colon behind a file parts them."""
+    colons = [i for i, x in enumerate(source) if x == ":"]
+    parts = [(os.path.expanduser(source[:i]), os.path.expanduser(source[i + 1 :])) for i in colons]
+    behind_files = (x for x in parts if os.path.isfile(x[0]))
+    return next(behind_files, parts[-1] if parts else ("", ""))
 
 
 def _with_areas(content: dict, name: str) -> str:
@@ -256,8 +264,13 @@ def ids_of(name: str) -> list[int]:
     return sorted(number, key=number.__getitem__)
 
 
+def without_classes(names: Sequence[str]) -> list[str]:
+    """Those that are registered, but without names of classes."""
+    return [name for name in names if name in DatasetCatalog and classes_of(name) is None]
+
+
 def classes_of(name: str) -> list[str] | None:
-    """Names of a data set's classes, or None where no such data set is registered.
+    """Names of a data set's classes, or None where no such data set is registered, or without them.
 
     Reads the annotations when Detectron2 does not know the classes before that.
     """

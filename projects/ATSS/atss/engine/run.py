@@ -40,6 +40,7 @@ from ..config import (
 from ..config.checks import check_values
 from ..data import datasets
 from .best import best_metric
+from .evaluation import check_metadata
 from .launch import is_started, keep_freed_memory, launch, world_size
 from .solver import MOMENTS
 from .trainer import Trainer
@@ -97,6 +98,8 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     Raises:
         ValueError, OSError: with a sentence that says what is wrong.
     """
+    if not args.config_file:
+        raise ValueError("--config-file is missing, such as configs/ATSS_R_50_FPN_1x.yaml")
     register(args)
     cfg = load_config(args.config_file, opts=args.opts)
     if args.eval_only and cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
@@ -351,6 +354,8 @@ def check_data(cfg: CfgNode, training: bool) -> None:
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN names no data set")
         datasets.refuse_unannotated(cfg.DATASETS.TRAIN)
+    for name in cfg.DATASETS.TEST:
+        check_metadata(name)
     datasets.refuse_missing_images(cfg.DATASETS.TEST)
 
 
