@@ -9,6 +9,7 @@ from pathlib import Path
 from atss.analysis.demo import train_on_digits
 from atss.config import get_config_file
 from atss.data.digits import DEMO
+from atss.engine.launch import explain
 
 ROOT = Path("output/demo")
 CONFIG = get_config_file("demo")
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         results = train_on_digits(ROOT, str(CONFIG), DEMO)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {explain(error, str(ROOT))}")
     print(f"\nAP on {DEMO.images['test']} held-out images:")
     for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"):
         print(f"  {name:<5} {results[name]:5.1f}")

@@ -41,7 +41,13 @@ from ..config.checks import check_values
 from ..data import datasets
 from .best import best_metric
 from .evaluation import check_metadata
-from .launch import is_started, keep_freed_memory, launch, world_size
+from .launch import (
+    is_started,
+    keep_freed_memory,
+    keep_tracebacks_to_the_file,
+    launch,
+    world_size,
+)
 from .solver import MOMENTS
 from .trainer import Trainer
 
@@ -127,6 +133,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
         follow_classes(cfg)
     config = _set_up(args, cfg)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="atss")
+    keep_tracebacks_to_the_file(cfg.OUTPUT_DIR)
     datasets.log_remarks((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
