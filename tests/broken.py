@@ -8,7 +8,7 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,6 +148,22 @@ def boxes(new: Callable[[list], list]) -> Callable:
             annotation["bbox"] = new(annotation["bbox"])
 
     return change
+
+
+def each(key: str, value: object, image: int = 0) -> Callable:
+    """This field of every annotation, or of those of one image."""
+
+    def change(content: dict, root: Path) -> None:
+        for annotation in content["annotations"]:
+            if image in (0, annotation["image_id"]):
+                annotation[key] = value
+
+    return change
+
+
+def rle(counts: list, size: Sequence | None = (HEIGHT, WIDTH)) -> dict:
+    """Run lengths, as COCO's format has them."""
+    return {"counts": counts, "size": size}
 
 
 def copy(key: str, **other: object) -> Callable:
@@ -374,6 +390,34 @@ ANNOTATIONS = [
          "neither a list of polygons nor run lengths", "segmentation_malformed", BOX),
     Case("a segmentation of two points", put(*FIRST, "segmentation", [[1, 2, 9, 9]]), "leaves out",
          "no polygon of at least three points (1)", "segmentation_empty", BOX, 11),
+    Case("run lengths without counts", put(*FIRST, "segmentation", {"size": [48, 64]}), "stops",
+         "neither a list of polygons nor run lengths", "segmentation_malformed", BOX),
+    Case("run lengths of text", put(*FIRST, "segmentation", rle(["a"])), "stops",
+         "neither a list of polygons nor run lengths", "segmentation_malformed", BOX),
+    Case("a negative run length", put(*FIRST, "segmentation", rle([-1, 5])), "stops",
+         "neither a list of polygons nor run lengths", "segmentation_malformed", BOX),
+    Case("run lengths of a size that is null", put(*FIRST, "segmentation", rle([9, 5], None)),
+         "stops", "neither a list of polygons nor run lengths", "segmentation_malformed", BOX),
+    Case("run lengths of a size of one number", put(*FIRST, "segmentation", rle([9, 5], [48])),
+         "stops", "neither a list of polygons nor run lengths", "segmentation_malformed", BOX),
+    Case("run lengths that are sound", put(*FIRST, "segmentation", rle([9, 5])), "trains",
+         "by its box", ""),
+    Case("key points with null among them", put(*FIRST, "keypoints", [1, None, 2]), "stops",
+         "keypoints are no list of numbers", "keypoints_malformed", BOX),
+    Case("key points that are text", put(*FIRST, "keypoints", "1 2 2"), "stops",
+         "keypoints are no list of numbers", "keypoints_malformed", BOX),
+    Case("key points that are sound", put(*FIRST, "keypoints", [5, 6, 2]), "trains", "by its box",
+         ""),
+    Case("crowds on one image alone", each("iscrowd", 1, image=1), "leaves out", "crowds (3)",
+         "crowd", BOX, 9),
+    Case("crowds alone", each("iscrowd", 1), "stops",
+         "has no annotations to train on, but crowds (12)", "nothing_to_learn", BOX),
+    Case("boxes of zero width alone", boxes(lambda b: [b[0], b[1], 0, b[3]]), "stops",
+         "has no annotations to train on, but boxes of zero width or height (12)",
+         "nothing_to_learn", BOX),
+    Case("segmentations of two points alone", each("segmentation", [[1, 2, 9, 9]]), "stops",
+         "but objects whose segmentation has no polygon of at least three points (12)",
+         "nothing_to_learn", BOX),
     Case("a crowd", put(*FIRST, "iscrowd", 1), "leaves out", "crowds (1)", "crowd", BOX, 11),
     Case("a box of three numbers", put(*FIRST, "bbox", [1, 2, 3]), "stops",
          "boxes that are not four numbers", "box_malformed", BOX),
@@ -409,6 +453,8 @@ ANNOTATIONS = [
     Case("no area", drop(*FIRST, "area"), "trains",
          "and evaluates with that of the box; logged", "area_unusable", BOX),
     Case("an area that is null", put(*FIRST, "area", None), "trains",
+         "and evaluates with that of the box; logged", "area_unusable", BOX),
+    Case("an area that is text", put(*FIRST, "area", "320"), "trains",
          "and evaluates with that of the box; logged", "area_unusable", BOX),
     Case("an area of 0", put(*FIRST, "area", 0), "trains",
          "and evaluates with that of the box; logged", "area_unusable", BOX),

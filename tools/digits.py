@@ -12,6 +12,7 @@ from pathlib import Path
 from atss.analysis.demo import train_on_digits
 from atss.config import get_config_file
 from atss.data.digits import DEMO, FEW, make_digits
+from atss.engine.launch import STOPPED, explain
 
 ROOT = Path("output/demo")
 CONFIG = get_config_file("demo")
@@ -33,7 +34,10 @@ def main(argv: list[str] | None = None) -> None:
             return
         results = train_on_digits(ROOT, str(CONFIG), DEMO)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {explain(error, str(args.data or ROOT))}")
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on", file=sys.stderr)
+        sys.exit(STOPPED)
     print(f"\nAP on {DEMO.images['test']} held-out images:")
     for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"):
         print(f"  {name:<5} {results[name]:5.1f}")

@@ -20,7 +20,8 @@ def data_sets():
         for name, count in counts.items():
             names.append(name)
             DatasetCatalog.register(name, lambda: [])
-            MetadataCatalog.get(name).thing_classes = [f"c{i}" for i in range(count)]
+            if count is not None:
+                MetadataCatalog.get(name).thing_classes = [f"c{i}" for i in range(count)]
 
     yield register
     for name in names:
@@ -37,10 +38,15 @@ def test_number_of_classes_comes_from_the_data(data_sets):
         resolve_num_classes(make_cfg(*sets, "MODEL.ATSS.NUM_CLASSES", 5))
     cfg = make_cfg("DATASETS.TRAIN", ("three_train",), "DATASETS.TEST", ("four",))
     cfg.MODEL.ATSS.NUM_CLASSES = -1
-    with pytest.raises(ValueError, match="data set three_train has 3, but data set four has 4"):
+    sets = r"\(DATASETS.TRAIN is \('three_train',\), TEST is \('four',\)\)"
+    with pytest.raises(ValueError, match=f"three_train has 3, but data set four has 4.*{sets}"):
         resolve_num_classes(cfg)
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("nowhere",)
     with pytest.raises(ValueError, match="none of the data sets \\['nowhere'\\] is registered"):
+        resolve_num_classes(cfg)
+    data_sets(nameless=None)
+    cfg.DATASETS.TRAIN = ("nameless",)
+    with pytest.raises(ValueError, match="data set nameless has no thing_classes in its metadata"):
         resolve_num_classes(cfg)
 
 

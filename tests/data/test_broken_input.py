@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from atss import Anchors
 from atss.analysis import statistics
 from atss.data import check
-from atss.data.datasets import register
+from atss.data.datasets import refuse_unannotated, register
 from atss.data.findings import ERROR, KINDS
 from atss.data.mapper import Mapper
 from atss.geometry import iou
@@ -32,6 +32,7 @@ def train():
 
     def door(annotations, images):
         register(f"broken={annotations}:{images}")
+        refuse_unannotated(["broken"])
         records = get_detection_dataset_dicts(["broken"])
         mapper = Mapper(cfg, is_train=True)
         return [mapper(r) for r in records], MetadataCatalog.get("broken").remarks
@@ -173,8 +174,8 @@ def test_a_config_of_fewer_levels(tmp_path):
 
 
 def test_training_stops_with_the_sentence_last(tmp_path):
-    """Through the command, in a worker process: the file's name is in the last line. What is left
-    out has been logged before."""
+    """Through the command, in a worker process: the file's name is in the last line, and the
+    traceback in the log's file alone. What is left out has been logged before."""
     truncated, crowd = (
         next(case for case in CASES if case.name == name)
         for name in ("a truncated JPEG", "a crowd")
@@ -194,5 +195,7 @@ def test_training_stops_with_the_sentence_last(tmp_path):
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert re.search(r"cannot read the image .*a\.png: .*truncated", last), done.stderr[-1500:]
+    assert "Traceback" not in done.stdout + done.stderr
     log = (tmp_path / "out" / "log.txt").read_text()
+    assert "Traceback" in log
     assert "Data set broken has crowds (1): annotation 1 of a.png" in log

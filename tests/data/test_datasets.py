@@ -128,6 +128,44 @@ def test_classes_are_those_of_the_same_name(own, classes, places):
     assert datasets._places(own, classes) == places
 
 
+@pytest.mark.parametrize(
+    ("metadata", "sentence"),
+    [
+        ({}, "has evaluator_type None in its metadata; coco, lvis and pascal_voc are known"),
+        ({"evaluator_type": "coco"}, "has no thing_classes in its metadata, without which"),
+    ],
+)
+def test_sets_of_others_that_cannot_be_evaluated_are_said_first(
+    squares, exchanged, tmp_path, metadata, sentence
+):
+    DatasetCatalog.register("foreign", lambda: [])
+    MetadataCatalog.get("foreign").set(**metadata)
+    sets = ("DATASETS.TRAIN", "('plain',)", "DATASETS.TEST", "('foreign',)")
+    options = (*sets, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "run"))
+    try:
+        with pytest.raises(ValueError, match=f"data set foreign of DATASETS.TEST {sentence}"):
+            way_in.prepare(arguments(squares, exchanged, *options))
+    finally:
+        DatasetCatalog.remove("foreign")
+        MetadataCatalog.remove("foreign")
+
+
+def test_a_colon_in_the_name_of_a_folder(squares, tmp_path):
+    """Of the annotations' or of the images'."""
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    (folder / "images:1").symlink_to(squares / "images")
+    (folder / "some.json").symlink_to(squares / "annotations.json")
+    datasets.register(f"colons={folder}/some.json:{folder}/images:1")
+    try:
+        assert MetadataCatalog.get("colons").image_root == f"{folder}/images:1"
+    finally:
+        DatasetCatalog.remove("colons")
+        MetadataCatalog.remove("colons")
+    with pytest.raises(ValueError, match=f"the image folder {folder}/images:2 does not exist"):
+        datasets.register(f"colons={folder}/some.json:{folder}/images:2")
+
+
 def test_sets_that_others_registered_are_not_renumbered(squares):
     DatasetCatalog.register("foreign", lambda: [])
     MetadataCatalog.get("foreign").thing_classes = ["b", "a"]

@@ -1,14 +1,16 @@
 """What can be said of processes before they start, and of what went wrong in them."""
 
 import errno
+import logging
+import sys
 
 import pytest
 import torch
 from conftest import make_cfg
 
 import atss.engine.run as way_in
-from atss.engine.launch import explain
-from atss.engine.run import check_processes
+from atss.engine.launch import explain, keep_tracebacks_to_the_file
+from atss.engine.run import check_config, check_processes
 
 
 @pytest.fixture
@@ -88,6 +90,29 @@ def test_errors_in_one_sentence():
     hidden.__context__ = OSError(errno.ENOSPC, "No space left on device")
     assert explain(hidden, "out") == "cannot write into OUTPUT_DIR out: No space left on device"
     assert explain(RuntimeError("a fault of ours"), "out") is None
+
+
+def test_what_may_be_a_bug_is_printed_with_its_traceback(tmp_path, capsys):
+    """A ValueError of torch's or of an own rule's, unlike one that this project raises."""
+    log, handler = logging.getLogger("detectron2"), logging.StreamHandler(sys.stdout)
+    log.addHandler(handler)
+    keep_tracebacks_to_the_file(str(tmp_path))
+
+    def told(fail) -> str:
+        try:
+            fail()
+        except ValueError:
+            log.exception("Exception during training:")
+        return capsys.readouterr().out
+
+    def bug():
+        _, _ = [1, 2, 3]
+
+    try:
+        assert "too many values" in told(bug)
+        assert told(lambda: check_config(make_cfg("SOLVER.MAX_ITER", 0), training=True)) == ""
+    finally:
+        log.removeHandler(handler)
 
 
 def test_memory_that_runs_out_is_told_with_what_to_do():

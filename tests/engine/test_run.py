@@ -67,6 +67,11 @@ sys.stdin.read()
 """
 
 
+def test_no_arguments_at_all():
+    args = way_in.make_parser().parse_args([])
+    assert said_by(args).startswith("error: --config-file is missing")
+
+
 def test_two_runs_cannot_share_a_folder(arguments, launched, tmp_path):
     (tmp_path / "out").mkdir()
     left = tmp_path / "out" / f"{TrainingCheckpointer.UNFINISHED}_123"

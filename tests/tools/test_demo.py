@@ -238,6 +238,17 @@ def test_digits_can_be_had_without_a_training(tmp_path, monkeypatch, capsys):
         digits_tool.main(argv)
 
 
+def test_make_demo_says_one_sentence_of_what_a_worker_met(monkeypatch):
+    def fail(*_):
+        raise OSError(
+            "Caught OSError in DataLoader worker process 0.\nTraceback\nOSError: no a.png"
+        )
+
+    monkeypatch.setattr(digits_tool, "train_on_digits", fail)
+    with pytest.raises(SystemExit, match=r"^error: no a\.png$"):
+        digits_tool.main([])
+
+
 def test_make_demo_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
     """The whole of it with 12 images and 4 iterations; a second run finds it done, a third that
     lost its last checkpoint goes on from the one before."""

@@ -3,7 +3,7 @@
 import warnings
 
 try:
-    import detectron2  # noqa: F401
+    import detectron2
 except ImportError as error:
     raise ImportError(
         "atss needs Detectron2, which is not installed. The official source: pip install "

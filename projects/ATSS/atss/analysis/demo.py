@@ -9,6 +9,7 @@ from detectron2.utils.logger import setup_logger
 
 from ..data.digits import Recipe, make_digits
 from ..engine import Trainer
+from ..engine.launch import keep_tracebacks_to_the_file
 from ..engine.run import make_parser, prepare
 from ..predictor import Predictor
 from .pictures import beside_truth
@@ -41,6 +42,7 @@ def train_on_digits(
     args = make_parser().parse_args(["--config-file", config, *register, "OUTPUT_DIR", str(root)])
     cfg = prepare(args)
     setup_logger(str(root))
+    keep_tracebacks_to_the_file(str(root))
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     seed_all_rng(cfg.SEED)

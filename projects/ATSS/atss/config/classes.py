@@ -2,7 +2,7 @@
 
 from detectron2.config import CfgNode
 
-from ..data.datasets import classes_of, follow, ids_of
+from ..data.datasets import classes_of, follow, ids_of, without_classes
 
 
 def resolve_num_classes(cfg: CfgNode) -> int:
@@ -21,7 +21,15 @@ def resolve_num_classes(cfg: CfgNode) -> int:
             first = "MODEL.ATSS.NUM_CLASSES is"
             if cfg.MODEL.ATSS.NUM_CLASSES == -1:
                 first = f"data set {next(iter(known))} has"
-            raise ValueError(f"{first} {wanted}, but data set {name} has {count} classes")
+            sets = ""
+            if cfg.DATASETS.TRAIN != cfg.DATASETS.TEST:  # one of them may be the config's own
+                sets = f" (DATASETS.TRAIN is {cfg.DATASETS.TRAIN}, TEST is {cfg.DATASETS.TEST})"
+            raise ValueError(f"{first} {wanted}, but data set {name} has {count} classes{sets}")
+    if wanted == -1 and (nameless := without_classes(names)):
+        raise ValueError(
+            f"data set {nameless[0]} has no thing_classes in its metadata, whose number "
+            "MODEL.ATSS.NUM_CLASSES -1 asks for: name them, or set the number"
+        )
     if wanted == -1:
         raise ValueError(
             "MODEL.ATSS.NUM_CLASSES is -1 (as many as the data have), but none of the data sets "

@@ -179,7 +179,7 @@ def _classes(content: dict, objects: Objects) -> list[tuple[str, int, int]]:
 def _find_in_objects(
     content: dict, objects: Objects, filter_empty: bool, findings: Sequence[Finding]
 ) -> list[Finding]:
-    """Objects there twice, classes without any, images without any."""
+    """No objects at all, objects there twice, classes without any, images without any."""
     found = []
 
     def add(kind: str, key: str, positions: Sequence[int] | np.ndarray) -> None:
@@ -187,6 +187,8 @@ def _find_in_objects(
             found.append(Finding(kind, positions, place_of(content, key)))
 
     used = np.flatnonzero(objects.used)
+    if not len(used) and all(finding.level != ERROR for finding in findings):
+        add("nothing_to_learn", "annotations", range(len(content["annotations"])))
     what = np.column_stack([objects.image, objects.category, objects.boxes])[used]
     order = np.lexsort(what.T)
     same = (what[order][1:] == what[order][:-1]).all(axis=1)

@@ -200,6 +200,7 @@ def _objects(content: dict, findings: _Findings) -> Objects:
     add("ignore", [e.get("ignore", 0) != 0 for e in annotations])
     segmentations = [_segmentation(e.get("segmentation")) for e in annotations]
     add("segmentation_malformed", [s == "malformed" for s in segmentations])
+    add("keypoints_malformed", [not _are_keypoints(e.get("keypoints")) for e in annotations])
 
     boxes, malformed = _boxes([e["bbox"] for e in annotations])
     add("box_malformed", malformed)
@@ -301,8 +302,22 @@ def _segmentation(value: object) -> str:
         if not all(isinstance(polygon, list) for polygon in value):
             return "malformed"
         return "fine" if any(len(p) % 2 == 0 and len(p) >= 6 for p in value) else "empty"
-    fine = isinstance(value, dict) and {"counts", "size"} <= set(value)
-    return "fine" if fine else "malformed"
+    return "fine" if isinstance(value, dict) and _are_run_lengths(**value) else "malformed"
+
+
+def _are_run_lengths(counts: object = None, size: object = None, **_: object) -> bool:
+    """Whether pycocotools, which compresses them, takes them."""
+    if not (isinstance(size, list) and len(size) == 2 and all(map(is_length, size))):
+        return False
+    if isinstance(counts, list):
+        return all(type(x) in (int, float) and 0 <= x < 2**32 for x in counts)
+    return isinstance(counts, str)
+
+
+def _are_keypoints(value: object) -> bool:
+    """Whether Detectron2, which moves them by half a pixel even where only boxes are learnt, can
+    compute with them."""
+    return not value or (isinstance(value, list) and all(map(_is_number, value)))
 
 
 def _boxes(values: list) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 
 from .coco_json import category_names, find_in_json, is_area, read_coco
-from .findings import DROPPED, ERROR, WARNING, Finding
+from .findings import DROPPED, ERROR, KINDS, WARNING, Finding
 from .yolo import read_yolo
 
 
@@ -51,9 +51,8 @@ def register(spec: str) -> str:
         ValueError: with a sentence that says what is wrong with the argument or the files.
     """
     name, equals, source = spec.partition("=")
-    annotations, colon, images = source.rpartition(":")
-    annotations, images = os.path.expanduser(annotations), os.path.expanduser(images)
-    if not (name and equals and annotations and colon and images):
+    annotations, images = _split(source)
+    if not (name and equals and annotations and images):
         raise ValueError(
             "--register takes NAME=annotations.json:image_dir or NAME=data.yaml:split, not "
             f"{spec!r}"
@@ -63,7 +62,8 @@ def register(spec: str) -> str:
             raise ValueError(f"a data set called {name} is registered already: choose another name")
         return name
     content, image_dir, findings = read(annotations, images)
-    findings += find_in_json(content)[0]
+    more, objects = find_in_json(content)
+    findings += more
     for finding in findings:
         if finding.level == ERROR:
             raise ValueError(f"{annotations} has {finding.sentence()}")
@@ -71,7 +71,7 @@ def register(spec: str) -> str:
         "source": source,
         "evaluator_type": "coco",
         "thing_classes": category_names(content),
-        "annotated": bool(content["annotations"]),
+        "to_learn": 0 if objects is None else int(objects.used.sum()),
         "remarks": {f.kind: f.sentence() for f in findings if f.level in (DROPPED, WARNING)},
     }
     if _is_yolo(annotations):
@@ -87,6 +87,15 @@ def register(spec: str) -> str:
     ids = sorted(category["id"] for category in content["categories"])
     _register(name, load, {category_id: i for i, category_id in enumerate(ids)}, metadata)
     return name
+
+
+def _split(source: str) -> tuple[str, str]:
+    """The annotations, and the folder or split. Where either has a colon in its name, the first
+    colon behind a file parts them."""
+    colons = [i for i, x in enumerate(source) if x == ":"]
+    parts = [(os.path.expanduser(source[:i]), os.path.expanduser(source[i + 1 :])) for i in colons]
+    behind_files = (x for x in parts if os.path.isfile(x[0]))
+    return next(behind_files, parts[-1] if parts else ("", ""))
 
 
 def _with_areas(content: dict, name: str) -> str:
@@ -223,14 +232,18 @@ def refuse_missing_images(names: Sequence[str]) -> None:
 
 
 def refuse_unannotated(names: Sequence[str]) -> None:
-    """Training on a data set that :func:`register` found without annotations cannot be.
+    """Training cannot be on a data set in which :func:`register` found no object that it uses.
 
     Raises:
-        ValueError: naming the data set.
+        ValueError: naming the data set, and what its annotations are.
     """
     for name in names:
-        if MetadataCatalog.get(name).get("annotated") is False:
-            raise ValueError(f"data set {name} has no annotations to train on")
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("to_learn") == 0:
+            remarks = metadata.remarks.items()
+            left_out = "; ".join(x for kind, x in remarks if KINDS[kind].level == DROPPED)
+            but = f", but {left_out}" if left_out else ""
+            raise ValueError(f"data set {name} has no annotations to train on{but}")
 
 
 def count_training_images(names: Sequence[str], filter_empty: bool) -> int:
@@ -251,8 +264,13 @@ def ids_of(name: str) -> list[int]:
     return sorted(number, key=number.__getitem__)
 
 
+def without_classes(names: Sequence[str]) -> list[str]:
+    """Those that are registered, but without names of classes."""
+    return [name for name in names if name in DatasetCatalog and classes_of(name) is None]
+
+
 def classes_of(name: str) -> list[str] | None:
-    """Names of a data set's classes, or None where no such data set is registered.
+    """Names of a data set's classes, or None where no such data set is registered, or without them.
 
     Reads the annotations when Detectron2 does not know the classes before that.
     """

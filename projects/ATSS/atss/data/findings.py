@@ -50,6 +50,7 @@ KINDS = {
     "segmentation_malformed": Kind(
         ERROR, "annotations whose segmentation is neither a list of polygons nor run lengths"
     ),
+    "keypoints_malformed": Kind(ERROR, "annotations whose keypoints are no list of numbers"),
     "box_malformed": Kind(ERROR, "boxes that are not four numbers [x, y, width, height]"),
     "box_not_finite": Kind(ERROR, "boxes that are not finite"),
     "box_negative": Kind(
@@ -64,6 +65,7 @@ KINDS = {
         ERROR,
         "boxes that look like [x1, y1, x2, y2], all of them: COCO's are [x, y, width, height]",
     ),
+    "nothing_to_learn": Kind(ERROR, "annotations, all of which training leaves out"),
     "crowd": Kind(DROPPED, "crowds"),
     "segmentation_empty": Kind(
         DROPPED, "objects whose segmentation has no polygon of at least three points"

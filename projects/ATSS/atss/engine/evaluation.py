@@ -19,6 +19,7 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 
 from ..config import images_per_test_batch
+from ..data.datasets import classes_of
 from ..data.mapper import Mapper
 
 
@@ -56,18 +57,33 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     results written in COCO's format, for a server to evaluate.
 
     Raises:
-        ValueError: for an unknown type.
+        ValueError: as :func:`check_metadata`.
     """
+    check_metadata(dataset_name)
     output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    kind = MetadataCatalog.get(dataset_name).evaluator_type
     if kind == "coco":
         # Of data that came in no json Detectron2 writes one there: not to be trusted the next time.
         return ByName(dataset_name, ("bbox",), output_dir=output_dir, allow_cached_coco=False)
     if kind == "lvis":
         return LVISEvaluator(dataset_name, ("bbox",), output_dir=output_dir)
-    if kind == "pascal_voc":
-        return PascalVOCDetectionEvaluator(dataset_name)
-    raise ValueError(
-        f"data set {dataset_name} has evaluator_type {kind!r} in its metadata; "
-        "coco, lvis and pascal_voc are known"
-    )
+    return PascalVOCDetectionEvaluator(dataset_name)
+
+
+def check_metadata(dataset_name: str) -> None:
+    """Whether a data set can be evaluated.
+
+    Raises:
+        ValueError: where its metadata have no names of classes, or no evaluator_type that is known.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in ("coco", "lvis", "pascal_voc"):
+        raise ValueError(
+            f"data set {dataset_name} of DATASETS.TEST has evaluator_type {kind!r} in its "
+            "metadata; coco, lvis and pascal_voc are known"
+        )
+    if classes_of(dataset_name) is None:
+        raise ValueError(
+            f"data set {dataset_name} of DATASETS.TEST has no thing_classes in its metadata, "
+            "without which it cannot be evaluated"
+        )

@@ -4,10 +4,12 @@ is said in one sentence."""
 import argparse
 import ctypes
 import errno
+import logging
 import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +93,30 @@ def explain(error: BaseException, output_dir: str) -> str | None:
     # From a data loader's process comes a traceback as text, which ends in what was raised there.
     last = (str(error).strip().splitlines() or [repr(error)])[-1]
     return last.removeprefix(f"{type(error).__name__}: ")
+
+
+def keep_tracebacks_to_the_file(output_dir: str) -> None:
+    """Has Detectron2's log, which prints every failure of a training, print none that ends in a
+    sentence: its traceback is in log.txt alone. Call it once the log is set up."""
+
+    def is_printed(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return error is None or explain(error, output_dir) is None or _may_be_a_bug(error)
+
+    for handler in logging.getLogger("detectron2").handlers:
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.addFilter(is_printed)
+
+
+def _may_be_a_bug(error: BaseException) -> bool:
+    """Whether it is a ValueError that neither this project nor a process that loads data raised,
+    as torch or an own rule does."""
+    if not isinstance(error, ValueError) or "in DataLoader worker process" in str(error):
+        return False
+    raised_in = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        raised_in = frame.f_globals.get("__name__", "")
+    return raised_in.partition(".")[0] != "atss"
 
 
 def _is_within(path: str, folder: str) -> bool:

@@ -40,7 +40,14 @@ from ..config import (
 from ..config.checks import check_values
 from ..data import datasets
 from .best import best_metric
-from .launch import is_started, keep_freed_memory, launch, world_size
+from .evaluation import check_metadata
+from .launch import (
+    is_started,
+    keep_freed_memory,
+    keep_tracebacks_to_the_file,
+    launch,
+    world_size,
+)
 from .solver import MOMENTS
 from .trainer import Trainer
 
@@ -97,6 +104,8 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     Raises:
         ValueError, OSError: with a sentence that says what is wrong.
     """
+    if not args.config_file:
+        raise ValueError("--config-file is missing, such as configs/ATSS_R_50_FPN_1x.yaml")
     register(args)
     cfg = load_config(args.config_file, opts=args.opts)
     if args.eval_only and cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
@@ -124,6 +133,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
         follow_classes(cfg)
     config = _set_up(args, cfg)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="atss")
+    keep_tracebacks_to_the_file(cfg.OUTPUT_DIR)
     datasets.log_remarks((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
@@ -351,6 +361,8 @@ def check_data(cfg: CfgNode, training: bool) -> None:
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN names no data set")
         datasets.refuse_unannotated(cfg.DATASETS.TRAIN)
+    for name in cfg.DATASETS.TEST:
+        check_metadata(name)
     datasets.refuse_missing_images(cfg.DATASETS.TEST)
 
 
