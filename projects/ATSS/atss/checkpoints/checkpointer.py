@@ -183,7 +183,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         """As there. Where not all states are asked for, this is no resumption: a training begins.
 
         Raises:
-            WeightsError: as there.
+            WeightsError: as there; where a resumption would be of another model.
         """
         self._begins = checkpointables is not None
         loaded = super().load(path, checkpointables)
@@ -210,6 +210,22 @@ class TrainingCheckpointer(SafeCheckpointer):
             take_rows(weights, names, self.model, self.class_names)
         else:
             super()._match_classes(names, weights)
+
+    def _load_model(self, checkpoint: dict) -> Any:
+        left = super()._load_model(checkpoint)
+        if self._begins:
+            return left
+        trained = {name for name, _ in self.model.named_parameters()}
+        other = sorted(trained & {*left.missing_keys, *(x[0] for x in left.incorrect_shapes)})
+        if other:
+            shapes = {name: (tuple(was), tuple(now)) for name, was, now in left.incorrect_shapes}
+            was, now = shapes.get(other[0], ("missing", "a weight"))
+            raise WeightsError(
+                f"{self._loading} is of another model than the config's: {len(other)} weights "
+                f"differ, such as {other[0]}, which is {was} there and {now} here; --resume needs "
+                "the config of the run that it goes on with"
+            )
+        return left
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Detectron2's, all or nothing."""
