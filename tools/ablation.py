@@ -28,12 +28,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", default=list(PRIMARY), metavar="ROW")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("output/ablation"))
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="after --: over every row")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="last: over every row")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+    args = make_parser().parse_intermixed_args(argv)
     logging.getLogger("detectron2").setLevel(logging.INFO)  # else the trainer sets up a log
     try:
         try_to_write("--output", args.output / "table.md", args.output / "plot.png")

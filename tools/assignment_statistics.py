@@ -39,12 +39,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rules", nargs="+", help="of one config: names of rules; all by default")
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
     parser.add_argument("--output", type=Path, default=Path("output/assignment_statistics"))
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="after --: over the config")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="last: over the config")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+    args = make_parser().parse_intermixed_args(argv)
     try:
         import_modules(args.imports)
     except NoSuchModule as error:  # a bug in the module keeps its traceback

@@ -169,7 +169,9 @@ def make_parser() -> argparse.ArgumentParser:
     configured.add_argument(
         "--config-file", default=model_zoo.get_config_file(DEFAULT_CONFIG), metavar="FILE"
     )
-    configured.add_argument("opts", nargs="*", default=[], help="KEY VALUE ... of the config")
+    configured.add_argument(
+        "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over the config"
+    )
     commands = parser.add_subparsers(required=True, metavar="WHAT")
 
     modelled = argparse.ArgumentParser(add_help=False, parents=[shared, configured])

@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-file", default=get_config_file("ATSS_R_50_FPN_1x"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every finding in full")
     parser.add_argument("--deep", action="store_true", help="decode every image, which takes long")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="over the config")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="last: over the config")
     return parser
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from atss.analysis.files import try_to_write
 from atss.analysis.pictures import annotate, targets
+from atss.engine.launch import STOPPED
 from atss.predictor import Predictor
 from atss_runner.media import find_media
 
@@ -27,12 +28,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--score-threshold", type=float, default=0.4, help="what is shown from")
     parser.add_argument("--batch", type=int, default=4, help="images at a time")
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="config changes")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="last: over the config")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+    args = make_parser().parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING)
     records: list[dict] = []
     seen, target = 0, args.output / "detections.json"
@@ -54,7 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"stopped: {target} holds {len(records)} detections of {seen} images or frames")
+        holds = f"{target} holds {len(records)} detections of {seen} images or frames"
+        print(f"stopped: {holds}", file=sys.stderr)
+        sys.exit(STOPPED)
     if not seen:
         sys.exit("error: none of the inputs could be read")
     print(f"{len(records)} detections: pictures and detections.json are in {args.output}")

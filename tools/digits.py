@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """`make demo`: trains ATSS on handwritten digits over photographs, evaluates, and draws what came
-out, in some minutes on two CPU cores. Run again after an interruption it goes on."""
+out, in some minutes on two CPU cores. Run again after an interruption it goes on.
+
+    tools/digits.py --data output/digits    # writes 300 such images, to try commands on, no more
+"""
 
 import argparse
 import sys
@@ -8,23 +11,50 @@ from pathlib import Path
 
 from atss.analysis.demo import train_on_digits
 from atss.config import get_config_file
-from atss.data.digits import DEMO
-from atss.engine.launch import explain
+from atss.data.digits import DEMO, FEW, make_digits
+from atss.engine.launch import STOPPED, explain
 
 ROOT = Path("output/demo")
 CONFIG = get_config_file("demo")
 
 
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="only write a data set there")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
+        if args.data:
+            write_few(args.data)
+            return
         results = train_on_digits(ROOT, str(CONFIG), DEMO)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {explain(error, str(ROOT))}")
+        sys.exit(f"error: {explain(error, str(args.data or ROOT))}")
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on", file=sys.stderr)
+        sys.exit(STOPPED)
     print(f"\nAP on {DEMO.images['test']} held-out images:")
     for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"):
         print(f"  {name:<5} {results[name]:5.1f}")
     print(f"Pictures: {ROOT}/detections.png and {ROOT}/training.png")
+
+
+def write_few(folder: Path) -> None:
+    """Writes a data set as somebody's own might be.
+
+    Raises:
+        ValueError: where the folder is there already.
+    """
+    if folder.exists():
+        raise ValueError(f"--data {folder} is there already: nothing was written")
+    make_digits(folder, FEW)
+    counts = ", ".join(f"{split}.json ({count} images)" for split, count in FEW.images.items())
+    print(f"Written into {folder}: {counts}, and their images in folders of the same names")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from atss.analysis import experiments
 from atss.data import digits
 
 TINY = (
-    *("--", "SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"),
+    *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"),
     *("MODEL.ATSS.NUM_CONVS", "1", "MODEL.FPN.OUT_CHANNELS", "32"),
 )
 

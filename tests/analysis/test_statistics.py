@@ -41,7 +41,14 @@ def test_counts_by_rule_and_sorts_by_kind(tmp_path, capsys):
 
 
 def test_rules_and_arguments_are_chosen(tmp_path):
-    opts = ("--rules", "TopK", "--", "MODEL.ATSS.ASSIGNERS.TopK.TOP_K", "3")
+    opts = (
+        "--rules",
+        "TopK",
+        "--output",
+        str(tmp_path / "out"),
+        "MODEL.ATSS.ASSIGNERS.TopK.TOP_K",
+        "3",
+    )
     (only,) = run(tmp_path, [annotation(100, 100, 80, 80)], *opts)
     assert only["TopK"] == "3"
     assert "mean" not in only

@@ -72,6 +72,17 @@ def test_no_arguments_at_all():
     assert said_by(args).startswith("error: --config-file is missing")
 
 
+def test_coco_may_not_be_there(monkeypatch, tmp_path):
+    known = vars(MetadataCatalog.get("coco_2017_train"))
+    monkeypatch.setitem(known, "json_file", str(tmp_path / "train.json"))
+    args = way_in.make_parser().parse_args(
+        ["--config-file", str(ROOT / "configs" / "ATSS_R_18_FPN_small.yaml")]
+    )
+    sentence = r"DATASETS.TRAIN names coco_2017_train, whose annotations .*train.json do not exist"
+    with pytest.raises(ValueError, match=sentence):
+        way_in.prepare(args)
+
+
 def test_two_runs_cannot_share_a_folder(arguments, launched, tmp_path):
     (tmp_path / "out").mkdir()
     left = tmp_path / "out" / f"{TrainingCheckpointer.UNFINISHED}_123"

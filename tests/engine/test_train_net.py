@@ -17,6 +17,7 @@ from detectron2.engine import HookBase
 import atss.engine.run as way_in
 from atss.data.mapper import Mapper
 from atss.engine import Trainer
+from atss.engine.launch import launch
 
 SMALL = {
     "MODEL.ATSS.NUM_CONVS": 1,
@@ -166,7 +167,7 @@ def test_multi_scale_testing_beside_the_plain_one(command, tmp_path):
     assert (tmp_path / "out/tta/inference/squares/coco_instances_results.json").is_file()
 
 
-def test_stopped_run_resumes_to_the_end(command, tmp_path, monkeypatch, caplog):
+def test_stopped_run_resumes_to_the_end(command, tmp_path, monkeypatch, capsys):
     class Stop(HookBase):
         def after_step(self):
             if self.trainer.iter == 4:
@@ -174,8 +175,11 @@ def test_stopped_run_resumes_to_the_end(command, tmp_path, monkeypatch, caplog):
 
     build_hooks = Trainer.build_hooks
     monkeypatch.setattr(Trainer, "build_hooks", lambda self: [*build_hooks(self), Stop()])
-    with pytest.raises(KeyboardInterrupt):
-        run(command())
+    args = way_in.make_parser().parse_args(command())
+    with pytest.raises(SystemExit, match="130"):
+        launch(way_in.run, args, way_in.prepare(args))
+    last = tmp_path / "out" / "model_0000002.pth"
+    assert f"stopped: --resume goes on from {last}" in capsys.readouterr().err
     assert (tmp_path / "out/last_checkpoint").read_text() == "model_0000002.pth"
     monkeypatch.undo()
     starts = []

@@ -266,6 +266,22 @@ def test_every_parameter_has_a_gradient(nested):
     assert without == []
 
 
+def test_a_rule_sees_what_its_own_branch_predicts():
+    seen = {}
+    model = build("MODEL.ATSS.BRANCHES", ["own"], BRANCH={"own": {"OWN_HEAD": True}})
+    # Its boxes begin twice as large as those of main.
+    nn.init.constant_(model.branches["own"].head.bbox_pred.bias, 3.4)
+    for name, branch in model.branches.items():
+        rule = branch.at(0).assigner
+        branch.at(0).assigner = lambda *x, name=name, rule=rule: (
+            seen.update({name: x[2]}) or rule(*x)
+        )
+    model([EXAMPLE])
+    sizes = {name: (x.boxes[..., 2:] - x.boxes[..., :2]).mean() for name, x in seen.items()}
+    assert sizes["own"] > 1.5 * sizes["main"]
+    assert seen["own"].output.numbers.mean() > seen["main"].output.numbers.mean() + 3
+
+
 def test_branches_that_read_one_output_share_its_boxes(monkeypatch):
     model, decoded = build("MODEL.ATSS.BRANCHES", ["x"], BRANCH={"x": {"QUALITY": ""}}), []
     decode = model.box_coder.decode

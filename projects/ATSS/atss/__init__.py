@@ -1,13 +1,20 @@
 """ATSS and its relatives on Detectron2 (arXiv 1912.02424). Importing registers everything."""
 
+import warnings
+
 try:
-    import detectron2  # noqa: F401
+    import detectron2
 except ImportError as error:
     raise ImportError(
         "atss needs Detectron2, which is not installed. The official source: pip install "
         "--no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'. "
         "Or the build that `make env` of this project installs (requirements-detectron2.txt)."
     ) from error
+
+with warnings.catch_warnings():
+    # It compiles losses when it is imported, in a way of which torch warns.
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
+    import detectron2.modeling  # noqa: F401
 
 from . import assigners
 from .anchors import GridAnchorGenerator

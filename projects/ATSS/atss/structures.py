@@ -140,7 +140,7 @@ class HeadOutput(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What the model says now, detached, for rules that look at it.
+    """What the model says now. Rules that look at it get it detached.
 
     Attributes:
         output: the head's.

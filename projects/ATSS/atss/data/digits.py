@@ -2,13 +2,13 @@
 
 Both ship inside scikit-learn: 1,797 digits of 8 x 8 pixels (UCI) and two photographs. Canvases are
 crops of a photograph darkened to 60 %, from its left half for training and from its right half for
-testing; digits 0 to 1399 of the set are for training, the others for testing; boxes are tight
+other splits; digits 0 to 1399 of the set are for training, the others for these; boxes are tight
 around the ink. The recipes are fixed, so that an AP on them means something.
 """
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,9 @@ DEMO = Recipe(
     classes=tuple("0123456789"),
 )
 
+# `tools/digits.py --data`: as many as photographs of one's own may be, and their three splits.
+FEW = replace(DEMO, images={"train": 200, "val": 50, "test": 50})
+
 # `tools/ablation.py`: samples are hard to choose here. Sides over more than a decade, so that every
 # object has levels that suit it and levels that do not; sides up to 2.7 : 1, which no square anchor
 # overlaps well; crowds in which smaller digits lie on larger ones, so that several objects want an
@@ -75,7 +78,7 @@ ABLATION = Recipe(
 
 
 def make_digits(root: Path, recipe: Recipe) -> None:
-    """Writes ``{train,test}.json`` and the folders ``train`` and ``test`` under ``root``; does
+    """Writes ``train.json``, the folder ``train``, and so on for each split, under ``root``; does
     nothing where they are complete already.
 
     Raises:

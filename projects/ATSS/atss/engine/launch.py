@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
@@ -26,6 +27,8 @@ Main = Callable[[argparse.Namespace, CfgNode], object]
 
 # What torchrun tells each process that it starts; a scheduler's script can tell the same.
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# As shells name it when ctrl-C ends a command: 128 + SIGINT.
+STOPPED = 130
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -34,7 +37,7 @@ def launch(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
 
     Under torchrun this is one of them; otherwise Detectron2's launch starts ``--num-gpus`` per
     machine, on GPUs with NCCL, on CPUs with gloo. Leaves Python with ``error: ...`` and code 1, or
-    with the code of the process that failed first.
+    with the code of the process that failed first; after ctrl-C with ``stopped: ...`` and STOPPED.
     """
     if is_started():
         _join(main, args, cfg)
@@ -53,6 +56,8 @@ def launch(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
             )
         except ProcessExitedException as error:
             sys.exit(f"error: {error}" if error.exit_code < 0 else error.exit_code)
+        except KeyboardInterrupt:  # the processes have it from the terminal, and say it
+            sys.exit(STOPPED)
 
 
 def keep_freed_memory() -> None:
@@ -160,9 +165,22 @@ def _in_one_sentence(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None
         if sentence is None:
             raise
         sys.exit(f"error: {sentence}")
+    except KeyboardInterrupt:
+        if comm.is_main_process():
+            print(_stopped(cfg.OUTPUT_DIR, args.eval_only), file=sys.stderr)
+        sys.exit(STOPPED)
     if distributed.is_initialized():
         # Left to the end of Python, gloo's threads now and then abort the process.
         distributed.destroy_process_group()
+
+
+def _stopped(output_dir: str, evaluating: bool) -> str:
+    if evaluating:
+        return "stopped"
+    tag = Path(output_dir, "last_checkpoint")
+    if not tag.is_file():
+        return f"stopped: {output_dir} holds no checkpoint yet"
+    return f"stopped: --resume goes on from {tag.with_name(tag.read_text().strip())}"
 
 
 def _pass_on(signum: int, _: object) -> None:

@@ -18,7 +18,7 @@ from typing import IO
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -354,6 +354,12 @@ def check_data(cfg: CfgNode, training: bool) -> None:
         if name not in DatasetCatalog:
             raise ValueError(
                 f"DATASETS names {name!r}, which neither Detectron2 nor --register knows"
+            )
+        annotations = MetadataCatalog.get(name).get("json_file")
+        if annotations and not os.path.exists(annotations):
+            key = "TRAIN" if training and name in cfg.DATASETS.TRAIN else "TEST"
+            raise ValueError(
+                f"DATASETS.{key} names {name}, whose annotations {annotations} do not exist"
             )
     if not used:
         raise ValueError(f"DATASETS.{'TRAIN' if training else 'TEST'} names no data set")

@@ -106,49 +106,42 @@ class ATSSDetector(DenseDetector):
             autocast = torch.autocast(self.device.type, dtype=self.precision)
         with autocast:
             if self.training:
-                return self._losses(batched_inputs)
+                if any("instances" not in x for x in batched_inputs):
+                    raise ValueError("to train, images come with their instances")
+                read = self._read(batched_inputs, self.branches)
+                gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
+                return self.forward_training(*read, gt_instances)
             # An image padded beyond its own canvas would see other borders than alone.
             results: list[dict] = [{}] * len(batched_inputs)
             for group in self._of_one_canvas(batched_inputs):
-                detected = self._detections([batched_inputs[i] for i in group])
-                for i, result in zip(group, detected, strict=True):
-                    results[i] = {"instances": result}
+                examples = [batched_inputs[i] for i in group]
+                images, features, outputs = self._read(examples, [self.inference])
+                found = self.forward_inference(images, features, outputs)
+                for i, detected, input_hw in zip(group, found, images.image_sizes, strict=True):
+                    in_original = self._in_original(detected, input_hw, batched_inputs[i])
+                    results[i] = {"instances": in_original}
         return results
 
-    def _features(self, batched_inputs: list[dict]) -> tuple[ImageList, list[Tensor]]:
-        """Normalised and padded images, and their feature maps."""
+    def _read(
+        self, batched_inputs: list[dict], names: Iterable[str]
+    ) -> tuple[ImageList, list[Tensor], dict[str, HeadOutput]]:
+        """Normalised and padded images, their feature maps, and what branches of these names read
+        of them."""
         images = self.preprocess_image(batched_inputs)
         maps = self.backbone(images.tensor)
-        return images, [maps[name] for name in self.head_in_features]
-
-    def _outputs(self, features: list[Tensor], names: Iterable[str]) -> dict[str, HeadOutput]:
-        """What branches read: {name of a branch: output}."""
+        features = [maps[name] for name in self.head_in_features]
         shared = cache(lambda: self.head(features))
-        return {name: self.branches[name].read(features, shared) for name in names}
+        return images, features, {x: self.branches[x].read(features, shared) for x in names}
 
-    def _losses(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
-        if any("instances" not in x for x in batched_inputs):
-            raise ValueError("to train, images come with their instances")
-        images, features = self._features(batched_inputs)
-        outputs = self._outputs(features, self.branches)
-        gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
-        return self.forward_training(images, features, outputs, gt_instances)
-
-    def _detections(self, batched_inputs: list[dict]) -> list[Instances]:
-        """Of images of one canvas, in pixels of the originals."""
-        images, features = self._features(batched_inputs)
-        outputs = self._outputs(features, [self.inference])
-        found = self.forward_inference(images, features, outputs)
-        results = []
-        for example, detected, input_hw in zip(
-            batched_inputs, found, images.image_sizes, strict=True
-        ):
-            height, width = example.get("height", input_hw[0]), example.get("width", input_hw[1])
-            result = detector_postprocess(detected, height, width)
-            if isinstance(self.box_coder, LegacyPixels):
-                self.box_coder.after_resizing(result, input_hw)
-            results.append(result)
-        return results
+    def _in_original(
+        self, detected: Instances, input_hw: tuple[int, int], example: dict
+    ) -> Instances:
+        """From pixels of the network's input to those of the image that it was made of."""
+        height, width = example.get("height", input_hw[0]), example.get("width", input_hw[1])
+        result = detector_postprocess(detected, height, width)
+        if isinstance(self.box_coder, LegacyPixels):
+            self.box_coder.after_resizing(result, input_hw)
+        return result
 
     def _of_one_canvas(self, batched_inputs: list[dict]) -> list[list[int]]:
         """Indices of images that are padded to the same size, group by group."""
@@ -181,13 +174,13 @@ class ATSSDetector(DenseDetector):
         with torch.autocast(self.device.type, enabled=False):
             anchors = self.anchor_generator.grid(features)
             gt = GroundTruth.from_instances(gt_instances)
-            precise, boxes = self._decode(outputs, anchors)
+            predicted = self._decode(outputs, anchors)
             phases = {name: branch.at(iteration) for name, branch in self.branches.items()}
             assignments = {}
             for name, phase in phases.items():
                 if phase.assigner is not None:
-                    output = precise[name].map(Tensor.detach)
-                    seen = Predictions(output, boxes[name].detach())
+                    output, boxes = predicted[name]
+                    seen = Predictions(output.map(Tensor.detach), boxes.detach())
                     assignments[name] = phase.assigner(anchors, gt, seen)
             quotients: dict[str, Quotient] = {}
             for name, phase in phases.items():
@@ -197,7 +190,7 @@ class ATSSDetector(DenseDetector):
                         f"branch {name!r} takes the assignment of {giver!r}; those with one are "
                         f"{sorted(assignments)}"
                     )
-                args = (precise[name], boxes[name], anchors, gt, assignments[giver])
+                args = (*predicted[name], anchors, gt, assignments[giver])
                 for loss, quotient in phase.criterion.quotients(*args).items():
                     quotients[loss if name == self.inference else f"{name}/{loss}"] = quotient
             losses = divide(quotients)
@@ -207,16 +200,17 @@ class ATSSDetector(DenseDetector):
 
     def _decode(
         self, outputs: Mapping[str, HeadOutput], anchors: Anchors
-    ) -> tuple[dict[str, HeadOutput], dict[str, Tensor]]:
+    ) -> dict[str, Predictions]:
         """Each branch's output in float32, and its boxes; once where branches read the same."""
-        known: dict[int, tuple[HeadOutput, Tensor]] = {}
-        for output in outputs.values():
-            if id(output) not in known:
-                precise = output.map(Tensor.float)
-                boxes = self.box_coder.decode(precise.numbers, anchors.boxes, anchors.stride)
-                known[id(output)] = precise, boxes
-        precise_of = {name: known[id(output)][0] for name, output in outputs.items()}
-        return precise_of, {name: known[id(output)][1] for name, output in outputs.items()}
+
+        def decode(output: HeadOutput) -> Predictions:
+            precise = output.map(Tensor.float)
+            boxes = self.box_coder.decode(precise.numbers, anchors.boxes, anchors.stride)
+            return Predictions(precise, boxes)
+
+        known = {id(x): x for x in outputs.values()}
+        decoded = {key: decode(x) for key, x in known.items()}
+        return {name: decoded[id(x)] for name, x in outputs.items()}
 
     def forward_inference(
         self, images: ImageList, features: list[Tensor], outputs: Mapping[str, HeadOutput]
