@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 
 from atss.analysis.experiments import PRIMARY, claims, compare_rows, write_table
+from atss.analysis.files import try_to_write
 from atss.analysis.plots import plot_experiments
+from atss.engine.launch import explain
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,9 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_intermixed_args(argv)
     logging.getLogger("detectron2").setLevel(logging.INFO)  # else the trainer sets up a log
     try:
+        try_to_write("--output", args.output / "table.md", args.output / "plot.png")
         results = compare_rows(args.rows, args.seeds, args.output, args.opts)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {explain(error, str(args.output))}")
     write_table(results, args.output / "table.md")
     plot_experiments(results, claims(results), args.output / "plot.png")
     print((args.output / "table.md").read_text())

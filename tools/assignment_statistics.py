@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from atss.analysis.files import try_to_write
 from atss.analysis.plots import plot_statistics
 from atss.analysis.statistics import compare, table, write_csv
 from atss.config import get_config_file
@@ -48,12 +49,13 @@ def main(argv: list[str] | None = None) -> None:
         import_modules(args.imports)
     except NoSuchModule as error:  # a bug in the module keeps its traceback
         sys.exit(f"error: {error}")
+    results = [args.output / name for name in ("table.md", "plot.png", "objects.csv")]
     try:
+        try_to_write("--output", *results)
         found = compare(args.annotations, args.config_file, args.rules, args.opts, tqdm)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     objects, columns, top = found
-    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "table.md").write_text(table(objects, columns, top))
     plot_statistics(objects, columns, top, args.output / "plot.png")
     write_csv(objects, args.output / "objects.csv")

@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from atss import load_config
+from atss.analysis.files import try_to_write
 from atss.analysis.statistics import match
 from atss.config import build_sampling, get_config_file
 from atss.data.check import check, page
@@ -43,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_intermixed_args(argv)
     progress = partial(tqdm, disable=None, leave=False)  # on a terminal only
     try:
-        if args.json and not args.json.parent.is_dir():
-            raise ValueError(f"--json {args.json}: there is no folder {args.json.parent}")
+        if args.json:
+            try_to_write("--json", args.json)
         cfg = load_config(args.config_file, opts=args.opts)
         sizes = [(size, cfg.INPUT.MAX_SIZE_TRAIN) for size in cfg.INPUT.MIN_SIZE_TRAIN]
         asked = partial(match, sampling=build_sampling(cfg), sizes=sizes, progress=progress)

@@ -11,6 +11,7 @@ import logging
 import sys
 from pathlib import Path
 
+from atss.analysis.files import try_to_write
 from atss.analysis.pictures import annotate, targets
 from atss.engine.launch import STOPPED
 from atss.predictor import Predictor
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"--batch must be 1 or more, not {args.batch}")
         paths = find_media(args.input)
         targets(paths, args.output)
-        try_to_write(target)
+        try_to_write("--output", target)
         predictor = Predictor(args.config_file, args.weights, args.opts)
         try:
             for found in annotate(predictor, paths, args.output, args.score_threshold, args.batch):
@@ -60,20 +61,6 @@ def main(argv: list[str] | None = None) -> None:
     if not seen:
         sys.exit("error: none of the inputs could be read")
     print(f"{len(records)} detections: pictures and detections.json are in {args.output}")
-
-
-def try_to_write(file: Path) -> None:
-    """Makes the folder, and opens the file in it, before anything is worked out.
-
-    Raises:
-        OSError: in a sentence that names the folder.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a"):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write into --output {file.parent}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

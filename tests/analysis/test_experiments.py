@@ -57,6 +57,24 @@ def test_trains_what_is_missing_and_compares(run, tmp_path):
         run(*rows, *TINY, "SOLVER.BASE_LR", "0.5")
 
 
+def test_what_cannot_be_used_is_said_before_anything_is_trained(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "train", None)
+    out = tmp_path / "out"
+    out.write_text("")
+    with pytest.raises(SystemExit, match=r"error: cannot write --output .*out/table.md: File exi"):
+        run("--rows", "atss_box")
+    out.unlink()
+    result = out / "atss_box" / "seed1" / "result.json"
+    result.parent.mkdir(parents=True)
+    for content in ("{", "[]", '{"config": ""}'):
+        result.write_text(content)
+        with pytest.raises(SystemExit, match=r"seed1/result.json is no result of a run, or is dam"):
+            run("--rows", "atss_box", "--seeds", "1")
+    (out / "data" / "test" / "0001.png").unlink()
+    with pytest.raises(SystemExit, match=r"data is not complete: it has 3 of 4 images in test"):
+        run("--rows", "atss_box")
+
+
 def test_names_the_rows_that_there_are(run):
     with pytest.raises(SystemExit, match=r"there is no row 'atss_k99'; known are .*atss_k9?"):
         run("--rows", "atss_k99")

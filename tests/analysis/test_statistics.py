@@ -66,6 +66,13 @@ def test_unknown_rule_and_unreadable_file(tmp_path):
         tool.main(["--annotations", str(tmp_path / "absent.json")])
 
 
+def test_an_output_that_cannot_be_written_is_said_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "compare", None)
+    (tmp_path / "out").write_text("")
+    with pytest.raises(SystemExit, match=r"error: cannot write --output .*out/table.md: File exi"):
+        run(tmp_path, [annotation(0, 0, 20, 20)])
+
+
 def test_several_configs_are_compared_on_their_own_anchors(tmp_path):
     """Nine anchors: 45 candidates under Algorithm 1, nine times as many under the later rule."""
     rows = [str(ROOT / "configs/tables" / f"{r}.yaml") for r in ("atss_A9", "atss_A9_locations")]

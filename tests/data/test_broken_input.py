@@ -173,6 +173,14 @@ def test_a_config_of_fewer_levels(tmp_path):
     assert check_dataset.main([*argv, "MODEL.ATSS.ASSIGNER", "Nonesuch"]) == 2
 
 
+def test_a_report_that_cannot_be_written_is_said_first(tmp_path, capsys):
+    paths = map(str, break_data(SOUND, tmp_path / "data"))
+    assert check_dataset.main([*paths, "--json", str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    assert said.err == f"error: cannot write --json {tmp_path}: Is a directory\n"
+    assert not said.out
+
+
 def test_training_stops_with_the_sentence_last(tmp_path):
     """Through the command, in a worker process: the file's name is in the last line, and the
     traceback in the log's file alone. What is left out has been logged before."""

@@ -152,6 +152,30 @@ def test_weights_that_are_not_finite_are_not_saved(start, at, tmp_path):
     assert not (tmp_path / "out/model_0000003.pth").exists()
 
 
+def test_a_checkpoint_of_another_run_is_not_called_good(start, at, tmp_path):
+    """Neither in a new run, nor in one that goes on from an earlier iteration; its own, of which it
+    goes on, is."""
+    keep_all = {"SOLVER.CHECKPOINTS_TO_KEEP": 0}
+    start(**keep_all)
+    out = tmp_path / "out"
+    (out / "last_checkpoint").unlink()
+    (out / "model_final.pth").unlink()
+
+    def poison(trainer):
+        trainer.model.head.cls_score.weight.register_hook(lambda gradient: gradient + torch.inf)
+
+    at(5, poison)
+    never = {"SOLVER.CHECKPOINT_PERIOD": 100, **keep_all}
+    with pytest.raises(SystemExit, match=r"there is no checkpoint of this run from before it$"):
+        start(**never)
+    (out / "last_checkpoint").write_text("model_0000001.pth")
+    with pytest.raises(SystemExit, match=r"good checkpoint is .*/model_0000001\.pth$"):
+        start("--resume", **never)
+    (out / "last_checkpoint").write_text("model_0000001.pth")
+    with pytest.raises(SystemExit, match=r"good checkpoint is .*/model_0000003\.pth$"):
+        start("--resume", **keep_all)
+
+
 def test_a_learning_rate_that_explodes(start):
     with pytest.raises(SystemExit, match=r"error: (at )?iteration \d .* (nan|inf|not finite)"):
         start(**{"SOLVER.BASE_LR": 1e30})

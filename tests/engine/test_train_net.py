@@ -193,6 +193,25 @@ def test_stopped_run_resumes_to_the_end(command, tmp_path, monkeypatch, capsys):
     assert final["iteration"] == 5
 
 
+@pytest.mark.parametrize(
+    ("opts", "sentence"),
+    [
+        (
+            {"MODEL.FPN.OUT_CHANNELS": 32},
+            r"model_final.pth is of another model .* which is \(64,\) there and \(32,\) here",
+        ),
+        ({"MODEL.ATSS.NUM_CONVS": 2}, r"which is missing there and a weight here"),
+        ({"SOLVER.OPTIMIZER": "AdamW"}, r"SOLVER.OPTIMIZER is AdamW, but the checkpoint"),
+        ({"MODEL.BACKBONE.FREEZE_AT": 4}, r"groups of \[.* --resume needs the MODEL and SOLVER"),
+    ],
+)
+def test_a_resumption_with_another_config_is_one_sentence(command, opts, sentence):
+    run(command(**{"SOLVER.MAX_ITER": 1, "DATASETS.TEST": ()}))
+    with pytest.raises(ValueError, match=sentence) as error:
+        run(command("--resume", **{"DATASETS.TEST": ()}, **opts))
+    assert "\n" not in str(error.value)
+
+
 def test_evaluates_only(command, tmp_path):
     run(command())
     weights = tmp_path / "out/model_final.pth"

@@ -132,7 +132,7 @@ def test_ids_are_numbers_where_all_names_are():
 
 def test_the_output_is_tried_first(run, squares, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match=r"cannot write into --output .*file: File exists"):
+    with pytest.raises(SystemExit, match=r"cannot write --output .*file/.*json: File exists"):
         run(squares / "images", output=tmp_path / "file")
 
 

@@ -102,7 +102,7 @@ def run_all(rows: list[str], seeds: int, output: Path, opts: list[str]) -> dict:
     """Trains what is not there yet; {row: {seed: metrics}}.
 
     Raises:
-        ValueError: where results of another config lie in the output folder.
+        ValueError: where results of another config, or damaged ones, lie in the output folder.
     """
     wanted = []
     results: dict[str, dict] = {row: {} for row in rows}
@@ -114,7 +114,7 @@ def run_all(rows: list[str], seeds: int, output: Path, opts: list[str]) -> dict:
             if not done.is_file():
                 wanted.append((row, seed, cfg, done))
                 continue
-            result = json.loads(done.read_text())
+            result = _read_result(done)
             if result["config"] != cfg.dump():
                 raise ValueError(f"{folder} holds a run of another config: choose another --output")
             results[row][seed] = result["metrics"]
@@ -130,6 +130,18 @@ def run_all(rows: list[str], seeds: int, output: Path, opts: list[str]) -> dict:
             unfinished.rename(done)
             progress.write(f"{row}, seed {seed}: AP {metrics['AP']:.1f}", file=sys.stdout)
     return results
+
+
+def _read_result(file: Path) -> dict:
+    """
+    Raises:
+        ValueError: naming a file that is no result.
+    """
+    try:
+        result = json.loads(file.read_text())
+        return {"config": result["config"], "metrics": {k: result["metrics"][k] for k in METRICS}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no result of a run, or is damaged: remove it") from error
 
 
 def paired(results: dict, row: str, other: str) -> tuple[np.ndarray, float]:

@@ -155,6 +155,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         if keep < 0:
             raise ValueError(f"SOLVER.CHECKPOINTS_TO_KEEP must be 0 (all) or more, not {keep}")
         self.keep = keep
+        self._found = {file: _stamp(file) for file in self._numbered().values()}
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Writes ``<name>.pth`` with the names of the classes and ``kwargs`` beside the states, and
@@ -182,16 +183,49 @@ class TrainingCheckpointer(SafeCheckpointer):
         """As there. Where not all states are asked for, this is no resumption: a training begins.
 
         Raises:
-            WeightsError: as there.
+            WeightsError: as there; where a resumption would be of another model.
         """
         self._begins = checkpointables is not None
-        return super().load(path, checkpointables)
+        loaded = super().load(path, checkpointables)
+        if not self._begins:
+            done = loaded.get("iteration", -1)
+            for number, file in self._numbered().items():
+                if number <= done:
+                    self._found.pop(file, None)
+        return loaded
+
+    def files_of_this_run(self) -> dict[int, str]:
+        """Those that are numbered by iteration, {iteration: path}: what this run has written, or
+        what it goes on from; not what another run left in the folder."""
+        files = self._numbered()
+        return {n: x for n, x in files.items() if self._found.get(x) != _stamp(x)}
+
+    def _numbered(self) -> dict[int, str]:
+        names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
+        matches = filter(None, map(NUMBERED.fullmatch, names))
+        return {int(x[1]): os.path.join(self.save_dir, x[0]) for x in matches}
 
     def _match_classes(self, names: list[str], weights: dict[str, Any]) -> None:
         if self._begins:
             take_rows(weights, names, self.model, self.class_names)
         else:
             super()._match_classes(names, weights)
+
+    def _load_model(self, checkpoint: dict) -> Any:
+        left = super()._load_model(checkpoint)
+        if self._begins:
+            return left
+        trained = {name for name, _ in self.model.named_parameters()}
+        other = sorted(trained & {*left.missing_keys, *(x[0] for x in left.incorrect_shapes)})
+        if other:
+            shapes = {name: (tuple(was), tuple(now)) for name, was, now in left.incorrect_shapes}
+            was, now = shapes.get(other[0], ("missing", "a weight"))
+            raise WeightsError(
+                f"{self._loading} is of another model than the config's: {len(other)} weights "
+                f"differ, such as {other[0]}, which is {was} there and {now} here; --resume needs "
+                "the config of the run that it goes on with"
+            )
+        return left
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Detectron2's, all or nothing."""
@@ -242,13 +276,17 @@ class TrainingCheckpointer(SafeCheckpointer):
         os.replace(unfinished, os.path.join(self.save_dir, name))
 
     def _remove_old(self, last: int) -> None:
-        files = {
-            int(match[1]): name
-            for name in os.listdir(self.save_dir)
-            if (match := NUMBERED.fullmatch(name)) and int(match[1]) <= last
-        }
+        files = {number: file for number, file in self._numbered().items() if number <= last}
         for number in sorted(files)[: -self.keep]:
-            os.remove(os.path.join(self.save_dir, files[number]))
+            os.remove(files[number])
+
+
+def _stamp(file: str) -> int | None:
+    """When a file was written, in ns; None where the first process has just removed it."""
+    try:
+        return os.stat(file).st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def iterations(file: str) -> int | None:

@@ -79,8 +79,19 @@ ABLATION = Recipe(
 
 def make_digits(root: Path, recipe: Recipe) -> None:
     """Writes ``train.json``, the folder ``train``, and so on for each split, under ``root``; does
-    nothing where they are complete already."""
+    nothing where they are complete already.
+
+    Raises:
+        ValueError: where the folder is there, but not all of its files.
+    """
     if root.is_dir():
+        for split, count in recipe.images.items():
+            there = len(list((root / split).glob("*.png")))
+            if there != count or not (root / f"{split}.json").is_file():
+                raise ValueError(
+                    f"{root} is not complete: it has {there} of {count} images in {split}, or no "
+                    f"{split}.json; remove the folder, and it is drawn anew"
+                )
         return
     from sklearn.datasets import load_digits, load_sample_images  # the extra "demo"
 

@@ -7,15 +7,15 @@ alone would leave the others waiting for it in the next collective.
 import logging
 import math
 import os
-import re
 import signal
 import threading
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase, TrainerBase
 from detectron2.utils import comm
 from torch import Tensor, nn
+
+from ..checkpoints.checkpointer import TrainingCheckpointer
 
 # "Temporary failure, try again" (EX_TEMPFAIL in sysexits.h). Not 143, which also is what the shell
 # says of a process that SIGTERM killed before it could save.
@@ -33,7 +33,7 @@ class FiniteLosses(HookBase):
         checkpointer: knows the checkpoints that the message can name.
     """
 
-    def __init__(self, model: nn.Module, checkpointer: DetectionCheckpointer):
+    def __init__(self, model: nn.Module, checkpointer: TrainingCheckpointer):
         model.register_forward_hook(self._remember)
         self.checkpointer = checkpointer
 
@@ -150,15 +150,14 @@ def _saves_now(trainer: TrainerBase) -> bool:
     return done % trainer.cfg.SOLVER.CHECKPOINT_PERIOD == 0 or done == trainer.max_iter
 
 
-def _last_good(checkpointer: DetectionCheckpointer, iteration: int) -> str:
-    """Names the newest checkpoint of an iteration before this one. Its weights have given finite
-    losses since, which those of the iteration just before a failure have not."""
-    names = sorted(os.path.basename(path) for path in checkpointer.get_all_checkpoint_files())
-    made = {name: re.fullmatch(r"model_(\d+)\.pth", name) for name in names}
-    good = [name for name, match in made.items() if match and int(match[1]) < iteration]
+def _last_good(checkpointer: TrainingCheckpointer, iteration: int) -> str:
+    """Names this run's newest checkpoint of an iteration before this one. Its weights have given
+    finite losses since, which those of the iteration just before a failure have not."""
+    files = checkpointer.files_of_this_run()
+    good = [number for number in files if number < iteration]
     if not good:
-        return "there is no checkpoint from before it"
-    return f"the last good checkpoint is {os.path.join(checkpointer.save_dir, good[-1])}"
+        return "there is no checkpoint of this run from before it"
+    return f"the last good checkpoint is {files[max(good)]}"
 
 
 def _leave_sigterm_to_parent() -> None:

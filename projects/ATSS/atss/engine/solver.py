@@ -46,6 +46,31 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     return maybe_add_gradient_clipping(cfg, optimizer)
 
 
+def refuse_other_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Whether the state of a checkpoint is one of this optimizer: torch meets another in a bug of
+    its own, or begins anew silently.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    remembered = {name for numbers in state["state"].values() for name in numbers}
+    adaptive = isinstance(optimizer, torch.optim.AdamW)
+    if remembered and adaptive != ("exp_avg" in remembered):
+        raise ValueError(
+            f"SOLVER.OPTIMIZER is {'AdamW' if adaptive else 'SGD'}, but the checkpoint that "
+            "--resume goes on with is of the other"
+        )
+    was, now = (
+        [len(group["params"]) for group in groups]
+        for groups in (state["param_groups"], optimizer.param_groups)
+    )
+    if was != now:
+        raise ValueError(
+            f"the optimizer of the checkpoint has groups of {was} parameters, but the config's "
+            f"has {now}: --resume needs the MODEL and SOLVER of the run that it goes on with"
+        )
+
+
 def _backbone_factor(solver: CfgNode, model: nn.Module):
     """Of a parameter's name, or None where all rates are alike."""
     factor = solver.BACKBONE_LR_FACTOR

@@ -31,7 +31,7 @@ from .best import Best, Evaluation, best_metric, evaluated_iteration
 from .evaluation import build_evaluator, build_test_loader
 from .hooks import FiniteLosses, FiniteWeights, Preemption, refuse_broken_weights
 from .outlook import Outlook
-from .solver import build_optimizer
+from .solver import build_optimizer, refuse_other_optimizer
 
 
 class EndedEarly(BaseException):
@@ -203,7 +203,12 @@ class Trainer(DefaultTrainer):
         return super().state_dict() | {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """DefaultTrainer's; loaders will go on where they stopped."""
+        """DefaultTrainer's; loaders will go on where they stopped.
+
+        Raises:
+            ValueError: for the state of another optimizer.
+        """
+        refuse_other_optimizer(self._trainer.optimizer, state_dict["_trainer"]["optimizer"])
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)  # DefaultTrainer's own have none
         done = self.iter + 1
