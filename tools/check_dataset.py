@@ -25,6 +25,7 @@ from atss.analysis.statistics import match
 from atss.config import build_sampling, get_config_file
 from atss.data.check import check, page
 from atss.data.datasets import read
+from atss.engine.run import NoSuchModule, import_modules
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,6 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("annotations", help="a json in COCO's format, or the data.yaml of YOLO's")
     parser.add_argument("images", help="the folder that file names begin in, or the split")
     parser.add_argument("--config-file", default=get_config_file("ATSS_R_50_FPN_1x"))
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every finding in full")
     parser.add_argument("--deep", action="store_true", help="decode every image, which takes long")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="last: over the config")
@@ -43,6 +45,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_intermixed_args(argv)
     progress = partial(tqdm, disable=None, leave=False)  # on a terminal only
+    try:
+        import_modules(args.imports)
+    except NoSuchModule as error:  # a bug in the module keeps its traceback
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         if args.json:
             try_to_write("--json", args.json)

@@ -14,6 +14,7 @@ from pathlib import Path
 from atss.analysis.files import try_to_write
 from atss.analysis.pictures import annotate, targets
 from atss.engine.launch import STOPPED
+from atss.engine.run import NoSuchModule, import_modules
 from atss.predictor import Predictor
 from atss_runner.media import find_media
 
@@ -24,6 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--weights", required=True)
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
     parser.add_argument("--input", nargs="+", required=True, help="images, folders or videos")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--score-threshold", type=float, default=0.4, help="what is shown from")
@@ -35,6 +37,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING)
+    try:
+        import_modules(args.imports)
+    except NoSuchModule as error:  # a bug in the module keeps its traceback
+        sys.exit(f"error: {error}")
     records: list[dict] = []
     seen, target = 0, args.output / "detections.json"
     try:

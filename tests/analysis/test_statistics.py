@@ -59,6 +59,29 @@ def test_crowds_are_left_out_and_nothing_left_is_said(tmp_path):
         run(tmp_path, [annotation(0, 0, 20, 20, iscrowd=1)])
 
 
+def test_what_training_leaves_out_is_not_counted(tmp_path):
+    left_out = [
+        annotation(0, 0, 20, 20, iscrowd=1),
+        annotation(100, 100, 0, 50),
+        annotation(640, 100, 50, 50),
+        annotation(100, 100, 50, 50, segmentation=[[1, 2, 9, 9]]),
+    ]
+    (only,) = run(tmp_path, [*left_out, annotation(200, 100, 50, 60)], "--rules", "TopK")
+    assert float(only["area"]) == 3000
+
+
+def test_levels_are_the_configs(tmp_path):
+    """An object of 33 pixels on the canvas is overlapped by the anchors of 64 and 128 pixels, hardly
+    by those of 512 and 1024."""
+    means = {}
+    for levels in ("['p3', 'p4']", "['p6', 'p7']"):
+        opts = ("--rules", "ATSS", "--", "MODEL.ATSS.IN_FEATURES", levels)
+        (only,) = run(tmp_path, [annotation(100, 100, 20, 20)], *opts)
+        means[levels] = float(only["mean"])
+        assert "0.2 * k * L would be 3.6" in (tmp_path / "out" / "table.md").read_text()
+    assert means["['p3', 'p4']"] > 10 * means["['p6', 'p7']"]
+
+
 def test_unknown_rule_and_unreadable_file(tmp_path):
     with pytest.raises(SystemExit, match="known are"):
         run(tmp_path, [annotation(0, 0, 20, 20)], "--rules", "Nearest")

@@ -15,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 
 from atss import Anchors
 from atss.analysis import statistics
+from atss.assigners import ASSIGNER_REGISTRY
 from atss.data import check
 from atss.data.datasets import refuse_unannotated, register
 from atss.data.findings import ERROR, KINDS
@@ -171,6 +172,25 @@ def test_a_config_of_fewer_levels(tmp_path):
     ]
     assert check_dataset.main(argv) == 0
     assert check_dataset.main([*argv, "MODEL.ATSS.ASSIGNER", "Nonesuch"]) == 2
+
+
+def test_a_config_with_an_own_rule(tmp_path, capsys, monkeypatch):
+    paths = list(map(str, break_data(SOUND, tmp_path / "data")))
+    (tmp_path / "rule_of_ones_own.py").write_text(
+        "from atss.assigners import ASSIGNER_REGISTRY, ATSS\n"
+        "ASSIGNER_REGISTRY.register(type('RuleOfOnesOwn', (ATSS,), {}))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    own = ["--import", "rule_of_ones_own"]
+    rule = ["MODEL.ATSS.ASSIGNER", "RuleOfOnesOwn"]
+    try:
+        assert check_dataset.main([*paths, *own, "--config-file", CONFIG, *rule]) == 0
+    finally:
+        ASSIGNER_REGISTRY.entries.pop("RuleOfOnesOwn", None)
+    assert check_dataset.main([*paths, "--import", "no_such_rule"]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: --import no_such_rule: No module named 'no_such_rule'\n"
 
 
 def test_a_report_that_cannot_be_written_is_said_first(tmp_path, capsys):

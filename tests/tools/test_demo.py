@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,6 +195,17 @@ def test_wrong_inputs_are_named(run, name, sentence, tmp_path):
     (tmp_path / "conftest.py").write_text("")
     with pytest.raises(SystemExit, match=rf"error: the input .*{name} .*{sentence}|{sentence}"):
         run(tmp_path / name)
+
+
+def test_parts_of_ones_own_are_imported(tmp_path, monkeypatch):
+    """The module of this test is found in the folder of the command, and stops the tool."""
+    (tmp_path / "part_of_ones_own.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    argv = ["--config-file", "x", "--weights", "x", "--input", "x", "--output", "x"]
+    for module, said in (("part_of_ones_own", "imported"), ("nowhere", "error: --import nowhere:")):
+        with pytest.raises(SystemExit, match=said):
+            demo.main([*argv, "--import", module])
 
 
 def test_digits_are_fixed_tight_and_apart(tmp_path):
