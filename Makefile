@@ -19,7 +19,7 @@ ifeq ($(DETECTRON2),)
 	# The pinned wheel is tagged for Python 3.10 because of a C++ part that is not used here.
 	$(BIN)/pip install -q --upgrade --no-deps --only-binary=:all: --implementation cp \
 	  --python-version 310 --abi none --platform any -r requirements-detectron2.txt \
-	  --target $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	  --target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 else
 	$(BIN)/pip install -q --no-build-isolation '$(DETECTRON2)'
 endif

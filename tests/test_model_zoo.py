@@ -1,7 +1,10 @@
+import ast
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from atss import model_zoo
 from atss.config import read
@@ -36,6 +39,16 @@ def test_without_a_gpu_models_are_on_the_cpu(monkeypatch):
     monkeypatch.setattr(model_zoo, "get_config", lambda name: small.clone())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert model_zoo.get("ATSS_R_18_FPN_small").device.type == "cpu"
+
+
+def test_all_folders_that_are_installed_are_packages():
+    """Without an __init__.py, Python does not find what an editable install maps elsewhere."""
+    folders = re.search(r"package_dir=({.*?})", (ROOT / "setup.py").read_text())[1]
+    folders = ast.literal_eval(folders)
+    assert folders.pop("") == "projects/ATSS"
+    assert "atss.configs" in folders
+    for folder in folders.values():
+        assert (ROOT / folder / "__init__.py").is_file()
 
 
 def test_an_installation_at_the_root(monkeypatch):

@@ -71,8 +71,7 @@ def test_what_training_leaves_out_is_not_counted(tmp_path):
 
 
 def test_levels_are_the_configs(tmp_path):
-    """An object of 33 pixels on the canvas is overlapped by the anchors of 64 and 128 pixels, hardly
-    by those of 512 and 1024."""
+    """An object of 33 pixels on the canvas, which anchors of 512 and 1024 pixels hardly overlap."""
     means = {}
     for levels in ("['p3', 'p4']", "['p6', 'p7']"):
         opts = ("--rules", "ATSS", "--", "MODEL.ATSS.IN_FEATURES", levels)

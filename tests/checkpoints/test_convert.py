@@ -484,6 +484,13 @@ def test_the_tool_writes_weights_and_their_config(weights, tmp_path, capsys):
     assert set(load(back)) == set(weights["mmdet"])
 
 
+def test_the_config_finds_its_weights_from_any_folder(weights, tmp_path, monkeypatch):
+    torch.save({"model": weights["official"]}, tmp_path / "theirs.pth")
+    monkeypatch.chdir(tmp_path)
+    convert_checkpoint.main(["--from", "official", "theirs.pth", "new/ours.pth"])
+    assert str(tmp_path / "new" / "ours.pth") == load_config("new/ours.yaml").MODEL.WEIGHTS
+
+
 def test_the_recipe_for_tuning_goes_over_what_was_written(weights, tmp_path):
     """It trains these weights, in their pixels, on any classes."""
     torch.save({"model": weights["official"]}, tmp_path / "theirs.pth")

@@ -134,7 +134,7 @@ def convert_file(path: Path, target: Path, source: str, regression: str) -> CfgN
     """
     converted = convert(load(path), source)
     cfg = config_for(converted, source, regression)
-    cfg.MODEL.WEIGHTS = str(target)
+    cfg.MODEL.WEIGHTS = str(target.absolute())  # a relative one begins where a command is given
     content = {"model": converted, "__author__": f"converted from {source}"}
     content[KEY] = class_names(cfg)
     write(target, content, target.with_suffix(".yaml"), cfg.dump())
