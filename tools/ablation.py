@@ -28,18 +28,28 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", default=list(PRIMARY), metavar="ROW")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("output/ablation"))
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="last: over every row")
+    parser.add_argument(
+        "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over every row"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_intermixed_args(argv)
-    logging.getLogger("detectron2").setLevel(logging.INFO)  # else the trainer sets up a log
+    log = logging.getLogger("detectron2")
+    log.setLevel(logging.INFO)  # else the trainer sets up a log
+    log.addHandler(logging.NullHandler())  # else Python prints what ends in a sentence here
     try:
         try_to_write("--output", args.output / "table.md", args.output / "plot.png")
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    try:
         results = compare_rows(args.rows, args.seeds, args.output, args.opts)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {explain(error, str(args.output))}")
+    except Exception as error:
+        sentence = explain(error, str(args.output))
+        if sentence is None:
+            raise
+        sys.exit(f"error: {sentence}")
     write_table(results, args.output / "table.md")
     plot_experiments(results, claims(results), args.output / "plot.png")
     print((args.output / "table.md").read_text())

@@ -39,7 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rules", nargs="+", help="of one config: names of rules; all by default")
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
     parser.add_argument("--output", type=Path, default=Path("output/assignment_statistics"))
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="last: over the config")
+    parser.add_argument(
+        "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over the config"
+    )
     return parser
 
 

@@ -25,6 +25,7 @@ from benchmarks.peers import PEERS, installed
 from benchmarks.timing import Seconds, table
 
 from atss import load_config, model_zoo
+from atss.analysis.files import try_to_write
 from atss.engine.launch import keep_freed_memory
 
 DEFAULT_CONFIG = "ATSS_R_50_FPN_1x.yaml"
@@ -215,6 +216,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = make_parser().parse_args()
+    if args.json:
+        try:
+            try_to_write("--json", Path(args.json))
+        except OSError as error:
+            sys.exit(f"error: {error}")
     if args.keep_freed_memory:
         keep_freed_memory()
     processor = platform.processor() or platform.machine()

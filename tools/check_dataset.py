@@ -38,7 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every finding in full")
     parser.add_argument("--deep", action="store_true", help="decode every image, which takes long")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="last: over the config")
+    parser.add_argument(
+        "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over the config"
+    )
     return parser
 
 

@@ -30,7 +30,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--score-threshold", type=float, default=0.4, help="what is shown from")
     parser.add_argument("--batch", type=int, default=4, help="images at a time")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="last: over the config")
+    parser.add_argument(
+        "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over the config"
+    )
     return parser
 
 
@@ -61,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        holds = f"{target} holds {len(records)} detections of {seen} images or frames"
-        print(f"stopped: {holds}", file=sys.stderr)
+        holds = f": {target} holds {len(records)} detections of {seen} images or frames"
+        print(f"stopped{holds if seen else ''}", file=sys.stderr)
         sys.exit(STOPPED)
     if not seen:
         sys.exit("error: none of the inputs could be read")

@@ -33,10 +33,13 @@ def main(argv: list[str] | None = None) -> None:
             write_few(args.data)
             return
         results = train_on_digits(ROOT, str(CONFIG), DEMO)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {explain(error, str(args.data or ROOT))}")
+    except Exception as error:
+        sentence = explain(error, str(args.data or ROOT))
+        if sentence is None:
+            raise
+        sys.exit(f"error: {sentence}")
     except KeyboardInterrupt:
-        print("stopped: the same command goes on", file=sys.stderr)
+        print(f"stopped{'' if args.data else ': the same command goes on'}", file=sys.stderr)
         sys.exit(STOPPED)
     print(f"\nAP on {DEMO.images['test']} held-out images:")
     for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"):

@@ -93,24 +93,30 @@ def test_errors_in_one_sentence():
 
 
 def test_what_may_be_a_bug_is_printed_with_its_traceback(tmp_path, capsys):
-    """A ValueError of torch's or of an own rule's, unlike one that this project raises."""
+    """A ValueError of torch's or of an own rule's, or of ours on a way through an own rule."""
     log, handler = logging.getLogger("detectron2"), logging.StreamHandler(sys.stdout)
     log.addHandler(handler)
     keep_tracebacks_to_the_file(str(tmp_path))
 
-    def told(fail) -> str:
+    def told(fail, own=True) -> str:
         try:
             fail()
-        except ValueError:
+        except ValueError as error:
+            if not own:  # without the frames of this file
+                error.__traceback__ = error.__traceback__.tb_next.tb_next
             log.exception("Exception during training:")
         return capsys.readouterr().out
 
     def bug():
         _, _ = [1, 2, 3]
 
+    def refused():
+        check_config(make_cfg("SOLVER.MAX_ITER", 0), training=True)
+
     try:
         assert "too many values" in told(bug)
-        assert told(lambda: check_config(make_cfg("SOLVER.MAX_ITER", 0), training=True)) == ""
+        assert "MAX_ITER must be from 1 on" in told(refused)
+        assert told(refused, own=False) == ""
     finally:
         log.removeHandler(handler)
 

@@ -1,4 +1,5 @@
-"""The table of exit codes in docs/troubleshooting.md: each row is run."""
+"""The table of exit codes in docs/troubleshooting.md: each row is run, but that of 75, which is in
+tests/engine/test_hooks.py."""
 
 import re
 import runpy
@@ -9,24 +10,23 @@ from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from atss.engine import launch
-from atss.engine.hooks import EXIT_PREEMPTED
 
-# What cannot be used, for each tool; and where it is when somebody presses ctrl-C.
+# What they cannot use.
 TOOLS = {
-    "ablation": (["--rows", "nowhere"], "atss.analysis.experiments.compare_rows"),
-    "assignment_statistics": (["--annotations", "nowhere"], "atss.analysis.statistics.compare"),
-    "benchmark": (["data", "--config-file", "nowhere"], "atss.model_zoo.get_config_file"),
-    "check_dataset": (["nowhere", "nowhere"], "atss.data.datasets.read"),
-    "convert_checkpoint": (
-        ["--from", "mmdet", "nowhere", "x.pth"],
-        "atss.checkpoints.convert_file",
-    ),
-    "demo": (
-        ["--config-file", "nowhere", "--weights", "x", "--input", "nowhere", "--output", "out"],
-        "atss_runner.media.find_media",
-    ),
-    "digits": (["--data", "."], "atss.analysis.demo.train_on_digits"),
-    "train_net": (["--config-file", "nowhere"], "atss.engine.run.run"),
+    "ablation": ["--rows", "nowhere"],
+    "assignment_statistics": ["--annotations", "nowhere"],
+    "benchmark": ["data", "--config-file", "nowhere"],
+    "check_dataset": ["nowhere", "nowhere"],
+    "convert_checkpoint": ["--from", "mmdet", "nowhere", "x.pth"],
+    "demo": ["--config-file", "nowhere", "--weights", "x", "--input", "nowhere", "--output", "out"],
+    "digits": ["--data", "."],
+    "train_net": ["--config-file", "nowhere"],
+}
+# Where those that say something of ctrl-C are when it comes; of the others Python makes 130.
+STOPPED_IN = {
+    "demo": "atss_runner.media.find_media",
+    "digits": "atss.analysis.demo.train_on_digits",
+    "train_net": "atss.engine.run.run",
 }
 
 
@@ -41,8 +41,6 @@ def exit_code(monkeypatch, tmp_path):
             runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
         except SystemExit as stop:
             return 1 if isinstance(stop.code, str) else stop.code or 0
-        except KeyboardInterrupt:
-            return 128 + 2  # as shells name what Python makes of it
         return 0
 
     yield call
@@ -67,9 +65,8 @@ def test_the_table_has_these_rows():
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_what_cannot_be_used(exit_code, tool, capsys):
-    assert exit_code(tool, *TOOLS[tool][0]) == (2 if tool == "check_dataset" else 1)
-    assert "Traceback" not in capsys.readouterr().err
+def test_what_cannot_be_used(exit_code, tool):
+    assert exit_code(tool, *TOOLS[tool]) == (2 if tool == "check_dataset" else 1)
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -78,13 +75,12 @@ def test_arguments(exit_code, tool):
     assert exit_code(tool, "--no-such-option") == 2
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("tool", STOPPED_IN)
 def test_ctrl_c(exit_code, tool, monkeypatch, squares):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    wrong, where = TOOLS[tool]
-    monkeypatch.setattr(where, stop)
+    monkeypatch.setattr(STOPPED_IN[tool], stop)
     register = f"--register=cells={squares}/annotations.json:{squares}/images"
     config = ("--config-file", ROOT / "configs" / "ATSS_R_18_FPN_small.yaml")
     opts = ("DATASETS.TRAIN", "()", "DATASETS.TEST", "('cells',)")
@@ -92,7 +88,7 @@ def test_ctrl_c(exit_code, tool, monkeypatch, squares):
     argv = {
         "digits": [],
         "train_net": [*config, register, "--eval-only", *opts],
-    }.get(tool, wrong)
+    }.get(tool, TOOLS[tool])
     assert exit_code(tool, *argv) == launch.STOPPED == 130
 
 
@@ -101,8 +97,3 @@ def test_data(exit_code, squares, tmp_path):
     assert exit_code(*check, squares / "images") == 0
     (tmp_path / "empty").mkdir()
     assert exit_code(*check, tmp_path / "empty") == 1
-
-
-def test_a_preempted_training():
-    """tests/engine/test_hooks.py has it end with that."""
-    assert EXIT_PREEMPTED == 75

@@ -315,9 +315,11 @@ def _are_run_lengths(counts: object = None, size: object = None, **_: object) ->
 
 
 def _are_keypoints(value: object) -> bool:
-    """Whether Detectron2, which moves them by half a pixel even where only boxes are learnt, can
-    compute with them."""
-    return not value or (isinstance(value, list) and all(map(_is_number, value)))
+    """Whether Detectron2, which moves x and y by half a pixel even where only boxes are learnt, can
+    compute with them. It does not look at every third, the visibility."""
+    if not value:
+        return True
+    return isinstance(value, list) and all(_is_number(x) for i, x in enumerate(value) if i % 3 < 2)
 
 
 def _boxes(values: list) -> tuple[np.ndarray, np.ndarray]:

@@ -82,18 +82,26 @@ def make_digits(root: Path, recipe: Recipe) -> None:
     nothing where they are complete already.
 
     Raises:
-        ValueError: where the folder is there, but not all of its files.
+        ValueError: where the folder is there, but not all of its files; without scikit-learn.
     """
     if root.is_dir():
         for split, count in recipe.images.items():
             there = len(list((root / split).glob("*.png")))
-            if there != count or not (root / f"{split}.json").is_file():
+            lacks = f"{there} of {count} images in {split}" if there != count else ""
+            if not (root / f"{split}.json").is_file():
+                lacks = f"no {split}.json"
+            if lacks:
                 raise ValueError(
-                    f"{root} is not complete: it has {there} of {count} images in {split}, or no "
-                    f"{split}.json; remove the folder, and it is drawn anew"
+                    f"{root} is not complete: it has {lacks}; remove the folder, and it is drawn "
+                    "anew"
                 )
         return
-    from sklearn.datasets import load_digits, load_sample_images  # the extra "demo"
+    try:
+        from sklearn.datasets import load_digits, load_sample_images
+    except ImportError as error:
+        raise ValueError(
+            "digits come with scikit-learn, which is not installed: pip install scikit-learn"
+        ) from error
 
     digits = load_digits()
     photographs = load_sample_images().images

@@ -27,6 +27,7 @@ Main = Callable[[argparse.Namespace, CfgNode], object]
 
 # What torchrun tells each process that it starts; a scheduler's script can tell the same.
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+KNOWN_PACKAGES = {"atss", "atss_runner", "contextlib", "detectron2", "fvcore", "torch"}
 # As shells name it when ctrl-C ends a command: 128 + SIGINT.
 STOPPED = 130
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -56,7 +57,11 @@ def launch(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
             )
         except ProcessExitedException as error:
             sys.exit(f"error: {error}" if error.exit_code < 0 else error.exit_code)
-        except KeyboardInterrupt:  # the processes have it from the terminal, and say it
+        except KeyboardInterrupt:  # the processes say it, which have it from a terminal alone
+            for process in multiprocessing.active_children():
+                process.join(timeout=5)
+                if process.is_alive() and process.pid is not None:
+                    os.kill(process.pid, signal.SIGINT)
             sys.exit(STOPPED)
 
 
@@ -109,14 +114,13 @@ def keep_tracebacks_to_the_file(output_dir: str) -> None:
 
 
 def _may_be_a_bug(error: BaseException) -> bool:
-    """Whether it is a ValueError that neither this project nor a process that loads data raised,
-    as torch or an own rule does."""
+    """Whether it is a ValueError that neither this project nor a process that loads data raised, or
+    one on a way that led through somebody's own code, as a rule."""
     if not isinstance(error, ValueError) or "in DataLoader worker process" in str(error):
         return False
-    raised_in = ""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        raised_in = frame.f_globals.get("__name__", "")
-    return raised_in.partition(".")[0] != "atss"
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [x.f_globals.get("__name__", "").partition(".")[0] for x in frames]
+    return packages[-1:] != ["atss"] or not {*packages} <= KNOWN_PACKAGES
 
 
 def _is_within(path: str, folder: str) -> bool:

@@ -356,7 +356,7 @@ def check_data(cfg: CfgNode, training: bool) -> None:
                 f"DATASETS names {name!r}, which neither Detectron2 nor --register knows"
             )
         annotations = MetadataCatalog.get(name).get("json_file")
-        if annotations and not os.path.exists(annotations):
+        if annotations and "://" not in annotations and not os.path.exists(annotations):
             key = "TRAIN" if training and name in cfg.DATASETS.TRAIN else "TEST"
             raise ValueError(
                 f"DATASETS.{key} names {name}, whose annotations {annotations} do not exist"

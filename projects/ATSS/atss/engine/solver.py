@@ -53,9 +53,10 @@ def refuse_other_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> Non
     Raises:
         ValueError: naming what differs.
     """
-    remembered = {name for numbers in state["state"].values() for name in numbers}
-    adaptive = isinstance(optimizer, torch.optim.AdamW)
-    if remembered and adaptive != ("exp_avg" in remembered):
+    adaptive, was_adaptive = (
+        "betas" in groups[0] for groups in (optimizer.param_groups, state["param_groups"])
+    )
+    if adaptive != was_adaptive:
         raise ValueError(
             f"SOLVER.OPTIMIZER is {'AdamW' if adaptive else 'SGD'}, but the checkpoint that "
             "--resume goes on with is of the other"
