@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 
 from atss import load_config
 from atss.assigners import ASSIGNER_REGISTRY
+from atss.config import check_model
 from atss.engine.solver import build_optimizer
 
 # What others are made of, and what is laid over them.
@@ -108,15 +109,27 @@ def test_a_recipe_can_be_laid_over_every_row(row, recipe):
             del node[key]
         del node.ASSIGNERS.SpatialScale["RANGES"]
     assert ours == before
+    check_model(for_three_classes(cfg), training=True)
+
+
+@pytest.mark.parametrize("row", ["atss_box", "fcos_original", "ssc_box", "retinanet_A9"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_over_a_row_of_each_rule_can_be_built(row, recipe):
+    files = [f"tables/{row}.yaml", *RECIPES[recipe], f"{recipe}.yaml"]
+    cfg = for_three_classes(load_config(*(ROOT / "configs" / file for file in files)))
+    with torch.device("meta"):
+        model = build_model(cfg)
+    rule = ASSIGNER_REGISTRY.get(cfg.MODEL.ATSS.ASSIGNER)
+    assert isinstance(model.branches["main"].at(0).assigner, rule)
+    assert len(model.anchor_generator.strides) == len(cfg.MODEL.ATSS.IN_FEATURES)
+
+
+def for_three_classes(cfg):
+    """Whatever the data are, and where it takes no time."""
     cfg.MODEL.DEVICE = "meta"
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     cfg.MODEL.ATSS.NUM_CLASSES = 3
-    with torch.device("meta"):
-        model = build_model(cfg)
-    assert isinstance(
-        model.branches["main"].at(0).assigner, ASSIGNER_REGISTRY.get(plain.MODEL.ATSS.ASSIGNER)
-    )
-    assert len(model.anchor_generator.strides) == len(cfg.MODEL.ATSS.IN_FEATURES)
+    return cfg
 
 
 def test_tuning_coco_weights_moves_the_backbone_less_and_decays_weights_alone():

@@ -323,7 +323,7 @@ def test_records(data, registered, tmp_path):
     assert c["annotations"][0]["category_id"] == 2
     metadata = MetadataCatalog.get(name)
     assert metadata.thing_classes == ["cat", "dog", "cow"]
-    assert metadata.annotated
+    assert metadata.to_learn > 0
     assert list(metadata.remarks) == ["label_missing"]
     a["annotations"].clear()
     assert len(DatasetCatalog.get(name)[0]["annotations"]) == 2
