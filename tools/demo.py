@@ -57,9 +57,10 @@ def main(argv: list[str] | None = None) -> None:
                 records += found
                 seen += 1
         finally:  # what was found until something went wrong, or ctrl-C
-            unfinished = target.with_name("detections.json.unfinished")
-            unfinished.write_text(json.dumps(records))
-            unfinished.replace(target)
+            if seen:
+                unfinished = target.with_name("detections.json.unfinished")
+                unfinished.write_text(json.dumps(records))
+                unfinished.replace(target)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -30,7 +30,10 @@ BOXES = [
 ]
 # name: objects of four images, and what the config says besides. No statistics over a batch: those
 # of BatchNorm are each process's own.
-OPTIONS = ("MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN", "MODEL.ATSS.NUM_CONVS", 1)
+OPTIONS = (
+    *("MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN"),
+    *("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.NUM_CONVS", 1),
+)
 CASES = {
     "ordinary": (BOXES, ()),
     "a process without objects": ([*BOXES[:2], [], []], ()),

@@ -108,14 +108,23 @@ def test_what_was_found_is_written_when_something_goes_wrong(
     records = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert {r["image_id"] for r in records} == {0, 1, 2, 3, 4}
 
-    def stop(path, picture):
-        raise KeyboardInterrupt
+    def stopped(at):
+        (tmp_path / "out" / "detections.json").write_text("[1]")
+        drawn.clear()
 
-    monkeypatch.setattr(cv2, "imwrite", stop)
-    with pytest.raises(SystemExit, match="130"):
-        run(squares / "images")
-    assert "detections.json holds 0 detections of 0 images" in capsys.readouterr().err
-    (tmp_path / "out" / "detections.json").write_text("[1]")
+        def stop(path, picture):
+            drawn.append(path)
+            if len(drawn) == at:
+                raise KeyboardInterrupt
+            return True
+
+        monkeypatch.setattr(cv2, "imwrite", stop)
+        with pytest.raises(SystemExit, match="130"):
+            run(squares / "images")
+        return capsys.readouterr().err
+
+    assert re.search(r"detections.json holds .* of 3 images or frames\n$", stopped(4))
+    assert stopped(1).endswith("stopped\n")
     with pytest.raises(SystemExit, match="error: the weights nowhere do not exist"):
         run(squares / "images", weights="nowhere")
     assert (tmp_path / "out" / "detections.json").read_text() == "[1]"
@@ -270,6 +279,7 @@ def test_make_demo_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
         f"_BASE_: {ROOT}/configs/demo.yaml\n"
         "SOLVER: {MAX_ITER: 4, IMS_PER_BATCH: 2, CHECKPOINT_PERIOD: 2}\n"
         "TEST: {EVAL_PERIOD: 2}\nDATALOADER: {NUM_WORKERS: 0}\n"
+        "INPUT: {MIN_SIZE_TRAIN: [96], MIN_SIZE_TEST: 96}\n"
         "MODEL: {FPN: {OUT_CHANNELS: 64}, ATSS: {SCORE_THRESH_TEST: 0.0}}\n"
     )
     root = tmp_path / "demo"
