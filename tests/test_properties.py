@@ -214,14 +214,8 @@ def test_losses_and_gradients(coder, loss, count):
         detector = detector_of(grid, coder, loss, rule).train()
         output = outputs(grid, gt.num_images, seed, dtype, quality)
         leaves = [x.requires_grad_() for x in output[:3] if x is not None]
-        instances = []
-        for i in range(gt.num_images):
-            of_image = gt.image_index == i
-            one = Instances((64, 64), gt_boxes=Boxes(gt.boxes[of_image]))
-            one.gt_classes = gt.classes[of_image]
-            instances.append(one)
         losses = detector.forward_training(
-            None, features(grid, gt.num_images), {"main": output}, instances
+            None, features(grid, gt.num_images), {"main": output}, gt
         )
         for name, value in losses.items():
             assert torch.isfinite(value), (name, value)

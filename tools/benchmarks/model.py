@@ -159,7 +159,7 @@ def parts(case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
         _, features, predictions = network(watch)
         output = predictions.map(lambda x: x.detach().float().requires_grad_())
         anchors = model.anchor_generator.grid(features)
-        gt = GroundTruth.from_instances([x.to(device) for x in instances])
+        gt = GroundTruth.from_instances(instances).to(device)
         boxes = model.box_coder.decode(output.numbers, anchors.boxes, anchors.stride)
         watch.lap("decoding")
         seen = Predictions(output.map(torch.Tensor.detach), boxes.detach())

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import fvcore.nn.weight_init as weight_init
+import torch
 from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone import FPN, Backbone, ResNet
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from .deform_conv import DeformConv
@@ -54,6 +57,35 @@ def build_fpn(
     last = bottom_up.output_shape()[in_features[-1]].stride
     top_block = P6P7FromP5(out_channels, relu_before_p7, f"p{int(math.log2(last))}")
     return FPN(bottom_up, in_features, out_channels, norm, top_block, fuse_type)
+
+
+def freeze_unused(backbone: Backbone, levels: Sequence[str], channels: int = 3) -> None:
+    """What makes none of these levels takes no gradient: it would get none, and DDP on GPUs waits
+    for the gradient of everything that takes one. In place.
+
+    It is found on "meta", where tensors have shapes alone. A backbone that has to look at values
+    stays as it is.
+    """
+    side = 4 * max(backbone.size_divisibility, 32)
+    tensors = dict(chain(backbone.named_parameters(), backbone.named_buffers()))
+    shapes = {
+        name: torch.empty_like(x, device="meta").requires_grad_(x.requires_grad)
+        for name, x in tensors.items()
+    }
+    trained = [name for name, x in tensors.items() if x.requires_grad]
+    with torch.device("meta"), torch.enable_grad():
+        try:
+            maps = functional_call(backbone, shapes, (torch.empty(1, channels, side, side),))
+        except Exception:  # whatever it is, the first image meets it again
+            return
+        total = torch.stack([maps[name].sum() for name in levels]).sum()
+        if not total.requires_grad:
+            return
+        wanted = [shapes[name] for name in trained]
+        gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+    for name, gradient in zip(trained, gradients, strict=True):
+        if gradient is None:
+            tensors[name].requires_grad_(False)
 
 
 class FrozenNormConv2d(Conv2d):

@@ -52,10 +52,9 @@ class DeformConv(nn.Module):
         wide, offset, weight = x.to(dtype), offset.to(dtype), self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         mask = None if mask is None else mask.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            y = deform_conv2d(
-                wide, offset, weight, bias, self.stride, self.padding, self.dilation, mask
-            ).to(x.dtype)
+        y = deform_conv2d(
+            wide, offset, weight, bias, self.stride, self.padding, self.dilation, mask
+        ).to(x.dtype)
         return y if self.norm is None else self.norm(y)
 
 

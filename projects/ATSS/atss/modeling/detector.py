@@ -9,7 +9,7 @@ import torch
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
@@ -108,9 +108,10 @@ class ATSSDetector(DenseDetector):
             if self.training:
                 if any("instances" not in x for x in batched_inputs):
                     raise ValueError("to train, images come with their instances")
-                read = self._read(batched_inputs, self.branches)
-                gt_instances = [x["instances"].to(self.device) for x in batched_inputs]
-                return self.forward_training(*read, gt_instances)
+                # Before the network, while a GPU has little to do that a copy would wait for.
+                gt = GroundTruth.from_instances([x["instances"] for x in batched_inputs])
+                gt = gt.to(self.device)
+                return self.forward_training(*self._read(batched_inputs, self.branches), gt)
             # An image padded beyond its own canvas would see other borders than alone.
             results: list[dict] = [{}] * len(batched_inputs)
             for group in self._of_one_canvas(batched_inputs):
@@ -132,6 +133,11 @@ class ATSSDetector(DenseDetector):
         features = [maps[name] for name in self.head_in_features]
         shared = cache(lambda: self.head(features))
         return images, features, {x: self.branches[x].read(features, shared) for x in names}
+
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """Detectron2's, in which the host does not wait for what a GPU still has to do."""
+        there = (x["image"].to(self.device, non_blocking=True) for x in batched_inputs)
+        return super().preprocess_image([{"image": image} for image in there])
 
     def _in_original(
         self, detected: Instances, input_hw: tuple[int, int], example: dict
@@ -156,12 +162,13 @@ class ATSSDetector(DenseDetector):
         images: ImageList,
         features: list[Tensor],
         outputs: Mapping[str, HeadOutput],
-        gt_instances: list[Instances],
+        gt: GroundTruth,
     ) -> dict[str, Tensor]:
         """anchors -> decode -> assign -> losses, of each branch.
 
         Args:
             outputs: what each branch reads, by its name.
+            gt: on the device of the model.
 
         Raises:
             ValueError: with legacy pixels, in which the losses would learn other boxes than
@@ -173,7 +180,6 @@ class ATSSDetector(DenseDetector):
         iteration = self.iteration if storage is None else storage.iter
         with torch.autocast(self.device.type, enabled=False):
             anchors = self.anchor_generator.grid(features)
-            gt = GroundTruth.from_instances(gt_instances)
             predicted = self._decode(outputs, anchors)
             phases = {name: branch.at(iteration) for name, branch in self.branches.items()}
             assignments = {}
@@ -195,7 +201,7 @@ class ATSSDetector(DenseDetector):
                     quotients[loss if name == self.inference else f"{name}/{loss}"] = quotient
             losses = divide(quotients)
         if storage is not None:
-            self._log(images, features, outputs, gt_instances, gt, assignments)
+            self._log(images, features, outputs, gt, assignments)
         return losses
 
     def _decode(
@@ -226,7 +232,6 @@ class ATSSDetector(DenseDetector):
         images: ImageList,
         features: list[Tensor],
         outputs: Mapping[str, HeadOutput],
-        gt_instances: list[Instances],
         gt: GroundTruth,
         assignments: Mapping[str, Assignment],
     ) -> None:
@@ -241,7 +246,8 @@ class ATSSDetector(DenseDetector):
         if self.vis_period > 0 and storage.iter % self.vis_period == 0:
             height, width = images.image_sizes[0]
             image = images.tensor[0, :, :height, :width] * self.pixel_std + self.pixel_mean
-            shown = {"image": image.cpu(), "instances": gt_instances[0].to("cpu")}
+            objects = Instances((height, width), gt_boxes=Boxes(gt.boxes[gt.image_index == 0].cpu()))
+            shown = {"image": image.cpu(), "instances": objects}
             with torch.no_grad():
                 results = self.forward_inference(images, features, outputs)
             self.visualize_training([shown], results[:1])
