@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Empty: the build pinned in requirements-detectron2.txt.
 DETECTRON2 ?=
 
-.PHONY: env demo test test-full lint bench clean
+.PHONY: env demo test test-full test-gpu lint bench clean
 
 env: $(VENV)/installed
 
@@ -37,6 +37,9 @@ test: env
 
 test-full: env
 	$(PYTEST) -m ''
+
+test-gpu: env
+	$(BIN)/python -W ignore tools/check_gpu.py --json output/gpu.json
 
 lint: env
 	$(BIN)/ruff check .

@@ -18,6 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("golden")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 def make_cfg(*opts: object, config: str = "ATSS_R_18_FPN_small.yaml") -> CfgNode:
     """A config for the CPU, independent of any data set."""
     cfg = get_cfg()

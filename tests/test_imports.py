@@ -11,6 +11,7 @@ from conftest import ROOT
 
 PROJECT = ROOT / "projects" / "ATSS"
 FILES = sorted([*PROJECT.rglob("*.py"), *ROOT.glob("tools/**/*.py")])
+TOOLS = ("benchmarks", "gpu")  # packages of tools/
 # The less public parts of Detectron2 are touched in these files alone.
 LESS_PUBLIC = ("detectron2.engine.", "detectron2.checkpoint.", "detectron2.modeling.backbone.")
 TOUCHING = (
@@ -47,7 +48,7 @@ def module_of(file: Path) -> list[str]:
         parts = file.relative_to(PROJECT).with_suffix("").parts
     else:
         parts = file.relative_to(ROOT).with_suffix("").parts
-        parts = parts[1:] if parts[1] == "benchmarks" else parts
+        parts = parts[1:] if parts[1] in TOOLS else parts
     return [part for part in parts if part != "__init__"]
 
 
@@ -89,7 +90,7 @@ def test_imports_are_those_of_the_table(file):
     ours, others = TABLE[own]
     for module, at_import in imports(file):
         name = ".".join(module)
-        if module[0] in ("atss", "atss_runner", "benchmarks"):
+        if module[0] in ("atss", "atss_runner", *TOOLS):
             assert what(module) == own or what(module) in ours, f"{own} imports {name}"
         elif module[0] in sys.stdlib_module_names or not (at_import or own == "atss_runner"):
             continue
@@ -106,7 +107,7 @@ def test_every_permission_is_used():
     for file in FILES:
         own = place_of(module_of(file))
         for module, _ in imports(file):
-            if module[0] in ("atss", "atss_runner", "benchmarks"):
+            if module[0] in ("atss", "atss_runner", *TOOLS):
                 used[own][0].add(what(module))
             used[own][1].add(".".join(module))
     for place, (ours, others) in TABLE.items():

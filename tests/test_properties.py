@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -50,7 +50,7 @@ def test_what_looks_at_values_fails_without_them():
         train(MaxIoU(), *inputs("meta"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_the_host_does_not_wait_for_the_gpu(rule):
     given = inputs("cuda")

@@ -53,16 +53,19 @@ class Outlook(HookBase):
         if done < self.ITERATIONS and left:
             return
         seconds = statistics.median(self.seconds[self.WARM_UP :] or self.seconds)
-        images = len(trainer.data_loader.records)
+        one_pass = ""
+        if hasattr(trainer.data_loader, "records"):  # not of a loader of somebody's own
+            images = len(trainer.data_loader.records)
+            took = _duration(seconds * images / trainer.cfg.SOLVER.IMS_PER_BATCH)
+            one_pass = f"one pass over the {images} training images {took}, "
         evaluates = trainer.cfg.TEST.EVAL_PERIOD and trainer.cfg.DATASETS.TEST
         used, total = peak_memory(next(trainer.model.parameters()).device)
         logger = logging.getLogger(__name__)
         logger.info(
-            "One iteration takes %.2f s: one pass over the %d training images %s, the %d "
-            "iterations to go %s%s. Memory needed until now: %.1f of %.1f GB (%.0f %%)",
+            "One iteration takes %.2f s: %sthe %d iterations to go %s%s. Memory needed until now: "
+            "%.1f of %.1f GB (%.0f %%)",
             seconds,
-            images,
-            _duration(seconds * images / trainer.cfg.SOLVER.IMS_PER_BATCH),
+            one_pass,
             left,
             _duration(seconds * left),
             ", and the evaluations besides" if evaluates else "",

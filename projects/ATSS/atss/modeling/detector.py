@@ -246,7 +246,9 @@ class ATSSDetector(DenseDetector):
         if self.vis_period > 0 and storage.iter % self.vis_period == 0:
             height, width = images.image_sizes[0]
             image = images.tensor[0, :, :height, :width] * self.pixel_std + self.pixel_mean
-            objects = Instances((height, width), gt_boxes=Boxes(gt.boxes[gt.image_index == 0].cpu()))
+            objects = Instances(
+                (height, width), gt_boxes=Boxes(gt.boxes[gt.image_index == 0].cpu())
+            )
             shown = {"image": image.cpu(), "instances": objects}
             with torch.no_grad():
                 results = self.forward_inference(images, features, outputs)

@@ -1,0 +1,106 @@
+"""What a GPU computes is what a CPU computes, and fp16 is resumed with the scale of its gradients.
+`make test-gpu` runs these on a machine with one."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_cfg, make_input
+from detectron2.modeling import build_model
+
+from atss import Anchors, GroundTruth
+from atss.assigners import ATSS, MaxIoU, SpatialScale
+from atss.engine import Trainer
+
+pytestmark = pytest.mark.gpu
+
+RULES = {
+    "ATSS": ATSS(),
+    "ATSS, k locations": ATSS(count="locations"),
+    "MaxIoU": MaxIoU(),
+    "MaxIoU, in the box": MaxIoU(in_box=True),
+    "SpatialScale": SpatialScale(),
+    "SpatialScale, radius": SpatialScale(radius=1.5),
+}
+EXAMPLES = [
+    make_input([[20, 20, 90, 80], [5, 60, 30, 90]], [1, 2]),
+    make_input([[0, 40, 120, 90]], [0], seed=1),
+]
+
+
+def objects(count, images, size):
+    """Boxes of 4 pixels to the whole image, half of them on whole pixels, where distances tie."""
+    generator = torch.Generator().manual_seed(count)
+    low = torch.rand(count, 2, generator=generator) * size * 0.9
+    side = 4 * (size / 4) ** torch.rand(count, 2, generator=generator)
+    boxes = torch.cat([low, low + side], dim=1)
+    boxes[::2] = boxes[::2].round()
+    index = torch.randint(images, (count,), generator=generator)
+    return GroundTruth(boxes, torch.zeros(count, dtype=torch.long), index, images)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("count", [0, 1, 40, 3000])
+def test_every_anchor_is_assigned_alike(rule, count):
+    gt = objects(count, 3, 640)
+    there = torch.device("cuda")
+    on_cpu = rule(Anchors.grid((640, 640)), gt).gt_index
+    on_gpu = rule(Anchors.grid((640, 640), device=there), gt.to(there)).gt_index
+    assert torch.equal(on_gpu.cpu(), on_cpu)
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["ATSS_R_18_FPN_small.yaml", "ATSS_dcnv2_R_50_FPN_1x.yaml", "tables/retinanet_A9.yaml"],
+)
+def test_losses_gradients_and_detections_are_alike(config):
+    """In float64, which no GPU shortens."""
+    torch.manual_seed(0)
+    cfg = make_cfg("MODEL.ATSS.SCORE_THRESH_TEST", 0.0, config=config)
+    cfg.MODEL.RESNETS.NORM = "GN" if config.startswith("ATSS_R_18") else cfg.MODEL.RESNETS.NORM
+    models = [build_model(cfg).double()]
+    models.append(copy.deepcopy(models[0]).cuda())
+    losses, gradients, found = [], [], []
+    for model in models:
+        losses.append({k: x.cpu() for k, x in model.train()(EXAMPLES).items()})
+        sum(model(EXAMPLES).values()).backward()
+        gradients.append(
+            {k: x.grad.cpu() for k, x in model.named_parameters() if x.grad is not None}
+        )
+        with torch.no_grad():
+            found.append([x["instances"].to("cpu") for x in model.eval()(EXAMPLES)])
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(losses[1][name], loss, rtol=1e-5, atol=1e-7)
+    for name, gradient in gradients[0].items():
+        off = (gradients[1][name] - gradient).norm()
+        assert off <= 1e-4 * gradient.norm() + 1e-9, name
+    for one, other in zip(*found, strict=True):
+        assert len(one) == len(other) > 0
+        torch.testing.assert_close(other.scores, one.scores, rtol=1e-5, atol=1e-7)
+
+
+def test_the_scale_of_the_gradients_is_resumed(tmp_path):
+    class OneBatch(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return Endless()
+
+    class Endless(list):
+        def __iter__(self):
+            while True:
+                yield [x | {"file_name": "x.png"} for x in EXAMPLES]
+
+        def skip(self, batches, seed):
+            self.skipped = batches
+
+    options = ("MODEL.DEVICE", "cuda", "MODEL.ATSS.PRECISION", "fp16", "OUTPUT_DIR", str(tmp_path))
+    options += ("SOLVER.CHECKPOINT_PERIOD", 100)
+    first = OneBatch(make_cfg(*options, "SOLVER.MAX_ITER", 3))
+    first._trainer.grad_scaler.set_growth_interval(2)
+    first.train()
+    second = OneBatch(make_cfg(*options, "SOLVER.MAX_ITER", 4))
+    fresh = second._trainer.grad_scaler.get_scale()
+    second.resume_or_load(resume=True)
+    assert second.start_iter == 3
+    assert second._trainer.grad_scaler.state_dict() == first._trainer.grad_scaler.state_dict()
+    assert second._trainer.grad_scaler.get_scale() != fresh

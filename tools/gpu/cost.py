@@ -1,0 +1,159 @@
+"""Checks of time and memory: what the host waits for, a step beside other detectors', memory."""
+
+import itertools
+import statistics
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from benchmarks import model as measured
+from benchmarks.model import training_step
+from benchmarks.peers import Peer
+from benchmarks.timing import in_turn
+
+from atss.engine import Trainer
+
+from .setting import Finding, Setting
+
+PEERS = ("detectron2-retinanet", "detectron2-fcos")
+# Iterations that neither begin a training nor write a log.
+ORDINARY = range(4, 16)
+
+
+@contextmanager
+def recorded_waits() -> Iterator[Counter]:
+    """Counts the calls for which the host waits for the GPU, by file and line."""
+    found: Counter = Counter()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield found
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for warning in caught:
+        if "synchronizing" in str(warning.message):
+            path = Path(warning.filename)
+            found[f"{path.parent.name}/{path.name}:{warning.lineno}"] += 1
+
+
+def waits(setting: Setting) -> Finding:
+    """What the host waits for in an iteration of a training, in each precision."""
+    hw = (128, 128)
+    figures = {}
+    for precision in ("fp32", *setting.precisions):
+        images = setting.images(2, hw)
+
+        class OneBatch(Trainer):
+            @classmethod
+            def build_train_loader(cls, cfg, images=images):
+                return [images] * cfg.SOLVER.MAX_ITER
+
+            def run_step(self):
+                if self.iter not in ORDINARY:
+                    super().run_step()
+                    return
+                with recorded_waits() as found:
+                    super().run_step()
+                self.found.update(found)
+
+            def after_step(self):
+                if self.iter not in ORDINARY:
+                    super().after_step()
+                    return
+                with recorded_waits() as found:
+                    super().after_step()
+                self.found.update(found)
+
+        folder = setting.folder / f"waits_{precision}"
+        folder.mkdir(exist_ok=True)
+        options = ("MODEL.ATSS.PRECISION", precision, "SOLVER.MAX_ITER", 18, "OUTPUT_DIR", folder)
+        options = (*options, "SOLVER.CHECKPOINT_PERIOD", 100)
+        trainer = OneBatch(setting.config("ATSS_R_18_FPN_small", *options))
+        trainer.found = Counter()
+        trainer.train()
+        figures[precision] = {k: n / len(ORDINARY) for k, n in trainer.found.most_common()}
+    said = "; ".join(
+        f"{precision}: {sum(places.values()):.1f} an iteration, "
+        + (", ".join(f"{place} {n:g}" for place, n in places.items()) or "nowhere")
+        for precision, places in figures.items()
+    )
+    return Finding(None, said, figures)
+
+
+def steps(setting: Setting) -> Finding:
+    """A training step and inference beside Detectron2's detectors, and the parts of ours."""
+    runs = 3 if setting.small else 11
+    variants = ("fp32", "bf16") if setting.small or not setting.on_gpu else ("fp32", "bf16", "fp16")
+    figures = {}
+    for precision in variants:
+        case = setting.case(precision, "ATSS_R_50_FPN_1x")
+        compared = measured.beside_peers((measured.OURS, *PEERS), case, runs)
+        parts = measured.parts(case, runs)["training step"]
+        figures[precision] = {
+            what: {
+                name: {"ms": 1e3 * x.median, "interval": [1e3 * y for y in x.interval]}
+                for name, x in seconds.items()
+            }
+            for what, seconds in compared.items()
+        } | {"parts, ms": {name: 1e3 * x.median for name, x in parts.items()}}
+    said = "; ".join(
+        f"{precision}: step {x['training step']['ours']['ms']:.1f} ms, "
+        + ", ".join(
+            f"{x['training step']['ours']['ms'] / x['training step'][peer]['ms']:.3f} of {peer}'s"
+            for peer in PEERS
+        )
+        + f", assignment {x['parts, ms']['assignment']:.2f} ms"
+        for precision, x in figures.items()
+    )
+    return Finding(None, said, figures)
+
+
+def memory(setting: Setting) -> Finding:
+    """Peak memory of a training step with few and with many objects an image."""
+    figures = {}
+    for name in (measured.OURS, *PEERS):
+        for objects in (7, 100, 1000):
+            case = setting.case("bf16", "ATSS_R_50_FPN_1x", objects)
+            figures[f"{name}, {objects}"] = measured.peak_memory(name, case)
+    said = ", ".join(f"{name} objects: {mib:.0f} MiB" for name, mib in figures.items())
+    return Finding(None, said, figures)
+
+
+def iterations(setting: Setting) -> Finding:
+    """An iteration of a training, with loading from memory, hooks and logs, against a bare step."""
+    count = 8 if setting.small else 60
+    case = setting.case("bf16", "ATSS_R_50_FPN_1x")
+    batch = measured.random_batch(case)
+    folder = setting.folder / "iterations"
+    folder.mkdir(exist_ok=True)
+    cfg = setting.config(
+        "ATSS_R_50_FPN_1x",
+        *("MODEL.ATSS.PRECISION", case.precision, "MODEL.ATSS.CHANNELS_LAST", case.channels_last),
+        *("SOLVER.MAX_ITER", count, "SOLVER.CHECKPOINT_PERIOD", 1000, "OUTPUT_DIR", folder),
+    )
+
+    class OneBatch(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return [batch] * cfg.SOLVER.MAX_ITER
+
+        def run_step(self):
+            moments.append(time.perf_counter())
+            super().run_step()
+
+    moments: list[float] = []
+    trainer = OneBatch(cfg)
+    trainer.train()
+    whole = statistics.median(b - a for a, b in itertools.pairwise(moments[count // 4 :]))
+    peer = Peer(trainer.model, (), list, trainer.model, trainer.model)
+    bare = in_turn(
+        {"": training_step(peer, batch)}, 3 if setting.small else 11, torch.device(setting.device)
+    )
+    figures = {"iteration, ms": 1e3 * whole, "bare step, ms": 1e3 * bare[""].median}
+    said = f"{1e3 * whole:.1f} ms, a bare step {1e3 * bare[''].median:.1f} ms"
+    return Finding(None, said, figures)
