@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import chain
+from operator import is_not
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -92,16 +93,38 @@ class FrozenNormConv2d(Conv2d):
     """A convolution with a frozen norm, which scales the weights, where scaling the output would
     read and write all of it twice more in each direction. Same numbers but for rounding."""
 
+    _known: tuple[list[Tensor], list[int], Tensor, Tensor] | None = None
+
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.norm.weight * (self.norm.running_var + self.norm.eps).rsqrt()
-        bias = self.norm.bias - self.norm.running_mean * scale
-        weight = self.weight * scale[:, None, None, None]
+        scale, bias = self._scale_and_bias()
+        weight = self.weight * scale
         stride = self.stride
         if self.kernel_size == (1, 1) and self.padding == (0, 0):
             # Of the rest nothing is used. Strided kernels of this size are slow on CPUs.
             x, stride = x[..., :: stride[0], :: stride[1]], 1
         x = F.conv2d(x, weight, bias, stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
+
+    def _scale_and_bias(self) -> tuple[Tensor, Tensor]:
+        """Of the norm, kept for as long as nobody changes it: on a GPU five small kernels for each
+        convolution take longer to launch than to run."""
+        norm = self.norm
+        if torch.compiler.is_compiling():
+            return _scale_and_bias(norm)
+        tensors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        versions = [x._version for x in tensors]
+        known = self._known
+        if known is None or known[1] != versions or any(map(is_not, known[0], tensors)):
+            # What inference mode makes cannot be trained with.
+            with torch.inference_mode(False), torch.no_grad():
+                known = self._known = (tensors, versions, *_scale_and_bias(norm))
+        return known[2:]
+
+
+def _scale_and_bias(norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(C, 1, 1, 1) for the weights, and (C,)."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale[:, None, None, None], norm.bias - norm.running_mean * scale
 
 
 def fold_frozen_norms(module: nn.Module) -> None:

@@ -37,13 +37,19 @@ def flatten_levels(maps: Sequence[Tensor], dim: int) -> Tensor:
     return torch.cat(flat, dim=1)
 
 
-def predict_together(x: Tensor, *predictors: nn.Conv2d) -> tuple[Tensor, ...]:
-    """What several 3 x 3 convolutions make of one input, by one convolution: on CPUs the gradient
-    of one with 1 or 4 channels takes as long as that of one with 80."""
-    weight = torch.cat([predictor.weight for predictor in predictors])
-    biases: list[Any] = [predictor.bias for predictor in predictors]
-    channels = [predictor.out_channels for predictor in predictors]
-    return F.conv2d(x, weight, torch.cat(biases), padding=1).split(channels, dim=1)
+class Together:
+    """Several 3 x 3 convolutions of one input as one convolution: on CPUs the gradient of one with
+    1 or 4 channels takes as long as that of one with 80. Made anew for each forward, for all
+    levels."""
+
+    def __init__(self, *predictors: nn.Conv2d):
+        self.weight = torch.cat([predictor.weight for predictor in predictors])
+        biases: list[Any] = [predictor.bias for predictor in predictors]
+        self.bias = torch.cat(biases)
+        self.channels = [predictor.out_channels for predictor in predictors]
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        return F.conv2d(x, self.weight, self.bias, padding=1).split(self.channels, dim=1)
 
 
 class ATSSHead(nn.Module):
@@ -152,15 +158,16 @@ class ATSSHead(nn.Module):
         cls_predictors, box_predictors = [self.cls_score], [self.bbox_pred]
         if self.ctrness is not None:
             (box_predictors if self.centerness == "box" else cls_predictors).append(self.ctrness)
+        predict_classes, predict_boxes = Together(*cls_predictors), Together(*box_predictors)
         classes, numbers = [], []
         quality: list[Tensor] = []
         for (cls_feature, box_feature), scale in zip(
             self.towers(features), self.scales, strict=True
         ):
-            from_cls = predict_together(cls_feature, *cls_predictors)
+            from_cls = predict_classes(cls_feature)
             with torch.autocast(box_feature.device.type, enabled=False):
                 precise = box_feature.to(self.bbox_pred.weight.dtype)
-                from_box = predict_together(precise, *box_predictors)
+                from_box = predict_boxes(precise)
                 numbers.append(scale(from_box[0]))
             classes.append(from_cls[0])
             quality += [*from_cls[1:], *from_box[1:]]
