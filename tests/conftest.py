@@ -18,9 +18,15 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("golden")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests are of CPUs, also where there is a GPU, but for those that `make test-gpu` runs."""
+    if "gpu" not in config.getoption("markexpr"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
+        pytest.skip("needs a GPU: make test-gpu")
 
 
 def make_cfg(*opts: object, config: str = "ATSS_R_18_FPN_small.yaml") -> CfgNode:

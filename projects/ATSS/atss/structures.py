@@ -94,9 +94,10 @@ class GroundTruth:
 
     def to(self, device: torch.device) -> GroundTruth:
         """The same there. The host does not wait for what a GPU still has to do."""
-        tensors = (self.boxes, self.classes, self.image_index)
-        there = (x.to(device, non_blocking=True) for x in tensors)
-        return GroundTruth(*there, self.num_images)
+        boxes, classes, image_index = (
+            x.to(device, non_blocking=True) for x in (self.boxes, self.classes, self.image_index)
+        )
+        return GroundTruth(boxes, classes, image_index, self.num_images)
 
     def __len__(self) -> int:
         return len(self.boxes)

@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..checkpoints.checkpointer import TrainingCheckpointer
+from .exchange import Exchange
 
 # "Temporary failure, try again" (EX_TEMPFAIL in sysexits.h). Not 143, which also is what the shell
 # says of a process that SIGTERM killed before it could save.
@@ -30,17 +31,19 @@ class FiniteLosses(HookBase):
 
     Args:
         model: what that trainer calls.
+        exchange: by which the processes learn of each other's losses.
         checkpointer: knows the checkpoints that the message can name.
     """
 
-    def __init__(self, model: nn.Module, checkpointer: TrainingCheckpointer):
-        model.register_forward_hook(self._remember)
+    def __init__(self, model: nn.Module, exchange: Exchange, checkpointer: TrainingCheckpointer):
+        model.register_forward_hook(self._send)
+        self.exchange = exchange
         self.checkpointer = checkpointer
 
-    def _remember(self, model: nn.Module, inputs: tuple[list[dict]], losses: dict) -> None:
-        if model.training:
+    def _send(self, model: nn.Module, inputs: tuple[list[dict]], losses: dict) -> None:
+        if model.training and torch.is_grad_enabled():  # not to measure statistics, say
             self.images = [str(x.get("file_name", x.get("image_id"))) for x in inputs[0]]
-            self.losses = {name: loss.detach() for name, loss in losses.items()}
+            self.exchange.send(losses)
 
     def after_backward(self) -> None:
         """
@@ -48,16 +51,19 @@ class FiniteLosses(HookBase):
             FloatingPointError: in all processes, with the iteration, the losses, the images of the
                 processes in which they are not finite, and the last good checkpoint.
         """
-        # Detectron2 reads the losses off the device right after this, so nothing waits longer.
-        numbers = torch.stack([*self.losses.values()]).tolist()
-        values = {k: v for k, v in zip(self.losses, numbers, strict=True) if not math.isfinite(v)}
-        found = [x for x in comm.all_gather((values, self.images) if values else None) if x]
-        if not found:
+        self.exchange.receive()
+        broken = {}
+        for rank in range(comm.get_world_size()):
+            losses = self.exchange.losses(rank)
+            if values := {k: v for k, v in losses.items() if not math.isfinite(v)}:
+                broken[rank] = values
+        if not broken:
             return
-        said = ", ".join(f"{name} is {value}" for name, value in found[0][0].items())
-        images = ", ".join(image for _, images in found for image in images)
+        images = comm.all_gather(self.images)
+        said = ", ".join(f"{name} is {value}" for name, value in broken[min(broken)].items())
+        named = ", ".join(image for rank in broken for image in images[rank])
         raise FloatingPointError(
-            f"at iteration {self.trainer.iter} {said}, on the images {images}; "
+            f"at iteration {self.trainer.iter} {said}, on the images {named}; "
             + _last_good(self.checkpointer, self.trainer.iter - 1)
         )
 
@@ -78,12 +84,16 @@ class Preemption(HookBase):
     """After SIGTERM: a checkpoint of the iteration that is under way, then exit code 75.
 
     Goes between PeriodicCheckpointer and Evaluation. As a context manager, around the training, it
-    holds the signal's handler. One process that gets the signal is enough. While an evaluation runs
-    whose iteration has its checkpoint, the process exits at once.
+    holds the signal's handler. One process that gets the signal is enough; the others learn of it
+    in the exchange of this iteration, or of the next. While an evaluation runs whose iteration has
+    its checkpoint, the process exits at once.
     """
 
     asked = False
     saved = False
+
+    def __init__(self) -> None:
+        self.exchange = Exchange(lambda: self.asked)
 
     def __enter__(self) -> None:
         # Python handles signals in the main thread alone.
@@ -108,7 +118,11 @@ class Preemption(HookBase):
 
     def after_step(self) -> None:
         saved = _saves_now(self.trainer)
-        if not any(comm.all_gather(self.asked)):
+        asked = self.exchange.anyone_asked
+        # An evaluation may follow, which is long, or nothing.
+        if not asked and (saved or comm.get_world_size() == 1):
+            asked = any(comm.all_gather(self.asked))
+        if not asked:
             self.saved = saved
             return
         iteration = self.trainer.iter

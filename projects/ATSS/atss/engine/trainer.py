@@ -29,6 +29,7 @@ from ..data.mapper import Mapper, without_augmentation
 from .averaging import Averaging, share_statistics
 from .best import Best, Evaluation, best_metric, evaluated_iteration
 from .evaluation import build_evaluator, build_test_loader
+from .exchange import Exchange
 from .hooks import FiniteLosses, FiniteWeights, Preemption, refuse_broken_weights
 from .outlook import Outlook
 from .solver import build_optimizer, refuse_other_optimizer
@@ -36,6 +37,20 @@ from .solver import build_optimizer, refuse_other_optimizer
 
 class EndedEarly(BaseException):
     """Leaves Detectron2's loop over the iterations, which takes an Exception for a failure."""
+
+
+class _Writing(SimpleTrainer):
+    """Writes what the processes have told each other; Detectron2's reads the losses off the device
+    again, and gathers them once more."""
+
+    exchange: Exchange
+
+    def _write_metrics(self, loss_dict, data_time, prefix="", iter=None):
+        self.exchange.write(data_time)
+
+
+class _InFloat16(_Writing, AMPTrainer):
+    pass
 
 
 class Trainer(DefaultTrainer):
@@ -84,7 +99,9 @@ class Trainer(DefaultTrainer):
         scaled = cfg.SOLVER.AMP.ENABLED or autocast_dtype(cfg) == torch.float16
         if scaled and not on_gpu:
             raise ValueError("SOLVER.AMP.ENABLED needs a GPU; on a CPU set MODEL.ATSS.PRECISION")
-        self._trainer = (AMPTrainer if scaled else SimpleTrainer)(model, data_loader, optimizer)
+        self._trainer = (_InFloat16 if scaled else _Writing)(model, data_loader, optimizer)
+        self.preemption = Preemption()
+        self._trainer.exchange = self.preemption.exchange
 
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = TrainingCheckpointer(
@@ -94,7 +111,9 @@ class Trainer(DefaultTrainer):
             class_names=class_names(cfg),
             trainer=weakref.proxy(self),
         )
-        self._trainer.register_hooks([FiniteLosses(model, self.checkpointer)])
+        self._trainer.register_hooks(
+            [FiniteLosses(model, self.preemption.exchange, self.checkpointer)]
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -112,7 +131,6 @@ class Trainer(DefaultTrainer):
         checkpointer, writer = found(hooks.PeriodicCheckpointer), found(hooks.PeriodicWriter)
         own = (hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
         first = [x for x in built if not isinstance(x, own)]
-        self.preemption = Preemption()
         self.best = None
         if metric := best_metric(self.cfg):
             self.best = Best(metric, test.PATIENCE, self.checkpointer, self.cfg.DATASETS.TEST)

@@ -134,7 +134,7 @@ class Criterion(nn.Module):
         level_weight = 1 if self.level_weight is None else self.level_weight(matched)
         cls_target = self.cls_target(matched)
         amount = self.normaliser(matched, cls_target)
-        images = gt.num_images * comm.get_world_size() if self.least_per_image else 1
+        images = gt.num_images * _processes() if self.least_per_image else 1
 
         if self.cls_loss is not None and classes is not None:
             if getattr(self.cls_loss, "hard_targets", False):
@@ -178,8 +178,10 @@ class Criterion(nn.Module):
 
 
 def divide(quotients: Mapping[str, Quotient]) -> dict[str, Tensor]:
-    """The losses, divided by what all processes have; one all-reduce for all of them."""
-    world_size = comm.get_world_size()
+    """The losses, divided by what all processes have; one all-reduce for all of them. Without
+    gradient, as when somebody measures them on other images, by what this one has: others need not
+    do the same now."""
+    world_size = _processes()
     amounts = torch.stack([x.amount.to(x.total.dtype) for x in quotients.values()])
     if world_size > 1:
         torch.distributed.all_reduce(amounts)
@@ -187,6 +189,11 @@ def divide(quotients: Mapping[str, Quotient]) -> dict[str, Tensor]:
         name: x.total / (amount.clamp(min=x.least) / world_size)
         for (name, x), amount in zip(quotients.items(), amounts.unbind(), strict=True)
     }
+
+
+def _processes() -> int:
+    """So many share the normalisers."""
+    return comm.get_world_size() if torch.is_grad_enabled() else 1
 
 
 def _match(

@@ -1,0 +1,69 @@
+"""What the processes of a training tell each other in each iteration."""
+
+from collections.abc import Callable
+
+import torch
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, distributed
+
+
+class Exchange:
+    """Losses, and whether somebody is asked to stop: one small collective on the device, between
+    forward and backward pass. The host reads it once it has launched the backward pass, so that a
+    GPU is at work while the host looks, decides and writes.
+
+    Args:
+        asked: whether this process is.
+    """
+
+    def __init__(self, asked: Callable[[], bool]):
+        self.asked = asked
+        self.names: list[str] = []
+        self.rows: list[list[float]] = []
+
+    def send(self, losses: dict[str, Tensor]) -> None:
+        """Scalars of this process, of the same names in all."""
+        self.names = [*losses]
+        values = torch.stack([x.detach() for x in losses.values()])
+        own = torch.cat([values, torch.full_like(values[:1], self.asked())])
+        rows = own.new_empty(comm.get_world_size(), len(own))
+        if len(rows) > 1:
+            distributed.all_gather([*rows.unbind()], own)
+        else:
+            rows = own[None]
+        self.sent = rows.to("cpu", non_blocking=True)
+        self.arrived = None
+        if rows.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def receive(self) -> None:
+        """Waits for what was sent, and for no more."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        self.rows = self.sent.tolist()
+
+    @property
+    def anyone_asked(self) -> bool:
+        """Of all processes, when this iteration's forward pass had ended."""
+        return any(row[-1] for row in self.rows)
+
+    def losses(self, rank: int) -> dict[str, float]:
+        """Of one process."""
+        return dict(zip(self.names, self.rows[rank], strict=False))
+
+    def write(self, data_time: float) -> None:
+        """Into the log, as Detectron2 does: in the mean over the processes. Only the main process
+        writes.
+
+        Args:
+            data_time: seconds for which it has waited for images.
+        """
+        if not comm.is_main_process():
+            return
+        columns = zip(*self.rows, strict=True)
+        means = [sum(column) / len(self.rows) for column in columns]
+        losses = dict(zip(self.names, means, strict=False))
+        storage = get_event_storage()
+        storage.put_scalars(data_time=data_time, total_loss=sum(losses.values()), **losses)
