@@ -29,7 +29,7 @@ from atss.analysis.files import try_to_write
 
 def suite(setting: Setting) -> Finding:
     """The tests that need a GPU."""
-    command = setting.command("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests")
+    command = setting.command("-m", "pytest", "-q", "-n", 4, "-m", "gpu", "tests")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     (setting.folder / "suite.log").write_text(done.stdout + done.stderr)
     said = done.stdout.strip().splitlines()[-1:] or [f"nothing: {setting.folder}/suite.log"]
@@ -81,7 +81,8 @@ def check(setting: Setting, names: list[str]) -> dict[str, Finding]:
                 finding = Finding(False, f"{type(error).__name__}: {first}")
         finding.figures["seconds"] = round(time.monotonic() - began, 1)
         found[name] = finding
-        print(f"{name}: {_verdict(finding)} {finding.said}", flush=True)
+        print(f"{name}: {_verdict(finding)} {finding.said} ({finding.figures['seconds']} s)")
+        sys.stdout.flush()
     return found
 
 
