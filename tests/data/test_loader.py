@@ -198,17 +198,17 @@ def test_augmentation_ends_at_an_iteration_of_all_processes(records, be):
     cfg = ("INPUT.AUGMENT_UNTIL", 0.9, "SOLVER.MAX_ITER", 20)
     for rank, processes in ((0, 1), (0, 2), (1, 2)):
         be(rank, processes)
-        loader = make_loader(*cfg, "DATALOADER.ASPECT_RATIO_GROUPING", False, late=lambda x: None)
-        late = [[image is None for image in batch] for batch in take(loader, 20)]
+        loader = make_loader(*cfg, "DATALOADER.ASPECT_RATIO_GROUPING", False, late=lambda x: "late")
+        late = [[image == "late" for image in batch] for batch in take(loader, 20)]
         assert late == [[False] * (4 // processes)] * 18 + [[True] * (4 // processes)] * 2
         loader.skip(19, 3)
-        assert take(loader, 1) == [[None] * (4 // processes)]
+        assert take(loader, 1) == [["late"] * (4 // processes)]
 
 
 def test_augmentation_does_not_end_unless_asked(records):
     """Where images wait for others of their group, positions run beyond the last iteration."""
-    loader = make_loader("SOLVER.MAX_ITER", 19, late=lambda x: None)
-    assert None not in [image for batch in take(loader, 19) for image in batch]
+    loader = make_loader("SOLVER.MAX_ITER", 19, late=lambda x: "late")
+    assert "late" not in [image for batch in take(loader, 19) for image in batch]
 
 
 def test_boxes_stay_on_their_objects_under_scale_jitter(tmp_path):
@@ -267,3 +267,28 @@ def test_augmentations_are_those_of_the_config(records):
     assert [type(a) for a in Mapper(cfg, is_train=False).augmentations.augs] == [
         T.ResizeShortestEdge
     ]
+
+
+def test_what_the_mapper_leaves_out_is_replaced_alike_every_time(records):
+    """Detectron2's mappers give None for an image to leave out."""
+
+    def picky(record):
+        return None if record["image_id"] % 2 else draw(record)
+
+    runs = [take(make_loader(mapper=picky), 10) for _ in range(2)]
+    assert runs[0] == runs[1]
+    found = {image["id"] for batch in runs[0] for image in batch}
+    assert found == {0, 2, 4, 6, 8}
+    resumed = make_loader(mapper=picky)
+    resumed.skip(4, 3)
+    assert take(resumed, 6) == runs[0][4:]
+
+
+def test_a_mapper_that_leaves_out_everything_is_said(records):
+    with pytest.raises(ValueError, match=r"leaves out 1000 images in a row, .*\.png last"):
+        take(make_loader(mapper=lambda record: None), 1)
+
+
+def test_a_seed_is_drawn_where_none_is_given(records):
+    first, second = (take(make_loader("SEED", -1), 2) for _ in range(2))
+    assert first != second

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from conftest import ROOT, make_cfg, make_input
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
 from test_train_net import SMALL
 
 import atss.engine.run as way_in
@@ -87,6 +87,41 @@ def one_step(batch: list[dict], opts: tuple, output_dir: Path) -> dict:
     }
 
 
+def collectives(batch: list[dict], output_dir: Path) -> tuple[Counter, Counter, dict]:
+    """Calls of torch.distributed, but for what DDP does within itself: in an ordinary iteration,
+    with all hooks, and in losses without gradient; and what the iteration has logged."""
+
+    class OneBatch(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return [batch] * 3
+
+    trainer = OneBatch(make_cfg(*OPTIONS, "OUTPUT_DIR", str(output_dir)))
+    found = []
+    with EventStorage() as trainer.storage, pytest.MonkeyPatch.context() as patch:
+        calls = Counter()
+        for name in ("all_reduce", "all_gather", "all_gather_object", "gather_object", "barrier"):
+            real = getattr(torch.distributed, name)
+            patch.setattr(
+                torch.distributed,
+                name,
+                lambda *args, name=name, real=real: (calls.update([name]), real(*args))[1],
+            )
+        trainer.start_iter, trainer.max_iter = 0, 100
+        trainer.before_train()
+        for trainer.iter in range(2):
+            calls.clear()
+            trainer.before_step()
+            trainer.run_step()
+            trainer.after_step()
+        found.append(calls.copy())
+        calls.clear()
+        with torch.no_grad():
+            trainer.model(batch)
+        found.append(calls.copy())
+        return (*found, {k: v[0] for k, v in get_event_storage().latest().items()})
+
+
 def half_of_each(rank: int, output_dir: Path) -> None:
     meeting = f"file://{output_dir}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
@@ -94,6 +129,8 @@ def half_of_each(rank: int, output_dir: Path) -> None:
     for name, (boxes, opts) in CASES.items():
         result = one_step(images(boxes)[2 * rank : 2 * rank + 2], opts, output_dir)
         torch.save(result, output_dir / f"{name}.{rank}")
+    counted = collectives(images(BOXES)[2 * rank : 2 * rank + 2], output_dir)
+    torch.save(counted, output_dir / f"collectives.{rank}")
     broken = images(BOXES)[2 * rank : 2 * rank + 2]
     if rank == 1:
         broken[0]["image"][:] = torch.inf
@@ -128,6 +165,16 @@ def test_two_processes_make_the_step_of_one(halves, tmp_path, name):
             for result in results:
                 difference = abs(result[kind][parameter] - values).max()
                 assert difference <= 1e-6 * abs(values).max(), (kind, parameter)
+
+
+def test_an_iteration_has_two_small_collectives(halves):
+    """That of the normalisers, and the exchange of losses and of who is asked to stop."""
+    (first, alone, logged), (second, _, _) = (
+        torch.load(halves / f"collectives.{rank}", weights_only=False) for rank in range(2)
+    )
+    assert first == second == {"all_reduce": 1, "all_gather": 1}
+    assert not alone  # losses without gradient are each process's own
+    assert logged["total_loss"] == sum(v for k, v in logged.items() if k.startswith("loss_"))
 
 
 def test_all_processes_stop_at_a_loss_that_is_not_finite_in_one(halves):

@@ -11,13 +11,15 @@ import pytest
 import recipe
 import torch
 from conftest import GOLDEN, ROOT
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import HookBase
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.utils.events import EventStorage, get_event_storage
 
 import atss.engine.run as way_in
 from atss.data.mapper import Mapper
 from atss.engine import Trainer
 from atss.engine.launch import launch
+from atss.modeling.detector import ATSSDetector
 
 SMALL = {
     "MODEL.ATSS.NUM_CONVS": 1,
@@ -210,6 +212,52 @@ def test_a_resumption_with_another_config_is_one_sentence(command, opts, sentenc
     with pytest.raises(ValueError, match=sentence) as error:
         run(command("--resume", **{"DATASETS.TEST": ()}, **opts))
     assert "\n" not in str(error.value)
+
+
+def test_detectron2s_loader_trains_and_resumes(command, tmp_path, monkeypatch):
+    """Its commonest customisation. Where it stopped it does not know, and the log says so."""
+
+    class Own(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return build_detection_train_loader(cfg, mapper=Mapper(cfg, is_train=True))
+
+    monkeypatch.setattr(way_in, "Trainer", Own)
+    short = {"INPUT.MIN_SIZE_TRAIN": (64,), "DATASETS.TEST": (), "SOLVER.CHECKPOINT_PERIOD": 100}
+    run(command(**short, **{"SOLVER.MAX_ITER": 21}))
+    log = tmp_path / "out/log.txt"
+    assert "One iteration takes" in log.read_text()
+    assert "begins anew" not in log.read_text()
+    run(command("--resume", **short, **{"SOLVER.MAX_ITER": 22}))
+    assert "how to go on after 21 batches: its stream of images begins anew" in log.read_text()
+    assert torch.load(tmp_path / "out/model_final.pth", weights_only=True)["iteration"] == 21
+
+
+def test_the_losses_are_logged_as_detectron2_logs_them(command, monkeypatch):
+    logged, theirs = [], []
+    step = SimpleTrainer.run_step
+
+    def run_step(self):
+        step(self)
+        logged.append({k: v[0] for k, v in get_event_storage().latest().items()})
+
+    def forward(self, batch):
+        losses = real(self, batch)
+        if self.training:
+            with EventStorage() as storage:
+                SimpleTrainer.write_metrics(losses, 0.0, 0)
+                theirs.append({k: v[0] for k, v in storage.latest().items()})
+        return losses
+
+    real = ATSSDetector.forward
+    monkeypatch.setattr(SimpleTrainer, "run_step", run_step)
+    monkeypatch.setattr(ATSSDetector, "forward", forward)
+    run(command(**{"DATASETS.TEST": (), "SOLVER.MAX_ITER": 3}))
+    assert len(logged) == len(theirs) == 3
+    for ours, their in zip(logged, theirs, strict=True):
+        names = {"total_loss", "loss_cls", "loss_box_reg", "loss_centerness"}
+        assert {k: ours[k] for k in names} == {k: their[k] for k in names}
+        assert ours["data_time"] > 0
 
 
 def test_evaluates_only(command, tmp_path):

@@ -17,6 +17,7 @@ TOOLS = {
     "assignment_statistics": ["--annotations", "nowhere"],
     "benchmark": ["data", "--config-file", "nowhere"],
     "check_dataset": ["nowhere", "nowhere"],
+    "check_gpu": [],
     "convert_checkpoint": ["--from", "mmdet", "nowhere", "x.pth"],
     "demo": ["--config-file", "nowhere", "--weights", "x", "--input", "nowhere", "--output", "out"],
     "digits": ["--data", "."],

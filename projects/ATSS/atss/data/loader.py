@@ -87,10 +87,12 @@ def build_train_loader(
     mapper: Callable[[dict], dict],
     late_mapper: Callable[[dict], dict] | None = None,
 ) -> TrainLoader:
-    """What DATASETS.TRAIN, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH and SEED (not negative) ask for.
+    """What DATASETS.TRAIN, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH and SEED ask for; a negative
+    SEED for one drawn for all processes.
 
     Args:
-        mapper: until INPUT.AUGMENT_UNTIL.
+        mapper: until INPUT.AUGMENT_UNTIL; gives None, as Detectron2's may, for an image to leave
+            out.
         late_mapper: from then on, where it is another.
 
     Raises:
@@ -110,6 +112,7 @@ def build_train_loader(
     # Packed, so that processes that load images share them.
     packed = DatasetFromList(records, copy=False)
     late_mapper, until = late_mapper or mapper, cfg.INPUT.AUGMENT_UNTIL
+    mapper, late_mapper = InPlaceOfNone(mapper, packed), InPlaceOfNone(late_mapper, packed)
     if cfg.INPUT.MOSAIC:
         mapper = Mosaic(mapper, packed, cfg.INPUT.MOSAIC)
     return TrainLoader(
@@ -119,7 +122,7 @@ def build_train_loader(
         batch_size=images // processes,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         groups=groups,
-        seed=cfg.SEED,
+        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         late_mapper=late_mapper,
         # Where images wait for others of their group, positions run ahead of the iterations.
         late_from=until * cfg.SOLVER.MAX_ITER * images if until < 1 else math.inf,
@@ -167,6 +170,31 @@ def make_batches(
         if len(batch) == batch_size:
             yield batch.copy()
             batch.clear()
+
+
+class InPlaceOfNone:
+    """A mapper that takes another record where one gives None. What it draws comes from NumPy's
+    generator, as all that is drawn in mapping.
+
+    Raises:
+        ValueError: where TRIES records in a row give None.
+    """
+
+    TRIES = 1000
+
+    def __init__(self, mapper: Callable[[dict], dict | None], records: Sequence[dict]):
+        self.mapper = mapper
+        self.records = records
+
+    def __call__(self, record: dict) -> dict:
+        for _ in range(self.TRIES):
+            mapped = self.mapper(record)
+            if mapped is not None:
+                return mapped
+            record = self.records[np.random.randint(len(self.records))]
+        raise ValueError(
+            f"the mapper leaves out {self.TRIES} images in a row, {record.get('file_name')} last"
+        )
 
 
 class MappedByPosition(Dataset):

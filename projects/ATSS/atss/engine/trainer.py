@@ -221,7 +221,8 @@ class Trainer(DefaultTrainer):
         return super().state_dict() | {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """DefaultTrainer's; loaders will go on where they stopped.
+        """DefaultTrainer's; loaders will go on where they stopped, if they have the method ``skip``
+        of :class:`~atss.data.loader.TrainLoader`.
 
         Raises:
             ValueError: for the state of another optimizer.
@@ -230,11 +231,12 @@ class Trainer(DefaultTrainer):
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)  # DefaultTrainer's own have none
         done = self.iter + 1
-        self.data_loader.skip(done, self.seed)
+        _go_on(self.data_loader, done, self.seed)
         for hook in self._hooks:
             if isinstance(hook, hooks.PreciseBN):
                 times = done // self.cfg.TEST.EVAL_PERIOD if self.cfg.TEST.EVAL_PERIOD else 0
-                hook._data_loader.skip(times * self.cfg.TEST.PRECISE_BN.NUM_ITER, self.seed)
+                batches = times * self.cfg.TEST.PRECISE_BN.NUM_ITER
+                _go_on(hook._data_loader, batches, self.seed)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
@@ -277,3 +279,15 @@ class Trainer(DefaultTrainer):
         one_by_one.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "tta")
         results = cls.test(one_by_one, build_tta(cfg, model))
         return {f"{name}_TTA": result for name, result in results.items()}
+
+
+def _go_on(loader: Iterable, batches: int, seed: int) -> None:
+    """After so many batches of the stream of a seed."""
+    if hasattr(loader, "skip"):
+        loader.skip(batches, seed)
+    elif batches:
+        logging.getLogger(__name__).warning(
+            "%s does not know how to go on after %d batches: its stream of images begins anew",
+            type(loader).__name__,
+            batches,
+        )
