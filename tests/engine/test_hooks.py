@@ -111,6 +111,28 @@ def test_sigterm_in_an_evaluation_without_a_checkpoint_waits_for_one(start, monk
     assert last(tmp_path) == ("model_0000001.pth", 1)
 
 
+def test_sigterm_after_the_last_iteration_does_not_evaluate_first(start, monkeypatch, tmp_path):
+    """Between the last iteration and what follows it."""
+    evaluated = []
+    monkeypatch.setattr(Trainer, "test", lambda *_: evaluated.append(1) or {})
+    after_train = Trainer.after_train
+
+    def signalled(self):
+        with pytest.raises(SystemExit):
+            self.preemption._on_sigterm()
+        after_train(self)
+        raise SystemExit(EXIT_PREEMPTED)
+
+    monkeypatch.setattr(Trainer, "after_train", signalled)
+    with pytest.raises(SystemExit):
+        start(**{"DATASETS.TEST": ("squares",)})
+    assert not evaluated
+    assert last(tmp_path) == ("model_final.pth", 5)
+    monkeypatch.setattr(Trainer, "after_train", after_train)
+    start("--resume", **{"DATASETS.TEST": ("squares",)})
+    assert evaluated
+
+
 def test_a_loss_that_is_not_finite_is_told_with_its_images(start, monkeypatch, tmp_path):
     """From iteration 4 on all images are infinitely bright. The checkpoint of iteration 3 has not
     shown that it is good."""

@@ -9,7 +9,7 @@ import torch
 from conftest import make_cfg
 
 import atss.engine.run as way_in
-from atss.engine.launch import explain, keep_tracebacks_to_the_file
+from atss.engine.launch import explain, is_started, keep_tracebacks_to_the_file, launch
 from atss.engine.run import check_config, check_processes
 
 
@@ -18,7 +18,8 @@ def torchrun(monkeypatch):
     """torchrun(KEY=value): the environment of one of its two processes."""
 
     def set_environment(**more):
-        environment = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2} | more
+        environment = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}
+        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 1} | more
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
 
@@ -56,6 +57,62 @@ def test_launch_has_no_processes_on_the_cpu_of_a_machine_with_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match=r"MODEL.DEVICE cpu use torchrun"):
         check_processes(arguments("--num-gpus", "2"), make_cfg())
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"])
+def test_incomplete_variables_would_start_trainings_beside_each_other(torchrun, monkeypatch, name):
+    torchrun()
+    monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match=rf"RANK.* are set, but not {name}: ") as error:
+        check_processes(arguments(), make_cfg())
+    assert "\n" not in str(error.value)
+
+
+def test_the_address_of_a_meeting_alone_starts_nothing(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert not is_started()
+
+
+@pytest.mark.parametrize("option", ["--num-gpus", "--num-machines"])
+def test_no_process_at_all(option):
+    with pytest.raises(ValueError, match=f"^{option} must be at least 1, not 0$"):
+        check_processes(arguments(option, "0"), make_cfg())
+
+
+def test_restarts_on_several_machines_meet_in_a_store_of_their_own(torchrun):
+    torchrun(TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_USE_AGENT_STORE="True", WORLD_SIZE=4)
+    with pytest.raises(ValueError, match="need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, exported"):
+        check_processes(arguments(), make_cfg())
+    torchrun(TORCHELASTIC_USE_AGENT_STORE="False", TORCHELASTIC_MAX_RESTARTS=3, WORLD_SIZE=4)
+    check_processes(arguments(), make_cfg())
+    torchrun(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_MAX_RESTARTS=3)  # one machine
+    check_processes(arguments(), make_cfg())
+
+
+def test_the_group_is_left_before_the_exit_code_is_given(tmp_path):
+    """Left to the end of Python, it may abort the process, with a code of its own."""
+    meeting = f"file://{tmp_path}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+
+    def preempted(args, cfg):
+        raise SystemExit(75)
+
+    try:
+        with pytest.raises(SystemExit, match="75"):
+            launch(preempted, arguments(), make_cfg())
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def test_workers_are_as_many_as_there_are_cores(monkeypatch):
+    """But where somebody has said how many."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    for asked, found in ((4, 2), (2, 2), (1, 1), (0, 0), (16, 16)):
+        cfg = make_cfg("DATALOADER.NUM_WORKERS", asked)
+        way_in.fit_workers(cfg)
+        assert found == cfg.DATALOADER.NUM_WORKERS
 
 
 def test_a_restart_resumes(torchrun, tmp_path):

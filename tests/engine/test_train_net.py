@@ -214,6 +214,44 @@ def test_a_resumption_with_another_config_is_one_sentence(command, opts, sentenc
     assert "\n" not in str(error.value)
 
 
+def test_a_run_from_before_levels_that_nobody_reads_rested(command, tmp_path, monkeypatch):
+    """--resume refuses it with a sentence; its weights load."""
+    three = {"MODEL.ATSS.IN_FEATURES": ["p3", "p4", "p5"], "SOLVER.MAX_ITER": 1}
+    three |= {"DATASETS.TEST": ()}
+    with monkeypatch.context() as patch:
+        patch.setattr("atss.modeling.backbone.freeze_unused", lambda *_: None)
+        run(command(**three))
+    with pytest.raises(ValueError, match=r"groups of \[.* --resume needs the MODEL and SOLVER"):
+        run(command("--resume", **three))
+    weights = tmp_path / "out/model_final.pth"
+    run(command(**three, **{"MODEL.WEIGHTS": weights, "OUTPUT_DIR": tmp_path / "other"}))
+
+
+def test_a_run_from_before_batch_norm_had_levels(command, tmp_path):
+    """--resume refuses it with a sentence, and so does an evaluation; its weights load, but for the
+    statistics, and the log names them."""
+    norm = {"MODEL.ATSS.NORM": "BN", "SOLVER.MAX_ITER": 1, "DATASETS.TEST": ()}
+    run(command(**norm))
+    weights = tmp_path / "out/model_final.pth"
+    checkpoint = torch.load(weights, weights_only=True)
+    of_levels = re.compile(r"(head\.\w+_subnet\.1)\.(\d)\.(.+)")
+    model = {k: x for k, x in checkpoint["model"].items() if not of_levels.match(k)}
+    for key, x in checkpoint["model"].items():
+        if found := of_levels.match(key):
+            model.setdefault(f"{found[1]}.{found[3]}", x)
+    torch.save(checkpoint | {"model": model}, weights)
+    with pytest.raises(ValueError, match=r"model_final.pth is of another model .*running_"):
+        run(command("--resume", **norm))
+    with pytest.raises(ValueError, match="running_"):
+        run(
+            command(
+                "--eval-only", **norm | {"DATASETS.TEST": ("squares",), "MODEL.WEIGHTS": weights}
+            )
+        )
+    run(command(**norm, **{"MODEL.WEIGHTS": weights, "OUTPUT_DIR": tmp_path / "other"}))
+    assert "head.cls_subnet.1.running_mean" in (tmp_path / "other/log.txt").read_text()
+
+
 def test_detectron2s_loader_trains_and_resumes(command, tmp_path, monkeypatch):
     """Its commonest customisation. Where it stopped it does not know, and the log says so."""
 
@@ -265,6 +303,19 @@ def test_evaluates_only(command, tmp_path):
     weights = tmp_path / "out/model_final.pth"
     results = run(command("--eval-only", **{"MODEL.WEIGHTS": weights}))
     assert "AP" in results["bbox"]
+
+
+def test_an_evaluation_verifies_what_is_expected(command, tmp_path):
+    run(command(**{"SOLVER.MAX_ITER": 1}))
+    weights = {"MODEL.WEIGHTS": tmp_path / "out" / "model_final.pth"}
+    for expected, fails in ((0, False), (99, True)):
+        wanted = {"TEST.EXPECTED_RESULTS": [["bbox", "AP", expected, 50]]}
+        argv = command("--eval-only", **wanted, **weights)
+        if fails:
+            with pytest.raises(SystemExit, match="1"):
+                run(argv)
+        else:
+            run(argv)
 
 
 def test_evaluation_on_classes_in_another_order(command, squares, tmp_path):

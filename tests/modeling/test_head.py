@@ -144,3 +144,25 @@ def test_towers_without_biases(deform):
     head(features(1)).classes.sum().backward()
     plain = ATSSHead(**HEAD | {"norm": ""}, tower_bias=False)
     assert plain.cls_subnet[0].bias is not None
+
+
+@pytest.mark.parametrize("norm", ["BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N"])
+def test_statistics_over_a_batch_are_of_a_level(norm):
+    """Levels that differ: what was measured in training is what evaluation meets."""
+    torch.manual_seed(0)
+    head = ATSSHead(**HEAD | {"norm": norm})
+    maps = [scale * x for scale, x in zip((1, 20), features(2), strict=True)]
+    torch.nn.init.normal_(head.bbox_pred.weight)
+    with torch.no_grad():
+        for _ in range(150):
+            trained = head.train()(maps)
+        evaluated = head.eval()(maps)
+    # Of the running variance, n / (n - 1) of the batch's; the coarse level has 8 pixels.
+    torch.testing.assert_close(evaluated.numbers[:, :24], trained.numbers[:, :24], rtol=0.1, atol=1)
+    torch.testing.assert_close(evaluated.numbers[:, 24:], trained.numbers[:, 24:], rtol=0.1, atol=2)
+    assert trained.numbers.abs().mean() > 5
+
+
+def test_group_norm_knows_no_levels():
+    head = ATSSHead(**HEAD)
+    assert [*head.cls_subnet[1].state_dict()] == ["weight", "bias"]

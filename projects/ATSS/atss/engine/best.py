@@ -66,7 +66,7 @@ class Evaluation(hooks.EvalHook):
 
     def after_train(self) -> None:
         # Detectron2's evaluates also where the last iteration failed.
-        ended = self.trainer.iter >= self.trainer.max_iter
+        ended = self.trainer.iter >= self.trainer.max_iter and not self.trainer.preemption.left
         if ended and self.last != evaluated_iteration(self.trainer):
             self._do_eval()
         del self._func  # which holds the trainer

@@ -91,6 +91,7 @@ class Preemption(HookBase):
 
     asked = False
     saved = False
+    left = False
 
     def __init__(self) -> None:
         self.exchange = Exchange(lambda: self.asked)
@@ -108,6 +109,7 @@ class Preemption(HookBase):
     def _on_sigterm(self, *_: object) -> None:
         self.asked = True
         if self.saved:
+            self.left = True
             raise SystemExit(EXIT_PREEMPTED)
 
     def before_train(self) -> None:
@@ -137,6 +139,7 @@ class Preemption(HookBase):
             self._leave(iteration)
 
     def _leave(self, iteration: int) -> None:
+        self.left = True
         # Who starts processes ends all of them when one has left.
         comm.synchronize()
         logging.getLogger(__name__).info(

@@ -27,6 +27,7 @@ Main = Callable[[argparse.Namespace, CfgNode], object]
 
 # What torchrun tells each process that it starts; a scheduler's script can tell the same.
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MEETING = ("MASTER_ADDR", "MASTER_PORT")
 KNOWN_PACKAGES = {"atss", "atss_runner", "contextlib", "detectron2", "fvcore", "torch"}
 # As shells name it when ctrl-C ends a command: 128 + SIGINT.
 STOPPED = 130
@@ -129,7 +130,25 @@ def _is_within(path: str, folder: str) -> bool:
 
 
 def is_started() -> bool:
-    return all(name in os.environ for name in ENVIRONMENT)
+    """Whether torchrun, or a script in its place, has started this process.
+
+    Raises:
+        ValueError: where only some of the variables are set: each process would train alone.
+    """
+    missing = [name for name in (*ENVIRONMENT, *MEETING) if name not in os.environ]
+    given = [name for name in ENVIRONMENT if name in os.environ]
+    if given and missing:
+        raise ValueError(
+            f"{' and '.join(given)} are set, but not {' and '.join(missing)}: processes that "
+            "torchrun does not start need all of them, one that trains alone needs none "
+            "(docs/clusters.md)"
+        )
+    return bool(given)
+
+
+def shares_agent_store() -> bool:
+    """Whether torchrun has the processes meet in its own store, which outlives a restart."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def world_size(args: argparse.Namespace) -> int:
@@ -143,7 +162,7 @@ def _join(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     store: distributed.Store | None = None
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if shares_agent_store():
         # It outlives a restart, with the addresses of the processes that are gone.
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = distributed.TCPStore(*address, is_master=False, timeout=DEFAULT_TIMEOUT)
@@ -164,6 +183,9 @@ def _join(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
 def _in_one_sentence(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
     try:
         main(args, cfg)
+    except SystemExit:  # Preemption's: all processes leave
+        _leave_the_others()
+        raise
     except Exception as error:
         sentence = explain(error, cfg.OUTPUT_DIR)
         if sentence is None:
@@ -173,8 +195,15 @@ def _in_one_sentence(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None
         if comm.is_main_process():
             print(_stopped(cfg.OUTPUT_DIR, args.eval_only), file=sys.stderr)
         sys.exit(STOPPED)
+    # Together: who starts processes may end those that still write when one has long left.
+    comm.synchronize()
+    _leave_the_others()
+
+
+def _leave_the_others() -> None:
+    """Left to the end of Python, gloo's threads now and then abort the process, and with it the
+    exit code."""
     if distributed.is_initialized():
-        # Left to the end of Python, gloo's threads now and then abort the process.
         distributed.destroy_process_group()
 
 

@@ -17,9 +17,10 @@ import tempfile
 from typing import IO
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
@@ -46,6 +47,7 @@ from .launch import (
     keep_freed_memory,
     keep_tracebacks_to_the_file,
     launch,
+    shares_agent_store,
     world_size,
 )
 from .solver import MOMENTS
@@ -117,6 +119,8 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     check_processes(args, cfg)
     check_data(cfg, training=not args.eval_only)
+    if "DATALOADER.NUM_WORKERS" not in args.opts[::2]:
+        fit_workers(cfg)
     if not args.eval_only:
         complete_schedule(cfg, given=args.opts[::2])
     check_config(_weights_at_hand(args, cfg), training=not args.eval_only)
@@ -124,6 +128,16 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     prune(cfg)  # what the run writes into its folder can be read where other parts are not known
     cfg.freeze()
     return cfg
+
+
+def fit_workers(cfg: CfgNode) -> None:
+    """Where nobody has said how many processes load images, no more than there are cores for, in
+    place: Detectron2 asks for four whatever the machine."""
+    default = get_cfg().DATALOADER.NUM_WORKERS
+    if default == cfg.DATALOADER.NUM_WORKERS:
+        known = hasattr(os, "sched_getaffinity")  # on Linux
+        cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+        cfg.DATALOADER.NUM_WORKERS = min(default, cores)
 
 
 def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
@@ -146,6 +160,8 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_tta(cfg, model))
+        if cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+            verify_results(cfg, results)
         return results
     trainer = Trainer(cfg)
     if comm.is_main_process():
@@ -392,6 +408,10 @@ def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
     Raises:
         ValueError: with a sentence that says what is wrong.
     """
+    for option in ("num_gpus", "num_machines"):
+        if getattr(args, option) < 1:
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} must be at least 1, not {getattr(args, option)}")
     count, images = world_size(args), cfg.SOLVER.IMS_PER_BATCH
     if is_started() and args.num_gpus * args.num_machines > 1:
         raise ValueError("torchrun has started the processes: leave out --num-gpus, --num-machines")
@@ -408,7 +428,14 @@ def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
 
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         args.resume = True
-    may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and not args.eval_only
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and is_started() and count > local and shares_agent_store():
+        raise ValueError(
+            "torchrun's restarts on several machines need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, "
+            "exported before torchrun on each of them: otherwise machines that count restarts "
+            "differently wait for each other in vain (docs/clusters.md)"
+        )
+    may_restart = restarts and not args.eval_only
     if may_restart and not args.resume and os.path.exists(f"{cfg.OUTPUT_DIR}/last_checkpoint"):
         raise ValueError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} has a checkpoint, from which a restart would go on: "

@@ -1,11 +1,12 @@
 """The head: two convolution towers, three predictors, one learned scale per level."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from detectron2.layers import get_norm
+from detectron2.layers import CycleBatchNormList, NaiveSyncBatchNorm, get_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,8 +14,15 @@ from ..parts import one_of, within
 from ..structures import HeadOutput
 from .deform_conv import DeformConv, DeformConvLayer
 
-# Detectron2's names.
-NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
+# Detectron2's names. Statistics over a batch are of one level, because those of others differ.
+OF_A_BATCH: dict[str, Callable[..., nn.Module]] = {
+    "BN": nn.BatchNorm2d,
+    "SyncBN": nn.SyncBatchNorm,
+    "nnSyncBN": nn.SyncBatchNorm,
+    "naiveSyncBN": NaiveSyncBatchNorm,
+    "naiveSyncBN_N": partial(NaiveSyncBatchNorm, stats_mode="N"),
+}
+NORMS = ("", "FrozenBN", "GN", "LN", *OF_A_BATCH)
 
 
 class Scale(nn.Module):
@@ -67,7 +75,9 @@ class ATSSHead(nn.Module):
         num_classes: K.
         num_anchors: A.
         num_convs: convolutions per tower.
-        norm: Detectron2's name of the towers' normalisation, "" for none.
+        norm: Detectron2's name of the towers' normalisation, "" for none. One with statistics over
+            a batch has those of each level for itself, as in Detectron2's RetinaNet; its scale and
+            shift are shared.
         tower_bias: whether the towers' convolutions have biases where a norm follows; mmdet's have
             none.
         prior_prob: class probability at initialisation (RetinaNet, section 4.1).
@@ -114,7 +124,7 @@ class ATSSHead(nn.Module):
             raise ValueError("a tower without convolutions has none to be deformable")
         self.num_classes, self.box_channels = num_classes, box_channels
         self.class_layers = {"cls_score": num_anchors}
-        tower = (in_channels, num_convs, norm, tower_bias or not norm, deform)
+        tower = (in_channels, num_levels, num_convs, norm, tower_bias or not norm, deform)
         self.cls_subnet = self._tower(*tower)
         self.bbox_subnet = self._tower(*tower)
         self.cls_score = nn.Conv2d(in_channels, num_anchors * num_classes, 3, padding=1)
@@ -136,14 +146,21 @@ class ATSSHead(nn.Module):
         nn.init.constant_(self.bbox_pred.get_parameter("bias"), box_bias)
 
     @staticmethod
-    def _tower(channels: int, num_convs: int, norm: str, bias: bool, deform: str) -> nn.Sequential:
+    def _tower(
+        channels: int, num_levels: int, num_convs: int, norm: str, bias: bool, deform: str
+    ) -> nn.Sequential:
         layers: list[nn.Module] = []
         for i in range(num_convs):
             if deform and i == num_convs - 1:
                 layers.append(DeformConvLayer(channels, deform == "v2", bias))
             else:
                 layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=bias))
-            if norm:
+            if norm in OF_A_BATCH:
+                of_level = OF_A_BATCH[norm]
+                layers.append(
+                    CycleBatchNormList(num_levels, bn_class=of_level, num_features=channels)
+                )
+            elif norm:
                 layers.append(get_norm(norm, channels))
             layers.append(nn.ReLU(inplace=True))
         return nn.Sequential(*layers)
