@@ -103,18 +103,20 @@ class SafeCheckpointer(DetectionCheckpointer):
         lacking = {*left.missing_keys, *(x[0] for x in left.incorrect_shapes)}
         self._refuse_random_parts(lacking)
         if self.whole:
-            # Of buffers some may come and go, but not what norms have measured.
-            needed = {name for name, _ in self.model.named_parameters()}
-            for path, module in self.model.named_modules():
-                if isinstance(module, _NormBase | FrozenBatchNorm2d):
-                    needed |= {f"{path}.{name}" for name, _ in module.named_buffers()}
-            names = sorted(x for x in needed & lacking if not x.endswith("num_batches_tracked"))
-            if names:
+            if names := sorted(self._needed() & lacking):
                 raise WeightsError(
                     f"{self._loading} has no weights for {len(names)} parts of the model, such as "
                     f"{names[0]}: they are of another model, or of a backbone alone"
                 )
         return left
+
+    def _needed(self) -> set[str]:
+        """Names of weights, and of what norms have measured. Other buffers may come and go."""
+        needed = {name for name, _ in self.model.named_parameters()}
+        for path, module in self.model.named_modules():
+            if isinstance(module, _NormBase | FrozenBatchNorm2d):
+                needed |= {f"{path}.{name}" for name, _ in module.named_buffers()}
+        return {name for name in needed if not name.endswith("num_batches_tracked")}
 
     def _refuse_random_parts(self, missing: set[str]) -> None:
         """Of what stays as it is loaded, as modules say in their attribute ``relies_on_weights``,
@@ -215,8 +217,9 @@ class TrainingCheckpointer(SafeCheckpointer):
         left = super()._load_model(checkpoint)
         if self._begins:
             return left
-        trained = {name for name, _ in self.model.named_parameters()}
-        other = sorted(trained & {*left.missing_keys, *(x[0] for x in left.incorrect_shapes)})
+        other = sorted(
+            self._needed() & {*left.missing_keys, *(x[0] for x in left.incorrect_shapes)}
+        )
         if other:
             shapes = {name: (tuple(was), tuple(now)) for name, was, now in left.incorrect_shapes}
             was, now = shapes.get(other[0], ("missing", "a weight"))
