@@ -102,12 +102,11 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
         lacking = {*left.missing_keys, *(x[0] for x in left.incorrect_shapes)}
         self._refuse_random_parts(lacking)
-        if self.whole:
-            if names := sorted(self._needed() & lacking):
-                raise WeightsError(
-                    f"{self._loading} has no weights for {len(names)} parts of the model, such as "
-                    f"{names[0]}: they are of another model, or of a backbone alone"
-                )
+        if self.whole and (names := sorted(self._needed() & lacking)):
+            raise WeightsError(
+                f"{self._loading} has no weights for {len(names)} parts of the model, such as "
+                f"{names[0]}: they are of another model, or of a backbone alone"
+            )
         return left
 
     def _needed(self) -> set[str]:
