@@ -18,7 +18,7 @@ from pathlib import Path
 from atss.analysis.experiments import PRIMARY, claims, compare_rows, write_table
 from atss.analysis.files import try_to_write
 from atss.analysis.plots import plot_experiments
-from atss.engine.launch import explain
+from atss.engine.launch import one_sentence
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,13 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         try_to_write("--output", args.output / "table.md", args.output / "plot.png")
     except OSError as error:
         sys.exit(f"error: {error}")
-    try:
+    with one_sentence(str(args.output)):
         results = compare_rows(args.rows, args.seeds, args.output, args.opts)
-    except Exception as error:
-        sentence = explain(error, str(args.output))
-        if sentence is None:
-            raise
-        sys.exit(f"error: {sentence}")
     write_table(results, args.output / "table.md")
     plot_experiments(results, claims(results), args.output / "plot.png")
     print((args.output / "table.md").read_text())

@@ -12,7 +12,7 @@ from pathlib import Path
 from atss.analysis.demo import train_on_digits
 from atss.config import get_config_file
 from atss.data.digits import DEMO, FEW, make_digits
-from atss.engine.launch import STOPPED, explain
+from atss.engine.launch import STOPPED, one_sentence
 
 ROOT = Path("output/demo")
 CONFIG = get_config_file("demo")
@@ -29,15 +29,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     try:
-        if args.data:
-            write_few(args.data)
-            return
-        results = train_on_digits(ROOT, str(CONFIG), DEMO)
-    except Exception as error:
-        sentence = explain(error, str(args.data or ROOT))
-        if sentence is None:
-            raise
-        sys.exit(f"error: {sentence}")
+        with one_sentence(str(args.data or ROOT)):
+            if args.data:
+                write_few(args.data)
+                return
+            results = train_on_digits(ROOT, str(CONFIG), DEMO)
     except KeyboardInterrupt:
         print(f"stopped{'' if args.data else ': the same command goes on'}", file=sys.stderr)
         sys.exit(STOPPED)

@@ -178,6 +178,15 @@ def test_what_may_be_a_bug_is_printed_with_its_traceback(tmp_path, capsys):
         log.removeHandler(handler)
 
 
+def test_shared_memory_that_is_full_is_not_the_folders_fault():
+    """As torch says it of images that come from processes that load data."""
+    text = "unable to write to file </torch_1234_56>: No space left on device (28)"
+    assert explain(RuntimeError(text), "out").startswith("shared memory (/dev/shm) is full")
+    lost = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+    lost += "dataloader's workers are out of shared memory. Please try to raise your shared memory"
+    assert explain(RuntimeError(lost), "out").startswith("shared memory (/dev/shm) is full")
+
+
 def test_memory_that_runs_out_is_told_with_what_to_do():
     with pytest.raises(RuntimeError) as of_machine:
         torch.empty(2**60, dtype=torch.uint8)

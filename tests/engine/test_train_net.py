@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+import traceback
 
 import convert_checkpoint
 import pytest
@@ -12,10 +13,12 @@ import recipe
 import torch
 from conftest import GOLDEN, ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.data import transforms as T
 from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.utils.events import EventStorage, get_event_storage
 
 import atss.engine.run as way_in
+from atss.assigners import ASSIGNER_REGISTRY, ATSS
 from atss.data.mapper import Mapper
 from atss.engine import Trainer
 from atss.engine.launch import launch
@@ -305,6 +308,84 @@ def test_evaluates_only(command, tmp_path):
     weights = tmp_path / "out/model_final.pth"
     results = run(command("--eval-only", **{"MODEL.WEIGHTS": weights}))
     assert "AP" in results["bbox"]
+
+
+class OwnAugmentation(T.Augmentation):
+    """With a bug of the kind that is asked for."""
+
+    def __init__(self, fail):
+        super().__init__()
+        self.fail = fail
+
+    def get_transform(self, image):
+        self.fail()
+
+
+def wrong_value():
+    _, _ = [1, 2, 3]
+
+
+def wrong_key():
+    return {}["a"]
+
+
+def wrong_file():
+    return open("priors.json")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("fail", [wrong_value, wrong_key, wrong_file])
+def test_a_bug_of_an_own_augmentation_keeps_its_traceback(command, monkeypatch, fail, workers):
+    """And names the image; it is not said to be the image's fault."""
+
+    class Own(Mapper):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.augmentations = T.AugmentationList([OwnAugmentation(fail)])
+
+    monkeypatch.setattr("atss.engine.trainer.Mapper", Own)
+    argv = command(**{"DATALOADER.NUM_WORKERS": workers, "DATASETS.TEST": ()})
+    args = way_in.make_parser().parse_args(argv)
+    with pytest.raises(Exception, match="") as error:  # noqa: PT011
+        launch(way_in.run, args, way_in.prepare(args))
+    assert not isinstance(error.value, SystemExit)
+    told = "".join(traceback.format_exception(error.value))
+    assert f"in {fail.__name__}" in told
+    assert re.search(r"squares.*/images/\d.png", told)
+    assert "cannot read the image" not in told
+
+
+def test_a_bug_of_an_own_backbone_keeps_its_traceback(command, monkeypatch):
+    monkeypatch.setattr("detectron2.modeling.backbone.FPN.forward", lambda *_: wrong_value())
+    args = way_in.make_parser().parse_args(command(**{"DATASETS.TEST": ()}))
+    with pytest.raises(ValueError, match="too many values"):
+        launch(way_in.run, args, way_in.prepare(args))
+
+
+def test_a_bug_in_building_an_own_rule_keeps_its_traceback(command):
+    class Buggy(ATSS):
+        def __init__(self, top_k: int = 9):
+            super().__init__(top_k)
+            wrong_value()
+
+    ASSIGNER_REGISTRY.register(Buggy)
+    try:
+        with pytest.raises(ValueError, match="too many values"):
+            way_in.start(
+                way_in.make_parser().parse_args(command(**{"MODEL.ATSS.ASSIGNER": "Buggy"}))
+            )
+    finally:
+        del ASSIGNER_REGISTRY.entries["Buggy"]
+
+
+def test_the_traceback_of_a_sentence_is_in_the_log(command, tmp_path):
+    (tmp_path / "x.pth").write_text("no weights")
+    args = way_in.make_parser().parse_args(
+        command("--eval-only", **{"MODEL.WEIGHTS": tmp_path / "x.pth"})
+    )
+    with pytest.raises(SystemExit, match=r"error: .*x\.pth"):
+        launch(way_in.run, args, way_in.prepare(args))
+    assert "Traceback (most recent call last)" in (tmp_path / "out/log.txt").read_text()
 
 
 def test_an_evaluation_verifies_what_is_expected(command, tmp_path):

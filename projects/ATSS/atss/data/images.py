@@ -1,6 +1,7 @@
 """Looks at one image file by its header: what training would make of it. Reads it."""
 
 import os
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ ORIENTATION = 0x0112
 TURNED = (5, 6, 7, 8)
 # Modes of Pillow with more than 8 bits per channel.
 HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+
+# What is on the way to an error in reading a file.
+READING = {"read_image", "read_header", "verify", "refuse"}
 
 
 @dataclass(frozen=True)
@@ -125,13 +129,19 @@ def read(file_name: str, sizes: Sequence[tuple[int, int]] = ()) -> np.ndarray:
 
 @contextmanager
 def naming(file_name: str) -> Iterator[None]:
-    """Has whatever goes wrong in reading an image name its file."""
+    """Has whatever goes wrong in reading and mapping an image name its file."""
     try:
         yield
     except Exception as error:  # Pillow raises errors of many types where a file is damaged
+        on_the_way = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
         if isinstance(error, ValueError) and file_name in str(error):
             raise
-        raise OSError(f"cannot read the image {file_name}: {error}") from error
+        if on_the_way & READING:
+            raise OSError(f"cannot read the image {file_name}: {error}") from error
+        if isinstance(error, ValueError):
+            raise ValueError(f"the image {file_name} cannot be mapped: {error}") from error
+        error.add_note(f"in mapping {file_name}")  # a bug, of an augmentation for example
+        raise
 
 
 def problems(

@@ -7,20 +7,24 @@ import errno
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import sys
+import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DEFAULT_TIMEOUT
+from detectron2.engine import DEFAULT_TIMEOUT, TrainerBase
 from detectron2.engine import launch as start_processes
 from detectron2.utils import comm
 from torch import distributed
 from torch.multiprocessing import ProcessExitedException
 
+from .hooks import EXIT_PREEMPTED
 from .outlook import LESS_MEMORY
 
 Main = Callable[[argparse.Namespace, CfgNode], object]
@@ -28,7 +32,18 @@ Main = Callable[[argparse.Namespace, CfgNode], object]
 # What torchrun tells each process that it starts; a scheduler's script can tell the same.
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
-KNOWN_PACKAGES = {"atss", "atss_runner", "contextlib", "detectron2", "fvcore", "torch"}
+# Folders of this project's code, and of what is installed.
+OURS = tuple(Path(__file__).parents[n] / x for n, x in ((1, ""), (2, "atss_runner"), (4, "tools")))
+INSTALLED = (
+    *(Path(sysconfig.get_path(x)) for x in ("stdlib", "platstdlib", "purelib", "platlib")),
+    Path(comm.__file__).parents[1],  # Detectron2
+)
+# How torch and Python say that /dev/shm has no room.
+SHARED_MEMORY = re.compile(r"</torch_\d.*No space left|(insufficient|out of) shared memory")
+NO_SHARED_MEMORY = (
+    "shared memory (/dev/shm) is full, through which images pass from the processes that load "
+    "them: give it more room (of a container, --shm-size), or lower DATALOADER.NUM_WORKERS"
+)
 # As shells name it when ctrl-C ends a command: 128 + SIGINT.
 STOPPED = 130
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -81,9 +96,12 @@ def keep_freed_memory() -> None:
 
 
 def explain(error: BaseException, output_dir: str) -> str | None:
-    """One sentence for what goes wrong in ordinary use; None where only a traceback helps."""
+    """One sentence for what goes wrong in ordinary use; None where only a traceback helps, as in
+    what may be a bug."""
     link: BaseException | None = error
     while link is not None:  # torch.save hides the disk's error behind one of its own
+        if SHARED_MEMORY.search(str(link)):
+            return NO_SHARED_MEMORY
         if isinstance(link, OSError) and link.errno in CANNOT_WRITE:
             elsewhere = link.filename and not _is_within(str(link.filename), output_dir)
             what = link.filename if elsewhere else f"OUTPUT_DIR {output_dir}"
@@ -94,34 +112,69 @@ def explain(error: BaseException, output_dir: str) -> str | None:
         return f"the GPU's memory is not enough: {LESS_MEMORY}"
     if isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error):
         return f"the machine's memory is not enough: {LESS_MEMORY}"
-    if not isinstance(error, ValueError | OSError | FloatingPointError):
+    if not isinstance(error, ValueError | OSError | FloatingPointError) or may_be_a_bug(error):
         return None
     # From a data loader's process comes a traceback as text, which ends in what was raised there.
     last = (str(error).strip().splitlines() or [repr(error)])[-1]
     return last.removeprefix(f"{type(error).__name__}: ")
 
 
+def may_be_a_bug(error: BaseException) -> bool:
+    """Of this project's errors those on whose way was somebody's own code, as a rule's or an
+    augmentation's, which may have called it wrongly; of others' ValueErrors all."""
+    files = _files_on_the_way(error)
+    by_us, own = not files or _is_of(OURS, files[-1]), any(map(_is_own, files))
+    if isinstance(error, ValueError):
+        return own or not by_us
+    return isinstance(error, OSError) and own and not by_us
+
+
+def _files_on_the_way(error: BaseException) -> list[str]:
+    """Files of the functions through which an error and its cause came; the last raised it."""
+    if "in DataLoader worker process" in str(error):
+        return re.findall(r'^ +File "(.+?)", line \d+, in ', str(error), re.MULTILINE)
+    before = _files_on_the_way(error.__cause__) if error.__cause__ else []
+    way = traceback.walk_tb(error.__traceback__)
+    return before + [frame.f_code.co_filename for frame, _ in way]
+
+
+def _is_of(folders: Sequence[Path], file: str) -> bool:
+    return any(Path(file).is_relative_to(folder) for folder in folders)
+
+
+def _is_own(file: str) -> bool:
+    """Whether it is neither of this project nor installed; Python's own are "<frozen ...>"."""
+    return not file.startswith("<") and not _is_of((*OURS, *INSTALLED), file)
+
+
+@contextmanager
+def one_sentence(output_dir: str) -> Iterator[None]:
+    """Leaves Python with ``error: ...`` and code 1 where one sentence explains what goes wrong; its
+    traceback goes to log.txt, where there is one."""
+    try:
+        yield
+    except Exception as error:
+        sentence = explain(error, output_dir)
+        if sentence is None:
+            raise
+        functions = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if TrainerBase.train.__code__ not in functions:  # which has logged it
+            logging.getLogger("atss").error("Exception:", exc_info=error)
+        sys.exit(f"error: {sentence}")
+
+
 def keep_tracebacks_to_the_file(output_dir: str) -> None:
-    """Has Detectron2's log, which prints every failure of a training, print none that ends in a
-    sentence: its traceback is in log.txt alone. Call it once the log is set up."""
+    """Has the logs, which print every failure, print none that ends in a sentence: its traceback is
+    in log.txt alone. Call it once they are set up."""
 
     def is_printed(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return error is None or explain(error, output_dir) is None or _may_be_a_bug(error)
+        return error is None or explain(error, output_dir) is None
 
-    for handler in logging.getLogger("detectron2").handlers:
-        if getattr(handler, "stream", None) is sys.stdout:
-            handler.addFilter(is_printed)
-
-
-def _may_be_a_bug(error: BaseException) -> bool:
-    """Whether it is a ValueError that neither this project nor a process that loads data raised, or
-    one on a way that led through somebody's own code, as a rule."""
-    if not isinstance(error, ValueError) or "in DataLoader worker process" in str(error):
-        return False
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    packages = [x.f_globals.get("__name__", "").partition(".")[0] for x in frames]
-    return packages[-1:] != ["atss"] or not {*packages} <= KNOWN_PACKAGES
+    for name in ("detectron2", "atss"):
+        for handler in logging.getLogger(name).handlers:
+            if getattr(handler, "stream", None) is sys.stdout:
+                handler.addFilter(is_printed)
 
 
 def _is_within(path: str, folder: str) -> bool:
@@ -182,15 +235,12 @@ def _join(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
 
 def _in_one_sentence(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
     try:
-        main(args, cfg)
-    except SystemExit:  # Preemption's: all processes leave
-        _leave_the_others()
+        with one_sentence(cfg.OUTPUT_DIR):
+            main(args, cfg)
+    except SystemExit as leaving:
+        if leaving.code == EXIT_PREEMPTED:  # all processes leave
+            _leave_the_others()
         raise
-    except Exception as error:
-        sentence = explain(error, cfg.OUTPUT_DIR)
-        if sentence is None:
-            raise
-        sys.exit(f"error: {sentence}")
     except KeyboardInterrupt:
         if comm.is_main_process():
             print(_stopped(cfg.OUTPUT_DIR, args.eval_only), file=sys.stderr)

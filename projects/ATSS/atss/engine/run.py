@@ -47,6 +47,7 @@ from .launch import (
     keep_freed_memory,
     keep_tracebacks_to_the_file,
     launch,
+    may_be_a_bug,
     shares_agent_store,
     world_size,
 )
@@ -209,7 +210,8 @@ def _weights_at_hand(args: argparse.Namespace, cfg: CfgNode) -> CfgNode:
 
 def start(args: argparse.Namespace) -> None:
     """Prepares and runs in as many processes as asked for; leaves Python with ``error: ...`` where
-    something is wrong."""
+    something is wrong. What may be a bug, of somebody's own rule for example, keeps its
+    traceback."""
     try:
         cfg = prepare(args)
         lock = None
@@ -217,6 +219,8 @@ def start(args: argparse.Namespace) -> None:
             lock = lock_folder(cfg.OUTPUT_DIR) if _is_first(args) else None
             refuse_used_folder(cfg.OUTPUT_DIR, args.resume)
     except (ValueError, OSError) as error:
+        if may_be_a_bug(error):
+            raise
         sys.exit(f"error: {error}")
     launch(run, args, cfg)
     if lock is not None:

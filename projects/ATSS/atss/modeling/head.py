@@ -14,7 +14,9 @@ from ..parts import one_of, within
 from ..structures import HeadOutput
 from .deform_conv import DeformConv, DeformConvLayer
 
-# Detectron2's names. Statistics over a batch are of one level, because those of others differ.
+# Detectron2's names.
+NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
+# Those with statistics over a batch, which are of one level: others have others.
 OF_A_BATCH: dict[str, Callable[..., nn.Module]] = {
     "BN": nn.BatchNorm2d,
     "SyncBN": nn.SyncBatchNorm,
@@ -22,7 +24,6 @@ OF_A_BATCH: dict[str, Callable[..., nn.Module]] = {
     "naiveSyncBN": NaiveSyncBatchNorm,
     "naiveSyncBN_N": partial(NaiveSyncBatchNorm, stats_mode="N"),
 }
-NORMS = ("", "FrozenBN", "GN", "LN", *OF_A_BATCH)
 
 
 class Scale(nn.Module):
