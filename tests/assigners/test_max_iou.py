@@ -66,6 +66,37 @@ def test_equals_brute_force(low_quality, in_box, ratios):
         first += len(boxes)
 
 
+@pytest.mark.parametrize("in_box", [False, True])
+def test_equals_brute_force_where_most_pairs_are_left_out(in_box):
+    """Objects from one pixel to the canvas, on whole pixels: what the sizes rule out is not looked
+    at, and the anchors that tiny objects claim may belong to huge ones."""
+    hw = (512, 640)
+    anchors = Anchors.grid(hw)
+    rng = np.random.default_rng(1)
+    for _ in range(4):
+        corner = rng.integers(0, [640, 512], (40, 2))
+        size = np.concatenate([rng.integers(1, 12, (20, 2)), rng.integers(200, 700, (20, 2))])
+        objects = np.concatenate([corner, corner + size], axis=1)[rng.permutation(40)]
+        expected = brute_force(anchors, objects, True, in_box)
+        found = MaxIoU(in_box=in_box)(anchors, make_gt(objects)).gt_index[0].numpy()
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_of_huge_objects_few_pairs_are_looked_at(monkeypatch):
+    """They overlap every anchor of a large canvas."""
+    looked_at = []
+
+    def counted(*args):
+        for claimant, location in rectangles(*args):
+            looked_at.append(len(location))
+            yield claimant, location
+
+    monkeypatch.setattr(max_iou, "rectangles", counted)
+    anchors = Anchors.grid((2048, 2048))
+    MaxIoU()(anchors, make_gt([[10, 20, 1900, 2000]] * 50))
+    assert sum(looked_at) < 0.05 * 50 * len(anchors.boxes)
+
+
 def test_rectangles_hold_all_that_overlap_and_little_more():
     anchors = Anchors.grid((64, 96), strides=(8, 16))
     low, high = torch.tensor([[10.0, 20], [50, 0]]), torch.tensor([[30.0, 25], [90, 70]])
