@@ -9,7 +9,7 @@ from conftest import make_cfg, make_input
 from detectron2.modeling import build_model
 
 from atss import Anchors, GroundTruth
-from atss.assigners import ATSS, MaxIoU, SpatialScale
+from atss.assigners import ATSS, MaxIoU, SpatialScale, TopK
 from atss.engine import Trainer
 
 pytestmark = pytest.mark.gpu
@@ -21,6 +21,7 @@ RULES = {
     "MaxIoU, in the box": MaxIoU(in_box=True),
     "SpatialScale": SpatialScale(),
     "SpatialScale, radius": SpatialScale(radius=1.5),
+    "TopK": TopK(),
 }
 EXAMPLES = [
     make_input([[20, 20, 90, 80], [5, 60, 30, 90]], [1, 2]),
@@ -77,6 +78,9 @@ def test_losses_gradients_and_detections_are_alike(config):
     for one, other in zip(*found, strict=True):
         assert len(one) == len(other) > 0
         torch.testing.assert_close(other.scores, one.scores, rtol=1e-5, atol=1e-7)
+        boxes = [x.pred_boxes.tensor for x in (other, one)]
+        torch.testing.assert_close(*boxes, rtol=1e-5, atol=1e-3)
+        assert torch.equal(other.pred_classes, one.pred_classes)
 
 
 def test_the_scale_of_the_gradients_is_resumed(tmp_path):

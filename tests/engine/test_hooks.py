@@ -87,6 +87,22 @@ def test_sigterm_saves_the_iteration_under_way_and_exits_with_its_code(start, at
     assert last(tmp_path) == ("model_0000004.pth", 4)
 
 
+def test_sigterm_reaches_a_run_step_of_ones_own(start, at, monkeypatch, tmp_path):
+    """That calls neither the trainer's hooks nor its log."""
+
+    def run_step(self):
+        losses = self.model(next(self._trainer._data_loader_iter))
+        self.optimizer.zero_grad()
+        sum(losses.values()).backward()
+        self.optimizer.step()
+
+    monkeypatch.setattr(Trainer, "run_step", run_step)
+    at(2, sigterm)
+    with pytest.raises(SystemExit, match="75"):
+        start()
+    assert last(tmp_path) == ("model_0000002.pth", 2)
+
+
 def test_sigterm_in_the_last_iteration_leaves_a_finished_training(start, at, tmp_path):
     at(5, sigterm)
     with pytest.raises(SystemExit) as stop:

@@ -9,7 +9,14 @@ import torch
 from conftest import make_cfg
 
 import atss.engine.run as way_in
-from atss.engine.launch import explain, is_started, keep_tracebacks_to_the_file, launch
+from atss.engine.hooks import AllLeave
+from atss.engine.launch import (
+    explain,
+    is_started,
+    keep_tracebacks_to_the_file,
+    launch,
+    one_sentence,
+)
 from atss.engine.run import check_config, check_processes
 
 
@@ -79,12 +86,17 @@ def test_no_process_at_all(option):
         check_processes(arguments(option, "0"), make_cfg())
 
 
-def test_restarts_on_several_machines_meet_in_a_store_of_their_own(torchrun):
+EXPORTED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+
+def test_restarts_on_several_machines_meet_in_a_store_of_their_own(torchrun, monkeypatch):
     torchrun(TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_USE_AGENT_STORE="True", WORLD_SIZE=4)
     with pytest.raises(ValueError, match="need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, exported"):
         check_processes(arguments(), make_cfg())
-    torchrun(TORCHELASTIC_USE_AGENT_STORE="False", TORCHELASTIC_MAX_RESTARTS=3, WORLD_SIZE=4)
-    check_processes(arguments(), make_cfg())
+    for more in ({"TORCHELASTIC_USE_AGENT_STORE": "False"}, {EXPORTED: 1}):  # static rendezvous
+        torchrun(TORCHELASTIC_MAX_RESTARTS=3, WORLD_SIZE=4, **more)
+        check_processes(arguments(), make_cfg())
+    monkeypatch.delenv(EXPORTED)
     torchrun(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_MAX_RESTARTS=3)  # one machine
     check_processes(arguments(), make_cfg())
 
@@ -95,7 +107,7 @@ def test_the_group_is_left_before_the_exit_code_is_given(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
 
     def preempted(args, cfg):
-        raise SystemExit(75)
+        raise AllLeave(75)
 
     try:
         with pytest.raises(SystemExit, match="75"):
@@ -107,12 +119,26 @@ def test_the_group_is_left_before_the_exit_code_is_given(tmp_path):
 
 
 def test_workers_are_as_many_as_there_are_cores(monkeypatch):
-    """But where somebody has said how many."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
-    for asked, found in ((4, 2), (2, 2), (1, 1), (0, 0), (16, 16)):
+    """But where it is another number than Detectron2's."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    cases = ((4, 1, 4), (4, 2, 3), (4, 8, 1), (2, 8, 2), (0, 1, 0), (16, 1, 16))
+    for asked, processes, found in cases:
         cfg = make_cfg("DATALOADER.NUM_WORKERS", asked)
-        way_in.fit_workers(cfg)
+        way_in.fit_workers(cfg, processes)
         assert found == cfg.DATALOADER.NUM_WORKERS
+
+
+def test_a_module_that_lacks_another_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lacks_one.py").write_text("import no_such_module")
+    with pytest.raises(SystemExit, match="error: --import lacks_one: No module named 'no_such"):
+        way_in.start(arguments("--import", "lacks_one", "--config-file", "x.yaml"))
+
+
+def test_a_sentence_without_a_log_stands_alone(capsys):
+    with pytest.raises(SystemExit, match="error: a loss is nan"), one_sentence("out"):
+        raise FloatingPointError("a loss is nan")
+    assert "Traceback" not in "".join(capsys.readouterr())
 
 
 def test_a_restart_resumes(torchrun, tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
@@ -45,21 +46,26 @@ def machines() -> Iterator[list[list[str]]]:
     """How a command line begins that runs on the one and on the other."""
     names = [f"atss{os.getpid()}{x}" for x in "ab"]
     try:
+        try:
+            for name in names:
+                ip(f"netns add {name}")
+            first, second = names
+            ip(f"link add {first} netns {first} type veth peer name {second} netns {second}")
+            for name, address in zip(names, ADDRESSES, strict=True):
+                ip(f"-n {name} addr add {address}/24 dev {name}")
+                ip(f"-n {name} link set {name} up")
+                ip(f"-n {name} link set lo up")
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("no network namespaces without privileges")
+        yield [
+            ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={name}", "OMP_NUM_THREADS=1"]
+            for name in names
+        ]
+    finally:
         for name in names:
-            ip(f"netns add {name}")
-        ip(f"link add {names[0]} netns {names[0]} type veth peer name {names[1]} netns {names[1]}")
-        for name, address in zip(names, ADDRESSES, strict=True):
-            ip(f"-n {name} addr add {address}/24 dev {name}")
-            ip(f"-n {name} link set {name} up")
-            ip(f"-n {name} link set lo up")
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("no network namespaces without privileges")
-    yield [
-        ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={name}", "OMP_NUM_THREADS=1"]
-        for name in names
-    ]
-    for name in names:
-        ip(f"netns del {name}")
+            with suppress(OSError, subprocess.CalledProcessError):
+                lose(["ip", "netns", "exec", name])
+                ip(f"netns del {name}")
 
 
 def begin(words: list[str], **environment: object) -> subprocess.Popen:

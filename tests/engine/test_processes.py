@@ -89,7 +89,8 @@ def one_step(batch: list[dict], opts: tuple, output_dir: Path) -> dict:
 
 def collectives(batch: list[dict], output_dir: Path) -> tuple[Counter, Counter, dict]:
     """Calls of torch.distributed, but for what DDP does within itself: in an ordinary iteration,
-    with all hooks, and in losses without gradient; and what the iteration has logged."""
+    with all hooks, and in losses without gradient; and what the iteration has logged. Its seed is
+    there, too, and checkpoints are saved."""
 
     class OneBatch(Trainer):
         @classmethod
@@ -119,7 +120,10 @@ def collectives(batch: list[dict], output_dir: Path) -> tuple[Counter, Counter, 
         with torch.no_grad():
             trainer.model(batch)
         found.append(calls.copy())
-        return (*found, {k: v[0] for k, v in get_event_storage().latest().items()})
+        trainer.checkpointer.save("model_0000001", iteration=1)
+        trainer.checkpointer.save_weights("model_best", trainer.model)
+        logged = {k: v[0] for k, v in get_event_storage().latest().items()}
+        return (*found, logged | {"seed": torch.initial_seed()})
 
 
 def half_of_each(rank: int, output_dir: Path) -> None:
@@ -129,7 +133,9 @@ def half_of_each(rank: int, output_dir: Path) -> None:
     for name, (boxes, opts) in CASES.items():
         result = one_step(images(boxes)[2 * rank : 2 * rank + 2], opts, output_dir)
         torch.save(result, output_dir / f"{name}.{rank}")
-    counted = collectives(images(BOXES)[2 * rank : 2 * rank + 2], output_dir)
+    own_folder = output_dir / f"folder{rank}"
+    own_folder.mkdir()
+    counted = collectives(images(BOXES)[2 * rank : 2 * rank + 2], own_folder)
     torch.save(counted, output_dir / f"collectives.{rank}")
     broken = images(BOXES)[2 * rank : 2 * rank + 2]
     if rank == 1:
@@ -175,6 +181,17 @@ def test_an_iteration_has_two_small_collectives(halves):
     assert first == second == {"all_reduce": 1, "all_gather": 1}
     assert not alone  # losses without gradient are each process's own
     assert logged["total_loss"] == sum(v for k, v in logged.items() if k.startswith("loss_"))
+    assert logged["data_time"] >= 0
+
+
+def test_each_process_draws_for_itself_and_the_first_alone_saves(halves):
+    seeds = {
+        torch.load(halves / f"collectives.{rank}", weights_only=False)[2]["seed"]
+        for rank in range(2)
+    }
+    assert len(seeds) == 2
+    saved = [{x.name for x in (halves / f"folder{rank}").glob("*.pth")} for rank in range(2)]
+    assert saved == [{"model_0000001.pth", "model_best.pth"}, set()]
 
 
 def test_all_processes_stop_at_a_loss_that_is_not_finite_in_one(halves):
@@ -259,7 +276,12 @@ def test_sigterm_to_one_of_two_stops_both(squares, tmp_path, free_port):
             break
     os.killpg(processes[1].pid, signal.SIGTERM)
     for process in processes:
-        said, _ = process.communicate()
+        try:
+            said, _ = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:  # waits for one that has left
+            for one in processes:
+                one.kill()
+            raise
         assert process.returncode == EXIT_PREEMPTED, said[-2000:]
     name = (tmp_path / "out/last_checkpoint").read_text()
     iteration = torch.load(tmp_path / "out" / name, weights_only=False)["iteration"]

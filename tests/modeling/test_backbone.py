@@ -1,13 +1,22 @@
+import copy
+
 import pytest
 import torch
 from conftest import make_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone
-from detectron2.modeling.backbone import build_resnet_backbone
+from detectron2.modeling.backbone import FPN, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from torch import nn
 from torch.nn import functional as F
 
-from atss.modeling.backbone import FrozenNormConv2d, fold_frozen_norms
+from atss.config.build import build_levels
+from atss.modeling.backbone import (
+    FrozenNormConv2d,
+    P6P7FromP5,
+    fold_frozen_norms,
+    freeze_unused,
+)
 
 
 @pytest.mark.parametrize(
@@ -70,3 +79,67 @@ def test_only_frozen_norms_are_folded():
 
     assert kinds("FrozenBN") == {FrozenNormConv2d}
     assert kinds("GN") == {Conv2d}
+
+
+@pytest.mark.parametrize("top", [P6P7FromP5(16, in_feature="p5"), LastLevelP6P7(512, 16), None])
+@pytest.mark.parametrize(
+    "levels", ["p3", "p4", "p5", "p3 p4 p5", "p3 p6", "p6", "p7", "p4 p7", "p3 p4 p5 p6 p7"]
+)
+def test_what_no_level_reads_takes_no_gradient(top, levels):
+    """All that gets one, and no more."""
+    levels = levels.split()
+    if top is None and max(levels) > "p5":
+        pytest.skip("no such level")
+    cfg = make_cfg()
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
+
+    bottom_up = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    fpn = FPN(bottom_up, ["res3", "res4", "res5"], 16, top_block=copy.deepcopy(top))
+    maps = fpn(torch.randn(1, 3, 128, 128))
+    names, parameters = zip(*fpn.named_parameters(), strict=True)
+    total = torch.stack([maps[x].sum() for x in levels]).sum()
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    freeze_unused(fpn, levels)
+    for name, x, gradient in zip(names, parameters, gradients, strict=True):
+        # The bottom-up is there for p5 and below; of the rest of it nobody asks.
+        if not name.startswith("bottom_up"):
+            assert x.requires_grad == (gradient is not None), name
+
+
+def test_detectron2s_fpn_without_its_finest_level():
+    cfg = make_cfg("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.ATSS.IN_FEATURES = ["p3", "p4", "p5", "p6"]
+    fpn = build_levels(cfg)[0]
+    frozen = {k.rpartition(".")[0] for k, x in fpn.named_parameters() if not x.requires_grad}
+    assert {x.partition(".")[0] for x in frozen} == {"fpn_lateral2", "fpn_output2"}
+
+
+def folded_conv():
+    conv = Conv2d(3, 4, 1, bias=False, norm=FrozenBatchNorm2d(4))
+    fold_frozen_norms(conv)
+    return conv
+
+
+def test_a_folded_norm_follows_its_statistics():
+    """Loaded, moved to another type, or written."""
+    conv, x = folded_conv(), torch.randn(2, 3, 4, 4)
+    plain = conv(x)
+    state = conv.state_dict()
+    conv.load_state_dict(state | {"norm.weight": 2 * state["norm.weight"]})
+    torch.testing.assert_close(conv(x), 2 * plain)
+    conv.norm.weight.mul_(2)
+    torch.testing.assert_close(conv(x), 4 * plain)
+    assert conv.double()(x.double()).dtype == torch.float64
+    torch.testing.assert_close(copy.deepcopy(conv.float())(x), 4 * plain)
+
+
+def test_what_was_folded_to_detect_can_be_trained_with():
+    conv, x = folded_conv(), torch.randn(2, 3, 4, 4)
+    with torch.inference_mode():
+        conv(x)
+    conv(x).sum().backward()
+    assert conv.weight.grad.abs().sum() > 0
+    with torch.inference_mode():
+        made_there = folded_conv()
+        assert made_there(x).shape == (2, 4, 4, 4)

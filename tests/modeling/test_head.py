@@ -166,3 +166,22 @@ def test_statistics_over_a_batch_are_of_a_level(norm):
 def test_group_norm_knows_no_levels():
     head = ATSSHead(**HEAD)
     assert [*head.cls_subnet[1].state_dict()] == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("norm", ["BN", "naiveSyncBN", "naiveSyncBN_N"])
+def test_norms_of_levels_know_the_other_processes(norm, tmp_path):
+    """And a forward pass that failed leaves nothing behind."""
+    meeting = f"file://{tmp_path}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+            head, maps = ATSSHead(**HEAD | {"norm": norm}), features(2)
+            losses = head.train()(maps)
+            losses.numbers.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    before = head.eval()(maps).classes
+    with pytest.raises(RuntimeError):
+        head([maps[0], maps[1][:, :5]])
+    assert torch.equal(head(maps).classes, before)

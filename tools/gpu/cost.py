@@ -19,6 +19,8 @@ from atss.engine import Trainer
 
 from .setting import Finding, Setting
 
+# Where a training waits: AMP's scaler asks whether gradients are infinite.
+DECLARED = {"fp16": ("amp/grad_scaler.py",)}
 PEERS = ("detectron2-retinanet", "detectron2-fcos")
 # Iterations that neither begin a training nor write a log.
 ORDINARY = range(4, 16)
@@ -42,7 +44,8 @@ def recorded_waits() -> Iterator[Counter]:
 
 
 def waits(setting: Setting) -> Finding:
-    """What the host waits for in an iteration of a training, in each precision."""
+    """The calls of torch for which the host waits for the GPU in an iteration of a training, in
+    each precision; not the event by which it learns the losses."""
     hw = (128, 128)
     figures = {}
     for precision in ("fp32", *setting.precisions):
@@ -82,7 +85,13 @@ def waits(setting: Setting) -> Finding:
         + (", ".join(f"{place} {n:g}" for place, n in places.items()) or "nowhere")
         for precision, places in figures.items()
     )
-    return Finding(None, said, figures)
+    undeclared = [
+        place
+        for precision, places in figures.items()
+        for place in places
+        if not place.startswith(DECLARED.get(precision, ()))
+    ]
+    return Finding(not undeclared, said, figures)
 
 
 def steps(setting: Setting) -> Finding:

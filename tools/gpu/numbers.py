@@ -1,7 +1,9 @@
 """Checks of numbers: precisions, trainings in them, several processes, the compiler."""
 
 import json
+import math
 import subprocess
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +29,12 @@ TRAINING_TOLERANCE = 0.05
 SCALES = (2.0**10, 2.0**5, 1.0, 2.0**-5, 2.0**-10)
 
 
+def _largest(numbers: Iterable[float]) -> float:
+    """NaN where one of them is, which max would pass over."""
+    known = [*numbers]
+    return math.nan if any(map(math.isnan, known)) else max(known)
+
+
 def precisions(setting: Setting) -> Finding:
     """Every config, a step forward and backward in each precision: all finite, and the losses those
     of fp32."""
@@ -41,8 +49,8 @@ def precisions(setting: Setting) -> Finding:
                 losses = _losses(model, images, precision, scale)
                 if finite := _gradients_are_finite(model):
                     break
-            off = max(abs(losses[k] - x) / max(abs(x), 1e-3) for k, x in exact.items())
-            worst[precision] = max(worst[precision], off)
+            off = _largest(abs(losses[k] - x) / max(abs(x), 1e-3) for k, x in exact.items())
+            worst[precision] = _largest((worst[precision], off))
             if not (off <= LOSS_TOLERANCE and finite):
                 how = f"losses off by {off:.3g}" if finite else "gradients not finite"
                 wrong.append(f"{name} in {precision}: {how}")
@@ -125,7 +133,8 @@ def processes(setting: Setting) -> Finding:
     for rank in range(count):
         weights = torch.load(setting.folder / f"weights.{rank}", weights_only=True)
         for name, exact in whole.items():
-            off = max(off, float((weights[name] - exact).abs().max() / exact.abs().max()))
+            difference = (weights[name] - exact).abs().max() / exact.abs().max()
+            off = _largest((off, difference.item()))
     backend = "NCCL" if setting.on_gpu else "gloo"
     said = f"{count} over {backend}: weights differ from one process's by at most {off:.1e}"
     # Losses are float32 whatever the network is.
@@ -180,7 +189,7 @@ def compiled(setting: Setting) -> Finding:
         torch.manual_seed(0)
         models[name] = build_ours(replace(case, options=(*case.options, *options)))
     losses = {name: peer.losses(batch) for name, peer in models.items()}
-    off = max(float(abs(losses["compiled"][k] / x - 1)) for k, x in losses["plain"].items())
+    off = _largest((losses["compiled"][k] / x - 1).abs().item() for k, x in losses["plain"].items())
     steps = {name: training_step(peer, batch) for name, peer in models.items()}
     seconds = in_turn(steps, 7, torch.device(setting.device))
     ratio = seconds["compiled"].median / seconds["plain"].median

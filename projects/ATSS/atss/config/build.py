@@ -138,7 +138,7 @@ def build_levels(cfg: CfgNode) -> tuple[Backbone, list[ShapeSpec]]:
             f"MODEL.ATSS.IN_FEATURES must name levels from fine to coarse, but {node.IN_FEATURES} "
             f"have strides {strides}"
         )
-    backbone.freeze_unused(built_backbone, node.IN_FEATURES, len(cfg.MODEL.PIXEL_MEAN))
+    backbone.freeze_unused(built_backbone, node.IN_FEATURES)
     return built_backbone, input_shape
 
 

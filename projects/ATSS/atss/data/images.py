@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 import numpy as np
+from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.utils.file_io import PathManager
@@ -18,11 +19,10 @@ from .findings import ERROR, KINDS
 # EXIF's tag, and the orientations that exchange width and height.
 ORIENTATION = 0x0112
 TURNED = (5, 6, 7, 8)
+# Modules that call what reads a file.
+READERS = (__name__, f"{__package__}.mapper", DatasetMapper.__module__)
 # Modes of Pillow with more than 8 bits per channel.
 HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-
-# What is on the way to an error in reading a file.
-READING = {"read_image", "read_header", "verify", "refuse"}
 
 
 @dataclass(frozen=True)
@@ -133,15 +133,26 @@ def naming(file_name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Pillow raises errors of many types where a file is damaged
-        on_the_way = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
         if isinstance(error, ValueError) and file_name in str(error):
             raise
-        if on_the_way & READING:
+        if _is_of_reading(error):
             raise OSError(f"cannot read the image {file_name}: {error}") from error
         if isinstance(error, ValueError):
             raise ValueError(f"the image {file_name} cannot be mapped: {error}") from error
         error.add_note(f"in mapping {file_name}")  # a bug, of an augmentation for example
         raise
+
+
+def _is_of_reading(error: Exception) -> bool:
+    """Whether it came out of what reads the file, called from here or by Detectron2's mapper and
+    not by an augmentation, which may read others."""
+    reading = {x.__code__ for x in (read_image, read_header, verify, refuse)}
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code in reading:
+            return True
+        if frame.f_globals["__name__"] not in READERS:
+            return False
+    return False
 
 
 def problems(

@@ -35,7 +35,8 @@ class TrainLoader:
         sampler: from a seed to one of Detectron2's samplers.
         batch_size: images of one batch of this process.
         num_workers: processes that map images; 0 for none. The batches do not depend on it.
-        groups: (number of images,) of each: a batch is of one group.
+        groups: (number of images,) of each: a batch is of one group, but for what comes in place of
+            images that are left out.
         seed: of the order of images and of what is drawn while they are mapped.
     """
 
@@ -173,8 +174,8 @@ def make_batches(
 
 
 class InPlaceOfNone:
-    """A mapper that takes another record where one gives None. What it draws comes from NumPy's
-    generator, as all that is drawn in mapping.
+    """A mapper that takes another record, of whatever group, where one gives None. What it draws
+    comes from NumPy's generator, as all that is drawn in mapping.
 
     Raises:
         ValueError: where TRIES records in a row give None.

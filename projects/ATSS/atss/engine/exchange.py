@@ -19,6 +19,7 @@ class Exchange:
 
     def __init__(self, asked: Callable[[], bool]):
         self.asked = asked
+        self.waited = 0.0
         self.names: list[str] = []
         self.rows: list[list[float]] = []
 
@@ -26,7 +27,8 @@ class Exchange:
         """Scalars of this process, of the same names in all."""
         self.names = [*losses]
         values = torch.stack([x.detach() for x in losses.values()])
-        own = torch.cat([values, torch.full_like(values[:1], self.asked())])
+        more = [torch.full_like(values[:1], x) for x in (self.waited, self.asked())]
+        own = torch.cat([values, *more])
         rows = own.new_empty(comm.get_world_size(), len(own))
         if len(rows) > 1:
             distributed.all_gather([*rows.unbind()], own)
@@ -54,16 +56,19 @@ class Exchange:
         return dict(zip(self.names, self.rows[rank], strict=False))
 
     def write(self, data_time: float) -> None:
-        """Into the log, as Detectron2 does: in the mean over the processes. Only the main process
+        """Into the log, as Detectron2 does: losses in the mean over the processes, and the longest
+        wait for images, which of the others is that of the iteration before. Only the main process
         writes.
 
         Args:
-            data_time: seconds for which it has waited for images.
+            data_time: seconds for which this process has waited for images.
         """
+        self.waited = data_time
         if not comm.is_main_process():
             return
         columns = zip(*self.rows, strict=True)
         means = [sum(column) / len(self.rows) for column in columns]
         losses = dict(zip(self.names, means, strict=False))
-        storage = get_event_storage()
-        storage.put_scalars(data_time=data_time, total_loss=sum(losses.values()), **losses)
+        longest = max([data_time, *(row[-2] for row in self.rows[1:])])
+        told = {"data_time": longest, **losses, "total_loss": sum(losses.values())}
+        get_event_storage().put_scalars(**told)

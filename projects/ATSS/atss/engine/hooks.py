@@ -23,6 +23,10 @@ from .exchange import Exchange
 EXIT_PREEMPTED = 75
 
 
+class AllLeave(SystemExit):
+    """Of all processes, in the same place."""
+
+
 class FiniteLosses(HookBase):
     """Stops at a loss that is NaN or infinite, before the optimizer can step on it.
 
@@ -117,12 +121,16 @@ class Preemption(HookBase):
 
     def before_step(self) -> None:
         self.saved = False
+        self.exchange.rows = []
 
     def after_step(self) -> None:
         saved = _saves_now(self.trainer)
         asked = self.exchange.anyone_asked
-        # An evaluation may follow, which is long, or nothing.
-        if not asked and (saved or comm.get_world_size() == 1):
+        # An evaluation may follow, which is long, or nothing; and a run_step of somebody's own may
+        # exchange nothing.
+        period = self.trainer.cfg.TEST.EVAL_PERIOD
+        evaluates = period and (self.trainer.iter + 1) % period == 0
+        if not asked and (saved or evaluates or len(self.exchange.rows) < 2):
             asked = any(comm.all_gather(self.asked))
         if not asked:
             self.saved = saved
@@ -145,7 +153,7 @@ class Preemption(HookBase):
         logging.getLogger(__name__).info(
             "SIGTERM: stopped after iteration %d; --resume goes on from there", iteration
         )
-        raise SystemExit(EXIT_PREEMPTED)
+        raise AllLeave(EXIT_PREEMPTED)
 
 
 def refuse_broken_weights(trainer: TrainerBase) -> None:

@@ -24,7 +24,7 @@ from detectron2.utils import comm
 from torch import distributed
 from torch.multiprocessing import ProcessExitedException
 
-from .hooks import EXIT_PREEMPTED
+from .hooks import AllLeave
 from .outlook import LESS_MEMORY
 
 Main = Callable[[argparse.Namespace, CfgNode], object]
@@ -32,12 +32,13 @@ Main = Callable[[argparse.Namespace, CfgNode], object]
 # What torchrun tells each process that it starts; a scheduler's script can tell the same.
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MEETING = ("MASTER_ADDR", "MASTER_PORT")
-# Folders of this project's code, and of what is installed.
+# Folders of this project's code, and of what is installed: in an environment or as sources.
 OURS = tuple(Path(__file__).parents[n] / x for n, x in ((1, ""), (2, "atss_runner"), (4, "tools")))
 INSTALLED = (
-    *(Path(sysconfig.get_path(x)) for x in ("stdlib", "platstdlib", "purelib", "platlib")),
-    Path(comm.__file__).parents[1],  # Detectron2
+    *(Path(sysconfig.get_path(x)) for x in ("stdlib", "platstdlib")),
+    *(Path(str(x.__file__)).parents[1] for x in (comm, torch)),  # comm is Detectron2's
 )
+PACKAGES = {"site-packages", "dist-packages"}
 # How torch and Python say that /dev/shm has no room.
 SHARED_MEMORY = re.compile(r"</torch_\d.*No space left|(insufficient|out of) shared memory")
 NO_SHARED_MEMORY = (
@@ -144,7 +145,8 @@ def _is_of(folders: Sequence[Path], file: str) -> bool:
 
 def _is_own(file: str) -> bool:
     """Whether it is neither of this project nor installed; Python's own are "<frozen ...>"."""
-    return not file.startswith("<") and not _is_of((*OURS, *INSTALLED), file)
+    installed = PACKAGES & set(Path(file).parts) or _is_of((*OURS, *INSTALLED), file)
+    return not file.startswith("<") and not installed
 
 
 @contextmanager
@@ -157,9 +159,12 @@ def one_sentence(output_dir: str) -> Iterator[None]:
         sentence = explain(error, output_dir)
         if sentence is None:
             raise
-        functions = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if TrainerBase.train.__code__ not in functions:  # which has logged it
-            logging.getLogger("atss").error("Exception:", exc_info=error)
+        on_the_way = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+        logged = TrainerBase.train.__code__ in on_the_way  # by Detectron2, but for the last hooks
+        logged = logged and TrainerBase.after_train.__code__ not in on_the_way
+        log = logging.getLogger("atss")
+        if log.hasHandlers() and not logged:
+            log.error("Exception:", exc_info=error)
         sys.exit(f"error: {sentence}")
 
 
@@ -237,9 +242,8 @@ def _in_one_sentence(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None
     try:
         with one_sentence(cfg.OUTPUT_DIR):
             main(args, cfg)
-    except SystemExit as leaving:
-        if leaving.code == EXIT_PREEMPTED:  # all processes leave
-            _leave_the_others()
+    except AllLeave:
+        _leave_the_others()
         raise
     except KeyboardInterrupt:
         if comm.is_main_process():

@@ -121,7 +121,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     check_processes(args, cfg)
     check_data(cfg, training=not args.eval_only)
     if "DATALOADER.NUM_WORKERS" not in args.opts[::2]:
-        fit_workers(cfg)
+        fit_workers(cfg, int(os.environ["LOCAL_WORLD_SIZE"]) if is_started() else args.num_gpus)
     if not args.eval_only:
         complete_schedule(cfg, given=args.opts[::2])
     check_config(_weights_at_hand(args, cfg), training=not args.eval_only)
@@ -131,14 +131,18 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def fit_workers(cfg: CfgNode) -> None:
-    """Where nobody has said how many processes load images, no more than there are cores for, in
-    place: Detectron2 asks for four whatever the machine."""
+def fit_workers(cfg: CfgNode, processes: int) -> None:
+    """Detectron2 asks for four processes that load images whatever the machine. Where that has
+    stayed, no more than there are cores for, in place.
+
+    Args:
+        processes: of the training, on this machine.
+    """
     default = get_cfg().DATALOADER.NUM_WORKERS
     if default == cfg.DATALOADER.NUM_WORKERS:
         known = hasattr(os, "sched_getaffinity")  # on Linux
         cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-        cfg.DATALOADER.NUM_WORKERS = min(default, cores)
+        cfg.DATALOADER.NUM_WORKERS = min(default, max(cores // processes, 1))
 
 
 def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
@@ -219,7 +223,7 @@ def start(args: argparse.Namespace) -> None:
             lock = lock_folder(cfg.OUTPUT_DIR) if _is_first(args) else None
             refuse_used_folder(cfg.OUTPUT_DIR, args.resume)
     except (ValueError, OSError) as error:
-        if may_be_a_bug(error):
+        if may_be_a_bug(error) and not isinstance(error, NoSuchModule):
             raise
         sys.exit(f"error: {error}")
     launch(run, args, cfg)
@@ -433,11 +437,12 @@ def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         args.resume = True
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    if restarts and is_started() and count > local and shares_agent_store():
+    exported = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
+    if restarts and is_started() and count > local and shares_agent_store() and not exported:
         raise ValueError(
             "torchrun's restarts on several machines need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, "
-            "exported before torchrun on each of them: otherwise machines that count restarts "
-            "differently wait for each other in vain (docs/clusters.md)"
+            "exported before torchrun on each of them, and --rdzv-backend c10d: otherwise machines "
+            "that count restarts differently wait for each other in vain (docs/clusters.md)"
         )
     may_restart = restarts and not args.eval_only
     if may_restart and not args.resume and os.path.exists(f"{cfg.OUTPUT_DIR}/last_checkpoint"):

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from itertools import chain
 from operator import is_not
 
 import fvcore.nn.weight_init as weight_init
@@ -11,7 +10,6 @@ from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone import FPN, Backbone, ResNet
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from .deform_conv import DeformConv
@@ -60,33 +58,26 @@ def build_fpn(
     return FPN(bottom_up, in_features, out_channels, norm, top_block, fuse_type)
 
 
-def freeze_unused(backbone: Backbone, levels: Sequence[str], channels: int = 3) -> None:
-    """What makes none of these levels takes no gradient: it would get none, and DDP on GPUs waits
-    for the gradient of everything that takes one. In place.
-
-    It is found on "meta", where tensors have shapes alone. A backbone that has to look at values
-    stays as it is.
-    """
-    side = 4 * max(backbone.size_divisibility, 32)
-    tensors = dict(chain(backbone.named_parameters(), backbone.named_buffers()))
-    shapes = {
-        name: torch.empty_like(x, device="meta").requires_grad_(x.requires_grad)
-        for name, x in tensors.items()
-    }
-    trained = [name for name, x in tensors.items() if x.requires_grad]
-    with torch.device("meta"), torch.enable_grad():
-        try:
-            maps = functional_call(backbone, shapes, (torch.empty(1, channels, side, side),))
-        except Exception:  # whatever it is, the first image meets it again
-            return
-        total = torch.stack([maps[name].sum() for name in levels]).sum()
-        if not total.requires_grad:
-            return
-        wanted = [shapes[name] for name in trained]
-        gradients = torch.autograd.grad(total, wanted, allow_unused=True)
-    for name, gradient in zip(trained, gradients, strict=True):
-        if gradient is None:
-            tensors[name].requires_grad_(False)
+def freeze_unused(backbone: Backbone, levels: Sequence[str]) -> None:
+    """Convolutions of an FPN that make none of these levels take no gradient, in place: they would
+    get none, and DDP on GPUs waits for the gradient of everything that takes one."""
+    if not isinstance(backbone, FPN):
+        return
+    layers, top = dict(backbone.named_children()), backbone.top_block
+    own = {f"p{name[10:]}" for name in layers if name.startswith("fpn_output")}
+    on_top = sorted(set(backbone.output_shape()) - own)  # such as p6, p7
+    made = own & set(levels)
+    if set(on_top) & set(levels):
+        made |= own & {top.in_feature}
+    finest = min((int(name[1:]) for name in made), default=math.inf)
+    unused = [layers[f"fpn_output{name[1:]}"] for name in own - made]
+    unused += [layers[f"fpn_lateral{name[1:]}"] for name in own if int(name[1:]) < finest]
+    if top is not None and not set(on_top) & set(levels):
+        unused.append(top)
+    elif hasattr(top, "p7") and on_top[-1] not in levels:
+        unused.append(top.p7)
+    for module in unused:
+        module.requires_grad_(False)
 
 
 class FrozenNormConv2d(Conv2d):
@@ -106,10 +97,11 @@ class FrozenNormConv2d(Conv2d):
         return x if self.activation is None else self.activation(x)
 
     def _scale_and_bias(self) -> tuple[Tensor, Tensor]:
-        """Of the norm, kept for as long as nobody changes it: on a GPU five small kernels for each
-        convolution take longer to launch than to run."""
+        """Of the norm, kept for as long as nobody writes to it, of which torch counts all but what
+        goes through ``.data``: on a GPU five small kernels for each convolution take longer to
+        launch than to run."""
         norm = self.norm
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or norm.weight.is_inference():
             return _scale_and_bias(norm)
         tensors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         versions = [x._version for x in tensors]

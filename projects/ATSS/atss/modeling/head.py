@@ -1,12 +1,11 @@
 """The head: two convolution towers, three predictors, one learned scale per level."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from detectron2.layers import CycleBatchNormList, NaiveSyncBatchNorm, get_norm
+from detectron2.layers import get_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,13 +16,7 @@ from .deform_conv import DeformConv, DeformConvLayer
 # Detectron2's names.
 NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
 # Those with statistics over a batch, which are of one level: others have others.
-OF_A_BATCH: dict[str, Callable[..., nn.Module]] = {
-    "BN": nn.BatchNorm2d,
-    "SyncBN": nn.SyncBatchNorm,
-    "nnSyncBN": nn.SyncBatchNorm,
-    "naiveSyncBN": NaiveSyncBatchNorm,
-    "naiveSyncBN_N": partial(NaiveSyncBatchNorm, stats_mode="N"),
-}
+OF_A_BATCH = ("BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 
 class Scale(nn.Module):
@@ -61,6 +54,10 @@ class Together:
         return F.conv2d(x, self.weight, self.bias, padding=1).split(self.channels, dim=1)
 
 
+def _of_level(layer: nn.Module, level: int) -> nn.Module:
+    return layer[level] if isinstance(layer, nn.ModuleList) else layer
+
+
 class ATSSHead(nn.Module):
     """RetinaNet's head with GroupNorm, centerness from the box tower, and a learned scale on each
     level's regression (paper, section 3.2: the "universal improvements"), each of which can be
@@ -76,9 +73,8 @@ class ATSSHead(nn.Module):
         num_classes: K.
         num_anchors: A.
         num_convs: convolutions per tower.
-        norm: Detectron2's name of the towers' normalisation, "" for none. One with statistics over
-            a batch has those of each level for itself, as in Detectron2's RetinaNet; its scale and
-            shift are shared.
+        norm: Detectron2's name of the towers' normalisation, "" for none. Of those with statistics
+            over a batch each level has its own, as in Detectron2's RetinaNet.
         tower_bias: whether the towers' convolutions have biases where a norm follows; mmdet's have
             none.
         prior_prob: class probability at initialisation (RetinaNet, section 4.1).
@@ -157,10 +153,7 @@ class ATSSHead(nn.Module):
             else:
                 layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=bias))
             if norm in OF_A_BATCH:
-                of_level = OF_A_BATCH[norm]
-                layers.append(
-                    CycleBatchNormList(num_levels, bn_class=of_level, num_features=channels)
-                )
+                layers.append(nn.ModuleList(get_norm(norm, channels) for _ in range(num_levels)))
             elif norm:
                 layers.append(get_norm(norm, channels))
             layers.append(nn.ReLU(inplace=True))
@@ -168,8 +161,13 @@ class ATSSHead(nn.Module):
 
     def towers(self, features: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """L feature maps -> class and box features of each level."""
-        for x in features:
-            yield self.cls_subnet(x), self.bbox_subnet(x)
+        for level, x in enumerate(features):
+            cls_feature = box_feature = x
+            for layer in self.cls_subnet:
+                cls_feature = _of_level(layer, level)(cls_feature)
+            for layer in self.bbox_subnet:
+                box_feature = _of_level(layer, level)(box_feature)
+            yield cls_feature, box_feature
 
     def forward(self, features: Sequence[Tensor]) -> HeadOutput:
         """L feature maps (N, C, H_l, W_l) -> predictions for all R anchors."""
