@@ -116,6 +116,7 @@ def collectives(batch: list[dict], output_dir: Path) -> tuple[Counter, Counter, 
             trainer.run_step()
             trainer.after_step()
         found.append(calls.copy())
+        own = trainer.preemption.exchange.losses(comm.get_rank())
         calls.clear()
         with torch.no_grad():
             trainer.model(batch)
@@ -123,7 +124,7 @@ def collectives(batch: list[dict], output_dir: Path) -> tuple[Counter, Counter, 
         trainer.checkpointer.save("model_0000001", iteration=1)
         trainer.checkpointer.save_weights("model_best", trainer.model)
         logged = {k: v[0] for k, v in get_event_storage().latest().items()}
-        return (*found, logged | {"seed": torch.initial_seed()})
+        return (*found, logged | {"seed": torch.initial_seed(), "own": own})
 
 
 def half_of_each(rank: int, output_dir: Path) -> None:
@@ -175,13 +176,16 @@ def test_two_processes_make_the_step_of_one(halves, tmp_path, name):
 
 def test_an_iteration_has_two_small_collectives(halves):
     """That of the normalisers, and the exchange of losses and of who is asked to stop."""
-    (first, alone, logged), (second, _, _) = (
+    (first, alone, logged), (second, _, other) = (
         torch.load(halves / f"collectives.{rank}", weights_only=False) for rank in range(2)
     )
     assert first == second == {"all_reduce": 1, "all_gather": 1}
     assert not alone  # losses without gradient are each process's own
     assert logged["total_loss"] == sum(v for k, v in logged.items() if k.startswith("loss_"))
     assert logged["data_time"] >= 0
+    assert logged["own"] != other["own"]
+    for name, loss in logged["own"].items():
+        assert logged[name] == pytest.approx((loss + other["own"][name]) / 2, rel=1e-12)
 
 
 def test_each_process_draws_for_itself_and_the_first_alone_saves(halves):
