@@ -26,7 +26,7 @@ class Exchange:
     def send(self, losses: dict[str, Tensor]) -> None:
         """Scalars of this process, of the same names in all."""
         self.names = [*losses]
-        values = torch.stack([x.detach() for x in losses.values()])
+        values = torch.stack([x.detach().reshape(()) for x in losses.values()])
         more = [torch.full_like(values[:1], x) for x in (self.waited, self.asked())]
         own = torch.cat([values, *more])
         rows = own.new_empty(comm.get_world_size(), len(own))
