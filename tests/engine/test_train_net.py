@@ -359,9 +359,8 @@ def test_a_bug_of_an_own_augmentation_keeps_its_traceback(command, monkeypatch, 
     monkeypatch.setattr("atss.engine.trainer.Mapper", Own)
     argv = command(**{"DATALOADER.NUM_WORKERS": workers, "DATASETS.TEST": ()})
     args = way_in.make_parser().parse_args(argv)
-    with pytest.raises(Exception, match="") as error:  # noqa: PT011
+    with pytest.raises((ValueError, KeyError, FileNotFoundError)) as error:
         launch(way_in.run, args, way_in.prepare(args))
-    assert not isinstance(error.value, SystemExit)
     told = "".join(traceback.format_exception(error.value))
     assert f"in {fail.__name__}" in told
     assert re.search(r"squares.*/images/\d.png", told)

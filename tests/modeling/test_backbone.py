@@ -92,7 +92,6 @@ def test_what_no_level_reads_takes_no_gradient(top, levels):
         pytest.skip("no such level")
     cfg = make_cfg()
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
-
     bottom_up = build_resnet_backbone(cfg, ShapeSpec(channels=3))
     fpn = FPN(bottom_up, ["res3", "res4", "res5"], 16, top_block=copy.deepcopy(top))
     maps = fpn(torch.randn(1, 3, 128, 128))

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from atss import GroundTruth, Predictions, load_config
 from atss.structures import HeadOutput
 
-from .peers import NUM_CLASSES, PEERS, Peer, in_precision
+from .peers import DTYPES, NUM_CLASSES, PEERS, Peer, in_precision
 from .timing import Seconds, Stopwatch, in_fresh_process, in_turn, parts_in_turn, peak_mebibytes
 
 OURS = "ours"
@@ -80,8 +80,7 @@ def build(name: str, case: Case) -> Peer:
         return build_ours(case)
     peer = PEERS[name]()
     peer.model.to(case.device)
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[case.precision]
-    in_precision(peer, dtype, case.channels_last)
+    in_precision(peer, DTYPES[case.precision], case.channels_last)
     return peer
 
 
@@ -248,7 +247,7 @@ def floor(case: Case) -> dict[str, float]:
     step()
     with FlopCounterMode(display=False) as operations, _Traffic() as traffic:
         step()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.precision]
+    dtype = DTYPES[case.precision] or torch.float32
     a = torch.randn(4096, 4096, device=device).to(dtype)
     block = torch.empty(2**28, dtype=torch.uint8, device=device)
     other = torch.empty_like(block)

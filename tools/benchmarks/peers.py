@@ -20,6 +20,8 @@ from torchvision.models import detection
 from torchvision.ops import FrozenBatchNorm2d, batched_nms
 
 NUM_CLASSES = 80
+# None leaves everything in float32.
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass

@@ -5,15 +5,17 @@ import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmarks import model as measured
 from benchmarks.model import training_step
 from benchmarks.peers import Peer
 from benchmarks.timing import in_turn
+from detectron2.config import CfgNode
 
 from atss.engine import Trainer
 
@@ -43,41 +45,47 @@ def recorded_waits() -> Iterator[Counter]:
             found[f"{path.parent.name}/{path.name}:{warning.lineno}"] += 1
 
 
+class OneBatch(Trainer):
+    """Trains on the same images in every iteration."""
+
+    def __init__(self, cfg: CfgNode, batch: list[dict]):
+        self.batch = batch
+        super().__init__(cfg)
+
+    def build_train_loader(self, cfg: CfgNode) -> list[list[dict]]:
+        return [self.batch] * cfg.SOLVER.MAX_ITER
+
+
+class Recording(OneBatch):
+    """Counts waits in ordinary iterations."""
+
+    def __init__(self, *args: Any):
+        self.found: Counter = Counter()
+        super().__init__(*args)
+
+    def run_step(self) -> None:
+        self._record(super().run_step)
+
+    def after_step(self) -> None:
+        self._record(super().after_step)
+
+    def _record(self, function: Callable[[], None]) -> None:
+        with recorded_waits() if self.iter in ORDINARY else nullcontext({}) as found:
+            function()
+        self.found.update(found)
+
+
 def waits(setting: Setting) -> Finding:
     """The calls of torch for which the host waits for the GPU in an iteration of a training, in
     each precision; not the event by which it learns the losses."""
-    hw = (128, 128)
     figures = {}
     for precision in ("fp32", *setting.precisions):
-        images = setting.images(2, hw)
-
-        class OneBatch(Trainer):
-            @classmethod
-            def build_train_loader(cls, cfg, images=images):
-                return [images] * cfg.SOLVER.MAX_ITER
-
-            def run_step(self):
-                if self.iter not in ORDINARY:
-                    super().run_step()
-                    return
-                with recorded_waits() as found:
-                    super().run_step()
-                self.found.update(found)
-
-            def after_step(self):
-                if self.iter not in ORDINARY:
-                    super().after_step()
-                    return
-                with recorded_waits() as found:
-                    super().after_step()
-                self.found.update(found)
-
         folder = setting.folder / f"waits_{precision}"
         folder.mkdir(exist_ok=True)
         options = ("MODEL.ATSS.PRECISION", precision, "SOLVER.MAX_ITER", 18, "OUTPUT_DIR", folder)
         options = (*options, "SOLVER.CHECKPOINT_PERIOD", 100)
-        trainer = OneBatch(setting.config("ATSS_R_18_FPN_small", *options))
-        trainer.found = Counter()
+        cfg = setting.config("ATSS_R_18_FPN_small", *options)
+        trainer = Recording(cfg, setting.images(2, (128, 128)))
         trainer.train()
         figures[precision] = {k: n / len(ORDINARY) for k, n in trainer.found.most_common()}
     said = "; ".join(
@@ -146,17 +154,13 @@ def iterations(setting: Setting) -> Finding:
         *("SOLVER.MAX_ITER", count, "SOLVER.CHECKPOINT_PERIOD", 1000, "OUTPUT_DIR", folder),
     )
 
-    class OneBatch(Trainer):
-        @classmethod
-        def build_train_loader(cls, cfg):
-            return [batch] * cfg.SOLVER.MAX_ITER
-
-        def run_step(self):
+    class Timed(OneBatch):
+        def run_step(self) -> None:
             moments.append(time.perf_counter())
             super().run_step()
 
     moments: list[float] = []
-    trainer = OneBatch(cfg)
+    trainer = Timed(cfg, batch)
     trainer.train()
     whole = statistics.median(b - a for a, b in itertools.pairwise(moments[count // 4 :]))
     peer = Peer(trainer.model, (), list, trainer.model, trainer.model)

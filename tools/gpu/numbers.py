@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 from benchmarks.model import build_ours, random_batch, training_step
+from benchmarks.peers import DTYPES
 from benchmarks.timing import in_turn
 from detectron2.modeling import build_model
 from torch import Tensor, distributed, nn
@@ -20,7 +21,6 @@ from atss.data.digits import FEW, make_digits
 
 from .setting import ROOT, Finding, Setting
 
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # docs/performance.md states these.
 LOSS_TOLERANCE = 0.02
 TRAINING_TOLERANCE = 0.05
@@ -77,8 +77,7 @@ def trainings(setting: Setting) -> Finding:
     """The same training in each precision, by tools/train_net.py: to the losses of fp32's."""
     iterations = 4 if setting.small else 300
     data = setting.folder / "digits"
-    if not data.is_dir():
-        make_digits(data, FEW)
+    make_digits(data, FEW)
     running = {}
     for precision in ("fp32", *setting.precisions):
         folder = setting.folder / f"training_{precision}"
@@ -98,8 +97,8 @@ def trainings(setting: Setting) -> Finding:
             ),
             *(f"--register=held_out={data}/val.json:{data}/val", *options),
         )
-        log = (setting.folder / f"training_{precision}.log").open("w")
-        running[precision] = (folder, subprocess.Popen(command, stdout=log, stderr=log))
+        with (setting.folder / f"training_{precision}.log").open("w") as log:
+            running[precision] = (folder, subprocess.Popen(command, stdout=log, stderr=log))
     failed = [precision for precision, (_, x) in running.items() if x.wait()]
     if failed:
         logs = ", ".join(f"{setting.folder}/training_{x}.log" for x in failed)

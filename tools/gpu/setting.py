@@ -10,6 +10,7 @@ from benchmarks.peers import NUM_CLASSES
 from detectron2.config import CfgNode
 
 from atss import load_config, model_zoo
+from atss.config import config_names
 
 ROOT = Path(__file__).resolve().parents[2]
 # What others are made of, or what is laid over them.
@@ -41,9 +42,7 @@ class Setting:
     @property
     def configs(self) -> list[str]:
         """Names of those that are trained as they stand."""
-        names = (str(x.relative_to(ROOT / "configs")) for x in ROOT.glob("configs/**/*.yaml"))
-        every = sorted(x.removesuffix(".yaml") for x in names)
-        trained = [name for name in every if name not in RECIPES]
+        trained = [name for name in config_names() if name not in RECIPES]
         return trained[::16] if self.small else trained
 
     def options(self, *options: object) -> list[str]:

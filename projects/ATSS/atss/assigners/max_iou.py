@@ -79,7 +79,7 @@ class MaxIoU:
         # are most of all pairs: which they are the sizes tell.
         limit = self._limits(anchors, gt)  # (G, L)
         seen = limit >= self.background_below
-        if self.low_quality_matches and len(gt):
+        if self.low_quality_matches:
             seen = seen | (limit == limit.amax(dim=1, keepdim=True))
         compare(seen)
         claimed = owner[:0]

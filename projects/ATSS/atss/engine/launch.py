@@ -204,6 +204,11 @@ def is_started() -> bool:
     return bool(given)
 
 
+def local_size(args: argparse.Namespace) -> int:
+    """How many of the processes are on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_started() else args.num_gpus
+
+
 def shares_agent_store() -> bool:
     """Whether torchrun has the processes meet in its own store, which outlives a restart."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -47,6 +47,7 @@ from .launch import (
     keep_freed_memory,
     keep_tracebacks_to_the_file,
     launch,
+    local_size,
     may_be_a_bug,
     shares_agent_store,
     world_size,
@@ -121,7 +122,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     check_processes(args, cfg)
     check_data(cfg, training=not args.eval_only)
     if "DATALOADER.NUM_WORKERS" not in args.opts[::2]:
-        fit_workers(cfg, int(os.environ["LOCAL_WORLD_SIZE"]) if is_started() else args.num_gpus)
+        fit_workers(cfg, local_size(args))
     if not args.eval_only:
         complete_schedule(cfg, given=args.opts[::2])
     check_config(_weights_at_hand(args, cfg), training=not args.eval_only)
@@ -428,7 +429,7 @@ def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH is {images}, which {count} processes cannot share evenly"
         )
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
-    local = int(os.environ["LOCAL_WORLD_SIZE"]) if is_started() else args.num_gpus
+    local = local_size(args)
     if on_gpu and local > torch.cuda.device_count():
         raise ValueError(f"{local} processes on a machine of {torch.cuda.device_count()} GPUs")
     if not (on_gpu or is_started()) and count > 1 and torch.cuda.is_available():
