@@ -6,8 +6,11 @@ for several configs.
     tools/assignment_statistics.py --annotations train.json --config-file configs/tables/atss_*.yaml
     tools/assignment_statistics.py --annotations train.json --rules ATSS SpatialScale \\
         --config-file configs/ATSS_R_18_FPN_small.yaml --output output/statistics
+    tools/assignment_statistics.py --annotations train.json --config-file output/config.yaml \\
+        --weights output/model_final.pth --images train/ --rules ATSS TAL SimOTA
 
-Reads annotations only, no image. Canvases are those of testing: INPUT.MIN_SIZE_TEST and
+Reads annotations only, no image; but for rules that look at predictions those of a model with the
+given weights, which is shown the images. Canvases are those of testing: INPUT.MIN_SIZE_TEST and
 INPUT.MAX_SIZE_TEST of the first config, padded as the backbones need it. Writes a table, a plot,
 and one line per object.
 """
@@ -37,6 +40,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="one whose anchors all rules get, or several, each with its own rule and anchors",
     )
     parser.add_argument("--rules", nargs="+", help="of one config: names of rules; all by default")
+    parser.add_argument("--weights", default="", help="of a model for rules to look at")
+    parser.add_argument("--images", default="", help="the folder of its images")
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
     parser.add_argument("--output", type=Path, default=Path("output/assignment_statistics"))
     parser.add_argument(
@@ -54,7 +59,10 @@ def main(argv: list[str] | None = None) -> None:
     results = [args.output / name for name in ("table.md", "plot.png", "objects.csv")]
     try:
         try_to_write("--output", *results)
-        found = compare(args.annotations, args.config_file, args.rules, args.opts, tqdm)
+        found = compare(
+            *(args.annotations, args.config_file, args.rules, args.opts, tqdm),
+            *(args.weights, args.images),
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     objects, columns, top = found

@@ -69,7 +69,7 @@ def test_arguments_of_the_rule_are_checked():
 
 def test_every_rule_has_its_arguments_in_the_config():
     nodes = make_cfg().MODEL.ATSS.ASSIGNERS
-    assert nodes.ATSS == {"TOP_K": 9, "COUNT": "anchors", "SIMILARITY": "iou"}
+    assert nodes.ATSS == {"TOP_K": 9, "COUNT": "anchors", "SIMILARITY": "iou", "ALPHA": None}
     assert nodes.SpatialScale.RANGES == (64, 128, 256, 512)
     opts = ("MODEL.ATSS.ASSIGNER", "MaxIoU", "MODEL.ATSS.ASSIGNERS.MaxIoU.IN_BOX", True)
     assert build_assigner(make_cfg(*opts)).in_box

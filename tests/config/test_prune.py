@@ -34,7 +34,7 @@ def test_a_dump_holds_the_arguments_of_what_is_chosen(tmp_path):
     full = load_config(ROOT / "configs/ATSS_R_18_FPN_small.yaml")
     prune(cfg)
     assert cfg.MODEL.ATSS.ASSIGNERS == {
-        "ATSS": {"TOP_K": 9, "COUNT": "anchors", "SIMILARITY": "iou"}
+        "ATSS": {"TOP_K": 9, "COUNT": "anchors", "SIMILARITY": "iou", "ALPHA": None}
     }
     assert "CLS_LOSSES" not in cfg.MODEL.ATSS
     build_model(cfg)

@@ -8,7 +8,8 @@ from conftest import GOLDEN, make_gt
 from detectron2.utils import comm
 
 from atss import BACKGROUND, IGNORE, Anchors, Assignment, HeadOutput
-from atss.assigners import ATSS
+from atss.assigners import ATSS, PAA
+from atss.geometry import iou
 from atss.losses import giou_loss
 from atss.modeling.box_coding import BoxDeltas
 from atss.modeling.criterion import Criterion
@@ -16,6 +17,7 @@ from atss.modeling.head import flatten_levels
 from atss.modeling.postprocess import PostProcessor, product
 from atss.modeling.terms import GIoU, SmoothL1, score, targets
 from atss.modeling.terms import one as one_for_all
+from atss.structures import Predictions
 
 ANCHORS = Anchors.grid((16, 16), strides=(8,), scales=(2.0,))  # 4 anchors of 16 pixels
 GT = make_gt([[0, 0, 14, 12], [6, 2, 16, 16], [0, 0, 10, 16]], [0, 0, 1], 2, classes=[1, 0, 2])
@@ -236,37 +238,70 @@ def test_soft_class_targets_are_refused():
         criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX))
 
 
-def test_losses_gradients_and_detections_equal_mmdets():
-    """mmdet 3.3.0's ATSS head on given outputs: anchors from offset 0, scores without the root."""
+def overlap_now(matched):
+    return iou(matched.boxes, matched.target_boxes).detach()
+
+
+# head -> (kinds of output, names of losses, rule, criterion).
+MMDETS = {
+    "atss": (
+        {"cls": 8, "box": 4, "centerness": 1},
+        {"loss_box_reg": "loss_bbox"},
+        ATSS(),
+        Criterion(),
+    ),
+    "paa": (
+        {"cls": 8, "box": 4, "iou": 1},
+        {"loss_box_reg": "loss_bbox"},
+        PAA(),
+        Criterion(
+            box_terms={"giou": GIoU(weight=1.3)},
+            quality=overlap_now,
+            quality_name="iou",
+            quality_weight=0.5,
+            least_per_image=True,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("head", MMDETS)
+def test_losses_gradients_and_detections_equal_mmdets(head):
+    """mmdet 3.3.0's heads on given outputs: anchors from offset 0, scores without the root."""
     reference = np.load(GOLDEN / "successor_losses.npz")
-    kinds = {"cls": 8, "box": 4, "centerness": 1}
+    kinds, names, rule, criterion = MMDETS[head]
     maps = {
-        kind: [torch.from_numpy(reference[f"atss/{kind}_{i}"]).requires_grad_() for i in range(5)]
+        kind: [torch.from_numpy(reference[f"{head}/{kind}_{i}"]).requires_grad_() for i in range(5)]
         for kind in kinds
     }
-    flat = {kind: flatten_levels(maps[kind], dim) for kind, dim in kinds.items()}
-    output = HeadOutput(flat["cls"], flat["box"], flat["centerness"].squeeze(-1))
+    classes, numbers, quality = (flatten_levels(maps[kind], dim) for kind, dim in kinds.items())
+    output = HeadOutput(classes, numbers, quality.squeeze(-1))
     hw = tuple(reference["image_size"].tolist())
     anchors, code = Anchors.grid(hw, offset=0.0), BoxDeltas()
     boxes = [torch.from_numpy(reference[f"gt_boxes_{i}"]).float() for i in range(2)]
-    classes = [torch.from_numpy(reference[f"gt_classes_{i}"]).long() for i in range(2)]
+    labels = [torch.from_numpy(reference[f"gt_classes_{i}"]).long() for i in range(2)]
     image_index = [i for i, x in enumerate(boxes) for _ in x]
-    gt = make_gt(torch.cat(boxes), image_index, 2, torch.cat(classes))
+    gt = make_gt(torch.cat(boxes), image_index, 2, torch.cat(labels))
 
     decoded = code.decode(output.numbers, anchors.boxes, anchors.stride)
-    losses = Criterion()(output, decoded, anchors, gt, ATSS()(anchors, gt))
-    names = {"loss_cls": "loss_cls", "loss_box_reg": "loss_bbox", "loss_centerness": None}
-    expected = dict(zip(reference["atss/loss_names"], reference["atss/loss_values"], strict=True))
+    seen = Predictions(output.map(torch.Tensor.detach), decoded.detach())
+    losses = criterion(output, decoded, anchors, gt, rule(anchors, gt, seen))
+    expected = dict(
+        zip(reference[f"{head}/loss_names"], reference[f"{head}/loss_values"], strict=True)
+    )
+    assert {names.get(name, name) for name in losses} == {*expected}
     for name, value in losses.items():
-        assert value.item() == pytest.approx(expected[names[name] or name], rel=1e-5)
+        assert value.item() == pytest.approx(expected[names.get(name, name)], rel=2e-5)
     sum(losses.values()).backward()
-    norms = zip(reference["atss/grad_of"], reference["atss/grad_norms"], strict=True)
+    norms = zip(reference[f"{head}/grad_of"], reference[f"{head}/grad_norms"], strict=True)
     for kind, norm in norms:
         found = torch.cat([x.grad.flatten() for x in maps[kind]]).norm().item()
         assert found == pytest.approx(norm, rel=1e-4), kind
 
+    if head != "atss":
+        return
     detect = PostProcessor(score=product, rank_by_class=True)
-    for i, found in enumerate(detect(output.map(torch.Tensor.detach), anchors, code, [hw] * 2)):
+    for i, found in enumerate(detect(seen.output, anchors, code, [hw] * 2)):
         scores = torch.from_numpy(reference[f"atss/det_scores_{i}"])
         torch.testing.assert_close(found.scores, scores, atol=1e-6, rtol=1e-5)
         theirs = torch.from_numpy(reference[f"atss/det_boxes_{i}"])

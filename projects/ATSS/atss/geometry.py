@@ -46,6 +46,33 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
+def normalised_wasserstein(a: Tensor, b: Tensor, constant: float) -> Tensor:
+    """(...) similarity of two boxes as Gaussians (NWD, arXiv 2110.13389, equations 8 and 9): with
+    differences d of centres and of sides, exp(-sqrt(dx^2 + dy^2 + (dw^2 + dh^2) / 4) / constant).
+
+    Args:
+        constant: in the boxes' unit.
+    """
+    apart = centres(a) - centres(b)
+    sides = (_sizes(a) - _sizes(b)) / 2
+    return (-(apart.square() + sides.square()).sum(-1).sqrt() / constant).exp()
+
+
+def similarity_distance(a: Tensor, b: Tensor, m: float, n: float) -> Tensor:
+    """(...) similarity of two boxes (SimD, arXiv 2407.02394): exp(-place - shape), each the length
+    of a vector of differences, of centres and of sides, over the sum of both boxes' sides, its x
+    times m and its y times n."""
+    size_a, size_b = _sizes(a), _sizes(b)
+    together = (size_a + size_b).clamp(min=torch.finfo(a.dtype).tiny)
+    dx, dy = ((centres(a) - centres(b)) / together).unbind(-1)
+    dw, dh = ((size_a - size_b) / together).unbind(-1)
+    return (-torch.hypot(m * dx, n * dy) - torch.hypot(m * dw, n * dh)).exp()
+
+
+def _sizes(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
+
+
 def centerness(distances: Tensor) -> Tensor:
     """How central a point is in its box (FCOS, arXiv 1904.01355, equation 3):
     sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)), 1 in the middle, 0 on the border and

@@ -47,6 +47,29 @@ class Focal:
         return balance * miss**self.gamma * entropy
 
 
+def cross_entropy(probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
+    """The cross entropy as it is; arguments as of :class:`Focal`, targets from 0 to 1."""
+    return entropy
+
+
+@dataclass(frozen=True)
+class QualityFocal:
+    """Quality focal loss (GFL, arXiv 2006.04388, equation 3): cross entropy times |t - p|^gamma.
+
+    Args:
+        gamma: how much elements near their targets count less.
+    """
+
+    gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        within("gamma", self.gamma, 0, 1e3)
+
+    def __call__(self, probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each element; arguments as of :class:`Focal`, targets from 0 to 1."""
+        return (targets - probability).abs() ** self.gamma * entropy
+
+
 CLS_LOSSES = Parts("CLS_LOSS", ("num_classes",), "CLS_LOSSES", optional=True)
 CLS_LOSSES.register(
     Focal, name="focal", keys={"alpha": "FOCAL_LOSS_ALPHA", "gamma": "FOCAL_LOSS_GAMMA"}

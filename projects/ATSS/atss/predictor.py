@@ -24,6 +24,7 @@ from .config import (
 )
 from .config.checks import lookup
 from .data.mapper import single
+from .structures import Predictions
 
 
 class Detections(NamedTuple):
@@ -84,6 +85,22 @@ class Predictor:
         Args:
             images: (H, W, 3) uint8, BGR as OpenCV reads them.
         """
+        found = [x["instances"].to("cpu") for x in self.model(self._inputs(images))]
+        return [
+            Detections(x.pred_boxes.tensor.numpy(), x.scores.numpy(), x.pred_classes.numpy())
+            for x in found
+        ]
+
+    def at_anchors(self, images: Sequence[np.ndarray]) -> Predictions:
+        """What the model says at every anchor, for rules to look at; on the CPU.
+
+        Args:
+            images: as above; resized, they share a canvas.
+        """
+        output, boxes = self.model.predict(self._inputs(images))
+        return Predictions(output.map(torch.Tensor.cpu), boxes.cpu())
+
+    def _inputs(self, images: Sequence[np.ndarray]) -> list[dict]:
         inputs = []
         for image in images:
             height, width = image.shape[:2]
@@ -92,8 +109,4 @@ class Predictor:
             image = self.resize.get_transform(image).apply_image(image)
             tensor = single(torch.as_tensor(image.transpose(2, 0, 1).copy()))
             inputs.append({"image": tensor, "height": height, "width": width})
-        found = [x["instances"].to("cpu") for x in self.model(inputs)]
-        return [
-            Detections(x.pred_boxes.tensor.numpy(), x.scores.numpy(), x.pred_classes.numpy())
-            for x in found
-        ]
+        return inputs

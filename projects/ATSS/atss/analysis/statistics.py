@@ -1,4 +1,4 @@
-"""What rules give to the objects of a data set, asked without a model."""
+"""What rules give to the objects of a data set."""
 
 import csv
 from collections import defaultdict
@@ -22,12 +22,16 @@ from ..config import (
 )
 from ..data.coco_json import Objects, find_in_json, read_coco
 from ..data.findings import ERROR
+from ..data.images import read
 from ..geometry import centres, iou
-from ..structures import GroundTruth
+from ..predictor import Predictor
+from ..structures import GroundTruth, Predictions
 
 Progress = Callable[..., Iterable]
-# Images assigned at a time, which bounds memory.
-CHUNK = 64
+# Positions among a json's images that share a canvas -> what a model says of them.
+Predict = Callable[[Sequence[int]], Predictions]
+# Images assigned at a time, and of those that a model looks at; which bounds memory.
+CHUNK, LOOKED_AT = 64, 4
 # name -> (what an object is sorted by, [(label, lower end, upper end)]).
 GROUPS: dict[str, tuple[str, list[tuple[str, float, float]]]] = {
     "size in the image (COCO's)": (
@@ -51,7 +55,8 @@ def on_canvases(
     sizes: Sequence[tuple[int, int]],
     divisibility: int,
     progress: Progress = lambda items, **_: items,
-) -> Iterator[tuple[tuple[int, int], np.ndarray, GroundTruth, np.ndarray]]:
+    chunk: int = CHUNK,
+) -> Iterator[tuple[tuple[int, int], np.ndarray, np.ndarray, GroundTruth, np.ndarray]]:
     """The objects that training uses as a rule sees them: images resized, those of one canvas
     together.
 
@@ -60,9 +65,11 @@ def on_canvases(
         sizes: (shorter side, longest side); every image comes once for each.
         divisibility: canvases are padded to multiples of it.
         progress: wraps the batches, as tqdm does.
+        chunk: images of a batch.
     Yields:
-        (height, width) of the canvas; (m,) positions among the M objects that are used; the ground
-        truth of these; (m, 2) pixels of the canvas per pixel of the image, (x, y).
+        (height, width) of the canvas; positions of the images in the json; (m,) positions among the
+        M objects that are used; the ground truth of these; (m, 2) pixels of the canvas per pixel of
+        the image, (x, y).
     """
     used = np.flatnonzero(objects.used)
     image_of = objects.image[used]
@@ -72,17 +79,17 @@ def on_canvases(
     boxes = boxes.clip(0, np.tile(sides, 2)[image_of])
     order = np.argsort(image_of, kind="stable")
     starts = np.searchsorted(image_of[order], np.arange(len(sides) + 1))
-    batches = _batches(np.unique(image_of), sides, sizes, divisibility)
+    batches = _batches(np.unique(image_of), sides, sizes, divisibility, chunk)
     for canvas, some, zoom in progress(batches, unit="batch", desc="anchors"):
         of_batch = np.concatenate([order[starts[i] : starts[i + 1]] for i in some])
         index = np.repeat(np.arange(len(some)), starts[some + 1] - starts[some])
         gt = GroundTruth(
             boxes=torch.from_numpy(boxes[of_batch] * np.tile(zoom, 2)[index]).float(),
-            classes=torch.zeros(len(index), dtype=torch.long),
+            classes=torch.from_numpy(objects.category[used][of_batch].astype(np.int64)),
             image_index=torch.from_numpy(index),
             num_images=len(some),
         )
-        yield canvas, of_batch, gt, zoom[index]
+        yield canvas, some, of_batch, gt, zoom[index]
 
 
 def match(
@@ -91,22 +98,29 @@ def match(
     sampling: Sampling,
     sizes: Sequence[tuple[int, int]],
     progress: Progress = lambda items, **_: items,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray | None]:
     """How the objects that training uses fare with the anchors, on the size that suits each best.
 
     Returns:
         (M,) IoU with the best anchor, and (M,) positives that the rule gives it among the others
-        of its image, without crops.
+        of its image, without crops; None where that hangs on what a model predicts.
     """
+    asked = not looks_at_predictions(sampling.assigner)
     count = int(objects.used.sum())
     best_iou, positives = np.zeros(count), np.zeros(count, dtype=np.int64)
     canvases = on_canvases(content, objects, sizes, sampling.divisibility, progress)
-    for canvas, of_batch, gt, _ in canvases:
+    for canvas, _, of_batch, gt, _ in canvases:
         anchors = sampling.anchors(canvas)
-        given = sampling.assigner(anchors, gt).positives_per_object(len(gt)).numpy()
-        positives[of_batch] = np.maximum(positives[of_batch], given)
+        if asked:
+            given = sampling.assigner(anchors, gt).positives_per_object(len(gt)).numpy()
+            positives[of_batch] = np.maximum(positives[of_batch], given)
         best_iou[of_batch] = np.maximum(best_iou[of_batch], _best_iou(anchors, gt.boxes))
-    return best_iou, positives
+    return best_iou, positives if asked else None
+
+
+def looks_at_predictions(assigner: Callable) -> bool:
+    """Whether a rule cannot do without."""
+    return getattr(assigner, "looks_at_predictions", False)
 
 
 def measure(
@@ -115,10 +129,15 @@ def measure(
     samplings: dict[str, Sampling],
     size: tuple[int, int],
     progress: Progress = lambda items, **_: items,
+    predict: Predict | None = None,
 ) -> list[dict]:
     """One record per object that training uses, in the order of the json: what it is, how many
     positives each of ``samplings`` gives it on images of ``size`` (shorter side, longest side), and
-    the mean and standard deviation of its candidates' IoUs where one of the rules is ATSS."""
+    the mean and standard deviation of its candidates' IoUs where one of the rules is ATSS.
+
+    Args:
+        predict: what a model says of images, for rules that look at it.
+    """
     used = np.flatnonzero(objects.used)
     x, y, w, h = objects.boxes[used].T
     sides = np.array([(e["width"], e["height"]) for e in content["images"]], dtype=np.float64)
@@ -131,16 +150,22 @@ def measure(
         "border": np.stack([x, y, width - x - w, height - y - h]).min(axis=0),
     }
     columns |= {name: np.zeros(len(used), dtype=np.int64) for name in samplings}
-    adaptive = [name for name, s in samplings.items() if isinstance(s.assigner, ATSS)]
+    adaptive = [
+        name
+        for name, s in samplings.items()
+        if isinstance(s.assigner, ATSS) and not looks_at_predictions(s.assigner)
+    ]
     if len(adaptive) == 1:
         columns |= {"mean": np.zeros(len(used)), "std": np.zeros(len(used))}
     divisibility = max(s.divisibility for s in samplings.values())
-    canvases = on_canvases(content, objects, [size], divisibility, progress)
-    for canvas, of_batch, gt, zoom in canvases:
+    chunk = CHUNK if predict is None else LOOKED_AT
+    canvases = on_canvases(content, objects, [size], divisibility, progress, chunk)
+    for canvas, images, of_batch, gt, zoom in canvases:
+        seen = None if predict is None else predict(images.tolist())
         columns["side"][of_batch] = np.sqrt(columns["area"][of_batch] * zoom.prod(axis=1))
         for name, sampling in samplings.items():
             anchors = sampling.anchors(canvas)
-            counts = sampling.assigner(anchors, gt).positives_per_object(len(gt))
+            counts = sampling.assigner(anchors, gt, seen).positives_per_object(len(gt))
             columns[name][of_batch] = counts.numpy()
             if [name] == adaptive and isinstance(sampling.assigner, ATSS):
                 mean, std = sampling.assigner.statistics(anchors, gt.boxes)
@@ -155,11 +180,16 @@ def compare(
     rules: Sequence[str] | None,
     opts: Sequence[str],
     progress: Progress = lambda items, **_: items,
+    weights: str = "",
+    image_dir: str = "",
 ) -> tuple[list[dict], list[str], int | None]:
     """Counts what rules give on one config's anchors, or several configs each by their own.
 
     Args:
-        rules: of one config; all that are registered by default.
+        rules: of one config; by default all that are registered, and without weights those of them
+            that do not look at predictions.
+        weights: of a model of the one config, which rules may look at.
+        image_dir: where its images lie.
     Returns:
         the records of :func:`measure`; the names of the columns; k * L, or None where the configs
         differ in it.
@@ -179,8 +209,9 @@ def compare(
         cfg = load_config(*config_files, opts=opts)
         for rule in rules or [name for name, _ in ASSIGNER_REGISTRY]:
             cfgs[rule] = with_rule(cfg, rule)
-    elif rules:
-        raise ValueError("--rules is for one config; several have each their own")
+    elif rules or weights:
+        wrong = "--rules" if rules else "--weights"
+        raise ValueError(f"{wrong} is for one config; several have each their own")
     for file in config_files if len(config_files) > 1 else ():
         name = Path(file).stem
         if name in cfgs:
@@ -189,9 +220,28 @@ def compare(
     first = next(iter(cfgs.values()))
     size = (first.INPUT.MIN_SIZE_TEST, first.INPUT.MAX_SIZE_TEST)
     samplings = {name: build_sampling(cfg) for name, cfg in cfgs.items()}
-    records = measure(content, objects, samplings, size, progress)
+    if not weights:
+        blind = [name for name, s in samplings.items() if looks_at_predictions(s.assigner)]
+        if blind and (rules or len(config_files) > 1):
+            raise ValueError(
+                f"{blind[0]} looks at what a model predicts: --weights names one's, and --images "
+                "where its images lie"
+            )
+        samplings = {name: s for name, s in samplings.items() if name not in blind}
+    predict = _predict(first, weights, content, image_dir) if weights else None
+    records = measure(content, objects, samplings, size, progress, predict)
     reach = {candidates_per_object(cfg) for cfg in cfgs.values()}
-    return records, list(cfgs), reach.pop() if len(reach) == 1 else None
+    return records, list(samplings), reach.pop() if len(reach) == 1 else None
+
+
+def _predict(cfg: CfgNode, weights: str, content: dict, image_dir: str) -> Predict:
+    predictor = Predictor(cfg, weights)
+
+    def predict(images: Sequence[int]) -> Predictions:
+        files = (str(Path(image_dir) / content["images"][i]["file_name"]) for i in images)
+        return predictor.at_anchors([read(file) for file in files])
+
+    return predict
 
 
 def groups(objects: list[dict]) -> dict[str, list[dict]]:
@@ -243,10 +293,14 @@ def write_csv(objects: list[dict], target: Path) -> None:
 
 
 def _batches(
-    images: np.ndarray, sides: np.ndarray, sizes: Sequence[tuple[int, int]], divisibility: int
+    images: np.ndarray,
+    sides: np.ndarray,
+    sizes: Sequence[tuple[int, int]],
+    divisibility: int,
+    count: int,
 ) -> list[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
-    """Images in batches of one canvas each: its (height, width), positions of the images, and what
-    their (width, height) are multiplied by."""
+    """Images in batches of one canvas, so many at a time: its (height, width), positions of the
+    images, and what their (width, height) are multiplied by."""
     batches = []
     for short, longest in sizes:
         by_canvas = defaultdict(list)
@@ -257,8 +311,8 @@ def _batches(
                 canvas = tuple(-(-x // divisibility) * divisibility for x in resized)
                 by_canvas[canvas].append((i, resized[1] / width, resized[0] / height))
         for canvas, some in by_canvas.items():
-            for start in range(0, len(some), CHUNK):
-                chunk = np.array(some[start : start + CHUNK])
+            for start in range(0, len(some), count):
+                chunk = np.array(some[start : start + count])
                 batches.append((canvas, chunk[:, 0].astype(np.int64), chunk[:, 1:]))
     return batches
 

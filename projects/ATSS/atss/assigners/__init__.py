@@ -2,24 +2,47 @@
 
     assigner(anchors: Anchors, gt: GroundTruth, predictions: Predictions | None) -> Assignment
 
-A rule is a class that takes its parameters as keyword arguments. Registered, it can be named in a
+A rule is a class that takes its parameters as keyword arguments. One that cannot do without
+predictions says so: ``looks_at_predictions``. Registered, it can be named in a
 config: ``MODEL.ATSS.ASSIGNER`` chooses it, ``MODEL.ATSS.ASSIGNERS.<name>`` holds its arguments.
 """
 
-from ..geometry import iou
 from ..parts import Parts
 from .atss import ATSS
+from .dynamic import OTA, PAA, TAL, SimOTA, SoftLabel
+from .matching import Matching
 from .max_iou import MaxIoU
+from .similarities import NWD, IoU, SimD
 from .spatial_scale import SpatialScale
 from .top_k import TopK
 
 # Of two boxes (..., 4) each -> (...).
 SIMILARITIES = Parts("SIMILARITY", group="SIMILARITIES")
-SIMILARITIES.register(iou)
+for similarity in (IoU, NWD, SimD):
+    SIMILARITIES.register(similarity, name=similarity.__name__.lower())
 
 ASSIGNER_REGISTRY = Parts("ASSIGNER", known=("num_levels", "num_classes"))
-ASSIGNER_REGISTRY.register(ATSS, parts={"similarity": SIMILARITIES})
-for rule in (MaxIoU, SpatialScale, TopK):
-    ASSIGNER_REGISTRY.register(rule)
+LIKE = {"similarity": SIMILARITIES}
+ASSIGNER_REGISTRY.register(ATSS, parts=LIKE)
+ASSIGNER_REGISTRY.register(MaxIoU, parts=LIKE)
+ASSIGNER_REGISTRY.register(SpatialScale)
+for rule in (TopK, PAA, OTA, SimOTA, SoftLabel, TAL):
+    ASSIGNER_REGISTRY.register(rule, parts=LIKE)
 
-__all__ = ["ASSIGNER_REGISTRY", "ATSS", "SIMILARITIES", "MaxIoU", "SpatialScale", "TopK"]
+__all__ = [
+    "ASSIGNER_REGISTRY",
+    "ATSS",
+    "NWD",
+    "OTA",
+    "PAA",
+    "SIMILARITIES",
+    "TAL",
+    "IoU",
+    "Matching",
+    "MaxIoU",
+    "SimD",
+    "SimOTA",
+    "SoftLabel",
+    "SpatialScale",
+    "TopK",
+]

@@ -1,15 +1,15 @@
 """Adaptive training sample selection: Algorithm 1 of the paper."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..geometry import centres, iou, nearest_side
+from ..geometry import centres, nearest_side
 from ..parts import one_of, within
 from ..structures import Assignment, GroundTruth, Predictions
 from .pairs import all_anchors, assign_pairs, nearest_locations
+from .scene import Pairs, Scene, alignment
+from .similarities import IOU, Similarity
 
 
 class ATSS:
@@ -25,7 +25,9 @@ class ATSS:
             figures were made; of equally distant ones the lower index is nearer), or "locations",
             each with all its A anchors (their code since its last commit, of 2020-04-22). With one
             anchor per location they agree.
-        similarity: of anchors and objects, (..., 4) each -> (...) from 0 to 1.
+        similarity: of anchors and objects; a function of (..., 4) boxes will do.
+        alpha: None: a pair is worth what its anchor overlaps the object; a number: p^(1 - alpha) *
+            IoU^alpha of what is predicted there (DDOD, arXiv 2107.02963, equation 1).
     """
 
     # A centre counts as inside an object from this many pixels on, as in the authors' code.
@@ -40,13 +42,18 @@ class ATSS:
         self,
         top_k: int = 9,
         count: str = "anchors",
-        similarity: Callable[[Tensor, Tensor], Tensor] = iou,
+        similarity: Similarity = IOU,
+        alpha: float | None = None,
     ):
         within("top_k", top_k, 1)
         one_of("count", count, ("anchors", "locations"))
         self.top_k = top_k
         self.count = count
+        if alpha is not None:
+            within("alpha", alpha, 0, 1)
         self.similarity = similarity
+        self.alpha = alpha
+        self.looks_at_predictions = alpha is not None
 
     @torch.no_grad()
     def __call__(
@@ -57,24 +64,48 @@ class ATSS:
         Args:
             anchors: R anchors, the same for all images.
             gt: G objects of N images.
-            predictions: not looked at.
+            predictions: looked at where there is an alpha.
         Returns:
             the assignment, (N, R).
-        """
-        return assign_pairs(anchors, gt, self.candidates, self.CHUNK)
 
-    def candidates(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """The candidates of each object, and how well each positive one overlaps it.
+        Raises:
+            ValueError: without predictions, where there is an alpha.
+        """
+        if self.alpha is None:
+            return assign_pairs(anchors, gt, self.candidates, self.CHUNK)
+        scene = Scene.of(self, anchors, gt, predictions, self.similarity)
+
+        def candidates(anchors: Anchors, gt_boxes: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+            return self.candidates(anchors, gt_boxes, scene, owner)
+
+        every = torch.arange(len(gt), device=gt.boxes.device)
+        return assign_pairs(anchors, gt, candidates, self.CHUNK, every)
+
+    def candidates(
+        self,
+        anchors: Anchors,
+        gt_boxes: Tensor,
+        scene: Scene | None = None,
+        owner: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The candidates of each object, and what each positive one is worth.
 
         Args:
-            gt_boxes: (G, 4).
+            gt_boxes: (g, 4).
+            scene, owner: of what is predicted, and the (g,) indices of these objects in it; where
+                there is an alpha.
         Returns:
-            (C, G) int64 into R, and (C, G) float64 IoU, -inf where not positive. C is k * A * L, or
-            k * L where k counts anchors.
+            (C, g) int64 into R, and (C, g) float64 worth, -inf where not positive. C is k * A * L,
+            or k * L where k counts anchors.
         """
         objects = gt_boxes.double()
         index, valid, boxes = self._nearest(anchors, objects)
-        overlap = self.similarity(boxes, objects) * valid  # line 7
+        if self.alpha is None or scene is None or owner is None:
+            overlap = self.similarity(boxes, objects)  # line 7
+        else:
+            pairs = Pairs(scene, owner.expand_as(index).flatten(), index.flatten())
+            overlap = alignment(pairs, 1 - self.alpha, self.alpha).view_as(index)
+        overlap = overlap * valid
         mean, std = _mean_and_std(overlap, valid)  # lines 8, 9
         threshold = mean + std  # line 10
         inside = nearest_side(centres(boxes), objects) > self.INSIDE_MARGIN

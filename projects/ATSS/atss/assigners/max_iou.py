@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..geometry import centres, iou, nearest_side
+from ..geometry import centres, nearest_side
+from ..parts import one_of
 from ..structures import BACKGROUND, IGNORE, Assignment, GroundTruth, Predictions
-from .pairs import rectangles
+from .pairs import NOBODY, all_anchors, keep_best, nearest_locations, rectangles
+from .similarities import IOU, Similarity
 
 
 class MaxIoU:
@@ -24,6 +26,9 @@ class MaxIoU:
         low_quality_matches: whether an object's best anchors are positive in any case.
         in_box: whether positives whose centre lies outside their object are ignored instead (paper,
             Table 1, "In GT Box").
+        claimed: whom an object's best anchors learn: "best", their own best object, or "claimant",
+            that object, and of several the last (mmdet).
+        similarity: of anchors and objects.
     """
 
     # A centre counts as inside from this many pixels on, as in the authors' code.
@@ -35,7 +40,10 @@ class MaxIoU:
         positive_from: float = 0.5,
         low_quality_matches: bool = True,
         in_box: bool = False,
+        claimed: str = "best",
+        similarity: Similarity = IOU,
     ):
+        one_of("claimed", claimed, ("best", "claimant"))
         if not 0 < background_below <= positive_from:
             raise ValueError(
                 f"MaxIoU needs 0 < background_below <= positive_from, got {background_below} and "
@@ -45,6 +53,8 @@ class MaxIoU:
         self.positive_from = positive_from
         self.low_quality_matches = low_quality_matches
         self.in_box = in_box
+        self.claimed = claimed
+        self.similarity = similarity
 
     @torch.no_grad()
     def __call__(
@@ -60,50 +70,48 @@ class MaxIoU:
             the assignment, (N, R).
         """
         slots = gt.num_images * len(anchors.boxes)
-        best = gt.boxes.new_zeros(slots, dtype=torch.float64)  # IoU of each anchor of each image
-        owner = gt.image_index.new_full((slots,), len(gt))
+        # How well each anchor of each image suits the object that suits it best.
+        best = gt.boxes.new_full((slots,), -torch.inf, dtype=torch.float64)
+        owner = gt.image_index.new_full((slots,), NOBODY)
         best_of_object = gt.boxes.new_zeros(len(gt), dtype=torch.float64)
 
-        def compare(wanted: Tensor) -> None:
-            for slot, claimant, overlap in self._overlapping(anchors, gt, wanted):
-                before = best.gather(0, slot)
-                best.scatter_reduce_(0, slot, overlap, "amax")
-                now = best.gather(0, slot)
-                owner[slot[now > before]] = len(gt)
-                # Of equal overlaps the lower object keeps the anchor.
-                wins = (overlap == now) & (overlap > 0)
-                owner.scatter_reduce_(0, slot[wins], claimant[wins], "amin")
+        def compare(reach: Tensor) -> None:
+            for slot, claimant, overlap in self._overlapping(anchors, gt, reach):
+                keep_best(best, owner, slot, claimant, overlap)
                 best_of_object.scatter_reduce_(0, claimant, overlap, "amax")
 
         # Of large objects most anchors of the fine levels can be nothing but background, and these
         # are most of all pairs: which they are the sizes tell.
         limit = self._limits(anchors, gt)  # (G, L)
-        seen = limit >= self.background_below
+        least = limit.new_full((len(gt), 1), self.background_below)
         if self.low_quality_matches:
-            seen = seen | (limit == limit.amax(dim=1, keepdim=True))
-        compare(seen)
-        claimed = owner[:0]
+            least = least.minimum(self._nearest(anchors, gt)[:, None])
+        reach = self._reach(anchors, gt, least).masked_fill_((limit < least)[..., None], -torch.inf)
+        compare(reach)
+        claims = [owner[:0], owner[:0]]
         if self.low_quality_matches:
-            # Levels where an object may have its best anchor after all, or one as good.
-            more = ~seen & (limit >= best_of_object[:, None])
-            compare(more)
-            seen = seen | more
-            pieces = self._overlapping(anchors, gt, seen)
-            best_ones = (
-                slot[(overlap == best_of_object[claimant]) & (overlap > 0)]
-                for slot, claimant, overlap in pieces
-            )
-            claimed = torch.cat([claimed, *best_ones])
-            # And those where a claimed anchor may overlap another object more than its claimant.
+            for slot, claimant, overlap in self._overlapping(anchors, gt, reach):
+                best_ones = (overlap == best_of_object[claimant]) & (overlap > 0)
+                claims += slot[best_ones], claimant[best_ones]
+        claimed, claimant = torch.cat(claims[::2]), torch.cat(claims[1::2])
+        if self.low_quality_matches and self.claimed == "best":
+            # A claimed anchor may suit another object better than its claimant, but not by enough
+            # that this was seen.
             ends = torch.tensor(anchors.per_level, device=claimed.device).cumsum(0)
             level = torch.searchsorted(ends, claimed % len(anchors.boxes), right=True)
             least = best.new_full((len(ends),), torch.inf)
             least.scatter_reduce_(0, level, best[claimed], "amin")
-            compare(~seen & (limit >= least))
+            more = self._reach(anchors, gt, least.expand_as(limit))
+            seen = (more <= reach).all(dim=-1)
+            compare(more.masked_fill_((seen | (limit < least))[..., None], -torch.inf))
 
         gt_index = torch.where(best >= self.positive_from, owner, IGNORE)
         gt_index.masked_fill_(best < self.background_below, BACKGROUND)
-        gt_index[claimed] = owner[claimed]
+        if self.claimed == "best":
+            gt_index[claimed] = owner[claimed]
+        else:
+            last = torch.full_like(owner, -1).scatter_reduce_(0, claimed, claimant, "amax")
+            gt_index = torch.where(last >= 0, last, gt_index)
         gt_index = gt_index.view(gt.num_images, -1)
         if self.in_box and len(gt):
             objects = gt.boxes.double()[gt_index.clamp(min=0)]
@@ -111,36 +119,49 @@ class MaxIoU:
             gt_index[(gt_index >= 0) & (distance <= self.INSIDE_MARGIN)] = IGNORE
         return Assignment.hard(gt_index)
 
-    @staticmethod
-    def _limits(anchors: Anchors, gt: GroundTruth) -> Tensor:
-        """(G, L) what the IoU of each object with an anchor of each level cannot exceed: that of
-        boxes of their sizes laid upon each other."""
-        objects = (gt.boxes[:, 2:] - gt.boxes[:, :2]).double().clamp(min=0)[:, None]  # (G, 1, 2)
-        limits = []
-        for boxes in anchors.boxes.split(anchors.per_level):
-            cell = boxes[: anchors.num_anchors].double()
-            sizes = cell[:, 2:] - cell[:, :2]  # (A, 2)
-            shared = torch.minimum(objects, sizes).prod(dim=-1)
-            together = objects.prod(dim=-1) + sizes.prod(dim=-1) - shared
-            limits.append((shared / together).amax(dim=1))
-        # Rounding of boxes far from the origin must not exceed it.
-        return torch.stack(limits, dim=1) + 1e-4
-
-    @staticmethod
-    def _overlapping(
-        anchors: Anchors, gt: GroundTruth, wanted: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Pieces of all pairs that can overlap, of the (G, L) objects and levels that are wanted,
-        in the order of the objects: (M,) slot in N * R, (M,) ground truth, (M,) IoU in float64."""
+    def _nearest(self, anchors: Anchors, gt: GroundTruth) -> Tensor:
+        """(G,) the similarity of each object with its best anchor, or hardly less: of a shape, none
+        is better than the one at the location nearest to the object's centre."""
         objects = gt.boxes.double()
-        cells = [x[: anchors.num_anchors] for x in anchors.boxes.split(anchors.per_level)]
-        reach = torch.stack([(x[:, 2:] - x[:, :2]).amax(dim=0) / 2 for x in cells])  # (L, 2)
-        low, high = objects[:, None, :2] - reach, objects[:, None, 2:] + reach
-        nowhere = ~wanted[..., None]
-        low, high = low.masked_fill(nowhere, torch.inf), high.masked_fill(nowhere, -torch.inf)
+        index, valid = all_anchors(anchors, *nearest_locations(anchors, centres(objects), 1))
+        overlap = self.similarity(anchors.boxes[index].double(), objects) * valid
+        return overlap.amax(dim=0) * (1 - 1e-9)
+
+    def _limits(self, anchors: Anchors, gt: GroundTruth) -> Tensor:
+        """(G, L) what the similarity of each object with an anchor of each level cannot exceed:
+        that of boxes of their sizes laid upon each other."""
+        objects = (gt.boxes[:, 2:] - gt.boxes[:, :2]).double().clamp(min=0)[:, None, None]
+        objects, cells = torch.broadcast_tensors(objects, _sides(anchors))
+        laid = (torch.cat([-sides, sides], dim=-1) for sides in (objects / 2, cells / 2))
+        # Rounding of boxes far from the origin must not exceed it.
+        return self.similarity(*laid).amax(dim=-1) + 1e-4
+
+    def _reach(self, anchors: Anchors, gt: GroundTruth, least: Tensor) -> Tensor:
+        """(G, L, 2) how far apart along x and y the centres of each object and of an anchor of each
+        level can be, so that they are as similar as ``least``, (G, L or 1)."""
+        objects = gt.boxes.double()[:, None]
+        sides = (objects[..., 2:] - objects[..., :2]).clamp(min=0) + _sides(anchors).amax(dim=1)
+        # Rounding must not leave out what is as similar as that.
+        scale, distance = self.similarity.reach(least * (1 - 1e-9))
+        return scale * sides / 2 + distance + 1e-6
+
+    def _overlapping(
+        self, anchors: Anchors, gt: GroundTruth, reach: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Pieces of all pairs whose centres are no farther apart than (G, L, 2), in the order of
+        the objects: (M,) slot in N * R, (M,) ground truth, (M,) similarity in float64."""
+        objects = gt.boxes.double()
+        middle = centres(objects)[:, None]
         each = torch.arange(anchors.num_anchors, device=objects.device)
-        for claimant, location in rectangles(anchors, low, high):
+        for claimant, location in rectangles(anchors, middle - reach, middle + reach):
             index = (location[:, None] * anchors.num_anchors + each).flatten()
             claimant = claimant.repeat_interleave(anchors.num_anchors)
-            overlap = iou(anchors.boxes[index].double(), objects[claimant])
+            overlap = self.similarity(anchors.boxes[index].double(), objects[claimant])
             yield gt.image_index[claimant] * len(anchors.boxes) + index, claimant, overlap
+
+
+def _sides(anchors: Anchors) -> Tensor:
+    """(L, A, 2) float64 width and height of the anchors of a location of each level."""
+    levels = anchors.boxes.split(anchors.per_level)
+    cells = torch.stack([x[: anchors.num_anchors] for x in levels]).double()
+    return cells[..., 2:] - cells[..., :2]

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..anchors import Anchors
 from ..structures import BACKGROUND, Assignment, GroundTruth
 
+NOBODY = torch.iinfo(torch.int64).max
 _INFINITY = torch.tensor(torch.inf, dtype=torch.float64).view(torch.int64).item()
 
 
@@ -155,6 +156,36 @@ def rectangles(
         yield cell // len(stride), first.long()[level] + row * width.long()[level] + column
 
 
+def covered(anchors: Anchors, num_images: int, image: Tensor, rectangles: Tensor) -> Tensor:
+    """(N * R,) bool: anchors whose centres lie strictly inside a rectangle of their image and
+    level. As many steps, however large these are.
+
+    Args:
+        num_images: N.
+        image, rectangles: (M,) and (M, L, 4), in pixels.
+    """
+    stride, width, height, _ = anchors.lattice.unbind(1)
+    count = torch.stack([width, height], dim=1)
+    start = (rectangles[..., :2] / stride[:, None] - anchors.offset).floor().add(1)
+    stop = (rectangles[..., 2:] / stride[:, None] - anchors.offset).ceil()
+    start = start.clamp(min=0).minimum(count).long()
+    stop = stop.clamp(min=0).minimum(count).long().maximum(start)
+    found = []
+    for level, (rows, columns) in enumerate(anchors.sizes):
+        # A rectangle begins with 1 and ends with -1, along both axes: sums from there are 1 inside.
+        steps = image.new_zeros(num_images, rows + 1, columns + 1)
+        for (x, y), step in (
+            (start[:, level].unbind(1), 1),
+            (stop[:, level].unbind(1), 1),
+            ((start[:, level, 0], stop[:, level, 1]), -1),
+            ((stop[:, level, 0], start[:, level, 1]), -1),
+        ):
+            steps.index_put_((image, y, x), torch.full_like(x, step), accumulate=True)
+        inside = steps.cumsum(1).cumsum(2)[:, :rows, :columns] > 0
+        found.append(inside.flatten(1).repeat_interleave(anchors.num_anchors, dim=1))
+    return torch.cat(found, dim=1).flatten()
+
+
 def all_anchors(anchors: Anchors, location: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """From locations to the A anchors of each: (k, G, L) -> (k * A * L, G), index and validity;
     all levels of the first location's first anchor come first."""
@@ -183,6 +214,22 @@ def assign_pairs(
     pairs = [candidates(anchors, *x) for x in chunks]
     index, affinity = (torch.cat(x, dim=1) for x in zip(*pairs, strict=True))
     return Assignment.hard(resolve(anchors, gt, index, affinity))
+
+
+def keep_best(best: Tensor, owner: Tensor, slot: Tensor, claimant: Tensor, rank: Tensor) -> None:
+    """Gives anchors, in place, to the claimants of highest rank, of equal ones to the lower ground
+    truth; several times for the pairs of a batch in pieces.
+
+    Args:
+        best, owner: (N * R,) rank and ground truth of each until now; -inf and NOBODY at first.
+        slot, claimant, rank: (M,) of the pairs.
+    """
+    before = best.gather(0, slot)
+    best.scatter_reduce_(0, slot, rank, "amax")
+    now = best.gather(0, slot)
+    owner[slot[now > before]] = NOBODY
+    wins = rank == now
+    owner.scatter_reduce_(0, slot[wins], claimant[wins], "amin")
 
 
 def resolve(anchors: Anchors, gt: GroundTruth, index: Tensor, affinity: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..geometry import centres, iou, nearest_side
+from ..geometry import centres, nearest_side
 from ..parts import within
 from ..structures import Assignment, GroundTruth, Predictions
 from .pairs import all_anchors, assign_pairs, surrounding_locations
+from .similarities import IOU, Similarity
 
 
 class TopK:
@@ -20,6 +21,7 @@ class TopK:
 
     Args:
         top_k: samples of each object, before those outside it are left out.
+        similarity: of anchors and objects; a function of (..., 4) boxes will do.
     """
 
     # A centre counts as inside an object from this many pixels on, as in the authors' code.
@@ -31,9 +33,10 @@ class TopK:
     # Objects handled at a time: bounds memory.
     CHUNK = 1024
 
-    def __init__(self, top_k: int = 9):
+    def __init__(self, top_k: int = 9, similarity: Similarity = IOU):
         within("top_k", top_k, 1)
         self.top_k = top_k
+        self.similarity = similarity
 
     @torch.no_grad()
     def __call__(
@@ -71,7 +74,7 @@ class TopK:
         valid = valid.gather(0, order)
 
         boxes = anchors.boxes[index].double()
-        overlap = iou(boxes, objects)
+        overlap = self.similarity(boxes, objects)
         distance = (centres(boxes) - centres(objects)).norm(dim=-1)
         score = overlap - self.DISTANCE_COST * distance / longest
         score = (score * self.SCORE_STEPS).round().masked_fill_(~valid, -torch.inf)

@@ -161,7 +161,11 @@ def _unknown(cfg: CfgNode, key: str) -> str:
             + SequenceMatcher(None, last, others_last).ratio()
         )
 
-    nearest = max((name for name, _ in flatten(cfg)), key=likeness)
+    # Of equal arguments, that of a part that is named: parts of one kind have many in common.
+    known = dict(flatten(cfg))
+    named = {value for value in known.values() if isinstance(value, str)}
+    others = {x for x in known if x.count(".") == 4 and x.split(".")[3] not in named}
+    nearest = max((x for x in known if x not in others), key=likeness)
     hint = f"; did you mean {nearest}?" if likeness(nearest) > 1.5 else ""
     return f"there is no key {key}{hint}"
 

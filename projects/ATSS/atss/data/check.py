@@ -30,8 +30,8 @@ HEADINGS = {
     NOTE: "Good to know",
 }
 # (content of the json, its objects) -> (M,) IoU of each object that training uses with its best
-# anchor, (M,) positives that a rule gives it.
-Match = Callable[[dict, Objects], tuple[np.ndarray, np.ndarray]]
+# anchor, (M,) positives that a rule gives it, or None where that hangs on predictions.
+Match = Callable[[dict, Objects], tuple[np.ndarray, np.ndarray | None]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Report:
         classes: name, objects and images with such an object, of each class; of what training uses.
         best_iou: (M,) of each object that training uses with the best anchor; None where not
             looked at.
-        positives: (M,) of each, on the size of INPUT that gives it most; None likewise.
+        positives: (M,) of each, on the size of INPUT that gives it most; None likewise, or where
+            the rule looks at predictions.
     """
 
     images: int
@@ -75,10 +76,11 @@ class Report:
         keys = ("name", "objects", "images")
         classes = [dict(zip(keys, c, strict=True)) for c in self.classes]
         result: dict = counts | {"findings": findings, "classes": classes}
-        if self.best_iou is not None and self.positives is not None and len(self.best_iou):
+        if self.best_iou is not None and len(self.best_iou):
             quantiles = {f"p{q}": float(np.percentile(self.best_iou, q)) for q in (1, 5, 25, 50)}
             result["best_iou"] = quantiles
-            result["positives_per_object"] = float(self.positives.mean())
+            if self.positives is not None:
+                result["positives_per_object"] = float(self.positives.mean())
         return result
 
 
@@ -117,10 +119,10 @@ def check(
         best_iou, positives = match(content, objects)
         place = place_of(content, "annotations")
         for kind, where, detail in (
-            ("object_without_positive", positives == 0, ""),
+            ("object_without_positive", positives == 0 if positives is not None else None, ""),
             ("object_poorly_matched", best_iou < POOR_IOU, f" {POOR_IOU}"),
         ):
-            if where.any():
+            if where is not None and where.any():
                 findings.append(Finding(kind, used[where], place, detail))
     findings.sort(key=lambda finding: LEVELS.index(finding.level))
     counts = len(content["images"]), len(content["annotations"])
@@ -243,7 +245,11 @@ def page(report: Report) -> str:
             "",
             f"IoU of an object with its best anchor: median {quantiles['p50']:.2f}, "
             f"5 % below {quantiles['p5']:.2f}, 1 % below {quantiles['p1']:.2f}; "
-            f"{summary['positives_per_object']:.1f} positives per object",
+            + (
+                f"{summary['positives_per_object']:.1f} positives per object"
+                if "positives_per_object" in summary
+                else "its positives hang on what the model predicts"
+            ),
         ]
     lines += ["", f"Kinds of errors: {report.errors}" if report.errors else "No errors"]
     return "\n".join(lines)

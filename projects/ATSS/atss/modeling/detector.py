@@ -101,10 +101,7 @@ class ATSSDetector(DenseDetector):
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """Detectron2's model format: a list of dicts with "image" (C, H, W) and, in training,
         "instances"; returns losses by name in training, else one dict with "instances" each."""
-        autocast: AbstractContextManager = nullcontext()
-        if self.precision is not None:
-            autocast = torch.autocast(self.device.type, dtype=self.precision)
-        with autocast:
+        with self._autocast():
             if self.training:
                 if any("instances" not in x for x in batched_inputs):
                     raise ValueError("to train, images come with their instances")
@@ -123,6 +120,11 @@ class ATSSDetector(DenseDetector):
                     results[i] = {"instances": in_original}
         return results
 
+    def _autocast(self) -> AbstractContextManager:
+        if self.precision is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.precision)
+
     def _read(
         self, batched_inputs: list[dict], names: Iterable[str]
     ) -> tuple[ImageList, list[Tensor], dict[str, HeadOutput]]:
@@ -133,6 +135,16 @@ class ATSSDetector(DenseDetector):
         features = [maps[name] for name in self.head_in_features]
         shared = cache(lambda: self.head(features))
         return images, features, {x: self.branches[x].read(features, shared) for x in names}
+
+    @torch.no_grad()
+    def predict(self, batched_inputs: list[dict]) -> Predictions:
+        """What the branch that detects says at every anchor, as rules see it, of images that share
+        a canvas."""
+        with self._autocast():
+            _, features, outputs = self._read(batched_inputs, [self.inference])
+            with torch.autocast(self.device.type, enabled=False):
+                anchors = self.anchor_generator.grid(features)
+                return self._decode(outputs, anchors)[self.inference]
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Detectron2's, in which the host does not wait for what a GPU still has to do."""

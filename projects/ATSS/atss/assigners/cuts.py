@@ -1,0 +1,231 @@
+"""Cuts: which of its candidates an object chooses, by what they cost."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .matching import cheapest, in_order
+from .scene import Pairs, Scene, Segments
+
+
+@dataclass(frozen=True)
+class Cheapest:
+    """A fixed number.
+
+    Args:
+        k: of each object.
+    """
+
+    k: int
+
+    def __call__(self, pairs: Pairs, cost: Tensor) -> Tensor:
+        """(P,) bool."""
+        segments = Segments(pairs.owner)
+        return cheapest(segments, cost, torch.full_like(segments.ids, self.k))
+
+
+@dataclass(frozen=True)
+class DynamicK:
+    """As many as an object's best predicted boxes are similar to it, added up, rounded down, and at
+    least one (OTA, arXiv 2103.14259, section 3.3).
+
+    Args:
+        top_k: how many similarities are added.
+    """
+
+    top_k: int
+
+    def __call__(self, pairs: Pairs, cost: Tensor) -> Tensor:
+        """(P,) bool."""
+        segments = Segments(pairs.owner)
+        return cheapest(segments, cost, self.wants(pairs.scene)[segments.ids])
+
+    def wants(self, scene: Scene) -> Tensor:
+        """(G,) int64, from all anchors that take part."""
+        return scene.once(self, lambda: self._count(scene))
+
+    def _count(self, scene: Scene) -> Tensor:
+        some = scene.pieces(scene.every(), len(scene.anchors.boxes))
+        found = [self.of(scene.most_similar(x, self.top_k)) for x in some]
+        return torch.stack([*found, torch.ones_like(scene.gt.classes)]).amax(dim=0)
+
+    def of(self, pairs: Pairs) -> Tensor:
+        """(G,) int64, from some pairs."""
+        segments = Segments(pairs.owner)
+        table = segments.table(pairs.overlap, 0)
+        best = table.topk(min(self.top_k, table.shape[1])).values
+        k = torch.ones_like(pairs.scene.gt.classes)
+        k[segments.ids] = best.sum(dim=1).long().clamp(min=1)
+        return k
+
+
+@dataclass(frozen=True)
+class TwoGaussians:
+    """Those that a mixture of two Gaussians over an object's costs finds likely to be good: up to
+    where it is densest among those of its cheaper component (PAA, arXiv 2007.08103, section 3.1 and
+    figure 3c).
+
+    Args:
+        top_k: cheapest of each level, over which the mixture is fitted.
+        take: of which costs: "component", those of the cheaper component, and none of an object
+            with a single candidate (mmdet); "all", and all candidates where there is a single one,
+            or none in the component (the authors).
+    """
+
+    top_k: int
+    take: str
+    # Log densities that differ by less are equal.
+    TIE: ClassVar[float] = 1e-6
+
+    def __call__(self, pairs: Pairs, cost: Tensor) -> Tensor:
+        """(P,) bool."""
+        levels = torch.tensor(pairs.scene.anchors.per_level, device=cost.device).cumsum(0)
+        level = torch.searchsorted(levels, pairs.index, right=True)
+        segments = Segments(pairs.owner * len(levels) + level)
+        k = torch.full_like(segments.ids, self.top_k)
+        pooled = cheapest(segments, cost, k).nonzero().squeeze(1)
+        pooled = in_order(pooled, cost, pairs.owner)
+        chosen = torch.zeros_like(cost, dtype=torch.bool)
+        if not len(pooled):
+            return chosen
+        segments = Segments(pairs.owner[pooled])
+        values = segments.table(cost[pooled], torch.inf)
+        good, density = mixture(values)
+
+        lonely = segments.count < 2
+        if self.take == "all":
+            lonely = lonely | ~good.any(dim=1)
+        density = density.masked_fill(~good, -torch.inf)
+        # Two values alone in a component lie where it is equally dense: the first, whatever
+        # rounding says.
+        highest = density >= density.amax(dim=1, keepdim=True) - self.TIE
+        peak = highest.int().argmax(dim=1, keepdim=True)
+        place = torch.arange(values.shape[1], device=cost.device)
+        taken = place <= peak
+        every = lonely[:, None]
+        taken = taken | every if self.take == "all" else taken & good & ~every
+        chosen[pooled[taken[segments.row, segments.column]]] = True
+        return chosen
+
+
+def mixture(
+    values: Tensor, tolerance: float = 1e-3, floor: float = 1e-6, iterations: int = 100
+) -> tuple[Tensor, Tensor]:
+    """Two Gaussians fitted to each row by expectation maximisation, from its least and its greatest
+    value, with variances of 1. Each row stops by itself.
+
+    Args:
+        values: (S, M) in rising order, one or more in each row, infinite where it ends.
+        tolerance: a row stops where its mean log likelihood changes by less.
+        floor: added to variances.
+    Returns:
+        (S, M) bool: which the first Gaussian is likelier to have made; and (S, M) log densities,
+        -inf where a row ends.
+    """
+    there = values < torch.inf
+    x = torch.where(there, values, 0)[..., None]  # (S, M, 1)
+    count = there.sum(dim=1, keepdim=True)
+    tiny = 10 * torch.finfo(x.dtype).eps
+
+    mean = torch.cat([x[:, :1, 0], x[..., 0].gather(1, count - 1)], dim=1)[:, None]  # (S, 1, 2)
+    variance, weight = torch.ones_like(mean), torch.full_like(mean, 0.5)
+
+    def joint() -> Tensor:
+        """(S, M, 2) log density of each value and component."""
+        distance = (x - mean).square() / variance
+        return weight.log() - (distance + variance.log() + math.log(2 * math.pi)) / 2
+
+    before = x.new_full((len(x),), -torch.inf)
+    running = torch.ones_like(before, dtype=torch.bool)
+    for _ in range(iterations):
+        if not running.any():
+            break
+        parts = joint()
+        density = parts.logsumexp(dim=2)
+        share = (parts - density[..., None]).exp() * there[..., None]
+        of_each = share.sum(dim=1, keepdim=True) + tiny
+        new_mean = (share * x).sum(dim=1, keepdim=True) / of_each
+        spread = (share * (x - new_mean).square()).sum(dim=1, keepdim=True) / of_each
+        likelihood = (density * there).sum(dim=1) / count.squeeze(1)
+        now = running[:, None, None]
+        mean = torch.where(now, new_mean, mean)
+        variance = torch.where(now, spread + floor, variance)
+        weight = torch.where(now, of_each / of_each.sum(dim=2, keepdim=True), weight)
+        running = running & ((likelihood - before).abs() >= tolerance)
+        before = likelihood
+    parts = joint()
+    density = parts.logsumexp(dim=2).masked_fill(~there, -torch.inf)
+    return (parts[..., 0] >= parts[..., 1]) & there, density
+
+
+@dataclass(frozen=True)
+class Transport:
+    """The plan of an optimal transport: objects and background supply labels, each anchor wants one
+    (OTA, arXiv 2103.14259, algorithm 1). An object supplies as many as :class:`DynamicK` says.
+
+    Args:
+        k: how many labels an object supplies.
+        regularisation: of the entropy, in Sinkhorn's iteration.
+        iterations: of it.
+    """
+
+    k: DynamicK
+    regularisation: float
+    iterations: int
+
+    def __call__(self, pairs: Pairs, cost: Tensor, background: Tensor) -> Tensor:
+        """
+        Args:
+            pairs: of all objects.
+            background: (P,) what it costs the anchor of each pair to have no object.
+        Returns:
+            (P,) bool: pairs that get most of their anchor, as a share of the most that their object
+            gives to any.
+        """
+        gt, eps = pairs.scene.gt, self.regularisation
+        supply = self.k.of(pairs).to(cost.dtype)
+        slot, column = pairs.slot.unique(return_inverse=True)
+        nothing = cost.new_empty(len(slot)).scatter_(0, column, background)
+        image = slot.div(len(pairs.scene.anchors.boxes), rounding_mode="floor")
+        rest = cost.new_full((gt.num_images,), len(pairs.scene.anchors.boxes))
+        # Anchors of no pair are the background's, all alike.
+        others = rest.scatter_add(0, image, -cost.new_ones(len(image)))
+        rest = rest.scatter_add(0, gt.image_index, -supply).clamp(min=0)
+        demand = math.log1p(1e-8)
+
+        u, v, b = cost.new_ones(len(gt)), cost.new_ones(len(slot)), torch.ones_like(rest)
+        columns = torch.cat([column, torch.arange(len(slot), device=column.device)])
+        images = torch.cat([image, torch.arange(len(rest), device=image.device)])
+
+        def plan() -> tuple[Tensor, Tensor]:
+            """Logarithms of what objects and background give to the anchors."""
+            return (u[pairs.owner] + v[column] - cost) / eps, (b[image] + v - nothing) / eps
+
+        for _ in range(self.iterations):
+            v = v + eps * (demand - _logsumexp(torch.cat(plan()), columns, len(slot)))
+            given, kept = plan()
+            u = u + eps * ((supply + 1e-8).log() - _logsumexp(given, pairs.owner, len(gt)))
+            kept = torch.cat([kept, others.log() + demand])
+            before, b = b, b + eps * ((rest + 1e-8).log() - _logsumexp(kept, images, len(rest)))
+        given, kept = plan()
+        most = cost.new_full((len(gt),), -torch.inf)
+        most.scatter_reduce_(0, pairs.owner, given, "amax")
+        # What an anchor of no pair is given, whose column summed up before the last step.
+        most_kept = torch.where(others > 0, demand + (b - before) / eps, -torch.inf)
+        most_kept = most_kept.scatter_reduce(0, image, kept, "amax")
+        given, kept = given - most[pairs.owner], kept - most_kept[image]
+        best = kept.scatter_reduce(0, column, given, "amax")
+        wins = given == best[column]
+        winner = torch.full_like(slot, len(gt))
+        winner.scatter_reduce_(0, column[wins], pairs.owner[wins], "amin")
+        return wins & (pairs.owner == winner[column])
+
+
+def _logsumexp(values: Tensor, segment: Tensor, count: int) -> Tensor:
+    """(count,) of the values of each segment."""
+    peak = values.new_full((count,), -torch.inf).scatter_reduce(0, segment, values, "amax")
+    shares = (values - peak[segment]).exp()
+    return peak + torch.zeros_like(peak).scatter_add(0, segment, shares).log()
