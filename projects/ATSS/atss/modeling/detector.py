@@ -14,12 +14,15 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from ..anchors import Anchors, GridAnchorGenerator
+from ..geometry import area
 from ..structures import Assignment, GroundTruth, HeadOutput, Predictions
 from .box_coding import BoxCode, LegacyPixels
 from .branch import Assigner, Branch, Phase
 from .criterion import Criterion, Quotient, divide
 from .postprocess import PostProcessor
 
+# COCO's: (least, greatest) square root of the area, in pixels.
+SIZES = {"small": (0, 32), "medium": (32, 96), "large": (96, float("inf"))}
 LEGACY_PIXELS_IN_TRAINING = (
     "MODEL.ATSS.LEGACY_PIXELS True is for inference with weights of the authors' code: set it to "
     "False to train them on"
@@ -252,9 +255,16 @@ class ATSSDetector(DenseDetector):
             for name, assignment in assignments.items():
                 prefix = "" if name == self.inference else f"{name}/"
                 counts = assignment.positives_per_object(len(gt)).cpu()
-                mean, without = counts.float().mean().item(), (counts == 0).sum().item()
-                storage.put_scalar(f"{prefix}assignment/positives_per_object", mean)
-                storage.put_scalar(f"{prefix}assignment/objects_without_positive", without)
+                name = f"{prefix}assignment/objects_without_positive"
+                storage.put_scalar(
+                    f"{prefix}assignment/positives_per_object", counts.float().mean().item()
+                )
+                storage.put_scalar(name, (counts == 0).sum().item())
+                # On the canvas, by COCO's sizes.
+                side = area(gt.boxes.cpu()).sqrt()
+                for size, (low, high) in SIZES.items():
+                    without = (counts == 0) & (side >= low) & (side < high)
+                    storage.put_scalar(f"{name}_{size}", without.sum().item())
         if self.vis_period > 0 and storage.iter % self.vis_period == 0:
             height, width = images.image_sizes[0]
             image = images.tensor[0, :, :height, :width] * self.pixel_std + self.pixel_mean
