@@ -34,14 +34,14 @@ def locations(anchors) -> np.ndarray:
     return np.concatenate(centres)
 
 
-def atss(anchors, gt_boxes: np.ndarray, k: int, count: str) -> np.ndarray:
+def atss(anchors, gt_boxes: np.ndarray, k: int, count: str, like: str = "iou") -> np.ndarray:
     """(R,) ground-truth index or -1, by Algorithm 1; ties go to lower indices."""
     boxes = anchors.boxes.double().numpy()
     gt = gt_boxes.astype(np.float64)
     owner, best = np.full(len(boxes), -1), np.full(len(boxes), -np.inf)
     if len(gt) == 0:
         return owner
-    overlap = pairwise_iou(gt, boxes)
+    overlap = SIMILARITIES[like](gt, boxes)
     centre, gt_centre = locations(anchors), (gt[:, :2] + gt[:, 2:]) / 2
     ends = np.cumsum(anchors.per_level)
     for g in range(len(gt)):

@@ -14,30 +14,34 @@ from atss.modeling import BOX_CODES, CLS_LOSSES, HEAD_REGISTRY
 
 # What each page registers.
 PAGES = {
-    "own_assigner": (ASSIGNER_REGISTRY, "NearestInside"),
-    "own_box_code": (BOX_CODES, "pairs"),
-    "own_class_loss": (CLS_LOSSES, "poly"),
-    "own_head": (HEAD_REGISTRY, "OneTower"),
+    "own_assigner": (ASSIGNER_REGISTRY, ["NearestInside", "BestInside"]),
+    "own_box_code": (BOX_CODES, ["pairs"]),
+    "own_class_loss": (CLS_LOSSES, ["poly"]),
+    "own_head": (HEAD_REGISTRY, ["OneTower"]),
 }
 
 
 @pytest.fixture(params=PAGES)
 def page(request):
-    """Runs the Python of a page; gives its file's name, its names and its yaml."""
+    """Runs the Python of a page; gives its file's name, its names and its yamls."""
     text = (ROOT / "docs" / f"{request.param}.md").read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
     names = {}
     for language, code in blocks:
         if language == "python":
             exec(compile(code, request.param, "exec"), names)
-    yield request.param, names, next(code for language, code in blocks if language == "yaml")
-    kind, name = PAGES[request.param]
-    del kind.entries[name]
+    yield request.param, names, [code for language, code in blocks if language == "yaml"]
+    kind, registered = PAGES[request.param]
+    for name in registered:
+        del kind.entries[name]
 
 
 # What the page has made and printed.
 MADE = {
-    "own_assigner": lambda x: x["assignment"].positives_per_object(2).min() > 0,
+    "own_assigner": lambda x: (
+        x["assignment"].positives_per_object(2).min() > 0
+        and x["found"].positives_per_object(2).min() > 0
+    ),
     "own_box_code": lambda x: torch.equal(x["box"], x["anchor"]),
     "own_class_loss": lambda x: x["entropy"].shape == (2,),
     "own_head": lambda x: x["output"].classes.shape == (2, 80, 3),
@@ -45,22 +49,32 @@ MADE = {
 
 
 def test_a_part_of_ones_own_works_and_trains_by_its_yaml(page, tmp_path):
-    name, names, code = page
+    name, names, codes = page
     assert MADE[name](names)
-    config = tmp_path / "my_config.yaml"
+    assert len(codes) == len(PAGES[name][1])
+    models = [train(tmp_path / f"my_config_{i}.yaml", code) for i, code in enumerate(codes)]
+    model = models[0]
+    own = {
+        "own_assigner": lambda: (
+            model.branches["main"].at(0).assigner.min_iou == 0.3
+            and models[1].branches["main"].at(0).assigner.margin == 1.0
+        ),
+        "own_box_code": lambda: model.box_coder.channels == 8,
+        "own_class_loss": lambda: model.branches["main"].at(0).criterion.cls_loss.epsilon == 0.5,
+        "own_head": lambda: model.head.cls_score.in_channels == 96,
+    }
+    assert own[name]()
+
+
+def train(config, code):
+    """The model of a page's yaml, after a step's losses."""
     config.write_text(code.replace("configs/", f"{ROOT}/configs/"))
     opts = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "")
     opts += ("DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.ATSS.NUM_CLASSES", 3)
     model = build_model(load_config(config, opts=opts)).train()
     losses = model([make_input([[20, 20, 90, 80]], [0])])
     assert torch.isfinite(sum(losses.values()))
-    own = {
-        "own_assigner": lambda: model.branches["main"].at(0).assigner.min_iou == 0.3,
-        "own_box_code": lambda: model.box_coder.channels == 8,
-        "own_class_loss": lambda: model.branches["main"].at(0).criterion.cls_loss.epsilon == 0.5,
-        "own_head": lambda: model.head.cls_score.in_channels == 96,
-    }
-    assert own[name]()
+    return model
 
 
 def test_every_file_that_a_page_names_exists():

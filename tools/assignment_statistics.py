@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from atss.analysis.files import try_to_write
 from atss.analysis.plots import plot_statistics
-from atss.analysis.statistics import compare, table, write_csv
+from atss.analysis.statistics import compare, constants, table, write_csv
 from atss.config import get_config_file
 from atss.engine.run import NoSuchModule, import_modules
 
@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
             *(args.annotations, args.config_file, args.rules, args.opts, tqdm),
             *(args.weights, args.images),
         )
+        fitting = constants(args.annotations, args.config_file[0], args.opts)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     objects, columns, top = found
@@ -70,6 +71,9 @@ def main(argv: list[str] | None = None) -> None:
     plot_statistics(objects, columns, top, args.output / "plot.png")
     write_csv(objects, args.output / "objects.csv")
     print((args.output / "table.md").read_text())
+    keys = {"CONSTANT": "nwd.CONSTANT", "M": "simd.M", "N": "simd.N"}
+    fitting = ", ".join(f"{keys[name]} {value:.3g}" for name, value in fitting.items())
+    print(f"Similarities that fit these objects, under MODEL.ATSS.SIMILARITIES: {fitting}")
     print(f"Written: table.md, plot.png and objects.csv in {args.output}")
 
 

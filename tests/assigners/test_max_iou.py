@@ -7,7 +7,7 @@ import torch
 from conftest import GOLDEN, make_gt
 
 from atss import BACKGROUND, IGNORE, Anchors
-from atss.assigners import MaxIoU, max_iou
+from atss.assigners import NWD, IoU, MaxIoU, SimD, max_iou
 from atss.assigners.pairs import rectangles
 
 REFERENCE = np.load(GOLDEN / "iou_assignment.npz")
@@ -27,18 +27,20 @@ def test_reference_vectors(case):
     np.testing.assert_array_equal(gt_index[~tie], REFERENCE[f"{case}/matched"][~tie])
 
 
-def brute_force(anchors, gt, low_quality, in_box):
+def brute_force(anchors, gt, low_quality, in_box, like="iou", claimant=False):
     """(R,) over all anchors, in float64."""
     boxes = anchors.boxes.double().numpy()
     if len(gt) == 0:
         return np.full(len(boxes), BACKGROUND)
-    overlap = oracle.pairwise_iou(gt.astype(np.float64), boxes)
+    overlap = oracle.SIMILARITIES[like](gt.astype(np.float64), boxes)
+    overlap[overlap < 1e-12] = 0
     owner, best = overlap.argmax(axis=0), overlap.max(axis=0)
     result = np.where(best >= 0.5, owner, np.where(best < 0.4, BACKGROUND, IGNORE))
     if low_quality:
         top = overlap.max(axis=1, keepdims=True)
-        claimed = ((overlap == top) & (top > 0)).any(axis=0)
-        result = np.where(claimed, owner, result)
+        claims = (overlap == top) & (top > 0)
+        last = len(gt) - 1 - claims[::-1].argmax(axis=0)
+        result = np.where(claims.any(axis=0), last if claimant else owner, result)
     if in_box:
         centre, mine = (boxes[:, :2] + boxes[:, 2:]) / 2, gt.astype(np.float64)[owner]
         inside = np.minimum(centre - mine[:, :2], mine[:, 2:] - centre).min(axis=1) > 0.01
@@ -64,6 +66,31 @@ def test_equals_brute_force(low_quality, in_box, ratios):
         expected = brute_force(anchors, boxes, low_quality, in_box)
         np.testing.assert_array_equal(image, np.where(expected >= 0, expected + first, expected))
         first += len(boxes)
+
+
+@pytest.mark.parametrize("like", ["iou", "nwd", "simd"])
+@pytest.mark.parametrize("claimed", ["best", "claimant"])
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_brute_force_by_any_similarity(like, claimed, seed):
+    """Also of objects of a pixel, of the whole canvas, and far beyond it."""
+    hw = (160, 350)
+    anchors = Anchors.grid(hw, scales=(1.0, 4.0))
+    rng = np.random.default_rng(seed)
+    objects = oracle.random_boxes(rng, 50, hw)
+    objects[:20, 2:] = objects[:20, :2] + rng.uniform(1, 9, (20, 2))
+    objects[-1] = (900, 900, 950, 950)
+    objects[-2] = (1e5, 10, 1e5 + 40, 60)
+    similarity = {"iou": IoU, "nwd": NWD, "simd": SimD}[like]()
+    rule = MaxIoU(0.3, 0.6, similarity=similarity, claimed=claimed)
+    found = rule(anchors, make_gt(objects)).gt_index[0].numpy()
+    overlap = oracle.SIMILARITIES[like](objects.astype(np.float64), anchors.boxes.double().numpy())
+    expected = brute_force(anchors, objects, True, False, like, claimed == "claimant")
+    # The thresholds of this rule.
+    best = overlap.max(axis=0)
+    plain = np.where(best >= 0.6, overlap.argmax(axis=0), np.where(best < 0.3, BACKGROUND, IGNORE))
+    top = overlap.max(axis=1, keepdims=True)
+    claims = ((overlap == top) & (top >= 1e-12)).any(axis=0)
+    np.testing.assert_array_equal(found, np.where(claims, expected, plain))
 
 
 @pytest.mark.parametrize("in_box", [False, True])

@@ -9,13 +9,13 @@ from atss.assigners import TopK
 from atss.assigners.pairs import surrounding_locations
 
 
-def brute_force(anchors, gt, k):
+def brute_force(anchors, gt, k, like="iou"):
     """(R,) over all anchors, in float64; what agrees to 2^-40 ties, and goes to lower indices."""
     boxes, gt = anchors.boxes.double().numpy(), gt.astype(np.float64)
     owner, best = np.full(len(boxes), BACKGROUND), np.full(len(boxes), -np.inf)
     if len(gt) == 0:
         return owner
-    overlap = oracle.pairwise_iou(gt, boxes)
+    overlap = oracle.SIMILARITIES[like](gt, boxes)
     centre, gt_centre = (boxes[:, :2] + boxes[:, 2:]) / 2, (gt[:, :2] + gt[:, 2:]) / 2
     distance = np.linalg.norm(centre[None] - gt_centre[:, None], axis=2)
     score = np.round((overlap - distance / distance.max() / 1000) * 2.0**40)

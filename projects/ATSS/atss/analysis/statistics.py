@@ -23,7 +23,7 @@ from ..config import (
 from ..data.coco_json import Objects, find_in_json, read_coco
 from ..data.findings import ERROR
 from ..data.images import read
-from ..geometry import centres, iou
+from ..geometry import area, centres, iou
 from ..predictor import Predictor
 from ..structures import GroundTruth, Predictions
 
@@ -197,13 +197,7 @@ def compare(
     Raises:
         ValueError: naming what is wrong with the file, the configs or the rules.
     """
-    content = read_coco(annotations)
-    findings, objects = find_in_json(content)
-    for finding in findings:
-        if finding.level == ERROR:
-            raise ValueError(f"{annotations} has {finding.sentence()}")
-    if objects is None or not objects.used.any():
-        raise ValueError(f"{annotations} has no objects")
+    content, objects = _read(annotations)
     cfgs: dict[str, CfgNode] = {}
     if len(config_files) == 1:
         cfg = load_config(*config_files, opts=opts)
@@ -234,6 +228,22 @@ def compare(
     return records, list(samplings), reach.pop() if len(reach) == 1 else None
 
 
+def _read(annotations: str) -> tuple[dict, Objects]:
+    """The content of a json, and its objects.
+
+    Raises:
+        ValueError: where it has errors, or no objects.
+    """
+    content = read_coco(annotations)
+    findings, objects = find_in_json(content)
+    for finding in findings:
+        if finding.level == ERROR:
+            raise ValueError(f"{annotations} has {finding.sentence()}")
+    if objects is None or not objects.used.any():
+        raise ValueError(f"{annotations} has no objects")
+    return content, objects
+
+
 def _predict(cfg: CfgNode, weights: str, content: dict, image_dir: str) -> Predict:
     predictor = Predictor(cfg, weights)
 
@@ -242,6 +252,46 @@ def _predict(cfg: CfgNode, weights: str, content: dict, image_dir: str) -> Predi
         return predictor.at_anchors([read(file) for file in files])
 
     return predict
+
+
+def constants(
+    annotations: str,
+    config_file: str,
+    opts: Sequence[str] = (),
+    progress: Progress = lambda items, **_: items,
+) -> dict[str, float]:
+    """What the authors of similarities for tiny objects would choose for these: NWD's constant, the
+    mean side of an object in pixels of the canvas; and SimD's m and n, the means over all objects
+    and anchors of the distance of their centres along x and y over the sum of both sides."""
+    content, objects = _read(annotations)
+    cfg = load_config(config_file, opts=opts)
+    sampling, size = build_sampling(cfg), (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    sides, distances, pairs = 0.0, np.zeros(2), 0
+    for canvas, _, _, gt, _ in on_canvases(
+        content, objects, [size], sampling.divisibility, progress
+    ):
+        anchors = sampling.anchors(canvas)
+        sides += float(area(gt.boxes).double().sqrt().sum())
+        distances += _relative_distances(anchors, gt.boxes)
+        pairs += len(gt) * len(anchors.boxes)
+    m, n = distances / pairs
+    return {"CONSTANT": sides / int(objects.used.sum()), "M": float(m), "N": float(n)}
+
+
+def _relative_distances(anchors: Anchors, boxes: torch.Tensor) -> np.ndarray:
+    """(2,) sums over all pairs of |dx| / (w + w_anchor), and of the same for y and h. Anchors of a
+    column have one x, those of a row one y."""
+    boxes, total = boxes.double(), np.zeros(2)
+    middle, side = centres(boxes), boxes[:, 2:] - boxes[:, :2]
+    of_levels = anchors.boxes.double().split(anchors.per_level)
+    for stride, size, level in zip(anchors.strides, anchors.sizes, of_levels, strict=True):
+        for cell in level[: anchors.num_anchors]:
+            for axis, count in enumerate(size[::-1]):
+                at = (torch.arange(count, dtype=torch.float64) + anchors.offset) * stride
+                apart = (middle[:, axis, None] - at).abs().sum(dim=1)
+                together = side[:, axis] + cell[2 + axis] - cell[axis]
+                total[axis] += float((apart / together).sum()) * size[axis]
+    return total
 
 
 def groups(objects: list[dict]) -> dict[str, list[dict]]:

@@ -1,0 +1,87 @@
+"""How like each other boxes are: by hand, as far as they reach, and in the rules that use them."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import make_cfg, make_gt
+from test_top_k import brute_force as brute_top_k
+
+from atss import Anchors
+from atss.assigners import ATSS, NWD, IoU, SimD, TopK
+from atss.config import build_assigner
+
+ALL = {"iou": IoU(), "nwd": NWD(), "simd": SimD()}
+
+
+def boxes(*centre_and_size) -> torch.Tensor:
+    x, y, w, h = torch.tensor(centre_and_size, dtype=torch.float64).T
+    return torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], dim=-1)
+
+
+def test_by_hand():
+    """8 x 8 pixels at (10, 10) and 10 x 6 at (12, 11): W^2 = 4 + 1 + (4 + 4) / 4 = 7."""
+    a, b = boxes((10, 10, 8, 8), (12, 11, 10, 6))
+    assert IoU()(a, b).item() == pytest.approx(0.512195, abs=1e-6)
+    assert NWD()(a, b).item() == pytest.approx(np.exp(-np.sqrt(7) / 12.8))
+    assert NWD()(a, b).item() == pytest.approx(0.813264, abs=1e-6)
+    assert SimD(1, 1)(a, b).item() == pytest.approx(0.731199, abs=1e-6)
+    assert SimD()(a, b).item() == pytest.approx(0.182435, abs=1e-6)
+    apart = boxes((10, 10, 6, 6), (20, 10, 6, 6))
+    assert NWD()(*apart).item() == pytest.approx(0.457834, abs=1e-6)
+    assert NWD(6.4)(*apart).item() == pytest.approx(0.457834**2, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_is_more_similar_than_it_reaches(name):
+    """Of boxes of all sizes, some without area or the wrong way round."""
+    generator = torch.Generator().manual_seed(0)
+    middle = 25 * torch.randn(2, 20000, 2, generator=generator, dtype=torch.float64)
+    size = 3 ** (4 * torch.rand(2, 20000, 2, generator=generator, dtype=torch.float64)) - 2
+    a, b = torch.cat([middle - size / 2, middle + size / 2], dim=-1)
+    similarity = ALL[name](a, b)
+    assert ((similarity >= 0) & (similarity <= 1)).all()
+    scale, distance = ALL[name].reach(similarity)
+    together = (a[:, 2:] - a[:, :2]).clamp(min=0) + (b[:, 2:] - b[:, :2]).clamp(min=0)
+    apart = ((a[:, :2] + a[:, 2:]) - (b[:, :2] + b[:, 2:])).abs() / 2
+    known = similarity > 0
+    assert known.sum() > 500
+    assert (apart <= scale * together / 2 + distance + 1e-9)[known].all()
+    if name == "iou":
+        twins = a[known] + torch.tensor([5.0, 0, 5, 0])  # boxes of one size, along one axis
+        overlap = IoU()(a[known], twins)
+        sides = (a[known][:, 2] - a[known][:, 0]).clamp(min=0)
+        reach = IoU().reach(overlap)[0][:, 0] * sides
+        assert (reach >= 5 - 1e-9)[overlap > 0].all()
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("seed", range(3))
+def test_rules_that_measure_by_them(name, seed):
+    hw = (160, 350)
+    anchors = Anchors.grid(hw)
+    rng = np.random.default_rng(seed)
+    objects = oracle.random_boxes(rng, 40, hw)
+    objects[:20, 2:] = objects[:20, :2] + rng.uniform(1, 9, (20, 2))
+    gt = make_gt(objects)
+    found = ATSS(similarity=ALL[name])(anchors, gt).gt_index[0]
+    np.testing.assert_array_equal(found, oracle.atss(anchors, objects, 9, "anchors", name))
+    found = TopK(similarity=ALL[name])(anchors, gt).gt_index[0]
+    np.testing.assert_array_equal(found, brute_top_k(anchors, objects, 9, name))
+
+
+def test_they_are_named_and_set_in_configs():
+    rule = build_assigner(
+        make_cfg(
+            *("MODEL.ATSS.ASSIGNERS.ATSS.SIMILARITY", "nwd"),
+            *("MODEL.ATSS.SIMILARITIES.nwd.CONSTANT", 20.0),
+        )
+    )
+    assert rule.similarity == NWD(20.0)
+    with pytest.raises(ValueError, match=r"SIMILARITIES.nwd.CONSTANT must be from 0.001 to 1e\+06"):
+        build_assigner(
+            make_cfg(
+                *("MODEL.ATSS.ASSIGNERS.ATSS.SIMILARITY", "nwd"),
+                *("MODEL.ATSS.SIMILARITIES.nwd.CONSTANT", -1.0),
+            )
+        )
