@@ -8,6 +8,7 @@ from conftest import GOLDEN, make_gt
 
 from atss import BACKGROUND, Anchors, HeadOutput
 from atss.assigners import ATSS, NWD, OTA, PAA, TAL, SimD, SimOTA, SoftLabel
+from atss.assigners.cuts import mixture
 from atss.structures import Predictions
 
 VECTORS = {
@@ -153,3 +154,134 @@ def test_equals_brute_force(name, seed):
         assert (found.score is None) == (brute in (oracle.paa, oracle.ddod))
         if found.score is not None:
             np.testing.assert_allclose(found.score[i], score, rtol=1e-5, atol=1e-6)
+
+
+def scene_of(boxes, classes, logits, predicted, hw=(64, 64), strides=(8,), scales=(2.0,)):
+    """One image, one level."""
+    anchors = Anchors.grid(hw, strides=strides, scales=scales)
+    return anchors, make_gt(boxes, classes=classes), predict(logits[None], predicted[None])
+
+
+@pytest.fixture
+def by_hand():
+    """8 x 8 locations of 8 pixels; an object of 32 pixels around the four in the middle, whose
+    anchors say 0.5 of its class. Each predicts it moved by its own number of pixels."""
+    boxes = torch.tensor([[16.0, 16, 48, 48]])
+    moved = torch.arange(64.0).view(64, 1) % 16
+    predicted = boxes + torch.cat([moved, 0 * moved, moved, 0 * moved], dim=1)
+    logits = torch.zeros(64, 2)
+    return scene_of(boxes, [1], logits, predicted)
+
+
+def overlaps(moved):
+    return (32 - moved) / (32 + moved)
+
+
+def test_tal_by_hand(by_hand):
+    """Locations in rows of 8; the k-th predicts the object moved by k mod 16 pixels. Those that
+    move it by none, one or two lie outside, in columns 0 to 2 of even rows, but for 18 and 34."""
+    anchors, gt, seen = by_hand
+    found = TAL(top_k=12)(anchors, gt, seen)
+    # Rows 0, 2, 4, 6 begin with 0 pixels: columns 0, 1 and 2 of them are the best 12.
+    assert (found.gt_index[0] == 0).nonzero().squeeze(1).tolist() == [18, 34]
+    # Before: the best 12 of the 16 inside; rows 3 and 5 move by 8 more.
+    before = TAL(top_k=12, inside="before")(anchors, gt, seen)
+    inside = {row * 8 + column for row in (2, 3, 4, 5) for column in (2, 3, 4, 5)}
+    kept = sorted(inside, key=lambda i: (i % 16, i))[:12]
+    assert (before.gt_index[0] == 0).nonzero().squeeze(1).tolist() == sorted(kept)
+    # Of equal metrics the best has the highest overlap as its score, others in proportion.
+    best = overlaps(2)
+    np.testing.assert_allclose(found.score[0, [18, 34]], [best, best], rtol=1e-5)
+    expected = best * (overlaps(5) / best) ** 6
+    assert before.score[0, 21].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_simota_takes_as_many_as_overlap_rounded_down(by_hand):
+    """The four that say 0, 1, 2 and so on pixels, of which ten overlap most: 4 of 1, 4 of 31 / 33
+    and 2 of 30 / 34."""
+    anchors, gt, seen = by_hand
+    found = SimOTA(radius=8.0)(anchors, gt, seen)
+    k = int(4 * 1 + 4 * overlaps(1) + 2 * overlaps(2))
+    assert k == 9
+    assert (found.gt_index == 0).sum() == k
+    # All inside, though others overlap more.
+    inside = {row * 8 + column for row in (2, 3, 4, 5) for column in (2, 3, 4, 5)}
+    chosen = (found.gt_index[0] == 0).nonzero().squeeze(1).tolist()
+    assert chosen == sorted(sorted(inside, key=lambda i: (i % 16, i))[:k])
+    np.testing.assert_allclose(found.score[0, chosen], [overlaps(i % 16) for i in chosen])
+
+
+@pytest.mark.parametrize("rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), ATSS(alpha=0.5)])
+def test_rules_that_look_need_something_to_look_at(rule):
+    assert rule.looks_at_predictions
+    with pytest.raises(ValueError, match=rf"{type(rule).__name__} looks at what a model predicts"):
+        rule(Anchors.grid((64, 64)), make_gt([[0, 0, 9, 9]]))
+
+
+@pytest.mark.parametrize("rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), ATSS(alpha=0.5)])
+def test_nothing_is_learnt_through_a_choice(rule, by_hand):
+    anchors, gt, seen = by_hand
+    live = Predictions(seen.output.map(lambda x: x.requires_grad_()), seen.boxes.requires_grad_())
+    found = rule(anchors, gt, live)
+    assert (found.gt_index >= 0).any()
+    assert found.score is None or not found.score.requires_grad
+
+
+@pytest.mark.parametrize("rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA()])
+def test_probabilities_do_as_well_as_logits(rule):
+    anchors, gt, scores, boxes = of_case("crowded")
+    p = torch.from_numpy(scores).double().clamp(1e-3, 1 - 1e-3)
+    of_logits = rule(anchors, gt, predict((p / (1 - p)).log(), boxes))
+    of_probabilities = rule(anchors, gt, predict(p, boxes, probabilities=True))
+    assert torch.equal(of_logits.gt_index, of_probabilities.gt_index)
+
+
+def test_who_has_no_candidate_gets_what_the_others_leave_under_ota():
+    """Two objects beyond the canvas: one far away, one that some boxes reach."""
+    anchors = Anchors.grid((64, 64))
+    objects = torch.tensor([[8.0, 8, 40, 40], [70.0, 8, 100, 40], [900.0, 900, 930, 930]])
+    predicted = anchors.boxes.clone()
+    predicted[5] = torch.tensor([60.0, 8, 90, 40])
+    seen = predict(torch.full((1, len(predicted), 2), -2.0), predicted[None])
+    found = OTA()(anchors, make_gt(objects), seen)
+    counts = found.positives_per_object(3)
+    assert counts[0] > 0
+    assert found.gt_index[0, 5] == 1
+    assert (found.score[found.gt_index == 2] == 0).all()
+    assert (found.gt_index[0, [i for i in range(len(predicted)) if i != 5]] != 1).all()
+
+
+@pytest.mark.parametrize("rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), ATSS(alpha=0.5)])
+def test_pieces_of_a_batch_change_nothing(rule, monkeypatch):
+    """Few pairs at a time, as in crowds."""
+    anchors, gt, scores, boxes = of_case("crowded")
+    seen = predict(scores, boxes, probabilities=True)
+    whole = rule(anchors, gt, seen)
+    monkeypatch.setattr("atss.assigners.scene.PIECE", 7 * len(anchors.boxes))
+    monkeypatch.setattr("atss.assigners.atss.ATSS.CHUNK", 7)
+    in_pieces = rule(anchors, gt, seen)
+    assert torch.equal(whole.gt_index, in_pieces.gt_index)
+    assert whole.score is None or torch.equal(whole.score, in_pieces.score)
+
+
+def test_paa_takes_the_cheap_ones():
+    """An object whose 20 anchors cost what two bunches of numbers say: the lower is positive, up to
+    where it is densest."""
+    values = torch.tensor([[0.9, 1.0, 1.02, 1.04, 1.2, 4.8, 5.0, 5.1, torch.inf]]).double()
+    good, density = mixture(values)
+    assert good.tolist() == [[True] * 5 + [False] * 4]
+    assert density[0, :5].argmax() in (2, 3)
+    assert density[0, 8] == -torch.inf
+
+
+def test_refuses_numbers_that_make_no_sense():
+    for rule, argument, value, sentence in (
+        (TAL, "top_k", 0, "top_k must be from 1 on, not 0"),
+        (TAL, "inside", "never", r"inside is 'never'; known are \['after', 'before'\]"),
+        (TAL, "beta", 0.0, "beta must be from 0.1 on"),
+        (PAA, "take", "some", "take is 'some'"),
+        (OTA, "regularisation", 0.0, "regularisation must be from 0.001 on"),
+        (ATSS, "alpha", 1.5, "alpha must be from 0 to 1, not 1.5"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            rule(**{argument: value})
