@@ -5,6 +5,7 @@
     tools/benchmark.py model --against all       beside every peer that is installed
     tools/benchmark.py batching                  inference of 8 images, together and one by one
     tools/benchmark.py assignment                the assigner beside dense ones
+    tools/benchmark.py rules                     those that look at predictions, beside mmdet's
     tools/benchmark.py scaling                   how assignment grows; draws scaling.png
     tools/benchmark.py data                      what loading images costs
 
@@ -20,7 +21,7 @@ import sys
 from pathlib import Path
 
 import torch
-from benchmarks import assignment, data, model
+from benchmarks import assignment, data, model, rules
 from benchmarks.peers import PEERS, installed
 from benchmarks.timing import Seconds, table
 
@@ -146,6 +147,10 @@ def measure_assignment(args: argparse.Namespace) -> dict:
     return assignment.beside_dense(args.runs, installed("mmdet-atss"))
 
 
+def measure_rules(args: argparse.Namespace) -> dict:
+    return rules.beside_mmdet(args.runs, installed("mmdet-atss"), args.crowd)
+
+
 def measure_scaling(args: argparse.Namespace) -> dict:
     return assignment.scaling(args.runs, Path(args.plots))
 
@@ -204,6 +209,11 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--batch", type=int, default=8, help="images")
     command = commands.add_parser("assignment", parents=[shared])
     command.set_defaults(measure=measure_assignment)
+    command = commands.add_parser("rules", parents=[shared])
+    command.set_defaults(measure=measure_rules)
+    command.add_argument(
+        "--crowd", action="store_true", help="memory for 75,000 objects, too, which takes minutes"
+    )
     command = commands.add_parser("scaling", parents=[shared])
     command.set_defaults(measure=measure_scaling)
     command.add_argument("--plots", default="output/benchmark", metavar="FOLDER")

@@ -1,0 +1,207 @@
+"""The rules that look at predictions, beside mmdet's, and how their cost grows."""
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from atss import Anchors, GroundTruth, HeadOutput
+from atss.assigners import ATSS, OTA, PAA, TAL, SimOTA, SoftLabel
+from atss.assigners.cuts import mixture
+from atss.assigners.pairs import NOBODY, keep_best
+from atss.assigners.scene import Scene
+from atss.geometry import area
+from atss.structures import Predictions
+
+from .assignment import CPU, SMALL, random_objects
+from .peers import import_mmdet
+from .timing import in_fresh_process, in_turn, peak_mebibytes, table
+
+NUM_CLASSES = 20
+RULES = {
+    "ATSS": ATSS(),
+    "TAL": TAL(),
+    "SimOTA": SimOTA(),
+    "SoftLabel": SoftLabel(),
+    "OTA": OTA(),
+    "PAA": PAA(),
+}
+Seen = tuple[Anchors, GroundTruth, Predictions]
+
+
+def random_scene(count: int, num_images: int = 1) -> Seen:
+    """Objects of random_objects in 20 classes. Each anchor predicts the smallest object that it
+    lies in, or its own box, every side moved by a tenth (standard deviation) of the box's."""
+    anchors, gt = Anchors.grid(SMALL), random_objects(count, SMALL, num_images)
+    generator = torch.Generator().manual_seed(1)
+    classes = torch.randint(NUM_CLASSES, (count,), generator=generator)
+    gt = GroundTruth(gt.boxes, classes, gt.image_index, num_images)
+    shape = (num_images, len(anchors.boxes))
+    own = anchors.boxes.expand(*shape, 4)
+    scene = Scene(anchors, gt, Predictions(HeadOutput(None, own, None), own))
+    smallness = torch.full((scene.num_slots,), -torch.inf)
+    owner = torch.full((scene.num_slots,), NOBODY)
+    sides = gt.boxes.double()[:, None].expand(-1, len(anchors.strides), -1)
+    for objects in scene.pieces(scene.every(), len(anchors.boxes)):
+        pairs = scene.between(objects, sides[objects, :, :2], sides[objects, :, 2:])
+        pairs = pairs.at(pairs.inside())
+        keep_best(smallness, owner, pairs.slot, pairs.owner, -area(pairs.objects).float())
+    held = (owner != NOBODY)[:, None]
+    boxes = torch.where(held, gt.boxes[owner.clamp(max=count - 1)], own.flatten(0, 1))
+    sizes = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    boxes = boxes + 0.1 * sizes * torch.randn(boxes.shape, generator=generator)
+    boxes = boxes.view(*shape, 4)
+    logits = torch.randn(*shape, NUM_CLASSES, generator=generator) - 3
+    return anchors, gt, Predictions(HeadOutput(logits, boxes, None), boxes)
+
+
+def mmdets(anchors: Anchors, gt: GroundTruth, seen: Predictions) -> dict[str, Callable]:
+    """mmdet's assigners on one image, by the names of ours.
+
+    Raises:
+        ImportError: where it is not installed.
+    """
+    import_mmdet()
+    from mmdet.models.task_modules.assigners import (
+        DynamicSoftLabelAssigner,
+        SimOTAAssigner,
+        TaskAlignedAssigner,
+    )
+    from mmengine.structures import InstanceData
+
+    centre = (anchors.boxes[:, :2] + anchors.boxes[:, 2:]) / 2
+    points = torch.cat([centre, anchors.stride[:, None].expand(-1, 2)], dim=1)
+    objects = InstanceData(bboxes=gt.boxes, labels=gt.classes)
+    logits, boxes = seen.output.classes[0], seen.boxes[0]
+    kinds = {
+        "TAL": (TaskAlignedAssigner(topk=13), anchors.boxes, logits.sigmoid()),
+        "SimOTA": (SimOTAAssigner(), points, logits.sigmoid()),
+        "SoftLabel": (DynamicSoftLabelAssigner(), points, logits),
+    }
+
+    def call(assigner, priors, scores) -> Callable:
+        instances = InstanceData(priors=priors, bboxes=boxes, scores=scores)
+        return lambda: assigner.assign(instances, objects).gt_inds[None] - 1
+
+    return {name: call(*kind) for name, kind in kinds.items()}
+
+
+def sklearns_mixture(values: np.ndarray) -> None:
+    """What :func:`mixture` does, object by object, as PAA's authors and mmdet do it."""
+    from sklearn.mixture import GaussianMixture
+
+    for row in values:
+        x = row[np.isfinite(row)][:, None]
+        if len(x) > 1:
+            model = GaussianMixture(
+                2,
+                weights_init=[0.5, 0.5],
+                means_init=[x.min(axis=0), x.max(axis=0)],
+                precisions_init=np.ones((2, 1)),
+                covariance_type="diag",
+            )
+            model.fit(x)
+            model.predict(x)
+            model.score_samples(x)
+
+
+def extra_mebibytes(name: str, count: int, num_images: int) -> float:
+    """By how much one call raises the peak memory of this process."""
+    rule = RULES[name]
+    rule(*random_scene(3))  # what the library itself loads
+    scene = random_scene(count, num_images)
+    # So that what the scene was made with does not hide what the rule needs.
+    ballast = torch.ones(max(0, int((peak_mebibytes() - _resident()) * 2**18)))
+    before = peak_mebibytes()
+    rule(*scene)
+    del ballast
+    return peak_mebibytes() - before
+
+
+def _resident() -> float:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+
+def beside_mmdet(runs: int, against_mmdet: bool, crowd: bool) -> dict:
+    """Prints tables of milliseconds, ratios and memory; returns what stands in them."""
+    report: dict = {"ms": {}, "mmdet": {}, "MiB": {}}
+    rows = []
+    for count in (7, 100, 1000, 5000):
+        scene = random_scene(count)
+        functions = {n: lambda r=rule, s=scene: r(*s) for n, rule in RULES.items()}
+        seconds = in_turn(functions, runs, CPU)
+        report["ms"][count] = {name: s.median * 1e3 for name, s in seconds.items()}
+        rows.append([count, *(f"{s.median * 1e3:.1f}" for s in seconds.values())])
+    print("\nmilliseconds, one image of 800 x 1344 with so many objects\n")
+    print(table(["objects", *RULES], rows))
+    ms = report["ms"]
+    growth = {name: ms[5000][name] / ms[1000][name] for name in RULES}
+    print("\n5,000 against 1,000:", ", ".join(f"{n} {x:.1f}" for n, x in growth.items()))
+
+    rows = []
+    for count in (100, 1000) if against_mmdet else ():
+        scene = random_scene(count)
+        theirs = mmdets(*scene)
+        # At 1,000 objects mmdet's others want more than 23 GB.
+        for name in theirs if count == 100 else ["TAL"]:
+            rule = RULES[name]
+            functions = {"ours": lambda r=rule, s=scene: r(*s), "mmdet": theirs[name]}
+            seconds = in_turn(functions, runs, CPU)
+            ours, mmdet = (seconds[x].median * 1e3 for x in functions)
+            differ = int((rule(*scene).gt_index != theirs[name]()).sum())
+            rows.append([name, count, f"{ours:.1f}", f"{mmdet:.1f}", f"{mmdet / ours:.1f}", differ])
+            report["mmdet"][f"{name}, {count}"] = {"ours": ours, "mmdet": mmdet, "differ": differ}
+    if rows:
+        header = ["rule", "objects", "ours [ms]", "mmdet [ms]", "ratio", "anchors that differ"]
+        print("\n" + table(header, rows))
+
+    values = _paa_costs(*random_scene(100))
+    functions = {
+        "ours": lambda: mixture(values),
+        "scikit-learn": lambda: sklearns_mixture(values.numpy()),
+    }
+    with warnings.catch_warnings(action="ignore"):
+        seconds = in_turn(functions, runs, CPU)
+    ours, loop = seconds["ours"].median * 1e3, seconds["scikit-learn"].median * 1e3
+    print(
+        f"\nPAA's mixture of 100 objects: {ours:.2f} ms, scikit-learn's loop {loop:.0f} ms, "
+        f"{loop / ours:.0f} times"
+    )
+    report["mixture"] = {"ours": ours, "scikit-learn": loop}
+
+    memory = {n: in_fresh_process(extra_mebibytes, n, 1000, 1) for n in RULES}
+    print("\nMiB at 1,000 objects:", ", ".join(f"{n} {x:.0f}" for n, x in memory.items()))
+    report["MiB"]["1,000"] = memory
+    if crowd:
+        memory = {n: in_fresh_process(extra_mebibytes, n, 75000, 128) for n in RULES}
+        print("MiB at 75,000 objects on 128 images:", end=" ")
+        print(", ".join(f"{n} {x:.0f}" for n, x in memory.items()))
+        report["MiB"]["75,000"] = memory
+    return report
+
+
+def _paa_costs(anchors: Anchors, gt: GroundTruth, seen: Predictions) -> torch.Tensor:
+    """(G, M) in rising order, infinite where a row ends: what PAA fits its mixtures to."""
+    rule, kept = PAA(), []
+    pairs_of = rule.cost
+
+    def cost(pairs):
+        values = pairs_of(pairs)
+        kept.append((pairs, values))
+        return values
+
+    rule.cost = cost
+    rule(anchors, gt, seen)
+    (pairs, values), level_ends = kept[0], np.cumsum(anchors.per_level)
+    level = np.searchsorted(level_ends, pairs.index.numpy(), side="right")
+    table_ = np.full((len(gt), 9 * len(level_ends)), np.inf)
+    for g in range(len(gt)):
+        own = (pairs.owner == g).numpy()
+        pooled = np.concatenate(
+            [np.sort(values.numpy()[own & (level == x)])[:9] for x in range(len(level_ends))]
+        )
+        table_[g, : len(pooled)] = np.sort(pooled)
+    found = torch.from_numpy(table_)
+    return found[found[:, 0] < torch.inf]
