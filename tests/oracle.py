@@ -194,14 +194,18 @@ def _of_owner(owner, overlap):
 
 def ota(anchors, gt, classes, logits, boxes, top_k=20, radius=2.5, like="iou"):
     """(R,) index or -1, and (R,) score: the whole plan, with a row for the background, in which
-    what is no candidate costs a million."""
+    what is no candidate costs a million; of the objects that have a candidate."""
     points, overlap = locations(anchors), SIMILARITIES[like](gt, boxes)
     central = (centre_distance(points, gt) < radius * strides(anchors)[None, :, None]).all(axis=2)
     right = (inside_distance(points, gt) > 0.01) & central
     cost = class_costs(focal, logits, classes, np.ones_like(overlap))
     cost = cost - 1.5 * np.log(np.maximum(overlap, np.finfo(np.float32).eps)) + 1e6 * ~right
+    some = right.any(axis=1)
+    if not some.any():
+        return np.full(len(points), -1), np.zeros(len(points))
+    cost, right, all_overlap, overlap = cost[some], right[some], overlap, overlap[some]
     background = focal(logits, np.zeros_like(logits)).sum(axis=1)
-    counted = np.sort(np.where(right | ~right.any(axis=1)[:, None], overlap, 0), axis=1)[:, ::-1]
+    counted = np.sort(np.where(right, overlap, 0), axis=1)[:, ::-1]
     k = np.maximum(1, counted[:, :top_k].sum(axis=1).astype(int))
     supply = np.append(k, max(len(points) - k.sum(), 0))
     cost = np.vstack([cost, background])
@@ -211,8 +215,8 @@ def ota(anchors, gt, classes, logits, boxes, top_k=20, radius=2.5, like="iou"):
         u = 0.1 * (np.log(supply + 1e-8) - _logsumexp((u[:, None] + v - cost) / 0.1, 1)) + u
     plan = (u[:, None] + v - cost) / 0.1
     owner = (plan - plan.max(axis=1, keepdims=True)).argmax(axis=0)
-    owner = np.where(owner == len(gt), -1, owner)
-    return owner, _of_owner(owner, overlap)
+    owner = np.append(np.flatnonzero(some), -1)[owner]
+    return owner, _of_owner(owner, all_overlap)
 
 
 def _logsumexp(values, axis):
@@ -220,7 +224,18 @@ def _logsumexp(values, axis):
     return peak.squeeze(axis) + np.log(np.exp(values - peak).sum(axis=axis))
 
 
-def paa(anchors, gt, classes, logits, boxes, k=9, take="component", like="iou", box_weight=1.3):
+def paa(
+    anchors,
+    gt,
+    classes,
+    logits,
+    boxes,
+    k=9,
+    take="component",
+    like="iou",
+    box_weight=1.3,
+    own=False,
+):
     """(R,) index or -1, by scikit-learn's mixture."""
     from sklearn.mixture import GaussianMixture
 
@@ -228,7 +243,8 @@ def paa(anchors, gt, classes, logits, boxes, k=9, take="component", like="iou", 
     first = np.where(overlap.max(axis=0) >= 0.1, overlap.argmax(axis=0), -1)
     for g in range(len(gt)):
         if overlap[g].max() > 0:
-            first[overlap[g] == overlap[g].max()] = g
+            best = overlap[g] == overlap[g].max()
+            first[best] = overlap[:, best].argmax(axis=0) if own else g
     cost = class_costs(focal, logits, classes, np.ones_like(overlap))
     cost = cost + box_weight * _giou_losses(gt, boxes)
     owner = np.full(len(boxes), -1)

@@ -7,8 +7,9 @@ import torch
 from conftest import GOLDEN, make_gt
 
 from atss import BACKGROUND, Anchors, HeadOutput
-from atss.assigners import ATSS, NWD, OTA, PAA, TAL, SimD, SimOTA, SoftLabel
+from atss.assigners import ATSS, NWD, OTA, PAA, TAL, IoU, SimD, SimOTA, SoftLabel
 from atss.assigners.cuts import mixture
+from atss.assigners.scene import Scene
 from atss.structures import Predictions
 
 VECTORS = {
@@ -65,12 +66,15 @@ def test_scores_of_tal_are_the_reference_metric_scaled(case):
             np.testing.assert_allclose(found.score[0, own], expected, rtol=1e-4, atol=1e-6)
 
 
-def crowd(rng, hw, count):
-    """Objects of all sizes, some smaller than a cell, some beyond the canvas."""
-    boxes = oracle.random_boxes(rng, count, hw)
+def crowd(rng, hw, count, step=None):
+    """Objects of all sizes, some smaller than a cell, some beyond the canvas, some without area."""
+    boxes = oracle.random_boxes(rng, count, hw, step)
     tiny = rng.uniform(0, min(hw), (count // 4, 2))
     boxes[: len(tiny)] = np.concatenate([tiny, tiny + rng.uniform(0.5, 6, tiny.shape)], axis=1)
+    if step is not None:
+        boxes = (np.round(boxes / step) * step).astype(np.float32)
     if count > 3:
+        boxes[0, 2] = boxes[0, 0]
         boxes[-1] = np.array([hw[1] + 300, 10, hw[1] + 340, 60])
         boxes[-2] = boxes[-3]  # one place, twice
     return boxes
@@ -105,6 +109,11 @@ BRUTE = {
     "OTA of 3": (OTA(3, 1.5), oracle.ota, {"top_k": 3, "radius": 1.5}),
     "PAA": (PAA(), oracle.paa, {}),
     "PAA of all": (PAA(take="all"), oracle.paa, {"take": "all"}),
+    "PAA of the authors": (
+        PAA(box_weight=1.0, take="all", claims_go_to="best"),
+        oracle.paa,
+        {"box_weight": 1.0, "take": "all", "own": True},
+    ),
     "PAA of 3": (PAA(3, box_weight=1.0), oracle.paa, {"k": 3, "box_weight": 1.0}),
     "ATSS of predictions": (ATSS(alpha=0.8), oracle.ddod, {}),
     "ATSS of boxes": (ATSS(4, alpha=0.5), oracle.ddod, {"k": 4, "alpha": 0.5}),
@@ -124,17 +133,23 @@ def expected(brute, arguments, anchors, objects, classes, logits, boxes):
     return brute(anchors, objects, classes, logits.astype(np.float64), boxes, **arguments)
 
 
-@pytest.mark.parametrize("name", BRUTE)
-@pytest.mark.parametrize(
-    "seed", [0, 1, *(pytest.param(s, marks=pytest.mark.slow) for s in range(2, 12))]
-)
-def test_equals_brute_force(name, seed):
+# Canvas, and how anchors lie on it; on whole steps of pixels distances and overlaps tie.
+PLACES = {
+    "plain": ((160, 350), {}, None),
+    "other": ((160, 350), {"offset": 0.0, "strides": (7, 12, 30)}, 4),
+    "nine anchors": ((96, 160), {"scales": (8.0, 10.08, 12.7), "ratios": (0.5, 1.0, 2.0)}, 4),
+    "one level": ((64, 96), {"strides": (8,), "scales": (3.0,)}, 4),
+}
+
+
+def compare(name, place, seed):
     """A batch of unlike images: crowded, empty, with few objects; whose objects come mixed up."""
     rule, brute, arguments = BRUTE[name]
     rng = np.random.default_rng(seed)
-    hw, num_classes = (160, 350), 5
-    anchors = Anchors.grid(hw)
-    images = [crowd(rng, hw, count) for count in (40, 0, 3, 9)]
+    hw, layout, step = PLACES[place]
+    num_classes = 5
+    anchors = Anchors.grid(hw, **layout)
+    images = [crowd(rng, hw, count, step) for count in (40, 0, 3, 9)]
     labels = [rng.integers(num_classes, size=len(x)) for x in images]
     said = [guesses(rng, anchors, *x, num_classes) for x in zip(images, labels, strict=True)]
     image_index = np.repeat(np.arange(4), [len(x) for x in images])
@@ -143,8 +158,9 @@ def test_equals_brute_force(name, seed):
         np.concatenate(images)[order], image_index[order], 4, np.concatenate(labels)[order]
     )
     found = rule(anchors, gt, predict(*(np.stack(x) for x in zip(*said, strict=True))))
+    area = (gt.boxes[:, 2:] - gt.boxes[:, :2]).prod(dim=1).numpy()
     for i, (logits, boxes) in enumerate(said):
-        own = np.flatnonzero(image_index[order] == i)
+        own = np.flatnonzero((image_index[order] == i) & (area > 0))
         owner, score = expected(
             *(brute, arguments, anchors, gt.boxes.numpy()[own], gt.classes.numpy()[own]),
             *(logits, boxes),
@@ -154,6 +170,59 @@ def test_equals_brute_force(name, seed):
         assert (found.score is None) == (brute in (oracle.paa, oracle.ddod))
         if found.score is not None:
             np.testing.assert_allclose(found.score[i], score, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BRUTE)
+@pytest.mark.parametrize("seed", [0, 2, *(pytest.param(s, marks=SLOW) for s in range(3, 20))])
+def test_equals_brute_force(name, seed):
+    compare(name, "plain", seed)
+
+
+# Elsewhere the last bits decide: of exponentials that tie, of squares of odd strides.
+@pytest.mark.parametrize("place", list(PLACES)[1:])
+@pytest.mark.parametrize("name", [x for x in BRUTE if not x.startswith(("PAA by", "ATSS"))])
+def test_equals_brute_force_on_other_grids(name, place):
+    compare(name, place, 1)
+
+
+@pytest.mark.parametrize("similarity", [IoU(), NWD(), SimD()])
+@pytest.mark.parametrize("take_part", [False, True])
+def test_nothing_similar_is_left_out(similarity, take_part):
+    """Of predictions that are alike in a block, and of others; some of them the wrong way round."""
+    generator = torch.Generator().manual_seed(0)
+    anchors = Anchors.grid((256, 320))
+    count = len(anchors.boxes)
+    size = (torch.rand(2, count, 2, generator=generator) * 7 - 1).exp()
+    size[:, 64:] = size[:, 64 + torch.arange(count - 64).div(16, rounding_mode="floor") * 16 % 64]
+    middle = anchors.points.float() + 6 * torch.randn(2, count, 2, generator=generator)
+    boxes = torch.cat([middle - size / 2, middle + size / 2], dim=-1)
+    boxes[:, ::37] = boxes[:, ::37].flip(-1)
+    where = 300 * torch.rand(60, 2, generator=generator)
+    side = (torch.rand(60, 2, generator=generator) * 6).exp()
+    gt = make_gt(torch.cat([where, where + side], dim=1), torch.arange(60) % 2, 2)
+    part = torch.rand(2 * count, generator=generator) < 0.7 if take_part else None
+    logits = torch.zeros(2, count, 1)
+    seen = Predictions(HeadOutput(logits, boxes, None), boxes)
+    scene = Scene(anchors, gt, seen, similarity, part)
+    dense = similarity(boxes[gt.image_index].double(), gt.boxes[:, None].double())
+    if part is not None:
+        dense = dense * part.view(2, count)[gt.image_index]
+    for least in (0.0, 1e-6, 0.02, 0.3, 0.7, 0.95):
+        near = scene.near(scene.every(), torch.full((60,), least))
+        found = torch.zeros_like(dense, dtype=torch.bool)
+        found[near.owner, near.index] = True
+        missed = (dense >= max(least, 1e-12)) & ~found
+        assert not missed.any(), least
+        assert (dense[found] >= 0.99 * least).all()
+    near = scene.near(scene.every())
+    found = torch.zeros_like(dense, dtype=torch.bool)
+    found[near.owner, near.index] = True
+    x = anchors.points
+    low, high = gt.boxes[:, None, :2], gt.boxes[:, None, 2:]
+    wanted = ((x > low) & (x < high)).all(dim=-1) | (dense > 0)
+    if part is not None:
+        wanted = wanted & part.view(2, count)[gt.image_index]
+    assert not (wanted & ~found).any()
 
 
 def scene_of(boxes, classes, logits, predicted, hw=(64, 64), strides=(8,), scales=(2.0,)):
@@ -236,19 +305,49 @@ def test_probabilities_do_as_well_as_logits(rule):
     assert torch.equal(of_logits.gt_index, of_probabilities.gt_index)
 
 
-def test_who_has_no_candidate_gets_what_the_others_leave_under_ota():
-    """Two objects beyond the canvas: one far away, one that some boxes reach."""
+def test_who_has_no_candidate_gets_nothing_under_ota():
+    """And takes nothing from others: one beyond the canvas, one between the locations."""
     anchors = Anchors.grid((64, 64))
-    objects = torch.tensor([[8.0, 8, 40, 40], [70.0, 8, 100, 40], [900.0, 900, 930, 930]])
+    objects = torch.tensor([[8.0, 8, 40, 40], [900.0, 900, 930, 930], [17.0, 17, 19.5, 19.5]])
     predicted = anchors.boxes.clone()
-    predicted[5] = torch.tensor([60.0, 8, 90, 40])
+    predicted[:20] = objects[2]
     seen = predict(torch.full((1, len(predicted), 2), -2.0), predicted[None])
     found = OTA()(anchors, make_gt(objects), seen)
-    counts = found.positives_per_object(3)
-    assert counts[0] > 0
-    assert found.gt_index[0, 5] == 1
-    assert (found.score[found.gt_index == 2] == 0).all()
-    assert (found.gt_index[0, [i for i in range(len(predicted)) if i != 5]] != 1).all()
+    assert found.positives_per_object(3)[1:].tolist() == [0, 0]
+    assert torch.equal(found.gt_index, OTA()(anchors, make_gt(objects[:1]), seen).gt_index)
+
+
+def test_a_contested_anchor_goes_to_whom_it_costs_least_though_nobody_looked():
+    """Two objects without any anchor of their own choose the one that takes part; it lies in the
+    third, which has chosen others, and is cheaper to that than to them."""
+    anchors = Anchors.grid((32, 32), strides=(8,), scales=(2.0,))
+    objects = torch.tensor([[100.0, 100, 110, 110], [200.0, 0, 220, 20], [0.0, 0, 32, 32]])
+    boxes = objects[2].expand(16, 4).clone()
+    boxes[5] = torch.tensor([20.0, 20, 24, 24])
+    logits = torch.full((16, 2), -6.0)
+    logits[5] = torch.tensor([6.0, -6.0])
+    found = SimOTA(top_k=3)(
+        anchors, make_gt(objects, classes=[0, 0, 1]), predict(logits[None], boxes[None])
+    )
+    assert found.gt_index[0, 5] == 2
+    assert found.positives_per_object(3).tolist() == [0, 0, 4]
+
+
+@pytest.mark.parametrize("rule", [TAL(inside="before"), SimOTA(), SoftLabel(), OTA(), PAA()])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_nobodys_and_changes_nothing_else(rule, value):
+    """Boxes and classes of an anchor that nobody wants, as without them."""
+    anchors, gt, scores, boxes = of_case("typical")
+    p = torch.from_numpy(scores).clamp(1e-6, 1 - 1e-6)
+    logits, boxes = (p / (1 - p)).log(), torch.from_numpy(boxes).clone()
+    plain = rule(anchors, gt, predict(logits, boxes))
+    unwanted = (plain.gt_index[0] < 0).nonzero()[::50].squeeze(1)
+    boxes[0, unwanted, 2] = value
+    found = rule(anchors, gt, predict(logits, boxes))
+    assert torch.equal(found.gt_index, plain.gt_index)
+    if value is torch.nan:
+        logits[0, unwanted] = value
+        assert torch.equal(rule(anchors, gt, predict(logits, boxes)).gt_index, plain.gt_index)
 
 
 @pytest.mark.parametrize("rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), ATSS(alpha=0.5)])

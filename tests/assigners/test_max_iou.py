@@ -81,7 +81,7 @@ def test_equals_brute_force_by_any_similarity(like, claimed, seed):
     objects[-1] = (900, 900, 950, 950)
     objects[-2] = (1e5, 10, 1e5 + 40, 60)
     similarity = {"iou": IoU, "nwd": NWD, "simd": SimD}[like]()
-    rule = MaxIoU(0.3, 0.6, similarity=similarity, claimed=claimed)
+    rule = MaxIoU(0.3, 0.6, similarity=similarity, claims_go_to=claimed)
     found = rule(anchors, make_gt(objects)).gt_index[0].numpy()
     overlap = oracle.SIMILARITIES[like](objects.astype(np.float64), anchors.boxes.double().numpy())
     expected = brute_force(anchors, objects, True, False, like, claimed == "claimant")

@@ -108,6 +108,19 @@ class Anchors:
         return torch.cat(strides)
 
     @cached_property
+    def points(self) -> Tensor:
+        """(R, 2) float64 centres in pixels: those of the float32 boxes are rounded."""
+        stride, width, _, first = self.lattice.unbind(1)
+        levels = [height * width for height, width in self.sizes]
+        points = []
+        location = torch.arange(sum(levels), dtype=torch.float64, device=self.boxes.device)
+        for i, some in enumerate(location.split(levels)):
+            local = some - first[i]
+            cell = torch.stack([local % width[i], local.div(width[i], rounding_mode="floor")], 1)
+            points.append((cell + self.offset) * stride[i])
+        return torch.cat(points).repeat_interleave(self.num_anchors, dim=0)
+
+    @cached_property
     def sides(self) -> Tensor:
         """(4, R) float64: the boxes in memory x1 of all, then y1 of all, which is faster to work
         on than box by box."""
@@ -153,8 +166,8 @@ class GridAnchorGenerator(nn.Module):
     """
 
     box_dim = 4
-    # Multi-scale training sees some hundreds of canvas sizes; a grid costs 52 bytes an anchor, for
-    # boxes, their sides in float64, and strides.
+    # Multi-scale training sees some hundreds of canvas sizes; a grid costs 68 bytes an anchor, for
+    # boxes, their sides and centres in float64, and strides.
     CACHED_GRIDS = 32
 
     def __init__(

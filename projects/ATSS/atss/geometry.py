@@ -47,7 +47,7 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def normalised_wasserstein(a: Tensor, b: Tensor, constant: float) -> Tensor:
-    """(...) similarity of two boxes as Gaussians (NWD, arXiv 2110.13389, equations 8 and 9): with
+    """(...) similarity of two boxes as Gaussians (NWD, arXiv 2110.13389): with
     differences d of centres and of sides, exp(-sqrt(dx^2 + dy^2 + (dw^2 + dh^2) / 4) / constant).
 
     Args:

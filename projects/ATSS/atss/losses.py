@@ -54,7 +54,7 @@ def cross_entropy(probability: Tensor, entropy: Tensor, targets: Tensor) -> Tens
 
 @dataclass(frozen=True)
 class QualityFocal:
-    """Quality focal loss (GFL, arXiv 2006.04388, equation 3): cross entropy times |t - p|^gamma.
+    """Quality focal loss (GFL, arXiv 2006.04388, equation 2): cross entropy times |t - p|^gamma.
 
     Args:
         gamma: how much elements near their targets count less.

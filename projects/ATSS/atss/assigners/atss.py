@@ -7,7 +7,7 @@ from ..anchors import Anchors
 from ..geometry import centres, nearest_side
 from ..parts import one_of, within
 from ..structures import Assignment, GroundTruth, Predictions
-from .pairs import all_anchors, assign_pairs, nearest_locations
+from .pairs import INSIDE_MARGIN, all_anchors, assign_pairs, nearest_locations
 from .scene import Pairs, Scene, alignment
 from .similarities import IOU, Similarity
 
@@ -27,11 +27,9 @@ class ATSS:
             anchor per location they agree.
         similarity: of anchors and objects; a function of (..., 4) boxes will do.
         alpha: None: a pair is worth what its anchor overlaps the object; a number: p^(1 - alpha) *
-            IoU^alpha of what is predicted there (DDOD, arXiv 2107.02963, equation 1).
+            IoU^alpha of what is predicted there (DDOD, arXiv 2107.02963).
     """
 
-    # A centre counts as inside an object from this many pixels on, as in the authors' code.
-    INSIDE_MARGIN = 0.01
     # Where all candidates overlap equally, their standard deviation is zero but for rounding, and
     # rounding must not decide that an object has no positive at all.
     IOU_TOLERANCE = 1e-6
@@ -100,15 +98,17 @@ class ATSS:
         """
         objects = gt_boxes.double()
         index, valid, boxes = self._nearest(anchors, objects)
-        if self.alpha is None or scene is None or owner is None:
+        if self.alpha is None:
             overlap = self.similarity(boxes, objects)  # line 7
         else:
+            assert scene is not None
+            assert owner is not None
             pairs = Pairs(scene, owner.expand_as(index).flatten(), index.flatten())
             overlap = alignment(pairs, 1 - self.alpha, self.alpha).view_as(index)
         overlap = overlap * valid
         mean, std = _mean_and_std(overlap, valid)  # lines 8, 9
         threshold = mean + std  # line 10
-        inside = nearest_side(centres(boxes), objects) > self.INSIDE_MARGIN
+        inside = nearest_side(centres(boxes), objects) > INSIDE_MARGIN
         positive = (overlap >= threshold - self.IOU_TOLERANCE) & inside & valid  # line 12
         return index, overlap.masked_fill_(~positive, -torch.inf)
 

@@ -48,18 +48,18 @@ class DynamicK:
         return scene.once(self, lambda: self._count(scene))
 
     def _count(self, scene: Scene) -> Tensor:
-        some = scene.pieces(scene.every(), len(scene.anchors.boxes))
-        found = [self.of(scene.most_similar(x, self.top_k)) for x in some]
-        return torch.stack([*found, torch.ones_like(scene.gt.classes)]).amax(dim=0)
+        k = torch.ones_like(scene.gt.classes)
+        for some in scene.pieces(scene.every(), len(scene.anchors.boxes)):
+            objects, wanted = self.of(scene.most_similar(some, self.top_k))
+            k[objects] = wanted
+        return k
 
-    def of(self, pairs: Pairs) -> Tensor:
-        """(G,) int64, from some pairs."""
+    def of(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """The objects of some pairs, (S,) int64 into G, and how many each wants of these."""
         segments = Segments(pairs.owner)
         table = segments.table(pairs.overlap, 0)
         best = table.topk(min(self.top_k, table.shape[1])).values
-        k = torch.ones_like(pairs.scene.gt.classes)
-        k[segments.ids] = best.sum(dim=1).long().clamp(min=1)
-        return k
+        return segments.ids, best.sum(dim=1).long().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,10 @@ class TwoGaussians:
 
     def __call__(self, pairs: Pairs, cost: Tensor) -> Tensor:
         """(P,) bool."""
-        levels = torch.tensor(pairs.scene.anchors.per_level, device=cost.device).cumsum(0)
-        level = torch.searchsorted(levels, pairs.index, right=True)
-        segments = Segments(pairs.owner * len(levels) + level)
-        k = torch.full_like(segments.ids, self.top_k)
-        pooled = cheapest(segments, cost, k).nonzero().squeeze(1)
-        pooled = in_order(pooled, cost, pairs.owner)
         chosen = torch.zeros_like(cost, dtype=torch.bool)
+        pooled, segments, values = self.pool(pairs, cost)
         if not len(pooled):
             return chosen
-        segments = Segments(pairs.owner[pooled])
-        values = segments.table(cost[pooled], torch.inf)
         good, density = mixture(values)
 
         lonely = segments.count < 2
@@ -109,6 +102,18 @@ class TwoGaussians:
         taken = taken | every if self.take == "all" else taken & good & ~every
         chosen[pooled[taken[segments.row, segments.column]]] = True
         return chosen
+
+    def pool(self, pairs: Pairs, cost: Tensor) -> tuple[Tensor, Segments, Tensor]:
+        """The pairs whose costs are fitted, in the order of objects and costs; as segments; and
+        their costs, (S, top_k * L at most), infinite where an object has fewer."""
+        levels = torch.tensor(pairs.scene.anchors.per_level, device=cost.device).cumsum(0)
+        level = torch.searchsorted(levels, pairs.index, right=True)
+        of_level = pairs.owner * len(levels) + level
+        order = in_order((cost < torch.inf).nonzero().squeeze(1), cost, of_level)
+        pooled = order[Segments(of_level[order]).column < self.top_k]
+        pooled = in_order(pooled, cost, pairs.owner)
+        segments = Segments(pairs.owner[pooled])
+        return pooled, segments, segments.table(cost[pooled], torch.inf)
 
 
 def mixture(
@@ -179,14 +184,16 @@ class Transport:
     def __call__(self, pairs: Pairs, cost: Tensor, background: Tensor) -> Tensor:
         """
         Args:
-            pairs: of all objects.
+            pairs: of all objects, at finite costs. An object without pairs gets nothing.
             background: (P,) what it costs the anchor of each pair to have no object.
         Returns:
             (P,) bool: pairs that get most of their anchor, as a share of the most that their object
             gives to any.
         """
         gt, eps = pairs.scene.gt, self.regularisation
-        supply = self.k.of(pairs).to(cost.dtype)
+        supply = cost.new_zeros(len(gt))
+        objects, k = self.k.of(pairs)
+        supply[objects] = k.to(cost.dtype)
         slot, column = pairs.slot.unique(return_inverse=True)
         nothing = cost.new_empty(len(slot)).scatter_(0, column, background)
         image = slot.div(len(pairs.scene.anchors.boxes), rounding_mode="floor")

@@ -11,7 +11,7 @@ from ..parts import one_of, within
 from .cuts import Cheapest, DynamicK, Transport, TwoGaussians
 from .matching import Matching, class_cost, overlap
 from .max_iou import MaxIoU
-from .pairs import covered
+from .pairs import INSIDE_MARGIN, covered
 from .scene import Pairs, Scene, alignment
 from .similarities import IOU, Similarity
 
@@ -35,9 +35,6 @@ class TAL(Matching):
             or "before" (PP-YOLOE, YOLOv8).
         similarity: of predicted boxes and objects, in place of the IoU.
     """
-
-    # A centre counts as inside an object from this many pixels on, as in the reference.
-    INSIDE_MARGIN = 0.01
 
     def __init__(
         self,
@@ -67,7 +64,7 @@ class TAL(Matching):
         one must overlap as much as would do with a probability of 1."""
         some = scene.central(objects)
         if self.inside == "before":
-            some = some.at(some.inside(self.INSIDE_MARGIN))
+            some = some.at(some.inside(INSIDE_MARGIN))
         last = some.kth_highest(alignment(some, self.alpha, self.beta), self.top.k)[objects]
         return scene.near(objects, last ** (1 / self.beta))
 
@@ -76,7 +73,7 @@ class TAL(Matching):
         return torch.where(metric > 0, -metric, torch.inf)
 
     def _cut(self, pairs: Pairs, cost: Tensor) -> Tensor:
-        within_object = pairs.inside(self.INSIDE_MARGIN)
+        within_object = pairs.inside(INSIDE_MARGIN)
         if self.inside == "before":
             cost = torch.where(within_object, cost, torch.inf)
         return self.top(pairs, cost) & within_object
@@ -121,17 +118,15 @@ class SimOTA(Matching):
         within("cls_weight", cls_weight, 0)
         within("iou_weight", iou_weight, 0)
         self.radius, self.cls_weight, self.iou_weight = radius, cls_weight, iou_weight
-        k = DynamicK(top_k)
         super().__init__(
             takes_part=self._near_any,
             candidates=self._right_ones,
             farther=[
-                (self.PENALTY, Scene.near),
+                (self.PENALTY - iou_weight * math.log1p(EPS), Scene.near),
                 (self.PENALTY - iou_weight * math.log(EPS), Scene.all_pairs),
             ],
             cost=self._cost,
-            cut=k,
-            wants=k.wants,
+            cut=DynamicK(top_k),
             score=overlap,
             similarity=similarity,
         )
@@ -151,7 +146,7 @@ class SimOTA(Matching):
 
 
 class SoftLabel(Matching):
-    """RTMDet's rule (arXiv 2212.07784, section 3.4): SimOTA with costs that are soft.
+    """RTMDet's rule (arXiv 2212.07784, section 3.3): SimOTA with costs that are soft.
 
     A pair costs the quality focal loss of its classes with the IoU as target, ``iou_weight`` times
     -ln IoU, and 10^(d - radius), d strides from the object's centre. Anchors inside any object take
@@ -180,15 +175,16 @@ class SoftLabel(Matching):
         within("radius", radius, 0)
         within("iou_weight", iou_weight, 0)
         self.radius, self.iou_weight = radius, iou_weight
-        k = DynamicK(top_k)
         super().__init__(
             takes_part=self._inside_any,
             candidates=self._central_ones,
             # Of the two costs that grow, one or the other.
-            farther=[(10**self.WIDER, Scene.near), (-iou_weight * math.log(EPS), Scene.all_pairs)],
+            farther=[
+                (10**self.WIDER - iou_weight * math.log1p(EPS), Scene.near),
+                (-iou_weight * math.log(EPS), Scene.all_pairs),
+            ],
             cost=self._cost,
-            cut=k,
-            wants=k.wants,
+            cut=DynamicK(top_k),
             score=overlap,
             similarity=similarity,
         )
@@ -211,8 +207,9 @@ class OTA(Matching):
     and the background at the least cost.
 
     A pair costs the focal loss of its classes and ``iou_weight`` times -ln IoU; its anchor lies
-    inside the object and near its centre. To an object without such an anchor all are open, at a
-    cost that makes it take what nobody else wants: it gets one or a few. Score: the IoU.
+    inside the object and near its centre. An object without such an anchor gets nothing: in the
+    authors' code all are open to it at a cost of 1e6 each, next to which float32 hardly tells one
+    from another. Score: the IoU.
 
     Args:
         top_k: overlaps that are added for how many anchors an object has to give away.
@@ -222,9 +219,6 @@ class OTA(Matching):
         similarity: of predicted boxes and objects, in place of the IoU.
     """
 
-    INSIDE_MARGIN = 0.01
-    # For all anchors of an object without candidates.
-    PENALTY = 1e6
     # Least IoU of which the logarithm is taken, as in the authors' code.
     LEAST_IOU = torch.finfo(torch.float32).eps
 
@@ -253,25 +247,20 @@ class OTA(Matching):
             similarity=similarity,
         )
 
-    def _right(self, pairs: Pairs) -> Tensor:
-        return pairs.inside(self.INSIDE_MARGIN) & pairs.around(self.radius)
-
     def _candidates(self, scene: Scene, objects: Tensor) -> Pairs:
         pairs = scene.between(objects, *_of_object(scene, objects, self.radius))
-        pairs = pairs.at(self._right(pairs))
-        without = scene.all_pairs(objects[torch.isin(objects, pairs.owner, invert=True)])
-        owner = torch.cat([pairs.owner, without.owner])
-        index = torch.cat([pairs.index, without.index])
-        order = owner.sort(stable=True).indices
-        return scene.pairs(owner[order], index[order])
+        return pairs.at(pairs.inside(INSIDE_MARGIN) & pairs.around(self.radius))
 
     def _cost(self, pairs: Pairs) -> Tensor:
         classes = class_cost(pairs, FOCAL, torch.ones_like(pairs.overlap))
-        boxes = -pairs.overlap.clamp(min=self.LEAST_IOU).log()
-        return classes + self.iou_weight * boxes + self.PENALTY * ~self._right(pairs)
+        return classes - self.iou_weight * pairs.overlap.clamp(min=self.LEAST_IOU).log()
 
     def _cut(self, pairs: Pairs, cost: Tensor) -> Tensor:
-        return self.transport(pairs, cost, pairs.scene.without_object(FOCAL, pairs.slot))
+        chosen = cost < torch.inf
+        finite = pairs.at(chosen)
+        background = finite.scene.without_object(FOCAL, finite.slot)
+        chosen[chosen.clone()] = self.transport(finite, cost[chosen], background)
+        return chosen
 
 
 class PAA(Matching):
@@ -286,6 +275,7 @@ class PAA(Matching):
         iou_threshold: from which on an anchor is a candidate.
         box_weight: of the GIoU loss, 1.3 in mmdet and 1 in the authors' code.
         take: see :class:`~atss.assigners.cuts.TwoGaussians`.
+        claims_go_to: see :class:`~atss.assigners.MaxIoU`; "best" in the authors' code.
         similarity: of anchors and objects, in place of the IoU.
     """
 
@@ -295,6 +285,7 @@ class PAA(Matching):
         iou_threshold: float = 0.1,
         box_weight: float = 1.3,
         take: str = "component",
+        claims_go_to: str = "claimant",
         similarity: Similarity = IOU,
     ):
         within("top_k", top_k, 1)
@@ -302,7 +293,9 @@ class PAA(Matching):
         within("box_weight", box_weight, 0)
         one_of("take", take, ("component", "all"))
         self.box_weight = box_weight
-        self.first = MaxIoU(iou_threshold, iou_threshold, claimed="claimant", similarity=similarity)
+        self.first = MaxIoU(
+            iou_threshold, iou_threshold, claims_go_to=claims_go_to, similarity=similarity
+        )
         super().__init__(
             candidates=self._candidates,
             cost=self._cost,

@@ -30,8 +30,8 @@ class Matching:
         cut: which pairs an object chooses, by their costs.
         candidates: pairs of some objects, all that these may choose.
         farther: more candidates, for objects for which these are too few or too dear: (least cost
-            of any pair that the candidates before left out, candidates) each.
-        wants: (G,) how many an object chooses, if there are as many; to know which these are.
+            of any pair that the candidates before left out, candidates) each. The cut then has a
+            method ``wants``, (G,): how many an object chooses if there are as many.
         takes_part: which of the N * R anchors may be chosen; None for all.
         rank: of the pairs that chose an anchor; None: it goes to the cheapest of all its pairs,
             whether that chose it or not.
@@ -49,7 +49,6 @@ class Matching:
         cut: Cut,
         candidates: Candidates = Scene.near,
         farther: Sequence[tuple[float, Candidates]] = (),
-        wants: Callable[[Scene], Tensor] | None = None,
         takes_part: Callable[[Scene], Tensor] | None = None,
         rank: PerPair | None = None,
         score: PerPair | None = None,
@@ -58,7 +57,9 @@ class Matching:
     ):
         self.cost, self.cut, self.takes_part = cost, cut, takes_part
         self.candidates, self.farther, self.together = candidates, tuple(farther), together
-        self.wants = wants
+        self.wants: Callable[[Scene], Tensor] | None = getattr(cut, "wants", None)
+        if farther and self.wants is None:
+            raise ValueError("to look farther, a cut has to say how many an object wants")
         self.rank, self.score = rank, score
         self.similarity = similarity
 
@@ -80,7 +81,7 @@ class Matching:
         """
         scene = Scene.of(self, anchors, gt, predictions, self.similarity)
         if self.takes_part is not None:
-            scene = replace(scene, takes_part=self.takes_part(scene))
+            scene = replace(scene, takes_part=self.takes_part(scene), _known={})
         contest = _Contest(scene)
         every = scene.every()
         for objects in [every] if self.together else scene.pieces(every, len(anchors.boxes)):
@@ -89,7 +90,7 @@ class Matching:
             # Who chose these paid so much that somebody of whom nothing is known might pay less.
             for slots in scene.pieces(contest.dear(self.farther[0][0]), len(gt)):
                 pairs = scene.all_objects(slots)
-                contest.compete(pairs, -self.cost(pairs))
+                contest.compete(pairs, -self.cost(pairs).nan_to_num(torch.inf))
         gt_index = contest.settle()
         score = None if self.score is None else _score(scene, gt_index, self.score)
         return Assignment(gt_index.view(gt.num_images, -1), score)
@@ -101,8 +102,9 @@ class Matching:
         for candidates, bound in zip(levels, [*bounds, torch.inf], strict=True):
             pairs = candidates(scene, objects)
             cost = self.cost(pairs)
+            cost = torch.where(cost.isnan(), torch.inf, cost)
             chosen = self.cut(pairs, cost)
-            if self.wants is not None:
+            if self.wants is not None and self.farther:
                 served = pairs.owner[chosen & (cost < bound)]
                 wanted = self.wants(scene)
                 count = torch.zeros_like(wanted).scatter_add_(0, served, torch.ones_like(served))

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..geometry import centres, nearest_side
+from ..geometry import area, centres, nearest_side
 from ..parts import one_of
 from ..structures import BACKGROUND, IGNORE, Assignment, GroundTruth, Predictions
-from .pairs import NOBODY, all_anchors, keep_best, nearest_locations, rectangles
+from .pairs import INSIDE_MARGIN, NOBODY, all_anchors, keep_best, nearest_locations, rectangles
 from .similarities import IOU, Similarity
 
 
@@ -26,13 +26,10 @@ class MaxIoU:
         low_quality_matches: whether an object's best anchors are positive in any case.
         in_box: whether positives whose centre lies outside their object are ignored instead (paper,
             Table 1, "In GT Box").
-        claimed: whom an object's best anchors learn: "best", their own best object, or "claimant",
-            that object, and of several the last (mmdet).
+        claims_go_to: whom an object's best anchors learn: "best", their own best object, or
+            "claimant", that object, and of several the last (mmdet).
         similarity: of anchors and objects.
     """
-
-    # A centre counts as inside from this many pixels on, as in the authors' code.
-    INSIDE_MARGIN = 0.01
 
     def __init__(
         self,
@@ -40,10 +37,10 @@ class MaxIoU:
         positive_from: float = 0.5,
         low_quality_matches: bool = True,
         in_box: bool = False,
-        claimed: str = "best",
+        claims_go_to: str = "best",
         similarity: Similarity = IOU,
     ):
-        one_of("claimed", claimed, ("best", "claimant"))
+        one_of("claims_go_to", claims_go_to, ("best", "claimant"))
         if not 0 < background_below <= positive_from:
             raise ValueError(
                 f"MaxIoU needs 0 < background_below <= positive_from, got {background_below} and "
@@ -53,7 +50,7 @@ class MaxIoU:
         self.positive_from = positive_from
         self.low_quality_matches = low_quality_matches
         self.in_box = in_box
-        self.claimed = claimed
+        self.claims_go_to = claims_go_to
         self.similarity = similarity
 
     @torch.no_grad()
@@ -94,7 +91,7 @@ class MaxIoU:
                 best_ones = (overlap == best_of_object[claimant]) & (overlap > 0)
                 claims += slot[best_ones], claimant[best_ones]
         claimed, claimant = torch.cat(claims[::2]), torch.cat(claims[1::2])
-        if self.low_quality_matches and self.claimed == "best":
+        if self.low_quality_matches and self.claims_go_to == "best":
             # A claimed anchor may suit another object better than its claimant, but not by enough
             # that this was seen.
             ends = torch.tensor(anchors.per_level, device=claimed.device).cumsum(0)
@@ -107,7 +104,7 @@ class MaxIoU:
 
         gt_index = torch.where(best >= self.positive_from, owner, IGNORE)
         gt_index.masked_fill_(best < self.background_below, BACKGROUND)
-        if self.claimed == "best":
+        if self.claims_go_to == "best":
             gt_index[claimed] = owner[claimed]
         else:
             last = torch.full_like(owner, -1).scatter_reduce_(0, claimed, claimant, "amax")
@@ -116,7 +113,7 @@ class MaxIoU:
         if self.in_box and len(gt):
             objects = gt.boxes.double()[gt_index.clamp(min=0)]
             distance = nearest_side(centres(anchors.boxes).double(), objects)
-            gt_index[(gt_index >= 0) & (distance <= self.INSIDE_MARGIN)] = IGNORE
+            gt_index[(gt_index >= 0) & (distance <= INSIDE_MARGIN)] = IGNORE
         return Assignment.hard(gt_index)
 
     def _nearest(self, anchors: Anchors, gt: GroundTruth) -> Tensor:
@@ -124,7 +121,8 @@ class MaxIoU:
         is better than the one at the location nearest to the object's centre."""
         objects = gt.boxes.double()
         index, valid = all_anchors(anchors, *nearest_locations(anchors, centres(objects), 1))
-        overlap = self.similarity(anchors.boxes[index].double(), objects) * valid
+        overlap = self.similarity(anchors.boxes[index].double(), objects)
+        overlap = overlap * valid * (area(objects) > 0)
         return overlap.amax(dim=0) * (1 - 1e-9)
 
     def _limits(self, anchors: Anchors, gt: GroundTruth) -> Tensor:
@@ -157,6 +155,8 @@ class MaxIoU:
             index = (location[:, None] * anchors.num_anchors + each).flatten()
             claimant = claimant.repeat_interleave(anchors.num_anchors)
             overlap = self.similarity(anchors.boxes[index].double(), objects[claimant])
+            # What has no area has no sides that a box code could describe.
+            overlap = overlap * (area(objects[claimant]) > 0)
             yield gt.image_index[claimant] * len(anchors.boxes) + index, claimant, overlap
 
 

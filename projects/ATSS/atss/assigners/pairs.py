@@ -13,6 +13,9 @@ from torch import Tensor
 from ..anchors import Anchors
 from ..structures import BACKGROUND, Assignment, GroundTruth
 
+# A centre counts as inside an object from more than this many pixels on, as in the authors' code
+# and in most others.
+INSIDE_MARGIN = 0.01
 NOBODY = torch.iinfo(torch.int64).max
 _INFINITY = torch.tensor(torch.inf, dtype=torch.float64).view(torch.int64).item()
 

@@ -23,7 +23,7 @@ from .similarities import IOU, Similarity
 # (probability, cross entropy, targets) -> elementwise, as of atss.losses.
 ClassLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Pairs looked at together, at most: bounds memory.
-PIECE = 1 << 22
+PIECE = 1 << 20
 # Neighbouring anchors whose predicted boxes are compared with an object as one.
 BLOCK = 16
 # By how much float32 may be wrong about a similarity, relatively; several times over.
@@ -150,26 +150,12 @@ class Scene:
             least: (g,) by how much; a few may be less so. None: at all, together with the anchors
                 whose centres lie inside the object, and some more.
         """
-        boxes, bounds = self._blocks
-        image = self.gt.image_index[objects]
-        wanted = self.gt.boxes[objects]
-        asked = torch.zeros_like(wanted[:, 0]) if least is None else least.float() * (1 - ROUNDING)
-        scale, distance = self.similarity.reach(torch.where(asked < ROUNDING, 0, asked))
-        middle, half = centres(wanted), (wanted[:, 2:] - wanted[:, :2]).clamp(min=0) / 2
-        reach = scale * half + distance + 1e-6 * (middle.abs() + half) + SLACK
-        # Of all anchors of a block none reaches farther than these bounds, (2, g, B).
-        low, first, high, last, longest = bounds.index_select(2, image)
-        inner, outer = (x.T[..., None] for x in (scale.clamp(max=1), (scale - 1).clamp(min=0)))
-        low = torch.lerp(first, low, inner) - outer * longest
-        high = torch.lerp(last, high, inner) + outer * longest
-        touches = (low <= (middle + reach).T[..., None]) & (high >= (middle - reach).T[..., None])
-        if least is None:
-            first, last = self._points
-            touches |= (first < wanted[:, 2:].T[..., None]) & (last > wanted[:, :2].T[..., None])
-        which, block = touches.all(dim=0).nonzero(as_tuple=True)
-        row = image[which] * bounds.shape[-1] + block
-        predicted = boxes.index_select(1, row).movedim(0, -1)  # (M, BLOCK, 4)
-        overlap = self.similarity(predicted, wanted[which, None])
+        boxes = self.gt.boxes[objects]
+        asked = torch.zeros_like(boxes[:, 0]) if least is None else least.float() * (1 - ROUNDING)
+        which, block = self._touched(objects, asked, least is None).nonzero(as_tuple=True)
+        image = self.gt.image_index[objects[which]]
+        predicted = self._blocks[:, image, block].movedim(0, -1)  # (M, BLOCK, 4)
+        overlap = self.similarity(predicted, boxes[which, None])
         chosen = torch.ones_like(overlap, dtype=torch.bool)
         if least is not None:
             chosen = (overlap >= asked[which, None]) & (overlap > 0)
@@ -178,27 +164,54 @@ class Scene:
         there = index < len(self.anchors.boxes)
         return self.pairs(owner[there], index[there])
 
+    def _touched(self, objects: Tensor, least: Tensor, inside: bool) -> Tensor:
+        """(g, B) bool: which blocks can hold an anchor whose predicted box is as similar as (g,),
+        or whose centre lies inside the object, if that is asked for."""
+        boxes, image = self.gt.boxes[objects], self.gt.image_index[objects]
+        middle, half = centres(boxes), (boxes[:, 2:] - boxes[:, :2]).clamp(min=0) / 2
+        scale, distance = self.similarity.reach(torch.where(least < ROUNDING, 0, least))
+        # By how much an object reaches beyond its centre, and how far scaled boxes of a block do:
+        # less than whole boxes and more than their centres, or more than these by the longest.
+        reach = scale * half + distance + 1e-6 * (middle.abs() + half) + SLACK
+        low, low_centre, high, high_centre, longest = self._bounds.index_select(2, image)
+        part, beyond = (x.T[..., None] for x in (scale.clamp(max=1), (scale - 1).clamp(min=0)))
+        low = torch.lerp(low_centre, low, part) - beyond * longest
+        high = torch.lerp(high_centre, high, part) + beyond * longest
+        touched = (low <= (middle + reach).T[..., None]) & (high >= (middle - reach).T[..., None])
+        if inside:
+            # Axis by axis either will do, which lets in a few more.
+            first, last = self._points
+            touched |= (first < boxes[:, 2:].T[..., None]) & (last > boxes[:, :2].T[..., None])
+        return touched.all(dim=0)
+
     @cached_property
-    def _blocks(self) -> tuple[Tensor, Tensor]:
-        """(4, N * B, BLOCK) predicted boxes in the anchors' order, and (5, 2, N, B) bounds of each
-        block along x and y: least x1 and centre, greatest x2 and centre, and the greatest half
-        side."""
-        boxes = self.predictions.boxes
+    def _blocks(self) -> Tensor:
+        """(4, N, B, BLOCK) predicted boxes, in the anchors' order; what takes no part, or is not
+        finite, is far away."""
+        boxes = self.predictions.boxes.float()
+        there = boxes.isfinite().all(dim=-1)
         if self.takes_part is not None:
-            boxes = torch.where(self.takes_part.view(boxes.shape[:2])[..., None], boxes, FAR)
+            there = there & self.takes_part.view_as(there)
+        boxes = torch.where(there[..., None], boxes, FAR)
         boxes = nn.functional.pad(boxes, (0, 0, 0, -boxes.shape[1] % BLOCK), value=FAR)
-        boxes = boxes.unflatten(1, (-1, BLOCK)).movedim(-1, 0).contiguous()
-        low, high = boxes[:2], boxes[2:]
+        return boxes.unflatten(1, (-1, BLOCK)).movedim(-1, 0).contiguous()
+
+    @cached_property
+    def _bounds(self) -> Tensor:
+        """(5, 2, N, B) of each block along x and y: least x1 and least centre, greatest x2 and
+        greatest centre, greatest half side."""
+        low, high = self._blocks[:2], self._blocks[2:]
         middle, half = (low + high) / 2, (high - low).clamp(min=0) / 2
         there = low < FAR
-        least = (low.amin(dim=-1), middle.amin(dim=-1))
+        least = (torch.minimum(low, middle).amin(dim=-1), middle.amin(dim=-1))
+        high = torch.maximum(high, middle)
         most = (torch.where(there, x, -FAR).amax(dim=-1) for x in (high, middle))
-        return boxes.flatten(1, 2), torch.stack([*least, *most, half.amax(dim=-1)])
+        return torch.stack([*least, *most, half.amax(dim=-1)])
 
     @cached_property
     def _points(self) -> tuple[Tensor, Tensor]:
         """(2, 1, B) least and greatest x and y of the centres of each block."""
-        points = centres(self.anchors.boxes)
+        points = self.anchors.points.float()
         points = torch.cat([points, points[-1:].expand(-len(points) % BLOCK, 2)])
         points = points.unflatten(0, (-1, BLOCK)).movedim(-1, 0)[:, None]
         return points.amin(dim=-1), points.amax(dim=-1)
@@ -276,17 +289,17 @@ class Pairs:
     @cached_property
     def points(self) -> Tensor:
         """(P, 2) float64 centres of the anchors."""
-        return centres(self.scene.anchors.boxes[self.index].double())
+        return self.scene.anchors.points[self.index]
 
     @cached_property
     def strides(self) -> Tensor:
-        """(P,) of the anchors' levels."""
-        return self.scene.anchors.stride[self.index]
+        """(P,) float64, of the anchors' levels."""
+        return self.scene.anchors.stride[self.index].double()
 
     @cached_property
     def overlap(self) -> Tensor:
-        """(P,) float64 similarity of predicted boxes and objects."""
-        return self.scene.similarity(self.boxes, self.objects)
+        """(P,) float64 similarity of predicted boxes and objects; 0 of what is not finite."""
+        return self.scene.similarity(self.boxes, self.objects).nan_to_num(0)
 
     @cached_property
     def classes(self) -> Tensor:
@@ -295,9 +308,10 @@ class Pairs:
 
     @cached_property
     def probability(self) -> Tensor:
-        """(P,) float64 probability that is predicted for the class of the object."""
+        """(P,) float64 probability that is predicted for the class of the object; 0 for NaN."""
         known = self.classes.double()
-        return known if self.scene.predictions.output.probabilities else known.sigmoid()
+        known = known if self.scene.predictions.output.probabilities else known.sigmoid()
+        return known.nan_to_num(0)
 
     def kth_highest(self, values: Tensor, k: int) -> Tensor:
         """(G,) of the (P,) values of each object; 0 where it has fewer."""
@@ -320,8 +334,8 @@ class Pairs:
 
 
 def alignment(pairs: Pairs, alpha: float, beta: float) -> Tensor:
-    """(P,) p^alpha * IoU^beta of what is predicted for the object (TOOD, arXiv 2108.07755, equation
-    3), with the rule's similarity for the IoU."""
+    """(P,) p^alpha * IoU^beta of what is predicted for the object (TOOD, arXiv 2108.07755, section
+    3.2), with the rule's similarity for the IoU."""
     return pairs.probability**alpha * pairs.overlap**beta
 
 

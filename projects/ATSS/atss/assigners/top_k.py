@@ -7,7 +7,7 @@ from ..anchors import Anchors
 from ..geometry import centres, nearest_side
 from ..parts import within
 from ..structures import Assignment, GroundTruth, Predictions
-from .pairs import all_anchors, assign_pairs, surrounding_locations
+from .pairs import INSIDE_MARGIN, all_anchors, assign_pairs, surrounding_locations
 from .similarities import IOU, Similarity
 
 
@@ -24,8 +24,6 @@ class TopK:
         similarity: of anchors and objects; a function of (..., 4) boxes will do.
     """
 
-    # A centre counts as inside an object from this many pixels on, as in the authors' code.
-    INSIDE_MARGIN = 0.01
     # IoU that the distance from the farthest pair of an image costs.
     DISTANCE_COST = 1e-3
     # Scores that agree to 2^-40 are equal, so that rounding does not order them.
@@ -80,7 +78,7 @@ class TopK:
         score = (score * self.SCORE_STEPS).round().masked_fill_(~valid, -torch.inf)
         best = score.sort(dim=0, descending=True, stable=True).indices[: self.top_k]
 
-        inside = nearest_side(centres(boxes), objects) > self.INSIDE_MARGIN
+        inside = nearest_side(centres(boxes), objects) > INSIDE_MARGIN
         affinity = overlap.masked_fill_(~(inside & valid), -torch.inf)
         return index.gather(0, best), affinity.gather(0, best)
 

@@ -161,11 +161,18 @@ def _unknown(cfg: CfgNode, key: str) -> str:
             + SequenceMatcher(None, last, others_last).ratio()
         )
 
-    # Of equal arguments, that of a part that is named: parts of one kind have many in common.
     known = dict(flatten(cfg))
     named = {value for value in known.values() if isinstance(value, str)}
-    others = {x for x in known if x.count(".") == 4 and x.split(".")[3] not in named}
-    nearest = max((x for x in known if x not in others), key=likeness)
+
+    def is_of_named(other: str) -> bool:
+        # Parts of a kind have arguments in common: rather those of one that is named.
+        return other.count(".") != 4 or other.split(".")[3] in named
+
+    close = max(map(likeness, known))
+    nearest = max(
+        (x for x in known if likeness(x) > close - 0.25),
+        key=lambda x: (is_of_named(x), likeness(x)),
+    )
     hint = f"; did you mean {nearest}?" if likeness(nearest) > 1.5 else ""
     return f"there is no key {key}{hint}"
 
