@@ -2,8 +2,18 @@ import csv
 import json
 
 import assignment_statistics as tool
+import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, make_cfg
+from detectron2.modeling import build_model
+from PIL import Image
+
+from atss import Anchors
+from atss.analysis.statistics import constants, match
+from atss.config import build_sampling
+from atss.data.check import check, page
+from atss.data.coco_json import find_in_json
 
 
 def run(tmp_path, annotations, *argv):
@@ -110,3 +120,80 @@ def test_several_configs_are_compared_on_their_own_anchors(tmp_path):
     assert "| atss_k19 | " in (tmp_path / "out" / "table.md").read_text()
     with pytest.raises(SystemExit, match="--rules is for one config"):
         run(tmp_path, [annotation(0, 0, 9, 9)], "--rules", "ATSS", "--config-file", *rows)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Config and weights of a small model of one class, and an image to show it."""
+    cfg = make_cfg("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ATSS.NUM_CONVS", 0)
+    cfg.merge_from_list(["MODEL.ATSS.NUM_CLASSES", 1, "MODEL.ATSS.CLASS_NAMES", ["thing"]])
+    cfg.merge_from_list(["INPUT.MIN_SIZE_TEST", 240, "INPUT.MAX_SIZE_TEST", 320])
+    torch.manual_seed(0)
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    pixels = np.random.default_rng(0).integers(0, 255, (480, 640, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg")
+    return ["--config-file", str(tmp_path / "config.yaml"), "--images", str(tmp_path)]
+
+
+def test_rules_look_at_the_predictions_of_a_model(tmp_path, model):
+    boxes = [annotation(100, 100, 80, 80), annotation(300, 50, 200, 300)]
+    weights = ["--weights", str(tmp_path / "model.pth")]
+    found = run(tmp_path, boxes, *model, *weights)
+    for rule in ("ATSS", "PAA", "OTA", "SimOTA", "SoftLabel", "TAL"):
+        assert sum(int(o[rule]) for o in found) > 0, rule
+    assert all(int(o["TAL"]) <= 13 for o in found)
+    # Without it they are left out, or asked for in vain.
+    assert "TAL" not in run(tmp_path, boxes, *model)[0]
+    with pytest.raises(SystemExit, match="TAL looks at what a model predicts: --weights names"):
+        run(tmp_path, boxes, *model, "--rules", "ATSS", "TAL")
+
+
+def test_weights_of_other_classes_are_refused(tmp_path, model):
+    text = (tmp_path / "config.yaml").read_text().replace("- thing", "- other")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(SystemExit, match=r"is of other classes .* \['other'\] .* \['thing'\]"):
+        run(tmp_path, [annotation(0, 0, 90, 90)], *model, "--weights", str(tmp_path / "model.pth"))
+
+
+def test_constants_of_similarities_by_brute_force(tmp_path, capsys):
+    boxes = [(40, 60, 20, 20), (100, 100, 50, 80)]
+    run(tmp_path, [annotation(*b) for b in boxes], "--", "INPUT.MIN_SIZE_TEST", "480")
+    printed = capsys.readouterr().out
+    found = constants(
+        str(tmp_path / "annotations.json"),
+        str(ROOT / "configs/ATSS_R_50_FPN_1x.yaml"),
+        ["INPUT.MIN_SIZE_TEST", 480],
+    )
+    assert found["CONSTANT"] == pytest.approx((20 + 4000**0.5) / 2)
+    anchors = Anchors.grid((480, 640))
+    x = (anchors.boxes[:, :2] + anchors.boxes[:, 2:]).double().numpy() / 2
+    side = (anchors.boxes[:, 2:] - anchors.boxes[:, :2]).double().numpy()
+    relative = [
+        np.abs(x - np.array([left + w / 2, top + h / 2])) / (side + np.array([w, h]))
+        for left, top, w, h in boxes
+    ]
+    m, n = np.mean(relative, axis=(0, 1))
+    assert (found["M"], found["N"]) == pytest.approx((m, n))
+    assert f"nwd.CONSTANT {found['CONSTANT']:.3g}, simd.M {m:.3g}, simd.N {n:.3g}" in printed
+
+
+def test_a_check_asks_no_rule_that_looks_at_predictions():
+    images = [{"id": 1, "file_name": "a.jpg", "width": 640, "height": 480}]
+    content = {"images": images, "categories": [{"id": 1, "name": "thing"}]}
+    content["annotations"] = [annotation(0, 0, 1, 1, id=1), annotation(9, 9, 99, 99, id=2)]
+    for rule, expected in (("ATSS", True), ("SimOTA", False)):
+        sampling = build_sampling(make_cfg("MODEL.ATSS.ASSIGNER", rule))
+
+        def asked(content, objects, sampling=sampling):
+            return match(content, objects, sampling, [(480, 640)])
+
+        best_iou, positives = asked(content, find_in_json(content)[1])
+        assert (positives is not None) == expected
+        assert (best_iou > 0).all()
+        report = check(content, "", [(480, 640)], False, asked)
+        kinds = {finding.kind for finding in report.findings}
+        assert "object_poorly_matched" in kinds
+        assert ("object_without_positive" in kinds) == expected
+        assert ("positives_per_object" in report.to_dict()) == expected
+        assert ("hang on what the model predicts" in page(report)) != expected

@@ -18,6 +18,7 @@ from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.utils.events import EventStorage, get_event_storage
 
 import atss.engine.run as way_in
+from atss import load_config
 from atss.assigners import ASSIGNER_REGISTRY, ATSS
 from atss.data.mapper import Mapper
 from atss.engine import Trainer
@@ -522,6 +523,12 @@ def test_register_says_what_is_wrong(command, squares, register, sentence):
 
 
 def test_a_key_that_does_not_exist(command):
+    for wrong, right in (
+        ("ASSIGNERS.SpatialScale.RANGS", "ASSIGNERS.SpatialScale.RANGES"),
+        ("SIMILARITIES.nwd.CONSTNAT", "SIMILARITIES.nwd.CONSTANT"),
+    ):
+        with pytest.raises(ValueError, match=rf"{wrong}; did you mean MODEL.ATSS.{right}\?"):
+            load_config(ROOT / "configs/ATSS_R_50_FPN_1x.yaml", opts=[f"MODEL.ATSS.{wrong}", 1])
     with pytest.raises(ValueError, match=r"MODEL.ATSS.TOPK; did you mean MODEL.*ATSS.TOP_K\?"):
         run(command(**{"MODEL.ATSS.TOPK": 3}))
 

@@ -14,11 +14,12 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from atss import Assignment
+from atss import BACKGROUND, Assignment
 from atss.checkpoints import config_for, convert
 from atss.config import build_tta
 from atss.modeling import Branch, Criterion, Phase
 from atss.modeling.criterion import Quotient
+from atss.modeling.detector import SIZES
 from atss.modeling.terms import score
 
 # GroupNorm: with BatchNorm the images of a training batch would depend on each other.
@@ -163,12 +164,52 @@ def test_channels_last_changes_the_layout_alone():
 def test_logs_assignment_and_pictures():
     model = tiny("VIS_PERIOD", 1).train()
     with EventStorage() as storage:
-        model([make_input(BOX, [0]), make_input([[1, 1, 2, 2]], [0])])
+        model([make_input([*BOX, [30, 1, 41, 70]], [0, 1]), make_input([[1, 1, 2, 2]], [0])])
     latest = {name: value for name, (value, _) in storage.latest().items()}
+    sizes = {x: latest[f"assignment/objects_without_positive_{x}"] for x in SIZES}
+    assert sizes == {"small": 1, "medium": 0, "large": 0}
     assert latest["assignment/objects_without_positive"] == 1
     assert latest["assignment/positives_per_object"] > 0
     (picture,) = storage._vis_data
     assert picture[1].shape == (3, 2 * 96, 128)
+
+
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [([1, 1, 32.9, 32.9], "small"), ([1, 1, 33, 33], "medium"), ([1, 1, 97, 97], "large")],
+)
+def test_objects_without_a_positive_are_logged_by_size(box, size, monkeypatch):
+    model = tiny().train()
+
+    def assign(anchors, gt, predictions):
+        return Assignment(torch.full((1, len(anchors.boxes)), BACKGROUND))
+
+    monkeypatch.setattr(model.branches["main"].at(0), "assigner", assign)
+    with EventStorage() as storage:
+        model([make_input([box], [0])])
+    latest = {name: value for name, (value, _) in storage.latest().items()}
+    prefix = "assignment/objects_without_positive"
+    assert {x: latest[f"{prefix}_{x}"] for x in SIZES} == {x: int(x == size) for x in SIZES}
+    assert latest[prefix] == 1
+
+
+def test_what_rules_look_at_is_what_training_predicts():
+    """Without a step in between, of images that share a canvas."""
+    model, seen = tiny().train(), []
+    examples = [make_input(BOX, [0]), make_input(BOX, [0], seed=1)]
+    assigner = model.branches["main"].at(0).assigner
+
+    def look(anchors, gt, predictions):
+        seen.append(predictions)
+        return assigner(anchors, gt, predictions)
+
+    model.branches["main"].at(0).assigner = look
+    with torch.no_grad():
+        model(examples)
+        predicted = model.predict(examples)
+    assert not seen[0].boxes.requires_grad
+    assert torch.equal(seen[0].boxes, predicted.boxes)
+    assert torch.equal(seen[0].output.classes, predicted.output.classes)
 
 
 def test_default_predictor(tmp_path):

@@ -245,7 +245,18 @@ def _read(annotations: str) -> tuple[dict, Objects]:
 
 
 def _predict(cfg: CfgNode, weights: str, content: dict, image_dir: str) -> Predict:
+    """
+    Raises:
+        ValueError: where the weights are not of the json's classes.
+    """
     predictor = Predictor(cfg, weights)
+    names = [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+    known = predictor.names or [""] * predictor.model.num_classes
+    if len(known) != len(names) or (predictor.names and list(predictor.names) != names):
+        raise ValueError(
+            f"{weights} is of other classes than the annotations: of {len(known)}, "
+            f"{list(known[:3])} and so on, which have {len(names)}, {names[:3]} and so on"
+        )
 
     def predict(images: Sequence[int]) -> Predictions:
         files = (str(Path(image_dir) / content["images"][i]["file_name"]) for i in images)
