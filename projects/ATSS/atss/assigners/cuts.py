@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .matching import cheapest, in_order
 from .scene import Pairs, Scene, Segments
@@ -130,40 +131,54 @@ def mixture(
         (S, M) bool: which the first Gaussian is likelier to have made; and (S, M) log densities,
         -inf where a row ends.
     """
-    there = values < torch.inf
-    x = torch.where(there, values, 0)[..., None]  # (S, M, 1)
+    there = (values < torch.inf).to(values.dtype)
     count = there.sum(dim=1, keepdim=True)
+    last = values.gather(1, count.long() - 1)
+    middle = (values[:, :1] + last) / 2
+    # What rows have is counted from their middles, so that squares lose no digits.
+    x = torch.where(there > 0, values - middle, 0)
+    mean = torch.cat([values[:, :1], last], dim=1) - middle  # (S, 2)
+    fitted = torch.stack([torch.full_like(mean, 0.5), mean, torch.ones_like(mean)])
     tiny = 10 * torch.finfo(x.dtype).eps
 
-    mean = torch.cat([x[:, :1, 0], x[..., 0].gather(1, count - 1)], dim=1)[:, None]  # (S, 1, 2)
-    variance, weight = torch.ones_like(mean), torch.full_like(mean, 0.5)
-
-    def joint() -> Tensor:
-        """(S, M, 2) log density of each value and component."""
-        distance = (x - mean).square() / variance
-        return weight.log() - (distance + variance.log() + math.log(2 * math.pi)) / 2
-
+    rows, now = torch.arange(len(x), device=x.device), fitted
+    known, at, powers, size = there, x, torch.stack([there, x, x * x], dim=2), count.squeeze(1)
     before = x.new_full((len(x),), -torch.inf)
-    running = torch.ones_like(before, dtype=torch.bool)
     for _ in range(iterations):
-        if not running.any():
-            break
-        parts = joint()
-        density = parts.logsumexp(dim=2)
-        share = (parts - density[..., None]).exp() * there[..., None]
-        of_each = share.sum(dim=1, keepdim=True) + tiny
-        new_mean = (share * x).sum(dim=1, keepdim=True) / of_each
-        spread = (share * (x - new_mean).square()).sum(dim=1, keepdim=True) / of_each
-        likelihood = (density * there).sum(dim=1) / count.squeeze(1)
-        now = running[:, None, None]
-        mean = torch.where(now, new_mean, mean)
-        variance = torch.where(now, spread + floor, variance)
-        weight = torch.where(now, of_each / of_each.sum(dim=2, keepdim=True), weight)
-        running = running & ((likelihood - before).abs() >= tolerance)
+        first, second = _log_densities(at, now)
+        share = (first - second).sigmoid() * known
+        likelihood = ((second + F.softplus(first - second)) * known).sum(dim=1) / size
+        # (S, 2) each: of each component the sum of shares, of x and of x^2.
+        sums, of_x, of_squares = (torch.stack([share, known - share], dim=1) @ powers).unbind(-1)
+        sums = sums + tiny
+        mean = of_x / sums
+        variance = of_squares / sums - mean.square() + floor
+        now = torch.stack([sums / sums.sum(dim=1, keepdim=True), mean, variance])
+        goes_on = (likelihood - before).abs() >= tolerance
         before = likelihood
-    parts = joint()
-    density = parts.logsumexp(dim=2).masked_fill(~there, -torch.inf)
-    return (parts[..., 0] >= parts[..., 1]) & there, density
+        if not goes_on.all():
+            fitted[:, rows] = now
+            kept = (v[goes_on] for v in (rows, known, at, powers, size, before))
+            rows, known, at, powers, size, before = kept
+            now = now[:, goes_on]
+            if not len(rows):
+                break
+    fitted[:, rows] = now
+    first, second = _log_densities(x, fitted)
+    density = torch.where(there > 0, torch.logaddexp(first, second), -torch.inf)
+    return (first >= second) & (there > 0), density
+
+
+def _log_densities(x: Tensor, fitted: Tensor) -> tuple[Tensor, Tensor]:
+    """(S, M) each: of (S, M) values under both components, with their weights.
+
+    Args:
+        fitted: (3, S, 2) weights, means, variances.
+    """
+    weight, mean, variance = fitted.movedim(2, 1)[..., None].unbind()  # (2, S, 1) each
+    constant = weight.log() - (2 * math.pi * variance).log() / 2
+    first, second = constant - (x - mean).square() / (2 * variance)
+    return first, second
 
 
 @dataclass(frozen=True)

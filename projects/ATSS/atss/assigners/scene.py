@@ -153,8 +153,9 @@ class Scene:
         boxes = self.gt.boxes[objects]
         asked = torch.zeros_like(boxes[:, 0]) if least is None else least.float() * (1 - ROUNDING)
         which, block = self._touched(objects, asked, least is None).nonzero(as_tuple=True)
-        image = self.gt.image_index[objects[which]]
-        predicted = self._blocks[:, image, block].movedim(0, -1)  # (M, BLOCK, 4)
+        blocks = self._blocks
+        row = self.gt.image_index[objects[which]] * blocks.shape[2] + block
+        predicted = blocks.flatten(1, 2).index_select(1, row).movedim(0, -1)  # (M, BLOCK, 4)
         overlap = self.similarity(predicted, boxes[which, None])
         chosen = torch.ones_like(overlap, dtype=torch.bool)
         if least is not None:
