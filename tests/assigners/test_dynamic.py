@@ -333,6 +333,20 @@ def test_a_contested_anchor_goes_to_whom_it_costs_least_though_nobody_looked():
     assert found.positives_per_object(3).tolist() == [0, 0, 4]
 
 
+def test_an_object_looks_farther_where_what_is_near_is_dear():
+    """Nothing near its centre overlaps it, which costs 3 ln 1e7 = 48; an anchor 4.5 strides from
+    there does, which costs 10^1.5 = 34 for the distance."""
+    anchors = Anchors.grid((128, 128), strides=(8,), scales=(2.0,))
+    objects = torch.tensor([[48.0, 48, 80, 80], [0.0, 0, 128, 128]])
+    boxes = torch.tensor([0.0, 0, 40, 40]).repeat(256, 1)
+    far = 7 * 16 + 12  # at (100, 60)
+    boxes[far] = objects[0]
+    logits = torch.full((256, 2), -4.0)
+    seen = predict(logits[None], boxes[None])
+    found = SoftLabel()(anchors, make_gt(objects, classes=[0, 1]), seen)
+    assert (found.gt_index[0] == 0).nonzero().squeeze(1).tolist() == [far]
+
+
 @pytest.mark.parametrize("rule", [TAL(inside="before"), SimOTA(), SoftLabel(), OTA(), PAA()])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_nobodys_and_changes_nothing_else(rule, value):
