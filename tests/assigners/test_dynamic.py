@@ -334,16 +334,16 @@ def test_a_contested_anchor_goes_to_whom_it_costs_least_though_nobody_looked():
 
 
 def test_an_object_looks_farther_where_what_is_near_is_dear():
-    """Nothing near its centre overlaps it, which costs 3 ln 1e7 = 48; an anchor 4.5 strides from
-    there does, which costs 10^1.5 = 34 for the distance."""
+    """Nothing near its centre overlaps it, which costs 10 ln 1e7 = 161; an anchor 5.1 strides from
+    there does, which costs 10^2.1 = 133 for the distance."""
     anchors = Anchors.grid((128, 128), strides=(8,), scales=(2.0,))
-    objects = torch.tensor([[48.0, 48, 80, 80], [0.0, 0, 128, 128]])
+    objects = torch.tensor([[51.0, 48, 83, 80], [0.0, 0, 128, 128]])
     boxes = torch.tensor([0.0, 0, 40, 40]).repeat(256, 1)
-    far = 7 * 16 + 12  # at (100, 60)
+    far = 7 * 16 + 13  # at (108, 60)
     boxes[far] = objects[0]
     logits = torch.full((256, 2), -4.0)
     seen = predict(logits[None], boxes[None])
-    found = SoftLabel()(anchors, make_gt(objects, classes=[0, 1]), seen)
+    found = SoftLabel(iou_weight=10.0)(anchors, make_gt(objects, classes=[0, 1]), seen)
     assert (found.gt_index[0] == 0).nonzero().squeeze(1).tolist() == [far]
 
 
