@@ -8,6 +8,7 @@ the backbones and multi-scale testing the authors' yamls (configs/atss/ of sfzha
 import bisect
 import copy
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,8 +22,10 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from atss import BACKGROUND, IGNORE, Anchors, Assignment, HeadOutput, load_config
-from atss.assigners import ATSS, MaxIoU
+from atss.assigners import ATSS, NWD, TAL, IoU, MaxIoU, SimOTA, SoftLabel
 from atss.config import build_tta
+from atss.config.branches import build_branches
+from atss.config.checks import flatten
 from atss.losses import giou_loss, iou_loss, smooth_l1_loss
 from atss.modeling.backbone import DeformBottleneck
 from atss.modeling.deform_conv import DeformConvLayer
@@ -183,7 +186,37 @@ def test_every_config_of_the_paper_is_here():
     ours = {"Base-ATSS", "ATSS_R_18_FPN_small", "demo", "small", "ablation", "digits"}
     ours |= {"ATSS_R_50_FPN_fine_tune", "ATSS_lite0_FPN_fine_tune", "fine_tune"}
     ours |= {"fine_tune_coco"}
-    assert set(ROWS) == files - ours
+    assert set(ROWS) == {x for x in files - ours if not x.startswith("successors/")}
+
+
+# What later papers chose samples by, with ATSS's head and losses: the rule of each phase.
+SUCCESSORS = {
+    "TAL": [(ATSS, 30000), (TAL, math.inf)],
+    "SimOTA": [(SimOTA, math.inf)],
+    "RTMDet_SoftLabel": [(SoftLabel, math.inf)],
+    "ATSS_NWD": [(ATSS, math.inf)],
+}
+
+
+def test_every_successor_is_here():
+    names = {path.name for path in ROOT.glob("configs/successors/*")}
+    assert names == {f"{name}_R_50_FPN_1x.yaml" for name in SUCCESSORS}
+
+
+@pytest.mark.parametrize("name", SUCCESSORS)
+def test_a_successor_is_atss_but_for_its_rule(name):
+    file = f"successors/{name}_R_50_FPN_1x.yaml"
+    cfg, base = make_cfg(config=file), make_cfg(config="ATSS_R_50_FPN_1x.yaml")
+    known = dict(flatten(base))
+    differ = {key for key, value in flatten(cfg) if known.get(key) != value}
+    assert all(re.match(r"MODEL\.ATSS\.(ASSIGNER|PHASES|BRANCH|SIMILARITIES)", x) for x in differ)
+    phases = build_branches(cfg, {"num_levels": 5, "num_classes": 3})["main"].phases
+    rules = [(type(phase.assigner), round(phase.until, -1)) for phase in phases]
+    assert rules == SUCCESSORS[name]
+    similarity = phases[-1].assigner.similarity
+    assert similarity == (NWD(12.8) if name == "ATSS_NWD" else IoU())
+    lines = [x for x in (ROOT / "configs" / file).read_text().splitlines() if x[:1] not in "#"]
+    assert len(lines) <= 12
 
 
 @pytest.mark.parametrize("row", ROWS)
