@@ -208,7 +208,8 @@ def test_a_successor_is_atss_but_for_its_rule(name):
     file = f"successors/{name}_R_50_FPN_1x.yaml"
     cfg, base = make_cfg(config=file), make_cfg(config="ATSS_R_50_FPN_1x.yaml")
     known = dict(flatten(base))
-    differ = {key for key, value in flatten(cfg) if known.get(key) != value}
+    values = [(key, value) for key, value in flatten(cfg) if not isinstance(value, dict)]
+    differ = {key for key, value in values if known.get(key) != value}
     assert all(re.match(r"MODEL\.ATSS\.(ASSIGNER|PHASES|BRANCH|SIMILARITIES)", x) for x in differ)
     phases = build_branches(cfg, {"num_levels": 5, "num_classes": 3})["main"].phases
     rules = [(type(phase.assigner), round(phase.until, -1)) for phase in phases]
