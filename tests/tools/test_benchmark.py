@@ -5,6 +5,7 @@ import sys
 import benchmark
 import pytest
 import torch
+from benchmarks import rules
 from benchmarks.assignment import dense_atss, random_objects
 from benchmarks.data import loading
 from benchmarks.model import Case, build, random_batch, training_step
@@ -87,6 +88,26 @@ def test_loading_is_measured_with_the_trainers_loader(squares, capsys):
     parts = report["ms per image"]
     assert 0 < parts["decoding the file"] < parts["all, by the mapper"]
     assert "images/s" in capsys.readouterr().out
+
+
+def test_scenes_of_the_rules_predict_the_smallest_object_that_holds_an_anchor():
+    """But for a tenth; and PAA's mixtures are fitted to what it pools."""
+    anchors, gt, seen = rules.random_scene(12, 2)
+    points = anchors.points.float()
+    for image in range(2):
+        boxes = gt.boxes[gt.image_index == image]
+        inside = ((points[:, None] > boxes[:, :2]) & (points[:, None] < boxes[:, 2:])).all(dim=2)
+        size = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+        smallest = torch.where(inside, size, torch.inf).argmin(dim=1)
+        held = inside.any(dim=1)
+        wanted = torch.where(held[:, None], boxes[smallest], anchors.boxes)
+        off = (seen.boxes[image] - wanted) / (wanted[:, 2:] - wanted[:, :2]).repeat(1, 2)
+        assert held.any()
+        assert off.std().item() == pytest.approx(0.1, abs=0.005)
+        assert off.abs().max() < 1
+    values = rules._paa_costs(anchors, gt, seen)
+    assert values.shape[0] <= 12
+    assert (values[:, 1:] >= values[:, :-1]).all()
 
 
 def test_a_table_reads_as_markdown():
