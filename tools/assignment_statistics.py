@@ -39,7 +39,11 @@ def make_parser() -> argparse.ArgumentParser:
         default=[get_config_file("ATSS_R_50_FPN_1x")],
         help="one whose anchors all rules get, or several, each with its own rule and anchors",
     )
-    parser.add_argument("--rules", nargs="+", help="of one config: names of rules; all by default")
+    parser.add_argument(
+        "--rules",
+        nargs="+",
+        help="of one config: names of rules; by default all, without --weights those without a model",
+    )
     parser.add_argument("--weights", default="", help="of a model for rules to look at")
     parser.add_argument("--images", default="", help="the folder of its images")
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")

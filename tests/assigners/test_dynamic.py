@@ -225,6 +225,23 @@ def test_nothing_similar_is_left_out(similarity, take_part):
     assert not (wanted & ~found).any()
 
 
+@pytest.mark.parametrize("rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA()])
+def test_what_is_not_finite_is_nobodys(rule):
+    """Though some objects find no other."""
+    rng = np.random.default_rng(0)
+    anchors = Anchors.grid((160, 224))
+    gt = make_gt(oracle.random_boxes(rng, 25, (160, 224)), classes=rng.integers(3, size=25))
+    boxes = anchors.boxes + 9 * torch.randn(anchors.boxes.shape, generator=torch.manual_seed(0))
+    spoilt = torch.rand(len(boxes), generator=torch.manual_seed(1)) < 0.5
+    boxes[spoilt, 2] = torch.tensor([torch.nan, torch.inf, -torch.inf]).repeat(len(boxes))[
+        : spoilt.sum()
+    ]
+    logits = torch.randn(len(boxes), 3, generator=torch.manual_seed(2)) - 3
+    found = rule(anchors, gt, predict(logits[None], boxes[None])).gt_index[0]
+    assert (found >= 0).any()
+    assert (found[spoilt] < 0).all()
+
+
 def scene_of(boxes, classes, logits, predicted, hw=(64, 64), strides=(8,), scales=(2.0,)):
     """One image, one level."""
     anchors = Anchors.grid(hw, strides=strides, scales=scales)
@@ -349,7 +366,7 @@ def test_an_object_looks_farther_where_what_is_near_is_dear():
 
 @pytest.mark.parametrize("rule", [TAL(inside="before"), SimOTA(), SoftLabel(), OTA(), PAA()])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_is_nobodys_and_changes_nothing_else(rule, value):
+def test_what_is_not_finite_changes_nothing_else(rule, value):
     """Boxes and classes of an anchor that nobody wants, as without them."""
     anchors, gt, scores, boxes = of_case("typical")
     p = torch.from_numpy(scores).clamp(1e-6, 1 - 1e-6)

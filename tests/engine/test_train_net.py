@@ -526,6 +526,9 @@ def test_a_key_that_does_not_exist(command):
     for wrong, right in (
         ("ASSIGNERS.SpatialScale.RANGS", "ASSIGNERS.SpatialScale.RANGES"),
         ("SIMILARITIES.nwd.CONSTNAT", "SIMILARITIES.nwd.CONSTANT"),
+        ("ASSIGNERS.TAL.TOPK", "ASSIGNERS.TAL.TOP_K"),
+        ("ASSIGNERS.TopK.TOPK", "ASSIGNERS.TopK.TOP_K"),
+        ("POSITIVE_FROM", "ASSIGNERS.MaxIoU.POSITIVE_FROM"),
     ):
         with pytest.raises(ValueError, match=rf"{wrong}; did you mean MODEL.ATSS.{right}\?"):
             load_config(ROOT / "configs/ATSS_R_50_FPN_1x.yaml", opts=[f"MODEL.ATSS.{wrong}", 1])

@@ -90,10 +90,16 @@ class Matching:
             # Who chose these paid so much that somebody of whom nothing is known might pay less.
             for slots in scene.pieces(contest.dear(self.farther[0][0]), len(gt)):
                 pairs = scene.all_objects(slots)
-                contest.compete(pairs, -self.cost(pairs).nan_to_num(torch.inf))
+                contest.compete(pairs, -self._costs(pairs))
         gt_index = contest.settle()
         score = None if self.score is None else _score(scene, gt_index, self.score)
         return Assignment(gt_index.view(gt.num_images, -1), score)
+
+    def _costs(self, pairs: Pairs) -> Tensor:
+        """Of each pair; infinite where a prediction is not finite."""
+        cost = self.cost(pairs)
+        sound = pairs.boxes.isfinite().all(dim=1) & ~cost.isnan()
+        return torch.where(sound, cost, torch.inf)
 
     def _choose(self, scene: Scene, objects: Tensor, contest: _Contest) -> None:
         """Of (g,) objects, from their candidates, and for some from more and more."""
@@ -101,8 +107,7 @@ class Matching:
         bounds = [bound for bound, _ in self.farther]
         for candidates, bound in zip(levels, [*bounds, torch.inf], strict=True):
             pairs = candidates(scene, objects)
-            cost = self.cost(pairs)
-            cost = torch.where(cost.isnan(), torch.inf, cost)
+            cost = self._costs(pairs)
             chosen = self.cut(pairs, cost)
             if self.wants is not None and self.farther:
                 served = pairs.owner[chosen & (cost < bound)]

@@ -182,7 +182,8 @@ class Scene:
         if inside:
             # Axis by axis either will do, which lets in a few more.
             first, last = self._points
-            touched |= (first < boxes[:, 2:].T[..., None]) & (last > boxes[:, :2].T[..., None])
+            high, low = (boxes[:, 2:] + SLACK).T[..., None], (boxes[:, :2] - SLACK).T[..., None]
+            touched |= (first < high) & (last > low)
         return touched.all(dim=0)
 
     @cached_property

@@ -154,25 +154,20 @@ def _explain(cfg: CfgNode, error: Exception) -> str:
 
 
 def _unknown(cfg: CfgNode, key: str) -> str:
-    def likeness(other: str) -> float:
-        last, others_last = key.rpartition(".")[2], other.rpartition(".")[2]
-        return (
-            SequenceMatcher(None, key, other).ratio()
-            + SequenceMatcher(None, last, others_last).ratio()
-        )
-
     known = dict(flatten(cfg))
     named = {value for value in known.values() if isinstance(value, str)}
 
-    def is_of_named(other: str) -> bool:
-        # Parts of a kind have arguments in common: rather those of one that is named.
-        return other.count(".") != 4 or other.split(".")[3] in named
+    def likeness(other: str) -> float:
+        last, others_last = key.rpartition(".")[2], other.rpartition(".")[2]
+        # Parts of a kind have arguments in common: of equal ones those of a part that is named.
+        is_named = other.count(".") == 4 and other.split(".")[3] in named
+        return (
+            SequenceMatcher(None, key, other).ratio()
+            + SequenceMatcher(None, last, others_last).ratio()
+            + 0.03 * is_named
+        )
 
-    close = max(map(likeness, known))
-    nearest = max(
-        (x for x in known if likeness(x) > close - 0.25),
-        key=lambda x: (is_of_named(x), likeness(x)),
-    )
+    nearest = max(known, key=likeness)
     hint = f"; did you mean {nearest}?" if likeness(nearest) > 1.5 else ""
     return f"there is no key {key}{hint}"
 
