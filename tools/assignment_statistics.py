@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rules",
         nargs="+",
-        help="of one config: names of rules; by default all, without --weights those without a model",
+        help="of one config: names of rules; by default all that can be asked",
     )
     parser.add_argument("--weights", default="", help="of a model for rules to look at")
     parser.add_argument("--images", default="", help="the folder of its images")
