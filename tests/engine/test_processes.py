@@ -144,8 +144,11 @@ def half_of_each(rank: int, output_dir: Path) -> None:
     with pytest.raises(FloatingPointError) as error:
         one_step(broken, (), output_dir)
     (output_dir / f"broken.{rank}").write_text(str(error.value))
-    # Left to the end of Python, gloo's threads now and then abort the process.
+    # Left to the end of Python, gloo's threads now and then abort the process, and even where the
+    # group is destroyed, be the other still at it: everything is written, so it ends here.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")
