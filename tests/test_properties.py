@@ -116,9 +116,8 @@ def test_assignment(rule, count):
         assert index.shape == (gt.num_images, len(anchors.boxes))
         assert index.min() >= IGNORE
         assert index.max() < len(gt)
-        if found.score is None:
-            assert not dynamic or rule == "PAA"
-        else:
+        assert (found.score is None) == (not dynamic or rule == "PAA")
+        if found.score is not None:
             assert ((found.score >= 0) & (found.score <= 1)).all()
             assert (found.score[index < 0] == 0).all()
         image, anchor = (index >= 0).nonzero(as_tuple=True)

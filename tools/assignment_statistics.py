@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from atss.analysis.files import try_to_write
 from atss.analysis.plots import plot_statistics
-from atss.analysis.statistics import compare, constants, table, write_csv
+from atss.analysis.statistics import compare, constants, read_objects, table, write_csv
 from atss.config import get_config_file
 from atss.engine.run import NoSuchModule, import_modules
 
@@ -63,11 +63,12 @@ def main(argv: list[str] | None = None) -> None:
     results = [args.output / name for name in ("table.md", "plot.png", "objects.csv")]
     try:
         try_to_write("--output", *results)
+        read = read_objects(args.annotations)
         found = compare(
-            *(args.annotations, args.config_file, args.rules, args.opts, tqdm),
+            *(*read, args.config_file, args.rules, args.opts, tqdm),
             *(args.weights, args.images),
         )
-        fitting = constants(args.annotations, args.config_file[0], args.opts)
+        fitting = constants(*read, args.config_file[0], args.opts)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     objects, columns, top = found

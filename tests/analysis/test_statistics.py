@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from atss import Anchors
-from atss.analysis.statistics import constants, match
+from atss.analysis.statistics import constants, match, read_objects
 from atss.config import build_sampling
 from atss.data.check import check, page
 from atss.data.coco_json import find_in_json
@@ -161,7 +161,7 @@ def test_constants_of_similarities_by_brute_force(tmp_path, capsys):
     run(tmp_path, [annotation(*b) for b in boxes], "--", "INPUT.MIN_SIZE_TEST", "480")
     printed = capsys.readouterr().out
     found = constants(
-        str(tmp_path / "annotations.json"),
+        *read_objects(str(tmp_path / "annotations.json")),
         str(ROOT / "configs/ATSS_R_50_FPN_1x.yaml"),
         ["INPUT.MIN_SIZE_TEST", 480],
     )

@@ -7,7 +7,7 @@ import torch
 from conftest import GOLDEN, make_gt
 
 from atss import BACKGROUND, IGNORE, Anchors
-from atss.assigners import NWD, IoU, MaxIoU, SimD, max_iou
+from atss.assigners import NWD, IoU, MaxIoU, SimD, pairs
 from atss.assigners.pairs import rectangles
 
 REFERENCE = np.load(GOLDEN / "iou_assignment.npz")
@@ -118,7 +118,7 @@ def test_of_huge_objects_few_pairs_are_looked_at(monkeypatch):
             looked_at.append(len(location))
             yield claimant, location
 
-    monkeypatch.setattr(max_iou, "rectangles", counted)
+    monkeypatch.setattr(pairs, "rectangles", counted)
     anchors = Anchors.grid((2048, 2048))
     MaxIoU()(anchors, make_gt([[10, 20, 1900, 2000]] * 50))
     assert sum(looked_at) < 0.05 * 50 * len(anchors.boxes)
@@ -170,7 +170,7 @@ def test_thresholds_belong_to_what_is_above_them():
 @pytest.mark.parametrize("piece", [7, 1 << 18])
 def test_of_equal_objects_the_first_has_the_anchors(piece, monkeypatch):
     """However the pairs are cut into pieces."""
-    monkeypatch.setattr(max_iou, "rectangles", partial(rectangles, piece=piece))
+    monkeypatch.setattr(pairs, "rectangles", partial(rectangles, piece=piece))
     gt_index = MaxIoU()(Anchors.grid((64, 64)), make_gt([[0, 0, 50, 50]] * 3)).gt_index
     assert set(gt_index.unique().tolist()) <= {0, BACKGROUND, IGNORE}
     assert (gt_index == 0).any()

@@ -16,7 +16,7 @@ from atss.structures import Predictions
 
 from .assignment import CPU, SMALL, random_objects
 from .peers import import_mmdet
-from .timing import in_fresh_process, in_turn, peak_mebibytes, table
+from .timing import in_fresh_process, in_turn, peak_mebibytes, resident_mebibytes, table
 
 NUM_CLASSES = 20
 RULES = {
@@ -112,16 +112,11 @@ def extra_mebibytes(name: str, count: int, num_images: int) -> float:
     rule(*random_scene(3))  # what the library itself loads
     scene = random_scene(count, num_images)
     # So that what the scene was made with does not hide what the rule needs.
-    ballast = torch.ones(max(0, int((peak_mebibytes() - _resident()) * 2**18)))
+    ballast = torch.ones(max(0, int((peak_mebibytes() - resident_mebibytes()) * 2**18)))
     before = peak_mebibytes()
     rule(*scene)
     del ballast
     return peak_mebibytes() - before
-
-
-def _resident() -> float:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 / 2**20
 
 
 def beside_mmdet(runs: int, against_mmdet: bool, crowd: bool) -> dict:

@@ -100,8 +100,17 @@ def parts_in_turn(
 
 def peak_mebibytes() -> float:
     """Peak resident memory of this process so far (Linux)."""
+    return _mebibytes("VmHWM")
+
+
+def resident_mebibytes() -> float:
+    """Resident memory of this process now (Linux)."""
+    return _mebibytes("VmRSS")
+
+
+def _mebibytes(what: str) -> float:
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 1024
+    return int(re.search(rf"{what}:\s+(\d+) kB", status).group(1)) / 1024
 
 
 def in_fresh_process(function: Callable[..., float], *args) -> float:

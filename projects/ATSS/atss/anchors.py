@@ -110,14 +110,9 @@ class Anchors:
     @cached_property
     def points(self) -> Tensor:
         """(R, 2) float64 centres in pixels: those of the float32 boxes are rounded."""
-        stride, width, _, first = self.lattice.unbind(1)
-        levels = [height * width for height, width in self.sizes]
-        points = []
-        location = torch.arange(sum(levels), dtype=torch.float64, device=self.boxes.device)
-        for i, some in enumerate(location.split(levels)):
-            local = some - first[i]
-            cell = torch.stack([local % width[i], local.div(width[i], rounding_mode="floor")], 1)
-            points.append((cell + self.offset) * stride[i])
+        counts = [height * width for height, width in self.sizes]
+        locations = torch.arange(sum(counts), device=self.boxes.device).split(counts)
+        points = [self.centres_of(some, level) for level, some in enumerate(locations)]
         return torch.cat(points).repeat_interleave(self.num_anchors, dim=0)
 
     @cached_property
@@ -125,6 +120,11 @@ class Anchors:
         """(4, R) float64: the boxes in memory x1 of all, then y1 of all, which is faster to work
         on than box by box."""
         return self.boxes.T.to(torch.float64, memory_format=torch.contiguous_format)
+
+    def level_of(self, index: Tensor) -> Tensor:
+        """(...) int64 levels of anchors, (...) int64 into R."""
+        first = self.lattice[:, 3].long() * self.num_anchors
+        return torch.searchsorted(first.contiguous(), index, right=True) - 1
 
     def centres_of(self, location: Tensor, level: int) -> Tensor:
         """(..., 2) float64 centres in pixels of locations of one level.

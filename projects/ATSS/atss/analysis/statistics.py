@@ -175,7 +175,8 @@ def measure(
 
 
 def compare(
-    annotations: str,
+    content: dict,
+    objects: Objects,
     config_files: Sequence[str],
     rules: Sequence[str] | None,
     opts: Sequence[str],
@@ -186,6 +187,7 @@ def compare(
     """Counts what rules give on one config's anchors, or several configs each by their own.
 
     Args:
+        content, objects: of a json, as from :func:`read_objects`.
         rules: of one config; by default all that are registered, and without weights those of them
             that do not look at predictions.
         weights: of a model of the one config, which rules may look at.
@@ -195,9 +197,8 @@ def compare(
         differ in it.
 
     Raises:
-        ValueError: naming what is wrong with the file, the configs or the rules.
+        ValueError: naming what is wrong with the configs or the rules.
     """
-    content, objects = _read(annotations)
     cfgs: dict[str, CfgNode] = {}
     if len(config_files) == 1:
         cfg = load_config(*config_files, opts=opts)
@@ -228,7 +229,7 @@ def compare(
     return records, list(samplings), reach.pop() if len(reach) == 1 else None
 
 
-def _read(annotations: str) -> tuple[dict, Objects]:
+def read_objects(annotations: str) -> tuple[dict, Objects]:
     """The content of a json, and its objects.
 
     Raises:
@@ -266,7 +267,8 @@ def _predict(cfg: CfgNode, weights: str, content: dict, image_dir: str) -> Predi
 
 
 def constants(
-    annotations: str,
+    content: dict,
+    objects: Objects,
     config_file: str,
     opts: Sequence[str] = (),
     progress: Progress = lambda items, **_: items,
@@ -274,7 +276,6 @@ def constants(
     """What the authors of similarities for tiny objects would choose for these: NWD's constant, the
     mean side of an object in pixels of the canvas; and SimD's m and n, the means over all objects
     and anchors of the distance of their centres along x and y over the sum of both sides."""
-    content, objects = _read(annotations)
     cfg = load_config(config_file, opts=opts)
     sampling, size = build_sampling(cfg), (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     sides, distances, pairs = 0.0, np.zeros(2), 0

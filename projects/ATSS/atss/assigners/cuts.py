@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .matching import cheapest, in_order
+from .pairs import NOBODY, keep_best
 from .scene import Pairs, Scene, Segments
 
 
@@ -107,9 +108,8 @@ class TwoGaussians:
     def pool(self, pairs: Pairs, cost: Tensor) -> tuple[Tensor, Segments, Tensor]:
         """The pairs whose costs are fitted, in the order of objects and costs; as segments; and
         their costs, (S, top_k * L at most), infinite where an object has fewer."""
-        levels = torch.tensor(pairs.scene.anchors.per_level, device=cost.device).cumsum(0)
-        level = torch.searchsorted(levels, pairs.index, right=True)
-        of_level = pairs.owner * len(levels) + level
+        anchors = pairs.scene.anchors
+        of_level = pairs.owner * len(anchors.strides) + anchors.level_of(pairs.index)
         order = in_order((cost < torch.inf).nonzero().squeeze(1), cost, of_level)
         pooled = order[Segments(of_level[order]).column < self.top_k]
         pooled = in_order(pooled, cost, pairs.owner)
@@ -239,11 +239,10 @@ class Transport:
         most_kept = torch.where(others > 0, demand + (b - before) / eps, -torch.inf)
         most_kept = most_kept.scatter_reduce(0, image, kept, "amax")
         given, kept = given - most[pairs.owner], kept - most_kept[image]
-        best = kept.scatter_reduce(0, column, given, "amax")
-        wins = given == best[column]
-        winner = torch.full_like(slot, len(gt))
-        winner.scatter_reduce_(0, column[wins], pairs.owner[wins], "amin")
-        return wins & (pairs.owner == winner[column])
+        # Of equal shares the lower object has it, and rather any object than the background.
+        winner = torch.full_like(slot, NOBODY)
+        keep_best(kept, winner, column, pairs.owner, given)
+        return pairs.owner == winner[column]
 
 
 def _logsumexp(values: Tensor, segment: Tensor, count: int) -> Tensor:

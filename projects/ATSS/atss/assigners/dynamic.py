@@ -120,7 +120,7 @@ class SimOTA(Matching):
         self.radius, self.cls_weight, self.iou_weight = radius, cls_weight, iou_weight
         super().__init__(
             takes_part=self._near_any,
-            candidates=self._right_ones,
+            candidates=self._own_ones,
             farther=[
                 (self.PENALTY - iou_weight * math.log1p(EPS), Scene.near),
                 (self.PENALTY - iou_weight * math.log(EPS), Scene.all_pairs),
@@ -134,9 +134,8 @@ class SimOTA(Matching):
     def _near_any(self, scene: Scene) -> Tensor:
         return _covered(scene, torch.cat(scene.around(scene.every(), self.radius), dim=-1))
 
-    def _right_ones(self, scene: Scene, objects: Tensor) -> Pairs:
-        pairs = scene.between(objects, *_of_object(scene, objects, self.radius))
-        return pairs.at(pairs.inside() & pairs.around(self.radius))
+    def _own_ones(self, scene: Scene, objects: Tensor) -> Pairs:
+        return scene.between(objects, *_of_object(scene, objects, self.radius))
 
     def _cost(self, pairs: Pairs) -> Tensor:
         right = pairs.inside() & pairs.around(self.radius)

@@ -67,7 +67,7 @@ class Matching:
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
-        """Assigns the anchors of every image of the batch. Its host waits for the number of pairs.
+        """Assigns the anchors of every image of the batch. The host waits for the number of pairs.
 
         Args:
             anchors: R anchors, the same for all images.

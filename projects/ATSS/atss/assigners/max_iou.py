@@ -9,7 +9,7 @@ from ..anchors import Anchors
 from ..geometry import area, centres, nearest_side
 from ..parts import one_of
 from ..structures import BACKGROUND, IGNORE, Assignment, GroundTruth, Predictions
-from .pairs import INSIDE_MARGIN, NOBODY, all_anchors, keep_best, nearest_locations, rectangles
+from .pairs import INSIDE_MARGIN, NOBODY, all_anchors, anchors_between, keep_best, nearest_locations
 from .similarities import IOU, Similarity
 
 
@@ -94,9 +94,8 @@ class MaxIoU:
         if self.low_quality_matches and self.claims_go_to == "best":
             # A claimed anchor may suit another object better than its claimant, but not by enough
             # that this was seen.
-            ends = torch.tensor(anchors.per_level, device=claimed.device).cumsum(0)
-            level = torch.searchsorted(ends, claimed % len(anchors.boxes), right=True)
-            least = best.new_full((len(ends),), torch.inf)
+            level = anchors.level_of(claimed % len(anchors.boxes))
+            least = best.new_full((len(anchors.strides),), torch.inf)
             least.scatter_reduce_(0, level, best[claimed], "amin")
             more = self._reach(anchors, gt, least.expand_as(limit))
             seen = (more <= reach).all(dim=-1)
@@ -150,10 +149,7 @@ class MaxIoU:
         the objects: (M,) slot in N * R, (M,) ground truth, (M,) similarity in float64."""
         objects = gt.boxes.double()
         middle = centres(objects)[:, None]
-        each = torch.arange(anchors.num_anchors, device=objects.device)
-        for claimant, location in rectangles(anchors, middle - reach, middle + reach):
-            index = (location[:, None] * anchors.num_anchors + each).flatten()
-            claimant = claimant.repeat_interleave(anchors.num_anchors)
+        for claimant, index in anchors_between(anchors, middle - reach, middle + reach):
             overlap = self.similarity(anchors.boxes[index].double(), objects[claimant])
             # What has no area has no sides that a box code could describe.
             overlap = overlap * (area(objects[claimant]) > 0)

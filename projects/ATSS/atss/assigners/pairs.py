@@ -159,6 +159,15 @@ def rectangles(
         yield cell // len(stride), first.long()[level] + row * width.long()[level] + column
 
 
+def anchors_between(anchors: Anchors, low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The A anchors of each location of :func:`rectangles`: (M,) int64 object and (M,) int64 into
+    R, objects in rising order."""
+    each = torch.arange(anchors.num_anchors, device=low.device)
+    for owner, location in rectangles(anchors, low, high):
+        index = location[:, None] * anchors.num_anchors + each
+        yield owner.repeat_interleave(anchors.num_anchors), index.flatten()
+
+
 def covered(anchors: Anchors, num_images: int, image: Tensor, rectangles: Tensor) -> Tensor:
     """(N * R,) bool: anchors whose centres lie strictly inside a rectangle of their image and
     level. As many steps, however large these are.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..anchors import Anchors
 from ..geometry import area, centres, nearest_side
 from ..structures import GroundTruth, HeadOutput, Predictions
-from .pairs import rectangles
+from .pairs import anchors_between
 from .similarities import IOU, Similarity
 
 # (probability, cross entropy, targets) -> elementwise, as of atss.losses.
@@ -119,13 +119,10 @@ class Scene:
     def between(self, objects: Tensor, low: Tensor, high: Tensor) -> Pairs:
         """With the anchors whose centres lie in a rectangle of its own on each level, from
         (g, L, 2) to (g, L, 2), and a few more."""
-        count = self.anchors.num_anchors
-        each = torch.arange(count, device=low.device)
-        owners, indices = [objects[:0]], [objects[:0]]
-        for owner, location in rectangles(self.anchors, low, high):
-            owners.append(objects[owner].repeat_interleave(count))
-            indices.append((location[:, None] * count + each).flatten())
-        return self.pairs(torch.cat(owners), torch.cat(indices))
+        nothing = objects[:0], objects[:0]
+        found = [nothing, *anchors_between(self.anchors, low, high)]
+        owner, index = (torch.cat(x) for x in zip(*found, strict=True))
+        return self.pairs(objects[owner], index)
 
     def around(self, objects: Tensor, radius: float) -> tuple[Tensor, Tensor]:
         """(g, L, 2) corners of squares around their centres, of a half side in strides."""

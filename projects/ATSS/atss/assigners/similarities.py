@@ -98,9 +98,8 @@ class SimD:
     def reach(self, least: Tensor) -> tuple[Tensor, Tensor]:
         """As far as boxes of their sizes."""
         steps = 2 * _steps(least)
-        return torch.stack([steps / self.m, steps / self.n], dim=-1), torch.zeros_like(
-            steps[..., None]
-        )
+        scale = torch.stack([steps / self.m, steps / self.n], dim=-1)
+        return scale, torch.zeros_like(scale[..., :1])
 
 
 def _without_faint(similarity: Tensor) -> Tensor:
