@@ -22,11 +22,11 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from atss import BACKGROUND, IGNORE, Anchors, Assignment, HeadOutput, load_config
-from atss.assigners import ATSS, NWD, TAL, IoU, MaxIoU, SimOTA, SoftLabel
+from atss.assigners import ATSS, NWD, OTA, PAA, TAL, IoU, MaxIoU, SimOTA, SoftLabel
 from atss.config import build_tta
-from atss.config.branches import build_branches
 from atss.config.checks import flatten
-from atss.losses import giou_loss, iou_loss, smooth_l1_loss
+from atss.losses import Focal, QualityFocal, Varifocal, giou_loss, iou_loss, smooth_l1_loss
+from atss.modeling import NMS, BoxDeltas, Distribution, PointDistances, ScoreVote, root, terms
 from atss.modeling.backbone import DeformBottleneck
 from atss.modeling.deform_conv import DeformConvLayer
 
@@ -190,11 +190,63 @@ def test_every_config_of_the_paper_is_here():
 
 
 # What later papers chose samples by, with ATSS's head and losses: the rule of each phase.
+GIOU, ONE, SCORE = {"giou": terms.GIoU()}, terms.one, terms.score
+OF_ATSS = {
+    "rule": (ATSS, IoU()),
+    "class": (Focal(), ONE),
+    "box": (GIOU, None, 1e-6),
+    "quality": ("box", terms.central, 1.0),
+    "normaliser": terms.positives,
+    "code": BoxDeltas,
+    "detections": (root, NMS(0.6), 0.05, False, False),
+}
+BY_SCORE = {
+    "class": (QualityFocal(2.0), SCORE),
+    "box": (GIOU, SCORE, 1.0),
+    "quality": ("", None, 1.0),
+    "normaliser": terms.targets,
+}
+BY_TRANSPORT = {
+    "rule": (OTA, IoU()),
+    "code": PointDistances,
+    "box": (GIOU, None, 1.0),
+    "quality": ("box", terms.overlap, 0.5),
+    "detections": (root, NMS(0.6), 0.05, True, False),
+}
+BY_DISTRIBUTION = {
+    "class": (QualityFocal(2.0), terms.overlap),
+    "box": (GIOU | {"dfl": 0.25}, terms.confidence, 1.0),
+    "quality": ("", None, 1.0),
+    "code": Distribution,
+}
+# What each says otherwise than ATSS, by facts of its paper and code. A phase: (until, the same).
 SUCCESSORS = {
-    "TAL": [(ATSS, 30000), (TAL, math.inf)],
-    "SimOTA": [(SimOTA, math.inf)],
-    "RTMDet_SoftLabel": [(SoftLabel, math.inf)],
-    "ATSS_NWD": [(ATSS, math.inf)],
+    "PAA": {
+        "rule": (PAA, IoU()),
+        "box": ({"giou": terms.GIoU(weight=1.3)}, None, 1e-6),
+        "quality": ("box", terms.overlap, 0.5),
+        "detections": (root, ScoreVote(0.6), 0.05, True, True),
+    },
+    "GFL": BY_DISTRIBUTION,
+    "GFLv2": BY_DISTRIBUTION
+    | {
+        "quality": ("distribution", None, 1.0),
+        "box": (BY_DISTRIBUTION["box"][0], terms.confidence, 1e-6),
+    },
+    "VFL": {
+        "class": (Varifocal(0.75, 2.0), terms.overlap),
+        "box": (GIOU, terms.overlap, 1.0),
+        "quality": ("", None, 1.0),
+    },
+    "OTA": BY_TRANSPORT,
+    "SimOTA": BY_TRANSPORT | {"rule": (SimOTA, IoU())},
+    "RTMDet_SoftLabel": BY_SCORE | {"rule": (SoftLabel, IoU())},
+    "TAL": BY_SCORE
+    | {
+        "rule": (TAL, IoU()),
+        "first": (30000, {"box": (GIOU, terms.central, 1.0), "quality": ("", None, 1.0)}),
+    },
+    "ATSS_NWD": {"rule": (ATSS, NWD(12.8))},
 }
 
 
@@ -203,19 +255,51 @@ def test_every_successor_is_here():
     assert names == {f"{name}_R_50_FPN_1x.yaml" for name in SUCCESSORS}
 
 
+def values_of(model, cfg, phase):
+    """What a phase of the branch that detects is made of."""
+    criterion, post = phase.criterion, model.postprocess
+    box_terms = {
+        name: getattr(term, "weight", 0) if name == "dfl" else term
+        for name, term in criterion.box_terms.items()
+    }
+    return {
+        "rule": (type(phase.assigner), phase.assigner.similarity),
+        "class": (criterion.cls_loss, criterion.cls_target),
+        "box": (box_terms, criterion.box_weight, criterion.box_least),
+        "quality": (
+            model.head.centerness,
+            criterion.quality if model.head.ctrness is not None else None,
+            criterion.quality_weight,
+        ),
+        "normaliser": criterion.normaliser,
+        "code": type(model.box_coder),
+        "detections": (
+            *(post.score, post.suppression, post.score_thresh),
+            *(post.threshold_on_score, post.rank_anchors),
+        ),
+    }
+
+
 @pytest.mark.parametrize("name", SUCCESSORS)
-def test_a_successor_is_atss_but_for_its_rule(name):
+def test_a_successor_is_atss_but_for_its_values(name):
     file = f"successors/{name}_R_50_FPN_1x.yaml"
-    cfg, base = make_cfg(config=file), make_cfg(config="ATSS_R_50_FPN_1x.yaml")
-    known = dict(flatten(base))
-    values = [(key, value) for key, value in flatten(cfg) if not isinstance(value, dict)]
-    differ = {key for key, value in values if known.get(key) != value}
-    assert all(re.match(r"MODEL\.ATSS\.(ASSIGNER|PHASES|BRANCH|SIMILARITIES)", x) for x in differ)
-    phases = build_branches(cfg, {"num_levels": 5, "num_classes": 3})["main"].phases
-    rules = [(type(phase.assigner), round(phase.until, -1)) for phase in phases]
-    assert rules == SUCCESSORS[name]
-    similarity = phases[-1].assigner.similarity
-    assert similarity == (NWD(12.8) if name == "ATSS_NWD" else IoU())
+    narrow = ("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RESNETS.DEPTH", 18)
+    cfg = make_cfg(*narrow, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, config=file)
+    model = build_model(cfg)
+    phases = model.branches["main"].phases
+    stated = dict(SUCCESSORS[name])
+    until, first = stated.pop("first", (None, None))
+    assert [round(x.until, -1) for x in phases[:-1]] == ([] if until is None else [until])
+    expected = [OF_ATSS | x for x in (first, stated) if x is not None]
+    for phase, values in zip(phases, expected, strict=True):
+        for key, value in values_of(model, cfg, phase).items():
+            assert value == values[key], key
+    base = dict(flatten(make_cfg(config="ATSS_R_50_FPN_1x.yaml")))
+    for key, value in flatten(make_cfg(config=file)):
+        if isinstance(value, dict) or base.get(key) == value:
+            continue
+        # Of rules their names alone: arguments are the defaults, which their tests are of.
+        assert re.match(r"MODEL\.ATSS\.(?!ASSIGNERS)", key) or name == "ATSS_NWD", key
     lines = [x for x in (ROOT / "configs" / file).read_text().splitlines() if x[:1] not in "#"]
     assert len(lines) <= 12
 

@@ -1,8 +1,12 @@
-"""Every rule with every class loss, class target, box loss, box weight and box code that there is:
-it trains a step, or it is refused by a sentence."""
+"""Every rule with every class loss, class target, box loss, box weight, quality, normaliser and
+box code that there is, on logits and on probabilities: it trains a step, or a sentence refuses it.
 
+All pairs of values are tried; of what losses are made of, `make test-full` tries all combinations.
+"""
+
+import random
 import re
-from itertools import product
+from itertools import combinations, product
 from types import SimpleNamespace
 
 import pytest
@@ -22,21 +26,42 @@ RULES = [(name, ()) for name, _ in ASSIGNER_REGISTRY]
 RULES.append(("ATSS", ("MODEL.ATSS.ASSIGNERS.ATSS.ALPHA", 0.8)))
 # Keys and values; what else a box loss or code is made of has its own tests.
 WITH_SCORE = ("OTA", "SimOTA", "SoftLabel", "TAL")
-AXES = {
-    kind.key: [*kind.entries, *([""] if kind.optional else [])]
-    for kind in (
-        *(modeling.CLS_LOSSES, modeling.CLS_TARGETS, modeling.BOX_LOSSES),
-        *(modeling.BOX_WEIGHTS, modeling.BOX_CODES),
-    )
-}
+KINDS = (
+    *(modeling.CLS_LOSSES, modeling.CLS_TARGETS, modeling.BOX_LOSSES),
+    *(modeling.BOX_WEIGHTS, modeling.BOX_CODES, modeling.NORMALISERS, modeling.QUALITIES),
+)
+AXES = {x.key: [*x.entries, *([""] if x.optional else [])] for x in KINDS}
+AXES["BBOX_REG_LOSS_TYPE"].append("giou + dfl")
+AXES["probabilities"] = [False, True]
+# What acts on each other in what a positive is to learn.
+LOSSES = {key: AXES[key] for key in list(AXES)[:5]}
 WHY = (
     "score of a rule that gives none",
     "but the class loss is for targets 0 and 1",
     "for which .* is not made",
+    "it is of distributions, which .* does not make",
+    "a branch has no loss",
 )
 
 
-def step(cfg) -> float:
+def all_pairs(axes, seed=0):
+    """Few combinations, in which every two values of two axes meet."""
+    shuffle, values = random.Random(seed), [*axes.values()]
+    missing = {
+        ((i, a), (j, b))
+        for i, j in combinations(range(len(values)), 2)
+        for a, b in product(values[i], values[j])
+    }
+    while missing:
+        fixed = dict(min(missing, key=str))
+        rows = [[fixed.get(i, shuffle.choice(x)) for i, x in enumerate(values)] for _ in range(50)]
+        met = [{*combinations(enumerate(row), 2)} & missing for row in rows]
+        best = max(range(len(rows)), key=lambda i: len(met[i]))
+        missing -= met[best]
+        yield rows[best]
+
+
+def step(cfg, probabilities=False) -> float:
     """Sum of the losses of a step, whose gradients are finite."""
     code = modeling.BOX_CODES.build(cfg.MODEL.ATSS)
     known = {"num_levels": len(SIZES), "num_classes": K, "code": code}
@@ -56,7 +81,9 @@ def step(cfg) -> float:
     shape = (GT.num_images, sum(h * w for h, w in SIZES))
     logits = torch.randn(*shape, K, generator=generator) - 2
     numbers = code.initial + 0.1 * torch.randn(*shape, code.channels, generator=generator)
-    output = HeadOutput(logits, numbers, torch.randn(shape, generator=generator))
+    classes = logits.sigmoid() if probabilities else logits
+    quality = torch.randn(shape, generator=generator)
+    output = HeadOutput(classes, numbers, quality, probabilities)
     leaves = [x.requires_grad_() for x in output[:3]]
     features = [torch.zeros(GT.num_images, 1, *size) for size in SIZES]
     losses = detector.forward_training(SimpleNamespace(), features, {"main": output}, GT)
@@ -66,18 +93,34 @@ def step(cfg) -> float:
     return total.item()
 
 
-@pytest.mark.parametrize(("rule", "opts"), RULES)
-def test_trains_or_says_why_not(rule, opts):
+def try_all(rule, opts, axes, combinations_of_values):
+    """How many were trained, and which sentences refused the others."""
     cfg = make_cfg("MODEL.ATSS.ASSIGNER", rule, *opts)
     trained, refused = 0, set()
-    for combination in product(*AXES.values()):
-        for key, value in zip(AXES, combination, strict=True):
+    for combination in combinations_of_values:
+        values = dict(zip(axes, combination, strict=True))
+        probabilities = values.pop("probabilities", False)
+        for key, value in values.items():
             cfg.MODEL.ATSS[key] = value
         try:
-            assert 0 <= step(cfg) < float("inf"), combination
+            assert 0 <= step(cfg, probabilities) < float("inf"), combination
             trained += 1
         except ValueError as error:
             (why,) = [x for x in WHY if re.search(x, str(error))]
             refused.add(why)
-    assert trained > 50
-    assert refused == {*WHY} - {WHY[0] if rule in WITH_SCORE else WHY[1]}
+    return trained, refused
+
+
+@pytest.mark.parametrize(("rule", "opts"), RULES)
+def test_trains_or_says_why_not(rule, opts):
+    trained, _ = try_all(rule, opts, AXES, all_pairs(AXES))
+    assert trained > 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "opts"), RULES)
+def test_all_combinations_of_losses(rule, opts):
+    trained, refused = try_all(rule, opts, LOSSES, product(*LOSSES.values()))
+    assert trained > 500
+    # The loss for targets 0 and 1 is not for overlaps either.
+    assert refused == {*WHY[:-1]} - ({WHY[0]} if rule in WITH_SCORE else set())

@@ -4,23 +4,24 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import GOLDEN, make_gt
+from conftest import GOLDEN, make_cfg, make_gt
 from detectron2.utils import comm
 
 from atss import BACKGROUND, IGNORE, Anchors, Assignment, HeadOutput
-from atss.assigners import ATSS, PAA
-from atss.geometry import iou
+from atss.config.branches import build_branches
+from atss.config.build import build_postprocess
 from atss.losses import giou_loss
+from atss.modeling import BOX_CODES
 from atss.modeling.box_coding import BoxDeltas
 from atss.modeling.criterion import Criterion
 from atss.modeling.head import flatten_levels
-from atss.modeling.postprocess import PostProcessor, product
 from atss.modeling.terms import GIoU, SmoothL1, score, targets
 from atss.modeling.terms import one as one_for_all
 from atss.structures import Predictions
 
 ANCHORS = Anchors.grid((16, 16), strides=(8,), scales=(2.0,))  # 4 anchors of 16 pixels
 GT = make_gt([[0, 0, 14, 12], [6, 2, 16, 16], [0, 0, 10, 16]], [0, 0, 1], 2, classes=[1, 0, 2])
+DETECTED = ("boxes", "scores", "classes")
 GT_INDEX = torch.tensor([[0, 1, BACKGROUND, BACKGROUND], [IGNORE, BACKGROUND, 2, BACKGROUND]])
 
 
@@ -238,46 +239,47 @@ def test_soft_class_targets_are_refused():
         criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX))
 
 
-def overlap_now(matched):
-    return iou(matched.boxes, matched.target_boxes).detach()
-
-
-# head -> (kinds of output, names of losses, rule, criterion).
+# head -> (kinds of output, names of losses, config, keys that mmdet has otherwise).
 MMDETS = {
     "atss": (
         {"cls": 8, "box": 4, "centerness": 1},
         {"loss_box_reg": "loss_bbox"},
-        ATSS(),
-        Criterion(),
+        "ATSS_R_50_FPN_1x.yaml",
+        ("MODEL.ATSS.SCORE", "product", "MODEL.ATSS.RANK_BY_CLASS", True),
     ),
     "paa": (
         {"cls": 8, "box": 4, "iou": 1},
+        {"loss_box_reg": "loss_bbox", "loss_overlap": "loss_iou"},
+        "successors/PAA_R_50_FPN_1x.yaml",
+        ("MODEL.ATSS.NORMALISER_PER_IMAGE", True),
+    ),
+    "gfl": (
+        {"cls": 8, "distribution": 68},
         {"loss_box_reg": "loss_bbox"},
-        PAA(),
-        Criterion(
-            box_terms={"giou": GIoU(weight=1.3)},
-            quality=overlap_now,
-            quality_name="iou",
-            quality_weight=0.5,
-            least_per_image=True,
-        ),
+        "successors/GFL_R_50_FPN_1x.yaml",
+        (),
     ),
 }
 
 
 @pytest.mark.parametrize("head", MMDETS)
 def test_losses_gradients_and_detections_equal_mmdets(head):
-    """mmdet 3.3.0's heads on given outputs: anchors from offset 0, scores without the root."""
+    """mmdet 3.3.0's heads on given outputs, with anchors from offset 0: what configs say becomes
+    their losses, and their detections."""
     reference = np.load(GOLDEN / "successor_losses.npz")
-    kinds, names, rule, criterion = MMDETS[head]
+    kinds, names, config, opts = MMDETS[head]
+    cfg = make_cfg(*opts, "MODEL.ATSS.NUM_CLASSES", 8, config=config)
+    code = BOX_CODES.build(cfg.MODEL.ATSS)
+    known = {"num_levels": 5, "num_classes": 8, "code": code}
+    phase = build_branches(cfg, known)["main"].at(0)
     maps = {
         kind: [torch.from_numpy(reference[f"{head}/{kind}_{i}"]).requires_grad_() for i in range(5)]
         for kind in kinds
     }
-    classes, numbers, quality = (flatten_levels(maps[kind], dim) for kind, dim in kinds.items())
-    output = HeadOutput(classes, numbers, quality.squeeze(-1))
+    classes, numbers, *more = (flatten_levels(maps[kind], dim) for kind, dim in kinds.items())
+    output = HeadOutput(classes, numbers, more[0].squeeze(-1) if more else None)
     hw = tuple(reference["image_size"].tolist())
-    anchors, code = Anchors.grid(hw, offset=0.0), BoxDeltas()
+    anchors = Anchors.grid(hw, offset=0.0)
     boxes = [torch.from_numpy(reference[f"gt_boxes_{i}"]).float() for i in range(2)]
     labels = [torch.from_numpy(reference[f"gt_classes_{i}"]).long() for i in range(2)]
     image_index = [i for i, x in enumerate(boxes) for _ in x]
@@ -285,7 +287,7 @@ def test_losses_gradients_and_detections_equal_mmdets(head):
 
     decoded = code.decode(output.numbers, anchors.boxes, anchors.stride)
     seen = Predictions(output.map(torch.Tensor.detach), decoded.detach())
-    losses = criterion(output, decoded, anchors, gt, rule(anchors, gt, seen))
+    losses = phase.criterion(output, decoded, anchors, gt, phase.assigner(anchors, gt, seen))
     expected = dict(
         zip(reference[f"{head}/loss_names"], reference[f"{head}/loss_values"], strict=True)
     )
@@ -298,14 +300,15 @@ def test_losses_gradients_and_detections_equal_mmdets(head):
         found = torch.cat([x.grad.flatten() for x in maps[kind]]).norm().item()
         assert found == pytest.approx(norm, rel=1e-4), kind
 
-    if head != "atss":
-        return
-    detect = PostProcessor(score=product, rank_by_class=True)
+    detect = build_postprocess(cfg)
     for i, found in enumerate(detect(seen.output, anchors, code, [hw] * 2)):
-        scores = torch.from_numpy(reference[f"atss/det_scores_{i}"])
+        theirs = [torch.from_numpy(reference[f"{head}/det_{x}_{i}"]) for x in DETECTED]
+        assert len(found) == len(theirs[0])
+        order = theirs[1].argsort(descending=True, stable=True)  # PAA's come class by class
+        boxes, scores, classes = (x[order] for x in theirs)
         torch.testing.assert_close(found.scores, scores, atol=1e-6, rtol=1e-5)
-        theirs = torch.from_numpy(reference[f"atss/det_boxes_{i}"])
-        torch.testing.assert_close(found.pred_boxes.tensor, theirs, atol=1e-3, rtol=0)
+        assert torch.equal(found.pred_classes, classes)
+        torch.testing.assert_close(found.pred_boxes.tensor, boxes, atol=1e-3, rtol=0)
 
 
 def matched_of(output, assignment):

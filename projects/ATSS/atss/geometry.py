@@ -55,7 +55,9 @@ def normalised_wasserstein(a: Tensor, b: Tensor, constant: float) -> Tensor:
     """
     apart = centres(a) - centres(b)
     sides = (_sizes(a) - _sizes(b)) / 2
-    return (-(apart.square() + sides.square()).sum(-1).sqrt() / constant).exp()
+    squared = (apart.square() + sides.square()).sum(-1)
+    # The root of 0 has no slope.
+    return (-squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt() / constant).exp()
 
 
 def similarity_distance(a: Tensor, b: Tensor, m: float, n: float) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .geometry import intersection_union
+from .geometry import intersection_union, normalised_wasserstein
 from .parts import Parts, within
 
 
@@ -41,10 +41,8 @@ class Focal:
             the loss of each element, same shape.
         """
         miss = probability + targets - 2 * probability * targets  # 1 - p for positives, else p
-        if 0 < self.gamma < 1:  # the slope of such a power is infinite at 0, of a saturated logit
-            miss = miss.clamp(min=torch.finfo(miss.dtype).tiny)
         balance = (1 - self.alpha) + (2 * self.alpha - 1) * targets
-        return balance * miss**self.gamma * entropy
+        return balance * _power(miss, self.gamma) * entropy
 
 
 def cross_entropy(probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
@@ -67,13 +65,67 @@ class QualityFocal:
 
     def __call__(self, probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
         """The loss of each element; arguments as of :class:`Focal`, targets from 0 to 1."""
-        return (targets - probability).abs() ** self.gamma * entropy
+        return _power((targets - probability).abs(), self.gamma) * entropy
+
+
+@dataclass(frozen=True)
+class Varifocal:
+    """Varifocal loss (VarifocalNet, arXiv 2008.13367, equation 2): positives weigh what they are to
+    say, negatives what they say by mistake.
+
+    Args:
+        alpha: weight of negatives.
+        gamma: how much negatives near 0 count less.
+    """
+
+    alpha: float = 0.75
+    gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        within("alpha", self.alpha, 0, 1e3)
+        within("gamma", self.gamma, 0, 1e3)
+
+    def __call__(self, probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each element; arguments as of :class:`Focal`, targets from 0 to 1."""
+        negative = self.alpha * _power(probability, self.gamma)
+        return torch.where(targets > 0, targets, negative) * entropy
+
+
+@dataclass(frozen=True)
+class Matchability:
+    """Matchability-aware loss (DEIM, arXiv 2412.04234, equation 4): positives are to say a power of
+    their target and weigh 1, so that those which overlap little are still taught; negatives weigh
+    what they say by mistake, through which nothing is learnt.
+
+    Args:
+        gamma: both powers.
+    """
+
+    gamma: float = 1.5
+
+    def __post_init__(self) -> None:
+        within("gamma", self.gamma, 0, 1e3)
+
+    def target_of(self, cls_target: Tensor) -> Tensor:
+        """What positives of class targets from 0 to 1 are to say."""
+        return cls_target**self.gamma
+
+    def __call__(self, probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
+        """The loss of each element; arguments as of :class:`Focal`, targets from 0 to 1."""
+        return torch.where(targets > 0, 1, probability.detach() ** self.gamma) * entropy
+
+
+def _power(base: Tensor, exponent: float) -> Tensor:
+    if 0 < exponent < 1:  # the slope of such a power is infinite at 0, of a saturated logit
+        base = base.clamp(min=torch.finfo(base.dtype).tiny)
+    return base**exponent
 
 
 CLS_LOSSES = Parts("CLS_LOSS", ("num_classes",), "CLS_LOSSES", optional=True)
 CLS_LOSSES.register(
     Focal, name="focal", keys={"alpha": "FOCAL_LOSS_ALPHA", "gamma": "FOCAL_LOSS_GAMMA"}
 )
+CLS_LOSSES.add(quality_focal=QualityFocal, varifocal=Varifocal, matchability=Matchability)
 
 
 def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
@@ -114,3 +166,32 @@ def smooth_l1_loss(values: Tensor, targets: Tensor, beta: float = 0.11) -> Tenso
         the loss of each element, same shape.
     """
     return F.smooth_l1_loss(values, targets, reduction="none", beta=beta)
+
+
+def nwd_loss(boxes: Tensor, targets: Tensor, constant: float) -> Tensor:
+    """1 - the normalised Wasserstein distance (arXiv 2110.13389, equation 10), in [0, 1].
+
+    Args:
+        boxes, targets: (..., 4).
+        constant: in their unit.
+    Returns:
+        (...) losses.
+    """
+    return 1 - normalised_wasserstein(boxes, targets, constant)
+
+
+def distribution_focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy with the two bins next to the target, by how near it is to each (GFL, arXiv
+    2006.04388, equation 6).
+
+    Args:
+        logits: (..., B), of bins 0 to B - 1.
+        targets: (...), from 0 to B - 1.
+    Returns:
+        (...) losses.
+    """
+    low = targets.floor().clamp(max=logits.shape[-1] - 2)
+    neighbours = torch.stack([low, low + 1], dim=-1).long()
+    near_low, near_high = logits.log_softmax(-1).gather(-1, neighbours).unbind(-1)
+    beyond = targets - low
+    return -(1 - beyond) * near_low - beyond * near_high

@@ -138,6 +138,13 @@ class HeadOutput(NamedTuple):
             raise ValueError("an output without classes detects nothing")
         return self.classes if self.probabilities else self.classes.sigmoid()
 
+    def confidence(self) -> Tensor:
+        """(N, R) highest class probability."""
+        if self.classes is None:
+            raise ValueError("an output without classes has no confidence")
+        best = self.classes.amax(dim=-1)
+        return best if self.probabilities else best.sigmoid()
+
     def cross_entropy(self, targets: Tensor) -> Tensor:
         """(N, R, K) of the classes with targets in [0, 1]."""
         assert self.classes is not None

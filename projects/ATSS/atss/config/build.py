@@ -96,6 +96,7 @@ def _known(
         "code": code,
         "box_bias": code.initial,
         "box_channels": code.channels,
+        "bins": code.bins,
     }
 
 

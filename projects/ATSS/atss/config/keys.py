@@ -93,8 +93,10 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.NORM = "GN"
     # The towers' convolutions have biases where a norm follows. Weights for mmdet want False.
     node.TOWER_BIAS = True
-    # Tower from which centerness is predicted, "box" or "cls"; "" for none: scores are class
-    # probabilities then, and all positives weigh alike.
+    # What predicts centerness, or another quality: "box" or "cls", a convolution on that tower;
+    # "distribution", the shapes of the distributions of a box's sides, by which class probabilities
+    # are multiplied (GFLv2); "" for nothing: scores are class probabilities then, and all positives
+    # weigh alike.
     node.CENTERNESS = "box"
     # A learned scale on each level's regression.
     node.LEVEL_SCALE = True
@@ -193,21 +195,24 @@ def add_atss_config(cfg: CfgNode) -> None:
     SIMILARITIES.add_keys(node)
     modeling.HEAD_REGISTRY.add_keys(node, "ATSSHead")
     # What the box predictor says: "box", deltas from the anchor; "point", distances from its centre
-    # in strides; "log_point", logarithms of distances in pixels (the first FCOS); "corners", boxes
-    # in strides.
+    # in strides; "log_point", logarithms of distances in pixels (the first FCOS); "distribution",
+    # how likely each distance in strides is (GFL); "corners", boxes in strides.
     modeling.BOX_CODES.add_keys(node, "box")
-    # "": no class loss.
+    # "focal", for class targets of 0 and 1; "quality_focal" (GFL), "varifocal" (VarifocalNet) or
+    # "matchability" (DEIM), for others too; "": no class loss.
     modeling.CLS_LOSSES.add_keys(node, "focal")
-    # What the class of a positive's object is to say: "one", or "score", that of the rule.
+    # What the class of a positive's object is to say: "one"; "score", that of the rule; "overlap",
+    # the IoU of the box that it predicts now.
     modeling.CLS_TARGETS.add_keys(node, "one")
-    # "giou", "iou", or "smooth_l1", which compares what the head regresses; several that act
-    # together with "+" between; "": no box loss.
+    # "giou", "iou", "nwd"; "smooth_l1", which compares what the head regresses; "dfl", of
+    # distributions (GFL); several that act together with "+" between; "": no box loss.
     modeling.BOX_LOSSES.add_keys(node, "giou")
-    # Of each positive in the box loss: "one", "score", "centerness"; "": what its quality is to be,
-    # or 1 where the head predicts none.
+    # Of each positive in the box loss: "one", "score", "centerness", "overlap", or "confidence",
+    # its highest class probability; "": what its quality is to be, or 1 where the head predicts
+    # none.
     modeling.BOX_WEIGHTS.add_keys(node, "")
-    # What the quality branch is to say; "": it has no loss here, and is to be trained by another
-    # branch, or left out of the head: MODEL.ATSS.CENTERNESS "".
+    # What the quality branch is to say, "centerness" or "overlap"; "": it has no loss here, and is
+    # to be trained by another branch, or left out of the head: MODEL.ATSS.CENTERNESS "".
     modeling.QUALITIES.add_keys(node, "centerness")
     # "positives", or "targets", the sum of class targets.
     modeling.NORMALISERS.add_keys(node, "positives")
@@ -215,5 +220,6 @@ def add_atss_config(cfg: CfgNode) -> None:
     modeling.LEVEL_WEIGHTS.add_keys(node, "")
     # "sqrt": root of probability x quality; "product": without the root, as mmdet has it.
     modeling.SCORES.add_keys(node, "sqrt")
-    # What becomes of boxes that overlap: "nms", "vote", "soft_vote" or "none".
+    # What becomes of boxes that overlap: "nms"; "score_vote", after which those that stay are moved
+    # by those that went (PAA); "vote", "soft_vote" or "none".
     modeling.SUPPRESSIONS.add_keys(node, "nms")

@@ -3,23 +3,31 @@
 Keys that are older than their parts, or that parts share, stand beside them.
 """
 
-from ..losses import CLS_LOSSES, Focal
+from ..losses import CLS_LOSSES, Focal, Matchability, QualityFocal, Varifocal
 from ..parts import Parts
 from . import terms
 from .backbone import P6P7FromP5, build_fpn, make_deformable
-from .box_coding import BoxDeltas, Corners, LegacyPixels, LogDistances, PointDistances
+from .box_coding import (
+    BoxDeltas,
+    Corners,
+    Distribution,
+    LegacyPixels,
+    LogDistances,
+    PointDistances,
+)
 from .branch import Branch, Phase
 from .criterion import Criterion
 from .detector import ATSSDetector
 from .head import ATSSHead
 from .postprocess import PostProcessor, product, root
-from .suppression import NMS, SoftVote, Vote, keep_all
-from .terms import GIoU, IoU, SmoothL1
+from .suppression import NMS, ScoreVote, SoftVote, Vote, keep_all
+from .terms import DistributionFocal, GIoU, IoU, SmoothL1
 from .tta import ATSSWithTTA
 
 # A head is a module: list of (N, C, H_l, W_l) features -> HeadOutput, or several by name.
-SHAPES = ("in_channels", "num_levels", "num_classes", "num_anchors", "box_bias", "box_channels")
-HEAD_REGISTRY = Parts("HEAD", known=("cfg", "input_shape", "anchor_generator", *SHAPES))
+SHAPES = ("in_channels", "num_levels", "num_classes", "num_anchors")
+OF_CODE = ("box_bias", "box_channels", "bins")
+HEAD_REGISTRY = Parts("HEAD", known=("cfg", "input_shape", "anchor_generator", *SHAPES, *OF_CODE))
 OLDER = ("num_convs", "norm", "tower_bias", "prior_prob", "centerness", "level_scale")
 OLDER_KEYS = {"deform": "DEFORM_TOWER", **{x: x.upper() for x in OLDER}}
 HEAD_REGISTRY.register(ATSSHead, keys=OLDER_KEYS)
@@ -27,19 +35,23 @@ HEAD_REGISTRY.register(ATSSHead, keys=OLDER_KEYS)
 BOX_CODES = Parts("REGRESSION")
 BOX_CODES.register(BoxDeltas, name="box", keys={"weights": "BBOX_REG_WEIGHTS"})
 BOX_CODES.add(point=PointDistances, log_point=LogDistances, corners=Corners)
+BOX_CODES.add(distribution=Distribution)
 
 CLS_TARGETS = Parts("CLS_TARGET")
-CLS_TARGETS.add(one=terms.one, score=terms.score)
+CLS_TARGETS.add(one=terms.one, score=terms.score, overlap=terms.overlap)
 
 BOX_LOSSES = Parts("BBOX_REG_LOSS_TYPE", ("code",), "BBOX_REG_LOSSES", optional=True, several=True)
 WEIGHT = {"weight": "BBOX_REG_LOSS_WEIGHT"}
 BOX_LOSSES.register(GIoU, name="giou", keys=WEIGHT)
 BOX_LOSSES.register(IoU, name="iou", keys=WEIGHT)
 BOX_LOSSES.register(SmoothL1, name="smooth_l1", keys={**WEIGHT, "beta": "SMOOTH_L1_LOSS_BETA"})
+BOX_LOSSES.register(terms.NWD, name="nwd", keys=WEIGHT)
+BOX_LOSSES.add(dfl=DistributionFocal)
 BOX_WEIGHTS = Parts("BOX_WEIGHT", optional=True)
 BOX_WEIGHTS.add(one=terms.one, score=terms.score, centerness=terms.central)
+BOX_WEIGHTS.add(overlap=terms.overlap, confidence=terms.confidence)
 QUALITIES = Parts("QUALITY", group="QUALITIES", optional=True)
-QUALITIES.add(centerness=terms.central)
+QUALITIES.add(centerness=terms.central, overlap=terms.overlap)
 NORMALISERS = Parts("NORMALISER")
 NORMALISERS.add(positives=terms.positives, targets=terms.targets)
 LEVEL_WEIGHTS = Parts("LEVEL_WEIGHT", known=("num_levels",), optional=True)
@@ -47,7 +59,9 @@ LEVEL_WEIGHTS = Parts("LEVEL_WEIGHT", known=("num_levels",), optional=True)
 SCORES = Parts("SCORE")
 SCORES.add(sqrt=root, product=product)
 SUPPRESSIONS = Parts("SUPPRESSION")
-SUPPRESSIONS.register(NMS, name="nms", keys={"threshold": "NMS_THRESH_TEST"})
+OF_NMS = {"threshold": "NMS_THRESH_TEST"}
+SUPPRESSIONS.register(NMS, name="nms", keys=OF_NMS)
+SUPPRESSIONS.register(ScoreVote, name="score_vote", keys=OF_NMS)
 VOTE = {"threshold": "TTA.VOTE_THRESH"}
 SUPPRESSIONS.register(Vote, name="vote", keys=VOTE)
 SUPPRESSIONS.register(SoftVote, name="soft_vote", keys={**VOTE, "min_score": "TTA.SOFT_MIN_SCORE"})
@@ -57,8 +71,9 @@ SUPPRESSIONS.add(none=keep_all)
 __all__ = [
     "BOX_CODES", "BOX_LOSSES", "BOX_WEIGHTS", "CLS_LOSSES", "CLS_TARGETS", "HEAD_REGISTRY",
     "LEVEL_WEIGHTS", "NMS", "NORMALISERS", "QUALITIES", "SCORES", "SUPPRESSIONS", "ATSSDetector",
-    "ATSSHead", "ATSSWithTTA", "BoxDeltas", "Branch", "Corners", "Criterion", "Focal", "GIoU",
-    "IoU", "LegacyPixels", "LogDistances", "P6P7FromP5", "Phase", "PointDistances",
-    "PostProcessor", "SmoothL1", "SoftVote", "Vote", "build_fpn", "keep_all", "make_deformable",
+    "ATSSHead", "ATSSWithTTA", "BoxDeltas", "Branch", "Corners", "Criterion", "Distribution",
+    "DistributionFocal", "Focal", "GIoU", "IoU", "LegacyPixels", "LogDistances", "Matchability",
+    "P6P7FromP5", "Phase", "PointDistances", "PostProcessor", "QualityFocal", "ScoreVote",
+    "SmoothL1", "SoftVote", "Varifocal", "Vote", "build_fpn", "keep_all", "make_deformable",
 ]
 # fmt: on

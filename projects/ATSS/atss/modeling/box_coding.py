@@ -19,6 +19,7 @@ class BoxCode(Protocol):
         uses_shape: whether it looks at the anchor's width and height, so that several anchors of a
             location say different things.
         comparable: whether numbers of the head may be compared with encoded boxes.
+        bins: of the distribution, as logits, that the numbers are for each side; 0: they are none.
         legacy: pixels to add to a box that weights of the authors' code predict.
     """
 
@@ -26,6 +27,7 @@ class BoxCode(Protocol):
     initial: float = 0.0
     uses_shape: bool = False
     comparable: bool = False
+    bins: int = 0
     # Their coordinates name the centres of pixels, half a pixel before ours, and their boxes hold
     # their last pixel, which their deltas count and their distances do not.
     legacy: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
@@ -115,6 +117,37 @@ class LogDistances(BoxCode):
     def decode(self, numbers: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
         """(..., 4) logarithms, (..., 4) anchors in pixels -> (..., 4) boxes in pixels."""
         return _box_around(centres(anchors), numbers.clamp(max=self.MAX_LOG).exp())
+
+
+class Distribution(BoxCode):
+    """Of each side, how likely it is 0, 1, ..., ``reg_max`` strides from the anchor's centre, as
+    logits (GFL, arXiv 2006.04388, section 3.2): it lies where it does on average.
+
+    Args:
+        reg_max: the farthest a side can be, in strides.
+    """
+
+    # How much nearer than that targets stay, as in the authors' code.
+    MARGIN = 0.1
+
+    def __init__(self, reg_max: int = 16):
+        within("reg_max", reg_max, 1, 1024)
+        if reg_max != int(reg_max):
+            raise WrongValue("reg_max", f"must be a whole number, not {reg_max!r}")
+        self.bins = int(reg_max) + 1
+        self.channels = 4 * self.bins
+
+    def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
+        """(..., 4) boxes and anchors in pixels, (...) strides -> (..., 4) distances in strides, as
+        far as bins reach."""
+        distances = side_distances(centres(anchors), boxes) / stride[..., None]
+        return distances.clamp(min=0, max=self.bins - 1 - self.MARGIN)
+
+    def decode(self, numbers: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
+        """(..., 4 * bins) logits, (..., 4) anchors in pixels -> (..., 4) boxes in pixels."""
+        shares = numbers.unflatten(-1, (4, self.bins)).softmax(-1)
+        places = torch.arange(self.bins, dtype=shares.dtype, device=shares.device)
+        return _box_around(centres(anchors), (shares * places).sum(-1) * stride[..., None])
 
 
 class Corners(BoxCode):

@@ -53,7 +53,8 @@ class Criterion(nn.Module):
 
     Args:
         cls_loss: (probability, cross entropy, targets), (N, R, K) each -> (N, R, K); None, or an
-            output without classes, for no loss of them.
+            output without classes, for no loss of them. If it has a method ``target_of``, positives
+            are to say what that makes of class targets.
         cls_target: what the class of a positive's object is to say, (N, R); other classes, and
             negatives, are to say 0.
         box_terms: {name: loss}, each Matched -> (N, R), with its ``weight`` if it has one.
@@ -139,8 +140,10 @@ class Criterion(nn.Module):
         if self.cls_loss is not None and classes is not None:
             if getattr(self.cls_loss, "hard_targets", False):
                 _refuse_soft(cls_target)
+            target_of = getattr(self.cls_loss, "target_of", None)
+            said = cls_target if target_of is None else target_of(cls_target)
             targets = torch.zeros_like(classes)
-            targets.scatter_(2, matched.target_classes[..., None], cls_target[..., None])
+            targets.scatter_(2, matched.target_classes[..., None], said[..., None])
             entropy = matched.output.cross_entropy(targets)
             cls_loss = self.cls_loss(matched.output.probability(), entropy, targets)
             cls_loss = cls_loss.sum(dim=2) * counts * level_weight

@@ -9,7 +9,7 @@ from detectron2.layers import get_norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..parts import one_of, within
+from ..parts import WrongValue, one_of, within
 from ..structures import HeadOutput
 from .deform_conv import DeformConv, DeformConvLayer
 
@@ -58,6 +58,30 @@ def _of_level(layer: nn.Module, level: int) -> nn.Module:
     return layer[level] if isinstance(layer, nn.ModuleList) else layer
 
 
+class DistributionQuality(nn.Module):
+    """How good a box is, from how sharp the distributions of its sides are: their highest
+    probabilities, and the mean of these (GFLv2, arXiv 2011.12885, section 3.2).
+
+    Args:
+        bins: of each side's distribution.
+    """
+
+    TOP, HIDDEN = 4, 64
+
+    def __init__(self, bins: int):
+        super().__init__()
+        self.bins = bins
+        self.hidden = nn.Linear(4 * (self.TOP + 1), self.HIDDEN)
+        self.quality = nn.Linear(self.HIDDEN, 1)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """(..., 4 * bins) logits -> (...) logits."""
+        shares = numbers.unflatten(-1, (4, self.bins)).softmax(-1)
+        top = shares.topk(self.TOP, dim=-1).values
+        statistics = torch.cat([top, top.mean(-1, keepdim=True)], dim=-1).flatten(-2)
+        return self.quality(self.hidden(statistics).relu()).squeeze(-1)
+
+
 class ATSSHead(nn.Module):
     """RetinaNet's head with GroupNorm, centerness from the box tower, and a learned scale on each
     level's regression (paper, section 3.2: the "universal improvements"), each of which can be
@@ -78,10 +102,13 @@ class ATSSHead(nn.Module):
         tower_bias: whether the towers' convolutions have biases where a norm follows; mmdet's have
             none.
         prior_prob: class probability at initialisation (RetinaNet, section 4.1).
-        centerness: the tower that predicts it, "box" or "cls"; "" for none at all.
+        centerness: what predicts it, or another quality: "box" or "cls", a convolution on that
+            tower; "distribution", the shape of the numbers, if they are such, by which class
+            probabilities are multiplied (GFLv2); "" for nothing.
         level_scale: whether each level's regression has a learned scale.
         box_bias: what the box predictor gives at initialisation.
         box_channels: numbers of a box.
+        bins: of the distribution that they are for each side; 0: they are none.
         deform: version of the deformable convolution that is the last of each tower, "v1" or "v2";
             "" for a plain one.
 
@@ -91,7 +118,7 @@ class ATSSHead(nn.Module):
             knows keep their rows. Every head has it.
 
     Raises:
-        ValueError: for an unknown tower or version.
+        ValueError: for an unknown tower or version, or quality from what is no distribution.
     """
 
     def __init__(
@@ -109,16 +136,23 @@ class ATSSHead(nn.Module):
         level_scale: bool = True,
         box_bias: float = 0.0,
         box_channels: int = 4,
+        bins: int = 0,
         deform: str = "",
     ):
         super().__init__()
         within("num_convs", num_convs, 0)
         within("prior_prob", prior_prob, 1e-9, 1 - 1e-9)
         one_of("norm", norm, NORMS)
-        one_of("centerness", centerness, ("box", "cls", ""))
+        one_of("centerness", centerness, ("box", "cls", "distribution", ""))
         one_of("deform", deform, ("v1", "v2", ""))
         if deform and not num_convs:
             raise ValueError("a tower without convolutions has none to be deformable")
+        if centerness == "distribution" and bins < DistributionQuality.TOP:
+            raise WrongValue(
+                "centerness",
+                "'distribution' wants a box code of distributions, MODEL.ATSS.REGRESSION "
+                f"distribution, of {DistributionQuality.TOP} bins at least",
+            )
         self.num_classes, self.box_channels = num_classes, box_channels
         self.class_layers = {"cls_score": num_anchors}
         tower = (in_channels, num_levels, num_convs, norm, tower_bias or not norm, deform)
@@ -127,13 +161,17 @@ class ATSSHead(nn.Module):
         self.cls_score = nn.Conv2d(in_channels, num_anchors * num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(in_channels, num_anchors * box_channels, 3, padding=1)
         self.centerness = centerness
-        self.ctrness = nn.Conv2d(in_channels, num_anchors, 3, padding=1) if centerness else None
+        on_tower = centerness in ("box", "cls")
+        self.ctrness = nn.Conv2d(in_channels, num_anchors, 3, padding=1) if on_tower else None
+        self.box_quality = DistributionQuality(bins) if centerness == "distribution" else None
         scale = Scale if level_scale else nn.Identity
         self.scales = nn.ModuleList(scale() for _ in range(num_levels))
 
         for name, module in self.named_modules():
             # Offsets of deformable convolutions begin at zero.
-            if isinstance(module, (nn.Conv2d, DeformConv)) and not name.endswith("offset"):
+            if isinstance(module, (nn.Conv2d, nn.Linear, DeformConv)) and not name.endswith(
+                "offset"
+            ):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -187,8 +225,17 @@ class ATSSHead(nn.Module):
                 numbers.append(scale(from_box[0]))
             classes.append(from_cls[0])
             quality += [*from_cls[1:], *from_box[1:]]
-        return HeadOutput(
+        output = HeadOutput(
             classes=flatten_levels(classes, self.num_classes),
             numbers=flatten_levels(numbers, self.box_channels),
             quality=flatten_levels(quality, 1).squeeze(-1) if quality else None,
         )
+        return output if self.box_quality is None else self._joint(output, self.box_quality)
+
+    @staticmethod
+    def _joint(output: HeadOutput, box_quality: DistributionQuality) -> HeadOutput:
+        """With class probabilities that are multiplied by the quality of the box."""
+        with torch.autocast(output.numbers.device.type, enabled=False):
+            quality = box_quality(output.numbers).sigmoid()
+            classes = output.map(lambda x: x.to(quality.dtype)).probability() * quality[..., None]
+        return output._replace(classes=classes, probabilities=True)

@@ -57,6 +57,37 @@ class NMS:
 
 
 @dataclass(frozen=True)
+class ScoreVote(NMS):
+    """NMS, after which each box is moved to the mean of all boxes of its class, those that went
+    too, weighted by exp(-(1 - IoU)^2 / spread) and score (PAA, arXiv 2007.08103, section 3.4).
+
+    Args:
+        threshold: of NMS.
+        spread: how fast a vote falls with the IoU.
+        min_overlap: the IoU that a voter exceeds.
+    """
+
+    spread: float = 0.025
+    min_overlap: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("spread", self.spread, 1e-6, 1e6)
+        within("min_overlap", self.min_overlap, 0, 1)
+
+    def __call__(self, boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> ScoredBoxes:
+        kept = super().__call__(boxes, scores, classes, limit)
+        voters = ScoredBoxes(boxes, scores, classes).take(torch.isin(classes, kept.classes))
+        overlap = iou(kept.boxes[:, None], voters.boxes)
+        votes = (-((1 - overlap) ** 2) / self.spread).exp() * voters.scores
+        heard = (overlap > self.min_overlap) & (kept.classes[:, None] == voters.classes)
+        votes = torch.where(heard, votes, 0).double()
+        total = votes.sum(dim=1, keepdim=True)
+        mean = (votes @ voters.boxes.double() / total).to(boxes.dtype)
+        return kept._replace(boxes=torch.where(total > 0, mean, kept.boxes))
+
+
+@dataclass(frozen=True)
 class Vote:
     """Groups of overlapping boxes of a class become their mean, weighted by score, with the group's
     highest score (box voting, arXiv 1505.01749, section 5).

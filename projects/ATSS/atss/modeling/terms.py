@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ..geometry import centerness, centres, side_distances
-from ..losses import giou_loss, iou_loss, smooth_l1_loss
+from ..geometry import centerness, centres, iou, side_distances
+from ..losses import distribution_focal_loss, giou_loss, iou_loss, nwd_loss, smooth_l1_loss
 from ..parts import within
 from ..structures import Matched
 from .box_coding import BoxCode
@@ -35,6 +36,18 @@ def central(matched: Matched) -> Tensor:
     """How central the anchor's centre is in its object (FCOS, arXiv 1904.01355, equation 3)."""
     distances = side_distances(centres(matched.anchors.boxes), matched.target_boxes)
     return centerness(distances)
+
+
+def overlap(matched: Matched) -> Tensor:
+    """IoU of each positive's box now and its object; more than 0, which class losses take for a
+    negative. Nothing is learnt through it."""
+    found = iou(matched.boxes.detach(), matched.target_boxes).clamp(min=1e-6)
+    return torch.where(matched.positive, found, 0)
+
+
+def confidence(matched: Matched) -> Tensor:
+    """The highest class probability now (GFL's box weight). Nothing is learnt through it."""
+    return matched.output.confidence().detach()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -91,6 +104,50 @@ class SmoothL1(BoxTerm):
         anchors = matched.anchors
         targets = self.code.encode(matched.target_boxes, anchors.boxes, anchors.stride)
         return smooth_l1_loss(matched.output.numbers, targets, self.beta).mean(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NWD(BoxTerm):
+    """Normalised Wasserstein distance of boxes, for objects of a few pixels.
+
+    Args:
+        constant: pixels of the network's input; see :class:`atss.assigners.NWD`.
+    """
+
+    constant: float = 12.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("constant", self.constant, 1e-3, 1e6)
+
+    def __call__(self, matched: Matched) -> Tensor:
+        return nwd_loss(matched.boxes, matched.target_boxes, self.constant)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributionFocal(BoxTerm):
+    """Distribution focal loss of the four sides, the mean of them (GFL, arXiv 2006.04388).
+
+    Args:
+        code: whose distributions they are.
+    """
+
+    code: BoxCode
+    weight: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.code.bins:
+            raise ValueError(
+                f"it is of distributions, which {type(self.code).__name__} does not make: use "
+                "MODEL.ATSS.REGRESSION distribution"
+            )
+
+    def __call__(self, matched: Matched) -> Tensor:
+        anchors = matched.anchors
+        targets = self.code.encode(matched.target_boxes, anchors.boxes, anchors.stride)
+        logits = matched.output.numbers.unflatten(-1, (4, self.code.bins))
+        return distribution_focal_loss(logits, targets).mean(-1)
 
 
 # ------------------------------------------------------------------------------------------------
