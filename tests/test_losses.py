@@ -5,12 +5,28 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
-from atss.losses import Focal, giou_loss, iou_loss, smooth_l1_loss
+from atss.geometry import normalised_wasserstein
+from atss.losses import (
+    Focal,
+    Matchability,
+    QualityFocal,
+    Varifocal,
+    cross_entropy,
+    distribution_focal_loss,
+    giou_loss,
+    iou_loss,
+    nwd_loss,
+    smooth_l1_loss,
+)
+
+
+def of_logits(loss, logits, targets):
+    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return loss(logits.sigmoid(), entropy, targets)
 
 
 def focal(logits, targets, **arguments):
-    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return Focal(**arguments)(logits.sigmoid(), entropy, targets)
+    return of_logits(Focal(**arguments), logits, targets)
 
 
 @pytest.mark.parametrize(("target", "expected"), [(1.0, 0.147487), (0.0, 0.024076)])
@@ -28,6 +44,107 @@ def test_focal_loss_is_finite_far_out():
         (gradient,) = torch.autograd.grad(loss.sum(), logits)
         assert torch.isfinite(loss).all()
         assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    ("loss", "target", "expected"),
+    [
+        (QualityFocal(), 0.8, 0.258628),  # 0.5^2 * BCE(0.3, 0.8)
+        (QualityFocal(), 0.0, 0.032101),  # 0.3^2 * -ln 0.7
+        (Varifocal(), 0.8, 0.827611),  # 0.8 * BCE(0.3, 0.8)
+        (Varifocal(), 0.0, 0.024076),  # 0.75 * 0.3^2 * -ln 0.7
+        (Matchability(), 0.8, 0.962952),  # BCE(0.3, 0.8^1.5)
+        (Matchability(), 0.05, 0.366148),  # BCE(0.3, 0.05^1.5): varifocal's is 0.019952
+        (Matchability(), 0.0, 0.058608),  # 0.3^1.5 * -ln 0.7
+        (cross_entropy, 0.8, 1.034515),  # -0.8 ln 0.3 - 0.2 ln 0.7
+    ],
+)
+def test_losses_of_quality_by_hand(loss, target, expected):
+    """p = 0.3, which a head may give as a logit or as a probability."""
+    p, target = torch.tensor(0.3), torch.tensor(target)
+    if isinstance(loss, Matchability):
+        target = loss.target_of(target)
+    found = of_logits(loss, torch.logit(p), target)
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=0)
+    found = loss(p, F.binary_cross_entropy(p, target), target)
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_where_losses_of_quality_pull():
+    """A logit's gradient at p = 0.3. Only matchability does not learn through its weights, and
+    learns from a box that hardly overlaps as from any other."""
+    p = 0.3
+
+    def pull(loss, target):
+        logit = torch.tensor(math.log(p / (1 - p)), dtype=torch.float64, requires_grad=True)
+        target = torch.tensor(target, dtype=torch.float64)
+        return torch.autograd.grad(of_logits(loss, logit, target), logit)[0].item()
+
+    slope, entropy = p * (1 - p), -math.log(1 - p)
+    assert pull(Matchability(1.5), 0.0) == pytest.approx(p**1.5 * p)
+    assert pull(Matchability(1.5), 0.05) == pytest.approx(p - 0.05)
+    assert pull(Varifocal(0.75, 2.0), 0.05) == pytest.approx(0.05 * (p - 0.05))
+    assert pull(Varifocal(0.75, 2.0), 0.0) == pytest.approx(
+        0.75 * (2 * p * slope * entropy + p**2 * p)
+    )
+    q = 0.8
+    entropy = -q * math.log(p) - (1 - q) * math.log(1 - p)
+    assert pull(QualityFocal(2.0), q) == pytest.approx(
+        -2 * (q - p) * slope * entropy + (q - p) ** 2 * (p - q)
+    )
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("make", [QualityFocal, Matchability, lambda g: Varifocal(gamma=g)])
+def test_losses_of_quality_are_finite_far_out(make, power):
+    logits = torch.tensor([1e4, -1e4, 0.0], requires_grad=True)
+    for target in (0.0, 0.5, 1.0):
+        loss = of_logits(make(power), logits, torch.full((3,), target))
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        assert torch.isfinite(loss).all()
+        assert torch.isfinite(gradient).all()
+
+
+def test_distribution_focal_loss_by_hand():
+    """Logits of 17 bins, 2 for the third and 1 for the fourth: a target of 3.3 is 70 % the third's;
+    of equal logits, whatever the target, ln 17."""
+    logits = torch.zeros(17)
+    for target in (0.0, 3.3, 15.9, 16.0):
+        loss = distribution_focal_loss(logits, torch.tensor(target))
+        torch.testing.assert_close(loss, torch.tensor(math.log(17)))
+    logits[3], logits[4] = 2.0, 1.0
+    loss = distribution_focal_loss(logits, torch.tensor(3.3))
+    torch.testing.assert_close(loss, torch.tensor(1.523160))
+    whole = distribution_focal_loss(logits, torch.tensor(3.0))
+    torch.testing.assert_close(whole, -logits.log_softmax(0)[3])
+    last = distribution_focal_loss(logits, torch.tensor(16.0))
+    torch.testing.assert_close(last, -logits.log_softmax(0)[16])
+
+
+def test_distribution_focal_loss_has_its_minimum_between_the_two_bins():
+    logits = torch.zeros(3, 17, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0.25, 7.5, 15.9], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: distribution_focal_loss(x, targets), logits)
+    for target in targets:
+        low = int(target)
+        shares = torch.full((17,), 1e-12, dtype=torch.float64)
+        shares[low], shares[low + 1] = low + 1 - target, target - low
+        best = shares.log().requires_grad_()
+        (pull,) = torch.autograd.grad(distribution_focal_loss(best, target), best)
+        assert pull.abs().max() < 1e-9
+
+
+def test_nwd_loss_by_hand():
+    """Boxes of one size, 10 px apart: 1 - exp(-10 / 12.8); where they are the same it is 0, and so
+    is its gradient, though a root has none there."""
+    a, b = torch.tensor([0.0, 0, 6, 6]), torch.tensor([10.0, 0, 16, 6])
+    torch.testing.assert_close(nwd_loss(a, b, 12.8), torch.tensor(1 - 0.457834), atol=1e-6, rtol=0)
+    same = a.clone().requires_grad_()
+    loss = nwd_loss(same, a, 12.8)
+    assert loss == 0
+    assert torch.autograd.grad(loss, same)[0].tolist() == [0.0] * 4
+    near = (a.double() + 0.5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: normalised_wasserstein(x, b.double(), 12.8), near)
 
 
 def test_giou_loss_by_hand():

@@ -2,13 +2,14 @@
 """Converts published weights, and writes the config that they need beside them.
 
     tools/convert_checkpoint.py --from official ATSS_R_50_FPN_1x.pth converted.pth
-    tools/convert_checkpoint.py --from mmdet atss_r50_fpn_1x_coco.pth converted.pth
+    tools/convert_checkpoint.py --from mmdet gfl_r50_fpn_1x_coco.pth converted.pth
     tools/train_net.py --config-file converted.yaml --eval-only
 
     tools/convert_checkpoint.py --to mmdet output/model_final.pth for_mmdet.pth
 
-"official" is the authors' code. Nothing in a file is executed. Where anything is missing,
-unexpected or of another shape, it is listed, and nothing is written.
+"official" is the authors' code. Of mmdet, weights of ATSS, PAA and GFL are known: their names tell
+which these are, or the config that is in the file, or --detector. Nothing in a file is executed.
+Where anything is missing, unexpected or of another shape, it is listed, and nothing is written.
 
 For mmdet, train with MODEL.ATSS.TOWER_BIAS False: its towers have no biases. What its config has to
 say for these weights is printed, and written beside them.
@@ -19,7 +20,7 @@ import sys
 from pathlib import Path
 
 from atss import load_config
-from atss.checkpoints import convert_file, convert_file_to_mmdet
+from atss.checkpoints import DETECTORS, convert_file, convert_file_to_mmdet
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -32,8 +33,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--regression",
         choices=("box", "point"),
-        default="box",
-        help="what the authors' weights were trained to regress (weights do not tell)",
+        help="what the authors' weights were trained to regress (weights do not tell): box",
+    )
+    parser.add_argument(
+        "--detector",
+        choices=sorted(DETECTORS),
+        help="which detector weights --from mmdet are of; found out where the file tells",
     )
     parser.add_argument(
         "--config-file",
@@ -50,14 +55,20 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.source and args.config_file:
         parser.error("--config-file is for --to")
+    if args.regression and args.source != "official":
+        parser.error("--regression is for --from official")
+    if args.detector and args.source != "mmdet":
+        parser.error("--detector is for --from mmdet")
     try:
         if args.output.suffix != ".pth":
             raise ValueError(f"OUT must end in .pth, not {args.output.name}")
         if args.output.resolve() == args.input.resolve():
             raise ValueError("OUT must not be IN")
         if args.source:
-            cfg = convert_file(args.input, args.output, args.source, args.regression)
-            print(f"Written: {args.output}, and its config: {args.output.with_suffix('.yaml')}")
+            regression = args.regression or "box"
+            paths, config = (args.input, args.output), args.output.with_suffix(".yaml")
+            cfg, detector = convert_file(*paths, args.source, regression, args.detector)
+            print(f"Written: {args.output}, weights of {detector}, and its config: {config}")
             if cfg.DATASETS.TEST:
                 print("Eighty classes: taken for COCO's, whose names are written with the weights.")
             else:

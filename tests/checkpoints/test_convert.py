@@ -373,7 +373,7 @@ def test_what_does_not_fit_is_listed(weights):
         "  missing: backbone.fpn_lateral3.bias",
         "  wrong shape: head.ctrness.bias is (7,), not (1,)",
     ]
-    with pytest.raises(ConversionError, match="no weights of an ATSS"):
+    with pytest.raises(ConversionError, match="no weights of a detector"):
         convert(weights["official"], "mmdet")
 
 
@@ -440,9 +440,8 @@ def test_the_checkpointer_loads_what_was_converted(weights, tmp_path, caplog):
 def test_eighty_classes_are_named_as_cocos(weights, tmp_path, count, first):
     state = {k: v[:count] if "atss_cls" in k else v for k, v in weights["mmdet"].items()}
     torch.save({"state_dict": state}, tmp_path / "theirs.pth")
-    convert_checkpoint.main(
-        ["--from", "mmdet", str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pth")]
-    )
+    paths = [str(tmp_path / name) for name in ("theirs.pth", "ours.pth")]
+    convert_checkpoint.main(["--from", "mmdet", "--detector", "atss", *paths])
     names = torch.load(tmp_path / "ours.pth", weights_only=True)["class_names"]
     assert names[:2] == first
     assert len(names) == (count if first else 0)
@@ -474,7 +473,8 @@ def test_the_tool_writes_weights_and_their_config(weights, tmp_path, capsys):
 
     mmdet = tmp_path / "theirs_too.pth"
     torch.save({"meta": {"epoch": 12}, "state_dict": weights["mmdet"]}, mmdet)
-    convert_checkpoint.main(["--from", "mmdet", str(mmdet), str(tmp_path / "from_mmdet.pth")])
+    paths = [str(mmdet), str(tmp_path / "from_mmdet.pth")]
+    convert_checkpoint.main(["--from", "mmdet", "--detector", "atss", *paths])
     back = tmp_path / "back.pth"
     paths = [str(tmp_path / "from_mmdet.pth"), str(back)]
     with pytest.raises(SystemExit, match=r"error: cannot read the config .*config\.yaml"):

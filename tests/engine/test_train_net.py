@@ -127,15 +127,21 @@ def test_fine_tunes_converted_weights_on_own_classes(command, squares, tmp_path)
     assert numbered["class_names"] == ["cell", "Traffic_Light"]
 
 
-@pytest.mark.parametrize("source", ["official", "mmdet"])
-def test_converted_weights_of_own_classes_are_evaluated_and_trained_on(command, tmp_path, source):
+@pytest.mark.parametrize(
+    "whose", [("official",), *(("mmdet", "--detector", x) for x in ("atss", "gfl", "paa"))]
+)
+def test_converted_weights_of_own_classes_are_evaluated_and_trained_on(command, tmp_path, whose):
     """Two classes, as the data have: nothing of the weights begins anew."""
-    theirs = json.loads((GOLDEN / f"{source}_atss_r50_shapes.json").read_text())
+    source, detector = whose[0], whose[-1]
+    if detector in ("gfl", "paa"):
+        theirs = json.loads((GOLDEN / "mmdet_successors_r50_shapes.json").read_text())[detector]
+    else:
+        theirs = json.loads((GOLDEN / f"{source}_atss_r50_shapes.json").read_text())
     theirs = {k: [2, *v[1:]] if v and v[0] == 80 else v for k, v in theirs.items()}
     weights = {k: torch.from_numpy(v) for k, v in recipe.weights(theirs).items()}
     torch.save({"model": weights}, tmp_path / "theirs.pth")
     paths = [str(tmp_path / "theirs.pth"), str(tmp_path / "ours.pth")]
-    convert_checkpoint.main(["--from", source, *paths])
+    convert_checkpoint.main(["--from", *whose, *paths])
 
     def converted(*options, **opts):
         argv = command(*options, **opts, **{"SOLVER.MAX_ITER": 2, "SOLVER.CHECKPOINT_PERIOD": 2})

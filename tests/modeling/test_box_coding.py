@@ -8,6 +8,7 @@ from atss import Anchors
 from atss.modeling.box_coding import (
     BoxDeltas,
     Corners,
+    Distribution,
     LegacyPixels,
     LogDistances,
     PointDistances,
@@ -75,6 +76,30 @@ def test_logarithms_by_hand():
     box = LogDistances().decode(logarithms, anchor, STRIDE)
     torch.testing.assert_close(box, torch.tensor([19.0, 38, 24, 48]))
     torch.testing.assert_close(LogDistances().encode(box, anchor, STRIDE), logarithms)
+
+
+def test_distributions_by_hand():
+    """Sides lie where their bins are on average, in strides: all alike at 8, one alone at its own,
+    two alike in the middle. What is encoded are targets: no farther than bins reach."""
+    code, anchor = Distribution(), torch.tensor([4.0, 24, 36, 56])  # around (20, 40)
+    assert (code.channels, code.bins, code.encode(anchor, anchor, STRIDE).shape) == (68, 17, (4,))
+    assert code.decode(torch.zeros(68), anchor, STRIDE).tolist() == [-12.0, 8, 52, 72]
+    logits = torch.full((4, 17), -1e4)
+    logits[0, 1] = logits[1, 2] = logits[2, 0] = logits[3, 3] = logits[3, 4] = 0
+    box = code.decode(logits.flatten(), anchor, STRIDE)
+    torch.testing.assert_close(box, torch.tensor([16.0, 32, 20, 54]))
+    torch.testing.assert_close(code.encode(box, anchor, STRIDE), torch.tensor([1.0, 2, 0, 3.5]))
+    far = code.encode(torch.tensor([-200.0, 32, 19, 48]), anchor, STRIDE)
+    torch.testing.assert_close(far, torch.tensor([15.9, 2, 0, 2]))
+    logits = torch.zeros(17)
+    logits[3], logits[4] = 2.0, 1.0
+    box = code.decode(logits.repeat(4), torch.zeros(4), torch.tensor(1.0))
+    torch.testing.assert_close(box[2], torch.tensor(6.453902))
+    short = Distribution(reg_max=4)
+    assert short.decode(torch.zeros(20), anchor, STRIDE).tolist() == [12.0, 32, 28, 48]
+    for wrong in (0, 2.5, "16"):
+        with pytest.raises(ValueError, match="reg_max must be"):
+            Distribution(wrong)
 
 
 def test_corners_by_hand():

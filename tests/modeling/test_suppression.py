@@ -1,7 +1,10 @@
+import math
+
+import pytest
 import torch
 from torchvision.ops import box_iou
 
-from atss.modeling.suppression import NMS, SoftVote, Vote, keep_all
+from atss.modeling.suppression import NMS, ScoreVote, SoftVote, Vote, keep_all
 
 
 def test_suppression_is_per_class_and_exact():
@@ -38,7 +41,48 @@ def test_all_keep_to_the_limit_best_first():
         torch.arange(40) % 3,
     )
     best = scores.sort(descending=True).values
-    for suppress in (NMS(), Vote(), SoftVote(), keep_all):
+    for suppress in (NMS(), ScoreVote(), Vote(), SoftVote(), keep_all):
         found = suppress(boxes, scores, classes, 7)
         assert torch.equal(found.scores, best[:7])
         assert torch.equal(boxes[[scores.tolist().index(x) for x in best[:7]]], found.boxes)
+
+
+def test_score_voting_by_hand():
+    """A box of IoU 0.9 with the best, which is suppressed, still moves it, by its score and by
+    exp(-0.1^2 / 0.025) = 0.670; one of another class does not."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 8]])
+    scores, classes = torch.tensor([0.8, 0.4, 0.9]), torch.tensor([1, 1, 2])
+    found = ScoreVote(0.6)(boxes, scores, classes, 10)
+    weight = 0.4 * math.exp(-(0.1**2) / 0.025)
+    mean = (0.8 * 10 + weight * 9) / (0.8 + weight)
+    assert found.scores.tolist() == pytest.approx([0.9, 0.8])
+    assert found.classes.tolist() == [2, 1]
+    assert found.boxes[1].tolist() == pytest.approx([0, 0, 10, mean])
+    assert torch.equal(found.boxes[0], boxes[2])
+
+
+def test_score_voting_equals_its_formula_box_by_box():
+    """All boxes of the class that overlap by more than 0.01 vote; which boxes stay, their order and
+    scores are those of NMS."""
+    generator = torch.Generator().manual_seed(1)
+    corner = torch.rand(200, 2, generator=generator) * 200
+    boxes = torch.cat([corner, corner + 40 + torch.rand(200, 2, generator=generator) * 60], dim=1)
+    scores, classes = torch.rand(200, generator=generator), torch.arange(200) % 3
+    plain = NMS(0.5)(boxes, scores, classes, 40)
+    found = ScoreVote(0.5, spread=0.3)(boxes, scores, classes, 40)
+    assert torch.equal(found.scores, plain.scores)
+    assert torch.equal(found.classes, plain.classes)
+    overlap = box_iou(plain.boxes.double(), boxes.double())
+    for i in range(40):
+        total, mean = 0.0, torch.zeros(4, dtype=torch.float64)
+        for j in range(200):
+            if classes[j] == plain.classes[i] and overlap[i, j] > 0.01:
+                weight = math.exp(-((1 - overlap[i, j].item()) ** 2) / 0.3) * scores[j].item()
+                mean += weight * boxes[j].double()
+                total += weight
+        torch.testing.assert_close(found.boxes[i].double(), mean / total, atol=1e-4, rtol=1e-5)
+
+
+def test_score_voting_of_nothing():
+    found = ScoreVote()(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long), 10)
+    assert [len(x) for x in found] == [0, 0, 0]

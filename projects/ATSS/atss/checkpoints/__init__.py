@@ -2,17 +2,13 @@
 other projects' names."""
 
 from .checkpointer import SafeCheckpointer, TrainingCheckpointer
-from .convert import (
-    ConversionError,
-    config_for,
-    convert,
-    convert_file,
-    load,
-)
+from .convert import config_for, convert, convert_file, load
+from .detectors import DETECTORS, ConversionError
 from .mmdet import convert_file_to_mmdet, mmdet_config, to_mmdet
 from .read import WeightsError
 
 __all__ = [
+    "DETECTORS",
     "ConversionError",
     "SafeCheckpointer",
     "TrainingCheckpointer",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -12,18 +13,15 @@ from ..config.classes import class_names
 from ..config.read import get_config
 from ..data.datasets import classes_of
 from .classes import KEY
-from .names import MMDET, OFFICIAL, Rule, rename
-from .read import WeightsError, read, require_tensors
+from .detectors import DETECTORS, ConversionError, detector_of
+from .names import OFFICIAL, mmdet_rules, rename
+from .read import read, require_tensors
 
-SOURCES: dict[str, list[Rule]] = {"official": OFFICIAL, "mmdet": MMDET}
+SOURCES = ("official", "mmdet")
 # Blocks of the stages res2 to res5 -> depth.
 DEPTHS: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 # The authors' frozen batch norm divides by sqrt(var), ours by sqrt(var + this).
 BATCH_NORM_EPS = 1e-5
-
-
-class ConversionError(WeightsError):
-    """Says what does not fit, name by name."""
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
@@ -32,7 +30,10 @@ def load(path: str | Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: where the file is not one, is damaged, or holds more than data.
     """
-    content = read(path)
+    return _tensors(read(path), path)
+
+
+def _tensors(content: Any, path: str | Path) -> dict[str, Tensor]:
     for key in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -40,12 +41,22 @@ def load(path: str | Path) -> dict[str, Tensor]:
     return {name: torch.as_tensor(value) for name, value in content.items()}
 
 
-def convert(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+def _config_text(content: Any) -> str:
+    """Of a file of mmdet 3, or of mmdet 2; "" where it holds none."""
+    meta = content.get("meta") if isinstance(content, Mapping) else None
+    found = [meta.get(key) for key in ("cfg", "config")] if isinstance(meta, Mapping) else []
+    return next((x for x in found if isinstance(x, str)), "")
+
+
+def convert(
+    state_dict: Mapping[str, Tensor], source: str, detector: str = "atss"
+) -> dict[str, Tensor]:
     """Weights under our names, with our numbers.
 
     Args:
-        state_dict: of an ATSS model with one anchor per location.
+        state_dict: of a model with one anchor per location.
         source: "official" (the authors' code) or "mmdet".
+        detector: of mmdet, which of those in :data:`~atss.checkpoints.detectors.DETECTORS`.
     Returns:
         a state dict of the model of :func:`config_for`.
 
@@ -55,7 +66,8 @@ def convert(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     if source not in SOURCES:
         raise ConversionError(f"unknown source {source!r}; known are {[*SOURCES]}")
     state_dict = _without_prefix(state_dict)
-    names, unknown = rename(list(state_dict), SOURCES[source])
+    rules = OFFICIAL if source == "official" else mmdet_rules(DETECTORS[detector].predictors)
+    names, unknown = rename(list(state_dict), rules)
     converted = {new: state_dict[old] for old, new in names.items()}
     if source == "official":
         for name, value in converted.items():
@@ -66,17 +78,23 @@ def convert(state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     for name, value in converted.items():
         if name.startswith("head.scales") and value.ndim == 0:
             converted[name] = value.reshape(1)
-    check_against(converted, unknown, config_for(converted, source))
+    check_against(converted, unknown, config_for(converted, source, detector=detector))
     return converted
 
 
-def config_for(state_dict: Mapping[str, Tensor], source: str, regression: str = "box") -> CfgNode:
+def config_for(
+    state_dict: Mapping[str, Tensor],
+    source: str,
+    regression: str = "box",
+    detector: str = "atss",
+) -> CfgNode:
     """The config that converted weights need.
 
     Args:
         state_dict: from :func:`convert`.
         source: whose they were.
-        regression: "box" or "point", which weights do not tell.
+        regression: "box" or "point", which the authors' weights do not tell.
+        detector: as there.
 
     Raises:
         ConversionError: where the weights are of no backbone that is known.
@@ -86,12 +104,14 @@ def config_for(state_dict: Mapping[str, Tensor], source: str, regression: str = 
         conv2 = state_dict["backbone.bottom_up.res2.0.conv2.weight"].shape
         classes = state_dict["head.cls_score.weight"].shape[0]
         depth = DEPTHS[blocks]
+        theirs = DETECTORS[detector]
+        told = theirs.from_weights(state_dict)
     except KeyError as error:
         raise ConversionError(
-            f"these are no weights of an ATSS with a ResNet-50, 101 or 152: {error} is missing or "
-            "unknown"
+            f"these are no weights of a detector with a ResNet-50, 101 or 152: {error} is missing "
+            "or unknown"
         ) from error
-    cfg = get_config("ATSS_R_50_FPN_1x")
+    cfg = get_config(theirs.row)
     resnet = cfg.MODEL.RESNETS
     resnet.DEPTH = depth
     resnet.NUM_GROUPS = conv2[0] // conv2[1]
@@ -108,37 +128,49 @@ def config_for(state_dict: Mapping[str, Tensor], source: str, regression: str = 
     cfg.MODEL.ATSS.DEFORM_TOWER = "" if tower is None else ("v2" if len(tower) == 27 else "v1")
     cfg.MODEL.ATSS.TOWER_BIAS = any(map(is_tower_bias, state_dict))
     cfg.MODEL.ATSS.NUM_CLASSES = classes
-    cfg.MODEL.ATSS.REGRESSION = regression
     if any(len(classes_of(name) or ()) != classes for name in cfg.DATASETS.TEST):
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()  # not COCO's, and weights do not tell whose
     if source == "official":
+        cfg.MODEL.ATSS.REGRESSION = regression
         cfg.MODEL.ATSS.LEGACY_PIXELS = True
     else:
+        for key, value in (dict(theirs.values) | told).items():
+            cfg.merge_from_list([key, value])
         cfg.MODEL.ANCHOR_GENERATOR.OFFSET = 0.0
         cfg.MODEL.ATSS.RELU_BEFORE_P7 = False
-        cfg.MODEL.ATSS.SCORE = "product"
-        cfg.MODEL.ATSS.RANK_BY_CLASS = True
         cfg.INPUT.FORMAT = "RGB"
         cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
         cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
     return cfg
 
 
-def convert_file(path: Path, target: Path, source: str, regression: str) -> CfgNode:
+def convert_file(
+    path: Path, target: Path, source: str, regression: str = "box", detector: str | None = None
+) -> tuple[CfgNode, str]:
     """Converts another project's checkpoint, and writes beside it, as .yaml, the config that it
-    needs, which is returned. Eighty classes get COCO's names, as in :func:`config_for`. Where
-    anything does not fit, nothing is written.
+    needs. Eighty classes get COCO's names, as in :func:`config_for`. Where anything does not fit,
+    nothing is written.
+
+    Args:
+        detector: of mmdet; None: names of weights tell, or the config that is in the file.
+    Returns:
+        that config, and the detector.
 
     Raises:
         WeightsError: saying what.
     """
-    converted = convert(load(path), source)
-    cfg = config_for(converted, source, regression)
+    content = read(path)
+    weights = _without_prefix(_tensors(content, path))
+    if source == "mmdet":
+        detector = detector_of(weights, _config_text(content), detector)
+    detector = detector or "atss"
+    converted = convert(weights, source, detector)
+    cfg = config_for(converted, source, regression, detector)
     cfg.MODEL.WEIGHTS = str(target.absolute())  # a relative one begins where a command is given
-    content = {"model": converted, "__author__": f"converted from {source}"}
-    content[KEY] = class_names(cfg)
-    write(target, content, target.with_suffix(".yaml"), cfg.dump())
-    return cfg
+    written = {"model": converted, "__author__": f"converted from {source}"}
+    written[KEY] = class_names(cfg)
+    write(target, written, target.with_suffix(".yaml"), cfg.dump())
+    return cfg, detector
 
 
 def write(target: Path, content: dict, config_file: Path, config: str) -> None:

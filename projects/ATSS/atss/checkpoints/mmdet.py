@@ -9,25 +9,19 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from ..config.checks import flatten
-from .convert import ConversionError, check_against, is_tower_bias, load, write
+from ..config.read import get_config
+from .convert import check_against, is_tower_bias, load, write
+from .detectors import DETECTORS, ConversionError
 from .names import rename, to_mmdet_rules
 
-# All that mmdet's ATSS, its FPN and its ResNets can do of these keys.
-MMDETS_ATSS = {
-    "MODEL.ATSS.HEAD": "ATSSHead",
-    "MODEL.ATSS.REGRESSION": "box",
-    "MODEL.ATSS.NORM": "GN",
-    "MODEL.ATSS.CENTERNESS": "box",
-    "MODEL.ATSS.LEVEL_SCALE": True,
-    "MODEL.ATSS.DEFORM_TOWER": "",
-    "MODEL.ATSS.LEGACY_PIXELS": False,
-    "MODEL.BACKBONE.NAME": "build_atss_resnet_fpn_backbone",
-    "MODEL.ATSS.SUPPRESSION": "nms",
-    "MODEL.FPN.FUSE_TYPE": "sum",
-    "MODEL.FPN.NORM": "",
-    "MODEL.RESNETS.RES5_DILATION": 1,
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
-}
+# All that mmdet's detectors, its FPN and its ResNets can do of these keys is what the row of the
+# detector says.
+FIXED = (
+    *(f"MODEL.ATSS.{x}" for x in ("HEAD", "REGRESSION", "NORM", "CENTERNESS", "LEVEL_SCALE")),
+    *(f"MODEL.ATSS.{x}" for x in ("DEFORM_TOWER", "LEGACY_PIXELS", "SUPPRESSION", "QUALITY")),
+    *("MODEL.BACKBONE.NAME", "MODEL.FPN.FUSE_TYPE", "MODEL.FPN.NORM"),
+    *("MODEL.RESNETS.RES5_DILATION", "MODEL.RESNETS.STEM_OUT_CHANNELS"),
+)
 
 
 def to_mmdet(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
@@ -38,10 +32,10 @@ def to_mmdet(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor
         cfg: of the run that the weights come from.
 
     Raises:
-        ConversionError: where mmdet's ATSS cannot do what the config says, or the weights are not
-            those of such a model.
+        ConversionError: where mmdet cannot do what the config says, or the weights are not those of
+            such a model.
     """
-    _refuse_for_mmdet(cfg)
+    theirs = DETECTORS[detector_for(cfg)]
     for name, value in state_dict.items():
         if is_tower_bias(name) and value.abs().max() > 0:
             raise ConversionError(
@@ -51,9 +45,9 @@ def to_mmdet(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor
     check_against(dict(state_dict), [], _with_classes_of(cfg, state_dict))
     levels = _levels(cfg)
     some = [name for name in state_dict if not is_tower_bias(name)]
-    names, unknown = rename(some, to_mmdet_rules(levels[0], len(levels) - 2))
+    names, unknown = rename(some, to_mmdet_rules(levels[0], len(levels) - 2, theirs.predictors))
     if unknown:
-        raise ConversionError(f"mmdet's ATSS has no place for {', '.join(unknown)}")
+        raise ConversionError(f"mmdet's {theirs.head} has no place for {', '.join(unknown)}")
     converted = {new: state_dict[old] for old, new in names.items()}
     for name in list(converted):
         if name.startswith("bbox_head.scales"):
@@ -65,16 +59,16 @@ def to_mmdet(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor
 
 
 def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
-    """What mmdet's own config of ATSS (atss_r50_fpn_1x_coco of mmdet 3) has to be changed to for
-    weights of :func:`to_mmdet`, as Python.
+    """What mmdet's own config of the detector (atss_r50_fpn_1x_coco of mmdet 3, for example) has to
+    be changed to for weights of :func:`to_mmdet`, as Python.
 
     Args:
         cfg, state_dict: as there.
 
     Raises:
-        ConversionError: where mmdet's ATSS cannot do what the config says.
+        ConversionError: where mmdet cannot do what the config says.
     """
-    _refuse_for_mmdet(cfg)
+    theirs = DETECTORS[detector_for(cfg)]
     node, resnet = cfg.MODEL.ATSS, cfg.MODEL.RESNETS
     levels = _levels(cfg)
     count = levels[-1] - 3  # stages, from res2 on
@@ -112,6 +106,7 @@ def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
             "num_outs": len(strides),
         },
         "bbox_head": {
+            "type": theirs.head,
             "num_classes": len(state_dict["head.cls_score.bias"]),
             "in_channels": cfg.MODEL.FPN.OUT_CHANNELS,
             "feat_channels": cfg.MODEL.FPN.OUT_CHANNELS,
@@ -123,7 +118,7 @@ def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
                 "strides": strides,
                 "center_offset": cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
             },
-            "bbox_coder": {"target_stds": [1 / weight for weight in node.BBOX_REG_WEIGHTS]},
+            **theirs.settings(cfg),
         },
         "test_cfg": {
             "nms_pre": node.TOPK_CANDIDATES_TEST,
@@ -143,23 +138,28 @@ def convert_file_to_mmdet(path: Path, target: Path, cfg: CfgNode) -> str:
         WeightsError: saying what.
     """
     weights = load(path)
-    content = {"meta": {}, "state_dict": to_mmdet(weights, cfg)}
     config = mmdet_config(cfg, weights)
+    content = {"meta": {"cfg": config}, "state_dict": to_mmdet(weights, cfg)}
     write(target, content, target.with_suffix(".py"), config)
     return config
 
 
-def _refuse_for_mmdet(cfg: CfgNode) -> None:
-    """
+def detector_for(cfg: CfgNode) -> str:
+    """Which of mmdet's detectors a config's model is: the one that it is most like.
+
     Raises:
-        ConversionError: naming the key of what mmdet's ATSS cannot do.
+        ConversionError: naming the key of what mmdet's cannot do.
     """
-    values = dict(flatten(cfg))
-    for key, needed in MMDETS_ATSS.items():
-        if values[key] != needed:
-            raise ConversionError(
-                f"mmdet's ATSS has nothing like {key} {values[key]!r}: only {needed!r}"
-            )
+    values, differ = dict(flatten(cfg)), {}
+    for name, theirs in DETECTORS.items():
+        row = dict(flatten(get_config(theirs.row)))
+        differ[name] = {key: row[key] for key in FIXED if values[key] != row[key]}
+    detector = min(differ, key=lambda name: len(differ[name]))
+    for key, needed in differ[detector].items():
+        raise ConversionError(
+            f"mmdet's {DETECTORS[detector].head} has nothing like {key} {values[key]!r}: only "
+            f"{needed!r}"
+        )
     if cfg.MODEL.RESNETS.NUM_GROUPS == 1 and cfg.MODEL.RESNETS.WIDTH_PER_GROUP != 64:
         raise ConversionError(
             "mmdet's ResNet has nothing like MODEL.RESNETS.WIDTH_PER_GROUP: only 64"
@@ -167,7 +167,8 @@ def _refuse_for_mmdet(cfg: CfgNode) -> None:
     if len(cfg.MODEL.ATSS.ANCHOR_SCALES) * len(cfg.MODEL.ATSS.ANCHOR_RATIOS) > 1:
         raise ConversionError("only models with one anchor per location are converted for mmdet")
     if len(cfg.MODEL.ATSS.IN_FEATURES) != len(_levels(cfg)):
-        raise ConversionError("mmdet's ATSS uses all levels of its FPN, MODEL.ATSS.IN_FEATURES not")
+        raise ConversionError("mmdet uses all levels of its FPN, MODEL.ATSS.IN_FEATURES not")
+    return detector
 
 
 def _levels(cfg: CfgNode) -> list[int]:

@@ -5,7 +5,7 @@ template, or a function of the match; None drops the entry.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 Rule = tuple[str, str | Callable[[re.Match], str] | None]
 
@@ -65,7 +65,7 @@ OFFICIAL: list[Rule] = [
 ]
 
 # Towers of mmdet count modules of convolution and norm; ours count layers, three to a module.
-MMDET: list[Rule] = [
+_MMDET: list[Rule] = [
     (r"backbone\.conv1\.(\w+)", r"backbone.bottom_up.stem.conv1.\1"),
     (r"backbone\.bn1\.num_batches_tracked", None),
     (r"backbone\.bn1\.(\w+)", r"backbone.bottom_up.stem.conv1.norm.\1"),
@@ -94,11 +94,25 @@ MMDET: list[Rule] = [
         r"bbox_head\.(cls|reg)_convs\.(\d)\.gn\.(\w+)",
         lambda m: f"head.{_HEAD[m[1]]}.{3 * int(m[2]) + 1}.{m[3]}",
     ),
-    (r"bbox_head\.atss_cls\.(\w+)", r"head.cls_score.\1"),
-    (r"bbox_head\.atss_reg\.(\w+)", r"head.bbox_pred.\1"),
-    (r"bbox_head\.atss_centerness\.(\w+)", r"head.ctrness.\1"),
     (r"bbox_head\.scales\.(\d)\.scale", r"head.scales.\1.scale"),
+    (r"bbox_head\.integral\.project", "box_coder.project"),
 ]
+
+
+def mmdet_rules(predictors: Mapping[str, str]) -> list[Rule]:
+    """The table from mmdet.
+
+    Args:
+        predictors: {our layer of the head: its layer of the head}.
+    """
+    return [
+        *_MMDET,
+        *(
+            (rf"bbox_head\.{theirs}\.(\w+)", rf"head.{ours}.\1")
+            for ours, theirs in predictors.items()
+        ),
+    ]
+
 
 _TOWER = {"cls_subnet": "cls_convs", "bbox_subnet": "reg_convs"}
 _STAGE = r"backbone\.bottom_up\.res(\d)\.(\d+)\."
@@ -108,12 +122,13 @@ def _layer(tail: str) -> Callable[[re.Match], str]:
     return lambda m: f"backbone.layer{int(m[1]) - 1}.{m[2]}." + m.expand(tail)
 
 
-def to_mmdet_rules(lowest: int, laterals: int) -> list[Rule]:
+def to_mmdet_rules(lowest: int, laterals: int, predictors: Mapping[str, str]) -> list[Rule]:
     """The table back to mmdet, whose FPN counts its levels from zero.
 
     Args:
         lowest: the lowest of our levels, 3 for P3.
         laterals: how many of them are made of the backbone's.
+        predictors: {our layer of the head: its layer of the head}.
     """
     return [
         (r"backbone\.bottom_up\.stem\.conv1\.(weight)", r"backbone.conv1.\1"),
@@ -148,10 +163,12 @@ def to_mmdet_rules(lowest: int, laterals: int) -> list[Rule]:
             r"head\.(\w+_subnet)\.(1|4|7|10)\.(\w+)",
             lambda m: f"bbox_head.{_TOWER[m[1]]}.{int(m[2]) // 3}.gn.{m[3]}",
         ),
-        (r"head\.cls_score\.(\w+)", r"bbox_head.atss_cls.\1"),
-        (r"head\.bbox_pred\.(\w+)", r"bbox_head.atss_reg.\1"),
-        (r"head\.ctrness\.(\w+)", r"bbox_head.atss_centerness.\1"),
+        *(
+            (rf"head\.{ours}\.(\w+)", rf"bbox_head.{theirs}.\1")
+            for ours, theirs in predictors.items()
+        ),
         (r"head\.scales\.(\d)\.scale", r"bbox_head.scales.\1.scale"),
+        (r"box_coder\.project", "bbox_head.integral.project"),
     ]
 
 

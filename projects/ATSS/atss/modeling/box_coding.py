@@ -4,7 +4,7 @@ import math
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..geometry import centres, side_distances
 from ..parts import WrongValue, within
@@ -119,23 +119,30 @@ class LogDistances(BoxCode):
         return _box_around(centres(anchors), numbers.clamp(max=self.MAX_LOG).exp())
 
 
-class Distribution(BoxCode):
+class Distribution(nn.Module, BoxCode):
     """Of each side, how likely it is 0, 1, ..., ``reg_max`` strides from the anchor's centre, as
     logits (GFL, arXiv 2006.04388, section 3.2): it lies where it does on average.
 
     Args:
         reg_max: the farthest a side can be, in strides.
+
+    Attributes:
+        project: (bins,) those distances, part of a model's weights as in mmdet.
     """
+
+    project: Tensor
 
     # How much nearer than that targets stay, as in the authors' code.
     MARGIN = 0.1
 
     def __init__(self, reg_max: int = 16):
+        super().__init__()
         within("reg_max", reg_max, 1, 1024)
         if reg_max != int(reg_max):
             raise WrongValue("reg_max", f"must be a whole number, not {reg_max!r}")
         self.bins = int(reg_max) + 1
         self.channels = 4 * self.bins
+        self.register_buffer("project", torch.arange(self.bins, dtype=torch.float32))
 
     def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
         """(..., 4) boxes and anchors in pixels, (...) strides -> (..., 4) distances in strides, as
@@ -146,8 +153,8 @@ class Distribution(BoxCode):
     def decode(self, numbers: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
         """(..., 4 * bins) logits, (..., 4) anchors in pixels -> (..., 4) boxes in pixels."""
         shares = numbers.unflatten(-1, (4, self.bins)).softmax(-1)
-        places = torch.arange(self.bins, dtype=shares.dtype, device=shares.device)
-        return _box_around(centres(anchors), (shares * places).sum(-1) * stride[..., None])
+        distances = (shares * self.project.to(shares.dtype)).sum(-1)
+        return _box_around(centres(anchors), distances * stride[..., None])
 
 
 class Corners(BoxCode):

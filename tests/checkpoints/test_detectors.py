@@ -1,0 +1,199 @@
+"""mmdet's detectors with made-up weights, from its files through the converter to our models: what
+mmdet 3.3.0 computes with them, and the way back."""
+
+import json
+
+import convert_checkpoint
+import demo
+import numpy as np
+import pytest
+import recipe
+import torch
+from conftest import GOLDEN, make_input
+from detectron2.modeling import build_model
+from PIL import Image
+from test_convert import compare
+
+from atss import load_config
+from atss.checkpoints import ConversionError, config_for, convert, load, to_mmdet
+from atss.checkpoints.detectors import DETECTORS, detector_of
+from atss.checkpoints.names import mmdet_rules, rename
+
+SHAPES = json.loads((GOLDEN / "mmdet_successors_r50_shapes.json").read_text())
+TEXT = "model = dict(type='{0}', bbox_head=dict(\n    type='{0}Head', num_classes=80))"
+
+
+def weights_of(detector):
+    """As its reference has them: but for the key, the same numbers for each."""
+    state = {k: torch.from_numpy(v) for k, v in recipe.weights(SHAPES[detector]).items()}
+    theirs = DETECTORS[detector].predictors["cls_score"]
+    state[f"bbox_head.{theirs}.bias"] -= 2
+    return state
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def converted(request, tmp_path_factory):
+    """From a file, by the tool, which finds out whose weights these are: the folder with ours.pth
+    and ours.yaml; the model; what mmdet computed; its name."""
+    detector, folder = request.param, tmp_path_factory.mktemp("converted")
+    content = {"state_dict": weights_of(detector), "meta": {"cfg": TEXT.format(detector.upper())}}
+    torch.save(content, folder / "theirs.pth")
+    paths = [str(folder / name) for name in ("theirs.pth", "ours.pth")]
+    convert_checkpoint.main(["--from", "mmdet", *paths])
+    cfg = load_config(folder / "ours.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    model.load_state_dict(load(paths[1]))
+    found = np.load(GOLDEN / "mmdet_successors_r50.npz")
+    prefix = f"{detector}/"
+    reference = {k.removeprefix(prefix): found[k] for k in found if k.startswith(prefix)}
+    example = make_input(found["gt_boxes"], found["gt_classes"], (160, 224))
+    example["image"] = torch.from_numpy(found["image_rgb"])
+    return folder, model, example, reference, detector
+
+
+def test_head_outputs_equal_mmdets(converted):
+    _, model, example, reference, _ = converted
+    with torch.no_grad():
+        images = model.preprocess_image([example])
+        features = model.backbone(images.tensor)
+        output = model.head([features[name] for name in model.head_in_features])
+    ours = [x for x in output[:3] if x is not None]
+    kinds = {k.split("_")[0] for k in reference if k.startswith("out")}
+    assert len(ours) == len(kinds)
+    for j, x in enumerate(ours):
+        maps = [reference[f"out{j}_{level}"] for level in range(5)]
+        expected = np.concatenate([m.reshape(len(m), -1).T for m in maps])
+        found = x[0].reshape(len(expected), -1).numpy()
+        assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
+
+
+def test_losses_and_gradients_equal_mmdets(converted):
+    _, model, example, reference, detector = converted
+    losses = model.train()([example])
+    values = dict(zip(reference["loss_names"], reference["loss_values"], strict=True))
+    names = {"loss_box_reg": "loss_bbox", "loss_overlap": "loss_iou"}
+    assert {names.get(name, name) for name in losses} == {*values}
+    for name, value in losses.items():
+        assert value.item() == pytest.approx(values[names.get(name, name)], rel=1e-3)
+
+    model.zero_grad()
+    sum(losses.values()).backward()
+    parameters = dict(model.named_parameters())
+    ours, unknown = rename([*reference["grad_names"]], mmdet_rules(DETECTORS[detector].predictors))
+    assert not unknown
+    for key, norm in zip(reference["grad_names"], reference["grad_norms"], strict=True):
+        found = parameters[ours[key]].grad.norm().item()
+        assert found == pytest.approx(norm, rel=1e-2, abs=1e-5), key
+
+
+def test_detections_equal_mmdets(converted):
+    _, model, example, reference, _ = converted
+    with torch.no_grad():
+        found = model.eval()([example])[0]["instances"]
+    compare(
+        *(found.pred_boxes.tensor.numpy(), found.scores.numpy(), found.pred_classes.numpy()),
+        *(reference[f"det_{x}"] for x in ("boxes", "scores", "classes")),
+    )
+
+
+def test_back_to_mmdet(converted, tmp_path):
+    """The same numbers under the same names, and a config from which their kind can be told."""
+    folder, _, _, _, detector = converted
+    argv = ["--to", "mmdet", "--config-file", str(folder / "ours.yaml")]
+    convert_checkpoint.main([*argv, str(folder / "ours.pth"), str(tmp_path / "back.pth")])
+    back, theirs = load(tmp_path / "back.pth"), weights_of(detector)
+    assert {*back} == {*theirs}
+    for name, value in theirs.items():
+        assert torch.equal(back[name], value), name
+    convert_checkpoint.main(
+        ["--from", "mmdet", *map(str, (tmp_path / "back.pth", tmp_path / "x.pth"))]
+    )
+    again, ours = load(tmp_path / "x.pth"), load(folder / "ours.pth")
+    assert {*again} == {*ours}
+    assert all(torch.equal(again[k], ours[k]) for k in ours)
+    first, second = ((p / n).read_text() for p, n in ((folder, "ours.yaml"), (tmp_path, "x.yaml")))
+    assert first.replace(str(folder / "ours.pth"), "") == second.replace(
+        str(tmp_path / "x.pth"), ""
+    )
+
+
+def test_the_demo_draws_what_they_find(converted, tmp_path):
+    folder, _, example, reference, _ = converted
+    Image.fromarray(example["image"].numpy().transpose(1, 2, 0)).save(tmp_path / "image.png")
+    argv = ["--config-file", str(folder / "ours.yaml"), "--weights", str(folder / "ours.pth")]
+    argv += ["--input", str(tmp_path / "image.png")]
+    argv += ["--output", str(tmp_path / "out"), "--score-threshold", "0.0"]
+    demo.main([*argv, "INPUT.MIN_SIZE_TEST", "160"])
+    records = json.loads((tmp_path / "out" / "detections.json").read_text())
+    scores = sorted((x["score"] for x in records), reverse=True)
+    np.testing.assert_allclose(scores, np.sort(reference["det_scores"])[::-1], atol=1e-3)
+
+
+def test_names_tell_the_detector_or_the_config_in_the_file_does():
+    assert detector_of(SHAPES["gfl"]) == "gfl"
+    assert detector_of(SHAPES["gfl"], TEXT.format("ATSS")) == "gfl"
+    assert detector_of(SHAPES["paa"], TEXT.format("PAA")) == "paa"
+    assert detector_of(SHAPES["paa"], TEXT.format("ATSS")) == "atss"
+    assert detector_of(SHAPES["paa"], "{'bbox_head': {'type': \"PAAHead\"}}") == "paa"
+    assert detector_of(SHAPES["paa"], "[model.bbox_head]\ntype = 'ATSSHead'") == "atss"
+    both = TEXT.format("ATSS") + TEXT.format("PAA")
+    for text in ("", both, "model = dict(type='RetinaNet')"):
+        with pytest.raises(ConversionError, match=r"atss and paa have the same names, .*--dete"):
+            detector_of(SHAPES["paa"], text)
+    strange = [x.replace("atss_centerness", "atss_iou") for x in SHAPES["paa"]]
+    with pytest.raises(
+        ConversionError, match=r"\['atss_cls', 'atss_iou', 'atss_reg'\], as in none"
+    ):
+        detector_of(strange, TEXT.format("ATSS"))
+
+
+def test_one_detectors_weights_are_not_anothers(tmp_path):
+    def convert_as(detector, given, meta=None):
+        torch.save({"state_dict": weights_of(detector), "meta": meta or {}}, tmp_path / "in.pth")
+        paths = [str(tmp_path / "in.pth"), str(tmp_path / f"{given}.pth")]
+        convert_checkpoint.main(["--from", "mmdet", "--detector", given, *paths])
+
+    for detector, given in (("gfl", "atss"), ("gfl", "paa"), ("paa", "gfl")):
+        with pytest.raises(SystemExit, match=f"these are weights of mmdet's .*, not of {given}"):
+            convert_as(detector, given)
+    assert [x.name for x in tmp_path.iterdir()] == ["in.pth"]
+    convert_as("paa", "paa")
+    convert_as("paa", "atss")
+    assert load_config(tmp_path / "paa.yaml").MODEL.ATSS.SUPPRESSION == "score_vote"
+    assert load_config(tmp_path / "atss.yaml").MODEL.ATSS.SUPPRESSION == "nms"
+    # Of mmdet 2, which called it "config".
+    torch.save(
+        {"state_dict": weights_of("paa"), "meta": {"config": TEXT.format("PAA")}},
+        tmp_path / "in.pth",
+    )
+    convert_checkpoint.main(
+        ["--from", "mmdet", *map(str, (tmp_path / "in.pth", tmp_path / "paa.pth"))]
+    )
+
+
+def test_options_of_the_other_direction_are_refused(capsys):
+    for argv, said in (
+        (["--from", "official", "--detector", "gfl"], "--detector is for --from mmdet"),
+        (["--to", "mmdet", "--detector", "gfl"], "--detector is for --from mmdet"),
+        (["--from", "mmdet", "--regression", "point"], "--regression is for --from official"),
+    ):
+        with pytest.raises(SystemExit):
+            convert_checkpoint.main([*argv, "in.pth", "out.pth"])
+        assert said in capsys.readouterr().err
+
+
+def test_distributions_may_reach_another_distance():
+    """mmdet's reg_max is not in the names, but in the shapes."""
+    state = weights_of("gfl")
+    for kind in ("weight", "bias"):
+        state[f"bbox_head.gfl_reg.{kind}"] = state[f"bbox_head.gfl_reg.{kind}"][:36]
+    state["bbox_head.integral.project"] = torch.linspace(0, 8, 9)
+    ours = convert(state, "mmdet", "gfl")
+    cfg = config_for(ours, "mmdet", detector="gfl")
+    assert cfg.MODEL.ATSS.REGRESSIONS.distribution.REG_MAX == 8
+    back = to_mmdet(ours, cfg)
+    assert torch.equal(back["bbox_head.integral.project"], state["bbox_head.integral.project"])
+    del ours["head.bbox_pred.weight"]
+    with pytest.raises(ConversionError, match=r"head\.bbox_pred\.weight.* is missing"):
+        config_for(ours, "mmdet", detector="gfl")
