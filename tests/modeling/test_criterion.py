@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +11,21 @@ from detectron2.utils import comm
 from atss import BACKGROUND, IGNORE, Anchors, Assignment, HeadOutput
 from atss.config.branches import build_branches
 from atss.config.build import build_postprocess
-from atss.losses import giou_loss
+from atss.losses import Matchability, QualityFocal, Varifocal, giou_loss
 from atss.modeling import BOX_CODES
-from atss.modeling.box_coding import BoxDeltas
+from atss.modeling.box_coding import BoxDeltas, Distribution, PointDistances
 from atss.modeling.criterion import Criterion
 from atss.modeling.head import flatten_levels
-from atss.modeling.terms import GIoU, SmoothL1, score, targets
+from atss.modeling.terms import (
+    NWD,
+    DistributionFocal,
+    GIoU,
+    SmoothL1,
+    confidence,
+    overlap,
+    score,
+    targets,
+)
 from atss.modeling.terms import one as one_for_all
 from atss.structures import Predictions
 
@@ -125,20 +135,48 @@ def test_finite_for_extreme_outputs():
         assert all(torch.isfinite(x.grad).all() for x in tensors(output))
 
 
+# ATSS's, and those whose sums are of targets and weights that predictions make.
+CRITERIA = (
+    {},
+    {
+        "cls_loss": QualityFocal(),
+        "cls_target": overlap,
+        "box_weight": confidence,
+        "quality": overlap,
+        "quality_name": "overlap",
+        "normaliser": targets,
+        "least": 0.1,
+        "box_least": 1.0,
+    },
+    {"cls_loss": Varifocal(), "cls_target": overlap, "box_weight": overlap, "box_least": 1e-6},
+)
+
+
+def _trained(parts, output, gt=GT, gt_index=GT_INDEX) -> tuple[dict, list[torch.Tensor]]:
+    """Losses, and gradients of the outputs."""
+    leaves = output.map(lambda x: x.detach().clone().requires_grad_())
+    boxes = BoxDeltas().decode(leaves.numbers, ANCHORS.boxes, ANCHORS.stride)
+    losses = Criterion(**parts)(leaves, boxes, ANCHORS, gt, Assignment.hard(gt_index))
+    sum(losses.values()).backward()
+    return {name: x.item() for name, x in losses.items()}, [x.grad for x in tensors(leaves)]
+
+
 def _one_image(rank: int, port: int, queue: mp.SimpleQueue) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
     comm.create_local_process_group(2)
-    output = random_output().map(lambda x: x[rank : rank + 1].detach().requires_grad_())
+    output = random_output().map(lambda x: x[rank : rank + 1])
     mine = GT.image_index == rank
     gt = make_gt(GT.boxes[mine], [0] * int(mine.sum()), 1, GT.classes[mine])
     offset = 0 if rank == 0 else 2
     index = GT_INDEX[rank : rank + 1]
-    losses = losses_of(output, gt, torch.where(index >= 0, index - offset, index))
-    sum(losses.values()).backward()
-    values = {name: value.item() for name, value in losses.items()}
-    queue.put((rank, values, [x.grad.tolist() for x in tensors(output)]))
+    index = torch.where(index >= 0, index - offset, index)
+    found = []
+    for parts in CRITERIA:
+        losses, gradients = _trained(parts, output, gt, index)
+        found.append((losses, [x.tolist() for x in gradients]))
+    queue.put((rank, found))
     torch.distributed.destroy_process_group()
 
 
@@ -149,20 +187,114 @@ def test_two_processes_equal_one_on_the_union(free_port):
     workers = [context.Process(target=_one_image, args=(r, free_port, queue)) for r in range(2)]
     for worker in workers:
         worker.start()
-    results = sorted(queue.get() for _ in workers)
+    results = [found for _, found in sorted(queue.get() for _ in workers)]
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0
 
+    for i, parts in enumerate(CRITERIA):
+        losses, expected = _trained(parts, random_output())
+        for name, value in losses.items():
+            mean = sum(found[i][0][name] for found in results) / 2
+            assert mean == pytest.approx(value, rel=1e-6), name
+        for rank, found in enumerate(results):
+            for gradient, x in zip(found[i][1], expected, strict=True):
+                torch.testing.assert_close(torch.tensor(gradient)[0] / 2, x[rank])
+
+
+def test_nothing_is_learnt_through_what_is_to_be_said():
+    """Targets and weights are what the model says now: no gradient goes that way."""
     output = random_output()
-    losses = losses_of(output)
-    sum(losses.values()).backward()
-    for name, value in losses.items():
-        mean = sum(values[name] for _, values, _ in results) / 2
-        assert mean == pytest.approx(value.item(), rel=1e-6)
-    for rank, _, gradients in results:
-        for gradient, x in zip(gradients, tensors(output), strict=True):
-            torch.testing.assert_close(torch.tensor(gradient)[0] / 2, x.grad[rank])
+    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
+    losses = Criterion(**CRITERIA[1])(output, boxes, ANCHORS, GT, Assignment.hard(GT_INDEX))
+    learns = {"loss_cls": 0, "loss_box_reg": 1, "loss_overlap": 2}
+    for name, own in learns.items():
+        found = torch.autograd.grad(
+            losses[name], tensors(output), retain_graph=True, allow_unused=True
+        )
+        for i, gradient in enumerate(found):
+            moved = gradient is not None and bool(gradient.abs().max() > 0)
+            assert moved == (i == own), (name, i)
+
+
+def of_one_positive(classes, numbers, code, target, **parts):
+    """Losses of a single anchor of 16 pixels around (8, 8) on a stride of 8, of class 1 of two, in
+    float64."""
+    anchors = Anchors.grid((8, 8), strides=(8,), scales=(2.0,), offset=1.0)
+    numbers = torch.tensor([[numbers]], dtype=torch.float64)
+    output = HeadOutput(torch.tensor([[classes]], dtype=torch.float64), numbers, None, True)
+    boxes = code.decode(numbers, anchors.boxes.double(), anchors.stride)
+    gt = make_gt([target], [0], 1, classes=[1])
+    gt = replace(gt, boxes=gt.boxes.double())
+    losses = Criterion(**parts)(output, boxes, anchors, gt, Assignment.hard(torch.tensor([[0]])))
+    return boxes[0, 0].tolist(), {name: x.item() for name, x in losses.items()}
+
+
+def test_generalised_focal_losses_spelled_out():
+    """GFLv2's: of probabilities, in Python's numbers. Logits 0, but for the bins of 1 and 2 strides
+    of the left side and 1 of the others."""
+    row = [0.0] * 17
+    left, others = list(row), list(row)
+    left[1], left[2], others[1] = 3.0, 2.0, 9.0
+    p, target = (0.2, 0.6), (1.0, 2.0, 15.0, 17.0)
+    (x1, y1, x2, y2), losses = of_one_positive(
+        *(p, left + 3 * others, Distribution(), target),
+        cls_loss=QualityFocal(),
+        cls_target=overlap,
+        box_terms={"giou": GIoU(), "dfl": DistributionFocal(code=Distribution())},
+        box_weight=confidence,
+        box_least=1.0,
+    )
+
+    def shares(logits):
+        total = sum(math.exp(x) for x in logits)
+        return [math.exp(x) / total for x in logits]
+
+    distances = [sum(i * share for i, share in enumerate(shares(x))) for x in (left, others)]
+    assert (x1, y1) == pytest.approx((8 - 8 * distances[0], 8 - 8 * distances[1]))
+    width, height = min(x2, 15) - max(x1, 1), min(y2, 17) - max(y1, 2)
+    union = (x2 - x1) * (y2 - y1) + 14 * 15 - width * height
+    q = width * height / union
+    hull = (max(x2, 15) - min(x1, 1)) * (max(y2, 17) - min(y1, 2))
+    entropy = -q * math.log(p[1]) - (1 - q) * math.log(1 - p[1])
+    expected_cls = p[0] ** 2 * -math.log(1 - p[0]) + (q - p[1]) ** 2 * entropy
+    assert losses["loss_cls"] == pytest.approx(expected_cls, rel=1e-6)
+    giou = 1 - q + (hull - union) / hull
+    assert losses["loss_box_reg"] == pytest.approx(2 * 0.6 * giou, rel=1e-6)  # at least 1
+    dfl = 0.0
+    for logits, y in zip((left, others, others, others), (7 / 8, 6 / 8, 7 / 8, 9 / 8), strict=True):
+        low = int(y)
+        near = [math.log(shares(logits)[low + i]) for i in (0, 1)]
+        dfl -= (low + 1 - y) * near[0] + (y - low) * near[1]
+    assert losses["loss_dfl"] == pytest.approx(0.25 * 0.6 * dfl / 4, rel=1e-6)
+
+
+def test_matchability_asks_for_a_power_of_the_overlap():
+    """An IoU of 1 / 2 becomes a target of 0.5^1.5; a normaliser of targets counts the overlap."""
+    p = (0.2, 0.6)
+    _, losses = of_one_positive(
+        *(p, [1.0] * 4, PointDistances(), (0, 0, 16, 8)),
+        cls_loss=Matchability(1.5),
+        cls_target=overlap,
+        normaliser=targets,
+        least=0.25,
+    )
+    goal = 0.5**1.5
+    entropy = -goal * math.log(p[1]) - (1 - goal) * math.log(1 - p[1])
+    expected = (entropy + p[0] ** 1.5 * -math.log(1 - p[0])) / 0.5
+    assert losses["loss_cls"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_box_that_misses_its_object_is_a_positive_all_the_same():
+    """To varifocal, of next to nothing; not a negative that says too much."""
+    p = (0.2, 0.6)
+    _, losses = of_one_positive(
+        *(p, [1.0] * 4, PointDistances(), (100, 0, 116, 8)),
+        cls_loss=Varifocal(),
+        cls_target=overlap,
+    )
+    of_the_other_class = 0.75 * p[0] ** 2 * -math.log(1 - p[0])
+    assert losses["loss_cls"] == pytest.approx(of_the_other_class, rel=1e-3)
 
 
 def test_plain_retinanets_box_loss():
@@ -374,6 +506,23 @@ def test_terms_act_together_each_with_its_weight():
     both = losses_with(box_terms={"giou": GIoU(weight=1.0), "again": GIoU(weight=0.25)})
     assert both["loss_box_reg"] == pytest.approx(plain["loss_box_reg"] / 2)
     assert both["loss_again"] == pytest.approx(plain["loss_box_reg"] / 8)
+
+
+def test_boxes_may_be_compared_by_nwd():
+    """2 (1 - NWD), and nothing else about them changes."""
+    output = random_output()
+    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
+    found = losses_with(box_terms={"nwd": NWD(constant=8.0)}, box_weight=one_for_all)
+    expected = 0.0
+    for n, r in (GT_INDEX >= 0).nonzero().tolist():
+        (a1, b1, a2, b2), (x1, y1, x2, y2) = (
+            boxes[n, r].tolist(),
+            GT.boxes[GT_INDEX[n, r]].tolist(),
+        )
+        apart = ((a1 + a2 - x1 - x2) / 2, (b1 + b2 - y1 - y2) / 2)
+        sides = ((a2 - a1 - x2 + x1) / 2, (b2 - b1 - y2 + y1) / 2)
+        expected += 1 - math.exp(-math.hypot(*apart, *sides) / 8)
+    assert found["loss_box_reg"] == pytest.approx(2 * expected / 3, rel=1e-5)
 
 
 def test_the_box_weight_may_be_another_than_the_quality():

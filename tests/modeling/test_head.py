@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from atss.modeling.head import ATSSHead, flatten_levels
+from atss.modeling.head import ATSSHead, DistributionQuality, flatten_levels
 
 HEAD = {"in_channels": 32, "num_levels": 2, "num_classes": 3, "num_anchors": 2, "num_convs": 1}
 
@@ -90,6 +92,60 @@ def test_without_centerness_and_scales():
     assert head(features(1)).quality is None
     assert not any(name.startswith(("ctrness", "scales")) for name in head.state_dict())
     assert (head.bbox_pred.bias == 4).all()
+
+
+OF_DISTRIBUTIONS = {"centerness": "distribution", "box_channels": 68, "bins": 17}
+
+
+def test_quality_from_distributions_by_hand():
+    """GFLv2: of each side the four highest probabilities and the mean of these, side after side,
+    through 64 rectified numbers to one."""
+    torch.manual_seed(0)
+    quality = DistributionQuality(17).double()
+    numbers = 2 * torch.randn(3, 68, dtype=torch.float64)
+    assert sum(p.numel() for p in quality.parameters()) == 1409
+    (first, first_bias), (last, last_bias) = (
+        (layer.weight.tolist(), layer.bias.tolist()) for layer in (quality.hidden, quality.quality)
+    )
+    for row, found in zip(numbers.tolist(), quality(numbers).tolist(), strict=True):
+        statistics = []
+        for side in range(4):
+            powers = [math.exp(x) for x in row[17 * side : 17 * side + 17]]
+            top = sorted((x / sum(powers) for x in powers), reverse=True)[:4]
+            statistics += [*top, sum(top) / 4]
+        hidden = [
+            max(0.0, bias + sum(w * x for w, x in zip(weights, statistics, strict=True)))
+            for weights, bias in zip(first, first_bias, strict=True)
+        ]
+        expected = last_bias[0] + sum(w * x for w, x in zip(last[0], hidden, strict=True))
+        assert found == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(quality, numbers.requires_grad_())
+
+
+def test_quality_from_distributions_multiplies_class_probabilities():
+    """In float32 whatever the towers compute in, with a gradient to the distributions."""
+    torch.manual_seed(0)
+    head, maps = ATSSHead(**HEAD, **OF_DISTRIBUTIONS), features(2)
+    plain = ATSSHead(**HEAD | OF_DISTRIBUTIONS | {"centerness": ""})
+    plain.load_state_dict(head.state_dict(), strict=False)
+    output, logits = head(maps), plain(maps)
+    assert output.probabilities
+    assert output.quality is None
+    quality = head.box_quality(logits.numbers).sigmoid()
+    torch.testing.assert_close(output.classes, logits.classes.sigmoid() * quality[..., None])
+    assert torch.equal(output.numbers, logits.numbers)
+    output.classes.sum().backward()
+    assert head.bbox_pred.weight.grad.abs().max() > 0
+    assert abs(head.box_quality.hidden.weight.std().item() - 0.01) < 1e-3
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head(maps).classes.dtype == torch.float32
+        assert plain(maps).classes.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bins", [0, 3])
+def test_refuses_quality_from_what_is_no_distribution(bins):
+    with pytest.raises(ValueError, match="'distribution' wants a box code of distributions"):
+        ATSSHead(**HEAD | OF_DISTRIBUTIONS | {"bins": bins})
 
 
 def test_refuses_an_unknown_tower():
