@@ -3,6 +3,7 @@
 
     tools/benchmark.py model                     a training step, inference, and their parts
     tools/benchmark.py model --against all       beside every peer that is installed
+    tools/benchmark.py configs                   a training step of each of ATSS's successors
     tools/benchmark.py batching                  inference of 8 images, together and one by one
     tools/benchmark.py assignment                the assigner beside dense ones
     tools/benchmark.py rules                     those that look at predictions, beside mmdet's
@@ -101,6 +102,26 @@ def _print_across(report: dict) -> None:
     print(f"\nour step in {last}, against the steps in {first}\n")
     steps = report[first]["compared"]["training step"]
     print(table(["", "ratio"], [[name, f"{ours / s['median']:.3f}"] for name, s in steps.items()]))
+
+
+def measure_configs(args: argparse.Namespace) -> dict:
+    """Several configs beside one."""
+    files = args.beside or sorted(Path(args.config_file).parent.glob("successors/*.yaml"))
+    report = {}
+    for case in _cases(args):
+        measured = model.beside_configs([str(x) for x in files], case, args.runs)
+        first = next(iter(measured.values()))[0].median
+        rows = [
+            [name, f"{count / 1e6:.2f}", _interval(s), f"{s.median / first:.3f}"]
+            for name, (s, count) in measured.items()
+        ]
+        print(f"\n## {case.title}: {case.batch} x {case.height}x{case.width}, {case.boxes} boxes\n")
+        print(table(["", "million parameters", "seconds (95 %)", "this / the first"], rows))
+        report[case.title] = {
+            name: {"parameters": count, "median": s.median, "values": s.values}
+            for name, (s, count) in measured.items()
+        }
+    return report
 
 
 def measure_batching(args: argparse.Namespace) -> dict:
@@ -204,6 +225,12 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--batch", type=int, default=1, help="images")
     command.add_argument("--memory", action="store_true", help="measure peak memory, too")
 
+    command = commands.add_parser("configs", parents=[modelled])
+    command.set_defaults(measure=measure_configs)
+    command.add_argument(
+        "--beside", nargs="+", metavar="FILE", help="configs; those of successors/ by default"
+    )
+    command.add_argument("--batch", type=int, default=1, help="images")
     command = commands.add_parser("batching", parents=[modelled])
     command.set_defaults(measure=measure_batching)
     command.add_argument("--batch", type=int, default=8, help="images")

@@ -13,7 +13,7 @@ from benchmarks.timing import Seconds, in_turn, table
 from conftest import make_cfg
 
 from atss import Anchors, model_zoo
-from atss.assigners import ATSS
+from atss.assigners import ATSS, TAL
 from atss.data.datasets import register
 
 CONFIG = model_zoo.get_config_file("ATSS_R_50_FPN_1x.yaml")
@@ -78,6 +78,28 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert f"{step['ours']['median'] / step['torchvision-fcos']['median']:.3f}" in printed
     assert {"assignment", "criterion", "backbone"} <= set(measured["parts"]["training step"])
     assert "post-processing" in measured["parts"]["inference"]
+
+
+def test_configs_are_measured_beside_one(tmp_path, monkeypatch, capsys):
+    """In their last phase, which of TAL's is not the first."""
+    rules = []
+    call = TAL.__call__
+    monkeypatch.setattr(TAL, "__call__", lambda *args: rules.append(TAL) or call(*args))
+    small = ["--variants", "fp32", "--runs", "1", "--size", "64", "64", "--device", "cpu"]
+    files = [model_zoo.get_config_file(f"successors/{x}_R_50_FPN_1x.yaml") for x in ("TAL", "GFL")]
+    report = tmp_path / "report.json"
+    argv = ["benchmark.py", "configs", "--beside", *files, *small, "--json", str(report)]
+    monkeypatch.setattr(sys, "argv", argv)
+    benchmark.main()
+    printed = capsys.readouterr().out
+    measured = json.loads(report.read_text())["fp32, contiguous"]
+    names = ["ATSS_R_50_FPN_1x", "TAL_R_50_FPN_1x", "GFL_R_50_FPN_1x"]
+    assert [*measured] == names
+    assert all(name in printed for name in names)
+    assert rules
+    counts = [x["parameters"] for x in measured.values()]
+    assert counts[0] - counts[1] == 256 * 9 + 1  # without centerness
+    assert counts[2] - counts[1] == 64 * (256 * 9 + 1)  # 68 numbers in place of 4
 
 
 def test_loading_is_measured_with_the_trainers_loader(squares, capsys):

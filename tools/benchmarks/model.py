@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from detectron2.modeling import build_model
@@ -84,15 +85,19 @@ def build(name: str, case: Case) -> Peer:
     return peer
 
 
-def training_step(peer: Peer, batch: list[dict]) -> Callable[[], None]:
+def training_step(peer: Peer, batch: list[dict], iteration: int = 1) -> Callable[[], None]:
     """Forward, backward and a step of SGD; the learning rate is zero, so that all steps are of the
-    same weights."""
+    same weights.
+
+    Args:
+        iteration: of the training, for what changes in its course.
+    """
     prepared = peer.prepare(batch)
     optimizer = _sgd(peer.model)
 
     def step() -> None:
         peer.model.train()
-        with EventStorage(1):
+        with EventStorage(iteration):
             losses = peer.losses(prepared)
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -128,6 +133,21 @@ def beside_peers(names: Sequence[str], case: Case, runs: int) -> dict[str, dict[
         "training step": in_turn(steps, runs, device),
         "inference": in_turn(detects, runs, device),
     }
+
+
+def beside_configs(files: Sequence[str], case: Case, runs: int) -> dict[str, tuple[Seconds, int]]:
+    """{config: a training step of its last phase, in turn with the others', and parameters}, that
+    of the case first."""
+    device, batch = torch.device(case.device), random_batch(case)
+    steps, parameters = {}, {}
+    for file in (case.config_file, *files):
+        torch.manual_seed(0)
+        peer = build_ours(replace(case, config_file=file))
+        last = load_config(file, opts=case.options).SOLVER.MAX_ITER - 1
+        steps[Path(file).stem] = training_step(peer, batch, last)
+        parameters[Path(file).stem] = sum(p.numel() for p in peer.model.parameters())
+    seconds = in_turn(steps, runs, device)
+    return {name: (seconds[name], parameters[name]) for name in steps}
 
 
 def parts(case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
