@@ -137,6 +137,8 @@ def test_names_tell_the_detector_or_the_config_in_the_file_does():
     assert detector_of(SHAPES["paa"], TEXT.format("ATSS")) == "atss"
     assert detector_of(SHAPES["paa"], "{'bbox_head': {'type': \"PAAHead\"}}") == "paa"
     assert detector_of(SHAPES["paa"], "[model.bbox_head]\ntype = 'ATSSHead'") == "atss"
+    lazy = "type='mmdet.models.dense_heads.paa_head.PAAHead'"
+    assert detector_of(SHAPES["paa"], lazy) == "paa"
     both = TEXT.format("ATSS") + TEXT.format("PAA")
     for text in ("", both, "model = dict(type='RetinaNet')"):
         with pytest.raises(ConversionError, match=r"atss and paa have the same names, .*--dete"):

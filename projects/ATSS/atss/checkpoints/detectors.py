@@ -100,7 +100,8 @@ def detector_of(names: Iterable[str], config: str = "", given: str | None = None
         raise ConversionError(
             f"by their names these are weights of mmdet's {' or '.join(alike)}, not of {given}"
         )
-    types = {*re.findall(r"type['\"]?\s*[=:]\s*['\"](\w+)['\"]", config)}
+    # Of a class, or with the modules before it.
+    types = {*re.findall(r"type['\"]?\s*[=:]\s*['\"](?:\w+\.)*(\w+)['\"]", config)}
     said = [x for x in alike if DETECTORS[x].head in types]
     if len(alike) > 1 and len(said) != 1:
         raise ConversionError(
