@@ -10,6 +10,7 @@
 "official" is the authors' code. Of mmdet, weights of ATSS, PAA and GFL are known: their names tell
 which these are, or the config that is in the file, or --detector. Nothing in a file is executed.
 Where anything is missing, unexpected or of another shape, it is listed, and nothing is written.
+Anchors, box code and thresholds are taken to be those of mmdet's own config of the detector.
 
 For mmdet, train with MODEL.ATSS.TOWER_BIAS False: its towers have no biases. What its config has to
 say for these weights is printed, and written beside them.
@@ -33,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--regression",
         choices=("box", "point"),
-        help="what the authors' weights were trained to regress (weights do not tell): box",
+        help="what the authors' weights regress, which they do not tell; box by default",
     )
     parser.add_argument(
         "--detector",

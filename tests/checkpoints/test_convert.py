@@ -31,6 +31,8 @@ from atss.data.mapper import Mapper
 
 OFFICIAL_SHAPES = json.loads((GOLDEN / "official_atss_r50_shapes.json").read_text())
 MMDET_SHAPES = json.loads((GOLDEN / "mmdet_atss_r50_shapes.json").read_text())
+# Whose names tell nothing.
+DETECTOR = {"official": None, "mmdet": "atss"}
 MAP = json.loads((GOLDEN / "checkpoint_map_d2.json").read_text())
 
 
@@ -165,8 +167,8 @@ def test_mmdets_detections_from_a_file_through_the_converter(weights, tmp_path):
     reference = np.load(GOLDEN / "mmdet_atss_r50.npz")
     state = dict(weights["mmdet"])
     state["bbox_head.atss_cls.bias"] = state["bbox_head.atss_cls.bias"] - 2
-    converted = convert(state, "mmdet")
-    cfg = config_for(converted, "mmdet")
+    converted = convert(state, "mmdet", "atss")
+    cfg = config_for(converted, "mmdet", detector="atss")
     cfg.MODEL.DEVICE = "cpu"
     cfg.INPUT.MIN_SIZE_TEST = 160
     model = build_model(cfg).eval()
@@ -188,7 +190,7 @@ def test_mmdets_detections_from_a_file_through_the_converter(weights, tmp_path):
 
 @pytest.mark.parametrize("source", ["official", "mmdet"])
 def test_every_name_is_mapped(weights, source):
-    converted = convert(weights[source], source)
+    converted = convert(weights[source], source, DETECTOR[source])
     expected = {old: new for old, new in MAP[f"{source}_to_d2"].items() if new is not None}
     biases = {f"head.{t}_subnet.{i}.bias" for t in ("cls", "bbox") for i in (0, 3, 6, 9)}
     absent = biases if source == "mmdet" else set()
@@ -201,8 +203,8 @@ def test_every_name_is_mapped(weights, source):
 
 
 def test_to_mmdet_and_back(weights):
-    converted = convert(weights["mmdet"], "mmdet")
-    back = to_mmdet(converted, config_for(converted, "mmdet"))
+    converted = convert(weights["mmdet"], "mmdet", "atss")
+    back = to_mmdet(converted, config_for(converted, "mmdet", detector="atss"))
     assert set(back) == set(weights["mmdet"])
     for name, value in weights["mmdet"].items():
         assert torch.equal(back[name].flatten(), value.flatten()), name
@@ -239,7 +241,7 @@ def test_a_model_trained_here_becomes_mmdets(tmp_path, capsys):
     assert theirs["data_preprocessor"]["bgr_to_rgb"] is False
     assert theirs["data_preprocessor"]["mean"] == [102.9801, 115.9465, 122.7717]
 
-    back = convert(converted, "mmdet")
+    back = convert(converted, "mmdet", "atss")
     for name, value in model.state_dict().items():
         assert torch.equal(back[name], value), name
 
@@ -319,7 +321,9 @@ def test_strides_lie_where_each_code_has_them(weights, source):
     """The authors' plain ResNets stride in the 1 x 1 convolution, everybody else in the 3 x 3."""
 
     def strides(state):
-        cfg = config_for(convert(state, source), source)
+        cfg = config_for(
+            convert(state, source, DETECTOR[source]), source, detector=DETECTOR[source]
+        )
         cfg.MODEL.DEVICE = "meta"
         with torch.device("meta"):
             block = build_model(cfg).backbone.bottom_up.res3[0]
@@ -345,12 +349,12 @@ def test_strides_lie_where_each_code_has_them(weights, source):
 @pytest.mark.parametrize("source", ["official", "mmdet"])
 def test_deformable_weights(weights, source):
     state = deformable(weights, source)
-    converted = convert(state, source)
-    cfg = config_for(converted, source)
+    converted = convert(state, source, DETECTOR[source])
+    cfg = config_for(converted, source, detector=DETECTOR[source])
     assert cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE == [False, True, True, True]
     assert cfg.MODEL.RESNETS.DEFORM_MODULATED
     assert cfg.MODEL.ATSS.DEFORM_TOWER == "v2"
-    plain = convert(weights[source], source)
+    plain = convert(weights[source], source, DETECTOR[source])
     assert torch.equal(
         converted["head.cls_subnet.9.conv.weight"], plain["head.cls_subnet.9.weight"]
     )
@@ -373,8 +377,10 @@ def test_what_does_not_fit_is_listed(weights):
         "  missing: backbone.fpn_lateral3.bias",
         "  wrong shape: head.ctrness.bias is (7,), not (1,)",
     ]
-    with pytest.raises(ConversionError, match="no weights of a detector"):
+    with pytest.raises(ConversionError, match="as in none of mmdet's"):
         convert(weights["official"], "mmdet")
+    with pytest.raises(ConversionError, match="no weights of a detector"):
+        convert(weights["mmdet"], "official")
 
 
 class Bomb:

@@ -15,7 +15,14 @@ from PIL import Image
 from test_convert import compare
 
 from atss import load_config
-from atss.checkpoints import ConversionError, config_for, convert, load, to_mmdet
+from atss.checkpoints import (
+    ConversionError,
+    config_for,
+    convert,
+    load,
+    mmdet_config,
+    to_mmdet,
+)
 from atss.checkpoints.detectors import DETECTORS, detector_of
 from atss.checkpoints.names import mmdet_rules, rename
 
@@ -151,27 +158,64 @@ def test_names_tell_the_detector_or_the_config_in_the_file_does():
 
 
 def test_one_detectors_weights_are_not_anothers(tmp_path):
-    def convert_as(detector, given, meta=None):
-        torch.save({"state_dict": weights_of(detector), "meta": meta or {}}, tmp_path / "in.pth")
-        paths = [str(tmp_path / "in.pth"), str(tmp_path / f"{given}.pth")]
-        convert_checkpoint.main(["--from", "mmdet", "--detector", given, *paths])
+    def convert_as(detector, *given, config=""):
+        content = {"state_dict": weights_of(detector), "meta": {"config": config}}  # as of mmdet 2
+        torch.save(content, tmp_path / "in.pth")
+        paths = [str(tmp_path / "in.pth"), str(tmp_path / "out.pth")]
+        convert_checkpoint.main(["--from", "mmdet", *given, *paths])
+        cfg = load_config(tmp_path / "out.yaml")
+        for name in ("out.pth", "out.yaml"):
+            (tmp_path / name).unlink()
+        return cfg.MODEL.ATSS
 
     for detector, given in (("gfl", "atss"), ("gfl", "paa"), ("paa", "gfl")):
         with pytest.raises(SystemExit, match=f"these are weights of mmdet's .*, not of {given}"):
-            convert_as(detector, given)
+            convert_as(detector, "--detector", given)
+    with pytest.raises(SystemExit, match=r"config in the file says .* mmdet's atss, not of paa"):
+        convert_as("paa", "--detector", "paa", config=TEXT.format("ATSS"))
+    with pytest.raises(SystemExit, match="say it by --detector"):
+        convert_as("paa")
     assert [x.name for x in tmp_path.iterdir()] == ["in.pth"]
-    convert_as("paa", "paa")
-    convert_as("paa", "atss")
-    assert load_config(tmp_path / "paa.yaml").MODEL.ATSS.SUPPRESSION == "score_vote"
-    assert load_config(tmp_path / "atss.yaml").MODEL.ATSS.SUPPRESSION == "nms"
-    # Of mmdet 2, which called it "config".
-    torch.save(
-        {"state_dict": weights_of("paa"), "meta": {"config": TEXT.format("PAA")}},
-        tmp_path / "in.pth",
-    )
-    convert_checkpoint.main(
-        ["--from", "mmdet", *map(str, (tmp_path / "in.pth", tmp_path / "paa.pth"))]
-    )
+    for given, config in ((("--detector", "paa"), ""), ((), TEXT.format("PAA"))):
+        node = convert_as("paa", *given, config=config)
+        assert (node.SUPPRESSION, node.SCORE) == ("score_vote", "sqrt")
+        assert node.NORMALISER_PER_IMAGE
+        assert node.BOX_NORMALISER_LEAST < 1
+    node = convert_as("paa", "--detector", "atss")
+    assert (node.SUPPRESSION, node.SCORE) == ("nms", "product")
+    assert not node.NORMALISER_PER_IMAGE
+    assert node.BOX_NORMALISER_LEAST == 1
+
+
+def test_in_python_too_somebody_has_to_say_which():
+    state = weights_of("paa")
+    ours = convert(state, "mmdet", "paa")
+    for call in (
+        lambda: convert(state, "mmdet"),
+        lambda: convert(state, "mmdet", "gflv2"),
+        lambda: config_for(ours, "mmdet"),
+        lambda: config_for(ours, "mmdet", detector="gflv2"),
+    ):
+        with pytest.raises(ConversionError, match=r"say it by --detector|known are \['atss'"):
+            call()
+
+
+def test_what_mmdet_can_do_as_well(converted):
+    """Without score voting PAA is still mmdet's; with the threshold on another score it is not."""
+    folder, _, _, _, detector = converted
+    weights, cfg = load(folder / "ours.pth"), load_config(folder / "ours.yaml")
+    cfg.MODEL.ATSS.SUPPRESSION = "nms"
+    cfg.MODEL.ATSS.QUALITY = "centerness"  # which inference does not look at
+    found = {}
+    exec(mmdet_config(cfg, weights), found)
+    head = found["model"]["bbox_head"]
+    assert head["type"] == DETECTORS[detector].head
+    assert head.get("score_voting") == (False if detector == "paa" else None)
+    assert head.get("reg_max") == (16 if detector == "gfl" else None)
+    if detector == "paa":
+        cfg.MODEL.ATSS.SCORE = "product"
+        with pytest.raises(ConversionError, match=r"PAAHead has nothing like .*SCORE 'product'"):
+            mmdet_config(cfg, weights)
 
 
 def test_options_of_the_other_direction_are_refused(capsys):

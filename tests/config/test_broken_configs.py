@@ -41,6 +41,12 @@ CASES = {
         *(ATSS + "REGRESSION", "point", ATSS + "ANCHOR_SCALES", "[4.0, 8.0]"),
     ],
     "smooth L1 on points": [ATSS + "REGRESSION", "point", ATSS + "BBOX_REG_LOSS_TYPE", "smooth_l1"],
+    "distribution focal loss of deltas": [ATSS + "BBOX_REG_LOSS_TYPE", "giou + dfl"],
+    "quality from no distribution": [ATSS + "CENTERNESS", "distribution"],
+    "distributions without a distance": [
+        *(ATSS + "REGRESSION", "distribution"),
+        *(ATSS + "REGRESSIONS.distribution.REG_MAX", "0"),
+    ],
     "negative anchor": [ATSS + "ANCHOR_SCALES", "[-8.0]"],
     "no anchor": [ATSS + "ANCHOR_RATIOS", "[]"],
     "text among numbers": [ATSS + "ANCHOR_RATIOS", "['one']"],

@@ -119,6 +119,11 @@ def test_legacy_pixels_move_what_is_decoded():
         assert (found - plain).tolist() == moved
 
 
+def test_legacy_pixels_are_not_of_distributions():
+    with pytest.raises(ValueError, match="LEGACY_PIXELS True is for weights of the authors' code"):
+        LegacyPixels(Distribution())
+
+
 def test_refuses_weights_that_cannot_be():
     with pytest.raises(ValueError, match="weights must be from 1e-06 to 1e"):
         BoxDeltas((1, 1, 0, 1))

@@ -113,8 +113,10 @@ def try_all(rule, opts, axes, combinations_of_values):
 
 @pytest.mark.parametrize(("rule", "opts"), RULES)
 def test_trains_or_says_why_not(rule, opts):
-    trained, _ = try_all(rule, opts, AXES, all_pairs(AXES))
+    trained, refused = try_all(rule, opts, AXES, all_pairs(AXES))
     assert trained > 15
+    assert refused >= {*WHY[1:-1]}
+    assert (WHY[0] in refused) == (rule not in WITH_SCORE)
 
 
 @pytest.mark.slow

@@ -285,6 +285,39 @@ def test_matchability_asks_for_a_power_of_the_overlap():
     assert losses["loss_cls"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 8.0])
+def test_only_positives_are_to_say_a_power(gamma):
+    """The power 0 of a negative's 0 is 1; a high one of a small overlap is 0, as of negatives."""
+    output = random_output()
+    classes = output.classes.detach().requires_grad_()
+    boxes = (GT.boxes + 1e6)[GT_INDEX.clamp(min=0)].requires_grad_()
+    criterion = Criterion(cls_loss=Matchability(gamma), cls_target=overlap)
+    losses = criterion(
+        output._replace(classes=classes), boxes, ANCHORS, GT, Assignment.hard(GT_INDEX)
+    )
+    (pull,) = torch.autograd.grad(losses["loss_cls"], classes)
+    p = classes.sigmoid().detach()
+    expected = p**gamma * p  # of negatives
+    expected[GT_INDEX == IGNORE] = 0
+    for n, r in (GT_INDEX >= 0).nonzero().tolist():
+        k = GT.classes[GT_INDEX[n, r]]
+        expected[n, r, k] = p[n, r, k] - 1e-6**gamma  # they miss
+    torch.testing.assert_close(pull * 3, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_probabilities_that_are_no_numbers_are_losses_that_are_none():
+    """The trainer says where such a loss came from; torch would refuse to make it."""
+    classes = torch.full((2, 4, 3), 0.5)
+    classes[0, 1, 2] = torch.nan
+    classes.requires_grad_()
+    output = HeadOutput(classes, random_output().numbers.detach(), None, True)
+    losses = losses_of(output)
+    assert losses["loss_cls"].isnan()
+    assert not losses["loss_box_reg"].isnan()
+    losses["loss_cls"].backward()
+    assert classes.grad[0, 1, 2].isnan()
+
+
 def test_a_box_that_misses_its_object_is_a_positive_all_the_same():
     """To varifocal, of next to nothing; not a negative that says too much."""
     p = (0.2, 0.6)

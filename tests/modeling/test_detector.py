@@ -42,8 +42,8 @@ def mmdet():
     shapes = json.loads((GOLDEN / "mmdet_atss_r50_shapes.json").read_text())
     weights = {k: torch.from_numpy(v) for k, v in recipe.weights(shapes).items()}
     weights["bbox_head.atss_cls.bias"] -= 2
-    state = convert(weights, "mmdet")
-    cfg = config_for(state, "mmdet")
+    state = convert(weights, "mmdet", "atss")
+    cfg = config_for(state, "mmdet", detector="atss")
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
     model.load_state_dict(state)

@@ -83,6 +83,21 @@ def test_score_voting_equals_its_formula_box_by_box():
         torch.testing.assert_close(found.boxes[i].double(), mean / total, atol=1e-4, rtol=1e-5)
 
 
+def test_memory_is_bounded_and_nothing_else_changes(monkeypatch):
+    """Of many boxes classes are taken one by one, and votes are counted in pieces."""
+    generator = torch.Generator().manual_seed(2)
+    corner = torch.rand(300, 2, generator=generator) * 200
+    boxes = torch.cat([corner, corner + 40 + torch.rand(300, 2, generator=generator) * 60], dim=1)
+    scores = (torch.rand(300, generator=generator) * 20).round() / 20  # many alike
+    classes = torch.arange(300) % 7
+    expected = ScoreVote(0.5)(boxes, scores, classes, 50)
+    monkeypatch.setattr(NMS, "TOGETHER", 100)
+    monkeypatch.setattr(ScoreVote, "PAIRS", 1000)
+    found = ScoreVote(0.5)(boxes, scores, classes, 50)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_score_voting_of_nothing():
     found = ScoreVote()(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long), 10)
     assert [len(x) for x in found] == [0, 0, 0]

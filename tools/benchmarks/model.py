@@ -182,7 +182,7 @@ def parts(case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
         boxes = model.box_coder.decode(output.numbers, anchors.boxes, anchors.stride)
         watch.lap("decoding")
         seen = Predictions(output.map(torch.Tensor.detach), boxes.detach())
-        branch = model.branches[model.inference].at(0)
+        branch = model.branches[model.inference].phases[-1]
         assignment = branch.assigner(anchors, gt, seen)
         watch.lap("assignment")
         losses = branch.criterion(output, boxes, anchors, gt, assignment)
@@ -201,14 +201,16 @@ def parts(case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
     def detect(watch: Stopwatch) -> None:
         model.eval()
         images, features, predictions = network(watch)
-        # An untrained head finds nothing. Raised so that 1,000 (anchor, class) pairs of each image
+        # An untrained head finds nothing. Lowered so that 1,000 (anchor, class) pairs of an image
         # pass the threshold, as on a crowded image.
-        logits = predictions.classes.float()
-        high = logits.flatten(1).topk(1000).values[:, -1, None, None]
-        threshold = torch.tensor(model.postprocess.score_thresh).logit()
-        raised = predictions._replace(classes=logits - high + threshold)
-        watch.lap("(raising scores)")
-        model.forward_inference(images, features, {model.inference: raised})
+        passing = predictions.map(torch.Tensor.float).probability()
+        if model.postprocess.threshold_on_score and predictions.quality is not None:
+            quality = predictions.quality.float().sigmoid()[..., None].expand_as(passing)
+            passing = model.postprocess.score(passing, quality)
+        threshold = passing.flatten().topk(1000 * len(passing)).values[-1]
+        model.postprocess.score_thresh = threshold.item()
+        watch.lap("(lowering the threshold)")
+        model.forward_inference(images, features, {model.inference: predictions})
         watch.lap("post-processing")
 
     return {

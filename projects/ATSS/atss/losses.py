@@ -107,8 +107,8 @@ class Matchability:
         within("gamma", self.gamma, 0, 1e3)
 
     def target_of(self, cls_target: Tensor) -> Tensor:
-        """What positives of class targets from 0 to 1 are to say."""
-        return cls_target**self.gamma
+        """What positives of class targets from 0 to 1 are to say: more than 0."""
+        return (cls_target**self.gamma).clamp(min=torch.finfo(cls_target.dtype).tiny)
 
     def __call__(self, probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
         """The loss of each element; arguments as of :class:`Focal`, targets from 0 to 1."""

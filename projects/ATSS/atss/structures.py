@@ -149,7 +149,12 @@ class HeadOutput(NamedTuple):
         """(N, R, K) of the classes with targets in [0, 1]."""
         assert self.classes is not None
         if self.probabilities:
-            return F.binary_cross_entropy(self.classes, targets, reduction="none")
+            # torch's refuses what is no number, of which nobody could say where it came from.
+            wrong = self.classes.isnan()
+            found = F.binary_cross_entropy(
+                torch.where(wrong, 0, self.classes), targets, reduction="none"
+            )
+            return torch.where(wrong, self.classes, found)
         return F.binary_cross_entropy_with_logits(self.classes, targets, reduction="none")
 
 

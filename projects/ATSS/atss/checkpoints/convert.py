@@ -49,14 +49,15 @@ def _config_text(content: Any) -> str:
 
 
 def convert(
-    state_dict: Mapping[str, Tensor], source: str, detector: str = "atss"
+    state_dict: Mapping[str, Tensor], source: str, detector: str | None = None
 ) -> dict[str, Tensor]:
     """Weights under our names, with our numbers.
 
     Args:
         state_dict: of a model with one anchor per location.
         source: "official" (the authors' code) or "mmdet".
-        detector: of mmdet, which of those in :data:`~atss.checkpoints.detectors.DETECTORS`.
+        detector: of mmdet, which of :data:`~atss.checkpoints.detectors.DETECTORS`; None where the
+            names of the weights tell.
     Returns:
         a state dict of the model of :func:`config_for`.
 
@@ -66,7 +67,11 @@ def convert(
     if source not in SOURCES:
         raise ConversionError(f"unknown source {source!r}; known are {[*SOURCES]}")
     state_dict = _without_prefix(state_dict)
-    rules = OFFICIAL if source == "official" else mmdet_rules(DETECTORS[detector].predictors)
+    if source == "mmdet":
+        detector = detector_of(state_dict, given=detector)
+        rules = mmdet_rules(DETECTORS[detector].predictors)
+    else:
+        rules = OFFICIAL
     names, unknown = rename(list(state_dict), rules)
     converted = {new: state_dict[old] for old, new in names.items()}
     if source == "official":
@@ -86,7 +91,7 @@ def config_for(
     state_dict: Mapping[str, Tensor],
     source: str,
     regression: str = "box",
-    detector: str = "atss",
+    detector: str | None = None,
 ) -> CfgNode:
     """The config that converted weights need.
 
@@ -94,17 +99,20 @@ def config_for(
         state_dict: from :func:`convert`.
         source: whose they were.
         regression: "box" or "point", which the authors' weights do not tell.
-        detector: as there.
+        detector: of mmdet, whose they were there.
 
     Raises:
-        ConversionError: where the weights are of no backbone that is known.
+        ConversionError: where the weights are of no backbone that is known, or it is not said of
+            which of mmdet's detectors.
     """
+    if source == "mmdet" and detector not in DETECTORS:
+        raise ConversionError(f"detector is {detector!r}; known are {sorted(DETECTORS)}")
+    theirs = DETECTORS[detector or "atss"]
     try:
         blocks = tuple(_blocks(state_dict, stage) for stage in range(2, 6))
         conv2 = state_dict["backbone.bottom_up.res2.0.conv2.weight"].shape
         classes = state_dict["head.cls_score.weight"].shape[0]
         depth = DEPTHS[blocks]
-        theirs = DETECTORS[detector]
         told = theirs.from_weights(state_dict)
     except KeyError as error:
         raise ConversionError(
@@ -163,14 +171,13 @@ def convert_file(
     weights = _without_prefix(_tensors(content, path))
     if source == "mmdet":
         detector = detector_of(weights, _config_text(content), detector)
-    detector = detector or "atss"
     converted = convert(weights, source, detector)
     cfg = config_for(converted, source, regression, detector)
     cfg.MODEL.WEIGHTS = str(target.absolute())  # a relative one begins where a command is given
     written = {"model": converted, "__author__": f"converted from {source}"}
     written[KEY] = class_names(cfg)
     write(target, written, target.with_suffix(".yaml"), cfg.dump())
-    return cfg, detector
+    return cfg, detector or "atss"
 
 
 def write(target: Path, content: dict, config_file: Path, config: str) -> None:

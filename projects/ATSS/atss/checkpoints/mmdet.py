@@ -14,11 +14,12 @@ from .convert import check_against, is_tower_bias, load, write
 from .detectors import DETECTORS, ConversionError
 from .names import rename, to_mmdet_rules
 
-# All that mmdet's detectors, its FPN and its ResNets can do of these keys is what the row of the
-# detector says.
+# What mmdet's detectors, its FPN and its ResNets do of these keys is what the row of the detector
+# says, or what it says that they can do also.
 FIXED = (
     *(f"MODEL.ATSS.{x}" for x in ("HEAD", "REGRESSION", "NORM", "CENTERNESS", "LEVEL_SCALE")),
-    *(f"MODEL.ATSS.{x}" for x in ("DEFORM_TOWER", "LEGACY_PIXELS", "SUPPRESSION", "QUALITY")),
+    *(f"MODEL.ATSS.{x}" for x in ("DEFORM_TOWER", "LEGACY_PIXELS", "SUPPRESSION", "SCORE")),
+    *("MODEL.ATSS.THRESHOLD_ON_SCORE", "MODEL.ATSS.RANK_ANCHORS"),
     *("MODEL.BACKBONE.NAME", "MODEL.FPN.FUSE_TYPE", "MODEL.FPN.NORM"),
     *("MODEL.RESNETS.RES5_DILATION", "MODEL.RESNETS.STEM_OUT_CHANNELS"),
 )
@@ -153,7 +154,11 @@ def detector_for(cfg: CfgNode) -> str:
     values, differ = dict(flatten(cfg)), {}
     for name, theirs in DETECTORS.items():
         row = dict(flatten(get_config(theirs.row)))
-        differ[name] = {key: row[key] for key in FIXED if values[key] != row[key]}
+        differ[name] = {
+            key: row[key]
+            for key in FIXED
+            if values[key] not in (row[key], theirs.also.get(key, row[key]))
+        }
     detector = min(differ, key=lambda name: len(differ[name]))
     for key, needed in differ[detector].items():
         raise ConversionError(

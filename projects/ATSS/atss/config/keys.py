@@ -95,8 +95,7 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.TOWER_BIAS = True
     # What predicts centerness, or another quality: "box" or "cls", a convolution on that tower;
     # "distribution", the shapes of the distributions of a box's sides, by which class probabilities
-    # are multiplied (GFLv2); "" for nothing: scores are class probabilities then, and all positives
-    # weigh alike.
+    # are multiplied (GFLv2); "" for nothing: scores are class probabilities then.
     node.CENTERNESS = "box"
     # A learned scale on each level's regression.
     node.LEVEL_SCALE = True
@@ -111,7 +110,7 @@ def add_atss_config(cfg: CfgNode) -> None:
     # (wx, wy, ww, wh) of the box deltas.
     node.BBOX_REG_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
-    # Weight of the box loss against the class and quality losses.
+    # Weight of the box loss, or of each but dfl, against the class and quality losses.
     node.BBOX_REG_LOSS_WEIGHT = 2.0
     # Where smooth L1 turns from quadratic to linear.
     node.SMOOTH_L1_LOSS_BETA = 0.11

@@ -21,7 +21,7 @@ from .detector import ATSSDetector
 from .head import ATSSHead
 from .postprocess import PostProcessor, product, root
 from .suppression import NMS, ScoreVote, SoftVote, Vote, keep_all
-from .terms import DistributionFocal, GIoU, IoU, SmoothL1
+from .terms import NWD, DistributionFocal, GIoU, IoU, SmoothL1
 from .tta import ATSSWithTTA
 
 # A head is a module: list of (N, C, H_l, W_l) features -> HeadOutput, or several by name.
@@ -45,7 +45,7 @@ WEIGHT = {"weight": "BBOX_REG_LOSS_WEIGHT"}
 BOX_LOSSES.register(GIoU, name="giou", keys=WEIGHT)
 BOX_LOSSES.register(IoU, name="iou", keys=WEIGHT)
 BOX_LOSSES.register(SmoothL1, name="smooth_l1", keys={**WEIGHT, "beta": "SMOOTH_L1_LOSS_BETA"})
-BOX_LOSSES.register(terms.NWD, name="nwd", keys=WEIGHT)
+BOX_LOSSES.register(NWD, name="nwd", keys=WEIGHT)
 BOX_LOSSES.add(dfl=DistributionFocal)
 BOX_WEIGHTS = Parts("BOX_WEIGHT", optional=True)
 BOX_WEIGHTS.add(one=terms.one, score=terms.score, centerness=terms.central)
@@ -70,10 +70,11 @@ SUPPRESSIONS.add(none=keep_all)
 # fmt: off
 __all__ = [
     "BOX_CODES", "BOX_LOSSES", "BOX_WEIGHTS", "CLS_LOSSES", "CLS_TARGETS", "HEAD_REGISTRY",
-    "LEVEL_WEIGHTS", "NMS", "NORMALISERS", "QUALITIES", "SCORES", "SUPPRESSIONS", "ATSSDetector",
-    "ATSSHead", "ATSSWithTTA", "BoxDeltas", "Branch", "Corners", "Criterion", "Distribution",
-    "DistributionFocal", "Focal", "GIoU", "IoU", "LegacyPixels", "LogDistances", "Matchability",
-    "P6P7FromP5", "Phase", "PointDistances", "PostProcessor", "QualityFocal", "ScoreVote",
-    "SmoothL1", "SoftVote", "Varifocal", "Vote", "build_fpn", "keep_all", "make_deformable",
+    "LEVEL_WEIGHTS", "NMS", "NORMALISERS", "NWD", "QUALITIES", "SCORES", "SUPPRESSIONS",
+    "ATSSDetector", "ATSSHead", "ATSSWithTTA", "BoxDeltas", "Branch", "Corners", "Criterion",
+    "Distribution", "DistributionFocal", "Focal", "GIoU", "IoU", "LegacyPixels", "LogDistances",
+    "Matchability", "P6P7FromP5", "Phase", "PointDistances", "PostProcessor", "QualityFocal",
+    "ScoreVote", "SmoothL1", "SoftVote", "Varifocal", "Vote", "build_fpn", "keep_all",
+    "make_deformable",
 ]
 # fmt: on

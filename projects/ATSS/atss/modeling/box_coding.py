@@ -177,9 +177,17 @@ class LegacyPixels(BoxCode):
 
     Args:
         code: how the weights write boxes.
+
+    Raises:
+        ValueError: for distributions, which the authors' weights do not know.
     """
 
     def __init__(self, code: BoxCode):
+        if code.bins:
+            raise ValueError(
+                "MODEL.ATSS.LEGACY_PIXELS True is for weights of the authors' code, and none of "
+                "these has MODEL.ATSS.REGRESSION distribution"
+            )
         self.code = code
         self.channels, self.initial, self.uses_shape = code.channels, code.initial, code.uses_shape
 

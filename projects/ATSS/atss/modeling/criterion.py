@@ -105,6 +105,7 @@ class Criterion(nn.Module):
         self.normaliser = normaliser
         self.least, self.least_per_image, self.box_least = least, least_per_image, box_least
         self.level_weight = level_weight
+        self._has_looked = False
 
     def forward(self, *args: Any) -> dict[str, Tensor]:
         """Scalar losses by name; arguments of :meth:`quotients`."""
@@ -126,8 +127,8 @@ class Criterion(nn.Module):
             the losses by name, not yet divided.
 
         Raises:
-            ValueError: for class targets between 0 and 1 where the class loss is wrong for them.
-                Only on a CPU: to look would make the host wait for a GPU.
+            ValueError: for class targets between 0 and 1 where the class loss is wrong for them. On
+                a GPU at the first call alone: to look makes the host wait for it.
         """
         counts = assignment.gt_index != IGNORE
         matched = _match(output, boxes, anchors, gt, assignment, counts)
@@ -139,9 +140,11 @@ class Criterion(nn.Module):
 
         if self.cls_loss is not None and classes is not None:
             if getattr(self.cls_loss, "hard_targets", False):
-                _refuse_soft(cls_target)
+                self._refuse_soft(cls_target)
             target_of = getattr(self.cls_loss, "target_of", None)
-            said = cls_target if target_of is None else target_of(cls_target)
+            said = cls_target
+            if target_of is not None:
+                said = torch.where(positive, target_of(cls_target), 0)
             targets = torch.zeros_like(classes)
             targets.scatter_(2, matched.target_classes[..., None], said[..., None])
             entropy = matched.output.cross_entropy(targets)
@@ -178,6 +181,17 @@ class Criterion(nn.Module):
                 name, first = next(iter(found.items()))
                 found[name] = first._replace(total=first.total + x[:0].sum())
         return found
+
+    def _refuse_soft(self, cls_target: Tensor) -> None:
+        if self._has_looked and cls_target.device.type != "cpu":
+            return
+        self._has_looked = True
+        soft = (cls_target != 0) & (cls_target != 1)
+        if soft.any():
+            raise ValueError(
+                f"a class target is {cls_target[soft][0].item():g}, but the class loss is for "
+                "targets 0 and 1"
+            )
 
 
 def divide(quotients: Mapping[str, Quotient]) -> dict[str, Tensor]:
@@ -231,13 +245,3 @@ def _match(
         positive=positive,
         score=None if score is None else torch.where(positive, score, 0),
     )
-
-
-def _refuse_soft(cls_target: Tensor) -> None:
-    if cls_target.device.type == "cpu":
-        soft = (cls_target != 0) & (cls_target != 1)
-        if soft.any():
-            raise ValueError(
-                f"a class target is {cls_target[soft][0].item():g}, but the class loss is for "
-                "targets 0 and 1"
-            )

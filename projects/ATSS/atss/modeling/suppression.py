@@ -5,7 +5,7 @@ left, best first and at most so many. Votes move boxes, so it is not indices.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class ScoredBoxes(NamedTuple):
     scores: Tensor
     classes: Tensor
 
-    def take(self, index: Tensor) -> "ScoredBoxes":
+    def take(self, index: Tensor | slice) -> "ScoredBoxes":
         """Those of an index or a mask."""
         return ScoredBoxes(*(x[index] for x in self))
 
@@ -45,11 +45,20 @@ class NMS:
     """
 
     threshold: float = 0.6
+    # Of more boxes, classes are taken one by one: a GPU needs memory for each pair of boxes.
+    TOGETHER: ClassVar[int] = 20_000
 
     def __post_init__(self) -> None:
         within("threshold", self.threshold, 0, 1)
 
     def __call__(self, boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> ScoredBoxes:
+        if len(boxes) > self.TOGETHER:
+            of_classes = ((classes == k).nonzero().squeeze(1) for k in classes.unique())
+            keep = [
+                x[nms(boxes[x].double(), scores[x].double(), self.threshold)] for x in of_classes
+            ]
+            kept = ScoredBoxes(boxes, scores, classes).take(torch.cat(keep).sort().values)
+            return keep_all(*kept, limit)
         precise = boxes.double()
         span = precise.max() - precise.min() + 1 if len(precise) else 1
         keep = nms(precise + (classes * span)[:, None], scores.double(), self.threshold)
@@ -69,6 +78,8 @@ class ScoreVote(NMS):
 
     spread: float = 0.025
     min_overlap: float = 0.01
+    # Pairs of boxes that are looked at together, for memory.
+    PAIRS: ClassVar[int] = 1 << 22
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,13 +89,24 @@ class ScoreVote(NMS):
     def __call__(self, boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> ScoredBoxes:
         kept = super().__call__(boxes, scores, classes, limit)
         voters = ScoredBoxes(boxes, scores, classes).take(torch.isin(classes, kept.classes))
+        if not len(voters.boxes):
+            return kept
+        step = max(1, self.PAIRS // len(voters.boxes))
+        moved = [
+            self._moved(kept.take(slice(i, i + step)), voters)
+            for i in range(0, len(kept.boxes), step)
+        ]
+        return kept._replace(boxes=torch.cat(moved))
+
+    def _moved(self, kept: ScoredBoxes, voters: ScoredBoxes) -> Tensor:
+        """(k, 4) boxes, moved."""
         overlap = iou(kept.boxes[:, None], voters.boxes)
         votes = (-((1 - overlap) ** 2) / self.spread).exp() * voters.scores
         heard = (overlap > self.min_overlap) & (kept.classes[:, None] == voters.classes)
         votes = torch.where(heard, votes, 0).double()
         total = votes.sum(dim=1, keepdim=True)
-        mean = (votes @ voters.boxes.double() / total).to(boxes.dtype)
-        return kept._replace(boxes=torch.where(total > 0, mean, kept.boxes))
+        mean = (votes @ voters.boxes.double() / total).to(kept.boxes.dtype)
+        return torch.where(total > 0, mean, kept.boxes)
 
 
 @dataclass(frozen=True)
