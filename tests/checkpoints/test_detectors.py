@@ -171,7 +171,7 @@ def test_one_detectors_weights_are_not_anothers(tmp_path):
     for detector, given in (("gfl", "atss"), ("gfl", "paa"), ("paa", "gfl")):
         with pytest.raises(SystemExit, match=f"these are weights of mmdet's .*, not of {given}"):
             convert_as(detector, "--detector", given)
-    with pytest.raises(SystemExit, match=r"config in the file says .* mmdet's atss, not of paa"):
+    with pytest.raises(SystemExit, match=r"config in the file says .* mmdet's atss, not paa"):
         convert_as("paa", "--detector", "paa", config=TEXT.format("ATSS"))
     with pytest.raises(SystemExit, match="say it by --detector"):
         convert_as("paa")

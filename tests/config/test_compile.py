@@ -23,9 +23,14 @@ def test_without_a_compiler_the_modules_run_as_they_are(monkeypatch, caplog):
     assert message.endswith("running uncompiled: no working C++ compiler found")
 
 
+DISTRIBUTIONS = ("MODEL.ATSS.REGRESSION", "distribution", "MODEL.ATSS.CENTERNESS", "distribution")
+
+
 @pytest.mark.slow
-def test_compiled_parts_give_the_same_losses_and_gradients():
+@pytest.mark.parametrize("more", [(), DISTRIBUTIONS], ids=["deltas", "distributions"])
+def test_compiled_parts_give_the_same_losses_and_gradients(more):
     options = ("MODEL.ATSS.NUM_CONVS", 1, "MODEL.FPN.OUT_CHANNELS", 64, "MODEL.RESNETS.NORM", "GN")
+    options += more
     example = make_input([[20, 20, 90, 80]], [1])
     results = []
     for compiled in (False, True):

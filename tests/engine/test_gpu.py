@@ -80,7 +80,10 @@ def test_every_anchor_is_assigned_alike(rule, count):
 
 @pytest.mark.parametrize(
     "config",
-    ["ATSS_R_18_FPN_small.yaml", "ATSS_dcnv2_R_50_FPN_1x.yaml", "tables/retinanet_A9.yaml"],
+    [
+        *("ATSS_R_18_FPN_small.yaml", "ATSS_dcnv2_R_50_FPN_1x.yaml", "tables/retinanet_A9.yaml"),
+        *(f"successors/{name}_R_50_FPN_1x.yaml" for name in ("GFLv2", "PAA", "VFL")),
+    ],
 )
 def test_losses_gradients_and_detections_are_alike(config):
     """In float64, which no GPU shortens."""

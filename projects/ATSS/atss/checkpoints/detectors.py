@@ -117,7 +117,7 @@ def detector_of(names: Iterable[str], config: str = "", given: str | None = None
     said = [x for x in alike if DETECTORS[x].head in types]
     if len(said) == 1 and given not in (None, *said):
         raise ConversionError(
-            f"the config in the file says that these are weights of mmdet's {said[0]}, not of {given}"
+            f"the config in the file says that these are mmdet's {said[0]}, not {given}"
         )
     if given is not None:
         return given
