@@ -26,7 +26,20 @@ from atss.assigners import ATSS, NWD, OTA, PAA, TAL, IoU, MaxIoU, SimOTA, SoftLa
 from atss.config import build_tta
 from atss.config.checks import flatten
 from atss.losses import Focal, QualityFocal, Varifocal, giou_loss, iou_loss, smooth_l1_loss
-from atss.modeling import NMS, BoxDeltas, Distribution, PointDistances, ScoreVote, root, terms
+from atss.modeling import (
+    NMS,
+    ATSSHead,
+    BoxDeltas,
+    Corners,
+    Distribution,
+    LogDistances,
+    PointDistances,
+    ScoreVote,
+    TOODHead,
+    VFNetHead,
+    root,
+    terms,
+)
 from atss.modeling.backbone import DeformBottleneck
 from atss.modeling.deform_conv import DeformConvLayer
 
@@ -192,6 +205,7 @@ def test_every_config_of_the_paper_is_here():
 # What later papers train, on ATSS's towers.
 GIOU, ONE, SCORE = {"giou": terms.GIoU()}, terms.one, terms.score
 OF_ATSS = {
+    "head": ATSSHead,
     "rule": (ATSS, IoU()),
     "class": (Focal(), ONE),
     "box": (GIOU, None, 1e-6),
@@ -219,6 +233,10 @@ BY_DISTRIBUTION = {
     "quality": ("", None, 1.0),
     "code": Distribution,
 }
+BY_ALIGNMENT = BY_SCORE | {
+    "rule": (TAL, IoU()),
+    "first": (30000, {"box": (GIOU, terms.central, 1.0), "quality": ("", None, 1.0)}),
+}
 # What each says otherwise than ATSS, by facts of its paper and code. A phase: (until, the same).
 SUCCESSORS = {
     "PAA": {
@@ -241,19 +259,45 @@ SUCCESSORS = {
     "OTA": BY_TRANSPORT,
     "SimOTA": BY_TRANSPORT | {"rule": (SimOTA, IoU())},
     "RTMDet_SoftLabel": BY_SCORE | {"rule": (SoftLabel, IoU())},
-    "TAL": BY_SCORE
-    | {
-        "rule": (TAL, IoU()),
-        "first": (30000, {"box": (GIOU, terms.central, 1.0), "quality": ("", None, 1.0)}),
-    },
+    "TAL": BY_ALIGNMENT,
     "ATSS_NWD": {"rule": (ATSS, NWD(12.8))},
+    "VFNet": {
+        "head": VFNetHead,
+        "class": (Varifocal(0.75, 2.0), terms.overlap),
+        "box": (GIOU, terms.overlap, 1.0),
+        "quality": ("", None, 1.0),
+        "code": LogDistances,
+        "branches": {
+            "coarse": {
+                "rule": "main",
+                "class": (None, terms.overlap),
+                "box": ({"giou": terms.GIoU(weight=1.5)}, terms.overlap, 1.0),
+            }
+        },
+    },
+    "TOOD": BY_ALIGNMENT | {"head": TOODHead, "code": Corners},
+    "TOOD_anchor": BY_ALIGNMENT | {"head": TOODHead, "code": Corners},
+    "DDOD": {
+        "rule": (ATSS, IoU(), 0.8),
+        "box": ({}, None, 1e-6),
+        "quality": ("box", None, 1.0),
+        "branches": {
+            "box": {
+                "rule": (ATSS, IoU(), 0.5),
+                "class": (None, ONE),
+                "box": (GIOU, ONE, 1.0),
+                "quality": ("box", terms.overlap, 1.0),
+            }
+        },
+    },
 }
 
 
 LOOKED_AT = (
     "ASSIGNER|REGRESSION|CENTERNESS|QUALITY|QUALITY_LOSS_WEIGHT|CLS_LOSS|CLS_TARGET|NORMALISER|"
     "BBOX_REG_LOSS_TYPE|BBOX_REG_LOSS_WEIGHT|BOX_WEIGHT|BOX_NORMALISER_LEAST|SUPPRESSION|"
-    r"THRESHOLD_ON_SCORE|RANK_ANCHORS|PHASES|BRANCH\..*"
+    r"THRESHOLD_ON_SCORE|RANK_ANCHORS|PHASES|BRANCHES|BRANCH\..*|HEAD|HEADS\..*|OUTPUT|"
+    r"DEFORM_TOWER|ASSIGNERS\.ATSS\.ALPHA"
 )
 
 
@@ -262,20 +306,23 @@ def test_every_successor_is_here():
     assert names == {f"{name}_R_50_FPN_1x.yaml" for name in SUCCESSORS}
 
 
-def values_of(model, cfg, phase):
-    """What a phase of the branch that detects is made of."""
-    criterion, post = phase.criterion, model.postprocess
+def values_of(model, phase):
+    """What a phase of a branch is made of."""
+    criterion, post, rule = phase.criterion, model.postprocess, phase.assigner
     box_terms = {
         name: getattr(term, "weight", 0) if name == "dfl" else term
         for name, term in criterion.box_terms.items()
     }
+    alpha = getattr(rule, "alpha", None)
+    powers = () if alpha is None or type(rule) is not ATSS else (alpha,)
     return {
-        "rule": (type(phase.assigner), phase.assigner.similarity),
+        "head": type(model.head),
+        "rule": phase.assignment_of or (type(rule), rule.similarity, *powers),
         "class": (criterion.cls_loss, criterion.cls_target),
         "box": (box_terms, criterion.box_weight, criterion.box_least),
         "quality": (
-            model.head.centerness,
-            criterion.quality if model.head.ctrness is not None else None,
+            getattr(model.head, "centerness", ""),
+            criterion.quality if getattr(model.head, "ctrness", None) is not None else None,
             criterion.quality_weight,
         ),
         "normaliser": criterion.normaliser,
@@ -291,15 +338,20 @@ def values_of(model, cfg, phase):
 def test_a_successor_is_atss_but_for_its_values(name):
     file = f"successors/{name}_R_50_FPN_1x.yaml"
     narrow = ("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RESNETS.DEPTH", 18)
-    cfg = make_cfg(*narrow, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, config=file)
-    model = build_model(cfg)
-    phases = model.branches["main"].phases
+    model = build_model(make_cfg(*narrow, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, config=file))
     stated = dict(SUCCESSORS[name])
     until, first = stated.pop("first", (None, None))
+    branches = stated.pop("branches", {})
+    main = OF_ATSS | stated
+    phases = model.branches["main"].phases
     assert [round(x.until, -1) for x in phases[:-1]] == ([] if until is None else [until])
-    expected = [OF_ATSS | x for x in (first, stated) if x is not None]
-    for phase, values in zip(phases, expected, strict=True):
-        for key, value in values_of(model, cfg, phase).items():
+    assert {*model.branches} == {"main", *branches}
+    head = {key: main[key] for key in ("head", "code")}
+    expected = [main] if first is None else [OF_ATSS | head | first, main]
+    found = [*phases, *(model.branches[x].phases[0] for x in branches)]
+    expected += [main | x for x in branches.values()]
+    for phase, values in zip(found, expected, strict=True):
+        for key, value in values_of(model, phase).items():
             assert value == values[key], key
     base = dict(flatten(make_cfg(config="ATSS_R_50_FPN_1x.yaml")))
     for key, value in flatten(make_cfg(config=file)):
@@ -309,6 +361,20 @@ def test_a_successor_is_atss_but_for_its_values(name):
         assert re.fullmatch(rf"MODEL\.ATSS\.({LOOKED_AT})", key) or name == "ATSS_NWD", key
     lines = [x for x in (ROOT / "configs" / file).read_text().splitlines() if x[:1] not in "#"]
     assert len(lines) <= 12
+
+
+def test_heads_of_successors():
+    """What their configs say of a head beside its name."""
+    point, anchor = (
+        build_model(make_cfg(config=f"successors/{x}_R_50_FPN_1x.yaml")).head
+        for x in ("TOOD", "TOOD_anchor")
+    )
+    assert (type(point.inner), point.exponential) == (PointDistances, True)
+    assert (type(anchor.inner), anchor.exponential) == (BoxDeltas, False)
+    tower = build_model(make_cfg(config="successors/DDOD_R_50_FPN_1x.yaml")).head.cls_subnet
+    deformable = [i for i, layer in enumerate(tower) if isinstance(layer, DeformConvLayer)]
+    assert deformable == [0]
+    assert not tower[0].modulated
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,8 +8,17 @@ import torch
 import torch.multiprocessing as mp
 from conftest import GOLDEN, make_cfg, make_gt
 from detectron2.utils import comm
+from torch import nn
 
-from atss import BACKGROUND, IGNORE, Anchors, Assignment, HeadOutput
+from atss import (
+    BACKGROUND,
+    IGNORE,
+    Anchors,
+    Assignment,
+    ATSSDetector,
+    GridAnchorGenerator,
+    HeadOutput,
+)
 from atss.config.branches import build_branches
 from atss.config.build import build_postprocess
 from atss.losses import Matchability, QualityFocal, Varifocal, giou_loss
@@ -27,7 +37,6 @@ from atss.modeling.terms import (
     targets,
 )
 from atss.modeling.terms import one as one_for_all
-from atss.structures import Predictions
 
 ANCHORS = Anchors.grid((16, 16), strides=(8,), scales=(2.0,))  # 4 anchors of 16 pixels
 GT = make_gt([[0, 0, 14, 12], [6, 2, 16, 16], [0, 0, 10, 16]], [0, 0, 1], 2, classes=[1, 0, 2])
@@ -404,25 +413,53 @@ def test_soft_class_targets_are_refused():
         criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX))
 
 
-# head -> (kinds of output, names of losses, config, keys that mmdet has otherwise).
+# head -> (kinds of output and their channels, names of losses, config, keys that mmdet has
+# otherwise, what the branches read of the maps, flattened).
 MMDETS = {
     "atss": (
         {"cls": 8, "box": 4, "centerness": 1},
         {"loss_box_reg": "loss_bbox"},
         "ATSS_R_50_FPN_1x.yaml",
         ("MODEL.ATSS.SCORE", "product", "MODEL.ATSS.RANK_BY_CLASS", True),
+        lambda cls, box, quality: {"main": HeadOutput(cls, box, quality.squeeze(-1))},
     ),
     "paa": (
         {"cls": 8, "box": 4, "iou": 1},
         {"loss_box_reg": "loss_bbox", "loss_overlap": "loss_iou"},
         "successors/PAA_R_50_FPN_1x.yaml",
         ("MODEL.ATSS.NORMALISER_PER_IMAGE", True),
+        lambda cls, box, quality: {"main": HeadOutput(cls, box, quality.squeeze(-1))},
     ),
     "gfl": (
         {"cls": 8, "distribution": 68},
         {"loss_box_reg": "loss_bbox"},
         "successors/GFL_R_50_FPN_1x.yaml",
         (),
+        lambda cls, distribution: {"main": HeadOutput(cls, distribution, None)},
+    ),
+    "vfnet": (
+        {"cls": 8, "first_ltrb_px": 4, "refined_ltrb_px": 4},
+        {"loss_box_reg": "loss_bbox_rf", "coarse/loss_box_reg": "loss_bbox"},
+        "successors/VFNet_R_50_FPN_1x.yaml",
+        (),
+        lambda cls, first, refined: {
+            "main": HeadOutput(cls, refined.log(), None),
+            "coarse": HeadOutput(None, first.log(), None),
+        },
+    ),
+    "tood_first": (
+        {"probability": 8, "box_xyxy_in_strides": 4},
+        {"loss_box_reg": "loss_bbox"},
+        "successors/TOOD_R_50_FPN_1x.yaml",
+        ("SOLVER.MAX_ITER", 90),
+        lambda cls, corners: {"main": HeadOutput(cls, corners, None, True)},
+    ),
+    "tood": (
+        {"probability": 8, "box_xyxy_in_strides": 4},
+        {"loss_box_reg": "loss_bbox"},
+        "successors/TOOD_R_50_FPN_1x.yaml",
+        ("SOLVER.MAX_ITER", 12),
+        lambda cls, corners: {"main": HeadOutput(cls, corners, None, True)},
     ),
 }
 
@@ -430,29 +467,36 @@ MMDETS = {
 @pytest.mark.parametrize("head", MMDETS)
 def test_losses_gradients_and_detections_equal_mmdets(head):
     """mmdet 3.3.0's heads on given outputs, with anchors from offset 0: what configs say becomes
-    their losses, and their detections."""
+    their losses, and their detections. It is the fifth iteration."""
     reference = np.load(GOLDEN / "successor_losses.npz")
-    kinds, names, config, opts = MMDETS[head]
+    kinds, names, config, opts, read = MMDETS[head]
     cfg = make_cfg(*opts, "MODEL.ATSS.NUM_CLASSES", 8, config=config)
     code = BOX_CODES.build(cfg.MODEL.ATSS)
-    known = {"num_levels": 5, "num_classes": 8, "code": code}
-    phase = build_branches(cfg, known)["main"].at(0)
     maps = {
         kind: [torch.from_numpy(reference[f"{head}/{kind}_{i}"]).requires_grad_() for i in range(5)]
         for kind in kinds
     }
-    classes, numbers, *more = (flatten_levels(maps[kind], dim) for kind, dim in kinds.items())
-    output = HeadOutput(classes, numbers, more[0].squeeze(-1) if more else None)
+    detector = ATSSDetector(
+        backbone=nn.Identity(),
+        head=nn.Identity(),
+        head_in_features=["p"] * 5,
+        anchor_generator=GridAnchorGenerator(strides=(8, 16, 32, 64, 128), offset=0.0),
+        branches=build_branches(cfg, {"num_levels": 5, "num_classes": 8, "code": code}),
+        box_coder=code,
+        postprocess=build_postprocess(cfg),
+        num_classes=8,
+        pixel_mean=[0.0],
+        pixel_std=[1.0],
+    )
+    detector.iteration = 5
     hw = tuple(reference["image_size"].tolist())
-    anchors = Anchors.grid(hw, offset=0.0)
     boxes = [torch.from_numpy(reference[f"gt_boxes_{i}"]).float() for i in range(2)]
     labels = [torch.from_numpy(reference[f"gt_classes_{i}"]).long() for i in range(2)]
     image_index = [i for i, x in enumerate(boxes) for _ in x]
     gt = make_gt(torch.cat(boxes), image_index, 2, torch.cat(labels))
-
-    decoded = code.decode(output.numbers, anchors.boxes, anchors.stride)
-    seen = Predictions(output.map(torch.Tensor.detach), decoded.detach())
-    losses = phase.criterion(output, decoded, anchors, gt, phase.assigner(anchors, gt, seen))
+    outputs = read(*(flatten_levels(maps[kind], dim) for kind, dim in kinds.items()))
+    features = [x.detach() for x in next(iter(maps.values()))]
+    losses = detector.forward_training(SimpleNamespace(), features, outputs, gt)
     expected = dict(
         zip(reference[f"{head}/loss_names"], reference[f"{head}/loss_values"], strict=True)
     )
@@ -465,8 +509,10 @@ def test_losses_gradients_and_detections_equal_mmdets(head):
         found = torch.cat([x.grad.flatten() for x in maps[kind]]).norm().item()
         assert found == pytest.approx(norm, rel=1e-4), kind
 
-    detect = build_postprocess(cfg)
-    for i, found in enumerate(detect(seen.output, anchors, code, [hw] * 2)):
+    if f"{head}/det_boxes_0" not in reference:
+        return
+    images = SimpleNamespace(image_sizes=[hw] * 2)
+    for i, found in enumerate(detector.forward_inference(images, features, outputs)):
         theirs = [torch.from_numpy(reference[f"{head}/det_{x}_{i}"]) for x in DETECTED]
         assert len(found) == len(theirs[0])
         order = theirs[1].argsort(descending=True, stable=True)  # PAA's come class by class

@@ -1,5 +1,6 @@
 """From the weights of the authors' code or of mmdet to ours, and to mmdet's again."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,11 @@ def convert(
     else:
         converted = _name_deformable(converted)
     for name, value in converted.items():
-        if name.startswith("head.scales") and value.ndim == 0:
+        if name.endswith(".scale") and value.ndim == 0:
             converted[name] = value.reshape(1)
-    check_against(converted, unknown, config_for(converted, source, detector=detector))
+    cfg = config_for(converted, source, detector=detector)
+    converted |= _counters(converted, cfg)
+    check_against(converted, unknown, cfg)
     return converted
 
 
@@ -132,8 +135,9 @@ def config_for(
     resnet.DEFORM_ON_PER_STAGE = [name in state_dict for name in offsets.values()]
     channels = [state_dict[name].shape[0] for name in offsets.values() if name in state_dict]
     resnet.DEFORM_MODULATED = bool(channels) and channels[0] % 27 == 0
-    tower = state_dict.get("head.cls_subnet.9.offset.weight")
-    cfg.MODEL.ATSS.DEFORM_TOWER = "" if tower is None else ("v2" if len(tower) == 27 else "v1")
+    towers = [state_dict.get(f"head.cls_subnet.{i}.offset.weight") for i in (0, 9)]
+    found = [len(x) for x in towers if x is not None]
+    cfg.MODEL.ATSS.DEFORM_TOWER = {27: "v2", 18: "v1"}[found[0]] if found else ""
     cfg.MODEL.ATSS.TOWER_BIAS = any(map(is_tower_bias, state_dict))
     cfg.MODEL.ATSS.NUM_CLASSES = classes
     if any(len(classes_of(name) or ()) != classes for name in cfg.DATASETS.TEST):
@@ -142,10 +146,10 @@ def config_for(
         cfg.MODEL.ATSS.REGRESSION = regression
         cfg.MODEL.ATSS.LEGACY_PIXELS = True
     else:
-        for key, value in (dict(theirs.values) | told).items():
-            cfg.merge_from_list([key, value])
         cfg.MODEL.ANCHOR_GENERATOR.OFFSET = 0.0
         cfg.MODEL.ATSS.RELU_BEFORE_P7 = False
+        for key, value in (dict(theirs.values) | told).items():
+            cfg.merge_from_list([key, value])
         cfg.INPUT.FORMAT = "RGB"
         cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
         cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
@@ -215,13 +219,12 @@ def _without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_tower_bias(name: str) -> bool:
-    """Whether it is the bias of a convolution (not of a norm or of offsets) in a tower."""
-    parts = name.split(".")
-    return (
-        parts[0] == "head"
-        and parts[1].endswith("_subnet")
-        and int(parts[2]) % 3 == 0
-        and (parts[3:] in (["bias"], ["conv", "bias"]))
+    """Whether it is the bias of a convolution (not of a norm or of offsets) that a norm follows."""
+    tower = re.fullmatch(r"head\.\w+_subnet\.(\d+)\.(conv\.)?bias", name)
+    if tower:
+        return int(tower[1]) % 3 == 0
+    return bool(
+        re.fullmatch(r"head\.(stack\.\d+\.0|bbox_conv\.0|\w+_decomposition\.mixture)\.bias", name)
     )
 
 
@@ -241,15 +244,31 @@ def _blocks(state_dict: Mapping[str, Tensor], stage: int) -> int:
     return len({n.split(".")[3] for n in state_dict if n.startswith(prefix)})
 
 
+def shapes_of(cfg: CfgNode) -> dict[str, Tensor]:
+    """The state dict of the model of a config, without numbers."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return build_model(cfg).state_dict()
+
+
+def _counters(converted: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
+    """What a model counts in training and others' weights do not hold, as it begins."""
+    return {
+        name: torch.zeros(x.shape, dtype=x.dtype)
+        for name, x in shapes_of(cfg).items()
+        if name not in converted and not x.is_floating_point()
+    }
+
+
 def check_against(converted: Mapping[str, Tensor], unknown: list[str], cfg: CfgNode) -> None:
     """Against the model of a config.
 
     Raises:
         ConversionError: listing what is missing, unexpected or of another shape.
     """
-    cfg.MODEL.DEVICE = "meta"  # shapes only
-    with torch.device("meta"):
-        shapes = {k: tuple(v.shape) for k, v in build_model(cfg).state_dict().items()}
+    shapes = {k: tuple(v.shape) for k, v in shapes_of(cfg).items()}
     problems = [f"unexpected: {name}" for name in unknown]
     problems += [f"unexpected: {name}" for name in converted if name not in shapes]
     problems += [f"missing: {name}" for name in shapes if name not in converted]

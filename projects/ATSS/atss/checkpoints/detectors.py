@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -29,6 +29,7 @@ class Detector:
         row: our config that does the same.
         values: {key: value} in which mmdet's differs from it.
         also: {key: value} that mmdet's can do as well as what the row says.
+        says: {argument: value} of its head, by which it is told from others of the class.
         from_weights: our weights -> {key: value}, what they alone tell.
         settings: our config -> what its head has to be told.
     """
@@ -38,6 +39,7 @@ class Detector:
     row: str
     values: Mapping[str, Any]
     also: Mapping[str, Any]
+    says: Mapping[str, str] = field(default_factory=dict)
     from_weights: Callable[[Mapping[str, Tensor]], dict[str, Any]] = _nothing
     settings: Callable[[CfgNode], dict[str, Any]] = _nothing
 
@@ -48,6 +50,27 @@ def _deltas(cfg: CfgNode) -> dict[str, Any]:
 
 _REG_MAX = "MODEL.ATSS.REGRESSIONS.distribution.REG_MAX"
 _OF_ATSS = {"cls_score": "atss_cls", "bbox_pred": "atss_reg", "ctrness": "atss_centerness"}
+_OF_VFNET = {
+    **{"cls_conv": "vfnet_cls_dconv", "cls_score": "vfnet_cls", "bbox_pred": "vfnet_reg"},
+    **{"bbox_conv.0": "vfnet_reg_conv.conv", "bbox_conv.1": "vfnet_reg_conv.gn"},
+    **{"refine_conv": "vfnet_reg_refine_dconv", "refine_pred": "vfnet_reg_refine"},
+    **{f"refine_scales.{i}": f"scales_refine.{i}" for i in range(5)},
+}
+_OF_TOOD = {
+    **{f"stack.{i}.0": f"inter_convs.{i}.conv" for i in range(6)},
+    **{f"stack.{i}.1": f"inter_convs.{i}.gn" for i in range(6)},
+    **{
+        f"{ours}_decomposition.{part}": f"{theirs}_decomp.{their_part}"
+        for ours, theirs in (("cls", "cls"), ("bbox", "reg"))
+        for part, their_part in (
+            *((f"attention.{i}", f"layer_attention.{i}") for i in (0, 2)),
+            *(("mixture", "reduction_conv.conv"), ("after.0", "reduction_conv.gn")),
+        )
+    },
+    **{"cls_score": "tood_cls", "bbox_pred": "tood_reg"},
+    **{f"cls_alignment.{i}": f"cls_prob_module.{i}" for i in (0, 2)},
+    **{f"bbox_alignment.{i}": f"reg_offset_module.{i}" for i in (0, 2)},
+}
 DETECTORS = {
     "atss": Detector(
         head="ATSSHead",
@@ -81,6 +104,42 @@ DETECTORS = {
         from_weights=lambda weights: {_REG_MAX: len(weights["head.bbox_pred.weight"]) // 4 - 1},
         settings=lambda cfg: {"reg_max": cfg.MODEL.ATSS.REGRESSIONS.distribution.REG_MAX},
     ),
+    "vfnet": Detector(
+        head="VFNetHead",
+        predictors=_OF_VFNET,
+        row="successors/VFNet_R_50_FPN_1x",
+        values={"MODEL.ATSS.RELU_BEFORE_P7": True},
+        also={},
+    ),
+    "tood": Detector(
+        head="TOODHead",
+        predictors=_OF_TOOD,
+        row="successors/TOOD_R_50_FPN_1x",
+        values={"MODEL.ATSS.PHASES": [], "MODEL.ATSS.CLIP_BOXES": False},
+        also={},
+        says={"anchor_type": "anchor_free"},
+    ),
+    "tood_anchor": Detector(
+        head="TOODHead",
+        predictors=_OF_TOOD,
+        row="successors/TOOD_anchor_R_50_FPN_1x",
+        values={"MODEL.ATSS.PHASES": [], "MODEL.ATSS.CLIP_BOXES": False},
+        also={},
+        says={"anchor_type": "anchor_based"},
+        settings=_deltas,
+    ),
+    "ddod": Detector(
+        head="DDODHead",
+        predictors=_OF_ATSS | {"ctrness": "atss_iou"},
+        row="successors/DDOD_R_50_FPN_1x",
+        values={
+            "MODEL.ATSS.SCORE": "product",
+            "MODEL.ATSS.RANK_BY_CLASS": True,
+            "MODEL.ATSS.LEVEL_WEIGHT": "balance",
+        },
+        also={"MODEL.ATSS.SCORE": "product"},
+        settings=_deltas,
+    ),
 }
 # Parts of mmdet's heads that predict nothing.
 _TOWERS = ("cls_convs", "reg_convs", "scales", "integral")
@@ -102,7 +161,11 @@ def detector_of(names: Iterable[str], config: str = "", given: str | None = None
         raise ConversionError(f"unknown detector {given!r}; known are {sorted(DETECTORS)}")
     parts = {name.split(".")[1] for name in names if name.startswith("bbox_head.")}
     predictors = parts - {*_TOWERS}
-    alike = [x for x in DETECTORS if {*DETECTORS[x].predictors.values()} == predictors]
+    alike = [
+        name
+        for name, theirs in DETECTORS.items()
+        if {x.split(".")[0] for x in theirs.predictors.values()} == predictors
+    ]
     if not alike:
         raise ConversionError(
             f"what predicts in these weights is called {sorted(predictors)}, as in none of mmdet's "
@@ -112,9 +175,9 @@ def detector_of(names: Iterable[str], config: str = "", given: str | None = None
         raise ConversionError(
             f"by their names these are weights of mmdet's {' or '.join(alike)}, not of {given}"
         )
-    # Of a class, or with the modules before it.
-    types = {*re.findall(r"type['\"]?\s*[=:]\s*['\"](?:\w+\.)*(\w+)['\"]", config)}
-    said = [x for x in alike if DETECTORS[x].head in types]
+    # Of classes, with the modules before them or without.
+    words = {*re.findall(r"(\w+)['\"]?\s*[=:]\s*['\"](?:\w+\.)*(\w+)['\"]", config)}
+    said = [x for x in alike if {("type", DETECTORS[x].head), *DETECTORS[x].says.items()} <= words]
     if len(said) == 1 and given not in (None, *said):
         raise ConversionError(
             f"the config in the file says that these are mmdet's {said[0]}, not {given}"

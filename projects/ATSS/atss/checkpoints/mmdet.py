@@ -20,6 +20,8 @@ FIXED = (
     *(f"MODEL.ATSS.{x}" for x in ("HEAD", "REGRESSION", "NORM", "CENTERNESS", "LEVEL_SCALE")),
     *(f"MODEL.ATSS.{x}" for x in ("DEFORM_TOWER", "LEGACY_PIXELS", "SUPPRESSION", "SCORE")),
     *("MODEL.ATSS.THRESHOLD_ON_SCORE", "MODEL.ATSS.RANK_ANCHORS"),
+    *(f"MODEL.ATSS.HEADS.TOODHead.{x}" for x in ("INNER", "EXPONENTIAL", "NUM_CONVS")),
+    *("MODEL.ATSS.HEADS.ATSSHead.DEFORM_AT", "MODEL.ATSS.HEADS.VFNetHead.REACH"),
     *("MODEL.BACKBONE.NAME", "MODEL.FPN.FUSE_TYPE", "MODEL.FPN.NORM"),
     *("MODEL.RESNETS.RES5_DILATION", "MODEL.RESNETS.STEM_OUT_CHANNELS"),
 )
@@ -45,13 +47,14 @@ def to_mmdet(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor
             )
     check_against(dict(state_dict), [], _with_classes_of(cfg, state_dict))
     levels = _levels(cfg)
-    some = [name for name in state_dict if not is_tower_bias(name)]
+    # What counts in training has no place there.
+    some = [k for k, x in state_dict.items() if not is_tower_bias(k) and x.is_floating_point()]
     names, unknown = rename(some, to_mmdet_rules(levels[0], len(levels) - 2, theirs.predictors))
     if unknown:
         raise ConversionError(f"mmdet's {theirs.head} has no place for {', '.join(unknown)}")
     converted = {new: state_dict[old] for old, new in names.items()}
     for name in list(converted):
-        if name.startswith("bbox_head.scales"):
+        if name.endswith(".scale"):
             converted[name] = converted[name].reshape(())
         if name.endswith("running_var"):
             count = name.replace("running_var", "num_batches_tracked")
@@ -119,6 +122,7 @@ def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
                 "strides": strides,
                 "center_offset": cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
             },
+            **theirs.says,
             **theirs.settings(cfg),
         },
         "test_cfg": {

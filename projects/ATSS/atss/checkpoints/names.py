@@ -108,7 +108,7 @@ def mmdet_rules(predictors: Mapping[str, str]) -> list[Rule]:
     return [
         *_MMDET,
         *(
-            (rf"bbox_head\.{theirs}\.(\w+)", rf"head.{ours}.\1")
+            (rf"bbox_head\.{re.escape(theirs)}\.(\w+)", rf"head.{ours}.\1")
             for ours, theirs in predictors.items()
         ),
     ]
@@ -164,7 +164,7 @@ def to_mmdet_rules(lowest: int, laterals: int, predictors: Mapping[str, str]) ->
             lambda m: f"bbox_head.{_TOWER[m[1]]}.{int(m[2]) // 3}.gn.{m[3]}",
         ),
         *(
-            (rf"head\.{ours}\.(\w+)", rf"bbox_head.{theirs}.\1")
+            (rf"head\.{re.escape(ours)}\.(\w+)", rf"bbox_head.{theirs}.\1")
             for ours, theirs in predictors.items()
         ),
         (r"head\.scales\.(\d)\.scale", r"bbox_head.scales.\1.scale"),

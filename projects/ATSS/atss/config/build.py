@@ -117,6 +117,7 @@ def build_postprocess(cfg: CfgNode) -> PostProcessor:
             threshold_on_score=node.THRESHOLD_ON_SCORE,
             rank_by_class=node.RANK_BY_CLASS,
             rank_anchors=node.RANK_ANCHORS,
+            clip=node.CLIP_BOXES,
         )
 
 

@@ -157,6 +157,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.TOPK_CANDIDATES_TEST = 1000
     node.RANK_BY_CLASS = False
     node.RANK_ANCHORS = False
+    # Boxes end where the image does, before suppression. False: nowhere (mmdet's TOOD).
+    node.CLIP_BOXES = True
     # IoU.
     node.NMS_THRESH_TEST = 0.6
 
@@ -215,7 +217,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     modeling.QUALITIES.add_keys(node, "centerness")
     # "positives", or "targets", the sum of class targets.
     modeling.NORMALISERS.add_keys(node, "positives")
-    # By which the losses of a level are multiplied; "": 1.
+    # By which the losses of a level are multiplied: "balance", more where positives have been few
+    # (DDOD); "": 1.
     modeling.LEVEL_WEIGHTS.add_keys(node, "")
     # "sqrt": root of probability x quality; "product": without the root, as mmdet has it.
     modeling.SCORES.add_keys(node, "sqrt")

@@ -22,7 +22,9 @@ from .head import ATSSHead
 from .postprocess import PostProcessor, product, root
 from .suppression import NMS, ScoreVote, SoftVote, Vote, keep_all
 from .terms import NWD, DistributionFocal, GIoU, IoU, SmoothL1
+from .tood_head import TOODHead
 from .tta import ATSSWithTTA
+from .vfnet_head import VFNetHead
 
 # A head is a module: list of (N, C, H_l, W_l) features -> HeadOutput, or several by name.
 SHAPES = ("in_channels", "num_levels", "num_classes", "num_anchors")
@@ -36,6 +38,9 @@ BOX_CODES = Parts("REGRESSION")
 BOX_CODES.register(BoxDeltas, name="box", keys={"weights": "BBOX_REG_WEIGHTS"})
 BOX_CODES.add(point=PointDistances, log_point=LogDistances, corners=Corners)
 BOX_CODES.add(distribution=Distribution)
+OF_TOWERS = {x: x.upper() for x in ("norm", "tower_bias", "prior_prob")}
+HEAD_REGISTRY.register(VFNetHead, keys=OF_TOWERS)
+HEAD_REGISTRY.register(TOODHead, keys=OF_TOWERS, parts={"inner": BOX_CODES})
 
 CLS_TARGETS = Parts("CLS_TARGET")
 CLS_TARGETS.add(one=terms.one, score=terms.score, overlap=terms.overlap)
@@ -55,6 +60,7 @@ QUALITIES.add(centerness=terms.central, overlap=terms.overlap)
 NORMALISERS = Parts("NORMALISER")
 NORMALISERS.add(positives=terms.positives, targets=terms.targets)
 LEVEL_WEIGHTS = Parts("LEVEL_WEIGHT", known=("num_levels",), optional=True)
+LEVEL_WEIGHTS.add(balance=terms.Balance)
 
 SCORES = Parts("SCORE")
 SCORES.add(sqrt=root, product=product)
@@ -74,7 +80,7 @@ __all__ = [
     "ATSSDetector", "ATSSHead", "ATSSWithTTA", "BoxDeltas", "Branch", "Corners", "Criterion",
     "Distribution", "DistributionFocal", "Focal", "GIoU", "IoU", "LegacyPixels", "LogDistances",
     "Matchability", "P6P7FromP5", "Phase", "PointDistances", "PostProcessor", "QualityFocal",
-    "ScoreVote", "SmoothL1", "SoftVote", "Varifocal", "Vote", "build_fpn", "keep_all",
-    "make_deformable",
+    "ScoreVote", "SmoothL1", "SoftVote", "TOODHead", "VFNetHead", "Varifocal", "Vote",
+    "build_fpn", "keep_all", "make_deformable",
 ]
 # fmt: on

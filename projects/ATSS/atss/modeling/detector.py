@@ -8,7 +8,6 @@ from functools import cache
 import torch
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
@@ -159,7 +158,7 @@ class ATSSDetector(DenseDetector):
     ) -> Instances:
         """From pixels of the network's input to those of the image that it was made of."""
         height, width = example.get("height", input_hw[0]), example.get("width", input_hw[1])
-        result = detector_postprocess(detected, height, width)
+        result = self.postprocess.in_original(detected, height, width)
         if isinstance(self.box_coder, LegacyPixels):
             self.box_coder.after_resizing(result, input_hw)
         return result

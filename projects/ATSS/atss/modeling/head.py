@@ -1,7 +1,7 @@
 """The head: two convolution towers, three predictors, one learned scale per level."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,8 +54,59 @@ class Together:
         return F.conv2d(x, self.weight, self.bias, padding=1).split(self.channels, dim=1)
 
 
-def _of_level(layer: nn.Module, level: int) -> nn.Module:
-    return layer[level] if isinstance(layer, nn.ModuleList) else layer
+def make_tower(
+    channels: int,
+    num_levels: int,
+    num_convs: int,
+    norm: str = "GN",
+    bias: bool = True,
+    deformable: Mapping[int, str] | None = None,
+) -> nn.Sequential:
+    """3 x 3 convolutions, each with a norm and a ReLU.
+
+    Args:
+        channels: in and out.
+        norm: Detectron2's name, "" for none. Of those with statistics over a batch each level has
+            its own.
+        bias: whether convolutions have one where a norm follows.
+        deformable: {number of a convolution: version, "v1" or "v2"}.
+    """
+    layers: list[nn.Module] = []
+    for i in range(num_convs):
+        if deformable and i in deformable:
+            layers.append(DeformConvLayer(channels, deformable[i] == "v2", bias or not norm))
+        else:
+            layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=bias or not norm))
+        layers += norm_and_relu(channels, num_levels, norm)
+    return nn.Sequential(*layers)
+
+
+def norm_and_relu(channels: int, num_levels: int, norm: str) -> list[nn.Module]:
+    """What follows a convolution; arguments as of :func:`make_tower`."""
+    relu = nn.ReLU(inplace=True)
+    if norm in OF_A_BATCH:
+        return [nn.ModuleList(get_norm(norm, channels) for _ in range(num_levels)), relu]
+    return [get_norm(norm, channels), relu] if norm else [relu]
+
+
+def through(tower: nn.Sequential, x: Tensor, level: int) -> Tensor:
+    """What a tower makes of the features of a level."""
+    for layer in tower:
+        x = (layer[level] if isinstance(layer, nn.ModuleList) else layer)(x)
+    return x
+
+
+def initialise(head: nn.Module, prior_prob: float, *class_layers: nn.Module) -> None:
+    """RetinaNet's initial weights (section 4.1), in place: normal ones with a deviation of 0.01, no
+    biases, and class predictors that say ``prior_prob``."""
+    for name, module in head.named_modules():
+        # Offsets of deformable convolutions begin at zero.
+        if isinstance(module, (nn.Conv2d, nn.Linear, DeformConv)) and not name.endswith("offset"):
+            nn.init.normal_(module.weight, std=0.01)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for layer in class_layers:
+        nn.init.constant_(layer.get_parameter("bias"), -math.log((1 - prior_prob) / prior_prob))
 
 
 class DistributionQuality(nn.Module):
@@ -109,8 +160,8 @@ class ATSSHead(nn.Module):
         box_bias: what the box predictor gives at initialisation.
         box_channels: numbers of a box.
         bins: of the distribution that they are for each side; 0: they are none.
-        deform: version of the deformable convolution that is the last of each tower, "v1" or "v2";
-            "" for a plain one.
+        deform: version of the deformable convolution in each tower, "v1" or "v2"; "" for none.
+        deform_at: which convolution that is, the "last" or the "first" (DDOD).
 
     Attributes:
         class_layers: {name of a layer: A} of the layers that have a row for each anchor and class,
@@ -138,6 +189,7 @@ class ATSSHead(nn.Module):
         box_channels: int = 4,
         bins: int = 0,
         deform: str = "",
+        deform_at: str = "last",
     ):
         super().__init__()
         within("num_convs", num_convs, 0)
@@ -145,6 +197,7 @@ class ATSSHead(nn.Module):
         one_of("norm", norm, NORMS)
         one_of("centerness", centerness, ("box", "cls", "distribution", ""))
         one_of("deform", deform, ("v1", "v2", ""))
+        one_of("deform_at", deform_at, ("first", "last"))
         if deform and not num_convs:
             raise ValueError("a tower without convolutions has none to be deformable")
         if centerness == "distribution" and bins < DistributionQuality.TOP:
@@ -155,9 +208,16 @@ class ATSSHead(nn.Module):
             )
         self.num_classes, self.box_channels = num_classes, box_channels
         self.class_layers = {"cls_score": num_anchors}
-        tower = (in_channels, num_levels, num_convs, norm, tower_bias or not norm, deform)
-        self.cls_subnet = self._tower(*tower)
-        self.bbox_subnet = self._tower(*tower)
+        at = {"first": 0, "last": num_convs - 1}[deform_at]
+        tower = (
+            in_channels,
+            num_levels,
+            num_convs,
+            norm,
+            tower_bias,
+            {at: deform} if deform else None,
+        )
+        self.cls_subnet, self.bbox_subnet = make_tower(*tower), make_tower(*tower)
         self.cls_score = nn.Conv2d(in_channels, num_anchors * num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(in_channels, num_anchors * box_channels, 3, padding=1)
         self.centerness = centerness
@@ -167,45 +227,13 @@ class ATSSHead(nn.Module):
         scale = Scale if level_scale else nn.Identity
         self.scales = nn.ModuleList(scale() for _ in range(num_levels))
 
-        for name, module in self.named_modules():
-            # Offsets of deformable convolutions begin at zero.
-            if isinstance(module, (nn.Conv2d, nn.Linear, DeformConv)) and not name.endswith(
-                "offset"
-            ):
-                nn.init.normal_(module.weight, std=0.01)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.constant_(
-            self.cls_score.get_parameter("bias"), -math.log((1 - prior_prob) / prior_prob)
-        )
+        initialise(self, prior_prob, self.cls_score)
         nn.init.constant_(self.bbox_pred.get_parameter("bias"), box_bias)
-
-    @staticmethod
-    def _tower(
-        channels: int, num_levels: int, num_convs: int, norm: str, bias: bool, deform: str
-    ) -> nn.Sequential:
-        layers: list[nn.Module] = []
-        for i in range(num_convs):
-            if deform and i == num_convs - 1:
-                layers.append(DeformConvLayer(channels, deform == "v2", bias))
-            else:
-                layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=bias))
-            if norm in OF_A_BATCH:
-                layers.append(nn.ModuleList(get_norm(norm, channels) for _ in range(num_levels)))
-            elif norm:
-                layers.append(get_norm(norm, channels))
-            layers.append(nn.ReLU(inplace=True))
-        return nn.Sequential(*layers)
 
     def towers(self, features: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """L feature maps -> class and box features of each level."""
         for level, x in enumerate(features):
-            cls_feature = box_feature = x
-            for layer in self.cls_subnet:
-                cls_feature = _of_level(layer, level)(cls_feature)
-            for layer in self.bbox_subnet:
-                box_feature = _of_level(layer, level)(box_feature)
-            yield cls_feature, box_feature
+            yield through(self.cls_subnet, x, level), through(self.bbox_subnet, x, level)
 
     def forward(self, features: Sequence[Tensor]) -> HeadOutput:
         """L feature maps (N, C, H_l, W_l) -> predictions for all R anchors."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
@@ -43,6 +44,7 @@ class PostProcessor:
             OTA).
         rank_by_class: candidates are ranked by class probability, and not by score (mmdet).
         rank_anchors: anchors are ranked, by their best class, each with all its classes (PAA).
+        clip: boxes end where the image does, before suppression.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class PostProcessor:
         threshold_on_score: bool = False,
         rank_by_class: bool = False,
         rank_anchors: bool = False,
+        clip: bool = True,
     ):
         within("score_thresh", score_thresh, 0, 1)
         within("topk_candidates", topk_candidates, 1)
@@ -68,6 +71,7 @@ class PostProcessor:
         self.threshold_on_score = threshold_on_score
         self.rank_by_class = rank_by_class
         self.rank_anchors = rank_anchors
+        self.clip = clip
 
     @torch.no_grad()
     def __call__(
@@ -81,7 +85,7 @@ class PostProcessor:
         Args:
             output: the head's, in float32.
             code: that decodes its numbers.
-            image_sizes: (height, width) of each image on its canvas; boxes are clipped to it.
+            image_sizes: (height, width) of each image on its canvas.
         Returns:
             per image: pred_boxes, scores, pred_classes, best first.
         """
@@ -94,7 +98,8 @@ class PostProcessor:
         anchor, classes, scores = self._candidates(output, anchors)
         decoded = code.decode(output.numbers[anchor], anchors.boxes[anchor], anchors.stride[anchor])
         boxes = Boxes(decoded)
-        boxes.clip(image_size)
+        if self.clip:
+            boxes.clip(image_size)
         # Nothing overlaps a box without area: it would take the place of a detection.
         real = ScoredBoxes(boxes.tensor, scores, classes).take(boxes.nonempty())
         kept = self.suppression(*real, self.max_detections)
@@ -104,6 +109,14 @@ class PostProcessor:
             scores=kept.scores,
             pred_classes=kept.classes,
         )
+
+    def in_original(self, detected: Instances, height: int, width: int) -> Instances:
+        """Detections in pixels of the network's input, in those of an image of another size."""
+        if self.clip:
+            return detector_postprocess(detected, height, width)
+        boxes = Boxes(detected.pred_boxes.tensor.clone())
+        boxes.scale(width / detected.image_size[1], height / detected.image_size[0])
+        return Instances((height, width), **detected.get_fields() | {"pred_boxes": boxes})
 
     def _candidates(self, output: HeadOutput, anchors: Anchors) -> tuple[Tensor, Tensor, Tensor]:
         """(M,) anchor index, class and score of an image's candidates, over all levels."""

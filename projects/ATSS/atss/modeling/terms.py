@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from detectron2.utils import comm
+from torch import Tensor, nn
 
 from ..geometry import centerness, centres, iou, side_distances
 from ..losses import distribution_focal_loss, giou_loss, iou_loss, nwd_loss, smooth_l1_loss
@@ -148,6 +149,40 @@ class DistributionFocal(BoxTerm):
         targets = self.code.encode(matched.target_boxes, anchors.boxes, anchors.stride)
         logits = matched.output.numbers.unflatten(-1, (4, self.code.bins))
         return distribution_focal_loss(logits, targets).mean(-1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights of levels: (R,)
+# ------------------------------------------------------------------------------------------------
+
+
+class Balance(nn.Module):
+    """Levels that have had few positives since the training began weigh up to twice as much as the
+    one that has had most (DDOD, arXiv 2107.02963, section 3.4).
+
+    Args:
+        num_levels: L.
+
+    Attributes:
+        counts: (L,) int64 positives so far, of all processes; part of a checkpoint.
+    """
+
+    counts: Tensor
+
+    def __init__(self, num_levels: int):
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(num_levels, dtype=torch.long))
+
+    def forward(self, matched: Matched) -> Tensor:
+        per_level = matched.anchors.per_level
+        if torch.is_grad_enabled():  # not when somebody measures losses on other images
+            found = torch.stack([x.sum() for x in matched.positive.split(per_level, dim=1)])
+            if comm.get_world_size() > 1:
+                torch.distributed.all_reduce(found)
+            self.counts += found
+        least, most = self.counts.aminmax()
+        weights = 2 - (self.counts - least) / (most - least + 1e-10)
+        return torch.cat([x.expand(n) for x, n in zip(weights, per_level, strict=True)])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,190 @@
+"""TOOD's head (arXiv 2108.07755, section 3.1): one stack of convolutions for both tasks, of whose
+layers each task takes its own mixture, and what both say is corrected once they have said it."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import deform_conv2d
+
+from ..anchors import GridAnchorGenerator
+from ..parts import one_of, within
+from ..structures import HeadOutput
+from .box_coding import BoxCode, PointDistances
+from .head import NORMS, Scale, flatten_levels, initialise, make_tower, norm_and_relu, through
+
+POINT = PointDistances()
+
+
+class TaskDecomposition(nn.Module):
+    """The features of a task: layers of the stack weighted by attention, mixed into one.
+
+    Args:
+        channels: of a layer.
+        num_layers: of the stack.
+        num_levels, norm, bias: as of :func:`~atss.modeling.head.make_tower`.
+    """
+
+    # By which the hidden layer of the attention is narrower than a layer of the stack.
+    REDUCTION = 8
+
+    def __init__(self, channels: int, num_layers: int, num_levels: int, norm: str, bias: bool):
+        super().__init__()
+        wide, narrow = channels * num_layers, max(1, channels // self.REDUCTION)
+        self.attention = nn.Sequential(
+            nn.Conv2d(wide, narrow, 1), nn.ReLU(inplace=True), nn.Conv2d(narrow, num_layers, 1)
+        )
+        self.mixture = nn.Conv2d(wide, channels, 1, bias=bias or not norm)
+        self.after = nn.Sequential(*norm_and_relu(channels, num_levels, norm))
+
+    def forward(self, stack: Tensor, mean: Tensor, level: int) -> Tensor:
+        """
+        Args:
+            stack: (N, layers * C, H, W).
+            mean: (N, layers * C, 1, 1) of it over the map.
+        Returns:
+            (N, C, H, W).
+        """
+        attention = self.attention(mean).sigmoid()
+        n, layers = attention.shape[:2]
+        # Weights of the convolution are fewer than features.
+        weight = self.mixture.weight.view(1, -1, layers, stack.shape[1] // layers)
+        weight = (weight * attention.view(n, 1, layers, 1)).flatten(2)
+        mixed = torch.bmm(weight.to(stack.dtype), stack.flatten(2)).unflatten(2, stack.shape[2:])
+        if self.mixture.bias is not None:
+            mixed = mixed + self.mixture.bias.to(mixed.dtype).view(-1, 1, 1)
+        return through(self.after, mixed, level)
+
+
+def geometric_mean(a: Tensor, b: Tensor) -> Tensor:
+    """sqrt(sigmoid(a) * sigmoid(b)) of logits, with slopes that stay finite where it is near 0."""
+    return ((F.logsigmoid(a) + F.logsigmoid(b)) / 2).exp()
+
+
+def sample_sides(boxes: Tensor, offsets: Tensor) -> Tensor:
+    """Each side of a box from near its location, between pixels of the map bilinearly; the box as
+    it was where sides then cross.
+
+    Args:
+        boxes: (N, 4, H, W), corners that lie where they lie: not relative to the location.
+        offsets: (N, 8, H, W) (y, x) for each side, in pixels of the map.
+    Returns:
+        (N, 4, H, W).
+    """
+    moved = deform_conv2d(boxes, offsets, boxes.new_ones(4, 1, 1, 1))
+    crossed = (moved[:, :2] > moved[:, 2:]).any(dim=1, keepdim=True)
+    return torch.where(crossed, boxes, moved)
+
+
+class TOODHead(nn.Module):
+    """Class probabilities, and corners in strides (``corners``).
+
+    Args:
+        in_channels: channels of every level.
+        num_levels: L.
+        num_classes: K.
+        anchor_generator: of one anchor per location, to which the inner code refers.
+        inner: how boxes are predicted before they are corrected.
+        exponential: what the box predictor says are logarithms.
+        num_convs: convolutions of the stack.
+        norm, tower_bias, prior_prob: as of :class:`~atss.modeling.ATSSHead`.
+
+    Attributes:
+        class_layers: as of :class:`~atss.modeling.ATSSHead`.
+
+    Raises:
+        ValueError: for several anchors per location.
+    """
+
+    # Channels between the stack and the two maps that correct.
+    HIDDEN = 64
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        num_levels: int,
+        num_classes: int,
+        anchor_generator: GridAnchorGenerator,
+        inner: BoxCode = POINT,
+        exponential: bool = True,
+        num_convs: int = 6,
+        norm: str = "GN",
+        tower_bias: bool = True,
+        prior_prob: float = 0.01,
+    ):
+        super().__init__()
+        within("num_convs", num_convs, 1)
+        within("prior_prob", prior_prob, 1e-9, 1 - 1e-9)
+        one_of("norm", norm, NORMS)
+        if anchor_generator.num_anchors[0] > 1:
+            raise ValueError("its anchors are one for each location")
+        self.num_classes, self.inner, self.exponential = num_classes, inner, exponential
+        self.anchor_generator = anchor_generator
+        self.class_layers = {"cls_score": 1}
+        block = (in_channels, num_levels, 1, norm, tower_bias)
+        task = (in_channels, num_convs, num_levels, norm, tower_bias)
+        self.stack = nn.ModuleList(make_tower(*block) for _ in range(num_convs))
+        self.cls_decomposition, self.bbox_decomposition = (
+            TaskDecomposition(*task) for _ in range(2)
+        )
+        self.cls_score = nn.Conv2d(in_channels, num_classes, 3, padding=1)
+        self.bbox_pred = nn.Conv2d(in_channels, 4, 3, padding=1)
+        self.scales = nn.ModuleList(Scale() for _ in range(num_levels))
+        self.cls_alignment, self.bbox_alignment = (
+            nn.Sequential(
+                nn.Conv2d(in_channels * num_convs, self.HIDDEN, 1),
+                nn.ReLU(inplace=True),
+                nn.Conv2d(self.HIDDEN, out, 3, padding=1),
+            )
+            for out in (1, 8)
+        )
+        initialise(self, prior_prob, self.cls_score, self.cls_alignment[-1])
+        # Attention is even at first, and sides stay where they are.
+        for module in (
+            *self.cls_decomposition.attention.modules(),
+            *self.bbox_decomposition.attention.modules(),
+            *self.bbox_alignment.modules(),
+        ):
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.001)
+
+    def forward(self, features: Sequence[Tensor]) -> HeadOutput:
+        """L feature maps (N, C, H_l, W_l) -> predictions for all R anchors."""
+        classes, numbers, offsets = zip(
+            *(self._of_level(x, level) for level, x in enumerate(features)), strict=True
+        )
+        with torch.autocast(features[0].device.type, enabled=False):
+            anchors = self.anchor_generator.grid(features)
+            boxes = self.inner.decode(flatten_levels(numbers, 4), anchors.boxes, anchors.stride)
+            of_levels = (boxes / anchors.stride[:, None]).split(anchors.per_level, dim=1)
+            corners = [
+                sample_sides(x.transpose(1, 2).unflatten(2, offset.shape[2:]), offset)
+                for x, offset in zip(of_levels, offsets, strict=True)
+            ]
+        return HeadOutput(
+            flatten_levels(classes, self.num_classes), flatten_levels(corners, 4), None, True
+        )
+
+    def _of_level(self, x: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Class probabilities (N, K, H, W), numbers of the inner code (N, 4, H, W), and offsets of
+        the sides (N, 8, H, W), all in float32."""
+        layers = []
+        for block in self.stack:
+            x = through(cast(nn.Sequential, block), x, level)
+            layers.append(x)
+        stack = torch.cat(layers, dim=1)
+        mean = stack.mean(dim=(2, 3), keepdim=True)
+        logits = self.cls_score(self.cls_decomposition(stack, mean, level))
+        alignment = self.cls_alignment(stack)
+        box_feature = self.bbox_decomposition(stack, mean, level)
+        offset_feature = self.bbox_alignment[:-1](stack)
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = self.bbox_pred.weight.dtype
+            probabilities = geometric_mean(logits.to(dtype), alignment.to(dtype))
+            said = self.bbox_pred(box_feature.to(dtype))
+            numbers = self.scales[level](said.exp() if self.exponential else said)
+            offsets = self.bbox_alignment[-1](offset_feature.to(dtype))
+        return probabilities, numbers, offsets
