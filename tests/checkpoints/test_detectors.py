@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import recipe
 import torch
-from conftest import GOLDEN, make_input
+from conftest import GOLDEN, make_cfg, make_input
 from detectron2.modeling import build_model
 from PIL import Image
 from test_convert import compare
@@ -201,6 +201,26 @@ def test_one_detectors_weights_are_not_anothers(tmp_path):
     assert (node.SUPPRESSION, node.SCORE) == ("nms", "product")
     assert not node.NORMALISER_PER_IMAGE
     assert node.BOX_NORMALISER_LEAST == 1
+
+
+@pytest.mark.parametrize("name", ["VFNet_dcnv2_R_50_FPN_2x", "TOOD_dcnv2_R_101_FPN_2x"])
+def test_deformable_layers_of_heads_go_there_and_back(name):
+    cfg = make_cfg(
+        *("MODEL.ATSS.TOWER_BIAS", False, "MODEL.ATSS.NUM_CLASSES", 80),
+        config=f"successors/{name}.yaml",
+    )
+    state = build_model(cfg).state_dict()
+    theirs = to_mmdet(state, cfg)
+    detector = "vfnet" if name.startswith("VFNet") else "tood"
+    offsets = [x for x in theirs if x.startswith("bbox_head") and "conv_offset.weight" in x]
+    assert len(offsets) == 2
+    back = convert(theirs, "mmdet", detector)
+    assert {*back} == {*state}
+    assert all(torch.equal(back[k], state[k]) for k in state)
+    wanted = config_for(back, "mmdet", detector=detector).MODEL
+    assert wanted.ATSS.DEFORM_TOWER == cfg.MODEL.ATSS.DEFORM_TOWER
+    assert wanted.ATSS.HEADS.TOODHead.NUM_DEFORM == cfg.MODEL.ATSS.HEADS.TOODHead.NUM_DEFORM
+    assert wanted.RESNETS.DEFORM_ON_PER_STAGE == cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE
 
 
 def test_in_python_too_somebody_has_to_say_which():

@@ -303,7 +303,8 @@ LOOKED_AT = (
 
 def test_every_successor_is_here():
     names = {path.name for path in ROOT.glob("configs/successors/*")}
-    assert names == {f"{name}_R_50_FPN_1x.yaml" for name in SUCCESSORS}
+    ours = {f"{name}_R_50_FPN_1x.yaml" for name in SUCCESSORS}
+    assert names == ours | {"VFNet_dcnv2_R_50_FPN_2x.yaml", "TOOD_dcnv2_R_101_FPN_2x.yaml"}
 
 
 def values_of(model, phase):
@@ -375,6 +376,31 @@ def test_heads_of_successors():
     deformable = [i for i, layer in enumerate(tower) if isinstance(layer, DeformConvLayer)]
     assert deformable == [0]
     assert not tower[0].modulated
+
+
+def test_successors_with_deformable_convolutions():
+    """As mmdet's configs of the same names have them."""
+    vfnet, tood = (
+        make_cfg(config=f"successors/{x}_2x.yaml")
+        for x in ("VFNet_dcnv2_R_50_FPN", "TOOD_dcnv2_R_101_FPN")
+    )
+    for cfg, sizes, depth in ((vfnet, (480, 960), 50), (tood, (480, 800), 101)):
+        assert (cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER) == ((120000, 165000), 180000)
+        assert (sizes, "range") == (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING)
+        assert depth == cfg.MODEL.RESNETS.DEPTH
+        assert cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE == [False, True, True, True]
+    model = build_model(vfnet)
+    for tower in (model.head.cls_subnet, model.head.bbox_subnet):
+        layers = [i for i, x in enumerate(tower) if isinstance(x, DeformConvLayer)]
+        assert layers == [6]
+        assert tower[6].modulated
+    tood.MODEL.RESNETS.DEPTH = 50
+    head = build_model(tood).head
+    layers = [i for i, x in enumerate(head.stack) if isinstance(x[0], DeformConvLayer)]
+    assert layers == [0, 1]
+    assert head.stack[0][0].offset.out_channels == 4 * 27
+    first, last = build_model(tood).branches["main"].phases
+    assert (type(first.assigner), first.until, type(last.assigner)) == (ATSS, 30000, TAL)
 
 
 @pytest.mark.parametrize("row", ROWS)

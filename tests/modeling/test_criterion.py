@@ -28,6 +28,7 @@ from atss.modeling.criterion import Criterion
 from atss.modeling.head import flatten_levels
 from atss.modeling.terms import (
     NWD,
+    Balance,
     DistributionFocal,
     GIoU,
     SmoothL1,
@@ -585,6 +586,37 @@ def test_terms_act_together_each_with_its_weight():
     both = losses_with(box_terms={"giou": GIoU(weight=1.0), "again": GIoU(weight=0.25)})
     assert both["loss_box_reg"] == pytest.approx(plain["loss_box_reg"] / 2)
     assert both["loss_again"] == pytest.approx(plain["loss_box_reg"] / 8)
+
+
+def levels_matched(*positives):
+    """What a level weight sees of anchors on levels of 4, 1 and 1."""
+    anchors = Anchors.grid((16, 16), strides=(8, 16, 32), scales=(2.0,))
+    positive = torch.tensor([positives], dtype=torch.bool)
+    return SimpleNamespace(anchors=anchors, positive=positive)
+
+
+def test_levels_with_few_positives_weigh_more():
+    """Since the training began: the one with most weighs 1, the one with fewest 2."""
+    balance = Balance(3)
+    weights = balance(levels_matched(1, 1, 1, 1, 0, 1))  # 4, 0 and 1
+    torch.testing.assert_close(weights, torch.tensor([1.0] * 4 + [2.0, 1.75]))
+    with torch.no_grad():  # somebody looks
+        balance(levels_matched(1, 1, 1, 1, 1, 1))
+    weights = balance(levels_matched(0, 0, 0, 0, 1, 1))  # 4, 1 and 2
+    torch.testing.assert_close(weights, torch.tensor([1.0] * 4 + [2.0, 2 - 1 / 3]))
+    again = Balance(3)
+    again.load_state_dict(balance.state_dict())
+    torch.testing.assert_close(again(levels_matched(*[0] * 6)), weights)
+    assert Balance(3)(levels_matched(*[0] * 6)).tolist() == [2.0] * 6  # none yet
+
+
+def test_branches_share_what_a_level_weight_counts():
+    """As in mmdet's DDOD: positives of classes, then those of boxes too."""
+    cfg = make_cfg("MODEL.ATSS.LEVEL_WEIGHT", "balance", config="successors/DDOD_R_50_FPN_1x.yaml")
+    known = {"num_levels": 5, "num_classes": 3, "code": BoxDeltas()}
+    main, box = (x.at(0).criterion.level_weight for x in build_branches(cfg, known).values())
+    assert main is box
+    assert isinstance(main, Balance)
 
 
 def test_boxes_may_be_compared_by_nwd():

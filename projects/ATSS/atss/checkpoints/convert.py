@@ -135,8 +135,11 @@ def config_for(
     resnet.DEFORM_ON_PER_STAGE = [name in state_dict for name in offsets.values()]
     channels = [state_dict[name].shape[0] for name in offsets.values() if name in state_dict]
     resnet.DEFORM_MODULATED = bool(channels) and channels[0] % 27 == 0
-    towers = [state_dict.get(f"head.cls_subnet.{i}.offset.weight") for i in (0, 9)]
-    found = [len(x) for x in towers if x is not None]
+    found = [
+        len(x)
+        for k, x in state_dict.items()
+        if re.fullmatch(r"head\.cls_subnet\.\d+\.offset\.weight", k)
+    ]
     cfg.MODEL.ATSS.DEFORM_TOWER = {27: "v2", 18: "v1"}[found[0]] if found else ""
     cfg.MODEL.ATSS.TOWER_BIAS = any(map(is_tower_bias, state_dict))
     cfg.MODEL.ATSS.NUM_CLASSES = classes

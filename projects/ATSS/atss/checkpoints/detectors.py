@@ -49,6 +49,17 @@ def _deltas(cfg: CfgNode) -> dict[str, Any]:
 
 
 _REG_MAX = "MODEL.ATSS.REGRESSIONS.distribution.REG_MAX"
+
+
+def _deformable(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    layers = [x for x in weights if re.fullmatch(r"head\.stack\.\d+\.0\.offset\.weight", x)]
+    return {"MODEL.ATSS.HEADS.TOODHead.NUM_DEFORM": len(layers)}
+
+
+def _num_dcn(cfg: CfgNode) -> dict[str, Any]:
+    return {"num_dcn": cfg.MODEL.ATSS.HEADS.TOODHead.NUM_DEFORM}
+
+
 _OF_ATSS = {"cls_score": "atss_cls", "bbox_pred": "atss_reg", "ctrness": "atss_centerness"}
 _OF_VFNET = {
     **{"cls_conv": "vfnet_cls_dconv", "cls_score": "vfnet_cls", "bbox_pred": "vfnet_reg"},
@@ -59,6 +70,9 @@ _OF_VFNET = {
 _OF_TOOD = {
     **{f"stack.{i}.0": f"inter_convs.{i}.conv" for i in range(6)},
     **{f"stack.{i}.1": f"inter_convs.{i}.gn" for i in range(6)},
+    # Where they are deformable.
+    **{f"stack.{i}.0.conv": f"inter_convs.{i}.conv" for i in range(6)},
+    **{f"stack.{i}.0.offset": f"inter_convs.{i}.conv.conv_offset" for i in range(6)},
     **{
         f"{ours}_decomposition.{part}": f"{theirs}_decomp.{their_part}"
         for ours, theirs in (("cls", "cls"), ("bbox", "reg"))
@@ -109,7 +123,8 @@ DETECTORS = {
         predictors=_OF_VFNET,
         row="successors/VFNet_R_50_FPN_1x",
         values={"MODEL.ATSS.RELU_BEFORE_P7": True},
-        also={},
+        also={"MODEL.ATSS.DEFORM_TOWER": "v2"},
+        settings=lambda cfg: {"dcn_on_last_conv": bool(cfg.MODEL.ATSS.DEFORM_TOWER)},
     ),
     "tood": Detector(
         head="TOODHead",
@@ -118,6 +133,8 @@ DETECTORS = {
         values={"MODEL.ATSS.PHASES": [], "MODEL.ATSS.CLIP_BOXES": False},
         also={},
         says={"anchor_type": "anchor_free"},
+        from_weights=_deformable,
+        settings=_num_dcn,
     ),
     "tood_anchor": Detector(
         head="TOODHead",
@@ -126,7 +143,8 @@ DETECTORS = {
         values={"MODEL.ATSS.PHASES": [], "MODEL.ATSS.CLIP_BOXES": False},
         also={},
         says={"anchor_type": "anchor_based"},
-        settings=_deltas,
+        from_weights=_deformable,
+        settings=lambda cfg: _deltas(cfg) | _num_dcn(cfg),
     ),
     "ddod": Detector(
         head="DDODHead",

@@ -39,7 +39,7 @@ BOX_CODES.register(BoxDeltas, name="box", keys={"weights": "BBOX_REG_WEIGHTS"})
 BOX_CODES.add(point=PointDistances, log_point=LogDistances, corners=Corners)
 BOX_CODES.add(distribution=Distribution)
 OF_TOWERS = {x: x.upper() for x in ("norm", "tower_bias", "prior_prob")}
-HEAD_REGISTRY.register(VFNetHead, keys=OF_TOWERS)
+HEAD_REGISTRY.register(VFNetHead, keys={**OF_TOWERS, "deform": "DEFORM_TOWER"})
 HEAD_REGISTRY.register(TOODHead, keys=OF_TOWERS, parts={"inner": BOX_CODES})
 
 CLS_TARGETS = Parts("CLS_TARGET")

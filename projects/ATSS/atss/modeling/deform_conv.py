@@ -66,11 +66,12 @@ class DeformConvLayer(nn.Module):
         channels: in and out.
         modulated: version 2.
         bias: whether the convolution has one.
+        groups: of channels, each with offsets and masks of its own.
     """
 
-    def __init__(self, channels: int, modulated: bool = True, bias: bool = True):
+    def __init__(self, channels: int, modulated: bool = True, bias: bool = True, groups: int = 1):
         super().__init__()
-        self.offset = nn.Conv2d(channels, 27 if modulated else 18, 3, padding=1)
+        self.offset = nn.Conv2d(channels, groups * (27 if modulated else 18), 3, padding=1)
         plain = nn.Conv2d(channels, channels, 3, padding=1, bias=bias)
         self.conv = DeformConv(
             plain.get_parameter("weight"), cast(nn.Parameter | None, plain.bias), padding=1
@@ -84,4 +85,5 @@ class DeformConvLayer(nn.Module):
         moved = self.offset(x)
         if not self.modulated:
             return self.conv(x, moved)
-        return self.conv(x, moved[:, :18], moved[:, 18:].sigmoid())
+        offsets = 2 * moved.shape[1] // 3
+        return self.conv(x, moved[:, :offsets], moved[:, offsets:].sigmoid())

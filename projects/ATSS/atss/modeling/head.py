@@ -61,6 +61,7 @@ def make_tower(
     norm: str = "GN",
     bias: bool = True,
     deformable: Mapping[int, str] | None = None,
+    deform_groups: int = 1,
 ) -> nn.Sequential:
     """3 x 3 convolutions, each with a norm and a ReLU.
 
@@ -70,11 +71,13 @@ def make_tower(
             its own.
         bias: whether convolutions have one where a norm follows.
         deformable: {number of a convolution: version, "v1" or "v2"}.
+        deform_groups: of their channels, each with offsets of its own.
     """
     layers: list[nn.Module] = []
     for i in range(num_convs):
         if deformable and i in deformable:
-            layers.append(DeformConvLayer(channels, deformable[i] == "v2", bias or not norm))
+            version = deformable[i] == "v2"
+            layers.append(DeformConvLayer(channels, version, bias or not norm, deform_groups))
         else:
             layers.append(nn.Conv2d(channels, channels, 3, padding=1, bias=bias or not norm))
         layers += norm_and_relu(channels, num_levels, norm)

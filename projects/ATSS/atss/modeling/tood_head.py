@@ -89,6 +89,8 @@ class TOODHead(nn.Module):
         inner: how boxes are predicted before they are corrected.
         exponential: what the box predictor says are logarithms.
         num_convs: convolutions of the stack.
+        num_deform: how many of them, from the first on, are deformable: version 2, four groups of
+            channels.
         norm, tower_bias, prior_prob: as of :class:`~atss.modeling.ATSSHead`.
 
     Attributes:
@@ -111,12 +113,14 @@ class TOODHead(nn.Module):
         inner: BoxCode = POINT,
         exponential: bool = True,
         num_convs: int = 6,
+        num_deform: int = 0,
         norm: str = "GN",
         tower_bias: bool = True,
         prior_prob: float = 0.01,
     ):
         super().__init__()
         within("num_convs", num_convs, 1)
+        within("num_deform", num_deform, 0, num_convs)
         within("prior_prob", prior_prob, 1e-9, 1 - 1e-9)
         one_of("norm", norm, NORMS)
         if anchor_generator.num_anchors[0] > 1:
@@ -126,7 +130,10 @@ class TOODHead(nn.Module):
         self.class_layers = {"cls_score": 1}
         block = (in_channels, num_levels, 1, norm, tower_bias)
         task = (in_channels, num_convs, num_levels, norm, tower_bias)
-        self.stack = nn.ModuleList(make_tower(*block) for _ in range(num_convs))
+        self.stack = nn.ModuleList(
+            make_tower(*block, {0: "v2"} if i < num_deform else None, deform_groups=4)
+            for i in range(num_convs)
+        )
         self.cls_decomposition, self.bbox_decomposition = (
             TaskDecomposition(*task) for _ in range(2)
         )

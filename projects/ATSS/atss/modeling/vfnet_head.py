@@ -47,6 +47,7 @@ class VFNetHead(nn.Module):
         norm: as of :class:`~atss.modeling.ATSSHead`.
         tower_bias: whether the convolutions of towers have biases where a norm follows.
         prior_prob: class probability at initialisation.
+        deform: version of the deformable convolution that is the last of each tower; "" for none.
         reach: strides to a side of the first box at initialisation.
         through_points: how much of the gradient of the nine points goes to the first box.
 
@@ -64,6 +65,7 @@ class VFNetHead(nn.Module):
         norm: str = "GN",
         tower_bias: bool = True,
         prior_prob: float = 0.01,
+        deform: str = "",
         reach: float = 8.0,
         through_points: float = 0.1,
     ):
@@ -73,12 +75,17 @@ class VFNetHead(nn.Module):
         within("reach", reach, 1e-3, 1e3)
         within("through_points", through_points, 0, 1)
         one_of("norm", norm, NORMS)
+        one_of("deform", deform, ("v1", "v2", ""))
+        if deform and not num_convs:
+            raise ValueError("a tower without convolutions has none to be deformable")
         self.strides: list[int] = [x.stride for x in input_shape]  # type: ignore[misc]
         self.num_classes, self.reach, self.through_points = num_classes, reach, through_points
         self.class_layers = {"cls_score": 1}
         levels = len(self.strides)
-        self.cls_subnet = make_tower(in_channels, levels, num_convs, norm, tower_bias)
-        self.bbox_subnet = make_tower(in_channels, levels, num_convs, norm, tower_bias)
+        tower = (in_channels, levels, num_convs, norm, tower_bias)
+        deformable = {num_convs - 1: deform} if deform else None
+        self.cls_subnet = make_tower(*tower, deformable)
+        self.bbox_subnet = make_tower(*tower, deformable)
         self.bbox_conv = make_tower(in_channels, levels, 1, norm, tower_bias)
         self.bbox_pred = nn.Conv2d(in_channels, 4, 3, padding=1)
         self.scales = nn.ModuleList(Scale() for _ in range(levels))

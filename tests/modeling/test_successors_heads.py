@@ -1,0 +1,252 @@
+"""VarifocalNet's and TOOD's heads, piece by piece. Whole, and with mmdet's weights:
+tests/checkpoints/test_detectors.py."""
+
+import math
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+from torch.nn import functional as F
+
+from atss import GridAnchorGenerator
+from atss.modeling import BoxDeltas, TOODHead, VFNetHead
+from atss.modeling.tood_head import TaskDecomposition, geometric_mean, sample_sides
+from atss.modeling.vfnet_head import star_offsets
+
+LEVELS = [ShapeSpec(channels=32, stride=s) for s in (8, 16)]
+VFNET = {"in_channels": 32, "input_shape": LEVELS, "num_classes": 3, "num_convs": 1}
+TOOD = {"in_channels": 32, "num_levels": 2, "num_classes": 3, "num_convs": 2}
+
+
+def features(n: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, 32, *hw, generator=generator) for hw in ((4, 6), (2, 3))]
+
+
+def tood(**arguments) -> TOODHead:
+    torch.manual_seed(0)
+    generator = GridAnchorGenerator(strides=(8, 16))
+    return TOODHead(**TOOD | {"anchor_generator": generator} | arguments)
+
+
+# ------------------------------------------------------------------------------------------------
+# VarifocalNet
+# ------------------------------------------------------------------------------------------------
+
+
+def test_star_offsets_by_hand():
+    """A box 1 left, 2 above, 3 right and 4 below: where each tap lies, row by row."""
+    offsets = star_offsets(torch.tensor([1.0, 2, 3, 4]).view(1, 4, 1, 1)).view(9, 2)
+    grid = torch.tensor([[y, x] for y in (-1.0, 0, 1) for x in (-1.0, 0, 1)])
+    lies = (offsets + grid).tolist()
+    assert lies == [
+        *([-2.0, -1], [-2, 0], [-2, 3]),
+        *([0.0, -1], [0, 0], [0, 3]),
+        *([4.0, -1], [4, 0], [4, 3]),
+    ]
+
+
+def test_a_box_of_one_pixel_to_each_side_makes_a_plain_convolution():
+    assert star_offsets(torch.ones(1, 4, 2, 3)).abs().max() == 0
+
+
+def test_first_boxes_begin_as_wide_as_their_anchors():
+    torch.manual_seed(0)
+    head = VFNetHead(**VFNET)
+    with torch.no_grad():
+        head.bbox_pred.weight.zero_()
+        head.refine_pred.weight.zero_()
+        found = head(features(1))
+    assert {*found} == {"coarse", "fine"}
+    assert found["coarse"].classes is None
+    for output in found.values():
+        distances = output.numbers.exp()[0]
+        torch.testing.assert_close(distances[:24], torch.full((24, 4), 64.0))
+        torch.testing.assert_close(distances[24:], torch.full((6, 4), 128.0))
+
+
+def test_what_the_finer_box_and_classes_teach_the_first():
+    """The finer box is a multiple of the first, which learns nothing from it but a tenth of what
+    the points say."""
+
+    def learnt(share, of):
+        torch.manual_seed(0)
+        head = VFNetHead(**VFNET, through_points=share)
+        torch.nn.init.normal_(head.bbox_pred.weight, std=0.1)
+        found = head(features(1))
+        of(found).sum().backward()
+        gradient = head.bbox_pred.weight.grad
+        return torch.zeros(1) if gradient is None else gradient
+
+    for of in (lambda found: found["fine"].numbers, lambda found: found["fine"].classes):
+        assert learnt(0.0, of).abs().max() == 0
+        torch.testing.assert_close(learnt(1.0, of), 10 * learnt(0.1, of), rtol=1e-3, atol=1e-6)
+        assert learnt(1.0, of).abs().max() > 0
+    assert learnt(0.0, lambda found: found["coarse"].numbers).abs().max() > 0
+
+
+def test_the_finer_box_multiplies_the_first():
+    """Its numbers are logarithms: of a change of 1, each side is e times as far."""
+    torch.manual_seed(0)
+    head = VFNetHead(**VFNET)
+    with torch.no_grad():
+        head.refine_pred.weight.zero_()
+        head.refine_pred.bias.fill_(1.0)
+        found = head(features(2))
+    torch.testing.assert_close(found["fine"].numbers, found["coarse"].numbers + 1)
+
+
+def test_vfnets_boxes_are_predicted_in_float32_under_autocast():
+    head = VFNetHead(**VFNET)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = head(features(1))
+    assert found["coarse"].numbers.dtype == found["fine"].numbers.dtype == torch.float32
+    assert found["fine"].classes.dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------
+# TOOD
+# ------------------------------------------------------------------------------------------------
+
+
+def test_each_layer_has_its_weight():
+    """What is done to the convolution, done to the features."""
+    torch.manual_seed(0)
+    task = TaskDecomposition(8, 3, 1, "", bias=True)
+    torch.nn.init.normal_(task.attention[0].weight)
+    torch.nn.init.normal_(task.attention[2].weight)
+    layers = torch.randn(2, 3, 8, 4, 5)
+    stack = layers.flatten(1, 2)
+    mean = stack.mean((2, 3), keepdim=True)
+    attention = task.attention(mean).sigmoid()
+    assert attention.std() > 0.02  # the layers differ
+    weighted = (layers * attention[:, :, None]).flatten(1, 2)
+    torch.testing.assert_close(task(stack, mean, 0), task.mixture(weighted).relu())
+
+
+def test_the_geometric_mean_has_finite_slopes():
+    """sqrt(p q), whose slope in either logit is sqrt(p q) (1 - p) / 2."""
+    a, b = torch.tensor([0.5, -200.0, 1.0, -60.0]), torch.tensor([-1.0, 3.0, -200.0, -60.0])
+    a, b = a.double().requires_grad_(), b.double()
+    found = geometric_mean(a, b)
+    torch.testing.assert_close(found, (a.sigmoid() * b.sigmoid()).sqrt())
+    (slope,) = torch.autograd.grad(found.sum(), a)
+    torch.testing.assert_close(slope, found * (1 - a.sigmoid()) / 2)
+    low = torch.tensor([-1e4, 1e4], requires_grad=True)
+    (slope,) = torch.autograd.grad(geometric_mean(low, low.detach().flip(0)).sum(), low)
+    assert torch.isfinite(slope).all()
+
+
+def test_sides_are_taken_from_where_offsets_say():
+    """The left side from one pixel below, the top from half a pixel to the right, the others from
+    where they are."""
+    boxes = torch.rand(1, 4, 4, 5) + torch.tensor([0.0, 0, 10, 10]).view(1, 4, 1, 1)
+    offsets = torch.zeros(1, 8, 4, 5)
+    offsets[:, 0], offsets[:, 3] = 1.0, 0.5  # (y, x) of left, (y, x) of top
+    found = sample_sides(boxes, offsets)
+    torch.testing.assert_close(found[:, 0, :3], boxes[:, 0, 1:])
+    half = (boxes[:, 1, :, :-1] + boxes[:, 1, :, 1:]) / 2
+    torch.testing.assert_close(found[:, 1, :, :4], half)
+    torch.testing.assert_close(found[:, 2:], boxes[:, 2:])
+
+
+def test_boxes_whose_sides_would_cross_stay():
+    boxes = torch.tensor([[0.0, 10], [0, 0], [5, 15], [5, 5]]).view(1, 4, 1, 2)
+    offsets = torch.zeros(1, 8, 1, 2)
+    offsets[0, 1, 0, 0] = 1.0  # the left side of the first box from the second: 10 > 5
+    offsets[0, 5, 0, 1] = -0.5  # the right side of the second from between: 10
+    found = sample_sides(boxes, offsets)
+    assert found[0, :, 0, 0].tolist() == [0, 0, 5, 5]
+    assert found[0, :, 0, 1].tolist() == [10, 0, 10, 5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sides"),
+    [({}, (1.0, 1.0)), ({"inner": BoxDeltas(), "exponential": False}, (4.0, 4.0))],
+    ids=["points", "anchors"],
+)
+def test_tood_begins_with_boxes_around_their_locations(arguments, sides):
+    """Corners in strides: exp(0) strides to each side, or the anchor."""
+    head = tood(**arguments)
+    with torch.no_grad():
+        head.bbox_pred.weight.zero_()
+        head.bbox_alignment[-1].weight.zero_()
+        output = head(features(1))
+    assert output.probabilities
+    assert output.quality is None
+    box = output.numbers[0, 6 + 2]  # second row, third column of the first level, around (2.5, 1.5)
+    assert box.tolist() == pytest.approx(
+        [2.5 - sides[0], 1.5 - sides[1], 2.5 + sides[0], 1.5 + sides[1]]
+    )
+
+
+def test_tood_begins_with_the_prior_probability():
+    output = tood(prior_prob=0.02)(features(1))
+    assert output.classes.mean().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_probabilities_are_those_of_classes_and_of_the_alignment_map():
+    head, maps = tood(), features(1)
+    stack = []
+    x = maps[0]
+    for block in head.stack:
+        x = block(x)
+        stack.append(x)
+    stack = torch.cat(stack, dim=1)
+    mean = F.adaptive_avg_pool2d(stack, 1)
+    logits = head.cls_score(head.cls_decomposition(stack, mean, 0))
+    alignment = head.cls_alignment(stack)
+    expected = (logits.sigmoid() * alignment.sigmoid()).sqrt()
+    found = head(maps).classes[0, :24]
+    torch.testing.assert_close(found, expected[0].flatten(1).T)
+
+
+def test_toods_scale_multiplies_distances():
+    head, maps = tood(), features(1)
+    with torch.no_grad():
+        head.bbox_pred.weight.zero_()
+        head.bbox_alignment[-1].weight.zero_()
+        head.scales[1].scale.fill_(3.0)
+        box = head(maps).numbers[0, 24]
+    assert box.tolist() == pytest.approx([0.5 - 3, 0.5 - 3, 0.5 + 3, 0.5 + 3])
+
+
+def test_tood_in_half_the_bits():
+    head = tood()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = head(features(1))
+    assert output.classes.dtype == output.numbers.dtype == torch.float32
+    precise = head(features(1))
+    torch.testing.assert_close(output.numbers, precise.numbers, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("norm", ["", "BN"])
+def test_tood_with_other_norms_trains(norm):
+    head = tood(norm=norm).train()
+    output = head(features(2))
+    (output.classes.sum() + output.numbers.sum()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in head.parameters())
+
+
+def test_tood_wants_one_anchor_per_location():
+    generator = GridAnchorGenerator(strides=(8, 16), ratios=(1.0, 2.0))
+    with pytest.raises(ValueError, match="one for each location"):
+        tood(anchor_generator=generator)
+
+
+def test_the_first_convolutions_of_the_stack_may_be_deformable():
+    head = tood(num_deform=1)
+    assert head.stack[0][0].offset.out_channels == 4 * 27
+    assert isinstance(head.stack[1][0], torch.nn.Conv2d)
+    head(features(1)).classes.sum().backward()
+    assert head.stack[0][0].offset.weight.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="num_deform must be from 0 to 2"):
+        tood(num_deform=3)
+
+
+def test_prior_of_both_maps():
+    head = tood()
+    for layer in (head.cls_score, head.cls_alignment[-1]):
+        torch.testing.assert_close(layer.bias, torch.full_like(layer.bias, -math.log(99)))
+    for layer in (head.cls_decomposition.attention[0], head.bbox_alignment[-1]):
+        assert layer.weight.std().item() == pytest.approx(0.001, rel=0.1)
