@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT
 
 from atss import model_zoo
+from atss.checkpoints import DETECTORS
 from atss.config import read
 
 
@@ -16,6 +17,13 @@ def test_configs_by_name():
     assert model_zoo.get_config_file("ATSS_R_50_FPN_1x.yaml").endswith("ATSS_R_50_FPN_1x.yaml")
     with pytest.raises(ValueError, match=r"no config 'ATSS_R_51'; known are .*tables/ssc_box"):
         model_zoo.get_config("ATSS_R_51")
+
+
+def test_published_weights_are_those_of_the_page():
+    page = (ROOT / "MODEL_ZOO.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \| `(\S+\.pth)`.* \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert [(x.detector, x.file, str(x.ap)) for x in model_zoo.PUBLISHED] == listed
+    assert {x.detector for x in model_zoo.PUBLISHED} == {*DETECTORS} - {"ddod"}
 
 
 def test_models_with_and_without_weights(tmp_path, monkeypatch):

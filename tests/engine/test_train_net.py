@@ -128,12 +128,16 @@ def test_fine_tunes_converted_weights_on_own_classes(command, squares, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "whose", [("official",), *(("mmdet", "--detector", x) for x in ("atss", "gfl", "paa"))]
+    "whose",
+    [
+        ("official",),
+        *(("mmdet", "--detector", x) for x in ("atss", "gfl", "paa", "vfnet", "tood", "ddod")),
+    ],
 )
 def test_converted_weights_of_own_classes_are_evaluated_and_trained_on(command, tmp_path, whose):
     """Two classes, as the data have: nothing of the weights begins anew."""
     source, detector = whose[0], whose[-1]
-    if detector in ("gfl", "paa"):
+    if detector not in ("official", "atss"):
         theirs = json.loads((GOLDEN / "mmdet_successors_r50_shapes.json").read_text())[detector]
     else:
         theirs = json.loads((GOLDEN / f"{source}_atss_r50_shapes.json").read_text())

@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -163,14 +164,14 @@ def import_mmdet() -> None:
     init_default_scope("mmdet")
 
 
-def _mmdet() -> Peer:
+def _mmdet(config: str) -> Peer:
     import_mmdet()
     from mmdet.registry import MODELS
     from mmdet.structures import DetDataSample
     from mmengine.hub import get_config
     from mmengine.structures import InstanceData
 
-    cfg = get_config("mmdet::atss/atss_r50_fpn_1x_coco.py").model
+    cfg = get_config(f"mmdet::{config}").model
     cfg.backbone.init_cfg = None  # no download
     model = MODELS.build(cfg)
     logging.disable()  # a page of names
@@ -211,13 +212,16 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "detectron2-retinanet": lambda: _detectron2("COCO-Detection/retinanet_R_50_FPN_1x.py"),
     "torchvision-fcos": lambda: _torchvision(detection.fcos_resnet50_fpn),
     "torchvision-retinanet": lambda: _torchvision(detection.retinanet_resnet50_fpn_v2),
-    "mmdet-atss": _mmdet,
+    **{
+        f"mmdet-{name}": partial(_mmdet, f"{name}/{name}_r50_fpn_1x_coco.py")
+        for name in ("atss", "gfl", "paa")
+    },
 }
 
 
 def installed(name: str) -> bool:
     """Whether a peer can be measured here; only mmdet may be missing."""
-    if name != "mmdet-atss":
+    if not name.startswith("mmdet"):
         return True
     try:
         import_mmdet()

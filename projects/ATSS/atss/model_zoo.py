@@ -1,5 +1,7 @@
 """Configs and models by name, as Detectron2's model_zoo has them."""
 
+from typing import NamedTuple
+
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -7,7 +9,37 @@ from .checkpoints.checkpointer import SafeCheckpointer
 from .config import use_available_device
 from .config.read import get_config, get_config_file
 
-__all__ = ["get", "get_config", "get_config_file"]
+__all__ = ["PUBLISHED", "Published", "get", "get_config", "get_config_file"]
+
+
+class Published(NamedTuple):
+    """Weights that mmdet publishes, for tools/convert_checkpoint.py.
+
+    Attributes:
+        detector: as of ``--detector``.
+        file: name in mmdet's model zoo.
+        ap: on COCO, as mmdet publishes it.
+    """
+
+    detector: str
+    file: str
+    ap: float
+
+
+PUBLISHED = (
+    Published("atss", "atss_r50_fpn_1x_coco_20200209-985f7bd0.pth", 39.4),
+    Published("atss", "atss_r101_fpn_1x_20200825-dfcadd6f.pth", 41.5),
+    Published("gfl", "gfl_r50_fpn_1x_coco_20200629_121244-25944287.pth", 40.2),
+    Published("paa", "paa_r50_fpn_1x_coco_20200821-936edec3.pth", 40.4),
+    Published("vfnet", "vfnet_r50_fpn_1x_coco_20201027-38db6f58.pth", 41.6),
+    Published("tood", "tood_r50_fpn_1x_coco_20211210_103425-20e20746.pth", 42.4),
+    Published(
+        "tood", "tood_r101_fpn_dconv_c3-c5_mstrain_2x_coco_20211210_213728-4a824142.pth", 49.3
+    ),
+    Published(
+        "tood_anchor", "tood_r50_fpn_anchor_based_1x_coco_20211214_100105-b776c134.pth", 42.4
+    ),
+)
 
 
 def get(name: str, weights: str | None = None, device: str | None = None) -> nn.Module:
