@@ -2,6 +2,7 @@
 mmdet 3.3.0 computes with them, and the way back."""
 
 import json
+import runpy
 
 import convert_checkpoint
 import demo
@@ -126,6 +127,9 @@ def test_back_to_mmdet(converted, tmp_path):
     argv = ["--to", "mmdet", "--config-file", str(folder / "ours.yaml")]
     convert_checkpoint.main([*argv, str(folder / "ours.pth"), str(tmp_path / "back.pth")])
     back, theirs = load(tmp_path / "back.pth"), weights_of(detector)
+    settings = runpy.run_path(str(tmp_path / "back.py"))["model"]["bbox_head"]
+    layers = {x.split(".")[2] for x in theirs if "cls_convs" in x or "inter_convs" in x}
+    assert settings["stacked_convs"] == len(layers)
     assert {*back} == {*theirs}
     for name, value in theirs.items():
         assert torch.equal(back[name], value), name
@@ -231,8 +235,10 @@ def test_in_python_too_somebody_has_to_say_which():
         lambda: convert(state, "mmdet", "gflv2"),
         lambda: config_for(ours, "mmdet"),
         lambda: config_for(ours, "mmdet", detector="gflv2"),
+        lambda: config_for(ours, "official", detector="paa"),
+        lambda: convert(state, "official", "paa"),
     ):
-        with pytest.raises(ConversionError, match=r"say it by --detector|known are \['atss'"):
+        with pytest.raises(ConversionError, match=r"--detector|\['atss'|mmdet's weights alone"):
             call()
 
 

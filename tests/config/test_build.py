@@ -101,7 +101,10 @@ def test_a_rule_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("opts", "sentence"),
     [
-        (("MODEL.ATSS.HEAD", "NoHead"), "MODEL.ATSS.HEAD is 'NoHead'; known are \\['ATSSHead'\\]"),
+        (
+            ("MODEL.ATSS.HEAD", "NoHead"),
+            "MODEL.ATSS.HEAD is 'NoHead'; known are \\['ATSSHead', 'TOODHead', 'VFNetHead'\\]",
+        ),
         (
             ("MODEL.ATSS.IN_FEATURES", ["p2", "p3"]),
             "IN_FEATURES names \\['p2'\\], but the backbone",

@@ -1,7 +1,7 @@
 import torch
 
 from atss import Anchors, HeadOutput
-from atss.modeling.box_coding import BoxDeltas
+from atss.modeling.box_coding import BoxDeltas, Corners
 from atss.modeling.postprocess import PostProcessor, product, root
 
 ANCHORS = Anchors.grid((64, 64), strides=(16, 32), scales=(1.0,))  # 16 of 16 px, 4 of 32 px
@@ -134,3 +134,24 @@ def test_nothing_found_is_an_empty_result():
     result = detect(output_of({}))
     assert len(result) == 0
     assert result.pred_boxes.tensor.shape == (0, 4)
+
+
+def test_boxes_may_go_on_where_the_image_ends():
+    """Before suppression and after resizing; what has no end is dropped."""
+    anchors = Anchors.grid((16, 16), strides=(8,), scales=(2.0,))
+    numbers = torch.tensor([[-2.0, 0, 1, 1], [0, 0, 1, 1], [0, 0, torch.inf, 1], [1, 1, 2, 3]])
+    output = HeadOutput(torch.full((1, 4, 1), 3.0), numbers[None], None)
+    detect = PostProcessor(clip=False)
+    (found,) = detect(output, anchors, Corners(), [(16, 16)])
+    assert sorted(found.pred_boxes.tensor.tolist()) == [
+        *([-16.0, 0, 8, 8], [0, 0, 8, 8], [8, 8, 16, 24]),
+    ]
+    half = detect.in_original(found, 8, 16)
+    assert half.image_size == (8, 16)
+    zoom = torch.tensor([1.0, 0.5, 1.0, 0.5])
+    assert torch.equal(half.pred_boxes.tensor, found.pred_boxes.tensor * zoom)
+    assert torch.equal(half.scores, found.scores)
+    output = output.map(lambda x: x.clamp(max=9))
+    (clipped,) = PostProcessor()(output, anchors, Corners(), [(16, 16)])
+    assert clipped.pred_boxes.tensor.min() == 0
+    assert clipped.pred_boxes.tensor.max() == 16

@@ -39,6 +39,8 @@ PUBLISHED = (
     Published(
         "tood_anchor", "tood_r50_fpn_anchor_based_1x_coco_20211214_100105-b776c134.pth", 42.4
     ),
+    Published("vfnet", "vfnet_r50_fpn_mdconv_c3-c5_mstrain_2x_coco_20201027pth-6879c318.pth", 48.0),
+    Published("ddod", "ddod_r50_fpn_1x_coco_20220523_223737-29b2fc67.pth", 41.7),
 )
 
 

@@ -21,8 +21,10 @@ def plot_metrics(metrics_file: Path, target: Path) -> None:
     records = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     names = {"loss_cls": "class", "loss_box_reg": "box"}
-    losses = dict.fromkeys(key for r in records for key in r if key.startswith("loss_"))
-    curves = {names.get(key, key.removeprefix("loss_")): key for key in sorted(losses, key=len)}
+    losses = dict.fromkeys(
+        key for r in records for key in r if key.rpartition("/")[2].startswith("loss_")
+    )
+    curves = {names.get(key, key.replace("loss_", "")): key for key in sorted(losses, key=len)}
     for axis, lines in ((left, curves), (right, {"AP": "bbox/AP", "AP50": "bbox/AP50"})):
         for label, key in lines.items():
             # A resumed run writes some iterations twice: the last word counts.

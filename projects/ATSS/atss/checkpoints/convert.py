@@ -73,6 +73,8 @@ def convert(
         rules = mmdet_rules(DETECTORS[detector].predictors)
     else:
         rules = OFFICIAL
+        if detector is not None:
+            raise ConversionError("a detector is said of mmdet's weights alone")
     names, unknown = rename(list(state_dict), rules)
     converted = {new: state_dict[old] for old, new in names.items()}
     if source == "official":
@@ -108,16 +110,19 @@ def config_for(
         ConversionError: where the weights are of no backbone that is known, or it is not said of
             which of mmdet's detectors.
     """
-    if source == "mmdet" and detector not in DETECTORS:
-        raise ConversionError(f"detector is {detector!r}; known are {sorted(DETECTORS)}")
-    theirs = DETECTORS[detector or "atss"]
+    if (source == "mmdet") != (detector in DETECTORS):
+        raise ConversionError(
+            f"detector is {detector!r}, of {source}: mmdet's are {sorted(DETECTORS)}, and the "
+            "authors' code has none to be named"
+        )
+    theirs = DETECTORS["atss" if detector is None else detector]
     try:
         blocks = tuple(_blocks(state_dict, stage) for stage in range(2, 6))
         conv2 = state_dict["backbone.bottom_up.res2.0.conv2.weight"].shape
         classes = state_dict["head.cls_score.weight"].shape[0]
         depth = DEPTHS[blocks]
         told = theirs.from_weights(state_dict)
-    except KeyError as error:
+    except (KeyError, IndexError, TypeError) as error:
         raise ConversionError(
             f"these are no weights of a detector with a ResNet-50, 101 or 152: {error} is missing "
             "or unknown"
@@ -135,12 +140,14 @@ def config_for(
     resnet.DEFORM_ON_PER_STAGE = [name in state_dict for name in offsets.values()]
     channels = [state_dict[name].shape[0] for name in offsets.values() if name in state_dict]
     resnet.DEFORM_MODULATED = bool(channels) and channels[0] % 27 == 0
-    found = [
-        len(x)
-        for k, x in state_dict.items()
-        if re.fullmatch(r"head\.cls_subnet\.\d+\.offset\.weight", k)
-    ]
-    cfg.MODEL.ATSS.DEFORM_TOWER = {27: "v2", 18: "v1"}[found[0]] if found else ""
+    versions = {27: "v2", 18: "v1"}
+    in_tower = r"head\.cls_subnet\.\d+\.offset\.weight"
+    found = [len(x) for k, x in state_dict.items() if re.fullmatch(in_tower, k)]
+    if found and found[0] not in versions:
+        raise ConversionError(
+            f"offsets of a tower have {found[0]} channels, as of several groups: not 18 or 27"
+        )
+    cfg.MODEL.ATSS.DEFORM_TOWER = versions[found[0]] if found else ""
     cfg.MODEL.ATSS.TOWER_BIAS = any(map(is_tower_bias, state_dict))
     cfg.MODEL.ATSS.NUM_CLASSES = classes
     if any(len(classes_of(name) or ()) != classes for name in cfg.DATASETS.TEST):

@@ -27,7 +27,8 @@ class Detector:
         head: class of its head.
         predictors: {our layer of the head: its layer of the head}.
         row: our config that does the same.
-        values: {key: value} in which mmdet's differs from it.
+        values: {key: value} that its weights want otherwise: where mmdet's differs, and no phase
+            that lies behind them.
         also: {key: value} that mmdet's can do as well as what the row says.
         says: {argument: value} of its head, by which it is told from others of the class.
         from_weights: our weights -> {key: value}, what they alone tell.
@@ -56,8 +57,15 @@ def _deformable(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"MODEL.ATSS.HEADS.TOODHead.NUM_DEFORM": len(layers)}
 
 
-def _num_dcn(cfg: CfgNode) -> dict[str, Any]:
-    return {"num_dcn": cfg.MODEL.ATSS.HEADS.TOODHead.NUM_DEFORM}
+def _of_tood(cfg: CfgNode) -> dict[str, Any]:
+    head = cfg.MODEL.ATSS.HEADS.TOODHead
+    return {"stacked_convs": head.NUM_CONVS, "num_dcn": head.NUM_DEFORM}
+
+
+def _of_vfnet(cfg: CfgNode) -> dict[str, Any]:
+    node = cfg.MODEL.ATSS
+    deformable = bool(node.DEFORM_TOWER)
+    return {"stacked_convs": node.HEADS.VFNetHead.NUM_CONVS, "dcn_on_last_conv": deformable}
 
 
 _OF_ATSS = {"cls_score": "atss_cls", "bbox_pred": "atss_reg", "ctrness": "atss_centerness"}
@@ -124,27 +132,27 @@ DETECTORS = {
         row="successors/VFNet_R_50_FPN_1x",
         values={"MODEL.ATSS.RELU_BEFORE_P7": True},
         also={"MODEL.ATSS.DEFORM_TOWER": "v2"},
-        settings=lambda cfg: {"dcn_on_last_conv": bool(cfg.MODEL.ATSS.DEFORM_TOWER)},
+        settings=_of_vfnet,
     ),
     "tood": Detector(
         head="TOODHead",
         predictors=_OF_TOOD,
         row="successors/TOOD_R_50_FPN_1x",
         values={"MODEL.ATSS.PHASES": [], "MODEL.ATSS.CLIP_BOXES": False},
-        also={},
+        also={"MODEL.ATSS.CLIP_BOXES": False},
         says={"anchor_type": "anchor_free"},
         from_weights=_deformable,
-        settings=_num_dcn,
+        settings=_of_tood,
     ),
     "tood_anchor": Detector(
         head="TOODHead",
         predictors=_OF_TOOD,
         row="successors/TOOD_anchor_R_50_FPN_1x",
         values={"MODEL.ATSS.PHASES": [], "MODEL.ATSS.CLIP_BOXES": False},
-        also={},
+        also={"MODEL.ATSS.CLIP_BOXES": False},
         says={"anchor_type": "anchor_based"},
         from_weights=_deformable,
-        settings=lambda cfg: _deltas(cfg) | _num_dcn(cfg),
+        settings=lambda cfg: _deltas(cfg) | _of_tood(cfg),
     ),
     "ddod": Detector(
         head="DDODHead",

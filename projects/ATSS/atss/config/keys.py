@@ -87,7 +87,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.ANCHOR_SCALES = [8.0]
     node.ANCHOR_RATIOS = [1.0]
 
-    # Convolutions per tower (RetinaNet, section 4).
+    # Convolutions per tower (RetinaNet, section 4). This, CENTERNESS and LEVEL_SCALE are of
+    # ATSSHead; other heads take NORM, TOWER_BIAS, PRIOR_PROB and have keys of their own.
     node.NUM_CONVS = 4
     # Normalisation in the towers, by Detectron2's names; "" for none.
     node.NORM = "GN"
@@ -99,7 +100,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.CENTERNESS = "box"
     # A learned scale on each level's regression.
     node.LEVEL_SCALE = True
-    # The last convolution of both towers is deformable: "v1" or "v2"; "" for a plain one. In the
+    # One convolution of both towers is deformable, the last or, by HEADS.ATSSHead.DEFORM_AT, the
+    # first: "v1" or "v2"; "" for none. In the
     # backbone: MODEL.RESNETS.DEFORM_ON_PER_STAGE and DEFORM_MODULATED.
     node.DEFORM_TOWER = ""
     # Class probability that the head predicts before training (RetinaNet, section 4.1).
@@ -157,7 +159,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.TOPK_CANDIDATES_TEST = 1000
     node.RANK_BY_CLASS = False
     node.RANK_ANCHORS = False
-    # Boxes end where the image does, before suppression. False: nowhere (mmdet's TOOD).
+    # Boxes end where the image does, before suppression. False: nowhere (mmdet's TOOD), but where
+    # views are merged.
     node.CLIP_BOXES = True
     # IoU.
     node.NMS_THRESH_TEST = 0.6

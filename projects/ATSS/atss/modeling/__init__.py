@@ -28,7 +28,7 @@ from .vfnet_head import VFNetHead
 
 # A head is a module: list of (N, C, H_l, W_l) features -> HeadOutput, or several by name.
 SHAPES = ("in_channels", "num_levels", "num_classes", "num_anchors")
-OF_CODE = ("box_bias", "box_channels", "bins")
+OF_CODE = ("code", "box_bias", "box_channels", "bins")
 HEAD_REGISTRY = Parts("HEAD", known=("cfg", "input_shape", "anchor_generator", *SHAPES, *OF_CODE))
 OLDER = ("num_convs", "norm", "tower_bias", "prior_prob", "centerness", "level_scale")
 OLDER_KEYS = {"deform": "DEFORM_TOWER", **{x: x.upper() for x in OLDER}}

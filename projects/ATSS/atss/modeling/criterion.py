@@ -139,7 +139,7 @@ class Criterion(nn.Module):
         images = gt.num_images * _processes() if self.least_per_image else 1
 
         if self.cls_loss is not None and classes is not None:
-            if getattr(self.cls_loss, "hard_targets", False):
+            if getattr(self.cls_loss, "hard_targets", False) and self.cls_target is not one:
                 self._refuse_soft(cls_target)
             target_of = getattr(self.cls_loss, "target_of", None)
             said = cls_target

@@ -100,8 +100,12 @@ class PostProcessor:
         boxes = Boxes(decoded)
         if self.clip:
             boxes.clip(image_size)
-        # Nothing overlaps a box without area: it would take the place of a detection.
-        real = ScoredBoxes(boxes.tensor, scores, classes).take(boxes.nonempty())
+        # Nothing overlaps a box without area: it would take the place of a detection. Where nothing
+        # is clipped, a box may have no end.
+        real = boxes.nonempty()
+        if not self.clip:
+            real &= boxes.tensor.isfinite().all(dim=1)
+        real = ScoredBoxes(boxes.tensor, scores, classes).take(real)
         kept = self.suppression(*real, self.max_detections)
         return Instances(
             image_size,

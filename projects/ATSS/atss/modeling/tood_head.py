@@ -1,6 +1,7 @@
 """TOOD's head (arXiv 2108.07755, section 3.1): one stack of convolutions for both tasks, of whose
 layers each task takes its own mixture, and what both say is corrected once they have said it."""
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -10,9 +11,9 @@ from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
 from ..anchors import GridAnchorGenerator
-from ..parts import one_of, within
+from ..parts import WrongValue, one_of, within
 from ..structures import HeadOutput
-from .box_coding import BoxCode, PointDistances
+from .box_coding import BoxCode, Corners, PointDistances
 from .head import NORMS, Scale, flatten_levels, initialise, make_tower, norm_and_relu, through
 
 POINT = PointDistances()
@@ -86,6 +87,7 @@ class TOODHead(nn.Module):
         num_levels: L.
         num_classes: K.
         anchor_generator: of one anchor per location, to which the inner code refers.
+        code: that reads its numbers.
         inner: how boxes are predicted before they are corrected.
         exponential: what the box predictor says are logarithms.
         num_convs: convolutions of the stack.
@@ -97,11 +99,11 @@ class TOODHead(nn.Module):
         class_layers: as of :class:`~atss.modeling.ATSSHead`.
 
     Raises:
-        ValueError: for several anchors per location.
+        ValueError: for several anchors per location, or a code that does not read corners.
     """
 
-    # Channels between the stack and the two maps that correct.
-    HIDDEN = 64
+    # Of a distance in strides.
+    MAX_LOG = math.log(1 << 13)
 
     def __init__(
         self,
@@ -110,6 +112,7 @@ class TOODHead(nn.Module):
         num_levels: int,
         num_classes: int,
         anchor_generator: GridAnchorGenerator,
+        code: BoxCode | None = None,
         inner: BoxCode = POINT,
         exponential: bool = True,
         num_convs: int = 6,
@@ -125,6 +128,10 @@ class TOODHead(nn.Module):
         one_of("norm", norm, NORMS)
         if anchor_generator.num_anchors[0] > 1:
             raise ValueError("its anchors are one for each location")
+        if not isinstance(code, Corners | None):
+            raise ValueError("its boxes are corners: set MODEL.ATSS.REGRESSION corners")
+        if inner.channels != 4 or isinstance(inner, Corners):
+            raise WrongValue("inner", f"is no {type(inner).__name__}: 'point' or 'box'")
         self.num_classes, self.inner, self.exponential = num_classes, inner, exponential
         self.anchor_generator = anchor_generator
         self.class_layers = {"cls_score": 1}
@@ -142,9 +149,9 @@ class TOODHead(nn.Module):
         self.scales = nn.ModuleList(Scale() for _ in range(num_levels))
         self.cls_alignment, self.bbox_alignment = (
             nn.Sequential(
-                nn.Conv2d(in_channels * num_convs, self.HIDDEN, 1),
+                nn.Conv2d(in_channels * num_convs, in_channels // 4, 1),
                 nn.ReLU(inplace=True),
-                nn.Conv2d(self.HIDDEN, out, 3, padding=1),
+                nn.Conv2d(in_channels // 4, out, 3, padding=1),
             )
             for out in (1, 8)
         )
@@ -192,6 +199,8 @@ class TOODHead(nn.Module):
             dtype = self.bbox_pred.weight.dtype
             probabilities = geometric_mean(logits.to(dtype), alignment.to(dtype))
             said = self.bbox_pred(box_feature.to(dtype))
-            numbers = self.scales[level](said.exp() if self.exponential else said)
+            # Stops exp() from overflowing.
+            said = said.clamp(max=self.MAX_LOG).exp() if self.exponential else said
+            numbers = self.scales[level](said)
             offsets = self.bbox_alignment[-1](offset_feature.to(dtype))
         return probabilities, numbers, offsets

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..parts import one_of, within
 from ..structures import HeadOutput
+from .box_coding import BoxCode, LogDistances
 from .deform_conv import DeformConv
 from .head import NORMS, Scale, flatten_levels, initialise, make_tower, through
 
@@ -43,16 +44,19 @@ class VFNetHead(nn.Module):
         in_channels: channels of every level.
         input_shape: of each level, for its stride.
         num_classes: K.
+        code: that reads its numbers.
         num_convs: convolutions per tower; the one that the first box is predicted from is another.
-        norm: as of :class:`~atss.modeling.ATSSHead`.
-        tower_bias: whether the convolutions of towers have biases where a norm follows.
-        prior_prob: class probability at initialisation.
+        norm, tower_bias, prior_prob: as of :class:`~atss.modeling.ATSSHead`.
         deform: version of the deformable convolution that is the last of each tower; "" for none.
         reach: strides to a side of the first box at initialisation.
         through_points: how much of the gradient of the nine points goes to the first box.
 
     Attributes:
         class_layers: as of :class:`~atss.modeling.ATSSHead`.
+
+    Raises:
+        ValueError: for a code that does not read such logarithms, or towers of nothing that are to
+            be deformable.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class VFNetHead(nn.Module):
         in_channels: int,
         input_shape: Sequence[ShapeSpec],
         num_classes: int,
+        code: BoxCode | None = None,
         num_convs: int = 3,
         norm: str = "GN",
         tower_bias: bool = True,
@@ -76,6 +81,10 @@ class VFNetHead(nn.Module):
         within("through_points", through_points, 0, 1)
         one_of("norm", norm, NORMS)
         one_of("deform", deform, ("v1", "v2", ""))
+        if not isinstance(code, LogDistances | None):
+            raise ValueError(
+                "its boxes are logarithms of distances: set MODEL.ATSS.REGRESSION log_point"
+            )
         if deform and not num_convs:
             raise ValueError("a tower without convolutions has none to be deformable")
         self.strides: list[int] = [x.stride for x in input_shape]  # type: ignore[misc]
@@ -115,7 +124,7 @@ class VFNetHead(nn.Module):
         stride = self.strides[level]
         first = self._precise(self.bbox_pred, through(self.bbox_conv, box_feature, level))
         coarse = self.scales[level](first) + math.log(self.reach * stride)
-        distances = coarse.exp() / stride
+        distances = coarse.clamp(max=LogDistances.MAX_LOG).exp() / stride
         share = self.through_points
         offsets = star_offsets((1 - share) * distances.detach() + share * distances)
         change = self._precise(self.refine_pred, self.refine_conv(box_feature, offsets).relu())
