@@ -87,8 +87,12 @@ def convert(
         if name.endswith(".scale") and value.ndim == 0:
             converted[name] = value.reshape(1)
     cfg = config_for(converted, source, detector=detector)
-    converted |= _counters(converted, cfg)
-    check_against(converted, unknown, cfg)
+    model = shapes_of(cfg)
+    # What a model counts in training, and others' weights do not hold, as it begins.
+    for name, x in model.items():
+        if not x.is_floating_point():
+            converted.setdefault(name, torch.zeros(x.shape, dtype=x.dtype))
+    check_against(converted, unknown, model)
     return converted
 
 
@@ -263,22 +267,15 @@ def shapes_of(cfg: CfgNode) -> dict[str, Tensor]:
         return build_model(cfg).state_dict()
 
 
-def _counters(converted: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
-    """What a model counts in training and others' weights do not hold, as it begins."""
-    return {
-        name: torch.zeros(x.shape, dtype=x.dtype)
-        for name, x in shapes_of(cfg).items()
-        if name not in converted and not x.is_floating_point()
-    }
-
-
-def check_against(converted: Mapping[str, Tensor], unknown: list[str], cfg: CfgNode) -> None:
-    """Against the model of a config.
+def check_against(
+    converted: Mapping[str, Tensor], unknown: list[str], model: Mapping[str, Tensor]
+) -> None:
+    """Against the state dict of a model, as from :func:`shapes_of`.
 
     Raises:
         ConversionError: listing what is missing, unexpected or of another shape.
     """
-    shapes = {k: tuple(v.shape) for k, v in shapes_of(cfg).items()}
+    shapes = {k: tuple(v.shape) for k, v in model.items()}
     problems = [f"unexpected: {name}" for name in unknown]
     problems += [f"unexpected: {name}" for name in converted if name not in shapes]
     problems += [f"missing: {name}" for name in shapes if name not in converted]

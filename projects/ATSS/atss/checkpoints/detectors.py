@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -93,6 +93,16 @@ _OF_TOOD = {
     **{f"cls_alignment.{i}": f"cls_prob_module.{i}" for i in (0, 2)},
     **{f"bbox_alignment.{i}": f"reg_offset_module.{i}" for i in (0, 2)},
 }
+_TOOD = Detector(
+    head="TOODHead",
+    predictors=_OF_TOOD,
+    row="successors/TOOD_R_50_FPN_1x",
+    values={"MODEL.ATSS.PHASES": [], "MODEL.ATSS.CLIP_BOXES": False},
+    also={"MODEL.ATSS.CLIP_BOXES": False},
+    says={"anchor_type": "anchor_free"},
+    from_weights=_deformable,
+    settings=_of_tood,
+)
 DETECTORS = {
     "atss": Detector(
         head="ATSSHead",
@@ -134,24 +144,11 @@ DETECTORS = {
         also={"MODEL.ATSS.DEFORM_TOWER": "v2"},
         settings=_of_vfnet,
     ),
-    "tood": Detector(
-        head="TOODHead",
-        predictors=_OF_TOOD,
-        row="successors/TOOD_R_50_FPN_1x",
-        values={"MODEL.ATSS.PHASES": [], "MODEL.ATSS.CLIP_BOXES": False},
-        also={"MODEL.ATSS.CLIP_BOXES": False},
-        says={"anchor_type": "anchor_free"},
-        from_weights=_deformable,
-        settings=_of_tood,
-    ),
-    "tood_anchor": Detector(
-        head="TOODHead",
-        predictors=_OF_TOOD,
+    "tood": _TOOD,
+    "tood_anchor": replace(
+        _TOOD,
         row="successors/TOOD_anchor_R_50_FPN_1x",
-        values={"MODEL.ATSS.PHASES": [], "MODEL.ATSS.CLIP_BOXES": False},
-        also={"MODEL.ATSS.CLIP_BOXES": False},
         says={"anchor_type": "anchor_based"},
-        from_weights=_deformable,
         settings=lambda cfg: _deltas(cfg) | _of_tood(cfg),
     ),
     "ddod": Detector(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config.checks import flatten
 from ..config.read import get_config
-from .convert import check_against, is_tower_bias, load, write
+from .convert import check_against, is_tower_bias, load, shapes_of, write
 from .detectors import DETECTORS, ConversionError
 from .names import rename, to_mmdet_rules
 
@@ -45,7 +45,7 @@ def to_mmdet(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor
                 f"mmdet's towers have no biases, but {name} is not zero: train with "
                 "MODEL.ATSS.TOWER_BIAS False"
             )
-    check_against(dict(state_dict), [], _with_classes_of(cfg, state_dict))
+    check_against(state_dict, [], shapes_of(_with_classes_of(cfg, state_dict)))
     levels = _levels(cfg)
     # What counts in training has no place there.
     some = [k for k, x in state_dict.items() if not is_tower_bias(k) and x.is_floating_point()]
