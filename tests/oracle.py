@@ -1,6 +1,7 @@
 """Assignment rules spelled out in float64, over all anchors of one image at a time."""
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 
 def random_boxes(
@@ -311,3 +312,16 @@ def ddod(anchors, gt, classes, logits, boxes, k=9, alpha=0.8):
         positive = candidates[(values >= threshold - 1e-6) & inside[g, candidates]]
         chosen[g, positive] = score[g, positive]
     return np.where(chosen.max(axis=0) >= 0, chosen.argmax(axis=0), -1), None
+
+
+def poto_qualities(anchors, gt, classes, logits, boxes, alpha=0.8, radius=1.5, like="iou"):
+    """(G, R) what each anchor says of each object, -1 where it may not be that object's."""
+    points = locations(anchors)
+    quality = sigmoid(logits)[:, classes].T ** (1 - alpha) * SIMILARITIES[like](gt, boxes) ** alpha
+    near = centre_distance(points, gt).max(axis=2) < radius * strides(anchors)
+    return np.where((inside_distance(points, gt) > 0) & near, quality, -1.0)
+
+
+def best_total(quality: np.ndarray) -> float:
+    """What (G, R) qualities add up to in the best matching of all objects."""
+    return quality[linear_sum_assignment(quality, maximize=True)].sum()

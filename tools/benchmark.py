@@ -10,8 +10,9 @@
     tools/benchmark.py scaling                   how assignment grows; draws scaling.png
     tools/benchmark.py data                      what loading images costs
 
-Everything that is compared is measured in one run, in turn. Ratios are of medians; intervals hold
-the median with 95 % confidence. Peers are Detectron2's and torchvision's detectors, and mmdet's
+Everything that is compared is measured in one run, in turn. Ratios are medians of those of each
+turn, but where two precisions or canvases are compared; intervals hold the median with 95 %
+confidence. Peers are Detectron2's and torchvision's detectors, and mmdet's
 where it is installed: pip install -e '.[peers]'
 """
 
@@ -63,13 +64,13 @@ def measure_model(args: argparse.Namespace) -> dict:
 
 
 def _print_comparison(what: str, seconds: dict[str, Seconds], batch: int) -> None:
-    ours = seconds[model.OURS].median
+    ours = seconds[model.OURS]
     rows = [
-        [name, _interval(s), f"{batch / s.median:.2f}", f"{ours / s.median:.3f}"]
+        [name, _interval(s), f"{batch / s.median:.2f}", _interval(ours.over(s))]
         for name, s in seconds.items()
     ]
     print(f"\n{what}\n")
-    print(table(["", "seconds (95 %)", "images/s", "ours / this"], rows))
+    print(table(["", "seconds (95 %)", "images/s", "ours / this (95 %)"], rows))
 
 
 def _print_parts(what: str, seconds: dict[str, Seconds]) -> None:
@@ -110,13 +111,13 @@ def measure_configs(args: argparse.Namespace) -> dict:
     report = {}
     for case in _cases(args):
         measured = model.beside_configs([str(x) for x in files], case, args.runs)
-        first = next(iter(measured.values()))[0].median
+        first = next(iter(measured.values()))[0]
         rows = [
-            [name, f"{count / 1e6:.2f}", _interval(s), f"{s.median / first:.3f}"]
+            [name, f"{count / 1e6:.2f}", _interval(s), _interval(s.over(first))]
             for name, (s, count) in measured.items()
         ]
         print(f"\n## {case.title}: {case.batch} x {case.height}x{case.width}, {case.boxes} boxes\n")
-        print(table(["", "million parameters", "seconds (95 %)", "this / the first"], rows))
+        print(table(["", "million parameters", "seconds (95 %)", "this / the first (95 %)"], rows))
         report[case.title] = {
             name: {"parameters": count, "median": s.median, "values": s.values}
             for name, (s, count) in measured.items()
@@ -132,8 +133,8 @@ def measure_batching(args: argparse.Namespace) -> dict:
         rows = [[name, _interval(s)] for name, s in seconds.items()]
         print(f"\n## {case.title}: {case.batch} x {case.height}x{case.width}\n")
         print(table(["", "seconds per image (95 %)"], rows))
-        ratio = seconds["together"].median / seconds["one by one"].median
-        print(f"together / one by one: {ratio:.3f}; {difference}")
+        ratio = seconds["together"].over(seconds["one by one"])
+        print(f"together / one by one: {_interval(ratio)}; {difference}")
         report[case.title] = {name: s.median for name, s in seconds.items()}
     return report
 

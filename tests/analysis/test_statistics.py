@@ -188,9 +188,9 @@ def test_a_check_asks_no_rule_that_looks_at_predictions():
         def asked(content, objects, sampling=sampling):
             return match(content, objects, sampling, [(480, 640)])
 
-        best_iou, positives = asked(content, find_in_json(content)[1])
-        assert (positives is not None) == expected
-        assert (best_iou > 0).all()
+        fit = asked(content, find_in_json(content)[1])
+        assert (fit.positives is not None) == expected
+        assert (fit.best_iou > 0).all()
         report = check(content, "", [(480, 640)], False, asked)
         kinds = {finding.kind for finding in report.findings}
         assert "object_poorly_matched" in kinds

@@ -7,8 +7,8 @@ import torch
 from conftest import GOLDEN, make_gt
 
 from atss import BACKGROUND, Anchors, HeadOutput
-from atss.assigners import ATSS, NWD, OTA, PAA, TAL, IoU, SimD, SimOTA, SoftLabel
-from atss.assigners.cuts import mixture
+from atss.assigners import ATSS, NWD, OTA, PAA, POTO, TAL, IoU, SimD, SimOTA, SoftLabel
+from atss.assigners.cuts import OneEach, mixture
 from atss.assigners.scene import Scene
 from atss.structures import Predictions
 
@@ -142,12 +142,10 @@ PLACES = {
 }
 
 
-def compare(name, place, seed):
-    """A batch of unlike images: crowded, empty, with few objects; whose objects come mixed up."""
-    rule, brute, arguments = BRUTE[name]
+def unlike_images(place, seed, num_classes=5):
+    """A batch: crowded, empty, with few objects; whose objects come mixed up."""
     rng = np.random.default_rng(seed)
     hw, layout, step = PLACES[place]
-    num_classes = 5
     anchors = Anchors.grid(hw, **layout)
     images = [crowd(rng, hw, count, step) for count in (40, 0, 3, 9)]
     labels = [rng.integers(num_classes, size=len(x)) for x in images]
@@ -157,10 +155,16 @@ def compare(name, place, seed):
     gt = make_gt(
         np.concatenate(images)[order], image_index[order], 4, np.concatenate(labels)[order]
     )
-    found = rule(anchors, gt, predict(*(np.stack(x) for x in zip(*said, strict=True))))
     area = (gt.boxes[:, 2:] - gt.boxes[:, :2]).prod(dim=1).numpy()
-    for i, (logits, boxes) in enumerate(said):
-        own = np.flatnonzero((image_index[order] == i) & (area > 0))
+    owns = [np.flatnonzero((image_index[order] == i) & (area > 0)) for i in range(4)]
+    return anchors, gt, predict(*(np.stack(x) for x in zip(*said, strict=True))), said, owns
+
+
+def compare(name, place, seed):
+    rule, brute, arguments = BRUTE[name]
+    anchors, gt, seen, said, owns = unlike_images(place, seed)
+    found = rule(anchors, gt, seen)
+    for i, (own, (logits, boxes)) in enumerate(zip(owns, said, strict=True)):
         owner, score = expected(
             *(brute, arguments, anchors, gt.boxes.numpy()[own], gt.classes.numpy()[own]),
             *(logits, boxes),
@@ -183,6 +187,78 @@ def test_equals_brute_force(name, seed):
 @pytest.mark.parametrize("name", [x for x in BRUTE if not x.startswith(("PAA by", "ATSS"))])
 def test_equals_brute_force_on_other_grids(name, place):
     compare(name, place, 1)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("like", ["iou", "nwd", "simd"])
+@pytest.mark.parametrize("arguments", [{}, {"alpha": 0.5, "radius": 4.0}])
+@pytest.mark.parametrize("seed", range(3))
+def test_poto_is_the_best_matching_there_is(place, like, arguments, seed):
+    """Of an object that nobody may have it says -1, as the authors' code does; two objects in one
+    place have different anchors, in either order."""
+    similarity = {"iou": IoU(), "nwd": NWD(), "simd": SimD()}[like]
+    anchors, gt, seen, said, owns = unlike_images(place, seed)
+    found = POTO(**arguments, similarity=similarity)(anchors, gt, seen)
+    assert found.positives_per_object(len(gt)).max() == 1
+    matched = 0
+    for i, (own, (logits, boxes)) in enumerate(zip(owns, said, strict=True)):
+        objects = gt.boxes[own].double().numpy()
+        quality = oracle.poto_qualities(
+            *(anchors, objects, gt.classes[own].numpy(), logits.astype(np.float64)),
+            *(boxes.astype(np.float64),),
+            **arguments,
+            like=like,
+        )
+        positive = (found.gt_index[i] >= 0).nonzero().squeeze(1).numpy()
+        theirs = [own.tolist().index(g) for g in found.gt_index[i, positive].tolist()]
+        values = quality[theirs, positive]
+        assert (values >= 0).all()
+        total = values.sum() - (len(own) - len(positive))
+        assert total == pytest.approx(oracle.best_total(quality), abs=1e-9)
+        matched += len(positive)
+    assert matched > 8
+
+
+def test_one_each_is_no_greed():
+    """The first object would have the first anchor, and leave the second what is worth little."""
+    anchors = Anchors.grid((8, 24), strides=(8,), scales=(1.0,))
+    gt = make_gt([[0, 0, 24, 8], [0, 0, 24, 8]], classes=[0, 1])
+    scene = Scene(anchors, gt, predict(torch.zeros(1, 3, 2), anchors.boxes[None]))
+    pairs = scene.all_pairs(scene.every())
+    cost = -torch.tensor([0.9, 0.8, -1.0, 0.85, 0.2, -1.0]).double()
+    assert OneEach(1.0)(pairs, cost).tolist() == [False, True, False, True, False, False]
+    # What is as dear as nothing is nobody's, though it be the only one.
+    assert OneEach(0.5)(pairs, 0.5 - 0 * cost).sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("p", "overlap", "alpha", "q"), [(0.3, 0.6, 0.8, 0.52233), (0.3, 0.6, 0.5, 0.424264)]
+)
+def test_what_poto_adds_up(p, overlap, alpha, q):
+    anchors = Anchors.grid((8, 8), strides=(8,), scales=(1.0,))
+    scene = Scene(
+        anchors,
+        make_gt([[0, 0, 8, 8]]),
+        predict([[[p]]], [[[0, 0, 8, 8 * overlap]]], probabilities=True),
+    )
+    assert POTO(alpha)._cost(scene.all_pairs(scene.every())).item() == pytest.approx(-q, abs=1e-6)
+
+
+def test_poto_says_what_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="matches by SciPy, which is not installed: pip install"):
+        POTO()
+
+
+def test_the_best_of_a_few_is_one_of_them():
+    """Top 1 and top 13 by one metric, asked where they lie before they are ranked: every one of
+    the one is among the many, unless somebody else has it there."""
+    anchors, gt, seen, _, _ = unlike_images("plain", 0)
+    many, one = (TAL(k, inside="before")(anchors, gt, seen).gt_index for k in (13, 1))
+    counts = (one[one >= 0]).bincount()
+    assert counts.max() == 1
+    assert counts.sum() > 20
+    assert (many[one >= 0] >= 0).all()
 
 
 @pytest.mark.parametrize("similarity", [IoU(), NWD(), SimD()])
@@ -225,7 +301,7 @@ def test_nothing_similar_is_left_out(similarity, take_part):
     assert not (wanted & ~found).any()
 
 
-@pytest.mark.parametrize("rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA()])
+@pytest.mark.parametrize("rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO()])
 def test_what_is_not_finite_is_nobodys(rule):
     """Though some objects find no other."""
     rng = np.random.default_rng(0)
@@ -297,14 +373,18 @@ def test_simota_takes_as_many_as_overlap_rounded_down(by_hand):
     np.testing.assert_allclose(found.score[0, chosen], [overlaps(i % 16) for i in chosen])
 
 
-@pytest.mark.parametrize("rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), ATSS(alpha=0.5)])
+@pytest.mark.parametrize(
+    "rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO(), ATSS(alpha=0.5)]
+)
 def test_rules_that_look_need_something_to_look_at(rule):
     assert rule.looks_at_predictions
     with pytest.raises(ValueError, match=rf"{type(rule).__name__} looks at what a model predicts"):
         rule(Anchors.grid((64, 64)), make_gt([[0, 0, 9, 9]]))
 
 
-@pytest.mark.parametrize("rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), ATSS(alpha=0.5)])
+@pytest.mark.parametrize(
+    "rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO(), ATSS(alpha=0.5)]
+)
 def test_nothing_is_learnt_through_a_choice(rule, by_hand):
     anchors, gt, seen = by_hand
     live = Predictions(seen.output.map(lambda x: x.requires_grad_()), seen.boxes.requires_grad_())
@@ -313,7 +393,7 @@ def test_nothing_is_learnt_through_a_choice(rule, by_hand):
     assert found.score is None or not found.score.requires_grad
 
 
-@pytest.mark.parametrize("rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA()])
+@pytest.mark.parametrize("rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO()])
 def test_probabilities_do_as_well_as_logits(rule):
     anchors, gt, scores, boxes = of_case("crowded")
     p = torch.from_numpy(scores).double().clamp(1e-3, 1 - 1e-3)
@@ -364,7 +444,9 @@ def test_an_object_looks_farther_where_what_is_near_is_dear():
     assert (found.gt_index[0] == 0).nonzero().squeeze(1).tolist() == [far]
 
 
-@pytest.mark.parametrize("rule", [TAL(inside="before"), SimOTA(), SoftLabel(), OTA(), PAA()])
+@pytest.mark.parametrize(
+    "rule", [TAL(inside="before"), SimOTA(), SoftLabel(), OTA(), PAA(), POTO()]
+)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_changes_nothing_else(rule, value):
     """Boxes and classes of an anchor that nobody wants, as without them."""
@@ -381,7 +463,9 @@ def test_what_is_not_finite_changes_nothing_else(rule, value):
         assert torch.equal(rule(anchors, gt, predict(logits, boxes)).gt_index, plain.gt_index)
 
 
-@pytest.mark.parametrize("rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), ATSS(alpha=0.5)])
+@pytest.mark.parametrize(
+    "rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO(), ATSS(alpha=0.5)]
+)
 def test_pieces_of_a_batch_change_nothing(rule, monkeypatch):
     """Few pairs at a time, as in crowds."""
     anchors, gt, scores, boxes = of_case("crowded")
@@ -411,6 +495,8 @@ def test_refuses_numbers_that_make_no_sense():
         (TAL, "beta", 0.0, "beta must be from 0.1 on"),
         (PAA, "take", "some", "take is 'some'"),
         (OTA, "regularisation", 0.0, "regularisation must be from 0.001 on"),
+        (POTO, "alpha", -0.1, "alpha must be from 0 to 1, not -0.1"),
+        (POTO, "radius", 0, "radius must be from 1e-06 on"),
         (ATSS, "alpha", 1.5, "alpha must be from 0 to 1, not 1.5"),
     ):
         with pytest.raises(ValueError, match=sentence):

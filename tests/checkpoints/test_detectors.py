@@ -48,6 +48,13 @@ def weights_of(detector):
     return state
 
 
+def reference_of(name):
+    """What mmdet computed, by what it is."""
+    found = np.load(GOLDEN / "mmdet_successors_r50.npz")
+    prefix = f"{name}/"
+    return {k.removeprefix(prefix): found[k] for k in found if k.startswith(prefix)}
+
+
 @pytest.fixture(scope="module", params=SHAPES)
 def converted(request, tmp_path_factory):
     """From a file, by the tool, which finds out whose weights these are: the folder with ours.pth
@@ -65,11 +72,9 @@ def converted(request, tmp_path_factory):
     model = build_model(cfg)
     model.load_state_dict(load(paths[1]))
     found = np.load(GOLDEN / "mmdet_successors_r50.npz")
-    prefix = f"{detector}/"
-    reference = {k.removeprefix(prefix): found[k] for k in found if k.startswith(prefix)}
     example = make_input(found["gt_boxes"], found["gt_classes"], (160, 224))
     example["image"] = torch.from_numpy(found["image_rgb"])
-    return folder, model, example, reference, detector
+    return folder, model, example, reference_of(detector), detector
 
 
 def test_head_outputs_equal_mmdets(converted):
@@ -89,8 +94,7 @@ def test_head_outputs_equal_mmdets(converted):
         assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
 
 
-def test_losses_and_gradients_equal_mmdets(converted):
-    _, model, example, reference, detector = converted
+def assert_learns_as(model, example, reference, detector):
     losses = model.train()([example])
     values = dict(zip(reference["loss_names"], reference["loss_values"], strict=True))
     names = OF_VFNET if detector == "vfnet" else LOSSES
@@ -109,6 +113,27 @@ def test_losses_and_gradients_equal_mmdets(converted):
             name = name.replace(".weight", ".conv.weight")
         found = parameters[name].grad.norm().item()
         assert found == pytest.approx(norm, rel=1e-2, abs=1e-5), key
+
+
+def test_losses_and_gradients_equal_mmdets(converted):
+    _, model, example, reference, detector = converted
+    assert_learns_as(model, example, reference, detector)
+
+
+def test_what_teaches_before_task_alignment_is_mmdets(converted):
+    """TOOD's first epochs, which the config of its weights has no more."""
+    folder, _, example, _, detector = converted
+    reference = reference_of(f"{detector}_first")
+    if not reference:
+        pytest.skip("learns in one way from its beginning to its end")
+    row = make_cfg(config=f"{DETECTORS[detector].row}.yaml").MODEL.ATSS
+    cfg = load_config(folder / "ours.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.ATSS.PHASES, cfg.MODEL.ATSS.BRANCH = row.PHASES, row.BRANCH
+    young = build_model(cfg)
+    assert len(young.branches["main"].phases) == 2
+    young.load_state_dict(load(folder / "ours.pth"))
+    assert_learns_as(young, example, reference, detector)
 
 
 def test_detections_equal_mmdets(converted):

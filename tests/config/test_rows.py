@@ -22,7 +22,7 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from atss import BACKGROUND, IGNORE, Anchors, Assignment, HeadOutput, load_config
-from atss.assigners import ATSS, NWD, OTA, PAA, TAL, IoU, MaxIoU, SimOTA, SoftLabel
+from atss.assigners import ATSS, NWD, OTA, PAA, POTO, TAL, IoU, MaxIoU, SimD, SimOTA, SoftLabel
 from atss.config import build_tta
 from atss.config.checks import flatten
 from atss.losses import Focal, QualityFocal, Varifocal, giou_loss, iou_loss, smooth_l1_loss
@@ -37,6 +37,7 @@ from atss.modeling import (
     ScoreVote,
     TOODHead,
     VFNetHead,
+    keep_all,
     root,
     terms,
 )
@@ -237,6 +238,7 @@ BY_ALIGNMENT = BY_SCORE | {
     "rule": (TAL, IoU()),
     "first": (30000, {"box": (GIOU, terms.central, 1.0), "quality": ("", None, 1.0)}),
 }
+WITHOUT_SUPPRESSION = (root, keep_all, 0.05, False, False)
 # What each says otherwise than ATSS, by facts of its paper and code. A phase: (until, the same).
 SUCCESSORS = {
     "PAA": {
@@ -261,6 +263,20 @@ SUCCESSORS = {
     "RTMDet_SoftLabel": BY_SCORE | {"rule": (SoftLabel, IoU())},
     "TAL": BY_ALIGNMENT,
     "ATSS_NWD": {"rule": (ATSS, NWD(12.8))},
+    "ATSS_SimD": {"rule": (ATSS, SimD(6.13, 4.59))},
+    "ATSS_DyHead": {},
+    "POTO": {
+        "rule": (POTO, IoU()),
+        "code": PointDistances,
+        "box": (GIOU, None, 1.0),
+        "quality": ("", None, 1.0),
+        "detections": WITHOUT_SUPPRESSION,
+    },
+    "TAL_dual": BY_ALIGNMENT
+    | {
+        "detections": WITHOUT_SUPPRESSION,
+        "branches": {"one": {}},
+    },
     "VFNet": {
         "head": VFNetHead,
         "class": (Varifocal(0.75, 2.0), terms.overlap),
@@ -293,11 +309,13 @@ SUCCESSORS = {
 }
 
 
+# Whose arguments stand above, with their rules.
+OF_SIMILARITIES = ("ATSS_NWD", "ATSS_SimD")
 LOOKED_AT = (
     "ASSIGNER|REGRESSION|CENTERNESS|QUALITY|QUALITY_LOSS_WEIGHT|CLS_LOSS|CLS_TARGET|NORMALISER|"
     "BBOX_REG_LOSS_TYPE|BBOX_REG_LOSS_WEIGHT|BOX_WEIGHT|BOX_NORMALISER_LEAST|SUPPRESSION|"
     r"THRESHOLD_ON_SCORE|RANK_ANCHORS|PHASES|BRANCHES|BRANCH\..*|HEAD|HEADS\..*|OUTPUT|"
-    r"DEFORM_TOWER|ASSIGNERS\.ATSS\.ALPHA"
+    r"DEFORM_TOWER|ASSIGNERS\.ATSS\.ALPHA|INFERENCE|NUM_CONVS|ASSIGNERS\.TAL\.INSIDE"
 )
 
 
@@ -307,8 +325,9 @@ def test_every_successor_is_here():
     assert names == ours | {"VFNet_dcnv2_R_50_FPN_2x.yaml", "TOOD_dcnv2_R_101_FPN_2x.yaml"}
 
 
-def values_of(model, phase):
+def values_of(model, phase, own_head=None):
     """What a phase of a branch is made of."""
+    head = own_head or model.head
     criterion, post, rule = phase.criterion, model.postprocess, phase.assigner
     box_terms = {
         name: getattr(term, "weight", 0) if name == "dfl" else term
@@ -317,13 +336,13 @@ def values_of(model, phase):
     alpha = getattr(rule, "alpha", None)
     powers = () if alpha is None or type(rule) is not ATSS else (alpha,)
     return {
-        "head": type(model.head),
+        "head": type(head),
         "rule": phase.assignment_of or (type(rule), rule.similarity, *powers),
         "class": (criterion.cls_loss, criterion.cls_target),
         "box": (box_terms, criterion.box_weight, criterion.box_least),
         "quality": (
-            getattr(model.head, "centerness", ""),
-            criterion.quality if getattr(model.head, "ctrness", None) is not None else None,
+            getattr(head, "centerness", ""),
+            criterion.quality if getattr(head, "ctrness", None) is not None else None,
             criterion.quality_weight,
         ),
         "normaliser": criterion.normaliser,
@@ -349,17 +368,21 @@ def test_a_successor_is_atss_but_for_its_values(name):
     assert {*model.branches} == {"main", *branches}
     head = {key: main[key] for key in ("head", "code")}
     expected = [main] if first is None else [OF_ATSS | head | first, main]
-    found = [*phases, *(model.branches[x].phases[0] for x in branches)]
+    found = [(x, None) for x in phases]
+    found += [(model.branches[x].phases[0], model.branches[x].head) for x in branches]
     expected += [main | x for x in branches.values()]
     for phase, values in zip(found, expected, strict=True):
-        for key, value in values_of(model, phase).items():
+        for key, value in values_of(model, *phase).items():
             assert value == values[key], key
     base = dict(flatten(make_cfg(config="ATSS_R_50_FPN_1x.yaml")))
     for key, value in flatten(make_cfg(config=file)):
         if isinstance(value, dict) or base.get(key) == value:
             continue
         # Arguments of rules are the defaults, which their tests are of.
-        assert re.fullmatch(rf"MODEL\.ATSS\.({LOOKED_AT})", key) or name == "ATSS_NWD", key
+        assert re.fullmatch(rf"MODEL\.ATSS\.({LOOKED_AT})", key) or (
+            name in OF_SIMILARITIES
+            and re.fullmatch(r"MODEL\.ATSS\.(SIMILARITIES|ASSIGNERS\.ATSS\.SIMILARITY).*", key)
+        ), key
     lines = [x for x in (ROOT / "configs" / file).read_text().splitlines() if x[:1] not in "#"]
     assert len(lines) <= 12
 
@@ -376,6 +399,28 @@ def test_heads_of_successors():
     deformable = [i for i, layer in enumerate(tower) if isinstance(layer, DeformConvLayer)]
     assert deformable == [0]
     assert not tower[0].modulated
+
+
+def test_the_dynamic_head_is_in_place_of_the_towers():
+    head = build_model(make_cfg(config="successors/ATSS_DyHead_R_50_FPN_1x.yaml")).head
+    files = ("successors/ATSS_DyHead_R_50_FPN_1x.yaml", "fine_tune.yaml")
+    cfg = load_config(*(ROOT / "configs" / x for x in files))
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.ATSS.NUM_CLASSES", 3])
+    small = build_model(cfg).head
+    assert [len(x.tower.blocks) for x in (head, small)] == [6, 6]
+    assert not len(small.cls_subnet)
+    assert not len(head.cls_subnet)
+    assert not len(head.bbox_subnet)
+
+
+def test_many_and_one_under_one_metric():
+    """After the warm-up of the many; the one learns so from the beginning, and detects."""
+    model = build_model(make_cfg(config="successors/TAL_dual_R_50_FPN_1x.yaml"))
+    many, one = (model.branches[x].phases[-1].assigner for x in ("main", "one"))
+    assert (many.alpha, many.beta, many.inside) == (one.alpha, one.beta, one.inside)
+    assert (many.inside, many.top.k, one.top.k) == ("before", 13, 1)
+    assert model.inference == "one"
+    assert model.branches["one"].detached
 
 
 def test_successors_with_deformable_convolutions():

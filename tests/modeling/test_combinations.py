@@ -25,7 +25,7 @@ GT = make_gt([[20, 20, 90, 80], [4, 4, 30, 40], [0, 0, 128, 96]], [0, 0, 1], 3, 
 RULES = [(name, ()) for name, _ in ASSIGNER_REGISTRY]
 RULES.append(("ATSS", ("MODEL.ATSS.ASSIGNERS.ATSS.ALPHA", 0.8)))
 # Keys and values; what else a box loss or code is made of has its own tests.
-WITH_SCORE = ("OTA", "SimOTA", "SoftLabel", "TAL")
+WITH_SCORE = ("OTA", "POTO", "SimOTA", "SoftLabel", "TAL")
 KINDS = (
     *(modeling.CLS_LOSSES, modeling.CLS_TARGETS, modeling.BOX_LOSSES),
     *(modeling.BOX_WEIGHTS, modeling.BOX_CODES, modeling.NORMALISERS, modeling.QUALITIES),

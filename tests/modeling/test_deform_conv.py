@@ -6,8 +6,9 @@ from conftest import make_cfg
 from detectron2.modeling import build_backbone
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import deform_conv2d
 
-from atss.modeling.deform_conv import DeformConv, DeformConvLayer
+from atss.modeling.deform_conv import DeformConv, DeformConvLayer, sampled_conv2d
 
 
 def bilinear(image, y, x):
@@ -63,6 +64,47 @@ def test_equals_the_papers_sums(modulated, stride, groups):
     theirs = torch.autograd.grad(expected.square().sum(), [*inputs, weight])
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("hw", "kernel", "geometry", "groups", "offset_groups"),
+    [
+        ((7, 9), (3, 3), ((1, 1), (1, 1), (1, 1)), 1, 1),
+        ((8, 8), (3, 3), ((2, 2), (1, 1), (1, 1)), 4, 2),
+        ((6, 11), (3, 2), ((1, 2), (2, 0), (2, 1)), 2, 4),
+        ((1, 5), (3, 3), ((1, 1), (1, 1), (1, 1)), 1, 1),
+        ((1, 1), (3, 3), ((1, 1), (1, 1), (1, 1)), 1, 1),
+    ],
+)
+@pytest.mark.parametrize("spread", [0.0, 1.5, 1e4])
+@pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])
+def test_on_cpus_it_is_torchvisions_operator(
+    hw, kernel, geometry, groups, offset_groups, spread, modulated
+):
+    """Whatever the geometry; where taps lie on whole pixels, on the border and far away, too."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape, scale=1.0):
+        return (scale * torch.randn(shape, generator=generator)).requires_grad_()
+
+    stride, padding, dilation = geometry
+    size = [
+        (side + 2 * p - d * (k - 1) - 1) // s + 1
+        for side, s, p, d, k in zip(hw, stride, padding, dilation, kernel, strict=True)
+    ]
+    taps = kernel[0] * kernel[1]
+    x, weight, bias = random(2, 8, *hw), random(12, 8 // groups, *kernel), random(12)
+    offset = random(2, 2 * taps * offset_groups, *size, scale=spread)
+    mask = random(2, taps * offset_groups, *size) if modulated else None
+    inputs = [t for t in (x, offset, weight, bias, mask) if t is not None]
+    found = [
+        operator(x, offset, weight, bias, *geometry, mask)
+        for operator in (sampled_conv2d, deform_conv2d)
+    ]
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    gradients = [torch.autograd.grad(y.square().sum(), inputs) for y in found]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])

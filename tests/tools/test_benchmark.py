@@ -30,6 +30,11 @@ def test_the_interval_is_of_order_statistics():
     assert Seconds((4.0, 1.0, 2.0)).median == 2.0
 
 
+def test_ratios_are_of_the_same_turn():
+    slow_in_the_second_turn = Seconds((1.0, 4.0)), Seconds((2.0, 8.0))
+    assert slow_in_the_second_turn[0].over(slow_in_the_second_turn[1]).values == (0.5, 0.5)
+
+
 def test_functions_are_called_in_turn():
     calls = []
     functions = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}

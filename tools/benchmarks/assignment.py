@@ -107,7 +107,7 @@ def beside_dense(runs: int, against_mmdet: bool) -> dict:
             entry[f"differ from {name}"] = differ
             row += [
                 f"{seconds[name].median * 1e3:.1f}",
-                f"{seconds[name].median / seconds['ours'].median:.1f}",
+                f"{seconds[name].over(seconds['ours']).median:.1f}",
                 differ,
             ]
         rows.append(row)

@@ -60,6 +60,10 @@ class Seconds:
         outside = max(int(binom.ppf(0.025, len(ordered), 0.5)) - 1, 0)
         return ordered[outside], ordered[-1 - outside]
 
+    def over(self, other: "Seconds") -> "Seconds":
+        """The ratios to another's, turn by turn: what slows the machine for a while slows both."""
+        return Seconds(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
+
 
 def in_turn(
     functions: dict[str, Callable[[], object]], runs: int, device: torch.device

@@ -20,6 +20,7 @@ from ..config import (
     load_config,
     with_rule,
 )
+from ..data.check import Fit
 from ..data.coco_json import Objects, find_in_json, read_coco
 from ..data.findings import ERROR
 from ..data.images import read
@@ -98,16 +99,13 @@ def match(
     sampling: Sampling,
     sizes: Sequence[tuple[int, int]],
     progress: Progress = lambda items, **_: items,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """How the objects that training uses fare with the anchors, on the size that suits each best.
-
-    Returns:
-        (M,) IoU with the best anchor, and (M,) positives that the rule gives it among the others
-        of its image, without crops; None where that hangs on what a model predicts.
-    """
+) -> Fit:
+    """How the objects that training uses fare with the anchors, among the others of their images,
+    without crops, on the size that suits each best."""
     asked = not looks_at_predictions(sampling.assigner)
     count = int(objects.used.sum())
-    best_iou, positives = np.zeros(count), np.zeros(count, dtype=np.int64)
+    best_iou, side = np.zeros(count), np.zeros(count)
+    positives = np.zeros(count, dtype=np.int64)
     canvases = on_canvases(content, objects, sizes, sampling.divisibility, progress)
     for canvas, _, of_batch, gt, _ in canvases:
         anchors = sampling.anchors(canvas)
@@ -115,7 +113,8 @@ def match(
             given = sampling.assigner(anchors, gt).positives_per_object(len(gt)).numpy()
             positives[of_batch] = np.maximum(positives[of_batch], given)
         best_iou[of_batch] = np.maximum(best_iou[of_batch], _best_iou(anchors, gt.boxes))
-    return best_iou, positives if asked else None
+        side[of_batch] = np.maximum(side[of_batch], area(gt.boxes).double().sqrt().numpy())
+    return Fit(best_iou, positives if asked else None, side)
 
 
 def looks_at_predictions(assigner: Callable) -> bool:

@@ -9,7 +9,7 @@ config: ``MODEL.ATSS.ASSIGNER`` chooses it, ``MODEL.ATSS.ASSIGNERS.<name>`` hold
 
 from ..parts import Parts
 from .atss import ATSS
-from .dynamic import OTA, PAA, TAL, SimOTA, SoftLabel
+from .dynamic import OTA, PAA, POTO, TAL, SimOTA, SoftLabel
 from .matching import Matching
 from .max_iou import MaxIoU
 from .similarities import NWD, IoU, SimD
@@ -26,7 +26,7 @@ LIKE = {"similarity": SIMILARITIES}
 ASSIGNER_REGISTRY.register(ATSS, parts=LIKE)
 ASSIGNER_REGISTRY.register(MaxIoU, parts=LIKE)
 ASSIGNER_REGISTRY.register(SpatialScale)
-for rule in (TopK, PAA, OTA, SimOTA, SoftLabel, TAL):
+for rule in (TopK, PAA, OTA, SimOTA, SoftLabel, TAL, POTO):
     ASSIGNER_REGISTRY.register(rule, parts=LIKE)
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "NWD",
     "OTA",
     "PAA",
+    "POTO",
     "SIMILARITIES",
     "TAL",
     "IoU",

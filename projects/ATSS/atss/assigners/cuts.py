@@ -1,5 +1,6 @@
 """Cuts: which of its candidates an object chooses, by what they cost."""
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -62,6 +63,57 @@ class DynamicK:
         table = segments.table(pairs.overlap, 0)
         best = table.topk(min(self.top_k, table.shape[1])).values
         return segments.ids, best.sum(dim=1).long().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class OneEach:
+    """One candidate for each object and none for two, so that those of an image together cost the
+    least: a bipartite matching, which SciPy finds on the host while a GPU waits.
+
+    Args:
+        nothing: what it costs an object to get none.
+
+    Raises:
+        ValueError: where SciPy is not installed.
+    """
+
+    nothing: float
+
+    def __post_init__(self) -> None:
+        if importlib.util.find_spec("scipy") is None:
+            raise ValueError("it matches by SciPy, which is not installed: pip install scipy")
+
+    def __call__(self, pairs: Pairs, cost: Tensor) -> Tensor:
+        """(P,) bool."""
+        worth = cost < self.nothing
+        some, costs = pairs.at(worth), cost[worth].cpu()
+        image = pairs.scene.gt.image_index[some.owner].cpu()
+        owner, slot = some.owner.cpu(), some.slot.cpu()
+        taken = torch.zeros_like(costs, dtype=torch.bool)
+        for i in image.unique():
+            own = (image == i).nonzero().squeeze(1)
+            taken[own] = self._of_image(owner[own], slot[own], costs[own])
+        chosen = torch.zeros_like(worth)
+        chosen[worth] = taken.to(chosen.device)
+        return chosen
+
+    def _of_image(self, owner: Tensor, slot: Tensor, cost: Tensor) -> Tensor:
+        """(p,) bool, of pairs that are all worth it."""
+        from scipy.sparse import csr_array
+        from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
+        segments = Segments(owner)
+        slots, column = slot.unique(return_inverse=True)
+        # Beside the anchors each object has a column of its own: to get nothing.
+        each = torch.arange(len(segments.ids))
+        rows = torch.cat([segments.row, each])
+        columns = torch.cat([column, len(slots) + each])
+        costs = torch.cat([cost, cost.new_full(each.shape, self.nothing)])
+        # A sparse matrix does not hold what costs 0. Older releases want indices of 32 bits.
+        costs = costs - costs.min() + 1
+        table = csr_array((costs.numpy(), (rows.int().numpy(), columns.int().numpy())))
+        _, matched = min_weight_full_bipartite_matching(table)
+        return column == torch.as_tensor(matched)[segments.row]
 
 
 @dataclass(frozen=True)

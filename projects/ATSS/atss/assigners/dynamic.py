@@ -8,7 +8,7 @@ from torch import Tensor
 from ..geometry import centres
 from ..losses import Focal, QualityFocal, cross_entropy, giou_loss
 from ..parts import one_of, within
-from .cuts import Cheapest, DynamicK, Transport, TwoGaussians
+from .cuts import Cheapest, DynamicK, OneEach, Transport, TwoGaussians
 from .matching import Matching, class_cost, overlap
 from .max_iou import MaxIoU
 from .pairs import INSIDE_MARGIN, covered
@@ -247,8 +247,7 @@ class OTA(Matching):
         )
 
     def _candidates(self, scene: Scene, objects: Tensor) -> Pairs:
-        pairs = scene.between(objects, *_of_object(scene, objects, self.radius))
-        return pairs.at(pairs.inside(INSIDE_MARGIN) & pairs.around(self.radius))
+        return _central(scene, objects, self.radius, INSIDE_MARGIN)
 
     def _cost(self, pairs: Pairs) -> Tensor:
         classes = class_cost(pairs, FOCAL, torch.ones_like(pairs.overlap))
@@ -260,6 +259,44 @@ class OTA(Matching):
         background = finite.scene.without_object(FOCAL, finite.slot)
         chosen[chosen.clone()] = self.transport(finite, cost[chosen], background)
         return chosen
+
+
+class POTO(Matching):
+    """One anchor for each object, so that detection needs no suppression (arXiv 2012.03544): of all
+    ways to give each an anchor of its own, the one in which what is predicted there says most of
+    them, p^(1 - alpha) * IoU^alpha added up.
+
+    An object's anchor lies inside it and near its centre. An object that finds none free gets
+    nothing; in the authors' code it gets one elsewhere, whose box then has sides of negative
+    length. The host waits for the matching. Score: the IoU.
+
+    Args:
+        alpha: what the IoU counts against the class probability.
+        radius: how near to the centre, in strides along both axes; a large one is the whole object.
+        similarity: of predicted boxes and objects, in place of the IoU.
+    """
+
+    # What it says of an object to have no anchor, in the authors' code.
+    NONE = -1.0
+
+    def __init__(self, alpha: float = 0.8, radius: float = 1.5, similarity: Similarity = IOU):
+        within("alpha", alpha, 0, 1)
+        within("radius", radius, 1e-6)
+        self.alpha, self.radius = alpha, radius
+        super().__init__(
+            candidates=self._candidates,
+            cost=self._cost,
+            cut=OneEach(-self.NONE),
+            score=overlap,
+            together=True,
+            similarity=similarity,
+        )
+
+    def _candidates(self, scene: Scene, objects: Tensor) -> Pairs:
+        return _central(scene, objects, self.radius)
+
+    def _cost(self, pairs: Pairs) -> Tensor:
+        return -alignment(pairs, 1 - self.alpha, self.alpha)
 
 
 class PAA(Matching):
@@ -327,3 +364,10 @@ def _of_object(scene: Scene, objects: Tensor, radius: float) -> tuple[Tensor, Te
     low, high = scene.around(objects, radius)
     boxes = scene.objects[objects, None]
     return torch.maximum(boxes[..., :2], low), torch.minimum(boxes[..., 2:], high)
+
+
+def _central(scene: Scene, objects: Tensor, radius: float, margin: float = 0.0) -> Pairs:
+    """Pairs of (g,) objects with the anchors inside them, by more than a margin in pixels, and near
+    their centres."""
+    pairs = scene.between(objects, *_of_object(scene, objects, radius))
+    return pairs.at(pairs.inside(margin) & pairs.around(radius))

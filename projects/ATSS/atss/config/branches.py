@@ -20,6 +20,7 @@ from .keys import add_atss_config
 OF_BRANCHES = {
     "OUTPUT": "",
     "OWN_HEAD": False,
+    "HEAD_OF": "",
     "DETACHED": False,
     "ASSIGNMENT_OF": "",
     "PHASES": [],
@@ -35,6 +36,7 @@ KINDS_OF_PHASES = (
     *(modeling.BOX_LOSSES, modeling.BOX_WEIGHTS, modeling.QUALITIES, modeling.NORMALISERS),
     modeling.LEVEL_WEIGHTS,
 )
+KINDS_OF_HEADS = (modeling.HEAD_REGISTRY, modeling.TOWERS)
 
 
 def build_branches(cfg: CfgNode, known: dict[str, Any]) -> dict[str, Branch]:
@@ -44,10 +46,11 @@ def build_branches(cfg: CfgNode, known: dict[str, Any]) -> dict[str, Branch]:
         ValueError: naming the branch, or the key.
     """
     node = cfg.MODEL.ATSS
-    if node.OWN_HEAD:
-        raise ValueError(
-            "MODEL.ATSS.OWN_HEAD is for branches of MODEL.ATSS.BRANCHES: main has the detector's"
-        )
+    for key in ("OWN_HEAD", "HEAD_OF"):
+        if node[key]:
+            raise ValueError(
+                f"MODEL.ATSS.{key} is for branches of MODEL.ATSS.BRANCHES: main has the detector's"
+            )
     branches = {"main": _build_branch(node, {**known, "cfg": cfg})}
     # A level weight may count: branches that do not name one of their own share that of main.
     known = {
@@ -58,11 +61,15 @@ def build_branches(cfg: CfgNode, known: dict[str, Any]) -> dict[str, Branch]:
     plain.defrost()
     for key, value in OF_BRANCHES.items():
         plain[key] = value
+    owners: list[str] = []
     for name in node.BRANCHES:
         if not isinstance(name, str) or name in branches or hasattr(nn.ModuleDict, name):
             raise ValueError(f"MODEL.ATSS.BRANCHES holds {name!r}, which is no new name")
-        allowed = {*OF_BRANCHES, *OF_CRITERIA, *_keys_of(modeling.HEAD_REGISTRY, *KINDS_OF_PHASES)}
+        allowed = {*OF_BRANCHES, *OF_CRITERIA, *_keys_of(*KINDS_OF_HEADS, *KINDS_OF_PHASES)}
+        allowed &= {*node}
         over = _overlay(plain, name, allowed, "a branch")
+        if over.OWN_HEAD:
+            owners.append(name)
         own = cfg.clone()
         own.defrost()
         own.MODEL.ATSS = over
@@ -71,6 +78,11 @@ def build_branches(cfg: CfgNode, known: dict[str, Any]) -> dict[str, Branch]:
         except ValueError as error:
             raise ValueError(f"branch {name}: {error}") from error
     for name, branch in branches.items():
+        if branch.head_of not in ("", *owners):
+            raise ValueError(
+                f"branch {name}: MODEL.ATSS.HEAD_OF is {branch.head_of!r}; those with a head of "
+                f"their own are {sorted(owners)}"
+            )
         for giver in {phase.assignment_of for phase in branch.phases} - {""}:
             if giver not in branches or giver == name:
                 raise ValueError(
@@ -98,11 +110,23 @@ def _build_branch(node: CfgNode, known: dict[str, Any], own: Collection[str] = (
             phases.append(_build_phase(over, known, node.BRANCH[name], until))
         except ValueError as error:
             raise ValueError(f"phase {name}: {error}") from error
-    if "head" in known and node.OWN_HEAD:  # not where rules alone are asked for
-        head = modeling.HEAD_REGISTRY.build(node, **known)
-    else:
-        head = None
-    return Branch(*phases, last, output=node.OUTPUT, head=head, detached=node.DETACHED)
+    if node.OWN_HEAD and node.HEAD_OF:
+        raise ValueError(
+            f"MODEL.ATSS.OWN_HEAD and HEAD_OF {node.HEAD_OF!r}: a branch with a head of its own "
+            "reads no other's"
+        )
+    if node.DETACHED and not node.OWN_HEAD:
+        raise ValueError(
+            "MODEL.ATSS.DETACHED: detached features are for a head of a branch's own, OWN_HEAD"
+        )
+    with_head = "head" in known and node.OWN_HEAD  # not where rules alone are asked for
+    return Branch(
+        *(*phases, last),
+        output=node.OUTPUT,
+        head=modeling.HEAD_REGISTRY.build(node, **known) if with_head else None,
+        head_of=node.HEAD_OF,
+        detached=with_head and node.DETACHED,
+    )
 
 
 def _phase_of(entry: Any, max_iter: int) -> tuple[str, float]:
@@ -222,7 +246,10 @@ def for_inference(cfg: CfgNode) -> CfgNode:
     training = {"ASSIGNMENT_OF", "PHASES", *OF_CRITERIA, *_keys_of(*KINDS_OF_PHASES)}
     for key in training & {*usual}:
         node[key] = usual[key]
-    node.BRANCHES = [x for x in node.BRANCHES if x == node.INFERENCE]
+    detects, over = {node.INFERENCE}, node.BRANCH.get(node.INFERENCE)
+    if isinstance(over, CfgNode):
+        detects.add(over.get("HEAD_OF"))
+    node.BRANCHES = [x for x in node.BRANCHES if x in detects]
     for name, over in list(node.BRANCH.items()):
         if isinstance(over, CfgNode):
             for key in training & {*over}:

@@ -137,9 +137,11 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.INFERENCE = "main"
     # Of a branch: the head's output that it reads, where the head gives several by name.
     node.OUTPUT = ""
-    # It has a head of its own under its name, on features through which perhaps nothing is learnt.
+    # It has a head of its own under its name, on features through which perhaps nothing is learnt;
+    # or it reads that of the branch of this name.
     node.OWN_HEAD = False
     node.DETACHED = False
+    node.HEAD_OF = ""
     # It takes the assignment of the branch of this name.
     node.ASSIGNMENT_OF = ""
     # Phases before that of these keys: (name in BRANCH, until which iteration, or which share of
@@ -198,6 +200,9 @@ def add_atss_config(cfg: CfgNode) -> None:
     ASSIGNER_REGISTRY.add_keys(node, "ATSS")
     SIMILARITIES.add_keys(node)
     modeling.HEAD_REGISTRY.add_keys(node, "ATSSHead")
+    # HEADS.ATSSHead.TOWER: what levels go through together in place of its two towers: "dynamic",
+    # blocks of the dynamic head; "": these it is.
+    modeling.TOWERS.add_keys(node)
     # What the box predictor says: "box", deltas from the anchor; "point", distances from its centre
     # in strides; "log_point", logarithms of distances in pixels (the first FCOS); "distribution",
     # how likely each distance in strides is (GFL); "corners", boxes in strides.

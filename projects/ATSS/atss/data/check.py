@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from .images import problems, read_header, verify
 # An object is poorly matched where no anchor overlaps it by this IoU: then the best one has more
 # than ten times its area, or covers less than a tenth of it, or lies across.
 POOR_IOU = 0.1
-
+# Objects whose median side is shorter, in pixels of the network's input, are tiny (AI-TOD's word).
+TINY = 16.0
 
 EXAMPLES = 3
 # The most frequent, and as many of the rarest.
@@ -29,9 +30,24 @@ HEADINGS = {
     WARNING: "Worth a look",
     NOTE: "Good to know",
 }
-# (content of the json, its objects) -> (M,) IoU of each object that training uses with its best
-# anchor, (M,) positives that a rule gives it, or None where that hangs on predictions.
-Match = Callable[[dict, Objects], tuple[np.ndarray, np.ndarray | None]]
+
+
+class Fit(NamedTuple):
+    """How the M objects that training uses fare with the anchors of a config.
+
+    Attributes:
+        best_iou: (M,) with the best anchor.
+        positives: (M,) that the rule gives each, on the size of INPUT that gives it most; None
+            where that hangs on predictions.
+        side: (M,) square root of the area, in pixels of the largest input.
+    """
+
+    best_iou: np.ndarray
+    positives: np.ndarray | None
+    side: np.ndarray
+
+
+Match = Callable[[dict, Objects], Fit]
 
 
 @dataclass(frozen=True)
@@ -42,18 +58,14 @@ class Report:
         images, annotations: how many there are.
         findings: the gravest first.
         classes: name, objects and images with such an object, of each class; of what training uses.
-        best_iou: (M,) of each object that training uses with the best anchor; None where not
-            looked at.
-        positives: (M,) of each, on the size of INPUT that gives it most; None likewise, or where
-            the rule looks at predictions.
+        fit: of the objects and the anchors; None where not looked at.
     """
 
     images: int
     annotations: int
     findings: list[Finding]
     classes: list[tuple[str, int, int]]
-    best_iou: np.ndarray | None
-    positives: np.ndarray | None
+    fit: Fit | None
 
     @property
     def errors(self) -> int:
@@ -76,11 +88,15 @@ class Report:
         keys = ("name", "objects", "images")
         classes = [dict(zip(keys, c, strict=True)) for c in self.classes]
         result: dict = counts | {"findings": findings, "classes": classes}
-        if self.best_iou is not None and len(self.best_iou):
-            quantiles = {f"p{q}": float(np.percentile(self.best_iou, q)) for q in (1, 5, 25, 50)}
-            result["best_iou"] = quantiles
-            if self.positives is not None:
-                result["positives_per_object"] = float(self.positives.mean())
+        if self.fit is not None and len(self.fit.best_iou):
+            best_iou, positives, side = self.fit
+            result["best_iou"] = {
+                f"p{q}": float(np.percentile(best_iou, q)) for q in (1, 5, 25, 50)
+            }
+            result["median_side"] = float(np.median(side))
+            if positives is not None:
+                result["positives_per_object"] = float(positives.mean())
+                result["share_without_positive"] = float((positives == 0).mean())
         return result
 
 
@@ -110,23 +126,28 @@ def check(
     findings = [*found, *findings]
     sound = all(finding.level != ERROR for finding in findings)
     findings += find_in_files(content, image_dir, sizes, deep, progress)
-    classes, best_iou, positives = [], None, None
+    classes: list[tuple[str, int, int]] = []
+    fit = None
     if objects is not None:
         classes = _classes(content, objects)
         findings += _find_in_objects(content, objects, filter_empty, findings)
     if sound and objects is not None and match is not None:
         used = np.flatnonzero(objects.used)
-        best_iou, positives = match(content, objects)
+        fit = match(content, objects)
         place = place_of(content, "annotations")
         for kind, where, detail in (
-            ("object_without_positive", positives == 0 if positives is not None else None, ""),
-            ("object_poorly_matched", best_iou < POOR_IOU, f" {POOR_IOU}"),
+            (
+                "object_without_positive",
+                fit.positives == 0 if fit.positives is not None else None,
+                "",
+            ),
+            ("object_poorly_matched", fit.best_iou < POOR_IOU, f" {POOR_IOU}"),
         ):
             if where is not None and where.any():
                 findings.append(Finding(kind, used[where], place, detail))
     findings.sort(key=lambda finding: LEVELS.index(finding.level))
     counts = len(content["images"]), len(content["annotations"])
-    return Report(*counts, findings, classes, best_iou, positives)
+    return Report(*counts, findings, classes, fit)
 
 
 def find_in_files(

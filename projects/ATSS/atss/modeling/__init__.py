@@ -18,6 +18,7 @@ from .box_coding import (
 from .branch import Branch, Phase
 from .criterion import Criterion
 from .detector import ATSSDetector
+from .dyhead import DynamicTower
 from .head import ATSSHead
 from .postprocess import PostProcessor, product, root
 from .suppression import NMS, ScoreVote, SoftVote, Vote, keep_all
@@ -32,7 +33,10 @@ OF_CODE = ("code", "box_bias", "box_channels", "bins")
 HEAD_REGISTRY = Parts("HEAD", known=("cfg", "input_shape", "anchor_generator", *SHAPES, *OF_CODE))
 OLDER = ("num_convs", "norm", "tower_bias", "prior_prob", "centerness", "level_scale")
 OLDER_KEYS = {"deform": "DEFORM_TOWER", **{x: x.upper() for x in OLDER}}
-HEAD_REGISTRY.register(ATSSHead, keys=OLDER_KEYS)
+# What all levels go through together, in place of the head's two towers.
+TOWERS = Parts("TOWER", known=SHAPES)
+TOWERS.add(dynamic=DynamicTower)
+HEAD_REGISTRY.register(ATSSHead, keys=OLDER_KEYS, parts={"tower": TOWERS})
 
 BOX_CODES = Parts("REGRESSION")
 BOX_CODES.register(BoxDeltas, name="box", keys={"weights": "BBOX_REG_WEIGHTS"})
@@ -76,11 +80,11 @@ SUPPRESSIONS.add(none=keep_all)
 # fmt: off
 __all__ = [
     "BOX_CODES", "BOX_LOSSES", "BOX_WEIGHTS", "CLS_LOSSES", "CLS_TARGETS", "HEAD_REGISTRY",
-    "LEVEL_WEIGHTS", "NMS", "NORMALISERS", "NWD", "QUALITIES", "SCORES", "SUPPRESSIONS",
+    "LEVEL_WEIGHTS", "NMS", "NORMALISERS", "NWD", "QUALITIES", "SCORES", "SUPPRESSIONS", "TOWERS",
     "ATSSDetector", "ATSSHead", "ATSSWithTTA", "BoxDeltas", "Branch", "Corners", "Criterion",
-    "Distribution", "DistributionFocal", "Focal", "GIoU", "IoU", "LegacyPixels", "LogDistances",
-    "Matchability", "P6P7FromP5", "Phase", "PointDistances", "PostProcessor", "QualityFocal",
-    "ScoreVote", "SmoothL1", "SoftVote", "TOODHead", "VFNetHead", "Varifocal", "Vote",
-    "build_fpn", "keep_all", "make_deformable",
+    "Distribution", "DistributionFocal", "DynamicTower", "Focal", "GIoU", "IoU", "LegacyPixels",
+    "LogDistances", "Matchability", "P6P7FromP5", "Phase", "PointDistances", "PostProcessor",
+    "QualityFocal", "ScoreVote", "SmoothL1", "SoftVote", "TOODHead", "VFNetHead", "Varifocal",
+    "Vote", "build_fpn", "keep_all", "make_deformable",
 ]
 # fmt: on

@@ -45,6 +45,7 @@ class Branch(nn.Module):
         phases: with rising ends, of which the last has none.
         output: the name of the output that it reads, where the head gives several.
         head: its own, in place of the detector's: list of feature maps -> output.
+        head_of: the name of another branch, whose own head it reads.
         detached: whether its own head sees features through which nothing is learnt.
     """
 
@@ -53,6 +54,7 @@ class Branch(nn.Module):
         *phases: Phase,
         output: str = "",
         head: nn.Module | None = None,
+        head_of: str = "",
         detached: bool = False,
     ):
         super().__init__()
@@ -61,26 +63,30 @@ class Branch(nn.Module):
             raise ValueError(f"phases must end at rising iterations, the last at none, not {ends}")
         if detached and head is None:
             raise ValueError("detached features are for a head of the branch's own")
+        if head_of and head is not None:
+            raise ValueError(f"a branch with a head of its own cannot have that of {head_of}")
         self.phases = nn.ModuleList(phases)
         self.output, self.head, self.detached = output, head, detached
+        self.head_of = head_of
 
     def at(self, iteration: int) -> Phase:
         """The phase of an iteration."""
         return next(x for x in self.phases if isinstance(x, Phase) and iteration < x.until)
 
-    def read(self, features: Sequence[Tensor], shared: Callable[[], HeadOutputs]) -> HeadOutput:
-        """The output that it reads.
+    def own_outputs(self, features: Sequence[Tensor]) -> HeadOutputs:
+        """What its own head makes of features."""
+        assert self.head is not None
+        return self.head([x.detach() for x in features] if self.detached else features)
+
+    def read(self, outputs: HeadOutputs) -> HeadOutput:
+        """The one that it reads.
 
         Args:
-            shared: gives the output of the detector's head, or several by name.
+            outputs: of its head, one or several by name.
 
         Raises:
             ValueError: where the head does not give it.
         """
-        if self.head is None:
-            outputs = shared()
-        else:
-            outputs = self.head([x.detach() for x in features] if self.detached else features)
         named = outputs if isinstance(outputs, Mapping) else {"": outputs}
         if self.output not in named:
             raise ValueError(

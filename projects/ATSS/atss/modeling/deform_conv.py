@@ -1,11 +1,57 @@
-"""Deformable convolution on torchvision's operator, which runs on CPUs and GPUs alike and needs no
-compiled part of Detectron2."""
+"""Deformable convolution on torchvision's operator, which needs no compiled part of Detectron2; on
+CPUs, where that uses one core, on samples."""
 
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
+
+Steps = tuple[int, int]
+
+
+def sampled_conv2d(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Steps,
+    padding: Steps,
+    dilation: Steps,
+    mask: Tensor | None,
+) -> Tensor:
+    """What torchvision's ``deform_conv2d`` computes, and its arguments: all taps are sampled at
+    once, bilinearly, and one matrix product follows."""
+    n, _, height, width = offset.shape
+    channels_out, per_group, *kernel = weight.shape
+    taps = kernel[0] * kernel[1]
+    groups = offset.shape[1] // (2 * taps)
+    moved = offset.view(n * groups, taps, 2, height, width)
+    coordinates, sides = [], []
+    for axis, count in enumerate((height, width)):
+        tap, place = (
+            torch.arange(k, dtype=x.dtype, device=x.device) for k in (kernel[axis], count)
+        )
+        tap = (tap * dilation[axis]).view([-1, 1] if axis == 0 else [1, -1]).expand(*kernel)
+        place = (place * stride[axis] - padding[axis]).view([-1, 1] if axis == 0 else [1, -1])
+        at = moved[:, :, axis] + tap.reshape(-1, 1, 1) + place
+        # A side that is a power of two keeps whole pixels whole. Beyond the map lie zeros.
+        side = 1 << (x.shape[2 + axis] - 1).bit_length()
+        coordinates.append((2 * at.clamp(-2, side + 1) + 1) / side - 1)
+        sides.append(side)
+    grid = torch.stack(coordinates[::-1], dim=-1).flatten(1, 2)  # (n * groups, taps * H', W', 2)
+    maps = F.pad(x, (0, sides[1] - x.shape[3], 0, sides[0] - x.shape[2]))
+    maps = maps.view(n * groups, -1, *sides)
+    samples = F.grid_sample(maps, grid, align_corners=False).view(
+        n, groups, -1, taps, height, width
+    )
+    if mask is not None:
+        samples = samples * mask.view(n, groups, 1, taps, height, width)
+    samples = samples.view(n, x.shape[1] // per_group, per_group * taps, height * width)
+    y = weight.view(x.shape[1] // per_group, -1, per_group * taps) @ samples
+    y = y.view(n, channels_out, height, width)
+    return y if bias is None else y + bias.view(-1, 1, 1)
 
 
 class DeformConv(nn.Module):
@@ -27,15 +73,15 @@ class DeformConv(nn.Module):
         self,
         weight: nn.Parameter,
         bias: nn.Parameter | None = None,
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
+        stride: int | Steps = 1,
+        padding: int | Steps = 0,
+        dilation: int | Steps = 1,
         norm: nn.Module | None = None,
     ):
         super().__init__()
         self.weight = weight
         self.register_parameter("bias", bias)
-        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.stride, self.padding, self.dilation = map(_pair, (stride, padding, dilation))
         self.norm = norm
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -52,9 +98,10 @@ class DeformConv(nn.Module):
         wide, offset, weight = x.to(dtype), offset.to(dtype), self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
         mask = None if mask is None else mask.to(dtype)
-        y = deform_conv2d(
-            wide, offset, weight, bias, self.stride, self.padding, self.dilation, mask
-        ).to(x.dtype)
+        geometry = self.stride, self.padding, self.dilation
+        operator = sampled_conv2d if x.device.type == "cpu" else deform_conv2d
+        with torch.autocast(x.device.type, enabled=False):
+            y = operator(wide, offset, weight, bias, *geometry, mask).to(x.dtype)
         return y if self.norm is None else self.norm(y)
 
 
@@ -87,3 +134,8 @@ class DeformConvLayer(nn.Module):
             return self.conv(x, moved)
         offsets = 2 * moved.shape[1] // 3
         return self.conv(x, moved[:, :offsets], moved[:, offsets:].sigmoid())
+
+
+def _pair(value: int | Steps) -> Steps:
+    """Of both axes."""
+    return value if isinstance(value, tuple) else (value, value)

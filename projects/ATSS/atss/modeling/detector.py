@@ -16,7 +16,7 @@ from ..anchors import Anchors, GridAnchorGenerator
 from ..geometry import area
 from ..structures import Assignment, GroundTruth, HeadOutput, Predictions
 from .box_coding import BoxCode, LegacyPixels
-from .branch import Assigner, Branch, Phase
+from .branch import Assigner, Branch, HeadOutputs, Phase
 from .criterion import Criterion, Quotient, divide
 from .postprocess import PostProcessor
 
@@ -135,8 +135,18 @@ class ATSSDetector(DenseDetector):
         images = self.preprocess_image(batched_inputs)
         maps = self.backbone(images.tensor)
         features = [maps[name] for name in self.head_in_features]
-        shared = cache(lambda: self.head(features))
-        return images, features, {x: self.branches[x].read(features, shared) for x in names}
+
+        @cache
+        def outputs_of(owner: str) -> HeadOutputs:
+            """Of the head of a branch, or of the detector's."""
+            return self.branches[owner].own_outputs(features) if owner else self.head(features)
+
+        found = {}
+        for name in names:
+            branch = self.branches[name]
+            owner = branch.head_of if branch.head is None else name
+            found[name] = branch.read(outputs_of(owner))
+        return images, features, found
 
     @torch.no_grad()
     def predict(self, batched_inputs: list[dict]) -> Predictions:

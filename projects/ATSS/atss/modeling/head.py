@@ -165,6 +165,8 @@ class ATSSHead(nn.Module):
         bins: of the distribution that they are for each side; 0: they are none.
         deform: version of the deformable convolution in each tower, "v1" or "v2"; "" for none.
         deform_at: which convolution that is, the "last" or the "first" (DDOD).
+        tower: what all levels go through together, in place of these two towers, for both tasks: L
+            feature maps -> as many. None: these it is.
 
     Attributes:
         class_layers: {name of a layer: A} of the layers that have a row for each anchor and class,
@@ -193,6 +195,7 @@ class ATSSHead(nn.Module):
         bins: int = 0,
         deform: str = "",
         deform_at: str = "last",
+        tower: nn.Module | None = None,
     ):
         super().__init__()
         within("num_convs", num_convs, 0)
@@ -201,6 +204,7 @@ class ATSSHead(nn.Module):
         one_of("centerness", centerness, ("box", "cls", "distribution", ""))
         one_of("deform", deform, ("v1", "v2", ""))
         one_of("deform_at", deform_at, ("first", "last"))
+        num_convs = num_convs if tower is None else 0
         if deform and not num_convs:
             raise ValueError("a tower without convolutions has none to be deformable")
         if centerness == "distribution" and bins < DistributionQuality.TOP:
@@ -211,8 +215,9 @@ class ATSSHead(nn.Module):
             )
         self.num_classes, self.box_channels = num_classes, box_channels
         self.class_layers = {"cls_score": num_anchors}
+        self.tower = tower
         at = {"first": 0, "last": num_convs - 1}[deform_at]
-        tower = (
+        convs = (
             in_channels,
             num_levels,
             num_convs,
@@ -220,7 +225,7 @@ class ATSSHead(nn.Module):
             tower_bias,
             {at: deform} if deform else None,
         )
-        self.cls_subnet, self.bbox_subnet = make_tower(*tower), make_tower(*tower)
+        self.cls_subnet, self.bbox_subnet = make_tower(*convs), make_tower(*convs)
         self.cls_score = nn.Conv2d(in_channels, num_anchors * num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(in_channels, num_anchors * box_channels, 3, padding=1)
         self.centerness = centerness
@@ -235,7 +240,8 @@ class ATSSHead(nn.Module):
 
     def towers(self, features: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """L feature maps -> class and box features of each level."""
-        for level, x in enumerate(features):
+        levels = features if self.tower is None else self.tower(features)
+        for level, x in enumerate(levels):
             yield through(self.cls_subnet, x, level), through(self.bbox_subnet, x, level)
 
     def forward(self, features: Sequence[Tensor]) -> HeadOutput:
