@@ -102,6 +102,8 @@ def test_on_cpus_it_is_torchvisions_operator(
         for operator in (sampled_conv2d, deform_conv2d)
     ]
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    last = [t.to(memory_format=torch.channels_last) for t in (x, offset, weight)]
+    torch.testing.assert_close(sampled_conv2d(*last, bias, *geometry, mask), found[0])
     gradients = [torch.autograd.grad(y.square().sum(), inputs) for y in found]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)

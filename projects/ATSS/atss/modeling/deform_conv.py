@@ -1,5 +1,5 @@
 """Deformable convolution on torchvision's operator, which needs no compiled part of Detectron2; on
-CPUs, where that uses one core, on samples."""
+CPUs, where that uses one core, as a sum of samples."""
 
 from typing import cast
 
@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
 Steps = tuple[int, int]
+# Zeros before the first and after the last pixel: what lies farther away is as good as there.
+MARGIN = (2, 3)
 
 
 def sampled_conv2d(
@@ -21,36 +23,41 @@ def sampled_conv2d(
     dilation: Steps,
     mask: Tensor | None,
 ) -> Tensor:
-    """What torchvision's ``deform_conv2d`` computes, and its arguments: all taps are sampled at
-    once, bilinearly, and one matrix product follows."""
-    n, _, height, width = offset.shape
+    """What torchvision's ``deform_conv2d`` computes; its arguments. Each tap is a weighted sum of four
+    rows of a table, which are the pixels around it; one matrix product follows."""
+    n, channels, *sides = x.shape
     channels_out, per_group, *kernel = weight.shape
-    taps = kernel[0] * kernel[1]
-    groups = offset.shape[1] // (2 * taps)
-    moved = offset.view(n * groups, taps, 2, height, width)
-    coordinates, sides = [], []
-    for axis, count in enumerate((height, width)):
-        tap, place = (
-            torch.arange(k, dtype=x.dtype, device=x.device) for k in (kernel[axis], count)
-        )
-        tap = (tap * dilation[axis]).view([-1, 1] if axis == 0 else [1, -1]).expand(*kernel)
-        place = (place * stride[axis] - padding[axis]).view([-1, 1] if axis == 0 else [1, -1])
-        at = moved[:, :, axis] + tap.reshape(-1, 1, 1) + place
-        # A side that is a power of two keeps whole pixels whole. Beyond the map lie zeros.
-        side = 1 << (x.shape[2 + axis] - 1).bit_length()
-        coordinates.append((2 * at.clamp(-2, side + 1) + 1) / side - 1)
-        sides.append(side)
-    grid = torch.stack(coordinates[::-1], dim=-1).flatten(1, 2)  # (n * groups, taps * H', W', 2)
-    maps = F.pad(x, (0, sides[1] - x.shape[3], 0, sides[0] - x.shape[2]))
-    maps = maps.view(n * groups, -1, *sides)
-    samples = F.grid_sample(maps, grid, align_corners=False).view(
-        n, groups, -1, taps, height, width
-    )
+    size, taps = offset.shape[2:], kernel[0] * kernel[1]
+    groups, offset_groups = channels // per_group, offset.shape[1] // (2 * taps)
+    maps = n * offset_groups  # each with offsets of its own
+    moved = offset.reshape(maps, taps, 2, *size).permute(0, 3, 4, 1, 2)  # (maps, H', W', taps, 2)
+    corners, shares = [], []
+    for axis, (along_tap, along_map) in enumerate((((-1, 1), (-1, 1, 1)), ((1, -1), (-1, 1)))):
+        tap, place = (torch.arange(k[axis], dtype=x.dtype, device=x.device) for k in (kernel, size))
+        tap = (tap * dilation[axis] - padding[axis]).view(along_tap).expand(*kernel).flatten()
+        at = moved[..., axis] + tap + (place * stride[axis]).view(along_map)
+        # Beyond the map lie zeros, of which MARGIN are there. NaN in the map is NaN all the same.
+        at = at.nan_to_num().clamp(-2, sides[axis] + 1)
+        low = at.detach().floor()
+        corners.append(low.long() + MARGIN[0])
+        shares.append((1 - (at - low), at - low))
+    height, width = (side + sum(MARGIN) for side in sides)
+    first = torch.arange(maps, device=x.device).view(-1, 1, 1, 1) * height
+    first = (first + corners[0]) * width + corners[1]
+    index = torch.stack([first, first + 1, first + width, first + width + 1], dim=-1)
+    share = torch.stack([row * column for row in shares[0] for column in shares[1]], dim=-1)
     if mask is not None:
-        samples = samples * mask.view(n, groups, 1, taps, height, width)
-    samples = samples.view(n, x.shape[1] // per_group, per_group * taps, height * width)
-    y = weight.view(x.shape[1] // per_group, -1, per_group * taps) @ samples
-    y = y.view(n, channels_out, height, width)
+        share = share * mask.reshape(maps, taps, *size).permute(0, 2, 3, 1)[..., None]
+    table = F.pad(x, (*MARGIN, *MARGIN)).reshape(maps, -1, height * width)
+    table = table.transpose(1, 2).flatten(0, 1)
+    index, share = index.view(-1, 4), share.view(-1, 4)
+    samples = F.embedding_bag(index, table, mode="sum", per_sample_weights=share)
+    # (n, places, taps, C), and from there (n, groups, places, taps * C / groups).
+    samples = samples.view(n, offset_groups, size.numel(), taps, -1).permute(0, 2, 3, 1, 4)
+    samples = samples.reshape(n, size.numel(), taps, groups, per_group).permute(0, 3, 1, 2, 4)
+    kernels = weight.reshape(groups, -1, per_group, taps).permute(0, 3, 2, 1).flatten(1, 2)
+    y = samples.reshape(n, groups, size.numel(), -1) @ kernels
+    y = y.transpose(2, 3).reshape(n, channels_out, *size)
     return y if bias is None else y + bias.view(-1, 1, 1)
 
 
