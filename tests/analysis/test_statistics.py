@@ -1,5 +1,7 @@
 import csv
 import json
+import re
+from functools import partial
 
 import assignment_statistics as tool
 import numpy as np
@@ -176,6 +178,24 @@ def test_constants_of_similarities_by_brute_force(tmp_path, capsys):
     m, n = np.mean(relative, axis=(0, 1))
     assert (found["M"], found["N"]) == pytest.approx((m, n))
     assert f"nwd.CONSTANT {found['CONSTANT']:.3g}, simd.M {m:.3g}, simd.N {n:.3g}" in printed
+
+
+def test_a_check_says_when_objects_are_tiny():
+    """Of 16 x 9 pixels on an image that comes in half its size: half a side of 12."""
+    images = [{"id": 1, "file_name": "a.jpg", "width": 640, "height": 480}]
+    content = {"images": images, "categories": [{"id": 1, "name": "thing"}]}
+    content["annotations"] = [annotation(40 * i + 12, 122, 16, 9, id=i + 1) for i in range(15)]
+    for rule, expected in (
+        ("ATSS", r"below 6\.0 .* input, and 100\.0% get no"),
+        ("TAL", r"below 6\.0 .* input\. "),
+    ):
+        sampling = build_sampling(make_cfg("MODEL.ATSS.ASSIGNER", rule))
+        asked = partial(match, sampling=sampling, sizes=[(240, 640)])
+        said = page(check(content, "", [(240, 640)], False, asked))
+        assert re.search(f"Tiny objects: half of them have sides {expected}", said)
+        assert "and those of testing, 5.3 times as large make that 32;" in said
+    asked = partial(match, sampling=sampling, sizes=[(240, 640), (960, 1280)])
+    assert "Tiny" not in page(check(content, "", [(240, 640), (960, 1280)], False, asked))
 
 
 def test_a_check_asks_no_rule_that_looks_at_predictions():

@@ -18,8 +18,9 @@ from .images import problems, read_header, verify
 # An object is poorly matched where no anchor overlaps it by this IoU: then the best one has more
 # than ten times its area, or covers less than a tenth of it, or lies across.
 POOR_IOU = 0.1
-# Objects whose median side is shorter, in pixels of the network's input, are tiny (AI-TOD's word).
-TINY = 16.0
+# Objects of which half have shorter sides, in pixels of the network's input, are tiny (AI-TOD's
+# word), and how long they ought to be.
+TINY, FAIR = 16.0, 32.0
 
 EXAMPLES = 3
 # The most frequent, and as many of the rarest.
@@ -272,5 +273,21 @@ def page(report: Report) -> str:
                 else "its positives hang on what the model predicts"
             ),
         ]
+        if summary["median_side"] < TINY:
+            lines += [
+                "",
+                _about_tiny(summary["median_side"], summary.get("share_without_positive")),
+            ]
     lines += ["", f"Kinds of errors: {report.errors}" if report.errors else "No errors"]
     return "\n".join(lines)
+
+
+def _about_tiny(side: float, without: float | None) -> str:
+    """What to do about objects of which half have shorter sides, in pixels of the network's input,
+    and of which a share is without a positive."""
+    found = "" if without is None else f", and {without:.1%} get no positive"
+    return (
+        f"Tiny objects: half of them have sides below {side:.1f} pixels of the network's input{found}. "
+        f"INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN, and those of testing, {FAIR / side:.1f} times as "
+        f'large make that {FAIR:.0f}; docs/assignment_statistics.md, "Similarities for tiny objects".'
+    )

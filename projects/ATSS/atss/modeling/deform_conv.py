@@ -23,14 +23,16 @@ def sampled_conv2d(
     dilation: Steps,
     mask: Tensor | None,
 ) -> Tensor:
-    """What torchvision's ``deform_conv2d`` computes; its arguments. Each tap is a weighted sum of four
-    rows of a table, which are the pixels around it; one matrix product follows."""
+    """torchvision's ``deform_conv2d``, its arguments: each tap is a weighted sum of four rows of
+    a table, which are the pixels around it; one matrix product follows."""
     n, channels, *sides = x.shape
     channels_out, per_group, *kernel = weight.shape
     size, taps = offset.shape[2:], kernel[0] * kernel[1]
     groups, offset_groups = channels // per_group, offset.shape[1] // (2 * taps)
     maps = n * offset_groups  # each with offsets of its own
     moved = offset.reshape(maps, taps, 2, *size).permute(0, 3, 4, 1, 2)  # (maps, H', W', taps, 2)
+
+    # The pixel above and left of each tap, and how much of it and of the next the tap is.
     corners, shares = [], []
     for axis, (along_tap, along_map) in enumerate((((-1, 1), (-1, 1, 1)), ((1, -1), (-1, 1)))):
         tap, place = (torch.arange(k[axis], dtype=x.dtype, device=x.device) for k in (kernel, size))
@@ -41,6 +43,7 @@ def sampled_conv2d(
         low = at.detach().floor()
         corners.append(low.long() + MARGIN[0])
         shares.append((1 - (at - low), at - low))
+
     height, width = (side + sum(MARGIN) for side in sides)
     first = torch.arange(maps, device=x.device).view(-1, 1, 1, 1) * height
     first = (first + corners[0]) * width + corners[1]
@@ -50,8 +53,9 @@ def sampled_conv2d(
         share = share * mask.reshape(maps, taps, *size).permute(0, 2, 3, 1)[..., None]
     table = F.pad(x, (*MARGIN, *MARGIN)).reshape(maps, -1, height * width)
     table = table.transpose(1, 2).flatten(0, 1)
-    index, share = index.view(-1, 4), share.view(-1, 4)
+    index, share = index.reshape(-1, 4), share.reshape(-1, 4)
     samples = F.embedding_bag(index, table, mode="sum", per_sample_weights=share)
+
     # (n, places, taps, C), and from there (n, groups, places, taps * C / groups).
     samples = samples.view(n, offset_groups, size.numel(), taps, -1).permute(0, 2, 3, 1, 4)
     samples = samples.reshape(n, size.numel(), taps, groups, per_group).permute(0, 3, 1, 2, 4)
