@@ -287,7 +287,8 @@ def _about_tiny(side: float, without: float | None) -> str:
     and of which a share is without a positive."""
     found = "" if without is None else f", and {without:.1%} get no positive"
     return (
-        f"Tiny objects: half of them have sides below {side:.1f} pixels of the network's input{found}. "
-        f"INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN, and those of testing, {FAIR / side:.1f} times as "
-        f'large make that {FAIR:.0f}; docs/assignment_statistics.md, "Similarities for tiny objects".'
+        f"Tiny objects: half of them have sides below {side:.1f} pixels of the network's input"
+        f"{found}. INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN, and those of testing, "
+        f"{FAIR / side:.1f} times as large make that {FAIR:.0f}; docs/assignment_statistics.md, "
+        '"Similarities for tiny objects".'
     )
