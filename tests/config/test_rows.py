@@ -366,7 +366,7 @@ def test_a_successor_is_atss_but_for_its_values(name):
     phases = model.branches["main"].phases
     assert [round(x.until, -1) for x in phases[:-1]] == ([] if until is None else [until])
     assert {*model.branches} == {"main", *branches}
-    head = {key: main[key] for key in ("head", "code")}
+    head = {key: main[key] for key in ("head", "code", "detections")}
     expected = [main] if first is None else [OF_ATSS | head | first, main]
     found = [(x, None) for x in phases]
     found += [(model.branches[x].phases[0], model.branches[x].head) for x in branches]
@@ -405,7 +405,7 @@ def test_the_dynamic_head_is_in_place_of_the_towers():
     head = build_model(make_cfg(config="successors/ATSS_DyHead_R_50_FPN_1x.yaml")).head
     files = ("successors/ATSS_DyHead_R_50_FPN_1x.yaml", "fine_tune.yaml")
     cfg = load_config(*(ROOT / "configs" / x for x in files))
-    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.ATSS.NUM_CLASSES", 3])
+    cfg.MODEL.DEVICE = "cpu"
     small = build_model(cfg).head
     assert [len(x.tower.blocks) for x in (head, small)] == [6, 6]
     assert not len(small.cls_subnet)
