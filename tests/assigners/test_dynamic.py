@@ -227,6 +227,14 @@ def test_one_each_is_no_greed():
     pairs = scene.all_pairs(scene.every())
     cost = -torch.tensor([0.9, 0.8, -1.0, 0.85, 0.2, -1.0]).double()
     assert OneEach(1.0)(pairs, cost).tolist() == [False, True, False, True, False, False]
+    # Rather none for the last object than for its sake the worst for two others: they lose 1.8.
+    gt = make_gt([[0, 0, 24, 8]] * 3)
+    scene = Scene(anchors, gt, predict(torch.zeros(1, 3, 2), anchors.boxes[None]))
+    three = scene.all_pairs(scene.every())
+    worth = -torch.tensor([[0.9, 0.0, -1], [-1, 0.9, 0.0], [0.0, -1, -1]]).double().flatten()
+    assert OneEach(1.0)(three, worth).nonzero().squeeze(1).tolist() == [0, 4]
+    assert OneEach(2.0)(three, worth.clamp(max=0)).sum() == 3
+    assert POTO().cut == OneEach(1.0)  # as the authors' -1
     # What is as dear as nothing is nobody's, though it be the only one.
     assert OneEach(0.5)(pairs, 0.5 - 0 * cost).sum() == 0
 
