@@ -24,11 +24,8 @@ HEADS = (
 ALONE = {"ASSIGNER": "POTO", "BOX_NORMALISER_LEAST": 1.0}
 DUAL = {"OWN_HEAD": True, "DETACHED": True, "ASSIGNER": "TAL"}
 ONE_OF_TAL = {"ASSIGNERS": {"TAL": {"TOP_K": 1, "INSIDE": "before"}}}
-# A head of two outputs or of two branches wants as many of them once more.
-ALSO = {
-    "VFNet": {"coarse_one": {"HEAD_OF": "one", "OUTPUT": "coarse", "ASSIGNMENT_OF": "one"}},
-    "DDOD": {},
-}
+# A head of two outputs wants two branches once more.
+COARSE = {"HEAD_OF": "one", "OUTPUT": "coarse", "ASSIGNMENT_OF": "one"}
 
 
 def test_every_head_is_here():
@@ -52,14 +49,10 @@ def build(name, **nested):
 
 def of_one(name):
     """A second head, taught by the best anchor of each object alone."""
-    kind = name.removeprefix("successors/").removesuffix("_R_50_FPN_1x")
-    cfg = make_cfg(config=f"{name}.yaml")
-    node, also = cfg.MODEL.ATSS, {k: dict(v) for k, v in ALSO.get(kind, {}).items()}
+    node, also = make_cfg(config=f"{name}.yaml").MODEL.ATSS, {}
     one = DUAL | ONE_OF_TAL | {"OUTPUT": node.OUTPUT}
     if "coarse" in node.BRANCHES:
-        also["coarse_one"] |= {
-            k: v for k, v in node.BRANCH.coarse.items() if k not in ("OUTPUT", "ASSIGNMENT_OF")
-        }
+        also["coarse_one"] = {**node.BRANCH.coarse, **COARSE}
     if "box" in node.BRANCHES:  # whose boxes and quality another branch teaches
         one |= {"BBOX_REG_LOSS_TYPE": "giou", "QUALITY": "overlap"}
     branches = {**{x: node.BRANCH[x] for x in node.BRANCHES}, "one": one, **also}
@@ -121,7 +114,7 @@ def test_a_head_that_is_nobodys_is_refused():
             build(HEADS[4], **nested)
     nested = of_one(HEADS[4])
     nested["BRANCH"]["coarse_one"]["OWN_HEAD"] = True
-    with pytest.raises(ValueError, match=r"OWN_HEAD and HEAD_OF 'one': .* reads no other's"):
+    with pytest.raises(ValueError, match="coarse_one: a branch with a head of its own cannot have"):
         build(HEADS[4], **nested)
     with pytest.raises(ValueError, match=r"MODEL.ATSS.HEAD_OF is for branches of .*BRANCHES"):
         build(HEADS[4], **of_one(HEADS[4]), HEAD_OF="one")

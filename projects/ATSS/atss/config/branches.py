@@ -61,15 +61,12 @@ def build_branches(cfg: CfgNode, known: dict[str, Any]) -> dict[str, Branch]:
     plain.defrost()
     for key, value in OF_BRANCHES.items():
         plain[key] = value
-    owners: list[str] = []
     for name in node.BRANCHES:
         if not isinstance(name, str) or name in branches or hasattr(nn.ModuleDict, name):
             raise ValueError(f"MODEL.ATSS.BRANCHES holds {name!r}, which is no new name")
         allowed = {*OF_BRANCHES, *OF_CRITERIA, *_keys_of(*KINDS_OF_HEADS, *KINDS_OF_PHASES)}
         allowed &= {*node}
         over = _overlay(plain, name, allowed, "a branch")
-        if over.OWN_HEAD:
-            owners.append(name)
         own = cfg.clone()
         own.defrost()
         own.MODEL.ATSS = over
@@ -77,11 +74,12 @@ def build_branches(cfg: CfgNode, known: dict[str, Any]) -> dict[str, Branch]:
             branches[name] = _build_branch(over, {**known, "cfg": own}, node.BRANCH[name])
         except ValueError as error:
             raise ValueError(f"branch {name}: {error}") from error
+    owners = sorted(name for name, branch in branches.items() if branch.head is not None)
     for name, branch in branches.items():
         if branch.head_of not in ("", *owners):
             raise ValueError(
                 f"branch {name}: MODEL.ATSS.HEAD_OF is {branch.head_of!r}; those with a head of "
-                f"their own are {sorted(owners)}"
+                f"their own are {owners}"
             )
         for giver in {phase.assignment_of for phase in branch.phases} - {""}:
             if giver not in branches or giver == name:
@@ -110,22 +108,16 @@ def _build_branch(node: CfgNode, known: dict[str, Any], own: Collection[str] = (
             phases.append(_build_phase(over, known, node.BRANCH[name], until))
         except ValueError as error:
             raise ValueError(f"phase {name}: {error}") from error
-    if node.OWN_HEAD and node.HEAD_OF:
-        raise ValueError(
-            f"MODEL.ATSS.OWN_HEAD and HEAD_OF {node.HEAD_OF!r}: a branch with a head of its own "
-            "reads no other's"
-        )
-    if node.DETACHED and not node.OWN_HEAD:
-        raise ValueError(
-            "MODEL.ATSS.DETACHED: detached features are for a head of a branch's own, OWN_HEAD"
-        )
-    with_head = "head" in known and node.OWN_HEAD  # not where rules alone are asked for
+    head = None
+    if node.OWN_HEAD:
+        # Where rules alone are asked for, something in its place.
+        head = modeling.HEAD_REGISTRY.build(node, **known) if "head" in known else nn.Identity()
     return Branch(
         *(*phases, last),
         output=node.OUTPUT,
-        head=modeling.HEAD_REGISTRY.build(node, **known) if with_head else None,
+        head=head,
         head_of=node.HEAD_OF,
-        detached=with_head and node.DETACHED,
+        detached=node.DETACHED,
     )
 
 

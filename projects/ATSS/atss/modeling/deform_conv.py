@@ -23,8 +23,8 @@ def sampled_conv2d(
     dilation: Steps,
     mask: Tensor | None,
 ) -> Tensor:
-    """torchvision's ``deform_conv2d``, its arguments: each tap is a weighted sum of four rows of
-    a table, which are the pixels around it; one matrix product follows."""
+    """What torchvision's ``deform_conv2d`` computes of the same arguments. Each tap is a weighted
+    sum of four rows of a table, the pixels around it; one matrix product follows."""
     n, channels, *sides = x.shape
     channels_out, per_group, *kernel = weight.shape
     size, taps = offset.shape[2:], kernel[0] * kernel[1]
@@ -39,7 +39,7 @@ def sampled_conv2d(
         tap = (tap * dilation[axis] - padding[axis]).view(along_tap).expand(*kernel).flatten()
         at = moved[..., axis] + tap + (place * stride[axis]).view(along_map)
         # Beyond the map lie zeros, of which MARGIN are there. NaN in the map is NaN all the same.
-        at = at.nan_to_num().clamp(-2, sides[axis] + 1)
+        at = at.nan_to_num().clamp(-MARGIN[0], sides[axis] + MARGIN[1] - 2)
         low = at.detach().floor()
         corners.append(low.long() + MARGIN[0])
         shares.append((1 - (at - low), at - low))
