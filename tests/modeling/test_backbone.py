@@ -44,6 +44,30 @@ def test_levels_grow_out_of_the_last(in_features, names, strides):
     torch.testing.assert_close(seventh, backbone.top_block.p7(F.relu(sixth)))
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_maps_of_one_column_in_bfloat16(width):
+    """Of torch's kernel for some processors they are made of what is left in memory."""
+    top = P6P7FromP5(256, relu_before_p7=False)
+    p5 = torch.randn(2, 256, 6, width).to(torch.bfloat16)
+    exact = copy.deepcopy(top)
+    left = [torch.full((2**i,), 1e4) for i in range(6, 18)]
+    del left  # in memory that comes next
+    x = p5.clone().requires_grad_()
+    p6, p7 = top.to(torch.bfloat16)(x)
+    (p6.sum() + p7.sum()).backward()
+    for conv in (exact.p6, exact.p7):  # bfloat16's weights
+        conv.weight.data = conv.weight.data.to(torch.bfloat16).float()
+    y = p5.float().requires_grad_()
+    p6_exact = exact.p6(y)
+    p7_exact = exact.p7(p6_exact)
+    (p6_exact.sum() + p7_exact.sum()).backward()
+    pairs = [(p6, p6_exact), (p7, p7_exact), (x.grad, y.grad)]
+    pairs += [(a.grad, b.grad) for a, b in zip(top.parameters(), exact.parameters(), strict=True)]
+    for rounded, full in pairs:
+        assert rounded.shape == full.shape
+        assert (rounded.float() - full).norm() < 0.01 * full.norm()
+
+
 @pytest.mark.parametrize("stride_in_1x1", [True, False])
 def test_folded_norms_change_nothing_but_rounding(stride_in_1x1):
     cfg = make_cfg("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.NORM", "FrozenBN")

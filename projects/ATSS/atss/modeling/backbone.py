@@ -38,8 +38,18 @@ class P6P7FromP5(nn.Module):
             weight_init.c2_xavier_fill(module)
 
     def forward(self, p5: Tensor) -> list[Tensor]:
-        p6 = self.p6(p5)
-        return [p6, self.p7(F.relu(p6) if self.relu_before_p7 else p6)]
+        p6 = _halve(self.p6, p5)
+        return [p6, _halve(self.p7, F.relu(p6) if self.relu_before_p7 else p6)]
+
+
+def _halve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """``conv(x)``, of 3 x 3 and stride 2. Where that is one column, oneDNN's kernel in bfloat16 for
+    processors with AMX (of torch 2.14) computes with what lies in memory beyond its input: it is
+    given the columns, of zeros as its padding is, for one more, which is left out."""
+    width = x.shape[-1]
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and width < 3:
+        return conv(F.pad(x, (0, 3 - width)))[..., :1]
+    return conv(x)
 
 
 def build_fpn(
