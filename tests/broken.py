@@ -87,6 +87,45 @@ def write_yolo(content: dict, root: Path, **keys: object) -> Path:
     return yaml_file
 
 
+def write_voc(content: dict, root: Path) -> Path:
+    """The same data as Pascal VOC's xml, in the folder, which it gives, and its split train."""
+    names = {c["id"]: c["name"] for c in content["categories"]}
+    (root / "Annotations").mkdir()
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    for image in content["images"]:
+        size = f"<width>{image['width']}</width><height>{image['height']}</height><depth>3</depth>"
+        objects = [
+            voc_object(names[a["category_id"]], a["bbox"])
+            for a in content["annotations"]
+            if a["image_id"] == image["id"]
+        ]
+        xml = f"<filename>{image['file_name']}</filename>\n<size>{size}</size>\n"
+        path = (root / "Annotations" / image["file_name"]).with_suffix(".xml")
+        path.write_text(f"<annotation>\n{xml}{''.join(objects)}</annotation>\n")
+    stems = [Path(image["file_name"]).stem for image in content["images"]]
+    (root / "ImageSets" / "Main" / "train.txt").write_text("\n".join(stems))
+    return root
+
+
+def voc_object(name: str, box: list[float]) -> str:
+    """The element of a box (x, y, width, height) in pixels."""
+    x, y, w, h = box
+    corners = {"xmin": x + 1, "ymin": y + 1, "xmax": x + w, "ymax": y + h}
+    bndbox = "".join(f"<{k}>{v}</{k}>" for k, v in corners.items())
+    return f"<object><name>{name}</name><bndbox>{bndbox}</bndbox></object>\n"
+
+
+def to_lvis(content: dict) -> None:
+    """The same data with LVIS's fields in place of COCO's."""
+    for image in content["images"]:
+        image["coco_url"] = f"http://images.example/images/{image.pop('file_name')}"
+        image |= {"neg_category_ids": [], "not_exhaustive_category_ids": [2]}
+    for category in content["categories"]:
+        category["frequency"] = "r"
+    for annotation in content["annotations"]:
+        del annotation["iscrowd"]
+
+
 def label(category: int, box: list[float]) -> str:
     """The line of a box (x, y, width, height) in pixels."""
     x, y, w, h = box
@@ -94,14 +133,24 @@ def label(category: int, box: list[float]) -> str:
     return f"{category} " + " ".join(f"{share:.6f}" for share in shares)
 
 
-def break_data(case: Case, root: Path) -> tuple[Path, Path]:
-    """Writes the broken data set; gives its json and its folder of images, or its yaml and its
-    split."""
+def break_data(case: Case, root: Path, lvis: bool = False) -> tuple[Path, Path]:
+    """Writes the broken data set; gives its json and its folder of images, or its yaml or folder
+    and its split.
+
+    Args:
+        lvis: the json with LVIS's fields, which the cases of LVIS have anyway.
+    """
     content = make_data(root)
+    if lvis := lvis or case in LVIS:
+        to_lvis(content)
     if case in YOLO:
         yaml_file = write_yolo(content, root)
         case.change(content, root)
         return yaml_file, Path("train")
+    if case in VOC:
+        write_voc(content, root)
+        case.change(content, root)
+        return root, Path("train")
     json_file = root / "annotations.json"
     json_file.write_text("")
     changed = case.change(content, root)
@@ -109,7 +158,7 @@ def break_data(case: Case, root: Path) -> tuple[Path, Path]:
         json_file.write_bytes(changed)
     elif json_file.exists():
         json_file.write_text(json.dumps(changed if isinstance(changed, list) else content))
-    return json_file, root / "images"
+    return json_file, root if lvis else root / "images"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -289,6 +338,28 @@ def text(content: str) -> Callable:
 
 def no_labels(content: dict, root: Path) -> None:
     (root / "labels").rename(root / "annotations")
+
+
+def xml(old: str, new: str) -> Callable:
+    """Another text in place of the first of these in the label of a.png."""
+
+    def change(content: dict, root: Path) -> None:
+        path = root / "Annotations" / "a.xml"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def split_list(content: str) -> Callable:
+    """Another list of the split."""
+    return lambda c, root: (root / "ImageSets" / "Main" / "train.txt").write_text(content)
+
+
+def gone(name: str) -> Callable:
+    """A file or folder is not there."""
+    return lambda c, root: (root / name).rename(root.parent / "gone")
 
 
 SIXTEEN_BITS = np.full((HEIGHT, WIDTH), 40_000, np.uint16)
@@ -602,6 +673,120 @@ LABELS = [
     Case("an empty label file", lambda c, r: (r / "labels/a.txt").write_text("\n"), "leaves out",
          "", "image_dropped", "images/a.png", 9),
 ]
+FOLDER = [
+    Case("no xml at all", gone("Annotations"), "stops", "it has no xml files", None, "data"),
+    Case("a split that has no list", gone("ImageSets"), "stops", "it has no split 'train'; tried",
+         None, "ImageSets/Main/train.txt"),
+    Case("an empty list", split_list("\n \n"), "stops", "names no image", None, "train.txt"),
+    Case("a list in UTF-16",
+         lambda c, r: (r / "ImageSets/Main/train.txt").write_bytes(b"\xff\xfea"), "stops",
+         "it is no text in UTF-8", None, "train.txt"),
+    Case("a list of images without any xml",
+         lambda c, r: [(r / "Annotations/d.xml").rename(r / "Annotations/e.xml"),
+                       split_list("d")(c, r)],
+         "stops", "no image of 'train' has an xml", None, "'d' in train.txt"),
+    Case("a list names what is not there", split_list("a\nb\nc\nd\nz"), "stops",
+         "the image of 'z' in train.txt is not there", "file_unreadable", "'z'"),
+    Case("a label whose image is not there", gone("images/a.png"), "stops",
+         "the image of Annotations/a.xml, which it calls 'a.png', is not there", "file_unreadable",
+         "Annotations/a.xml"),
+    Case("an image without an xml", gone("Annotations/a.xml"), "leaves out",
+         "images without a label file, taken to be without objects (1)", "label_missing",
+         "images/a.png", 9),
+    Case("a label that names another image", xml("a.png", "b.png"), "trains",
+         "on the image of its own name; logged", "label_of_another_image", "Annotations/a.xml"),
+    Case("a label that names no image that is there", xml("a.png", "C:\\x\\a (1).png"), "trains",
+         "on the image of its own name", ""),
+    Case("a label without a size, of text in place of an image",
+         lambda c, r: [xml("<width>64", "<width>0")(c, r), data(b"<html>404</html>")(c, r)],
+         "stops", "images that cannot be read (1)", "file_unreadable", "images/a.png"),
+    Case("a label without a size", xml("<width>64</width>", ""), "trains", "that of the image", ""),
+]
+XML = [
+    Case("no xml in it", lambda c, r: (r / "Annotations/a.xml").write_text("0 0.5 0.5 0.1 0.1"),
+         "stops", "it is no valid xml", "label_malformed", "Annotations/a.xml"),
+    Case("an empty xml", lambda c, r: (r / "Annotations/a.xml").write_text(""), "stops",
+         "it is no valid xml: no element found", "label_malformed", "Annotations/a.xml"),
+    Case("an xml that ends early", xml("</annotation>", ""), "stops", "it is no valid xml",
+         "label_malformed", "Annotations/a.xml"),
+    Case("a DOCTYPE, whose entities may fill the memory",
+         xml("<annotation>", "<!DOCTYPE x [<!ENTITY a 'b'>]><annotation>"), "stops",
+         "it has a DOCTYPE, which is not read", "label_malformed", "Annotations/a.xml"),
+    Case("an encoding that nobody knows", xml("<annotation>", "<?xml version='1.0' encoding='x'?>"
+         "<annotation>"), "stops", "unknown encoding", "label_malformed", "Annotations/a.xml"),
+    Case("another root", lambda c, r: (r / "Annotations/a.xml").write_text("<html/>"), "stops",
+         "its root is 'html', where 'annotation' belongs", "label_malformed", "Annotations/a.xml"),
+    Case("an object without a name", xml("<name>cat</name>", "<name> </name>"), "stops",
+         "object 1 has no name", "label_malformed", "Annotations/a.xml"),
+    Case("a tag closed by another", xml("bndbox>", "box>"), "stops", "it is no valid xml",
+         "label_malformed", "Annotations/a.xml"),
+    Case("an object that has neither box nor polygon",
+         xml(voc_object("cat", [4, 10, 16, 20]), "<object><name>cat</name></object>"), "stops",
+         "object 1 (cat) has neither a bndbox nor a polygon", "label_malformed",
+         "Annotations/a.xml"),
+    Case("an object of two boxes", xml("<bndbox>", "<bndbox/><bndbox>"), "stops",
+         "object 1 (cat) has 2 boxes", "label_malformed", "Annotations/a.xml"),
+    Case("a box without xmax", xml("<xmax>20</xmax>", ""), "stops", "object 1 (cat) has no xmax",
+         "label_malformed", "Annotations/a.xml"),
+    Case("a word for a number", xml("<xmin>5", "<xmin>left"), "stops",
+         "object 1 (cat) has xmin 'left', where a number belongs", "label_malformed",
+         "Annotations/a.xml"),
+    Case("an infinite number", xml("<xmax>20", "<xmax>1e999"), "stops",
+         "object 1 (cat) has xmax inf, which is not finite", "label_malformed",
+         "Annotations/a.xml"),
+    Case("a polygon of two points",
+         xml("<bndbox><xmin>5</xmin><ymin>11</ymin><xmax>20</xmax><ymax>30</ymax></bndbox>",
+             "<polygon><x1>5</x1><y1>11</y1><x2>20</x2><y2>30</y2></polygon>"), "stops",
+         "object 1 (cat) has a polygon of 2 x and 2 y", "label_malformed", "Annotations/a.xml"),
+    Case("a polygon of three points",
+         xml("<bndbox><xmin>5</xmin><ymin>11</ymin><xmax>20</xmax><ymax>30</ymax></bndbox>",
+             "<polygon><x1>5</x1><y1>11</y1><x2>9</x2><y2>15</y2><x3>20</x3><y3>30</y3></polygon>"),
+         "trains", "by its extent", ""),
+    Case("corners exchanged", xml("<xmin>5</xmin><ymin>11</ymin><xmax>20</xmax>",
+         "<xmin>20</xmin><ymin>11</ymin><xmax>5</xmax>"), "stops",
+         "boxes of negative width or height", "box_negative", "annotation 1 of images/a.png"),
+    Case("a box that ends before it begins", xml("<xmax>20", "<xmax>4"), "leaves out",
+         "boxes of zero width or height (1)", "box_empty", "annotation 1 of images/a.png", 11),
+    Case("a box that begins at pixel 0", xml("<xmin>5", "<xmin>0"), "trains", "clipped; logged",
+         "box_at_pixel_zero", "Annotations/a.xml, object 1 (cat)"),
+    Case("an xml's box beyond the image's border", xml("<xmax>20", "<xmax>80"), "trains",
+         "clipped; logged", "box_partly_outside", "annotation 1 of images/a.png"),
+    Case("an xml's box outside the image", xml("<xmin>5</xmin><ymin>11</ymin><xmax>20</xmax>",
+         "<xmin>70</xmin><ymin>11</ymin><xmax>90</xmax>"), "leaves out",
+         "boxes outside their image (1)", "box_outside", "annotation 1 of images/a.png", 11),
+    Case("another size than the xml says", xml("<width>64", "<width>128"), "stops",
+         "is 64 x 48 pixels, but 128 x 48 according to the annotations", "image_size_wrong"),
+    Case("an object marked difficult", xml("<object>", "<object><difficult>1</difficult>"),
+         "trains", "like others", "object_difficult", "Annotations/a.xml, object 1 (cat)"),
+    Case("an xml without objects", lambda c, r: (r / "Annotations/a.xml").write_text(
+         "<annotation><filename>a.png</filename></annotation>"), "leaves out", "", "image_dropped",
+         "images/a.png", 9),
+]
+VOC = FOLDER + XML
+LVIS = [
+    Case("an image without coco_url", drop("images", 0, "coco_url"), "stops",
+         "entry 0 of 'images' has no 'file_name'", "field_missing", "entry 0"),
+    Case("a coco_url that is null", put("images", 0, "coco_url", None), "stops",
+         "entry 0 of 'images' has no 'file_name'", "field_missing", "entry 0"),
+    Case("a coco_url that is none", put("images", 0, "coco_url", "http://[half"), "stops",
+         "entry 0 of 'images' has no 'file_name'", "field_missing", "entry 0"),
+    Case("an empty coco_url", put("images", 0, "coco_url", ""), "stops",
+         "images whose file_name is not text, or empty", "file_name_malformed", "image 1"),
+    Case("an image without neg_category_ids", drop("images", 0, "neg_category_ids"), "stops",
+         "neg_category_ids or not_exhaustive_category_ids is no list",
+         "category_lists_malformed"),
+    Case("neg_category_ids is null", put("images", 0, "neg_category_ids", None), "stops",
+         "neg_category_ids or not_exhaustive_category_ids is no list",
+         "category_lists_malformed"),
+    Case("not_exhaustive_category_ids of a category that is not in the file",
+         put("images", 0, "not_exhaustive_category_ids", [7]), "stops",
+         "neg_category_ids or not_exhaustive_category_ids is no list",
+         "category_lists_malformed"),
+    Case("a category without frequency", drop("categories", 0, "frequency"), "stops",
+         "categories whose frequency is not r, c or f", "frequency_malformed", "category 1 (cat)"),
+    Case("a frequency in words", put("categories", 0, "frequency", "rare"), "stops",
+         "categories whose frequency is not r, c or f", "frequency_malformed", "category 1 (cat)"),
+]
 YOLO = YAML + LABELS
 # fmt: on
 
@@ -612,6 +797,9 @@ SECTIONS = {
     "Annotations: Objects": ANNOTATIONS,
     "YOLO's layout: The yaml and its images": YAML,
     "YOLO's layout: Labels": LABELS,
+    "Pascal VOC's xml: The folder and its images": FOLDER,
+    "Pascal VOC's xml: Labels": XML,
+    "LVIS's fields": LVIS,
 }
 CASES = [case for cases in SECTIONS.values() for case in cases]
 

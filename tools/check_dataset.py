@@ -24,7 +24,8 @@ from atss.analysis.files import try_to_write
 from atss.analysis.statistics import match
 from atss.config import build_sampling, get_config_file
 from atss.data.check import check, page
-from atss.data.datasets import read
+from atss.data.choice import refuse_unknown
+from atss.data.formats import add_arguments, read, reading_of
 from atss.engine.run import NoSuchModule, import_modules
 
 
@@ -32,8 +33,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("annotations", help="a json in COCO's format, or the data.yaml of YOLO's")
+    parser.add_argument(
+        "annotations",
+        help="a json in COCO's or LVIS's format, YOLO's data.yaml, or a folder of Pascal VOC's xml",
+    )
     parser.add_argument("images", help="the folder that file names begin in, or the split")
+    add_arguments(parser)
     parser.add_argument("--config-file", default=get_config_file("ATSS_R_50_FPN_1x"))
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every finding in full")
@@ -58,12 +63,13 @@ def main(argv: list[str] | None = None) -> int:
         cfg = load_config(args.config_file, opts=args.opts)
         sizes = [(size, cfg.INPUT.MAX_SIZE_TRAIN) for size in cfg.INPUT.MIN_SIZE_TRAIN]
         asked = partial(match, sampling=build_sampling(cfg), sizes=sizes, progress=progress)
-        content, image_dir, found = read(args.annotations, args.images)
+        labels = read(args.annotations, args.images, reading := reading_of(args))
+        refuse_unknown(reading.classes, labels.found, labels.names)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    report = check(content, image_dir, sizes, filter_empty, asked, args.deep, progress, found)
+    report = check(labels, sizes, filter_empty, asked, args.deep, progress)
     print(page(report))
     if args.json:
         args.json.write_text(json.dumps(report.to_dict(), indent=1))

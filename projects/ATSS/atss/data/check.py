@@ -13,6 +13,8 @@ import numpy as np
 
 from .coco_json import Objects, find_in_json, is_empty, is_length, place_of
 from .findings import DROPPED, ERROR, LEVELS, NOTE, WARNING, Finding
+from .folders import THREADS
+from .formats import Labels
 from .images import problems, read_header, verify
 
 # An object is poorly matched where no anchor overlaps it by this IoU: then the best one has more
@@ -102,29 +104,26 @@ class Report:
 
 
 def check(
-    content: dict,
-    image_dir: str,
+    labels: Labels,
     sizes: Sequence[tuple[int, int]],
     filter_empty: bool,
     match: Match | None = None,
     deep: bool = False,
     progress: Callable[..., Iterable] = lambda items, **_: items,
-    found: Sequence[Finding] = (),
 ) -> Report:
     """Everything that is to be said of a data set.
 
     Args:
-        content, image_dir: its content in COCO's format and the folder that file names begin in, as
-            from :func:`~atss.data.datasets.read`.
+        labels: of the data set.
         sizes: (shorter side, longest side) to which images are resized; of a range, its ends.
         filter_empty: whether training leaves out images without annotations.
         match: how objects fare with anchors, where that is to be looked at.
         deep: decode every image; else only those that do not end as their format ends.
         progress: wraps what takes long, as tqdm does.
-        found: what was found while the content was read.
     """
+    content, image_dir = labels.content, labels.image_dir
     findings, objects = find_in_json(content)
-    findings = [*found, *findings]
+    findings = [*labels.findings, *findings]
     sound = all(finding.level != ERROR for finding in findings)
     findings += find_in_files(content, image_dir, sizes, deep, progress)
     classes: list[tuple[str, int, int]] = []
@@ -162,8 +161,7 @@ def find_in_files(
     images = [e for e in content["images"] if not is_empty(e.get("file_name"))]
     look = partial(_look, image_dir=image_dir, sizes=sizes, deep=deep)
     found: dict[str, dict[int, str]] = defaultdict(dict)
-    # Mostly waiting for a disk: more threads than processors.
-    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         looks = progress(pool.map(look, images), total=len(images), unit="image", desc="images")
         for i, problems_of_image in enumerate(looks):
             for kind, problem in problems_of_image:

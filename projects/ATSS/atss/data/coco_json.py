@@ -343,5 +343,14 @@ def is_area(x: object) -> bool:
     return type(x) in (int, float) and 0 < x < np.inf  # type: ignore[operator]
 
 
+def with_areas(annotations: Sequence[dict]) -> list[dict]:
+    """Those without an area get that of their box, those that do not say so are no crowds."""
+    completed = []
+    for entry in annotations:
+        area = entry["area"] if is_area(entry.get("area")) else entry["bbox"][2] * entry["bbox"][3]
+        completed.append({**entry, "area": area, "iscrowd": entry.get("iscrowd", 0)})
+    return completed
+
+
 def _is_number(x: object) -> bool:
     return type(x) is float or (type(x) is int and abs(x) < 2**53)

@@ -1,4 +1,4 @@
-"""Own data sets in COCO's format or in YOLO's layout, without code."""
+"""Own data sets, in the formats of formats.py, registered without code."""
 
 import atexit
 import json
@@ -9,40 +9,33 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 
-from .coco_json import category_names, find_in_json, is_area, read_coco
-from .findings import DROPPED, ERROR, KINDS, WARNING, Finding
-from .yolo import read_yolo
+from .choice import refuse_unknown
+from .coco_json import category_names, find_in_json, with_areas
+from .findings import DROPPED, ERROR, KINDS, WARNING
+from .formats import AS_IT_IS, Reading, read
 
 
-def read(annotations: str, images: str) -> tuple[dict, str, list[Finding]]:
-    """The data set of a json in COCO's format and its folder of images, or of a yaml in YOLO's
-    layout and its split.
-
-    Returns:
-        content as of :func:`~atss.data.coco_json.read_coco`; the folder in which its file names
-        begin; what was found besides, which the content does not show.
+def register_all(specs: Sequence[str], reading: Reading = AS_IT_IS) -> None:
+    """Registers them in turn.
 
     Raises:
-        ValueError: with a sentence that names what cannot be read.
+        ValueError: as :func:`register`, or naming a chosen class that none of them has.
     """
-    if _is_yolo(annotations):
-        content, findings = read_yolo(annotations, images)
-        return content, os.path.dirname(annotations), findings
-    if not Path(images).is_dir():
-        raise ValueError(f"the image folder {images} does not exist")
-    return read_coco(annotations), images, []
+    metadata = [MetadataCatalog.get(register(spec, reading)) for spec in specs]
+    if reading.classes and metadata:
+        there = list(dict.fromkeys(x for m in metadata for x in m.names_in_data))
+        refuse_unknown(reading.classes, set().union(*(m.found for m in metadata)), there)
 
 
-def register(spec: str) -> str:
-    """Registers ``NAME=annotations.json:image_dir`` or ``NAME=data.yaml:split`` with Detectron2,
-    after the cheap checks of ``tools/check_dataset.py``: those that look at no image, or, where
-    labels do not tell it, at its size alone.
+def register(spec: str, reading: Reading = AS_IT_IS) -> str:
+    """Registers ``NAME=annotations.json:image_dir``, ``NAME=data.yaml:split`` or
+    ``NAME=voc_folder:split`` with Detectron2, after the cheap checks of ``tools/check_dataset.py``:
+    those that look at no image, or, where labels do not tell it, at its size alone.
 
     Returns:
         the name.
@@ -51,71 +44,70 @@ def register(spec: str) -> str:
         ValueError: with a sentence that says what is wrong with the argument or the files.
     """
     name, equals, source = spec.partition("=")
-    annotations, images = _split(source)
+    annotations, images = split_source(source)
     if not (name and equals and annotations and images):
         raise ValueError(
-            "--register takes NAME=annotations.json:image_dir or NAME=data.yaml:split, not "
-            f"{spec!r}"
+            "--register takes NAME=annotations.json:image_dir, NAME=data.yaml:split or "
+            f"NAME=voc_folder:split, not {spec!r}"
         )
     if name in DatasetCatalog:
-        if MetadataCatalog.get(name).get("source") != source:
+        if MetadataCatalog.get(name).get("source") != (source, reading):
             raise ValueError(f"a data set called {name} is registered already: choose another name")
         return name
-    content, image_dir, findings = read(annotations, images)
+    labels = read(annotations, images, reading)
+    content = labels.content
     more, objects = find_in_json(content)
-    findings += more
+    findings = [*labels.findings, *more]
     for finding in findings:
         if finding.level == ERROR:
             raise ValueError(f"{annotations} has {finding.sentence()}")
     metadata = {
-        "source": source,
-        "evaluator_type": "coco",
+        "source": (source, reading),
+        "evaluator_type": labels.evaluator,
         "thing_classes": category_names(content),
+        "names_in_data": labels.names,
+        "found": labels.found,
         "to_learn": 0 if objects is None else int(objects.used.sum()),
         "remarks": {f.kind: f.sentence() for f in findings if f.level in (DROPPED, WARNING)},
     }
-    if _is_yolo(annotations):
-        # As bytes they take a tenth of the memory, and whoever asks gets records of his own.
-        load = partial(pickle.loads, pickle.dumps(_records(content, image_dir)))
+    file = labels.json_file
+    if file and (reading.classes or any(x.kind == "area_unusable" for x in findings)):
+        file = _copy(content, name)
+    if file:
+        metadata |= {"json_file": file, "image_root": labels.image_dir}
+    if file and labels.evaluator == "coco":
+        load = partial(load_coco_json, file, labels.image_dir)
     else:
-        file = annotations
-        if any(x.kind == "area_unusable" for x in findings):
-            file = _with_areas(content, name)
-        load = partial(load_coco_json, file, image_dir)
-        metadata |= {"json_file": file, "image_root": image_dir}
+        # As bytes they take a tenth of the memory, and whoever asks gets records of his own.
+        load = partial(pickle.loads, pickle.dumps(_records(content, labels.image_dir)))
     # Sorted by id, categories get the numbers that Detectron2 gives those of a json.
     ids = sorted(category["id"] for category in content["categories"])
     _register(name, load, {category_id: i for i, category_id in enumerate(ids)}, metadata)
     return name
 
 
-def _split(source: str) -> tuple[str, str]:
-    """The annotations, and the folder or split. Where either has a colon in its name, the first
-    colon behind a file parts them."""
+def split_source(source: str) -> tuple[str, str]:
+    """The annotations, and the folder or split, of ``annotations:images``. Where either has a colon
+    in its name, the first colon behind a file parts them, or else behind a folder."""
     colons = [i for i, x in enumerate(source) if x == ":"]
     parts = [(os.path.expanduser(source[:i]), os.path.expanduser(source[i + 1 :])) for i in colons]
-    behind_files = (x for x in parts if os.path.isfile(x[0]))
-    return next(behind_files, parts[-1] if parts else ("", ""))
+    for there in (os.path.isfile, os.path.isdir):
+        for annotations, images in parts:
+            if annotations and there(annotations):
+                return annotations, images
+    return parts[-1] if parts else ("", "")
 
 
-def _with_areas(content: dict, name: str) -> str:
-    """A copy, for as long as this process runs, of a json for evaluation to read, which would crash
-    at its end, or count objects of no area as small; in it these have the areas of their boxes."""
-    folder = tempfile.mkdtemp(prefix="atss_areas_")
+def _copy(content: dict, name: str) -> str:
+    """A json, for as long as this process runs, for Detectron2 and the evaluation to read. Objects
+    without an area, with which that would crash at its end or which it would count as small, have
+    the areas of their boxes."""
+    folder = tempfile.mkdtemp(prefix="atss_labels_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    entries = []
-    for entry in content["annotations"]:
-        box_area = entry["bbox"][2] * entry["bbox"][3]
-        area = entry["area"] if is_area(entry.get("area")) else box_area
-        entries.append({**entry, "area": area, "iscrowd": entry.get("iscrowd", 0)})
     path = os.path.join(folder, f"{name}.json")
     with open(path, "w") as file:
-        json.dump({**content, "annotations": entries}, file)
+        json.dump({**content, "annotations": with_areas(content["annotations"])}, file)
     return path
-
-
-def _is_yolo(annotations: str) -> bool:
-    return annotations.lower().endswith((".yaml", ".yml"))
 
 
 def _records(content: dict, image_dir: str) -> list[dict]:

@@ -91,7 +91,16 @@ KINDS = {
         "images without objects or with crowds only, by DATALOADER.FILTER_EMPTY_ANNOTATIONS",
     ),
     "image_without_objects": Kind(NOTE, "images without objects, trained on as background"),
-    # Labels of YOLO's.
+    # LVIS's fields.
+    "category_lists_malformed": Kind(
+        ERROR,
+        "images whose neg_category_ids or not_exhaustive_category_ids is no list of the file's "
+        "categories",
+    ),
+    "frequency_malformed": Kind(ERROR, "categories whose frequency is not r, c or f"),
+    # What --classes says.
+    "class_left_out": Kind(DROPPED, "classes that --classes leaves out"),
+    # Labels of YOLO's and of Pascal VOC's.
     "label_malformed": Kind(ERROR, "labels that are neither a box nor a polygon"),
     "label_class_unknown": Kind(ERROR, "labels of classes that have no name"),
     "label_units": Kind(
@@ -100,6 +109,16 @@ KINDS = {
         "pixels",
     ),
     "label_missing": Kind(WARNING, "images without a label file, taken to be without objects"),
+    "label_of_another_image": Kind(
+        WARNING,
+        "labels that name an image that is there, but are called like another, and taken for its",
+    ),
+    "box_at_pixel_zero": Kind(
+        WARNING,
+        "boxes that begin at pixel 0, where Pascal VOC begins at 1: with --first-pixel 0 "
+        "coordinates are those of corners, as many tools write them",
+    ),
+    "object_difficult": Kind(NOTE, "objects marked difficult, which are used like others"),
     # Image files.
     "file_unreadable": Kind(ERROR, "images that cannot be read"),
     "file_truncated": Kind(ERROR, "images that are truncated or damaged"),

@@ -4,7 +4,6 @@ into COCO's format: whatever is said of the one is then said of the other."""
 import glob
 import os
 import reprlib
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import isfinite
@@ -14,21 +13,14 @@ import yaml
 
 from .coco_json import BEYOND
 from .findings import Finding
-from .images import read_header
+from .folders import SUFFIXES, THREADS, Places, Split, name_in, read_text, size_of
 
 # One split, whatever it is called.
 VALIDATION = ("val", "validation", "valid")
 # Keys of a data.yaml that are no splits.
 OTHER_KEYS = ("path", "names", "nc", "download")
-# What is taken for an image in a folder. Those that Pillow cannot read are errors.
-SUFFIXES = {
-    *(".avif", ".bmp", ".dng", ".gif", ".heic", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".pfm"),
-    *(".png", ".tif", ".tiff", ".webp"),
-}
 # Objects reach beyond their image; what is farther outside than the image is large is no share.
 FAR = 1.0
-# Kind of a finding -> the places where it is so, for people.
-Places = dict[str, list[str]]
 
 
 def read_yolo(yaml_file: str, split: str) -> tuple[dict, list[Finding]]:
@@ -51,19 +43,17 @@ def read_yolo(yaml_file: str, split: str) -> tuple[dict, list[Finding]]:
         config = _read_yaml(yaml_file)
         names = _names(config)
         images = _images(config, split, folder)
-        content, found = _read_images(images, folder, set(names))
-        without = found["label_missing"]
-        if content["images"] and len(without) == len(content["images"]):
-            label = _name(_label_of(folder / without[0]), folder)
+        read = _read_images(images, folder, set(names))
+        without = read.found["label_missing"]
+        if read.images and len(without) == len(read.images):
+            label = name_in(folder, _label_of(folder / without[0]))
             raise ValueError(
                 f"no image of {split!r} has a label file: that of {without[0]} was looked for at "
                 f"{label}"
             )
     except ValueError as error:
         raise ValueError(f"{yaml_file}: {error}") from error
-    content["categories"] = [{"id": i, "name": name} for i, name in names.items()]
-    found = {kind: places for kind, places in found.items() if places}
-    return content, [Finding(k, range(len(p)), p.__getitem__) for k, p in found.items()]
+    return read.result(names)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -72,7 +62,7 @@ def read_yolo(yaml_file: str, split: str) -> tuple[dict, list[Finding]]:
 
 
 def _read_yaml(yaml_file: str) -> dict:
-    text = _read_text(Path(yaml_file))
+    text = read_text(Path(yaml_file))
     try:
         config = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
@@ -149,7 +139,7 @@ def _images(config: dict, split: str, folder: Path) -> list[Path]:
 def _listed(list_file: Path, bases: Sequence[Path]) -> Iterator[Path]:
     """The images that a .txt names, one a line."""
     try:
-        text = _read_text(list_file)
+        text = read_text(list_file)
     except ValueError as error:
         raise ValueError(f"the list {list_file}: {error}") from error
     for line in filter(None, map(str.strip, text.splitlines())):
@@ -171,32 +161,26 @@ def _candidates(entry: str, bases: Sequence[Path]) -> list[Path]:
 # ------------------------------------------------------------------------------------------------
 
 
-def _read_images(images: list[Path], folder: Path, ids: set[int]) -> tuple[dict, Places]:
-    """Content without categories, and what is to be said of it."""
+def _read_images(images: list[Path], folder: Path, ids: set[int]) -> Split:
     labels = [_label_of(image) for image in images]
-    # Mostly waiting for a disk: more threads than processors.
-    with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-        sizes = list(pool.map(_size, images))
+    with ThreadPoolExecutor(THREADS) as pool:
+        sizes = list(pool.map(size_of, images))
         texts = list(pool.map(_read_label, labels))
-    content: dict[str, list[dict]] = {"images": [], "annotations": []}
-    found: Places = defaultdict(list)
+    split = Split(folder)
     for image, label, size, text in zip(images, labels, sizes, texts, strict=True):
-        name, name_of_label = _name(image, folder), _name(label, folder)
+        name, name_of_label = name_in(folder, image), name_in(folder, label)
         if isinstance(size, OSError):
-            found["file_unreadable"].append(f"{name} cannot be read: {size}")
+            split.found["file_unreadable"].append(f"{name} cannot be read: {size}")
             continue
-        entry = {"id": len(content["images"]) + 1, "file_name": name}
-        content["images"].append(entry | dict(zip(("width", "height"), size, strict=True)))
+        split.add_image(image, size)
         if text is None:
-            found["label_missing"].append(name)
+            split.found["label_missing"].append(name)
         elif isinstance(text, ValueError):
-            found["label_malformed"].append(f"{name_of_label}: {text}")
+            split.found["label_malformed"].append(f"{name_of_label}: {text}")
         else:
-            for category, box in _read_labels(text, name_of_label, size, ids, found):
-                annotation = {"id": len(content["annotations"]) + 1, "image_id": entry["id"]}
-                annotation |= {"category_id": category, "bbox": box, "area": box[2] * box[3]}
-                content["annotations"].append(annotation | {"iscrowd": 0})
-    return content, found
+            for category, box in _read_labels(text, name_of_label, size, ids, split.found):
+                split.add_object(category, box)
+    return split
 
 
 def _read_labels(
@@ -224,8 +208,7 @@ def _read_labels(
             if any(b * side > BEYOND for b, side in zip(beyond, size * 2, strict=True)):
                 found["box_partly_outside"].append(f"{name} line {number}")
             x1, y1, x2, y2 = (c * side for c, side in zip(clipped, size * 2, strict=True))
-            # As many digits as Detectron2 writes for the evaluation.
-            yield category, [round(x, 3) for x in (x1, y1, x2 - x1, y2 - y1)]
+            yield category, [x1, y1, x2 - x1, y2 - y1]
 
 
 def _parse(fields: list[str]) -> tuple[int, list[float]]:
@@ -266,36 +249,9 @@ def _label_of(image: Path) -> Path:
     return Path(f"{before}/labels/{after}" if images else image).with_suffix(".txt")
 
 
-def _size(image: Path) -> tuple[int, int] | OSError:
-    """(width, height) after the EXIF orientation."""
-    try:
-        return read_header(str(image)).size
-    except OSError as error:
-        return error
-
-
 def _read_label(label: Path) -> str | ValueError | None:
     """The content of a label file; None where there is none."""
     try:
-        return _read_text(label) if label.exists() else None
+        return read_text(label) if label.exists() else None
     except ValueError as error:
         return error
-
-
-def _read_text(path: Path) -> str:
-    """The content of a file, without the mark at which Windows knows UTF-8.
-
-    Raises:
-        ValueError: as the end of a sentence that names the file.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError("it is no text in UTF-8") from error
-    except OSError as error:
-        raise ValueError(f"it cannot be read: {error.strerror}") from error
-
-
-def _name(path: Path, folder: Path) -> str:
-    """As messages and the content name a file."""
-    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)

@@ -40,6 +40,7 @@ from ..config import (
 )
 from ..config.checks import check_values
 from ..data import datasets
+from ..data.formats import add_arguments, reading_of
 from .best import best_metric
 from .evaluation import check_metadata
 from .launch import (
@@ -77,17 +78,18 @@ TRAINING_LIMITS = {
 
 
 def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
-    """Detectron2's arguments, --register and --import."""
+    """Detectron2's arguments, --register and how it reads, and --import."""
     parser = default_argument_parser(epilog=epilog)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--register",
         action="append",
         default=[],
-        metavar="NAME=annotations.json:image_dir|NAME=data.yaml:split",
-        help="an own data set in COCO's format, or the split of one in YOLO's layout, to be used "
-        "under NAME in the config (repeatable)",
+        metavar="NAME=annotations.json:image_dir|NAME=data.yaml:split|NAME=voc_folder:split",
+        help="an own data set in COCO's or LVIS's format, or the split of one in YOLO's layout or "
+        "of a folder of Pascal VOC's xml, to be used under NAME in the config (repeatable)",
     )
+    add_arguments(parser)
     parser.add_argument(
         "--import",
         dest="imports",
@@ -317,8 +319,7 @@ def register(args: argparse.Namespace) -> None:
         ValueError: with a sentence that says what is wrong.
     """
     import_modules(args.imports)
-    for spec in args.register:
-        datasets.register(spec)
+    datasets.register_all(args.register, reading_of(args))
 
 
 class NoSuchModule(ValueError):

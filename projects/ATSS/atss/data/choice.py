@@ -1,0 +1,115 @@
+"""Which classes of a data set are used, in which order, and what counts as which: --classes."""
+
+import csv
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from .findings import Finding
+
+# Lists of ids of categories that LVIS's images have.
+ABSENT, PARTLY_MARKED = "neg_category_ids", "not_exhaustive_category_ids"
+
+
+def parse(text: str) -> dict[str, list[str]]:
+    """``a,b=c``: the classes a and b in this order, c's objects counting as b's, with those of b
+    where the data have it. A name with a comma stands in double quotes.
+
+    Returns:
+        each class, and the names in the data that count as it.
+
+    Raises:
+        ValueError: with a sentence that names what is wrong.
+    """
+    chosen: dict[str, list[str]] = {}
+    for item in next(csv.reader([text], skipinitialspace=True), []):
+        name, equals, other = (x.strip() for x in item.partition("="))
+        if not name or (equals and not other):
+            raise ValueError(f"--classes takes NAME,NAME=OTHER,..., not {text!r}")
+        names = chosen.setdefault(name, [name])
+        if equals and other not in names:
+            names.append(other)
+    if not chosen:
+        raise ValueError("--classes names no class")
+    counts = Counter(name for names in chosen.values() for name in names)
+    for name, count in counts.items():
+        if count > 1:
+            twice = [new for new, names in chosen.items() if name in names]
+            raise ValueError(f"--classes has {name!r} count as both {' and '.join(twice)}")
+    return chosen
+
+
+def choose(
+    content: dict, chosen: Mapping[str, Sequence[str]]
+) -> tuple[dict, list[Finding], set[str]]:
+    """Content in COCO's format with these classes, which get the ids 1, 2, ... in their order.
+
+    Args:
+        content: whatever its entries are: what is malformed stays so.
+        chosen: as of :func:`parse`.
+    Returns:
+        the content; what was left out; the names in the data of which something was found.
+    """
+    named = [c for c in content["categories"] if isinstance(c.get("name"), str) and _is_id(c)]
+    if len(named) < len(content["categories"]):
+        return content, [], set()
+    number = {new: i for i, new in enumerate(chosen, start=1)}
+    new_of = {name: number[new] for new, names in chosen.items() for name in names}
+    ids = {c["id"]: new_of.get(c["name"]) for c in named}
+    # What else a category has, such as LVIS's frequency, is that of the first that counts as it.
+    first = {ids[c["id"]]: c for c in reversed(named)}
+    categories = [{**first.get(i, {}), "id": i, "name": new} for new, i in number.items()]
+    annotations: list[dict] = []
+    left_out: Counter[int | str] = Counter()
+    for annotation in content["annotations"]:
+        if "category_id" in annotation:
+            old = annotation["category_id"]
+            if isinstance(old, int | str) and old in ids:
+                if ids[old] is None:
+                    left_out[old] += 1
+                    continue
+                annotation = {**annotation, "category_id": ids[old]}
+            else:
+                annotation = {**annotation, "category_id": None}  # an unknown one, still
+        annotations.append(annotation)
+    images = [_seen(image, ids) for image in content["images"]]
+    places = [f"{c['name']} ({left_out[c['id']]} objects)" for c in named if ids[c["id"]] is None]
+    findings = [Finding("class_left_out", range(len(places)), places.__getitem__)] if places else []
+    found = {c["name"] for c in named} & set(new_of)
+    new_content = {"images": images, "annotations": annotations, "categories": categories}
+    return {**content, **new_content}, findings, found
+
+
+def _is_id(category: dict) -> bool:
+    return isinstance(category.get("id"), int | str)
+
+
+def _seen(image: dict, ids: Mapping[int | str, int | None]) -> dict:
+    """An image of LVIS whose lists of classes have the new ids: a class is absent where all that
+    count as it are, and partly marked where one is."""
+    if not isinstance(image.get(ABSENT), list) or not isinstance(image.get(PARTLY_MARKED), list):
+        return image
+    absent, partly = ({ids.get(i) for i in image[key]} - {None} for key in (ABSENT, PARTLY_MARKED))
+    present = {new for old, new in ids.items() if old not in image[ABSENT]}
+    return {**image, ABSENT: sorted(absent - present), PARTLY_MARKED: sorted(partly)}
+
+
+def refuse_unknown(
+    chosen: Mapping[str, Sequence[str]], found: set[str], there: Sequence[str]
+) -> None:
+    """A misspelt name would be a class without objects.
+
+    Args:
+        found: as of :func:`choose`, of all data sets together.
+        there: the names that they have.
+
+    Raises:
+        ValueError: naming what --classes names and no data set has.
+    """
+    for new, names in chosen.items():
+        # A class that others count as need not be one of the data's.
+        missing = [name for name in names if name not in found and (name != new or len(names) == 1)]
+        if missing:
+            known = ", ".join(map(repr, there[:10])) + (", ..." if len(there) > 10 else "")
+            raise ValueError(
+                f"--classes names {missing[0]!r}, which no data set has; there are {known}"
+            )

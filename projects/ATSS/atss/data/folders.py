@@ -1,0 +1,85 @@
+"""What the readers of folders of labels share: one file of labels beside every image."""
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+from .findings import Finding
+from .images import read_header
+
+# What is taken for an image in a folder. Those that Pillow cannot read are errors.
+SUFFIXES = {
+    *(".avif", ".bmp", ".dng", ".gif", ".heic", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".pfm"),
+    *(".png", ".tif", ".tiff", ".webp"),
+}
+# Mostly waiting for a disk: more threads than processors.
+THREADS = min(32, 4 * (os.cpu_count() or 1))
+# Kind of a finding -> the places where it is so, for people.
+Places = dict[str, list[str]]
+
+
+class Split:
+    """A split while it is read: content in COCO's format, and what is to be said of it.
+
+    Args:
+        folder: in which file names begin.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.images: list[dict] = []
+        self.annotations: list[dict] = []
+        self.found: Places = defaultdict(list)
+
+    def add_image(self, image: Path, size: tuple[int, int]) -> None:
+        """The image to which the objects that follow belong; its size is (width, height)."""
+        entry = {"id": len(self.images) + 1, "file_name": name_in(self.folder, image)}
+        self.images.append({**entry, "width": size[0], "height": size[1]})
+
+    def add_object(self, category: int, box: list[float], **more: int) -> None:
+        """An object of the last image; its box is [x, y, width, height] in pixels."""
+        # As many digits as Detectron2 writes for the evaluation.
+        box = [round(x, 3) for x in box]
+        ids = {"id": len(self.annotations) + 1, "image_id": len(self.images)}
+        what = {"category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        self.annotations.append({**ids, **what, **more})
+
+    def result(self, names: Mapping[int, str]) -> tuple[dict, list[Finding]]:
+        """The content, with categories of these names by id, and the findings."""
+        content = {"images": self.images, "annotations": self.annotations}
+        content["categories"] = [{"id": i, "name": name} for i, name in names.items()]
+        found = {kind: places for kind, places in self.found.items() if places}
+        return content, [Finding(k, range(len(p)), p.__getitem__) for k, p in found.items()]
+
+
+def read_text(path: Path) -> str:
+    """The content of a file, without the mark at which Windows knows UTF-8.
+
+    Raises:
+        ValueError: as the end of a sentence that names the file.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError("it is no text in UTF-8") from error
+    except (OSError, ValueError) as error:  # such as of a name with a zero byte
+        raise ValueError(f"it cannot be read: {why(error)}") from error
+
+
+def size_of(image: Path) -> tuple[int, int] | OSError:
+    """(width, height) after the EXIF orientation."""
+    try:
+        return read_header(str(image)).size
+    except OSError as error:
+        return error
+
+
+def name_in(folder: Path, path: Path) -> str:
+    """As messages and the content name a file."""
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
+def why(error: Exception) -> str:
+    """Why a file cannot be read."""
+    return getattr(error, "strerror", None) or str(error)

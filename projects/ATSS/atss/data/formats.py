@@ -1,0 +1,111 @@
+"""The formats in which labels come: which one it is, and what was read of it."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import lvis
+from .choice import choose, parse
+from .coco_json import read_coco
+from .findings import Finding
+from .voc import FIRST_PIXEL, read_voc
+from .yolo import read_yolo
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How labels are read.
+
+    Attributes:
+        classes: chosen ones, as of :func:`~atss.data.choice.parse`; empty for all, as they are.
+        first_pixel: of Pascal VOC's, as of :func:`~atss.data.voc.read_voc`.
+    """
+
+    classes: Mapping[str, Sequence[str]]
+    first_pixel: int = FIRST_PIXEL
+
+
+AS_IT_IS = Reading({})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How labels are read, for a tool to ask."""
+    parser.add_argument(
+        "--classes",
+        metavar="A,B=C,...",
+        help="these classes alone, in this order; C's objects count as B's",
+    )
+    parser.add_argument(
+        "--first-pixel",
+        type=int,
+        choices=(0, 1),
+        default=FIRST_PIXEL,
+        help="of Pascal VOC's xml: 1 where pixels are counted as there, 0 where coordinates are "
+        "those of corners (default: %(default)s)",
+    )
+
+
+def reading_of(args: argparse.Namespace) -> Reading:
+    """What arguments of :func:`add_arguments` say.
+
+    Raises:
+        ValueError: with a sentence that says what is wrong.
+    """
+    return Reading({} if args.classes is None else parse(args.classes), args.first_pixel)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a split.
+
+    Attributes:
+        content: as of :func:`~atss.data.coco_json.read_coco`.
+        image_dir: the folder in which its file names begin.
+        findings: what was found besides, which the content does not show.
+        json_file: where they are read from, if that is a json.
+        evaluator: Detectron2's evaluator_type.
+        names: in the data, of classes.
+        found: those of the chosen ones that the data have.
+    """
+
+    content: dict
+    image_dir: str
+    findings: list[Finding]
+    json_file: str | None
+    evaluator: str
+    names: Sequence[str]
+    found: set[str]
+
+
+def read(annotations: str, images: str, reading: Reading = AS_IT_IS) -> Labels:
+    """
+    Args:
+        annotations, images: a json in COCO's or LVIS's format and its folder of images; a yaml in
+            YOLO's layout and its split; or a folder of Pascal VOC's xml and its split.
+
+    Raises:
+        ValueError: with a sentence that names what cannot be read.
+    """
+    json_file, evaluator = None, "coco"
+    findings: list[Finding] = []
+    if os.path.isdir(annotations):
+        content, findings = read_voc(annotations, images, reading.first_pixel)
+        image_dir = annotations
+    elif annotations.lower().endswith((".yaml", ".yml")):
+        content, findings = read_yolo(annotations, images)
+        image_dir = os.path.dirname(annotations)
+    else:
+        if not Path(images).is_dir():
+            raise ValueError(f"the image folder {images} does not exist")
+        content, image_dir, json_file = read_coco(annotations), images, annotations
+        if lvis.is_lvis(content):
+            content, evaluator = lvis.complete(content), "lvis"
+            findings = lvis.find(content)
+    names = [str(category.get("name")) for category in content["categories"]]
+    found: set[str] = set()
+    if reading.classes:
+        content, left_out, found = choose(content, reading.classes)
+        findings = [*findings, *left_out]
+    return Labels(content, image_dir, findings, json_file, evaluator, names, found)

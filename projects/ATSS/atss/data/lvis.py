@@ -1,0 +1,56 @@
+"""What LVIS's json has that COCO's has not, and the other way round."""
+
+from pathlib import PurePosixPath
+from urllib.parse import urlsplit
+
+from .choice import ABSENT, PARTLY_MARKED
+from .findings import Finding
+
+# How rare a category is: in at most 10 images, in at most 100, in more.
+FREQUENCIES = ("r", "c", "f")
+
+
+def is_lvis(content: dict) -> bool:
+    """Whether content in COCO's format is LVIS's: its images say which classes are known to be
+    absent, and of which not all objects are marked (arXiv 1908.03195, section 2)."""
+    return any(ABSENT in image or PARTLY_MARKED in image for image in content["images"])
+
+
+def complete(content: dict) -> dict:
+    """LVIS's content with what COCO's has: the file name, which is folder and name at the end of an
+    image's URL, such as train2017/000000391895.jpg, and objects that are no crowds."""
+    images = [_with_file_name(image) for image in content["images"]]
+    annotations = [{"iscrowd": 0, **annotation} for annotation in content["annotations"]]
+    return {**content, "images": images, "annotations": annotations}
+
+
+def _with_file_name(image: dict) -> dict:
+    url = image.get("coco_url")
+    if "file_name" in image or not isinstance(url, str):
+        return image
+    try:
+        path = PurePosixPath(urlsplit(url).path)
+    except ValueError:  # such as of half a bracket
+        return image
+    return {**image, "file_name": "/".join(path.parts[-2:])}
+
+
+def find(content: dict) -> list[Finding]:
+    """What is wrong with fields that LVIS alone has, and that its evaluation reads."""
+    ids = {c["id"] for c in content["categories"] if isinstance(c.get("id"), int)}
+
+    def sound(value: object) -> bool:
+        return isinstance(value, list) and all(type(i) is int and i in ids for i in value)
+
+    images = [
+        f"image {image.get('id')} ({image.get('file_name')})"
+        for image in content["images"]
+        if not (sound(image.get(ABSENT)) and sound(image.get(PARTLY_MARKED)))
+    ]
+    categories = [
+        f"category {category.get('id')} ({category.get('name')})"
+        for category in content["categories"]
+        if category.get("frequency") not in FREQUENCIES
+    ]
+    found = (("category_lists_malformed", images), ("frequency_malformed", categories))
+    return [Finding(kind, range(len(p)), p.__getitem__) for kind, p in found if p]
