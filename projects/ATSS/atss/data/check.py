@@ -232,7 +232,9 @@ def _find_in_objects(
     annotated = np.bincount(objects.image[counted], minlength=number) > 0
     with_objects = np.bincount(objects.image[used], minlength=number) > 0
     dropped = ~annotated & filter_empty
-    if len(content["annotations"]):
+    if not content["annotations"]:
+        add("nothing_annotated", "images", range(number))
+    else:
         add("image_dropped", "images", np.flatnonzero(dropped))
         add("image_without_objects", "images", np.flatnonzero(~with_objects & ~dropped))
     return found

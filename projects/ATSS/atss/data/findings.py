@@ -66,6 +66,9 @@ KINDS = {
         "boxes that look like [x1, y1, x2, y2], all of them: COCO's are [x, y, width, height]",
     ),
     "nothing_to_learn": Kind(ERROR, "annotations, all of which training leaves out"),
+    "nothing_annotated": Kind(
+        WARNING, "images, none of which has an annotation: training on them alone stops"
+    ),
     "crowd": Kind(DROPPED, "crowds"),
     "segmentation_empty": Kind(
         DROPPED, "objects whose segmentation has no polygon of at least three points"

@@ -66,17 +66,37 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         # Of data that came in no json Detectron2 writes one there: not to be trusted the next time.
         return ByName(dataset_name, ("bbox",), output_dir=output_dir, allow_cached_coco=False)
     if kind == "lvis":
+        provide_lvis()
         return LVISEvaluator(dataset_name, ("bbox",), output_dir=output_dir)
     return PascalVOCDetectionEvaluator(dataset_name)
+
+
+def provide_lvis() -> None:
+    """Has Detectron2 evaluate by LVIS's rules with hotcoco: the package ``lvis``, of 2020, fails on
+    NumPy 2.
+
+    Raises:
+        ValueError: where it is not installed.
+    """
+    try:
+        import hotcoco
+    except ImportError as error:
+        raise ValueError(
+            f"evaluation by LVIS's rules needs hotcoco ({error}): pip install hotcoco"
+        ) from error
+    hotcoco.init_as_lvis()
 
 
 def check_metadata(dataset_name: str) -> None:
     """Whether a data set can be evaluated.
 
     Raises:
-        ValueError: where its metadata have no names of classes, or no evaluator_type that is known.
+        ValueError: where its metadata have no names of classes, or no evaluator_type that is known,
+            or what evaluates it is not installed.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind == "lvis":
+        provide_lvis()
     if kind not in ("coco", "lvis", "pascal_voc"):
         raise ValueError(
             f"data set {dataset_name} of DATASETS.TEST has evaluator_type {kind!r} in its "

@@ -1,0 +1,189 @@
+"""--classes: chosen, merged and ordered by name, in every format."""
+
+import json
+import re
+
+import broken
+import check_dataset
+import pytest
+from conftest import ROOT
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from test_datasets import truth_as_detections
+
+import atss.engine.run as way_in
+from atss.data.choice import choose, parse
+from atss.data.formats import Reading, read
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """{format: annotations:images} of one data set: 8 cats, 4 dogs."""
+    content = broken.make_data(tmp_path)
+    yaml, folder = broken.write_yolo(content, tmp_path), broken.write_voc(content, tmp_path)
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    broken.to_lvis(content)
+    (tmp_path / "lvis.json").write_text(json.dumps(content))
+    yield {
+        "coco": f"{tmp_path}/coco.json:{tmp_path}/images",
+        "lvis": f"{tmp_path}/lvis.json:{tmp_path}",
+        "yolo": f"{yaml}:train",
+        "voc": f"{folder}:train",
+    }
+    for name in ("first", "second"):
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+
+
+def register(*specs, classes=None):
+    argv = ["--config-file", str(ROOT / "configs/ATSS_R_18_FPN_small.yaml")]
+    argv += [x for spec in specs for x in ("--register", spec)]
+    argv += ["--classes", classes] if classes is not None else []
+    way_in.register(way_in.make_parser().parse_args(argv))
+
+
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [
+        ("a", {"a": ["a"]}),
+        ("b, a", {"b": ["b"], "a": ["a"]}),
+        ("a,b=c", {"a": ["a"], "b": ["b", "c"]}),
+        ("b=c,a,b=d", {"b": ["b", "c", "d"], "a": ["a"]}),
+        ("b,b=c", {"b": ["b", "c"]}),
+        ('"a, b",traffic light=a', {"a, b": ["a, b"], "traffic light": ["traffic light", "a"]}),
+        ("b=b", {"b": ["b"]}),
+    ],
+)
+def test_names_of_classes(text, chosen):
+    assert parse(text) == chosen
+    assert list(parse(text)) == list(chosen)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "--classes names no class"),
+        ("a,,b", "--classes takes NAME,NAME=OTHER,..., not 'a,,b'"),
+        ("a=", "--classes takes NAME,NAME=OTHER,..., not 'a='"),
+        ("=a", "--classes takes NAME,NAME=OTHER,..., not '=a'"),
+        ("a,b=a", "--classes has 'a' count as both a and b"),
+        ("x=c,y=c", "--classes has 'c' count as both x and y"),
+    ],
+)
+def test_what_cannot_be_read(text, sentence):
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        parse(text)
+
+
+@pytest.mark.parametrize("form", ["coco", "lvis", "yolo", "voc"])
+@pytest.mark.parametrize(
+    ("classes", "names", "counts"),
+    [
+        (None, ["cat", "dog"], [8, 4]),
+        ("dog,cat", ["dog", "cat"], [4, 8]),
+        ("dog", ["dog"], [4]),
+        ("pet=dog,pet=cat", ["pet"], [12]),
+        ("cow=dog,cat", ["cow", "cat"], [4, 8]),
+        ("cat=dog", ["cat"], [12]),
+    ],
+)
+def test_every_format(form, sources, classes, names, counts):
+    register(f"first={sources[form]}", classes=classes)
+    metadata = MetadataCatalog.get("first")
+    assert metadata.thing_classes == names
+    records = DatasetCatalog.get("first")
+    assert len(records) == 4
+    found = [a["category_id"] for record in records for a in record["annotations"]]
+    assert [found.count(i) for i in range(len(names))] == counts
+    left_out = f"classes that --classes leaves out (1): cat ({12 - sum(counts)} objects)"
+    expected = left_out if sum(counts) < 12 else None
+    assert metadata.remarks.get("class_left_out") == expected
+
+
+@pytest.mark.parametrize("form", ["coco", "lvis", "yolo", "voc"])
+def test_evaluation_is_of_the_chosen_classes(form, sources, tmp_path):
+    register(f"first={sources[form]}", classes="dog,animal=cat")
+    assert truth_as_detections("first", ["dog", "animal"], tmp_path)["AP"] == pytest.approx(100)
+    half = truth_as_detections("first", ["dog", "animal"], tmp_path, only="dog")
+    assert half["AP"] == pytest.approx(50)
+
+
+def test_one_registration_for_all_sets(sources, tmp_path):
+    """Their own orders do not matter, nor that a set lacks a class."""
+    content = broken.make_data(tmp_path / "other")
+    content["categories"] = [{"id": 2, "name": "cat"}]
+    content["annotations"] = [a | {"category_id": 2} for a in content["annotations"]]
+    (tmp_path / "other/a.json").write_text(json.dumps(content))
+    other = f"second={tmp_path}/other/a.json:{tmp_path}/other/images"
+    register(f"first={sources['voc']}", other, classes="dog,cat")
+    for name in ("first", "second"):
+        assert MetadataCatalog.get(name).thing_classes == ["dog", "cat"]
+    assert {a["category_id"] for r in DatasetCatalog.get("second") for a in r["annotations"]} == {1}
+
+
+def test_a_name_that_no_set_has(sources):
+    spec = f"first={sources['coco']}"
+    sentence = "--classes names 'cow', which no data set has; there are 'cat', 'dog'"
+    for classes in ("cow,cat", "cat=cow"):
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+            register(spec, classes=classes)
+        DatasetCatalog.remove("first")
+        MetadataCatalog.remove("first")
+
+
+def test_the_same_name_with_other_classes_is_refused(sources):
+    register(f"first={sources['coco']}", classes="cat")
+    register(f"first={sources['coco']}", classes="cat")
+    with pytest.raises(ValueError, match="a data set called first is registered already"):
+        register(f"first={sources['coco']}", classes="dog")
+
+
+def test_check_dataset(sources, capsys):
+    paths = sources["voc"].rsplit(":", 1)
+    config = ["--config-file", str(ROOT / "configs/ATSS_R_18_FPN_small.yaml")]
+    assert check_dataset.main([*paths, "--classes", "dog", *config]) == 0
+    said = capsys.readouterr().out
+    assert "1  classes that --classes leaves out\n             cat (8 objects)\n" in said
+    assert "        4          4  dog" in said
+    assert check_dataset.main([*paths, "--classes", "cow", *config]) == 2
+    assert "--classes names 'cow'" in capsys.readouterr().err
+
+
+def test_lists_of_lvis_follow(tmp_path):
+    """A class is known to be absent where all that count as it are."""
+    content = broken.make_data(tmp_path)
+    broken.to_lvis(content)
+    content["categories"].append({"id": 3, "name": "cow", "frequency": "c"})
+    content["images"][0] |= {"neg_category_ids": [1, 3], "not_exhaustive_category_ids": [2]}
+    content["images"][1] |= {"neg_category_ids": [1, 2], "not_exhaustive_category_ids": []}
+    chosen, _, found = choose(content, parse("cow,pet=cat,pet=dog"))
+    assert found == {"cow", "cat", "dog"}
+    lists = ("neg_category_ids", "not_exhaustive_category_ids")
+    assert [chosen["images"][0][key] for key in lists] == [[1], [2]]
+    assert [chosen["images"][1][key] for key in lists] == [[2], []]
+    assert [(c["id"], c["name"], c["frequency"]) for c in chosen["categories"]] == [
+        (1, "cow", "c"),
+        (2, "pet", "r"),
+    ]
+
+
+def test_what_is_malformed_stays_so(tmp_path):
+    content = broken.make_data(tmp_path)
+    content["annotations"][0]["category_id"] = 77
+    content["annotations"][1]["category_id"] = [1]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    source = f"first={tmp_path}/a.json:{tmp_path}/images"
+    sentence = "annotations of categories that are not in the file (2): annotation 1 of a.png"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        register(source, classes="cat,dog")
+    del content["categories"][0]["name"]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="entry 0 of 'categories' has no 'name'"):
+        register(source, classes="cat,dog")
+
+
+def test_reading_leaves_the_source_as_it_was(sources):
+    annotations, images = sources["coco"].rsplit(":", 1)
+    before = read(annotations, images).content
+    read(annotations, images, Reading(parse("dog")))
+    assert read(annotations, images).content == before
