@@ -1,5 +1,6 @@
 """What a process trains on follows from seed and iteration alone."""
 
+import math
 import random
 from itertools import islice
 
@@ -149,6 +150,114 @@ def test_rare_classes_come_more_often_where_asked(records):
     loader = make_loader(*opts, "DATALOADER.ASPECT_RATIO_GROUPING", False)
     loader.skip(20, 3)
     assert take(loader, 10) == batches[20:]
+
+
+@pytest.fixture
+def many():
+    """Registered as "many" (300 images: half with class 0, 3 % with 1, 1 % with 2 beside 0, the
+    others empty or with a crowd of 2), and as "few" (20 with class 1)."""
+    classes = [[0]] * 147 + [[0, 2]] * 3 + [[1]] * 9 + [[]] * 141
+
+    def images(of, first):
+        return [
+            {
+                **{"file_name": f"{i}.png", "image_id": i, "width": 9, "height": 9},
+                "annotations": [{"category_id": c, "iscrowd": 0} for c in found]
+                + [{"category_id": 2, "iscrowd": 1}] * (not found and i % 2),
+            }
+            for i, found in enumerate(of, start=first)
+        ]
+
+    sets = {"many": images(classes, 0), "few": images([[1]] * 20, 300)}
+    for name, records in sets.items():
+        DatasetCatalog.register(name, lambda records=records: records)
+        MetadataCatalog.get(name).thing_classes = ["common", "rare", "beside"]
+    yield sets
+    for name in sets:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+BOTH = ("DATASETS.TRAIN", ("many", "few"), "DATASETS.TRAIN_REPEAT_FACTOR", [["few", 2.5]])
+IMBALANCED = {
+    "RepeatFactorTrainingSampler": (
+        "DATALOADER.REPEAT_THRESHOLD",
+        0.1,
+        "DATASETS.TRAIN",
+        ("many",),
+    ),
+    "WeightedTrainingSampler": BOTH,
+    "WeightedCategoryTrainingSampler": (*BOTH, "DATALOADER.REPEAT_THRESHOLD", 0.1),
+}
+
+
+def imbalanced(name, *opts):
+    return make_loader(
+        *("DATALOADER.SAMPLER_TRAIN", name, *IMBALANCED[name]),
+        *("DATALOADER.ASPECT_RATIO_GROUPING", False, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False),
+        *opts,
+    )
+
+
+@pytest.mark.parametrize("name", IMBALANCED)
+def test_images_come_as_often_as_the_formula_says(many, name):
+    """f of class 1 is 9 of 300, of class 2 it is 3 of 300, to which crowds do not add."""
+    rare, beside = math.sqrt(0.1 / 0.03), math.sqrt(0.1 / 0.01)
+    by_class = [1.0] * 147 + [beside] * 3 + [rare] * 9 + [1.0] * 141
+    expected = {
+        "RepeatFactorTrainingSampler": by_class,
+        "WeightedTrainingSampler": [1.0] * 300 + [2.5] * 20,
+        "WeightedCategoryTrainingSampler": by_class + [2.5] * 20,
+    }[name]
+    passes = 400
+    batches = take(imbalanced(name), int(passes * sum(expected) / 4))
+    counts = np.bincount([image["id"] for batch in batches for image in batch])
+    # Each pass has as many of an image as its factor, rounded up or down by chance: less than 1/2
+    # of deviation, of 400 passes less than 0.025 on average; four of these.
+    np.testing.assert_allclose(counts / passes, expected, atol=0.1)
+
+
+@pytest.mark.parametrize("name", IMBALANCED)
+def test_weighted_streams_are_resumed_dealt_and_mapped_alike(many, name, be):
+    alone = [image for batch in take(imbalanced(name), 60) for image in batch]
+    loader = imbalanced(name, "DATALOADER.NUM_WORKERS", 2)
+    loader.skip(23, 3)
+    resumed = [image for batch in take(loader, 37) for image in batch]
+    assert resumed == alone[23 * 4 :]
+    streams = []
+    for rank in range(2):
+        be(rank, 2)
+        streams.append([image for batch in take(imbalanced(name), 60) for image in batch])
+    assert [image for pair in zip(*streams, strict=True) for image in pair] == alone
+
+
+def test_the_log_says_how_often_classes_are_seen(many, caplog):
+    with caplog.at_level("INFO", logger="atss.data.loader"):
+        imbalanced("WeightedCategoryTrainingSampler")
+    said = caplog.text
+    assert "A pass sees 363.9 images, of 320" in said
+    assert "        3          9.5    3.16  beside\n" in said
+    assert "       29         66.4    2.29  rare\n" in said
+    assert "      150        156.5    1.04  common\n" in said
+
+
+@pytest.mark.parametrize(
+    ("opts", "sentence"),
+    [
+        (("DATALOADER.REPEAT_THRESHOLD", 0.0), "with which .* repeats nothing"),
+        (("DATASETS.TRAIN_REPEAT_FACTOR", []), "needs DATASETS.TRAIN_REPEAT_FACTOR"),
+        (
+            ("DATASETS.TRAIN_REPEAT_FACTOR", [["other", 2.0]]),
+            "has \\['other', 2.0\\], where one of",
+        ),
+        (("DATASETS.TRAIN_REPEAT_FACTOR", [["few"]]), "has \\['few'\\], where one of"),
+        (("DATASETS.TRAIN_REPEAT_FACTOR", [["few", 0]]), "has 0 for few, where a positive number"),
+        (("DATASETS.TRAIN_REPEAT_FACTOR", [["few", "x"]]), "has 'x' for few, where a positive"),
+    ],
+)
+def test_weights_that_say_nothing_are_refused(many, opts, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        imbalanced("WeightedCategoryTrainingSampler", *opts)
 
 
 def test_empty_images_are_left_out_unless_wanted(records):

@@ -42,6 +42,11 @@ def add_atss_config(cfg: CfgNode) -> None:
     # Training ends after so many evaluations without a better one; 0: never.
     cfg.TEST.PATIENCE = 0
 
+    # [[name of DATASETS.TRAIN, factor], ...], how often a pass goes through the images of a data
+    # set (others: once), under DATALOADER.SAMPLER_TRAIN WeightedTrainingSampler and
+    # WeightedCategoryTrainingSampler. Detectron2 reads it, but does not have it in its defaults.
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
+
     # In place of INPUT.MIN_SIZE_TRAIN: an image is made to fit a square of SCALE_JITTER_SIZE pixels
     # times a factor between these two, of which a square of that size is cut out, or padded to it
     # ("large scale jitter", arXiv 2012.07177); empty: none. All images of a batch are of one size.

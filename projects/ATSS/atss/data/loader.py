@@ -7,6 +7,7 @@ image is read, and what is drawn while an image is mapped follows from seed and 
 worker maps it. To resume is then to skip batches that nobody has made.
 """
 
+import logging
 import math
 import random
 from collections import defaultdict
@@ -18,11 +19,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, get_detection_dataset_dicts
-from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .datasets import classes_of
 from .mosaic import Mosaic
+from .samplers import make_sampler, page, repeat_factors
 
 
 class TrainLoader:
@@ -97,8 +100,8 @@ def build_train_loader(
         late_mapper: from then on, where it is another.
 
     Raises:
-        ValueError: for an unknown sampler, a batch that the processes cannot share evenly, or an
-            image without width and height, where they are needed.
+        ValueError: as :func:`~atss.data.samplers.repeat_factors`, for a batch that the processes
+            cannot share evenly, or an image without width and height, where they are needed.
     """
     images, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if images < 1 or images % processes:
@@ -108,7 +111,9 @@ def build_train_loader(
     records = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     )
-    sampler = _choose_sampler(cfg.DATALOADER, records)
+    factors = repeat_factors(cfg, records)
+    if factors is not None:
+        _log_classes(cfg, records, factors)
     groups = is_wide(records) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else [False] * len(records)
     # Packed, so that processes that load images share them.
     packed = DatasetFromList(records, copy=False)
@@ -119,7 +124,7 @@ def build_train_loader(
     return TrainLoader(
         packed,
         mapper,
-        sampler,
+        make_sampler(len(records), factors),
         batch_size=images // processes,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         groups=groups,
@@ -130,17 +135,10 @@ def build_train_loader(
     )
 
 
-def _choose_sampler(node: CfgNode, records: list[dict]) -> Callable[[int], Sampler]:
-    name, size = node.SAMPLER_TRAIN, len(records)
-    if name == "TrainingSampler":
-        return lambda seed: TrainingSampler(size, seed=seed)
-    if name == "RepeatFactorTrainingSampler":
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            records, node.REPEAT_THRESHOLD, sqrt=node.REPEAT_SQRT
-        )
-        return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
-    known = ["TrainingSampler", "RepeatFactorTrainingSampler"]
-    raise ValueError(f"DATALOADER.SAMPLER_TRAIN is {name!r}; known are {known}")
+def _log_classes(cfg: CfgNode, records: Sequence[dict], factors: Tensor) -> None:
+    names = classes_of(cfg.DATASETS.TRAIN[0]) or []
+    table = page(records, factors, dict(enumerate(names)))
+    logging.getLogger(__name__).info("%s: %s", cfg.DATALOADER.SAMPLER_TRAIN, table)
 
 
 def is_wide(records: list[dict]) -> np.ndarray:
