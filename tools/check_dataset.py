@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Says what is wrong with a data set in COCO's format or in YOLO's layout, before it costs days of
-training.
+"""Says what is wrong with a data set, before it costs days of training.
 
     tools/check_dataset.py train.json images --config-file configs/ATSS_R_18_FPN_small.yaml
     tools/check_dataset.py train.json images --json report.json --deep
-    tools/check_dataset.py data.yaml train
+    tools/check_dataset.py data.yaml train --against data.yaml:val
+    tools/check_dataset.py VOC2007 trainval
 
 Looks at the annotations, at the header of every image, and at whether the anchors of the config
 suit the objects. Exits with 0 where there are no errors, with 1 where there are some, and with 2
@@ -14,6 +14,7 @@ where the annotations, the folder or the config cannot be read.
 import argparse
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from atss.analysis.statistics import match
 from atss.config import build_sampling, get_config_file
 from atss.data.check import check, page
 from atss.data.choice import refuse_unknown
+from atss.data.copies import can_see_resized, find_in_others
+from atss.data.datasets import split_source
 from atss.data.formats import add_arguments, read, reading_of
 from atss.engine.run import NoSuchModule, import_modules
 
@@ -41,6 +44,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_arguments(parser)
     parser.add_argument("--config-file", default=get_config_file("ATSS_R_50_FPN_1x"))
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="ANNOTATIONS:IMAGES",
+        help="another split, none of whose images should be here (repeatable)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every finding in full")
     parser.add_argument("--deep", action="store_true", help="decode every image, which takes long")
     parser.add_argument(
@@ -65,10 +75,16 @@ def main(argv: list[str] | None = None) -> int:
         asked = partial(match, sampling=build_sampling(cfg), sizes=sizes, progress=progress)
         labels = read(args.annotations, args.images, reading := reading_of(args))
         refuse_unknown(reading.classes, labels.found, labels.names)
+        others = [read(*split_source(other), reading) for other in args.against]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    if others:
+        if not can_see_resized():
+            print("Without imagehash, copies of equal bytes only are found.", file=sys.stderr)
+        shared = find_in_others(labels, others, progress)
+        labels = replace(labels, findings=[*labels.findings, *shared])
     report = check(labels, sizes, filter_empty, asked, args.deep, progress)
     print(page(report))
     if args.json:

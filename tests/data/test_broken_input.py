@@ -117,7 +117,7 @@ def test_the_page_and_the_cases_agree():
 def test_every_finding_has_a_case():
     assert len({(case.name, case.kind) for case in CASES}) == len(CASES)
     by_files_alone = {"object_poorly_matched", "image_without_objects", "image_huge"}
-    by_options = {"class_left_out"}
+    by_options = {"class_left_out", "image_in_other_split"}
     assert {case.kind for case in CASES} >= set(KINDS) - by_files_alone - by_options
 
 

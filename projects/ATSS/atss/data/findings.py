@@ -139,6 +139,9 @@ KINDS = {
     "image_grey": Kind(NOTE, "greyscale images, read as colour"),
     "image_palette": Kind(NOTE, "images with a palette, read as colour"),
     "image_cmyk": Kind(NOTE, "CMYK images, converted without their colour profile"),
+    "image_in_other_split": Kind(
+        WARNING, "images that another split has too, by their bytes, or resized"
+    ),
     # Objects under the config's anchors.
     "object_without_positive": Kind(
         WARNING, "objects to which the rule gives no anchor, so that they are never learnt"

@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Writes a data set of any format that can be read as a json in COCO's, joins several, and makes
+splits where there are none.
+
+    tools/convert_dataset.py aquarium/data.yaml:train --output aquarium.json
+    tools/convert_dataset.py VOC2007:trainval VOC2012:trainval --output voc.json
+    tools/convert_dataset.py labels.json:images --output labels.json --split train=0.8 val=0.2
+    tools/convert_dataset.py film:. --output film.json --split train=0.7 val=0.3 --group '(.*)_'
+
+Images stay where they are. Splits (film_train.json, film_val.json) have about their share of the
+objects of every class; images that --group finds to belong together, and copies of one image, are
+in one split. Copies that are resized are found where imagehash is installed.
+"""
+
+import argparse
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from atss.analysis.files import try_to_write
+from atss.data.choice import refuse_unknown
+from atss.data.coco_json import find_in_json, with_areas
+from atss.data.copies import by_key, can_see_resized, find_copies, join_groups
+from atss.data.datasets import split_source
+from atss.data.findings import DROPPED, ERROR, WARNING
+from atss.data.formats import Labels, Reading, add_arguments, read, reading_of
+from atss.data.splits import divide, group_by_name, join, page, parse_shares, part
+
+EXAMPLES = 3
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="ANNOTATIONS:IMAGES",
+        help="annotations.json:image_dir, data.yaml:split or voc_folder:split",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
+    parser.add_argument(
+        "--split", nargs="+", default=[], metavar="NAME=SHARE", help="several files in place of one"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what decides between equals")
+    parser.add_argument(
+        "--group",
+        metavar="PATTERN",
+        help="a regular expression: images of whose names it finds the same stay together",
+    )
+    add_arguments(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    progress = partial(tqdm, disable=None, leave=False)  # on a terminal only
+    try:
+        shares = parse_shares(args.split) if args.split else {}
+        if args.group and not shares:
+            raise ValueError("--group keeps images together in one split: it needs --split")
+        targets = [_target(args.output, name) for name in shares] or [args.output]
+        for target in targets:
+            if target.exists():
+                raise ValueError(f"{target} exists already")
+            try_to_write("--output", target)
+        content, folder = join(_read_all(args.sources, reading_of(args)))
+        files = [image["file_name"] for image in content["images"]]
+        named = group_by_name(files, args.group) if args.group else []
+        if args.group and not any(named):
+            raise ValueError(f"--group {args.group!r} finds nothing in names such as {files[0]}")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    content["annotations"] = with_areas(content["annotations"])
+    copies = find_copies([os.path.join(folder, f) for f in files], progress)
+    _say_copies(copies, files)
+    if shares:
+        groups = join_groups(len(files), copies, by_key(named))
+        split_of = divide(content, groups, list(shares.values()), args.seed)
+        print(page(content, split_of, list(shares)))
+    else:
+        split_of = np.zeros(len(files), dtype=int)
+    for i, target in enumerate(targets):
+        with open(target, "w") as file:
+            json.dump(part(content, split_of == i), file)
+        print(f"--register {target.stem}={target}:{folder}")
+    return 0
+
+
+def _target(output: Path, split: str) -> Path:
+    return output.with_name(f"{output.stem}_{split}{output.suffix}")
+
+
+def _read_all(sources: list[str], reading: Reading) -> list[Labels]:
+    """
+    Raises:
+        ValueError: with a sentence that names the source that cannot be read, or is wrong.
+    """
+    sets = []
+    for source in sources:
+        annotations, images = split_source(source)
+        if not (annotations and images):
+            raise ValueError(f"a source is ANNOTATIONS:IMAGES, not {source!r}")
+        labels = read(annotations, images, reading)
+        for finding in [*labels.findings, *find_in_json(labels.content)[0]]:
+            if finding.level == ERROR:
+                raise ValueError(f"{annotations} has {finding.sentence()}")
+            if finding.level in (DROPPED, WARNING):
+                print(f"{annotations} has {finding.sentence()}", file=sys.stderr)
+        sets.append(labels)
+    found = set().union(*(labels.found for labels in sets))
+    there = list(dict.fromkeys(name for labels in sets for name in labels.names))
+    refuse_unknown(reading.classes, found, there)
+    return sets
+
+
+def _say_copies(copies: list[list[int]], files: list[str]) -> None:
+    if not can_see_resized():
+        print("Copies of equal bytes only are looked for: pip install imagehash", file=sys.stderr)
+    for group in copies[:EXAMPLES]:
+        print(f"copies of one image: {', '.join(files[i] for i in group)}", file=sys.stderr)
+    if len(copies) > EXAMPLES:
+        print(f"and copies of {len(copies) - EXAMPLES} more images", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
