@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--group {args.group!r} finds nothing in names such as {files[0]}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1
     content["annotations"] = with_areas(content["annotations"])
     copies = find_copies([os.path.join(folder, f) for f in files], progress)
     _say_copies(copies, files)
@@ -103,21 +103,20 @@ def _read_all(sources: list[str], reading: Reading) -> list[Labels]:
     Raises:
         ValueError: with a sentence that names the source that cannot be read, or is wrong.
     """
-    sets = []
-    for source in sources:
-        annotations, images = split_source(source)
-        if not (annotations and images):
+    places = list(map(split_source, sources))
+    for source, place in zip(sources, places, strict=True):
+        if not all(place):
             raise ValueError(f"a source is ANNOTATIONS:IMAGES, not {source!r}")
-        labels = read(annotations, images, reading)
+    sets = [read(*place, reading) for place in places]
+    found = set().union(*(labels.found for labels in sets))
+    there = list(dict.fromkeys(name for labels in sets for name in labels.names))
+    refuse_unknown(reading.classes, found, there)
+    for labels, (annotations, _) in zip(sets, places, strict=True):
         for finding in [*labels.findings, *find_in_json(labels.content)[0]]:
             if finding.level == ERROR:
                 raise ValueError(f"{annotations} has {finding.sentence()}")
             if finding.level in (DROPPED, WARNING):
                 print(f"{annotations} has {finding.sentence()}", file=sys.stderr)
-        sets.append(labels)
-    found = set().union(*(labels.found for labels in sets))
-    there = list(dict.fromkeys(name for labels in sets for name in labels.names))
-    refuse_unknown(reading.classes, found, there)
     return sets
 
 

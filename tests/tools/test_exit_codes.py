@@ -19,6 +19,7 @@ TOOLS = {
     "check_dataset": ["nowhere", "nowhere"],
     "check_gpu": [],
     "convert_checkpoint": ["--from", "mmdet", "nowhere", "x.pth"],
+    "convert_dataset": ["nowhere:nowhere", "--output", "x.json"],
     "demo": ["--config-file", "nowhere", "--weights", "x", "--input", "nowhere", "--output", "out"],
     "digits": ["--data", "."],
     "train_net": ["--config-file", "nowhere"],

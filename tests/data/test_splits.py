@@ -1,0 +1,226 @@
+"""Data sets that are joined, and divided."""
+
+import json
+import re
+from pathlib import Path
+
+import broken
+import convert_dataset
+import numpy as np
+import pytest
+
+from atss.data.copies import by_key, join_groups
+from atss.data.formats import read
+from atss.data.splits import divide, group_by_name, join, parse_shares
+
+
+def random_content(images=400, seed=0, classes=(0.7, 0.2, 0.07, 0.03)):
+    """Images of 0 to 5 objects, of classes as rare as that."""
+    generator = np.random.default_rng(seed)
+    content = {
+        "images": [{"id": 10 + i, "file_name": f"{i // 4}_{i}.png"} for i in range(images)],
+        "categories": [{"id": c, "name": f"class {c}"} for c in range(len(classes))],
+        "annotations": [],
+    }
+    for image in content["images"]:
+        for c in generator.choice(len(classes), generator.integers(0, 6), p=classes):
+            entry = {"id": len(content["annotations"]), "image_id": image["id"]}
+            content["annotations"].append(entry | {"category_id": int(c)})
+    return content
+
+
+def counts(content, split_of, splits):
+    """(classes + 1, splits) objects of each class, and images."""
+    position = {image["id"]: i for i, image in enumerate(content["images"])}
+    table = np.zeros((len(content["categories"]) + 1, splits), dtype=int)
+    for a in content["annotations"]:
+        table[a["category_id"], split_of[position[a["image_id"]]]] += 1
+    table[-1] = np.bincount(split_of, minlength=splits)
+    return table
+
+
+@pytest.mark.parametrize("shares", [(0.8, 0.2), (0.7, 0.2, 0.1), (0.5, 0.5)])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_class_has_its_share(shares, seed):
+    content = random_content(seed=seed)
+    table = counts(content, divide(content, [[i] for i in range(400)], shares, seed), len(shares))
+    off = np.abs(table - table.sum(axis=1, keepdims=True) * np.array(shares))
+    assert off[:-1].max() < 1  # of a class, less than an object
+    assert off[-1].max() <= 12  # of 400 images, which come after the classes
+
+
+def test_groups_are_not_torn_apart_and_classes_have_about_their_share():
+    content = random_content()
+    names = [image["file_name"] for image in content["images"]]
+    groups = join_groups(400, by_key(group_by_name(names, r"(\d+)_")))
+    assert len(groups) == 100
+    split_of = divide(content, groups, (0.75, 0.25), 0)
+    assert all(len({split_of[i] for i in group}) == 1 for group in groups)
+    table = counts(content, split_of, 2)
+    of_group = max(
+        counts(content, np.isin(np.arange(400), group).astype(int), 2)[:-1, 1].max()
+        for group in groups
+    )
+    expected = table.sum(axis=1, keepdims=True) * np.array((0.75, 0.25))
+    assert np.abs(table - expected).max() <= of_group
+
+
+def test_splits_follow_from_the_seed():
+    content = random_content()
+    alone = [[i] for i in range(400)]
+    first = divide(content, alone, (0.8, 0.2), 1)
+    assert (divide(content, alone, (0.8, 0.2), 1) == first).all()
+    assert (divide(content, alone, (0.8, 0.2), 2) != first).any()
+
+
+def test_images_without_objects_are_shared_as_well():
+    content = random_content() | {"annotations": []}
+    split_of = divide(content, [[i] for i in range(400)], (0.9, 0.1), 0)
+    assert np.bincount(split_of).tolist() == [360, 40]
+
+
+def test_a_class_of_one_image_goes_to_the_largest():
+    content = random_content(classes=(1.0,))
+    content["categories"].append({"id": 1, "name": "once"})
+    content["annotations"].append({"id": 9999, "image_id": 10, "category_id": 1})
+    assert divide(content, [[i] for i in range(400)], (0.2, 0.8), 0)[0] == 1
+
+
+def test_names_that_belong_together():
+    names = ["film1_001.png", "film1_002.png", "film2_001.png", "other.png"]
+    assert group_by_name(names, r"(film\d)_") == ["film1", "film1", "film2", None]
+    assert group_by_name(names, r"film\d") == ["film1", "film1", "film2", None]
+    with pytest.raises(ValueError, match=r"--group '\(' is no regular expression"):
+        group_by_name(names, "(")
+
+
+@pytest.mark.parametrize(
+    ("texts", "sentence"),
+    [
+        (["train"], "--split takes NAME=SHARE ..., such as train=0.8 val=0.2, not 'train'"),
+        (["train=x"], "not 'train=x'"),
+        (["train=1", "val=0"], "not 'train=1'"),
+        (["../a=0.5", "b=0.5"], "not '../a=0.5'"),
+        (["train=nan", "val=0.5"], "not 'train=nan'"),
+        (["a=0.5", "b=0.4"], "the shares of --split make 0.9 of different splits, in place of 1"),
+        (["a=0.5", "a=0.5"], "the shares of --split make 0.5 of different splits, in place of 1"),
+    ],
+)
+def test_shares_that_are_none(texts, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        parse_shares(texts)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Sources of two data sets whose classes have different ids, and the second one's content."""
+    first, second = (broken.make_data(tmp_path / name) for name in ("first", "second"))
+    second["categories"] = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cow"}]
+    for root, content in (("first", first), ("second", second)):
+        (tmp_path / root / "a.json").write_text(json.dumps(content))
+        for i, image in enumerate(content["images"]):  # plain ones would be copies
+            noise = np.random.default_rng(i + 9 * (root == "first")).integers(0, 256, (48, 64, 3))
+            path = tmp_path / root / "images" / image["file_name"]
+            broken.Image.fromarray(noise.astype(np.uint8)).save(path)
+    return [f"{tmp_path}/{root}/a.json:{tmp_path}/{root}/images" for root in ("first", "second")]
+
+
+def test_several_are_joined_by_the_names_of_classes(two, tmp_path, capsys):
+    target = tmp_path / "out" / "both.json"
+    assert convert_dataset.main([*two, "--output", str(target)]) == 0
+    content = json.loads(target.read_text())
+    assert [(c["id"], c["name"]) for c in content["categories"]] == [
+        (1, "cat"), (2, "dog"), (3, "cow"),
+    ]  # fmt: skip
+    assert [i["file_name"] for i in content["images"]] == [
+        f"{root}/images/{name}.png" for root in ("first", "second") for name in "abcd"
+    ]
+    assert [a["category_id"] for a in content["annotations"]] == [1, 2, 1] * 4 + [2, 3, 2] * 4
+    assert [a["image_id"] for a in content["annotations"]] == [
+        i for i in range(1, 9) for _ in "123"
+    ]
+    register = capsys.readouterr().out.splitlines()[-1]
+    assert register == f"--register both={target}:{tmp_path}"
+    assert not read(str(target), str(tmp_path)).findings
+
+
+def test_one_alone_keeps_its_ids_and_fields(two, tmp_path):
+    annotations = two[0].split(":")[0]
+    before = json.loads(Path(annotations).read_text()) | {"info": {"year": 2026}}
+    before["images"][0]["id"] = 77
+    for annotation in before["annotations"][:3]:
+        annotation |= {"image_id": 77, "segmentation": [[1, 2, 9, 2, 9, 9]]}
+    Path(annotations).write_text(json.dumps(before))
+    assert convert_dataset.main([two[0], "--output", f"{tmp_path}/one.json"]) == 0
+    assert json.loads((tmp_path / "one.json").read_text()) == before
+
+
+def test_splits_are_written_with_all_classes_and_copies_together(two, tmp_path, capsys):
+    images = tmp_path / "first" / "images"
+    (images / "d.png").write_bytes((images / "a.png").read_bytes())
+    argv = [*two, "--output", f"{tmp_path}/both.json", "--split", "train=0.5", "val=0.5"]
+    assert convert_dataset.main(argv) == 0
+    said = capsys.readouterr()
+    assert "copies of one image: first/images/a.png, first/images/d.png" in said.err
+    parts = [json.loads((tmp_path / f"both_{x}.json").read_text()) for x in ("train", "val")]
+    files = [{image["file_name"] for image in part["images"]} for part in parts]
+    assert [len(x) for x in files] == [4, 4]
+    assert not files[0] & files[1]
+    assert any({"first/images/a.png", "first/images/d.png"} <= x for x in files)
+    assert parts[0]["categories"] == parts[1]["categories"]
+    assert sum(len(part["annotations"]) for part in parts) == 2 * broken.OBJECTS
+    again = [*argv[:3], f"{tmp_path}/again.json", *argv[4:]]
+    assert convert_dataset.main(again) == 0
+    for x, part in zip(("train", "val"), parts, strict=True):
+        assert json.loads((tmp_path / f"again_{x}.json").read_text()) == part
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--split", "train=2"], "--split takes NAME=SHARE"),
+        (["--group", "(.*)"], "--group keeps images together in one split: it needs --split"),
+        (["--split", "a=0.5", "b=0.5", "--group", "film"], "--group 'film' finds nothing in names"),
+        (["--classes", "horse"], "--classes names 'horse', which no data set has"),
+        (["--classes", ","], "--classes takes NAME"),
+    ],
+)
+def test_what_cannot_be_is_said(two, tmp_path, capsys, options, sentence):
+    assert convert_dataset.main([two[0], "--output", f"{tmp_path}/x.json", *options]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert sentence in said
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_nothing_is_written_over_and_nothing_wrong_is_written(two, tmp_path, capsys):
+    annotations = two[0].split(":")[0]
+    assert convert_dataset.main([two[0], "--output", annotations]) == 1
+    assert f"{annotations} exists already" in capsys.readouterr().err
+    assert convert_dataset.main(["nowhere", "--output", f"{tmp_path}/x.json"]) == 1
+    assert "a source is ANNOTATIONS:IMAGES, not 'nowhere'" in capsys.readouterr().err
+    content = json.loads(Path(annotations).read_text())
+    content["annotations"][0]["image_id"] = 99
+    Path(annotations).write_text(json.dumps(content))
+    assert convert_dataset.main([two[0], "--output", f"{tmp_path}/x.json"]) == 1
+    assert "annotations of images that are not in the file" in capsys.readouterr().err
+
+
+def test_lvis_is_not_joined_with_others(two, tmp_path):
+    content = broken.make_data(tmp_path / "third")
+    broken.to_lvis(content)
+    content["images"][0]["neg_category_ids"] = [1]
+    (tmp_path / "third/l.json").write_text(json.dumps(content))
+    lvis = read(f"{tmp_path}/third/l.json", f"{tmp_path}/third")
+    with pytest.raises(ValueError, match=r"LVIS's json, .* cannot be joined with others"):
+        join([lvis, read(*two[0].split(":"))])
+    swapped = json.loads((tmp_path / "third/l.json").read_text())
+    swapped["categories"][0]["name"], swapped["categories"][1]["name"] = "dog", "cat"
+    (tmp_path / "third/m.json").write_text(json.dumps(swapped))
+    joined, _ = join([lvis, read(f"{tmp_path}/third/m.json", f"{tmp_path}/third")])
+    assert [image["neg_category_ids"] for image in joined["images"]][::4] == [[1], [2]]
