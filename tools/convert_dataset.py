@@ -19,7 +19,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from atss.analysis.files import try_to_write
@@ -81,12 +80,10 @@ def main(argv: list[str] | None = None) -> int:
     content["annotations"] = with_areas(content["annotations"])
     copies = find_copies([os.path.join(folder, f) for f in files], progress)
     _say_copies(copies, files)
+    groups = join_groups(len(files), copies, by_key(named))
+    split_of = divide(content, groups, list(shares.values()) or [1.0], args.seed)
     if shares:
-        groups = join_groups(len(files), copies, by_key(named))
-        split_of = divide(content, groups, list(shares.values()), args.seed)
         print(page(content, split_of, list(shares)))
-    else:
-        split_of = np.zeros(len(files), dtype=int)
     for i, target in enumerate(targets):
         with open(target, "w") as file:
             json.dump(part(content, split_of == i), file)
