@@ -9,6 +9,7 @@
     tools/benchmark.py rules                     those that look at predictions, beside mmdet's
     tools/benchmark.py scaling                   how assignment grows; draws scaling.png
     tools/benchmark.py data                      what loading images costs
+    tools/benchmark.py labels                    registering 100,000 images, by format
 
 Everything that is compared is measured in one run, in turn. Ratios are medians of those of each
 turn, but where two precisions or canvases are compared; intervals hold the median with 95 %
@@ -23,7 +24,7 @@ import sys
 from pathlib import Path
 
 import torch
-from benchmarks import assignment, data, model, rules
+from benchmarks import assignment, data, labels, model, rules
 from benchmarks.peers import PEERS, installed
 from benchmarks.timing import Seconds, table
 
@@ -182,6 +183,10 @@ def measure_data(args: argparse.Namespace) -> dict:
     return data.loading(cfg, args.images, tuple(args.workers))
 
 
+def measure_labels(args: argparse.Namespace) -> dict:
+    return labels.registration(args.images, args.boxes)
+
+
 def make_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
@@ -249,6 +254,10 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(measure=measure_data)
     command.add_argument("--images", type=int, default=64)
     command.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4])
+    command = commands.add_parser("labels", parents=[shared])
+    command.set_defaults(measure=measure_labels)
+    command.add_argument("--images", type=int, default=100_000)
+    command.add_argument("--boxes", type=int, default=10, help="objects on each image")
     return parser
 
 
