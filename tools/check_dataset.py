@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         asked = partial(match, sampling=build_sampling(cfg), sizes=sizes, progress=progress)
         labels = read(args.annotations, args.images, reading := reading_of(args))
         refuse_unknown(reading.classes, labels.found, labels.names)
-        others = [read(*split_source(other), reading) for other in args.against]
+        others = [read(*split_source(other, "--against"), reading) for other in args.against]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

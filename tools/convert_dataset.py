@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -70,25 +71,59 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"{target} exists already")
             try_to_write("--output", target)
         content, folder = join(_read_all(args.sources, reading_of(args)))
-        files = [image["file_name"] for image in content["images"]]
-        named = group_by_name(files, args.group) if args.group else []
-        if args.group and not any(named):
-            raise ValueError(f"--group {args.group!r} finds nothing in names such as {files[0]}")
+        for finding in find_in_json(content)[0]:
+            if finding.level == ERROR:  # such as one image in two sources, with objects of each
+                raise ValueError(f"joined, they have {finding.sentence()}")
+        content["annotations"] = with_areas(content["annotations"])
+        split_of = [0] * len(content["images"])
+        if shares:
+            split_of = _divide(content, folder, shares, args.seed, args.group, progress)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    content["annotations"] = with_areas(content["annotations"])
+    for i, target in enumerate(targets):
+        with open(target, "w") as file:
+            json.dump(part(content, [x == i for x in split_of]), file)
+        print(f"--register {target.stem}={target}:{folder}")
+    return 0
+
+
+def _divide(
+    content: dict,
+    folder: str,
+    shares: dict[str, float],
+    seed: int,
+    pattern: str | None,
+    progress: Callable[..., Iterable],
+) -> list[int]:
+    """The split of each image; prints what each has.
+
+    Raises:
+        ValueError: where a split would be empty, or the pattern is none.
+    """
+    files = [image["file_name"] for image in content["images"]]
+    named = group_by_name(files, pattern) if pattern else []
+    alone = [file for file, name in zip(files, named, strict=False) if name is None]
+    if len(alone) == len(files):
+        raise ValueError(f"--group {pattern!r} finds nothing in names such as {files[0]}")
+    if alone:
+        print(
+            f"--group {pattern!r} finds nothing in {len(alone)} names, such as {alone[0]}: each is "
+            "by itself",
+            file=sys.stderr,
+        )
     copies = find_copies([os.path.join(folder, f) for f in files], progress)
     _say_copies(copies, files)
     groups = join_groups(len(files), copies, by_key(named))
-    split_of = divide(content, groups, list(shares.values()) or [1.0], args.seed)
-    if shares:
-        print(page(content, split_of, list(shares)))
-    for i, target in enumerate(targets):
-        with open(target, "w") as file:
-            json.dump(part(content, split_of == i), file)
-        print(f"--register {target.stem}={target}:{folder}")
-    return 0
+    split_of = divide(content, groups, list(shares.values()), seed).tolist()
+    for i, name in enumerate(shares):
+        if i not in split_of:
+            raise ValueError(
+                f"the split {name!r} would have no image: there are {len(files)}, which make "
+                f"{len(groups)} that can be parted"
+            )
+    print(page(content, split_of, list(shares)))
+    return split_of
 
 
 def _target(output: Path, split: str) -> Path:
@@ -101,9 +136,6 @@ def _read_all(sources: list[str], reading: Reading) -> list[Labels]:
         ValueError: with a sentence that names the source that cannot be read, or is wrong.
     """
     places = list(map(split_source, sources))
-    for source, place in zip(sources, places, strict=True):
-        if not all(place):
-            raise ValueError(f"a source is ANNOTATIONS:IMAGES, not {source!r}")
     sets = [read(*place, reading) for place in places]
     found = set().union(*(labels.found for labels in sets))
     there = list(dict.fromkeys(name for labels in sets for name in labels.names))

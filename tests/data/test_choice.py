@@ -6,13 +6,14 @@ import re
 import broken
 import check_dataset
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from test_datasets import truth_as_detections
 
 import atss.engine.run as way_in
 from atss.data.choice import choose, parse
 from atss.data.formats import Reading, read
+from atss.engine.evaluation import build_evaluator
 
 
 @pytest.fixture
@@ -132,10 +133,33 @@ def test_a_name_that_no_set_has(sources):
 
 
 def test_the_same_name_with_other_classes_is_refused(sources):
-    register(f"first={sources['coco']}", classes="cat")
-    register(f"first={sources['coco']}", classes="cat")
-    with pytest.raises(ValueError, match="a data set called first is registered already"):
-        register(f"first={sources['coco']}", classes="dog")
+    register(f"first={sources['coco']}", classes="cat,dog")
+    register(f"first={sources['coco']}", classes="cat,dog")
+    for other in ("dog", "dog,cat", None):
+        with pytest.raises(ValueError, match="a data set called first is registered already"):
+            register(f"first={sources['coco']}", classes=other)
+
+
+def test_without_annotations_detections_are_written(tmp_path):
+    """As for a test server, and not evaluated against nothing; any name will do."""
+    content = broken.make_data(tmp_path)
+    del content["annotations"]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    try:
+        register(f"my/first={tmp_path}/a.json:{tmp_path}/images", classes="dog")
+        cfg = make_cfg("OUTPUT_DIR", str(tmp_path / "out"))
+        assert not build_evaluator(cfg, "my/first")._do_evaluation
+    finally:
+        DatasetCatalog.pop("my/first", None)
+        MetadataCatalog.pop("my/first", None)
+
+
+def test_pixels_of_voc_count_from_0_where_asked(sources, capsys):
+    argv = ["--config-file", str(ROOT / "configs/ATSS_R_18_FPN_small.yaml")]
+    argv += ["--register", f"first={sources['voc']}", "--first-pixel", "0"]
+    way_in.register(way_in.make_parser().parse_args(argv))
+    box = DatasetCatalog.get("first")[0]["annotations"][0]["bbox"]
+    assert box == [5, 11, 15, 19]  # 1-based: [4, 10, 16, 20]
 
 
 def test_check_dataset(sources, capsys):
@@ -167,6 +191,34 @@ def test_lists_of_lvis_follow(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("absent", "partly", "marked", "expected"),
+    [
+        ([1, 2], [], [], ([1], [])),
+        ([2], [], [1], ([], [])),  # of the one nothing is left out, of the other nothing there
+        ([], [], [1], ([], [1])),  # nobody knows of the other
+        ([], [], [1, 2], ([], [])),
+        ([2], [1], [1], ([], [1])),
+        ([], [], [], ([], [])),
+        ([1], [], [], ([], [])),
+    ],
+)
+def test_what_is_known_of_merged_classes(absent, partly, marked, expected):
+    content = {
+        "categories": [
+            {"id": 1, "name": "cat", "frequency": "r"},
+            {"id": 2, "name": "dog", "frequency": "f"},
+        ],
+        "images": [{"id": 7, "neg_category_ids": absent, "not_exhaustive_category_ids": partly}],
+        "annotations": [{"image_id": 7, "category_id": c} for c in marked],
+    }
+    for order in ("pet=cat,pet=dog", "pet=dog,pet=cat"):
+        chosen, *_ = choose(content, parse(order))
+        image = chosen["images"][0]
+        assert (image["neg_category_ids"], image["not_exhaustive_category_ids"]) == expected
+        assert chosen["categories"] == [{"id": 1, "name": "pet", "frequency": "f"}]
+
+
 def test_what_is_malformed_stays_so(tmp_path):
     content = broken.make_data(tmp_path)
     content["annotations"][0]["category_id"] = 77
@@ -175,6 +227,11 @@ def test_what_is_malformed_stays_so(tmp_path):
     source = f"first={tmp_path}/a.json:{tmp_path}/images"
     sentence = "annotations of categories that are not in the file (2): annotation 1 of a.png"
     with pytest.raises(ValueError, match=re.escape(sentence)):
+        register(source, classes="cat,dog")
+    content["annotations"] = content["annotations"][2:]
+    twice = content | {"categories": [*content["categories"], {"id": 1, "name": "cow"}]}
+    (tmp_path / "a.json").write_text(json.dumps(twice))
+    with pytest.raises(ValueError, match="categories that share an id"):
         register(source, classes="cat,dog")
     del content["categories"][0]["name"]
     (tmp_path / "a.json").write_text(json.dumps(content))

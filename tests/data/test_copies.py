@@ -7,7 +7,7 @@ from conftest import ROOT
 from PIL import Image, ImageFilter
 
 from atss.data import copies
-from atss.data.copies import FAR, find_copies, join_groups
+from atss.data.copies import find_copies, join_groups
 
 
 def photograph(seed, size=(120, 90)):
@@ -49,11 +49,13 @@ def test_without_imagehash_equal_bytes_alone(files, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_compared_is_no_copy(files, tmp_path):
-    """Missing and broken files, and those of one colour, whose hashes are equal."""
+    """Missing, empty and broken files, and those of one colour, whose hashes are equal."""
     for i in range(2):
         (tmp_path / f"broken{i}.png").write_text("no image" * (i + 1))
+        (tmp_path / f"empty{i}.png").write_text("")
         Image.new("RGB", (40, 40 + i), (i, i, i)).save(tmp_path / f"plain{i}.png")
-    odd = [f"{tmp_path}/{x}{i}.png" for x in ("broken", "plain", "missing") for i in range(2)]
+    kinds = ("broken", "plain", "missing", "empty")
+    odd = [f"{tmp_path}/{x}{i}.png" for x in kinds for i in range(2)]
     assert find_copies([*files, *odd]) == []
 
 
@@ -63,20 +65,36 @@ def test_pairs_of_hashes_are_those_of_all(monkeypatch):
     base = generator.integers(0, 2, (6, copies.SIDE**2)).astype(bool)
     hashes = [None]
     for row in base:
-        for flips in (0, 1, FAR // 2, FAR, FAR + 1, 3 * FAR):
+        for flips in (0, 1, 6, 12, 13, 36):  # of 256 bits, 12 are near
             other = row.copy()
             where = generator.choice(copies.SIDE**2, flips, replace=False)
             other[where] ^= True
             hashes.append(other)
-    found = {tuple(sorted(pair)) for pair in copies._near(hashes)}
-    expected = {
+    near = [
         (i, j)
         for i in range(1, len(hashes))
         for j in range(i + 1, len(hashes))
-        if (hashes[i] != hashes[j]).sum() <= FAR
-    }
-    assert found == expected
-    assert len(expected) > 20
+        if (hashes[i] != hashes[j]).sum() <= 12
+    ]
+    assert join_groups(len(hashes), copies._near(hashes)) == join_groups(len(hashes), near)
+    assert len(near) > 20
+
+
+def test_a_camera_that_sees_nothing_move():
+    """Each image is near to some others, and all of them are one group."""
+    generator = np.random.default_rng(0)
+    hashes = [np.zeros(copies.SIDE**2, dtype=bool)]
+    for _ in range(3000):
+        other = hashes[-1].copy()
+        other[generator.choice(copies.SIDE**2, 3, replace=False)] ^= True
+        hashes.append(other)
+    assert join_groups(3001, copies._near(hashes)) == [list(range(3001))]
+
+
+def test_coco_has_no_copies(real_data):
+    files = sorted(map(str, (real_data / "coco").glob("*2017/*.jpg")))
+    assert len(files) > 200
+    assert find_copies(files) == []
 
 
 def test_groups_are_joined():

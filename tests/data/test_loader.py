@@ -199,6 +199,11 @@ def imbalanced(name, *opts):
     )
 
 
+def count_of(loader, count):
+    """How often each image is among the first of the loader's stream."""
+    return np.bincount(list(islice(loader.sampler(3), count)))
+
+
 @pytest.mark.parametrize("name", IMBALANCED)
 def test_images_come_as_often_as_the_formula_says(many, name):
     """f of class 1 is 9 of 300, of class 2 it is 3 of 300, to which crowds do not add."""
@@ -210,8 +215,7 @@ def test_images_come_as_often_as_the_formula_says(many, name):
         "WeightedCategoryTrainingSampler": by_class + [2.5] * 20,
     }[name]
     passes = 400
-    batches = take(imbalanced(name), int(passes * sum(expected) / 4))
-    counts = np.bincount([image["id"] for batch in batches for image in batch])
+    counts = count_of(imbalanced(name), int(passes * sum(expected)))
     # Each pass has as many of an image as its factor, rounded up or down by chance: less than 1/2
     # of deviation, of 400 passes less than 0.025 on average; four of these.
     np.testing.assert_allclose(counts / passes, expected, atol=0.1)
@@ -229,6 +233,27 @@ def test_weighted_streams_are_resumed_dealt_and_mapped_alike(many, name, be):
         be(rank, 2)
         streams.append([image for batch in take(imbalanced(name), 60) for image in batch])
     assert [image for pair in zip(*streams, strict=True) for image in pair] == alone
+
+
+def test_factors_below_1_and_without_the_root(many):
+    """The least of both together is 1, and what the threshold asks for is met in full."""
+    few = ("DATASETS.TRAIN_REPEAT_FACTOR", [["few", 0.25]], "DATALOADER.REPEAT_SQRT", False)
+    counts = count_of(imbalanced("WeightedCategoryTrainingSampler", *few), 80_000)
+    per_image = counts / counts[300:].mean()
+    assert per_image[0] == pytest.approx(4, rel=0.2)  # of 0.25
+    assert per_image[147:150].mean() == pytest.approx(40, rel=0.2)  # 0.1 / 0.01
+    assert per_image[150:159].mean() == pytest.approx(40 / 3, rel=0.2)
+    assert counts[300:].std() < 0.1 * counts[300:].mean()
+
+
+def test_of_many_classes_the_log_shows_the_ends(many, caplog):
+    for record in many["many"]:
+        record["annotations"] = [{"category_id": record["image_id"] % 30, "iscrowd": 0}]
+    MetadataCatalog.pop("many")
+    with caplog.at_level("INFO", logger="atss.data.loader"):
+        imbalanced("RepeatFactorTrainingSampler")
+    assert "... 10 more classes ..." in caplog.text
+    assert caplog.text.count("  class ") == 20
 
 
 def test_the_log_says_how_often_classes_are_seen(many, caplog):

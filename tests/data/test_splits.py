@@ -160,6 +160,64 @@ def test_one_alone_keeps_its_ids_and_fields(two, tmp_path):
     assert json.loads((tmp_path / "one.json").read_text()) == before
 
 
+def test_groups_and_seed_of_the_command(two, tmp_path, capsys):
+    """Images of one letter stay together; another seed parts them otherwise."""
+    files = {}
+    for seed in range(8):
+        argv = [*two, "--output", f"{tmp_path}/{seed}.json", "--seed", str(seed)]
+        argv += ["--split", "train=0.5", "val=0.5", "--group", "([abc]).png"]
+        assert convert_dataset.main(argv) == 0
+        said = capsys.readouterr().err
+        assert "finds nothing in 2 names, such as first/images/d.png: each is by itself" in said
+        part = json.loads((tmp_path / f"{seed}_train.json").read_text())
+        files[seed] = {image["file_name"] for image in part["images"]}
+        for letter in "abc":
+            assert len({x for x in files[seed] if x.endswith(f"{letter}.png")}) in (0, 2)
+    assert len(set(map(frozenset, files.values()))) > 1
+
+
+def test_an_empty_split_and_an_image_in_two_sources_are_refused(two, tmp_path, capsys):
+    argv = [two[0], "--output", f"{tmp_path}/x.json", "--split", "train=0.95", "val=0.05"]
+    assert convert_dataset.main(argv) == 1
+    assert "the split 'val' would have no image: there are 4" in capsys.readouterr().err
+    annotations = two[0].split(":")[0]
+    other = json.loads(Path(annotations).read_text())
+    other["annotations"] = other["annotations"][:3]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    other = f"{tmp_path}/other.json:{two[0].split(':')[1]}"
+    assert convert_dataset.main([two[0], other, "--output", f"{tmp_path}/x.json"]) == 1
+    said = capsys.readouterr().err
+    assert "error: joined, they have images that share a file but not its objects" in said
+    assert not list(tmp_path.glob("x*.json"))
+
+
+def test_images_elsewhere_keep_their_places(tmp_path):
+    """Of a data.yaml that names a folder outside its own."""
+    content = broken.make_data(tmp_path / "far")
+    (tmp_path / "near").mkdir()
+    broken.write_yolo(content, tmp_path / "far")
+    yaml = tmp_path / "near/data.yaml"
+    yaml.write_text(f"{{train: {tmp_path}/far/images, names: [cat, dog]}}")
+    (tmp_path / "far/a.json").write_text(json.dumps(content))
+    sets = [read(str(yaml), "train"), read(f"{tmp_path}/far/a.json", f"{tmp_path}/far/images")]
+    joined, folder = join(sets)
+    paths = [Path(folder, image["file_name"]) for image in joined["images"]]
+    assert paths == 2 * [tmp_path / f"far/images/{x}.png" for x in "abcd"]
+
+
+def test_many_classes_are_divided_quickly_enough_to_be_tested():
+    """Of each class an object or two: 20,000 images of 1,000 classes."""
+    generator = np.random.default_rng(0)
+    content = {"images": [{"id": i} for i in range(20_000)], "categories": []}
+    content["annotations"] = [
+        {"image_id": i, "category_id": int(c)}
+        for i in range(20_000)
+        for c in generator.integers(0, 1000, 3)
+    ]
+    split_of = divide(content, [[i] for i in range(20_000)], (0.8, 0.2), 0)
+    assert abs(int((split_of == 1).sum()) - 4000) < 400
+
+
 def test_splits_are_written_with_all_classes_and_copies_together(two, tmp_path, capsys):
     images = tmp_path / "first" / "images"
     (images / "d.png").write_bytes((images / "a.png").read_bytes())
@@ -203,7 +261,10 @@ def test_nothing_is_written_over_and_nothing_wrong_is_written(two, tmp_path, cap
     assert convert_dataset.main([two[0], "--output", annotations]) == 1
     assert f"{annotations} exists already" in capsys.readouterr().err
     assert convert_dataset.main(["nowhere", "--output", f"{tmp_path}/x.json"]) == 1
-    assert "a source is ANNOTATIONS:IMAGES, not 'nowhere'" in capsys.readouterr().err
+    assert (
+        "a source is annotations.json:image_dir, data.yaml:split or voc_folder:split, not 'nowhere'"
+        in capsys.readouterr().err
+    )
     content = json.loads(Path(annotations).read_text())
     content["annotations"][0]["image_id"] = 99
     Path(annotations).write_text(json.dumps(content))

@@ -104,7 +104,10 @@ def test_masks_are_no_images(data):
     folder = data(devkit(*"ab") | {"JPEGImages/c.jpg": ""})
     names = ["JPEGImages/a.jpg", "JPEGImages/b.jpg", "JPEGImages/c.jpg"]
     assert files_of(folder, ".") == names
-    assert kinds_of(folder) == {"label_missing": ["JPEGImages/c.jpg"]}
+    assert kinds_of(folder) == {
+        "label_missing": ["JPEGImages/c.jpg"],
+        "folder_without_labels": ["SegmentationClass (2 images)"],
+    }
 
 
 def test_a_folder_is_a_split(data):
@@ -127,6 +130,44 @@ def test_a_folder_is_a_split(data):
             read_voc(folder + "/train", outside)
 
 
+def test_a_folder_of_labels_and_the_images_that_correspond(data):
+    files = {f"images/{k}/{n}.png": "" for k in ("train", "valid") for n in "ab"}
+    files |= {f"labels/{k}/a.xml": xml(box(1, 1, 9, 9)) for k in ("train", "valid")}
+    folder = data(files)
+    for split in ("labels/valid", "images/valid"):
+        assert files_of(folder, split) == ["images/valid/a.png", "images/valid/b.png"]
+        assert kinds_of(folder, split) == {"label_missing": ["images/valid/b.png"]}
+    with pytest.raises(ValueError, match="its folder 'images/test' has no xml files"):
+        read_voc(data({"images/test/a.png": ""}), "images/test")
+
+
+def test_a_list_means_what_lies_beside_it(data):
+    files = {f"{k}/JPEGImages/a.jpg": "" for k in ("VOC2007", "VOC2012")}
+    files |= {f"{k}/Annotations/a.xml": xml(box(1, 1, 9, 9)) for k in ("VOC2007", "VOC2012")}
+    folder = data(files | {"VOC2012/ImageSets/Main/train.txt": "a", "all.txt": "a"})
+    assert files_of(folder, "VOC2012/ImageSets/Main/train.txt") == ["VOC2012/JPEGImages/a.jpg"]
+    assert kinds_of(folder, "all") == {
+        "label_ambiguous": [
+            "'a' in all.txt: VOC2007/Annotations/a.xml or VOC2012/Annotations/a.xml"
+        ]
+    }
+
+
+def test_a_list_names_labels_or_images(data):
+    """Whatever the label is called, and each image once."""
+    files = {"photo.png": "", "x.xml": xml(box(1, 1, 9, 9), name="photo.png")}
+    files |= {"b.jpg": "", "b.jpg.xml": xml(box(1, 1, 9, 9))}
+    folder = data(files | {"train.txt": "photo\nphoto.png\nx\nb\nb.jpg"})
+    assert files_of(folder, "train") == ["photo.png", "b.jpg"]
+    assert len(boxes_of(folder, "train")) == 2
+
+
+def test_a_link_that_leads_back_is_no_second_folder(data, tmp_path):
+    folder = data({"a.png": "", "a.xml": xml(box(1, 1, 9, 9))})
+    (tmp_path / "latest").symlink_to(tmp_path)
+    assert files_of(folder, ".") == ["a.png"]
+
+
 # ------------------------------------------------------------------------------------------------
 # The image of a label
 # ------------------------------------------------------------------------------------------------
@@ -137,7 +178,8 @@ def test_a_folder_is_a_split(data):
     [
         ({"a.png": ""}, "a.png"),
         ({"a.JPG": ""}, "a.JPG"),
-        ({"images/a.png": "", "a.png": ""}, "images/a.png"),  # where images have a folder
+        ({"images/a.png": "", "a.png": ""}, "a.png"),
+        ({"images/a.png": ""}, "images/a.png"),
         ({"x/a.png": "", "a.png": ""}, "a.png"),  # beside it
         ({"a.jpg": "", "a.png": ""}, "a.png"),  # the one that is named
         ({"b.png": "", "c.png": ""}, None),
@@ -154,6 +196,39 @@ def test_the_image_that_a_label_names(data):
     folder = data({"a.xml": xml(name="photo.png"), "photo.png": ""})
     assert files_of(folder, ".") == ["photo.png"]
     assert kinds_of(folder) == {}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        # An image of the same name in another split is no other split's label's.
+        ({"train/a.jpg": "", "train/a.xml": xml(), "valid/a.xml": xml()}, None),
+        # Nor the one that the label names, where it has one of its own name.
+        (
+            {"train/a.jpg": "", "valid/a.png": "", "valid/a.xml": xml(name="a.jpg")},
+            "valid/a.png",
+        ),
+        # Nor one that is another label's by name.
+        (
+            {"valid/a.xml": xml(name="b.png"), "valid/b.xml": xml(), "valid/b.png": ""},
+            "valid/b.png",
+        ),
+    ],
+)
+def test_no_image_of_another_label(data, files, expected):
+    files = {"train/z.jpg": "", "train/z.xml": xml()} | files
+    folder = data(files)
+    assert files_of(folder, "valid") == [expected] * (expected is not None)
+    missing = kinds_of(folder, "valid").get("file_unreadable", [])
+    assert len(missing) == sum(x.startswith("valid") and x.endswith("xml") for x in files) - (
+        expected is not None
+    )
+
+
+def test_two_labels_of_one_image(data):
+    folder = data({"a.xml": xml(name="c.png"), "b.xml": xml(name="c.png"), "c.png": ""})
+    kinds = kinds_of(folder)
+    assert kinds["label_ambiguous"] == ["a.xml and b.xml: c.png"] * 2
 
 
 def test_the_folder_that_corresponds(data):

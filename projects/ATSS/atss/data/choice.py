@@ -1,13 +1,15 @@
 """Which classes of a data set are used, in which order, and what counts as which: --classes."""
 
 import csv
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from .findings import Finding
 
 # Lists of ids of categories that LVIS's images have.
 ABSENT, PARTLY_MARKED = "neg_category_ids", "not_exhaustive_category_ids"
+# How rare a category of LVIS is: on at most 10 images, on at most 100, on more.
+FREQUENCIES = "rcf"
 
 
 def parse(text: str) -> dict[str, list[str]]:
@@ -50,14 +52,15 @@ def choose(
         the content; what was left out; the names in the data of which something was found.
     """
     named = [c for c in content["categories"] if isinstance(c.get("name"), str) and _is_id(c)]
-    if len(named) < len(content["categories"]):
-        return content, [], set()
+    if len({c["id"] for c in named}) < len(content["categories"]):  # an error, by whatever reads it
+        return content, [], {name for names in chosen.values() for name in names}
     number = {new: i for i, new in enumerate(chosen, start=1)}
     new_of = {name: number[new] for new, names in chosen.items() for name in names}
     ids = {c["id"]: new_of.get(c["name"]) for c in named}
-    # What else a category has, such as LVIS's frequency, is that of the first that counts as it.
-    first = {ids[c["id"]]: c for c in reversed(named)}
-    categories = [{**first.get(i, {}), "id": i, "name": new} for new, i in number.items()]
+    # What else a category has is that of the one that counts as it and is the commonest in LVIS.
+    by_rarity = sorted(named, key=lambda c: FREQUENCIES.find(str(c.get("frequency"))))
+    commonest = {ids[c["id"]]: c for c in by_rarity}
+    categories = [{**commonest.get(i, {}), "id": i, "name": new} for new, i in number.items()]
     annotations: list[dict] = []
     left_out: Counter[int | str] = Counter()
     for annotation in content["annotations"]:
@@ -71,7 +74,11 @@ def choose(
             else:
                 annotation = {**annotation, "category_id": None}  # an unknown one, still
         annotations.append(annotation)
-    images = [_seen(image, ids) for image in content["images"]]
+    marked: dict[object, set] = defaultdict(set)
+    for annotation in content["annotations"]:
+        if isinstance(annotation.get("image_id"), int | str):
+            marked[annotation["image_id"]].add(str(annotation.get("category_id")))
+    images = [_seen(image, ids, marked) for image in content["images"]]
     places = [f"{c['name']} ({left_out[c['id']]} objects)" for c in named if ids[c["id"]] is None]
     findings = [Finding("class_left_out", range(len(places)), places.__getitem__)] if places else []
     found = {c["name"] for c in named} & set(new_of)
@@ -83,14 +90,28 @@ def _is_id(category: dict) -> bool:
     return isinstance(category.get("id"), int | str)
 
 
-def _seen(image: dict, ids: Mapping[int | str, int | None]) -> dict:
-    """An image of LVIS whose lists of classes have the new ids: a class is absent where all that
-    count as it are, and partly marked where one is."""
-    if not isinstance(image.get(ABSENT), list) or not isinstance(image.get(PARTLY_MARKED), list):
+def _seen(image: dict, ids: Mapping[int | str, int | None], marked: Mapping[object, set]) -> dict:
+    """An image of LVIS whose lists of classes have the new ids. A class is absent where all that
+    count as it are; where one of them is marked, and another partly, or nobody knows, it is partly
+    marked."""
+    lists = [image.get(ABSENT), image.get(PARTLY_MARKED)]
+    if not all(isinstance(x, list) and all(isinstance(i, int) for i in x) for x in lists):
         return image
-    absent, partly = ({ids.get(i) for i in image[key]} - {None} for key in (ABSENT, PARTLY_MARKED))
-    present = {new for old, new in ids.items() if old not in image[ABSENT]}
-    return {**image, ABSENT: sorted(absent - present), PARTLY_MARKED: sorted(partly)}
+    absent, partly = (set(x or ()) for x in lists)
+    marked_here = marked[image.get("id")]
+    members: dict[int, list] = defaultdict(list)
+    for old, new in ids.items():
+        if new is not None:
+            members[new].append(old)
+    new_lists: dict[str, list[int]] = {ABSENT: [], PARTLY_MARKED: []}
+    for new, olds in members.items():
+        seen = [old for old in olds if str(old) in marked_here]
+        unknown = [old for old in olds if old not in absent and old not in seen]
+        if all(old in absent for old in olds):
+            new_lists[ABSENT].append(new)
+        elif partly.intersection(olds) or (seen and unknown):
+            new_lists[PARTLY_MARKED].append(new)
+    return {**image, **{key: sorted(x) for key, x in new_lists.items()}}
 
 
 def refuse_unknown(

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -37,12 +36,13 @@ def can_see_resized() -> bool:
 def find_copies(
     files: Sequence[str], progress: Callable[..., Iterable] = lambda items, **_: items
 ) -> list[list[int]]:
-    """Positions of files that show one image, of each such image; what cannot be read shows none.
+    """Positions of files that show one image, of each such image. Of what is no image the bytes
+    alone are compared.
 
     Args:
         progress: wraps what takes long, as tqdm does.
     """
-    sizes = [os.path.getsize(f) if os.path.isfile(f) else None for f in files]
+    sizes = [os.path.getsize(f) or None if os.path.isfile(f) else None for f in files]
     of_one_size = [i for group in by_key(sizes) for i in group]
     same_bytes = by_key(_digest(files[i]) for i in of_one_size)
     groupings: list[Iterable[Sequence[int]]] = [[[of_one_size[i] for i in g] for g in same_bytes]]
@@ -134,18 +134,21 @@ def _hash(file: str) -> np.ndarray | None:
         return None
 
 
-def _near(hashes: Sequence[Any]) -> Iterator[tuple[int, int]]:
-    """Pairs of positions whose hashes differ in FAR bits at most."""
-    there = np.array([i for i, x in enumerate(hashes) if x is not None])
-    if len(there) < 2:
+def _near(hashes: Sequence[np.ndarray | None]) -> Iterator[list[int]]:
+    """Groups of positions in which each hash differs in FAR bits at most from another one's."""
+    known = {i: x for i, x in enumerate(hashes) if x is not None}
+    if len(known) < 2:
         return
-    bits = np.stack([hashes[i] for i in there])
+    there, bits = list(known), np.stack(list(known.values()))
     parts = np.packbits(bits, axis=1).reshape(len(there), PARTS, -1)
     for part in range(PARTS):
-        keys = [row.tobytes() for row in parts[:, part]]
-        for group in by_key(keys):
-            for place, i in enumerate(group[:-1]):
-                rest = group[place + 1 :]
-                differ = (bits[i] != bits[rest]).sum(axis=1)
-                for j in np.asarray(rest)[differ <= FAR]:
-                    yield int(there[i]), int(there[j])
+        for group in by_key(row.tobytes() for row in parts[:, part]):
+            left = np.array(group)
+            while len(left):
+                near, left = [int(left[0])], left[1:]
+                for i in near:  # which grows: what is near to one of them belongs to all
+                    close = (bits[left] != bits[i]).sum(axis=1) <= FAR
+                    near += left[close].tolist()
+                    left = left[~close]
+                if len(near) > 1:
+                    yield [there[i] for i in near]

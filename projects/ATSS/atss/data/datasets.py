@@ -43,15 +43,17 @@ def register(spec: str, reading: Reading = AS_IT_IS) -> str:
     Raises:
         ValueError: with a sentence that says what is wrong with the argument or the files.
     """
-    name, equals, source = spec.partition("=")
-    annotations, images = split_source(source)
-    if not (name and equals and annotations and images):
+    name, _, source = spec.partition("=")
+    if not name or ":" not in source.strip(":"):
         raise ValueError(
             "--register takes NAME=annotations.json:image_dir, NAME=data.yaml:split or "
             f"NAME=voc_folder:split, not {spec!r}"
         )
+    annotations, images = split_source(source)
+    # Of chosen classes the order counts, which a comparison of dictionaries passes over.
+    origin = (source, str(reading.classes), reading.first_pixel)
     if name in DatasetCatalog:
-        if MetadataCatalog.get(name).get("source") != (source, reading):
+        if MetadataCatalog.get(name).get("source") != origin:
             raise ValueError(f"a data set called {name} is registered already: choose another name")
         return name
     labels = read(annotations, images, reading)
@@ -62,7 +64,7 @@ def register(spec: str, reading: Reading = AS_IT_IS) -> str:
         if finding.level == ERROR:
             raise ValueError(f"{annotations} has {finding.sentence()}")
     metadata = {
-        "source": (source, reading),
+        "source": origin,
         "evaluator_type": labels.evaluator,
         "thing_classes": category_names(content),
         "names_in_data": labels.names,
@@ -72,7 +74,7 @@ def register(spec: str, reading: Reading = AS_IT_IS) -> str:
     }
     file = labels.json_file
     if file and (reading.classes or any(x.kind == "area_unusable" for x in findings)):
-        file = _copy(content, name)
+        file = _copy(content)
     if file:
         metadata |= {"json_file": file, "image_root": labels.image_dir}
     if file and labels.evaluator == "coco":
@@ -86,27 +88,43 @@ def register(spec: str, reading: Reading = AS_IT_IS) -> str:
     return name
 
 
-def split_source(source: str) -> tuple[str, str]:
+def split_source(source: str, what: str = "a source") -> tuple[str, str]:
     """The annotations, and the folder or split, of ``annotations:images``. Where either has a colon
-    in its name, the first colon behind a file parts them, or else behind a folder."""
+    in its name, the first colon behind a file parts them, or else behind a folder.
+
+    Args:
+        what: it is, for people.
+
+    Raises:
+        ValueError: where it has not both.
+    """
     colons = [i for i, x in enumerate(source) if x == ":"]
     parts = [(os.path.expanduser(source[:i]), os.path.expanduser(source[i + 1 :])) for i in colons]
+    parts = [(annotations, images) for annotations, images in parts if annotations and images]
     for there in (os.path.isfile, os.path.isdir):
         for annotations, images in parts:
-            if annotations and there(annotations):
+            if there(annotations):
                 return annotations, images
-    return parts[-1] if parts else ("", "")
+    if not parts:
+        raise ValueError(
+            f"{what} is annotations.json:image_dir, data.yaml:split or voc_folder:split, not "
+            f"{source!r}"
+        )
+    return parts[-1]
 
 
-def _copy(content: dict, name: str) -> str:
+def _copy(content: dict) -> str:
     """A json, for as long as this process runs, for Detectron2 and the evaluation to read. Objects
     without an area, with which that would crash at its end or which it would count as small, have
     the areas of their boxes."""
     folder = tempfile.mkdtemp(prefix="atss_labels_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = os.path.join(folder, f"{name}.json")
+    path = os.path.join(folder, "labels.json")
+    copied = {key: value for key, value in content.items() if key != "annotations"}
+    if content["annotations"]:  # else there is nothing to evaluate, and detections are written
+        copied["annotations"] = with_areas(content["annotations"])
     with open(path, "w") as file:
-        json.dump({**content, "annotations": with_areas(content["annotations"])}, file)
+        json.dump(copied, file)
     return path
 
 

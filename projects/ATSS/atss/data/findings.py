@@ -116,6 +116,10 @@ KINDS = {
         WARNING,
         "labels that name an image that is there, but are called like another, and taken for its",
     ),
+    "label_ambiguous": Kind(ERROR, "labels or lines of a list that could mean several files"),
+    "folder_without_labels": Kind(
+        NOTE, "folders of images without a single label, which are left out"
+    ),
     "box_at_pixel_zero": Kind(
         WARNING,
         "boxes that begin at pixel 0, where Pascal VOC begins at 1: with --first-pixel 0 "

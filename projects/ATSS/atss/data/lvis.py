@@ -3,11 +3,8 @@
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from .choice import ABSENT, PARTLY_MARKED
+from .choice import ABSENT, FREQUENCIES, PARTLY_MARKED
 from .findings import Finding
-
-# How rare a category is: in at most 10 images, in at most 100, in more.
-FREQUENCIES = ("r", "c", "f")
 
 
 def is_lvis(content: dict) -> bool:
@@ -50,7 +47,7 @@ def find(content: dict) -> list[Finding]:
     categories = [
         f"category {category.get('id')} ({category.get('name')})"
         for category in content["categories"]
-        if category.get("frequency") not in FREQUENCIES
+        if category.get("frequency") not in tuple(FREQUENCIES)
     ]
     found = (("category_lists_malformed", images), ("frequency_malformed", categories))
     return [Finding(kind, range(len(p)), p.__getitem__) for kind, p in found if p]

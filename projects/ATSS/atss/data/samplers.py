@@ -2,7 +2,7 @@
 some data sets, are rare."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -72,7 +72,7 @@ def _by_class(records: Sequence[dict], threshold: float, root: bool) -> Tensor:
 
 
 def classes_in(record: dict) -> set[int]:
-    """Those of which there is something to learn on an image."""
+    """Those of the objects on an image that are no crowds."""
     return {a["category_id"] for a in record["annotations"] if not a.get("iscrowd", 0)}
 
 
@@ -122,12 +122,13 @@ def make_sampler(size: int, factors: Tensor | None) -> Callable[[int], Sampler]:
 
 def page(records: Sequence[dict], factors: Tensor, names: Mapping[int, str]) -> str:
     """How often a pass sees each class, for the log: images that have it, and how often on average
-    such an image comes."""
-    images, seen = Counter[int](), dict.fromkeys(names, 0.0)
+    such an image comes; not as one of the other three of a mosaic, for which all are alike."""
+    images, seen = Counter[int](), defaultdict[int, float](float)
     for record, factor in zip(records, factors.tolist(), strict=True):
         for c in classes_in(record):
             images[c] += 1
             seen[c] += factor
+    names = {**{c: f"class {c}" for c in images}, **names}
     order = sorted(names, key=lambda c: (images[c], names[c]))
     rows = [
         f"{images[c]:>9,}  {seen[c]:>11,.1f}  {seen[c] / max(images[c], 1):>6.2f}  {names[c]}"

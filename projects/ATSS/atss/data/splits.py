@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -110,7 +110,12 @@ def divide(
     objects = [Counter[object]() for _ in groups]
     for annotation in content["annotations"]:
         objects[group_of[position[annotation["image_id"]]]][annotation["category_id"]] += 1
-    total = sum(objects, Counter())
+    total: Counter[object] = Counter()
+    groups_with: dict[object, list[int]] = defaultdict(list)
+    for g in order:
+        total.update(objects[g])
+        for c in objects[g]:
+            groups_with[c].append(g)
     lacks = {c: np.multiply(shares, n) for c, n in total.items()}
     lacks_images = np.multiply(shares, len(position))
     split_of = np.full(len(groups), -1)
@@ -125,18 +130,19 @@ def divide(
 
     left = Counter(total)
     while left:
-        rarest = min(left, key=lambda c: (left[c], str(c)))
-        with_it = [g for g in order if split_of[g] < 0 and objects[g][rarest]]
+        rarest = min(left, key=lambda c: (left[c], str(c)))  # of those left, maybe none at all
+        with_it = [g for g in groups_with[rarest] if split_of[g] < 0]
         for g in sorted(with_it, key=lambda g: -objects[g][rarest]):
             give(g, lacks[rarest])
-            left -= objects[g]
-        left.pop(rarest, None)
+            for c, n in objects[g].items():
+                left[c] -= n
+        del left[rarest]
     for g in sorted((g for g in order if split_of[g] < 0), key=lambda g: -len(groups[g])):
         give(g, lacks_images)
     return split_of[group_of]
 
 
-def part(content: dict, inside: Sequence[bool] | np.ndarray) -> dict:
+def part(content: dict, inside: Sequence[bool]) -> dict:
     """The images of a split with their objects, and all classes."""
     images = [image for image, there in zip(content["images"], inside, strict=True) if there]
     ids = {image["id"] for image in images}
@@ -144,13 +150,13 @@ def part(content: dict, inside: Sequence[bool] | np.ndarray) -> dict:
     return {**content, "images": images, "annotations": annotations}
 
 
-def page(content: dict, split_of: np.ndarray, names: Sequence[str]) -> str:
+def page(content: dict, split_of: Sequence[int], names: Sequence[str]) -> str:
     """Images and objects of each class in each split, for people."""
     position = {image["id"]: i for i, image in enumerate(content["images"])}
     counts: Mapping[object, Counter[int]] = {c["id"]: Counter() for c in content["categories"]}
     for annotation in content["annotations"]:
         counts[annotation["category_id"]][split_of[position[annotation["image_id"]]]] += 1
-    images = Counter(split_of.tolist())
+    images = Counter(split_of)
     rows = [("images", images)] + [(c["name"], counts[c["id"]]) for c in content["categories"]]
     lines = ["".join(f"{name:>18}" for name in names)]
     for what, of_split in rows:

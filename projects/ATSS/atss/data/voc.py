@@ -4,8 +4,8 @@ format: whatever is said of the one is then said of the other."""
 import glob
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import isfinite
 from pathlib import Path, PureWindowsPath
@@ -17,9 +17,8 @@ from .folders import SUFFIXES, THREADS, Split, read_text, size_of, why
 
 # Where VOC begins to count pixels; its boxes end with their last pixel, not behind it.
 FIRST_PIXEL = 1
-# Where there are folders of these names, in capitals or not, nothing else is taken for a label or
-# an image: there are masks as well. Labels below one have their images below the other.
-LABEL_FOLDERS, IMAGE_FOLDERS = ("annotations",), ("jpegimages", "images")
+# Folders, in capitals or not, of which one holds the labels and the other the images.
+KINDS_OF_FOLDERS = {"annotations", "labels", "xml", "xmls", "jpegimages", "images"}
 # What the list of a class says behind an image: -1 has none, 0 difficult ones only, 1 has some.
 MARKS = ("-1", "0", "1")
 
@@ -57,11 +56,17 @@ class Label(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An image of a split, and its label; paths begin in the folder, None where there is none."""
+    """An image and its label; paths begin in the folder, None where there is none.
+
+    Attributes:
+        odd: a kind of finding about how they belong together, empty for none.
+        text: what is said of it.
+    """
 
     image: Path | None
     xml: Path | None
-    name: str
+    odd: str = ""
+    text: str = ""
 
 
 def read_voc(folder: str, split: str, first_pixel: int = FIRST_PIXEL) -> tuple[dict, list[Finding]]:
@@ -74,7 +79,8 @@ def read_voc(folder: str, split: str, first_pixel: int = FIRST_PIXEL) -> tuple[d
     Args:
         folder: with labels in ``Annotations`` and images in ``JPEGImages``, or both side by side.
         split: a list of images, ``ImageSets/Main/<split>.txt`` or another .txt in the folder; or a
-            folder in it, ``.`` for itself, of which everything is read.
+            folder in it, ``.`` for itself, of which everything is read, but for folders of images
+            without a single label.
         first_pixel: 1 where pixels are counted as VOC does; 0 where coordinates are those of
             corners, as many tools write them.
     Returns:
@@ -88,45 +94,46 @@ def read_voc(folder: str, split: str, first_pixel: int = FIRST_PIXEL) -> tuple[d
     try:
         if not root.is_dir():
             raise ValueError("it is no folder")
-        names = glob.iglob("**/*", root_dir=root, recursive=True)  # goes through links to folders
-        files = sorted(map(Path, names))
-        xmls = _within(LABEL_FOLDERS, (f for f in files if f.suffix.lower() == ".xml"))
+        files = _files(root)
+        xmls = [f for f in files if f.suffix.lower() == ".xml"]
         if not xmls:
             raise ValueError("it has no xml files")
-        images = _within(IMAGE_FOLDERS, (f for f in files if f.suffix.lower() in SUFFIXES))
         with ThreadPoolExecutor(THREADS) as pool:
             labels = dict(zip(xmls, pool.map(lambda f: _read_label(root / f), xmls), strict=True))
-        result = Split(root)
-        image_of = _match(labels, images, result)
-        entries = list(_entries(root, split, image_of, images))
-        if not any(entry.xml for entry in entries):
-            raise ValueError(f"no image of {split!r} has an xml, {entries[0].name} first")
-        numbers = _numbers(labels.values())
+            result = Split(root)
+            images = [f for f in files if f.suffix.lower() in SUFFIXES]
+            entries = _select(root, split, _match(labels, images), result)
+            unknown = [e.image for e in entries if e.image and not _labelled_size(e, labels)]
+            sizes = dict(zip(unknown, pool.map(lambda f: size_of(root / f), unknown), strict=True))
+        names = sorted({shape.name for label in labels.values() for shape in label.shapes})
+        numbers = {name: i for i, name in enumerate(names, start=1)}
         for entry in entries:
-            _add(entry, labels, numbers, first_pixel, result)
+            _add(entry, labels, sizes, numbers, first_pixel, result)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     return result.result({i: name for name, i in numbers.items()})
 
 
-def _within(folders: Sequence[str], files: Iterable[Path]) -> list[Path]:
-    """Those in a folder of the first of these names that has any; all where none has."""
-    listed = list(files)
-    for folder in folders:
-        inside = [f for f in listed if folder in map(str.lower, f.parent.parts)]
-        if inside:
-            return inside
-    return listed
+def _files(root: Path) -> list[Path]:
+    """All below a folder, through links to folders, but each once: a link may lead back."""
+    names = glob.iglob("**/*", root_dir=root, recursive=True)
+    real: dict[Path, str] = {}
+    found: dict[tuple[str, str], Path] = {}
+    for file in sorted(map(Path, names), key=lambda f: (len(f.parts), f)):
+        if file.parent not in real:
+            real[file.parent] = os.path.realpath(root / file.parent)
+        found.setdefault((real[file.parent], file.name), file)
+    return sorted(found.values())
 
 
-def _numbers(labels: Iterable[Label]) -> dict[str, int]:
-    names = {shape.name for label in labels for shape in label.shapes}
-    return {name: i for i, name in enumerate(sorted(names), start=1)}
+def _labelled_size(entry: Entry, labels: Mapping[Path, Label]) -> tuple[int, int] | None:
+    return labels[entry.xml].size if entry.xml else None
 
 
 def _add(
     entry: Entry,
     labels: Mapping[Path, Label],
+    sizes: Mapping[Path, tuple[int, int] | OSError],
     numbers: Mapping[str, int],
     first_pixel: int,
     split: Split,
@@ -135,11 +142,14 @@ def _add(
     label = labels[entry.xml] if entry.xml else None
     if label:
         split.found["label_malformed"] += [f"{entry.xml}: {x}" for x in label.problems]
-    if entry.image is None:
+    if entry.odd:
+        split.found[entry.odd].append(entry.text)
+    if entry.image is None and not entry.odd:
         named = f", which it calls {label.file_name!r}," if label and label.file_name else ""
-        split.found["file_unreadable"].append(f"the image of {entry.name}{named} is not there")
+        split.found["file_unreadable"].append(f"the image of {entry.xml}{named} is not there")
+    if entry.image is None:
         return
-    size = (label and label.size) or size_of(split.folder / entry.image)
+    size = _labelled_size(entry, labels) or sizes[entry.image]
     if isinstance(size, OSError):
         split.found["file_unreadable"].append(f"{entry.image} cannot be read: {size}")
         return
@@ -157,79 +167,73 @@ def _add(
 
 
 # ------------------------------------------------------------------------------------------------
-# Which images a split has, and which label each
+# Which label each image has, and which a split
 # ------------------------------------------------------------------------------------------------
 
 
-def _entries(
-    root: Path, split: str, image_of: Mapping[Path, Path | None], images: Sequence[Path]
-) -> Iterator[Entry]:
-    folder = root / split
-    lists = [root / "ImageSets" / "Main" / f"{split}.txt", root / f"{split}.txt"]
-    lists += [folder, Path(os.path.abspath(split))] if split.lower().endswith(".txt") else []
-    list_file = next((f for f in lists if f.is_file()), None)
-    inside = Path(os.path.normpath(split))
-    if list_file is not None:
-        yield from _listed(list_file, image_of, images)
-    elif folder.is_dir() and not inside.is_absolute() and ".." not in inside.parts:
-        for xml, image in image_of.items():
-            if xml.is_relative_to(inside):
-                yield Entry(image, xml, str(xml))
-        without = set(images).difference(image_of.values())
-        for image in sorted(without):
-            if image.is_relative_to(inside):
-                yield Entry(image, None, str(image))
-    else:
-        tried = ", ".join(map(str, [*lists, folder]))
-        raise ValueError(f"it has no split {split!r}; tried {tried}")
+def _match(labels: Mapping[Path, Label], images: Sequence[Path]) -> list[Entry]:
+    """Every label, with its image, and every image without a label.
 
-
-def _listed(
-    list_file: Path, image_of: Mapping[Path, Path | None], images: Sequence[Path]
-) -> Iterator[Entry]:
-    """The images that a .txt names, one a line, with or without suffix and folders."""
-    try:
-        lines = [line.strip() for line in read_text(list_file).splitlines()]
-    except ValueError as error:
-        raise ValueError(f"the list {list_file}: {error}") from error
-    if not any(lines):
-        raise ValueError(f"the list {list_file} names no image")
-    xmls_called, images_called = _by_stem(image_of), _by_stem(images)
-    for line in dict.fromkeys(filter(None, lines)):
-        *before, last = line.split()
-        marked = before and last in MARKS and _stem(line) not in xmls_called
-        name = line.removesuffix(last).strip() if marked else line
-        xml = _nearest(xmls_called.get(_stem(name), []), Path(name))
-        if xml is None:
-            image = _nearest(images_called.get(_stem(name), []), Path(name))
-            yield Entry(image, None, f"{name!r} in {list_file.name}")
-        else:
-            yield Entry(image_of[xml], xml, str(xml))
-
-
-def _match(
-    labels: Mapping[Path, Label], images: Sequence[Path], split: Split
-) -> dict[Path, Path | None]:
-    """The image of every label: the one that is called like it, else the one that it names."""
-    by_stem, by_name = _by_stem(images), defaultdict(list)
+    The image of a label is the one that is called like it, else the one that it names, in its own
+    folder or the one that corresponds (images/train to labels/train); only where there is none,
+    elsewhere, of those that are no other label's.
+    """
+    near_stem, near_name, any_stem, any_name = (_index() for _ in range(4))
     for image in images:
-        by_name[image.name].append(image)
-    image_of: dict[Path, Path | None] = {}
-    for xml, label in labels.items():
-        own = by_stem.get(xml.stem, [])
-        exact = [image for image in own if image.name == label.file_name]
-        named = by_name.get(label.file_name, [])
-        if own and named and not exact:
-            split.found["label_of_another_image"].append(f"{xml}: {label.file_name}")
-        image_of[xml] = _nearest(exact or own or named, xml)
-    return image_of
+        near_stem[_place(image), image.stem].append(image)
+        near_name[_place(image), image.name].append(image)
+        any_stem[image.stem].append(image)
+        any_name[image.name].append(image)
+    searches: list[Callable[[Path, Label], list[Path]]] = [
+        lambda xml, label: near_stem.get((_place(xml), _stem(xml.stem)), []),
+        lambda xml, label: near_name.get((_place(xml), label.file_name), []),
+        lambda xml, label: any_stem.get(_stem(xml.stem), []),
+        lambda xml, label: any_name.get(label.file_name, []),
+    ]
+    found: dict[Path, Entry] = {}
+    taken: set[Path] = set()
+    for search in searches:
+        claims = _index()
+        for xml, label in labels.items():
+            if xml not in found:
+                free = [image for image in search(xml, label) if image not in taken]
+                best = _best(free, xml, {xml.stem, label.file_name})
+                if len(best) > 1:
+                    names = " or ".join(map(str, best))
+                    found[xml] = Entry(None, xml, "label_ambiguous", f"{xml}: {names}")
+                elif best:
+                    claims[best[0]].append(xml)
+        for image, xmls in claims.items():
+            for xml in xmls:
+                found[xml] = Entry(image, xml)
+                if len(xmls) > 1:
+                    both = f"{' and '.join(map(str, xmls))}: {image}"
+                    found[xml] = Entry(None, xml, "label_ambiguous", both)
+                elif near_name.get((_place(xml), labels[xml].file_name), [image]) != [image]:
+                    text = f"{xml}: {labels[xml].file_name}"
+                    found[xml] = Entry(image, xml, "label_of_another_image", text)
+        taken.update(claims)
+    without = (Entry(image, None) for image in images if image not in taken)
+    return [*(found.get(xml, Entry(None, xml)) for xml in labels), *without]
 
 
-def _by_stem(files: Iterable[Path]) -> dict[str, list[Path]]:
-    by_stem = defaultdict(list)
-    for file in files:
-        by_stem[file.stem].append(file)
-    return by_stem
+def _index() -> defaultdict:
+    return defaultdict(list)
+
+
+def _best(files: list[Path], to: Path, names: set[str]) -> list[Path]:
+    """Those of these names, if there are any, and of them those in the same folder."""
+    files = [x for x in files if x.name in names] or files
+    return [x for x in files if x.parent == to.parent] or files
+
+
+def _place(file: Path) -> tuple[str, ...]:
+    """The folder of a file, that of labels and the one of their images being the same."""
+    return _plain(file.parent)
+
+
+def _plain(folder: Path) -> tuple[str, ...]:
+    return tuple("" if x.lower() in KINDS_OF_FOLDERS else x for x in folder.parts)
 
 
 def _stem(name: str) -> str:
@@ -238,17 +242,94 @@ def _stem(name: str) -> str:
     return path.stem if path.suffix.lower() in {*SUFFIXES, ".xml"} else path.name
 
 
-def _nearest(files: Sequence[Path], to: Path) -> Path | None:
-    """That in the same folder, else that in the folder that corresponds to it, else the first."""
-    own = _plain(to)
-    order = [(file.parent != to.parent, _plain(file) != own, str(file)) for file in files]
-    return files[order.index(min(order))] if files else None
+def _select(root: Path, split: str, entries: list[Entry], result: Split) -> list[Entry]:
+    folder = root / split
+    lists = [root / "ImageSets" / "Main" / f"{split}.txt", root / f"{split}.txt"]
+    lists += [folder, Path(os.path.abspath(split))] if split.lower().endswith(".txt") else []
+    list_file = next((f for f in lists if f.is_file()), None)
+    inside = Path(os.path.normpath(split))
+    if list_file is not None:
+        chosen = _listed(list_file, root, entries, result)
+    elif folder.is_dir() and not inside.is_absolute() and ".." not in inside.parts:
+        chosen = _inside(inside, entries, result)
+    else:
+        tried = ", ".join(map(str, [*lists, folder]))
+        raise ValueError(f"it has no split {split!r}; tried {tried}")
+    if chosen and not any(entry.xml for entry in chosen):
+        raise ValueError(f"no image of {split!r} has an xml, {chosen[0].image} first")
+    return chosen
 
 
-def _plain(file: Path) -> list[str]:
-    """The folders of a file, those of labels and images by one name."""
-    kinds = {*LABEL_FOLDERS, *IMAGE_FOLDERS}
-    return ["" if part.lower() in kinds else part for part in file.parent.parts]
+def _inside(folder: Path, entries: list[Entry], result: Split) -> list[Entry]:
+    """Those in a folder or, of an images/train, in the labels/train that corresponds."""
+    place = _plain(folder)
+
+    def belongs(file: Path | None) -> bool:
+        if file is None:
+            return False
+        corresponds = "" in place and _plain(file.parent)[: len(place)] == place
+        return corresponds or file.is_relative_to(folder)
+
+    chosen = [entry for entry in entries if belongs(entry.xml) or belongs(entry.image)]
+    if not any(entry.xml for entry in chosen):
+        raise ValueError(f"its folder {str(folder)!r} has no xml files")
+    with_labels = {entry.image.parent for entry in chosen if entry.xml and entry.image}
+    left_out: Counter[Path] = Counter()
+    kept = []
+    for entry in chosen:
+        if entry.xml or entry.image.parent in with_labels:  # type: ignore[union-attr]
+            kept.append(entry)
+        else:
+            left_out[entry.image.parent] += 1  # type: ignore[union-attr]
+    places = [f"{path} ({n} images)" for path, n in left_out.items()]
+    result.found["folder_without_labels"] += places
+    return kept
+
+
+def _listed(list_file: Path, root: Path, entries: list[Entry], result: Split) -> list[Entry]:
+    """The images that a .txt names, one a line, with or without suffix and folders; those below the
+    list's own folder, or below that of its ImageSets, are meant first."""
+    try:
+        lines = [line.strip() for line in read_text(list_file).splitlines()]
+    except ValueError as error:
+        raise ValueError(f"the list {list_file}: {error}") from error
+    if not any(lines):
+        raise ValueError(f"the list {list_file} names no image")
+    called = _index()
+    for number, entry in enumerate(entries):
+        stems = {_stem(x.name) for x in entry[:2] if x} | {x.stem for x in entry[:2] if x}
+        for stem in stems:
+            called[stem].append(number)
+    own = next((x.parent for x in list_file.parents if x.name == "ImageSets"), list_file.parent)
+    base = own.relative_to(root) if own.is_relative_to(root) else Path(".")
+    chosen: dict[int, None] = {}
+    for line in dict.fromkeys(filter(None, lines)):
+        *before, last = line.split()
+        marked = before and last in MARKS and _stem(line) not in called
+        name = Path(line.removesuffix(last).strip() if marked else line)
+        numbers = [i for i in called.get(_stem(name.name), []) if _ends_with(entries[i], name)]
+        for better in (
+            [i for i in numbers if any(x and x.is_relative_to(base) for x in entries[i][:2])],
+            [i for i in numbers if entries[i].xml],
+            [i for i in numbers if any(x and x.name == name.name for x in entries[i][:2])],
+        ):
+            numbers = [i for i in numbers if i in better] or numbers
+        where = f"{str(name)!r} in {list_file.name}"
+        if len(numbers) > 1:
+            places = " or ".join(str(entries[i].xml or entries[i].image) for i in numbers)
+            result.found["label_ambiguous"].append(f"{where}: {places}")
+        elif numbers:
+            chosen[numbers[0]] = None
+        else:
+            result.found["file_unreadable"].append(f"{where} is neither an image nor a label")
+    return [entries[i] for i in chosen]
+
+
+def _ends_with(entry: Entry, name: Path) -> bool:
+    """Whether the image or the label lies in the folders that a line names."""
+    folders = name.parent.parts
+    places = [x.parent.parts for x in (entry.image, entry.xml) if x]
+    return not folders or any(x[len(x) - len(folders) :] == folders for x in places)
 
 
 # ------------------------------------------------------------------------------------------------
