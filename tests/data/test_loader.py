@@ -243,7 +243,7 @@ def test_factors_below_1_and_without_the_root(many):
     assert per_image[0] == pytest.approx(4, rel=0.2)  # of 0.25
     assert per_image[147:150].mean() == pytest.approx(40, rel=0.2)  # 0.1 / 0.01
     assert per_image[150:159].mean() == pytest.approx(40 / 3, rel=0.2)
-    assert counts[300:].std() < 0.1 * counts[300:].mean()
+    assert np.ptp(counts[300:]) <= 1  # once in every pass, and not by chance
 
 
 def test_of_many_classes_the_log_shows_the_ends(many, caplog):
