@@ -117,6 +117,9 @@ KINDS = {
         "labels that name an image that is there, but are called like another, and taken for its",
     ),
     "label_ambiguous": Kind(ERROR, "labels or lines of a list that could mean several files"),
+    "image_elsewhere": Kind(
+        NOTE, "labels whose image is neither in their folder nor in one that corresponds to it"
+    ),
     "folder_without_labels": Kind(
         NOTE, "folders of images without a single label, which are left out"
     ),

@@ -184,15 +184,15 @@ def _match(labels: Mapping[Path, Label], images: Sequence[Path]) -> list[Entry]:
         near_name[_place(image), image.name].append(image)
         any_stem[image.stem].append(image)
         any_name[image.name].append(image)
-    searches: list[Callable[[Path, Label], list[Path]]] = [
-        lambda xml, label: near_stem.get((_place(xml), _stem(xml.stem)), []),
-        lambda xml, label: near_name.get((_place(xml), label.file_name), []),
-        lambda xml, label: any_stem.get(_stem(xml.stem), []),
-        lambda xml, label: any_name.get(label.file_name, []),
+    searches: list[tuple[bool, Callable[[Path, Label], list[Path]]]] = [
+        (True, lambda xml, label: near_stem.get((_place(xml), _stem(xml.stem)), [])),
+        (True, lambda xml, label: near_name.get((_place(xml), label.file_name), [])),
+        (False, lambda xml, label: any_stem.get(_stem(xml.stem), [])),
+        (False, lambda xml, label: any_name.get(label.file_name, [])),
     ]
     found: dict[Path, Entry] = {}
     taken: set[Path] = set()
-    for search in searches:
+    for is_near, search in searches:
         claims = _index()
         for xml, label in labels.items():
             if xml not in found:
@@ -209,6 +209,8 @@ def _match(labels: Mapping[Path, Label], images: Sequence[Path]) -> list[Entry]:
                 if len(xmls) > 1:
                     both = f"{' and '.join(map(str, xmls))}: {image}"
                     found[xml] = Entry(None, xml, "label_ambiguous", both)
+                elif not is_near:
+                    found[xml] = Entry(image, xml, "image_elsewhere", f"{xml}: {image}")
                 elif near_name.get((_place(xml), labels[xml].file_name), [image]) != [image]:
                     text = f"{xml}: {labels[xml].file_name}"
                     found[xml] = Entry(image, xml, "label_of_another_image", text)
