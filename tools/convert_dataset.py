@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from atss.analysis.files import try_to_write
 from atss.data.choice import refuse_unknown
-from atss.data.coco_json import find_in_json, with_areas
+from atss.data.coco_json import category_names, find_in_json, with_areas
 from atss.data.copies import by_key, can_see_resized, find_copies, join_groups
 from atss.data.datasets import split_source
 from atss.data.findings import DROPPED, ERROR, WARNING
@@ -146,6 +146,15 @@ def _read_all(sources: list[str], reading: Reading) -> list[Labels]:
                 raise ValueError(f"{annotations} has {finding.sentence()}")
             if finding.level in (DROPPED, WARNING):
                 print(f"{annotations} has {finding.sentence()}", file=sys.stderr)
+    names = [category_names(labels.content) for labels in sets]
+    for (annotations, _), own in zip(places, names, strict=True):
+        missing = list(dict.fromkeys(x for others in names for x in others if x not in own))
+        if missing:
+            print(
+                f"{annotations} has no class {', '.join(map(repr, missing[:EXAMPLES]))}: what its "
+                f"images show of {len(missing)} such will be learnt as background",
+                file=sys.stderr,
+            )
     return sets
 
 

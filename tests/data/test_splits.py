@@ -144,7 +144,10 @@ def test_several_are_joined_by_the_names_of_classes(two, tmp_path, capsys):
     assert [a["image_id"] for a in content["annotations"]] == [
         i for i in range(1, 9) for _ in "123"
     ]
-    register = capsys.readouterr().out.splitlines()[-1]
+    said = capsys.readouterr()
+    assert "first/a.json has no class 'cow': what its images show of 1 such will be" in said.err
+    assert "second/a.json has no class 'cat'" in said.err
+    register = said.out.splitlines()[-1]
     assert register == f"--register both={target}:{tmp_path}"
     assert not read(str(target), str(tmp_path)).findings
 

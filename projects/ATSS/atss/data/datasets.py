@@ -185,7 +185,8 @@ def follow(name: str, classes: Sequence[str]) -> None:
     if places is None:
         raise ValueError(
             f"data set {name} has the classes {_some(own)}, but the data set or weights that it is "
-            f"used with have {_some(classes)}: what is found would be called by the wrong name"
+            f"used with have {_some(classes)}: what is found would be called by the wrong name; "
+            "--classes gives all of --register the same"
         )
     metadata = MetadataCatalog.get(name).as_dict()
     if "source" not in metadata:
