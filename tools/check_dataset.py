@@ -76,15 +76,15 @@ def main(argv: list[str] | None = None) -> int:
         labels = read(args.annotations, args.images, reading := reading_of(args))
         refuse_unknown(reading.classes, labels.found, labels.names)
         others = [read(*split_source(other, "--against"), reading) for other in args.against]
+        if others:
+            shared = find_in_others(labels, others, progress)
+            labels = replace(labels, findings=[*labels.findings, *shared])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    if others:
-        if not can_see_resized():
-            print("Without imagehash, copies of equal bytes only are found.", file=sys.stderr)
-        shared = find_in_others(labels, others, progress)
-        labels = replace(labels, findings=[*labels.findings, *shared])
+    if others and not can_see_resized():
+        print("Without imagehash, copies of equal bytes only are found.", file=sys.stderr)
     report = check(labels, sizes, filter_empty, asked, args.deep, progress)
     print(page(report))
     if args.json:

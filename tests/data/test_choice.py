@@ -233,6 +233,14 @@ def test_what_is_malformed_stays_so(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(twice))
     with pytest.raises(ValueError, match="categories that share an id"):
         register(source, classes="cat,dog")
+    for image in content["images"]:
+        image |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+    for category in content["categories"]:
+        category["frequency"] = "f"
+    content["images"][0]["id"] = [1]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="ids that are no whole numbers"):
+        register(source, classes="cat,dog")
     del content["categories"][0]["name"]
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match="entry 0 of 'categories' has no 'name'"):

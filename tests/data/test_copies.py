@@ -121,3 +121,11 @@ def test_check_dataset_names_what_another_split_has(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1  images that another split has too, by their bytes, or resized" in said
     assert f"train/images/1.png, which is {tmp_path}/val/images/9.jpg" in said
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "val.json").write_text(
+        '{"images": [{"id": 1, "file_name": "1.png", "width": 9, "height": 9}], "annotations": [], '
+        '"categories": [{"id": 1, "name": "cat"}]}'
+    )
+    against = f"{tmp_path}/val.json:{tmp_path}/empty"
+    assert check_dataset.main([str(yaml), "train", "--against", against, *config]) == 2
+    assert "1 images of other splits do not exist, such as" in capsys.readouterr().err

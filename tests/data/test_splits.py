@@ -86,6 +86,17 @@ def test_a_class_of_one_image_goes_to_the_largest():
     assert divide(content, [[i] for i in range(400)], (0.2, 0.8), 0)[0] == 1
 
 
+@pytest.mark.parametrize(
+    ("images", "shares", "expected"),
+    [(5, (0.9, 0.1), [4, 1]), (4, (0.8, 0.1, 0.1), [2, 1, 1]), (2, (0.98, 0.01, 0.01), [1, 1, 0])],
+)
+def test_no_split_is_empty_that_need_not_be(images, shares, expected):
+    content = {"images": [{"id": i} for i in range(images)]}
+    content["annotations"] = [{"image_id": i, "category_id": 1} for i in range(images)]
+    split_of = divide(content, [[i] for i in range(images)], shares, 0)
+    assert sorted(np.bincount(split_of, minlength=len(shares)).tolist(), reverse=True) == expected
+
+
 def test_names_that_belong_together():
     names = ["film1_001.png", "film1_002.png", "film2_001.png", "other.png"]
     assert group_by_name(names, r"(film\d)_") == ["film1", "film1", "film2", None]
@@ -180,8 +191,8 @@ def test_groups_and_seed_of_the_command(two, tmp_path, capsys):
 
 
 def test_an_empty_split_and_an_image_in_two_sources_are_refused(two, tmp_path, capsys):
-    argv = [two[0], "--output", f"{tmp_path}/x.json", "--split", "train=0.95", "val=0.05"]
-    assert convert_dataset.main(argv) == 1
+    argv = [two[0], "--output", f"{tmp_path}/x.json", "--split", "train=0.5", "val=0.5"]
+    assert convert_dataset.main([*argv, "--group", "png"]) == 1
     assert "the split 'val' would have no image: there are 4" in capsys.readouterr().err
     annotations = two[0].split(":")[0]
     other = json.loads(Path(annotations).read_text())

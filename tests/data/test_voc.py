@@ -168,6 +168,17 @@ def test_a_link_that_leads_back_is_no_second_folder(data, tmp_path):
     assert files_of(folder, ".") == ["a.png"]
 
 
+def test_a_link_to_a_split_is_that_split(data, tmp_path):
+    folder = data({"train/a.jpg": "", "train/a.xml": xml(), "far/b.jpg": "", "far/b.xml": xml()})
+    (tmp_path / "current").symlink_to("train")
+    (tmp_path / "train" / "more").symlink_to(tmp_path / "far")
+    inner = f"{tmp_path}/train"
+    for split in ("train", "current"):
+        assert files_of(folder, split) == ["train/a.jpg"]
+    assert files_of(inner, ".") == ["a.jpg", "more/b.jpg"]
+    assert files_of(inner, "more") == ["more/b.jpg"]
+
+
 # ------------------------------------------------------------------------------------------------
 # The image of a label
 # ------------------------------------------------------------------------------------------------
@@ -208,6 +219,12 @@ def test_the_image_that_a_label_names(data):
             {"train/a.jpg": "", "valid/a.png": "", "valid/a.xml": xml(name="a.jpg")},
             "valid/a.png",
         ),
+        # Nor one without a label, if its own folder has others with theirs.
+        (
+            {"valid/b.jpg": "", "valid/b.xml": xml(), "valid/a.xml": xml(name="a.jpg")}
+            | {"train/a.jpg": ""},
+            "valid/b.jpg",
+        ),
         # Nor one that is another label's by name.
         (
             {"valid/a.xml": xml(name="b.png"), "valid/b.xml": xml(), "valid/b.png": ""},
@@ -219,16 +236,37 @@ def test_no_image_of_another_label(data, files, expected):
     files = {"train/z.jpg": "", "train/z.xml": xml()} | files
     folder = data(files)
     assert files_of(folder, "valid") == [expected] * (expected is not None)
-    missing = kinds_of(folder, "valid").get("file_unreadable", [])
-    assert len(missing) == sum(x.startswith("valid") and x.endswith("xml") for x in files) - (
-        expected is not None
-    )
+    kinds = kinds_of(folder, "valid")
+    missing = kinds.get("file_unreadable", []) + kinds.get("label_ambiguous", [])
+    labels = sum(x.startswith("valid") and x.endswith("xml") for x in files)
+    assert len(missing) == labels - (expected is not None)
 
 
 def test_two_labels_of_one_image(data):
     folder = data({"a.xml": xml(name="c.png"), "b.xml": xml(name="c.png"), "c.png": ""})
     kinds = kinds_of(folder)
     assert kinds["label_ambiguous"] == ["a.xml and b.xml: c.png"] * 2
+
+
+def test_labels_and_images_in_folders_of_any_name(data):
+    """Some by their own names, some by those that they say."""
+    files = {"pics/a.png": "", "pics/b.png": "", "marks/a.xml": xml()}
+    folder = data(files | {"marks/z.xml": xml(name="b.png")})
+    assert files_of(folder, "marks") == ["pics/a.png", "pics/b.png"]
+    elsewhere = ["marks/a.xml: pics/a.png", "marks/z.xml: pics/b.png"]
+    assert kinds_of(folder, "marks") == {"image_elsewhere": elsewhere}
+
+
+def test_an_image_that_a_second_label_names(data):
+    folder = data({"a.xml": xml(), "z.xml": xml(name="a.png"), "a.png": ""})
+    assert kinds_of(folder) == {"label_ambiguous": ["a.xml and z.xml: a.png"]}
+
+
+def test_names_with_two_suffixes(data):
+    label = xml(box(1, 1, 9, 9), name="photo.jpg.png")
+    folder = data({"photo.jpg.png": "", "photo.png": "", "photo.jpg.xml": label})
+    assert files_of(folder, ".") == ["photo.jpg.png", "photo.png"]
+    assert kinds_of(folder) == {"label_missing": ["photo.png"]}
 
 
 def test_the_folder_that_corresponds(data):

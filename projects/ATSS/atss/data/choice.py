@@ -98,7 +98,8 @@ def _seen(image: dict, ids: Mapping[int | str, int | None], marked: Mapping[obje
     if not all(isinstance(x, list) and all(isinstance(i, int) for i in x) for x in lists):
         return image
     absent, partly = (set(x or ()) for x in lists)
-    marked_here = marked[image.get("id")]
+    number = image.get("id")
+    marked_here = marked.get(number, ()) if isinstance(number, int | str) else ()
     members: dict[int, list] = defaultdict(list)
     for old, new in ids.items():
         if new is not None:

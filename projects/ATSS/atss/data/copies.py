@@ -63,10 +63,18 @@ def find_in_others(
 
     Args:
         progress: as of :func:`find_copies`.
+
+    Raises:
+        ValueError: where images of other splits are not there to be compared.
     """
     sets = (labels, *others)
     files = [os.path.join(x.image_dir, str(e["file_name"])) for x in sets for e in images_of(x)]
     own = len(images_of(labels))
+    missing = [file for file in files[own:] if not os.path.isfile(file)]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} images of other splits do not exist, such as {missing[0]}"
+        )
     where = {
         i: f"{files[i]}, which is {next(files[j] for j in group if j >= own)}"
         for group in find_copies(files, progress)

@@ -95,7 +95,8 @@ def divide(
     about the share of its objects (iterative stratification, Sechidis et al., ECML 2011).
 
     Classes are dealt in the order of their rarity, the groups that have most of it first, each to
-    the split that lacks most of the class, then of images.
+    the split that lacks most of the class, then of images, then has fewest. None stays empty where
+    there are groups enough.
 
     Args:
         groups: of positions of images that stay together, each image in one.
@@ -122,7 +123,8 @@ def divide(
 
     def give(g: int, lack: np.ndarray) -> None:
         most = np.flatnonzero(np.isclose(lack, lack.max()))
-        split = most[np.argmax(lacks_images[most])]
+        most = most[np.isclose(lacks_images[most], lacks_images[most].max())]
+        split = most[np.argmin([np.sum(split_of == i) / shares[i] for i in most])]
         split_of[g] = split
         lacks_images[split] -= len(groups[g])
         for c, n in objects[g].items():
@@ -139,6 +141,12 @@ def divide(
         del left[rarest]
     for g in sorted((g for g in order if split_of[g] < 0), key=lambda g: -len(groups[g])):
         give(g, lacks_images)
+    for split in range(len(shares)):
+        dealt = np.bincount(split_of, minlength=len(shares))
+        if not dealt[split] and dealt.max() > 1:
+            of_most = [g for g in order if split_of[g] == dealt.argmax()]
+            smallest = min(of_most, key=lambda g: (len(groups[g]), sum(objects[g].values())))
+            split_of[smallest] = split
     return split_of[group_of]
 
 

@@ -1,7 +1,6 @@
 """Reads a split of a folder of Pascal VOC's xml, as labelImg, CVAT and others write it, into COCO's
 format: whatever is said of the one is then said of the other."""
 
-import glob
 import os
 import re
 from collections import Counter, defaultdict
@@ -115,15 +114,27 @@ def read_voc(folder: str, split: str, first_pixel: int = FIRST_PIXEL) -> tuple[d
 
 
 def _files(root: Path) -> list[Path]:
-    """All below a folder, through links to folders, but each once: a link may lead back."""
-    names = glob.iglob("**/*", root_dir=root, recursive=True)
-    real: dict[Path, str] = {}
-    found: dict[tuple[str, str], Path] = {}
-    for file in sorted(map(Path, names), key=lambda f: (len(f.parts), f)):
-        if file.parent not in real:
-            real[file.parent] = os.path.realpath(root / file.parent)
-        found.setdefault((real[file.parent], file.name), file)
-    return sorted(found.values())
+    """All below a folder but what is hidden, also through links to folders, which may lead back:
+    each once, by its real place if that is below the folder."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    later = [str(root)]
+    while later:
+        links: list[str] = []
+        for top in later:
+            for folder, folders, files in os.walk(top):
+                real = os.path.realpath(folder)
+                folders[:] = sorted(x for x in folders if not x.startswith("."))
+                if real in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                paths = [os.path.join(folder, x) for x in folders]
+                links += [path for path in paths if os.path.islink(path)]
+                here = Path(folder).relative_to(root)
+                found += [here / x for x in files if not x.startswith(".")]
+        later = links
+    return sorted(found)
 
 
 def _labelled_size(entry: Entry, labels: Mapping[Path, Label]) -> tuple[int, int] | None:
@@ -175,8 +186,8 @@ def _match(labels: Mapping[Path, Label], images: Sequence[Path]) -> list[Entry]:
     """Every label, with its image, and every image without a label.
 
     The image of a label is the one that is called like it, else the one that it names, in its own
-    folder or the one that corresponds (images/train to labels/train); only where there is none,
-    elsewhere, of those that are no other label's.
+    folder or the one that corresponds (images/train to labels/train). Only where no label of the
+    folder has one it is looked for elsewhere, of those that are no other label's.
     """
     near_stem, near_name, any_stem, any_name = (_index() for _ in range(4))
     for image in images:
@@ -185,17 +196,20 @@ def _match(labels: Mapping[Path, Label], images: Sequence[Path]) -> list[Entry]:
         any_stem[image.stem].append(image)
         any_name[image.name].append(image)
     searches: list[tuple[bool, Callable[[Path, Label], list[Path]]]] = [
+        (True, lambda xml, label: near_stem.get((_place(xml), xml.stem), [])),
         (True, lambda xml, label: near_stem.get((_place(xml), _stem(xml.stem)), [])),
         (True, lambda xml, label: near_name.get((_place(xml), label.file_name), [])),
         (False, lambda xml, label: any_stem.get(_stem(xml.stem), [])),
         (False, lambda xml, label: any_name.get(label.file_name, [])),
     ]
     found: dict[Path, Entry] = {}
-    taken: set[Path] = set()
+    taken: dict[Path, Path] = {}
+    # Folders where labels have their images: what others lack there is lost, and not elsewhere.
+    complete: set[tuple[str, ...]] = set()
     for is_near, search in searches:
         claims = _index()
         for xml, label in labels.items():
-            if xml not in found:
+            if xml not in found and (is_near or _place(xml) not in complete):
                 free = [image for image in search(xml, label) if image not in taken]
                 best = _best(free, xml, {xml.stem, label.file_name})
                 if len(best) > 1:
@@ -214,7 +228,14 @@ def _match(labels: Mapping[Path, Label], images: Sequence[Path]) -> list[Entry]:
                 elif near_name.get((_place(xml), labels[xml].file_name), [image]) != [image]:
                     text = f"{xml}: {labels[xml].file_name}"
                     found[xml] = Entry(image, xml, "label_of_another_image", text)
-        taken.update(claims)
+        taken.update((image, xmls[0]) for image, xmls in claims.items())
+        if is_near:
+            complete.update(_place(xml) for xmls in claims.values() for xml in xmls)
+    for xml, label in labels.items():
+        others = [x for x in near_name.get((_place(xml), label.file_name), []) if x in taken]
+        if xml not in found and others:
+            both = f"{taken[others[0]]} and {xml}: {others[0]}"
+            found[xml] = Entry(None, xml, "label_ambiguous", both)
     without = (Entry(image, None) for image in images if image not in taken)
     return [*(found.get(xml, Entry(None, xml)) for xml in labels), *without]
 
@@ -253,6 +274,8 @@ def _select(root: Path, split: str, entries: list[Entry], result: Split) -> list
     if list_file is not None:
         chosen = _listed(list_file, root, entries, result)
     elif folder.is_dir() and not inside.is_absolute() and ".." not in inside.parts:
+        real, base = (Path(os.path.realpath(x)) for x in (folder, root))
+        inside = real.relative_to(base) if real.is_relative_to(base) else inside
         chosen = _inside(inside, entries, result)
     else:
         tried = ", ".join(map(str, [*lists, folder]))

@@ -47,7 +47,8 @@ def _halve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     processors with AMX (of torch 2.14) computes with what lies in memory beyond its input: it is
     given the columns, of zeros as its padding is, for one more, which is left out."""
     width = x.shape[-1]
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and width < 3:
+    low = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    if low and x.device.type == "cpu" and width < 3:
         return conv(F.pad(x, (0, 3 - width)))[..., :1]
     return conv(x)
 
