@@ -16,6 +16,7 @@ from atss.analysis.statistics import constants, match, read_objects
 from atss.config import build_sampling
 from atss.data.check import check, page
 from atss.data.coco_json import find_in_json
+from atss.data.formats import Labels
 
 
 def run(tmp_path, annotations, *argv):
@@ -191,11 +192,11 @@ def test_a_check_says_when_objects_are_tiny():
     ):
         sampling = build_sampling(make_cfg("MODEL.ATSS.ASSIGNER", rule))
         asked = partial(match, sampling=sampling, sizes=[(240, 640)])
-        said = page(check(content, "", [(240, 640)], False, asked))
+        said = page(check(Labels(content, ""), [(240, 640)], False, asked))
         assert re.search(f"Tiny objects: half of them have sides {expected}", said)
         assert "and those of testing, 5.3 times as large make that 32;" in said
     asked = partial(match, sampling=sampling, sizes=[(240, 640), (960, 1280)])
-    assert "Tiny" not in page(check(content, "", [(240, 640), (960, 1280)], False, asked))
+    assert "Tiny" not in page(check(Labels(content, ""), [(240, 640), (960, 1280)], False, asked))
 
 
 def test_a_check_asks_no_rule_that_looks_at_predictions():
@@ -211,7 +212,7 @@ def test_a_check_asks_no_rule_that_looks_at_predictions():
         fit = asked(content, find_in_json(content)[1])
         assert (fit.positives is not None) == expected
         assert (fit.best_iou > 0).all()
-        report = check(content, "", [(480, 640)], False, asked)
+        report = check(Labels(content, ""), [(480, 640)], False, asked)
         kinds = {finding.kind for finding in report.findings}
         assert "object_poorly_matched" in kinds
         assert ("object_without_positive" in kinds) == expected

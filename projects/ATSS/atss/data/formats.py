@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,11 +72,11 @@ class Labels:
 
     content: dict
     image_dir: str
-    findings: list[Finding]
-    json_file: str | None
-    evaluator: str
-    names: Sequence[str]
-    found: set[str]
+    findings: Sequence[Finding] = ()
+    json_file: str | None = None
+    evaluator: str = "coco"
+    names: Sequence[str] = ()
+    found: Set[str] = frozenset()
 
 
 def read(annotations: str, images: str, reading: Reading = AS_IT_IS) -> Labels:
