@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import broken
 import check_dataset
 import pytest
 import torch
@@ -45,9 +46,9 @@ def train():
         MetadataCatalog.remove("broken")
 
 
-def inspect(case, root, *options):
+def inspect(case, root, *options, lvis=False):
     """Exit status and report of check_dataset.py."""
-    paths = map(str, break_data(case, root))
+    paths = map(str, break_data(case, root, lvis))
     target = root / "report.json"
     status = check_dataset.main([*paths, "--config-file", CONFIG, "--json", str(target), *options])
     return status, json.loads(target.read_text()) if target.is_file() else None
@@ -104,6 +105,30 @@ def test_check_dataset(case, tmp_path, capsys):
     assert any(case.thing in where for where in finding["where"])
     assert finding["count"] == len(finding["where"])
     assert f"{finding['count']:>9,}  {finding['what']}" in captured.out
+
+
+SHARED = [
+    case
+    for case in (*broken.STRUCTURE, *broken.ENTRIES, *broken.ANNOTATIONS)
+    # LVIS has no file names, and without images or categories nothing says that it is LVIS's.
+    if "file_name" not in case.name
+    and "of one file" not in case.name
+    and case.name
+    not in ("no images", "an empty list of images", "a list, where a dictionary belongs")
+]
+
+
+@pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
+def test_of_lvis_the_same_is_said(case, train, tmp_path):
+    status, report = inspect(case, tmp_path / "data", lvis=True)
+    if case.kind is None:
+        assert status == 2
+    elif case.kind:
+        assert case.kind in {finding["kind"] for finding in report["findings"]}
+        assert status == (KINDS[case.kind].level == ERROR)
+    if case.training == "stops":
+        with pytest.raises((ValueError, OSError), match=re.escape(case.sentence)):
+            train(*break_data(case, tmp_path / "again", lvis=True))
 
 
 def test_the_page_and_the_cases_agree():
