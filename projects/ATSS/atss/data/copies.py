@@ -1,5 +1,5 @@
 """Images that are there more than once, as the same bytes or resized and compressed anew: in two
-splits they are the commonest reason for an AP that is too good."""
+splits they make an AP too good."""
 
 import hashlib
 import os
@@ -134,7 +134,7 @@ def _hash(file: str) -> np.ndarray | None:
 
     try:
         with Image.open(file) as image:
-            image.draft("L", (4 * SIDE * 4, 4 * SIDE * 4))  # a JPEG is decoded smaller, and faster
+            image.draft("L", (16 * SIDE, 16 * SIDE))  # a JPEG is decoded smaller, and faster
             grey = image.convert("L")
             low, high = grey.getextrema()
             return None if low == high else imagehash.phash(grey, hash_size=SIDE).hash.ravel()

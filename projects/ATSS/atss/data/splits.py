@@ -120,12 +120,14 @@ def divide(
     lacks = {c: np.multiply(shares, n) for c, n in total.items()}
     lacks_images = np.multiply(shares, len(position))
     split_of = np.full(len(groups), -1)
+    dealt = np.zeros(len(shares))  # groups
 
     def give(g: int, lack: np.ndarray) -> None:
         most = np.flatnonzero(np.isclose(lack, lack.max()))
         most = most[np.isclose(lacks_images[most], lacks_images[most].max())]
-        split = most[np.argmin([np.sum(split_of == i) / shares[i] for i in most])]
+        split = most[np.argmin(dealt[most] / np.array(shares)[most])]
         split_of[g] = split
+        dealt[split] += 1
         lacks_images[split] -= len(groups[g])
         for c, n in objects[g].items():
             lacks[c][split] -= n
@@ -142,10 +144,10 @@ def divide(
     for g in sorted((g for g in order if split_of[g] < 0), key=lambda g: -len(groups[g])):
         give(g, lacks_images)
     for split in range(len(shares)):
-        dealt = np.bincount(split_of, minlength=len(shares))
         if not dealt[split] and dealt.max() > 1:
             of_most = [g for g in order if split_of[g] == dealt.argmax()]
             smallest = min(of_most, key=lambda g: (len(groups[g]), sum(objects[g].values())))
+            dealt[[split_of[smallest], split]] += -1, 1
             split_of[smallest] = split
     return split_of[group_of]
 

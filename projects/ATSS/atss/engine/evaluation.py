@@ -66,7 +66,6 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         # Of data that came in no json Detectron2 writes one there: not to be trusted the next time.
         return ByName(dataset_name, ("bbox",), output_dir=output_dir, allow_cached_coco=False)
     if kind == "lvis":
-        provide_lvis()
         return LVISEvaluator(dataset_name, ("bbox",), output_dir=output_dir)
     return PascalVOCDetectionEvaluator(dataset_name)
 
