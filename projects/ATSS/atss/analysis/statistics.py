@@ -142,7 +142,9 @@ def measure(
     sides = np.array([(e["width"], e["height"]) for e in content["images"]], dtype=np.float64)
     width, height = sides[objects.image[used]].T
     columns = {
-        "image_id": np.array([content["images"][i]["id"] for i in objects.image[used]]),
+        "image_id": np.array(
+            [content["images"][i]["id"] for i in objects.image[used]], dtype=object
+        ),
         "area": w * h,
         "side": np.zeros(len(used)),
         "aspect": np.maximum(w, h) / np.minimum(w, h),

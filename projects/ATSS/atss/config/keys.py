@@ -41,6 +41,9 @@ def add_atss_config(cfg: CfgNode) -> None:
     cfg.TEST.BEST_METRIC = "bbox/AP"
     # Training ends after so many evaluations without a better one; 0: never.
     cfg.TEST.PATIENCE = 0
+    # How evaluation treats objects that Pascal VOC's xml marks difficult. False: VOC's rule, by
+    # which detections of them are neither right nor wrong. True: they count as others do.
+    cfg.TEST.COUNT_DIFFICULT = False
 
     # [[name of DATASETS.TRAIN, factor], ...], how often a pass goes through the images of a data
     # set (others: once), under DATALOADER.SAMPLER_TRAIN WeightedTrainingSampler and

@@ -224,14 +224,9 @@ def _find_in_objects(
         empty = [categories[i] for i in np.flatnonzero(counts == 0)]
         add("category_without_objects", "categories", empty)
 
-    # Detectron2's filter counts annotations that are no crowds, be they dropped later.
-    unread = next((f.positions for f in findings if f.kind == "segmentation_empty"), [])
-    counted = ~objects.crowd & (objects.image >= 0)
-    counted[list(unread)] = False
     number = len(content["images"])
-    annotated = np.bincount(objects.image[counted], minlength=number) > 0
     with_objects = np.bincount(objects.image[used], minlength=number) > 0
-    dropped = ~annotated & filter_empty
+    dropped = ~with_objects & filter_empty
     if not content["annotations"]:
         add("nothing_annotated", "images", range(number))
     else:

@@ -22,6 +22,8 @@ FIELDS = {
 BOXES_THAT_TELL = 10
 # Farther beyond its image than by rounding, in pixels.
 BEYOND = 1.0
+# Sides below this, in pixels of the image, vanish in training once the image is resized.
+SHORTEST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Objects:
     Attributes:
         image: (M,) int64 position in the json's images, -1 where unknown.
         category: (M,) int64 position among the categories sorted by id, -1 where unknown.
-        boxes: (M, 4) float64 (x, y, width, height) in pixels; NaN where malformed.
+        boxes: (M, 4) float64 (x, y, width, height) in pixels; NaN where malformed; of used ones
+            that reach more than BEYOND out of their image the part inside.
         crowd: (M,) bool.
         used: (M,) bool: training learns it, as far as the json tells.
     """
@@ -198,9 +201,9 @@ def _objects(content: dict, findings: _Findings) -> Objects:
     add("crowd_malformed", [e.get("iscrowd", 0) not in (0, 1) for e in annotations])
     crowd = np.array([e.get("iscrowd", 0) == 1 for e in annotations], dtype=bool)
     add("ignore", [e.get("ignore", 0) != 0 for e in annotations])
-    segmentations = [_segmentation(e.get("segmentation")) for e in annotations]
-    add("segmentation_malformed", [s == "malformed" for s in segmentations])
-    add("keypoints_malformed", [not _are_keypoints(e.get("keypoints")) for e in annotations])
+    add("segmentation_unusable", [not _is_segmentation(e.get("segmentation")) for e in annotations])
+    add("keypoints_unusable", [not _are_keypoints(e.get("keypoints")) for e in annotations])
+    add("object_difficult", [e.get("difficult", 0) == 1 for e in annotations])
 
     boxes, malformed = _boxes([e["bbox"] for e in annotations])
     add("box_malformed", malformed)
@@ -224,20 +227,51 @@ def _objects(content: dict, findings: _Findings) -> Objects:
 
     used = known & (category >= 0) & ~crowd
     add("crowd", crowd)
+    inside = np.stack([x, y, x + w, y + h], axis=1).clip(0, np.stack([width, height] * 2, axis=1))
     for kind, where in (
-        ("segmentation_empty", np.array([s == "empty" for s in segmentations], dtype=bool)),
-        ("box_empty", (w == 0) | (h == 0)),
-        ("box_outside", (x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0)),
+        ("box_empty", (w < SHORTEST) | (h < SHORTEST)),
+        ("box_outside", (inside[:, 2:] - inside[:, :2] < SHORTEST).any(axis=1)),
     ):
         add(kind, used & where)
         used &= ~where
     add("box_partly_outside", used & beyond)
 
     add("area_unusable", [not is_area(e.get("area")) or "iscrowd" not in e for e in annotations])
-    add("annotation_id_zero", [e["id"] == 0 for e in annotations])
     _find_repeated_files(content, image, findings)
     findings.add("category_name_twice", "categories", _repeated([c["name"] for c in categories]))
-    return Objects(image, category, boxes, crowd, used)
+    inside[:, 2:] -= inside[:, :2]
+    clipped = np.where((used & beyond)[:, None], inside, boxes)
+    return Objects(image, category, clipped, crowd, used)
+
+
+def learnable(content: dict, objects: Objects) -> dict:
+    """The content with the objects that training uses and with crowds, and without the rest: what
+    is an object is decided here, for training, statistics and evaluation alike.
+
+    Annotations are numbered 1, 2, ...: the ids of a file may be 0, which pycocotools takes for "not
+    found". Boxes that reach beyond their image are clipped. A missing area is that of the box.
+    Segmentations and key points that Detectron2 cannot read are left out. Images of which a box was
+    clipped or left out are marked as "trimmed".
+
+    Args:
+        content, objects: as from :func:`find_in_json`, without errors.
+    """
+    kept: list[dict] = []
+    whole = objects.used | objects.crowd
+    for i in np.flatnonzero(whole):
+        entry = dict(content["annotations"][i])
+        box = objects.boxes[i].tolist()
+        if box != entry["bbox"]:
+            entry |= {"bbox": box, "area": box[2] * box[3]}
+            whole[i] = False
+        for key, is_sound in SHAPES.items():
+            if not (entry.get(key) and is_sound(entry[key])):
+                entry.pop(key, None)
+        kept.append(entry | {"id": len(kept) + 1})
+    images = list(content["images"])
+    for i in np.unique(objects.image[~whole & (objects.image >= 0)]):
+        images[i] = {**images[i], "trimmed": True}
+    return {**content, "images": images, "annotations": with_areas(kept)}
 
 
 def _find_repeated_files(content: dict, image: np.ndarray, findings: _Findings) -> None:
@@ -293,16 +327,17 @@ def _look_up(entries: Sequence[dict], field: str, ids: Sequence) -> np.ndarray:
     return np.fromiter((position.get(x, -1) for x in values), np.int64, len(values))
 
 
-def _segmentation(value: object) -> str:
-    """Whether Detectron2, which reads it even where only boxes are learnt, takes it ("fine"), drops
-    the object ("empty"), or breaks ("malformed")."""
+def _is_segmentation(value: object) -> bool:
+    """Whether Detectron2 can read it, or there is none."""
     if not value:
-        return "fine"
+        return True
     if isinstance(value, list):
-        if not all(isinstance(polygon, list) for polygon in value):
-            return "malformed"
-        return "fine" if any(len(p) % 2 == 0 and len(p) >= 6 for p in value) else "empty"
-    return "fine" if isinstance(value, dict) and _are_run_lengths(**value) else "malformed"
+        return any(is_polygon(x) for x in value) and all(isinstance(x, list) for x in value)
+    return isinstance(value, dict) and _are_run_lengths(**value)
+
+
+def is_polygon(value: object) -> bool:
+    return isinstance(value, list) and len(value) % 2 == 0 and len(value) >= 6
 
 
 def _are_run_lengths(counts: object = None, size: object = None, **_: object) -> bool:
@@ -320,6 +355,10 @@ def _are_keypoints(value: object) -> bool:
     if not value:
         return True
     return isinstance(value, list) and all(_is_number(x) for i, x in enumerate(value) if i % 3 < 2)
+
+
+# What an object may have besides its box, and whether Detectron2 can read it.
+SHAPES = {"segmentation": _is_segmentation, "keypoints": _are_keypoints}
 
 
 def _boxes(values: list) -> tuple[np.ndarray, np.ndarray]:

@@ -7,15 +7,15 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
+from pycocotools.mask import frPyObjects
 
 from .choice import refuse_unknown
-from .coco_json import category_names, find_in_json, with_areas
+from .coco_json import category_names, find_in_json, is_polygon, learnable
 from .findings import DROPPED, ERROR, KINDS, WARNING
 from .formats import AS_IT_IS, Reading, read
 
@@ -35,7 +35,8 @@ def register_all(specs: Sequence[str], reading: Reading = AS_IT_IS) -> None:
 def register(spec: str, reading: Reading = AS_IT_IS) -> str:
     """Registers ``NAME=annotations.json:image_dir``, ``NAME=data.yaml:split`` or
     ``NAME=voc_folder:split`` with Detectron2, after the cheap checks of ``tools/check_dataset.py``:
-    those that look at no image, or, where labels do not tell it, at its size alone.
+    those that look at no image, or, where labels do not tell it, at its size alone. Registered
+    again under its name, it is read again.
 
     Returns:
         the name.
@@ -50,41 +51,30 @@ def register(spec: str, reading: Reading = AS_IT_IS) -> str:
             f"NAME=voc_folder:split, not {spec!r}"
         )
     annotations, images = split_source(source)
-    # Of chosen classes the order counts, which a comparison of dictionaries passes over.
-    origin = (source, str(reading.classes), reading.first_pixel)
-    if name in DatasetCatalog:
-        if MetadataCatalog.get(name).get("source") != origin:
-            raise ValueError(f"a data set called {name} is registered already: choose another name")
-        return name
+    if name in DatasetCatalog and MetadataCatalog.get(name).get("source") != source:
+        raise ValueError(f"a data set called {name} is registered already: choose another name")
     labels = read(annotations, images, reading)
-    content = labels.content
-    more, objects = find_in_json(content)
+    more, objects = find_in_json(labels.content)
     findings = [*labels.findings, *more]
     for finding in findings:
         if finding.level == ERROR:
             raise ValueError(f"{annotations} has {finding.sentence()}")
+    assert objects is not None  # without errors
     metadata = {
-        "source": origin,
+        "source": source,
         "evaluator_type": labels.evaluator,
-        "thing_classes": category_names(content),
+        "thing_classes": category_names(labels.content),
         "names_in_data": labels.names,
         "found": labels.found,
-        "to_learn": 0 if objects is None else int(objects.used.sum()),
+        "to_learn": int(objects.used.sum()),
         "remarks": {f.kind: f.sentence() for f in findings if f.level in (DROPPED, WARNING)},
+        "image_root": labels.image_dir,
+        # As bytes it takes a tenth of the memory, and every caller gets records of its own.
+        "content": pickle.dumps(learnable(labels.content, objects)),
     }
-    file = labels.json_file
-    if file and (reading.classes or any(x.kind == "area_unusable" for x in findings)):
-        file = _copy(content)
-    if file:
-        metadata |= {"json_file": file, "image_root": labels.image_dir}
-    if file and labels.evaluator == "coco":
-        load = partial(load_coco_json, file, labels.image_dir)
-    else:
-        # As bytes they take a tenth of the memory, and whoever asks gets records of his own.
-        load = partial(pickle.loads, pickle.dumps(_records(content, labels.image_dir)))
     # Sorted by id, categories get the numbers that Detectron2 gives those of a json.
-    ids = sorted(category["id"] for category in content["categories"])
-    _register(name, load, {category_id: i for i, category_id in enumerate(ids)}, metadata)
+    ids = sorted(category["id"] for category in labels.content["categories"])
+    _register(name, {category_id: i for i, category_id in enumerate(ids)}, metadata)
     return name
 
 
@@ -113,24 +103,31 @@ def split_source(source: str, what: str = "a source") -> tuple[str, str]:
     return parts[-1]
 
 
-def _copy(content: dict) -> str:
-    """A json, for as long as this process runs, for Detectron2 and the evaluation to read. Objects
-    without an area, with which that would crash at its end or which it would count as small, have
-    the areas of their boxes."""
+def provide_json(name: str) -> None:
+    """Writes the objects of a data set of :func:`register` as a json, which Detectron2's evaluators
+    read, and names it in the metadata. The file lasts as long as this process."""
+    metadata = MetadataCatalog.get(name)
+    if "content" not in metadata.as_dict() or metadata.get("json_file"):
+        return
     folder = tempfile.mkdtemp(prefix="atss_labels_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = os.path.join(folder, "labels.json")
-    copied = {key: value for key, value in content.items() if key != "annotations"}
-    if content["annotations"]:  # else there is nothing to evaluate, and detections are written
-        copied["annotations"] = with_areas(content["annotations"])
+    content = pickle.loads(metadata.content)
+    if not content["annotations"]:  # nothing to evaluate: detections are written for a server
+        del content["annotations"]
     with open(path, "w") as file:
-        json.dump(copied, file)
-    return path
+        json.dump(content, file)
+    metadata.json_file = path
 
 
-def _records(content: dict, image_dir: str) -> list[dict]:
-    """What was read, in Detectron2's format, so that what was checked is what is used; categories
-    by their ids."""
+def _records(packed: bytes, image_dir: str, number: Mapping[int, int]) -> list[dict]:
+    """What was checked, in Detectron2's format.
+
+    Args:
+        packed: content of :func:`~atss.data.coco_json.learnable`, pickled.
+        number: of each category's id.
+    """
+    content = pickle.loads(packed)
     records = {
         image["id"]: {
             "file_name": os.path.join(image_dir, image["file_name"]),
@@ -142,32 +139,40 @@ def _records(content: dict, image_dir: str) -> list[dict]:
         for image in content["images"]
     }
     for annotation in content["annotations"]:
-        records[annotation["image_id"]]["annotations"].append(
-            {
-                "bbox": annotation["bbox"],
-                "bbox_mode": BoxMode.XYWH_ABS,
-                "category_id": annotation["category_id"],
-                "iscrowd": annotation["iscrowd"],
-            }
-        )
+        record = {
+            "bbox": annotation["bbox"],
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": number[annotation["category_id"]],
+            "iscrowd": annotation["iscrowd"],
+            **_shapes(**annotation),
+        }
+        records[annotation["image_id"]]["annotations"].append(record)
     return list(records.values())
 
 
-def _register(
-    name: str, load: Callable[[], list[dict]], number: Mapping[int, int], metadata: dict
-) -> None:
-    DatasetCatalog.register(name, partial(_numbered, load, number))
-    MetadataCatalog.get(name).set(
-        thing_dataset_id_to_contiguous_id=dict(number), load=load, **metadata
-    )
+def _shapes(
+    segmentation: list | dict | None = None, keypoints: list | None = None, **_: object
+) -> dict:
+    """What models of masks and of key points learn besides, as Detectron2's mapper takes it."""
+    shapes: dict = {}
+    if isinstance(segmentation, dict):
+        packed = isinstance(segmentation["counts"], str)
+        frame = segmentation["size"]
+        shapes["segmentation"] = segmentation if packed else frPyObjects(segmentation, *frame)
+    elif segmentation:
+        shapes["segmentation"] = [polygon for polygon in segmentation if is_polygon(polygon)]
+    if keypoints:  # COCO's are indices of pixels; every third number is a visibility
+        shapes["keypoints"] = [x + 0.5 * (i % 3 < 2) for i, x in enumerate(keypoints)]
+    return shapes
 
 
-def _numbered(load: Callable[[], list[dict]], number: Mapping[int, int]) -> list[dict]:
-    records = load()
-    for record in records:
-        for annotation in record["annotations"]:
-            annotation["category_id"] = number[annotation["category_id"]]
-    return records
+def _register(name: str, number: Mapping[int, int], metadata: dict) -> None:
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    load = partial(_records, metadata["content"], metadata["image_root"], number)
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(thing_dataset_id_to_contiguous_id=dict(number), **metadata)
 
 
 def follow(name: str, classes: Sequence[str]) -> None:
@@ -197,12 +202,9 @@ def follow(name: str, classes: Sequence[str]) -> None:
             "order: register it by --register"
         )
     old = metadata.pop("thing_dataset_id_to_contiguous_id")
-    DatasetCatalog.remove(name)
-    MetadataCatalog.remove(name)
     number = {category_id: places[i] for category_id, i in old.items()}
-    load = metadata.pop("load")
     unchanged = {k: x for k, x in metadata.items() if k != "name"}
-    _register(name, load, number, {**unchanged, "thing_classes": list(classes)})
+    _register(name, number, {**unchanged, "thing_classes": list(classes)})
 
 
 def _places(own: Sequence[str], classes: Sequence[str]) -> list[int] | None:

@@ -47,10 +47,6 @@ KINDS = {
     "category_unknown": Kind(ERROR, "annotations of categories that are not in the file"),
     "crowd_malformed": Kind(ERROR, "annotations whose iscrowd is neither 0 nor 1"),
     "ignore": Kind(ERROR, "annotations with 'ignore', which Detectron2 does not support"),
-    "segmentation_malformed": Kind(
-        ERROR, "annotations whose segmentation is neither a list of polygons nor run lengths"
-    ),
-    "keypoints_malformed": Kind(ERROR, "annotations whose keypoints are no list of numbers"),
     "box_malformed": Kind(ERROR, "boxes that are not four numbers [x, y, width, height]"),
     "box_not_finite": Kind(ERROR, "boxes that are not finite"),
     "box_negative": Kind(
@@ -70,9 +66,6 @@ KINDS = {
         WARNING, "images, none of which has an annotation: training on them alone stops"
     ),
     "crowd": Kind(DROPPED, "crowds"),
-    "segmentation_empty": Kind(
-        DROPPED, "objects whose segmentation has no polygon of at least three points"
-    ),
     "box_empty": Kind(DROPPED, "boxes of zero width or height"),
     "box_outside": Kind(DROPPED, "boxes outside their image"),
     "box_small_units": Kind(WARNING, "boxes without a coordinate above 1, among others"),
@@ -85,8 +78,18 @@ KINDS = {
         "annotations whose area is missing, or no positive number (evaluation takes that of the "
         "box), or without 'iscrowd' (0)",
     ),
-    "annotation_id_zero": Kind(
-        WARNING, "annotations with id 0, whose detections pycocotools counts as wrong"
+    "segmentation_unusable": Kind(
+        WARNING,
+        "segmentations that are neither run lengths nor lists of polygons of at least three "
+        "points: they are left out, and the boxes are used",
+    ),
+    "keypoints_unusable": Kind(
+        WARNING, "keypoints that are no list of numbers: they are left out, and the boxes are used"
+    ),
+    "object_difficult": Kind(
+        WARNING,
+        "objects marked difficult: training uses them, and evaluation counts them neither as found "
+        "nor as missed, by Pascal VOC's rule (TEST.COUNT_DIFFICULT True counts them)",
     ),
     "category_without_objects": Kind(WARNING, "categories without objects"),
     "image_dropped": Kind(
@@ -128,7 +131,6 @@ KINDS = {
         "boxes that begin at pixel 0, where Pascal VOC begins at 1: with --first-pixel 0 "
         "coordinates are those of corners, as many tools write them",
     ),
-    "object_difficult": Kind(NOTE, "objects marked difficult, which are used like others"),
     # Image files.
     "file_unreadable": Kind(ERROR, "images that cannot be read"),
     "file_truncated": Kind(ERROR, "images that are truncated or damaged"),

@@ -64,7 +64,6 @@ class Labels:
         content: as of :func:`~atss.data.coco_json.read_coco`.
         image_dir: the folder in which its file names begin.
         findings: what was found besides, which the content does not show.
-        json_file: where they are read from, if that is a json.
         evaluator: Detectron2's evaluator_type.
         names: in the data, of classes.
         found: those of the chosen ones that the data have.
@@ -73,7 +72,6 @@ class Labels:
     content: dict
     image_dir: str
     findings: Sequence[Finding] = ()
-    json_file: str | None = None
     evaluator: str = "coco"
     names: Sequence[str] = ()
     found: Set[str] = frozenset()
@@ -88,7 +86,7 @@ def read(annotations: str, images: str, reading: Reading = AS_IT_IS) -> Labels:
     Raises:
         ValueError: with a sentence that names what cannot be read.
     """
-    json_file, evaluator = None, "coco"
+    evaluator = "coco"
     findings: list[Finding] = []
     if os.path.isdir(annotations):
         content, findings = read_voc(annotations, images, reading.first_pixel)
@@ -99,7 +97,7 @@ def read(annotations: str, images: str, reading: Reading = AS_IT_IS) -> Labels:
     else:
         if not Path(images).is_dir():
             raise ValueError(f"the image folder {images} does not exist")
-        content, image_dir, json_file = read_coco(annotations), images, annotations
+        content, image_dir = read_coco(annotations), images
         if lvis.is_lvis(content):
             content, evaluator = lvis.complete(content), "lvis"
             findings = lvis.find(content)
@@ -108,4 +106,4 @@ def read(annotations: str, images: str, reading: Reading = AS_IT_IS) -> Labels:
     if reading.classes:
         content, left_out, found = choose(content, reading.classes)
         findings = [*findings, *left_out]
-    return Labels(content, image_dir, findings, json_file, evaluator, names, found)
+    return Labels(content, image_dir, findings, evaluator, names, found)

@@ -39,6 +39,10 @@ class Mapper(DatasetMapper):
 
     def __call__(self, dataset_dict: dict) -> dict:
         self._refuse(dataset_dict)
+        if self.use_instance_mask:  # it cannot learn an object without a mask
+            objects = dataset_dict.get("annotations", ())
+            with_masks = [x for x in objects if "segmentation" in x]
+            dataset_dict = {**dataset_dict, "annotations": with_masks}
         with naming(dataset_dict["file_name"]):
             mapped = super().__call__(dataset_dict)
         mapped["image"] = single(mapped["image"])

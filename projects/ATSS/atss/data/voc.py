@@ -171,8 +171,6 @@ def _add(
     for name, (x1, y1, x2, y2), difficult, place in label.shapes:
         if first_pixel and min(x1, y1) == 0:
             split.found["box_at_pixel_zero"].append(f"{entry.xml}, {place}")
-        if difficult:
-            split.found["object_difficult"].append(f"{entry.xml}, {place}")
         box = [x1 - first_pixel, y1 - first_pixel, x2 - x1 + first_pixel, y2 - y1 + first_pixel]
         split.add_object(numbers[name], box, **({"difficult": 1} if difficult else {}))
 

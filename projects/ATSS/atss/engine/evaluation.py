@@ -1,7 +1,10 @@
 """What evaluation needs of a data set: its loader and its evaluator."""
 
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -16,24 +19,124 @@ from detectron2.evaluation import (
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
 )
+from detectron2.evaluation.coco_evaluation import COCOeval_opt as COCOeval
 from detectron2.utils import comm
+from pycocotools.coco import COCO
 
 from ..config import images_per_test_batch
-from ..data.datasets import classes_of
+from ..data.coco_json import SHORTEST, find_in_json, learnable
+from ..data.datasets import classes_of, provide_json
 from ..data.mapper import Mapper
 
 
-class ByName(COCOEvaluator):
-    """Detectron2's, for classes that are not numbered in the order of their ids in the data: it
-    would give the APs of classes to each other's names."""
+class BoxEvaluator(COCOEvaluator):
+    """Detectron2's evaluator of boxes, for the objects that training learns (:func:`learnable`).
 
-    def _derive_coco_results(
-        self, coco_eval: Any, iou_type: str, class_names: Sequence[str] | None = None
-    ) -> dict:
-        number = getattr(self._metadata, "thing_dataset_id_to_contiguous_id", None)
-        if class_names and number:
-            class_names = [class_names[number[category_id]] for category_id in sorted(number)]
-        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+    It numbers images, classes and objects itself: pycocotools takes an object with id 0 for "not
+    found", and compares ids above 2^63 as float64. On an image of which objects were clipped or
+    left out, detections are clipped, and left out if nothing remains.
+
+    Args:
+        count_difficult: False: Pascal VOC's rule for objects marked difficult, to which detections
+            are neither right nor wrong. True: they count as others do.
+
+    Raises:
+        ValueError: as :func:`check_metadata`.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str, count_difficult: bool = False):
+        provide_json(dataset_name)
+        # Of data that came in no json Detectron2 writes one there: not to be trusted the next time.
+        super().__init__(dataset_name, ("bbox",), output_dir=output_dir, allow_cached_coco=False)
+        content: dict = {"annotations": [], **self._coco_api.dataset}
+        _, objects = find_in_json(content)
+        if objects is not None:  # else ids or fields are broken, and only pycocotools knows how
+            count = len(content["annotations"])
+            content = learnable(content, objects)
+            if left_out := count - len(content["annotations"]):
+                self._logger.warning(
+                    "Data set %s: %d of %d annotations do not count: they have no area, or lie "
+                    "outside their image, and training does not learn them",
+                    *(dataset_name, left_out, count),
+                )
+        images, classes = content["images"], content["categories"]
+        # Contiguous number of each id of a class; a json that Detectron2 wrote has these for ids.
+        numbers = {c["id"]: c["id"] for c in classes}
+        numbers = self._metadata.get("thing_dataset_id_to_contiguous_id", numbers)
+        self.category_ids = {number: category_id for category_id, number in numbers.items()}
+        self.image_numbers = {x["id"]: i for i, x in enumerate(images, start=1)}
+        self.trimmed = {x["id"]: (x["width"], x["height"]) for x in images if "trimmed" in x}
+        self._coco_api: COCO = COCO()
+        self._coco_api.dataset = {
+            "images": [{**x, "id": self.image_numbers[x["id"]]} for x in images],
+            "categories": [{**c, "id": numbers[c["id"]] + 1} for c in classes],
+            "annotations": [
+                {
+                    **x,
+                    "image_id": self.image_numbers[x["image_id"]],
+                    "category_id": numbers[x["category_id"]] + 1,
+                    "difficult": x.get("difficult") == 1 and not count_difficult,
+                }
+                for x in content["annotations"]
+            ],
+        }
+        with redirect_stdout(StringIO()):
+            self._coco_api.createIndex()
+
+    def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None) -> None:
+        detections = [x for prediction in predictions for x in prediction["instances"]]
+        with open(os.path.join(self._output_dir, "coco_instances_results.json"), "w") as file:
+            json.dump([self._for_people(x) for x in detections], file)
+        if not self._do_evaluation:
+            self._logger.info("Annotations are not available for evaluation.")
+            return
+        evaluation = None
+        if numbered := list(filter(None, map(self._numbered, detections))):
+            found = self._coco_api.loadRes(numbered)
+            evaluation = _DifficultIgnored(self._coco_api, found, "bbox")
+            if img_ids is not None:
+                evaluation.params.imgIds = [self.image_numbers[x] for x in img_ids]
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        names = self._metadata.get("thing_classes")
+        self._results["bbox"] = self._derive_coco_results(evaluation, "bbox", class_names=names)
+
+    def _for_people(self, detection: dict) -> dict:
+        """With the ids of the data set's file."""
+        return {**detection, "category_id": self.category_ids[detection["category_id"]]}
+
+    def _numbered(self, detection: dict) -> dict | None:
+        image_id, box = detection["image_id"], detection["bbox"]
+        if image_id in self.trimmed:
+            x, y, w, h = box
+            width, height = self.trimmed[image_id]
+            left, right = (min(max(v, 0), width) for v in (x, x + w))
+            top, bottom = (min(max(v, 0), height) for v in (y, y + h))
+            box = [left, top, right - left, bottom - top]
+            if min(box[2:]) < SHORTEST:
+                return None
+        number = {"image_id": self.image_numbers[image_id], "bbox": box}
+        return {**detection, **number, "category_id": detection["category_id"] + 1}
+
+
+class _DifficultIgnored(COCOeval):
+    """pycocotools', with Pascal VOC's rule for objects marked difficult: by their IoU like others,
+    but any number of detections may match one, and these count neither way."""
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        for objects in self._gts.values():
+            for x in objects:
+                if x["difficult"]:
+                    x["ignore"], x["iscrowd"] = 1, 0
+
+    def computeIoU(self, imgId: int, catId: int) -> Any:
+        overlaps = super().computeIoU(imgId, catId)
+        for x in self._gts[imgId, catId]:
+            if x["difficult"]:  # what pycocotools lets any number of detections match
+                x["iscrowd"] = 1
+        return overlaps
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
@@ -63,9 +166,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
     kind = MetadataCatalog.get(dataset_name).evaluator_type
     if kind == "coco":
-        # Of data that came in no json Detectron2 writes one there: not to be trusted the next time.
-        return ByName(dataset_name, ("bbox",), output_dir=output_dir, allow_cached_coco=False)
+        return BoxEvaluator(dataset_name, output_dir, cfg.TEST.COUNT_DIFFICULT)
     if kind == "lvis":
+        provide_json(dataset_name)
         return LVISEvaluator(dataset_name, ("bbox",), output_dir=output_dir)
     return PascalVOCDetectionEvaluator(dataset_name)
 
