@@ -77,7 +77,6 @@ def test_what_training_leaves_out_is_not_counted(tmp_path):
         annotation(0, 0, 20, 20, iscrowd=1),
         annotation(100, 100, 0, 50),
         annotation(640, 100, 50, 50),
-        annotation(100, 100, 50, 50, segmentation=[[1, 2, 9, 9]]),
     ]
     (only,) = run(tmp_path, [*left_out, annotation(200, 100, 50, 60)], "--rules", "TopK")
     assert float(only["area"]) == 3000

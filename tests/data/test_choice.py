@@ -132,12 +132,10 @@ def test_a_name_that_no_set_has(sources):
         MetadataCatalog.remove("first")
 
 
-def test_the_same_name_with_other_classes_is_refused(sources):
-    register(f"first={sources['coco']}", classes="cat,dog")
-    register(f"first={sources['coco']}", classes="cat,dog")
-    for other in ("dog", "dog,cat", None):
-        with pytest.raises(ValueError, match="a data set called first is registered already"):
-            register(f"first={sources['coco']}", classes=other)
+def test_registered_again_with_other_classes(sources):
+    for classes in ("cat,dog", "cat,dog", "dog", "dog,cat"):
+        register(f"first={sources['coco']}", classes=classes)
+        assert MetadataCatalog.get("first").thing_classes == classes.split(",")
 
 
 def test_without_annotations_detections_are_written(tmp_path):

@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from detectron2.config import get_cfg
+from conftest import ROOT, make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
@@ -50,9 +49,7 @@ def truth_as_detections(name: str, classes: list[str], folder, only: str = "") -
     """The evaluator's results of perfect detections by a model whose classes are these, or of one
     class alone."""
     names = MetadataCatalog.get(name).thing_classes
-    cfg = get_cfg()
-    cfg.OUTPUT_DIR = str(folder)
-    evaluator = build_evaluator(cfg, name)
+    evaluator = build_evaluator(make_cfg("OUTPUT_DIR", str(folder)), name)
     evaluator.reset()
     for record in DatasetCatalog.get(name):
         found = Instances((record["height"], record["width"]))
@@ -193,8 +190,8 @@ def test_where_an_area_cannot_be_used_that_of_the_box_is(squares, tmp_path, area
     try:
         metadata = MetadataCatalog.get("areas")
         assert "annotations whose area is missing, or no pos" in metadata.remarks["area_unusable"]
-        truth = COCO(metadata.json_file)
         results = truth_as_detections("areas", ["blue", "orange"], tmp_path)
+        truth = COCO(metadata.json_file)
     finally:
         DatasetCatalog.remove("areas")
         MetadataCatalog.remove("areas")

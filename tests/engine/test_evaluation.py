@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
+from conftest import make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Boxes, Instances
+from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
-from atss import add_atss_config
-from atss.data import datasets
+from atss.analysis.statistics import measure
+from atss.config import build_sampling, get_config
+from atss.data import Mapper, datasets
+from atss.data.coco_json import find_in_json
 from atss.data.formats import read
 from atss.engine.evaluation import build_evaluator
 
@@ -38,9 +41,7 @@ def evaluate(content: dict, folder: Path, *opts: object, keep=lambda annotation:
         content: of the file, in COCO's format; boxes as they stand there.
         keep: which of them are found.
     """
-    cfg = get_cfg()
-    add_atss_config(cfg)
-    cfg.merge_from_list(["OUTPUT_DIR", str(folder), *opts])
+    cfg = make_cfg("OUTPUT_DIR", str(folder), *opts)
     names = MetadataCatalog.get("data").thing_classes
     name_of = {c["id"]: c["name"] for c in content["categories"]}
     found = defaultdict(list)
@@ -188,10 +189,6 @@ def test_perfect_detections_of_real_splits(register, real_data, tmp_path, split)
     assert evaluate(read(labels, images).content, tmp_path)["AP"] == pytest.approx(100)
 
 
-# Files of which a part, or nothing, can be evaluated.
-NOTHING = {"no_annotations.json", "url_names.json", "one_missing.json"}
-
-
 def test_perfect_detections_of_files_that_failed(register, real_data, tmp_path):
     cases = real_data.parent / "cases"
     if not cases.is_dir():
@@ -273,8 +270,6 @@ def test_objects_of_other_registrations_are_judged_alike(tmp_path, caplog):
     for annotation in content["annotations"]:
         annotation |= {"area": 50.0, "iscrowd": 0}
     (tmp_path / "labels.json").write_text(json.dumps(content))
-    from detectron2.data.datasets import register_coco_instances
-
     register_coco_instances("data", {}, str(tmp_path / "labels.json"), str(tmp_path))
     try:
         DatasetCatalog.get("data")
@@ -290,8 +285,6 @@ def test_objects_of_other_registrations_are_judged_alike(tmp_path, caplog):
 
 def test_data_without_classes_in_a_json(tmp_path):
     """Records alone, which Detectron2 writes as a json."""
-    from detectron2.structures import BoxMode
-
     objects = [{"bbox": [5, 5, 20, 20], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1}]
     record = {"file_name": "a.png", "image_id": 0, "height": SIDE, "width": SIDE}
     DatasetCatalog.register("data", lambda: [{**record, "annotations": objects}])
@@ -317,8 +310,6 @@ def test_results_keep_the_ids_of_the_file(register, tmp_path):
 
 def test_masks_and_key_points_are_detectron2s(register, tmp_path):
     """Records of a sound json equal those of Detectron2's own reader."""
-    from detectron2.data.datasets import load_coco_json
-
     content = make_content(count=1, objects=3)
     polygon = [1.0, 1, 9, 1, 9, 9]
     shapes = ([polygon, [1, 2, 3, 4]], {"size": [SIDE, SIDE], "counts": [50, 9, 9941]}, [polygon])
@@ -359,26 +350,17 @@ def test_changed_file_is_read_again(register, tmp_path):
 
 
 def test_statistics_keep_large_ids(tmp_path):
-    from atss.analysis.statistics import measure
-    from atss.data.coco_json import find_in_json
-
     content = make_content(count=2)
     renumber(content, "images", "image_id", {1: 1, 2: 2**63 + 5})
     _, objects = find_in_json(content)
-    from atss.config import build_sampling, get_config
-
     sampling = {"ATSS": build_sampling(get_config("ATSS_R_50_FPN_1x"))}
     rows = measure(content, objects, sampling, (64, 64))
     assert {row["image_id"] for row in rows} == {1, 2**63 + 5}
 
 
 def test_mask_models_skip_objects_without_masks(tmp_path):
-    from atss.data import Mapper
-
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "a.png")
-    cfg = get_cfg()
-    add_atss_config(cfg)
-    cfg.MODEL.MASK_ON = True
+    cfg = make_cfg("MODEL.MASK_ON", True)
     objects = [
         {"bbox": [5, 5, 20, 20], "bbox_mode": 1, "category_id": 0},
         {"bbox": [30, 30, 20, 20], "bbox_mode": 1, "category_id": 0},

@@ -54,7 +54,7 @@ def read_coco(json_file: str) -> dict:
         ValueError: with a sentence that names the file, where it is something else.
     """
     try:
-        with open(json_file, encoding="utf-8") as file:
+        with open(json_file, encoding="utf-8-sig") as file:
             content = json.load(file)
     except OSError as error:
         raise ValueError(f"cannot read the annotations {json_file}: {error.strerror}") from error
