@@ -23,7 +23,7 @@ ANY_SIZE: tuple[dict, ...] = ({"strict_img_size": False}, {"dynamic_img_size": T
 
 class TimmBackbone(Backbone):
     """Feature maps "s8", "s16", ... of a model of timm, named by their strides. Modules on which no
-    map depends are left out; where the others cannot run without one, it stays, and is not trained.
+    map depends are left out; if the others cannot run without one, it stays and is not trained.
 
     Args:
         name: of the model, with or without the tag of its weights, such as "resnet18.a1_in1k".
@@ -196,7 +196,12 @@ def _make_trial(name: str, indices: list[int]) -> Any:
         return _create(name, out_indices=indices).eval()
 
 
-def _try(trial: nn.Module, name: str, strides: Sequence[int]) -> set[str]:
+def _try(
+    trial: nn.Module,
+    name: str,
+    strides: Sequence[int],
+    sizes: Sequence[tuple[int, int]] = TRIAL_SIZES,
+) -> set[str]:
     """Names of the parameters that the maps depend on, whatever the family calls its stages.
 
     Raises:
@@ -204,7 +209,7 @@ def _try(trial: nn.Module, name: str, strides: Sequence[int]) -> set[str]:
             the strides say.
     """
     with torch.device("meta"), torch.enable_grad():
-        for height, width in TRIAL_SIZES:
+        for height, width in sizes:
             try:
                 maps = trial(torch.empty(1, 3, height, width))
             except (AssertionError, IndexError, RuntimeError, ValueError) as error:
@@ -236,13 +241,14 @@ def _leave_out(trial: nn.Module, needed: set[str], name: str, strides: Sequence[
         their paths; the model runs with ``nn.Identity`` in their places.
     """
     left_out = []
-    for path in [*_without(needed, trial)]:
+    # From the last: one that feeds another has to fit it.
+    for path in reversed([*_without(needed, trial)]):
         module = trial.get_submodule(path)
         # Elementwise like nn.Identity, but with a parameter, which shows whether a map depends on
         # what comes out.
         trial.set_submodule(path, nn.PReLU(device="meta"))
         try:
-            depends = _try(trial, name, strides) != needed
+            depends = _try(trial, name, strides, TRIAL_SIZES[:1]) != needed
         except Exception:  # The code around it expects more than a module that takes a tensor.
             depends = True
         if depends:
