@@ -90,12 +90,12 @@ def find_config(name: str, folder: str = "") -> str:
     """Path of a config: of the file of that name, else of the config of the model zoo.
 
     Args:
-        name: a path or address, or a name as in :func:`get_config_file`.
+        name: a path or URL, or a name as in :func:`get_config_file`.
         folder: relative paths begin there.
     """
-    path = os.path.join(folder, os.path.expanduser(name))
     if "://" in name:
         return name
+    path = os.path.join(folder, os.path.expanduser(name))
     if not PathManager.isfile(path) and name.removesuffix(".yaml") in config_names():
         return get_config_file(name)
     return path
@@ -132,8 +132,7 @@ def _naming_file(cfg: CfgNode, file: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        hint = _like_in_the_zoo(file) if missing else ""
+        hint = _like_in_the_zoo(file) if isinstance(error, FileNotFoundError) else ""
         raise ValueError(f"cannot read the config {file}: {error.strerror}{hint}") from error
     except (AssertionError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"config {file}: {_explain(cfg, error)}") from error
