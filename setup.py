@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 if find_spec("detectron2") is None:
     # Unseen in pip's isolated build, which hides the environment; `import atss` says it again.
@@ -20,7 +21,18 @@ VERSION = re.search(
     r'__version__ = "(.+)"', (ROOT / "projects/ATSS/atss/__init__.py").read_text(encoding="utf-8")
 )[1]
 
+# They measure and test a checkout, with packages beside them that no wheel needs.
+OF_A_CHECKOUT = ("benchmark", "check_gpu")
+
+
+class BuildWithoutCheckoutTools(build_py):
+    def find_package_modules(self, package, package_dir):
+        found = super().find_package_modules(package, package_dir)
+        return [x for x in found if x[0] != "atss.tools" or x[1] not in OF_A_CHECKOUT]
+
+
 setup(
+    cmdclass={"build_py": BuildWithoutCheckoutTools},
     name="atss-detectron2",
     version=VERSION,
     description="ATSS and its relatives: one-stage object detection on Detectron2",

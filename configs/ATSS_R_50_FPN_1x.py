@@ -1,7 +1,10 @@
 """ATSS_R_50_FPN_1x.yaml as a LazyConfig, for Detectron2's tools/lazyconfig_train_net.py."""
 
-from detectron2 import model_zoo
+from pathlib import Path
+
+import detectron2
 from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig
 from detectron2.modeling.backbone import BasicStem, ResNet
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
@@ -12,11 +15,14 @@ from atss import ATSSDetector, GridAnchorGenerator
 from atss.assigners import ATSS
 from atss.modeling import ATSSHead, BoxDeltas, Criterion, PostProcessor, build_fpn
 
-dataloader = model_zoo.get_config("common/data/coco.py").dataloader
+# Not by detectron2.model_zoo: it imports pkg_resources, which setuptools 82 removed.
+COMMON = Path(detectron2.__file__).parent / "model_zoo" / "configs" / "common"
+
+dataloader = LazyConfig.load(str(COMMON / "data" / "coco.py")).dataloader
 dataloader.train.mapper.augmentations[0].short_edge_length = (800,)
 dataloader.train.mapper.use_instance_mask = False
 
-train = model_zoo.get_config("common/train.py").train
+train = LazyConfig.load(str(COMMON / "train.py")).train
 train.init_checkpoint = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
 train.max_iter = 90000
 

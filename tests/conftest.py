@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,14 @@ def make_input(boxes=(), classes=(), hw=(96, 128), seed=0) -> dict:
     instances.gt_classes = torch.as_tensor(classes, dtype=torch.long)
     image = torch.rand(3, *hw, generator=generator) * 255
     return {"image": image, "instances": instances, "height": hw[0], "width": hw[1]}
+
+
+@pytest.fixture
+def new_setuptools(monkeypatch):
+    """As beside setuptools 82 or newer, which have no pkg_resources."""
+    monkeypatch.setitem(sys.modules, "pkg_resources", None)
+    for name in [x for x in sys.modules if x.startswith("detectron2.model_zoo")]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.fixture(scope="session")

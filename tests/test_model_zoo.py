@@ -1,12 +1,16 @@
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 
-from atss import model_zoo
+import atss.engine.run as way_in
+from atss import load_config, model_zoo
 from atss.checkpoints import DETECTORS
 from atss.config import read
 
@@ -17,6 +21,32 @@ def test_configs_by_name():
     assert model_zoo.get_config_file("ATSS_R_50_FPN_1x.yaml").endswith("ATSS_R_50_FPN_1x.yaml")
     with pytest.raises(ValueError, match=r"no config 'ATSS_R_51'; known are .*tables/ssc_box"):
         model_zoo.get_config("ATSS_R_51")
+
+
+def test_configs_of_the_zoo_are_named_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fine.yaml").write_text("_BASE_: [tables/atss_k17.yaml, fine_tune]\n")
+    cfg = load_config("fine.yaml")
+    assert cfg.MODEL.ATSS.ASSIGNERS.ATSS.TOP_K == 17
+    assert cfg.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone"
+    for name in ("ATSS_R_18_FPN_small", "ATSS_R_18_FPN_small.yaml", Path("ATSS_R_18_FPN_small")):
+        assert load_config(name) == model_zoo.get_config("ATSS_R_18_FPN_small")
+    # A file of that name is meant.
+    (tmp_path / "fine_tune.yaml").write_text("SEED: 7\n")
+    (tmp_path / "own.yaml").write_text("_BASE_: [ATSS_R_50_FPN_1x, fine_tune.yaml]\n")
+    cfg = load_config("own.yaml")
+    assert cfg.SEED == 7
+    assert cfg.MODEL.BACKBONE.NAME == "build_atss_resnet_fpn_backbone"
+
+
+def test_a_training_names_the_file_of_the_zoo(squares, tmp_path):
+    """Detectron2's setup opens it, too."""
+    where = f"zoo={squares}/annotations.json:{squares}/images"
+    opts = ["DATASETS.TRAIN", "('zoo',)", "DATASETS.TEST", "()", "OUTPUT_DIR", str(tmp_path)]
+    argv = ["--config-file", "ATSS_R_18_FPN_small", "--register", where, *opts]
+    args = way_in.make_parser().parse_args(argv)
+    way_in.prepare(args)
+    assert args.config_file == model_zoo.get_config_file("ATSS_R_18_FPN_small")
 
 
 def test_published_weights_are_those_of_the_page():
@@ -57,6 +87,38 @@ def test_all_folders_that_are_installed_are_packages():
     assert "atss.configs" in folders
     for folder in folders.values():
         assert (ROOT / folder / "__init__.py").is_file()
+
+
+def test_every_tool_of_a_wheel_answers(tmp_path):
+    """Without the checkout, and after nothing but `import atss`."""
+    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True)
+    script = """
+import pkgutil, runpy, sys
+import atss
+print(atss.__file__)
+print(atss.model_zoo.get_config_file("ATSS_R_18_FPN_small"))
+sys.argv = ["tool", "--help"]
+for module in pkgutil.walk_packages(atss.__path__, "atss."):
+    if module.name.startswith("atss.tools."):
+        print(module.name)
+        try:
+            runpy.run_module(module.name, run_name="__main__")
+        except SystemExit as stop:
+            assert not stop.code, stop.code
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "ignore", "-c", script],
+        **{"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(tmp_path)}},
+        **{"capture_output": True, "text": True},
+    )
+    assert done.returncode == 0, done.stderr
+    package, config, *helps = done.stdout.splitlines()
+    assert (package, config) == (
+        *(f"{tmp_path}/atss/__init__.py", f"{tmp_path}/atss/configs/ATSS_R_18_FPN_small.yaml"),
+    )
+    tools = {path.stem for path in ROOT.glob("tools/*.py")} - {"__init__", "benchmark", "check_gpu"}
+    assert {x.removeprefix("atss.tools.") for x in helps if x.startswith("atss.tools.")} == tools
 
 
 def test_an_installation_at_the_root(monkeypatch):

@@ -30,6 +30,7 @@ from benchmarks.timing import Seconds, table
 
 from atss import load_config, model_zoo
 from atss.analysis.files import try_to_write
+from atss.config import config_names
 from atss.engine.launch import keep_freed_memory
 
 DEFAULT_CONFIG = "ATSS_R_50_FPN_1x.yaml"
@@ -108,10 +109,10 @@ def _print_across(report: dict) -> None:
 
 def measure_configs(args: argparse.Namespace) -> dict:
     """Several configs beside one."""
-    files = args.beside or sorted(Path(args.config_file).parent.glob("successors/*.yaml"))
+    files = args.beside or [x for x in config_names() if x.startswith("successors/")]
     report = {}
     for case in _cases(args):
-        measured = model.beside_configs([str(x) for x in files], case, args.runs)
+        measured = model.beside_configs(files, case, args.runs)
         first = next(iter(measured.values()))[0]
         rows = [
             [name, f"{count / 1e6:.2f}", _interval(s), _interval(s.over(first))]

@@ -1,5 +1,9 @@
 """Configs that cannot be: each stops train_net.py with the sentence of docs/broken_input.md."""
 
+import re
+import runpy
+import sys
+
 import pytest
 from broken_page import is_said, table
 from conftest import ROOT
@@ -77,12 +81,28 @@ CASES = {
     "text for a number in a yaml": "SOLVER: {BASE_LR: fast}",
     "file that does not exist": None,
     "base that does not exist": "_BASE_: nowhere.yaml\n",
+    "misspelt name of the model zoo as base": "_BASE_: ATSS_R_50_FPN_x1\n",
+    "base that is no file": "_BASE_: 5\n",
+    "key that stands twice in a base": "_BASE_: base.yaml\n",
+    "part of a config alone": "OUTPUT_DIR: output/x\n",
+    "other version of Detectron2's keys": "VERSION: 1\n",
     "base of itself": "_BASE_: broken.yaml\n",
     "no yaml": "MODEL: [1, 2\n",
     "no keys": "- MODEL\n",
     "empty file": "",
     "key that stands twice": "SOLVER: {BASE_LR: 0.1}\nSEED: 1\nSOLVER: {MAX_ITER: 9}\n",
     "Python in a yaml": "SEED: !!python/object/apply:os.system ['touch exploded']\n",
+}
+
+
+# The arguments of tools besides --config-file.
+DOORS = {
+    "assignment_statistics": ["--annotations", "{labels}"],
+    "benchmark": ["data"],
+    "check_dataset": ["{labels}", "{images}"],
+    "convert_checkpoint": ["--to", "mmdet", "x.pth", "y.pth"],
+    "demo": ["--weights", "x.pth", "--input", "{images}", "--output", "out"],
+    "train_net": [],
 }
 
 
@@ -103,6 +123,7 @@ def test_the_page_lists_the_cases():
 def test_one_sentence(what, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     broken, file = CASES[what], tmp_path / "broken.yaml"
+    (tmp_path / "base.yaml").write_text("SEED: 1\nSEED: 2\n")
     if broken is not None:
         base = f"_BASE_: {ROOT}/configs/ATSS_R_18_FPN_small.yaml\n"
         text = broken if isinstance(broken, str) else base
@@ -117,6 +138,18 @@ def test_one_sentence(what, data, tmp_path, monkeypatch):
         build_model(way_in.prepare(way_in.make_parser().parse_args(argv)))
     assert is_said(SENTENCES[what], str(caught.value)), str(caught.value)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("config", ["fine_tune", ROOT / "configs" / "fine_tune.yaml"])
+@pytest.mark.parametrize("tool", DOORS)
+def test_every_tool_refuses_a_part_of_a_config(tool, config, squares, monkeypatch, capsys):
+    labels, images = squares / "annotations.json", squares / "images"
+    argv = [str(x).format(labels=labels, images=images) for x in DOORS[tool]]
+    monkeypatch.setattr(sys, "argv", [tool, *argv, "--config-file", str(config)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
+    sentence = r"error: config \S*fine_tune\S* is a part of a config: it sets no MODEL\.META_ARCH"
+    assert re.search(sentence, f"{stop.value}{capsys.readouterr().err}")
 
 
 def test_a_whole_number_will_do_for_a_float():

@@ -239,7 +239,7 @@ def test_a_retinanet_of_detectron2s_zoo_initialises_backbone_and_fpn(tmp_path):
     assert model.backbone.top_block.p6.weight.shape[1] == 64
 
 
-def test_lazy_config_builds_the_same_model():
+def test_lazy_config_builds_the_same_model(new_setuptools):
     lazy = LazyConfig.load(str(ROOT / "configs" / "ATSS_R_50_FPN_1x.py"))
     ours = instantiate(lazy.model)
     cfg = make_cfg("MODEL.ATSS.NUM_CLASSES", 80, config="ATSS_R_50_FPN_1x.yaml")

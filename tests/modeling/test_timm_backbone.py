@@ -302,6 +302,30 @@ def test_what_no_map_depends_on_is_not_trained():
     assert len(trained) < len([*backbone.parameters()])
 
 
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [("tf_efficientnet_lite0", 0.24), ("hrnet_w18_small", 0.65)],
+)
+def test_what_no_map_depends_on_is_left_out(name, share):
+    """Maps stay as they are to the last bit, and older checkpoints, which hold it, are loaded."""
+    reductions = timm.create_model(name, features_only=True).feature_info.reduction()
+    indices = [reductions.index(stride) for stride in (8, 16)]
+    whole = timm.create_model(name, features_only=True, out_indices=indices)
+    state = whole.state_dict()
+    for value in state.values():
+        value.copy_(torch.rand(value.shape))
+    backbone = TimmBackbone(name, (8, 16))
+    backbone.load_state_dict({f"net.{k}": v for k, v in state.items()})
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        maps, wanted = backbone.eval()(image).values(), whole.eval()(image)
+    assert all(map(torch.equal, maps, wanted))
+    held, before = (sum(x.numel() for x in m.parameters()) for m in (backbone, whole))
+    assert held < share * before
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*net\.other"):
+        backbone.load_state_dict({**backbone.state_dict(), "net.other": torch.zeros(1)})
+
+
 def test_weights_of_a_detector_with_another_backbone_are_refused(tmp_path):
     """What stays as it is loaded would stay random."""
     other = ("MODEL.TIMM.NAME", "resnet18", "MODEL.TIMM.PRETRAINED", False)

@@ -50,7 +50,7 @@ def test_the_baseline_assigns_alike():
 
 
 @pytest.mark.parametrize("name", ["detectron2-fcos", "torchvision-fcos"])
-def test_peers_train_the_same_parameters_as_ours(name):
+def test_peers_train_the_same_parameters_as_ours(name, new_setuptools):
     def trained(which):
         model = build(which, case()).model
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -105,6 +105,18 @@ def test_configs_are_measured_beside_one(tmp_path, monkeypatch, capsys):
     counts = [x["parameters"] for x in measured.values()]
     assert counts[0] - counts[1] == 256 * 9 + 1  # without centerness
     assert counts[2] - counts[1] == 64 * (256 * 9 + 1)  # 68 numbers in place of 4
+
+
+def test_the_successors_are_measured_beside_a_name(monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        benchmark.model, "beside_configs", lambda x, *_: measured.extend(x) or 1 / 0
+    )
+    argv = ["benchmark.py", "configs", "--config-file", "ATSS_R_18_FPN_small", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(ZeroDivisionError):
+        benchmark.main()
+    assert "successors/TOOD_R_50_FPN_1x" in measured
 
 
 def test_loading_is_measured_with_the_trainers_loader(squares, capsys):

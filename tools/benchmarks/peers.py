@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -78,11 +79,12 @@ def _in_float32(x):
 
 
 def _detectron2(config: str) -> Peer:
-    from detectron2 import model_zoo
-    from detectron2.config import instantiate
+    import detectron2
+    from detectron2.config import LazyConfig, instantiate
 
-    cfg = model_zoo.get_config(config)
-    model = instantiate(cfg.model)
+    # Not by detectron2.model_zoo: it imports pkg_resources, which setuptools 82 removed.
+    file = Path(detectron2.__file__).parent / "model_zoo" / "configs" / config
+    model = instantiate(LazyConfig.load(str(file)).model)
     return Peer(model, ("backbone", "head"), lambda batch: batch, model, model)
 
 

@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
     import detectron2.modeling  # noqa: F401
 
-from . import assigners
+from . import assigners, model_zoo
 from .anchors import GridAnchorGenerator
 from .config import add_atss_config, load_config
 from .modeling import ATSSDetector
@@ -44,4 +44,5 @@ __all__ = [
     "add_atss_config",
     "assigners",
     "load_config",
+    "model_zoo",
 ]

@@ -49,7 +49,8 @@ class Predictor:
     """Detects on images of any sizes, several at a time.
 
     Args:
-        config: a file, such as the config.yaml that a training leaves, or a config.
+        config: a file, such as the config.yaml that a training leaves, a name of the model zoo, or
+            a config.
         weights: a checkpoint, such as model_final.pth. Nothing in it is executed.
         opts: KEY VALUE pairs over the config.
 

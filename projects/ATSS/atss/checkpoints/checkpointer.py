@@ -128,7 +128,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                 raise WeightsError(
                     f"{self._loading} has no weights for {len(lacking)} parts of the backbone, "
                     f"such as {lacking[0]}, which would stay random: give MODEL.WEIGHTS of a "
-                    "detector with the same MODEL.TIMM.NAME, or none"
+                    "detector with the same MODEL.TIMM.NAME and MODEL.FPN.IN_FEATURES, or none"
                 )
 
     def _match_classes(self, names: list[str], weights: dict[str, Any]) -> None:

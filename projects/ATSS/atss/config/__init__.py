@@ -25,7 +25,14 @@ from .classes import (
     set_num_classes,
 )
 from .keys import add_atss_config
-from .read import config_names, get_config, get_config_file, load_config, merge_options
+from .read import (
+    config_names,
+    find_config,
+    get_config,
+    get_config_file,
+    load_config,
+    merge_options,
+)
 from .sampling import Sampling, build_sampling, candidates_per_object, with_rule
 from .schedule import complete_schedule
 from .tta import build_tta
@@ -53,6 +60,7 @@ __all__ = [
     "complete_classes",
     "complete_schedule",
     "config_names",
+    "find_config",
     "follow_classes",
     "for_inference",
     "get_config",

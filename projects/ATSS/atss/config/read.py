@@ -1,9 +1,11 @@
 """Reads configs: files and the command line over the defaults. What is wrong with them is said in
 one sentence that names the file or the key."""
 
+import os
 import re
-from collections.abc import Sequence
-from difflib import SequenceMatcher
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,23 @@ def load_config(*files: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
     """Detectron2's defaults, ours, the files in their order, and KEY VALUE pairs over all;
     pixels as a backbone of timm wants them.
 
+    Args:
+        files: paths, or names of the model zoo; see :func:`find_config`.
+        opts: keys and values in turn.
+
     Raises:
         ValueError: in one sentence, naming the file or the key.
     """
     cfg = get_cfg()
     add_atss_config(cfg)
     defaults = cfg.clone()
+    if files:
+        cfg.MODEL.META_ARCHITECTURE = ""  # A whole config sets it; a part of one does not.
     for file in files:
-        _merge_file(cfg, str(file))
+        _merge_file(cfg, find_config(str(file)))
     merge_options(cfg, opts)
+    if not cfg.MODEL.META_ARCHITECTURE:
+        raise ValueError(_is_a_part(str(files[-1])))
     _refuse_empty(cfg, defaults)
     complete_pixels(cfg, given=opts[::2])
     return cfg
@@ -73,33 +83,82 @@ def get_config(name: str) -> CfgNode:
     Raises:
         ValueError: for an unknown name, or that of a recipe.
     """
-    cfg = load_config(get_config_file(name))
-    if cfg.MODEL.META_ARCHITECTURE != "ATSSDetector":
-        raise ValueError(f"{name} is a recipe: lay it over a config, _BASE_: [..., {name}.yaml]")
-    return cfg
+    return load_config(get_config_file(name))
 
 
-def _merge_file(cfg: CfgNode, file: str) -> None:
-    """Merges a yaml file, with its _BASE_, in place. Tags that make Python objects are refused.
+def find_config(name: str, folder: str = "") -> str:
+    """Path of a config: of the file of that name, else of the config of the model zoo.
+
+    Args:
+        name: a path or URL, or a name as in :func:`get_config_file`.
+        folder: relative paths begin there.
+    """
+    if "://" in name:
+        return name
+    path = os.path.join(folder, os.path.expanduser(name))
+    if not PathManager.isfile(path) and name.removesuffix(".yaml") in config_names():
+        return get_config_file(name)
+    return path
+
+
+def _merge_file(cfg: CfgNode, file: str, above: tuple[str, ...] = ()) -> None:
+    """Merges a yaml file over its _BASE_, in place. Tags that make Python objects are refused.
+
+    Args:
+        above: files whose _BASE_ led here.
 
     Raises:
         ValueError: naming the file.
     """
+    real = os.path.realpath(file)
+    if real in above:
+        raise ValueError(f"config {file}: its _BASE_ leads back to itself")
+    with _naming_file(cfg, file):
+        keys = _read_keys(file)
+        bases = keys.pop("_BASE_", [])
+        bases = [bases] if isinstance(bases, str) else bases
+        if not (isinstance(bases, list) and all(isinstance(x, str) for x in bases)):
+            raise ValueError(f"_BASE_ must be a file or a list of files, got {bases!r}")
+    for base in bases:
+        _merge_file(cfg, find_config(base, os.path.dirname(file)), (*above, real))
+    with _naming_file(cfg, file):
+        if keys.get("VERSION", cfg.VERSION) != cfg.VERSION:
+            raise ValueError(f"VERSION must be {cfg.VERSION}, got {keys['VERSION']!r}")
+        cfg.merge_from_other_cfg(CfgNode(keys))
+
+
+@contextmanager
+def _naming_file(cfg: CfgNode, file: str) -> Iterator[None]:
     try:
-        with PathManager.open(file) as opened:
-            node = yaml.compose(opened, yaml.SafeLoader)
-        if not isinstance(node, yaml.MappingNode):
-            raise ValueError("it holds no keys with values")
-        _refuse_duplicates(node)
-        cfg.merge_from_file(file, allow_unsafe=False)
+        yield
     except OSError as error:
-        raise ValueError(
-            f"cannot read the config {error.filename or file}: {error.strerror}"
-        ) from error
-    except RecursionError as error:
-        raise ValueError(f"config {file}: its _BASE_ leads back to itself") from error
+        hint = _like_in_the_zoo(file) if isinstance(error, FileNotFoundError) else ""
+        raise ValueError(f"cannot read the config {file}: {error.strerror}{hint}") from error
     except (AssertionError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"config {file}: {_explain(cfg, error)}") from error
+
+
+def _read_keys(file: str) -> dict[str, Any]:
+    with PathManager.open(file) as opened:
+        loader = yaml.SafeLoader(opened)
+        node = loader.get_single_node()
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError("it holds no keys with values")
+    _refuse_duplicates(node)
+    return loader.construct_document(node)
+
+
+def _like_in_the_zoo(file: str) -> str:
+    names = {Path(name).name.lower(): name for name in config_names()}
+    near = get_close_matches(Path(file).stem.lower(), names, n=1)
+    return f"; did you mean {names[near[0]]}, of the model zoo?" if near else ""
+
+
+def _is_a_part(file: str) -> str:
+    return (
+        f"config {file} is a part of a config: it sets no MODEL.META_ARCHITECTURE; lay it over a "
+        f"whole one in a yaml of your own, _BASE_: [ATSS_R_50_FPN_1x.yaml, {Path(file).stem}.yaml]"
+    )
 
 
 def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:

@@ -32,6 +32,7 @@ from ..config import (
     check_model,
     complete_classes,
     complete_schedule,
+    find_config,
     follow_classes,
     for_inference,
     load_config,
@@ -113,6 +114,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     if not args.config_file:
         raise ValueError("--config-file is missing, such as configs/ATSS_R_50_FPN_1x.yaml")
     register(args)
+    args.config_file = find_config(args.config_file)  # Detectron2's setup opens it, too.
     cfg = load_config(args.config_file, opts=args.opts)
     if args.eval_only and cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
         cfg = for_inference(cfg)

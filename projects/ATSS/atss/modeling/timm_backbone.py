@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import Backbone
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .pretrained import require_loaded
@@ -22,7 +22,8 @@ ANY_SIZE: tuple[dict, ...] = ({"strict_img_size": False}, {"dynamic_img_size": T
 
 
 class TimmBackbone(Backbone):
-    """Feature maps "s8", "s16", ... of a model of timm, named by their strides.
+    """Feature maps "s8", "s16", ... of a model of timm, named by their strides. Modules on which no
+    map depends are left out; if the others cannot run without one, it stays and is not trained.
 
     Args:
         name: of the model, with or without the tag of its weights, such as "resnet18.a1_in1k".
@@ -69,13 +70,21 @@ class TimmBackbone(Backbone):
         self._out_feature_strides = dict(zip(self._out_features, strides, strict=True))
         channels = self.net.feature_info.channels()
         self._out_feature_channels = dict(zip(self._out_features, channels, strict=True))
-        needed = _try(name, options["out_indices"], strides)
+        trial = _make_trial(name, options["out_indices"])
+        needed = _try(trial, name, strides)
+        left_out = _leave_out(trial, needed, name, strides)
+        for path in left_out:
+            self.net.set_submodule(path, nn.Identity())
+        self._left_out = tuple(f"net.{path}." for path in left_out)
         if freeze_at and 2**freeze_at not in where:
             raise ValueError(
                 f"MODEL.BACKBONE.FREEZE_AT {freeze_at} asks for the map of stride {2**freeze_at}, "
                 f"but those of {name} have strides {sorted(where)}"
             )
-        frozen = _try(name, [where[2**freeze_at]], [2**freeze_at]) if freeze_at else set()
+        frozen = set()
+        if freeze_at:
+            trial = _make_trial(name, [where[2**freeze_at]])
+            frozen = _try(trial, name, [2**freeze_at])
         for parameter_name, parameter in self.net.named_parameters():
             # What no map depends on would wait for gradients, and decay.
             if parameter_name in frozen or parameter_name not in needed:
@@ -91,6 +100,12 @@ class TimmBackbone(Backbone):
         if self.channels_come_last:
             maps = [x.permute(0, 3, 1, 2).contiguous() for x in maps]
         return dict(zip(self._out_features, maps, strict=True))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Checkpoints of version 0.2.0 hold weights of modules that are left out: ignore them."""
+        for key in [x for x in state_dict if x.removeprefix(prefix).startswith(self._left_out)]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return {
@@ -175,16 +190,26 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _try(name: str, indices: list[int], strides: Sequence[int]) -> set[str]:
-    """Names of the parameters that these maps depend on, whatever the family calls its stages.
+def _make_trial(name: str, indices: list[int]) -> Any:
+    """A model that computes shapes and what depends on what, but no numbers."""
+    with torch.device("meta"):
+        return _create(name, out_indices=indices).eval()
+
+
+def _try(
+    trial: nn.Module,
+    name: str,
+    strides: Sequence[int],
+    sizes: Sequence[tuple[int, int]] = TRIAL_SIZES,
+) -> set[str]:
+    """Names of the parameters that the maps depend on, whatever the family calls its stages.
 
     Raises:
         ValueError: where images of some size are not taken, or their maps not of the sizes that
             the strides say.
     """
     with torch.device("meta"), torch.enable_grad():
-        trial = _create(name, out_indices=indices).eval()
-        for height, width in TRIAL_SIZES:
+        for height, width in sizes:
             try:
                 maps = trial(torch.empty(1, 3, height, width))
             except (AssertionError, IndexError, RuntimeError, ValueError) as error:
@@ -204,6 +229,43 @@ def _try(name: str, indices: list[int], strides: Sequence[int]) -> set[str]:
         total = torch.stack([x.sum() for x in maps]).sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     return {n for n, gradient in zip(names, gradients, strict=True) if gradient is not None}
+
+
+def _leave_out(trial: nn.Module, needed: set[str], name: str, strides: Sequence[int]) -> list[str]:
+    """Replaces modules on which no map depends, in place.
+
+    Args:
+        needed: names of the parameters that the maps depend on.
+
+    Returns:
+        their paths; the model runs with ``nn.Identity`` in their places.
+    """
+    left_out = []
+    # From the last: one that feeds another has to fit it.
+    for path in reversed([*_without(needed, trial)]):
+        module = trial.get_submodule(path)
+        # Elementwise like nn.Identity, but with a parameter, which shows whether a map depends on
+        # what comes out.
+        trial.set_submodule(path, nn.PReLU(device="meta"))
+        try:
+            depends = _try(trial, name, strides, TRIAL_SIZES[:1]) != needed
+        except Exception:  # The code around it expects more than a module that takes a tensor.
+            depends = True
+        if depends:
+            trial.set_submodule(path, module)
+        else:
+            left_out.append(path)
+    return left_out
+
+
+def _without(names: set[str], module: nn.Module, path: str = "") -> Iterator[str]:
+    """Paths of the largest modules that have parameters, but none of these."""
+    parameters = {name for name, _ in module.named_parameters(prefix=path)}
+    if parameters and names.isdisjoint(parameters):
+        yield path
+    elif parameters:
+        for name, child in module.named_children():
+            yield from _without(names, child, f"{path}.{name}" if path else name)
 
 
 def _channels_come_last(net: Any) -> bool:
