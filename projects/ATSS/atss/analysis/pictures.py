@@ -188,4 +188,4 @@ def _video(
 
 
 def _skip(problem: object) -> None:
-    print(f"skipped: {problem}", file=sys.stderr)
+    tqdm.write(f"skipped: {problem}", file=sys.stderr)  # on a line of its own beside a bar
