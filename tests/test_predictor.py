@@ -1,5 +1,7 @@
 """A detector from its config and weights. Drawing and films: tests/tools/test_demo.py."""
 
+import re
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +24,161 @@ def weights(tmp_path):
 
 
 TINY = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.NUM_CONVS", 1, "INPUT.MIN_SIZE_TEST", 64)
+PIXELS = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)  # BGR
+PICTURE = Image.fromarray(PIXELS[:, :, ::-1])
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory):
+    """Finds something on any image."""
+    file = tmp_path_factory.mktemp("predictor") / "model.pth"
+    torch.save({"model": build_model(make_cfg(*TINY)).state_dict()}, file)
+    return Predictor(make_cfg(*TINY, "MODEL.ATSS.SCORE_THRESH_TEST", 0.0), file)
+
+
+def read_only(image):
+    image = image.copy()
+    image.flags.writeable = False
+    return image
+
+
+def with_alpha(*values):
+    """Random alpha: it changes what is found if it is used."""
+    alpha = np.random.default_rng(1).integers(0, 255, (48, 64, 1), np.uint8)
+    return np.concatenate([*values, alpha], axis=2)
+
+
+def as_file(picture, name):
+    """What saves a picture in a folder, and gives its name."""
+
+    def save(folder):
+        picture.save(folder / name)
+        return folder / name
+
+    return save
+
+
+GREY = PIXELS[:, :, 1]
+FOLDED = {
+    "BGRA": (with_alpha(PIXELS), PIXELS),
+    "by columns": (np.asfortranarray(PIXELS), PIXELS),
+    "a view": (PIXELS.repeat(2, axis=1)[::-1, ::2][::-1], PIXELS),
+    "read-only": (read_only(PIXELS), PIXELS),
+    "(H, W)": (GREY, GREY[:, :, None].repeat(3, axis=2)),
+    "(H, W, 1)": (GREY[:, :, None], GREY[:, :, None].repeat(3, axis=2)),
+    "PIL RGB": (PICTURE, PIXELS),
+    "PIL RGBA": (Image.fromarray(with_alpha(PIXELS[:, :, ::-1])), PIXELS),
+    "PIL L": (Image.fromarray(GREY), GREY[:, :, None].repeat(3, axis=2)),
+    "PIL YCbCr": (
+        PICTURE.convert("YCbCr"),
+        np.asarray(PICTURE.convert("YCbCr").convert("RGB"))[:, :, ::-1],
+    ),
+    "path": (as_file(PICTURE, "a.png"), PIXELS),
+    "text": (lambda folder: str(as_file(PICTURE, "a.png")(folder)), PIXELS),
+}
+
+
+def assert_same(found, expected):
+    assert len(expected.boxes) > 0
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", FOLDED)
+def test_one_image_of_each_kind_gives_one_result(predictor, tmp_path, kind):
+    image, pixels = FOLDED[kind]
+    image = image(tmp_path) if callable(image) else image
+    (expected,) = predictor([pixels])
+    assert_same(predictor(image), expected)
+    assert_same(predictor([image])[0], expected)
+    outputs = [predictor.at_anchors(x).boxes for x in (image, [pixels])]
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("several", [list, tuple, deque, iter], ids=lambda x: x.__name__)
+def test_several_images_give_a_list(predictor, several):
+    found = predictor(several([PIXELS, PICTURE]))
+    assert type(found) is list
+    assert len(found) == 2
+    assert_same(*found)
+    assert predictor(several([])) == []
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("exif", ["turned", "broken"])
+def test_pillow_images_are_turned_as_files_are(predictor, tmp_path, ending, exif):
+    data = Image.Exif()
+    data[0x0112] = 6
+    file = tmp_path / f"a.{ending}"
+    PICTURE.save(file, exif=data if exif == "turned" else b"Exif\0\0no exif")
+    found = predictor([Image.open(file), file])
+    assert_same(*found)
+    if exif == "turned":
+        assert found[0].boxes[:, 3].max() > 48
+
+
+REFUSED = {
+    "nothing": (None, TypeError, "type NoneType"),
+    "number": (3, TypeError, "type int"),
+    "bytes": (b"abc", TypeError, "type bytes"),
+    "dictionary": ({"a.png": 1}, TypeError, "type dict"),
+    "tensor": (torch.zeros(48, 64, 3), TypeError, "type Tensor, shape .*64, 3.*, dtype torch"),
+    "float": (PIXELS / 255, TypeError, r"type ndarray, shape \(48, 64, 3\), dtype float64"),
+    "16 bits": (PIXELS.astype(np.uint16), TypeError, r"shape \(48, 64, 3\), dtype uint16"),
+    "bool": (PIXELS > 9, TypeError, "dtype bool"),
+    "objects": (np.array([None]), TypeError, "dtype object"),
+    "two channels": (PIXELS[:, :, :2], ValueError, r"shape \(48, 64, 2\), dtype uint8"),
+    "channels first": (PIXELS.transpose(2, 0, 1), ValueError, r"shape \(3, 48, 64\), dtype uint8"),
+    "a stack": (PIXELS[None], ValueError, r"shape \(1, 48, 64, 3\).*a list"),
+    "a row": (PIXELS[0, :, 0], ValueError, r"shape \(64,\)"),
+    "no rows": (PIXELS[:0], ValueError, r"shape \(0, 64, 3\)"),
+    "no columns": (Image.new("RGB", (0, 9)), ValueError, r"shape \(9, 0, 3\)"),
+    "thin": (np.zeros((1, 4000, 3), np.uint8), ValueError, "is 4000 x 1 pixels, too thin"),
+    "thin PIL": (Image.new("L", (1, 4000)), ValueError, "is 1 x 4000 pixels, too thin"),
+    "PIL of 16 bits": (Image.new("I;16", (64, 48)), TypeError, "more than 8 bits .*mode I;16"),
+    "PIL of numbers": (Image.new("F", (64, 48)), TypeError, "more than 8 bits .*mode F"),
+    "PIL La": (Image.new("La", (64, 48)), ValueError, "mode La.*not supported"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_no_image_is_refused(predictor, kind):
+    """In one sentence, alone and in a list, where it is counted."""
+    image, error, sentence = REFUSED[kind]
+    for door in (predictor, predictor.at_anchors):
+        for given, name in ((image, "the image"), ([PIXELS, image], "image 1")):
+            with pytest.raises(error, match=f"{name}.*{sentence}") as caught:
+                door(given)
+            assert len(str(caught.value).splitlines()) == 1
+
+
+def test_files_are_refused_by_their_names(predictor, tmp_path):
+    Image.new("L", (1, 4000)).save(tmp_path / "thin.png")
+    for name, sentence in (("nowhere.png", "No such file"), ("thin.png", "is 1 x 4000 pixels")):
+        with pytest.raises((OSError, ValueError), match=rf"{re.escape(name)}.*{sentence}"):
+            predictor(tmp_path / name)
+
+
+def test_damage_in_a_pillow_image_is_an_error(predictor, tmp_path):
+    """Detectron2 passes over it in search of an EXIF, and the rest of the image is black."""
+    PICTURE.save(tmp_path / "a.png")
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot read the image, a PIL image of mode RGB: "):
+        predictor(Image.open(tmp_path / "a.png"))
+
+
+def test_at_anchors_needs_an_image(predictor):
+    with pytest.raises(ValueError, match="at_anchors needs an image"):
+        predictor.at_anchors([])
+
+
+def test_no_resizing_makes_no_image_thin(weights, tmp_path):
+    """MIN_SIZE_TEST 0: images stay as they are."""
+    cfg = make_cfg(*TINY, "INPUT.MIN_SIZE_TEST", 0, "MODEL.ATSS.SCORE_THRESH_TEST", 0.0)
+    (array, file) = Predictor(cfg, weights)([PIXELS, as_file(PICTURE, "a.png")(tmp_path)])
+    assert_same(file, array)
 
 
 @pytest.mark.parametrize("order", ["BGR", "RGB", "L", "YUV-BT.601"])

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws detections on images, folders of images or videos, and writes them as json.
+"""Draws detections on images and videos, also of folders and subfolders, and writes them as json.
 
     tools/demo.py --config-file output/cells/config.yaml --weights output/cells/model_final.pth \\
         --input new_images photo.jpg film.mp4 --output output/pictures
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from atss.analysis.files import try_to_write
 from atss.analysis.pictures import annotate, targets
+from atss.data.folders import SUFFIXES
 from atss.engine.launch import STOPPED
 from atss.engine.run import NoSuchModule, import_modules
 from atss.predictor import Predictor
@@ -26,7 +27,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--weights", required=True)
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
-    parser.add_argument("--input", nargs="+", required=True, help="images, folders or videos")
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="images, videos or folders of them"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--score-threshold", type=float, default=0.4, help="what is shown from")
     parser.add_argument("--batch", type=int, default=4, help="images at a time")
@@ -48,12 +51,18 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.batch < 1:
             raise ValueError(f"--batch must be 1 or more, not {args.batch}")
-        paths = find_media(args.input)
-        targets(paths, args.output)
-        try_to_write("--output", target)
+        if not 0 <= args.score_threshold <= 1:
+            raise ValueError(f"--score-threshold must be from 0 to 1, not {args.score_threshold}")
+        inputs, skipped = find_media(args.input, SUFFIXES, args.output)
+        for problem in skipped:
+            print(f"skipped: {problem}", file=sys.stderr)
+        if not inputs:
+            raise ValueError("--input names no image and no video")
+        places = targets(inputs, args.output)
+        try_to_write("--output", target, *places.values())
         predictor = Predictor(args.config_file, args.weights, args.opts)
         try:
-            for found in annotate(predictor, paths, args.output, args.score_threshold, args.batch):
+            for found in annotate(predictor, places, args.score_threshold, args.batch):
                 records += found
                 seen += 1
         finally:  # what was found until something went wrong, or ctrl-C

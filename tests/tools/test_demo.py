@@ -21,7 +21,9 @@ from pycocotools.coco import COCO
 
 from atss.analysis.pictures import image_ids
 from atss.data import digits
+from atss.data.folders import SUFFIXES
 from atss.predictor import Predictor
+from atss_runner import media
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +140,7 @@ def test_ids_are_numbers_where_all_names_are():
     assert ids("a/0001.jpg", "b/1.jpg") == ["0001.jpg", "1.jpg"]
     assert ids("a/1.jpg", "a/\uff12.jpg") == ["1.jpg", "\uff12.jpg"]
     assert ids("a/1.jpg", "a/cell.jpg") == ["1.jpg", "cell.jpg"]
+    assert ids("a/1.jpg", "b/1.jpg") == ["a/1.jpg", "b/1.jpg"]
 
 
 def test_the_output_is_tried_first(run, squares, tmp_path):
@@ -177,33 +180,115 @@ def test_several_images_at_once_equal_one_by_one(trained, squares):
         np.testing.assert_allclose(joint.scores, alone.scores, atol=1e-4, rtol=1e-3)
 
 
-def test_reads_a_video(run, tmp_path):
+@pytest.fixture
+def film(tmp_path):
+    """Four frames of 128 x 96, of noise."""
+    rng = np.random.default_rng(0)
     video = tmp_path / "film.avi"
     writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"MJPG"), 5, (128, 96))
-    for value in range(4):
-        writer.write(np.full((96, 128, 3), value * 60, np.uint8))
+    for _ in range(4):
+        writer.write(rng.integers(0, 255, (96, 128, 3), np.uint8))
     writer.release()
-    records = run(video)
+    return video
+
+
+def frames_of(video):
+    return [*media.Film(video)]
+
+
+def test_reads_a_video(run, film, tmp_path, capsys):
+    records = run(film)
     assert {r["frame"] for r in records} == set(range(4))
-    assert cv2.VideoCapture(str(tmp_path / "out" / "film.mp4")).read()[1].shape == (96, 128, 3)
+    assert [x.shape for x in frames_of(tmp_path / "out" / "film.mp4")] == [(96, 128, 3)] * 4
+    assert "incomplete" not in capsys.readouterr().err
 
 
-def test_an_unreadable_image_is_skipped_and_named(run, squares, tmp_path, capsys):
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no image")
-    records = run(bad, squares / "images" / "1.png")
-    assert {r["file_name"] for r in records} == {str(squares / "images" / "1.png")}
-    assert f"skipped: cannot read the image {bad}" in capsys.readouterr().err
+def test_frames_of_another_size_are_in_the_film(run, film, tmp_path, monkeypatch):
+    frames = frames_of(film)
+    frames[2] = frames[2].repeat(2, axis=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(media.Film, "__iter__", lambda self: iter(frames))
+        records = run(film)
+    assert max(r["bbox"][1] + r["bbox"][3] for r in records if r["frame"] == 2) > 100
+    assert [x.shape for x in frames_of(tmp_path / "out" / "film.mp4")] == [(96, 128, 3)] * 4
 
 
-@pytest.mark.parametrize(
-    ("name", "sentence"),
-    [("nowhere.png", "does not exist"), ("conftest.py", "neither an image nor a video")],
-)
-def test_wrong_inputs_are_named(run, name, sentence, tmp_path):
-    (tmp_path / "conftest.py").write_text("")
-    with pytest.raises(SystemExit, match=rf"error: the input .*{name} .*{sentence}|{sentence}"):
-        run(tmp_path / name)
+def test_a_film_that_breaks_off_is_named(run, film, capsys):
+    content = film.read_bytes()
+    film.write_bytes(content[: len(content) * 6 // 10])
+    frames = {r["frame"] for r in run(film)}
+    assert frames < set(range(4))
+    counts = f"its header says 4 frames, {len(frames)} could be read"
+    assert f"incomplete: {film}: {counts}\n" in capsys.readouterr().err
+
+
+BAD = {
+    "an image of text": ("bad.png", b"no image", "cannot read the image .*bad.png: it is no image"),
+    "another kind": ("notes.txt", b"text", "cannot read the image .*notes.txt: it is no image"),
+    "an empty film": ("film.mp4", b"", "cannot open the film .*film.mp4: it is empty"),
+    "a film of text": ("film.mp4", b"text", "cannot open the film .*film.mp4: it is damaged"),
+    "nothing": ("nowhere.png", None, ".*nowhere.png does not exist"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_input_is_skipped_and_named(run, squares, tmp_path, capsys, kind):
+    name, content, sentence = BAD[kind]
+    bad = tmp_path / name
+    if content is not None:
+        bad.write_bytes(content)
+    good = str(squares / "images" / "1.png")
+    assert {r["file_name"] for r in run(bad, good, bad)} == {good}
+    assert re.search(f"skipped: {sentence}", capsys.readouterr().err)
+    with pytest.raises(SystemExit, match=r"^error: .*input"):
+        run(bad)
+    assert sorted(x.name for x in (tmp_path / "out").iterdir()) == ["1.png", "detections.json"]
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (9000, 40)])
+def test_films_of_such_a_size_are_skipped(run, squares, film, monkeypatch, capsys, size):
+    """The first is too thin to be detected on; the second, too wide for the codec."""
+    frame = np.zeros((*size[::-1], 3), np.uint8)
+    monkeypatch.setattr(media.Film, "__iter__", lambda self: iter([frame]))
+    run(film, squares / "images" / "1.png")
+    sentence = {4000: "film.avi is 4000 x 1 pixels, too thin", 9000: "cannot write the film .*mp4"}
+    assert re.search(f"skipped: .*{sentence[size[0]]}", capsys.readouterr().err)
+
+
+def test_subfolders_are_read_and_kept_apart(run, squares, tmp_path, capsys):
+    """By all endings of training; a second run does not take the first one's results for inputs."""
+    folder = tmp_path / "photos"
+    names = {"day1/a.png": "png", "day2/a.png": "png", "a.jfif": "jpeg", "b.gif": "gif"}
+    for name, kind in names.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(squares / "images" / "1.png").save(folder / name, kind)
+    for name in ("day1/a.txt", "c.heic"):
+        (folder / name).write_text("")
+    for _ in range(2):
+        records = run(folder, output=folder / "out")
+        drawn = {str(x.relative_to(folder / "out")) for x in (folder / "out").rglob("*.png")}
+        assert drawn == {"day1/a.png", "day2/a.png", "a.png", "b.png"}
+        assert {r["file_name"] for r in records} == {str(folder / name) for name in names}
+        assert len({r["image_id"] for r in records}) == 4
+        said = capsys.readouterr().err
+        assert "neither images nor videos by their endings in" in said
+        assert "(1): day1/a.txt\n" in said
+        assert re.search("skipped: cannot read the image .*c.heic: it is empty", said)
+
+
+def test_images_of_training_are_found(tmp_path):
+    for ending in SUFFIXES:
+        (tmp_path / f"a{ending.upper()}").touch()
+    found, skipped = media.find_media([tmp_path], SUFFIXES, tmp_path / "out")
+    assert {path.suffix.lower() for path in found} == {*SUFFIXES}
+    assert not skipped
+
+
+@pytest.mark.parametrize("threshold", ["nan", "1.5", "40", "-0.1"])
+def test_a_threshold_is_a_probability(run, squares, threshold):
+    said = f"error: --score-threshold must be from 0 to 1, not {float(threshold)}"
+    with pytest.raises(SystemExit, match=f"^{re.escape(said)}$"):
+        run(squares / "images", threshold=threshold)
 
 
 def test_parts_of_ones_own_are_imported(tmp_path, monkeypatch):

@@ -1,14 +1,15 @@
 """A trained detector from its config and weights: images in, NumPy out."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import detectron2.data.transforms as T
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import convert_PIL_to_numpy
+from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL_to_numpy
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from PIL import Image
@@ -23,8 +24,11 @@ from .config import (
     use_available_device,
 )
 from .config.checks import lookup
+from .data.images import HIGH_DEPTH, read, too_thin
 from .data.mapper import single
 from .structures import Predictions
+
+ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
 
 class Detections(NamedTuple):
@@ -80,30 +84,60 @@ class Predictor:
         self.resize = T.ResizeShortestEdge([self.size[0]] * 2, self.size[1])
         self.input_format = cfg.INPUT.FORMAT
 
+    @overload  # a path is also a sequence of texts
+    def __call__(self, images: ImageLike) -> Detections: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, images: Sequence[ImageLike] | Iterator[ImageLike]) -> list[Detections]: ...
+
     @torch.no_grad()
-    def __call__(self, images: Sequence[np.ndarray]) -> list[Detections]:
+    def __call__(self, images):
         """
         Args:
-            images: (H, W, 3) uint8, BGR as OpenCV reads them.
-        """
-        found = [x["instances"].to("cpu") for x in self.model(self._inputs(images))]
-        return [
-            Detections(x.pred_boxes.tensor.numpy(), x.scores.numpy(), x.pred_classes.numpy())
-            for x in found
-        ]
+            images: one image, or a sequence or an iterator of images, which are detected on
+                together. An image is a path, read as training reads it; a PIL image, turned as its
+                EXIF says; or a uint8 array as of OpenCV: (H, W, 3) BGR, (H, W, 4) BGRA, whose alpha
+                is ignored, and (H, W) or (H, W, 1) grey.
 
-    def at_anchors(self, images: Sequence[np.ndarray]) -> Predictions:
+        Returns:
+            the detections of one image; of several, a list.
+
+        Raises:
+            TypeError, ValueError: naming type, shape and dtype of what is not such an image, or
+                the size of an image that is too thin to be resized.
+            OSError: naming the file that cannot be read.
+        """
+        inputs = self._inputs(images)
+        outputs = [x["instances"].to("cpu") for x in self.model(inputs)] if inputs else []
+        found = [
+            Detections(x.pred_boxes.tensor.numpy(), x.scores.numpy(), x.pred_classes.numpy())
+            for x in outputs
+        ]
+        return found if _are_several(images) else found[0]
+
+    def at_anchors(
+        self, images: ImageLike | Sequence[ImageLike] | Iterator[ImageLike]
+    ) -> Predictions:
         """What the model says at every anchor, for rules to look at; on the CPU.
 
         Args:
-            images: as above; resized, they share a canvas.
+            images: as above, one or more; resized, they share a canvas.
+
+        Raises:
+            TypeError, ValueError, OSError: as above, and where there is no image.
         """
-        output, boxes = self.model.predict(self._inputs(images))
+        inputs = self._inputs(images)
+        if not inputs:
+            raise ValueError("at_anchors needs an image, got none")
+        output, boxes = self.model.predict(inputs)
         return Predictions(output.map(torch.Tensor.cpu), boxes.cpu())
 
-    def _inputs(self, images: Sequence[np.ndarray]) -> list[dict]:
+    def _inputs(self, images: Any) -> list[dict]:
+        named = [("the image", images)]
+        if _are_several(images):
+            named = [(f"image {i}", image) for i, image in enumerate(images)]
         inputs = []
-        for image in images:
+        for name, image in named:
+            image = _as_bgr(image, name, self.size)
             height, width = image.shape[:2]
             as_pillow = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
             image = convert_PIL_to_numpy(as_pillow, self.input_format)
@@ -111,3 +145,47 @@ class Predictor:
             tensor = single(torch.as_tensor(image.transpose(2, 0, 1).copy()))
             inputs.append({"image": tensor, "height": height, "width": width})
         return inputs
+
+
+def _are_several(images: Any) -> bool:
+    """Whether they are a sequence or an iterator of images, and not one image."""
+    return isinstance(images, Sequence | Iterator) and not isinstance(images, str | bytes)
+
+
+def _as_bgr(image: Any, name: str, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8.
+
+    Args:
+        name: begins the sentences about it.
+        size: (shorter side, longest side) to which it is to be resized.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read(os.fspath(image), [size])
+    if isinstance(image, Image.Image):
+        image = _of_pillow(image, name)
+    is_uint8 = isinstance(image, np.ndarray) and image.dtype == np.uint8
+    channels = ((), (1,), (3,), (4,))
+    if not (is_uint8 and image.ndim > 1 and image.shape[2:] in channels and image.size):
+        kind = [f", {x} {getattr(image, x)}" for x in ("shape", "dtype") if hasattr(image, x)]
+        raise (ValueError if is_uint8 else TypeError)(
+            f"{name} has type {type(image).__name__}{''.join(kind)}: expected a path, a PIL image, "
+            "a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a list of these"
+        )
+    if thin := too_thin(image.shape[1::-1], [size]):
+        raise ValueError(f"{name} {thin}")
+    image = image.reshape(*image.shape[:2], -1)
+    return image[:, :, :3] if image.shape[2] > 1 else image.repeat(3, axis=2)
+
+
+def _of_pillow(image: Image.Image, name: str) -> np.ndarray:
+    if image.mode in HIGH_DEPTH:
+        raise TypeError(
+            f"{name} has more than 8 bits per channel (PIL mode {image.mode}): convert it to 8 bits"
+        )
+    try:
+        image.load()  # so that damage is an error: the search for an EXIF passes over it
+        return convert_PIL_to_numpy(_apply_exif_orientation(image), "BGR")
+    except Exception as error:  # Pillow raises errors of many types
+        raise ValueError(
+            f"cannot read {name}, a PIL image of mode {image.mode}: {error}"
+        ) from error

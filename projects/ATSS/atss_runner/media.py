@@ -1,6 +1,7 @@
 """Images and films: found, read, written, and boxes drawn on them. NumPy and OpenCV."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -8,8 +9,10 @@ from typing import TypeVar
 import cv2
 import numpy as np
 
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm"}
+VIDEOS = {
+    *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"),
+    *(".ogv", ".webm", ".wmv"),
+}
 FRAMES_PER_SECOND = 25.0  # of a film that does not say
 # Of classes, by turns: far apart from each other and from most photographs (BGR).
 COLOURS = (
@@ -20,26 +23,74 @@ COLOURS = (
 Item = TypeVar("Item")
 
 
-def find_media(names: Iterable[str | Path]) -> list[Path]:
-    """The images and videos that are named, or lie in the folders that are named, each once.
+def find_media(
+    names: Iterable[str | Path], images: Container[str], output: Path
+) -> tuple[dict[Path, Path], list[str]]:
+    """The files that are named, and the images and videos in folders that are named and in their
+    subfolders; each once.
 
-    Raises:
-        ValueError: naming what does not exist, or is neither.
+    Args:
+        images: endings of images in folders, such as ".png".
+        output: folder of results, which are not taken for inputs of another folder.
+
+    Returns:
+        {file: its path within the folder that was named, or its name}, and a sentence about each
+        input that cannot be used and the files of each folder that are of another kind.
     """
-    found = []
+    found: dict[str, tuple[Path, Path]] = {}
+    skipped = []
     for path in map(Path, names):
-        if path.is_dir():
-            inside = [p for p in sorted(path.iterdir()) if p.suffix.lower() in IMAGES | VIDEOS]
-            if not inside:
-                raise ValueError(f"the folder {path} holds no image and no video")
-            found += inside
-        elif not path.is_file():
-            raise ValueError(f"the input {path} does not exist")
-        elif path.suffix.lower() not in IMAGES | VIDEOS:
-            raise ValueError(f"the input {path} is neither an image nor a video by its ending")
-        else:
-            found.append(path)
-    return list(dict.fromkeys(found))
+        inside = [path]
+        try:
+            if path.is_dir():
+                inside, problems = _find_in_folder(path, images, output)
+                skipped += problems
+            elif not path.exists():
+                skipped.append(f"{path} does not exist")
+                continue
+        except OSError as error:
+            skipped.append(f"{path} cannot be read: {error.strerror}")
+            continue
+        for file in inside:
+            name = file.relative_to(path) if file != path else Path(path.name)
+            found.setdefault(os.path.abspath(file), (file, name))
+    return dict(found.values()), list(dict.fromkeys(skipped))
+
+
+def _find_in_folder(
+    top: Path, images: Container[str], output: Path
+) -> tuple[list[Path], list[str]]:
+    found: list[Path] = []
+    others: list[str] = []
+    problems: list[str] = []
+
+    def name_unreadable(error: OSError) -> None:
+        problems.append(f"the folder {error.filename} cannot be read: {error.strerror}")
+
+    # Links are followed, but into no folder twice: they may lead in a circle.
+    entered = {top.resolve()}
+    for place, folders, files in os.walk(top, onerror=name_unreadable, followlinks=True):
+        inside = [Path(place, name) for name in sorted(folders) if not name.startswith(".")]
+        folders.clear()
+        for folder in inside:
+            target = folder.resolve()
+            if target == output.resolve():
+                problems.append(f"the folder {folder}, in which the results are")
+            elif target not in entered:
+                entered.add(target)
+                folders.append(folder.name)
+        for file in (Path(place, name) for name in sorted(files) if not name.startswith(".")):
+            if is_video(file) or file.suffix.lower() in images:
+                found.append(file)
+            else:
+                others.append(str(file.relative_to(top)))
+    if not found and not problems:
+        problems.append(f"the folder {top} has no image and no video")
+    if others:
+        more = f", and {len(others) - 3} more" if len(others) > 3 else ""
+        kind = f"neither images nor videos by their endings in {top}"
+        problems.append(f"{kind} ({len(others)}): {', '.join(others[:3])}{more}")
+    return found, problems
 
 
 def is_video(path: Path) -> bool:
@@ -54,13 +105,21 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 class Film:
-    """The frames of a video, (H, W, 3) BGR, and a writer for one like it."""
+    """The frames of a video, (H, W, 3) BGR, and a writer for one like it.
+
+    Raises:
+        OSError: naming the file, where it cannot be opened.
+    """
 
     def __init__(self, path: Path):
         self.source = cv2.VideoCapture(str(path))
-        self.rate = self.source.get(cv2.CAP_PROP_FPS) or FRAMES_PER_SECOND
+        if not self.source.isOpened():
+            empty = path.is_file() and not path.stat().st_size
+            problem = "empty" if empty else "damaged, or of an unknown format"
+            raise OSError(f"cannot open the film {path}: it is {problem}")
+        self.rate = max(self.source.get(cv2.CAP_PROP_FPS), 0) or FRAMES_PER_SECOND
         # As the file says; None where it does not.
-        self.count = int(self.source.get(cv2.CAP_PROP_FRAME_COUNT)) or None
+        self.count = max(int(self.source.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None
 
     def __iter__(self) -> Iterator[np.ndarray]:
         while True:
@@ -70,10 +129,8 @@ class Film:
                 return
             yield frame
 
-    def writer(self, path: Path) -> cv2.VideoWriter:
-        """To ``write`` frames of the same size to, and to ``release`` at the end."""
-        sides = (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
-        size = tuple(int(self.source.get(side)) for side in sides)
+    def writer(self, path: Path, size: tuple[int, int]) -> cv2.VideoWriter:
+        """To ``write`` frames of this (width, height) to, and to ``release`` at the end."""
         return cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
 
 

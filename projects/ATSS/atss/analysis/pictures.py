@@ -11,19 +11,18 @@ from tqdm import tqdm
 
 from atss_runner import media
 
-from ..data.images import read
+from ..data.images import read, too_thin
 from ..predictor import Detections, Predictor
 
 
 def annotate(
-    predictor: Predictor, paths: Sequence[Path], output: Path, threshold: float, batch: int = 4
+    predictor: Predictor, places: Mapping[Path, Path], threshold: float, batch: int = 4
 ) -> Iterator[list[dict]]:
-    """Draws what is found on images and videos into a folder.
+    """Draws what is found on images and videos.
 
     Args:
-        paths: from :func:`atss_runner.media.find_media`. What cannot be read is named on standard
-            error and skipped.
-        output: the folder; see :func:`targets`.
+        places: {input: where it is drawn}, from :func:`targets`, in folders that exist. An input
+            that cannot be read is named on standard error and skipped.
         threshold: least score that is drawn and recorded.
         batch: images at a time.
     Yields:
@@ -33,28 +32,31 @@ def annotate(
     Raises:
         OSError: where a picture cannot be written.
     """
-    places = targets(paths, output)
-    images = [path for path in paths if not media.is_video(path)]
+    images = [path for path in places if not media.is_video(path)]
     if images:
         yield from _images(predictor, images, places, threshold, batch)
-    for path in filter(media.is_video, paths):
+    for path in filter(media.is_video, places):
         yield from _video(predictor, path, places[path], threshold, batch)
 
 
-def targets(paths: Sequence[Path], output: Path) -> dict[Path, Path]:
+def targets(inputs: Mapping[Path, Path], output: Path) -> dict[Path, Path]:
     """Where the pictures and films of inputs are written: under their names, numbered where several
     have one.
+
+    Args:
+        inputs: {file: its name}, from :func:`atss_runner.media.find_media`.
 
     Raises:
         ValueError: where that would replace an input.
     """
     found: dict[Path, Path] = {}
-    inputs, taken = {path.resolve() for path in paths}, set()
-    for path in paths:
+    files, taken = {path.resolve() for path in inputs}, set()
+    for path, name in inputs.items():
         ending = ".mp4" if media.is_video(path) else ".png"
-        names = chain([path.stem], (f"{path.stem}_{i}" for i in count(1)))
-        target = next(x for name in names if (x := output / f"{name}{ending}") not in taken)
-        if target.resolve() in inputs:
+        stems = chain([name.stem], (f"{name.stem}_{i}" for i in count(1)))
+        places = (output / name.with_name(f"{stem}{ending}") for stem in stems)
+        target = next(place for place in places if place not in taken)
+        if target.resolve() in files:
             raise ValueError(f"{target} would replace an input: choose another --output")
         taken.add(target)
         found[path] = target
@@ -62,12 +64,13 @@ def targets(paths: Sequence[Path], output: Path) -> dict[Path, Path]:
 
 
 def image_ids(paths: Sequence[Path]) -> dict[Path, int | str]:
-    """The numbers that all names are, without their endings, as COCO's, or else the names: a guess,
-    because images do not tell their ids in a json."""
+    """The numbers that all names are, without their endings, as COCO's; else the names, or the
+    paths if names are not unique: a guess, because images do not tell their ids in a json."""
     stems = [path.stem.lstrip("0") or "0" for path in paths]
     if all(x.isascii() and x.isdecimal() for x in stems) and len({*stems}) == len(stems):
         return {path: int(stem) for path, stem in zip(paths, stems, strict=True)}
-    return {path: path.name for path in paths}
+    are_apart = len({path.name for path in paths}) == len(paths)
+    return {path: path.name if are_apart else str(path) for path in paths}
 
 
 def draw(image: np.ndarray, found: Detections, names: Sequence[str]) -> np.ndarray:
@@ -128,7 +131,7 @@ def _images(
             try:
                 yield path, read(str(path), [predictor.size])
             except (ValueError, OSError) as error:
-                print(f"skipped: {error}", file=sys.stderr)
+                _skip(error)
 
     ids = image_ids(paths)
     with tqdm(total=len(paths), unit="image") as progress:
@@ -147,23 +150,42 @@ def _images(
 def _video(
     predictor: Predictor, path: Path, target: Path, threshold: float, batch: int
 ) -> Iterator[list[dict]]:
-    film = media.Film(path)
-    writer = film.writer(target)
+    try:
+        film = media.Film(path)
+    except OSError as error:
+        _skip(error)
+        return
+    frames = iter(film)
+    first = next(frames, None)
+    if first is None:
+        _skip(f"{path} has no frame that can be read")
+        return
+    size = first.shape[1], first.shape[0]
+    if thin := too_thin(size, [predictor.size]):
+        _skip(f"the film {path} {thin}")
+        return
+    writer = film.writer(target, size)
     if not writer.isOpened():
-        raise OSError(f"cannot write the film {target}")
+        _skip(f"cannot write the film {target} of {size[0]} x {size[1]} pixels")
+        return
     number = 0
     with tqdm(total=film.count, unit="frame", desc=path.name) as progress:
         try:
-            for some in media.batches(film, batch):
+            for some in media.batches(chain([first], frames), batch):
                 for frame, found in zip(some, predictor(some), strict=True):
                     shown = found.above(threshold)
-                    writer.write(draw(frame, shown, predictor.names))
+                    # A writer drops frames of another size than the first, without a word.
+                    writer.write(cv2.resize(draw(frame, shown, predictor.names), size))
                     where = {"file_name": str(path), "frame": number}
                     yield as_records(shown, predictor.ids, predictor.names, **where)
                     number += 1
                 progress.update(len(some))
         finally:
             writer.release()
-    if number == 0:
-        target.unlink(missing_ok=True)
-        print(f"skipped: {path} has no frame that can be read", file=sys.stderr)
+    if film.count and number < film.count:
+        counts = f"its header says {film.count} frames, {number} could be read"
+        print(f"incomplete: {path}: {counts}", file=sys.stderr)
+
+
+def _skip(problem: object) -> None:
+    tqdm.write(f"skipped: {problem}", file=sys.stderr)  # on a line of its own beside a bar

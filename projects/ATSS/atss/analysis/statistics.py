@@ -23,7 +23,6 @@ from ..config import (
 from ..data.check import Fit
 from ..data.coco_json import Objects, find_in_json, read_coco
 from ..data.findings import ERROR
-from ..data.images import read
 from ..geometry import area, centres, iou
 from ..predictor import Predictor
 from ..structures import GroundTruth, Predictions
@@ -261,8 +260,8 @@ def _predict(cfg: CfgNode, weights: str, content: dict, image_dir: str) -> Predi
         )
 
     def predict(images: Sequence[int]) -> Predictions:
-        files = (str(Path(image_dir) / content["images"][i]["file_name"]) for i in images)
-        return predictor.at_anchors([read(file) for file in files])
+        names = (content["images"][i]["file_name"] for i in images)
+        return predictor.at_anchors(str(Path(image_dir) / name) for name in names)
 
     return predict
 

@@ -181,14 +181,8 @@ def problems(
             f"has more than 8 bits per channel (mode {header.mode}), which would be cut off at "
             "255: convert it to 8 bits",
         )
-    for short, longest in sizes:
-        if min(ResizeShortestEdge.get_output_shape(*header.size, short, longest)) < 1:
-            yield (
-                "image_thin",
-                f"is {header.size[0]} x {header.size[1]} pixels, too thin to be resized to "
-                f"{longest} at most",
-            )
-            break
+    if thin := too_thin(header.size, sizes):
+        yield "image_thin", thin
     if header.orientation != 1:
         yield "image_rotated", f"has EXIF orientation {header.orientation}"
     if header.transparent:
@@ -204,6 +198,19 @@ def problems(
     ):
         if header.mode in modes:
             yield kind, f"has mode {header.mode}"
+
+
+def too_thin(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> str:
+    """The end of a sentence about an image that resizing leaves without a pixel; else nothing.
+
+    Args:
+        size: (width, height) of the image.
+        sizes: (shorter side, longest side) to which it is resized; a shorter side of 0: it is not.
+    """
+    for short, longest in sizes:
+        if short and min(ResizeShortestEdge.get_output_shape(*size, short, longest)) < 1:
+            return f"is {size[0]} x {size[1]} pixels, too thin to be resized to {longest} at most"
+    return ""
 
 
 def _orientation(image: Image.Image, decoded: bool) -> int:
