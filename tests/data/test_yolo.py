@@ -211,7 +211,7 @@ def test_labels_nowhere(data, tmp_path):
     sentence = (
         "data.yaml: no image of 'train' has a label file: that of images/a.png was looked for "
     )
-    with pytest.raises(ValueError, match=f"{re.escape(sentence)}at labels/a.txt$"):
+    with pytest.raises(ValueError, match=f"{re.escape(sentence)}at labels/a.txt and images/a.txt$"):
         read_yolo(data(files, "{train: images, names: [cat]}"), "train")
 
 
