@@ -127,7 +127,7 @@ def size_of(image: Path) -> tuple[int, int] | OSError:
 
 def name_in(folder: Path, path: Path) -> str:
     """As messages and the content name a file."""
-    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+    return str(path).removeprefix(f"{folder}{os.sep}")
 
 
 def why(error: Exception) -> str:

@@ -259,13 +259,12 @@ def _read_images(
 ) -> Split:
     with ThreadPoolExecutor(THREADS) as pool:
         sizes = list(pool.map(size_of, images))
-        labels = list(pool.map(_find_labels, images))
-        texts = list(pool.map(_read_label, labels))
+        labels = list(pool.map(_read_label, images))
     split = Split(folder)
     images_of = defaultdict(list)
-    for image, files in zip(images, labels, strict=True):
+    for image, (files, _) in zip(images, labels, strict=True):
         images_of[files[0] if files else None].append(name_in(folder, image))
-    for image, files, size, text in zip(images, labels, sizes, texts, strict=True):
+    for image, (files, text), size in zip(images, labels, sizes, strict=True):
         name = name_in(folder, image)
         name_of_label = " and ".join(name_in(folder, x) for x in files)
         if isinstance(size, OSError):
@@ -393,14 +392,11 @@ def _labels_of(image: Path) -> list[Path]:
     return [Path(f"{before}/labels/{after}"), beside] if images else [beside]
 
 
-def _find_labels(image: Path) -> list[Path]:
-    return [x for x in _labels_of(image) if os.path.exists(x)]
-
-
-def _read_label(labels: list[Path]) -> str | ValueError | None:
-    """The content of an image's label file; None if there is none, or two that differ."""
+def _read_label(image: Path) -> tuple[list[Path], str | ValueError | None]:
+    """The label files of an image and their content, None if there is none, or two that differ."""
+    files = [x for x in _labels_of(image) if os.path.exists(x)]
     try:
-        texts = {read_text(x) for x in labels}
+        texts = {read_text(x) for x in files}
     except ValueError as error:
-        return error
-    return texts.pop() if len(texts) == 1 else None
+        return files, error
+    return files, texts.pop() if len(texts) == 1 else None
