@@ -336,6 +336,20 @@ def text(content: str) -> Callable:
     return lambda c, root: (root / "data.yaml").write_text(content)
 
 
+def key_points(shape: object, first: str = "") -> Callable:
+    """A box and key points of this shape in every label, but for the first of a.png."""
+
+    def change(content: dict, root: Path) -> None:
+        key("kpt_shape", shape)(content, root)
+        for path in (root / "labels").iterdir():
+            lines = [f"{x} {'0.1 0.9 2 ' * 2}" for x in path.read_text().splitlines()]
+            path.write_text("\n".join(lines))
+        if first:
+            line(first)(content, root)
+
+    return change
+
+
 def no_labels(content: dict, root: Path) -> None:
     (root / "labels").rename(root / "annotations")
 
@@ -405,11 +419,17 @@ ENTRIES = [
     Case("an annotation without id", drop(*FIRST, "id"), "stops",
          "entry 0 of 'annotations' has no 'id'", "field_missing", "entry 0"),
     Case("an image's id is null", put("images", 0, "id", None), "stops",
-         "ids that are no whole numbers", "id_malformed"),
+         "ids that are no whole numbers", "id_malformed",
+         "(a.png), id None is null, and ids are whole numbers"),
     Case("ids of images are text and numbers", put("images", 0, "id", "1"), "stops",
-         "ids that are no whole numbers", "id_malformed"),
-    Case("an annotation's id is text", put(*FIRST, "id", "x7"), "stops",
-         "ids that are no whole numbers", "id_malformed", "annotation x7"),
+         "ids that are no whole numbers", "id_malformed",
+         "(a.png), id '1' is text, and ids are whole numbers"),
+    Case("an annotation's id is text", put(*FIRST, "id", "7"), "stops",
+         "ids that are no whole numbers", "id_malformed",
+         "annotation 7 of a.png, id '7' is text, and ids are whole numbers"),
+    Case("a category's id is a decimal number", put("categories", 0, "id", 1.0), "stops",
+         "ids that are no whole numbers", "id_malformed",
+         "category 1.0 (cat), id 1.0 is a decimal number, and ids are whole numbers"),
     Case("an image's id twice", copy("images", file_name="b.png"), "stops",
          "images that share an id", "image_id_twice"),
     Case("an annotation's id twice", copy("annotations", image_id=2), "stops",
@@ -417,9 +437,9 @@ ENTRIES = [
     Case("a category's id twice", copy("categories", name="cow"), "stops",
          "categories that share an id", "category_id_twice", "category 1 (cat)"),
     Case("file_name is null", put("images", 0, "file_name", None), "stops",
-         "images whose file_name is not text", "file_name_malformed", "image 1"),
+         "images whose file_name is not text", "file_name_malformed", "file_name None"),
     Case("file_name is empty", put("images", 0, "file_name", " "), "stops",
-         "images whose file_name is not text, or empty", "file_name_malformed", "image 1"),
+         "images whose file_name is not text, or empty", "file_name_malformed", "file_name ' '"),
     Case("an image's width is null", put("images", 0, "width", None), "stops",
          "width or height is not a positive whole number", "image_size_malformed"),
     Case("an image's height is 0", put("images", 0, "height", 0), "stops",
@@ -427,11 +447,16 @@ ENTRIES = [
     Case("an image's width is text", put("images", 0, "width", "64"), "stops",
          "width or height is not a positive whole number", "image_size_malformed"),
     Case("a category's name is empty", put("categories", 0, "name", ""), "stops",
-         "categories whose name is not text, or empty", "category_name_malformed", "category 1"),
+         "categories whose name is not text, or empty", "category_name_malformed",
+         "category 1 (), name ''"),
     Case("a category's name is null", put("categories", 0, "name", None), "stops",
          "categories whose name is not text", "category_name_malformed", "category 1"),
     Case("two categories of one name", put("categories", 1, "name", "cat"), "trains",
          "as two classes; logged", "category_name_twice", "category 2 (cat)"),
+    Case("two names that differ by case", put("categories", 1, "name", "Cat"), "trains",
+         "as two classes; logged", "category_name_similar", "category 2 (Cat), name 'Cat'"),
+    Case("two names that differ by blanks", put("categories", 1, "name", "cat "), "trains",
+         "as two classes; logged", "category_name_similar", "category 2 (cat ), name 'cat '"),
     Case("a category without objects", copy("categories", id=3, name="cow"), "trains",
          "class and all", "category_without_objects", "category 3 (cow)"),
     Case("two images of one file with different objects", one_of_each, "stops",
@@ -443,19 +468,28 @@ ENTRIES = [
 ANNOTATIONS = [
     Case("an image that is not in the file", put(*FIRST, "image_id", 77), "stops",
          "annotations of images that are not in the file", "image_unknown",
-         "annotation 1 of image 77"),
+         "annotation 1 of image 77, image_id 77"),
     Case("image_id is text, ids are numbers", put(*FIRST, "image_id", "1"), "stops",
-         "annotations of images that are not in the file", "image_unknown", "annotation 1"),
+         "annotations of images that are not in the file", "image_unknown",
+         "annotation 1 of image 1, image_id '1' is text, and ids are whole numbers"),
     Case("a category that is not in the file", put(*FIRST, "category_id", 77), "stops",
-         "annotations of categories that are not in the file", "category_unknown", BOX),
+         "annotations of categories that are not in the file", "category_unknown",
+         f"{BOX}, category_id 77"),
     Case("category_id is a list", put(*FIRST, "category_id", [1]), "stops",
-         "annotations of categories that are not in the file", "category_unknown", BOX),
+         "annotations of categories that are not in the file", "category_unknown",
+         f"{BOX}, category_id [1] is a list, and ids are whole numbers"),
+    Case("category_id is text", put(*FIRST, "category_id", "1"), "stops",
+         "annotations of categories that are not in the file", "category_unknown",
+         f"{BOX}, category_id '1' is text, and ids are whole numbers"),
+    Case("category_id is a decimal number", put(*FIRST, "category_id", 1.0), "stops",
+         "annotations of categories that are not in the file", "category_unknown",
+         f"{BOX}, category_id 1.0 is a decimal number, and ids are whole numbers"),
     Case("iscrowd is null", put(*FIRST, "iscrowd", None), "stops", "iscrowd is neither 0 nor 1",
-         "crowd_malformed", BOX),
+         "crowd_malformed", f"{BOX}, iscrowd None"),
     Case("iscrowd is text", put(*FIRST, "iscrowd", "0"), "stops", "iscrowd is neither 0 nor 1",
-         "crowd_malformed", BOX),
+         "crowd_malformed", f"{BOX}, iscrowd '0'"),
     Case("ignore is 1", put(*FIRST, "ignore", 1), "stops", "annotations with 'ignore'", "ignore",
-         BOX),
+         f"{BOX}, ignore 1"),
     Case("a segmentation that is one list of numbers",
          put(*FIRST, "segmentation", [1, 2, 9, 2, 9, 9]), "trains",
          "by its box; logged", "segmentation_unusable", BOX),
@@ -525,9 +559,9 @@ ANNOTATIONS = [
     Case("an object twice", copy("annotations", id=99), "trains",
          "though the second gets no anchor", "object_twice", "annotation 99 of a.png", 13),
     Case("no area", drop(*FIRST, "area"), "trains",
-         "and evaluates with that of the box; logged", "area_unusable", BOX),
+         "and evaluates with that of the box; logged", "area_unusable", f"{BOX}, no area"),
     Case("an area that is null", put(*FIRST, "area", None), "trains",
-         "and evaluates with that of the box; logged", "area_unusable", BOX),
+         "and evaluates with that of the box; logged", "area_unusable", f"{BOX}, area None"),
     Case("an area that is text", put(*FIRST, "area", "320"), "trains",
          "and evaluates with that of the box; logged", "area_unusable", BOX),
     Case("an area of 0", put(*FIRST, "area", 0), "trains",
@@ -636,6 +670,13 @@ YAML = [
          lambda c, r: (key("train", "list.txt")(c, r),
                        (r / "list.txt").write_text("images/b.png\nimages/gone.png")), "stops",
          "images that cannot be read (1)", "file_unreadable", "images/gone.png"),
+    Case("kpt_shape is a number", key("kpt_shape", 17), "stops",
+         "its 'kpt_shape' is 17, where the number of key points and 2 or 3 belong", None,
+         "data.yaml"),
+    Case("a list and a folder of Windows",
+         lambda c, r: (text(r"{path: c:\set, train: .\list.txt, names: [cat, dog]}")(c, r),
+                       (r / "list.txt").write_text("\n".join(f"images\\{x}.png" for x in "abcd"))),
+         "trains", "with slashes in place of backslashes", ""),
     Case("text in place of one of YOLO's images", data(b"<html>404</html>"), "stops",
          "images that cannot be read (1)", "file_unreadable", "images/a.png"),
 ]
@@ -645,6 +686,11 @@ LABELS = [
     Case("three numbers after the class", line("0 0.5 0.5 0.25"), "stops", "has 4 numbers",
          "label_malformed", LINE),
     Case("a class alone", line("1"), "stops", "has 1 number", "label_malformed", LINE),
+    Case("key points that kpt_shape declares", key_points([2, 3]), "trains",
+         "by the boxes before them", ""),
+    Case("fewer key points than kpt_shape declares", key_points([2, 3], "0 .5 .5 .2 .2 .1 .9"),
+         "stops", "has 7 numbers, but a box has 5, and one with key points 11, by 'kpt_shape'",
+         "label_malformed", LINE),
     Case("a word", line("cat 0.5 0.5 0.25 0.25"), "stops",
          "has 'cat', where a number belongs", "label_malformed", LINE),
     Case("a NaN", line("0 0.5 nan 0.25 0.25"), "stops", "has nan, which is not finite",
@@ -671,6 +717,21 @@ LABELS = [
     Case("an image without a label file", lambda c, r: (r / "labels/a.txt").unlink(), "leaves out",
          "images without a label file, taken to be without objects (1)", "label_missing",
          "images/a.png", 9),
+    Case("a label without an image", gone("images/a.png"), "stops",
+         "images that cannot be read (1): the image of labels/a.txt is not there",
+         "file_unreadable", "labels/a.txt"),
+    Case("a label of two images", lambda c, r: plain().save(r / "images/a.bmp"), "stops",
+         "that could mean several files", "label_ambiguous",
+         "labels/a.txt: images/a.bmp or images/a.png"),
+    Case("a label beside its image",
+         lambda c, r: (r / "labels/a.txt").rename(r / "images/a.txt"), "trains",
+         "if the folder of labels has none", ""),
+    Case("two labels of an image", lambda c, r: (r / "images/a.txt").write_text(""), "stops",
+         "or several labels one file", "label_ambiguous",
+         "labels/a.txt and images/a.txt: images/a.png"),
+    Case("a file that is neither an image nor a label",
+         lambda c, r: (r / "labels/notes.json").write_text("{}"), "trains", "without it",
+         "file_unused", "labels/notes.json"),
     Case("an empty label file", lambda c, r: (r / "labels/a.txt").write_text("\n"), "leaves out",
          "", "image_dropped", "images/a.png", 9),
 ]
@@ -791,7 +852,7 @@ LVIS = [
          "category_lists_malformed"),
     Case("neg_category_ids is null", put("images", 0, "neg_category_ids", None), "stops",
          "neg_category_ids or not_exhaustive_category_ids is no list",
-         "category_lists_malformed"),
+         "category_lists_malformed", "a.png), neg_category_ids None"),
     Case("not_exhaustive_category_ids of a category that is not in the file",
          put("images", 0, "not_exhaustive_category_ids", [7]), "stops",
          "neg_category_ids or not_exhaustive_category_ids is no list",
@@ -799,7 +860,8 @@ LVIS = [
     Case("a category without frequency", drop("categories", 0, "frequency"), "stops",
          "categories whose frequency is not r, c or f", "frequency_malformed", "category 1 (cat)"),
     Case("a frequency in words", put("categories", 0, "frequency", "rare"), "stops",
-         "categories whose frequency is not r, c or f", "frequency_malformed", "category 1 (cat)"),
+         "categories whose frequency is not r, c or f", "frequency_malformed",
+         "category 1 (cat), frequency 'rare'"),
 ]
 YOLO = YAML + LABELS
 # fmt: on

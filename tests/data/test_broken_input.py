@@ -18,8 +18,10 @@ from atss import Anchors
 from atss.analysis import statistics
 from atss.assigners import ASSIGNER_REGISTRY
 from atss.data import check
+from atss.data.coco_json import FAULTY_FIELDS, find_in_json
 from atss.data.datasets import refuse_unannotated, register
 from atss.data.findings import ERROR, KINDS
+from atss.data.formats import read
 from atss.data.mapper import Mapper
 from atss.geometry import iou
 
@@ -150,6 +152,47 @@ def test_every_error_of_annotations_stops_training():
     for case in CASES:
         if case.kind and KINDS[case.kind].level == ERROR:
             assert case.training == "stops", case.name
+
+
+def test_the_value_at_fault_is_shown(tmp_path):
+    """Of many, too; a field is one of those that COCO's format has."""
+    assert set(FAULTY_FIELDS) <= set(KINDS)
+    points = [1, 2, 2] * 10 + [None, 2, 2]
+    case = Case("", broken.put("annotations", 0, "keypoints", points), "stops", "", "")
+    _, report = inspect(case, tmp_path / "data")
+    assert report["findings"][0]["where"] == [f"annotation 1 of a.png, keypoints {points}"]
+    content = broken.make_data(tmp_path / "sound")
+    for image in content["images"]:
+        image["id"] = f"{image['id']}"
+    assert find_in_json(content)[0][0].examples(1) == [
+        "annotation 1 of image 1, image_id 1 is a whole number, and ids are text"
+    ]
+
+
+@pytest.mark.parametrize("literal", [False, True])
+def test_a_json_from_windows_is_read(tmp_path, literal):
+    """With a byte-order mark and backslashes, unless files are called so."""
+    content = broken.make_data(tmp_path)
+    names = [rf"images\{image['file_name']}" for image in content["images"]]
+    for image, name in zip(content["images"], names, strict=True):
+        image["file_name"] = name
+        if literal:
+            broken.plain().save(tmp_path / name)
+    json_file = tmp_path / "windows.json"
+    json_file.write_text(json.dumps(content), encoding="utf-8-sig")
+    labels = read(str(json_file), str(tmp_path))
+    expected = names if literal else [f"images/{x}.png" for x in "abcd"]
+    assert [image["file_name"] for image in labels.content["images"]] == expected
+    assert check_dataset.main([str(json_file), str(tmp_path)]) == 0
+
+
+def test_names_that_are_almost_equal_are_shown_together(tmp_path):
+    content = broken.make_data(tmp_path / "data")
+    names = ["RBC", "WBC", "a b", "rbc", "dog", "WBC ", "AB", "RBC"]
+    content["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
+    (finding,) = (f for f in find_in_json(content)[0] if f.kind == "category_name_similar")
+    shown = [example.partition("name ")[2] for example in finding.examples()]
+    assert shown == ["'a b'", "'AB'", "'RBC'", "'rbc'", "'RBC'", "'WBC'", "'WBC '"]
 
 
 def test_truncated_images_are_found_without_decoding_the_others(tmp_path, monkeypatch):

@@ -245,6 +245,15 @@ def test_what_is_malformed_stays_so(tmp_path):
         register(source, classes="cat,dog")
 
 
+def test_blanks_around_a_name_do_not_count(tmp_path):
+    """They cannot be given: --classes strips them."""
+    content = broken.make_data(tmp_path)
+    content["categories"][1]["name"] = "cat "
+    chosen, left_out, found = choose(content, parse("cat"))
+    assert {a["category_id"] for a in chosen["annotations"]} == {1}
+    assert (len(chosen["annotations"]), left_out, found) == (12, [], {"cat"})
+
+
 def test_reading_leaves_the_source_as_it_was(sources):
     annotations, images = sources["coco"].rsplit(":", 1)
     before = read(annotations, images).content

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from atss.data.folders import VALIDATION
 from atss.data.formats import read
 from atss.data.voc import read_voc
 
@@ -77,6 +78,7 @@ def devkit(*names):
         "JPEGImages/b.jpg\n\n d\r\nd",
         "\ufeffb\nd",
         "Annotations/b.xml 0\nd 1",
+        r"JPEGImages\b.jpg" "\n" r"Annotations\d.xml 1",
     ],
 )
 @pytest.mark.parametrize("list_file", ["ImageSets/Main/train.txt", "train.txt"])
@@ -98,6 +100,36 @@ def test_names_that_end_like_marks(data):
     files |= {f"{name}.xml": xml(box(1, 1, 9, 9)) for name in ("img 1", "img", "x1", "y 01")}
     folder = data(files | {"train.txt": "img 1\nx1\ny 01"})
     assert files_of(folder, "train") == ["img 1.png", "x1.png", "y 01.png"]
+
+
+@pytest.mark.parametrize("there", ["val", "valid", "validation"])
+@pytest.mark.parametrize("asked", ["val", "valid", "validation"])
+def test_the_validation_split_by_any_of_its_names(data, tmp_path, there, asked):
+    folder = data({f"{there}/a.jpg": "", f"{there}/a.xml": xml(), "b.jpg": "", "b.xml": xml()})
+    assert files_of(folder, asked) == [f"{there}/a.jpg"]
+    data({f"ImageSets/Main/{there}.txt": "b"})
+    assert files_of(folder, asked) == ["b.jpg"]
+
+
+def test_a_split_that_is_asked_for_by_its_own_name(data):
+    folder = data(
+        {f"{x}/{x}.jpg": "" for x in VALIDATION} | {f"{x}/{x}.xml": xml() for x in VALIDATION}
+    )
+    assert [files_of(folder, x) for x in VALIDATION] == [[f"{x}/{x}.jpg"] for x in VALIDATION]
+    with pytest.raises(ValueError, match="it has no split 'test'; tried"):
+        read_voc(folder, "test")
+
+
+def test_a_file_with_a_backslash_in_its_name(data):
+    folder = data({r"x\b.jpg": "", r"x\b.xml": xml(), "train.txt": r"x\b.jpg"})
+    assert files_of(folder, "train") == [r"x\b.jpg"]
+
+
+def test_a_folder_with_xml_is_pascal_vocs(data):
+    """Whatever lists of classes it has besides: labelImg writes both formats into one folder."""
+    files = {"a.png": "", "a.xml": xml(box(11, 21, 30, 40)), "a.txt": "0 .5 .5 .1 .1"}
+    labels = read(data(files | {"classes.txt": "dog"}), ".")
+    assert [a["bbox"] for a in labels.content["annotations"]] == [[10, 20, 20, 20]]
 
 
 def test_masks_are_no_images(data):

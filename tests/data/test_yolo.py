@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import check_dataset
 import pytest
@@ -13,6 +14,8 @@ from PIL import Image
 
 import atss.engine.run as way_in
 from atss.data.datasets import register
+from atss.data.folders import SUFFIXES
+from atss.data.formats import read
 from atss.data.yolo import read_yolo
 from atss.engine.evaluation import build_evaluator, build_test_loader
 
@@ -30,7 +33,7 @@ def data(tmp_path):
         for name, text in {**files, "data.yaml": yaml}.items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix.lower() in (".png", ".jpg"):
+            if path.suffix.lower() in SUFFIXES:
                 Image.new("RGB", (WIDTH, HEIGHT)).save(path)
             else:
                 path.write_bytes(text.encode())
@@ -192,10 +195,29 @@ def test_a_folder_that_is_nowhere_names_what_was_tried(data, tmp_path, monkeypat
         read_yolo(yaml_file, "train")
 
 
+@pytest.mark.parametrize("suffix", [".ppm", ".pgm", ".tga", ".jpe", ".qoi", ".j2k", ".PNG"])
+def test_images_of_other_formats(data, suffix):
+    files = {f"train/images/a{suffix}": "", "train/labels/a.txt": BOX}
+    content, findings = read_yolo(data(files), "train")
+    assert (len(content["images"]), len(content["annotations"]), findings) == (1, 1, [])
+
+
+def test_a_link_that_leads_back_gives_an_image_once(data, tmp_path):
+    yaml_file = data(one(BOX))
+    (tmp_path / "train/images/latest").symlink_to(tmp_path / "train/images")
+    assert files_of(yaml_file) == ["train/images/a.png"]
+
+
+def test_a_name_too_long_for_a_file_is_no_crash(data):
+    yaml_file = data(one(BOX) | {"list.txt": "x" * 300}, "{train: list.txt, names: [cat]}")
+    assert kinds_of(yaml_file).keys() == {"file_unreadable"}
+
+
 @pytest.mark.parametrize(
     ("image", "label"),
     [
         ("images/train/a.png", "labels/train/a.txt"),
+        ("images/train/a.png", "images/train/a.txt"),
         ("images/x/images/a.b.png", "images/x/labels/a.b.txt"),
         ("myimages/a.png", "myimages/a.txt"),
         ("pictures/a.png", "pictures/a.txt"),
@@ -211,17 +233,48 @@ def test_labels_nowhere(data, tmp_path):
     sentence = (
         "data.yaml: no image of 'train' has a label file: that of images/a.png was looked for "
     )
-    with pytest.raises(ValueError, match=f"{re.escape(sentence)}at labels/a.txt$"):
+    with pytest.raises(ValueError, match=f"{re.escape(sentence)}at labels/a.txt and images/a.txt$"):
         read_yolo(data(files, "{train: images, names: [cat]}"), "train")
 
 
-def test_images_without_objects_stay_and_labels_without_images_go(data):
+def test_images_without_objects_stay(data):
     files = one(BOX) | {"train/images/b.png": "", "train/images/c.png": ""}
-    yaml_file = data(files | {"train/labels/c.txt": "", "train/labels/gone.txt": "9 9 9"})
-    content, findings = read_yolo(yaml_file, "train")
+    content, findings = read_yolo(data(files | {"train/labels/c.txt": ""}), "train")
     assert [image["file_name"][-5] for image in content["images"]] == ["a", "b", "c"]
     assert [a["image_id"] for a in content["annotations"]] == [1]
     assert [(f.kind, f.examples()) for f in findings] == [("label_missing", ["train/images/b.png"])]
+
+
+def test_files_without_an_image_are_named(data):
+    """By their content: lost objects are an error, and a list of names is no label."""
+    files = {"b/gone.txt": f"\n{BOX}", "empty.txt": "", "words.txt": "7\n8", "notes.json": "{}"}
+    files |= {"classes.txt": "cat", ".cache": "", "list.txt": "a b c d e"}
+    files = {f"train/labels/{name}": text for name, text in files.items()}
+    found = kinds_of(data(one(BOX) | files | {"train/images/a.xcf": ""}))
+    assert found["file_unreadable"].examples() == [
+        "the image of train/labels/b/gone.txt is not there"
+    ]
+    unused = ["images/a.xcf", *(f"labels/{x}" for x in ("empty.txt", "list.txt", "notes.json"))]
+    assert found["file_unused"].examples() == [f"train/{x}" for x in [*unused, "labels/words.txt"]]
+    assert len(found) == 2
+
+
+def test_a_list_names_what_is_used(data):
+    """Neither what lies beside its images, nor labels of others."""
+    files = one(BOX) | {"train/images/a.jpg": "", "train/labels/gone.txt": BOX, "list.txt": ""}
+    yaml_file = data(files | {"list.txt": "train/images/a.png"}, "{train: list.txt, names: [cat]}")
+    assert files_of(yaml_file) == ["train/images/a.png"]
+    assert kinds_of(yaml_file) == {}
+
+
+@pytest.mark.parametrize("label", ["train/labels/a.txt", "train/images/a.txt"])
+def test_one_label_of_two_images_is_ambiguous(data, label):
+    """Unless it has no objects, or both labels of an image are equal."""
+    files = {"train/images/a.png": "", "train/images/a.jpg": "", "train/images/b.png": ""}
+    files |= {"train/images/b.txt": BOX, "train/labels/b.txt": BOX}
+    both = f"{label}: train/images/a.jpg or train/images/a.png"
+    assert kinds_of(data(files | {label: BOX}))["label_ambiguous"].examples() == [both]
+    assert kinds_of(data(files | {label: "\n"})) == {}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -244,6 +297,22 @@ def test_images_without_objects_stay_and_labels_without_images_go(data):
 )
 def test_a_line(data, line, expected):
     assert boxes_of(data(one(line))) == [expected]
+
+
+@pytest.mark.parametrize("shape", [[2, 2], [2, 3], [3, 2], [1, 2]])
+def test_a_box_with_the_key_points_that_are_declared(data, shape):
+    """Whatever they are: nobody reads them. A box may stand without."""
+    points = " nan" * (shape[0] * shape[1])
+    yaml = f"{{train: train, kpt_shape: {shape}, names: [cat]}}"
+    assert boxes_of(data(one(f"{BOX}{points}\n{BOX}"), yaml)) == [(0, [40, 15, 20, 10])] * 2
+    assert "label_malformed" in kinds_of(data(one(f"{BOX}{points} 1 1"), yaml))
+
+
+@pytest.mark.parametrize("shape", ["[17]", "[0, 3]", "[17, 4]", "{a: 1}", "['17', 3]", "[true, 2]"])
+def test_a_malformed_shape_of_key_points(data, shape):
+    yaml_file = data(one(BOX), f"{{train: train, kpt_shape: {shape}, names: [cat]}}")
+    with pytest.raises(ValueError, match=r"its 'kpt_shape' is .*, where the number of key points"):
+        read_yolo(yaml_file, "train")
 
 
 def test_boxes_and_polygons_in_one_file_with_a_mark_blank_lines_and_carriage_returns(data):
@@ -293,6 +362,111 @@ def test_shares_are_of_the_image_as_it_is_turned(data, tmp_path):
     content, _ = read_yolo(yaml_file, "train")
     assert (content["images"][0]["width"], content["images"][0]["height"]) == (50, 100)
     assert content["annotations"][0]["bbox"] == [20, 30, 10, 20]
+
+
+# ------------------------------------------------------------------------------------------------
+# What labelling tools export
+# ------------------------------------------------------------------------------------------------
+
+CVAT = {
+    "obj.data": "classes = 2\ntrain = data/train.txt\nvalid = data/valid.txt\n"
+    "names = data/obj.names\nbackup = backup/\n",
+    "obj.names": "cat\ndog\n",
+    **{"train.txt": "data/obj_train_data/a.png\n", "valid.txt": "data/obj_valid_data/b.png\n"},
+    **{"obj_train_data/a.png": "", "obj_train_data/a.txt": BOX},
+    **{"obj_valid_data/b.png": "", "obj_valid_data/b.txt": BOX},
+}
+LABEL_STUDIO = {
+    **{"classes.txt": "cat\ndog", "notes.json": "{}", "images/a.png": "", "labels/a.txt": BOX},
+}
+LABEL_IMG = {
+    **{"train/a.png": "", "train/a.txt": BOX, "train/classes.txt": "cat\ndog\n"},
+    **{"valid/b.png": "", "valid/b.txt": BOX, "valid/classes.txt": "\ufeffcat\r\n"},
+}
+ROBOFLOW = {
+    **{"train/a.png": "", "train/a.txt": BOX, "train/_darknet.labels": "cat\ndog\n"},
+    **{"README.roboflow.txt": "Roboflow", "README.dataset.txt": "0 1"},
+}
+ULTRALYTICS = {
+    **{"classes.txt": "cat\ndog", "images/train/a.png": "", "labels/train/a.txt": BOX},
+    "labels/train.cache": "",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "source", "split", "expected"),
+    [
+        (CVAT, "obj.data", "train", "obj_train_data/a.png"),
+        (CVAT, "obj.data", "val", "obj_valid_data/b.png"),
+        (CVAT, ".", "validation", "obj_valid_data/b.png"),
+        (CVAT, ".", "obj_train_data", "obj_train_data/a.png"),
+        (LABEL_STUDIO, ".", "images", "images/a.png"),
+        (LABEL_IMG, ".", "train", "train/a.png"),
+        (LABEL_IMG, ".", "val", "valid/b.png"),
+        (LABEL_IMG, "train", ".", "a.png"),
+        (ROBOFLOW, ".", "train", "train/a.png"),
+        (ULTRALYTICS, ".", "train", "images/train/a.png"),
+    ],
+)
+def test_exports_without_a_yaml(data, tmp_path, files, source, split, expected):
+    data(files)
+    (tmp_path / "data.yaml").unlink()
+    labels = read(str(tmp_path / source), split)
+    assert [image["file_name"] for image in labels.content["images"]] == [expected]
+    assert [a["bbox"] for a in labels.content["annotations"]] == [[40, 15, 20, 10]]
+    assert labels.content["categories"] == [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}]
+    assert labels.findings == []
+    assert (Path(labels.image_dir) / expected).is_file()
+
+
+@pytest.mark.parametrize(
+    ("files", "source", "split", "sentence"),
+    [
+        (CVAT | {"obj.data": "train = train.txt"}, "obj.data", "train", "it has no 'names'"),
+        (
+            CVAT | {"obj.names": "cat"},
+            *("obj.data", "train", "its 'classes' is 2, but data/obj.names has 1"),
+        ),
+        (CVAT | {"obj.names": " \n"}, "obj.data", "train", "its 'classes' is 2, but"),
+        (CVAT, "obj.data", "test", "it has no split 'test', only 'train', 'valid'"),
+        (CVAT | {"obj.data": "names = x.names"}, "obj.data", "train", "names 'x.names', which"),
+        (LABEL_STUDIO, ".", "train", "it has no split 'train'; tried"),
+        (LABEL_STUDIO | {"classes.txt": " \n"}, ".", ".", "its 'names' is empty"),
+        (
+            LABEL_IMG | {"valid/classes.txt": "dog\n"},
+            *(".", "train", "valid/classes.txt and train/classes.txt name different classes"),
+        ),
+        (one(BOX), ".", "train", "nor classes.txt or obj.names or _darknet.labels of YOLO's"),
+    ],
+)
+def test_exports_that_cannot_be_read(data, tmp_path, files, source, split, sentence):
+    data(files)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        read(str(tmp_path / source), split)
+
+
+@pytest.mark.parametrize("line", ["data/images/a.png", r"images\a.png", r".\images\a.png"])
+def test_lines_of_lists_as_cvat_and_windows_write_them(data, line):
+    files = {"images/a.png": "", "labels/a.txt": BOX, "train.txt": line}
+    yaml_file = data(files, "{path: ./, train: train.txt, names: {0: cat}}")
+    assert files_of(yaml_file) == ["images/a.png"]
+
+
+def test_a_file_with_a_backslash_in_its_name_comes_first(data):
+    files = {r"images\a.png": "", r"images\a.txt": BOX, "images/a.png": ""}
+    yaml_file = data(files | {"train.txt": r"images\a.png"}, "{train: train.txt, names: [cat]}")
+    assert files_of(yaml_file) == [r"images\a.png"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "train"),
+    [(r"c:\Dev\set", ".\\images\\"), (r"set\deep", "images"), ("", r"..\images")],
+)
+def test_folders_of_windows(data, folder, train):
+    inside = "set/deep/" if "deep" in folder else ""
+    files = {f"{inside}images/a.png": "", f"{inside}labels/a.txt": BOX}
+    yaml_file = data(files, json.dumps({"path": folder, "train": train, "names": ["cat"]}))
+    assert files_of(yaml_file) == [f"{inside}images/a.png"]
 
 
 # ------------------------------------------------------------------------------------------------

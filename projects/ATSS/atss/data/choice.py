@@ -56,7 +56,7 @@ def choose(
         return content, [], {name for names in chosen.values() for name in names}
     number = {new: i for i, new in enumerate(chosen, start=1)}
     new_of = {name: number[new] for new, names in chosen.items() for name in names}
-    ids = {c["id"]: new_of.get(c["name"]) for c in named}
+    ids = {c["id"]: new_of.get(c["name"].strip()) for c in named}
     # What else a category has is that of the one that counts as it and is the commonest in LVIS.
     by_rarity = sorted(named, key=lambda c: FREQUENCIES.find(str(c.get("frequency"))))
     commonest = {ids[c["id"]]: c for c in by_rarity}
@@ -81,7 +81,7 @@ def choose(
     images = [_seen(image, ids, marked) for image in content["images"]]
     places = [f"{c['name']} ({left_out[c['id']]} objects)" for c in named if ids[c["id"]] is None]
     findings = [Finding("class_left_out", range(len(places)), places.__getitem__)] if places else []
-    found = {c["name"] for c in named} & set(new_of)
+    found = {c["name"].strip() for c in named} & set(new_of)
     new_content = {"images": images, "annotations": annotations, "categories": categories}
     return {**content, **new_content}, findings, found
 

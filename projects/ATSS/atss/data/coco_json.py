@@ -20,6 +20,30 @@ FIELDS = {
 }
 # Fewer boxes than this do not show in which order their numbers are.
 BOXES_THAT_TELL = 10
+# The fields at fault, of findings about something else than a box.
+FAULTY_FIELDS = {
+    "id_malformed": ("id",),
+    "file_name_malformed": ("file_name",),
+    "category_name_malformed": ("name",),
+    "category_name_similar": ("name",),
+    "image_unknown": ("image_id",),
+    "category_unknown": ("category_id",),
+    "crowd_malformed": ("iscrowd",),
+    "ignore": ("ignore",),
+    "segmentation_unusable": ("segmentation",),
+    "keypoints_unusable": ("keypoints",),
+    "area_unusable": ("area", "iscrowd"),
+}
+# What json holds, for people.
+TYPES = {
+    str: "text",
+    int: "a whole number",
+    float: "a decimal number",
+    bool: "a truth value",
+    type(None): "null",
+    list: "a list",
+    dict: "a dictionary",
+}
 # Farther beyond its image than by rounding, in pixels.
 BEYOND = 1.0
 # Sides below this, in pixels of the image, vanish in training once the image is resized.
@@ -54,7 +78,7 @@ def read_coco(json_file: str) -> dict:
         ValueError: with a sentence that names the file, where it is something else.
     """
     try:
-        with open(json_file, encoding="utf-8-sig") as file:
+        with open(json_file, encoding="utf-8-sig") as file:  # with or without a mark
             content = json.load(file)
     except OSError as error:
         raise ValueError(f"cannot read the annotations {json_file}: {error.strerror}") from error
@@ -108,6 +132,7 @@ def find_in_json(content: dict) -> tuple[list[Finding], Objects | None]:
     if findings.found:
         return findings.found, None
     objects = _objects(content, findings)
+    findings.add("category_name_similar", "categories", _similar_names(content["categories"]))
     return findings.found, objects
 
 
@@ -124,16 +149,25 @@ class _Findings:
         """Entries at these positions of the list ``key`` are of this kind."""
         positions = list(positions)
         if positions:
-            self.found.append(Finding(kind, positions, place or place_of(self.content, key)))
+            place = place or place_of(self.content, key, FAULTY_FIELDS.get(kind, ()))
+            self.found.append(Finding(kind, positions, place))
 
 
-def place_of(content: dict, key: str) -> Callable[[int], str]:
-    """Names the entries of the list ``key``: position -> such as "image 3 (a.jpg)"."""
+def place_of(content: dict, key: str, fields: Sequence[str] = ()) -> Callable[[int], str]:
+    """Names the entries of the list ``key``: position -> such as "image 3 (a.jpg)".
+
+    Args:
+        fields: whose values are shown too; by default the box of annotations.
+    """
     entries = content[key]
+
+    def values(i: int, fields: Sequence[str]) -> str:
+        return "".join(f", {_value(content, entries[i], field)}" for field in fields)
+
     if key == "images":
-        return lambda i: f"image {entries[i]['id']} ({entries[i]['file_name']})"
+        return lambda i: f"image {entries[i]['id']} ({entries[i]['file_name']}){values(i, fields)}"
     if key == "categories":
-        return lambda i: f"category {entries[i]['id']} ({entries[i]['name']})"
+        return lambda i: f"category {entries[i]['id']} ({entries[i]['name']}){values(i, fields)}"
     files: dict = {}
 
     def annotation(i: int) -> str:
@@ -143,9 +177,31 @@ def place_of(content: dict, key: str) -> Callable[[int], str]:
         image = entry["image_id"]
         known = isinstance(image, int | str) and image in files
         where = files[image] if known else f"image {image}"
-        return f"annotation {entry['id']} of {where}, bbox {json.dumps(entry['bbox'])}"
+        return f"annotation {entry['id']} of {where}{values(i, fields or ('bbox',))}"
 
     return annotation
+
+
+def _value(content: dict, entry: dict, field: str) -> str:
+    """The value of a field, and its type if ids have another."""
+    if field not in entry:
+        return f"no {field}"
+    value, shown = entry[field], f"{field} {show(entry[field])}"
+    if field not in ("id", "image_id", "category_id"):
+        return shown
+    key = {"image_id": "images", "category_id": "categories"}.get(field)
+    type_of_ids = type(content[key][0]["id"]) if key else int
+    if type(value) is type_of_ids:
+        return shown
+    ids = "text" if type_of_ids is str else "whole numbers"
+    return f"{shown} is {TYPES[type(value)]}, and ids are {ids}"
+
+
+def show(value: object) -> str:
+    """A value of a json for people, at a length that a sentence can bear."""
+    short = reprlib.Repr()
+    short.maxlist = short.maxstring = 60  # all key points of a person
+    return short.repr(value)
 
 
 def _find_in_fields(content: dict, findings: _Findings) -> None:
@@ -306,6 +362,15 @@ def _repeated(values: Sequence) -> list[int]:
         return []
     counts = Counter(values)
     return [i for i, x in enumerate(values) if counts[x] > 1]
+
+
+def _similar_names(categories: Sequence[dict]) -> list[int]:
+    """Positions of names that differ from others by case or blanks alone, similar ones adjacent."""
+    plain = ["".join(c["name"].split()).casefold() for c in categories]
+    names_of = defaultdict(set)
+    for key, category in zip(plain, categories, strict=True):
+        names_of[key].add(category["name"])
+    return sorted((i for i, x in enumerate(plain) if len(names_of[x]) > 1), key=plain.__getitem__)
 
 
 def is_empty(text: object) -> bool:

@@ -42,6 +42,11 @@ KINDS = {
     "category_id_twice": Kind(ERROR, "categories that share an id"),
     "category_name_malformed": Kind(ERROR, "categories whose name is not text, or empty"),
     "category_name_twice": Kind(WARNING, "categories that share a name, but are trained apart"),
+    "category_name_similar": Kind(
+        WARNING,
+        "categories whose names differ only by case or blanks, but are trained apart (--classes "
+        "joins them)",
+    ),
     "annotation_id_twice": Kind(ERROR, "annotations that share an id"),
     "image_unknown": Kind(ERROR, "annotations of images that are not in the file"),
     "category_unknown": Kind(ERROR, "annotations of categories that are not in the file"),
@@ -119,9 +124,14 @@ KINDS = {
         WARNING,
         "labels that name an image that is there, but are called like another, and taken for its",
     ),
-    "label_ambiguous": Kind(ERROR, "labels or lines of a list that could mean several files"),
+    "label_ambiguous": Kind(
+        ERROR, "labels or lines of a list that could mean several files, or several labels one file"
+    ),
     "image_elsewhere": Kind(
         NOTE, "labels whose image is neither in their folder nor in one that corresponds to it"
+    ),
+    "file_unused": Kind(
+        NOTE, "files in folders of images and labels that are neither, and are not used"
     ),
     "folder_without_labels": Kind(
         NOTE, "folders of images without a single label, which are left out"

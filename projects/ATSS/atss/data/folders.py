@@ -8,11 +8,22 @@ from pathlib import Path
 from .findings import Finding
 from .images import read_header
 
-# What is taken for an image in a folder. Those that Pillow cannot read are errors.
+# What is taken for an image in a folder: raster formats that Pillow reads, and those that others
+# read. Files that Pillow cannot read are errors, but never overlooked.
+# fmt: off
 SUFFIXES = {
-    *(".avif", ".bmp", ".dng", ".gif", ".heic", ".jfif", ".jp2", ".jpeg", ".jpg", ".mpo", ".pfm"),
-    *(".png", ".tif", ".tiff", ".webp"),
+    ".apng", ".avif", ".bmp", ".dds", ".dib", ".gif", ".icns", ".ico", ".j2c", ".j2k", ".jfif",
+    ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx", ".pfm",
+    ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".ras", ".sgi", ".tga", ".tif", ".tiff",
+    ".webp", ".xbm", ".xpm",
+    ".cr2", ".dng", ".heic", ".heif", ".jxl", ".nef",  # read by plugins of Pillow, if at all
 }
+# fmt: on
+# Files that name the classes of YOLO's labels, one a line: of Label Studio and LabelImg, of CVAT,
+# and of Roboflow.
+NAMES_FILES = ("classes.txt", "obj.names", "_darknet.labels")
+# One split under three names.
+VALIDATION = ("val", "validation", "valid")
 # Mostly waiting for a disk: more threads than processors.
 THREADS = min(32, 4 * (os.cpu_count() or 1))
 # Kind of a finding -> the places where it is so, for people.
@@ -53,6 +64,45 @@ class Split:
         return content, [Finding(k, range(len(p)), p.__getitem__) for k, p in found.items()]
 
 
+def names_of(split: str) -> tuple[str, ...]:
+    """Names under which a split may be stored, the given one first."""
+    return (split, *VALIDATION) if split in VALIDATION else (split,)
+
+
+def files_below(root: Path) -> list[Path]:
+    """Paths of all files below a folder, relative to it and sorted, without hidden ones.
+
+    Links to folders are followed. A folder comes once, by its real place if that is below root:
+    links may lead back.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    later = [str(root)]
+    while later:
+        links: list[str] = []
+        for top in later:
+            for folder, folders, files in os.walk(top):
+                real = os.path.realpath(folder)
+                folders[:] = sorted(x for x in folders if not x.startswith("."))
+                if real in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                paths = [os.path.join(folder, x) for x in folders]
+                links += [path for path in paths if os.path.islink(path)]
+                here = Path(folder).relative_to(root)
+                found += [here / x for x in files if not x.startswith(".")]
+        later = links
+    return sorted(found)
+
+
+def with_slashes(name: str, folder: Path) -> str:
+    """A path from Windows, ``images\\a.png``, as ``images/a.png`` if only that one exists."""
+    slashed = name.replace("\\", "/")
+    is_from_windows = name != slashed and not os.path.exists(folder / name)
+    return slashed if is_from_windows and os.path.exists(folder / slashed) else name
+
+
 def read_text(path: Path) -> str:
     """The content of a file, without the mark at which Windows knows UTF-8.
 
@@ -77,7 +127,7 @@ def size_of(image: Path) -> tuple[int, int] | OSError:
 
 def name_in(folder: Path, path: Path) -> str:
     """As messages and the content name a file."""
-    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+    return str(path).removeprefix(f"{folder}{os.sep}")
 
 
 def why(error: Exception) -> str:

@@ -10,6 +10,7 @@ from . import lvis
 from .choice import choose, parse
 from .coco_json import read_coco
 from .findings import Finding
+from .folders import NAMES_FILES, files_below, with_slashes
 from .voc import FIRST_PIXEL, read_voc
 from .yolo import read_yolo
 
@@ -80,8 +81,9 @@ class Labels:
 def read(annotations: str, images: str, reading: Reading = AS_IT_IS) -> Labels:
     """
     Args:
-        annotations, images: a json in COCO's or LVIS's format and its folder of images; a yaml in
-            YOLO's layout and its split; or a folder of Pascal VOC's xml and its split.
+        annotations, images: a json in COCO's or LVIS's format and its folder of images; in YOLO's
+            layout a yaml, an obj.data or a folder without xml files but with one of NAMES_FILES,
+            and its split; or a folder of Pascal VOC's xml and its split.
 
     Raises:
         ValueError: with a sentence that names what cannot be read.
@@ -89,15 +91,21 @@ def read(annotations: str, images: str, reading: Reading = AS_IT_IS) -> Labels:
     evaluator = "coco"
     findings: list[Finding] = []
     if os.path.isdir(annotations):
-        content, findings = read_voc(annotations, images, reading.first_pixel)
         image_dir = annotations
-    elif annotations.lower().endswith((".yaml", ".yml")):
+        if _is_yolo(Path(annotations)):
+            content, findings = read_yolo(annotations, images)
+        else:
+            content, findings = read_voc(annotations, images, reading.first_pixel)
+    elif annotations.lower().endswith((".yaml", ".yml", ".data")):
         content, findings = read_yolo(annotations, images)
         image_dir = os.path.dirname(annotations)
     else:
         if not Path(images).is_dir():
             raise ValueError(f"the image folder {images} does not exist")
         content, image_dir = read_coco(annotations), images
+        for image in content["images"]:
+            if isinstance(image.get("file_name"), str):
+                image["file_name"] = with_slashes(image["file_name"], Path(images))
         if lvis.is_lvis(content):
             content, evaluator = lvis.complete(content), "lvis"
             findings = lvis.find(content)
@@ -107,3 +115,10 @@ def read(annotations: str, images: str, reading: Reading = AS_IT_IS) -> Labels:
         content, left_out, found = choose(content, reading.classes)
         findings = [*findings, *left_out]
     return Labels(content, image_dir, findings, evaluator, names, found)
+
+
+def _is_yolo(folder: Path) -> bool:
+    """Whether a folder without a data.yaml has YOLO's labels."""
+    files = files_below(folder)
+    has_xml = any(x.suffix.lower() == ".xml" for x in files)
+    return not has_xml and any(x.name in NAMES_FILES for x in files)

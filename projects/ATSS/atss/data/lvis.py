@@ -4,6 +4,7 @@ from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from .choice import ABSENT, FREQUENCIES, PARTLY_MARKED
+from .coco_json import show
 from .findings import Finding
 
 
@@ -40,12 +41,14 @@ def find(content: dict) -> list[Finding]:
         return isinstance(value, list) and all(type(i) is int and i in ids for i in value)
 
     images = [
-        f"image {image.get('id')} ({image.get('file_name')})"
+        f"image {image.get('id')} ({image.get('file_name')}), "
+        + ", ".join(f"{key} {show(image.get(key))}" for key in (ABSENT, PARTLY_MARKED))
         for image in content["images"]
         if not (sound(image.get(ABSENT)) and sound(image.get(PARTLY_MARKED)))
     ]
     categories = [
-        f"category {category.get('id')} ({category.get('name')})"
+        f"category {category.get('id')} ({category.get('name')}), "
+        f"frequency {show(category.get('frequency'))}"
         for category in content["categories"]
         if category.get("frequency") not in tuple(FREQUENCIES)
     ]

@@ -12,7 +12,17 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from .findings import Finding
-from .folders import SUFFIXES, THREADS, Split, read_text, size_of, why
+from .folders import (
+    NAMES_FILES,
+    SUFFIXES,
+    THREADS,
+    Split,
+    files_below,
+    names_of,
+    read_text,
+    size_of,
+    why,
+)
 
 # Where VOC begins to count pixels; its boxes end with their last pixel, not behind it.
 FIRST_PIXEL = 1
@@ -93,10 +103,12 @@ def read_voc(folder: str, split: str, first_pixel: int = FIRST_PIXEL) -> tuple[d
     try:
         if not root.is_dir():
             raise ValueError("it is no folder")
-        files = _files(root)
+        files = files_below(root)
         xmls = [f for f in files if f.suffix.lower() == ".xml"]
         if not xmls:
-            raise ValueError("it has no xml files")
+            raise ValueError(
+                f"it has no xml files, nor {' or '.join(NAMES_FILES)} of YOLO's layout"
+            )
         with ThreadPoolExecutor(THREADS) as pool:
             labels = dict(zip(xmls, pool.map(lambda f: _read_label(root / f), xmls), strict=True))
             result = Split(root)
@@ -111,30 +123,6 @@ def read_voc(folder: str, split: str, first_pixel: int = FIRST_PIXEL) -> tuple[d
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     return result.result({i: name for name, i in numbers.items()})
-
-
-def _files(root: Path) -> list[Path]:
-    """All below a folder but what is hidden, also through links to folders, which may lead back:
-    each once, by its real place if that is below the folder."""
-    found: list[Path] = []
-    seen: set[str] = set()
-    later = [str(root)]
-    while later:
-        links: list[str] = []
-        for top in later:
-            for folder, folders, files in os.walk(top):
-                real = os.path.realpath(folder)
-                folders[:] = sorted(x for x in folders if not x.startswith("."))
-                if real in seen:
-                    folders.clear()
-                    continue
-                seen.add(real)
-                paths = [os.path.join(folder, x) for x in folders]
-                links += [path for path in paths if os.path.islink(path)]
-                here = Path(folder).relative_to(root)
-                found += [here / x for x in files if not x.startswith(".")]
-        later = links
-    return sorted(found)
 
 
 def _labelled_size(entry: Entry, labels: Mapping[Path, Label]) -> tuple[int, int] | None:
@@ -264,20 +252,23 @@ def _stem(name: str) -> str:
 
 
 def _select(root: Path, split: str, entries: list[Entry], result: Split) -> list[Entry]:
-    folder = root / split
-    lists = [root / "ImageSets" / "Main" / f"{split}.txt", root / f"{split}.txt"]
-    lists += [folder, Path(os.path.abspath(split))] if split.lower().endswith(".txt") else []
-    list_file = next((f for f in lists if f.is_file()), None)
-    inside = Path(os.path.normpath(split))
-    if list_file is not None:
-        chosen = _listed(list_file, root, entries, result)
-    elif folder.is_dir() and not inside.is_absolute() and ".." not in inside.parts:
-        real, base = (Path(os.path.realpath(x)) for x in (folder, root))
-        inside = real.relative_to(base) if real.is_relative_to(base) else inside
-        chosen = _inside(inside, entries, result)
+    tried: list[Path] = []
+    for name in names_of(split):
+        folder, inside = root / name, Path(os.path.normpath(name))
+        lists = [root / "ImageSets" / "Main" / f"{name}.txt", root / f"{name}.txt"]
+        lists += [folder, Path(os.path.abspath(name))] if name.lower().endswith(".txt") else []
+        list_file = next((f for f in lists if f.is_file()), None)
+        if list_file is not None:
+            chosen = _listed(list_file, root, entries, result)
+            break
+        if folder.is_dir() and not inside.is_absolute() and ".." not in inside.parts:
+            real, base = (Path(os.path.realpath(x)) for x in (folder, root))
+            inside = real.relative_to(base) if real.is_relative_to(base) else inside
+            chosen = _inside(inside, entries, result)
+            break
+        tried += [*lists, folder]
     else:
-        tried = ", ".join(map(str, [*lists, folder]))
-        raise ValueError(f"it has no split {split!r}; tried {tried}")
+        raise ValueError(f"it has no split {split!r}; tried {', '.join(map(str, tried))}")
     if chosen and not any(entry.xml for entry in chosen):
         raise ValueError(f"no image of {split!r} has an xml, {chosen[0].image} first")
     return chosen
@@ -327,6 +318,8 @@ def _listed(list_file: Path, root: Path, entries: list[Entry], result: Split) ->
     base = own.relative_to(root) if own.is_relative_to(root) else Path(".")
     chosen: dict[int, None] = {}
     for line in dict.fromkeys(filter(None, lines)):
+        if _stem(line) not in called:  # a path from Windows, unless a file is called so
+            line = line.replace("\\", "/")
         *before, last = line.split()
         marked = before and last in MARKS and _stem(line) not in called
         name = Path(line.removesuffix(last).strip() if marked else line)

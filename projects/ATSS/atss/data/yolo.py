@@ -1,9 +1,9 @@
-"""Reads a split of a data set in YOLO's layout, a data.yaml and a .txt of labels for each image,
-into COCO's format: whatever is said of the one is then said of the other."""
+"""Reads a split of a data set in YOLO's layout, names of classes and a .txt of labels for each
+image, into COCO's format: whatever is said of the one is then said of the other."""
 
-import glob
 import os
 import reprlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import isfinite
@@ -13,24 +13,39 @@ import yaml
 
 from .coco_json import BEYOND
 from .findings import Finding
-from .folders import SUFFIXES, THREADS, Places, Split, name_in, read_text, size_of
+from .folders import (
+    NAMES_FILES,
+    SUFFIXES,
+    THREADS,
+    Places,
+    Split,
+    files_below,
+    name_in,
+    names_of,
+    read_text,
+    size_of,
+    with_slashes,
+)
 
-# One split, whatever it is called.
-VALIDATION = ("val", "validation", "valid")
-# Keys of a data.yaml that are no splits.
-OTHER_KEYS = ("path", "names", "nc", "download")
+# Keys of a data.yaml or obj.data that are no splits.
+OTHER_KEYS = (
+    *("path", "names", "nc", "download", "kpt_shape", "kpt_names", "flip_idx", "roboflow"),
+    *("classes", "backup"),
+)
 # Objects reach beyond their image; what is farther outside than the image is large is no share.
 FAR = 1.0
 
 
-def read_yolo(yaml_file: str, split: str) -> tuple[dict, list[Finding]]:
+def read_yolo(source: str, split: str) -> tuple[dict, list[Finding]]:
     """A split as content in COCO's format, like that of :func:`~atss.data.coco_json.read_coco`.
 
     Sizes are those after the EXIF orientation; boxes are clipped; categories have YOLO's ids. File
-    names begin in the folder of the yaml, and are absolute where the images lie elsewhere.
+    names begin in the folder, and are absolute where the images lie elsewhere.
 
     Args:
-        split: a key of the yaml. That of the validation split goes by any of VALIDATION.
+        source: a data.yaml; Darknet's obj.data; or a folder with one of NAMES_FILES.
+        split: a key of the file; or, in a folder, a list of images (.txt) or a folder, "." for
+            itself. Names are those of :func:`~atss.data.folders.names_of`.
     Returns:
         the content, and what was found in images and labels: what cannot be read is not in the
         content.
@@ -38,31 +53,41 @@ def read_yolo(yaml_file: str, split: str) -> tuple[dict, list[Finding]]:
     Raises:
         ValueError: with a sentence that names the file, where nothing can be read.
     """
-    folder = Path(os.path.abspath(yaml_file)).parent
+    path = Path(os.path.abspath(source))
+    folder = path if path.is_dir() else path.parent
     try:
-        config = _read_yaml(yaml_file)
+        config = _read_config(path, split)
         names = _names(config)
-        images = _images(config, split, folder)
-        read = _read_images(images, folder, set(names))
+        with_key_points = _count_with_key_points(config)
+        images, files = _images(config, split, folder)
+        read = _read_images(images, folder, set(names), with_key_points)
         without = read.found["label_missing"]
         if read.images and len(without) == len(read.images):
-            label = name_in(folder, _label_of(folder / without[0]))
+            labels = " and ".join(name_in(folder, x) for x in _labels_of(folder / without[0]))
             raise ValueError(
                 f"no image of {split!r} has a label file: that of {without[0]} was looked for at "
-                f"{label}"
+                f"{labels}"
             )
+        _find_unused(files - {path}, images, with_key_points, read)
     except ValueError as error:
-        raise ValueError(f"{yaml_file}: {error}") from error
+        raise ValueError(f"{source}: {error}") from error
     return read.result(names)
 
 
 # ------------------------------------------------------------------------------------------------
-# The yaml
+# Names and splits
 # ------------------------------------------------------------------------------------------------
 
 
-def _read_yaml(yaml_file: str) -> dict:
-    text = read_text(Path(yaml_file))
+def _read_config(path: Path, split: str) -> dict:
+    """Names and splits, as a data.yaml has them."""
+    if path.is_dir():
+        return _read_folder(path, split)
+    return _read_darknet(path) if path.suffix.lower() == ".data" else _read_yaml(path)
+
+
+def _read_yaml(yaml_file: Path) -> dict:
+    text = read_text(yaml_file)
     try:
         config = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
@@ -74,6 +99,45 @@ def _read_yaml(yaml_file: str) -> dict:
     if not isinstance(config, dict):
         raise ValueError("it holds no keys with values")
     return config
+
+
+def _read_darknet(data_file: Path) -> dict:
+    """Lines ``key = value``, the names in a file of their own."""
+    lines = [line.partition("=") for line in read_text(data_file).splitlines()]
+    config: dict = {key.strip(): value.strip() for key, equals, value in lines if equals}
+    if "names" in config:
+        names = _read_names(_find("names", config["names"], (data_file.parent, Path.cwd())))
+        if config.get("classes", str(len(names))) != str(len(names)):
+            raise ValueError(
+                f"its 'classes' is {config['classes']}, but {config['names']} has {len(names)}"
+            )
+        config["names"] = names
+    return config
+
+
+def _read_folder(folder: Path, split: str) -> dict:
+    """A folder without a file that describes it: the split is a list or a folder in it."""
+    names = {x: _read_names(folder / x) for x in files_below(folder) if x.name in NAMES_FILES}
+    if not names:
+        raise ValueError(f"it has none of {', '.join(NAMES_FILES)}")
+    longest = max(names, key=lambda x: len(names[x]))
+    for other, shorter in names.items():
+        if shorter != names[longest][: len(shorter)]:
+            raise ValueError(f"{other} and {longest} name different classes")
+    places = [(f"{x}.txt", x, f"images/{x}") for x in names_of(split)]
+    tried = [folder / place for group in places for place in group]
+    found = next((place for place in tried if os.path.exists(place)), None)
+    if found is None:
+        raise ValueError(f"it has no split {split!r}; tried {', '.join(map(str, tried))}")
+    return {split: str(found), "names": names[longest]}
+
+
+def _read_names(file: Path) -> list[str]:
+    """Names of classes 0, 1, ..., one a line."""
+    try:
+        return [line.strip() for line in read_text(file).rstrip().splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _names(config: dict) -> dict[int, str]:
@@ -99,11 +163,30 @@ def _names(config: dict) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
-def _images(config: dict, split: str, folder: Path) -> list[Path]:
-    """Absolute paths of a split's images, sorted; each once."""
+def _count_with_key_points(config: dict) -> int | None:
+    """How many numbers a line with a box and key points has; None for data without key points."""
+    shape = config.get("kpt_shape")
+    if shape is None:
+        return None
+    if not (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(type(x) is int for x in shape)
+        and shape[0] > 0
+        and shape[1] in (2, 3)
+    ):
+        raise ValueError(
+            f"its 'kpt_shape' is {reprlib.repr(shape)}, where the number of key points and 2 or 3 "
+            "belong"
+        )
+    return 5 + shape[0] * shape[1]
+
+
+def _images(config: dict, split: str, folder: Path) -> tuple[list[Path], set[Path]]:
+    """Absolute paths of a split's images, sorted, each once; and those of all files in folders that
+    are used as a whole, and in their folders of labels."""
     splits = [key for key in config if key not in OTHER_KEYS and config[key]]
-    same = (split, *VALIDATION) if split in VALIDATION else (split,)
-    key = next((key for key in same if key in splits), None)
+    key = next((key for key in names_of(split) if key in splits), None)
     if key is None:
         there = f"only {', '.join(map(repr, splits))}" if splits else "nor any other"
         raise ValueError(f"it has no split {split!r}, {there}")
@@ -115,25 +198,25 @@ def _images(config: dict, split: str, folder: Path) -> list[Path]:
     if not isinstance(path, str):
         raise ValueError(f"its 'path' is {path!r}, where a folder belongs")
     # Where people mean it, where the images were moved without it, where YOLO's own tools look.
-    bases = (folder / path, folder, Path.cwd() / path)
-    found: set[Path] = set()
+    bases = (folder / with_slashes(path, folder), folder, Path.cwd() / path)
+    images: set[Path] = set()
+    files: set[Path] = set()
+    lists: set[Path] = set()
     for entry in entries:
-        tried = _candidates(entry, bases)
-        place = next((p for p in tried if p.exists()), None)
-        if place is None:
-            there = ", ".join(map(str, tried))
-            raise ValueError(f"its {key!r} names {entry!r}, which does not exist; tried {there}")
+        place = _find(key, entry, bases)
         if place.is_dir():
-            # This goes through links to folders, and passes over hidden files.
-            files = glob.iglob("**/*", root_dir=place, recursive=True)
-            found.update(place / f for f in files if os.path.splitext(f)[1].lower() in SUFFIXES)
+            inside = [place / x for x in files_below(place)]
+            images.update(x for x in inside if x.suffix.lower() in SUFFIXES)
+            labels = _labels_of(place / "image")[0].parent
+            files.update(inside, (labels / x for x in files_below(labels)))
         elif place.suffix.lower() == ".txt":
-            found.update(_listed(place, bases))
+            images.update(_listed(place, bases))
+            lists.add(place)
         else:
             raise ValueError(f"its {key!r} names {entry!r}, which is neither a folder nor a .txt")
-    if not found:
+    if not images:
         raise ValueError(f"its {key!r} has no images: {', '.join(map(repr, entries))}")
-    return sorted(found)
+    return sorted(images), files - lists
 
 
 def _listed(list_file: Path, bases: Sequence[Path]) -> Iterator[Path]:
@@ -143,16 +226,26 @@ def _listed(list_file: Path, bases: Sequence[Path]) -> Iterator[Path]:
     except ValueError as error:
         raise ValueError(f"the list {list_file}: {error}") from error
     for line in filter(None, map(str.strip, text.splitlines())):
-        here = line.startswith("./")
+        here = line.replace("\\", "/").startswith("./")
         tried = _candidates(line, [list_file.parent] if here else [*bases, list_file.parent])
-        yield next((p for p in tried if p.exists()), tried[0])
+        yield next((p for p in tried if os.path.exists(p)), tried[0])
+
+
+def _find(key: str, entry: str, bases: Sequence[Path]) -> Path:
+    tried = _candidates(entry, bases)
+    place = next((p for p in tried if os.path.exists(p)), None)
+    if place is None:
+        there = ", ".join(map(str, tried))
+        raise ValueError(f"its {key!r} names {entry!r}, which does not exist; tried {there}")
+    return place
 
 
 def _candidates(entry: str, bases: Sequence[Path]) -> list[Path]:
     """Where an entry may lie, the likeliest first. Exports of Roboflow write "../train/images" for
-    what lies beside their yaml."""
-    entries = dict.fromkeys((entry, entry.removeprefix("../")))
-    tried = (os.path.normpath(base / e) for base in bases for e in entries)
+    what lies beside their yaml, those of CVAT "data/train.txt", and Windows backslashes."""
+    slashed = entry.replace("\\", "/")
+    entries = (entry, slashed, slashed.removeprefix("../"), slashed.removeprefix("data/"))
+    tried = (os.path.normpath(base / e) for base in bases for e in dict.fromkeys(entries))
     return [Path(p) for p in dict.fromkeys(tried)]
 
 
@@ -161,30 +254,70 @@ def _candidates(entry: str, bases: Sequence[Path]) -> list[Path]:
 # ------------------------------------------------------------------------------------------------
 
 
-def _read_images(images: list[Path], folder: Path, ids: set[int]) -> Split:
-    labels = [_label_of(image) for image in images]
+def _read_images(
+    images: list[Path], folder: Path, ids: set[int], with_key_points: int | None
+) -> Split:
     with ThreadPoolExecutor(THREADS) as pool:
         sizes = list(pool.map(size_of, images))
-        texts = list(pool.map(_read_label, labels))
+        labels = list(pool.map(_read_label, images))
     split = Split(folder)
-    for image, label, size, text in zip(images, labels, sizes, texts, strict=True):
-        name, name_of_label = name_in(folder, image), name_in(folder, label)
+    images_of = defaultdict(list)
+    for image, (files, _) in zip(images, labels, strict=True):
+        images_of[files[0] if files else None].append(name_in(folder, image))
+    for image, (files, text), size in zip(images, labels, sizes, strict=True):
+        name = name_in(folder, image)
+        name_of_label = " and ".join(name_in(folder, x) for x in files)
         if isinstance(size, OSError):
             split.found["file_unreadable"].append(f"{name} cannot be read: {size}")
             continue
         split.add_image(image, size)
-        if text is None:
+        if not files:
             split.found["label_missing"].append(name)
+        elif text is None:
+            split.found["label_ambiguous"].append(f"{name_of_label}: {name}")
         elif isinstance(text, ValueError):
             split.found["label_malformed"].append(f"{name_of_label}: {text}")
+        elif text.strip() and len(images_of[files[0]]) > 1:
+            if name == images_of[files[0]][0]:
+                names = " or ".join(images_of[files[0]])
+                split.found["label_ambiguous"].append(f"{name_of_label}: {names}")
         else:
-            for category, box in _read_labels(text, name_of_label, size, ids, split.found):
+            lines = _read_labels(text, name_of_label, size, ids, with_key_points, split.found)
+            for category, box in lines:
                 split.add_object(category, box)
     return split
 
 
+def _find_unused(
+    files: set[Path], images: list[Path], with_key_points: int | None, split: Split
+) -> None:
+    """Labels whose image is not there, and files that are neither images nor labels."""
+    labels = (label for image in images for label in _labels_of(image))
+    for file in sorted(files.difference(images, labels)):
+        name = name_in(split.folder, file)
+        if _is_label(file, with_key_points):
+            split.found["file_unreadable"].append(f"the image of {name} is not there")
+        elif file.name not in NAMES_FILES:
+            split.found["file_unused"].append(name)
+
+
+def _is_label(file: Path, with_key_points: int | None) -> bool:
+    """Whether the first line of a .txt is that of an object."""
+    try:
+        text = read_text(file) if file.suffix.lower() == ".txt" else ""
+        _parse(text.strip().partition("\n")[0].split(), with_key_points)
+    except ValueError:
+        return False
+    return True
+
+
 def _read_labels(
-    text: str, name: str, size: tuple[int, int], ids: set[int], found: Places
+    text: str,
+    name: str,
+    size: tuple[int, int],
+    ids: set[int],
+    with_key_points: int | None,
+    found: Places,
 ) -> Iterator[tuple[int, list[float]]]:
     """Class and [x, y, width, height] in pixels of every line that has them; the others are
     found."""
@@ -193,7 +326,7 @@ def _read_labels(
         if not fields:
             continue
         try:
-            category, shares = _parse(fields)
+            category, shares = _parse(fields, with_key_points)
         except ValueError as error:
             found["label_malformed"].append(f"{name} line {number} {error}")
             continue
@@ -211,12 +344,17 @@ def _read_labels(
             yield category, [x1, y1, x2 - x1, y2 - y1]
 
 
-def _parse(fields: list[str]) -> tuple[int, list[float]]:
+def _parse(fields: list[str], with_key_points: int | None) -> tuple[int, list[float]]:
     """Class and shares of a line.
+
+    Args:
+        with_key_points: as from :func:`_count_with_key_points`. Key points are not read.
 
     Raises:
         ValueError: as the end of a sentence that names the line.
     """
+    if len(fields) == with_key_points:
+        fields = fields[:5]
     numbers = []
     for field in fields:
         try:
@@ -226,9 +364,12 @@ def _parse(fields: list[str]) -> tuple[int, list[float]]:
         if not isfinite(numbers[-1]):
             raise ValueError(f"has {field}, which is not finite")
     count = len(numbers)
-    if count != 5 and (count < 7 or count % 2 == 0):
+    if count != 5 and (with_key_points or count < 7 or count % 2 == 0):
+        others = "a polygon 7, 9, 11 or more"
+        if with_key_points:
+            others = f"one with key points {with_key_points}, by 'kpt_shape'"
         plural = "numbers" if count > 1 else "number"
-        raise ValueError(f"has {count} {plural}, but a box has 5, and a polygon 7, 9, 11 or more")
+        raise ValueError(f"has {count} {plural}, but a box has 5, and {others}")
     if numbers[0] != int(numbers[0]):
         raise ValueError(f"has class {fields[0]}, which is no whole number")
     return int(numbers[0]), numbers[1:]
@@ -243,15 +384,19 @@ def _corners(shares: list[float]) -> tuple[float, float, float, float]:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def _label_of(image: Path) -> Path:
-    """The last folder called images becomes labels; where there is none, beside the image."""
-    before, images, after = image.as_posix().rpartition("/images/")
-    return Path(f"{before}/labels/{after}" if images else image).with_suffix(".txt")
+def _labels_of(image: Path) -> list[Path]:
+    """Where the label of an image may be, the likeliest first: the last folder called images
+    becomes labels; else beside the image."""
+    beside = image.with_suffix(".txt")
+    before, images, after = beside.as_posix().rpartition("/images/")
+    return [Path(f"{before}/labels/{after}"), beside] if images else [beside]
 
 
-def _read_label(label: Path) -> str | ValueError | None:
-    """The content of a label file; None where there is none."""
+def _read_label(image: Path) -> tuple[list[Path], str | ValueError | None]:
+    """The label files of an image and their content, None if there is none, or two that differ."""
+    files = [x for x in _labels_of(image) if os.path.exists(x)]
     try:
-        return read_text(label) if label.exists() else None
+        texts = {read_text(x) for x in files}
     except ValueError as error:
-        return error
+        return files, error
+    return files, texts.pop() if len(texts) == 1 else None
