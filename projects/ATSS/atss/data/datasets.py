@@ -25,14 +25,17 @@ from .formats import AS_IT_IS, Reading, read
 ADDRESS = re.compile(r"[A-Za-z][\w+.-]+://")
 
 
-def register_all(specs: Sequence[str], reading: Reading = AS_IT_IS) -> None:
+def register_all(specs: Sequence[str], reading: Reading = AS_IT_IS, partly: bool = False) -> None:
     """Registers them in turn.
+
+    Args:
+        partly: there may be others, which have more of the chosen classes.
 
     Raises:
         ValueError: as :func:`register`, or naming a chosen class that none of them has.
     """
     metadata = [MetadataCatalog.get(register(spec, reading)) for spec in specs]
-    if reading.classes and metadata:
+    if reading.classes and metadata and not partly:
         there = list(dict.fromkeys(x for m in metadata for x in m.names_in_data))
         refuse_unknown(reading.classes, set().union(*(m.found for m in metadata)), there)
 

@@ -46,6 +46,7 @@ from ..data.formats import add_arguments, reading_of
 from .best import best_metric, check_metric, known_metrics
 from .evaluation import check_metadata
 from .launch import (
+    abridge_terminal,
     is_started,
     keep_freed_memory,
     keep_tracebacks_to_the_file,
@@ -56,6 +57,7 @@ from .launch import (
     world_size,
 )
 from .solver import MOMENTS
+from .sources import recall, shorten_paths
 from .trainer import Trainer
 
 # Of Detectron2's keys: least and greatest value of each number.
@@ -109,6 +111,7 @@ def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
         "of a folder of Pascal VOC's xml, to be used under NAME in the config (repeatable)",
     )
     add_arguments(parser)
+    parser.set_defaults(recalls_classes=False)
     parser.add_argument(
         "--import",
         dest="imports",
@@ -135,8 +138,10 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     """
     if not args.config_file:
         raise ValueError("--config-file is missing, such as configs/ATSS_R_50_FPN_1x.yaml")
-    register(args)
+    import_modules(args.imports)
     cfg = load_config(args.config_file, opts=args.opts)
+    recall(args, cfg)
+    register(args)
     if args.eval_only and cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
         cfg = for_inference(cfg)
     if use_available_device(cfg):
@@ -152,6 +157,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         complete_schedule(cfg, given=args.opts[::2])
     check_config(_weights_at_hand(args, cfg), not args.eval_only, given=args.opts[::2])
     check_output_dir(cfg.OUTPUT_DIR, cfg.DATASETS.TEST)
+    shorten_paths(cfg)
     prune(cfg)  # what the run writes into its folder can be read where other parts are not known
     cfg.freeze()
     return cfg
@@ -177,7 +183,6 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
         follow_classes(cfg)
     config = _set_up(args, cfg)
-    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="atss")
     keep_tracebacks_to_the_file(cfg.OUTPUT_DIR)
     datasets.log_remarks((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     for name in cfg.DATASETS.TEST:
@@ -273,7 +278,12 @@ def _set_up(args: argparse.Namespace, cfg: CfgNode) -> bytes:
         what a training is to write there.
     """
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-    first = comm.is_main_process()
+    rank, first = comm.get_rank(), comm.is_main_process()
+    # Called as default_setup calls it, setup_logger gives the same loggers again.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore")
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="atss")
+    abridge_terminal()
     before = _read(path) if first and (args.eval_only or args.resume) else None
     try:
         default_setup(cfg, args)
@@ -345,7 +355,7 @@ def register(args: argparse.Namespace) -> None:
         ValueError: with a sentence that says what is wrong.
     """
     import_modules(args.imports)
-    datasets.register_all(args.register, reading_of(args))
+    datasets.register_all(args.register, reading_of(args), partly=args.recalls_classes)
 
 
 class NoSuchModule(ValueError):
