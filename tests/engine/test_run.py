@@ -72,7 +72,7 @@ def at_addresses(content):
         image["file_name"] = f"https://example.org/{image['file_name']}"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def launched(monkeypatch):
     """What start() would have run, and how often."""
     runs = []
