@@ -295,7 +295,7 @@ def check_metric(cfg: CfgNode) -> None:
 
 def _data_set_of(metric: str, names: Sequence[str]) -> str:
     """The test set that a whole name of a metric begins with, "" for none."""
-    return next((name for name in names if metric.startswith(f"{name}/")), "")
+    return max((name for name in names if metric.startswith(f"{name}/")), key=len, default="")
 
 
 def evaluated_iteration(trainer: TrainerBase) -> int:
