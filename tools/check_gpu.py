@@ -25,6 +25,7 @@ from gpu import cost, numbers
 from gpu.setting import ROOT, Finding, Setting
 
 from atss.analysis.files import try_to_write
+from atss.engine.writers import strict
 
 
 def suite(setting: Setting) -> Finding:
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     print("\n" + table(["check", "", "", "took"], rows))
     if args.json:
         figures = {name: vars(x) for name, x in found.items()}
-        text = json.dumps({"machine": machine, "checks": figures}, indent=1)
+        text = json.dumps(strict({"machine": machine, "checks": figures}), indent=1)
         args.json.write_text(text, encoding="utf-8")
     failed = [name for name, x in found.items() if x.passed is False]
     if failed:

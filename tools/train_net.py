@@ -12,4 +12,4 @@
 from atss.engine.run import make_parser, start
 
 if __name__ == "__main__":
-    start(make_parser(epilog=__doc__).parse_args())
+    start(make_parser(epilog=__doc__).parse_intermixed_args())

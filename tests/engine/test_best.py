@@ -20,7 +20,6 @@ from atss.checkpoints import TrainingCheckpointer
 from atss.engine import Trainer
 from atss.engine.best import ABOUT, Best, best_metric
 from atss.engine.hooks import EXIT_PREEMPTED
-from atss.engine.launch import launch
 from atss.engine.solver import MOMENTS
 from atss.predictor import Predictor
 
@@ -185,9 +184,9 @@ def test_the_file_gives_the_value_again(squares, tmp_path):
     assert set(found) == {"model", "class_names", *ABOUT}
     kind = "averaged weights (EMA)" if found["averaged"] else "weights"
     assert (
-        f"The best weights are in {tmp_path}/model_best.pth, to be given as MODEL.WEIGHTS: "
-        f"bbox/AP50 {found['value']:.3f}, with the {kind} of iteration {found['iteration']}"
-    ) in log(tmp_path)
+        f"The best weights are in {tmp_path}/model_best.pth (bbox/AP50 {found['value']:.3f}, with "
+        f"the {kind} of iteration {found['iteration']}), to be given as MODEL.WEIGHTS"
+    ) in log(tmp_path).splitlines()[-1]
     register = f"short={squares}/annotations.json:{squares}/images"
     opts = {"MODEL.WEIGHTS": tmp_path / "model_best.pth", "DATASETS.TEST": ("short",)}
     opts |= {"INPUT.MIN_SIZE_TEST": 64, "MODEL.ATSS.SCORE_THRESH_TEST": 0.0}
@@ -261,20 +260,23 @@ def test_none_without_a_metric(squares, tmp_path, by_weights):
     run(squares, tmp_path, **EVALUATED | {"TEST.BEST_METRIC": ""})
     assert len(by_weights) == 6
     assert not (tmp_path / "model_best.pth").exists()
+    last = log(tmp_path).splitlines()[-1]
+    assert f"The last weights are in {tmp_path}/model_final.pth, to be given as MODEL" in last
 
 
-def test_an_unknown_metric_ends_the_run_in_one_sentence(squares, tmp_path):
-    register = f"short={squares}/annotations.json:{squares}/images"
-    opts = {"DATASETS.TRAIN": ("short",), "DATASETS.TEST": ("short",), "TEST.EVAL_PERIOD": 1}
-    opts |= {"MODEL.ATSS.SCORE_THRESH_TEST": 0.0, "TEST.BEST_METRIC": "bbox_EMA/AP"}
-    opts |= {"SOLVER.EMA_DECAY": 0.9}
-    args = way_in.make_parser().parse_args(arguments(register, tmp_path, **opts))
-    with pytest.raises(SystemExit) as stop:
-        launch(way_in.run, args, way_in.prepare(args))
-    assert stop.value.code.startswith(
-        "error: TEST.BEST_METRIC is 'bbox_EMA/AP', which the evaluation does not give; known are "
-        "['bbox/AP', 'bbox/AP50', "
-    )
+def test_without_a_number_the_last_weights_are_kept(squares, tmp_path, monkeypatch):
+    """A first try finds nothing yet. In a longer run any number replaces them."""
+    opts = EVALUATED | {"SOLVER.EMA_DECAY": 0.0, "SOLVER.MAX_ITER": 2, "TEST.EVAL_PERIOD": 5}
+    scripted(monkeypatch, math.nan)
+    run(squares, tmp_path, **opts)
+    found, last = best(tmp_path), log(tmp_path).splitlines()[-1]
+    assert_equal(found["model"], final(tmp_path)["model"])
+    assert (found["value"], found["iteration"]) == (-math.inf, 1)
+    assert "The best weights are in" in last
+    assert "(bbox/AP in no evaluation a number, the last weights, of iteration 1)" in last
+    scripted(monkeypatch, math.nan, 0.0)
+    run(squares, tmp_path, "--resume", **opts | {"SOLVER.MAX_ITER": 6})
+    assert (best(tmp_path)["value"], best(tmp_path)["iteration"]) == (0.0, 5)
 
 
 def test_sigterm_ends_an_evaluation_that_is_made_up_for(squares, tmp_path, by_weights, monkeypatch):

@@ -1,6 +1,7 @@
 """What can be said of processes before they start, and of what went wrong in them."""
 
 import errno
+import io
 import logging
 import sys
 
@@ -11,6 +12,7 @@ from conftest import make_cfg
 import atss.engine.run as way_in
 from atss.engine.hooks import AllLeave
 from atss.engine.launch import (
+    abridge_terminal,
     explain,
     is_started,
     keep_tracebacks_to_the_file,
@@ -80,6 +82,13 @@ def test_the_address_of_a_meeting_alone_starts_nothing(monkeypatch):
     assert not is_started()
 
 
+def test_several_machines_need_a_place_to_meet():
+    """On one machine a free port is found."""
+    with pytest.raises(ValueError, match="--num-machines 2 needs --dist-url, such as tcp://"):
+        check_processes(arguments("--num-machines", "2"), make_cfg())
+    check_processes(arguments("--num-machines", "2", "--dist-url", "tcp://x:1"), make_cfg())
+
+
 @pytest.mark.parametrize("option", ["--num-gpus", "--num-machines"])
 def test_no_process_at_all(option):
     with pytest.raises(ValueError, match=f"^{option} must be at least 1, not 0$"):
@@ -133,6 +142,42 @@ def test_a_module_that_lacks_another_is_one_sentence(monkeypatch, tmp_path):
     (tmp_path / "lacks_one.py").write_text("import no_such_module")
     with pytest.raises(SystemExit, match="error: --import lacks_one: No module named 'no_such"):
         way_in.start(arguments("--import", "lacks_one", "--config-file", "x.yaml"))
+
+
+@pytest.mark.parametrize("place", ["./{}.py", "{}.py", "rules/{}.py", "~/{}.py", "../here/{}.py"])
+def test_a_file_is_imported_under_its_name(monkeypatch, tmp_path, place):
+    """With the modules beside it, and once for several calls in a process."""
+    here = tmp_path / "here"
+    folder = here / "rules" if place.startswith("rules") else here
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name, beside = f"own_{abs(hash(place))}", f"beside_{abs(hash(place))}"
+    (folder / f"{beside}.py").write_text("loads = []")
+    (folder / f"{name}.py").write_text(f"from {beside} import loads\nloads.append(1)\n")
+    for _ in range(2):
+        way_in.import_modules([place.format(name)])
+    assert sys.modules[name].loads == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("./gone.py", "--import ./gone.py: there is no such file"),
+        ("rules/gone", "--import rules/gone: there is no such file"),
+        (".gone", "--import .gone: there is no such file"),
+        ("", "--import : there is no such file"),
+        ("gone.module", "--import gone.module: No module named 'gone'"),
+        ("json.py", "--import json.py: <module 'json' from .*> has that name: rename the file"),
+    ],
+)
+def test_what_cannot_be_imported_is_one_sentence(monkeypatch, tmp_path, name, sentence):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "json.py").touch()
+    with pytest.raises(SystemExit, match=f"^error: {sentence}"):
+        way_in.start(arguments("--import", name, "--config-file", "x.yaml"))
 
 
 def test_a_sentence_without_a_log_stands_alone(capsys):
@@ -202,6 +247,31 @@ def test_what_may_be_a_bug_is_printed_with_its_traceback(tmp_path, capsys):
         assert told(refused, own=False) == ""
     finally:
         log.removeHandler(handler)
+
+
+def test_the_terminal_gets_the_first_lines_of_what_is_long(monkeypatch):
+    log, out = logging.getLogger("atss"), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    terminal, file = logging.StreamHandler(out), logging.StreamHandler(io.StringIO())
+    for handler in (terminal, file):
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    whole = "\n".join(map(str, range(30)))
+    try:
+        for _ in range(2):
+            abridge_terminal()
+        log.setLevel(logging.INFO)
+        log.info(whole)
+        log.warning(whole)
+        log.error(whole)
+        log.info("short\nenough")
+    finally:
+        for handler in (terminal, file):
+            log.removeHandler(handler)
+    first = "\n".join(map(str, range(10)))
+    of_info, of_warning = "0\n(29 more lines: log.txt)", f"{first}\n(20 more lines: log.txt)"
+    assert out.getvalue() == f"{of_info}\n{of_warning}\n{whole}\nshort\nenough\n"
+    assert file.stream.getvalue() == f"{whole}\n" * 3 + "short\nenough\n"
 
 
 def test_shared_memory_that_is_full_is_not_the_folders_fault():

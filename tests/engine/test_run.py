@@ -1,5 +1,7 @@
-"""Folders of runs: whose they are, and what stays in them."""
+"""Folders of runs: whose they are, what stays in them, and what is looked at before a run."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +11,11 @@ from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 import atss.engine.run as way_in
+from atss import load_config
 from atss.checkpoints import TrainingCheckpointer
+from atss.data import datasets
+from atss.engine.best import best_metric
+from atss.engine.sources import recall, shorten_paths
 
 
 @pytest.fixture
@@ -27,14 +33,46 @@ def arguments(squares, tmp_path):
         argv = ["--config-file", config, "--register", register, *options, *pairs]
         return way_in.make_parser().parse_args(argv)
 
+    names = set(DatasetCatalog.list())
     yield make
-    for name in ("squares", "bare"):
-        if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
+    forget(*set(DatasetCatalog.list()) - names)
+
+
+def forget(*names):
+    """Takes data sets out of the catalogs, as in a new process."""
+    for name in names:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
 
 
 @pytest.fixture
+def variant(squares, tmp_path):
+    """variant(name, change): the option that registers the squares after a change of their json."""
+
+    def make(name, change):
+        content = json.loads((squares / "annotations.json").read_text())
+        change(content)
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        return "--register", f"{name}={tmp_path}/{name}.json:{squares}/images"
+
+    return make
+
+
+def without_annotations(content):
+    del content["annotations"]
+
+
+def crowds_alone(content):
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+
+
+def at_addresses(content):
+    for image in content["images"]:
+        image["file_name"] = f"https://example.org/{image['file_name']}"
+
+
+@pytest.fixture(autouse=True)
 def launched(monkeypatch):
     """What start() would have run, and how often."""
     runs = []
@@ -123,14 +161,201 @@ def test_an_evaluation_or_failed_resumption_leaves_the_config(arguments, tmp_pat
     assert config.read_text() == "of the training"
 
 
-def test_images_of_the_test_data_are_looked_for_first(arguments, squares, launched, tmp_path):
+@pytest.mark.parametrize(("key", "count"), [("TRAIN", 7), ("TEST", 8)])
+def test_missing_images_are_named_first(arguments, squares, launched, tmp_path, key, count):
+    """An image without objects is evaluated, but not trained on."""
     spec = f"bare={squares}/annotations.json:{tmp_path}"
-    args = arguments("--register", spec, **{"DATASETS.TEST": "('bare',)"})
-    sentence = said_by(args)
-    assert sentence == (
-        f"error: data set bare: 8 of 8 images do not exist, such as {tmp_path}/0.png"
+    args = arguments("--register", spec, **{f"DATASETS.{key}": "('bare',)"})
+    assert said_by(args) == (
+        f"error: data set bare: {count} of {count} images do not exist, such as {tmp_path}/0.png"
     )
     assert not launched
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_addresses_of_images_are_named_first(arguments, variant, key):
+    args = arguments(*variant("web", at_addresses), **{f"DATASETS.{key}": "('web',)"})
+    sentence = said_by(args)
+    assert sentence.startswith("error: data set web: ")
+    assert "/https://example.org/0.png; addresses are not fetched: download the im" in sentence
+
+
+@pytest.mark.parametrize(
+    ("address", "is_there"), [("https://x.org/a.png", True), ("s3://x/a.png", False)]
+)
+def test_a_scheme_needs_a_handler(address, is_there):
+    """Detectron2's PathManager fetches https, but has no handler for s3."""
+    DatasetCatalog.register("remote", lambda: [{"file_name": address}])
+    try:
+        if is_there:
+            datasets.refuse_missing_images(["remote"])
+        else:
+            with pytest.raises(ValueError, match="1 of 1 images do not exist, such as s3://x/a"):
+                datasets.refuse_missing_images(["remote"])
+    finally:
+        forget("remote")
+
+
+@pytest.mark.parametrize("change", [without_annotations, crowds_alone])
+def test_a_test_set_with_objects_decides(arguments, variant, change):
+    """If none has objects, a recipe's PATIENCE is no error, one on the command line is."""
+    bare, opts = variant("bare", change), {"TEST.EVAL_PERIOD": 2, "TEST.EVAL_EPOCHS": 0}
+    both = {"DATASETS.TEST": "('bare', 'squares')"}
+    assert best_metric(way_in.prepare(arguments(*bare, **opts, **both))) == "squares/bbox/AP"
+    alone = {"DATASETS.TEST": "('bare',)"}
+    assert best_metric(way_in.prepare(arguments(*bare, **opts, **alone))) == ""
+    for key, value in (("PATIENCE", 3), ("BEST_METRIC", "bbox/AP50")):
+        sentence = said_by(arguments(*bare, **opts, **alone, **{f"TEST.{key}": value}))
+        wanted = f"error: TEST.{key} {value} needs objects in DATASETS.TEST: bare has none"
+        assert sentence == wanted
+    named = {"TEST.BEST_METRIC": "bare/bbox/AP"}
+    sentence = said_by(arguments(*bare, **opts, **both, **named))
+    assert sentence == "error: TEST.BEST_METRIC is 'bare/bbox/AP', but data set bare has no objects"
+
+
+@pytest.mark.parametrize("objects", [without_annotations, None])
+def test_a_recipes_patience_without_test_sets_is_silent(arguments, variant, tmp_path, objects):
+    """No test set, or one without objects; PATIENCE stands in the file."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"_BASE_: {ROOT}/configs/ATSS_R_18_FPN_small.yaml\nTEST: {{PATIENCE: 3}}\n")
+    bare = variant("bare", objects) if objects else ()
+    test = "('bare',)" if objects else "()"
+    opts = {"DATASETS.TEST": test, "TEST.EVAL_EPOCHS": 1.0}
+    way_in.prepare(arguments("--config-file", str(recipe), *bare, **opts))
+    sentence = said_by(arguments(**{"DATASETS.TEST": "()", "TEST.PATIENCE": 3}))
+    assert sentence.startswith("error: TEST.PATIENCE 3 ends training by its evaluations")
+
+
+@pytest.mark.parametrize("metric", ["AP", "segm/AP", "bbox_EMA/AP", "squares/bbox/AP"])
+def test_an_unknown_metric_is_named_first(arguments, metric):
+    opts = {"TEST.EVAL_PERIOD": 2, "TEST.EVAL_EPOCHS": 0}
+    sentence = said_by(arguments(**opts, **{"TEST.BEST_METRIC": metric}))
+    assert sentence.startswith(f"error: TEST.BEST_METRIC is {metric!r}; known are ['bbox/AP', 'bbo")
+    for known in ("bbox/AP75", "bbox/AP-blue"):
+        way_in.prepare(arguments(**opts, **{"TEST.BEST_METRIC": known}))
+
+
+@pytest.mark.parametrize(
+    ("expected", "sentence"),
+    [
+        ("[['bbox', 'AP', 38.0]]", "TEST.EXPECTED_RESULTS takes [task, metric, value, tolerance]"),
+        ("[['segm', 'AP', 38.0, 1.0]]", "TEST.EXPECTED_RESULTS takes [task, metric, value, tole"),
+        ("[['bbox', 'mAP', 38.0, 1.0]]", "TEST.EXPECTED_RESULTS takes [task, metric, value, tol"),
+    ],
+)
+def test_expected_results_are_looked_at_first(arguments, expected, sentence):
+    assert said_by(arguments(**{"TEST.EXPECTED_RESULTS": expected})).startswith(
+        f"error: {sentence}"
+    )
+
+
+def test_expected_results_are_of_one_data_set(arguments, squares):
+    """Of several, Detectron2 would look for the task among the names of the data sets."""
+    other = ("--register", f"other={squares}/annotations.json:{squares}/images")
+    opts = {"DATASETS.TEST": "('squares', 'other')"}
+    expected = {"TEST.EXPECTED_RESULTS": "[['bbox', 'AP', 38.0, 1.0]]"}
+    sentence = said_by(arguments(*other, **opts, **expected))
+    assert sentence == "error: TEST.EXPECTED_RESULTS needs one data set in DATASETS.TEST, not 2"
+
+
+@pytest.mark.parametrize("place", ["inference", "ema/inference/squares"])
+def test_folders_of_results_are_written_into_first(arguments, tmp_path, place):
+    """A file of that name stands for a folder of another user."""
+    file = tmp_path / "out" / place
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert said_by(arguments()) == f"error: cannot write into OUTPUT_DIR {file}: Not a directory"
+
+
+# ------------------------------------------------------------------------------------------------
+# What a config remembers
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(squares, tmp_path, monkeypatch):
+    """A project with a copy of the squares and the config that a run leaves, from a command with
+    relative paths. Gives its folder."""
+    project = tmp_path / "project"
+    shutil.copytree(squares, project / "data")
+    (project / "data/d.yaml").write_text("train: images\nval: images\nnames: [blue]\n")
+    monkeypatch.chdir(project)
+    argv = ["--config-file", str(ROOT / "configs/ATSS_R_18_FPN_small.yaml")]
+    argv += ["--register", "a=data/annotations.json:data/images", "--classes", "orange"]
+    argv += ["--register", "b=data/annotations.json:data/images", "MODEL.DEVICE", "cpu"]
+    argv += ["DATASETS.TRAIN", "('a',)", "DATASETS.TEST", "('b',)", "OUTPUT_DIR", "runs/1"]
+    cfg = way_in.prepare(way_in.make_parser().parse_args(argv))
+    (project / "runs/1/config.yaml").write_text(cfg.dump())
+    forget("a", "b")
+    yield project
+    forget(*{"a", "b", "c"} & set(DatasetCatalog.list()))
+
+
+def recalled(config, *options):
+    args = way_in.make_parser().parse_args(["--config-file", str(config), *options])
+    return way_in.prepare(args), args
+
+
+def test_a_config_remembers_its_data_sets(trained, tmp_path, monkeypatch):
+    """Also after data and runs have moved together; only what is used is read again."""
+    config = yaml.safe_load((trained / "runs/1/config.yaml").read_text())["DATASETS"]
+    paths = "../../data/annotations.json:../../data/images"
+    assert config["REGISTER"] == [f"a={paths}", f"b={paths}"]
+    assert (config["CLASSES"], config["FIRST_PIXEL"]) == ("orange", 1)
+    trained.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    cfg, _ = recalled("moved/runs/1/config.yaml", "--eval-only")
+    assert "a" not in DatasetCatalog
+    assert MetadataCatalog.get("b").thing_classes == ["orange"] == cfg.MODEL.ATSS.CLASS_NAMES
+    assert DatasetCatalog.get("b")[0]["file_name"] == f"{tmp_path}/moved/data/images/0.png"
+    recalled("moved/runs/1/config.yaml", "--resume")
+    assert "a" in DatasetCatalog
+
+
+def test_the_command_line_wins(trained, tmp_path, squares):
+    """Data that are gone are not asked for, and a class that a test set lacks is no error."""
+    shutil.rmtree(trained / "data")
+    config = trained / "runs/1/config.yaml"
+    content = json.loads((squares / "annotations.json").read_text())
+    content["categories"] = content["categories"][1:]
+    content["annotations"] = [x for x in content["annotations"] if x["category_id"] == 6]
+    (tmp_path / "orange.json").write_text(json.dumps(content))
+    text = config.read_text().replace("CLASSES: orange", "CLASSES: blue,orange")
+    config.write_text(text.replace("NUM_CLASSES: 1", "NUM_CLASSES: 2"))
+    register = ("--register", f"b={tmp_path}/orange.json:{squares}/images")
+    test = ("DATASETS.TEST", "('b',)", "MODEL.ATSS.CLASS_NAMES", "['blue','orange']")
+    cfg, _ = recalled(config, "--eval-only", *register, *test)
+    assert MetadataCatalog.get("b").thing_classes == ["blue", "orange"]
+    assert len(cfg.DATASETS.REGISTER) == 2
+    forget("b")
+    with pytest.raises(ValueError, match=r"project/data/images does not exist"):
+        recalled(config, "--eval-only")
+
+
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [
+        ("{root}/x.json:{root}/images", "../data/x.json:../data/images"),
+        ("{root}/x.yaml:val", "../data/x.yaml:val"),
+        ("{root}/images:trainval", "../data/images:trainval"),
+        ("/x.json:/images", "/x.json:/images"),
+        ("{root}/x:y.json:{root}/images", "../data/x:y.json:../data/images"),
+    ],
+)
+def test_paths_are_relative_if_they_can_be(tmp_path, source, place):
+    """Also that of a name with a colon; a split is no path."""
+    root = tmp_path / "data"
+    (root / "images").mkdir(parents=True)
+    (root / "x:y.json").touch()
+    (tmp_path / "out").mkdir()
+    cfg = load_config(opts=["OUTPUT_DIR", str(tmp_path / "out")])
+    spec = f"a={source.format(root=root)}"
+    cfg.DATASETS.REGISTER = [spec]
+    shorten_paths(cfg)
+    assert list(cfg.DATASETS.REGISTER) == [f"a={place}"]
+    args = way_in.make_parser().parse_args(["--config-file", f"{tmp_path}/out/config.yaml"])
+    recall(args, cfg)
+    assert list(cfg.DATASETS.REGISTER) == [spec]
 
 
 def test_the_small_config_writes_checkpoints(arguments):

@@ -2,20 +2,24 @@
 
 import json
 import math
+import os
 import re
+import socket
 import subprocess
 import sys
 import traceback
+from contextlib import suppress
 
 import convert_checkpoint
 import pytest
 import recipe
 import torch
 from conftest import GOLDEN, ROOT
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.data import DatasetCatalog, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.utils.events import EventStorage, get_event_storage
+from test_run import forget
 
 import atss.engine.run as way_in
 from atss import load_config
@@ -53,9 +57,7 @@ def command(squares, tmp_path):
         return ["--config-file", str(config), "--register", register, *options, *flat]
 
     yield build
-    for name in set(DatasetCatalog.list()) - names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    forget(*set(DatasetCatalog.list()) - names)
 
 
 def prepare(argv):
@@ -67,14 +69,15 @@ def run(argv):
     return way_in.run(args, way_in.prepare(args))
 
 
-def test_trains_evaluates_and_logs(command, tmp_path):
+def test_trains_evaluates_and_logs(command, tmp_path, capsys):
     run(command(**{"TEST.EVAL_PERIOD": 6, "VIS_PERIOD": 3, "MODEL.ATSS.PRECISION": "bf16"}))
     out = tmp_path / "out"
     assert (out / "model_final.pth").is_file()
     assert "NUM_CLASSES: 2" in (out / "config.yaml").read_text()
     metrics = {}
     for line in (out / "metrics.json").read_text().splitlines():
-        metrics |= json.loads(line)
+        metrics |= json.loads(line, parse_constant=pytest.fail)
+    assert metrics["bbox/APl"] is None  # there are no large objects
     for name in ("loss_cls", "loss_box_reg", "loss_centerness", "total_loss", "bbox/AP"):
         assert math.isfinite(metrics[name])
     assert metrics["assignment/positives_per_object"] > 0
@@ -82,6 +85,12 @@ def test_trains_evaluates_and_logs(command, tmp_path):
     assert list(out.glob("events.out.tfevents.*"))
     results = json.loads((out / "inference/squares/coco_instances_results.json").read_text())
     assert {r["category_id"] for r in results} <= {5, 6}
+    before, _, _ = capsys.readouterr().out.partition("total_loss")
+    assert len(before.splitlines()) <= 60
+    log, _, _ = (out / "log.txt").read_text().partition("total_loss")
+    for part in ("PyTorch built with", "BASE_LR", "(cls_score): Conv2d"):
+        assert part in log
+        assert part not in before
 
 
 def test_fine_tunes_converted_weights_on_own_classes(command, squares, tmp_path):
@@ -203,7 +212,8 @@ def test_stopped_run_resumes_to_the_end(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         Trainer, "train", lambda self: (starts.append(self.start_iter), train(self))
     )
-    run(command("--resume"))
+    forget("squares")
+    run(["--config-file", str(tmp_path / "out/config.yaml"), "--resume"])
     assert starts == [3]
     final = torch.load(tmp_path / "out/model_final.pth", weights_only=False)
     assert final["iteration"] == 5
@@ -330,7 +340,9 @@ def test_a_loss_called_total(command, monkeypatch, tmp_path):
 def test_evaluates_only(command, tmp_path):
     run(command())
     weights = tmp_path / "out/model_final.pth"
-    results = run(command("--eval-only", **{"MODEL.WEIGHTS": weights}))
+    forget("squares")
+    config = ("--config-file", str(tmp_path / "out/config.yaml"))
+    results = run([*config, "--eval-only", "MODEL.WEIGHTS", str(weights)])
     assert "AP" in results["bbox"]
 
 
@@ -469,11 +481,15 @@ def test_data_without_annotations_get_their_results_written(command, squares, tm
 def test_two_processes_on_cpus(command, tmp_path):
     """As `--num-gpus 8` does on GPUs, by Detectron2's launch."""
     argv = command("--num-gpus", "2", **{"SOLVER.MAX_ITER": 2})
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(ROOT / "tools/train_net.py"), *argv],
-        capture_output=True,
-        text=True,
-    )
+    with socket.socket() as other:  # as another run of this user, on the port that is the default
+        with suppress(OSError):
+            other.bind(("127.0.0.1", 2**15 + 2**14 + hash(os.getuid()) % 2**14))
+            other.listen()
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", str(ROOT / "tools/train_net.py"), *argv],
+            capture_output=True,
+            text=True,
+        )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "No GPU here: running on the CPU." in done.stderr or torch.cuda.is_available()
     assert (tmp_path / "out/model_final.pth").is_file()
@@ -482,7 +498,8 @@ def test_two_processes_on_cpus(command, tmp_path):
 
 
 def test_wrong_input_is_one_sentence_without_traceback(command):
-    argv = command(**{"MODEL.ATSS.NUM_CLASSES": 7})
+    """Pairs KEY VALUE may stand before the options."""
+    argv = ["MODEL.ATSS.NUM_CLASSES", "7", *command()]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(ROOT / "tools/train_net.py"), *argv],
         capture_output=True,

@@ -118,7 +118,7 @@ def _end(folder: Path) -> dict[str, float]:
     lines = [json.loads(x) for x in (folder / "metrics.json").read_text().splitlines()]
     losses = [x["total_loss"] for x in lines if "total_loss" in x]
     last = losses[-max(len(losses) // 3, 1) :]
-    found = [x["bbox/AP"] for x in lines if "bbox/AP" in x]
+    found = [x["bbox/AP"] for x in lines if x.get("bbox/AP") is not None]
     return {"loss": sum(last) / len(last), "AP": found[-1] if found else float("nan")}
 
 

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 from yacs.config import CfgNode
 
 NODE = "MODEL.ATSS"
+# Follows the names that are known.
+OWN_PARTS = "; --import registers parts of your own"
 
 
 class WrongValue(ValueError):
@@ -212,7 +214,9 @@ class Parts:
         names = [x.strip() for x in value.split("+")] if self.several else [value]
         for name in names:
             if name not in self.entries:
-                raise ValueError(f"{NODE}.{key} is {value!r}; known are {sorted(self.entries)}")
+                raise ValueError(
+                    f"{NODE}.{key} is {value!r}; known are {sorted(self.entries)}{OWN_PARTS}"
+                )
             if names.count(name) > 1:
                 raise ValueError(f"{NODE}.{key} {value!r} names {name} twice")
         return names
@@ -274,7 +278,7 @@ class Parts:
                 continue
             if inner not in kind and inner not in node.BRANCH:
                 known = sorted([*kind.entries, *node.BRANCH])
-                raise ValueError(f"{where} is {inner!r}; known are {known}")
+                raise ValueError(f"{where} is {inner!r}; known are {known}{OWN_PARTS}")
             if inner in kind and inner in node.BRANCH:
                 raise ValueError(f"{where} is {inner!r}, a part and an overlay of {NODE}.BRANCH")
             copy = overlay(node, inner) if inner in node.BRANCH else node.clone()

@@ -27,6 +27,7 @@ from ..config import (
 from ..data.datasets import register
 from ..data.digits import ABLATION, make_digits
 from ..engine import Trainer
+from ..engine.writers import strict
 
 # Chosen before any result was seen.
 PRIMARY = (
@@ -126,7 +127,7 @@ def run_all(rows: list[str], seeds: int, output: Path, opts: list[str]) -> dict:
             progress.set_description(f"run {number} of {len(wanted)}: {row}, seed {seed}")
             metrics = results[row][seed] = train(cfg, progress)
             unfinished = done.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps({"config": cfg.dump(), "metrics": metrics}))
+            unfinished.write_text(json.dumps({"config": cfg.dump(), "metrics": strict(metrics)}))
             unfinished.rename(done)
             progress.write(f"{row}, seed {seed}: AP {metrics['AP']:.1f}", file=sys.stdout)
     return results
@@ -139,7 +140,10 @@ def _read_result(file: Path) -> dict:
     """
     try:
         result = json.loads(file.read_text())
-        return {"config": result["config"], "metrics": {k: result["metrics"][k] for k in METRICS}}
+        metrics = {k: result["metrics"][k] for k in METRICS}
+        nan = float("nan")  # null in json
+        metrics = {k: nan if x is None else x for k, x in metrics.items()}
+        return {"config": result["config"], "metrics": metrics}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no result of a run, or is damaged: remove it") from error
 

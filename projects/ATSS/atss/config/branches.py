@@ -11,7 +11,7 @@ from .. import assigners, modeling
 from ..assigners import ASSIGNER_REGISTRY, SIMILARITIES
 from ..modeling.branch import Branch, Phase
 from ..modeling.criterion import Criterion
-from ..parts import Parts, overlay
+from ..parts import OWN_PARTS, Parts, overlay
 from .checks import naming
 from .keys import add_atss_config
 
@@ -267,5 +267,5 @@ def check_groups(node: CfgNode) -> None:
                 if name not in kind:
                     raise ValueError(
                         f"MODEL.ATSS.{where}{kind.group}.{name} is of no {kind.key}; known are "
-                        f"{sorted(kind.entries)}"
+                        f"{sorted(kind.entries)}{OWN_PARTS}"
                     )

@@ -8,7 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..modeling.head import NORMS
-from ..parts import WrongValue, one_of, within
+from ..parts import OWN_PARTS, WrongValue, one_of, within
 
 # Least and greatest value of a key, or of each of its values, of which there must be some. Of our
 # own keys, what they are handed to checks it.
@@ -63,7 +63,8 @@ def lookup(known: Mapping[str, Any] | Iterable[tuple[str, Any]], name: str, key:
     """
     entries = dict(known)
     if name not in entries:
-        raise ValueError(f"{key} is {name!r}; known are {sorted(entries)}")
+        own_parts = "" if isinstance(known, Mapping) else OWN_PARTS
+        raise ValueError(f"{key} is {name!r}; known are {sorted(entries)}{own_parts}")
     return entries[name]
 
 

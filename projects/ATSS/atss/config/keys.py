@@ -36,14 +36,20 @@ def add_atss_config(cfg: CfgNode) -> None:
     # part of it, or (1 + n) / (10 + n) after n steps, where that is less. 0: none.
     cfg.SOLVER.EMA_DECAY = 0.0
     # The metric by which the best weights of all evaluations (TEST.EVAL_PERIOD) are kept as
-    # model_best.pth, by its name in metrics.json. Of several test sets it is the first's, or that
-    # of the one in "name/bbox/AP". "": none.
+    # model_best.pth, by its name in metrics.json. Of several test sets it is that of the first with
+    # objects, or of the one in "name/bbox/AP". "": none.
     cfg.TEST.BEST_METRIC = "bbox/AP"
     # Training ends after so many evaluations without a better one; 0: never.
     cfg.TEST.PATIENCE = 0
     # How evaluation treats objects that Pascal VOC's xml marks difficult. False: VOC's rule, by
     # which detections of them are neither right nor wrong. True: they count as others do.
     cfg.TEST.COUNT_DIFFICULT = False
+
+    # What --register, --classes and --first-pixel gave, or a config gives in place of them:
+    # NAME=annotations:images, the paths relative to the folder of the config file that is given.
+    cfg.DATASETS.REGISTER = []
+    cfg.DATASETS.CLASSES = ""
+    cfg.DATASETS.FIRST_PIXEL = 1
 
     # [[name of DATASETS.TRAIN, factor], ...], how often a pass goes through the images of a data
     # set (others: once), under DATALOADER.SAMPLER_TRAIN WeightedTrainingSampler and

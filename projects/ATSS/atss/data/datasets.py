@@ -5,13 +5,16 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
 from pycocotools.mask import frPyObjects
 
 from .choice import refuse_unknown
@@ -19,15 +22,20 @@ from .coco_json import category_names, find_in_json, is_polygon, learnable
 from .findings import DROPPED, ERROR, KINDS, WARNING
 from .formats import AS_IT_IS, Reading, read
 
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]+://")
 
-def register_all(specs: Sequence[str], reading: Reading = AS_IT_IS) -> None:
+
+def register_all(specs: Sequence[str], reading: Reading = AS_IT_IS, partly: bool = False) -> None:
     """Registers them in turn.
+
+    Args:
+        partly: there may be others, which have more of the chosen classes.
 
     Raises:
         ValueError: as :func:`register`, or naming a chosen class that none of them has.
     """
     metadata = [MetadataCatalog.get(register(spec, reading)) for spec in specs]
-    if reading.classes and metadata:
+    if reading.classes and metadata and not partly:
         there = list(dict.fromkeys(x for m in metadata for x in m.names_in_data))
         refuse_unknown(reading.classes, set().union(*(m.found for m in metadata)), there)
 
@@ -228,20 +236,56 @@ def log_remarks(names: Sequence[str]) -> None:
             logging.getLogger(__name__).warning("Data set %s has %s", name, remark)
 
 
-def refuse_missing_images(names: Sequence[str]) -> None:
-    """What an evaluation at the end of a training would meet: a stat for each file.
+def refuse_missing_images(names: Sequence[str], filter_empty: bool = False) -> None:
+    """Check that the images of data sets can be opened: a stat for each file, one question to
+    Detectron2's PathManager for each scheme of addresses.
+
+    Args:
+        filter_empty: whether images without objects are not used.
 
     Raises:
         ValueError: naming the data set and the first image that is not there.
     """
     for name in dict.fromkeys(names):
-        files = [os.fspath(record["file_name"]) for record in DatasetCatalog.get(name)]
-        missing = [x for x in files if "://" not in x and not os.path.isfile(x)]
+        records = DatasetCatalog.get(name)
+        if filter_empty and records and "annotations" in records[0]:
+            records = filter_images_with_only_crowd_annotations(records)
+        files = [os.fspath(record["file_name"]) for record in records if "file_name" in record]
+        is_opened: dict[str, bool] = {}
+        missing = []
+        for file in files:
+            scheme = ADDRESS.match(file)
+            if scheme and scheme[0] not in is_opened:
+                is_opened[scheme[0]] = _is_opened(file)
+            if not (is_opened[scheme[0]] if scheme else os.path.isfile(file)):
+                missing.append(file)
         if missing:
+            hint = "; addresses are not fetched: download the images" if "://" in missing[0] else ""
             raise ValueError(
                 f"data set {name}: {len(missing)} of {len(files)} images do not exist, such as "
-                f"{missing[0]}"
+                f"{missing[0]}{hint}"
             )
+
+
+def _is_opened(address: str) -> bool:
+    """Whether Detectron2's PathManager has a handler for an address. Without one it looks for a
+    local file of that name."""
+    try:
+        return PathManager.isfile(address)
+    except NotImplementedError:  # a handler that cannot tell, as that of https
+        return True
+
+
+def has_objects(name: str) -> bool:
+    """Whether a data set has objects that evaluation measures, other than crowds; True if no such
+    data set is registered."""
+    if name not in DatasetCatalog:
+        return True
+    known = MetadataCatalog.get(name).get("to_learn")
+    if known is not None:
+        return known > 0
+    records = DatasetCatalog.get(name)
+    return any(not x.get("iscrowd") for r in records for x in r.get("annotations", ()))
 
 
 def refuse_unannotated(names: Sequence[str]) -> None:

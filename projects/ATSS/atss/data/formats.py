@@ -42,9 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--first-pixel",
         type=int,
         choices=(0, 1),
-        default=FIRST_PIXEL,
         help="of Pascal VOC's xml: 1 where pixels are counted as there, 0 where coordinates are "
-        "those of corners (default: %(default)s)",
+        f"those of corners (default: {FIRST_PIXEL})",
     )
 
 
@@ -54,7 +53,8 @@ def reading_of(args: argparse.Namespace) -> Reading:
     Raises:
         ValueError: with a sentence that says what is wrong.
     """
-    return Reading({} if args.classes is None else parse(args.classes), args.first_pixel)
+    first_pixel = FIRST_PIXEL if args.first_pixel is None else args.first_pixel
+    return Reading({} if args.classes is None else parse(args.classes), first_pixel)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
@@ -20,7 +21,11 @@ from torch import nn
 
 from ..checkpoints import TrainingCheckpointer
 from ..checkpoints.read import read
+from ..data.datasets import classes_of, has_objects
 
+# By evaluator_type.
+COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+METRICS = {"coco": COCO, "lvis": (*COCO, "APr", "APc", "APf"), "pascal_voc": COCO[:3]}
 # Of a standing, what stands beside the weights.
 ABOUT = ("metric", "data", "value", "iteration", "averaged")
 
@@ -180,9 +185,12 @@ class Best(HookBase):
                 logger.info("No better %s for %d evaluations", metric, standing.since)
             return standing
         logger.info("The best %s so far: %s", metric, _describe(standing))
-        about = {x: getattr(standing, x) for x in ABOUT}
-        self.checkpointer.save_weights(self.FILE, best, **about)
+        self._save(best, standing)
         return standing
+
+    def _save(self, model: nn.Module, standing: Standing) -> None:
+        about = {x: getattr(standing, x) for x in ABOUT}
+        self.checkpointer.save_weights(self.FILE, model, **about)
 
     def adopt(self, start_iter: int) -> None:
         """Of a run that goes on: better weights in the file than the checkpoint knows of, as those
@@ -207,19 +215,22 @@ class Best(HookBase):
         )
 
     def after_train(self) -> None:
-        finished = self.trainer.iter >= self.trainer.max_iter
-        if not (finished and comm.is_main_process()):
+        """After evaluations that gave no number, as if nothing is detected yet: the last weights
+        are kept, which any number will replace."""
+        ended = self.trainer.iter >= self.trainer.max_iter and not self.trainer.preemption.left
+        if not ended or self.standing.iteration >= 0:
             return
-        logger, standing = logging.getLogger(__name__), self.standing
-        if standing.iteration < 0:
-            logger.warning("No best weights: %s was a number in no evaluation", standing.metric)
-            return
-        logger.info(
-            "The best weights are in %s, to be given as MODEL.WEIGHTS: %s %s",
-            os.path.join(self.checkpointer.save_dir, f"{self.FILE}.pth"),
-            standing.metric,
-            _describe(standing),
+        logging.getLogger(__name__).warning(
+            "%s was a number in no evaluation: the last weights count as the best",
+            self.standing.metric,
         )
+        self.standing = replace(self.standing, iteration=evaluated_iteration(self.trainer))
+        self._save(self.checkpointer.model, self.standing)
+
+    def describe(self) -> str:
+        """Names the file of the best weights, and their value."""
+        path = os.path.join(self.checkpointer.save_dir, f"{self.FILE}.pth")
+        return f"The best weights are in {path} ({self.standing.metric} {_describe(self.standing)})"
 
     def state_dict(self) -> dict:
         return asdict(self.standing)
@@ -237,18 +248,54 @@ class Best(HookBase):
 
 def _describe(standing: Standing) -> str:
     kind = "averaged weights (EMA)" if standing.averaged else "weights"
+    if standing.value == -math.inf:
+        return f"in no evaluation a number, the last {kind}, of iteration {standing.iteration}"
     return f"{standing.value:.3f}, with the {kind} of iteration {standing.iteration}"
 
 
 def best_metric(cfg: CfgNode) -> str:
-    """The metric of the best weights, under its whole name; "" where the config does not ask for
-    them, or evaluates only at the end."""
+    """The metric of the best weights, under its whole name: of several test sets that of the first
+    with objects. "" if the config does not ask for them, evaluates only at the end, or no test set
+    has objects."""
     metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
-    if not (metric and cfg.TEST.EVAL_PERIOD > 0 and names):
+    if not (metric and cfg.TEST.EVAL_PERIOD > 0):
         return ""
-    if len(names) == 1 or metric.startswith(tuple(f"{name}/" for name in names)):
+    if len(names) > 1 and _data_set_of(metric, names):
         return metric
-    return f"{names[0]}/{metric}"
+    measured = next(filter(has_objects, names), "")
+    return f"{measured}/{metric}" if measured and len(names) > 1 else measured and metric
+
+
+def known_metrics(name: str) -> list[str]:
+    """What an evaluation on a data set gives, but for single classes."""
+    kind = MetadataCatalog.get(name).get("evaluator_type")
+    return [f"bbox/{x}" for x in METRICS.get(kind, ())]
+
+
+def check_metric(cfg: CfgNode) -> None:
+    """Check that evaluations will give the metric of the best weights.
+
+    Raises:
+        ValueError: naming what there is.
+    """
+    metric, names = best_metric(cfg), cfg.DATASETS.TEST
+    if not metric:
+        return
+    name, plain = names[0], metric
+    if len(names) > 1:
+        name = _data_set_of(metric, names)
+        plain = metric.removeprefix(f"{name}/")
+    if not has_objects(name):
+        raise ValueError(f"TEST.BEST_METRIC is {metric!r}, but data set {name} has no objects")
+    known = known_metrics(name)
+    classes = [f"bbox/AP-{x}" for x in classes_of(name) or ()]
+    if known and plain not in (*known, *classes):
+        raise ValueError(f"TEST.BEST_METRIC is {cfg.TEST.BEST_METRIC!r}; known are {known}")
+
+
+def _data_set_of(metric: str, names: Sequence[str]) -> str:
+    """The test set that a whole name of a metric begins with, "" for none."""
+    return max((name for name in names if metric.startswith(f"{name}/")), key=len, default="")
 
 
 def evaluated_iteration(trainer: TrainerBase) -> int:

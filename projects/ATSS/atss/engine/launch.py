@@ -45,6 +45,7 @@ NO_SHARED_MEMORY = (
     "shared memory (/dev/shm) is full, through which images pass from the processes that load "
     "them: give it more room (of a container, --shm-size), or lower DATALOADER.NUM_WORKERS"
 )
+LOGS = ("detectron2", "fvcore", "atss")
 # As shells name it when ctrl-C ends a command: 128 + SIGINT.
 STOPPED = 130
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -176,10 +177,43 @@ def keep_tracebacks_to_the_file(output_dir: str) -> None:
         error = record.exc_info[1] if record.exc_info else None
         return error is None or explain(error, output_dir) is None
 
-    for name in ("detectron2", "atss"):
+    for name in LOGS:
         for handler in logging.getLogger(name).handlers:
-            if getattr(handler, "stream", None) is sys.stdout:
+            if _is_terminal(handler):
                 handler.addFilter(is_printed)
+
+
+class _Abridged(logging.Formatter):
+    """Another formatter's text; of more than PAGE lines the first, or of warnings the first ten."""
+
+    PAGE = 20
+
+    def __init__(self, whole: logging.Formatter):
+        super().__init__()
+        self.whole = whole
+
+    def format(self, record: logging.LogRecord) -> str:
+        lines = self.whole.format(record).splitlines()
+        is_result = record.name.startswith("detectron2.evaluation")
+        if len(lines) <= self.PAGE or is_result or record.levelno >= logging.ERROR:
+            return "\n".join(lines)
+        shown = 10 if record.levelno >= logging.WARNING else 1
+        return "\n".join([*lines[:shown], f"({len(lines) - shown} more lines: log.txt)"])
+
+
+def abridge_terminal() -> None:
+    """Has the logs write what is longer than a page (environment, config, model) in full to log.txt
+    alone. Call it once they are set up."""
+    for name in LOGS:
+        for handler in logging.getLogger(name).handlers:
+            formatter = handler.formatter
+            if _is_terminal(handler) and formatter and not isinstance(formatter, _Abridged):
+                handler.setFormatter(_Abridged(formatter))
+
+
+def _is_terminal(handler: logging.Handler) -> bool:
+    """Whether a handler of a log writes to the terminal."""
+    return getattr(handler, "stream", None) is sys.stdout
 
 
 def _is_within(path: str, folder: str) -> bool:

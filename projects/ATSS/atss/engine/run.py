@@ -14,12 +14,14 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import IO
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -42,9 +44,10 @@ from ..config import (
 from ..config.checks import check_values
 from ..data import datasets
 from ..data.formats import add_arguments, reading_of
-from .best import best_metric
+from .best import best_metric, check_metric, known_metrics
 from .evaluation import check_metadata
 from .launch import (
+    abridge_terminal,
     is_started,
     keep_freed_memory,
     keep_tracebacks_to_the_file,
@@ -55,6 +58,7 @@ from .launch import (
     world_size,
 )
 from .solver import MOMENTS
+from .sources import recall, shorten_paths
 from .trainer import Trainer
 
 # Of Detectron2's keys: least and greatest value of each number.
@@ -79,9 +83,26 @@ TRAINING_LIMITS = {
 
 
 def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
-    """Detectron2's arguments, --register and how it reads, and --import."""
-    parser = default_argument_parser(epilog=epilog)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Detectron2's arguments, --register and how it reads, and --import. KEY VALUE pairs may stand
+    before options too, with ``parse_intermixed_args``."""
+    parser = argparse.ArgumentParser(
+        epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"
+    )
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS alone")
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes on each machine")
+    parser.add_argument("--num-machines", type=int, default=1)
+    parser.add_argument("--machine-rank", type=int, default=0, help="of this machine, from 0 on")
+    parser.add_argument(
+        "--dist-url",
+        default="auto",
+        metavar="URL",
+        help="where processes meet, such as tcp://10.0.0.1:29400 on the first of several machines "
+        "(default: a free port of this machine)",
+    )
     parser.add_argument(
         "--register",
         action="append",
@@ -91,13 +112,18 @@ def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
         "of a folder of Pascal VOC's xml, to be used under NAME in the config (repeatable)",
     )
     add_arguments(parser)
+    parser.set_defaults(recalls_classes=False, registered_in=None)
     parser.add_argument(
         "--import",
         dest="imports",
         action="append",
         default=[],
         metavar="MODULE",
-        help="a Python module to import first, such as one that registers a rule (repeatable)",
+        help="a Python module or file to import first, such as one that registers a rule "
+        "(repeatable)",
+    )
+    parser.add_argument(
+        "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over the config"
     )
     return parser
 
@@ -113,9 +139,11 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     """
     if not args.config_file:
         raise ValueError("--config-file is missing, such as configs/ATSS_R_50_FPN_1x.yaml")
-    register(args)
+    import_modules(args.imports)
     args.config_file = find_config(args.config_file)  # Detectron2's setup opens it, too.
     cfg = load_config(args.config_file, opts=args.opts)
+    recall(args, cfg)
+    register(args)
     if args.eval_only and cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
         cfg = for_inference(cfg)
     if use_available_device(cfg):
@@ -129,8 +157,9 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         fit_workers(cfg, local_size(args))
     if not args.eval_only:
         complete_schedule(cfg, given=args.opts[::2])
-    check_config(_weights_at_hand(args, cfg), training=not args.eval_only)
-    check_output_dir(cfg.OUTPUT_DIR)
+    check_config(_weights_at_hand(args, cfg), not args.eval_only, given=args.opts[::2])
+    check_output_dir(cfg.OUTPUT_DIR, cfg.DATASETS.TEST)
+    shorten_paths(cfg)
     prune(cfg)  # what the run writes into its folder can be read where other parts are not known
     cfg.freeze()
     return cfg
@@ -156,9 +185,11 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
         follow_classes(cfg)
     config = _set_up(args, cfg)
-    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="atss")
     keep_tracebacks_to_the_file(cfg.OUTPUT_DIR)
     datasets.log_remarks((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    for name in cfg.DATASETS.TEST:
+        if not datasets.has_objects(name):
+            logging.getLogger("atss").warning("Data set %s has no objects to measure by", name)
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
     cfg = _weights_at_hand(args, cfg)
@@ -249,7 +280,12 @@ def _set_up(args: argparse.Namespace, cfg: CfgNode) -> bytes:
         what a training is to write there.
     """
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
-    first = comm.is_main_process()
+    rank, first = comm.get_rank(), comm.is_main_process()
+    # Called as default_setup calls it, setup_logger gives the same loggers again.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="fvcore")
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name="atss")
+    abridge_terminal()
     before = _read(path) if first and (args.eval_only or args.resume) else None
     try:
         default_setup(cfg, args)
@@ -315,13 +351,16 @@ def lock_folder(path: str) -> IO | None:
 
 
 def register(args: argparse.Namespace) -> None:
-    """What --import and --register ask for; every process does it for itself.
+    """What --import and --register ask for; every process does it for itself, once.
 
     Raises:
         ValueError: with a sentence that says what is wrong.
     """
+    if args.registered_in == os.getpid():
+        return
+    args.registered_in = os.getpid()
     import_modules(args.imports)
-    datasets.register_all(args.register, reading_of(args))
+    datasets.register_all(args.register, reading_of(args), partly=args.recalls_classes)
 
 
 class NoSuchModule(ValueError):
@@ -329,17 +368,25 @@ class NoSuchModule(ValueError):
 
 
 def import_modules(names: list[str]) -> None:
-    """Modules of the user's, from the folder in which the command was given too.
+    """Import the user's modules, by name (from the current folder too) or by file.
 
     Raises:
         NoSuchModule: naming one that does not exist, or what it lacks itself.
     """
     sys.path.insert(0, os.getcwd())
     for name in names:
+        file = None
+        if name.endswith(".py") or os.sep in name or not all(name.split(".")):
+            file = Path(name).expanduser().resolve()
+            if not file.is_file():
+                raise NoSuchModule(f"--import {name}: there is no such file")
+            sys.path.insert(0, str(file.parent))  # for modules beside it
         try:
-            importlib.import_module(name)
+            module = importlib.import_module(file.stem if file else name)
         except ModuleNotFoundError as error:
             raise NoSuchModule(f"--import {name}: {error}") from error
+        if file and Path(str(getattr(module, "__file__", None))).resolve() != file:
+            raise NoSuchModule(f"--import {name}: {module} has that name: rename the file")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -347,11 +394,12 @@ def import_modules(names: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def check_config(cfg: CfgNode, training: bool) -> None:
+def check_config(cfg: CfgNode, training: bool, given: Collection[str] = ()) -> None:
     """What would stop a run only after a while, or be passed over silently.
 
     Args:
         training: or evaluation alone.
+        given: keys of the command line.
 
     Raises:
         ValueError: naming the key.
@@ -365,7 +413,8 @@ def check_config(cfg: CfgNode, training: bool) -> None:
                 "INPUT.SCALE_JITTER must be two factors, such as [0.5, 2.0], or empty for none, "
                 f"not {jitter}"
             )
-        check_best(cfg)
+        check_best(cfg, given)
+    check_expected(cfg, training)
 
 
 def check_data(cfg: CfgNode, training: bool) -> None:
@@ -395,22 +444,66 @@ def check_data(cfg: CfgNode, training: bool) -> None:
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN names no data set")
         datasets.refuse_unannotated(cfg.DATASETS.TRAIN)
+        datasets.refuse_missing_images(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     for name in cfg.DATASETS.TEST:
         check_metadata(name)
     datasets.refuse_missing_images(cfg.DATASETS.TEST)
 
 
-def check_best(cfg: CfgNode) -> None:
-    """Whether there will be evaluations for what depends on them.
+def check_best(cfg: CfgNode, given: Collection[str] = ()) -> None:
+    """Check that there will be evaluations for what depends on them.
+
+    Args:
+        given: keys of the command line. A recipe's PATIENCE does nothing without test sets, or
+            with test sets that have no objects.
 
     Raises:
         ValueError: naming the key.
     """
-    if cfg.TEST.PATIENCE and not best_metric(cfg):
+    check_metric(cfg)
+    if best_metric(cfg):
+        return
+    names = cfg.DATASETS.TEST
+    if names and not any(map(datasets.has_objects, names)):
+        for key, value in (("PATIENCE", cfg.TEST.PATIENCE), ("BEST_METRIC", cfg.TEST.BEST_METRIC)):
+            if value and f"TEST.{key}" in given:
+                where = f"DATASETS.TEST: {', '.join(names)} has none"
+                raise ValueError(f"TEST.{key} {value} needs objects in {where}")
+    elif cfg.TEST.PATIENCE and (names or "TEST.PATIENCE" in given):
         raise ValueError(
             f"TEST.PATIENCE {cfg.TEST.PATIENCE} ends training by its evaluations: it needs "
             "TEST.EVAL_PERIOD, TEST.BEST_METRIC and DATASETS.TEST"
         )
+
+
+def check_expected(cfg: CfgNode, training: bool) -> None:
+    """Check that the last evaluation can be compared with TEST.EXPECTED_RESULTS.
+
+    Raises:
+        ValueError: for an entry that is not [task, metric, value, tolerance], or is of no
+            evaluation.
+    """
+    expected, names = cfg.TEST.EXPECTED_RESULTS, cfg.DATASETS.TEST
+    if expected and len(names) != 1:
+        raise ValueError(
+            f"TEST.EXPECTED_RESULTS needs one data set in DATASETS.TEST, not {len(names)}"
+        )
+    tasks = {"bbox", "bbox_EMA" if training and cfg.SOLVER.EMA_DECAY else "bbox"}
+    if not training and cfg.TEST.AUG.ENABLED:
+        tasks.add("bbox_TTA")
+    for entry in expected:
+        known = [x.rpartition("/")[2] for x in known_metrics(names[0])]
+        if not (
+            isinstance(entry, list | tuple)
+            and len(entry) == 4
+            and entry[0] in tasks
+            and (entry[1] in known or str(entry[1]).startswith("AP-"))
+            and all(isinstance(x, int | float) for x in entry[2:])
+        ):
+            raise ValueError(
+                "TEST.EXPECTED_RESULTS takes [task, metric, value, tolerance] with a task of "
+                f"{sorted(tasks)} and a metric of {known}, not {entry}"
+            )
 
 
 def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
@@ -427,6 +520,11 @@ def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
     count, images = world_size(args), cfg.SOLVER.IMS_PER_BATCH
     if is_started() and args.num_gpus * args.num_machines > 1:
         raise ValueError("torchrun has started the processes: leave out --num-gpus, --num-machines")
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ValueError(
+            f"--num-machines {args.num_machines} needs --dist-url, such as tcp://10.0.0.1:29400: "
+            "the address of the first machine and a free port there"
+        )
     if not args.eval_only and not cfg.SOLVER.REFERENCE_WORLD_SIZE and images % count:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {images}, which {count} processes cannot share evenly"
@@ -456,19 +554,25 @@ def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
         )
 
 
-def check_output_dir(path: str) -> None:
-    """Makes the folder and writes a byte into it.
+def check_output_dir(path: str, test_sets: Sequence[str] = ()) -> None:
+    """Make the folder, and write a byte into it and into the folders of results that are there.
+
+    Args:
+        test_sets: names of data sets that are evaluated.
 
     Raises:
-        ValueError: where that fails.
+        ValueError: naming the folder.
     """
+    inference = [os.path.join(path, x, "inference") for x in ("", "ema", "tta")]
+    results = [*inference, *(os.path.join(x, name) for x in inference for name in test_sets)]
+    folder = path
     try:
-        if not os.path.exists(path):
-            os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as file:
-            file.write(b"\0")
+        os.makedirs(path, exist_ok=True)
+        for folder in (path, *filter(os.path.exists, results)):
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"\0")
     except OSError as error:
-        raise ValueError(f"cannot write into OUTPUT_DIR {path}: {error.strerror}") from error
+        raise ValueError(f"cannot write into OUTPUT_DIR {folder}: {error.strerror}") from error
 
 
 def check_free_space(

@@ -19,6 +19,7 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
@@ -33,6 +34,7 @@ from .exchange import Exchange
 from .hooks import FiniteLosses, FiniteWeights, Preemption, refuse_broken_weights
 from .outlook import Outlook
 from .solver import build_optimizer, refuse_other_optimizer
+from .writers import StrictJSONWriter
 
 
 class EndedEarly(BaseException):
@@ -150,18 +152,32 @@ class Trainer(DefaultTrainer):
             *writer,
         ]
 
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's, but metrics.json has null for what is not finite."""
+        folder = self.cfg.OUTPUT_DIR
+        return [
+            CommonMetricPrinter(self.max_iter),
+            StrictJSONWriter(os.path.join(folder, "metrics.json")),
+            TensorboardXWriter(folder),
+        ]
+
     def train(self) -> dict | None:
         """DefaultTrainer's, which also ends a run that was killed between its last iteration and
-        its last file; SIGTERM stops it after a checkpoint."""
+        its last file; SIGTERM stops it after a checkpoint. The log ends with the weights' file."""
         if self.start_iter >= self.max_iter:
             self.checkpointer.save("model_final", iteration=self.iter)
         with self.preemption:
             try:
-                return super().train()
+                results = super().train()
             except EndedEarly:
+                results = self._last_eval_results
                 if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
-                    verify_results(self.cfg, self._last_eval_results)
-                return self._last_eval_results
+                    verify_results(self.cfg, results)
+        if comm.is_main_process():
+            weights = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")
+            which = self.best.describe() if self.best else f"The last weights are in {weights}"
+            logging.getLogger(__name__).info("%s, to be given as MODEL.WEIGHTS", which)
+        return results
 
     def before_train(self) -> None:
         """Detectron2's; a run that ended early stays ended, and an evaluation that is made up for
