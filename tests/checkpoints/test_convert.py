@@ -26,8 +26,8 @@ from atss.checkpoints import (
     mmdet_config,
     to_mmdet,
 )
-from atss.checkpoints.read import WeightsError
 from atss.data.mapper import Mapper
+from atss.weights import WeightsError
 
 OFFICIAL_SHAPES = json.loads((GOLDEN / "official_atss_r50_shapes.json").read_text())
 MMDET_SHAPES = json.loads((GOLDEN / "mmdet_atss_r50_shapes.json").read_text())

@@ -19,7 +19,7 @@ from detectron2.utils.events import CommonMetricPrinter
 from torch import nn
 
 from ..checkpoints import TrainingCheckpointer
-from ..checkpoints.read import read
+from ..weights import read
 
 # Of a standing, what stands beside the weights.
 ABOUT = ("metric", "data", "value", "iteration", "averaged")
