@@ -209,6 +209,14 @@ def test_checkpoints_of_others_are_loaded(wrapper, door, tmp_path):
     torch.testing.assert_close(model.state_dict(), trained.state_dict(), rtol=0, atol=0)
 
 
+def test_safetensors_are_loaded(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    model = build_model(make_cfg(*MODEL))
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    loaded = begin(make_cfg(*MODEL), tmp_path / "weights.safetensors", SafeCheckpointer, whole=True)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
 def test_a_prefix_of_some_names_stays(tmp_path):
     """As where a LightningModule has a loss with weights, too."""
     model = build_model(make_cfg(*MODEL))

@@ -133,9 +133,10 @@ def _fetch(name: str) -> tuple[str, str]:
     try:
         # Once, and not for long: the hub's own client would try again for the better part of a
         # minute.
-        if not constants.HF_HUB_OFFLINE:
-            with suppress(urllib.error.HTTPError):  # which is an answer
-                urllib.request.urlopen(constants.ENDPOINT, timeout=PATIENCE).close()
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        with suppress(urllib.error.HTTPError):  # which is an answer
+            urllib.request.urlopen(constants.ENDPOINT, timeout=PATIENCE).close()
         return hf_hub_download(*where), credit
     except Exception as error:
         raise ValueError(
