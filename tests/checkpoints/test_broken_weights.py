@@ -17,12 +17,13 @@ from broken_page import is_said, table
 from conftest import make_cfg
 from detectron2.modeling import build_model
 from others import WRAPPERS, HistoryBuffer, saved, wrapped
+from torch import nn
 
 import atss.engine.run as way_in
 from atss.checkpoints import SafeCheckpointer, TrainingCheckpointer
 from atss.engine.launch import launch
 from atss.predictor import Predictor
-from atss.weights import WeightsError, fit_names, read, verify_download
+from atss.weights import WeightsError, find_weights, fit_names, read, verify_download
 
 SENTENCES = table("Weights")
 MODEL = ("MODEL.FPN.OUT_CHANNELS", "64", "MODEL.ATSS.NUM_CONVS", "1", "MODEL.ATSS.NUM_CLASSES", "2")
@@ -75,6 +76,12 @@ def objects_from_numbers(write):
     return write({"a": np.zeros(1, np.int64)}).replace(b"X\2\0\0\0i8", b"X\2\0\0\0O8")
 
 
+def filled_twice():
+    """An array whose memory would be freed under a tensor made of it in between."""
+    array = pickled(np.zeros(1000))  # ends with: remember the state as number n, use it, stop
+    return array[:-1] + b"h" + array[-3:-2] + b"b."
+
+
 FEW = {"a": torch.zeros(1000)}
 # What is broken: the file's ending and its bytes.
 CASES = {
@@ -89,7 +96,7 @@ CASES = {
     "a pickle called .pth that runs a command": (".pth", pickled({"model": TOUCH})),
     "a .pth that evaluates Python": (".pth", saved({"model": FEW, "trainer": EVAL})),
     "a .pyth that runs a command": (".pyth", saved({"model_state": TOUCH})),
-    "a .pth of a whole model": (".pth", saved(torch.nn.Linear(1, 1))),
+    "a .pth of a whole model": (".pth", saved(nn.Linear(1, 1))),
     "a log that runs a command": (".pth", saved({"model": FEW, "log": HistoryBuffer(TOUCH, 1)})),
     "a path that runs a command": (
         ".pth",
@@ -106,6 +113,7 @@ CASES = {
     "a .pkl that has torch open bytes": (".pkl", pickled({"a": bytes_for_torch()})),
     "a .pkl with an array of objects": (".pkl", pickled({"a": np.array([TOUCH])})),
     "a .pkl with addresses for objects": (".pkl", objects_from_numbers(pickled)),
+    "a .pkl with an array filled twice": (".pkl", filled_twice()),
     "a .pkl of tensors": (".pkl", pickled({"a": torch.zeros(1)})),
     "a list in a .pth": (".pth", saved([torch.zeros(1)])),
     "a list in a .pkl": (".pkl", pickled([np.zeros(1)])),
@@ -236,6 +244,15 @@ def test_a_prefix_that_the_model_has_too_stays():
     assert fit_names(weights, {"model.a"}).keys() == {"model.a", "model.b"}
     assert fit_names(weights, {"c"}) == weights
     assert fit_names({}, {"c"}) == {}
+
+
+def test_versions_of_modules_follow_their_names(tmp_path):
+    """torch and Detectron2 fill in what older versions of a module did not have."""
+    model = nn.Sequential(nn.BatchNorm2d(1))
+    (tmp_path / "theirs.pth").write_bytes(saved(nn.DataParallel(model).state_dict()))
+    weights = find_weights(read(tmp_path / "theirs.pth"), "theirs.pth")
+    found = fit_names(weights, model.state_dict().keys())
+    assert found._metadata["0"] == model.state_dict()._metadata["0"] == {"version": 2}
 
 
 @pytest.mark.parametrize("protocol", range(6))

@@ -5,11 +5,12 @@ arrays, in place of numpy's own, which believe what a file says about memory, an
 for each path, argument or log that other projects save beside weights.
 """
 
+import copy
 import hashlib
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 
 class WeightsError(ValueError):
@@ -71,25 +73,24 @@ def read(path: str | Path, mmap: bool = False) -> Any:
 
 
 def find_weights(content: Any, path: str | Path) -> dict[str, Tensor]:
-    """The state dict in the content of a file: all of it, or the entry under one of KEYS.
+    """The state dict in the content of a file: all of it, or the entry under one of KEYS. Arrays in
+    it become tensors in place, because it has the versions of modules as an attribute.
 
     Raises:
         WeightsError: naming the file and the first entry that is no tensor.
     """
     for key in KEYS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, Mapping) or not content:
+    if not isinstance(content, dict) or not content:
         raise WeightsError(f"{path} holds no weights")
-    weights = {}
     for name, value in content.items():
         if isinstance(value, np.ndarray):
             with suppress(TypeError):  # an array of text
-                value = torch.as_tensor(value)
+                content[name] = value = torch.as_tensor(value)
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise WeightsError(f"{path} holds no weights: {name!r} is no tensor")
-        weights[name] = value
-    return weights
+    return content
 
 
 def unwrapped(weights: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -97,7 +98,9 @@ def unwrapped(weights: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     yield weights
     for prefix in PREFIXES:
         if weights and all(name.startswith(prefix) for name in weights):
-            yield from unwrapped({k.removeprefix(prefix): x for k, x in weights.items()})
+            inner = copy.copy(weights)
+            consume_prefix_in_state_dict_if_present(inner, prefix)
+            yield from unwrapped(inner)
 
 
 def fit_names(weights: dict[str, Tensor], names: Set[str]) -> dict[str, Tensor]:
@@ -148,6 +151,8 @@ class _Array(np.ndarray):
         return np.empty(0, np.uint8).view(cls)  # the state follows
 
     def __setstate__(self, state: tuple) -> None:
+        if self.size:  # a tensor may share its memory, which would be freed
+            raise _Refused("it has an array that is filled twice")
         version, shape, kind, by_column, raw = state
         super().__setstate__((version, shape, _checked(kind), by_column, raw))
 
