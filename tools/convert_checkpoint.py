@@ -10,7 +10,7 @@
 "official" is the authors' code. Of mmdet, weights of the detectors below are known: their names
 tell which these are, or the config that is in the file, or --detector. Nothing in a file is
 executed. Where anything is missing, unexpected or of another shape, it is listed, and nothing is
-written.
+written; an OUT that exists is not replaced.
 Anchors, box code and thresholds are taken to be those of mmdet's own config of the detector.
 
 For mmdet, train with MODEL.ATSS.TOWER_BIAS False: its towers have no biases. What its config has to

@@ -1,11 +1,13 @@
 """Weights that cannot be loaded, or want code to run: through tools/demo.py and tools/train_net.py
 each gives the sentence of docs/broken_input.md, and nothing of it runs."""
 
+import functools
 import hashlib
 import io
 import os
 import pickle
 import sys
+from pathlib import PurePosixPath
 
 import demo
 import numpy as np
@@ -14,11 +16,14 @@ import torch
 from broken_page import is_said, table
 from conftest import make_cfg
 from detectron2.modeling import build_model
+from others import WRAPPERS, HistoryBuffer, saved, wrapped
+from torch import nn
 
 import atss.engine.run as way_in
-from atss.checkpoints import SafeCheckpointer
-from atss.checkpoints.read import WeightsError, read, verify_download
+from atss.checkpoints import SafeCheckpointer, TrainingCheckpointer
 from atss.engine.launch import launch
+from atss.predictor import Predictor
+from atss.weights import WeightsError, find_weights, fit_names, read, verify_download
 
 SENTENCES = table("Weights")
 MODEL = ("MODEL.FPN.OUT_CHANNELS", "64", "MODEL.ATSS.NUM_CONVS", "1", "MODEL.ATSS.NUM_CLASSES", "2")
@@ -37,16 +42,28 @@ class Calls:
 TOUCH = Calls(os.system, "touch exploded")
 EVAL = Calls(eval, "open('exploded', 'w')")
 LOAD = Calls(np.load, "exploded.npy", None, True)
+PATH = Calls(PurePosixPath, TOUCH)
+JOIN = Calls(os.path.join, "a", "b")
+PARTIAL = functools.partial(os.system, "touch exploded")
+SUBCLASSES = Calls(getattr, object, "__subclasses__")
 
 
-def saved(content):
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
+class Method:
+    """Its pickle looks up an attribute of a class, as that of a HistoryBuffer does."""
+
+    def __reduce__(self):
+        return getattr, (HistoryBuffer, "min")
+
+    def __call__(self):
+        """Pickle wants functions that can be called."""
 
 
 def pickled(content, protocol=2):
     return pickle.dumps(content, protocol)
+
+
+def without_zip(content):
+    return saved(content, _use_new_zipfile_serialization=False)
 
 
 def bytes_for_torch():
@@ -54,10 +71,15 @@ def bytes_for_torch():
     return Calls(torch.storage._load_from_bytes, saved({"a": TOUCH}))
 
 
-def objects_from_numbers():
+def objects_from_numbers(write):
     """An array that says it holds objects, and gives numbers for their addresses."""
-    array = pickled({"a": np.zeros(1, np.int64)}, 2)
-    return array.replace(b"X\x02\x00\x00\x00i8", b"X\x02\x00\x00\x00O8")
+    return write({"a": np.zeros(1, np.int64)}).replace(b"X\2\0\0\0i8", b"X\2\0\0\0O8")
+
+
+def filled_twice():
+    """An array whose memory would be freed under a tensor made of it in between."""
+    array = pickled(np.zeros(1000))  # ends with: remember the state as number n, use it, stop
+    return array[:-1] + b"h" + array[-3:-2] + b"b."
 
 
 FEW = {"a": torch.zeros(1000)}
@@ -74,13 +96,24 @@ CASES = {
     "a pickle called .pth that runs a command": (".pth", pickled({"model": TOUCH})),
     "a .pth that evaluates Python": (".pth", saved({"model": FEW, "trainer": EVAL})),
     "a .pyth that runs a command": (".pyth", saved({"model_state": TOUCH})),
-    "a .pth of a whole model": (".pth", saved(torch.nn.Linear(1, 1))),
+    "a .pth of a whole model": (".pth", saved(nn.Linear(1, 1))),
+    "a log that runs a command": (".pth", saved({"model": FEW, "log": HistoryBuffer(TOUCH, 1)})),
+    "a path that runs a command": (
+        ".pth",
+        saved({"model": FEW, "path": PATH}),
+    ),
+    "a path that has others joined": (".pth", saved({"model": FEW, "path": JOIN})),
+    "a function with arguments": (".pth", saved({"model": FEW, "path": PARTIAL})),
+    "an attribute of any class": (".pth", saved({"model": FEW, "log": SUBCLASSES})),
+    "an attribute that is called": (".pth", saved({"model": FEW, "log": Calls(Method(), "a")})),
+    "a .pth with addresses for objects": (".pth", objects_from_numbers(without_zip)),
     "a .pkl that runs a command": (".pkl", pickled({"model": TOUCH, "__author__": "x"})),
     "a .pkl that evaluates Python": (".pkl", pickled({"blobs": EVAL})),
     "a .pkl that has numpy open a file": (".pkl", pickled({"a": LOAD})),
     "a .pkl that has torch open bytes": (".pkl", pickled({"a": bytes_for_torch()})),
     "a .pkl with an array of objects": (".pkl", pickled({"a": np.array([TOUCH])})),
-    "a .pkl with addresses for objects": (".pkl", objects_from_numbers()),
+    "a .pkl with addresses for objects": (".pkl", objects_from_numbers(pickled)),
+    "a .pkl with an array filled twice": (".pkl", filled_twice()),
     "a .pkl of tensors": (".pkl", pickled({"a": torch.zeros(1)})),
     "a list in a .pth": (".pth", saved([torch.zeros(1)])),
     "a list in a .pkl": (".pkl", pickled([np.zeros(1)])),
@@ -152,6 +185,74 @@ def test_bombs_explode_where_pickle_reads_them(tmp_path, monkeypatch):
         (tmp_path / "exploded").unlink()
     torch.load(io.BytesIO(CASES["a .pth that runs a command"][1]), weights_only=False)
     assert (tmp_path / "exploded").exists()
+
+
+DOORS = {
+    "MODEL.WEIGHTS": lambda cfg, file: begin(cfg, file, TrainingCheckpointer),
+    "--eval-only": lambda cfg, file: begin(cfg, file, SafeCheckpointer, whole=True),
+    "Predictor": lambda cfg, file: Predictor(cfg, file).model,
+}
+
+
+def begin(cfg, file, checkpointer, **how):
+    model = build_model(cfg)
+    checkpointer(model, "", **how).resume_or_load(str(file), resume=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "door"),
+    [
+        *((wrapper, "MODEL.WEIGHTS") for wrapper in WRAPPERS),
+        *(("lightning", x) for x in [*DOORS][1:]),
+    ],
+)
+def test_checkpoints_of_others_are_loaded(wrapper, door, tmp_path):
+    """Logs, paths, arguments and numbers beside the weights, and prefixes, are no obstacle."""
+    cfg = make_cfg(*MODEL)
+    torch.manual_seed(1)
+    trained = build_model(cfg)
+    (tmp_path / "theirs.ckpt").write_bytes(saved(wrapped(trained)[wrapper]))
+    model = DOORS[door](cfg, tmp_path / "theirs.ckpt")
+    torch.testing.assert_close(model.state_dict(), trained.state_dict(), rtol=0, atol=0)
+
+
+def test_safetensors_are_loaded(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    model = build_model(make_cfg(*MODEL))
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    loaded = begin(make_cfg(*MODEL), tmp_path / "weights.safetensors", SafeCheckpointer, whole=True)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_prefix_of_some_names_stays(tmp_path):
+    """As where a LightningModule has a loss with weights, too."""
+    model = build_model(make_cfg(*MODEL))
+    weights = wrapped(model)["lightning"]
+    weights["state_dict"]["loss.weight"] = torch.zeros(1)
+    (tmp_path / "theirs.ckpt").write_bytes(saved(weights))
+    sentence = (
+        r"nothing in .*theirs\.ckpt fits the model: it has names such as model\.backbone\.\S+, the "
+        r"model backbone\.\S+; weights of"
+    )
+    with pytest.raises(WeightsError, match=sentence):
+        SafeCheckpointer(model).load(str(tmp_path / "theirs.ckpt"))
+
+
+def test_a_prefix_that_the_model_has_too_stays():
+    weights = {"module.model.a": torch.zeros(1), "module.model.b": torch.zeros(1)}
+    assert fit_names(weights, {"model.a"}).keys() == {"model.a", "model.b"}
+    assert fit_names(weights, {"c"}) == weights
+    assert fit_names({}, {"c"}) == {}
+
+
+def test_versions_of_modules_follow_their_names(tmp_path):
+    """torch and Detectron2 fill in what older versions of a module did not have."""
+    model = nn.Sequential(nn.BatchNorm2d(1))
+    (tmp_path / "theirs.pth").write_bytes(saved(nn.DataParallel(model).state_dict()))
+    weights = find_weights(read(tmp_path / "theirs.pth"), "theirs.pth")
+    found = fit_names(weights, model.state_dict().keys())
+    assert found._metadata["0"] == model.state_dict()._metadata["0"] == {"version": 2}
 
 
 @pytest.mark.parametrize("protocol", range(6))

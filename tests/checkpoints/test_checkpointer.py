@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -127,6 +128,14 @@ def test_all_are_kept_by_default_and_less_than_none_is_refused(tmp_path):
     assert len(os.listdir(tmp_path)) == 4
     with pytest.raises(ValueError, match=r"CHECKPOINTS_TO_KEEP must be 0 \(all\) or more, not -1"):
         TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path), keep=-1)
+
+
+def test_numpy_numbers_beside_the_states_are_read(checkpointer, caplog):
+    """As a metric that a user's hook saves."""
+    save(checkpointer, 2)
+    checkpointer.save("model_best", metric=np.float64(0.5))
+    assert resume(checkpointer) == (2, 2.0)
+    assert "cannot be read" not in caplog.text
 
 
 def cut(file):

@@ -152,6 +152,16 @@ def test_without_names_rows_are_taken_by_place(tmp_path, caplog, known):
     assert f"{who} not name classes: the class layer is taken over as it is" in caplog.text
 
 
+def test_rows_follow_names_behind_a_prefix(tmp_path):
+    """As of a model that was saved while it was distributed."""
+    old = trained()
+    wrapped = nn.DataParallel(old).state_dict()
+    torch.save({"model": wrapped, "class_names": OLD}, tmp_path / "old.pth")
+    model, _ = begin(str(tmp_path / "old.pth"), ["dog", "person"])
+    weight = model.head.cls_score.weight.unflatten(0, (3, 2))
+    assert torch.equal(weight, old.head.cls_score.weight.unflatten(0, (3, 4))[:, [3, 0]])
+
+
 def test_without_names_and_of_another_number_the_layer_begins_anew(tmp_path, caplog):
     old = trained()
     file = tmp_path / "old.pth"

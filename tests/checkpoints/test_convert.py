@@ -4,10 +4,12 @@ import json
 import pickle
 import re
 import runpy
+from pathlib import Path
 from pprint import pformat
 
 import convert_checkpoint
 import numpy as np
+import others
 import pytest
 import recipe
 import torch
@@ -26,8 +28,8 @@ from atss.checkpoints import (
     mmdet_config,
     to_mmdet,
 )
-from atss.checkpoints.read import WeightsError
 from atss.data.mapper import Mapper
+from atss.weights import WeightsError
 
 OFFICIAL_SHAPES = json.loads((GOLDEN / "official_atss_r50_shapes.json").read_text())
 MMDET_SHAPES = json.loads((GOLDEN / "mmdet_atss_r50_shapes.json").read_text())
@@ -469,16 +471,9 @@ def test_the_tool_writes_weights_and_their_config(weights, tmp_path, capsys):
     assert not left.missing_keys
     assert not left.unexpected_keys
 
-    # Once more the same; another config that stands there is not replaced.
-    paths = [str(tmp_path / "theirs.pth"), str(out)]
-    convert_checkpoint.main(["--from", "official", "--regression", "point", *paths])
-    with pytest.raises(
-        SystemExit, match=r"error: .*ours.yaml is there already, with other content"
-    ):
-        convert_checkpoint.main(["--from", "official", *paths])
-
     mmdet = tmp_path / "theirs_too.pth"
-    torch.save({"meta": {"epoch": 12}, "state_dict": weights["mmdet"]}, mmdet)
+    compiled = {f"_orig_mod.{name}": x for name, x in weights["mmdet"].items()}
+    mmdet.write_bytes(others.saved(others.mmdet(compiled)))
     paths = [str(mmdet), str(tmp_path / "from_mmdet.pth")]
     convert_checkpoint.main(["--from", "mmdet", "--detector", "atss", *paths])
     back = tmp_path / "back.pth"
@@ -562,10 +557,7 @@ def test_imagenet_weights_of_detectron2s_catalogue(tmp_path):
 
 def test_a_conversion_that_cannot_be_written_leaves_nothing(weights, tmp_path, monkeypatch):
     torch.save({"model": weights["official"]}, tmp_path / "theirs.pth")
-    (tmp_path / "folder.pth").mkdir()
     argv = ["--from", "official", str(tmp_path / "theirs.pth")]
-    with pytest.raises(SystemExit, match=r"error: .*folder\.pth is a folder: name a file"):
-        convert_checkpoint.main([*argv, str(tmp_path / "folder.pth")])
 
     def full(content, path):
         path.write_bytes(b"x" * 100)
@@ -579,4 +571,24 @@ def test_a_conversion_that_cannot_be_written_leaves_nothing(weights, tmp_path, m
         SystemExit, match=r"error: cannot write .*new\.pth: No space left on device"
     ):
         convert_checkpoint.main([*argv, str(tmp_path / "new.pth")])
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["folder.pth", "theirs.pth"]
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "write_text", lambda path, text: full(text, path))
+    with pytest.raises(SystemExit, match=r"error: cannot write .*new\.pth: No space left"):
+        convert_checkpoint.main([*argv, str(tmp_path / "new.pth")])
+    assert [x.name for x in tmp_path.iterdir()] == ["theirs.pth"]
+
+
+@pytest.mark.parametrize("way", [["--from", "official"], ["--from", "mmdet"], ["--to", "mmdet"]])
+@pytest.mark.parametrize("there", [".pth", "settings"])
+def test_no_output_is_replaced(way, there, tmp_path):
+    """That is said before IN is looked for."""
+    ending = {"--from": ".yaml", "--to": ".py"}[way[0]] if there == "settings" else there
+    file = tmp_path / f"out{ending}"
+    file.write_text("mine")
+    config = ROOT / "configs" / "ATSS_R_50_FPN_1x.yaml"
+    way = [*way, "--config-file", str(config)] if way[0] == "--to" else way
+    sentence = rf"error: .*out\{ending} already exists: choose another OUT"
+    with pytest.raises(SystemExit, match=sentence):
+        convert_checkpoint.main([*way, "theirs.pth", str(tmp_path / "out.pth")])
+    assert file.read_text() == "mine"
+    assert [*tmp_path.iterdir()] == [file]

@@ -6,6 +6,7 @@ import logging
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,26 +137,40 @@ class Evil:
 
 def test_files_are_read_without_executing_anything(tmp_path, capfd):
     torch.save({"conv_stem.weight": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match=r"evil\.pth is no file of weights, is damaged, or wants"):
+    with pytest.raises(ValueError, match=r"evil\.pth holds more than weights \(it asks for print"):
         pretrained.read_pretrained(str(tmp_path / "evil.pth"))
     assert "executed" not in capfd.readouterr().out
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0")
-    with pytest.raises(ValueError, match=r"cut\.safetensors is no file of weights"):
+    with pytest.raises(ValueError, match=r"cut\.safetensors is no checkpoint, or is damaged"):
         pretrained.read_pretrained(str(tmp_path / "cut.safetensors"))
 
 
-def test_a_checkpoint_of_timms_training_is_read(tmp_path):
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
+def test_a_checkpoint_of_timms_training_is_read(prefix, tmp_path):
     weights = random_weights("resnet18")
-    args = argparse.Namespace(model="resnet18", lr=0.1)
-    torch.save({"state_dict": weights, "epoch": 3, "args": args}, tmp_path / "w.pth")
-    found = pretrained.read_pretrained(str(tmp_path / "w.pth"))
-    assert found.keys() == weights.keys()
+    args = argparse.Namespace(model="resnet18", output=Path("output"))
+    theirs = {f"{prefix}{name}": x for name, x in weights.items()}
+    content = {"state_dict": theirs, "epoch": 3, "args": args, "metric": np.float64(0.7)}
+    torch.save(content, tmp_path / "w.pth")
+    backbone = TimmBackbone("resnet18", weights=pretrained.read_pretrained(str(tmp_path / "w.pth")))
+    for name, x in backbone.net.state_dict().items():
+        assert torch.equal(x, weights[name]), name
 
 
 def test_without_a_network_one_sentence(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"timm/resnet18\.a1_in1k are not on this machine and can"):
         pretrained.find_pretrained("resnet18.a1_in1k")
+
+
+def test_hf_hub_offline_asks_nobody(monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *x, **how: asked.append(x))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", asked.append)
+    with pytest.raises(ValueError, match=r"cannot be fetched from \S+ \(HF_HUB_OFFLINE is"):
+        pretrained.find_pretrained("resnet18.a1_in1k")
+    assert not asked
 
 
 def test_a_missing_file_and_an_unknown_model_are_named():

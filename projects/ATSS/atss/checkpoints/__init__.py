@@ -1,11 +1,11 @@
 """Weights: read without executing anything, written so that a kill loses nothing, converted from
 other projects' names."""
 
+from ..weights import WeightsError
 from .checkpointer import SafeCheckpointer, TrainingCheckpointer
 from .convert import config_for, convert, convert_file, load
 from .detectors import DETECTORS, ConversionError
 from .mmdet import convert_file_to_mmdet, mmdet_config, to_mmdet
-from .read import WeightsError
 
 __all__ = [
     "DETECTORS",

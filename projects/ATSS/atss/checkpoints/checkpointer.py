@@ -12,8 +12,8 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..weights import WeightsError, find_weights, fit_names, read, verify_download
 from .classes import KEY, names_in, take_rows, warn_of_others
-from .read import WeightsError, read, require_tensors, verify_download
 
 # By Detectron2's PeriodicCheckpointer.
 NUMBERED = re.compile(r"model_(\d{7,})\.pth")
@@ -81,11 +81,11 @@ class SafeCheckpointer(DetectionCheckpointer):
                 raise WeightsError(f"{filename} holds no weights")
             if not {"model", "__author__"} <= loaded.keys():
                 key, left_out, author = self.FOREIGN[suffix]
-                content = loaded.get(key, loaded)
-                require_tensors(content, filename)
+                content = find_weights(loaded.get(key, loaded), filename)
                 model = {k: v for k, v in content.items() if not k.endswith(left_out)}
                 loaded = {"model": model, "__author__": author, "matching_heuristics": True}
-        require_tensors(loaded["model"], filename)
+        weights = find_weights(loaded["model"], filename)
+        loaded["model"] = fit_names(weights, self.model.state_dict().keys())
         return loaded
 
     def _torch_load(self, filename: str) -> dict:
@@ -94,11 +94,14 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict) -> Any:
         self._match_classes(names_in(checkpoint, self._loading), checkpoint["model"])
+        first = next(iter(checkpoint["model"]), "none")
         left = super()._load_model(checkpoint)
-        if {name for name, _ in self.model.named_parameters()} <= set(left.missing_keys):
+        names = [name for name, _ in self.model.named_parameters()]
+        if set(names) <= set(left.missing_keys):
             raise WeightsError(
-                f"nothing in {self._loading} fits the model; weights of the authors' code or of "
-                "mmdet have to be converted by tools/convert_checkpoint.py"
+                f"nothing in {self._loading} fits the model: it has names such as {first}, the "
+                f"model {names[0]}; weights of the authors' code or of mmdet have to be converted "
+                "by tools/convert_checkpoint.py"
             )
         lacking = {*left.missing_keys, *(x[0] for x in left.incorrect_shapes)}
         self._refuse_random_parts(lacking)
@@ -295,7 +298,6 @@ def iterations(file: str) -> int | None:
     """The last iteration before a complete checkpoint was written; None for any other file."""
     try:
         # Mapped, so that weights are not read; a file that was cut has lost its table of contents.
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return content["trainer"]["iteration"]
-    except Exception:  # what torch raises differs with what is wrong with a file
+        return read(file, mmap=True)["trainer"]["iteration"]
+    except (WeightsError, LookupError, TypeError):
         return None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .read import WeightsError
+from ..weights import WeightsError
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from ..config.classes import class_names
 from ..config.read import get_config
 from ..data.datasets import classes_of
+from ..weights import find_weights, read, unwrapped
 from .classes import KEY
 from .detectors import DETECTORS, ConversionError, detector_of
 from .names import OFFICIAL, mmdet_rules, rename
-from .read import read, require_tensors
 
 SOURCES = ("official", "mmdet")
 # Blocks of the stages res2 to res5 -> depth.
@@ -31,15 +31,7 @@ def load(path: str | Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: where the file is not one, is damaged, or holds more than data.
     """
-    return _tensors(read(path), path)
-
-
-def _tensors(content: Any, path: str | Path) -> dict[str, Tensor]:
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    require_tensors(content, path)
-    return {name: torch.as_tensor(value) for name, value in content.items()}
+    return find_weights(read(path), path)
 
 
 def _config_text(content: Any) -> str:
@@ -67,7 +59,7 @@ def convert(
     """
     if source not in SOURCES:
         raise ConversionError(f"unknown source {source!r}; known are {[*SOURCES]}")
-    state_dict = _without_prefix(state_dict)
+    *_, state_dict = unwrapped(dict(state_dict))
     if source == "mmdet":
         detector = detector_of(state_dict, given=detector)
         rules = mmdet_rules(DETECTORS[detector].predictors)
@@ -185,8 +177,9 @@ def convert_file(
     Raises:
         WeightsError: saying what.
     """
+    refuse_to_replace(target, target.with_suffix(".yaml"))
     content = read(path)
-    weights = _without_prefix(_tensors(content, path))
+    *_, weights = unwrapped(find_weights(content, path))
     if source == "mmdet":
         detector = detector_of(weights, _config_text(content), detector)
     converted = convert(weights, source, detector)
@@ -198,38 +191,35 @@ def convert_file(
     return cfg, detector or "atss"
 
 
+def refuse_to_replace(*files: Path) -> None:
+    """Raises a ValueError that names the first of the files, or folders, that exists."""
+    for file in files:
+        if file.exists():
+            raise ValueError(f"{file} already exists: choose another OUT")
+
+
 def write(target: Path, content: dict, config_file: Path, config: str) -> None:
-    """The weights, all of them or nothing, and the config.
+    """The weights and the config, both or nothing.
 
     Raises:
-        ValueError: where either would replace what is no such file, or another config.
-        OSError: in a sentence, where they cannot be written.
+        OSError: in a sentence, if they cannot be written.
     """
-    if target.is_dir():
-        raise ValueError(f"{target} is a folder: name a file")
-    if config_file.exists() and config_file.read_text() != config:
-        raise ValueError(f"{config_file} is there already, with other content: choose another OUT")
-    unfinished = target.with_name(target.name + ".unfinished")
+    unfinished = {file: file.with_name(f"{file.name}.unfinished") for file in (target, config_file)}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.save(content, unfinished)
+            torch.save(content, unfinished[target])
+            unfinished[config_file].write_text(config)
         except BaseException:  # a full disk needs the room
-            unfinished.unlink(missing_ok=True)
+            for file in unfinished.values():
+                file.unlink(missing_ok=True)
             raise
-        unfinished.rename(target)
-        config_file.write_text(config)
+        for file in unfinished:
+            unfinished[file].rename(file)
     except (OSError, RuntimeError) as error:  # torch hides the disk's error behind one of its own
         cause = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(cause, "strerror", None) or str(cause).partition("\n")[0]
         raise OSError(f"cannot write {target}: {reason}") from error
-
-
-def _without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without "module.", where a distributed model's names all begin with it."""
-    if all(name.startswith("module.") for name in state_dict):
-        return {name.removeprefix("module."): value for name, value in state_dict.items()}
-    return dict(state_dict)
 
 
 def is_tower_bias(name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from .read import WeightsError
+from ..weights import WeightsError
 
 
 class ConversionError(WeightsError):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config.checks import flatten
 from ..config.read import get_config
-from .convert import check_against, is_tower_bias, load, shapes_of, write
+from .convert import check_against, is_tower_bias, load, refuse_to_replace, shapes_of, write
 from .detectors import DETECTORS, ConversionError
 from .names import rename, to_mmdet_rules
 
@@ -143,6 +143,7 @@ def convert_file_to_mmdet(path: Path, target: Path, cfg: CfgNode) -> str:
     Raises:
         WeightsError: saying what.
     """
+    refuse_to_replace(target, target.with_suffix(".py"))
     weights = load(path)
     config = mmdet_config(cfg, weights)
     content = {"meta": {"cfg": config}, "state_dict": to_mmdet(weights, cfg)}

@@ -20,8 +20,8 @@ from detectron2.utils.events import CommonMetricPrinter
 from torch import nn
 
 from ..checkpoints import TrainingCheckpointer
-from ..checkpoints.read import read
 from ..data.datasets import classes_of, has_objects
+from ..weights import read
 
 # By evaluator_type.
 COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")

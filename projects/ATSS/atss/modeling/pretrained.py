@@ -2,7 +2,6 @@
 timm's hub; that all of them are there is checked here, because timm says nothing of those that
 are not."""
 
-import argparse
 import hashlib
 import importlib
 import logging
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..weights import find_weights, read
 
 logger = logging.getLogger(__name__)
 
@@ -65,28 +66,9 @@ def read_pretrained(path: str) -> dict[str, Tensor]:
     """Names and tensors of a file; nothing in it is executed.
 
     Raises:
-        ValueError: where it holds no weights, or is damaged.
+        WeightsError: where it holds no weights, or is damaged.
     """
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            # Checkpoints of timm's own training hold the arguments that it had.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever damage makes of a reader
-        raise ValueError(
-            f"MODEL.TIMM.WEIGHTS {path} is no file of weights, is damaged, or wants to run code "
-            "when it is read, which is not done here"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(x, Tensor) for x in content.values()):
-        raise ValueError(f"MODEL.TIMM.WEIGHTS {path} holds no weights")
-    return dict(content)
+    return find_weights(read(path), path)
 
 
 def load_pretrained(name: str, file: str = "") -> dict[str, Tensor]:
@@ -151,6 +133,8 @@ def _fetch(name: str) -> tuple[str, str]:
     try:
         # Once, and not for long: the hub's own client would try again for the better part of a
         # minute.
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
         with suppress(urllib.error.HTTPError):  # which is an answer
             urllib.request.urlopen(constants.ENDPOINT, timeout=PATIENCE).close()
         return hf_hub_download(*where), credit

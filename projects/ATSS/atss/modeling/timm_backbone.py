@@ -13,6 +13,7 @@ from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..weights import fit_names
 from .pretrained import require_loaded
 
 # Of trial images: what training meets, multiples of 32 and of nothing larger.
@@ -60,6 +61,9 @@ class TimmBackbone(Backbone):
             )
         options: dict[str, Any] = {"out_indices": [where[stride] for stride in strides]}
         if weights is not None:
+            with torch.device("meta"):
+                names = _require(name).create_model(name).state_dict().keys()
+            weights = fit_names(dict(weights), names)
             options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": weights}}
         with _quiet():
             self.net = _create(name, **options)
