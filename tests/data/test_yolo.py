@@ -436,7 +436,7 @@ def test_exports_without_a_yaml(data, tmp_path, files, source, split, expected):
             LABEL_IMG | {"valid/classes.txt": "dog\n"},
             *(".", "train", "valid/classes.txt and train/classes.txt name different classes"),
         ),
-        (one(BOX), ".", "train", "nor classes.txt or obj.names or _darknet.labels of YOLO's"),
+        (one(BOX), ".", "train", "and none of classes.txt, obj.names, _darknet.labels of YOLO's"),
     ],
 )
 def test_exports_that_cannot_be_read(data, tmp_path, files, source, split, sentence):

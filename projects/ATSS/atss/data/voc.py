@@ -106,8 +106,10 @@ def read_voc(folder: str, split: str, first_pixel: int = FIRST_PIXEL) -> tuple[d
         files = files_below(root)
         xmls = [f for f in files if f.suffix.lower() == ".xml"]
         if not xmls:
+            tried = ", ".join(NAMES_FILES)
             raise ValueError(
-                f"it has no xml files, nor {' or '.join(NAMES_FILES)} of YOLO's layout"
+                f"it has no xml files, and none of {tried} of YOLO's layout (of a data.yaml, give "
+                "its own path)"
             )
         with ThreadPoolExecutor(THREADS) as pool:
             labels = dict(zip(xmls, pool.map(lambda f: _read_label(root / f), xmls), strict=True))
