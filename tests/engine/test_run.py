@@ -213,6 +213,23 @@ def test_a_test_set_with_objects_decides(arguments, variant, change):
     assert sentence == "error: TEST.BEST_METRIC is 'bare/bbox/AP', but data set bare has no objects"
 
 
+@pytest.mark.parametrize(
+    ("annotations", "found"),
+    [
+        ([], False),
+        ([{"iscrowd": 1}], False),
+        ([{"iscrowd": 1}, {"iscrowd": 0}], True),
+        ([{}], True),
+    ],
+)
+def test_objects_of_a_data_set_without_register(annotations, found):
+    DatasetCatalog.register("plain", lambda: [{}, {"annotations": annotations}])
+    try:
+        assert datasets.has_objects("plain") == found
+    finally:
+        forget("plain")
+
+
 @pytest.mark.parametrize("objects", [without_annotations, None])
 def test_a_recipes_patience_without_test_sets_is_silent(arguments, variant, tmp_path, objects):
     """No test set, or one without objects; PATIENCE stands in the file."""
@@ -233,6 +250,9 @@ def test_an_unknown_metric_is_named_first(arguments, metric):
     assert sentence.startswith(f"error: TEST.BEST_METRIC is {metric!r}; known are ['bbox/AP', 'bbo")
     for known in ("bbox/AP75", "bbox/AP-blue"):
         way_in.prepare(arguments(**opts, **{"TEST.BEST_METRIC": known}))
+    forget("squares")
+    one = arguments("--classes", "blue", **opts, **{"TEST.BEST_METRIC": "bbox/AP-blue"})
+    assert said_by(one).startswith("error: TEST.BEST_METRIC is 'bbox/AP-blue'; known are ['bbox/")
 
 
 @pytest.mark.parametrize(

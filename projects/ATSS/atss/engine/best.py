@@ -287,9 +287,10 @@ def check_metric(cfg: CfgNode) -> None:
         plain = metric.removeprefix(f"{name}/")
     if not has_objects(name):
         raise ValueError(f"TEST.BEST_METRIC is {metric!r}, but data set {name} has no objects")
-    known = known_metrics(name)
-    classes = [f"bbox/AP-{x}" for x in classes_of(name) or ()]
-    if known and plain not in (*known, *classes):
+    known, classes = known_metrics(name), classes_of(name) or ()
+    if MetadataCatalog.get(name).get("evaluator_type") != "coco" or len(classes) == 1:
+        classes = ()  # are not evaluated apart
+    if known and plain not in (*known, *(f"bbox/AP-{x}" for x in classes)):
         raise ValueError(f"TEST.BEST_METRIC is {cfg.TEST.BEST_METRIC!r}; known are {known}")
 
 
