@@ -10,7 +10,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import Boxes, Instances
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from atss import GroundTruth, add_atss_config
 
@@ -60,6 +60,14 @@ def make_input(boxes=(), classes=(), hw=(96, 128), seed=0) -> dict:
     instances.gt_classes = torch.as_tensor(classes, dtype=torch.long)
     image = torch.rand(3, *hw, generator=generator) * 255
     return {"image": image, "instances": instances, "height": hw[0], "width": hw[1]}
+
+
+def photograph(seed, size=(120, 90)):
+    """Smooth noise, as different from others as photographs are."""
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(3))
+    return image.resize(size)
 
 
 @pytest.fixture(scope="session")

@@ -5,19 +5,11 @@ from pathlib import Path
 import check_dataset
 import numpy as np
 import pytest
-from conftest import ROOT
-from PIL import Image, ImageFilter
+from conftest import ROOT, photograph
+from PIL import Image
 
 from atss.data import copies
 from atss.data.copies import find_copies, join_groups
-
-
-def photograph(seed, size=(120, 90)):
-    """Smooth noise, as different from others as photographs are."""
-    generator = np.random.default_rng(seed)
-    pixels = generator.integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(3))
-    return image.resize(size)
 
 
 @pytest.fixture

@@ -2,14 +2,18 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import broken
+import check_dataset
 import convert_dataset
 import numpy as np
 import pytest
+from conftest import photograph
 
 from atss.data.copies import by_key, join_groups
+from atss.data.datasets import split_source
 from atss.data.formats import read
 from atss.data.splits import divide, group_by_name, join, page, parse_shares
 
@@ -72,8 +76,8 @@ def real_sets(real_data):
 @pytest.mark.parametrize("shares", SHARES)
 @pytest.mark.parametrize("name", ["aquarium", "bccd", "coco"])
 def test_real_sets_within_two_points(real_sets, name, shares):
-    """Ten seeds. Images, objects and every class of aquarium and BCCD have their share to within
-    two points; crowded images, to within an image, and rare classes of COCO two."""
+    """Ten seeds. Crowded images may be off by one image, and rows of COCO's rare classes and
+    crowded images by what two images have."""
     content = real_sets[name]
     row = {c["id"]: i for i, c in enumerate(content["categories"])}
     position = {image["id"]: i for i, image in enumerate(content["images"])}
@@ -87,7 +91,7 @@ def test_real_sets_within_two_points(real_sets, name, shares):
     slack = 0.02 * total
     slack[-1] = max(slack[-1], 1)
     if name == "coco":
-        slack[2:-1] = np.maximum(slack[2:-1], 2 * of_class.max(axis=1))
+        slack[2:] = np.maximum(slack[2:], 2 * rows[2:].max(axis=1))
     for seed in range(10):
         split_of = divide(content, [[i] for i in range(len(position))], shares, seed)
         parts = np.stack([rows[:, split_of == i].sum(axis=1) for i in range(len(shares))], axis=1)
@@ -116,9 +120,9 @@ def test_page_marks_what_is_off_by_two_points():
         "train val",
         "41 (82.0%) 9 (18.0%) images",
         "30 (76.9%)* 9 (23.1%)* images without objects",
-        "0 (0.0%) 0 (0.0%) images with 8 objects or more",
-        "77 (100.0%)* 0 (0.0%)* objects",
-        "77 (100.0%)* 0 (0.0%)* fish",
+        "0 ( 0.0%) 0 ( 0.0%) images with 8 objects or more",
+        "77 (100.0%)* 0 ( 0.0%)* objects",
+        "77 (100.0%)* 0 ( 0.0%)* fish",
         "* more than 2 points away from its share",
     ]
 
@@ -327,6 +331,65 @@ def test_splits_are_written_with_all_classes_and_copies_together(two, tmp_path, 
         assert json.loads((tmp_path / f"again_{x}.json").read_text()) == part
 
 
+@pytest.fixture
+def scenes(tmp_path):
+    """The source of twelve photographs: 0 to 2 show one scene, 3 is 4 mirrored."""
+    (tmp_path / "images").mkdir()
+    images = [photograph(i) for i in (0, 0, 0, 4, 4, *range(5, 12))]
+    images[1] = images[0].crop((4, 3, 118, 88))
+    images[2] = images[0].crop((2, 5, 116, 90))
+    images[3] = images[4].transpose(broken.Image.Transpose.FLIP_LEFT_RIGHT)
+    entries = []
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"images/{i}.png")
+        size = {"width": image.width, "height": image.height}
+        entries.append({"id": i, "file_name": f"{i}.png", **size})
+    content = {"images": entries, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    return f"{tmp_path}/labels.json:{tmp_path}/images"
+
+
+@pytest.mark.parametrize("group", [(), ("--group", "^(5|11)")])
+def test_scenes_and_groups_stay_in_one_split(scenes, tmp_path, capsys, group):
+    """Over seeds; and no image of one split is found again in the other."""
+    for seed in range(4):
+        argv = [scenes, "--output", f"{tmp_path}/{seed}.json", "--seed", str(seed), *group]
+        assert convert_dataset.main([*argv, "--split", "train=0.5", "val=0.5"]) == 0
+        said = capsys.readouterr().err
+        assert "photographs of one scene: 0.png, 1.png, 2.png" in said
+        assert "copies of one image: 3.png, 4.png" in said
+        part = json.loads((tmp_path / f"{seed}_train.json").read_text())
+        ids = {image["id"] for image in part["images"]}
+        for together in ({0, 1, 2}, {3, 4}, {5, 11} if group else {5}):
+            assert len(together & ids) in (0, len(together))
+    images = scenes.partition(":")[2]
+    against = ["--against", f"{tmp_path}/3_val.json:{images}"]
+    assert check_dataset.main([f"{tmp_path}/3_train.json:{images}", *against]) == 0
+    assert "another split" not in capsys.readouterr().out
+
+
+def test_scenes_larger_than_a_split_are_parted(scenes, tmp_path, capsys):
+    """As of a camera that does not move."""
+    content = json.loads((tmp_path / "labels.json").read_text())
+    content["images"] = content["images"][:5]
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    argv = [scenes, "--output", f"{tmp_path}/x.json", "--split", "train=0.5", "val=0.5"]
+    assert convert_dataset.main(argv) == 0
+    said = capsys.readouterr().err
+    assert "3 of 5 images look alike, more than a split has: copies among them stay" in said
+
+
+@pytest.mark.parametrize("name", ["a b.json", "it's $(x).json", "a=b.json"])
+def test_register_line_can_be_pasted(two, tmp_path, capsys, name):
+    """Into a shell: paths with blanks, quotes, and names with an equals sign."""
+    (tmp_path / "first" / "images").rename(tmp_path / "first" / "the images")
+    source = f"{tmp_path}/first/a.json:{tmp_path}/first/the images"
+    assert convert_dataset.main([source, "--output", f"{tmp_path}/{name}"]) == 0
+    option, spec = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert option == "--register"
+    assert len(read(*split_source(spec.partition("=")[2])).content["images"]) == 4
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -349,6 +412,9 @@ def test_nothing_is_written_over_and_nothing_wrong_is_written(two, tmp_path, cap
     annotations = two[0].split(":")[0]
     assert convert_dataset.main([two[0], "--output", annotations]) == 1
     assert f"{annotations} exists already" in capsys.readouterr().err
+    for output in ("data.yaml", "folder/", ".json", "json"):
+        assert convert_dataset.main([two[0], "--output", output]) == 1
+        assert "error: --output must end in .json, not" in capsys.readouterr().err
     assert convert_dataset.main(["nowhere", "--output", f"{tmp_path}/x.json"]) == 1
     assert (
         "a source is annotations.json:image_dir, data.yaml:split or voc_folder:split, not 'nowhere'"
