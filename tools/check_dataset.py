@@ -4,7 +4,7 @@
     tools/check_dataset.py train.json images --config-file configs/ATSS_R_18_FPN_small.yaml
     tools/check_dataset.py train.json images --json report.json --deep
     tools/check_dataset.py data.yaml train --against data.yaml:val
-    tools/check_dataset.py VOC2007 trainval
+    tools/check_dataset.py VOC2007:trainval
 
 Looks at the annotations, at the header of every image, and at whether the anchors of the config
 suit the objects. Exits with 0 where there are no errors, with 1 where there are some, and with 2
@@ -13,6 +13,7 @@ where the annotations, the folder or the config cannot be read.
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,7 @@ from atss.analysis.statistics import match
 from atss.config import build_sampling, get_config_file
 from atss.data.check import check, page
 from atss.data.choice import refuse_unknown
-from atss.data.copies import can_see_resized, find_in_others
+from atss.data.copies import find_in_others
 from atss.data.datasets import split_source
 from atss.data.formats import add_arguments, read, reading_of
 from atss.engine.run import NoSuchModule, import_modules
@@ -37,10 +38,11 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "annotations",
-        help="a json in COCO's or LVIS's format, YOLO's data.yaml, or a folder of Pascal VOC's xml",
+        "source",
+        metavar="ANNOTATIONS:IMAGES",
+        help="annotations.json:image_dir in COCO's or LVIS's format, data.yaml:split or "
+        "voc_folder:split; or both as two arguments",
     )
-    parser.add_argument("images", help="the folder that file names begin in, or the split")
     add_arguments(parser)
     parser.add_argument("--config-file", default=get_config_file("ATSS_R_50_FPN_1x"))
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
@@ -67,13 +69,18 @@ def main(argv: list[str] | None = None) -> int:
     except NoSuchModule as error:  # a bug in the module keeps its traceback
         print(f"error: {error}", file=sys.stderr)
         return 2
+    opts, source = args.opts, args.source
     try:
+        if opts and (os.path.exists(source) or ":" not in source):
+            annotations, images, *opts = source, *opts
+        else:
+            annotations, images = split_source(source)
         if args.json:
             try_to_write("--json", args.json)
-        cfg = load_config(args.config_file, opts=args.opts)
+        cfg = load_config(args.config_file, opts=opts)
         sizes = [(size, cfg.INPUT.MAX_SIZE_TRAIN) for size in cfg.INPUT.MIN_SIZE_TRAIN]
         asked = partial(match, sampling=build_sampling(cfg), sizes=sizes, progress=progress)
-        labels = read(args.annotations, args.images, reading := reading_of(args))
+        labels = read(annotations, images, reading := reading_of(args))
         refuse_unknown(reading.classes, labels.found, labels.names)
         others = [read(*split_source(other, "--against"), reading) for other in args.against]
         if others:
@@ -83,8 +90,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    if others and not can_see_resized():
-        print("Without imagehash, copies of equal bytes only are found.", file=sys.stderr)
     report = check(labels, sizes, filter_empty, asked, args.deep, progress)
     print(page(report))
     if args.json:

@@ -7,14 +7,15 @@ splits where there are none.
     tools/convert_dataset.py labels.json:images --output labels.json --split train=0.8 val=0.2
     tools/convert_dataset.py film:. --output film.json --split train=0.7 val=0.3 --group '(.*)_'
 
-Images stay where they are. Splits (film_train.json, film_val.json) have about their share of the
-objects of every class; images that --group finds to belong together, and copies of one image, are
-in one split. Copies that are resized are found where imagehash is installed.
+Images stay where they are. Splits (film_train.json, film_val.json) have about their share of
+images, of crowded images and of the objects of every class; images that --group finds to belong
+together, copies of one image, and photographs of one scene are in one split.
 """
 
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from atss.analysis.files import try_to_write
 from atss.data.choice import refuse_unknown
 from atss.data.coco_json import category_names, find_in_json, with_areas
-from atss.data.copies import by_key, can_see_resized, find_copies, join_groups
+from atss.data.copies import by_key, find_copies, join_groups
 from atss.data.datasets import split_source
 from atss.data.findings import DROPPED, ERROR, WARNING
 from atss.data.formats import Labels, Reading, add_arguments, read, reading_of
@@ -65,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         shares = parse_shares(args.split) if args.split else {}
         if args.group and not shares:
             raise ValueError("--group keeps images together in one split: it needs --split")
+        if args.output.suffix.lower() != ".json":
+            raise ValueError(f"--output must end in .json, not {args.output.name!r}")
         targets = [_target(args.output, name) for name in shares] or [args.output]
         for target in targets:
             if target.exists():
@@ -84,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     for i, target in enumerate(targets):
         with open(target, "w") as file:
             json.dump(part(content, [x == i for x in split_of]), file)
-        print(f"--register {target.stem}={target}:{folder}")
+        name = target.stem.replace("=", "_")  # --register ends a name at the first one
+        print("--register", shlex.quote(f"{name}={target}:{folder}"))
     return 0
 
 
@@ -112,9 +116,18 @@ def _divide(
             "by itself",
             file=sys.stderr,
         )
-    copies = find_copies([os.path.join(folder, f) for f in files], progress)
-    _say_copies(copies, files)
-    groups = join_groups(len(files), copies, by_key(named))
+    copies, scenes = find_copies([os.path.join(folder, f) for f in files], progress)
+    _say_groups("copies of one image", copies, files)
+    known = set(map(tuple, copies))
+    _say_groups("photographs of one scene", [x for x in scenes if tuple(x) not in known], files)
+    for scene in [x for x in scenes if len(x) > max(shares.values()) * len(files)]:
+        print(
+            f"{len(scene)} of {len(files)} images look alike, more than a split has: copies among "
+            "them stay together, and what --group finds",
+            file=sys.stderr,
+        )
+        scenes.remove(scene)
+    groups = join_groups(len(files), copies, scenes, by_key(named))
     split_of = divide(content, groups, list(shares.values()), seed).tolist()
     for i, name in enumerate(shares):
         if i not in split_of:
@@ -122,7 +135,7 @@ def _divide(
                 f"the split {name!r} would have no image: there are {len(files)}, which make "
                 f"{len(groups)} that can be parted"
             )
-    print(page(content, split_of, list(shares)))
+    print(page(content, split_of, shares))
     return split_of
 
 
@@ -158,13 +171,11 @@ def _read_all(sources: list[str], reading: Reading) -> list[Labels]:
     return sets
 
 
-def _say_copies(copies: list[list[int]], files: list[str]) -> None:
-    if not can_see_resized():
-        print("Copies of equal bytes only are looked for: pip install imagehash", file=sys.stderr)
-    for group in copies[:EXAMPLES]:
-        print(f"copies of one image: {', '.join(files[i] for i in group)}", file=sys.stderr)
-    if len(copies) > EXAMPLES:
-        print(f"and copies of {len(copies) - EXAMPLES} more images", file=sys.stderr)
+def _say_groups(what: str, groups: list[list[int]], files: list[str]) -> None:
+    for group in groups[:EXAMPLES]:
+        print(f"{what}: {', '.join(files[i] for i in group)}", file=sys.stderr)
+    if len(groups) > EXAMPLES:
+        print(f"{what}: {len(groups) - EXAMPLES} groups more", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -230,17 +230,21 @@ def test_best_iou_is_that_of_all_anchors(tmp_path):
     torch.testing.assert_close(torch.from_numpy(statistics._best_iou(anchors, boxes)), every)
 
 
-def test_a_config_of_fewer_levels(tmp_path):
-    """Strides are the backbone's, not five by habit."""
-    json_file, image_dir = break_data(SOUND, tmp_path / "data")
-    argv = [
-        str(json_file),
-        str(image_dir),
-        "--config-file",
-        str(ROOT / "configs/demo.yaml"),
-    ]
+@pytest.mark.parametrize("in_one", [False, True])
+def test_a_config_of_fewer_levels(tmp_path, in_one):
+    """Strides are the backbone's, not five by habit; the source in one argument or in two."""
+    paths = list(map(str, break_data(SOUND, tmp_path / "the data")))
+    argv = [":".join(paths)] if in_one else paths
+    argv += ["--config-file", str(ROOT / "configs/demo.yaml")]
     assert check_dataset.main(argv) == 0
     assert check_dataset.main([*argv, "MODEL.ATSS.ASSIGNER", "Nonesuch"]) == 2
+
+
+@pytest.mark.parametrize("source", ["{}", "{}:nowhere", "nowhere:{}", "nowhere"])
+def test_a_source_without_images(tmp_path, capsys, source):
+    json_file, _ = break_data(SOUND, tmp_path / "data")
+    assert check_dataset.main([source.format(json_file)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_a_config_with_an_own_rule(tmp_path, capsys, monkeypatch):

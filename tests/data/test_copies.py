@@ -1,21 +1,15 @@
 """Images that are there more than once."""
 
+from pathlib import Path
+
 import check_dataset
 import numpy as np
 import pytest
-from conftest import ROOT
-from PIL import Image, ImageFilter
+from conftest import ROOT, photograph
+from PIL import Image
 
 from atss.data import copies
 from atss.data.copies import find_copies, join_groups
-
-
-def photograph(seed, size=(120, 90)):
-    """Smooth noise, as different from others as photographs are."""
-    generator = np.random.default_rng(seed)
-    pixels = generator.integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(3))
-    return image.resize(size)
 
 
 @pytest.fixture
@@ -28,7 +22,7 @@ def files(tmp_path):
 
 
 def test_different_images_are_no_copies(files):
-    assert find_copies(files) == []
+    assert find_copies(files) == ([], [])
 
 
 def test_equal_bytes_and_resized_copies(files, tmp_path):
@@ -36,16 +30,30 @@ def test_equal_bytes_and_resized_copies(files, tmp_path):
     photograph(3, (60, 45)).save(tmp_path / "small.jpg", quality=70)
     photograph(7, (200, 150)).save(tmp_path / "large.jpg", quality=90)
     more = [f"{tmp_path}/{name}" for name in ("same.png", "small.jpg", "large.jpg")]
-    assert find_copies([*files, *more]) == [[3, 20, 21], [7, 22]]
-    assert find_copies([more[1], *files[:4]]) == [[0, 4]]
+    assert find_copies([*files, *more]) == 2 * ([[3, 20, 21], [7, 22]],)
+    assert find_copies([more[1], *files[:4]]) == 2 * ([[0, 4]],)
 
 
-def test_without_imagehash_equal_bytes_alone(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(copies, "can_see_resized", lambda: False)
-    (tmp_path / "same.png").write_bytes((tmp_path / "3.png").read_bytes())
-    photograph(3, (60, 45)).save(tmp_path / "small.jpg")
-    found = find_copies([*files, f"{tmp_path}/same.png", f"{tmp_path}/small.jpg"])
-    assert found == [[3, 20]]
+def test_mirrored_and_brighter_copies(files, tmp_path):
+    photograph(3).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
+    photograph(7).point(lambda x: min(1.3 * x, 255)).save(tmp_path / "bright.png")
+    photograph(9).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(tmp_path / "upside_down.png")
+    more = [f"{tmp_path}/{name}.png" for name in ("mirrored", "bright", "upside_down")]
+    assert find_copies([*files, *more])[0] == [[3, 20], [7, 21]]
+
+
+@pytest.mark.parametrize(
+    ("seed", "expected"),
+    [
+        (0, "a040b105c0b566d222b5f34db4afcff123e2131834bc6a7e7a92e495e03f3f7a"),
+        (1, "f5e7d597dca34d933ea35fb24c44b3c834c7bf8976062b9334a2652a7021164a"),
+        (2, "a2bbaa69a33df17f1faf9918a2bee36b2561c82bc8245c08db0245b039dbc754"),
+    ],
+)
+def test_bits_of_imagehash(tmp_path, seed, expected):
+    """By imagehash 4.3.2: np.packbits(phash(image, hash_size=16).hash.ravel())."""
+    photograph(seed).save(tmp_path / "x.png")
+    assert copies._hash(str(tmp_path / "x.png")).tobytes().hex() == expected
 
 
 def test_what_cannot_be_compared_is_no_copy(files, tmp_path):
@@ -56,45 +64,68 @@ def test_what_cannot_be_compared_is_no_copy(files, tmp_path):
         Image.new("RGB", (40, 40 + i), (i, i, i)).save(tmp_path / f"plain{i}.png")
     kinds = ("broken", "plain", "missing", "empty")
     odd = [f"{tmp_path}/{x}{i}.png" for x in kinds for i in range(2)]
-    assert find_copies([*files, *odd]) == []
+    assert find_copies([*files, *odd]) == ([], [])
 
 
-def test_pairs_of_hashes_are_those_of_all(monkeypatch):
-    """Against a look at every pair, near the threshold."""
+def pack(bits):
+    return np.packbits(bits).view(np.uint64)
+
+
+@pytest.mark.parametrize("pairs", [copies.PAIRS, 100])  # in one chunk, in many
+def test_pairs_of_hashes_are_those_of_all(monkeypatch, pairs):
+    """Against a look at every pair, near the thresholds, as they are and mirrored."""
+    monkeypatch.setattr(copies, "PAIRS", pairs)
     generator = np.random.default_rng(0)
-    base = generator.integers(0, 2, (6, copies.SIDE**2)).astype(bool)
+    base = generator.integers(0, 2, (6, 16, 16)).astype(bool)
     hashes = [None]
-    for row in base:
-        for flips in (0, 1, 6, 12, 13, 36):  # of 256 bits, 12 are near
+    for number, row in enumerate(base):
+        for flips in (0, 1, 40, 41, 80, 81):  # of 256 bits
             other = row.copy()
-            where = generator.choice(copies.SIDE**2, flips, replace=False)
-            other[where] ^= True
+            if number % 2 and flips:  # odd columns of frequencies are antisymmetric
+                other[:, 1::2] ^= True
+            other.ravel()[generator.choice(256, flips, replace=False)] ^= True
             hashes.append(other)
-    near = [
-        (i, j)
-        for i in range(1, len(hashes))
-        for j in range(i + 1, len(hashes))
-        if (hashes[i] != hashes[j]).sum() <= 12
-    ]
-    assert join_groups(len(hashes), copies._near(hashes)) == join_groups(len(hashes), near)
-    assert len(near) > 20
+    distances = {
+        (i, j): min(np.sum(a != b), np.sum((a != b) ^ (np.arange(16) % 2 == 1)))
+        for i, a in enumerate(hashes)
+        for j, b in enumerate(hashes[:i])
+        if a is not None and b is not None
+    }
+    found = copies._near([x if x is None else pack(x.ravel()) for x in hashes])
+    for radius, groups in zip((40, 80), found, strict=True):
+        near = [pair for pair, distance in distances.items() if distance <= radius]
+        assert len(near) >= 15
+        assert join_groups(len(hashes), groups) == join_groups(len(hashes), near)
 
 
 def test_a_camera_that_sees_nothing_move():
     """Each image is near to some others, and all of them are one group."""
     generator = np.random.default_rng(0)
-    hashes = [np.zeros(copies.SIDE**2, dtype=bool)]
+    hashes = [np.zeros(256, dtype=bool)]
     for _ in range(3000):
         other = hashes[-1].copy()
-        other[generator.choice(copies.SIDE**2, 3, replace=False)] ^= True
+        other[generator.choice(256, 3, replace=False)] ^= True
         hashes.append(other)
-    assert join_groups(3001, copies._near(hashes)) == [list(range(3001))]
+    assert copies._near(list(map(pack, hashes)))[0] == [list(range(3001))]
 
 
 def test_coco_has_no_copies(real_data):
     files = sorted(map(str, (real_data / "coco").glob("*2017/*.jpg")))
     assert len(files) > 200
-    assert find_copies(files) == []
+    assert find_copies(files) == ([], [])
+
+
+def test_scenes_of_aquarium(real_data):
+    """Photographs that follow one another: 17 scenes, 7 of them in several splits."""
+    files = sorted(map(str, (real_data / "aquarium").glob("*/images/*.jpg")))
+    assert len(files) == 638
+    found, scenes = find_copies(files)
+    assert [[Path(files[i]).stem for i in group] for group in found] == [["IMG_2343", "IMG_2344"]]
+    assert len(scenes) == 17
+    assert sum(len({Path(files[i]).parts[-3] for i in scene}) > 1 for scene in scenes) == 7
+    for scene in scenes:
+        numbers = sorted(int(Path(files[i]).stem.removeprefix("IMG_")) for i in scene)
+        assert numbers[-1] - numbers[0] <= 7
 
 
 def test_groups_are_joined():
@@ -119,8 +150,15 @@ def test_check_dataset_names_what_another_split_has(tmp_path, capsys):
     photograph(1, (60, 45)).save(tmp_path / "val/images/9.jpg")
     assert check_dataset.main(argv) == 0
     said = capsys.readouterr().out
-    assert "1  images that another split has too, by their bytes, or resized" in said
+    assert "1  images that another split has too, by their bytes, resized or mirrored" in said
     assert f"train/images/1.png, which is {tmp_path}/val/images/9.jpg" in said
+    Image.open(tmp_path / "train/images/2.png").crop((4, 3, 118, 88)).save(
+        tmp_path / "val/images/8.png"
+    )
+    assert check_dataset.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "1  images that look like one of another split, as photographs of one scene do" in said
+    assert f"train/images/2.png, which looks like {tmp_path}/val/images/8.png" in said
     (tmp_path / "empty").mkdir()
     (tmp_path / "val.json").write_text(
         '{"images": [{"id": 1, "file_name": "1.png", "width": 9, "height": 9}], "annotations": [], '

@@ -159,7 +159,10 @@ KINDS = {
     "image_palette": Kind(NOTE, "images with a palette, read as colour"),
     "image_cmyk": Kind(NOTE, "CMYK images, converted without their colour profile"),
     "image_in_other_split": Kind(
-        WARNING, "images that another split has too, by their bytes, or resized"
+        WARNING, "images that another split has too, by their bytes, resized or mirrored"
+    ),
+    "image_of_same_scene_in_other_split": Kind(
+        WARNING, "images that look like one of another split, as photographs of one scene do"
     ),
     # Objects under the config's anchors.
     "object_without_positive": Kind(

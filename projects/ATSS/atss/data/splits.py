@@ -3,13 +3,24 @@
 import math
 import os
 import re
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from .choice import ABSENT, PARTLY_MARKED
 from .formats import Labels
+
+# The first rows of the page, of images, and how many classes' errors theirs weigh: --split asks for
+# shares of images, and there may be hundreds of classes.
+IMAGE_ROWS = 3
+IMAGES_WEIGHT = 10
+# A split's part of a row is marked if it differs from the share by more than two points.
+MARKED = 0.02
+# Rounds of moves and exchanges. An exchange reads every number of every group, so that the more
+# there are, the fewer are tried: many groups are even without.
+PASSES = 5
+EXCHANGE_WORK = 20_000_000
+LEAST_GAIN = 1e-9
 
 
 def join(sets: Sequence[Labels]) -> tuple[dict, str]:
@@ -91,64 +102,84 @@ def group_by_name(file_names: Sequence[str], pattern: str) -> list[str | None]:
 def divide(
     content: dict, groups: Sequence[Sequence[int]], shares: Sequence[float], seed: int
 ) -> np.ndarray:
-    """(number of images,) which split each image is in: the same for a group, and of every class
-    about the share of its objects (iterative stratification, Sechidis et al., ECML 2011).
+    """Deal images into splits such that each split has its share of every row of :func:`page`.
 
-    Classes are dealt in the order of their rarity, the groups that have most of it first, each to
-    the split that lacks most of the class, then of images, then has fewest. None stays empty where
-    there are groups enough.
+    Groups are dealt from the heaviest to the lightest, each to the split where the error grows
+    least. Then single groups are moved, and pairs exchanged, while the error falls. The error is
+    Pearson's chi-squared, summed over rows: the squared difference between what a split has and its
+    share, divided by that share. No split is empty if there are as many groups as splits.
 
     Args:
+        content: in COCO's format, with at least one image.
         groups: of positions of images that stay together, each image in one.
         shares: of the splits, 1 in all.
-        seed: of what decides between equals.
+        seed: decides between equal groups.
+
+    Returns:
+        (number of images,) the index of the split of each image.
     """
-    position = {image["id"]: i for i, image in enumerate(content["images"])}
-    group_of = np.empty(len(position), dtype=np.int64)
+    names, row, image = _rows(content)
+    group_of = np.empty(len(content["images"]), dtype=np.int64)
     for g, members in enumerate(groups):
         group_of[list(members)] = g
-    order = np.random.default_rng(seed).permutation(len(groups))
-    objects = [Counter[object]() for _ in groups]
-    for annotation in content["annotations"]:
-        objects[group_of[position[annotation["image_id"]]]][annotation["category_id"]] += 1
-    total: Counter[object] = Counter()
-    groups_with: dict[object, list[int]] = defaultdict(list)
-    for g in order:
-        total.update(objects[g])
-        for c in objects[g]:
-            groups_with[c].append(g)
-    lacks = {c: np.multiply(shares, n) for c, n in total.items()}
-    lacks_images = np.multiply(shares, len(position))
+    key, inverse = np.unique(group_of[image] * len(names) + row, return_inverse=True)
+    group, row = np.divmod(key, len(names))
+    count = np.bincount(inverse)
+    value = count / np.sqrt(np.bincount(row, count))[row]
+    value[row < IMAGE_ROWS] *= IMAGES_WEIGHT**0.5
+    square = np.bincount(group, value**2)
+    start = np.searchsorted(group, np.arange(len(groups) + 1))
+    own = [slice(start[g], start[g + 1]) for g in range(len(groups))]
+    share = np.array(shares)
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(groups))
+    order = order[np.argsort(-square[order], kind="stable")]
     split_of = np.full(len(groups), -1)
-    dealt = np.zeros(len(shares))  # groups
+    load = np.zeros((len(names), len(shares)))
+    dealt = np.zeros(len(shares), dtype=np.int64)  # groups
 
-    def give(g: int, lack: np.ndarray) -> None:
-        most = np.flatnonzero(np.isclose(lack, lack.max()))
-        most = most[np.isclose(lacks_images[most], lacks_images[most].max())]
-        split = most[np.argmin(dealt[most] / np.array(shares)[most])]
+    def put(g: int, split: int, sign: int = 1) -> None:
+        load[row[own[g]], split] += sign * value[own[g]]
+        dealt[split] += sign
         split_of[g] = split
-        dealt[split] += 1
-        lacks_images[split] -= len(groups[g])
-        for c, n in objects[g].items():
-            lacks[c][split] -= n
 
-    left = Counter(total)
-    while left:
-        rarest = min(left, key=lambda c: (left[c], str(c)))  # of those left, maybe none at all
-        with_it = [g for g in groups_with[rarest] if split_of[g] < 0]
-        for g in sorted(with_it, key=lambda g: -objects[g][rarest]):
-            give(g, lacks[rarest])
-            for c, n in objects[g].items():
-                left[c] -= n
-        del left[rarest]
-    for g in sorted((g for g in order if split_of[g] < 0), key=lambda g: -len(groups[g])):
-        give(g, lacks_images)
-    for split in range(len(shares)):
-        if not dealt[split] and dealt.max() > 1:
-            of_most = [g for g in order if split_of[g] == dealt.argmax()]
-            smallest = min(of_most, key=lambda g: (len(groups[g]), sum(objects[g].values())))
-            dealt[[split_of[smallest], split]] += -1, 1
-            split_of[smallest] = split
+    def cost(g: int) -> np.ndarray:
+        """(splits,) by how much the error grows if the group, now in none, is put into each."""
+        return (2 * value[own[g]] @ load[row[own[g]]] + square[g]) / share
+
+    for left, g in zip(range(len(groups), 0, -1), order, strict=True):
+        unfit = (dealt > 0) & (left <= (dealt == 0).sum())
+        put(g, int(np.where(unfit, np.inf, cost(g)).argmin()))
+    for _ in range(PASSES):
+        before = split_of.copy()
+        for g in order[dealt[split_of[order]] > 1]:
+            old = split_of[g]
+            if dealt[old] > 1:
+                put(g, old, -1)
+                growth = cost(g)
+                growth[old] -= LEAST_GAIN
+                put(g, int(growth.argmin()))
+        for g in generator.permutation(len(groups))[: EXCHANGE_WORK // len(value)]:
+            old = split_of[g]
+            put(g, old, -1)
+            growth = cost(g)
+            best = (-LEAST_GAIN, g, old)
+            for new in set(range(len(shares))) - {old}:
+                put(g, new)
+                ratio = load[:, old] / share[old] - load[:, new] / share[new]
+                back = 2 * np.bincount(group, value * ratio[row])
+                back += square * (1 / share[old] + 1 / share[new])
+                back[(split_of != new) | (np.arange(len(groups)) == g)] = np.inf
+                other = int(back.argmin())
+                best = min(best, (growth[new] - growth[old] + back[other], other, new))
+                put(g, new, -1)
+            _, other, new = best
+            if new != old:
+                put(other, new, -1)
+                put(other, old)
+            put(g, new)
+        if (split_of == before).all():
+            break
     return split_of[group_of]
 
 
@@ -160,17 +191,54 @@ def part(content: dict, inside: Sequence[bool]) -> dict:
     return {**content, "images": images, "annotations": annotations}
 
 
-def page(content: dict, split_of: Sequence[int], names: Sequence[str]) -> str:
-    """Images and objects of each class in each split, for people."""
-    position = {image["id"]: i for i, image in enumerate(content["images"])}
-    counts: Mapping[object, Counter[int]] = {c["id"]: Counter() for c in content["categories"]}
-    for annotation in content["annotations"]:
-        counts[annotation["category_id"]][split_of[position[annotation["image_id"]]]] += 1
-    images = Counter(split_of)
-    rows = [("images", images)] + [(c["name"], counts[c["id"]]) for c in content["categories"]]
-    lines = ["".join(f"{name:>18}" for name in names)]
-    for what, of_split in rows:
-        total = max(sum(of_split.values()), 1)
-        cells = (f"{of_split[i]:>9,} ({of_split[i] / total:>5.1%})" for i in range(len(names)))
-        lines.append("".join(f"{cell:>18}" for cell in cells) + f"  {what}")
+def page(content: dict, split_of: Sequence[int], shares: Mapping[str, float]) -> str:
+    """A table for people: images and objects of each split, with a mark at each number that is more
+    than ``MARKED`` away from its share.
+
+    Args:
+        split_of: the index of the split of each image.
+        shares: of the splits, by name.
+    """
+    names, row, image = _rows(content)
+    cells = row * len(shares) + np.asarray(split_of)[image]
+    table = np.bincount(cells, minlength=len(names) * len(shares)).reshape(len(names), -1)
+    lines = ["".join(f"{name:>18} " for name in shares)]
+    for name, numbers in zip(names, table, strict=True):
+        found = numbers / max(numbers.sum(), 1)
+        off = (np.abs(found - list(shares.values())) > MARKED + 1e-9) & numbers.any()
+        texts = (f"{n:>9,} ({x:>5.1%})" for n, x in zip(numbers, found, strict=True))
+        marked = (f"{t:>18}{'*' if x else ' '}" for t, x in zip(texts, off, strict=True))
+        lines.append("".join(marked) + f" {name}")
+    if any("*" in line for line in lines[1:]):
+        lines.append(f"* more than {100 * MARKED:g} points away from its share")
     return "\n".join(lines)
+
+
+def _rows(content: dict) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """What splits share: images, images without objects, crowded ones (the fullest tenth at most),
+    objects, and those of each class.
+
+    Returns:
+        names of the R rows; and of N things that are counted, (N,) the row and (N,) the image.
+    """
+    position = {image["id"]: i for i, image in enumerate(content["images"])}
+    class_of = {category["id"]: i for i, category in enumerate(content["categories"])}
+    annotations = content["annotations"]
+    image = np.array([position[a["image_id"]] for a in annotations], dtype=np.int64)
+    category = np.array([class_of[a["category_id"]] for a in annotations], dtype=np.int64)
+    objects = np.bincount(image, minlength=len(position))
+    crowded = np.sort(objects)[-1 - len(objects) // 10] + 1
+    images = np.arange(len(objects))
+    kinds = [images, images[objects == 0], images[objects >= crowded], image]
+    row = [np.full(len(kind), i) for i, kind in enumerate(kinds)]
+    names = [
+        "images",
+        "images without objects",
+        f"images with {crowded} objects or more",
+        "objects",
+    ]
+    return (
+        names + [category["name"] for category in content["categories"]],
+        np.concatenate([*row, len(names) + category]),
+        np.concatenate([*kinds, image]),
+    )
