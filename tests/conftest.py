@@ -16,6 +16,14 @@ from atss import GroundTruth, add_atss_config
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("golden")
+# A network of 0.2 million weights, for tests of what is around it: two stages of a ResNet-18.
+TINY = {
+    "MODEL.RESNETS.OUT_FEATURES": ["res2"],
+    "MODEL.FPN.IN_FEATURES": ["res2"],
+    "MODEL.FPN.OUT_CHANNELS": 32,
+    "MODEL.ATSS.IN_FEATURES": ["p2", "p3", "p4"],
+    "MODEL.ATSS.NUM_CONVS": 1,
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,19 +3,18 @@
 import json
 import math
 import re
-import subprocess
-import sys
 import traceback
 
 import convert_checkpoint
 import pytest
 import recipe
 import torch
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, ROOT, TINY
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.utils.events import EventStorage, get_event_storage
+from processes import Script
 
 import atss.engine.run as way_in
 from atss import load_config
@@ -26,9 +25,8 @@ from atss.engine.launch import launch
 from atss.modeling.detector import ATSSDetector
 
 SMALL = {
-    "MODEL.ATSS.NUM_CONVS": 1,
+    **TINY,
     "MODEL.ATSS.SCORE_THRESH_TEST": 0.0,
-    "MODEL.FPN.OUT_CHANNELS": 64,
     "INPUT.MIN_SIZE_TRAIN": (96,),
     "INPUT.MIN_SIZE_TEST": 96,
     "DATALOADER.NUM_WORKERS": 0,
@@ -36,6 +34,16 @@ SMALL = {
     "SOLVER.MAX_ITER": 6,
     "SOLVER.CHECKPOINT_PERIOD": 3,
     "SEED": 1,
+}
+
+
+# Of large networks: small images, and a checkpoint at the end alone, of weights alone.
+SHORT = {
+    "INPUT.MIN_SIZE_TRAIN": (64,),
+    "INPUT.MIN_SIZE_TEST": 64,
+    "SOLVER.MAX_ITER": 2,
+    "SOLVER.CHECKPOINT_PERIOD": 100,
+    "SOLVER.MOMENTUM": 0.0,
 }
 
 
@@ -101,11 +109,11 @@ def test_fine_tunes_converted_weights_on_own_classes(command, squares, tmp_path)
         **named,
         **{"MODEL.ATSS.NUM_CLASSES": -1, "MODEL.ATSS.LEGACY_PIXELS": False},
         # The rate of this iteration is 0.
-        **{"SOLVER.MAX_ITER": 1, "SOLVER.CHECKPOINT_PERIOD": 1},
+        **SHORT | {"SOLVER.MAX_ITER": 1, "SOLVER.CHECKPOINT_PERIOD": 1},
         **{"SOLVER.WARMUP_FACTOR": 0.0, "SOLVER.WARMUP_METHOD": "linear"},
     )
     argv[1] = str(tmp_path / "ours.yaml")
-    for key in ("MODEL.ATSS.NUM_CONVS", "MODEL.FPN.OUT_CHANNELS"):
+    for key in TINY:
         del argv[argv.index(key) : argv.index(key) + 2]
     run(argv)
     log = (tmp_path / "out" / "log.txt").read_text()
@@ -148,9 +156,9 @@ def test_converted_weights_of_own_classes_are_evaluated_and_trained_on(command, 
     convert_checkpoint.main(["--from", *whose, *paths])
 
     def converted(*options, **opts):
-        argv = command(*options, **opts, **{"SOLVER.MAX_ITER": 2, "SOLVER.CHECKPOINT_PERIOD": 2})
+        argv = command(*options, **SHORT, **opts)
         argv[1] = str(tmp_path / "ours.yaml")
-        for key in ("MODEL.ATSS.NUM_CONVS", "MODEL.FPN.OUT_CHANNELS"):
+        for key in TINY:
             del argv[argv.index(key) : argv.index(key) + 2]
         return argv
 
@@ -160,7 +168,8 @@ def test_converted_weights_of_own_classes_are_evaluated_and_trained_on(command, 
     if source == "official":
         with pytest.raises(ValueError, match=r"LEGACY_PIXELS True is for inference"):
             prepare(converted())
-    run(converted(**{"MODEL.ATSS.LEGACY_PIXELS": False, "MODEL.ATSS.NUM_CLASSES": -1}))
+    own = {"MODEL.ATSS.LEGACY_PIXELS": False, "MODEL.ATSS.NUM_CLASSES": -1}
+    run(converted(**own, **{"DATASETS.TEST": ()}))
     assert "Skip loading" not in (tmp_path / "out" / "log.txt").read_text()
 
 
@@ -213,8 +222,8 @@ def test_stopped_run_resumes_to_the_end(command, tmp_path, monkeypatch, capsys):
     ("opts", "sentence"),
     [
         (
-            {"MODEL.FPN.OUT_CHANNELS": 32},
-            r"model_final.pth is of another model .* which is \(64,\) there and \(32,\) here",
+            {"MODEL.FPN.OUT_CHANNELS": 64},
+            r"model_final.pth is of another model .* which is \(32,\) there and \(64,\) here",
         ),
         ({"MODEL.ATSS.NUM_CONVS": 2}, r"which is missing there and a weight here"),
         ({"SOLVER.OPTIMIZER": "AdamW"}, r"SOLVER.OPTIMIZER is AdamW, but the checkpoint"),
@@ -230,15 +239,14 @@ def test_a_resumption_with_another_config_is_one_sentence(command, opts, sentenc
 
 def test_a_run_from_before_levels_that_nobody_reads_rested(command, tmp_path, monkeypatch):
     """--resume refuses it with a sentence; its weights load."""
-    three = {"MODEL.ATSS.IN_FEATURES": ["p3", "p4", "p5"], "SOLVER.MAX_ITER": 1}
-    three |= {"DATASETS.TEST": ()}
+    fewer = {"MODEL.ATSS.IN_FEATURES": ["p2", "p3"], "SOLVER.MAX_ITER": 1, "DATASETS.TEST": ()}
     with monkeypatch.context() as patch:
         patch.setattr("atss.modeling.backbone.freeze_unused", lambda *_: None)
-        run(command(**three))
+        run(command(**fewer))
     with pytest.raises(ValueError, match=r"groups of \[.* --resume needs the MODEL and SOLVER"):
-        run(command("--resume", **three))
+        run(command("--resume", **fewer))
     weights = tmp_path / "out/model_final.pth"
-    run(command(**three, **{"MODEL.WEIGHTS": weights, "OUTPUT_DIR": tmp_path / "other"}))
+    run(command(**fewer, **{"MODEL.WEIGHTS": weights, "OUTPUT_DIR": tmp_path / "other"}))
 
 
 def test_a_run_from_before_batch_norm_had_levels(command, tmp_path, capsys):
@@ -469,29 +477,20 @@ def test_data_without_annotations_get_their_results_written(command, squares, tm
 def test_two_processes_on_cpus(command, tmp_path):
     """As `--num-gpus 8` does on GPUs, by Detectron2's launch."""
     argv = command("--num-gpus", "2", **{"SOLVER.MAX_ITER": 2})
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(ROOT / "tools/train_net.py"), *argv],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "No GPU here: running on the CPU." in done.stderr or torch.cuda.is_available()
+    said, exit_code = Script([ROOT / "tools/train_net.py", *argv]).communicate()
+    assert exit_code == 0, said[-2000:]
+    assert "No GPU here: running on the CPU." in said or torch.cuda.is_available()
     assert (tmp_path / "out/model_final.pth").is_file()
-    table = re.search(r"AP +\|", done.stdout)
-    assert table
+    assert re.search(r"AP +\|", said)
 
 
 def test_wrong_input_is_one_sentence_without_traceback(command):
     argv = command(**{"MODEL.ATSS.NUM_CLASSES": 7})
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(ROOT / "tools/train_net.py"), *argv],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    error = done.stderr.splitlines()[-1]
+    said, exit_code = Script([ROOT / "tools/train_net.py", *argv]).communicate()
+    assert exit_code == 1
+    error = said.splitlines()[-1]
     assert error == "error: MODEL.ATSS.NUM_CLASSES is 7, but data set squares has 2 classes"
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(
