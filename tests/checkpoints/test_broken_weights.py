@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from broken_page import is_said, table
-from conftest import make_cfg
+from conftest import TINY, make_cfg
 from detectron2.modeling import build_model
 
 import atss.engine.run as way_in
@@ -21,7 +21,7 @@ from atss.checkpoints.read import WeightsError, read, verify_download
 from atss.engine.launch import launch
 
 SENTENCES = table("Weights")
-MODEL = ("MODEL.FPN.OUT_CHANNELS", "64", "MODEL.ATSS.NUM_CONVS", "1", "MODEL.ATSS.NUM_CLASSES", "2")
+MODEL = (*(x for item in TINY.items() for x in item), "MODEL.ATSS.NUM_CLASSES", 2)
 
 
 class Calls:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import LARGER, ROOT, TINY
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from PIL import Image
@@ -208,12 +208,6 @@ def test_resumed_after_the_end(mixed, uninterrupted, tmp_path):
     assert list(train(arguments(mixed, tmp_path, "--resume", **longer))) == [8, 9]
 
 
-# Whose checkpoints take so long to write that a kill meets one.
-LARGER = {
-    "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4"],
-    "MODEL.FPN.IN_FEATURES": ["res3", "res4"],
-    "MODEL.ATSS.IN_FEATURES": ["p3", "p4", "p5", "p6"],
-}
 # Imported by tools/train_net.py: appends iteration and total loss after each step.
 PROGRESS = """
 from atss.engine import Trainer
