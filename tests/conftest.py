@@ -20,13 +20,15 @@ from atss.modeling import timm_backbone
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("golden")
-# A network of 0.06 million weights, for tests of what is around it: the first stages of a thin
-# ResNet-50.
-TINY = {
+# A thin ResNet-50, which takes a fourth of a ResNet-18's time.
+THIN = {
     "MODEL.RESNETS.DEPTH": 50,
     "MODEL.RESNETS.STEM_OUT_CHANNELS": 16,
     "MODEL.RESNETS.WIDTH_PER_GROUP": 8,
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 32,
+}
+# A network of 0.06 million weights, for tests of what is around it.
+TINY = THIN | {
     "MODEL.RESNETS.OUT_FEATURES": ["res2"],
     "MODEL.FPN.IN_FEATURES": ["res2"],
     "MODEL.FPN.OUT_CHANNELS": 32,
@@ -56,11 +58,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a GPU: make test-gpu")
 
 
-def make_cfg(*opts: object, config: str = "ATSS_R_18_FPN_small.yaml") -> CfgNode:
-    """A config for the CPU, independent of any data set."""
+def make_cfg(*opts: object, config: str = "") -> CfgNode:
+    """A config for the CPU, independent of any data set; the small one with a thin backbone where
+    none is named."""
     cfg = get_cfg()
     add_atss_config(cfg)
-    cfg.merge_from_file(str(ROOT / "configs" / config))
+    cfg.merge_from_file(str(ROOT / "configs" / (config or "ATSS_R_18_FPN_small.yaml")))
+    if not config:
+        cfg.merge_from_list([x for item in THIN.items() for x in item])
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = ""
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()

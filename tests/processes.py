@@ -4,12 +4,14 @@ from a process that has imported everything and done nothing."""
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Timer
 
 FORKED = multiprocessing.get_context("forkserver")
 # By name: before another process has forked from it.
@@ -55,25 +57,18 @@ class Script:
         """None while it runs; the negative number of the signal that ended it."""
         return self.process.exitcode
 
-    def wait(self, timeout: float = 300) -> int:
-        """The exit code.
-
-        Raises:
-            TimeoutError: the script is killed.
-        """
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            self.kill()
-            raise TimeoutError
-        return self.process.exitcode
-
-    def communicate(self) -> tuple[str, int]:
-        """What is left of ``lines``, and the exit code."""
+    def communicate(self, timeout: float = 300) -> tuple[str, int]:
+        """What is left of ``lines``, and the exit code; after so many seconds it is killed."""
+        timer = Timer(timeout, self.kill)
+        timer.start()
         with self.lines:
-            return self.lines.read(), self.wait()
+            text = self.lines.read()
+        self.process.join()
+        timer.cancel()
+        return text, self.process.exitcode
 
     def kill(self) -> None:
         """With its session."""
         with suppress(ProcessLookupError):
-            os.killpg(self.pid, 9)
+            os.killpg(self.pid, signal.SIGKILL)
         self.process.join()

@@ -247,7 +247,7 @@ def test_a_write_that_fails_later_names_the_folder(start, at, tmp_path):
     at(3, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard)))
     try:
         with pytest.raises(SystemExit) as stop:
-            start()
+            start(**LARGER)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert stop.value.code == f"error: cannot write into OUTPUT_DIR {tmp_path}/out: File too large"

@@ -165,7 +165,7 @@ def test_precise_batch_statistics_resume_too(mixed, tmp_path):
     """Their loader is another one, at a place of its own. Evaluations in between change nothing."""
     node = "TEST.PRECISE_BN"
     opts = {f"{node}.ENABLED": True, f"{node}.NUM_ITER": 2, "TEST.EVAL_PERIOD": 2}
-    opts["DATASETS.TEST"] = ("mixed",)
+    opts |= {"DATASETS.TEST": ("mixed",), "INPUT.MIN_SIZE_TEST": 64}
     train(arguments(mixed, tmp_path / "whole", **opts))
     train(arguments(mixed, tmp_path / "parts", **opts), stop_after=4)
     train(arguments(mixed, tmp_path / "parts", "--resume", **opts))

@@ -275,30 +275,27 @@ def test_sigterm_to_one_of_two_stops_both(squares, tmp_path, free_port):
         "DATALOADER.NUM_WORKERS": 1,
     }
     argv = command_line(squares, tmp_path / "out", **opts | {"TEST.EVAL_PERIOD": 2})
-    # With a Python of their own, whose end is part of the exit code.
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", *argv],
-            env=os.environ | variables(rank, free_port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(2)
-    ]
-    for line in processes[0].stdout:  # an evaluation: training has begun
+    first = Script(argv, **variables(0, free_port))
+    # With a Python of its own, whose end is part of the exit code.
+    second = subprocess.Popen(
+        [sys.executable, "-W", "ignore", *argv],
+        env=os.environ | variables(1, free_port),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    for line in first.lines:  # an evaluation: training has begun
         if "Start inference" in line:
             break
-    os.killpg(processes[1].pid, signal.SIGTERM)
-    for process in processes:
-        try:
-            said, _ = process.communicate(timeout=120)
-        except subprocess.TimeoutExpired:  # waits for one that has left
-            for one in processes:
-                one.kill()
-            raise
-        assert process.returncode == EXIT_PREEMPTED, said[-2000:]
+    os.killpg(second.pid, signal.SIGTERM)
+    said, exit_code = first.communicate(timeout=120)  # else it waits for one that has left
+    try:
+        said_by_second, _ = second.communicate(timeout=120)
+    finally:
+        second.kill()
+    assert exit_code == EXIT_PREEMPTED, said[-2000:]
+    assert second.returncode == EXIT_PREEMPTED, said_by_second[-2000:]
     name = (tmp_path / "out/last_checkpoint").read_text()
     iteration = torch.load(tmp_path / "out" / name, weights_only=False)["iteration"]
     assert name == f"model_{iteration:07d}.pth"
