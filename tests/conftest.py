@@ -43,8 +43,13 @@ LARGER = {
     "MODEL.FPN.IN_FEATURES": ["res4"],
     "MODEL.ATSS.IN_FEATURES": ["p4", "p5", "p6"],
 }
-# What GroupNorm can divide.
-OF_32_CHANNELS = {"MODEL.RESNETS.STEM_OUT_CHANNELS": 32, "MODEL.RESNETS.WIDTH_PER_GROUP": 32}
+# What GroupNorm needs: its 32 groups of one channel each would leave no gradient to a bias.
+OF_64_CHANNELS = {
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 64,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.FPN.OUT_CHANNELS": 64,
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
