@@ -98,14 +98,15 @@ def test_folded_norms_change_nothing_but_rounding(stride_in_1x1):
 
 def test_only_frozen_norms_are_folded():
     def kinds(norm):
-        built = build_backbone(make_cfg("MODEL.RESNETS.NORM", norm, "MODEL.FPN.NORM", ""))
+        norms = ("MODEL.RESNETS.NORM", norm, "MODEL.FPN.NORM", "")
+        built = build_backbone(make_cfg(*norms, config="ATSS_R_18_FPN_small.yaml"))
         return {type(m) for m in built.bottom_up.modules() if isinstance(m, Conv2d)}
 
     assert kinds("FrozenBN") == {FrozenNormConv2d}
     assert kinds("GN") == {Conv2d}
 
 
-@pytest.mark.parametrize("top", [P6P7FromP5(16, in_feature="p5"), LastLevelP6P7(512, 16), None])
+@pytest.mark.parametrize("top", [P6P7FromP5(16, in_feature="p5"), LastLevelP6P7(256, 16), None])
 @pytest.mark.parametrize(
     "levels", ["p3", "p4", "p5", "p3 p4 p5", "p3 p6", "p6", "p7", "p4 p7", "p3 p4 p5 p6 p7"]
 )
@@ -114,8 +115,7 @@ def test_what_no_level_reads_takes_no_gradient(top, levels):
     levels = levels.split()
     if top is None and max(levels) > "p5":
         pytest.skip("no such level")
-    # Thin, but for the 512 channels of its last stage.
-    cfg = make_cfg("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.WIDTH_PER_GROUP", 8)
+    cfg = make_cfg()
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
     bottom_up = build_resnet_backbone(cfg, ShapeSpec(channels=3))
     fpn = FPN(bottom_up, ["res3", "res4", "res5"], 16, top_block=copy.deepcopy(top))
