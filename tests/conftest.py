@@ -4,19 +4,53 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import defaults
 from detectron2.structures import Boxes, Instances
 from PIL import Image, ImageFilter
 
 from atss import GroundTruth, add_atss_config
+from atss.modeling import timm_backbone
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("golden")
+# A thin ResNet-50, which takes a fourth of a ResNet-18's time.
+THIN = {
+    "MODEL.RESNETS.DEPTH": 50,
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 16,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 32,
+}
+# A network of 0.06 million weights, for tests of what is around it.
+TINY = THIN | {
+    "MODEL.RESNETS.OUT_FEATURES": ["res2"],
+    "MODEL.FPN.IN_FEATURES": ["res2"],
+    "MODEL.FPN.OUT_CHANNELS": 32,
+    "MODEL.ATSS.IN_FEATURES": ["p2", "p3", "p4"],
+    "MODEL.ATSS.NUM_CONVS": 1,
+}
+# What makes it one of 5 million, for tests of what depends on the size of checkpoints.
+LARGER = {
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 64,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 128,
+    "MODEL.RESNETS.OUT_FEATURES": ["res4"],
+    "MODEL.FPN.IN_FEATURES": ["res4"],
+    "MODEL.ATSS.IN_FEATURES": ["p4", "p5", "p6"],
+}
+# What GroupNorm needs: its 32 groups of one channel each would leave no gradient to a bias.
+OF_64_CHANNELS = {
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 64,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.FPN.OUT_CHANNELS": 64,
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,11 +64,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a GPU: make test-gpu")
 
 
-def make_cfg(*opts: object, config: str = "ATSS_R_18_FPN_small.yaml") -> CfgNode:
-    """A config for the CPU, independent of any data set."""
+def make_cfg(*opts: object, config: str = "") -> CfgNode:
+    """A config for the CPU, independent of any data set; the small one with a thin backbone where
+    none is named."""
     cfg = get_cfg()
     add_atss_config(cfg)
-    cfg.merge_from_file(str(ROOT / "configs" / config))
+    cfg.merge_from_file(str(ROOT / "configs" / (config or "ATSS_R_18_FPN_small.yaml")))
+    if not config:
+        cfg.merge_from_list([x for item in THIN.items() for x in item])
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.WEIGHTS = ""
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
@@ -79,6 +116,24 @@ def photograph(seed, size=(120, 90)):
     return image.resize(size)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_setup() -> Iterator[None]:
+    """Detectron2's setup writes and parses the whole config for each key that it looks up: a third
+    of a short training."""
+
+    def look_up(cfg: CfgNode, *keys: str, default: object = None) -> object:
+        for key in keys:
+            try:
+                return reduce(CfgNode.__getitem__, key.split("."), cfg)
+            except KeyError:
+                continue
+        return default
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(defaults, "_try_get_key", look_up)
+        yield
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real images; tests that need it are skipped where it is absent."""
@@ -86,6 +141,24 @@ def real_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real images at {path}; ATSS_TEST_DATA names their folder")
     return path
+
+
+@pytest.fixture(scope="module")
+def tried_once() -> Iterator[None]:
+    """Each network of timm is tried on images of several sizes once, and not each time that it is
+    built, which takes longer than to build it."""
+    results: dict[tuple, set[str]] = {}
+    original = timm_backbone._try
+
+    def try_once(name: str, indices: list[int], strides: Sequence[int]) -> set[str]:
+        key = (name, *indices, *strides)
+        if key not in results:
+            results[key] = original(name, indices, strides)
+        return results[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm_backbone, "_try", try_once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,20 @@ RandomState is used because its streams are frozen across NumPy versions.
 """
 
 import zlib
+from functools import cache
 
 import numpy as np
 
 
 def tensor(key: str, shape) -> np.ndarray:
     """float32 array for one state-dict entry (int64 zero for counters)."""
+    return _tensor(key, tuple(shape)).copy()
+
+
+@cache
+def _tensor(key: str, shape: tuple[int, ...]) -> np.ndarray:
     if key.endswith("num_batches_tracked"):
-        return np.zeros(tuple(shape), dtype=np.int64)
+        return np.zeros(shape, dtype=np.int64)
     rng = np.random.RandomState(zlib.crc32(key.encode()) & 0xFFFFFFFF)
     if key.endswith("running_var"):
         return rng.uniform(0.8, 1.2, shape).astype(np.float32)

@@ -7,7 +7,7 @@ import ablation
 import numpy as np
 import pytest
 import torch
-from conftest import make_cfg
+from conftest import TINY, make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
@@ -15,9 +15,9 @@ from detectron2.utils.env import seed_all_rng
 from atss.analysis import experiments
 from atss.data import digits
 
-TINY = (
+SHORT = (
     *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"),
-    *("MODEL.ATSS.NUM_CONVS", "1", "MODEL.FPN.OUT_CHANNELS", "32"),
+    *(str(x) for item in TINY.items() for x in item),
 )
 
 
@@ -41,7 +41,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 def test_trains_what_is_missing_and_compares(run, tmp_path):
     rows = ("--rows", "iou_box", "atss_box", "--seeds", "2")
-    first = run(*rows, *TINY)
+    first = run(*rows, *SHORT)
     assert first.count("AP") > 4
     out = tmp_path / "out"
     assert "Table 3: ATSS over IoU, boxes" in (out / "table.md").read_text()
@@ -50,11 +50,11 @@ def test_trains_what_is_missing_and_compares(run, tmp_path):
     result = out / "atss_box" / "seed2" / "result.json"
     metrics = json.loads(result.read_text())["metrics"]
     result.unlink()  # as if it had been interrupted there
-    assert "3 runs are in" in run(*rows, *TINY)
+    assert "3 runs are in" in run(*rows, *SHORT)
     again = json.loads(result.read_text())["metrics"]
     assert [again[k] for k in experiments.METRICS] == [metrics[k] for k in experiments.METRICS]
     with pytest.raises(SystemExit, match="holds a run of another config"):
-        run(*rows, *TINY, "SOLVER.BASE_LR", "0.5")
+        run(*rows, *SHORT, "SOLVER.BASE_LR", "0.5")
 
 
 def test_what_cannot_be_used_is_said_before_anything_is_trained(run, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from broken_page import is_said, table
-from conftest import make_cfg
+from conftest import TINY, make_cfg
 from detectron2.modeling import build_model
 from others import WRAPPERS, HistoryBuffer, saved, wrapped
 from torch import nn
@@ -26,7 +26,7 @@ from atss.predictor import Predictor
 from atss.weights import WeightsError, find_weights, fit_names, read, verify_download
 
 SENTENCES = table("Weights")
-MODEL = ("MODEL.FPN.OUT_CHANNELS", "64", "MODEL.ATSS.NUM_CONVS", "1", "MODEL.ATSS.NUM_CLASSES", "2")
+MODEL = (*(x for item in TINY.items() for x in item), "MODEL.ATSS.NUM_CLASSES", 2)
 
 
 class Calls:

@@ -34,6 +34,7 @@ from atss.weights import WeightsError
 OFFICIAL_SHAPES = json.loads((GOLDEN / "official_atss_r50_shapes.json").read_text())
 MMDET_SHAPES = json.loads((GOLDEN / "mmdet_atss_r50_shapes.json").read_text())
 # Whose names tell nothing.
+SMALL = "ATSS_R_18_FPN_small.yaml"
 DETECTOR = {"official": None, "mmdet": "atss"}
 MAP = json.loads((GOLDEN / "checkpoint_map_d2.json").read_text())
 
@@ -255,7 +256,7 @@ def test_lower_levels_become_mmdets():
     opts = ("MODEL.FPN.IN_FEATURES", levels, "MODEL.RESNETS.OUT_FEATURES", levels)
     opts += ("MODEL.ATSS.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"], "MODEL.FPN.NORM", "")
     opts += ("MODEL.ATSS.TOWER_BIAS", False, "MODEL.ATSS.NUM_CONVS", 1)
-    cfg = make_cfg(*opts)
+    cfg = make_cfg(*opts, config=SMALL)
     state = build_model(cfg).state_dict()
     converted = to_mmdet(state, cfg)
     pairs = {"lateral_convs.0": "fpn_lateral2", "lateral_convs.2": "fpn_lateral4"}
@@ -273,9 +274,9 @@ def test_lower_levels_become_mmdets():
 
 def test_what_mmdet_cannot_do_is_said():
     opts = ("MODEL.ATSS.TOWER_BIAS", False, "MODEL.FPN.NORM", "", "MODEL.ATSS.NUM_CONVS", 1)
-    cfg = make_cfg(*opts)
+    cfg = make_cfg(*opts, config=SMALL)
     state = build_model(cfg).state_dict()
-    assert len(to_mmdet(state, make_cfg(*opts, "MODEL.ATSS.NUM_CLASSES", -1))) > 100
+    assert len(to_mmdet(state, make_cfg(*opts, "MODEL.ATSS.NUM_CLASSES", -1, config=SMALL))) > 100
     for missing in ("head.ctrness.weight", "head.scales.4.scale", "backbone.top_block.p7.weight"):
         part = {k: v for k, v in state.items() if k != missing}
         with pytest.raises(ConversionError, match=rf"missing: {missing}"):
@@ -283,13 +284,13 @@ def test_what_mmdet_cannot_do_is_said():
     with pytest.raises(ConversionError, match=r"unexpected: head\.surprise"):
         to_mmdet(state | {"head.surprise": torch.zeros(1)}, cfg)
     with pytest.raises(ConversionError, match=r"missing: head\.cls_subnet\.3\.weight"):
-        to_mmdet(state, make_cfg(*opts[:-1], 2))  # another run's config
+        to_mmdet(state, make_cfg(*opts[:-1], 2, config=SMALL))  # another run's config
     for key, value in (
         *(("ATSS.REGRESSION", "point"), ("ATSS.LEGACY_PIXELS", True), ("ATSS.NORM", "BN")),
         *(("FPN.FUSE_TYPE", "avg"), ("RESNETS.RES5_DILATION", 2), ("FPN.NORM", "BN")),
     ):
         with pytest.raises(ConversionError, match=rf"nothing like MODEL\.{key} {value!r}"):
-            mmdet_config(make_cfg(*opts, f"MODEL.{key}", value), state)
+            mmdet_config(make_cfg(*opts, f"MODEL.{key}", value, config=SMALL), state)
     with pytest.raises(ConversionError, match="one anchor per location"):
         mmdet_config(make_cfg(config="tables/atss_A9.yaml"), state)
 

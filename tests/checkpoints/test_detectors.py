@@ -3,6 +3,7 @@ mmdet 3.3.0 computes with them, and the way back."""
 
 import json
 import runpy
+import shutil
 
 import convert_checkpoint
 import demo
@@ -67,6 +68,7 @@ def converted(request, tmp_path_factory):
     torch.save(content, folder / "theirs.pth")
     paths = [str(folder / name) for name in ("theirs.pth", "ours.pth")]
     convert_checkpoint.main(["--from", "mmdet", *paths])
+    (folder / "theirs.pth").unlink()
     cfg = load_config(folder / "ours.yaml")
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg)
@@ -74,7 +76,8 @@ def converted(request, tmp_path_factory):
     found = np.load(GOLDEN / "mmdet_successors_r50.npz")
     example = make_input(found["gt_boxes"], found["gt_classes"], (160, 224))
     example["image"] = torch.from_numpy(found["image_rgb"])
-    return folder, model, example, reference_of(detector), detector
+    yield folder, model, example, reference_of(detector), detector
+    shutil.rmtree(folder)
 
 
 def test_head_outputs_equal_mmdets(converted):

@@ -2,7 +2,7 @@ import logging
 
 import pytest
 import torch
-from conftest import make_cfg, make_input
+from conftest import OF_64_CHANNELS, make_cfg, make_input
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -29,8 +29,8 @@ DISTRIBUTIONS = ("MODEL.ATSS.REGRESSION", "distribution", "MODEL.ATSS.CENTERNESS
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), DISTRIBUTIONS], ids=["deltas", "distributions"])
 def test_compiled_parts_give_the_same_losses_and_gradients(more):
-    options = ("MODEL.ATSS.NUM_CONVS", 1, "MODEL.FPN.OUT_CHANNELS", 64, "MODEL.RESNETS.NORM", "GN")
-    options += more
+    options = ("MODEL.ATSS.NUM_CONVS", 1, "MODEL.RESNETS.NORM", "GN", *more)
+    options += tuple(x for item in OF_64_CHANNELS.items() for x in item)
     example = make_input([[20, 20, 90, 80]], [1])
     results = []
     for compiled in (False, True):

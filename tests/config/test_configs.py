@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, make_cfg, make_input
+from conftest import ROOT, THIN, make_cfg, make_input
 from detectron2.modeling import build_model
 from torch.nn.parallel import DistributedDataParallel
 
@@ -12,6 +12,8 @@ from atss import load_config
 from atss.assigners import ASSIGNER_REGISTRY
 from atss.config import check_model
 from atss.engine.solver import build_optimizer
+
+pytestmark = pytest.mark.usefixtures("tried_once")
 
 # What others are made of, and what is laid over them.
 RECIPES = {
@@ -33,11 +35,9 @@ def small(name):
     """Narrow and shallow, so that all take seconds."""
     cfg = make_cfg("MODEL.FPN.OUT_CHANNELS", 64, config=name)
     resnet = cfg.MODEL.RESNETS
-    resnet.RES2_OUT_CHANNELS = 64
-    if resnet.NUM_GROUPS > 1 or any(resnet.DEFORM_ON_PER_STAGE):
-        resnet.DEPTH, resnet.NUM_GROUPS, resnet.WIDTH_PER_GROUP = 50, min(resnet.NUM_GROUPS, 4), 4
-    else:
-        resnet.DEPTH = 18
+    if resnet.DEPTH > 18:
+        cfg.merge_from_list([x for item in THIN.items() for x in item])
+        resnet.NUM_GROUPS = min(resnet.NUM_GROUPS, 4)
     return cfg
 
 

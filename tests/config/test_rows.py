@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_cfg, make_gt
+from conftest import ROOT, THIN, make_cfg, make_gt
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.modeling import build_backbone, build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
@@ -45,6 +45,7 @@ from atss.modeling.backbone import DeformBottleneck
 from atss.modeling.deform_conv import DeformConvLayer
 
 STRIDES = (8, 16, 32, 64, 128)
+NARROW = ("MODEL.FPN.OUT_CHANNELS", 32, *(x for item in THIN.items() for x in item))
 EIGHT = [(8.0, 8.0)]
 THREE_SCALES = [(4 * 2 ** (i / 3),) * 2 for i in range(3)]
 
@@ -357,8 +358,7 @@ def values_of(model, phase, own_head=None):
 @pytest.mark.parametrize("name", SUCCESSORS)
 def test_a_successor_is_atss_but_for_its_values(name):
     file = f"successors/{name}_R_50_FPN_1x.yaml"
-    narrow = ("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RESNETS.DEPTH", 18)
-    model = build_model(make_cfg(*narrow, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64, config=file))
+    model = build_model(make_cfg(*NARROW, config=file))
     stated = dict(SUCCESSORS[name])
     until, first = stated.pop("first", (None, None))
     branches = stated.pop("branches", {})
@@ -454,8 +454,7 @@ def test_successors_with_deformable_convolutions():
 def test_does_what_its_source_states(row):
     cfg = make_cfg(config=f"{row}.yaml")
     narrow = cfg.clone()
-    narrow.merge_from_list(["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RESNETS.DEPTH", 18])
-    narrow.merge_from_list(["MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.NUM_GROUPS", 1])
+    narrow.merge_from_list([*NARROW, "MODEL.RESNETS.NUM_GROUPS", 1])
     narrow.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False] * 4
     model = build_model(narrow)
     sides = [1024 // stride for stride in STRIDES]

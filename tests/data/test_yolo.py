@@ -7,7 +7,7 @@ from pathlib import Path
 import check_dataset
 import pytest
 import torch
-from conftest import ROOT, make_cfg
+from conftest import ROOT, TINY, make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
@@ -560,7 +560,7 @@ def test_trains_and_evaluates(data, registered, tmp_path):
     register_train = f"--register=pets={three_images(data)}:train"
     options = {
         **{"DATASETS.TRAIN": ("pets",), "DATASETS.TEST": ("pets",), "MODEL.WEIGHTS": ""},
-        **{"MODEL.ATSS.NUM_CONVS": 1, "MODEL.FPN.OUT_CHANNELS": 64, "DATALOADER.NUM_WORKERS": 0},
+        **TINY | {"DATALOADER.NUM_WORKERS": 0},
         **{"INPUT.MIN_SIZE_TRAIN": (64,), "INPUT.MIN_SIZE_TEST": 64, "SOLVER.IMS_PER_BATCH": 2},
         **{
             "SOLVER.MAX_ITER": 2,

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_cfg
+from conftest import LARGER, make_cfg
 from test_averaging import run
 from test_interruption import arguments, assert_equal, final
 from torch import nn
@@ -421,7 +421,7 @@ def test_of_several_test_sets_the_first_counts_unless_named():
 @pytest.mark.parametrize("optimizer", MOMENTS)
 def test_room_for_averages_and_the_best(squares, tmp_path, monkeypatch, optimizer):
     """What the check asks for, against the files that are written."""
-    opts = {"SOLVER.MAX_ITER": 2, "SOLVER.OPTIMIZER": optimizer}
+    opts = LARGER | {"SOLVER.MAX_ITER": 2, "SOLVER.OPTIMIZER": optimizer}
     run(squares, tmp_path, **EVALUATED | opts)
     left = ("final", "best", "final_EMA")
     size = sum((tmp_path / f"model_{x}.pth").stat().st_size for x in left)

@@ -34,8 +34,8 @@ SMALL = {
 }
 
 
-@pytest.fixture
-def tune(squares):
+@pytest.fixture(scope="module")
+def tune(squares, tried_once):
     """tune(output, *options, KEY=VALUE): a short run of the recipe, in this process."""
     names = set(DatasetCatalog.list())
 
@@ -55,17 +55,27 @@ def tune(squares):
         MetadataCatalog.remove(name)
 
 
+@pytest.fixture(scope="module")
+def tuned(tune, tmp_path_factory):
+    """The folder of a run of the recipe as it is."""
+    output = tmp_path_factory.mktemp("tuned")
+    tune(output)
+    for path in output.glob("model_0*.pth"):
+        path.unlink()
+    return output
+
+
 def final(output):
     return torch.load(output / "model_final.pth", weights_only=True)
 
 
-def test_goes_on_bit_for_bit_where_the_backbones_file_is_gone(tune, tmp_path):
-    """Averages, best and mosaics included. The backbone is in the checkpoint."""
+def test_goes_on_bit_for_bit_where_the_backbones_file_is_gone(tune, tuned, tmp_path):
+    """Averages, best and mosaics included. The backbone is in the checkpoint, and is that of the
+    package."""
     file = tmp_path / "lite0.safetensors"
     weights = load_pretrained("tf_efficientnet_lite0")
     safetensors_torch.save_file({k: v.contiguous() for k, v in weights.items()}, file)
     own = {"MODEL.TIMM.WEIGHTS": str(file)}
-    tune(tmp_path / "whole", **own)
     # At 6 of 8 iterations, between two evaluations.
     steps = {"SOLVER.CHECKPOINT_EPOCHS": 1.5}
     tune(tmp_path / "cut", **own, **steps)
@@ -74,38 +84,36 @@ def test_goes_on_bit_for_bit_where_the_backbones_file_is_gone(tune, tmp_path):
     (tmp_path / "cut" / "last_checkpoint").write_text("model_0000005.pth")
     file.unlink()
     tune(tmp_path / "cut", "--resume", **own, **steps)
-    whole, cut = final(tmp_path / "whole"), final(tmp_path / "cut")
+    whole, cut = final(tuned), final(tmp_path / "cut")
     assert whole["iteration"] == cut["iteration"] == 7
     assert_equal(whole, cut)
     with pytest.raises(ValueError, match=r"MODEL\.TIMM\.WEIGHTS .*lite0\.safetensors does not exi"):
         tune(tmp_path / "anew", **own)
 
 
-def test_what_a_run_leaves_can_be_used_alone(tune, tmp_path, squares):
+def test_what_a_run_leaves_can_be_used_alone(tuned):
     """config.yaml and model_best.pth find what was trained on, without ImageNet's weights; all was
     evaluated twice, raw and averaged."""
-    tune(tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tuned / "metrics.json").read_text().splitlines()]
     evaluated = {line["iteration"] for line in lines if "bbox/AP" in line and "bbox_EMA/AP" in line}
     assert evaluated == {3, 8}
     predictor = Predictor(
-        str(tmp_path / "config.yaml"),
-        str(tmp_path / "model_best.pth"),
+        str(tuned / "config.yaml"),
+        str(tuned / "model_best.pth"),
         ["MODEL.TIMM.WEIGHTS", "gone.safetensors"],
     )
     assert predictor.names == ["blue", "orange"]
-    log = (tmp_path / "log.txt").read_text()
+    log = (tuned / "log.txt").read_text()
     assert "Backbone: ImageNet weights of EfficientNet-Lite0 by Google" in log
 
 
-def test_statistics_and_first_stages_are_those_of_imagenet_at_the_end(tune, tmp_path):
-    tune(tmp_path)
-    tuned, before = final(tmp_path)["model"], load_pretrained("tf_efficientnet_lite0")
+def test_statistics_and_first_stages_are_those_of_imagenet_at_the_end(tuned):
+    after, before = final(tuned)["model"], load_pretrained("tf_efficientnet_lite0")
     prefix = "backbone.bottom_up.net."
     changed = {
         name
         for name, value in before.items()
-        if prefix + name in tuned and not torch.equal(tuned[prefix + name], value)
+        if prefix + name in after and not torch.equal(after[prefix + name], value)
     }
     assert not any(n.endswith(("running_mean", "running_var")) for n in changed)
     assert not any(n.startswith(("conv_stem", "bn1", "blocks.0", "blocks.1")) for n in changed)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import LARGER, ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from test_train_net import SMALL
@@ -233,10 +233,10 @@ def test_room_for_a_checkpoint_is_its_size(start, monkeypatch, tmp_path):
     disk = SimpleNamespace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
     with pytest.raises(SystemExit, match=r"3 checkpoints take (\d+) MB") as stop:
-        start()
+        start(**LARGER)
     megabytes = int(str(stop.value).split()[-2])
     disk.free = (megabytes + 1) * 10**6
-    start(**{"SOLVER.MAX_ITER": 1})
+    start(**LARGER, **{"SOLVER.MAX_ITER": 1})
     size = (tmp_path / "out/model_final.pth").stat().st_size
     assert size / 1e6 == pytest.approx(megabytes / 3, rel=0.02)
 
@@ -247,7 +247,7 @@ def test_a_write_that_fails_later_names_the_folder(start, at, tmp_path):
     at(3, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard)))
     try:
         with pytest.raises(SystemExit) as stop:
-            start()
+            start(**LARGER)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert stop.value.code == f"error: cannot write into OUTPUT_DIR {tmp_path}/out: File too large"

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -13,10 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import LARGER, ROOT, TINY
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from PIL import Image
+from processes import Script
 
 import atss.engine.run as way_in
 from atss.checkpoints import TrainingCheckpointer
@@ -26,11 +26,7 @@ from atss.engine import Trainer
 OPTS = {
     "DATASETS.TRAIN": ("mixed",),
     "DATASETS.TEST": (),
-    "MODEL.RESNETS.OUT_FEATURES": ["res3", "res4"],
-    "MODEL.FPN.IN_FEATURES": ["res3", "res4"],
-    "MODEL.FPN.OUT_CHANNELS": 32,
-    "MODEL.ATSS.IN_FEATURES": ["p3", "p4", "p5", "p6"],
-    "MODEL.ATSS.NUM_CONVS": 1,
+    **TINY,
     "MODEL.ATSS.PRECISION": "fp32",
     "INPUT.MIN_SIZE_TRAIN": (64, 80, 96),
     "INPUT.CROP.ENABLED": True,
@@ -169,7 +165,7 @@ def test_precise_batch_statistics_resume_too(mixed, tmp_path):
     """Their loader is another one, at a place of its own. Evaluations in between change nothing."""
     node = "TEST.PRECISE_BN"
     opts = {f"{node}.ENABLED": True, f"{node}.NUM_ITER": 2, "TEST.EVAL_PERIOD": 2}
-    opts["DATASETS.TEST"] = ("mixed",)
+    opts |= {"DATASETS.TEST": ("mixed",), "INPUT.MIN_SIZE_TEST": 64}
     train(arguments(mixed, tmp_path / "whole", **opts))
     train(arguments(mixed, tmp_path / "parts", **opts), stop_after=4)
     train(arguments(mixed, tmp_path / "parts", "--resume", **opts))
@@ -233,13 +229,9 @@ class Run:
     def __init__(self, folder, argv):
         self.progress = folder / "progress"
         self.log = folder / "out" / "log.txt"
-        self.errors = folder / "stderr"
         self.begun = size(self.log), size(self.progress)
-        command = [sys.executable, "-W", "ignore", str(ROOT / "tools/train_net.py"), *argv]
-        options = {"cwd": folder, "stdout": subprocess.DEVNULL, "start_new_session": True}
-        with self.errors.open("w") as stderr:
-            self.process = subprocess.Popen(command, stderr=stderr, **options)
-        name = f"{TrainingCheckpointer.UNFINISHED}_{self.process.pid}"
+        self.script = Script([ROOT / "tools/train_net.py", *argv], folder)
+        name = f"{TrainingCheckpointer.UNFINISHED}_{self.script.pid}"
         self.unfinished = folder / "out" / name
 
     def kill(self, moment, rng, whole):
@@ -252,10 +244,9 @@ class Run:
             "write": lambda: self.writes() and size(self.unfinished) >= part,
         }[moment]
         while not reached() or (moment != "write" and (patience := patience - 1) > 0):
-            assert self.process.poll() is None, self.errors.read_text()[-2000:]
+            assert self.script.exit_code is None, self.script.lines.read()[-2000:]
             time.sleep(0.001)
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.script.kill()
         return self.writes()
 
     def writes(self):
@@ -263,7 +254,8 @@ class Run:
         return self.unfinished.exists()
 
     def finish(self):
-        assert self.process.wait() == 0, self.errors.read_text()[-2000:]
+        said, exit_code = self.script.communicate()
+        assert exit_code == 0, said[-2000:]
 
 
 def size(path):
@@ -277,7 +269,7 @@ def size(path):
     ("kills", "iterations"), [(2, 8), pytest.param(20, 100, marks=pytest.mark.slow)]
 )
 def test_kills_change_nothing(mixed, tmp_path, kills, iterations):
-    opts = {"SOLVER.MAX_ITER": iterations, "SOLVER.CHECKPOINT_PERIOD": 2}
+    opts = LARGER | {"SOLVER.MAX_ITER": iterations, "SOLVER.CHECKPOINT_PERIOD": 2}
     losses = train(arguments(mixed, tmp_path / "whole", **opts))
     (tmp_path / "progress_of_steps.py").write_text(PROGRESS)
     rng = random.Random(0)

@@ -10,13 +10,18 @@ from contextlib import suppress
 
 import pytest
 import torch
+from conftest import OF_64_CHANNELS
 from test_processes import command_line
 
 pytestmark = pytest.mark.slow
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 # No statistics over a batch: those of BatchNorm are each process's own.
-OPTS = {"MODEL.RESNETS.NORM": "GN", "MODEL.FPN.NORM": "GN", "SOLVER.CHECKPOINT_PERIOD": 5}
+OPTS = OF_64_CHANNELS | {
+    "MODEL.RESNETS.NORM": "GN",
+    "MODEL.FPN.NORM": "GN",
+    "SOLVER.CHECKPOINT_PERIOD": 5,
+}
 OPTS |= {"SOLVER.MAX_ITER": 20, "SOLVER.CHECKPOINTS_TO_KEEP": 0}
 OPTS |= {"DATALOADER.ASPECT_RATIO_GROUPING": False, "MODEL.ATSS.PRECISION": "fp32"}
 # --import double: in float32 rounding alone grows to a hundredth of what is learned in eight steps.

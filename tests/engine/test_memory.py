@@ -1,26 +1,34 @@
-import subprocess
+import resource
 import sys
 
 import pytest
+import torch
+from processes import FORKED
 
-FAULTS = """
-import resource, sys, torch
 from atss.engine.launch import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(64 << 20, dtype=torch.uint8)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-# Not every call finds its block where the last one left it.
-print(min(faults() for _ in range(6)))
-"""
+
+
+def faults(keep, connection):
+    """Sends how many pages of a large tensor are faulted in where one was freed."""
+    if keep:
+        keep_freed_memory()
+
+    def once():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(64 << 20, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    # Not every call finds its block where the last one left it.
+    connection.send(min(once() for _ in range(6)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_is_not_faulted_in_again():
-    def faults(how):
-        command = [sys.executable, "-W", "ignore", "-c", FAULTS, how]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    def measured(keep):
+        here, there = FORKED.Pipe()
+        process = FORKED.Process(target=faults, args=(keep, there))
+        process.start()
+        process.join()
+        return here.recv()
 
-    assert faults("keep") < 100 < faults("leave")
+    assert measured(keep=True) < 100 < measured(keep=False)

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import ROOT, make_cfg, make_input
+from conftest import OF_64_CHANNELS, ROOT, TINY, make_cfg, make_input
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
+from processes import FORKED, Script
 from test_train_net import SMALL
 
 import atss.engine.run as way_in
@@ -32,7 +33,7 @@ BOXES = [
 # of BatchNorm are each process's own.
 OPTIONS = (
     *("MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN"),
-    *("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.NUM_CONVS", 1),
+    *(x for item in (TINY | OF_64_CHANNELS).items() for x in item),
 )
 CASES = {
     "ordinary": (BOXES, ()),
@@ -155,7 +156,9 @@ def half_of_each(rank: int, output_dir: Path) -> None:
 def halves(tmp_path_factory) -> Path:
     """What two processes with two images each leave behind."""
     output_dir = tmp_path_factory.mktemp("halves")
-    mp.spawn(half_of_each, (output_dir,), nprocs=2)
+    mp.start_processes(
+        half_of_each, (output_dir,), nprocs=2, start_method=FORKED.get_start_method()
+    )
     return output_dir
 
 
@@ -225,21 +228,18 @@ def command_line(squares: Path, output_dir: Path, *options: str, **opts: object)
     ]
 
 
-def started(argv: list[str], port: int) -> list[subprocess.Popen]:
+def variables(rank: int, port: int) -> dict[str, str]:
+    """What torchrun sets for the first or second of two processes."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    known = {name: str(value) for name, value in numbers.items()}
+    return known | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def run_two(argv: list[str], port: int) -> None:
     """Two processes that know of each other as torchrun tells them, but nobody watches them."""
-    known = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    known |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", *argv],
-            env=os.environ | known | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for rank in range(2)
-    ]
+    for script in [Script(argv, **variables(rank, port)) for rank in range(2)]:
+        said, exit_code = script.communicate()
+        assert exit_code == 0, said[-2000:]
 
 
 def test_every_image_is_evaluated_once(squares, tmp_path, free_port):
@@ -260,9 +260,7 @@ def test_every_image_is_evaluated_once(squares, tmp_path, free_port):
             DatasetCatalog.remove("squares")
             MetadataCatalog.remove("squares")
         else:
-            for process in started(argv, free_port):
-                said, _ = process.communicate()
-                assert process.returncode == 0, said[-2000:]
+            run_two(argv, free_port)
         results = tmp_path / name / "inference/squares/coco_instances_results.json"
         counts.append(Counter(x["image_id"] for x in json.loads(results.read_text())))
     assert counts[0].keys() == set(range(7))
@@ -277,19 +275,27 @@ def test_sigterm_to_one_of_two_stops_both(squares, tmp_path, free_port):
         "DATALOADER.NUM_WORKERS": 1,
     }
     argv = command_line(squares, tmp_path / "out", **opts | {"TEST.EVAL_PERIOD": 2})
-    processes = started(argv, free_port)
-    for line in processes[0].stdout:  # an evaluation: training has begun
+    first = Script(argv, **variables(0, free_port))
+    # With a Python of its own, whose end is part of the exit code.
+    second = subprocess.Popen(
+        [sys.executable, "-W", "ignore", *argv],
+        env=os.environ | variables(1, free_port),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    for line in first.lines:  # an evaluation: training has begun
         if "Start inference" in line:
             break
-    os.killpg(processes[1].pid, signal.SIGTERM)
-    for process in processes:
-        try:
-            said, _ = process.communicate(timeout=120)
-        except subprocess.TimeoutExpired:  # waits for one that has left
-            for one in processes:
-                one.kill()
-            raise
-        assert process.returncode == EXIT_PREEMPTED, said[-2000:]
+    os.killpg(second.pid, signal.SIGTERM)
+    said, exit_code = first.communicate(timeout=120)  # else it waits for one that has left
+    try:
+        said_by_second, _ = second.communicate(timeout=120)
+    finally:
+        second.kill()
+    assert exit_code == EXIT_PREEMPTED, said[-2000:]
+    assert second.returncode == EXIT_PREEMPTED, said_by_second[-2000:]
     name = (tmp_path / "out/last_checkpoint").read_text()
     iteration = torch.load(tmp_path / "out" / name, weights_only=False)["iteration"]
     assert name == f"model_{iteration:07d}.pth"
@@ -304,10 +310,7 @@ def test_two_processes_end_early_in_the_same_iteration(squares, tmp_path, free_p
     opts |= {"SOLVER.BASE_LR": 1e-12, "SOLVER.MAX_ITER": 50, "SOLVER.CHECKPOINT_PERIOD": 50}
     # BatchNorm's statistics would move.
     opts |= {"MODEL.RESNETS.NORM": "FrozenBN", "MODEL.FPN.NORM": "GN"}
-    processes = started(command_line(squares, tmp_path / "out", **opts), free_port)
-    for process in processes:
-        said, _ = process.communicate()
-        assert process.returncode == 0, said[-2000:]
+    run_two(command_line(squares, tmp_path / "out", **opts), free_port)
     log = (tmp_path / "out/log.txt").read_text()
     assert "Training ends early, with iteration 2: 2 evaluations gave no better" in log
     ended = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
@@ -322,9 +325,7 @@ def test_the_best_of_two_processes_is_what_was_measured(squares, tmp_path, free_
     the file holds those of the first."""
     opts = {"TEST.EVAL_PERIOD": 2, "SOLVER.EMA_DECAY": 0.9, "TEST.BEST_METRIC": "bbox/AP50"}
     opts |= {"SOLVER.MAX_ITER": 6, "SOLVER.BASE_LR": 0.01}
-    for process in started(command_line(squares, tmp_path / "out", **opts), free_port):
-        said, _ = process.communicate()
-        assert process.returncode == 0, said[-2000:]
+    run_two(command_line(squares, tmp_path / "out", **opts), free_port)
     best = torch.load(tmp_path / "out/model_best.pth", weights_only=True)
     alone = command_line(squares, tmp_path / "again", "--eval-only", **opts)
     alone += ["MODEL.WEIGHTS", str(tmp_path / "out/model_best.pth")]

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import yaml
 from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from processes import FORKED
 
 import atss.engine.run as way_in
 from atss import load_config
@@ -96,13 +95,12 @@ def test_a_new_training_does_not_replace_another(arguments, launched, tmp_path):
     assert len(launched) == 3
 
 
-HOLD = """
-import sys, time
-from atss.engine.run import lock_folder
-lock = lock_folder(sys.argv[1])
-print("locked", flush=True)
-sys.stdin.read()
-"""
+def hold(folder, connection):
+    """Locks the folder until there is a message."""
+    lock = way_in.lock_folder(folder)
+    connection.send("locked")
+    connection.recv()
+    lock.close()
 
 
 def test_no_arguments_at_all():
@@ -125,13 +123,15 @@ def test_two_runs_cannot_share_a_folder(arguments, launched, tmp_path):
     (tmp_path / "out").mkdir()
     left = tmp_path / "out" / f"{TrainingCheckpointer.UNFINISHED}_123"
     left.touch()
-    command = [sys.executable, "-W", "ignore", "-c", HOLD, str(tmp_path / "out")]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "locked\n"
+    here, there = FORKED.Pipe()
+    other = FORKED.Process(target=hold, args=(str(tmp_path / "out"), there))
+    other.start()
+    assert here.recv() == "locked"
     assert not left.exists()  # of a run that was killed
     assert f"{tmp_path}/out is in use by another run" in said_by(arguments())
     way_in.start(arguments("--eval-only"))
-    other.communicate()
+    here.send("end")
+    other.join()
     way_in.start(arguments())
     way_in.start(arguments())  # the one before has ended
     assert len(launched) == 3

@@ -98,14 +98,15 @@ def test_folded_norms_change_nothing_but_rounding(stride_in_1x1):
 
 def test_only_frozen_norms_are_folded():
     def kinds(norm):
-        built = build_backbone(make_cfg("MODEL.RESNETS.NORM", norm, "MODEL.FPN.NORM", ""))
+        norms = ("MODEL.RESNETS.NORM", norm, "MODEL.FPN.NORM", "")
+        built = build_backbone(make_cfg(*norms, config="ATSS_R_18_FPN_small.yaml"))
         return {type(m) for m in built.bottom_up.modules() if isinstance(m, Conv2d)}
 
     assert kinds("FrozenBN") == {FrozenNormConv2d}
     assert kinds("GN") == {Conv2d}
 
 
-@pytest.mark.parametrize("top", [P6P7FromP5(16, in_feature="p5"), LastLevelP6P7(512, 16), None])
+@pytest.mark.parametrize("top", [P6P7FromP5(16, in_feature="p5"), LastLevelP6P7(256, 16), None])
 @pytest.mark.parametrize(
     "levels", ["p3", "p4", "p5", "p3 p4 p5", "p3 p6", "p6", "p7", "p4 p7", "p3 p4 p5 p6 p7"]
 )

@@ -1,13 +1,14 @@
 import math
 from dataclasses import replace
+from multiprocessing.queues import SimpleQueue
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from conftest import GOLDEN, make_cfg, make_gt
 from detectron2.utils import comm
+from processes import FORKED
 from torch import nn
 
 from atss import (
@@ -171,7 +172,7 @@ def _trained(parts, output, gt=GT, gt_index=GT_INDEX) -> tuple[dict, list[torch.
     return {name: x.item() for name, x in losses.items()}, [x.grad for x in tensors(leaves)]
 
 
-def _one_image(rank: int, port: int, queue: mp.SimpleQueue) -> None:
+def _one_image(rank: int, port: int, queue: SimpleQueue) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
@@ -192,9 +193,8 @@ def _one_image(rank: int, port: int, queue: mp.SimpleQueue) -> None:
 
 def test_two_processes_equal_one_on_the_union(free_port):
     """Averaged over processes, as DDP does: the same losses and the same gradients."""
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    workers = [context.Process(target=_one_image, args=(r, free_port, queue)) for r in range(2)]
+    queue = FORKED.SimpleQueue()
+    workers = [FORKED.Process(target=_one_image, args=(r, free_port, queue)) for r in range(2)]
     for worker in workers:
         worker.start()
     results = [found for _, found in sorted(queue.get() for _ in workers)]

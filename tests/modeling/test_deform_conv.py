@@ -210,4 +210,4 @@ def test_offsets_are_frozen_with_their_block():
 def test_small_resnets_have_no_bottlenecks_to_deform():
     opts = ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, False, False, True])
     with pytest.raises(ValueError, match=r"needs bottlenecks.*res5 is made of BasicBlock"):
-        build_backbone(make_cfg(*opts))
+        build_backbone(make_cfg(*opts, config="ATSS_R_18_FPN_small.yaml"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import recipe
 import torch
-from conftest import GOLDEN, ROOT, make_cfg, make_input
+from conftest import GOLDEN, OF_64_CHANNELS, ROOT, THIN, make_cfg, make_input
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import DefaultPredictor
@@ -24,8 +24,8 @@ from atss.modeling.terms import score
 
 # GroupNorm: with BatchNorm the images of a training batch would depend on each other.
 TINY = (
-    *("MODEL.ATSS.NUM_CONVS", 1, "MODEL.FPN.OUT_CHANNELS", 64),
-    *("MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN"),
+    *("MODEL.ATSS.NUM_CONVS", 1, *(x for item in OF_64_CHANNELS.items() for x in item)),
+    *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN"),
 )
 BOX = [[20, 20, 90, 80]]
 
@@ -305,8 +305,8 @@ def test_survives_pickling(row):
     """As torch.save(model) and processes that are spawned have it."""
     torch.manual_seed(0)
     opts = ("MODEL.ATSS.SCORE_THRESH_TEST", 0.0, "MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.SCORE")
-    opts += ("product" if row == "atss_point" else "sqrt", "MODEL.RESNETS.DEPTH", 18)
-    opts += ("MODEL.RESNETS.RES2_OUT_CHANNELS", 64)
+    opts += ("product" if row == "atss_point" else "sqrt",)
+    opts += tuple(x for item in THIN.items() for x in item)
     model = build_model(make_cfg(*opts, config=f"tables/{row}.yaml"))
     example = make_input(BOX, [0])
     expected = model([example])

@@ -2,16 +2,13 @@
 
 import pytest
 import torch
-from conftest import ROOT, make_cfg, make_input
+from conftest import ROOT, THIN, make_cfg, make_input
 from detectron2.modeling import build_model
 
 from atss.config import check_model, for_inference
 from atss.modeling import keep_all
 
-NARROW = (
-    *("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RESNETS.DEPTH", 18),
-    *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
-)
+NARROW = ("MODEL.FPN.OUT_CHANNELS", 32, *(x for item in THIN.items() for x in item))
 EXAMPLES = [
     make_input([[20, 20, 90, 80], [4, 4, 30, 40], [22, 18, 92, 84]], [0, 2, 0]),
     make_input([], [], seed=1),

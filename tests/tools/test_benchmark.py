@@ -5,10 +5,10 @@ import sys
 import benchmark
 import pytest
 import torch
-from benchmarks import rules
+from benchmarks import model, rules
 from benchmarks.assignment import dense_atss, random_objects
 from benchmarks.data import loading
-from benchmarks.model import Case, build, random_batch, training_step
+from benchmarks.model import Case, build, inference, random_batch, training_step
 from benchmarks.timing import Seconds, in_turn, table
 from conftest import make_cfg
 
@@ -59,6 +59,13 @@ def test_peers_train_the_same_parameters_as_ours(name, new_setuptools):
     assert trained(name) == trained("ours") - 5
 
 
+def test_torchvision_detects_on_images_as_they_are():
+    peer, seen = build("torchvision-fcos", case()), []
+    peer.model.backbone.register_forward_hook(lambda module, x, y: seen.append(x[0].shape[2:]))
+    inference(peer, random_batch(case()))()
+    assert seen == [(64, 96)]
+
+
 def test_peers_run_in_bf16_too():
     peer = build("detectron2-fcos", case("bf16", True))
     weight = peer.model.backbone.bottom_up.res3[0].conv2.weight
@@ -71,6 +78,8 @@ def test_peers_run_in_bf16_too():
 
 
 def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(model, "SIDE", 64)
+    monkeypatch.setattr(model, "COPIED", 2**16)
     report = tmp_path / "report.json"
     command = "benchmark.py model --against torchvision-fcos --variants fp32 --runs 1"
     command += f" --size 64 64 --device cpu --json {report}"

@@ -1,6 +1,7 @@
 """The checks for a machine with a GPU, as far as they say anything on a CPU."""
 
 import json
+from dataclasses import replace
 
 import check_gpu
 import pytest
@@ -15,7 +16,11 @@ def test_without_a_gpu_it_says_so():
         check_gpu.main([])
 
 
-def test_it_writes_what_it_prints_and_names_what_it_cannot_do(tmp_path, capsys):
+def test_it_writes_what_it_prints_and_names_what_it_cannot_do(tmp_path, monkeypatch, capsys):
+    images, case = Setting.images, Setting.case
+    small = {"height": 64, "width": 64}
+    monkeypatch.setattr(Setting, "images", lambda self, count, hw: images(self, count, (64, 64)))
+    monkeypatch.setattr(Setting, "case", lambda *x, **y: replace(case(*x, **y), **small))
     report = tmp_path / "report.json"
     only = ("precisions", "steps", *(x.__name__ for x in check_gpu.ON_GPUS))
     check_gpu.main([*SMALL, "--only", *only, "--json", str(report)])

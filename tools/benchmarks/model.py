@@ -21,6 +21,8 @@ from .peers import DTYPES, NUM_CLASSES, PEERS, Peer, in_precision
 from .timing import Seconds, Stopwatch, in_fresh_process, in_turn, parts_in_turn, peak_mebibytes
 
 OURS = "ours"
+# What tells how fast a machine is: the side of a matrix that is multiplied, and bytes copied.
+SIDE, COPIED = 4096, 2**28
 
 
 @dataclass(frozen=True)
@@ -270,15 +272,15 @@ def floor(case: Case) -> dict[str, float]:
     with FlopCounterMode(display=False) as operations, _Traffic() as traffic:
         step()
     dtype = DTYPES[case.precision] or torch.float32
-    a = torch.randn(4096, 4096, device=device).to(dtype)
-    block = torch.empty(2**28, dtype=torch.uint8, device=device)
+    a = torch.randn(SIDE, SIDE, device=device).to(dtype)
+    block = torch.empty(COPIED, dtype=torch.uint8, device=device)
     other = torch.empty_like(block)
     rates = {"product": lambda: a @ a, "copy": lambda: other.copy_(block)}
     seconds = in_turn(rates, 5, device)
     return {
         "operations": operations.get_total_flops(),
         "bytes": traffic.bytes,
-        "operations per second": 2 * 4096**3 / seconds["product"].median,
+        "operations per second": 2 * SIDE**3 / seconds["product"].median,
         "bytes per second": 2 * block.numel() / seconds["copy"].median,
     }
 

@@ -94,8 +94,9 @@ def _detectron2(config: str) -> Peer:
 
 
 def _torchvision(build: Callable[..., nn.Module]) -> Peer:
-    # The images come in their final size: resizing them by a factor of one would cost time.
-    model = build(weights=None, weights_backbone=None, num_classes=NUM_CLASSES, _skip_resize=True)
+    model = build(weights=None, weights_backbone=None, num_classes=NUM_CLASSES)
+    # Images come in their final size. torchvision's own _skip_resize is for training alone.
+    model.transform.resize = lambda image, target: (image, target)
     _freeze_norms(model.backbone)
     for name in ("conv1", "layer1"):
         getattr(model.backbone.body, name).requires_grad_(False)
