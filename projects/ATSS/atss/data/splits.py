@@ -16,7 +16,7 @@ IMAGE_ROWS = 3
 IMAGES_WEIGHT = 10
 # A split's part of a row is marked if it differs from the share by more than two points.
 MARKED = 0.02
-# Rounds of moves and exchanges. An exchange reads every number of every group, so that the more
+# Rounds of exchanges. An exchange reads every number of every group, so that the more
 # there are, the fewer are tried: many groups are even without.
 PASSES = 5
 EXCHANGE_WORK = 20_000_000
@@ -105,8 +105,8 @@ def divide(
     """Deal images into splits such that each split has its share of every row of :func:`page`.
 
     Groups are dealt from the heaviest to the lightest, each to the split where the error grows
-    least. Then single groups are moved, and pairs exchanged, while the error falls. The error is
-    Pearson's chi-squared, summed over rows: the squared difference between what a split has and its
+    least. Then pairs of groups are exchanged while the error falls. The error is Pearson's
+    chi-squared, summed over rows: the squared difference between what a split has and its
     share, divided by that share. No split is empty if there are as many groups as splits.
 
     Args:
@@ -152,13 +152,6 @@ def divide(
         put(g, int(np.where(unfit, np.inf, cost(g)).argmin()))
     for _ in range(PASSES):
         before = split_of.copy()
-        for g in order[dealt[split_of[order]] > 1]:
-            old = split_of[g]
-            if dealt[old] > 1:
-                put(g, old, -1)
-                growth = cost(g)
-                growth[old] -= LEAST_GAIN
-                put(g, int(growth.argmin()))
         for g in generator.permutation(len(groups))[: EXCHANGE_WORK // len(value)]:
             old = split_of[g]
             put(g, old, -1)
