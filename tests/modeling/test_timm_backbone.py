@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from atss import load_config
 from atss.checkpoints import SafeCheckpointer
-from atss.modeling import pretrained
+from atss.modeling import pretrained, timm_backbone
 from atss.modeling.timm_backbone import TimmBackbone, pixels_of
 
 timm = pytest.importorskip("timm")
@@ -340,6 +340,34 @@ def test_what_no_map_depends_on_is_left_out(name, share):
     assert held < share * before
     with pytest.raises(RuntimeError, match=r"Unexpected key.*net\.other"):
         backbone.load_state_dict({**backbone.state_dict(), "net.other": torch.zeros(1)})
+
+
+class Doubling(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return 2 * x
+
+
+class DoubledMaps(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.doubling = torch.nn.Conv2d(3, 4, 8, stride=8), Doubling()
+        self.unused = torch.nn.Conv2d(4, 4, 1)
+
+    def forward(self, image):
+        return [self.doubling(self.stem(image))]
+
+
+def test_a_module_stays_if_a_map_depends_on_its_output():
+    """Even if no map depends on its parameters."""
+    with torch.device("meta"):
+        net = DoubledMaps()
+    needed = timm_backbone._try(net, "doubled maps", [8])
+    assert needed == {"stem.weight", "stem.bias"}
+    assert timm_backbone._leave_out(net, needed, "doubled maps", [8]) == ["unused"]
 
 
 def test_weights_of_a_detector_with_another_backbone_are_refused(tmp_path):
