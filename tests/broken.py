@@ -408,6 +408,8 @@ STRUCTURE = [
          "has no annotations to train on", "nothing_annotated", "", 0),
     Case("an empty list of categories", put("categories", []), "stops",
          "an empty list of 'categories'", None, "annotations.json"),
+    Case("a byte-order mark", lambda c, r: json.dumps(c).encode("utf-8-sig"), "trains",
+         "without it", ""),
 ]
 ENTRIES = [
     Case("an image without file_name", drop("images", 0, "file_name"), "stops",
@@ -436,6 +438,11 @@ ENTRIES = [
          "annotations that share an id", "annotation_id_twice", BOX),
     Case("a category's id twice", copy("categories", name="cow"), "stops",
          "categories that share an id", "category_id_twice", "category 1 (cat)"),
+    Case("file_name has a backslash, as on Windows",
+         lambda c, r: (put("images", 0, "file_name", "sub\\a.png")(c, r),
+                       (r / "images/sub").mkdir(),
+                       (r / "images/a.png").rename(r / "images/sub/a.png")), "trains",
+         "with slashes, if only that file exists", ""),
     Case("file_name is null", put("images", 0, "file_name", None), "stops",
          "images whose file_name is not text", "file_name_malformed", "file_name None"),
     Case("file_name is empty", put("images", 0, "file_name", " "), "stops",
