@@ -276,11 +276,15 @@ def huge() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk + encoded()[33:]
 
 
-def turned(orientation: int, before: tuple[int, int], **fields: object) -> Callable:
+def turned(
+    orientation: int, before: tuple[int, int], image_format: str = "JPEG", **fields: object
+) -> Callable:
     """An image with an EXIF orientation, of this size in the file."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return file(lambda path: plain(size=before).save(path, format="JPEG", exif=exif), **fields)
+    return file(
+        lambda path: plain(size=before).save(path, format=image_format, exif=exif), **fields
+    )
 
 
 def one_of_each(content: dict, root: Path) -> None:
@@ -604,6 +608,8 @@ FILES = [
          "turned", "image_rotated", colour=COLOUR),
     Case("EXIF turns it by 180 degrees", turned(3, (WIDTH, HEIGHT)), "trains", "turned",
          "image_rotated", colour=COLOUR),
+    Case("EXIF turns a TIFF", turned(3, (WIDTH, HEIGHT), "TIFF"), "stops",
+         "is a TIFF with EXIF orientation 3, which Detectron2 applies twice", "image_turned_twice"),
     Case("16 bits, greyscale PNG", saved(SIXTEEN_BITS), "stops", "more than 8 bits per channel",
          "image_high_depth"),
     Case("16 bits, greyscale TIFF", saved(SIXTEEN_BITS, "TIFF"), "stops",

@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             annotations, images = split_source(source)
         if args.json:
+            if args.json.exists() and args.json.samefile(annotations):
+                raise ValueError(f"--json {args.json} would replace the annotations")
             try_to_write("--json", args.json)
         cfg = load_config(args.config_file, opts=opts)
         sizes = [(size, cfg.INPUT.MAX_SIZE_TRAIN) for size in cfg.INPUT.MIN_SIZE_TRAIN]

@@ -144,7 +144,11 @@ def test_the_page_and_the_cases_agree():
 def test_every_finding_has_a_case():
     assert len({(case.name, case.kind) for case in CASES}) == len(CASES)
     by_files_alone = {"object_poorly_matched", "image_without_objects", "image_huge"}
-    by_options = {"class_left_out", "image_in_other_split"}
+    by_options = {
+        "class_left_out",
+        "image_in_other_split",
+        "image_of_same_scene_in_other_split",
+    }
     assert {case.kind for case in CASES} >= set(KINDS) - by_files_alone - by_options
 
 
@@ -267,11 +271,13 @@ def test_a_config_with_an_own_rule(tmp_path, capsys, monkeypatch):
 
 
 def test_a_report_that_cannot_be_written_is_said_first(tmp_path, capsys):
-    paths = map(str, break_data(SOUND, tmp_path / "data"))
+    paths = [*map(str, break_data(SOUND, tmp_path / "data"))]
     assert check_dataset.main([*paths, "--json", str(tmp_path)]) == 2
     said = capsys.readouterr()
     assert said.err == f"error: cannot write --json {tmp_path}: Is a directory\n"
     assert not said.out
+    assert check_dataset.main([*paths, "--json", paths[0]]) == 2
+    assert capsys.readouterr().err == f"error: --json {paths[0]} would replace the annotations\n"
 
 
 def test_training_stops_with_the_sentence_last(tmp_path):

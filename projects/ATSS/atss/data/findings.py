@@ -149,6 +149,9 @@ KINDS = {
         ERROR, "images of more than 8 bits per channel, which would be cut off at 255"
     ),
     "image_thin": Kind(ERROR, "images too thin to be resized"),
+    "image_turned_twice": Kind(
+        ERROR, "TIFF images with an EXIF orientation, which would be applied twice"
+    ),
     "image_rotated": Kind(
         WARNING, "images with an EXIF orientation, which is applied: boxes must lie as after it"
     ),

@@ -183,7 +183,14 @@ def problems(
         )
     if thin := too_thin(header.size, sizes):
         yield "image_thin", thin
-    if header.orientation != 1:
+    if header.orientation != 1 and header.format == "TIFF":
+        # Pillow turns a TIFF while it decodes it.
+        yield (
+            "image_turned_twice",
+            f"is a TIFF with EXIF orientation {header.orientation}, which Detectron2 applies "
+            "twice: save it upright, without an orientation",
+        )
+    elif header.orientation != 1:
         yield "image_rotated", f"has EXIF orientation {header.orientation}"
     if header.transparent:
         yield "image_alpha", f"is transparent (mode {header.mode})"
