@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 
@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import defaults
 from detectron2.structures import Boxes, Instances
 from PIL import Image, ImageFilter
 
 from atss import GroundTruth, add_atss_config
-from atss.modeling import timm_backbone
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("golden")
@@ -143,22 +143,14 @@ def real_data() -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def tried_once() -> Iterator[None]:
-    """Each network of timm is tried on images of several sizes once, and not each time that it is
-    built, which takes longer than to build it."""
-    results: dict[tuple, set[str]] = {}
-    original = timm_backbone._try
-
-    def try_once(name: str, indices: list[int], strides: Sequence[int]) -> set[str]:
-        key = (name, *indices, *strides)
-        if key not in results:
-            results[key] = original(name, indices, strides)
-        return results[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timm_backbone, "_try", try_once)
-        yield
+@pytest.fixture(autouse=True)
+def own_catalogs() -> Iterator[None]:
+    """Data sets that a test registers are gone after it."""
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
 
 
 @pytest.fixture(scope="session")

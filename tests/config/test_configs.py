@@ -13,8 +13,6 @@ from atss.assigners import ASSIGNER_REGISTRY
 from atss.config import check_model
 from atss.engine.solver import build_optimizer
 
-pytestmark = pytest.mark.usefixtures("tried_once")
-
 # What others are made of, and what is laid over them.
 RECIPES = {
     **{"small": [], "ablation": [], "digits": ["fine_tune.yaml"]},

@@ -35,7 +35,7 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def tune(squares, tried_once):
+def tune(squares):
     """tune(output, *options, KEY=VALUE): a short run of the recipe, in this process."""
     names = set(DatasetCatalog.list())
 

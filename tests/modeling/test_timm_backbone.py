@@ -23,7 +23,6 @@ from atss.modeling.timm_backbone import TimmBackbone, pixels_of
 
 timm = pytest.importorskip("timm")
 safetensors_torch = pytest.importorskip("safetensors.torch")
-pytestmark = pytest.mark.usefixtures("tried_once")
 
 RECIPE = "ATSS_lite0_FPN_fine_tune.yaml"
 MODELS = {

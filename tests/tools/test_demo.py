@@ -355,7 +355,6 @@ def test_make_demo_says_one_sentence_of_what_a_worker_met(monkeypatch):
         digits_tool.main([])
 
 
-@pytest.mark.usefixtures("tried_once")
 def test_make_demo_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
     """The whole of it with 12 images and 4 iterations; a second run finds it done, a third that
     lost its last checkpoint goes on from the one before."""

@@ -567,7 +567,8 @@ def check_output_dir(path: str, test_sets: Sequence[str] = ()) -> None:
     results = [*inference, *(os.path.join(x, name) for x in inference for name in test_sets)]
     folder = path
     try:
-        os.makedirs(path, exist_ok=True)
+        if not os.path.exists(path):  # a file: "Not a directory", below
+            os.makedirs(path, exist_ok=True)
         for folder in (path, *filter(os.path.exists, results)):
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(b"\0")

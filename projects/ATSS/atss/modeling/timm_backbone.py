@@ -3,8 +3,9 @@ one is asked for."""
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,9 +75,8 @@ class TimmBackbone(Backbone):
         self._out_feature_strides = dict(zip(self._out_features, strides, strict=True))
         channels = self.net.feature_info.channels()
         self._out_feature_channels = dict(zip(self._out_features, channels, strict=True))
-        trial = _make_trial(name, options["out_indices"])
-        needed = _try(trial, name, strides)
-        left_out = _leave_out(trial, needed, name, strides)
+        needed = _needed(name, tuple(options["out_indices"]), tuple(strides))
+        left_out = _left_out(name, tuple(options["out_indices"]), tuple(strides))
         for path in left_out:
             self.net.set_submodule(path, nn.Identity())
         self._left_out = tuple(f"net.{path}." for path in left_out)
@@ -85,10 +85,9 @@ class TimmBackbone(Backbone):
                 f"MODEL.BACKBONE.FREEZE_AT {freeze_at} asks for the map of stride {2**freeze_at}, "
                 f"but those of {name} have strides {sorted(where)}"
             )
-        frozen = set()
+        frozen: Set[str] = frozenset()
         if freeze_at:
-            trial = _make_trial(name, [where[2**freeze_at]])
-            frozen = _try(trial, name, [2**freeze_at])
+            frozen = _needed(name, (where[2**freeze_at],), (2**freeze_at,))
         for parameter_name, parameter in self.net.named_parameters():
             # What no map depends on would wait for gradients, and decay.
             if parameter_name in frozen or parameter_name not in needed:
@@ -194,10 +193,24 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _make_trial(name: str, indices: list[int]) -> Any:
+def _make_trial(name: str, indices: Sequence[int]) -> Any:
     """A model that computes shapes and what depends on what, but no numbers."""
     with torch.device("meta"):
-        return _create(name, out_indices=indices).eval()
+        return _create(name, out_indices=list(indices)).eval()
+
+
+# Both take a second for some models, and a command builds its model more than once.
+@cache
+def _needed(name: str, indices: tuple[int, ...], strides: tuple[int, ...]) -> frozenset[str]:
+    """As :func:`_try`, of a model of timm."""
+    return frozenset(_try(_make_trial(name, indices), name, strides))
+
+
+@cache
+def _left_out(name: str, indices: tuple[int, ...], strides: tuple[int, ...]) -> tuple[str, ...]:
+    """As :func:`_leave_out`, of a model of timm."""
+    trial = _make_trial(name, indices)
+    return tuple(_leave_out(trial, _needed(name, indices, strides), name, strides))
 
 
 def _try(
@@ -235,7 +248,7 @@ def _try(
     return {n for n, gradient in zip(names, gradients, strict=True) if gradient is not None}
 
 
-def _leave_out(trial: nn.Module, needed: set[str], name: str, strides: Sequence[int]) -> list[str]:
+def _leave_out(trial: nn.Module, needed: Set[str], name: str, strides: Sequence[int]) -> list[str]:
     """Replaces modules on which no map depends, in place.
 
     Args:
@@ -262,7 +275,7 @@ def _leave_out(trial: nn.Module, needed: set[str], name: str, strides: Sequence[
     return left_out
 
 
-def _without(names: set[str], module: nn.Module, path: str = "") -> Iterator[str]:
+def _without(names: Set[str], module: nn.Module, path: str = "") -> Iterator[str]:
     """Paths of the largest modules that have parameters, but none of these."""
     parameters = {name for name, _ in module.named_parameters(prefix=path)}
     if parameters and names.isdisjoint(parameters):
