@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         "source",
         metavar="ANNOTATIONS:IMAGES",
         help="annotations.json:image_dir in COCO's or LVIS's format, data.yaml:split or "
-        "voc_folder:split; or both as two arguments",
+        "folder:split; or both as two arguments",
     )
     add_arguments(parser)
     parser.add_argument("--config-file", default=get_config_file("ATSS_R_50_FPN_1x"))

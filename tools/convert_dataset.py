@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         "sources",
         nargs="+",
         metavar="ANNOTATIONS:IMAGES",
-        help="annotations.json:image_dir, data.yaml:split or voc_folder:split",
+        help="annotations.json:image_dir, data.yaml:split or folder:split",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     parser.add_argument(

@@ -553,7 +553,7 @@ def test_annotations_that_are_not_coco(command, tmp_path, content, sentence):
 @pytest.mark.parametrize(
     ("register", "sentence"),
     [
-        ("squares", "or NAME=voc_folder:split, not 'squares'"),
+        ("squares", "or NAME=folder:split, not 'squares'"),
         ("squares=/no.json:{root}/images", "cannot read the annotations /no.json"),
         ("squares={root}/annotations.json:/nowhere", "image folder /nowhere does not exist"),
     ],

@@ -42,7 +42,7 @@ def register_all(specs: Sequence[str], reading: Reading = AS_IT_IS, partly: bool
 
 def register(spec: str, reading: Reading = AS_IT_IS) -> str:
     """Registers ``NAME=annotations.json:image_dir``, ``NAME=data.yaml:split`` or
-    ``NAME=voc_folder:split`` with Detectron2, after the cheap checks of ``tools/check_dataset.py``:
+    ``NAME=folder:split`` with Detectron2, after the cheap checks of ``tools/check_dataset.py``:
     those that look at no image, or, where labels do not tell it, at its size alone. Registered
     again under its name, it is read again.
 
@@ -56,7 +56,7 @@ def register(spec: str, reading: Reading = AS_IT_IS) -> str:
     if not name or ":" not in source.strip(":"):
         raise ValueError(
             "--register takes NAME=annotations.json:image_dir, NAME=data.yaml:split or "
-            f"NAME=voc_folder:split, not {spec!r}"
+            f"NAME=folder:split, not {spec!r}"
         )
     annotations, images = split_source(source)
     if name in DatasetCatalog and MetadataCatalog.get(name).get("source") != source:
@@ -105,7 +105,7 @@ def split_source(source: str, what: str = "a source") -> tuple[str, str]:
                 return annotations, images
     if not parts:
         raise ValueError(
-            f"{what} is annotations.json:image_dir, data.yaml:split or voc_folder:split, not "
+            f"{what} is annotations.json:image_dir, data.yaml:split or folder:split, not "
             f"{source!r}"
         )
     return parts[-1]

@@ -107,9 +107,10 @@ def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
         "--register",
         action="append",
         default=[],
-        metavar="NAME=annotations.json:image_dir|NAME=data.yaml:split|NAME=voc_folder:split",
-        help="an own data set in COCO's or LVIS's format, or the split of one in YOLO's layout or "
-        "of a folder of Pascal VOC's xml, to be used under NAME in the config (repeatable)",
+        metavar="NAME=annotations.json:image_dir|NAME=data.yaml:split|NAME=folder:split",
+        help="an own data set in COCO's or LVIS's format, or the split of one in YOLO's layout "
+        "(data.yaml, obj.data, or a folder with classes.txt) or of a folder of Pascal VOC's xml; "
+        "the config uses it under NAME (repeatable)",
     )
     add_arguments(parser)
     parser.set_defaults(recalls_classes=False, registered_in=None)
