@@ -870,6 +870,10 @@ LVIS = [
          put("images", 0, "not_exhaustive_category_ids", [7]), "stops",
          "neg_category_ids or not_exhaustive_category_ids is no list",
          "category_lists_malformed"),
+    Case("a negative id of an image", lambda c, r: any(
+         x.update({key: -1}) for entries, key in (("images", "id"), ("annotations", "image_id"))
+         for x in c[entries] if x[key] == 1), "stops",
+         "images whose id is not a whole number from 0 on", "lvis_id", "image -1 (images/a.png)"),
     Case("a category without frequency", drop("categories", 0, "frequency"), "stops",
          "categories whose frequency is not r, c or f", "frequency_malformed", "category 1 (cat)"),
     Case("a frequency in words", put("categories", 0, "frequency", "rare"), "stops",

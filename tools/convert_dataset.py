@@ -116,18 +116,19 @@ def _divide(
             "by itself",
             file=sys.stderr,
         )
-    copies, scenes = find_copies([os.path.join(folder, f) for f in files], progress)
+    equal, copies, scenes = find_copies([os.path.join(folder, f) for f in files], progress)
     _say_groups("copies of one image", copies, files)
     known = set(map(tuple, copies))
     _say_groups("photographs of one scene", [x for x in scenes if tuple(x) not in known], files)
-    for scene in [x for x in scenes if len(x) > max(shares.values()) * len(files)]:
-        print(
-            f"{len(scene)} of {len(files)} images look alike, more than a split has: copies among "
-            "them stay together, and what --group finds",
-            file=sys.stderr,
-        )
-        scenes.remove(scene)
-    groups = join_groups(len(files), copies, scenes, by_key(named))
+    for kind, groups in (("copies among them stay", scenes), ("equal files stay", copies)):
+        for group in [x for x in groups if len(x) > max(shares.values()) * len(files)]:
+            print(
+                f"{len(group)} of {len(files)} images look alike, more than a split has: {kind} "
+                "together, and what --group finds",
+                file=sys.stderr,
+            )
+            groups.remove(group)
+    groups = join_groups(len(files), equal, copies, scenes, by_key(named))
     split_of = divide(content, groups, list(shares.values()), seed).tolist()
     for i, name in enumerate(shares):
         if i not in split_of:

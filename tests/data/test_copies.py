@@ -22,7 +22,7 @@ def files(tmp_path):
 
 
 def test_different_images_are_no_copies(files):
-    assert find_copies(files) == ([], [])
+    assert find_copies(files)[1:] == ([], [])
 
 
 def test_equal_bytes_and_resized_copies(files, tmp_path):
@@ -30,8 +30,8 @@ def test_equal_bytes_and_resized_copies(files, tmp_path):
     photograph(3, (60, 45)).save(tmp_path / "small.jpg", quality=70)
     photograph(7, (200, 150)).save(tmp_path / "large.jpg", quality=90)
     more = [f"{tmp_path}/{name}" for name in ("same.png", "small.jpg", "large.jpg")]
-    assert find_copies([*files, *more]) == 2 * ([[3, 20, 21], [7, 22]],)
-    assert find_copies([more[1], *files[:4]]) == 2 * ([[0, 4]],)
+    assert find_copies([*files, *more])[1:] == 2 * ([[3, 20, 21], [7, 22]],)
+    assert find_copies([more[1], *files[:4]])[1:] == 2 * ([[0, 4]],)
 
 
 def test_mirrored_and_brighter_copies(files, tmp_path):
@@ -39,7 +39,7 @@ def test_mirrored_and_brighter_copies(files, tmp_path):
     photograph(7).point(lambda x: min(1.3 * x, 255)).save(tmp_path / "bright.png")
     photograph(9).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(tmp_path / "upside_down.png")
     more = [f"{tmp_path}/{name}.png" for name in ("mirrored", "bright", "upside_down")]
-    assert find_copies([*files, *more])[0] == [[3, 20], [7, 21]]
+    assert find_copies([*files, *more])[1] == [[3, 20], [7, 21]]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_what_cannot_be_compared_is_no_copy(files, tmp_path):
         Image.new("RGB", (40, 40 + i), (i, i, i)).save(tmp_path / f"plain{i}.png")
     kinds = ("broken", "plain", "missing", "empty")
     odd = [f"{tmp_path}/{x}{i}.png" for x in kinds for i in range(2)]
-    assert find_copies([*files, *odd]) == ([], [])
+    assert find_copies([*files, *odd])[1:] == ([], [])
 
 
 def pack(bits):
@@ -112,14 +112,14 @@ def test_a_camera_that_sees_nothing_move():
 def test_coco_has_no_copies(real_data):
     files = sorted(map(str, (real_data / "coco").glob("*2017/*.jpg")))
     assert len(files) > 200
-    assert find_copies(files) == ([], [])
+    assert find_copies(files)[1:] == ([], [])
 
 
 def test_scenes_of_aquarium(real_data):
     """Photographs that follow one another: 17 scenes, 7 of them in several splits."""
     files = sorted(map(str, (real_data / "aquarium").glob("*/images/*.jpg")))
     assert len(files) == 638
-    found, scenes = find_copies(files)
+    _, found, scenes = find_copies(files)
     assert [[Path(files[i]).stem for i in group] for group in found] == [["IMG_2343", "IMG_2344"]]
     assert len(scenes) == 17
     assert sum(len({Path(files[i]).parts[-3] for i in scene}) > 1 for scene in scenes) == 7

@@ -228,6 +228,19 @@ def test_where_a_label_lies(data, image, label):
     assert boxes_of(data({image: "", label: BOX}, yaml)) == [(0, [40, 15, 20, 10])]
 
 
+def test_captions_beside_images_are_no_labels(data):
+    """If labels have a folder; spaces at the end of a line do not make two labels of one."""
+    files = {"images/a.png": "", "images/a.txt": "a cat", "labels/a.txt": BOX}
+    files |= {"images/b.png": "", "images/b.txt": "nothing here"}
+    files |= {"images/c.png": "", "images/c.txt": f"{BOX} \n", "labels/c.txt": BOX}
+    content, findings = read_yolo(data(files, "{train: images, names: [cat]}"), "train")
+    assert [a["image_id"] for a in content["annotations"]] == [1, 3]
+    assert {f.kind: f.examples() for f in findings} == {
+        "label_missing": ["images/b.png"],
+        "file_unused": ["images/a.txt", "images/b.txt"],
+    }
+
+
 def test_labels_nowhere(data, tmp_path):
     files = {"images/a.png": "", "images/b.png": "", "annotations/a.txt": BOX}
     sentence = (

@@ -163,7 +163,10 @@ def voc_copy(content: dict, images: Path, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("copy", [None, yolo_copy, voc_copy])
-@pytest.mark.parametrize("source", ["bccd/test.json:bccd/images", "aquarium/data.yaml:test"])
+@pytest.mark.parametrize(
+    "source",
+    ["bccd/test.json:bccd/images", *(f"aquarium/data.yaml:{x}" for x in ("test", "valid"))],
+)
 def test_perfect_detections_of_copies_in_every_format(register, real_data, tmp_path, source, copy):
     labels, images = (part for part in source.split(":"))
     given = read(str(real_data / labels), str(real_data / images) if "json" in labels else images)
@@ -200,6 +203,14 @@ def test_perfect_detections_of_files_that_failed(register, real_data, tmp_path):
         register(f"{file}:{cases}/images")
         results = evaluate(content, tmp_path / file.stem)
         assert results["AP"] == pytest.approx(100), file.name
+        DatasetCatalog.remove("data")
+        MetadataCatalog.remove("data")
+    for folder in ("yolo_pose", "yolo_same_folder", "yolo_win"):
+        source = cases / folder / "data.yaml"
+        split = "train" if "train:" in source.read_text() else "val"
+        register(f"{source}:{split}")
+        content = read(str(source), split).content
+        assert evaluate(content, tmp_path / folder)["AP"] == pytest.approx(100), folder
         DatasetCatalog.remove("data")
         MetadataCatalog.remove("data")
 
@@ -296,6 +307,55 @@ def test_data_without_classes_in_a_json(tmp_path):
     finally:
         DatasetCatalog.remove("data")
         MetadataCatalog.remove("data")
+
+
+@pytest.mark.parametrize("fault", ["crowd of no image", "class of no model", "nameless class"])
+def test_faulty_json_of_other_registrations(tmp_path, fault):
+    """What Detectron2's own evaluator takes is evaluated, id 0 included."""
+    content = make_content()
+    for i, annotation in enumerate(content["annotations"]):
+        annotation |= {"id": i, "area": 50.0, "iscrowd": 0}
+    shown = json.loads(json.dumps(content))
+    if fault == "crowd of no image":
+        odd = {**content["annotations"][0], "id": 99, "iscrowd": 1, "image_id": 77}
+        content["annotations"].append(odd)
+    if fault == "nameless class":
+        content["categories"].append({"id": 4, "name": ""})
+    number = {1: 0, 2: 1, 3: 2}
+    names = [c["name"] for c in content["categories"]]
+    if fault == "class of no model":
+        number, names = {1: 0, 2: 1}, names[:2]
+        shown["annotations"] = [x for x in shown["annotations"] if x["category_id"] < 3]
+    if fault == "nameless class":
+        number[4] = 3
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    DatasetCatalog.register("data", lambda: [])
+    metadata = {"json_file": str(tmp_path / "labels.json"), "evaluator_type": "coco"}
+    metadata |= {"thing_classes": names, "thing_dataset_id_to_contiguous_id": number}
+    MetadataCatalog.get("data").set(**metadata)
+    assert evaluate(shown, tmp_path)["AP"] == pytest.approx(100)
+
+
+def test_difficult_crowd_is_a_crowd(register, tmp_path):
+    content = make_content(count=1, objects=2)
+    for annotation, box in zip(
+        content["annotations"], ([10, 10, 60, 60], [80, 80, 9, 9]), strict=True
+    ):
+        annotation |= {"category_id": 1, "bbox": box}
+    content["annotations"][0] |= {"iscrowd": 1, "difficult": 1}
+    register(write(content, tmp_path))
+    inside = [{**content["annotations"][0], "bbox": [x, 20, 10, 10]} for x in (20, 40)]
+    shown = {**content, "annotations": [*inside, content["annotations"][1]]}
+    assert evaluate(shown, tmp_path)["AP"] == pytest.approx(100)
+
+
+def test_difficult_objects_alone_measure_nothing(register, tmp_path):
+    content = make_content(count=1)
+    for annotation in content["annotations"]:
+        annotation["difficult"] = 1
+    register(write(content, tmp_path))
+    assert not datasets.has_objects("data")
+    assert MetadataCatalog.get("data").to_learn == 5
 
 
 def test_results_keep_the_ids_of_the_file(register, tmp_path):

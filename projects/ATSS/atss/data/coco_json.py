@@ -259,7 +259,7 @@ def _objects(content: dict, findings: _Findings) -> Objects:
     add("ignore", [e.get("ignore", 0) != 0 for e in annotations])
     add("segmentation_unusable", [not _is_segmentation(e.get("segmentation")) for e in annotations])
     add("keypoints_unusable", [not _are_keypoints(e.get("keypoints")) for e in annotations])
-    add("object_difficult", [e.get("difficult", 0) == 1 for e in annotations])
+    add("object_difficult", list(map(is_difficult, annotations)))
 
     boxes, malformed = _boxes([e["bbox"] for e in annotations])
     add("box_malformed", malformed)
@@ -313,7 +313,8 @@ def learnable(content: dict, objects: Objects) -> dict:
         content, objects: as from :func:`find_in_json`, without errors.
     """
     kept: list[dict] = []
-    whole = objects.used | objects.crowd
+    known = (objects.image >= 0) & (objects.category >= 0)
+    whole = (objects.used | objects.crowd) & known
     for i in np.flatnonzero(whole):
         entry = dict(content["annotations"][i])
         box = objects.boxes[i].tolist()
@@ -440,6 +441,11 @@ def _boxes(values: list) -> tuple[np.ndarray, np.ndarray]:
     nothing = [np.nan] * 4
     rows = [nothing if bad else b for b, bad in zip(values, malformed, strict=True)]
     return np.array(rows, dtype=np.float64).reshape(-1, 4), np.array(malformed, dtype=bool)
+
+
+def is_difficult(annotation: dict) -> bool:
+    """Whether evaluation passes over it by Pascal VOC's rule; crowds have a rule of their own."""
+    return annotation.get("difficult") == 1 and not annotation.get("iscrowd")
 
 
 def is_area(x: object) -> bool:

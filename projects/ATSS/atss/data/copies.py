@@ -35,15 +35,16 @@ PAIRS = 2**22
 
 def find_copies(
     files: Sequence[str], progress: Callable[..., Iterable] = lambda items, **_: items
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Group files that show one image, and files that show one scene. Only the bytes of files that
-    are no images are compared.
+) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    """Group files of equal bytes, files that show one image, and files that show one scene. Only
+    the bytes of files that are no images are compared.
 
     Args:
         progress: wraps what takes long, as tqdm does.
 
     Returns:
-        positions of copies of each image, and of photographs of each scene, copies among them.
+        positions of equal files, of copies of each image, equal ones among them, and of
+        photographs of each scene, copies among them.
     """
     sizes = [os.path.getsize(f) or None if os.path.isfile(f) else None for f in files]
     of_one_size = [i for group in by_key(sizes) for i in group]
@@ -54,7 +55,7 @@ def find_copies(
         looks = pool.map(_hash, files)
         hashes = list(progress(looks, total=len(files), unit="image", desc="copies"))
     copies, scenes = (join_groups(len(files), same_bytes, groups) for groups in _near(hashes))
-    return [g for g in copies if len(g) > 1], [g for g in scenes if len(g) > 1]
+    return same_bytes, [g for g in copies if len(g) > 1], [g for g in scenes if len(g) > 1]
 
 
 def find_in_others(
@@ -84,7 +85,7 @@ def find_in_others(
         ("image_in_other_split", "is"),
         ("image_of_same_scene_in_other_split", "looks like"),
     )
-    for (kind, verb), groups in zip(kinds, find_copies(files, progress), strict=True):
+    for (kind, verb), groups in zip(kinds, find_copies(files, progress)[1:], strict=True):
         where = {
             i: f"{files[i]}, which {verb} {next(files[j] for j in group if j >= own)}"
             for group in groups

@@ -8,9 +8,10 @@ import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.structures import BoxMode
@@ -18,7 +19,7 @@ from detectron2.utils.file_io import PathManager
 from pycocotools.mask import frPyObjects
 
 from .choice import refuse_unknown
-from .coco_json import category_names, find_in_json, is_polygon, learnable
+from .coco_json import category_names, find_in_json, is_difficult, is_polygon, learnable
 from .findings import DROPPED, ERROR, KINDS, WARNING
 from .formats import AS_IT_IS, Reading, read
 
@@ -35,9 +36,10 @@ def register_all(specs: Sequence[str], reading: Reading = AS_IT_IS, partly: bool
         ValueError: as :func:`register`, or naming a chosen class that none of them has.
     """
     metadata = [MetadataCatalog.get(register(spec, reading)) for spec in specs]
-    if reading.classes and metadata and not partly:
+    found = set().union(*(m.found for m in metadata))
+    if reading.classes and metadata and not (partly and found):
         there = list(dict.fromkeys(x for m in metadata for x in m.names_in_data))
-        refuse_unknown(reading.classes, set().union(*(m.found for m in metadata)), there)
+        refuse_unknown(reading.classes, found, there)
 
 
 def register(spec: str, reading: Reading = AS_IT_IS) -> str:
@@ -59,6 +61,9 @@ def register(spec: str, reading: Reading = AS_IT_IS) -> str:
             f"NAME=folder:split, not {spec!r}"
         )
     annotations, images = split_source(source)
+    # However its paths are written.
+    folder = os.path.abspath(images) if os.path.isdir(images) else images
+    source = f"{os.path.abspath(annotations)}:{folder}"
     if name in DatasetCatalog and MetadataCatalog.get(name).get("source") != source:
         raise ValueError(f"a data set called {name} is registered already: choose another name")
     labels = read(annotations, images, reading)
@@ -75,6 +80,9 @@ def register(spec: str, reading: Reading = AS_IT_IS) -> str:
         "names_in_data": labels.names,
         "found": labels.found,
         "to_learn": int(objects.used.sum()),
+        "to_measure": sum(
+            not is_difficult(labels.content["annotations"][i]) for i in np.flatnonzero(objects.used)
+        ),
         "remarks": {f.kind: f.sentence() for f in findings if f.level in (DROPPED, WARNING)},
         "image_root": labels.image_dir,
         # As bytes it takes a tenth of the memory, and every caller gets records of its own.
@@ -105,8 +113,7 @@ def split_source(source: str, what: str = "a source") -> tuple[str, str]:
                 return annotations, images
     if not parts:
         raise ValueError(
-            f"{what} is annotations.json:image_dir, data.yaml:split or folder:split, not "
-            f"{source!r}"
+            f"{what} is annotations.json:image_dir, data.yaml:split or folder:split, not {source!r}"
         )
     return parts[-1]
 
@@ -281,11 +288,13 @@ def has_objects(name: str) -> bool:
     data set is registered."""
     if name not in DatasetCatalog:
         return True
-    known = MetadataCatalog.get(name).get("to_learn")
-    if known is not None:
-        return known > 0
-    records = DatasetCatalog.get(name)
-    return any(not x.get("iscrowd") for r in records for x in r.get("annotations", ()))
+    known = MetadataCatalog.get(name).get("to_measure")
+    return _has_objects(DatasetCatalog[name]) if known is None else known > 0
+
+
+@cache
+def _has_objects(load: Callable[[], list[dict]]) -> bool:
+    return any(not x.get("iscrowd") for r in load() for x in r.get("annotations", ()))
 
 
 def refuse_unannotated(names: Sequence[str]) -> None:

@@ -108,6 +108,9 @@ KINDS = {
         "images whose neg_category_ids or not_exhaustive_category_ids is no list of the file's "
         "categories",
     ),
+    "lvis_id": Kind(
+        ERROR, "images whose id is not a whole number from 0 on, as LVIS's evaluation needs it"
+    ),
     "frequency_malformed": Kind(ERROR, "categories whose frequency is not r, c or f"),
     # What --classes says.
     "class_left_out": Kind(DROPPED, "classes that --classes leaves out"),

@@ -10,7 +10,7 @@ from . import lvis
 from .choice import choose, parse
 from .coco_json import read_coco
 from .findings import Finding
-from .folders import NAMES_FILES, files_below, with_slashes
+from .folders import NAMES_FILES, SUFFIXES, files_below, with_slashes
 from .voc import FIRST_PIXEL, read_voc
 from .yolo import read_yolo
 
@@ -120,5 +120,15 @@ def read(annotations: str, images: str, reading: Reading = AS_IT_IS) -> Labels:
 def _is_yolo(folder: Path) -> bool:
     """Whether a folder without a data.yaml has YOLO's labels."""
     files = files_below(folder)
-    has_xml = any(x.suffix.lower() == ".xml" for x in files)
-    return not has_xml and any(x.name in NAMES_FILES for x in files)
+    if not any(x.name in NAMES_FILES for x in files):
+        return False
+    stems = {
+        suffix: {x.stem for x in files if x.suffix.lower() == suffix} for suffix in (".xml", ".txt")
+    }
+    images = {x.stem for x in files if x.suffix.lower() in SUFFIXES}
+    if stems[".xml"] and (both := (stems[".txt"] & images) - stems[".xml"]):
+        raise ValueError(
+            f"{folder} has labels of two formats: Pascal VOC's xml, and YOLO's such as "
+            f"{min(both)}.txt: give each a folder of its own"
+        )
+    return not stems[".xml"]

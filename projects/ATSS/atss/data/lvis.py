@@ -52,5 +52,15 @@ def find(content: dict) -> list[Finding]:
         for category in content["categories"]
         if category.get("frequency") not in tuple(FREQUENCIES)
     ]
-    found = (("category_lists_malformed", images), ("frequency_malformed", categories))
+    texts = all(isinstance(image.get("id"), str) for image in content["images"])
+    odd_ids = [
+        f"image {image.get('id')} ({image.get('file_name')})"
+        for image in content["images"]
+        if texts or (type(image.get("id")) is int and not 0 <= image["id"] < 2**63)
+    ]
+    found = (
+        ("category_lists_malformed", images),
+        ("frequency_malformed", categories),
+        ("lvis_id", odd_ids),
+    )
     return [Finding(kind, range(len(p)), p.__getitem__) for kind, p in found if p]

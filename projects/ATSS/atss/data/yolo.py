@@ -6,6 +6,7 @@ import reprlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from math import isfinite
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def read_yolo(source: str, split: str) -> tuple[dict, list[Finding]]:
         names = _names(config)
         with_key_points = _count_with_key_points(config)
         images, files = _images(config, split, folder)
-        read = _read_images(images, folder, set(names), with_key_points)
+        read, read_files = _read_images(images, folder, set(names), with_key_points)
         without = read.found["label_missing"]
         if read.images and len(without) == len(read.images):
             labels = " and ".join(name_in(folder, x) for x in _labels_of(folder / without[0]))
@@ -68,7 +69,7 @@ def read_yolo(source: str, split: str) -> tuple[dict, list[Finding]]:
                 f"no image of {split!r} has a label file: that of {without[0]} was looked for at "
                 f"{labels}"
             )
-        _find_unused(files - {path}, images, with_key_points, read)
+        _find_unused(files.difference([path], images, read_files), with_key_points, read)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     return read.result(names)
@@ -256,10 +257,14 @@ def _candidates(entry: str, bases: Sequence[Path]) -> list[Path]:
 
 def _read_images(
     images: list[Path], folder: Path, ids: set[int], with_key_points: int | None
-) -> Split:
+) -> tuple[Split, set[Path]]:
+    """The split, and the label files that it has been read from."""
+    # If some labels lie in a folder of labels, a text beside an image may be its caption.
+    apart = any(len(x) > 1 and os.path.exists(x[0]) for x in map(_labels_of, images))
+    read = partial(_read_label, apart=apart, with_key_points=with_key_points)
     with ThreadPoolExecutor(THREADS) as pool:
         sizes = list(pool.map(size_of, images))
-        labels = list(pool.map(_read_label, images))
+        labels = list(pool.map(read, images))
     split = Split(folder)
     images_of = defaultdict(list)
     for image, (files, _) in zip(images, labels, strict=True):
@@ -285,15 +290,12 @@ def _read_images(
             lines = _read_labels(text, name_of_label, size, ids, with_key_points, split.found)
             for category, box in lines:
                 split.add_object(category, box)
-    return split
+    return split, {file for files, _ in labels for file in files}
 
 
-def _find_unused(
-    files: set[Path], images: list[Path], with_key_points: int | None, split: Split
-) -> None:
+def _find_unused(files: set[Path], with_key_points: int | None, split: Split) -> None:
     """Labels whose image is not there, and files that are neither images nor labels."""
-    labels = (label for image in images for label in _labels_of(image))
-    for file in sorted(files.difference(images, labels)):
+    for file in sorted(files):
         name = name_in(split.folder, file)
         if _is_label(file, with_key_points):
             split.found["file_unreadable"].append(f"the image of {name} is not there")
@@ -392,11 +394,22 @@ def _labels_of(image: Path) -> list[Path]:
     return [Path(f"{before}/labels/{after}"), beside] if images else [beside]
 
 
-def _read_label(image: Path) -> tuple[list[Path], str | ValueError | None]:
-    """The label files of an image and their content, None if there is none, or two that differ."""
-    files = [x for x in _labels_of(image) if os.path.exists(x)]
+def _read_label(
+    image: Path, apart: bool, with_key_points: int | None
+) -> tuple[list[Path], str | ValueError | None]:
+    """The label files of an image and their content, None if there is none, or two that differ.
+
+    Args:
+        apart: a text beside the image that is no label is its caption.
+    """
+    first, *beside = _labels_of(image)
+    files = [x for x in (first, *beside) if os.path.exists(x)]
     try:
-        texts = {read_text(x) for x in files}
+        texts = [read_text(x) for x in files]
     except ValueError as error:
         return files, error
-    return files, texts.pop() if len(texts) == 1 else None
+    is_beside = bool(beside) and files[-1:] == beside
+    if apart and is_beside and texts[-1].strip() and not _is_label(files[-1], with_key_points):
+        del files[-1], texts[-1]
+    same = len({"\n".join(map(str.strip, x.strip().splitlines())) for x in texts}) == 1
+    return files, texts[0] if same else None

@@ -24,7 +24,7 @@ from detectron2.utils import comm
 from pycocotools.coco import COCO
 
 from ..config import images_per_test_batch
-from ..data.coco_json import SHORTEST, find_in_json, learnable
+from ..data.coco_json import SHORTEST, find_in_json, is_difficult, learnable
 from ..data.datasets import classes_of, provide_json
 from ..data.mapper import Mapper
 
@@ -59,10 +59,11 @@ class BoxEvaluator(COCOEvaluator):
                     "outside their image, and training does not learn them",
                     *(dataset_name, left_out, count),
                 )
-        images, classes = content["images"], content["categories"]
+        images = content["images"]
         # Contiguous number of each id of a class; a json that Detectron2 wrote has these for ids.
-        numbers = {c["id"]: c["id"] for c in classes}
+        numbers = {c["id"]: c["id"] for c in content["categories"]}
         numbers = self._metadata.get("thing_dataset_id_to_contiguous_id", numbers)
+        classes = [c for c in content["categories"] if c["id"] in numbers]  # that the model knows
         self.category_ids = {number: category_id for category_id, number in numbers.items()}
         self.image_numbers = {x["id"]: i for i, x in enumerate(images, start=1)}
         self.trimmed = {x["id"]: (x["width"], x["height"]) for x in images if "trimmed" in x}
@@ -73,11 +74,13 @@ class BoxEvaluator(COCOEvaluator):
             "annotations": [
                 {
                     **x,
+                    "id": i,
                     "image_id": self.image_numbers[x["image_id"]],
                     "category_id": numbers[x["category_id"]] + 1,
-                    "difficult": x.get("difficult") == 1 and not count_difficult,
+                    "difficult": is_difficult(x) and not count_difficult,
                 }
-                for x in content["annotations"]
+                for i, x in enumerate(content["annotations"], start=1)
+                if x["category_id"] in numbers and x["image_id"] in self.image_numbers
             ],
         }
         with redirect_stdout(StringIO()):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 
 from detectron2.config import CfgNode
 
@@ -19,10 +20,15 @@ def recall(args: argparse.Namespace, cfg: CfgNode) -> None:
     Args:
         args: of :func:`~atss.engine.run.make_parser`.
         cfg: its paths are relative to the folder of the config file; they become absolute.
+
+    Raises:
+        ValueError: naming DATASETS.REGISTER, if it is no list of texts.
     """
     folder = os.path.realpath(os.path.dirname(args.config_file))
     if "DATASETS.REGISTER" in args.opts[::2]:
         folder = os.getcwd()
+    if not all(isinstance(spec, str) for spec in cfg.DATASETS.REGISTER):
+        raise ValueError(f"DATASETS.REGISTER is a list of texts, not {cfg.DATASETS.REGISTER}")
     own = {_name(spec) for spec in args.register}
     known = [_absolute(x, folder) for x in cfg.DATASETS.REGISTER if _name(x) not in own]
     cfg.DATASETS.REGISTER = [*known, *(_absolute(x, os.getcwd()) for x in args.register)]
@@ -31,6 +37,8 @@ def recall(args: argparse.Namespace, cfg: CfgNode) -> None:
     args.recalls_classes = args.classes is None
     if args.classes is None:
         args.classes = cfg.DATASETS.CLASSES or None
+        if args.classes and own:
+            print(f"--classes {args.classes}, as {args.config_file} has it", file=sys.stderr)
     if args.first_pixel is None:
         args.first_pixel = cfg.DATASETS.FIRST_PIXEL
     cfg.DATASETS.CLASSES, cfg.DATASETS.FIRST_PIXEL = args.classes or "", args.first_pixel
