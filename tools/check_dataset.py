@@ -44,7 +44,12 @@ def make_parser() -> argparse.ArgumentParser:
         "folder:split; or both as two arguments",
     )
     add_arguments(parser)
-    parser.add_argument("--config-file", default=get_config_file("ATSS_R_50_FPN_1x"))
+    parser.add_argument(
+        "--config-file",
+        default=get_config_file("ATSS_R_50_FPN_1x"),
+        help="whose anchors, image sizes and filters are checked (default: ATSS_R_50_FPN_1x, not "
+        "the recipe for fine-tuning)",
+    )
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
     parser.add_argument(
         "--against",

@@ -31,7 +31,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--input", nargs="+", required=True, help="images, videos or folders of them"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--score-threshold", type=float, default=0.4, help="what is shown from")
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        default=0.4,
+        help="draw and write detections with at least this score (default: %(default)s)",
+    )
     parser.add_argument("--batch", type=int, default=4, help="images at a time")
     parser.add_argument(
         "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over the config"

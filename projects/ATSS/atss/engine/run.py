@@ -217,7 +217,13 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
             best=trainer.best is not None,
         )
     if args.resume:
-        check_shared(trainer.checkpointer.get_checkpoint_file())
+        checkpoint = trainer.checkpointer.get_checkpoint_file()
+        check_shared(checkpoint)
+        if not checkpoint:
+            logging.getLogger("atss").warning(
+                "--resume: OUTPUT_DIR %s contains no checkpoint, training starts at iteration 0",
+                cfg.OUTPUT_DIR,
+            )
     trainer.resume_or_load(resume=args.resume)
     if comm.is_main_process():
         _replace(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), config)
