@@ -11,6 +11,7 @@ import convert_dataset
 import numpy as np
 import pytest
 from conftest import photograph
+from PIL import Image
 
 from atss.data.copies import by_key, join_groups
 from atss.data.datasets import split_source
@@ -377,6 +378,25 @@ def test_scenes_larger_than_a_split_are_parted(scenes, tmp_path, capsys):
     assert convert_dataset.main(argv) == 0
     said = capsys.readouterr().err
     assert "3 of 5 images look alike, more than a split has: copies among them stay" in said
+
+
+def test_frames_of_a_fixed_camera_are_parted(tmp_path):
+    """All are copies by their hashes; those of equal bytes stay together."""
+    (tmp_path / "images").mkdir()
+    frames = [np.array(photograph(1)) for _ in range(6)]
+    for i, frame in enumerate(frames[:5]):
+        frame[5 * i : 5 * i + 3, :3] = 255
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    for i, frame in enumerate([*frames, frames[5]]):
+        Image.fromarray(frame).save(tmp_path / "images" / f"{i}.png")
+        image = {"id": i, "file_name": f"{i}.png", "width": 120, "height": 90}
+        content["images"].append(image)
+    (tmp_path / "labels.json").write_text(json.dumps(content))
+    argv = [f"{tmp_path}/labels.json:{tmp_path}/images", "--output", f"{tmp_path}/x.json"]
+    assert convert_dataset.main([*argv, "--split", "train=0.5", "val=0.5"]) == 0
+    parts = [json.loads((tmp_path / f"x_{x}.json").read_text())["images"] for x in ("train", "val")]
+    assert all(parts)
+    assert any({5, 6} <= {x["id"] for x in part} for part in parts)
 
 
 @pytest.mark.parametrize("name", ["a b.json", "it's $(x).json", "a=b.json"])
