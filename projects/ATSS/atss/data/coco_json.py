@@ -310,7 +310,8 @@ def learnable(content: dict, objects: Objects) -> dict:
     clipped or left out are marked as "trimmed".
 
     Args:
-        content, objects: as from :func:`find_in_json`, without errors.
+        content, objects: as from :func:`find_in_json`. Annotations of unknown images or classes are
+            left out.
     """
     kept: list[dict] = []
     known = (objects.image >= 0) & (objects.category >= 0)

@@ -50,7 +50,7 @@ class BoxEvaluator(COCOEvaluator):
         super().__init__(dataset_name, ("bbox",), output_dir=output_dir, allow_cached_coco=False)
         content: dict = {"annotations": [], **self._coco_api.dataset}
         _, objects = find_in_json(content)
-        if objects is not None:  # else ids or fields are broken, and only pycocotools knows how
+        if objects is not None:  # None: fields are missing or malformed; all annotations count
             count = len(content["annotations"])
             content = learnable(content, objects)
             if left_out := count - len(content["annotations"]):
