@@ -49,8 +49,10 @@ class BoxEvaluator(COCOEvaluator):
         # Of data that came in no json Detectron2 writes one there: not to be trusted the next time.
         super().__init__(dataset_name, ("bbox",), output_dir=output_dir, allow_cached_coco=False)
         content: dict = {"annotations": [], **self._coco_api.dataset}
-        _, objects = find_in_json(content)
-        if objects is not None:  # None: fields are missing or malformed; all annotations count
+        # A data set of --register was checked when it was registered.
+        is_checked = "content" in self._metadata.as_dict()
+        objects = None if is_checked else find_in_json(content)[1]
+        if objects is not None:  # None also for malformed fields: all annotations count
             count = len(content["annotations"])
             content = learnable(content, objects)
             if left_out := count - len(content["annotations"]):
