@@ -20,6 +20,8 @@ FORKED.set_forkserver_preload(["atss.engine.run", "pytest"])
 
 def _run(argv: list[str], environment: dict[str, str], folder: str, output: Connection) -> None:
     os.setsid()
+    # Which loaders of data use: that of a script that a person starts, on Linux.
+    multiprocessing.set_start_method("fork", force=True)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

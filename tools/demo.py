@@ -14,8 +14,8 @@ from pathlib import Path
 from atss.analysis.files import try_to_write
 from atss.analysis.pictures import annotate, targets
 from atss.data.folders import SUFFIXES
-from atss.engine.launch import STOPPED
 from atss.engine.run import NoSuchModule, import_modules
+from atss.engine.watch import EXIT_INTERRUPTED
 from atss.predictor import Predictor
 from atss_runner.media import find_media
 
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         holds = f": {target} holds {len(records)} detections of {seen} images or frames"
         print(f"stopped{holds if seen else ''}", file=sys.stderr)
-        sys.exit(STOPPED)
+        sys.exit(EXIT_INTERRUPTED)
     if not seen:
         sys.exit("error: none of the inputs could be read")
     print(f"{len(records)} detections: pictures and detections.json are in {args.output}")

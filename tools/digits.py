@@ -12,7 +12,8 @@ from pathlib import Path
 from atss.analysis.demo import train_on_digits
 from atss.config import get_config_file
 from atss.data.digits import DEMO, FEW, make_digits
-from atss.engine.launch import STOPPED, one_sentence
+from atss.engine.launch import one_sentence
+from atss.engine.watch import EXIT_INTERRUPTED
 
 ROOT = Path("output/demo")
 CONFIG = get_config_file("demo")
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
             results = train_on_digits(ROOT, str(CONFIG), DEMO)
     except KeyboardInterrupt:
         print(f"stopped{'' if args.data else ': the same command goes on'}", file=sys.stderr)
-        sys.exit(STOPPED)
+        sys.exit(EXIT_INTERRUPTED)
     print(f"\nAP on {DEMO.images['test']} held-out images:")
     for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"):
         print(f"  {name:<5} {results[name]:5.1f}")

@@ -19,8 +19,8 @@ import atss.engine.run as way_in
 from atss.checkpoints import TrainingCheckpointer
 from atss.engine import Trainer
 from atss.engine.best import ABOUT, Best, best_metric
-from atss.engine.hooks import EXIT_PREEMPTED
 from atss.engine.solver import MOMENTS
+from atss.engine.watch import EXIT_PREEMPTED
 from atss.predictor import Predictor
 
 EVALUATED = {"TEST.EVAL_PERIOD": 2}

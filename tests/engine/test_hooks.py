@@ -11,13 +11,15 @@ import torch
 from conftest import LARGER, ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
+from detectron2.utils.events import EventStorage
 from test_train_net import SMALL
 
 import atss.engine.run as way_in
 from atss.data.mapper import Mapper
 from atss.engine import Trainer
-from atss.engine.hooks import EXIT_PREEMPTED
+from atss.engine.exchange import Exchange
 from atss.engine.launch import launch
+from atss.engine.watch import EXIT_PREEMPTED, Watch
 
 
 @pytest.fixture
@@ -87,6 +89,62 @@ def test_sigterm_saves_the_iteration_under_way_and_exits_with_its_code(start, at
     assert last(tmp_path) == ("model_0000004.pth", 4)
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGUSR1", 75), ("SIGHUP", 75), ("SIGINT", 130)])
+def test_other_signals_save_too(start, at, tmp_path, name, code, capfd):
+    at(2, lambda _: signal.raise_signal(getattr(signal, name)))
+    with pytest.raises(SystemExit) as stop:
+        start()
+    assert stop.value.code == code
+    assert last(tmp_path) == ("model_0000002.pth", 2)
+    assert f"{name}: stopped after iteration 2; --resume" in (tmp_path / "out/log.txt").read_text()
+    assert ("a second ctrl-C ends at once" in capfd.readouterr().err) == (name == "SIGINT")
+
+
+def test_an_ignored_signal_stays_ignored(start, at, tmp_path, monkeypatch):
+    """As SIGHUP under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        at(2, lambda _: signal.raise_signal(signal.SIGHUP))
+        start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert last(tmp_path) == ("model_final.pth", 5)
+
+
+def test_a_signal_just_before_the_checkpoint_counts_ends_the_run(start, monkeypatch, tmp_path):
+    """It came after the processes had asked each other, and no evaluation must be waited for."""
+    mark_saved = Watch.mark_saved
+
+    def signalled(self):
+        signal.raise_signal(signal.SIGTERM)
+        mark_saved(self)
+
+    monkeypatch.setattr(Watch, "mark_saved", signalled)
+    with pytest.raises(SystemExit, match="75"):
+        start()
+    assert last(tmp_path) == ("model_0000001.pth", 1)
+
+
+def test_the_longest_wait_for_images_is_logged(monkeypatch):
+    exchange = Exchange(lambda: 0)
+    exchange.names, exchange.rows = ["loss"], [[1.0, 0.5, 0], [3.0, 0.25, 0], [2.0, 0.75, 0]]
+    with EventStorage() as storage:
+        exchange.write(0.125)
+    latest = {name: value for name, (value, _) in storage.latest().items()}
+    assert latest == {"data_time": 0.75, "loss": 2, "total_loss": 2}
+
+
+@pytest.mark.parametrize(
+    ("asked", "decides"),
+    [([0, 0], 0), ([0, 15], 15), ([10, 0], 10), ([15, 2], 2), ([2, 15], 2)],
+)
+def test_the_signal_of_any_process_decides(asked, decides):
+    """Ctrl-C before others, which a launcher passes on."""
+    exchange = Exchange(lambda: 0)
+    exchange.rows = [[1.0, 0.0, float(number)] for number in asked]
+    assert exchange.asked == decides
+
+
 def test_sigterm_reaches_a_run_step_of_ones_own(start, at, monkeypatch, tmp_path):
     """That calls neither the trainer's hooks nor its log."""
 
@@ -135,7 +193,7 @@ def test_sigterm_after_the_last_iteration_does_not_evaluate_first(start, monkeyp
 
     def signalled(self):
         with pytest.raises(SystemExit):
-            self.preemption._on_sigterm()
+            self.preemption.watch._handle(signal.SIGTERM, None)
         after_train(self)
         raise SystemExit(EXIT_PREEMPTED)
 

@@ -3,21 +3,26 @@
 import errno
 import io
 import logging
+import re
+import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_cfg
+from detectron2.utils import comm
+from processes import FORKED
 
 import atss.engine.run as way_in
-from atss.engine.hooks import AllLeave
 from atss.engine.launch import (
+    _PassedOn,
     abridge_terminal,
     explain,
     is_started,
     keep_tracebacks_to_the_file,
-    launch,
     one_sentence,
+    refuse_shared_gpus,
 )
 from atss.engine.run import check_config, check_processes
 
@@ -86,7 +91,7 @@ def test_several_machines_need_a_place_to_meet():
     """On one machine a free port is found."""
     with pytest.raises(ValueError, match="--num-machines 2 needs --dist-url, such as tcp://"):
         check_processes(arguments("--num-machines", "2"), make_cfg())
-    check_processes(arguments("--num-machines", "2", "--dist-url", "tcp://x:1"), make_cfg())
+    check_processes(arguments("--num-machines", "2", "--dist-url", "tcp://127.0.0.1:1"), make_cfg())
 
 
 @pytest.mark.parametrize("option", ["--num-gpus", "--num-machines"])
@@ -110,21 +115,92 @@ def test_restarts_on_several_machines_meet_in_a_store_of_their_own(torchrun, mon
     check_processes(arguments(), make_cfg())
 
 
-def test_the_group_is_left_before_the_exit_code_is_given(tmp_path):
-    """Left to the end of Python, it may abort the process, with a code of its own."""
-    meeting = f"file://{tmp_path}/meeting"
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+def report_signals(output):
+    """Send the number of each signal that this process gets."""
+    numbers = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    output.send("begun")
+    while True:
+        output.send(signal.sigwait(numbers))
 
-    def preempted(args, cfg):
-        raise AllLeave(75)
 
-    try:
-        with pytest.raises(SystemExit, match="75"):
-            launch(preempted, arguments(), make_cfg())
-        assert not torch.distributed.is_initialized()
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+def test_the_launcher_passes_signals_on(monkeypatch):
+    """From a terminal the processes have SIGINT already; the second one ends them at once."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    reader, writer = FORKED.Pipe(duplex=False)
+    process = FORKED.Process(target=report_signals, args=(writer,))
+    process.start()
+    assert reader.recv() == "begun"
+    monkeypatch.setattr("multiprocessing.active_children", lambda: [process])
+    for number, received in ((signal.SIGUSR1, signal.SIGUSR1), (signal.SIGINT, signal.SIGTERM)):
+        launcher = _PassedOn()
+        launcher._pass_on(number, None)
+        assert reader.recv() == received
+        assert launcher.number == number
+    launcher._pass_on(signal.SIGINT, None)
+    assert reader.recv() == signal.SIGTERM
+    launcher.at -= 2
+    launcher._pass_on(signal.SIGINT, None)
+    process.join(20)
+    assert process.exitcode == -signal.SIGKILL
+    monkeypatch.setattr("multiprocessing.active_children", list)
+    with pytest.raises(SystemExit, match="75"):
+        launcher._pass_on(signal.SIGTERM, None)
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"RANK": 2}, "RANK must be 0 to 1, got 2 (WORLD_SIZE is 2, LOCAL_WORLD_SIZE 2)"),
+        ({"RANK": "abc"}, "RANK must be a whole number, got 'abc'"),
+        ({"RANK": -1}, "RANK must be a whole number, got '-1'"),
+        ({"LOCAL_WORLD_SIZE": 0}, "LOCAL_WORLD_SIZE must be 1 to 2, got 0 (WORLD_SIZE is 2, LOCAL"),
+        ({"LOCAL_WORLD_SIZE": 3}, "LOCAL_WORLD_SIZE must be 1 to 2, got 3 (WORLD_SIZE is 2, LOCAL"),
+        ({"LOCAL_RANK": 2}, "LOCAL_RANK must be 0 to 1, got 2 (WORLD_SIZE is 2, LOCAL_WORLD"),
+        ({"WORLD_SIZE": 0}, "WORLD_SIZE must be 1 to inf, got 0 (WORLD_SIZE is 0, LOCAL_WORLD"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT must be a whole number, got 'abc'"),
+        ({"MASTER_PORT": 70000}, "MASTER_PORT must be 1 to 65535, got 70000 (WORLD_SIZE is 2"),
+        (
+            {"MASTER_ADDR": "no.such.host.invalid"},
+            "MASTER_ADDR names 'no.such.host.invalid', which ",
+        ),
+        ({"LOCAL_RANK": 1}, "RANK 0 has LOCAL_RANK 1 of LOCAL_WORLD_SIZE 2: machines must start "),
+        ({"WORLD_SIZE": 3}, "RANK 0 has LOCAL_RANK 0 of LOCAL_WORLD_SIZE 2: machines must start "),
+    ],
+)
+def test_variables_that_cannot_be(torchrun, variables, sentence):
+    torchrun(**variables)
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        check_processes(arguments(), make_cfg())
+
+
+def test_an_address_of_a_meeting_that_cannot_be():
+    address = ("--num-gpus", "2", "--dist-url", "tcp://no.such.host.invalid:1")
+    with pytest.raises(ValueError, match=r"^--dist-url names 'no.such.host.invalid', which has no"):
+        check_processes(arguments(*address), make_cfg())
+
+
+def test_a_scheduler_may_show_each_process_one_gpu(torchrun, monkeypatch):
+    """As SLURM's --gpus-per-task=1."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    torchrun()
+    check_processes(arguments(), make_cfg("MODEL.DEVICE", "cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    torchrun(WORLD_SIZE=3, LOCAL_WORLD_SIZE=3)
+    with pytest.raises(ValueError, match="3 processes on a machine of 2 GPUs"):
+        check_processes(arguments(), make_cfg("MODEL.DEVICE", "cuda", "SOLVER.IMS_PER_BATCH", 3))
+
+
+def test_processes_that_share_a_gpu_are_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="a"))
+    monkeypatch.setattr("socket.gethostname", lambda: "node1")
+    others = [("node1", "b"), ("node2", "a")]
+    monkeypatch.setattr(comm, "all_gather", lambda mine: [mine, *others])
+    refuse_shared_gpus()
+    monkeypatch.setattr(comm, "all_gather", lambda mine: [mine, *others, mine])
+    with pytest.raises(SystemExit, match="error: processes 0 and 3 use the same GPU of node1"):
+        refuse_shared_gpus()
 
 
 def test_workers_are_as_many_as_there_are_cores(monkeypatch):
@@ -195,6 +271,9 @@ def test_a_restart_resumes(torchrun, tmp_path):
     torchrun(TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_RESTART_COUNT=1)
     check_processes(args, cfg)
     assert args.resume
+    evaluation = arguments("--eval-only")  # of MODEL.WEIGHTS, not of the last checkpoint
+    check_processes(evaluation, cfg)
+    assert not evaluation.resume
 
 
 def test_a_restart_could_not_tell_an_older_runs_checkpoint(torchrun, tmp_path):
@@ -281,6 +360,14 @@ def test_shared_memory_that_is_full_is_not_the_folders_fault():
     lost = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
     lost += "dataloader's workers are out of shared memory. Please try to raise your shared memory"
     assert explain(RuntimeError(lost), "out").startswith("shared memory (/dev/shm) is full")
+
+
+def test_another_process_that_is_gone_or_late():
+    """As gloo says it."""
+    closed = "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:5"
+    assert explain(RuntimeError(closed), "out").startswith("another process of the group has ended")
+    late = "[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv"
+    assert "within SOLVER.COLLECTIVE_TIMEOUT minutes" in explain(RuntimeError(late), "out")
 
 
 def test_memory_that_runs_out_is_told_with_what_to_do():

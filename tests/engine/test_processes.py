@@ -21,7 +21,7 @@ from test_train_net import SMALL
 
 import atss.engine.run as way_in
 from atss.engine import Trainer
-from atss.engine.hooks import EXIT_PREEMPTED
+from atss.engine.watch import EXIT_PREEMPTED
 
 BOXES = [
     [[20, 20, 60, 80]],

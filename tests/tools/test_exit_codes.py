@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from atss.engine import launch
+from atss.engine.watch import EXIT_INTERRUPTED
 
 # What they cannot use.
 TOOLS = {
@@ -91,7 +91,7 @@ def test_ctrl_c(exit_code, tool, monkeypatch, squares):
         "digits": [],
         "train_net": [*config, register, "--eval-only", *opts],
     }.get(tool, TOOLS[tool])
-    assert exit_code(tool, *argv) == launch.STOPPED == 130
+    assert exit_code(tool, *argv) == EXIT_INTERRUPTED == 130
 
 
 def test_data(exit_code, squares, tmp_path):

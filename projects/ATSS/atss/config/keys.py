@@ -32,6 +32,12 @@ def add_atss_config(cfg: CfgNode) -> None:
     cfg.TEST.EVAL_EPOCHS = 0.0
     # Of the checkpoints that SOLVER.CHECKPOINT_PERIOD asks for, how many stay; 0: all.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 0
+    # Minutes after which a process that waits for the others in a collective fails. The evaluation,
+    # however long, is not waited for in one.
+    cfg.SOLVER.COLLECTIVE_TIMEOUT = 30.0
+    # [first, last] iteration that torch.profiler records into OUTPUT_DIR/log, for TensorBoard;
+    # empty: none.
+    cfg.SOLVER.PROFILE = []
     # Averages the weights of all iterations, and evaluates the average too: each step keeps this
     # part of it, or (1 + n) / (10 + n) after n steps, where that is less. 0: none.
     cfg.SOLVER.EMA_DECAY = 0.0

@@ -27,6 +27,8 @@ from ..config import images_per_test_batch
 from ..data.coco_json import SHORTEST, find_in_json, is_difficult, learnable
 from ..data.datasets import classes_of, provide_json
 from ..data.mapper import Mapper
+from .agreement import facts_of_data, refuse_differences
+from .watch import wait_for_all
 
 
 class BoxEvaluator(COCOEvaluator):
@@ -144,10 +146,39 @@ class _DifficultIgnored(COCOeval):
         return overlaps
 
 
+class Awaited(DatasetEvaluator):
+    """An evaluator of several processes. The first evaluates while the others wait, however long
+    that takes.
+
+    Args:
+        evaluator: of the same data set in each process.
+    """
+
+    def __init__(self, evaluator: DatasetEvaluator):
+        self.evaluator = evaluator
+
+    def reset(self) -> None:
+        self.evaluator.reset()
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        self.evaluator.process(inputs, outputs)
+
+    def evaluate(self) -> Any:
+        wait_for_all()  # Detectron2 gathers the detections in a collective
+        results = self.evaluator.evaluate()
+        wait_for_all()
+        return results
+
+
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
     """Detectron2's loader with our mapper, in batches of MODEL.ATSS.IMS_PER_BATCH_TEST. Images of
-    one size follow one another, because only those make a batch."""
+    one size follow one another, because only those make a batch. All processes call this.
+
+    Raises:
+        ValueError: if they have other images.
+    """
     records = get_detection_dataset_dicts(dataset_name, filter_empty=False)
+    refuse_differences(facts_of_data((dataset_name,), records))
     records.sort(key=lambda x: (x.get("height", 0), x.get("width", 0)))
     # Detectron2 gives each process a contiguous part: each gets images of all sizes.
     world_size = comm.get_world_size()

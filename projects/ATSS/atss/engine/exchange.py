@@ -7,18 +7,20 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, distributed
 
+from .watch import first_of
+
 
 class Exchange:
-    """Losses, and whether somebody is asked to stop: one small collective on the device, between
+    """Losses, and which signal asks to stop: one small collective on the device, between
     forward and backward pass. The host reads it once it has launched the backward pass, so that a
     GPU is at work while the host looks, decides and writes.
 
     Args:
-        asked: whether this process is.
+        get_asked: returns the signal that asked this process to stop, 0 for none.
     """
 
-    def __init__(self, asked: Callable[[], bool]):
-        self.asked = asked
+    def __init__(self, get_asked: Callable[[], int]):
+        self.get_asked = get_asked
         self.waited = 0.0
         self.names: list[str] = []
         self.rows: list[list[float]] = []
@@ -27,7 +29,7 @@ class Exchange:
         """Scalars of this process, of the same names in all."""
         self.names = [*losses]
         values = torch.stack([x.detach().reshape(()) for x in losses.values()])
-        more = [torch.full_like(values[:1], x) for x in (self.waited, self.asked())]
+        more = [torch.full_like(values[:1], x) for x in (self.waited, self.get_asked())]
         own = torch.cat([values, *more])
         rows = own.new_empty(comm.get_world_size(), len(own))
         if len(rows) > 1:
@@ -38,7 +40,8 @@ class Exchange:
         self.arrived = None
         if rows.is_cuda:
             self.arrived = torch.cuda.Event()
-            self.arrived.record()
+            # Of the device that copies, which need not be the current one.
+            self.arrived.record(torch.cuda.current_stream(rows.device))
 
     def receive(self) -> None:
         """Waits for what was sent, and for no more."""
@@ -47,9 +50,10 @@ class Exchange:
         self.rows = self.sent.tolist()
 
     @property
-    def anyone_asked(self) -> bool:
-        """Of all processes, when this iteration's forward pass had ended."""
-        return any(row[-1] for row in self.rows)
+    def asked(self) -> int:
+        """The signal that decides, of all processes, when this iteration's forward pass had
+        ended."""
+        return first_of(int(row[-1]) for row in self.rows)
 
     def losses(self, rank: int) -> dict[str, float]:
         """Of one process."""

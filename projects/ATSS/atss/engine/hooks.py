@@ -1,4 +1,4 @@
-"""What stops a training: losses or weights that are not finite, and a scheduler's SIGTERM.
+"""What stops a training: losses or weights that are not finite, and a signal.
 
 Whatever one process meets, all of them learn of it and stop in the same iteration: one that left
 alone would leave the others waiting for it in the next collective.
@@ -6,9 +6,7 @@ alone would leave the others waiting for it in the next collective.
 
 import logging
 import math
-import os
 import signal
-import threading
 
 import torch
 from detectron2.engine import HookBase, TrainerBase
@@ -17,14 +15,15 @@ from torch import Tensor, nn
 
 from ..checkpoints.checkpointer import TrainingCheckpointer
 from .exchange import Exchange
-
-# "Temporary failure, try again" (EX_TEMPFAIL in sysexits.h). Not 143, which also is what the shell
-# says of a process that SIGTERM killed before it could save.
-EXIT_PREEMPTED = 75
+from .watch import current, exit_code, first_of
 
 
 class AllLeave(SystemExit):
-    """Of all processes, in the same place."""
+    """Leaves Python in all processes, in the same place."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(exit_code)
+        self.exit_code = exit_code
 
 
 class FiniteLosses(HookBase):
@@ -85,75 +84,60 @@ class FiniteWeights(HookBase):
 
 
 class Preemption(HookBase):
-    """After SIGTERM: a checkpoint of the iteration that is under way, then exit code 75.
+    """After a signal (:mod:`.watch`): a checkpoint of the iteration that is under way, then exit
+    code 75, or 130 after ctrl-C.
 
-    Goes between PeriodicCheckpointer and Evaluation. As a context manager, around the training, it
-    holds the signal's handler. One process that gets the signal is enough; the others learn of it
-    in the exchange of this iteration, or of the next. While an evaluation runs whose iteration has
-    its checkpoint, the process exits at once.
+    Goes between PeriodicCheckpointer and Evaluation. One process that gets the signal is enough;
+    the others learn of it in the exchange of this iteration, or of the next. While an evaluation
+    runs whose iteration has its checkpoint, the processes exit at once.
     """
 
-    asked = False
-    saved = False
-    left = False
-
     def __init__(self) -> None:
-        self.exchange = Exchange(lambda: self.asked)
+        self.watch = current()
+        self.exchange = Exchange(lambda: self.watch.asked)
 
-    def __enter__(self) -> None:
-        # Python handles signals in the main thread alone.
-        self.handles = threading.current_thread() is threading.main_thread()
-        if self.handles:
-            self.previous = signal.signal(signal.SIGTERM, self._on_sigterm)
-
-    def __exit__(self, *exception: object) -> None:
-        if self.handles:
-            signal.signal(signal.SIGTERM, self.previous)
-
-    def _on_sigterm(self, *_: object) -> None:
-        self.asked = True
-        if self.saved:
-            self.left = True
-            raise SystemExit(EXIT_PREEMPTED)
-
-    def before_train(self) -> None:
-        self.saved = self.trainer.start_iter > 0  # resumed from a checkpoint
+    @property
+    def left(self) -> bool:
+        return self.watch.left
 
     def before_step(self) -> None:
-        self.saved = False
+        self.watch.unsaved = True
         self.exchange.rows = []
 
     def after_step(self) -> None:
         saved = _saves_now(self.trainer)
-        asked = self.exchange.anyone_asked
-        # An evaluation may follow, which is long, or nothing; and a run_step of somebody's own may
+        asked = self.exchange.asked
+        # An evaluation may follow, which is long, or nothing; and a user's own run_step may
         # exchange nothing.
         period = self.trainer.cfg.TEST.EVAL_PERIOD
         evaluates = period and (self.trainer.iter + 1) % period == 0
         if not asked and (saved or evaluates or len(self.exchange.rows) < 2):
-            asked = any(comm.all_gather(self.asked))
-        if not asked:
-            self.saved = saved
-            return
+            asked = first_of(comm.all_gather(self.watch.asked))
         iteration = self.trainer.iter
-        if not saved:
-            refuse_broken_weights(self.trainer)
-            self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
-        self._leave(iteration)
+        if asked:
+            if not saved:
+                refuse_broken_weights(self.trainer)
+                self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+            self._leave(asked, iteration)
+        if saved:
+            self.watch.mark_saved()
 
-    def leave_if_asked(self, iteration: int) -> None:
-        """For whoever has saved this iteration: exits where one process got the signal."""
-        if any(comm.all_gather(self.asked)):
-            self._leave(iteration)
+    def after_last_checkpoint(self, iteration: int) -> None:
+        """Leave after a checkpoint that a hook has written, if one process got a signal."""
+        if asked := first_of(comm.all_gather(self.watch.asked)):
+            self._leave(asked, iteration)
+        self.watch.mark_saved()
 
-    def _leave(self, iteration: int) -> None:
-        self.left = True
-        # Who starts processes ends all of them when one has left.
+    def _leave(self, asked: int, iteration: int) -> None:
+        self.watch.left = True
+        # A launcher ends all processes when one has left.
         comm.synchronize()
         logging.getLogger(__name__).info(
-            "SIGTERM: stopped after iteration %d; --resume goes on from there", iteration
+            "%s: stopped after iteration %d; --resume goes on from there",
+            signal.Signals(asked).name,
+            iteration,
         )
-        raise AllLeave(EXIT_PREEMPTED)
+        raise AllLeave(exit_code(asked))
 
 
 def refuse_broken_weights(trainer: TrainerBase) -> None:
@@ -183,24 +167,3 @@ def _last_good(checkpointer: TrainingCheckpointer, iteration: int) -> str:
     if not good:
         return "there is no checkpoint of this run from before it"
     return f"the last good checkpoint is {files[max(good)]}"
-
-
-def _leave_sigterm_to_parent() -> None:
-    """In a process that loads data: SIGTERM from the training process ends it; from elsewhere, as
-    when a scheduler signals a whole process group, it does nothing, so that training can go on to
-    the end of the iteration."""
-    handler = signal.getsignal(signal.SIGTERM)
-    if not isinstance(getattr(handler, "__self__", None), Preemption):
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_leave_sigterm_to_parent)

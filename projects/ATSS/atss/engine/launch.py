@@ -5,20 +5,25 @@ import argparse
 import ctypes
 import errno
 import logging
+import math
 import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import sysconfig
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DEFAULT_TIMEOUT, TrainerBase
+from detectron2.engine import TrainerBase
 from detectron2.engine import launch as start_processes
 from detectron2.utils import comm
 from torch import distributed
@@ -26,6 +31,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from .hooks import AllLeave
 from .outlook import LESS_MEMORY
+from .watch import EXIT_INTERRUPTED, STOPPING, current, end, exit_code
 
 Main = Callable[[argparse.Namespace, CfgNode], object]
 
@@ -46,8 +52,19 @@ NO_SHARED_MEMORY = (
     "them: give it more room (of a container, --shm-size), or lower DATALOADER.NUM_WORKERS"
 )
 LOGS = ("detectron2", "fvcore", "atss")
-# As shells name it when ctrl-C ends a command: 128 + SIGINT.
-STOPPED = 130
+# How gloo and NCCL say that another process is gone, and that it has not come.
+PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError")
+PEER_LATE = re.compile(r"Timed out waiting \d+ms")
+GONE = (
+    "another process of the group has ended, killed perhaps: its own output, or its machine's log, "
+    "tells why"
+)
+LATE = (
+    "another process of the group has not come to a collective within SOLVER.COLLECTIVE_TIMEOUT "
+    "minutes"
+)
+# Processes of a group start within this time of each other.
+MEETING_TIMEOUT = timedelta(minutes=10)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -56,31 +73,28 @@ def launch(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
 
     Under torchrun this is one of them; otherwise Detectron2's launch starts ``--num-gpus`` per
     machine, on GPUs with NCCL, on CPUs with gloo. Leaves Python with ``error: ...`` and code 1, or
-    with the code of the process that failed first; after ctrl-C with ``stopped: ...`` and STOPPED.
+    with the code of the process that failed first; after a signal with ``exit_code`` of it.
     """
     if is_started():
         _join(main, args, cfg)
     elif world_size(args) == 1:
-        _in_one_sentence(main, args, cfg)
+        _run_alone(main, args, cfg)
     else:
-        signal.signal(signal.SIGTERM, _pass_on)
+        stop = _PassedOn()
         try:
             start_processes(
-                _in_one_sentence,
+                _run_in_group,
                 args.num_gpus,
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
                 args=(main, args, cfg),
+                timeout=timeout(cfg),
             )
         except ProcessExitedException as error:
+            if stop.number:
+                sys.exit(exit_code(stop.number))
             sys.exit(f"error: {error}" if error.exit_code < 0 else error.exit_code)
-        except KeyboardInterrupt:  # the processes say it, which have it from a terminal alone
-            for process in multiprocessing.active_children():
-                process.join(timeout=5)
-                if process.is_alive() and process.pid is not None:
-                    os.kill(process.pid, signal.SIGINT)
-            sys.exit(STOPPED)
 
 
 def keep_freed_memory() -> None:
@@ -114,6 +128,10 @@ def explain(error: BaseException, output_dir: str) -> str | None:
         return f"the GPU's memory is not enough: {LESS_MEMORY}"
     if isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(error):
         return f"the machine's memory is not enough: {LESS_MEMORY}"
+    if isinstance(error, RuntimeError) and PEER_GONE.search(str(error)):
+        return GONE
+    if isinstance(error, RuntimeError) and PEER_LATE.search(str(error)):
+        return LATE
     if not isinstance(error, ValueError | OSError | FloatingPointError) or may_be_a_bug(error):
         return None
     # From a data loader's process comes a traceback as text, which ends in what was raised there.
@@ -225,7 +243,8 @@ def is_started() -> bool:
     """Whether torchrun, or a script in its place, has started this process.
 
     Raises:
-        ValueError: where only some of the variables are set: each process would train alone.
+        ValueError: if only some of the variables are set, so that each process would train alone,
+            or one has a value that cannot be.
     """
     missing = [name for name in (*ENVIRONMENT, *MEETING) if name not in os.environ]
     given = [name for name in ENVIRONMENT if name in os.environ]
@@ -235,7 +254,51 @@ def is_started() -> bool:
             "torchrun does not start need all of them, one that trains alone needs none "
             "(docs/clusters.md)"
         )
+    if given:
+        _check_variables()
     return bool(given)
+
+
+def _check_variables() -> None:
+    values = {}
+    for name in (*ENVIRONMENT, "MASTER_PORT"):
+        if not re.fullmatch(r"\d+", os.environ[name]):
+            raise ValueError(f"{name} must be a whole number, got {os.environ[name]!r}")
+        values[name] = int(os.environ[name])
+    rank, size, local_rank, local_size, port = values.values()
+    allowed = {
+        "WORLD_SIZE": (size, 1, math.inf),
+        "LOCAL_WORLD_SIZE": (local_size, 1, size),
+        "RANK": (rank, 0, size - 1),
+        "LOCAL_RANK": (local_rank, 0, local_size - 1),
+        "MASTER_PORT": (port, 1, 65535),
+    }
+    for name, (value, least, greatest) in allowed.items():
+        if not least <= value <= greatest:
+            raise ValueError(
+                f"{name} must be {least} to {greatest}, got {value} (WORLD_SIZE is {size}, "
+                f"LOCAL_WORLD_SIZE {local_size})"
+            )
+    if size % local_size or rank % local_size != local_rank:
+        raise ValueError(
+            f"RANK {rank} has LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE {local_size}: machines "
+            "must start equally many processes, and the ranks of a machine must follow one another "
+            "(SLURM: --distribution=block)"
+        )
+    check_host("MASTER_ADDR", os.environ["MASTER_ADDR"])
+
+
+def check_host(name: str, host: str) -> None:
+    """
+    Raises:
+        ValueError: naming the variable or option whose host has no address.
+    """
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise ValueError(
+            f"{name} names {host!r}, which has no address: {error.strerror}"
+        ) from error
 
 
 def local_size(args: argparse.Namespace) -> int:
@@ -252,52 +315,95 @@ def world_size(args: argparse.Namespace) -> int:
     return int(os.environ["WORLD_SIZE"]) if is_started() else args.num_gpus * args.num_machines
 
 
+def timeout(cfg: CfgNode) -> timedelta:
+    """How long a process waits for the others in a collective."""
+    return timedelta(minutes=cfg.SOLVER.COLLECTIVE_TIMEOUT)
+
+
 def _join(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
     """One of the processes that torchrun started."""
     rank, world_size, local_rank, local_world_size = (int(os.environ[x]) for x in ENVIRONMENT)
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     if on_gpu:
-        torch.cuda.set_device(local_rank)
-    store: distributed.Store | None = None
-    if shares_agent_store():
-        # It outlives a restart, with the addresses of the processes that are gone.
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = distributed.TCPStore(*address, is_master=False, timeout=DEFAULT_TIMEOUT)
-        store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        # Where a scheduler shows each process its own GPU alone, that has the number 0.
+        torch.cuda.set_device(local_rank if torch.cuda.device_count() > 1 else 0)
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store: distributed.Store = distributed.TCPStore(
+            *address,
+            world_size=world_size,
+            # torchrun's own store outlives a restart, with addresses of processes that are gone.
+            is_master=rank == 0 and not shares_agent_store(),
+            timeout=MEETING_TIMEOUT,
+            wait_for_workers=not shares_agent_store(),
+            multi_tenant=True,
+        )
+    except distributed.DistError as error:
+        sys.exit(
+            f"error: the {world_size} processes did not meet at MASTER_ADDR {address[0]}, "
+            f"MASTER_PORT {address[1]}: {str(error).splitlines()[0]}"
+        )
+    store.set_timeout(timeout(cfg))
+    store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=store,
         rank=rank,
         world_size=world_size,
-        timeout=DEFAULT_TIMEOUT,
+        timeout=timeout(cfg),
     )
     comm.create_local_process_group(local_world_size)
+    if on_gpu:
+        refuse_shared_gpus()
     # On several machines, torchrun may count a restart on one of them alone.
     args.resume = any(comm.all_gather(args.resume))
-    _in_one_sentence(main, args, cfg)
+    _run_in_group(main, args, cfg)
 
 
-def _in_one_sentence(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
+def refuse_shared_gpus() -> None:
+    """
+    Raises:
+        SystemExit: in all processes, where two use one GPU, which NCCL cannot.
+    """
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    used = comm.all_gather((socket.gethostname(), str(properties.uuid)))
+    for rank, gpu in enumerate(used):
+        if (other := used.index(gpu)) < rank:
+            sys.exit(f"error: processes {other} and {rank} use the same GPU of {gpu[0]}")
+
+
+def _run_alone(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
     try:
-        with one_sentence(cfg.OUTPUT_DIR):
+        with current(), one_sentence(cfg.OUTPUT_DIR):
             main(args, cfg)
-    except AllLeave:
-        _leave_the_others()
-        raise
     except KeyboardInterrupt:
-        if comm.is_main_process():
-            print(_stopped(cfg.OUTPUT_DIR, args.eval_only), file=sys.stderr)
-        sys.exit(STOPPED)
-    # Together: who starts processes may end those that still write when one has long left.
-    comm.synchronize()
-    _leave_the_others()
+        print(_stopped(cfg.OUTPUT_DIR, args.eval_only), file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
 
 
-def _leave_the_others() -> None:
-    """Left to the end of Python, gloo's threads now and then abort the process, and with it the
-    exit code."""
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+def _run_in_group(main: Main, args: argparse.Namespace, cfg: CfgNode) -> NoReturn:
+    """One process of several; whatever one ends with ends the others."""
+    watch = current()
+    with watch:
+        try:
+            with one_sentence(cfg.OUTPUT_DIR):
+                main(args, cfg)
+            watch.close()
+            comm.synchronize()
+            end(0)
+        except AllLeave as left:
+            watch.close()
+            end(left.exit_code)
+        except SystemExit as left:
+            reason = left.code if isinstance(left.code, str) else f"error: exit code {left.code}"
+        except BaseException as error:
+            traceback.print_exc()
+            reason = f"error: {type(error).__name__}: {error}"
+        if GONE in reason:  # which may have announced why
+            watch.wait_for_reason()
+        print(reason, file=sys.stderr)
+        host = f"process {comm.get_rank()} (on {socket.gethostname()})"
+        watch.leave(1, reason.replace("error: ", f"error: {host}: ", 1))
 
 
 def _stopped(output_dir: str, evaluating: bool) -> str:
@@ -309,10 +415,30 @@ def _stopped(output_dir: str, evaluating: bool) -> str:
     return f"stopped: --resume goes on from {tag.with_name(tag.read_text().strip())}"
 
 
-def _pass_on(signum: int, _: object) -> None:
-    processes = multiprocessing.active_children()
-    if not processes:
-        sys.exit(128 + signum)
-    for process in processes:
-        if process.pid is not None:
-            os.kill(process.pid, signum)
+class _PassedOn:
+    """Hands the signals that stop a run on to the processes that this one has started.
+
+    Attributes:
+        number: of the first one; 0 before.
+    """
+
+    def __init__(self) -> None:
+        self.number, self.at = 0, 0.0
+        for number in STOPPING:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, _: object) -> None:
+        now = time.monotonic()
+        processes = multiprocessing.active_children()
+        if not processes:
+            sys.exit(exit_code(number))
+        # From a terminal they have SIGINT already, and a second one would end them at once.
+        passed = signal.SIGTERM if number == signal.SIGINT else number
+        if number == signal.SIGINT and self.number and now - self.at > 1:
+            passed = signal.SIGKILL
+        if not self.number:
+            self.number, self.at = number, now
+        for process in processes:
+            if process.pid is not None:
+                os.kill(process.pid, passed)

@@ -12,11 +12,13 @@ import logging
 import math
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -44,10 +46,12 @@ from ..config import (
 from ..config.checks import check_values
 from ..data import datasets
 from ..data.formats import add_arguments, reading_of
+from .agreement import facts_of_config, refuse_differences, share_weights
 from .best import best_metric, check_metric, known_metrics
 from .evaluation import check_metadata
 from .launch import (
     abridge_terminal,
+    check_host,
     is_started,
     keep_freed_memory,
     keep_tracebacks_to_the_file,
@@ -73,6 +77,7 @@ TRAINING_LIMITS = {
     "SOLVER.BACKBONE_LR_FACTOR": (0, math.inf),
     "SOLVER.BASE_LR": (0, math.inf),
     "SOLVER.CHECKPOINT_PERIOD": (1, math.inf),
+    "SOLVER.COLLECTIVE_TIMEOUT": (0.1, math.inf),
     "SOLVER.EMA_DECAY": (0, 0.999999),
     "SOLVER.IMS_PER_BATCH": (1, math.inf),
     "SOLVER.MAX_ITER": (1, math.inf),
@@ -195,9 +200,11 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
         keep_freed_memory()
     cfg = _weights_at_hand(args, cfg)
     if args.eval_only:
+        refuse_differences(facts_of_config(cfg))
         model = Trainer.build_model(cfg)
         checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR, whole=True)
         loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        share_weights(model)
         _follow_weights(names_in(loaded, cfg.MODEL.WEIGHTS), cfg)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
@@ -340,17 +347,22 @@ def lock_folder(path: str) -> IO | None:
         import fcntl
     except ImportError:
         return None
-    file = open(os.path.join(path, "lock"), "w")  # noqa: SIM115
+    file = open(os.path.join(path, "lock"), "a+")  # noqa: SIM115
     try:
         # Not flock, which processes that load data would hold for a while after a kill.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        owner = file.read().strip() or "another run"
         file.close()
         raise ValueError(
-            f"OUTPUT_DIR {path} is in use by another run: wait for it, or choose another"
+            f"OUTPUT_DIR {path} is in use by {owner}: wait for it, or choose another; if that "
+            f"machine is gone, remove {file.name}"
         ) from error
     except OSError:  # a file system without locks
         return file
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
     for name in os.listdir(path):
         if name.startswith(TrainingCheckpointer.UNFINISHED):
             os.remove(os.path.join(path, name))
@@ -419,6 +431,12 @@ def check_config(cfg: CfgNode, training: bool, given: Collection[str] = ()) -> N
             raise ValueError(
                 "INPUT.SCALE_JITTER must be two factors, such as [0.5, 2.0], or empty for none, "
                 f"not {jitter}"
+            )
+        profile = cfg.SOLVER.PROFILE
+        if profile and not (len(profile) == 2 and 0 <= profile[0] <= profile[1]):
+            raise ValueError(
+                "SOLVER.PROFILE must be [first, last] iteration, such as [10, 12], or empty for "
+                f"none, not {profile}"
             )
         check_best(cfg, given)
     check_expected(cfg, training)
@@ -532,18 +550,22 @@ def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
             f"--num-machines {args.num_machines} needs --dist-url, such as tcp://10.0.0.1:29400: "
             "the address of the first machine and a free port there"
         )
+    if count > 1 and args.dist_url.startswith("tcp://"):
+        check_host("--dist-url", urlsplit(args.dist_url).hostname or "")
     if not args.eval_only and not cfg.SOLVER.REFERENCE_WORLD_SIZE and images % count:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {images}, which {count} processes cannot share evenly"
         )
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     local = local_size(args)
-    if on_gpu and local > torch.cuda.device_count():
-        raise ValueError(f"{local} processes on a machine of {torch.cuda.device_count()} GPUs")
+    gpus = torch.cuda.device_count() if on_gpu else local
+    # A scheduler may show each of its processes one GPU alone.
+    if local > gpus and not (gpus == 1 and is_started()):
+        raise ValueError(f"{local} processes on a machine of {gpus} GPUs")
     if not (on_gpu or is_started()) and count > 1 and torch.cuda.is_available():
         raise ValueError("--num-gpus uses GPUs: for processes with MODEL.DEVICE cpu use torchrun")
 
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not args.eval_only:
         args.resume = True
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     exported = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"

@@ -27,9 +27,10 @@ from ..checkpoints.checkpointer import TrainingCheckpointer
 from ..config import autocast_dtype, build_tta, class_names, one_image_at_a_time
 from ..data.loader import TrainLoader, build_train_loader, derive_seed
 from ..data.mapper import Mapper, without_augmentation
+from .agreement import facts_of_config, facts_of_data, refuse_differences, share_weights
 from .averaging import Averaging, share_statistics
 from .best import Best, Evaluation, best_metric, evaluated_iteration
-from .evaluation import build_evaluator, build_test_loader
+from .evaluation import Awaited, build_evaluator, build_test_loader
 from .exchange import Exchange
 from .hooks import FiniteLosses, FiniteWeights, Preemption, refuse_broken_weights
 from .outlook import Outlook
@@ -84,6 +85,9 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        refuse_differences(facts_of_config(cfg))
+        if hasattr(data_loader, "records"):  # not of a user's own loader
+            refuse_differences(facts_of_data(cfg.DATASETS.TRAIN, data_loader.records))
         # Before other hooks see the model: the averages are a copy of it.
         decay = cfg.SOLVER.EMA_DECAY
         self.averaging = Averaging(model, decay) if decay else None
@@ -141,6 +145,7 @@ class Trainer(DefaultTrainer):
             with_tta = Evaluation(0, lambda: self.test_with_tta(self.cfg, self.model))
         return [
             FiniteWeights(),
+            _profiler(self.cfg),
             *first,
             self.averaging,
             Outlook() if comm.is_main_process() else None,
@@ -151,6 +156,13 @@ class Trainer(DefaultTrainer):
             with_tta,
             *writer,
         ]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Detectron2's; all processes begin with the weights that the first has read."""
+        super().resume_or_load(resume)
+        share_weights(self.checkpointer.model)
+        if self.averaging:
+            share_weights(self.averaging.model)
 
     def build_writers(self) -> list[EventWriter]:
         """Detectron2's, but metrics.json has null for what is not finite."""
@@ -166,7 +178,7 @@ class Trainer(DefaultTrainer):
         its last file; SIGTERM stops it after a checkpoint. The log ends with the weights' file."""
         if self.start_iter >= self.max_iter:
             self.checkpointer.save("model_final", iteration=self.iter)
-        with self.preemption:
+        with self.preemption.watch:
             try:
                 results = super().train()
             except EndedEarly:
@@ -201,8 +213,7 @@ class Trainer(DefaultTrainer):
             "Training ends early, with iteration %d: %s", self.iter, best.reason_to_stop()
         )
         self.checkpointer.save("model_final", iteration=self.iter)
-        self.preemption.saved = True
-        self.preemption.leave_if_asked(self.iter)
+        self.preemption.after_last_checkpoint(self.iter)
         self.iter += 1
         self.max_iter = self.iter
         raise EndedEarly
@@ -275,7 +286,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """By the data set's metadata."""
-        return build_evaluator(cfg, dataset_name)
+        return Awaited(build_evaluator(cfg, dataset_name))
 
     @classmethod
     def test_averages(cls, cfg: CfgNode, model: nn.Module) -> dict:
@@ -295,6 +306,14 @@ class Trainer(DefaultTrainer):
         one_by_one.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "tta")
         results = cls.test(one_by_one, build_tta(cfg, model))
         return {f"{name}_TTA": result for name, result in results.items()}
+
+
+def _profiler(cfg: CfgNode) -> HookBase | None:
+    """Detectron2's hook, which records each iteration of SOLVER.PROFILE for TensorBoard."""
+    if not cfg.SOLVER.PROFILE or not comm.is_main_process():
+        return None
+    first, last = cfg.SOLVER.PROFILE
+    return hooks.TorchProfiler(lambda trainer: first <= trainer.iter <= last, cfg.OUTPUT_DIR)
 
 
 def _go_on(loader: Iterable, batches: int, seed: int) -> None:

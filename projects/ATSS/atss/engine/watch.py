@@ -1,0 +1,319 @@
+"""Signals that stop a run, and whether the other processes of its group are alive.
+
+A process that waits in a collective runs no Python, so it can neither handle a signal nor notice
+that another process is gone. In a group two threads do that: one receives signals, the other
+exchanges signs of life through the group's key-value store.
+"""
+
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import NoReturn
+
+from torch import distributed
+from torch.distributed.distributed_c10d import _get_default_store
+
+# "Temporary failure, try again" (EX_TEMPFAIL in sysexits.h). Not 143, which also is the shell's
+# code for a process that SIGTERM killed before it could save.
+EXIT_PREEMPTED = 75
+# The shell's code for a command that ctrl-C ended: 128 + SIGINT.
+EXIT_INTERRUPTED = 130
+
+# SIGTERM, ctrl-C, SLURM's and submitit's examples, and a terminal that is closed; where they exist.
+STOPPING = {
+    number
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
+    if (number := getattr(signal, name, None)) is not None
+}
+
+
+def first_of(numbers: Iterable[int]) -> int:
+    """Return the signal that decides if several processes received several: SIGINT before others,
+    because a person sent it; 0 for none."""
+    received = {*numbers} - {0}
+    return signal.SIGINT if signal.SIGINT in received else max(received, default=0)
+
+
+def exit_code(number: int) -> int:
+    """Return the exit code of a process that a signal stopped."""
+    return EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
+
+
+class Watch:
+    """Context manager; entered again within itself, it does nothing.
+
+    A signal of STOPPING ends the process at once, and with it its group, but for an iteration whose
+    result is not saved: then ``asked`` is set, and the training saves and leaves. A second ctrl-C
+    ends the process in any case.
+
+    Attributes:
+        asked: the signal that asked this process to stop first; 0 for none.
+        unsaved: whether a signal has to wait for the next checkpoint.
+        left: whether the process leaves, after a signal.
+    """
+
+    # Seconds: between signs of life; without one, after which a process counts as lost; after which
+    # a ctrl-C is a second one; for which a process that ends waits until the others know why.
+    BEAT = 1.0
+    SILENCE = 90.0
+    REPEATED = 1.0
+    FAREWELL = 5.0
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.unsaved = False
+        self.left = False
+        self.depth = 0
+        self.size = 1
+        self.meetings = 0
+
+    def __enter__(self) -> "Watch":
+        self.depth += 1
+        if self.depth == 1:
+            _entered.append(self)
+            if distributed.is_initialized() and distributed.get_world_size() > 1:
+                self._join_group()
+            self.previous = {}
+            # Python handles signals in the main thread alone.
+            if threading.current_thread() is threading.main_thread():
+                for number in STOPPING:
+                    if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                        self.previous[number] = signal.signal(number, self._handle)
+                if self.size > 1:
+                    signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.depth -= 1
+        if self.depth == 0:
+            _entered.remove(self)
+            if self.previous and self.size > 1:
+                signal.set_wakeup_fd(-1)
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
+            self.close()
+
+    def mark_saved(self) -> None:
+        """Note that the last iteration has its checkpoint: a signal that has come since the
+        processes asked each other, or comes from now on, ends them at once."""
+        self.unsaved = False
+        if self.asked and not self.left:
+            self._leave_at_once()
+
+    def wait_for_all(self) -> None:
+        """Wait until all processes of the group have called this, however long that takes: a
+        collective would fail after SOLVER.COLLECTIVE_TIMEOUT."""
+        if self.size == 1:
+            return
+        self.meetings += 1
+        key, pause = f"meeting{self.meetings}", 0.01
+        self.store.add(key, 1)
+        while self.store.add(key, 0) < self.size:
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+
+    def leave(self, code: int, reason: str = "") -> NoReturn:
+        """End all processes of the group, wherever they are, with one exit code.
+
+        Args:
+            reason: a sentence, which the first process prints if another one leaves.
+        """
+        if not self.leaving.acquire(blocking=False):
+            threading.Event().wait()  # for another thread, which ends the process
+        message = json.dumps([code, reason])
+        announcement = threading.Thread(target=self._announce, args=(message,), daemon=True)
+        announcement.start()
+        announcement.join(self.FAREWELL)  # the store may not answer
+        end(code)
+
+    def wait_for_reason(self) -> None:
+        """Wait for what another process announces, which ends this one; a few signs of life
+        long."""
+        time.sleep(3 * self.BEAT)
+
+    def close(self) -> None:
+        """Exchange no more signs of life: the group ends in order."""
+        if self.size > 1 and not self.closed.is_set():
+            self.closed.set()
+            self.talking.join(self.BEAT)
+
+    def _join_group(self) -> None:
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        # Another client for each thread: a store answers one question at a time.
+        self.store = self._client()
+        self.store.set(f"host{self.rank}", socket.gethostname())
+        self.peers = range(1, self.size) if self.rank == 0 else range(1)
+        self.answered = time.monotonic()
+        self.heard = dict.fromkeys(self.peers, self.answered)
+        self.hosts: dict[int, str] = {}
+        self.lost: set[int] = set()
+        self.closed, self.leaving = threading.Event(), threading.Lock()
+        self.pipe = os.pipe()
+        for end_of_pipe in self.pipe:
+            os.set_blocking(end_of_pipe, False)
+        self.talking = threading.Thread(target=self._talk, daemon=True)
+        self.talking.start()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _client(self) -> distributed.Store:
+        return distributed.PrefixStore("watch", _get_default_store().clone())
+
+    def _handle(self, number: int, _: object) -> None:
+        if self.size == 1:
+            self._receive(number)  # in a group the thread does, which does not wait for Python
+
+    def _receive(self, number: int) -> None:
+        now = time.monotonic()
+        if self.left:
+            return
+        if not self.asked:
+            self.asked, self.asked_at = number, now
+            if number == signal.SIGINT and self.unsaved and self._is_first():
+                _write("Stopping after this iteration; a second ctrl-C ends at once.")
+        # Launchers pass on what the terminal has sent to all processes already.
+        elif number == signal.SIGINT and now - self.asked_at > self.REPEATED:
+            _write("stopped: what was trained since the last checkpoint is lost")
+            end(EXIT_INTERRUPTED)
+        if not self.unsaved:
+            self._leave_at_once()
+
+    def _leave_at_once(self) -> None:
+        self.left = True
+        if self.size > 1:
+            reason = f"{signal.Signals(self.asked).name}: stopped; --resume goes on from the last "
+            reason += "checkpoint"
+            if self.rank == 0:
+                _write(reason)
+            self.leave(exit_code(self.asked), reason)
+        if self.asked == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(EXIT_PREEMPTED)
+
+    def _is_first(self) -> bool:
+        return self.size == 1 or self.rank == 0
+
+    def _announce(self, message: str) -> None:
+        store = self._client()
+        store.compare_set("left", "", message)
+        store.add("gone", 1)
+        # It may host the store: the others read the message there.
+        while self.rank == 0 and store.add("gone", 0) < self.size - len(self.lost):
+            time.sleep(self.BEAT / 10)
+
+    def _talk(self) -> None:
+        """Exchange signs of life. The first process looks at all others, the others at the
+        first."""
+        try:
+            store, beats, beat = self._client(), dict.fromkeys(self.peers, b""), 0
+            while not self.closed.is_set():
+                beat += 1
+                store.set(f"beat{self.rank}", str(beat))
+                for peer in self.peers:
+                    key = f"beat{peer}"
+                    if store.check([key]) and (seen := store.get(key)) != beats[peer]:
+                        beats[peer], self.heard[peer] = seen, time.monotonic()
+                        if peer not in self.hosts:
+                            self.hosts[peer] = store.get(f"host{peer}").decode()
+                self.answered = time.monotonic()
+                if store.check(["left"]):
+                    self._follow(*json.loads(store.get("left")))
+                self.closed.wait(self.BEAT)
+        except distributed.DistError:
+            if not self.closed.is_set():
+                self.answered = -self.SILENCE
+
+    def _follow(self, code: int, reason: str) -> None:
+        if self.rank == 0 and not self.leaving.locked():
+            _write(reason)
+        self.left = True
+        self.leave(code)
+
+    def _listen(self) -> None:
+        before = time.monotonic()
+        while not self.closed.is_set():
+            ready, _, _ = select.select([self.pipe[0]], [], [], self.BEAT)
+            for number in os.read(self.pipe[0], 64) if ready else b"":
+                if number in STOPPING:
+                    self._receive(number)
+            now = time.monotonic()
+            if now - before > self.SILENCE / 2:  # this process was stopped: others may live
+                self.heard = dict.fromkeys(self.peers, now)
+                self.answered = max(self.answered, now)
+            before = now
+            if now - self.answered > self.SILENCE:
+                _write("error: the first process of the group, or its machine, does not answer")
+                end(1)
+            for peer, when in self.heard.items():
+                if now - when > self.SILENCE:
+                    self._lose(peer)
+
+    def _lose(self, peer: int) -> NoReturn:
+        self.lost.add(peer)
+        reason = (
+            f"error: process {peer} of {self.size} (on {self.hosts.get(peer, 'unknown host')}) has "
+            f"given no sign of life for {self.SILENCE:.0f} s: it was killed or stopped, or its "
+            "machine hangs"
+        )
+        _write(reason)
+        self.leave(1, reason if self.rank else "")
+
+
+_entered: list[Watch] = []
+
+
+def current() -> Watch:
+    """Return the watch that has been entered, or a new one."""
+    return _entered[-1] if _entered else Watch()
+
+
+def wait_for_all() -> None:
+    """:meth:`Watch.wait_for_all` of the watch that has been entered, if there is one."""
+    current().wait_for_all()
+
+
+def end(code: int) -> NoReturn:
+    """End this process without Python's own end, in which threads of gloo that drop a tensor can
+    abort the process (pytorch 190489)."""
+    with suppress(Exception):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _write(line: str) -> None:
+    """Print to stderr, from a signal handler too, which may interrupt another print."""
+    if line:
+        with suppress(OSError):
+            os.write(2, f"{line}\n".encode())
+
+
+def _ignore_signals_in_loaders() -> None:
+    """In a process that loads data: SIGTERM from the training process ends it; from elsewhere it
+    does nothing, as the other signals, because schedulers and terminals signal whole process groups
+    and training goes on to the end of the iteration."""
+    if not _entered:
+        return
+    signal.set_wakeup_fd(-1)
+    for number in STOPPING - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_ignore_signals_in_loaders)

@@ -1,0 +1,212 @@
+"""Processes of a group: one signal, one failure or one lost process ends all of them."""
+
+import os
+import re
+import signal
+import sys
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch
+from detectron2.utils import comm
+from processes import FORKED
+
+from atss.engine import launch, watch
+from atss.engine.agreement import facts_of_data, refuse_differences, share_weights
+from atss.engine.hooks import Preemption
+
+
+def member(rank, folder, pipes, collective, act):
+    """One of two processes; what it prints is in the file of its rank.
+
+    Args:
+        collective: seconds that it waits in one.
+    """
+    for number in (1, 2):
+        os.dup2(os.open(folder / str(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    watch.Watch.BEAT, watch.Watch.REPEATED = 0.1, 0.3
+    watch.Watch.SILENCE, watch.Watch.FAREWELL = 2.0, 1.0
+    port = 0 if rank == 0 else pipes[1].recv()
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, rank == 0, wait_for_workers=False)
+    if rank == 0:
+        pipes[0].send(store.port)
+    limit = timedelta(seconds=collective)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=2, timeout=limit
+    )
+    cfg = SimpleNamespace(OUTPUT_DIR=str(folder))
+    launch._run_in_group(lambda *_: act(rank, pipes), None, cfg)
+
+
+@pytest.fixture
+def run_two(tmp_path):
+    """run_two(act, then): two processes call act(rank, pipes), and this one then(processes,
+    pipes) after both have begun. Returns the exit codes, and what each has printed."""
+    started = []
+
+    def run(act, then=lambda *_: None, collective=60):
+        pipes, begun = FORKED.Pipe(), FORKED.Barrier(3)
+        for rank in range(2):
+            arguments = (rank, tmp_path, pipes, collective, Begun(act, begun))
+            started.append(FORKED.Process(target=member, args=arguments))
+            started[-1].start()
+        begun.wait(30)
+        then(started, pipes)
+        codes = []
+        for process in started:
+            process.join(20)
+            codes.append(process.exitcode)
+        return codes, [(tmp_path / str(rank)).read_text() for rank in range(2)]
+
+    yield run
+    for process in started:
+        process.kill()
+
+
+class Begun:
+    """Calls a function after all three processes have come."""
+
+    def __init__(self, act, barrier):
+        self.act, self.barrier = act, barrier
+
+    def __call__(self, rank, pipes):
+        self.barrier.wait()
+        self.act(rank, pipes)
+
+
+def wait_in_collective(rank, pipes):
+    """The first process waits for one that never comes, as for a long evaluation."""
+    if rank == 0:
+        comm.all_gather(0)
+    else:
+        signal.sigwait([signal.SIGRTMIN])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGINT"])
+def test_a_signal_to_one_ends_both_wherever_they_wait(run_two, rank, name):
+    number = getattr(signal, name)
+    codes, printed = run_two(wait_in_collective, lambda x, _: os.kill(x[rank].pid, number))
+    assert codes == [130 if name == "SIGINT" else 75] * 2
+    assert printed == [f"{name}: stopped; --resume goes on from the last checkpoint\n", ""]
+
+
+def train(rank, pipes):
+    watch.current().unsaved = True
+    signal.sigwait([signal.SIGRTMIN])
+
+
+def test_a_second_ctrl_c_ends_at_once(run_two):
+    def interrupt_twice(processes, _):
+        for process in reversed(processes):  # without the first, the other ends
+            os.kill(process.pid, signal.SIGINT)
+            os.kill(process.pid, signal.SIGINT)  # a launcher passes the first one on
+            process.join(0.5)
+            assert process.exitcode is None
+            os.kill(process.pid, signal.SIGINT)
+            process.join()
+
+    codes, printed = run_two(train, interrupt_twice)
+    assert codes == [130, 130]
+    assert printed[0] == (
+        "Stopping after this iteration; a second ctrl-C ends at once.\n"
+        "stopped: what was trained since the last checkpoint is lost\n"
+    )
+
+
+def fail(rank, pipes):
+    if rank == 1:
+        raise FloatingPointError("a loss is nan")
+    comm.all_gather(0)
+
+
+def meet_a_bug(rank, pipes):
+    if rank == 1:
+        raise KeyError("a bug")
+    comm.all_gather(0)
+
+
+@pytest.mark.parametrize(
+    ("act", "reason"), [(fail, "a loss is nan"), (meet_a_bug, "KeyError: 'a bug'")]
+)
+def test_the_first_process_tells_why_another_failed(run_two, act, reason):
+    codes, printed = run_two(act)
+    assert codes == [1, 1]
+    assert re.search(rf"^error: process 1 \(on .+\): {reason}$", printed[0])
+    assert printed[1].splitlines()[-1] == f"error: {reason}"
+    assert ("Traceback (most recent call last)" in printed[1]) == (act is meet_a_bug)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_process_is_named(run_two, rank):
+    def stop(processes, _):
+        os.kill(processes[rank].pid, signal.SIGSTOP)
+        processes[1 - rank].join()
+        processes[rank].kill()
+
+    codes, printed = run_two(train, stop)
+    assert codes[1 - rank] == 1
+    named = {
+        0: "error: the first process of the group, or its machine, does not answer",
+        1: "error: process 1 of 2 .* has given no sign of life for 2 s: it was killed or stopped",
+    }
+    assert re.search(named[rank], printed[1 - rank])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("act", [train, wait_in_collective])
+def test_a_killed_process_ends_the_other(run_two, rank, act):
+    codes, printed = run_two(act, lambda x, _: x[rank].kill())
+    assert sorted(codes) == [-9, 1]
+    assert re.search("error: .*(no sign of life|does not answer|has ended)", printed[1 - rank])
+
+
+def evaluate_for_long(rank, pipes):
+    if rank == 0:
+        signal.sigtimedwait([signal.SIGRTMIN], 1.5)
+    watch.wait_for_all()
+
+
+def test_an_evaluation_is_waited_for_longer_than_a_collective(run_two):
+    codes, printed = run_two(evaluate_for_long, collective=1)
+    assert codes == [0, 0], printed
+
+
+def leave(rank, pipes):
+    """The second one when the test says so."""
+    if rank == 1:
+        pipes[1].recv()
+    Preemption()._leave(signal.SIGTERM, 7)
+
+
+def test_processes_leave_together(run_two):
+    """A launcher ends the others when the first has left."""
+
+    def first_waits(processes, pipes):
+        processes[0].join(0.5)
+        assert processes[0].exitcode is None
+        pipes[0].send("go on")
+
+    codes, _ = run_two(leave, first_waits)
+    assert codes == [75, 75]
+
+
+def differ(rank, pipes):
+    model = torch.nn.BatchNorm1d(2)
+    with torch.no_grad():
+        model.weight.fill_(rank + 1)
+    model.running_mean.fill_(rank + 1)
+    share_weights(model)
+    assert model.weight.tolist() == model.running_mean.tolist() == [1, 1]
+    records = [{"image_id": 5}, {"image_id": 6, "annotations": [{}] * (rank + 1)}]
+    refuse_differences(facts_of_data((), records[:1]))
+    refuse_differences(facts_of_data((), records))
+
+
+def test_processes_with_other_data_or_weights(run_two):
+    codes, printed = run_two(differ)
+    assert codes == [1, 1]
+    sentence = "is [2, (5, 0), (6, 1)] in process 0, but [2, (5, 0), (6, 2)] in process 1: do all"
+    assert all(sentence in text for text in printed)
