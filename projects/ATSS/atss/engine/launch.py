@@ -31,7 +31,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from .hooks import AllLeave
 from .outlook import LESS_MEMORY
-from .watch import EXIT_INTERRUPTED, STOPPING, current, end, exit_code
+from .watch import EXIT_INTERRUPTED, EXIT_PREEMPTED, STOPPING, current, end, exit_code
 
 Main = Callable[[argparse.Namespace, CfgNode], object]
 
@@ -376,9 +376,12 @@ def _run_alone(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
     try:
         with current(), one_sentence(cfg.OUTPUT_DIR):
             main(args, cfg)
-    except KeyboardInterrupt:
-        print(_stopped(cfg.OUTPUT_DIR, args.eval_only), file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+    except (KeyboardInterrupt, SystemExit) as error:
+        code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else error.code
+        if code in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
+            print(_stopped(cfg.OUTPUT_DIR, args.eval_only), file=sys.stderr)
+            sys.exit(code)
+        raise
 
 
 def _run_in_group(main: Main, args: argparse.Namespace, cfg: CfgNode) -> NoReturn:
@@ -393,6 +396,8 @@ def _run_in_group(main: Main, args: argparse.Namespace, cfg: CfgNode) -> NoRetur
             end(0)
         except AllLeave as left:
             watch.close()
+            if comm.is_main_process():
+                print(_stopped(cfg.OUTPUT_DIR, evaluating=False), file=sys.stderr)
             end(left.exit_code)
         except SystemExit as left:
             reason = left.code if isinstance(left.code, str) else f"error: exit code {left.code}"

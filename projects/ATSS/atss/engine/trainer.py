@@ -93,7 +93,7 @@ class Trainer(DefaultTrainer):
         self.averaging = Averaging(model, decay) if decay else None
 
         on_gpu = model.device.type == "cuda"
-        device_ids = [comm.get_local_rank()] if on_gpu else None
+        device_ids = [torch.cuda.current_device()] if on_gpu else None
         model = create_ddp_model(
             model,
             broadcast_buffers=False,
