@@ -12,6 +12,7 @@ import torch
 from conftest import make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
@@ -20,6 +21,7 @@ from atss.config import build_sampling, get_config
 from atss.data import Mapper, datasets
 from atss.data.coco_json import find_in_json
 from atss.data.formats import read
+from atss.engine import Trainer
 from atss.engine.evaluation import build_evaluator
 
 SIDE = 100  # of images that are made here
@@ -428,3 +430,18 @@ def test_mask_models_skip_objects_without_masks(tmp_path):
     objects[1]["segmentation"] = [[30.0, 30, 50, 30, 50, 50]]
     record = {"file_name": str(tmp_path / "a.png"), "annotations": objects}
     assert len(Mapper(cfg, is_train=True)(record)["instances"]) == 1
+
+
+def test_processes_wait_for_an_evaluation_outside_collectives(monkeypatch, tmp_path):
+    """Detectron2 gathers the detections, and then the first process evaluates."""
+    calls = []
+    monkeypatch.setattr("atss.engine.evaluation.wait_for_all", lambda: calls.append("wait"))
+
+    class Evaluator(DatasetEvaluator):
+        def evaluate(self):
+            calls.append("evaluate")
+            return {"bbox": {}}
+
+    monkeypatch.setattr("atss.engine.trainer.build_evaluator", lambda *_: Evaluator())
+    assert Trainer.build_evaluator(make_cfg(), "data").evaluate() == {"bbox": {}}
+    assert calls == ["wait", "evaluate", "wait"]

@@ -145,6 +145,15 @@ def test_the_signal_of_any_process_decides(asked, decides):
     assert exchange.asked == decides
 
 
+def test_an_iteration_is_profiled(start, tmp_path):
+    start(**{"SOLVER.PROFILE": "[1, 2]", "SOLVER.MAX_ITER": 4})
+    folders = sorted(x.name for x in (tmp_path / "out/log").iterdir())
+    assert folders == ["profiler-tensorboard-iter1", "profiler-tensorboard-iter2"]
+    for wrong in ("[2, 1]", "[1]", "[-1, 1]"):
+        with pytest.raises(ValueError, match=r"^SOLVER.PROFILE must be \[first, last\] iteration"):
+            start(**{"SOLVER.PROFILE": wrong})
+
+
 def test_sigterm_reaches_a_run_step_of_ones_own(start, at, monkeypatch, tmp_path):
     """That calls neither the trainer's hooks nor its log."""
 

@@ -385,3 +385,17 @@ def test_the_small_config_writes_checkpoints(arguments):
     assert (
         "CHECKPOINT_EPOCHS" in yaml.safe_load((ROOT / "configs/small.yaml").read_text())["SOLVER"]
     )
+
+
+def test_processes_that_see_other_checkpoints(monkeypatch, tmp_path):
+    file = tmp_path / "model_0000001.pth"
+    file.write_bytes(b"12345")
+    monkeypatch.setattr(way_in.comm, "all_gather", lambda mine: [mine, mine])
+    way_in.check_shared(str(file))
+    for other in ("", f"{tmp_path}/model_0000000.pth (5 bytes)", f"{file} (4 bytes)"):
+        monkeypatch.setattr(way_in.comm, "all_gather", lambda mine, other=other: [mine, other])
+        with pytest.raises(ValueError, match="must be a folder that all machines share") as error:
+            way_in.check_shared(str(file))
+        assert str(error.value).endswith(
+            " and ".join(sorted([f"{file} (5 bytes)", other or "none"]))
+        )

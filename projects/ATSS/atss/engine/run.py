@@ -642,7 +642,8 @@ def check_shared(checkpoint: str) -> None:
     Raises:
         ValueError: naming those that they see.
     """
-    seen = set(comm.all_gather(checkpoint))
+    about = f"{checkpoint} ({os.path.getsize(checkpoint)} bytes)" if checkpoint else ""
+    seen = set(comm.all_gather(about))
     if len(seen) > 1:
         raise ValueError(
             "OUTPUT_DIR must be a folder that all machines share; as the last checkpoint they see "
