@@ -201,12 +201,15 @@ def differ(rank, pipes):
     share_weights(model)
     assert model.weight.tolist() == model.running_mean.tolist() == [1, 1]
     records = [{"image_id": 5}, {"image_id": 6, "annotations": [{}] * (rank + 1)}]
-    refuse_differences(facts_of_data((), records[:1]))
-    refuse_differences(facts_of_data((), records))
+    refuse_differences(facts_of_data(("data",), records[:1]))
+    refuse_differences(facts_of_data(("data",), records))
 
 
 def test_processes_with_other_data_or_weights(run_two):
     codes, printed = run_two(differ)
     assert codes == [1, 1]
-    sentence = "is [2, (5, 0), (6, 1)] in process 0, but [2, (5, 0), (6, 2)] in process 1: do all"
+    sentence = (
+        "error: the last image of data is 6 with 1 objects in process 0, but 6 with 2 objects in "
+        "process 1: do all machines have the same files?"
+    )
     assert all(sentence in text for text in printed)

@@ -68,18 +68,18 @@ def facts_of_data(names: Sequence[str], records: Sequence[dict]) -> dict[str, ob
     Args:
         records: their images, in Detectron2's format.
     """
-    about: list[object] = [len(records)]
-    about += [_identity(records[i]) for i in (0, -1) if len(records)]
     of = " and ".join(names)
+    ends = {"first": 0, "last": -1} if records else {}
     return {
-        f"(number, first, last) of the images of {of}": about,
+        f"the number of images of {of}": len(records),
+        **{f"the {end} image of {of}": _describe(records[i]) for end, i in ends.items()},
         **{f"the list of classes of {name}": classes_of(name) for name in names},
     }
 
 
-def _identity(record: dict) -> tuple:
-    """Not the path, which may differ from machine to machine."""
-    return record.get("image_id"), len(record.get("annotations", ()))
+def _describe(record: dict) -> str:
+    """Without the path, which may differ from machine to machine."""
+    return f"{record.get('image_id')!r} with {len(record.get('annotations', ()))} objects"
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ that another process is gone. In a group two threads do that: one receives signa
 exchanges signs of life through the group's key-value store.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -147,6 +148,7 @@ class Watch:
 
     def _join_group(self) -> None:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        self.prefix = f"watch{next(_numbers)}"
         # Another client for each thread: a store answers one question at a time.
         self.store = self._client()
         self.store.set(f"host{self.rank}", socket.gethostname())
@@ -164,7 +166,7 @@ class Watch:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _client(self) -> distributed.Store:
-        return distributed.PrefixStore("watch", _get_default_store().clone())
+        return distributed.PrefixStore(self.prefix, _get_default_store().clone())
 
     def _handle(self, number: int, _: object) -> None:
         if self.size == 1:
@@ -267,6 +269,8 @@ class Watch:
 
 
 _entered: list[Watch] = []
+# The processes of a group enter equally many watches.
+_numbers = itertools.count()
 
 
 def current() -> Watch:
