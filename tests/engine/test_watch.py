@@ -209,7 +209,7 @@ def test_processes_with_other_data_or_weights(run_two):
     codes, printed = run_two(differ)
     assert codes == [1, 1]
     sentence = (
-        "error: the last image of data is 6 with 1 objects in process 0, but 6 with 2 objects in "
+        "the last image of data is 6 with 1 objects in process 0, but 6 with 2 objects in "
         "process 1: do all machines have the same files?"
     )
     assert all(sentence in text for text in printed)
