@@ -9,6 +9,7 @@ from atss.assigners.cuts import mixture
 from atss.assigners.matching import cheapest
 from atss.assigners.scene import Segments
 
+
 def test_cheapest_of_equal_costs_are_the_first():
     """Three pairs are no dearer than the second cheapest: the cheapest is last of them."""
     chosen = cheapest(

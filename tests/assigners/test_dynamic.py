@@ -415,14 +415,15 @@ def just_beyond_tals_bound():
 
 
 def just_beyond_what_soft_labels_distance_costs():
-    """10^0.75 is what any anchor 3.75 strides from the centre costs. Nearer ones cost 0.1 % more
-    for their class; one 3.7504 strides away says all as it is."""
-    boxes = torch.tensor([[21.997, 20, 101.997, 100]])
-    predicted, logits = boxes.repeat(256, 1), torch.full((256, 2), -30.0)
-    near, far = 7 * 16 + 7, 7 * 16 + 11  # at (60, 60) and (92, 60), around (61.997, 60)
-    cost = 1.001 * 10**0.75 - 10 ** (1.997 / 8 - 3)
+    """Candidates are sought 3.75 strides from the centre, and a column beyond: what is farther
+    costs 10^1.75. Nearer ones cost 0.1 % more for their class; one 4.7504 strides away says all as
+    it is."""
+    boxes = torch.tensor([[13.997, 20, 93.997, 100]])
+    predicted, logits = boxes.repeat(256, 1), torch.full((256, 2), -100.0)
+    near, far = 7 * 16 + 6, 7 * 16 + 11  # at (52, 60) and (92, 60), around (53.997, 60)
+    cost = 1.001 * 10**1.75 - 10 ** (1.997 / 8 - 3)
     logits[near, 0] = -brentq(
-        lambda x: np.log1p(np.exp(x)) / (1 + np.exp(-x)) ** 2 - cost, 0.1, 30, xtol=1e-12
+        lambda x: np.log1p(np.exp(x)) / (1 + np.exp(-x)) ** 2 - cost, 1, 99, xtol=1e-12
     )
     logits[far, 0] = 30.0
     return scene_of(boxes, [0], logits, predicted, (128, 128)), far
@@ -441,11 +442,23 @@ def just_beyond_what_soft_labels_overlap_costs():
     return scene_of(boxes, [0, 1], logits, predicted, (128, 128)), below
 
 
+def just_as_dear_as_simotas_penalty():
+    """Of two anchors that are sure of the object and have its box, neither inside it, the lower has
+    it: that which is two rows above, and not looked at first."""
+    boxes = torch.tensor([[61.0, 57, 63, 63]])
+    logits = torch.tensor([100.0, -100.0]).repeat(256, 1)
+    predicted = torch.tensor([0.0, 0, 10, 10]).repeat(256, 1)
+    above, near = 5 * 16 + 7, 7 * 16 + 7
+    predicted[[above, near]] = boxes[0]
+    return scene_of(boxes, [0], logits, predicted, (128, 128)), above
+
+
 @pytest.mark.parametrize(
     ("rule", "brute", "arguments", "make"),
     [
         (TAL(1), oracle.tal, {"k": 1}, just_beyond_tals_bound),
         (TAL(1, inside="before"), oracle.tal, {"k": 1, "before": True}, just_beyond_tals_bound),
+        (SimOTA(1), oracle.simota, {"top_k": 1}, just_as_dear_as_simotas_penalty),
         *(
             (SoftLabel(1), oracle.soft_label, {"top_k": 1}, make)
             for make in (
@@ -456,7 +469,7 @@ def just_beyond_what_soft_labels_overlap_costs():
     ],
 )
 def test_what_is_left_out_is_really_worse(rule, brute, arguments, make):
-    """The best anchor is by 0.1 % better than a rule's bound for those that it need not look at."""
+    """The best anchor is by 0.1 % or less better than a rule's bound for those left out."""
     (anchors, gt, seen), best = make()
     logits, boxes = (x[0].double().numpy() for x in (seen.output.classes, seen.boxes))
     owner, _ = brute(
@@ -474,7 +487,7 @@ def test_what_is_left_out_is_really_worse(rule, brute, arguments, make):
     ],
 )
 def test_whether_five_thousandths_of_a_pixel_are_inside(rule, counts):
-    """As in the references: OTA, TOOD and ATSS want more than 0.01 px, the others more than none."""
+    """As in the references: OTA, TOOD and ATSS have a margin of 0.01 px, the others none."""
     boxes = torch.tensor([[27.995, 20.5, 35.9, 35.5]])  # holds (28, 28) alone
     logits = torch.full((64, 2), 2.0)
     anchors, gt, seen = scene_of(boxes, [0], logits, boxes.repeat(64, 1))
