@@ -5,6 +5,7 @@ import oracle
 import pytest
 import torch
 from conftest import GOLDEN, make_gt
+from scipy.optimize import brentq
 
 from atss import BACKGROUND, Anchors, HeadOutput
 from atss.assigners import ATSS, NWD, OTA, PAA, POTO, TAL, IoU, SimD, SimOTA, SoftLabel
@@ -309,6 +310,28 @@ def test_nothing_similar_is_left_out(similarity, take_part):
     assert not (wanted & ~found).any()
 
 
+def test_centres_inside_by_less_than_float32_tells_are_not_left_out():
+    """Objects of one float32 step around the coordinate of a column or row: 0.1 strides have no end
+    in binary. Rows are blocks of 16, whose boxes are elsewhere."""
+    anchors = Anchors.grid((40, 112), strides=(7,), scales=(1.0,), offset=0.1)
+    lines = []
+    for axis, end in ((0, 40.0), (1, 112.0)):
+        for at in anchors.points[:, axis].unique():
+            near = at.float()
+            steps = near, torch.nextafter(near, near + (1 if near < at else -1))
+            low, high = sorted(x.item() for x in steps)
+            lines.append([low, 0, high, end] if axis == 0 else [0, low, end, high])
+    gt = make_gt(lines)
+    elsewhere = torch.full_like(anchors.boxes, 900.0) + torch.tensor([0.0, 0, 9, 9])
+    scene = Scene(anchors, gt, predict(torch.zeros(1, len(elsewhere), 2), elsewhere[None]))
+    near = scene.near(scene.every())
+    found = torch.zeros(len(gt), len(elsewhere), dtype=torch.bool)
+    found[near.owner, near.index] = True
+    inside = oracle.inside_distance(anchors.points.numpy(), gt.boxes.double().numpy()) > 0
+    assert inside.sum() > 80
+    assert found[torch.from_numpy(inside)].all()
+
+
 @pytest.mark.parametrize("rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO()])
 def test_what_is_not_finite_is_nobodys(rule):
     """Though some objects find no other."""
@@ -379,6 +402,112 @@ def test_simota_takes_as_many_as_overlap_rounded_down(by_hand):
     chosen = (found.gt_index[0] == 0).nonzero().squeeze(1).tolist()
     assert chosen == sorted(sorted(inside, key=lambda i: (i % 16, i))[:k])
     np.testing.assert_allclose(found.score[0, chosen], [overlaps(i % 16) for i in chosen])
+
+
+def just_beyond_tals_bound():
+    """Near its centre all anchors overlap the object by 0.8 and are sure of it by 0.97; one far
+    from there is sure by 1 and overlaps it by 0.97^(1 / 6) of that and next to nothing more."""
+    boxes = torch.tensor([[0.0, 0, 64, 64]])
+    predicted, logits = boxes.repeat(64, 1), torch.full((64, 2), np.log(0.97 / 0.03))
+    predicted[:, 3] = 0.8 * 64
+    logits[9], predicted[9, 3] = 20.0, 0.9951 * 0.8 * 64
+    return scene_of(boxes, [0], logits, predicted), 9
+
+
+def just_beyond_what_soft_labels_distance_costs():
+    """Candidates are sought 3.75 strides from the centre, and a column beyond: what is farther
+    costs 10^1.75. Nearer ones cost 0.1 % more for their class; one 4.7504 strides away says all as
+    it is."""
+    boxes = torch.tensor([[13.997, 20, 93.997, 100]])
+    predicted, logits = boxes.repeat(256, 1), torch.full((256, 2), -100.0)
+    near, far = 7 * 16 + 6, 7 * 16 + 11  # at (52, 60) and (92, 60), around (53.997, 60)
+    cost = 1.001 * 10**1.75 - 10 ** (1.997 / 8 - 3)
+    logits[near, 0] = -brentq(
+        lambda x: np.log1p(np.exp(x)) / (1 + np.exp(-x)) ** 2 - cost, 1, 99, xtol=1e-12
+    )
+    logits[far, 0] = 30.0
+    return scene_of(boxes, [0], logits, predicted, (128, 128)), far
+
+
+def just_beyond_what_soft_labels_overlap_costs():
+    """-3 ln 1e-7 = 48.354 is what any anchor costs that does not overlap. The one inside the object
+    costs 0.07 % more for its class; that below it, which only the other object holds, costs 0.01
+    more for its distance."""
+    boxes = torch.tensor([[59.5, 59.5, 60.5, 60.5], [0, 0, 128, 128]])
+    predicted = torch.tensor([0.0, 0, 10, 10]).repeat(256, 1)
+    logits = torch.tensor([3.0, -30.0]).repeat(256, 1)
+    inside, below, of_other = 7 * 16 + 7, 8 * 16 + 7, 9 * 16 + 8
+    logits[inside, 0], logits[below, 0] = np.log(0.3 / 0.7), -30.0
+    logits[of_other, 1], predicted[of_other] = 30.0, torch.tensor([0.0, 0, 128, 58])
+    return scene_of(boxes, [0, 1], logits, predicted, (128, 128)), below
+
+
+def just_as_dear_as_simotas_penalty():
+    """Of two anchors that are sure of the object and have its box, neither inside it, the lower has
+    it: that which is two rows above, and not looked at first."""
+    boxes = torch.tensor([[61.0, 57, 63, 63]])
+    logits = torch.tensor([100.0, -100.0]).repeat(256, 1)
+    predicted = torch.tensor([0.0, 0, 10, 10]).repeat(256, 1)
+    above, near = 5 * 16 + 7, 7 * 16 + 7
+    predicted[[above, near]] = boxes[0]
+    return scene_of(boxes, [0], logits, predicted, (128, 128)), above
+
+
+@pytest.mark.parametrize(
+    ("rule", "brute", "arguments", "make"),
+    [
+        (TAL(1), oracle.tal, {"k": 1}, just_beyond_tals_bound),
+        (TAL(1, inside="before"), oracle.tal, {"k": 1, "before": True}, just_beyond_tals_bound),
+        (SimOTA(1), oracle.simota, {"top_k": 1}, just_as_dear_as_simotas_penalty),
+        *(
+            (SoftLabel(1), oracle.soft_label, {"top_k": 1}, make)
+            for make in (
+                just_beyond_what_soft_labels_distance_costs,
+                just_beyond_what_soft_labels_overlap_costs,
+            )
+        ),
+    ],
+)
+def test_what_is_left_out_is_really_worse(rule, brute, arguments, make):
+    """The best anchor is by 0.1 % or less better than a rule's bound for those left out."""
+    (anchors, gt, seen), best = make()
+    logits, boxes = (x[0].double().numpy() for x in (seen.output.classes, seen.boxes))
+    owner, _ = brute(
+        anchors, gt.boxes.double().numpy(), gt.classes.numpy(), logits, boxes, **arguments
+    )
+    assert np.flatnonzero(owner == 0).tolist() == [best]  # the example is one
+    np.testing.assert_array_equal(rule(anchors, gt, seen).gt_index[0], owner)
+
+
+@pytest.mark.parametrize(
+    ("rule", "counts"),
+    [
+        *((TAL(1), 0), (TAL(1, inside="before"), 0), (SimOTA(1), 1), (SoftLabel(1), 1)),
+        *((OTA(), 0), (POTO(), 1), (ATSS(alpha=0.5), 0)),
+    ],
+)
+def test_whether_five_thousandths_of_a_pixel_are_inside(rule, counts):
+    """As in the references: OTA, TOOD and ATSS have a margin of 0.01 px, the others none."""
+    boxes = torch.tensor([[27.995, 20.5, 35.9, 35.5]])  # holds (28, 28) alone
+    logits = torch.full((64, 2), 2.0)
+    anchors, gt, seen = scene_of(boxes, [0], logits, boxes.repeat(64, 1))
+    chosen = (rule(anchors, gt, seen).gt_index[0] == 0).nonzero().squeeze(1)
+    assert chosen.tolist() == [27] * counts
+
+
+def test_ota_where_objects_ask_for_more_anchors_than_there_are():
+    """Nothing is left for the background to give."""
+    rng = np.random.default_rng(0)
+    anchors = Anchors.grid((24, 24), strides=(8,), scales=(2.0,))
+    boxes = torch.tensor([0.0, 0, 24, 24]) + torch.from_numpy(rng.uniform(-2, 2, (4, 4))).float()
+    predicted = boxes[torch.arange(9) % 4] + torch.from_numpy(rng.normal(0, 1, (9, 4))).float()
+    logits = torch.from_numpy(rng.normal(0, 1, (9, 2))).float()
+    anchors, gt, seen = scene_of(boxes, [0, 1, 0, 1], logits, predicted, (24, 24))
+    assert OTA().transport.k.wants(Scene(anchors, gt, seen)).sum() > 9
+    args = (gt.boxes.numpy(), gt.classes.numpy(), logits.numpy(), predicted.numpy())
+    owner, _ = oracle.ota(anchors, *args)
+    assert (owner >= 0).sum() > 5
+    np.testing.assert_array_equal(OTA()(anchors, gt, seen).gt_index[0], owner)
 
 
 @pytest.mark.parametrize(

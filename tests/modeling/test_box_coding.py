@@ -76,6 +76,10 @@ def test_logarithms_by_hand():
     box = LogDistances().decode(logarithms, anchor, STRIDE)
     torch.testing.assert_close(box, torch.tensor([19.0, 38, 24, 48]))
     torch.testing.assert_close(LogDistances().encode(box, anchor, STRIDE), logarithms)
+    # The widest image that anyone has: 2^16 pixels to a side.
+    far = torch.tensor([-65000.0, 38, 65000, 48])
+    box = LogDistances().decode(LogDistances().encode(far, anchor, STRIDE), anchor, STRIDE)
+    torch.testing.assert_close(box, far, rtol=1e-5, atol=1e-3)
 
 
 def test_distributions_by_hand():

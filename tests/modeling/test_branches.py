@@ -304,6 +304,17 @@ def test_a_level_weight_is_shared_unless_a_branch_names_its_own():
     assert weights["main"] is not weights["own"]
 
 
+def test_a_level_weight_that_is_shared_is_that_of_mains_last_phase():
+    """The first may have none, as a warm-up does."""
+    nested = {"early": {"LEVEL_WEIGHT": ""}, "same": {"QUALITY": ""}}
+    opts = ("MODEL.ATSS.LEVEL_WEIGHT", "balance", "MODEL.ATSS.BRANCHES", ["same"])
+    model = build(*opts, "MODEL.ATSS.PHASES", [["early", 5]], BRANCH=nested)
+    main, same = (model.branches[x] for x in ("main", "same"))
+    assert main.at(0).criterion.level_weight is None
+    assert isinstance(main.at(5).criterion.level_weight, modeling.terms.Balance)
+    assert same.at(0).criterion.level_weight is main.at(5).criterion.level_weight
+
+
 def test_detectors_with_branches_can_be_pickled():
     wide = {"wide": {"ASSIGNERS": {"ATSS": {"TOP_K": 17}}}}
     model = build("MODEL.ATSS.BRANCHES", ["wide"], BRANCH=wide)

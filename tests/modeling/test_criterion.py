@@ -581,6 +581,57 @@ def test_bounds_and_weights_are_values():
     assert by_targets == pytest.approx(plain)
 
 
+@pytest.fixture
+def two_alike(monkeypatch):
+    """As one of two processes that have the same images."""
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.mul_(2))
+
+
+@pytest.mark.parametrize(
+    ("parts", "divided_by"),
+    [
+        ({}, 3),
+        ({"least": 5.0}, 3),  # the six of both are more
+        ({"least": 8.0}, 4),
+        ({"least": 2.0, "least_per_image": True}, 4),  # of the four images of both
+    ],
+)
+def test_bounds_are_of_all_processes(two_alike, parts, divided_by):
+    """Three positives in each: max(6, least) / 2. Box weights are all 1, and so 3 in each, too."""
+    alone = losses_with(box_weight=one_for_all)
+    bounds = {**parts, "box_least": 2.0 * divided_by}
+    found = losses_with(box_weight=one_for_all, **bounds)
+    for name, loss in found.items():
+        assert loss == pytest.approx(alone[name] * 3 / divided_by), name
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_losses_without_gradient_are_of_one_process(monkeypatch, per_image):
+    """The others need not measure anything now."""
+    parts = {"least": 2.0, "least_per_image": per_image, "box_least": 4.0}
+    alone = losses_with(**parts)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", None)
+    with torch.no_grad():
+        assert losses_with(**parts) == alone
+
+
+def test_every_loss_of_an_anchor_has_the_weight_of_its_level():
+    """Linear in the weights; the last anchor has no object and so no loss but that of classes."""
+    each = [losses_with(level_weight=lambda matched, r=r: torch.eye(4)[r]) for r in range(4)]
+    weights = (0.5, 2.0, 3.0, 7.0)
+    found = losses_with(level_weight=lambda matched: torch.tensor(weights))
+    plain = losses_with()
+    assert found.keys() == plain.keys() == each[0].keys()
+    for name in plain:
+        shares = [losses[name] for losses in each]
+        assert sum(shares) == pytest.approx(plain[name], rel=1e-5)
+        expected = sum(w * x for w, x in zip(weights, shares, strict=True))
+        assert found[name] == pytest.approx(expected, rel=1e-5)
+        assert (shares[3] == 0) == (name != "loss_cls")
+
+
 def test_terms_act_together_each_with_its_weight():
     plain = losses_with()
     both = losses_with(box_terms={"giou": GIoU(weight=1.0), "again": GIoU(weight=0.25)})
@@ -610,6 +661,19 @@ def test_levels_with_few_positives_weigh_more():
     assert Balance(3)(levels_matched(*[0] * 6)).tolist() == [2.0] * 6  # none yet
 
 
+def test_levels_weigh_by_the_positives_of_all_processes(monkeypatch):
+    """4, 0 and 1 here, 0, 1 and 5 in the other: 4, 1 and 6."""
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    other = torch.tensor([0, 1, 5])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.add_(other))
+    balance = Balance(3)
+    weights = balance(levels_matched(1, 1, 1, 1, 0, 1))
+    assert balance.counts.tolist() == [4, 1, 6]
+    torch.testing.assert_close(weights, torch.tensor([2 - 3 / 5] * 4 + [2.0, 1.0]))
+    with torch.no_grad():
+        assert torch.equal(balance(levels_matched(*[0] * 6)), weights)
+
+
 def test_branches_share_what_a_level_weight_counts():
     """As in mmdet's DDOD: positives of classes, then those of boxes too."""
     cfg = make_cfg("MODEL.ATSS.LEVEL_WEIGHT", "balance", config="successors/DDOD_R_50_FPN_1x.yaml")
@@ -619,11 +683,12 @@ def test_branches_share_what_a_level_weight_counts():
     assert isinstance(main, Balance)
 
 
-def test_boxes_may_be_compared_by_nwd():
-    """2 (1 - NWD), and nothing else about them changes."""
+@pytest.mark.parametrize(("arguments", "constant"), [({}, 12.8), ({"constant": 8.0}, 8.0)])
+def test_boxes_may_be_compared_by_nwd(arguments, constant):
+    """2 (1 - NWD), and nothing else about them changes. The default is AI-TOD's mean side."""
     output = random_output()
     boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
-    found = losses_with(box_terms={"nwd": NWD(constant=8.0)}, box_weight=one_for_all)
+    found = losses_with(box_terms={"nwd": NWD(**arguments)}, box_weight=one_for_all)
     expected = 0.0
     for n, r in (GT_INDEX >= 0).nonzero().tolist():
         (a1, b1, a2, b2), (x1, y1, x2, y2) = (
@@ -632,7 +697,7 @@ def test_boxes_may_be_compared_by_nwd():
         )
         apart = ((a1 + a2 - x1 - x2) / 2, (b1 + b2 - y1 - y2) / 2)
         sides = ((a2 - a1 - x2 + x1) / 2, (b2 - b1 - y2 + y1) / 2)
-        expected += 1 - math.exp(-math.hypot(*apart, *sides) / 8)
+        expected += 1 - math.exp(-math.hypot(*apart, *sides) / constant)
     assert found["loss_box_reg"] == pytest.approx(2 * expected / 3, rel=1e-5)
 
 

@@ -109,6 +109,23 @@ def test_on_cpus_it_is_torchvisions_operator(
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("offset", [torch.nan, torch.inf, -torch.inf])
+def test_offsets_that_are_not_finite(offset, axis):
+    """NaN is not hidden, so that the trainer can say where it came from, nor does it end the
+    process, as in torchvision's operator on CPUs; what is infinitely far is beyond the map."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 4, 5, 6, generator=generator), torch.randn(4, 4, 3, 3)
+    geometry = ((1, 1), (1, 1), (1, 1))
+    moved, far = torch.zeros(1, 18, 5, 6), torch.zeros(1, 18, 5, 6)
+    moved[0, 8 + axis, 2, 3], far[0, 8 + axis, 2, 3] = offset, 1e4
+    found = sampled_conv2d(x, moved, weight, None, *geometry, None)
+    expected = deform_conv2d(x, far, weight, None, *geometry, None)
+    if offset is torch.nan:
+        expected[0, :, 2, 3] = torch.nan
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])
 def test_begins_as_a_plain_convolution(modulated):
     layer = DeformConvLayer(8, modulated)

@@ -193,9 +193,12 @@ def test_objects_without_a_positive_are_logged_by_size(box, size, monkeypatch):
     assert latest[prefix] == 1
 
 
-def test_what_rules_look_at_is_what_training_predicts():
-    """Without a step in between, of images that share a canvas."""
-    model, seen = tiny().train(), []
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_rules_look_at_is_what_training_predicts(precision):
+    """Without a step in between, of images that share a canvas; and in evaluation, too, the towers
+    have the config's precision."""
+    model, seen, dtypes = tiny("MODEL.ATSS.PRECISION", precision).train(), [], []
+    model.head.cls_subnet[0].register_forward_hook(lambda *x: dtypes.append(x[2].dtype))
     examples = [make_input(BOX, [0]), make_input(BOX, [0], seed=1)]
     assigner = model.branches["main"].at(0).assigner
 
@@ -210,6 +213,9 @@ def test_what_rules_look_at_is_what_training_predicts():
     assert not seen[0].boxes.requires_grad
     assert torch.equal(seen[0].boxes, predicted.boxes)
     assert torch.equal(seen[0].output.classes, predicted.output.classes)
+    with torch.no_grad():
+        model.eval()(examples)
+    assert {*dtypes} == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
 
 
 def test_default_predictor(tmp_path):

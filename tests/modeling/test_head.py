@@ -138,8 +138,12 @@ def test_quality_from_distributions_multiplies_class_probabilities():
     assert head.bbox_pred.weight.grad.abs().max() > 0
     assert abs(head.box_quality.hidden.weight.std().item() - 0.01) < 1e-3
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert head(maps).classes.dtype == torch.float32
-        assert plain(maps).classes.dtype == torch.bfloat16
+        output, logits = head(maps), plain(maps)
+    assert output.classes.dtype == torch.float32
+    assert logits.classes.dtype == torch.bfloat16
+    quality = head.box_quality(logits.numbers).sigmoid()
+    expected = logits.classes.float().sigmoid() * quality[..., None]
+    torch.testing.assert_close(output.classes, expected)
 
 
 @pytest.mark.parametrize("bins", [0, 3])

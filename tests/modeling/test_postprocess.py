@@ -103,6 +103,8 @@ def test_anchors_may_be_ranked_by_their_best_class():
     anchors = detect(output, topk_candidates=1, rank_anchors=True)
     assert anchors.pred_classes.tolist() == [0, 1, 0]
     torch.testing.assert_close(anchors.scores[1], (torch.tensor(1.0).sigmoid() / 2).sqrt())
+    many = output_of({(0, 0): 1.0, (0, 1): 1.0, (0, 2): 1.0, (1, 2): 2.0})
+    assert detect(many, topk_candidates=1, rank_anchors=True).pred_classes.tolist() == [2]
     output.quality[0, 0] = -8.0
     best = detect(output, topk_candidates=1, rank_anchors=True)
     assert best.pred_classes.tolist() == [2, 0]

@@ -85,6 +85,20 @@ def test_what_the_finer_box_and_classes_teach_the_first():
     assert learnt(0.0, lambda found: found["coarse"].numbers).abs().max() > 0
 
 
+def test_points_of_a_large_first_box_are_where_its_sides_are(monkeypatch):
+    """3,000 px to each side, at a stride of 8."""
+    seen = []
+    monkeypatch.setattr(
+        "atss.modeling.vfnet_head.star_offsets", lambda x: seen.append(x) or star_offsets(x)
+    )
+    head = VFNetHead(**VFNET)
+    with torch.no_grad():
+        head.bbox_pred.weight.zero_()
+        head.bbox_pred.bias.fill_(math.log(3000 / 64))
+        head(features(1))
+    torch.testing.assert_close(seen[0], torch.full((1, 4, 4, 6), 3000 / 8), rtol=1e-4, atol=0)
+
+
 def test_the_finer_box_multiplies_the_first():
     """Its numbers are logarithms: of a change of 1, each side is e times as far."""
     torch.manual_seed(0)
@@ -137,18 +151,22 @@ def test_heads_say_which_code_reads_them():
 
 
 def test_each_layer_has_its_weight():
-    """What is done to the convolution, done to the features."""
+    """What is done to the convolution, done to the features; learnt through the mean, too."""
     torch.manual_seed(0)
     task = TaskDecomposition(8, 3, 1, "", bias=True)
-    torch.nn.init.normal_(task.attention[0].weight)
+    torch.nn.init.uniform_(task.attention[0].weight, 0, 0.1)  # its one hidden number is above 0
     torch.nn.init.normal_(task.attention[2].weight)
-    layers = torch.randn(2, 3, 8, 4, 5)
+    layers = torch.randn(2, 3, 8, 4, 5).relu()
     stack = layers.flatten(1, 2)
-    mean = stack.mean((2, 3), keepdim=True)
+    mean = stack.mean((2, 3), keepdim=True).requires_grad_()
     attention = task.attention(mean).sigmoid()
     assert attention.std() > 0.02  # the layers differ
     weighted = (layers * attention[:, :, None]).flatten(1, 2)
-    torch.testing.assert_close(task(stack, mean, 0), task.mixture(weighted).relu())
+    found, expected = task(stack, mean, 0), task.mixture(weighted).relu()
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (torch.autograd.grad(x.square().sum(), mean)[0] for x in (found, expected))
+    assert theirs.abs().max() > 0
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_the_geometric_mean_has_finite_slopes():
@@ -177,6 +195,16 @@ def test_sides_are_taken_from_where_offsets_say():
     torch.testing.assert_close(found[:, 2:], boxes[:, 2:])
 
 
+def test_sides_from_nowhere_are_no_sides():
+    """NaN is not hidden, nor does it end the process."""
+    boxes = torch.tensor([0.0, 0, 10, 10]).view(1, 4, 1, 1).expand(1, 4, 4, 5)
+    offsets = torch.zeros(1, 8, 4, 5)
+    offsets[0, 1, 2, 3] = torch.nan  # x of the left side
+    found = sample_sides(boxes, offsets)
+    assert found[0, 0, 2, 3].isnan()
+    assert found.isnan().sum() == 1
+
+
 def test_boxes_whose_sides_would_cross_stay():
     boxes = torch.tensor([[0.0, 10], [0, 0], [5, 15], [5, 5]]).view(1, 4, 1, 2)
     offsets = torch.zeros(1, 8, 1, 2)
@@ -188,22 +216,28 @@ def test_boxes_whose_sides_would_cross_stay():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sides"),
-    [({}, (1.0, 1.0)), ({"inner": BoxDeltas(), "exponential": False}, (4.0, 4.0))],
-    ids=["points", "anchors"],
+    ("arguments", "bias", "sides"),
+    [
+        ({}, 0.0, (1.0, 1.0)),
+        ({"inner": BoxDeltas(), "exponential": False}, 0.0, (4.0, 4.0)),
+        ({}, math.log(8000), (8000.0, 8000.0)),
+    ],
+    ids=["points", "anchors", "far"],
 )
-def test_tood_begins_with_boxes_around_their_locations(arguments, sides):
-    """Corners in strides: exp(0) strides to each side, or the anchor."""
+def test_tood_begins_with_boxes_around_their_locations(arguments, bias, sides):
+    """Corners in strides: exp(0) strides to each side, or the anchor; of 8,000 strides, which are
+    the longest side of an image, too."""
     head = tood(**arguments)
     with torch.no_grad():
         head.bbox_pred.weight.zero_()
+        head.bbox_pred.bias.fill_(bias)
         head.bbox_alignment[-1].weight.zero_()
         output = head(features(1))
     assert output.probabilities
     assert output.quality is None
     box = output.numbers[0, 6 + 2]  # second row, third column of the first level, around (2.5, 1.5)
     assert box.tolist() == pytest.approx(
-        [2.5 - sides[0], 1.5 - sides[1], 2.5 + sides[0], 1.5 + sides[1]]
+        [2.5 - sides[0], 1.5 - sides[1], 2.5 + sides[0], 1.5 + sides[1]], rel=1e-5
     )
 
 
@@ -213,7 +247,10 @@ def test_tood_begins_with_the_prior_probability():
 
 
 def test_probabilities_are_those_of_classes_and_of_the_alignment_map():
+    """And teach the stack what these do, also through the attention that its mean gives."""
     head, maps = tood(), features(1)
+    torch.nn.init.uniform_(head.cls_decomposition.attention[0].weight, 0, 0.1)
+    torch.nn.init.normal_(head.cls_decomposition.attention[2].weight)
     stack = []
     x = maps[0]
     for block in head.stack:
@@ -226,6 +263,11 @@ def test_probabilities_are_those_of_classes_and_of_the_alignment_map():
     expected = (logits.sigmoid() * alignment.sigmoid()).sqrt()
     found = head(maps).classes[0, :24]
     torch.testing.assert_close(found, expected[0].flatten(1).T)
+    first = head.stack[0][0].weight
+    ours, theirs = (
+        torch.autograd.grad(x.sum(), first, retain_graph=True)[0] for x in (found, expected)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
 def test_toods_scale_multiplies_distances():

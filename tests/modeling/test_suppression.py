@@ -33,6 +33,14 @@ def test_suppression_is_exact_for_high_classes():
     assert torch.equal(found.boxes, boxes[[0, 2, 3, 4]])
 
 
+def test_suppression_keeps_classes_apart_left_of_the_image_too():
+    """Boxes that are not clipped may end before 0: a shift by the greatest coordinate alone would
+    lay the second class on the first."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [-11, -11, -1, -1], [-11, -11, -1, -1.5]])
+    scores, classes = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0, 1, 1])
+    assert torch.equal(NMS(0.6)(boxes, scores, classes, 9).boxes, boxes[:2])
+
+
 def test_all_keep_to_the_limit_best_first():
     corner = torch.arange(40.0)[:, None] * torch.tensor([20.0, 0])
     boxes = torch.cat([corner, corner + 10], dim=1)
@@ -81,6 +89,24 @@ def test_score_voting_equals_its_formula_box_by_box():
                 mean += weight * boxes[j].double()
                 total += weight
         torch.testing.assert_close(found.boxes[i].double(), mean / total, atol=1e-4, rtol=1e-5)
+
+
+def test_a_voter_overlaps_by_more_than_the_least():
+    """IoU 1 / 2 does not vote where the least is 1 / 2."""
+    boxes = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4]])
+    scores, classes = torch.tensor([0.9, 0.8]), torch.zeros(2, dtype=torch.long)
+    found = ScoreVote(0.4, min_overlap=0.5)(boxes, scores, classes, 9)
+    assert torch.equal(found.boxes, boxes[:1])
+    found = ScoreVote(0.4, min_overlap=0.49)(boxes, scores, classes, 9)
+    assert found.boxes[0, 3] < 8
+
+
+def test_a_box_for_which_nobody_votes_stays():
+    """It has no area, or only voters of score 0: their mean is none."""
+    boxes = torch.tensor([[5.0, 5, 5, 9], [20, 0, 28, 8]])
+    scores, classes = torch.tensor([0.9, 0.0]), torch.zeros(2, dtype=torch.long)
+    found = ScoreVote()(boxes, scores, classes, 9)
+    assert torch.equal(found.boxes, boxes)
 
 
 def test_memory_is_bounded_and_nothing_else_changes(monkeypatch):

@@ -52,6 +52,39 @@ def test_a_group_whose_scores_are_all_zero_is_its_mean():
     assert scores.tolist() == [0]
 
 
+@pytest.mark.parametrize("make", [Vote, SoftVote])
+def test_votes_at_equality(make):
+    """An IoU of 1 / 2 is of the group where the threshold is 1 / 2; of a score of 1 / 2 it leaves
+    1 / 4, which stays where the least is 1 / 4."""
+    boxes = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4]])
+    scores, classes = torch.tensor([1.0, 0.5]), torch.zeros(2, dtype=torch.long)
+    arguments = {"min_score": 0.25} if make is SoftVote else {}
+    found = make(0.5, **arguments)(boxes, scores, classes, 9)
+    mean = [0, 0, 8, (8 + 0.5 * 4) / 1.5]
+    assert found.boxes[0].tolist() == pytest.approx(mean)
+    assert found.scores.tolist() == [1.0, 0.25][: len(found.scores)]
+    assert len(found.scores) == 1 + (make is SoftVote)
+
+
+@pytest.mark.parametrize("make", [Vote, SoftVote])
+@pytest.mark.parametrize("bad", [[5.0, 5, 5, 9], [5.0, 9, 8, 5], [torch.nan] * 4])
+def test_a_box_that_overlaps_nothing_is_a_group(make, bad):
+    """Not even itself, where it has no area: it is not looked at for ever."""
+    groups = []
+
+    class Counting(make):
+        def _merge(self, *group):
+            groups.append(group)
+            assert len(groups) <= 3, "it goes on and on"
+            return super()._merge(*group)
+
+    boxes = torch.tensor([bad, [0.0, 0, 8, 8], [20, 0, 28, 8]])
+    scores, classes = torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3, dtype=torch.long)
+    found = Counting()(boxes, scores, classes, 9)
+    assert torch.equal(found.scores, scores)
+    torch.testing.assert_close(found.boxes, boxes, equal_nan=True)
+
+
 class Bright(nn.Module):
     """Finds the bright rectangle of each view, exactly, and remembers the views."""
 
@@ -110,11 +143,13 @@ def test_a_mirrored_view_is_brought_back_to_the_pixel():
         assert boxes.tolist() == [[20, 30, 80, 70]]
 
 
-def test_views_smaller_than_the_plain_one_have_its_cap():
-    """Ten times as wide as high: the cap decides. The others have TEST.AUG.MAX_SIZE."""
+@pytest.mark.parametrize("other", [100, 200])
+def test_views_smaller_than_the_plain_one_have_its_cap(other):
+    """Ten times as wide as high: the cap decides. The others have TEST.AUG.MAX_SIZE, one of the
+    plain one's size, too (the authors' code: "if scale < 800")."""
     model, long = Bright(), torch.zeros(3, 20, 200, dtype=torch.uint8)
     long[:, 5:15, 50:150] = 255
-    tta(model, "TEST.AUG.FLIP", False)([{"image": long}])
+    tta(model, "TEST.AUG.FLIP", False, "TEST.AUG.MIN_SIZES", (50, other))([{"image": long}])
     assert model.seen == [(40, 400), (40, 400), (30, 300)]
 
 
@@ -124,6 +159,17 @@ def test_both_ends_of_a_views_range_are_outside(least, greatest, counts):
     image = np.zeros((100, 100, 3), np.uint8)
     image[30:70, 30:70] = 255
     boxes, _, _ = tta(Bright())._view(image, 100, 400, least, greatest, False)
+    assert len(boxes) == counts
+
+
+@pytest.mark.parametrize(
+    ("least", "greatest", "counts"), [(7.5, 8, 1), (6.9, 7.3, 0), (8.2, 8.7, 0)]
+)
+def test_a_views_size_is_of_both_its_sides(least, greatest, counts):
+    """5 x 100 pixels become 3 x 50: a box of 5 x 40 is one of 3 x 20, whose root is 7.75."""
+    image = np.zeros((5, 100, 3), np.uint8)
+    image[:, 20:60] = 255
+    boxes, _, _ = tta(Bright())._view(image, 100, 50, least, greatest, False)
     assert len(boxes) == counts
 
 

@@ -204,7 +204,8 @@ def mixture(
         sums, of_x, of_squares = (torch.stack([share, known - share], dim=1) @ powers).unbind(-1)
         sums = sums + tiny
         mean = of_x / sums
-        variance = of_squares / sums - mean.square() + floor
+        # Rounding may leave less than nothing, beside an outlier.
+        variance = (of_squares / sums - mean.square()).clamp(min=0) + floor
         now = torch.stack([sums / sums.sum(dim=1, keepdim=True), mean, variance])
         goes_on = (likelihood - before).abs() >= tolerance
         before = likelihood

@@ -1,7 +1,7 @@
 """Deformable convolution on torchvision's operator, which needs no compiled part of Detectron2; on
 CPUs, where that uses one core, as a sum of samples."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,9 @@ def sampled_conv2d(
         tap, place = (torch.arange(k[axis], dtype=x.dtype, device=x.device) for k in (kernel, size))
         tap = (tap * dilation[axis] - padding[axis]).view(along_tap).expand(*kernel).flatten()
         at = moved[..., axis] + tap + (place * stride[axis]).view(along_map)
-        # Beyond the map lie zeros, of which MARGIN are there. NaN in the map is NaN all the same.
-        at = at.nan_to_num().clamp(-MARGIN[0], sides[axis] + MARGIN[1] - 2)
-        low = at.detach().floor()
+        # Beyond the map lie zeros, of which MARGIN are there. NaN goes on in the shares.
+        at = at.clamp(-MARGIN[0], sides[axis] + MARGIN[1] - 2)
+        low = at.detach().nan_to_num().floor()
         corners.append(low.long() + MARGIN[0])
         shares.append((1 - (at - low), at - low))
 
@@ -63,6 +63,12 @@ def sampled_conv2d(
     y = samples.reshape(n, groups, size.numel(), -1) @ kernels
     y = y.transpose(2, 3).reshape(n, channels_out, *size)
     return y if bias is None else y + bias.view(-1, 1, 1)
+
+
+def deform_conv(x: Tensor, *arguments: Any) -> Tensor:
+    """torchvision's operator, or what computes the same on CPUs, where an offset that is NaN would
+    end the process."""
+    return (sampled_conv2d if x.device.type == "cpu" else deform_conv2d)(x, *arguments)
 
 
 class DeformConv(nn.Module):
@@ -110,9 +116,8 @@ class DeformConv(nn.Module):
         bias = None if self.bias is None else self.bias.to(dtype)
         mask = None if mask is None else mask.to(dtype)
         geometry = self.stride, self.padding, self.dilation
-        operator = sampled_conv2d if x.device.type == "cpu" else deform_conv2d
         with torch.autocast(x.device.type, enabled=False):
-            y = operator(wide, offset, weight, bias, *geometry, mask).to(x.dtype)
+            y = deform_conv(wide, offset, weight, bias, *geometry, mask).to(x.dtype)
         return y if self.norm is None else self.norm(y)
 
 

@@ -8,12 +8,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import deform_conv2d
 
 from ..anchors import GridAnchorGenerator
 from ..parts import WrongValue, one_of, within
 from ..structures import HeadOutput
 from .box_coding import BoxCode, Corners, PointDistances
+from .deform_conv import deform_conv
 from .head import NORMS, Scale, flatten_levels, initialise, make_tower, norm_and_relu, through
 
 POINT = PointDistances()
@@ -74,7 +74,8 @@ def sample_sides(boxes: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         (N, 4, H, W).
     """
-    moved = deform_conv2d(boxes, offsets, boxes.new_ones(4, 1, 1, 1))
+    geometry = (1, 1), (0, 0), (1, 1)
+    moved = deform_conv(boxes, offsets, boxes.new_ones(4, 1, 1, 1), None, *geometry, None)
     crossed = (moved[:, :2] > moved[:, 2:]).any(dim=1, keepdim=True)
     return torch.where(crossed, boxes, moved)
 

@@ -1,0 +1,80 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.mixture import GaussianMixture
+
+from atss.assigners.cuts import mixture
+from atss.assigners.matching import cheapest
+from atss.assigners.scene import Segments
+
+
+def test_cheapest_of_equal_costs_are_the_first():
+    """Three pairs are no dearer than the second cheapest: the cheapest is last of them."""
+    chosen = cheapest(
+        Segments(torch.tensor([7, 7, 7])), torch.tensor([2.0, 2, 1]), torch.tensor([2])
+    )
+    assert chosen.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_cheapest_equals_a_sort_of_each_segment(seed):
+    """Of costs from 0 to 3, so that most tie, some infinite; segments of any length and k."""
+    rng = np.random.default_rng(seed)
+    count = rng.integers(1, 9, 30)
+    cost = rng.choice([0.0, 1.0, 2.0, 3.0, np.inf], count.sum())
+    k = rng.integers(1, 7, 30)
+    ids = np.repeat(rng.permutation(30), count)
+    chosen = cheapest(Segments(torch.tensor(ids)), torch.tensor(cost), torch.tensor(k))
+    first = 0
+    for length, wanted in zip(count, k, strict=True):
+        own = cost[first : first + length]
+        best = [i for i in np.argsort(own, kind="stable")[:wanted] if own[i] < np.inf]
+        assert chosen[first : first + length].nonzero().squeeze(1).tolist() == sorted(best)
+        first += length
+
+
+ROWS = {
+    "52 iterations": [0, 4, 4, 6, 7, 8, 9, 10, 11, 11],
+    "53 iterations": [0, 0.4, 0.5, 0.6, 0.6, 1.2, 1.4, 2, 2.1, 2.5, 3, 3.5, 3.6, 4.7, 6.4],
+    "all equal": [2.5, 2.5, 2.5],
+    "two": [1, 3],
+}
+
+
+def test_mixture_is_scikit_learns():
+    """Rows of several lengths at once, each as if alone: the slow ones to their end; of equal
+    likelihoods the cheaper component."""
+    width = max(map(len, ROWS.values()))
+    values = torch.full((len(ROWS), width), torch.inf, dtype=torch.float64)
+    for row, costs in zip(values, ROWS.values(), strict=True):
+        row[: len(costs)] = torch.tensor(costs, dtype=torch.float64)
+    good, density = mixture(values)
+    iterations = {}
+    for i, (name, costs) in enumerate(ROWS.items()):
+        x = np.array(costs, dtype=float)[:, None]
+        model = GaussianMixture(
+            2,
+            weights_init=[0.5, 0.5],
+            means_init=[x.min(axis=0), x.max(axis=0)],
+            precisions_init=np.ones((2, 1)),
+            covariance_type="diag",
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.fit(x)
+        iterations[name] = model.n_iter_
+        size = len(costs)
+        assert good[i].tolist() == [*(model.predict(x) == 0), *[False] * (width - size)], name
+        np.testing.assert_allclose(density[i, :size], model.score_samples(x), rtol=1e-6)
+        assert (density[i, size:] == -torch.inf).all()
+    assert min(sorted(iterations.values())[-2:]) > 50  # the slow rows can tell
+
+
+def test_mixture_with_a_far_outlier():
+    """Squares of 5e5 leave no digits to a variance of 1e-6, which rounding made negative."""
+    costs = [0.9986, 0.9996, 1.0006, 1.0011, 1.0012, 1e6]
+    good, density = mixture(torch.tensor([costs], dtype=torch.float64))
+    assert good.tolist() == [[True] * 5 + [False]]
+    assert density.isfinite().all()
