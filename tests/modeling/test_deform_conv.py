@@ -109,6 +109,15 @@ def test_on_cpus_it_is_torchvisions_operator(
         torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
 
 
+def test_an_empty_batch_stays_empty():
+    layer = DeformConvLayer(8, groups=2)
+    x = torch.zeros(0, 8, 6, 7, requires_grad=True)
+    y = layer(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert layer.conv.weight.grad.abs().sum() == 0
+
+
 @pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])
 def test_begins_as_a_plain_convolution(modulated):
     layer = DeformConvLayer(8, modulated)
