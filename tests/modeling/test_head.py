@@ -27,6 +27,7 @@ def test_flattening_is_by_level_row_column_anchor():
 
 def test_a_batch_is_its_images():
     head = ATSSHead(**HEAD)
+    assert head(features(0)).classes.shape == (0, 2 * (12 + 4), 3)
     batch = [torch.cat(pair) for pair in zip(features(1, 1), features(1, 2), strict=True)]
     together = head(batch)
     for i in range(2):

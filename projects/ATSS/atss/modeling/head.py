@@ -33,10 +33,7 @@ class Scale(nn.Module):
 
 def flatten_levels(maps: Sequence[Tensor], dim: int) -> Tensor:
     """Per level (N, A * dim, H, W) -> (N, R, dim), in the order of the anchors."""
-    flat = []
-    for x in maps:
-        n, _, h, w = x.shape
-        flat.append(x.view(n, -1, dim, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, dim))
+    flat = [x.unflatten(1, (-1, dim)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in maps]
     return torch.cat(flat, dim=1)
 
 
