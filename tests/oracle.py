@@ -35,14 +35,16 @@ def locations(anchors) -> np.ndarray:
     return np.concatenate(centres)
 
 
-def atss(anchors, gt_boxes: np.ndarray, k: int, count: str, like: str = "iou") -> np.ndarray:
+def atss(
+    anchors, gt_boxes: np.ndarray, k: int, count: str, like: str = "iou", **constants: float
+) -> np.ndarray:
     """(R,) ground-truth index or -1, by Algorithm 1; ties go to lower indices."""
     boxes = anchors.boxes.double().numpy()
     gt = gt_boxes.astype(np.float64)
     owner, best = np.full(len(boxes), -1), np.full(len(boxes), -np.inf)
     if len(gt) == 0:
         return owner
-    overlap = SIMILARITIES[like](gt, boxes)
+    overlap = SIMILARITIES[like](gt, boxes, **constants)
     centre, gt_centre = locations(anchors), (gt[:, :2] + gt[:, 2:]) / 2
     ends = np.cumsum(anchors.per_level)
     for g in range(len(gt)):
@@ -58,7 +60,7 @@ def atss(anchors, gt_boxes: np.ndarray, k: int, count: str, like: str = "iou") -
         inside = np.minimum(centre[candidates] - gt[g, :2], gt[g, 2:] - centre[candidates]).min(
             axis=1
         )
-        chosen = candidates[(values >= threshold - 1e-6) & (inside > 0.01)]
+        chosen = candidates[(values >= threshold) & (inside > 0.01)]
         better = overlap[g, chosen] > best[chosen]
         owner[chosen[better]], best[chosen[better]] = g, overlap[g, chosen[better]]
     return owner
@@ -309,7 +311,7 @@ def ddod(anchors, gt, classes, logits, boxes, k=9, alpha=0.8):
         )
         values = score[g, candidates]
         threshold = values.mean() + (values.std(ddof=1) if len(values) > 1 else 0)
-        positive = candidates[(values >= threshold - 1e-6) & inside[g, candidates]]
+        positive = candidates[(values >= threshold) & inside[g, candidates]]
         chosen[g, positive] = score[g, positive]
     return np.where(chosen.max(axis=0) >= 0, chosen.argmax(axis=0), -1), None
 

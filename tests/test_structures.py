@@ -1,9 +1,13 @@
+from functools import partial
+
 import pytest
 import torch
 from conftest import make_gt
 from detectron2.structures import Boxes, Instances
 
-from atss import BACKGROUND, IGNORE, Assignment, GroundTruth
+from atss import BACKGROUND, IGNORE, Anchors, Assignment, GroundTruth, HeadOutput, Predictions
+from atss.assigners import ASSIGNER_REGISTRY, ATSS, SpatialScale
+from atss.modeling.criterion import Criterion
 
 
 def test_ground_truth_gathers_instances():
@@ -29,6 +33,35 @@ def test_ground_truth_gathers_instances():
 def test_ground_truth_refuses(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_gt(**arguments)
+
+
+RULES = {name: rule for name, rule in ASSIGNER_REGISTRY if name != "SpatialScale"}
+RULES |= {"DDOD": partial(ATSS, alpha=0.8), "ranges": partial(SpatialScale, ranges=(64,))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32])
+@pytest.mark.parametrize("rule", RULES)
+def test_objects_of_any_dtype_are_taken_alike(rule, dtype):
+    """By every rule, and by the criterion."""
+    anchors = Anchors.grid((64, 96), strides=(8, 16))
+    boxes = torch.tensor([[4.0, 6, 40, 50], [30, 10, 90, 60]])
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, len(anchors.boxes))
+    logits = torch.randn(*shape, 3, generator=generator)
+    deltas = torch.randn(*shape, 4, generator=generator)
+    output = HeadOutput(logits, deltas, logits[..., 0])
+    seen = Predictions(output, anchors.boxes + deltas)
+    found = []
+    for of, whole in ((torch.float32, torch.int64), (dtype, torch.int32)):
+        classes, image_index = torch.tensor([2, 1], dtype=whole), torch.zeros(2, dtype=whole)
+        gt = GroundTruth(boxes.to(of), classes, image_index, 1)
+        assignment = RULES[rule]()(anchors, gt, seen)
+        losses = Criterion()(output, seen.boxes, anchors, gt, assignment)
+        found.append((assignment.gt_index, torch.stack([*losses.values()])))
+    assert (found[0][0] >= 0).any()
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
 
 
 def test_positives_per_object():

@@ -7,6 +7,7 @@ from conftest import GOLDEN, make_gt
 from atss import BACKGROUND, Anchors
 from atss.assigners import ATSS
 from atss.assigners.pairs import nearest_locations
+from atss.geometry import iou
 
 REFERENCE = np.load(GOLDEN / "atss_assignment.npz")
 CASES = sorted({key.split("/")[0] for key in REFERENCE.files})
@@ -103,16 +104,18 @@ def test_centre_must_lie_inside():
     assert (ATSS(9)(anchors, make_gt([[11, 0, 13, 64]])).gt_index >= 0).any()
 
 
-def test_equal_overlaps_leave_positives():
+@pytest.mark.parametrize("measure", [iou, lambda a, b: iou(a, b) - 1], ids=["iou", "negative"])
+def test_equal_overlaps_leave_positives(measure):
     """All nine candidates lie inside the object, so all overlap it equally, and the threshold is
-    that IoU: rounding must not lose the object (">=" in line 12)."""
+    that IoU: rounding must not lose the object (">=" in line 12). Own measures may be negative."""
     anchors = Anchors.grid((256, 256), strides=(8,), scales=(1.7,))
     rng = np.random.default_rng(0)
     centre = rng.uniform(100, 150, (200, 1)).astype(np.float32)
     half = rng.uniform(60, 90, (200, 1)).astype(np.float32)
     boxes = np.concatenate([centre - half, centre - half, centre + half, centre + half], axis=1)
     for i in range(len(boxes)):
-        assert (ATSS(9)(anchors, make_gt(boxes[i])).gt_index == 0).sum() == 9
+        found = ATSS(9, similarity=measure)(anchors, make_gt(boxes[i])).gt_index
+        assert (found == 0).sum() == 9
 
 
 def test_conflicts_go_to_the_higher_overlap_then_to_the_lower_index():

@@ -70,6 +70,19 @@ def test_rules_that_measure_by_them(name, seed):
     np.testing.assert_array_equal(found, brute_top_k(anchors, objects, 9, name))
 
 
+@pytest.mark.parametrize("similarity", [IoU(), NWD(), NWD(2.0), SimD(), SimD(60.0, 50.0)])
+@pytest.mark.parametrize("side", [(798, 770), (500, 790), (1200, 700), (24, 20)])
+def test_atss_selects_few_of_an_objects_candidates(similarity, side):
+    """The threshold holds for values of any magnitude: NWD of a large object is 1e-6 to 1e-40."""
+    anchors = Anchors.grid((800, 1344))
+    box = np.array([[60.5, 5.25, 60.5 + side[0], 5.25 + side[1]]], dtype=np.float32)
+    found = ATSS(similarity=similarity)(anchors, make_gt(box)).gt_index[0]
+    like = type(similarity).__name__.lower()
+    expected = oracle.atss(anchors, box, 9, "anchors", like, **vars(similarity))
+    np.testing.assert_array_equal(found, expected)
+    assert 1 <= (found == 0).sum() <= 18
+
+
 def test_they_are_named_and_set_in_configs():
     rule = build_assigner(
         make_cfg(

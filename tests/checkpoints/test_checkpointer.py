@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from atss.checkpoints.checkpointer import TrainingCheckpointer
+from atss.modeling.terms import Balance
 
 
 class Progress:
@@ -69,6 +70,23 @@ def test_a_stop_within_the_write_leaves_the_one_before(checkpointer, monkeypatch
     assert resume(checkpointer) == (5, 5.0)
     files = {"model_0000002.pth", "model_0000005.pth", "last_checkpoint"}
     assert set(os.listdir(checkpointer.save_dir)) == files
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_only_a_resumption_counts_on(tmp_path, resume):
+    """What a training has counted is not part of the weights that another begins from."""
+
+    def model():
+        shared = Balance(3)
+        return nn.ModuleDict({"layer": nn.Linear(1, 1), "first": shared, "second": shared})
+
+    trained = model()
+    trained["first"].counts += 7
+    TrainingCheckpointer(trained, str(tmp_path), trainer=Progress()).save("model_final")
+    new = TrainingCheckpointer(model(), str(tmp_path), trainer=Progress())
+    new.resume_or_load(str(tmp_path / "model_final.pth"), resume=resume)
+    assert torch.equal(new.model["layer"].weight, trained["layer"].weight)
+    assert new.model["second"].counts.tolist() == [7 * resume] * 3
 
 
 def test_what_a_kill_left_is_overwritten(checkpointer, tmp_path):

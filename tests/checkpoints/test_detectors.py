@@ -4,6 +4,8 @@ mmdet 3.3.0 computes with them, and the way back."""
 import json
 import runpy
 import shutil
+from functools import partial
+from importlib.util import find_spec
 
 import convert_checkpoint
 import demo
@@ -11,10 +13,13 @@ import numpy as np
 import pytest
 import recipe
 import torch
+from benchmarks.peers import import_mmdet
 from conftest import GOLDEN, make_cfg, make_input
 from detectron2.modeling import build_model
 from PIL import Image
 from test_convert import compare
+from torch import nn
+from torchvision.ops import DeformConv2d, deform_conv2d
 
 from atss import load_config
 from atss.checkpoints import (
@@ -233,6 +238,256 @@ def test_one_detectors_weights_are_not_anothers(tmp_path):
     assert (node.SUPPRESSION, node.SCORE) == ("nms", "product")
     assert not node.NORMALISER_PER_IMAGE
     assert node.BOX_NORMALISER_LEAST == 1
+
+
+def config_for_mmdet(cfg, classes=80):
+    """What is printed, as Python; the weights tell the number of classes alone."""
+    found = {}
+    exec(mmdet_config(cfg, {"head.cls_score.bias": torch.zeros(classes)}), found)
+    return found["model"]
+
+
+def test_config_for_mmdet_has_every_value():
+    """Of a model in which no two values are alike."""
+    opts = ("MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0], "MODEL.PIXEL_STD", [4.0, 5.0, 6.0])
+    opts += ("INPUT.FORMAT", "RGB", "MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, False, True])
+    opts += ("MODEL.RESNETS.DEFORM_NUM_GROUPS", 2, "MODEL.FPN.OUT_CHANNELS", 128)
+    opts += ("MODEL.ATSS.NUM_CONVS", 3, "MODEL.ATSS.RELU_BEFORE_P7", False)
+    opts += ("MODEL.ATSS.ANCHOR_SCALES", [6.0], "MODEL.ATSS.ANCHOR_RATIOS", [0.25])
+    opts += ("MODEL.ANCHOR_GENERATOR.OFFSET", 0.125)
+    opts += ("MODEL.ATSS.BBOX_REG_WEIGHTS", (8.0, 16.0, 4.0, 2.0), "MODEL.ATSS.DEFORM_TOWER", "")
+    opts += ("MODEL.ATSS.TOPK_CANDIDATES_TEST", 345, "MODEL.ATSS.SCORE_THRESH_TEST", 0.07)
+    opts += ("MODEL.ATSS.NMS_THRESH_TEST", 0.55, "TEST.DETECTIONS_PER_IMAGE", 77)
+    cfg = make_cfg(*opts, config="ATSS_dcnv2_X_101_32x8d_FPN_2x.yaml")
+    assert config_for_mmdet(cfg, 7) == {
+        "data_preprocessor": {
+            "mean": [1.0, 2.0, 3.0],
+            "std": [4.0, 5.0, 6.0],
+            "bgr_to_rgb": True,
+        },
+        "backbone": {
+            "type": "ResNeXt",
+            "depth": 101,
+            "num_stages": 4,
+            "strides": (1, 2, 2, 2),
+            "dilations": (1, 1, 1, 1),
+            "out_indices": (0, 1, 2, 3),
+            "style": "pytorch",
+            "init_cfg": None,
+            "groups": 32,
+            "base_width": 8,
+            "dcn": {"type": "DCNv2", "deform_groups": 2, "fallback_on_stride": False},
+            "stage_with_dcn": (False, True, False, True),
+        },
+        "neck": {
+            "in_channels": [256, 512, 1024, 2048],
+            "out_channels": 128,
+            "start_level": 1,
+            "add_extra_convs": "on_output",
+            "relu_before_extra_convs": False,
+            "num_outs": 5,
+        },
+        "bbox_head": {
+            "type": "ATSSHead",
+            "num_classes": 7,
+            "in_channels": 128,
+            "feat_channels": 128,
+            "stacked_convs": 3,
+            "anchor_generator": {
+                "type": "AnchorGenerator",
+                "ratios": [0.25],
+                "octave_base_scale": 6.0,
+                "scales_per_octave": 1,
+                "strides": [8, 16, 32, 64, 128],
+                "center_offset": 0.125,
+            },
+            "bbox_coder": {"target_stds": [0.125, 0.0625, 0.25, 0.5]},
+        },
+        "test_cfg": {
+            "nms_pre": 345,
+            "score_thr": 0.07,
+            "nms": {"type": "nms", "iou_threshold": 0.55},
+            "max_per_img": 77,
+        },
+    }
+
+
+# What mmdet 3.3.0's own configs of these detectors have, where they are not alike.
+STDS = {"bbox_coder": {"target_stds": [0.1, 0.1, 0.2, 0.2]}}
+OF_VFNET_HEAD = {
+    "type": "VFNetHead",
+    "stacked_convs": 3,
+    "dcn_on_last_conv": False,
+    "strides": [8, 16, 32, 64, 128],
+    "regress_ranges": ((-1, 64), (64, 128), (128, 256), (256, 512), (512, 1e8)),
+}
+OF_TOOD_HEAD = {"type": "TOODHead", "stacked_convs": 6, "num_dcn": 0}
+FREE, BASED = {"anchor_type": "anchor_free"}, {"anchor_type": "anchor_based"}
+DCN = {"dcn": {"type": "DCNv2", "deform_groups": 1, "fallback_on_stride": False}}
+DCN["stage_with_dcn"] = (False, True, True, True)
+PUBLISHED = {
+    "ATSS_R_50_FPN_1x": ({"type": "ATSSHead", "stacked_convs": 4} | STDS, {}),
+    "ATSS_R_101_FPN_1x": ({"type": "ATSSHead", "stacked_convs": 4} | STDS, {"depth": 101}),
+    "successors/PAA_R_50_FPN_1x": (
+        {"type": "PAAHead", "stacked_convs": 4, "score_voting": True} | STDS,
+        {},
+    ),
+    "successors/GFL_R_50_FPN_1x": ({"type": "GFLHead", "stacked_convs": 4, "reg_max": 16}, {}),
+    "successors/VFNet_R_50_FPN_1x": (OF_VFNET_HEAD, {}),
+    "successors/VFNet_dcnv2_R_50_FPN_2x": (OF_VFNET_HEAD | {"dcn_on_last_conv": True}, DCN),
+    "successors/TOOD_R_50_FPN_1x": (OF_TOOD_HEAD | FREE, {}),
+    "successors/TOOD_anchor_R_50_FPN_1x": (OF_TOOD_HEAD | BASED | STDS, {}),
+    "successors/TOOD_dcnv2_R_101_FPN_2x": (
+        OF_TOOD_HEAD | FREE | {"num_dcn": 2},
+        DCN | {"depth": 101},
+    ),
+    "successors/DDOD_R_50_FPN_1x": ({"type": "DDODHead", "stacked_convs": 4} | STDS, {}),
+}
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_configs_for_mmdet_are_its_own(row):
+    """All of head and backbone: of mmdet's published weights, pixels, strides and anchors."""
+    opts = ("INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53])
+    opts += ("MODEL.PIXEL_STD", [58.395, 57.12, 57.375], "MODEL.ANCHOR_GENERATOR.OFFSET", 0.0)
+    opts += ("MODEL.RESNETS.STRIDE_IN_1X1", False)
+    head, backbone = PUBLISHED[row]
+    model = config_for_mmdet(make_cfg(*opts, config=f"{row}.yaml"))
+    shared = {"num_classes": 80, "in_channels": 256, "feat_channels": 256}
+    shared["anchor_generator"] = {
+        "type": "AnchorGenerator",
+        "ratios": [1.0],
+        "octave_base_scale": 8,
+        "scales_per_octave": 1,
+        "strides": [8, 16, 32, 64, 128],
+        "center_offset": 0.0,
+    }
+    assert model["bbox_head"] == shared | head
+    plain = {"type": "ResNet", "depth": 50, "num_stages": 4, "out_indices": (0, 1, 2, 3)}
+    plain |= {"strides": (1, 2, 2, 2), "dilations": (1, 1, 1, 1), "style": "pytorch"}
+    assert model["backbone"] == plain | {"init_cfg": None} | backbone
+    assert model["data_preprocessor"]["std"] == [58.395, 57.12, 57.375]
+
+
+class Deformable(DeformConv2d):
+    """mmcv's DCN and, with masks, DCNv2, of which its light edition has none."""
+
+    transposed, output_padding = False, (0, 0)  # which mmcv asks of a convolution
+
+    def __init__(self, *args, deform_groups=1, masks=False, padding=1, **kwargs):
+        super().__init__(*args, padding=padding, **kwargs)
+        count = deform_groups * (27 if masks else 18)
+        geometry = (self.kernel_size, self.stride, self.padding, self.dilation)
+        self.masks, self.conv_offset = masks, nn.Conv2d(self.in_channels, count, *geometry)
+
+    def forward(self, x):
+        offset = self.conv_offset(x)
+        if not self.masks:
+            return super().forward(x, offset)
+        *offsets, mask = offset.chunk(3, dim=1)
+        return super().forward(x, torch.cat(offsets, dim=1), mask.sigmoid())
+
+
+@pytest.fixture
+def mmdets(monkeypatch):
+    """mmdet's registry of models, with operators of torchvision if mmcv has none."""
+    pytest.importorskip("mmdet", reason="mmdet is not installed: pip install -e '.[peers]'")
+    import_mmdet()
+    from mmdet.models.dense_heads import tood_head, vfnet_head
+    from mmdet.registry import MODELS
+
+    if find_spec("mmcv._ext") is None:
+        MODELS.register_module("DCN", force=True, module=Deformable)
+        MODELS.register_module("DCNv2", force=True, module=partial(Deformable, masks=True))
+        monkeypatch.setattr(vfnet_head, "DeformConv2d", partial(DeformConv2d, bias=False))
+        monkeypatch.setattr(tood_head, "deform_conv2d", lambda *x: deform_conv2d(*x[:3]))
+    return MODELS
+
+
+# What mmdet calls its own config of each detector.
+NAMED = {
+    "atss": "atss/atss_r50_fpn_1x_coco",
+    "paa": "paa/paa_r50_fpn_1x_coco",
+    "gfl": "gfl/gfl_r50_fpn_1x_coco",
+    "vfnet": "vfnet/vfnet_r50_fpn_1x_coco",
+    "tood": "tood/tood_r50_fpn_1x_coco",
+    "tood_anchor": "tood/tood_r50_fpn_anchor-based_1x_coco",
+    "ddod": "ddod/ddod_r50_fpn_1x_coco",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("detector", NAMED)
+@pytest.mark.parametrize("levels", ["res2 res3 res4", "res3 res4 res5"])
+def test_mmdet_builds_what_is_printed(mmdets, detector, levels):
+    """Its own config of the detector, changed to what is printed, detects what ours does: with
+    pixels, anchors, box weights, stages and thresholds that are nobody's defaults."""
+    from mmdet.structures import DetDataSample
+    from mmengine.hub import get_config
+    from mmengine.registry import DefaultScope
+
+    stages = [int(x[-1]) for x in levels.split()]
+    opts = ("MODEL.FPN.IN_FEATURES", levels.split(), "MODEL.RESNETS.OUT_FEATURES", levels.split())
+    opts += ("MODEL.ATSS.IN_FEATURES", [f"p{stages[0] + i}" for i in range(5)])
+    opts += ("MODEL.PIXEL_MEAN", [90.0, 110.0, 130.0], "MODEL.PIXEL_STD", [50.0, 60.0, 70.0])
+    opts += ("INPUT.FORMAT", "BGR", "MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.TOWER_BIAS", False)
+    opts += ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, False, True])
+    opts += ("MODEL.RESNETS.DEFORM_MODULATED", True, "MODEL.RESNETS.NUM_GROUPS", 32)
+    opts += ("MODEL.RESNETS.WIDTH_PER_GROUP", 4, "MODEL.RESNETS.STRIDE_IN_1X1", False)
+    opts += ("MODEL.ATSS.NUM_CONVS", 2, "MODEL.ATSS.RELU_BEFORE_P7", True)
+    opts += ("MODEL.ANCHOR_GENERATOR.OFFSET", 0.5, "MODEL.ATSS.ANCHOR_RATIOS", [1.5])
+    opts += ("MODEL.ATSS.BBOX_REG_WEIGHTS", (8.0, 16.0, 4.0, 2.0))
+    opts += ("MODEL.ATSS.HEADS.TOODHead.NUM_DEFORM", 1, "MODEL.ATSS.TOPK_CANDIDATES_TEST", 60)
+    opts += ("MODEL.ATSS.SCORE_THRESH_TEST", 0.1, "MODEL.ATSS.NMS_THRESH_TEST", 0.4)
+    opts += ("TEST.DETECTIONS_PER_IMAGE", 30, "MODEL.ATSS.NUM_CLASSES", 5)
+    theirs = DETECTORS[detector]
+    opts += tuple(x for item in theirs.values.items() for x in item)
+    cfg = make_cfg(*opts, config=f"{theirs.row}.yaml")
+    model = build_model(cfg).eval()
+    state = model.state_dict()
+    state |= {
+        k: torch.from_numpy(recipe.tensor(k, x.shape))
+        for k, x in state.items()
+        if x.is_floating_point() and "project" not in k
+    }
+    model.load_state_dict(state)
+
+    config = get_config(f"mmdet::{NAMED[detector]}.py")
+    config.merge_from_dict({"model": config_for_mmdet(cfg, 5)})
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        other = mmdets.build(config.model).eval()
+    weights = to_mmdet(state, cfg)
+    assert {*other.state_dict()} == {*weights}
+    other.load_state_dict(weights)
+    example = make_input(hw=(160, 224))
+    sample = DetDataSample(metainfo={"img_shape": (160, 224), "ori_shape": (160, 224)})
+    sample.set_metainfo({"scale_factor": (1.0, 1.0)})
+    batch = {"inputs": [example["image"]], "data_samples": [sample]}
+    with torch.no_grad():
+        ours = model([example])[0]["instances"]
+        found = other(**other.data_preprocessor(batch), mode="predict")[0].pred_instances
+    assert len(ours) > 5
+    compare(
+        *(ours.pred_boxes.tensor.numpy(), ours.scores.numpy(), ours.pred_classes.numpy()),
+        *(found.bboxes.numpy(), found.scores.numpy(), found.labels.numpy()),
+    )
+
+
+def test_levels_of_vfnet_become_mmdets():
+    """Its strides and ranges stand in arguments of its own."""
+    levels = ["res2", "res3", "res4", "res5"]
+    opts = ("MODEL.FPN.IN_FEATURES", levels, "MODEL.RESNETS.OUT_FEATURES", levels)
+    opts += ("MODEL.ATSS.IN_FEATURES", [f"p{i}" for i in range(2, 8)])
+    opts += ("MODEL.ATSS.TOWER_BIAS", False)
+    cfg = make_cfg(*opts, config="successors/VFNet_R_50_FPN_1x.yaml")
+    head = config_for_mmdet(cfg)["bbox_head"]
+    assert head["strides"] == head["anchor_generator"]["strides"] == [4, 8, 16, 32, 64, 128]
+    ends = [32, 64, 128, 256, 512]
+    assert head["regress_ranges"] == (*zip([-1, *ends], [*ends, 1e8], strict=True),)
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        theirs = to_mmdet(build_model(cfg).state_dict(), cfg)
+    assert sum(".scales" in name for name in theirs) == 12
 
 
 @pytest.mark.parametrize("name", ["VFNet_dcnv2_R_50_FPN_2x", "TOOD_dcnv2_R_101_FPN_2x"])

@@ -40,6 +40,8 @@ CASES = {
     "unknown norm in the head": [ATSS + "NORM", "XX"],
     "channels that groups do not divide": ["MODEL.FPN.OUT_CHANNELS", "100"],
     "unknown regression": [ATSS + "REGRESSION", "corner"],
+    "corners from a head of convolutions": [ATSS + "REGRESSION", "corners"],
+    "soft class targets under the focal loss": [ATSS + "CLS_TARGET", "overlap"],
     "unknown box loss": [ATSS + "BBOX_REG_LOSS_TYPE", "diou"],
     "points with several anchors": [
         *(ATSS + "REGRESSION", "point", ATSS + "ANCHOR_SCALES", "[4.0, 8.0]"),

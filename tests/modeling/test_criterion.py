@@ -10,6 +10,7 @@ from conftest import GOLDEN, make_cfg, make_gt
 from detectron2.utils import comm
 from processes import FORKED
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from atss import (
     BACKGROUND,
@@ -33,6 +34,7 @@ from atss.modeling.terms import (
     DistributionFocal,
     GIoU,
     SmoothL1,
+    central,
     confidence,
     overlap,
     score,
@@ -401,17 +403,55 @@ def test_infinite_outputs_that_do_not_count_change_nothing(value):
 
 
 def test_soft_class_targets_are_refused():
-    """The focal loss has its minimum elsewhere: for a target of 0.7 at a probability of 0.88."""
+    """At building, so that no GPU is waited for. The focal loss has its minimum elsewhere: for a
+    target of 0.7 at a probability of 0.88."""
+    for target in (score, overlap, lambda matched: matched.positive.float()):
+        with pytest.raises(ValueError, match=r"cls_target may be between 0 and 1, but .* 0 and 1"):
+            Criterion(cls_target=target)
+        Criterion(cls_loss=QualityFocal(), cls_target=target)
+        Criterion(cls_loss=None, cls_target=target)
+
+    class Central:
+        hard_targets = True
+
+        def __call__(self, matched):
+            return (central(matched) > 0.5).float()
+
+    Criterion(cls_target=Central())
+    key = "MODEL.ATSS.CLS_TARGET score may be between"
+    with pytest.raises(ValueError, match=key):
+        build_branches(make_cfg("MODEL.ATSS.CLS_TARGET", "score"), {"code": BoxDeltas()})
+
+
+def test_a_score_that_a_rule_does_not_give_is_refused():
     output = random_output()
     boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
-    ones = torch.ones(2, 4)
-    criterion = Criterion(cls_target=score)
-    for target in (torch.zeros(2, 4), ones):
-        criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX, target))
-    with pytest.raises(ValueError, match=r"class target is 0\.7, but .* for targets 0 and 1"):
-        criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX, ones * 0.7))
+    criterion = Criterion(cls_loss=QualityFocal(), cls_target=score)
     with pytest.raises(ValueError, match="score of a rule that gives none"):
         criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX))
+
+
+class Shapes(TorchDispatchMode):
+    """Of all tensors that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.made += [tuple(x.shape) for x in [result] if isinstance(x, torch.Tensor)]
+        return result
+
+
+@pytest.mark.parametrize("cls_loss", [None, QualityFocal()])
+def test_without_a_class_loss_no_class_is_copied(cls_loss):
+    output = random_output()
+    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
+    with Shapes() as shapes:
+        criterion = Criterion(cls_loss=cls_loss, cls_target=overlap, quality=overlap)
+        criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX))
+    assert (tuple(output.classes.shape) in shapes.made) == (cls_loss is not None)
 
 
 # head -> (kinds of output and their channels, names of losses, config, keys that mmdet has
@@ -532,7 +572,7 @@ def matched_of(output, assignment):
         return matched.positive.float()
 
     boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
-    Criterion(cls_target=look)(output, boxes, ANCHORS, GT, assignment)
+    Criterion(cls_loss=QualityFocal(), cls_target=look)(output, boxes, ANCHORS, GT, assignment)
     return seen[0]
 
 
@@ -575,10 +615,13 @@ def test_bounds_and_weights_are_values():
     assert losses_with(box_least=1e3)["loss_box_reg"] < 0.01 * plain["loss_box_reg"]
     half = losses_with(quality_weight=0.5)
     assert half["loss_centerness"] == pytest.approx(plain["loss_centerness"] / 2)
-    by_targets = losses_with(
-        Assignment(GT_INDEX, (GT_INDEX >= 0) * 1.0), cls_target=score, normaliser=targets
-    )
-    assert by_targets == pytest.approx(plain)
+    assert losses_with(normaliser=targets) == pytest.approx(plain)
+    soft = {"cls_loss": QualityFocal(), "cls_target": score}
+    sums = [
+        losses_with(Assignment(GT_INDEX, (GT_INDEX >= 0) * 0.25), **soft, **x)["loss_cls"]
+        for x in ({"least": 0.75}, {"least": 0.5, "normaliser": targets})
+    ]
+    assert sums[1] == pytest.approx(4 * sums[0])  # three quarters in place of three
 
 
 @pytest.fixture

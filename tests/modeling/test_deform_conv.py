@@ -126,6 +126,15 @@ def test_offsets_that_are_not_finite(offset, axis):
     torch.testing.assert_close(found, expected, equal_nan=True)
 
 
+def test_an_empty_batch_stays_empty():
+    layer = DeformConvLayer(8, groups=2)
+    x = torch.zeros(0, 8, 6, 7, requires_grad=True)
+    y = layer(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert layer.conv.weight.grad.abs().sum() == 0
+
+
 @pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])
 def test_begins_as_a_plain_convolution(modulated):
     layer = DeformConvLayer(8, modulated)

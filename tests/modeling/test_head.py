@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from conftest import make_cfg, make_input
+from detectron2.modeling import build_model
 
 from atss.modeling.head import ATSSHead, DistributionQuality, flatten_levels
 
@@ -25,6 +27,7 @@ def test_flattening_is_by_level_row_column_anchor():
 
 def test_a_batch_is_its_images():
     head = ATSSHead(**HEAD)
+    assert head(features(0)).classes.shape == (0, 2 * (12 + 4), 3)
     batch = [torch.cat(pair) for pair in zip(features(1, 1), features(1, 2), strict=True)]
     together = head(batch)
     for i in range(2):
@@ -150,6 +153,24 @@ def test_quality_from_distributions_multiplies_class_probabilities():
 def test_refuses_quality_from_what_is_no_distribution(bins):
     with pytest.raises(ValueError, match="'distribution' wants a box code of distributions"):
         ATSSHead(**HEAD | OF_DISTRIBUTIONS | {"bins": bins})
+
+
+def test_refuses_boxes_that_do_not_count_from_the_anchor():
+    with pytest.raises(ValueError, match=r"ATSSHead does not work here: .*Corners"):
+        build_model(make_cfg("MODEL.ATSS.REGRESSION", "corners"))
+
+
+@pytest.mark.parametrize("channels", [16, 32])
+def test_a_level_too_small_for_its_norm_names_the_key(channels):
+    """One image of 96 x 128 pixels has a P7 of one location, on which a group of one channel has
+    one number."""
+    opts = ("MODEL.FPN.OUT_CHANNELS", channels)
+    if channels == 16:  # the dynamic head's groups
+        opts += ("MODEL.ATSS.HEADS.ATSSHead.TOWER", "dynamic")
+    model = build_model(make_cfg(*opts))
+    with pytest.raises(ValueError, match=r"MODEL\.ATSS\.NORM .* raise MODEL\.FPN\.OUT_CHANNELS"):
+        model([make_input([[10, 10, 60, 70]], [1])])
+    sum(model([make_input([[10, 10, 60, 70]], [1])] * 2).values()).backward()
 
 
 def test_refuses_an_unknown_tower():

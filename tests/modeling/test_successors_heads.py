@@ -9,7 +9,7 @@ from detectron2.layers import ShapeSpec
 from torch.nn import functional as F
 
 from atss import GridAnchorGenerator
-from atss.modeling import BoxDeltas, Corners, Distribution, TOODHead, VFNetHead
+from atss.modeling import BoxDeltas, Corners, Distribution, LogDistances, TOODHead, VFNetHead
 from atss.modeling.tood_head import TaskDecomposition, geometric_mean, sample_sides
 from atss.modeling.vfnet_head import star_offsets
 
@@ -143,6 +143,10 @@ def test_heads_say_which_code_reads_them():
     for inner in (Corners(), Distribution()):
         with pytest.raises(ValueError, match=r"inner is no (Corners|Distribution): 'point' or"):
             tood(inner=inner)
+    for inner in (BoxDeltas(), LogDistances()):
+        with pytest.raises(ValueError, match="exponential True is for distances"):
+            tood(inner=inner)
+        tood(inner=inner, exponential=False)
 
 
 # ------------------------------------------------------------------------------------------------

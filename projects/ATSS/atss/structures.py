@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -44,7 +45,8 @@ IGNORE = -2
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The objects of a whole batch, ragged: no padding, no mask.
+    """The objects of a whole batch, ragged: no padding, no mask. Boxes of another dtype become
+    float32, as anchors and predictions are, and whole numbers int64.
 
     Attributes:
         boxes: (G, 4) float32.
@@ -59,6 +61,9 @@ class GroundTruth:
     num_images: int
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "boxes", self.boxes.float())
+        for name in ("classes", "image_index"):
+            object.__setattr__(self, name, getattr(self, name).long())
         count = len(self.boxes)
         if self.boxes.shape != (count, 4):
             raise ValueError(f"boxes must be (G, 4), got {tuple(self.boxes.shape)}")
@@ -213,14 +218,16 @@ class Assignment:
         return counts.scatter_add_(0, slot, torch.ones_like(index))[:num_objects]
 
 
-class Matched(NamedTuple):
+@dataclass(frozen=True)
+class Matched:
     """What the parts of a criterion see of all anchors and their objects.
 
     What does not count is replaced, since it may be infinite: classes of ignored anchors, and
     numbers and quality away from positives, are 0; away from positives both boxes are the anchor.
 
     Attributes:
-        output: the head's.
+        whole_output: the head's, in which nothing is replaced.
+        counts: (N, R) bool: the anchor is not ignored.
         boxes: (N, R, 4), its numbers decoded.
         anchors: R anchors, with the stride of each.
         target_classes: (N, R) int64 in [0, K).
@@ -229,10 +236,24 @@ class Matched(NamedTuple):
         score: (N, R) float32, the rule's, or None where it gives none.
     """
 
-    output: HeadOutput
+    whole_output: HeadOutput
+    counts: Tensor
     boxes: Tensor
     anchors: Anchors
     target_classes: Tensor
     target_boxes: Tensor
     positive: Tensor
     score: Tensor | None
+
+    @cached_property
+    def output(self) -> HeadOutput:
+        """The head's. Made when it is asked for first: a copy of all classes takes longer than the
+        losses of a branch that has none of them."""
+        # Not multiplied by zero: it may be infinite.
+        classes, numbers, quality, probabilities = self.whole_output
+        return HeadOutput(
+            None if classes is None else torch.where(self.counts[..., None], classes, 0),
+            torch.where(self.positive[..., None], numbers, 0),
+            None if quality is None else torch.where(self.positive, quality, 0),
+            probabilities,
+        )

@@ -30,9 +30,11 @@ class ATSS:
             IoU^alpha of what is predicted there (DDOD, arXiv 2107.02963).
     """
 
-    # Where all candidates overlap equally, their standard deviation is zero but for rounding, and
-    # rounding must not decide that an object has no positive at all.
-    IOU_TOLERANCE = 1e-6
+    # If all candidates overlap an object equally, their standard deviation is zero but for
+    # rounding, which must not decide that it has no positive at all. Relative: corners of anchors
+    # are float32, so that the IoU of an anchor of 32 pixels 1,333 pixels from the origin is wrong
+    # by up to 8e-6 of itself; an NWD may be 1e-12.
+    TOLERANCE = 1e-5
     # Objects handled at a time: bounds memory, and keeps it in the processor's cache.
     CHUNK = 2048
 
@@ -50,6 +52,8 @@ class ATSS:
         if alpha is not None:
             within("alpha", alpha, 0, 1)
         self.similarity = similarity
+        # No search by ``reach`` here: what counts as 0 there still tells candidates apart.
+        self._measure = getattr(similarity, "exact", similarity)
         self.alpha = alpha
         self.looks_at_predictions = alpha is not None
 
@@ -71,7 +75,7 @@ class ATSS:
         """
         if self.alpha is None:
             return assign_pairs(anchors, gt, self.candidates, self.CHUNK)
-        scene = Scene.of(self, anchors, gt, predictions, self.similarity)
+        scene = Scene.of(self, anchors, gt, predictions, self._measure)
 
         def candidates(anchors: Anchors, gt_boxes: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
             return self.candidates(anchors, gt_boxes, scene, owner)
@@ -99,7 +103,7 @@ class ATSS:
         objects = gt_boxes.double()
         index, valid, boxes = self._nearest(anchors, objects)
         if self.alpha is None:
-            overlap = self.similarity(boxes, objects)  # line 7
+            overlap = self._measure(boxes, objects)  # line 7
         else:
             assert scene is not None
             assert owner is not None
@@ -109,7 +113,8 @@ class ATSS:
         mean, std = _mean_and_std(overlap, valid)  # lines 8, 9
         threshold = mean + std  # line 10
         inside = nearest_side(centres(boxes), objects) > INSIDE_MARGIN
-        positive = (overlap >= threshold - self.IOU_TOLERANCE) & inside & valid  # line 12
+        least = threshold - self.TOLERANCE * threshold.abs()
+        positive = (overlap >= least) & inside & valid  # line 12
         return index, overlap.masked_fill_(~positive, -torch.inf)
 
     def statistics(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +127,7 @@ class ATSS:
         """
         objects = gt_boxes.double()
         _, valid, boxes = self._nearest(anchors, objects)
-        return _mean_and_std(self.similarity(boxes, objects) * valid, valid)
+        return _mean_and_std(self._measure(boxes, objects) * valid, valid)
 
     def _nearest(self, anchors: Anchors, objects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Lines 2 to 6: (C, G) index and validity of the candidates, (C, G, 4) their boxes."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..geometry import iou, normalised_wasserstein, similarity_distance
 from ..parts import within
 
-# What is less counts as 0, so that every similarity reaches a known way.
+# What is less counts as 0 in a search, so that every similarity reaches a known way.
 FAINT = 1e-12
 
 
@@ -65,7 +65,11 @@ class NWD:
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Of two boxes (..., 4) each -> (...)."""
-        return _without_faint(normalised_wasserstein(a, b, self.constant))
+        return _without_faint(self.exact(a, b))
+
+    def exact(self, a: Tensor, b: Tensor) -> Tensor:
+        """The same, however little it is: for rules that know their candidates by themselves."""
+        return normalised_wasserstein(a, b, self.constant)
 
     def reach(self, least: Tensor) -> tuple[Tensor, Tensor]:
         """As far as boxes of one size."""
@@ -93,7 +97,11 @@ class SimD:
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Of two boxes (..., 4) each -> (...)."""
-        return _without_faint(similarity_distance(a, b, self.m, self.n))
+        return _without_faint(self.exact(a, b))
+
+    def exact(self, a: Tensor, b: Tensor) -> Tensor:
+        """The same, however little it is: for rules that know their candidates by themselves."""
+        return similarity_distance(a, b, self.m, self.n)
 
     def reach(self, least: Tensor) -> tuple[Tensor, Tensor]:
         """As far as boxes of their sizes."""

@@ -216,6 +216,8 @@ class TrainingCheckpointer(SafeCheckpointer):
             super()._match_classes(names, weights)
 
     def _load_model(self, checkpoint: dict) -> Any:
+        if self._begins:
+            self._forget_counts(checkpoint["model"])
         left = super()._load_model(checkpoint)
         if self._begins:
             return left
@@ -231,6 +233,13 @@ class TrainingCheckpointer(SafeCheckpointer):
                 "the config of the run that it goes on with"
             )
         return left
+
+    def _forget_counts(self, weights: dict[str, Any]) -> None:
+        """Puts, in place of what a training has counted, as modules name it in their attribute
+        ``of_a_training``, what the model begins with."""
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            for name in getattr(module, "of_a_training", ()):
+                weights[f"{path}.{name}"] = module.get_buffer(name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Detectron2's, all or nothing."""

@@ -62,10 +62,24 @@ def _of_tood(cfg: CfgNode) -> dict[str, Any]:
     return {"stacked_convs": head.NUM_CONVS, "num_dcn": head.NUM_DEFORM}
 
 
+def levels_of(cfg: CfgNode) -> list[int]:
+    """Numbers of the pyramid's levels: those made of stages of the backbone, and two more."""
+    stages = [int(name.removeprefix("res")) for name in cfg.MODEL.FPN.IN_FEATURES]
+    return [*stages, stages[-1] + 1, stages[-1] + 2]
+
+
 def _of_vfnet(cfg: CfgNode) -> dict[str, Any]:
     node = cfg.MODEL.ATSS
-    deformable = bool(node.DEFORM_TOWER)
-    return {"stacked_convs": node.HEADS.VFNetHead.NUM_CONVS, "dcn_on_last_conv": deformable}
+    head = node.HEADS.VFNetHead
+    strides = [2**level for level in levels_of(cfg)]
+    ends = [head.REACH * stride for stride in strides[:-1]]
+    return {
+        "stacked_convs": head.NUM_CONVS,
+        "dcn_on_last_conv": bool(node.DEFORM_TOWER),
+        "strides": strides,
+        # The upper ends are the sides of a first box; the last is taken as twice the one before.
+        "regress_ranges": (*zip((-1, *ends), (*ends, 1e8), strict=True),),
+    }
 
 
 _OF_ATSS = {"cls_score": "atss_cls", "bbox_pred": "atss_reg", "ctrness": "atss_centerness"}
@@ -73,7 +87,7 @@ _OF_VFNET = {
     **{"cls_conv": "vfnet_cls_dconv", "cls_score": "vfnet_cls", "bbox_pred": "vfnet_reg"},
     **{"bbox_conv.0": "vfnet_reg_conv.conv", "bbox_conv.1": "vfnet_reg_conv.gn"},
     **{"refine_conv": "vfnet_reg_refine_dconv", "refine_pred": "vfnet_reg_refine"},
-    **{f"refine_scales.{i}": f"scales_refine.{i}" for i in range(5)},
+    **{f"refine_scales.{i}": f"scales_refine.{i}" for i in range(6)},  # of P2 to P7 at most
 }
 _OF_TOOD = {
     **{f"stack.{i}.0": f"inter_convs.{i}.conv" for i in range(6)},

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config.checks import flatten
 from ..config.read import get_config
 from .convert import check_against, is_tower_bias, load, refuse_to_replace, shapes_of, write
-from .detectors import DETECTORS, ConversionError
+from .detectors import DETECTORS, ConversionError, levels_of
 from .names import rename, to_mmdet_rules
 
 # What mmdet's detectors, its FPN and its ResNets do of these keys is what the row of the detector
@@ -47,7 +47,7 @@ def to_mmdet(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor
                 "MODEL.ATSS.TOWER_BIAS False"
             )
     check_against(state_dict, [], shapes_of(_with_classes_of(cfg, state_dict)))
-    levels = _levels(cfg)
+    levels = levels_of(cfg)
     # What counts in training has no place there.
     some = [k for k, x in state_dict.items() if not is_tower_bias(k) and x.is_floating_point()]
     names, unknown = rename(some, to_mmdet_rules(levels[0], len(levels) - 2, theirs.predictors))
@@ -75,7 +75,7 @@ def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
     """
     theirs = DETECTORS[detector_for(cfg)]
     node, resnet = cfg.MODEL.ATSS, cfg.MODEL.RESNETS
-    levels = _levels(cfg)
+    levels = levels_of(cfg)
     count = levels[-1] - 3  # stages, from res2 on
     backbone = {
         "type": "ResNet" if resnet.NUM_GROUPS == 1 else "ResNeXt",
@@ -117,6 +117,7 @@ def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
             "feat_channels": cfg.MODEL.FPN.OUT_CHANNELS,
             "stacked_convs": node.NUM_CONVS,
             "anchor_generator": {
+                "type": "AnchorGenerator",
                 "ratios": list(node.ANCHOR_RATIOS),
                 "octave_base_scale": node.ANCHOR_SCALES[0],
                 "scales_per_octave": 1,
@@ -177,15 +178,9 @@ def detector_for(cfg: CfgNode) -> str:
         )
     if len(cfg.MODEL.ATSS.ANCHOR_SCALES) * len(cfg.MODEL.ATSS.ANCHOR_RATIOS) > 1:
         raise ConversionError("only models with one anchor per location are converted for mmdet")
-    if len(cfg.MODEL.ATSS.IN_FEATURES) != len(_levels(cfg)):
+    if len(cfg.MODEL.ATSS.IN_FEATURES) != len(levels_of(cfg)):
         raise ConversionError("mmdet uses all levels of its FPN, MODEL.ATSS.IN_FEATURES not")
     return detector
-
-
-def _levels(cfg: CfgNode) -> list[int]:
-    """Numbers of the pyramid's levels: those made of stages of the backbone, and two more."""
-    stages = [int(name.removeprefix("res")) for name in cfg.MODEL.FPN.IN_FEATURES]
-    return [*stages, stages[-1] + 1, stages[-1] + 2]
 
 
 def _with_classes_of(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> CfgNode:

@@ -181,6 +181,7 @@ def build_criterion(node: CfgNode, known: dict[str, Any]) -> Criterion:
     if "level_weight" not in known:
         level_weight = modeling.LEVEL_WEIGHTS.build(node, **known)
     with naming(
+        cls_target=f"MODEL.ATSS.CLS_TARGET {node.CLS_TARGET}",
         quality_weight="MODEL.ATSS.QUALITY_LOSS_WEIGHT",
         least="MODEL.ATSS.NORMALISER_LEAST",
         box_least="MODEL.ATSS.BOX_NORMALISER_LEAST",

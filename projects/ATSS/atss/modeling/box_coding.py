@@ -18,6 +18,8 @@ class BoxCode(Protocol):
         initial: the number that the head predicts before training.
         uses_shape: whether it looks at the anchor's width and height, so that several anchors of a
             location say different things.
+        relative: whether numbers count from the anchor, so that the same ones are another box
+            elsewhere, as convolutions want it.
         comparable: whether numbers of the head may be compared with encoded boxes.
         bins: of the distribution, as logits, that the numbers are for each side; 0: they are none.
         legacy: pixels to add to a box that weights of the authors' code predict.
@@ -26,6 +28,7 @@ class BoxCode(Protocol):
     channels: int = 4
     initial: float = 0.0
     uses_shape: bool = False
+    relative: bool = True
     comparable: bool = False
     bins: int = 0
     # Their coordinates name the centres of pixels, half a pixel before ours, and their boxes hold
@@ -161,6 +164,7 @@ class Corners(BoxCode):
     """The box itself, in strides: for heads that decode, and move what they decoded, themselves."""
 
     comparable = True
+    relative = False
 
     def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
         """(..., 4) boxes in pixels, (...) strides -> (..., 4) boxes in strides."""

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..anchors import Anchors
 from ..losses import Focal
-from ..parts import within
+from ..parts import WrongValue, within
 from ..structures import IGNORE, Assignment, GroundTruth, HeadOutput, Matched
 from .terms import GIoU, central, one, positives
 
@@ -56,7 +56,8 @@ class Criterion(nn.Module):
             output without classes, for no loss of them. If it has a method ``target_of``, positives
             are to say what that makes of class targets.
         cls_target: what the class of a positive's object is to say, (N, R); other classes, and
-            negatives, are to say 0.
+            negatives, are to say 0. It may be between 0 and 1, if it has no attribute
+            ``hard_targets`` that is true.
         box_terms: {name: loss}, each Matched -> (N, R), with its ``weight`` if it has one.
         box_weight: of each positive in the box terms; None for what its quality is to be, or 1
             where the head predicts none.
@@ -69,6 +70,10 @@ class Criterion(nn.Module):
         box_least: lower bound of the sum of box weights.
         level_weight: Matched -> (R,), by which all losses of an anchor are multiplied; None for 1.
             It may be a module with buffers, and that of another criterion, too.
+
+    Raises:
+        ValueError: if the class target may be between 0 and 1, but the class loss has
+            ``hard_targets``.
     """
 
     def __init__(
@@ -91,6 +96,14 @@ class Criterion(nn.Module):
         within("quality_weight", quality_weight, 0, 1e6)
         within("least", least, 1e-12)
         within("box_least", box_least, 1e-12)
+        hard = cls_target is one or getattr(cls_target, "hard_targets", False)
+        if getattr(cls_loss, "hard_targets", False) and not hard:
+            raise WrongValue(
+                "cls_target",
+                "may be between 0 and 1, but the class loss is for targets 0 and 1: choose a "
+                "MODEL.ATSS.CLS_LOSS such as quality_focal, or give a target of 0 and 1 the "
+                "attribute hard_targets = True",
+            )
         self.cls_loss, self.cls_target = cls_loss, cls_target
         self.box_terms = {"giou": GIoU()} if box_terms is None else dict(box_terms)
         for name in self.box_terms:
@@ -105,7 +118,6 @@ class Criterion(nn.Module):
         self.normaliser = normaliser
         self.least, self.least_per_image, self.box_least = least, least_per_image, box_least
         self.level_weight = level_weight
-        self._has_looked = False
 
     def forward(self, *args: Any) -> dict[str, Tensor]:
         """Scalar losses by name; arguments of :meth:`quotients`."""
@@ -125,36 +137,29 @@ class Criterion(nn.Module):
             boxes: (N, R, 4), its numbers decoded, in pixels.
         Returns:
             the losses by name, not yet divided.
-
-        Raises:
-            ValueError: for class targets between 0 and 1 where the class loss is wrong for them. On
-                a GPU at the first call alone: to look makes the host wait for it.
         """
         counts = assignment.gt_index != IGNORE
         matched = _match(output, boxes, anchors, gt, assignment, counts)
-        classes, positive, found = matched.output.classes, matched.positive, {}
+        positive, found = matched.positive, {}
         level_weight = 1 if self.level_weight is None else self.level_weight(matched)
         cls_target = self.cls_target(matched)
         amount = self.normaliser(matched, cls_target)
         images = gt.num_images * _processes() if self.least_per_image else 1
 
-        if self.cls_loss is not None and classes is not None:
-            if getattr(self.cls_loss, "hard_targets", False) and self.cls_target is not one:
-                self._refuse_soft(cls_target)
+        if self.cls_loss is not None and output.classes is not None:
             target_of = getattr(self.cls_loss, "target_of", None)
             said = cls_target
             if target_of is not None:
                 said = torch.where(positive, target_of(cls_target), 0)
-            targets = torch.zeros_like(classes)
+            targets = torch.zeros_like(output.classes)
             targets.scatter_(2, matched.target_classes[..., None], said[..., None])
             entropy = matched.output.cross_entropy(targets)
             cls_loss = self.cls_loss(matched.output.probability(), entropy, targets)
             cls_loss = cls_loss.sum(dim=2) * counts * level_weight
             found["loss_cls"] = Quotient(cls_loss.sum(), amount, self.least * images)
 
-        quality = matched.output.quality
         quality_target = None
-        if self.quality is not None and quality is not None:
+        if self.quality is not None and output.quality is not None:
             quality_target = self.quality(matched)
         weight = positive.float()
         if self.box_weight is not None:
@@ -166,7 +171,8 @@ class Criterion(nn.Module):
             logged = "loss_box_reg" if i == 0 else f"loss_{name}"
             found[logged] = Quotient(total, weight.sum(), self.box_least)
 
-        if quality is not None and quality_target is not None:
+        if output.quality is not None and quality_target is not None:
+            quality = torch.where(positive, output.quality, 0)
             quality_loss = F.binary_cross_entropy_with_logits(
                 quality, quality_target, reduction="none"
             )
@@ -176,22 +182,11 @@ class Criterion(nn.Module):
             raise ValueError("a branch has no loss: of classes, of boxes or of quality")
         # What no loss reads has a gradient of zero all the same, for DDP on GPUs waits for it.
         read = (self.cls_loss is not None, bool(self.box_terms), quality_target is not None)
-        for x, is_read in zip((classes, matched.output.numbers, quality), read, strict=True):
+        for x, is_read in zip(output[:3], read, strict=True):
             if x is not None and not is_read:
                 name, first = next(iter(found.items()))
                 found[name] = first._replace(total=first.total + x[:0].sum())
         return found
-
-    def _refuse_soft(self, cls_target: Tensor) -> None:
-        if self._has_looked and cls_target.device.type != "cpu":
-            return
-        self._has_looked = True
-        soft = (cls_target != 0) & (cls_target != 1)
-        if soft.any():
-            raise ValueError(
-                f"a class target is {cls_target[soft][0].item():g}, but the class loss is for "
-                "targets 0 and 1"
-            )
 
 
 def divide(quotients: Mapping[str, Quotient]) -> dict[str, Tensor]:
@@ -229,15 +224,9 @@ def _match(
     else:
         target_boxes = anchors.boxes.expand(*positive.shape, 4)
         target_classes = torch.zeros_like(assignment.gt_index)
-    # Not multiplied by zero: it may be infinite.
-    classes, numbers, quality, probabilities = output
     return Matched(
-        output=HeadOutput(
-            None if classes is None else torch.where(counts[..., None], classes, 0),
-            torch.where(positive[..., None], numbers, 0),
-            None if quality is None else torch.where(positive, quality, 0),
-            probabilities,
-        ),
+        whole_output=output,
+        counts=counts,
         boxes=torch.where(positive[..., None], boxes, anchors.boxes),
         anchors=anchors,
         target_classes=target_classes,

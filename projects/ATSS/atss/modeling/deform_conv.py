@@ -30,6 +30,7 @@ def sampled_conv2d(
     size, taps = offset.shape[2:], kernel[0] * kernel[1]
     groups, offset_groups = channels // per_group, offset.shape[1] // (2 * taps)
     maps = n * offset_groups  # each with offsets of its own
+    each = channels // offset_groups
     moved = offset.reshape(maps, taps, 2, *size).permute(0, 3, 4, 1, 2)  # (maps, H', W', taps, 2)
 
     # The pixel above and left of each tap, and how much of it and of the next the tap is.
@@ -51,16 +52,16 @@ def sampled_conv2d(
     share = torch.stack([row * column for row in shares[0] for column in shares[1]], dim=-1)
     if mask is not None:
         share = share * mask.reshape(maps, taps, *size).permute(0, 2, 3, 1)[..., None]
-    table = F.pad(x, (*MARGIN, *MARGIN)).reshape(maps, -1, height * width)
+    table = F.pad(x, (*MARGIN, *MARGIN)).reshape(maps, each, height * width)
     table = table.transpose(1, 2).flatten(0, 1)
     index, share = index.reshape(-1, 4), share.reshape(-1, 4)
     samples = F.embedding_bag(index, table, mode="sum", per_sample_weights=share)
 
     # (n, places, taps, C), and from there (n, groups, places, taps * C / groups).
-    samples = samples.view(n, offset_groups, size.numel(), taps, -1).permute(0, 2, 3, 1, 4)
+    samples = samples.view(n, offset_groups, size.numel(), taps, each).permute(0, 2, 3, 1, 4)
     samples = samples.reshape(n, size.numel(), taps, groups, per_group).permute(0, 3, 1, 2, 4)
     kernels = weight.reshape(groups, -1, per_group, taps).permute(0, 3, 2, 1).flatten(1, 2)
-    y = samples.reshape(n, groups, size.numel(), -1) @ kernels
+    y = samples.reshape(n, groups, size.numel(), taps * per_group) @ kernels
     y = y.transpose(2, 3).reshape(n, channels_out, *size)
     return y if bias is None else y + bias.view(-1, 1, 1)
 

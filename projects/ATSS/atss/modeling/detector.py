@@ -139,7 +139,16 @@ class ATSSDetector(DenseDetector):
         @cache
         def outputs_of(owner: str) -> HeadOutputs:
             """Of the head of a branch, or of the detector's."""
-            return self.branches[owner].own_outputs(features) if owner else self.head(features)
+            try:
+                return self.branches[owner].own_outputs(features) if owner else self.head(features)
+            except ValueError as error:
+                if min(x[0, 0].numel() for x in features) > 1:
+                    raise
+                raise ValueError(
+                    "MODEL.ATSS.NORM has too few numbers on a level of 1 x 1 locations: raise "
+                    "MODEL.FPN.OUT_CHANNELS, of which GN makes 32 groups, the size of images or "
+                    f"their number ({error})"
+                ) from error
 
         found = {}
         for name in names:

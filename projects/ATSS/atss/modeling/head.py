@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..parts import WrongValue, one_of, within
 from ..structures import HeadOutput
+from .box_coding import BoxCode
 from .deform_conv import DeformConv, DeformConvLayer
 
 # Detectron2's names.
@@ -32,10 +33,7 @@ class Scale(nn.Module):
 
 def flatten_levels(maps: Sequence[Tensor], dim: int) -> Tensor:
     """Per level (N, A * dim, H, W) -> (N, R, dim), in the order of the anchors."""
-    flat = []
-    for x in maps:
-        n, _, h, w = x.shape
-        flat.append(x.view(n, -1, dim, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, dim))
+    flat = [x.unflatten(1, (-1, dim)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in maps]
     return torch.cat(flat, dim=1)
 
 
@@ -163,6 +161,7 @@ class ATSSHead(nn.Module):
         box_bias: what the box predictor gives at initialisation.
         box_channels: numbers of a box.
         bins: of the distribution that they are for each side; 0: they are none.
+        code: that reads the numbers.
         deform: version of the deformable convolution in each tower, "v1" or "v2"; "" for none.
         deform_at: which convolution that is, the "last" or the "first" (DDOD).
         tower: what all levels go through together, in place of these two towers, for both tasks: L
@@ -174,7 +173,8 @@ class ATSSHead(nn.Module):
             knows keep their rows. Every head has it.
 
     Raises:
-        ValueError: for an unknown tower or version, or quality from what is no distribution.
+        ValueError: for an unknown tower or version, quality from what is no distribution, or a code
+            whose numbers do not count from the anchor.
     """
 
     def __init__(
@@ -193,6 +193,7 @@ class ATSSHead(nn.Module):
         box_bias: float = 0.0,
         box_channels: int = 4,
         bins: int = 0,
+        code: BoxCode | None = None,
         deform: str = "",
         deform_at: str = "last",
         tower: nn.Module | None = None,
@@ -204,6 +205,14 @@ class ATSSHead(nn.Module):
         one_of("centerness", centerness, ("box", "cls", "distribution", ""))
         one_of("deform", deform, ("v1", "v2", ""))
         one_of("deform_at", deform_at, ("first", "last"))
+        # A class that extends this one may decode by itself.
+        decodes = type(self).forward is not ATSSHead.forward
+        if code is not None and not code.relative and not decodes:
+            raise ValueError(
+                "it predicts numbers that count from the anchor, which those of "
+                f"{type(code).__name__} do not: set MODEL.ATSS.REGRESSION to box, point or "
+                "distribution"
+            )
         num_convs = num_convs if tower is None else 0
         if deform and not num_convs:
             raise ValueError("a tower without convolutions has none to be deformable")

@@ -168,6 +168,8 @@ class Balance(nn.Module):
     """
 
     counts: Tensor
+    # Buffers that a new training begins anew, whatever weights it begins from.
+    of_a_training = ("counts",)
 
     def __init__(self, num_levels: int):
         super().__init__()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..anchors import GridAnchorGenerator
 from ..parts import WrongValue, one_of, within
 from ..structures import HeadOutput
-from .box_coding import BoxCode, Corners, PointDistances
+from .box_coding import BoxCode, BoxDeltas, Corners, LogDistances, PointDistances
 from .deform_conv import deform_conv
 from .head import NORMS, Scale, flatten_levels, initialise, make_tower, norm_and_relu, through
 
@@ -90,7 +90,8 @@ class TOODHead(nn.Module):
         anchor_generator: of one anchor per location, to which the inner code refers.
         code: that reads its numbers.
         inner: how boxes are predicted before they are corrected.
-        exponential: what the box predictor says are logarithms.
+        exponential: what the box predictor says are logarithms of distances, which only an inner
+            code of distances reads.
         num_convs: convolutions of the stack.
         num_deform: how many of them, from the first on, are deformable: version 2, four groups of
             channels.
@@ -133,6 +134,11 @@ class TOODHead(nn.Module):
             raise ValueError("its boxes are corners: set MODEL.ATSS.REGRESSION corners")
         if inner.channels != 4 or isinstance(inner, Corners):
             raise WrongValue("inner", f"is no {type(inner).__name__}: 'point' or 'box'")
+        if exponential and isinstance(inner, BoxDeltas | LogDistances):
+            raise WrongValue(
+                "exponential",
+                f"True is for distances, and {type(inner).__name__} are not: set it to False",
+            )
         self.num_classes, self.inner, self.exponential = num_classes, inner, exponential
         self.anchor_generator = anchor_generator
         self.class_layers = {"cls_score": 1}
