@@ -279,6 +279,14 @@ class TrainingCheckpointer(SafeCheckpointer):
                 os.remove(unfinished)
             raise
         os.replace(unfinished, os.path.join(self.save_dir, name))
+        # Names are the folder's content: without this a power cut may lose the one, but keep the
+        # name of last_checkpoint. Not every system has it.
+        with suppress(OSError):
+            folder = os.open(self.save_dir, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def _remove_old(self, last: int) -> None:
         files = {number: file for number, file in self._numbered().items() if number <= last}
