@@ -187,6 +187,16 @@ def test_without_last_checkpoint_progress_decides_not_the_name(checkpointer, tmp
     assert resume(checkpointer) == (5, 5.0)
 
 
+def test_images_count_more_than_iterations(checkpointer, tmp_path, monkeypatch):
+    """A larger batch counts fewer iterations."""
+    for seen, iteration in ((12, 5), (20, 3)):
+        state = {"iteration": iteration, "images_seen": seen}
+        monkeypatch.setattr(Progress, "state_dict", lambda self, state=state: state)
+        save(checkpointer, iteration)
+    (tmp_path / "last_checkpoint").unlink()
+    assert resume(checkpointer) == (3, 3.0)
+
+
 def test_a_file_is_verified_once(checkpointer, monkeypatch):
     """A resumption asks for it several times, and it may have gigabytes."""
     save(checkpointer, 2)

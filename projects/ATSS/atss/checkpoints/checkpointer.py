@@ -242,16 +242,16 @@ class TrainingCheckpointer(SafeCheckpointer):
 
     def get_checkpoint_file(self) -> str:
         """The one to resume from: what ``last_checkpoint`` names where that can be read, else the
-        one with most iterations; "" where there is none.
+        one that has seen most images; "" where there is none.
 
         Raises:
             OSError: where ``last_checkpoint`` names one, but none can be read.
         """
         named = super().get_checkpoint_file()
-        if named and iterations(named) is not None:
+        if named and progress(named):
             return named
         files = self.get_all_checkpoint_files() if os.path.isdir(self.save_dir) else []
-        complete = {file: done for file in files if (done := iterations(file)) is not None}
+        complete = {file: done for file in files if (done := progress(file))}
         if complete:
             newest = max(complete, key=complete.__getitem__)
             self.logger.warning(
@@ -302,10 +302,12 @@ def _stamp(file: str) -> int | None:
         return None
 
 
-def iterations(file: str) -> int | None:
-    """The last iteration before a complete checkpoint was written; None for any other file."""
+def progress(file: str) -> tuple[int, int] | None:
+    """Images seen, which older checkpoints do not have, and the last iteration before a complete
+    checkpoint was written; None for any other file."""
     try:
         # Mapped, so that weights are not read; a file that was cut has lost its table of contents.
-        return read(file, mmap=True)["trainer"]["iteration"]
-    except (WeightsError, LookupError, TypeError):
+        trainer = read(file, mmap=True)["trainer"]
+        return trainer.get("images_seen", 0), trainer["iteration"]
+    except (WeightsError, LookupError, TypeError, AttributeError):
         return None
