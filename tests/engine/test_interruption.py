@@ -256,12 +256,19 @@ PASSES = {
 
 
 @pytest.mark.parametrize(("batch", "goes_on", "last"), [(1, 12, 26), (4, 3, 6)])
-def test_another_batch_size_trains_the_passes_that_are_left(see, tmp_path, batch, goes_on, last):
-    """Nine images three times in batches of two are 14 iterations, of which 6 are made."""
+def test_another_batch_size_trains_the_passes_that_are_left(
+    see, tmp_path, monkeypatch, batch, goes_on, last
+):
+    """Nine images three times in batches of two are 14 iterations, of which 6 are made. The best
+    weights are of the third."""
+    monkeypatch.setattr(Trainer, "test", lambda *_: {"bbox": {"AP": 1.0}})
     other = {"SOLVER.IMS_PER_BATCH": batch}
+    evaluated = {"DATASETS.TEST": ("mixed",), "TEST.EVAL_PERIOD": 3}
     order = in_order(see(tmp_path / "whole", **PASSES))
-    see(tmp_path, **PASSES, stop_in=7)
-    after = see(tmp_path, "--resume", **PASSES | other)
+    see(tmp_path, **PASSES | evaluated, stop_in=7)
+    after = see(tmp_path, "--resume", **PASSES | evaluated | other)
+    best = final(tmp_path)["trainer"]["hooks"]["Best"]
+    assert best["iteration"] == (goes_on // 2 - 1)
     assert list(after) == list(range(goes_on, last + 1))
     assert in_order(after)[:15] == order[12:27]
     fresh = see(tmp_path / "fresh", **PASSES | other)

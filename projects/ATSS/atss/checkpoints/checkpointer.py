@@ -149,6 +149,9 @@ class TrainingCheckpointer(SafeCheckpointer):
             one.
         keep: how many of the files that are numbered by iteration stay; 0 for all. Those of later
             iterations, which another run left there, are not touched.
+
+    Attributes:
+        resumed: when the checkpoint was written that this run goes on from, in ns; None without.
     """
 
     # Of each process its own, should two write into one folder.
@@ -159,6 +162,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         if keep < 0:
             raise ValueError(f"SOLVER.CHECKPOINTS_TO_KEEP must be 0 (all) or more, not {keep}")
         self.keep = keep
+        self.resumed: int | None = None
         self._found = {file: _stamp(file) for file in self._numbered().values()}
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -192,6 +196,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         self._begins = checkpointables is not None
         loaded = super().load(path, checkpointables)
         if not self._begins:
+            self.resumed = _stamp(path)
             done = loaded.get("iteration", -1)
             for number, file in self._numbered().items():
                 if number <= done:

@@ -215,9 +215,9 @@ class Trainer(DefaultTrainer):
     def before_train(self) -> None:
         """Detectron2's; a run that ended early stays ended, and an evaluation that is made up for
         may be the one that ends it."""
-        super().before_train()
         if self.best and self.start_iter > 0:
-            self.best.adopt(self.start_iter)
+            self.best.adopt()
+        super().before_train()
         if self.best and self.best.exhausted and self.start_iter < self.max_iter:
             self.iter -= 1
             self._end_early(self.best)
@@ -309,6 +309,8 @@ class Trainer(DefaultTrainer):
             seen = stream.images_until(done)
             if stream.batch != now.batch:
                 self.iter += enter_schedule(self.cfg, done, seen) - done
+                if self.best:
+                    self.best.renumber(done, self.iter + 1)
                 logging.getLogger(__name__).info(
                     "After %d images in %d iterations, training goes on in batches of %d, not %d, "
                     "at iteration %d of %d",
