@@ -17,6 +17,7 @@ from torch import nn
 
 import atss.engine.run as way_in
 from atss.checkpoints import TrainingCheckpointer
+from atss.config import load_config
 from atss.engine import Trainer
 from atss.engine.best import ABOUT, Best, best_metric
 from atss.engine.hooks import EXIT_PREEMPTED
@@ -512,13 +513,13 @@ def test_of_several_test_sets_the_first_counts_unless_named():
 def test_room_for_averages_and_the_best(squares, tmp_path, monkeypatch, optimizer):
     """What the check asks for, against the files that are written."""
     opts = LARGER | {"SOLVER.MAX_ITER": 2, "SOLVER.OPTIMIZER": optimizer}
-    run(squares, tmp_path, **EVALUATED | opts)
-    left = ("final", "best", "final_EMA")
-    size = sum((tmp_path / f"model_{x}.pth").stat().st_size for x in left)
-    model = Predictor(tmp_path / "config.yaml", tmp_path / "model_best.pth").model
+    run(squares, tmp_path / "out", **EVALUATED | opts)
+    files = ("final", "final", "best", "final_EMA")  # for two checkpoints
+    size = sum((tmp_path / f"out/model_{x}.pth").stat().st_size for x in files)
+    config = tmp_path / "out/config.yaml"
+    model = Predictor(config, tmp_path / "out/model_best.pth").model
+    cfg = load_config(config, opts=["OUTPUT_DIR", str(tmp_path)])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    with pytest.raises(ValueError, match="1 checkpoints and the best weights take") as error:
-        way_in.check_free_space(
-            str(tmp_path), model, copies=1, moments=MOMENTS[optimizer], averaged=True, best=True
-        )
+    with pytest.raises(ValueError, match="2 checkpoints and the best weights take") as error:
+        way_in.check_free_space(cfg, model)
     assert size / 1e6 == pytest.approx(int(str(error.value).split()[-2]), rel=0.05)
