@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import LARGER, make_cfg
+from detectron2.engine import hooks
+from detectron2.utils.events import EventWriter, get_event_storage
 from test_averaging import run
 from test_interruption import arguments, assert_equal, final
 from torch import nn
@@ -313,6 +315,45 @@ def test_it_is_no_checkpoint(squares, tmp_path, by_weights, monkeypatch):
         path.unlink()
     with pytest.raises(OSError, match=r"model_final.pth is missing .*, and no other checkpoint"):
         run(squares, tmp_path, "--resume", **EVALUATED)
+
+
+def test_broken_weights_are_not_evaluated(squares, tmp_path, monkeypatch):
+    """Of an iteration without a checkpoint, which could count as the best."""
+    step = Trainer.run_step
+
+    def spoil(self):
+        step(self)
+        if self.iter == 1:
+            torch.nn.init.constant_(next(self.model.parameters()), math.nan)
+
+    monkeypatch.setattr(Trainer, "run_step", spoil)
+    left = scripted(monkeypatch, 50.0)
+    with pytest.raises(FloatingPointError, match="iteration 1 made weights that are not finite"):
+        run(squares, tmp_path, **EVALUATED | {"SOLVER.CHECKPOINT_PERIOD": 5})
+    assert left == [50.0]
+    assert not (tmp_path / "model_best.pth").exists()
+
+
+def test_an_evaluation_is_written_once(squares, tmp_path, by_weights, monkeypatch):
+    """Also in iterations in which all is written."""
+    written = []
+
+    class Writer(EventWriter):
+        def write(self):
+            written.append(get_event_storage().iter)
+
+    build_hooks = Trainer.build_hooks
+
+    def every_third(self):
+        built = build_hooks(self)
+        next(x for x in built if isinstance(x, hooks.PeriodicWriter))._period = 3
+        return built
+
+    monkeypatch.setattr(Trainer, "build_hooks", every_third)
+    monkeypatch.setattr(Trainer, "build_writers", lambda self: [Writer()])
+    run(squares, tmp_path, **EVALUATED | {"SOLVER.MAX_ITER": 8, "SOLVER.EMA_DECAY": 0.0})
+    # Evaluated in 1, 3, 5 and at the end, 8; written in 2, 5, in the last and at the end.
+    assert written == [1, 2, 3, 5, 7, 8]
 
 
 def test_another_metric_begins_anew(squares, tmp_path, by_weights):

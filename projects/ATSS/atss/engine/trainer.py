@@ -106,12 +106,14 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
+        evaluates = cfg.TEST.EVAL_PERIOD > 0
         cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         cfg.defrost()
         cfg.SEED = self.seed
         # Scaled to the number of processes, short ones become none.
         cfg.SOLVER.CHECKPOINT_PERIOD = max(cfg.SOLVER.CHECKPOINT_PERIOD, 1)
+        cfg.TEST.EVAL_PERIOD = max(cfg.TEST.EVAL_PERIOD, int(evaluates))
         cfg.freeze()
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
