@@ -187,6 +187,13 @@ def test_what_was_better_in_another_run_is_no_best(trained, tmp_path):
     assert resumed(tmp_path).standing.iteration == -1
 
 
+def test_last_weights_in_place_of_the_best_are_no_best(trained, tmp_path):
+    """Patience begins with a number."""
+    about = {"metric": "bbox/AP", "data": "a", "value": -math.inf, "iteration": 5}
+    trained.checkpointer.save_weights("model_best", nn.Linear(1, 1), **about, averaged=False)
+    assert resumed(tmp_path).standing.iteration == -1
+
+
 def remove(file):
     file.unlink()
 

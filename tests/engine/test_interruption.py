@@ -289,11 +289,12 @@ def test_another_batch_size_goes_on_after_the_images_seen(see, tmp_path):
 def test_after_another_batch_size_interruptions_change_nothing(see, tmp_path):
     """Images wait for others of their group."""
     see(tmp_path, stop_in=4)
-    opts = {"SOLVER.IMS_PER_BATCH": 4, "SOLVER.MAX_ITER": 12, "SOLVER.CHECKPOINTS_TO_KEEP": 0}
+    opts = {"SOLVER.IMS_PER_BATCH": 4, "SOLVER.CHECKPOINTS_TO_KEEP": 0}
+    opts |= {"SOLVER.CHECKPOINT_PERIOD": 1}
     whole = see(tmp_path, "--resume", **opts)
-    assert list(whole) == list(range(3, 12))
-    (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
-    assert see(tmp_path, "--resume", **opts) == {i: whole[i] for i in range(6, 12)}
+    assert list(whole) == list(range(3, 8))
+    (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
+    assert see(tmp_path, "--resume", **opts) == {i: whole[i] for i in (5, 6, 7)}
 
 
 SGD = {
@@ -407,7 +408,7 @@ def test_settings_of_the_optimizer_are_the_configs(three_iterations, kind, opts,
 
 
 def test_scale_of_gradients_begins_anew_after_another_precision():
-    """An fp32 checkpoint has none."""
+    """An fp32 checkpoint has none; one that fp32 does not need changes nothing."""
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state = SimpleTrainer(model, [], optimizer).state_dict()
@@ -415,6 +416,9 @@ def test_scale_of_gradients_begins_anew_after_another_precision():
     in_fp16 = _InFloat16(model, [], optimizer, grad_scaler=scaler)
     in_fp16.load_state_dict(state | {"iteration": 5})
     assert (in_fp16.iter, scaler.get_scale()) == (5, 8.0)
+    in_fp32 = SimpleTrainer(model, [], optimizer)
+    in_fp32.load_state_dict(in_fp16.state_dict())
+    assert in_fp32.iter == 5
 
 
 # Imported by tools/train_net.py: appends iteration and total loss after each step.

@@ -218,7 +218,8 @@ class Best(HookBase):
         known = all(about[name] == getattr(standing, name) for name in ABOUT)
         # One that is older and not the checkpoint's is of another run.
         resumed = self.checkpointer.resumed
-        if same and not known and resumed is not None and os.stat(path).st_mtime_ns >= resumed:
+        newer = resumed is not None and os.stat(path).st_mtime_ns >= resumed
+        if same and newer and not known and about["value"] > -math.inf:
             return replace(standing, **about, since=0)
         return standing
 

@@ -324,7 +324,8 @@ class Trainer(DefaultTrainer):
     def _parameters(self) -> list[str]:
         """Names of what the optimizer trains, in the order of its groups."""
         names = {x: name for name, x in self.checkpointer.model.named_parameters()}
-        return [names[x] for group in self.optimizer.param_groups for x in group["params"]]
+        trained = [x for group in self.optimizer.param_groups for x in group["params"]]
+        return [names.get(x, f"parameter {i}") for i, x in enumerate(trained)]
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
