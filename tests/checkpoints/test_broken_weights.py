@@ -82,6 +82,12 @@ def filled_twice():
     return array[:-1] + b"h" + array[-3:-2] + b"b."
 
 
+def spoiled(content):
+    """A byte within the numbers is another."""
+    middle = len(content) // 2
+    return content[:middle] + b"\1" + content[middle + 1 :]
+
+
 FEW = {"a": torch.zeros(1000)}
 # What is broken: the file's ending and its bytes.
 CASES = {
@@ -90,6 +96,7 @@ CASES = {
     "an empty .pkl": (".pkl", b""),
     "a truncated .pth": (".pth", saved({"model": FEW})[:2000]),
     "a truncated .pkl": (".pkl", pickled({"a": np.zeros(1000)})[:2000]),
+    "a .pth with a wrong number": (".pth", spoiled(saved({"model": FEW}))),
     "a web page as .pth": (".pth", b"<html>not found</html>"),
     "a web page as .pkl": (".pkl", b"<html>not found</html>"),
     "a .pth that runs a command": (".pth", saved({"model": TOUCH})),
@@ -223,6 +230,17 @@ def test_safetensors_are_loaded(tmp_path):
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
     loaded = begin(make_cfg(*MODEL), tmp_path / "weights.safetensors", SafeCheckpointer, whole=True)
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_files_without_checksums_are_loaded(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        without = saved({"model": FEW})
+    finally:
+        torch.serialization.set_crc32_options(True)
+    for i, content in enumerate((without, without_zip({"model": FEW}))):
+        (tmp_path / f"{i}.pth").write_bytes(content)
+        assert torch.equal(read(tmp_path / f"{i}.pth")["model"]["a"], FEW["a"])
 
 
 def test_a_prefix_of_some_names_stays(tmp_path):

@@ -1,6 +1,8 @@
 """Whatever happens while a checkpoint is written, there is one to resume from."""
 
 import os
+import stat
+import zipfile
 
 import numpy as np
 import pytest
@@ -112,15 +114,25 @@ def test_the_name_follows_when_the_file_is_complete(checkpointer, monkeypatch, t
     assert resume(checkpointer) == (2, 2.0)
 
 
-def test_files_reach_the_disk_before_they_get_their_name(checkpointer, monkeypatch):
+def test_files_and_names_reach_the_disk_in_order(checkpointer, tmp_path, monkeypatch):
+    """The whole file before it gets its name; its name, which the folder holds, before
+    last_checkpoint has it."""
     steps = []
-    for name in ("fsync", "replace"):
-        original = getattr(os, name)
-        monkeypatch.setattr(
-            os, name, lambda *a, name=name, do=original: (steps.append(name), do(*a))
-        )
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(number):
+        of_folder = stat.S_ISDIR(os.fstat(number).st_mode)
+        steps.append("folder" if of_folder else os.fstat(number).st_size)
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(
+        os, "replace", lambda source, to: (steps.append(os.path.basename(to)), replace(source, to))
+    )
     save(checkpointer, 2)
-    assert steps == ["fsync", "replace"] * 2
+    names = ("model_0000002.pth", "last_checkpoint")
+    sizes = [(tmp_path / name).stat().st_size for name in names]
+    assert steps == [x for pair in zip(sizes, names, strict=True) for x in (*pair, "folder")]
 
 
 def test_the_last_ones_are_kept_over_restarts(checkpointer, tmp_path):
@@ -160,7 +172,14 @@ def cut(file):
     os.truncate(file, file.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("damage", [cut, os.remove, lambda file: file.write_bytes(b"")])
+def spoil(file):
+    """Replaces the weight, 5, by 0."""
+    content = file.read_bytes()
+    assert content.count(np.float32(5).tobytes()) == 1
+    file.write_bytes(content.replace(np.float32(5).tobytes(), bytes(4)))
+
+
+@pytest.mark.parametrize("damage", [cut, os.remove, lambda file: file.write_bytes(b""), spoil])
 def test_resumes_from_the_newest_that_can_be_read(checkpointer, tmp_path, caplog, damage):
     save(checkpointer, 2, 5)
     damage(tmp_path / "model_0000005.pth")
@@ -175,6 +194,37 @@ def test_resumes_without_a_true_last_checkpoint(checkpointer, tmp_path, content)
     if content is not None:
         (tmp_path / "last_checkpoint").write_text(content)
     assert resume(checkpointer) == (5, 5.0)
+
+
+def test_without_last_checkpoint_progress_decides_not_the_name(checkpointer, tmp_path):
+    """As where a short run was prolonged."""
+    save(checkpointer, 2)
+    checkpointer.save("model_final", iteration=2)
+    save(checkpointer, 5)
+    (tmp_path / "last_checkpoint").unlink()
+    assert resume(checkpointer) == (5, 5.0)
+
+
+def test_images_count_more_than_iterations(checkpointer, tmp_path, monkeypatch):
+    """A larger batch counts fewer iterations."""
+    for seen, iteration in ((12, 5), (20, 3)):
+        state = {"iteration": iteration, "images_seen": seen}
+        monkeypatch.setattr(Progress, "state_dict", lambda self, state=state: state)
+        save(checkpointer, iteration)
+    (tmp_path / "last_checkpoint").unlink()
+    assert resume(checkpointer) == (3, 3.0)
+
+
+def test_a_file_is_verified_once(checkpointer, monkeypatch):
+    """A resumption asks for it several times, and it may have gigabytes."""
+    save(checkpointer, 2)
+    names = []
+    verify = zipfile.ZipFile.testzip
+    monkeypatch.setattr(
+        zipfile.ZipFile, "testzip", lambda self: (names.append(self.filename), verify(self))[1]
+    )
+    assert resume(checkpointer) == (2, 2.0)
+    assert len(names) == 1
 
 
 def test_nothing_to_resume_from(checkpointer, tmp_path):

@@ -221,6 +221,8 @@ def test_resuming_takes_everything_as_it_is(tmp_path, caplog):
         (["person", "traffic light", "zebra", "cat"], "Class 3 is 'dog' to the weights"),
         (["Person", "traffic_light", "zebra", "dog "], None),
         ([], None),
+        (["person", "zebra"], None),  # of another number, which the weights do not fit
+        (["person", "traffic light", "zebra", "cat", "dog"], None),
     ],
 )
 def test_evaluation_of_other_classes_is_warned_of(tmp_path, caplog, names, said):

@@ -107,6 +107,20 @@ def test_a_skip_leads_to_the_same_batches(records, be, rank, workers):
     assert take(loader, 17) == whole[13:]
 
 
+def test_other_processes_go_on_in_the_stream(records, be):
+    """Three, then two that take the thirteenth batch of four in place of three."""
+    opts = ("DATALOADER.ASPECT_RATIO_GROUPING", False)
+    be(0, 1)
+    order = [image for batch in take(make_loader(*opts), 20) for image in batch]
+    rest = []
+    for rank in range(2):
+        be(rank, 2)
+        loader = make_loader(*opts)
+        loader.skip(14, 3, (13, 39))  # and one of the batches of four
+        rest += [image for batch in take(loader, 5) for image in batch]
+    assert sorted(rest, key=order.index) == order[43:63]
+
+
 def test_nothing_that_is_skipped_is_mapped(records):
     mapped = []
     loader = make_loader(mapper=lambda record: mapped.append(record) or record)
@@ -337,6 +351,9 @@ def test_augmentation_ends_at_an_iteration_of_all_processes(records, be):
         assert late == [[False] * (4 // processes)] * 18 + [[True] * (4 // processes)] * 2
         loader.skip(19, 3)
         assert take(loader, 1) == [["late"] * (4 // processes)]
+        loader.skip(17, 3, (8, 16))  # eight batches of half the size
+        before, after = ([x == "late" for x in batch] for batch in take(loader, 2))
+        assert (any(before), all(after)) == (False, True)
 
 
 def test_augmentation_does_not_end_unless_asked(records):

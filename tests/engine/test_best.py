@@ -11,12 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import LARGER, make_cfg
+from detectron2.engine import hooks
+from detectron2.utils.events import EventWriter, get_event_storage
 from test_averaging import run
 from test_interruption import arguments, assert_equal, final
 from torch import nn
 
 import atss.engine.run as way_in
 from atss.checkpoints import TrainingCheckpointer
+from atss.config import load_config
 from atss.engine import Trainer
 from atss.engine.best import ABOUT, Best, best_metric
 from atss.engine.solver import MOMENTS
@@ -135,22 +138,93 @@ def test_where_nothing_is_measured_nothing_is_best(tmp_path):
     assert not (tmp_path / "model_best.pth").exists()
 
 
-def test_a_run_that_goes_on_keeps_what_its_former_end_was(tmp_path):
-    """The checkpoint was written before the evaluation. What is of later iterations, or by another
-    metric or on other data, is not taken over."""
+class Nothing:
+    """Stands for the trainer."""
+
+    def state_dict(self):
+        return {"iteration": 5}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def resumed(folder, standing=None, metric="bbox/AP", data=("a",)):
+    """Of a run that goes on from the checkpoint in the folder."""
+    checkpointer = TrainingCheckpointer(nn.Linear(1, 1), str(folder), trainer=Nothing())
+    checkpointer.resume_or_load("", resume=True)
+    keeper = Best(metric, 0, checkpointer, data)
+    if standing:
+        keeper.load_state_dict(standing)
+    keeper.adopt()
+    return keeper
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """That wrote a checkpoint in iteration 5, before its evaluation."""
     model = nn.Linear(1, 1)
+    checkpointer = TrainingCheckpointer(model, str(tmp_path), trainer=Nothing())
+    keeper = Best("bbox/AP", 0, checkpointer, ("a",))
+    keeper.update([(model, results(20.0))], 2)
+    checkpointer.save("model_0000005", iteration=5)
+    return keeper
 
-    def keeper(metric="bbox/AP", data=("a",)):
-        return Best(metric, 0, TrainingCheckpointer(model, str(tmp_path)), data)
 
-    keeper().update([(model, results(50.0))], 5)
-    known = keeper()
-    known.adopt(6)
-    known.update([(model, results(40.0))], 8)
-    assert best(tmp_path)["value"] == 50.0
-    for other, start in ((keeper(), 5), (keeper("bbox/AP50"), 6), (keeper(data=("b",)), 6)):
-        other.adopt(start)
+@pytest.mark.parametrize("iteration", [5, 8])
+def test_what_was_better_after_the_checkpoint_stays_the_best(trained, tmp_path, iteration):
+    before = trained.state_dict()
+    trained.update(evaluated(50.0), iteration)
+    after = resumed(tmp_path, before)
+    after.update(evaluated(40.0), 5)
+    assert (best(tmp_path)["value"], best(tmp_path)["iteration"]) == (50.0, iteration)
+    for other in (resumed(tmp_path, metric="bbox/AP50"), resumed(tmp_path, data=("b",))):
         assert other.standing.iteration == -1
+
+
+def test_what_was_better_in_another_run_is_no_best(trained, tmp_path):
+    """A checkpoint that is newer than the file knows the file's weights if they are of its run."""
+    os.utime(tmp_path / "model_best.pth", (1, 1))
+    assert resumed(tmp_path).standing.iteration == -1
+
+
+def test_last_weights_in_place_of_the_best_are_no_best(trained, tmp_path):
+    """Patience begins with a number."""
+    about = {"metric": "bbox/AP", "data": "a", "value": -math.inf, "iteration": 5}
+    trained.checkpointer.save_weights("model_best", nn.Linear(1, 1), **about, averaged=False)
+    assert resumed(tmp_path).standing.iteration == -1
+
+
+def remove(file):
+    file.unlink()
+
+
+def zero(file):
+    content = file.read_bytes()
+    file.write_bytes(content.replace(torch.tensor(70.0).numpy().tobytes(), bytes(4)))
+
+
+@pytest.mark.parametrize("damage", [remove, zero])
+def test_best_weights_that_are_lost_are_sought_anew(trained, tmp_path, caplog, damage):
+    trained.update(evaluated(70.0), 5)
+    damage(tmp_path / "model_best.pth")
+    after = resumed(tmp_path, trained.state_dict())
+    assert "model_best.pth" in caplog.text
+    assert "the best weights are sought anew" in caplog.text
+    after.update(evaluated(1.0), 9)
+    assert best(tmp_path)["value"] == 1.0
+
+
+def test_iterations_of_another_batch_size_keep_their_order(keeper):
+    """Ten become five: the evaluation of the last is not counted twice, others are."""
+    keeper.patience = 2
+    for i, value in ((0, 5.0), (7, 9.0), (9, 1.0)):
+        keeper.update(evaluated(value), i)
+    keeper.renumber(10, 5)
+    assert (keeper.standing.iteration, keeper.standing.evaluated) == (3, 4)
+    keeper.update(evaluated(1.0), 4)
+    assert not keeper.exhausted
+    keeper.update(evaluated(1.0), 5)
+    assert keeper.exhausted
 
 
 def test_other_test_sets_begin_anew(tmp_path, caplog):
@@ -215,16 +289,20 @@ def test_an_interruption_changes_nothing(squares, tmp_path, by_weights, checkpoi
     assert (tmp_path / "parts/last_checkpoint").read_text() == "model_final.pth"
 
 
-@pytest.mark.parametrize("peak", [1, 3, 5])
-def test_the_best_is_known_over_interruptions(squares, tmp_path, monkeypatch, peak):
-    """It is of the evaluation before the stop, of that at the checkpoint, or of one after it."""
+@pytest.mark.parametrize(("peak", "checkpoints"), [(1, 2), (3, 2), (3, 3), (5, 2)], ids=str)
+def test_the_best_is_known_over_interruptions(squares, tmp_path, monkeypatch, peak, checkpoints):
+    """It is of the evaluation before the stop, of that at the checkpoint, or of one after it. What
+    is evaluated again has another value, as on a GPU."""
     values = {1: 20.0, 3: 20.0, 5: 20.0, 7: 20.0} | {peak: 50.0}
 
     def test(self, cfg, model):
-        return {"bbox": {"AP": values[min(self.storage.iter, 7)]}}
+        iteration = min(self.storage.iter, 7)
+        value, values[iteration] = values[iteration], min(values[iteration], 40.0)
+        return {"bbox": {"AP": value}}
 
     monkeypatch.setattr(Trainer, "test", test)
     opts = EVALUATED | {"SOLVER.EMA_DECAY": 0.0, "SOLVER.MAX_ITER": 8}
+    opts |= {"SOLVER.CHECKPOINT_PERIOD": checkpoints}
     run(squares, tmp_path, stop_after=4, **opts)
     run(squares, tmp_path, "--resume", **opts)
     found = best(tmp_path)
@@ -244,6 +322,45 @@ def test_it_is_no_checkpoint(squares, tmp_path, by_weights, monkeypatch):
         path.unlink()
     with pytest.raises(OSError, match=r"model_final.pth is missing .*, and no other checkpoint"):
         run(squares, tmp_path, "--resume", **EVALUATED)
+
+
+def test_broken_weights_are_not_evaluated(squares, tmp_path, monkeypatch):
+    """Of an iteration without a checkpoint, which could count as the best."""
+    step = Trainer.run_step
+
+    def spoil(self):
+        step(self)
+        if self.iter == 1:
+            torch.nn.init.constant_(next(self.model.parameters()), math.nan)
+
+    monkeypatch.setattr(Trainer, "run_step", spoil)
+    left = scripted(monkeypatch, 50.0)
+    with pytest.raises(FloatingPointError, match="iteration 1 made weights that are not finite"):
+        run(squares, tmp_path, **EVALUATED | {"SOLVER.CHECKPOINT_PERIOD": 5})
+    assert left == [50.0]
+    assert not (tmp_path / "model_best.pth").exists()
+
+
+def test_an_evaluation_is_written_once(squares, tmp_path, by_weights, monkeypatch):
+    """Also in iterations in which all is written."""
+    written = []
+
+    class Writer(EventWriter):
+        def write(self):
+            written.append(get_event_storage().iter)
+
+    build_hooks = Trainer.build_hooks
+
+    def every_third(self):
+        built = build_hooks(self)
+        next(x for x in built if isinstance(x, hooks.PeriodicWriter))._period = 3
+        return built
+
+    monkeypatch.setattr(Trainer, "build_hooks", every_third)
+    monkeypatch.setattr(Trainer, "build_writers", lambda self: [Writer()])
+    run(squares, tmp_path, **EVALUATED | {"SOLVER.MAX_ITER": 8, "SOLVER.EMA_DECAY": 0.0})
+    # Evaluated in 1, 3, 5 and at the end, 8; written in 2, 5, in the last and at the end.
+    assert written == [1, 2, 3, 5, 7, 8]
 
 
 def test_another_metric_begins_anew(squares, tmp_path, by_weights):
@@ -384,6 +501,28 @@ def test_ends_alike_when_interrupted(squares, tmp_path, monkeypatch, stopped):
     assert_equal(best(tmp_path / "parts"), best(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize(
+    ("first", "iterations", "stop_after", "then"),
+    [
+        # The best is of the end of a run that is prolonged.
+        ([20.0, 10.0, 50.0], 5, None, [30.0, 30.0, 30.0]),
+        # It is of iteration 3, whose evaluation is made again, after the checkpoint of iteration 2.
+        ([20.0, 50.0], 50, 4, [40.0, 30.0, 30.0, 30.0]),
+    ],
+)
+def test_patience_counts_from_the_best(
+    squares, tmp_path, monkeypatch, first, iterations, stop_after, then
+):
+    opts = EARLY | {"TEST.EVAL_PERIOD": 2, "SOLVER.CHECKPOINT_PERIOD": 3}
+    scripted(monkeypatch, *first)
+    run(squares, tmp_path, stop_after=stop_after, **opts | {"SOLVER.MAX_ITER": iterations})
+    left = scripted(monkeypatch, *then)
+    after = run(squares, tmp_path, "--resume", **opts | {"SOLVER.MAX_ITER": 50})
+    assert max(after) == 7
+    assert left == [30.0]
+    assert best(tmp_path)["value"] == 50.0
+
+
 def test_an_early_end_is_tested_with_several_sizes_too(squares, tmp_path, monkeypatch):
     opts = EARLY | {"TEST.PATIENCE": 1, "TEST.AUG.ENABLED": True, "TEST.AUG.MIN_SIZES": (64,)}
     opts |= {"MODEL.ATSS.TTA.SIZE_RANGES": [[0, 1000]]}
@@ -422,13 +561,13 @@ def test_of_several_test_sets_the_first_counts_unless_named():
 def test_room_for_averages_and_the_best(squares, tmp_path, monkeypatch, optimizer):
     """What the check asks for, against the files that are written."""
     opts = LARGER | {"SOLVER.MAX_ITER": 2, "SOLVER.OPTIMIZER": optimizer}
-    run(squares, tmp_path, **EVALUATED | opts)
-    left = ("final", "best", "final_EMA")
-    size = sum((tmp_path / f"model_{x}.pth").stat().st_size for x in left)
-    model = Predictor(tmp_path / "config.yaml", tmp_path / "model_best.pth").model
+    run(squares, tmp_path / "out", **EVALUATED | opts)
+    files = ("final", "final", "best", "final_EMA")  # for two checkpoints
+    size = sum((tmp_path / f"out/model_{x}.pth").stat().st_size for x in files)
+    config = tmp_path / "out/config.yaml"
+    model = Predictor(config, tmp_path / "out/model_best.pth").model
+    cfg = load_config(config, opts=["OUTPUT_DIR", str(tmp_path)])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    with pytest.raises(ValueError, match="1 checkpoints and the best weights take") as error:
-        way_in.check_free_space(
-            str(tmp_path), model, copies=1, moments=MOMENTS[optimizer], averaged=True, best=True
-        )
+    with pytest.raises(ValueError, match="2 checkpoints and the best weights take") as error:
+        way_in.check_free_space(cfg, model)
     assert size / 1e6 == pytest.approx(int(str(error.value).split()[-2]), rel=0.05)

@@ -125,7 +125,7 @@ def test_the_scale_of_the_gradients_is_resumed(tmp_path):
             while True:
                 yield [x | {"file_name": "x.png"} for x in EXAMPLES]
 
-        def skip(self, batches, seed):
+        def skip(self, batches, seed, origin):
             self.skipped = batches
 
     options = ("MODEL.DEVICE", "cuda", "MODEL.ATSS.PRECISION", "fp16", "OUTPUT_DIR", str(tmp_path))

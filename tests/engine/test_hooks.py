@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LARGER, ROOT
+from conftest import LARGER, ROOT, make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
@@ -306,6 +306,37 @@ def test_room_for_a_checkpoint_is_its_size(start, monkeypatch, tmp_path):
     start(**LARGER, **{"SOLVER.MAX_ITER": 1})
     size = (tmp_path / "out/model_final.pth").stat().st_size
     assert size / 1e6 == pytest.approx(megabytes / 3, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("keep", "there", "free"),
+    [
+        (2, [], 3),
+        (2, ["model_0000001", "model_0000003"], 1),
+        (2, ["model_0000003"], 2),
+        # More than are kept give their room only when the first new one is written.
+        (2, [f"model_000000{i}" for i in range(5)], 1),
+        # Of another run, which stay.
+        (2, ["model_0000001", "model_0000010", "other"], 2),
+        (0, ["model_0000001", "model_0000003"], 2),
+        (0, ["model_0000003", "model_final"], 1),
+    ],
+)
+def test_files_that_are_replaced_need_no_room(monkeypatch, tmp_path, keep, there, free):
+    """As after a preemption; in checkpoints."""
+    model = torch.nn.Linear(1000, 1000)
+    size = 8_008_000  # weights and momenta
+    for name in there:
+        with open(tmp_path / f"{name}.pth", "wb") as file:
+            file.truncate(size)
+    disk = SimpleNamespace(free=free * size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    opts = {"OUTPUT_DIR": str(tmp_path), "SOLVER.CHECKPOINTS_TO_KEEP": keep, "SOLVER.MAX_ITER": 10}
+    cfg = make_cfg(*(x for item in opts.items() for x in item), "SOLVER.EMA_DECAY", 0.0)
+    way_in.check_free_space(cfg, model)
+    disk.free -= 1
+    with pytest.raises(ValueError, match=r"MB free, but .* take"):
+        way_in.check_free_space(cfg, model)
 
 
 def test_a_write_that_fails_later_names_the_folder(start, at, tmp_path):

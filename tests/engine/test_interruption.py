@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from conftest import LARGER, ROOT, TINY
+from conftest import LARGER, ROOT, TINY, make_cfg, make_input
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, SimpleTrainer
 from PIL import Image
 from processes import Script
 
 import atss.engine.run as way_in
 from atss.checkpoints import TrainingCheckpointer
 from atss.engine import Trainer
+from atss.engine.trainer import _InFloat16
 
 # Whatever is drawn at random: order, sizes, flips, crops, and wide and high images to be grouped.
 OPTS = {
@@ -152,13 +153,15 @@ def test_a_seed_that_was_drawn_is_kept(mixed, tmp_path):
     assert other[0] != before[0]
 
 
-def test_a_checkpoint_without_seed(mixed, tmp_path):
-    """Of Detectron2's own trainer."""
+def test_a_checkpoint_without_seed(mixed, uninterrupted, tmp_path):
+    """Of Detectron2's own trainer, or without images as older ones."""
     train(arguments(mixed, tmp_path), stop_after=4)
     checkpoint = torch.load(tmp_path / "model_0000002.pth", weights_only=True)
-    del checkpoint["trainer"]["seed"]
+    for name in ("seed", "images_seen", "stream", "parameters"):
+        del checkpoint["trainer"][name]
     torch.save(checkpoint, tmp_path / "model_0000002.pth")
-    assert list(train(arguments(mixed, tmp_path, "--resume"))) == [3, 4, 5, 6, 7]
+    after = train(arguments(mixed, tmp_path, "--resume"))
+    assert after == {i: uninterrupted[0][i] for i in range(3, 8)}
 
 
 def test_precise_batch_statistics_resume_too(mixed, tmp_path):
@@ -208,9 +211,220 @@ def test_resumed_after_the_end(mixed, uninterrupted, tmp_path):
     assert list(train(arguments(mixed, tmp_path, "--resume", **longer))) == [8, 9]
 
 
+# ------------------------------------------------------------------------------------------------
+# With another config
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def see(mixed, monkeypatch):
+    """see(output, *options, stop_in=None, **opts): trains without learning. Gives of each iteration
+    the images and the rate."""
+
+    def run(output, *options, stop_in=None, **opts):
+        seen = {}
+
+        def step(self):
+            if self.iter == stop_in:
+                raise KeyboardInterrupt
+            names = [
+                os.path.basename(x["file_name"]) for x in next(self._trainer._data_loader_iter)
+            ]
+            seen[self.iter] = names, self.optimizer.param_groups[0]["lr"]
+
+        monkeypatch.setattr(Trainer, "run_step", step)
+        args = way_in.make_parser().parse_args(arguments(mixed, output, *options, **opts))
+        try:
+            way_in.run(args, way_in.prepare(args))
+        except KeyboardInterrupt:
+            assert max(seen) == stop_in - 1
+        return seen
+
+    return run
+
+
+def in_order(seen):
+    return [name for names, _ in seen.values() for name in names]
+
+
+PASSES = {
+    "SOLVER.EPOCHS": 3.0,
+    "SOLVER.CHECKPOINT_PERIOD": 6,
+    "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR",
+    "DATALOADER.ASPECT_RATIO_GROUPING": False,
+}
+
+
+@pytest.mark.parametrize(("batch", "goes_on", "last"), [(1, 12, 26), (4, 3, 6)])
+def test_another_batch_size_trains_the_passes_that_are_left(
+    see, tmp_path, monkeypatch, batch, goes_on, last
+):
+    """Nine images three times in batches of two are 14 iterations, of which 6 are made. The best
+    weights are of the third."""
+    monkeypatch.setattr(Trainer, "test", lambda *_: {"bbox": {"AP": 1.0}})
+    other = {"SOLVER.IMS_PER_BATCH": batch}
+    evaluated = {"DATASETS.TEST": ("mixed",), "TEST.EVAL_PERIOD": 3}
+    order = in_order(see(tmp_path / "whole", **PASSES))
+    see(tmp_path, **PASSES | evaluated, stop_in=7)
+    after = see(tmp_path, "--resume", **PASSES | evaluated | other)
+    best = final(tmp_path)["trainer"]["hooks"]["Best"]
+    assert best["iteration"] == (goes_on // 2 - 1)
+    assert list(after) == list(range(goes_on, last + 1))
+    assert in_order(after)[:15] == order[12:27]
+    fresh = see(tmp_path / "fresh", **PASSES | other)
+    assert [rate for _, rate in after.values()] == [fresh[i][1] for i in after]
+    assert final(tmp_path)["trainer"]["images_seen"] == 12 + len(in_order(after))
+
+
+def test_another_batch_size_goes_on_after_the_images_seen(see, tmp_path):
+    """Iterations that are given stay what they are."""
+    opts = {"DATALOADER.ASPECT_RATIO_GROUPING": False}
+    order = in_order(see(tmp_path / "whole", **opts, **{"SOLVER.MAX_ITER": 12}))
+    see(tmp_path, **opts, stop_in=7)
+    after = see(tmp_path, "--resume", **opts, **{"SOLVER.IMS_PER_BATCH": 4})
+    assert list(after) == [6, 7]
+    assert in_order(after) == order[12:20]
+
+
+def test_after_another_batch_size_interruptions_change_nothing(see, tmp_path):
+    """Images wait for others of their group."""
+    see(tmp_path, stop_in=4)
+    opts = {"SOLVER.IMS_PER_BATCH": 4, "SOLVER.CHECKPOINTS_TO_KEEP": 0}
+    opts |= {"SOLVER.CHECKPOINT_PERIOD": 1}
+    whole = see(tmp_path, "--resume", **opts)
+    assert list(whole) == list(range(3, 8))
+    (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
+    assert see(tmp_path, "--resume", **opts) == {i: whole[i] for i in (5, 6, 7)}
+
+
+SGD = {
+    "SOLVER.MAX_ITER": 4,
+    "SOLVER.CHECKPOINT_PERIOD": 3,
+    "SOLVER.BASE_LR": 0.01,
+    "SOLVER.BIAS_LR_FACTOR": 1.0,
+    "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
+}
+ADAM = SGD | {"SOLVER.OPTIMIZER": "AdamW"}
+
+
+@pytest.fixture(scope="module")
+def three_iterations(tmp_path_factory):
+    """By name of the optimizer: a folder with a checkpoint of three iterations of four."""
+    folders = {}
+    for name, opts in (("SGD", SGD), ("AdamW", ADAM)):
+        folders[name] = tmp_path_factory.mktemp(name)
+        trainer_of(folders[name], opts).train()
+        (folders[name] / "last_checkpoint").write_text("model_0000002.pth")
+    return folders
+
+
+def trainer_of(output, opts):
+    """On one image."""
+
+    class OneImage(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return [[make_input([[10, 10, 60, 60]], [0]) | {"file_name": "x.png"}]] * 4
+
+    values = TINY | {"OUTPUT_DIR": str(output), "SOLVER.IMS_PER_BATCH": 1} | opts
+    return OneImage(make_cfg(*(x for item in values.items() for x in item)))
+
+
+def by_name(trainer):
+    """{name of a parameter: (settings, momenta)}."""
+    settings = {}
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            settings[parameter] = {k: x for k, x in group.items() if k != "params"}
+    state = trainer.optimizer.state
+    return {
+        name: (settings[x], state.get(x, {}))
+        for name, x in trainer.checkpointer.model.named_parameters()
+        if x in settings
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "opts", "said"),
+    [
+        ("SGD", {}, []),
+        (
+            "SGD",
+            {
+                "SOLVER.BASE_LR": 0.003,
+                "SOLVER.WEIGHT_DECAY": 0.01,
+                "SOLVER.MOMENTUM": 0.5,
+                "SOLVER.NESTEROV": True,
+            },
+            [
+                "FACTOR) 0.003 in place of 0.01; ",
+                "momentum (SOLVER.MOMENTUM) 0.5 in place of 0.9",
+                "nesterov (SOLVER.NESTEROV) True in place of False",
+                "WEIGHT_DECAY_SCALE) 0.0, 0.0001, 0.01 in place of 0.0, 0.0001; ",
+            ],
+        ),
+        (
+            "SGD",
+            {
+                "SOLVER.BIAS_LR_FACTOR": 2.0,
+                "SOLVER.WEIGHT_DECAY_NORM": 0.01,
+                "SOLVER.WEIGHT_DECAY_BIAS": 0.02,
+            },
+            ["FACTOR) 0.01, 0.02 in place of 0.01; "],
+        ),
+        ("SGD", {"SOLVER.BACKBONE_LR_FACTOR": 0.5}, ["FACTOR) 0.005, 0.01 in place of 0.01"]),
+        ("SGD", {"SOLVER.MAX_ITER": 30, "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR"}, []),
+        ("SGD", {"SOLVER.STEPS": (2,), "SOLVER.GAMMA": 0.5, "SOLVER.WARMUP_ITERS": 1}, []),
+        (
+            "AdamW",
+            {"SOLVER.BASE_LR": 0.003, "SOLVER.WEIGHT_DECAY_SCALE": 0.3},
+            ["FACTOR) 0.003 in place of 0.01; "],
+        ),
+    ],
+)
+def test_settings_of_the_optimizer_are_the_configs(three_iterations, kind, opts, said, caplog):
+    """As of a run that has had them from its beginning; what it remembers of each parameter is the
+    checkpoint's, also where other groups are made."""
+    folder = three_iterations[kind]
+    opts = {"SGD": SGD, "AdamW": ADAM}[kind] | opts
+    checkpoint = torch.load(folder / "model_0000002.pth", weights_only=True)["trainer"]
+    momenta = checkpoint["_trainer"]["optimizer"]["state"]
+    resumed = trainer_of(folder, opts)
+    with caplog.at_level("INFO"):
+        resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 3
+    fresh = trainer_of(folder, opts)
+    for _ in range(3):
+        fresh.scheduler.step()
+    wanted, found = by_name(fresh), by_name(resumed)
+    assert len(found) == len(momenta) == len(wanted)
+    for place, name in enumerate(checkpoint["parameters"]):
+        settings, state = found[name]
+        assert settings == wanted[name][0], name
+        assert_equal(state, momenta[place])
+    lines = [x for x in caplog.text.splitlines() if "The config differs from the checkpoint" in x]
+    assert len(lines) == bool(said)
+    assert all(x in lines[0] for x in said), lines
+
+
+def test_scale_of_gradients_begins_anew_after_another_precision():
+    """An fp32 checkpoint has none; one that fp32 does not need changes nothing."""
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = SimpleTrainer(model, [], optimizer).state_dict()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    in_fp16 = _InFloat16(model, [], optimizer, grad_scaler=scaler)
+    in_fp16.load_state_dict(state | {"iteration": 5})
+    assert (in_fp16.iter, scaler.get_scale()) == (5, 8.0)
+    in_fp32 = SimpleTrainer(model, [], optimizer)
+    in_fp32.load_state_dict(in_fp16.state_dict())
+    assert in_fp32.iter == 5
+
+
 # Imported by tools/train_net.py: appends iteration and total loss after each step.
 PROGRESS = """
 from atss.engine import Trainer
+from atss.engine.trainer import _InFloat16
 
 run_step = Trainer.run_step
 

@@ -21,6 +21,8 @@ from test_train_net import SMALL
 
 import atss.engine.run as way_in
 from atss.engine import Trainer
+from atss.engine.averaging import share_statistics
+from atss.engine.evaluation import build_test_loader
 from atss.engine.watch import EXIT_PREEMPTED
 
 BOXES = [
@@ -128,6 +130,35 @@ def collectives(batch: list[dict], output_dir: Path) -> tuple[Counter, Counter, 
         return (*found, logged | {"seed": torch.initial_seed(), "own": own})
 
 
+def shares(rank: int, output_dir: Path) -> dict:
+    """Which images this process evaluates, by id; a running mean that each has measured otherwise;
+    and periods of a config for one process."""
+    sizes = [(64, 64), (96, 64)] * 4
+    records = [
+        {"file_name": f"{i}.png", "image_id": i, "height": height, "width": width}
+        for i, (height, width) in enumerate(sizes[:7])
+    ]
+    DatasetCatalog.register("seven", lambda: records)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atss.engine.evaluation.Mapper", lambda *_, **__: lambda record: record)
+        loader = build_test_loader(make_cfg("DATALOADER.NUM_WORKERS", 0), "seven")
+        ids = [x["image_id"] for batch in loader for x in batch]
+    norm = torch.nn.BatchNorm1d(1)
+    norm.running_mean.fill_(rank + 1)
+    share_statistics(norm)
+
+    class NoData(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return []
+
+    periods = ("SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 1)
+    opts = ("SOLVER.REFERENCE_WORLD_SIZE", 1, "OUTPUT_DIR", str(output_dir))
+    cfg = NoData(make_cfg(*OPTIONS, *periods, *opts)).cfg
+    scaled = (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
+    return {"ids": ids, "mean": norm.running_mean.item(), "periods": scaled}
+
+
 def half_of_each(rank: int, output_dir: Path) -> None:
     meeting = f"file://{output_dir}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
@@ -139,6 +170,7 @@ def half_of_each(rank: int, output_dir: Path) -> None:
     own_folder.mkdir()
     counted = collectives(images(BOXES)[2 * rank : 2 * rank + 2], own_folder)
     torch.save(counted, output_dir / f"collectives.{rank}")
+    torch.save(shares(rank, output_dir), output_dir / f"shares.{rank}")
     broken = images(BOXES)[2 * rank : 2 * rank + 2]
     if rank == 1:
         broken[0]["image"][:] = torch.inf
@@ -202,6 +234,15 @@ def test_each_process_draws_for_itself_and_the_first_alone_saves(halves):
     assert len(seeds) == 2
     saved = [{x.name for x in (halves / f"folder{rank}").glob("*.pth")} for rank in range(2)]
     assert saved == [{"model_0000001.pth", "model_best.pth"}, set()]
+
+
+def test_what_processes_share(halves):
+    """Each evaluates every other image, in the order of sizes; the statistics are the first one's;
+    periods of one iteration do not become none when twice as many processes make half as many."""
+    first, second = (torch.load(halves / f"shares.{rank}") for rank in range(2))
+    assert (first["ids"], second["ids"]) == ([0, 4, 1, 5], [2, 6, 3])
+    assert first["mean"] == second["mean"] == 1.0
+    assert first["periods"] == second["periods"] == (1, 1)
 
 
 def test_all_processes_stop_at_a_loss_that_is_not_finite_in_one(halves):

@@ -6,7 +6,7 @@ from conftest import make_cfg
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer as detectron2s
 
-from atss.config import complete_schedule
+from atss.config import complete_schedule, enter_schedule
 from atss.data import datasets
 from atss.engine.solver import build_optimizer
 
@@ -128,3 +128,26 @@ def test_iterations_that_are_typed_count(monkeypatch):
 def test_negative_epochs_are_refused():
     with pytest.raises(ValueError, match=r"TEST\.EVAL_EPOCHS must be from 0 on, not -1\.0"):
         complete_schedule(make_cfg("TEST.EVAL_EPOCHS", -1.0))
+
+
+@pytest.mark.parametrize(
+    ("images", "opts", "done", "seen", "wanted"),
+    [
+        # 66 images: 17 iterations. 44 are left, which are 11.
+        (11, ("SOLVER.EPOCHS", 6.0), 11, 22, 6),
+        (11, ("SOLVER.EPOCHS", 6.0), 7, 70, 17),
+        # 600 are the least; so many are left as the log has said, however many images that are.
+        (20, ("SOLVER.EPOCHS", 12.0, "SOLVER.MIN_ITER", 600), 300, 2400, 300),
+        # 1344 iterations for 5376 images, of which 3376 are left; in larger batches 600 are more.
+        (448, ("SOLVER.EPOCHS", 12.0, "SOLVER.MIN_ITER", 600), 1000, 2000, 500),
+        (448, ("SOLVER.EPOCHS", 12.0, "SOLVER.MIN_ITER", 2000), 1000, 2000, 1000),
+        # Iterations that are given, and those that half as many processes make.
+        (11, ("SOLVER.MAX_ITER", 100), 40, 80, 40),
+        (11, ("SOLVER.MAX_ITER", 100, "SOLVER.REFERENCE_WORLD_SIZE", 1), 40, 320, 80),
+    ],
+)
+def test_another_batch_size_enters_the_schedule(monkeypatch, images, opts, done, seen, wanted):
+    monkeypatch.setattr(datasets, "get_detection_dataset_dicts", lambda *_, **__: [{}] * images)
+    cfg = make_cfg("SOLVER.IMS_PER_BATCH", 4, "SOLVER.CHECKPOINT_EPOCHS", 0.0, *opts)
+    complete_schedule(cfg)
+    assert enter_schedule(cfg, done, seen) == wanted

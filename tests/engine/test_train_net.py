@@ -252,7 +252,7 @@ def test_stopped_run_resumes_to_the_end(command, tmp_path, monkeypatch, capsys):
         ),
         ({"MODEL.ATSS.NUM_CONVS": 2}, r"which is missing there and a weight here"),
         ({"SOLVER.OPTIMIZER": "AdamW"}, r"SOLVER.OPTIMIZER is AdamW, but the checkpoint"),
-        ({"MODEL.BACKBONE.FREEZE_AT": 4}, r"groups of \[.* --resume needs the MODEL and SOLVER"),
+        ({"MODEL.BACKBONE.FREEZE_AT": 4}, r"such as .* --resume needs the MODEL and SOLVER"),
     ],
 )
 def test_a_resumption_with_another_config_is_one_sentence(command, opts, sentence):
@@ -268,7 +268,7 @@ def test_a_run_from_before_levels_that_nobody_reads_rested(command, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr("atss.modeling.backbone.freeze_unused", lambda *_: None)
         run(command(**fewer))
-    with pytest.raises(ValueError, match=r"groups of \[.* --resume needs the MODEL and SOLVER"):
+    with pytest.raises(ValueError, match=r"such as .* --resume needs the MODEL and SOLVER"):
         run(command("--resume", **fewer))
     weights = tmp_path / "out/model_final.pth"
     run(command(**fewer, **{"MODEL.WEIGHTS": weights, "OUTPUT_DIR": tmp_path / "other"}))

@@ -6,9 +6,12 @@ for each path, argument or log that other projects save beside weights.
 """
 
 import copy
+import functools
 import hashlib
+import os
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Set
 from contextlib import suppress
@@ -36,6 +39,8 @@ def read(path: str | Path, mmap: bool = False) -> Any:
     numbers if its name ends in .pkl, as in Detectron2's model zoo; tensors if it ends in
     .safetensors; else what torch.save wrote.
 
+    torch.load does not compare the checksums (CRC-32) that torch.save writes; here they are.
+
     Args:
         mmap: whether tensors that torch.save wrote stay on the disk until they are used.
 
@@ -51,8 +56,13 @@ def read(path: str | Path, mmap: bool = False) -> Any:
             with open(path, "rb") as file:
                 # Files of Python 2 hold the bytes of arrays as text.
                 return _DataUnpickler(file, encoding="latin1").load()
+        stat = os.stat(path)
+        if wrong := _wrong_checksum(str(path), stat.st_mtime_ns, stat.st_size):
+            raise WeightsError(f"{path} is damaged: the checksum of {wrong} in it is wrong")
         with torch.serialization.safe_globals([(known, name) for name, known in _KNOWN.items()]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except WeightsError:
+        raise
     except ImportError as error:
         raise WeightsError(f"{path} needs the package safetensors: {error}") from error
     except OSError as error:
@@ -70,6 +80,21 @@ def read(path: str | Path, mmap: bool = False) -> Any:
         if isinstance(error, pickle.UnpicklingError) and not str(path).endswith(".pkl"):
             what = "is no checkpoint, or wants to run code when it is read, which is not done here"
         raise WeightsError(f"{path} {what}") from error
+
+
+@functools.cache
+def _wrong_checksum(path: str, modified: int, size: int) -> str | None:
+    """Name of the first part of a file of torch.save that differs from its checksum; None if there
+    is none, or the file has no checksums: legacy ones, and after ``set_crc32_options(False)``.
+    Looked at once: a resumption reads its checkpoint several times.
+
+    Args:
+        modified, size: of the file, which is looked at again if they change.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as file:
+        return file.testzip() if any(part.CRC for part in file.infolist()) else None
 
 
 def find_weights(content: Any, path: str | Path) -> dict[str, Tensor]:

@@ -149,6 +149,9 @@ class TrainingCheckpointer(SafeCheckpointer):
             one.
         keep: how many of the files that are numbered by iteration stay; 0 for all. Those of later
             iterations, which another run left there, are not touched.
+
+    Attributes:
+        resumed: when the checkpoint was written that this run goes on from, in ns; None without.
     """
 
     # Of each process its own, should two write into one folder.
@@ -159,6 +162,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         if keep < 0:
             raise ValueError(f"SOLVER.CHECKPOINTS_TO_KEEP must be 0 (all) or more, not {keep}")
         self.keep = keep
+        self.resumed: int | None = None
         self._found = {file: _stamp(file) for file in self._numbered().values()}
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -192,6 +196,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         self._begins = checkpointables is not None
         loaded = super().load(path, checkpointables)
         if not self._begins:
+            self.resumed = _stamp(path)
             done = loaded.get("iteration", -1)
             for number, file in self._numbered().items():
                 if number <= done:
@@ -251,16 +256,16 @@ class TrainingCheckpointer(SafeCheckpointer):
 
     def get_checkpoint_file(self) -> str:
         """The one to resume from: what ``last_checkpoint`` names where that can be read, else the
-        one with most iterations; "" where there is none.
+        one that has seen most images; "" where there is none.
 
         Raises:
             OSError: where ``last_checkpoint`` names one, but none can be read.
         """
         named = super().get_checkpoint_file()
-        if named and iterations(named) is not None:
+        if named and progress(named):
             return named
         files = self.get_all_checkpoint_files() if os.path.isdir(self.save_dir) else []
-        complete = {file: done for file in files if (done := iterations(file)) is not None}
+        complete = {file: done for file in files if (done := progress(file))}
         if complete:
             newest = max(complete, key=complete.__getitem__)
             self.logger.warning(
@@ -288,6 +293,14 @@ class TrainingCheckpointer(SafeCheckpointer):
                 os.remove(unfinished)
             raise
         os.replace(unfinished, os.path.join(self.save_dir, name))
+        # Names are the folder's content: without this a power cut may lose the one, but keep the
+        # name of last_checkpoint. Not every system has it.
+        with suppress(OSError):
+            folder = os.open(self.save_dir, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def _remove_old(self, last: int) -> None:
         files = {number: file for number, file in self._numbered().items() if number <= last}
@@ -303,10 +316,12 @@ def _stamp(file: str) -> int | None:
         return None
 
 
-def iterations(file: str) -> int | None:
-    """The last iteration before a complete checkpoint was written; None for any other file."""
+def progress(file: str) -> tuple[int, int] | None:
+    """Images seen, which older checkpoints do not have, and the last iteration before a complete
+    checkpoint was written; None for any other file."""
     try:
         # Mapped, so that weights are not read; a file that was cut has lost its table of contents.
-        return read(file, mmap=True)["trainer"]["iteration"]
-    except (WeightsError, LookupError, TypeError):
+        trainer = read(file, mmap=True)["trainer"]
+        return trainer.get("images_seen", 0), trainer["iteration"]
+    except (WeightsError, LookupError, TypeError, AttributeError):
         return None

@@ -34,7 +34,7 @@ from .read import (
     merge_options,
 )
 from .sampling import Sampling, build_sampling, candidates_per_object, with_rule
-from .schedule import complete_schedule
+from .schedule import complete_schedule, enter_schedule
 from .tta import build_tta
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "complete_classes",
     "complete_schedule",
     "config_names",
+    "enter_schedule",
     "find_config",
     "follow_classes",
     "for_inference",

@@ -48,3 +48,24 @@ def complete_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
         follows = 0 < solver.CHECKPOINT_EPOCHS <= test.EVAL_EPOCHS
         unit = solver.CHECKPOINT_PERIOD if follows else 1
         test.EVAL_PERIOD = max(math.ceil(epoch * test.EVAL_EPOCHS / unit), 1) * unit
+
+
+def enter_schedule(cfg: CfgNode, done: int, seen: int) -> int:
+    """The iteration at which a run goes on with another batch size. If SOLVER.EPOCHS asks for
+    passes, or the number of processes scales iterations (SOLVER.REFERENCE_WORLD_SIZE), iterations
+    are counted in the new batches from there on: what is left are the images of the passes that are
+    left. Iterations that are given as such stay what they are.
+
+    Args:
+        cfg: of a whole run with the new batch size.
+        done: iterations until now.
+        seen: images until now.
+    """
+    solver = cfg.SOLVER
+    if solver.REFERENCE_WORLD_SIZE:
+        return seen // solver.IMS_PER_BATCH
+    if not solver.EPOCHS:
+        return done
+    images = count_training_images(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    left = math.ceil((images * solver.EPOCHS - seen) / solver.IMS_PER_BATCH)
+    return solver.MAX_ITER - max(left, solver.MIN_ITER - done, 0)

@@ -65,17 +65,29 @@ class TrainLoader:
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.start = 0
+        self.start = self.first = self.ahead = 0
 
-    def skip(self, batches: int, seed: int) -> None:
-        """Iteration will begin after so many batches of the stream of that seed."""
-        self.start, self.seed = batches, seed
+    def skip(self, batches: int, seed: int, origin: tuple[int, int] = (0, 0)) -> None:
+        """Iteration will begin after so many batches of the stream of that seed.
+
+        Args:
+            origin: (batches, images) from before the batch size or the number of processes became
+                what it is. Other batches are formed from the stream's next images on.
+        """
+        before, self.first = origin
+        self.start, self.seed = batches - before, seed
+        # late_from counts iterations, all of this batch size; positions count images.
+        self.ahead = self.first - before * self.batch_size * comm.get_world_size()
 
     def __iter__(self) -> Iterator[list[dict]]:
-        batches = make_batches(self.sampler(self.seed), self.batch_size, self.groups)
+        batches = make_batches(self.sampler(self.seed), self.batch_size, self.groups, self.first)
         loader = DataLoader(
             MappedByPosition(
-                self.records, self.mapper, self.seed, self.late_mapper, self.late_from
+                self.records,
+                self.mapper,
+                self.seed,
+                self.late_mapper,
+                self.late_from + self.ahead,
             ),
             batch_sampler=islice(batches, self.start, None),
             num_workers=self.num_workers,
@@ -157,15 +169,21 @@ def is_wide(records: list[dict]) -> np.ndarray:
 
 
 def make_batches(
-    sampler: Iterable[int], batch_size: int, groups: Sequence[bool] | np.ndarray
+    sampler: Iterable[int],
+    batch_size: int,
+    groups: Sequence[bool] | np.ndarray,
+    first: int = 0,
 ) -> Iterator[list[tuple[int, int]]]:
     """Batches of this process, each of (position, index) whose images are of one group. Positions
-    count the images of all processes."""
+    count the images of all processes, those before ``first`` are passed over."""
     rank, processes = comm.get_rank(), comm.get_world_size()
     waiting: dict[bool, list[tuple[int, int]]] = defaultdict(list)
     for turn, index in enumerate(sampler):
+        position = rank + turn * processes
+        if position < first:
+            continue
         batch = waiting[bool(groups[index])]
-        batch.append((rank + turn * processes, index))
+        batch.append((position, index))
         if len(batch) == batch_size:
             yield batch.copy()
             batch.clear()

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..checkpoints import TrainingCheckpointer
 from ..data.datasets import classes_of, has_objects
-from ..weights import read
+from ..weights import WeightsError, read
 
 # By evaluator_type.
 COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -160,7 +160,8 @@ class Best(HookBase):
         """Where the best stand now, or what is wrong. Writes the file."""
         metric, best = self.standing.metric, None
         had_one = self.standing.iteration >= 0
-        since = self.standing.since + 1 if had_one else 0
+        # An evaluation up to that of the best is made again, after an interruption.
+        since = self.standing.since + (had_one and iteration > self.standing.iteration)
         standing = replace(self.standing, evaluated=iteration, since=since)
         for averaged, (model, results) in enumerate(evaluated):
             values = flatten_results_dict(results)
@@ -192,21 +193,44 @@ class Best(HookBase):
         about = {x: getattr(standing, x) for x in ABOUT}
         self.checkpointer.save_weights(self.FILE, model, **about)
 
-    def adopt(self, start_iter: int) -> None:
-        """Of a run that goes on: better weights in the file than the checkpoint knows of, as those
-        of an evaluation at its former end."""
-        self.standing = comm.all_gather(self._adopt(start_iter))[0]
+    def adopt(self) -> None:
+        """Of a run that goes on: takes over weights of the file that the checkpoint does not know,
+        as those of an evaluation after it."""
+        self.standing = comm.all_gather(self._adopt())[0]
 
-    def _adopt(self, start_iter: int) -> Standing:
-        path = os.path.join(self.checkpointer.save_dir, f"{self.FILE}.pth")
-        if not comm.is_main_process() or not os.path.isfile(path):
-            return self.standing
-        about = {x: value for x, value in read(path).items() if x in ABOUT}
+    def _adopt(self) -> Standing:
         standing = self.standing
-        same = all(about.get(x) == getattr(standing, x) for x in ("metric", "data"))
-        if same and about["iteration"] < start_iter and about["value"] > standing.value:
-            return replace(standing, **about)
+        if not comm.is_main_process():
+            return standing
+        path = os.path.join(self.checkpointer.save_dir, f"{self.FILE}.pth")
+        try:
+            content = read(path, mmap=True)
+            about = {name: content[name] for name in ABOUT}
+        except (WeightsError, LookupError, TypeError) as error:
+            if standing.iteration < 0:
+                return standing
+            logging.getLogger(__name__).warning(
+                "%s was the best (%s): the best weights are sought anew: %s",
+                *(path, _describe(standing), error),
+            )
+            return replace(Standing(standing.metric, standing.data), evaluated=standing.evaluated)
+        same = all(about[name] == getattr(standing, name) for name in ("metric", "data"))
+        known = all(about[name] == getattr(standing, name) for name in ABOUT)
+        # One that is older and not the checkpoint's is of another run.
+        resumed = self.checkpointer.resumed
+        newer = resumed is not None and os.stat(path).st_mtime_ns >= resumed
+        if same and newer and not known and about["value"] > -math.inf:
+            return replace(standing, **about, since=0)
         return standing
+
+    def renumber(self, done: int, now: int) -> None:
+        """Of a run that has counted ``done`` iterations, which from here on count as ``now``."""
+
+        def other(iteration: int) -> int:
+            return max((iteration + 1) * now // done - 1, min(iteration, 0))
+
+        best, evaluated = self.standing.iteration, self.standing.evaluated
+        self.standing = replace(self.standing, iteration=other(best), evaluated=other(evaluated))
 
     def reason_to_stop(self) -> str:
         return (

@@ -30,6 +30,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoints import SafeCheckpointer, TrainingCheckpointer
+from ..checkpoints.checkpointer import NUMBERED
 from ..checkpoints.classes import names_in, warn_of_others
 from ..config import (
     begins_pretrained,
@@ -47,7 +48,8 @@ from ..config.checks import check_values
 from ..data import datasets
 from ..data.formats import add_arguments, reading_of
 from .agreement import facts_of_config, refuse_differences, share_weights
-from .best import best_metric, check_metric, known_metrics
+from .averaging import Averaging
+from .best import Best, best_metric, check_metric, known_metrics
 from .evaluation import check_metadata
 from .launch import (
     abridge_terminal,
@@ -214,15 +216,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
         return results
     trainer = Trainer(cfg)
     if comm.is_main_process():
-        kept = cfg.SOLVER.CHECKPOINTS_TO_KEEP
-        check_free_space(
-            cfg.OUTPUT_DIR,
-            trainer.model,
-            copies=max(kept + 1, 2),
-            moments=MOMENTS[cfg.SOLVER.OPTIMIZER],
-            averaged=trainer.averaging is not None,
-            best=trainer.best is not None,
-        )
+        check_free_space(trainer.cfg, trainer.model)
     if args.resume:
         checkpoint = trainer.checkpointer.get_checkpoint_file()
         check_shared(checkpoint)
@@ -605,34 +599,35 @@ def check_output_dir(path: str, test_sets: Sequence[str] = ()) -> None:
         raise ValueError(f"cannot write into OUTPUT_DIR {folder}: {error.strerror}") from error
 
 
-def check_free_space(
-    path: str,
-    model: nn.Module,
-    copies: int = 2,
-    moments: int = 1,
-    averaged: bool = False,
-    best: bool = False,
-) -> None:
-    """Whether the folder has room for checkpoints: weights, and what the optimizer remembers of
-    each that is trained. By default for two, because one is written before the other is deleted.
-
-    Args:
-        moments: so many numbers a weight.
-        averaged: they hold averaged weights too, and these have a file of their own at the end.
-        best: besides them the best weights are kept.
+def check_free_space(cfg: CfgNode, model: nn.Module) -> None:
+    """Whether OUTPUT_DIR has room for checkpoints (weights, what the optimizer remembers of each
+    that is trained, averaged weights), for the best weights and the averaged ones. For one
+    checkpoint more than are kept, because one is written before the other is deleted. What is there
+    and will be replaced or deleted gives its room.
 
     Raises:
         ValueError: naming the folder and the sizes.
     """
+    path, keep = cfg.OUTPUT_DIR, cfg.SOLVER.CHECKPOINTS_TO_KEEP
+    averaged, best = cfg.SOLVER.EMA_DECAY > 0, bool(best_metric(cfg))
     weights = sum(x.numel() * x.element_size() for x in model.state_dict().values())
     momenta = sum(x.numel() * x.element_size() for x in model.parameters() if x.requires_grad)
-    saved = weights * (2 if averaged else 1) + momenta * moments
-    need = copies * saved + weights * (averaged + best)
+    saved = weights * (2 if averaged else 1) + momenta * MOMENTS[cfg.SOLVER.OPTIMIZER]
+    copies = max(keep + 1, 2)
+    replaced = [f"{x}.pth" for x in ("model_final", Averaging.FILE, Best.FILE)]
+    if keep:
+        numbers = {x: NUMBERED.fullmatch(x) for x in os.listdir(path)}
+        replaced += [x for x, n in numbers.items() if n and int(n[1]) < cfg.SOLVER.MAX_ITER]
+    files = [os.path.join(path, x) for x in replaced]
+    there = sum(os.path.getsize(x) for x in files if os.path.isfile(x))
+    need = max(copies * saved + weights * (averaged + best) - there, saved)
     free = shutil.disk_usage(path).free
     if free < need:
         what = f"{copies} checkpoints" + (" and the best weights" if best else "")
+        also = "besides what is there " if there else ""
         raise ValueError(
-            f"OUTPUT_DIR {path} has {free / 1e6:.0f} MB free, but {what} take {need / 1e6:.0f} MB"
+            f"OUTPUT_DIR {path} has {free / 1e6:.0f} MB free, but {what} {also}take "
+            f"{need / 1e6:.0f} MB"
         )
 
 

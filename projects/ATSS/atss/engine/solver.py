@@ -1,17 +1,27 @@
 """The optimizer: which rate and which decay each parameter gets."""
 
+import logging
+
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver import get_default_optimizer_params
+from detectron2.solver import LRMultiplier, get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
+from torch.optim import Optimizer
 
 BACKBONE = "backbone.bottom_up."
 # Numbers that an optimizer remembers of each weight.
 MOMENTS = {"SGD": 1, "AdamW": 2}
+# Of the groups of an optimizer, what the config sets, and by which keys.
+SETTINGS = {
+    "initial_lr": "SOLVER.BASE_LR, BIAS_LR_FACTOR, BACKBONE_LR_FACTOR",
+    "weight_decay": "SOLVER.WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, WEIGHT_DECAY_SCALE",
+    "momentum": "SOLVER.MOMENTUM",
+    "nesterov": "SOLVER.NESTEROV",
+}
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """Detectron2's, with SOLVER.OPTIMIZER, BACKBONE_LR_FACTOR and WEIGHT_DECAY_SCALE.
 
     Raises:
@@ -46,30 +56,76 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     return maybe_add_gradient_clipping(cfg, optimizer)
 
 
-def refuse_other_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Whether the state of a checkpoint is one of this optimizer: torch meets another in a bug of
-    its own, or begins anew silently.
+def carry_over(
+    optimizer: Optimizer, names: list[str], state: dict, names_then: list[str] | None
+) -> dict:
+    """The state of a checkpoint's optimizer, such as momenta, for this optimizer, whose settings
+    stay. The log names those that the checkpoint has otherwise.
+
+    Args:
+        names: of the optimizer's parameters, in the order of its groups.
+        state: of the checkpoint's optimizer.
+        names_then: of its parameters, in the same way; None in older checkpoints.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: naming what differs, if the state is of another kind of optimizer, or of other
+            parameters: torch would meet it in a bug of its own, or begin anew silently.
     """
-    adaptive, was_adaptive = (
-        "betas" in groups[0] for groups in (optimizer.param_groups, state["param_groups"])
-    )
+    own, groups = optimizer.state_dict()["param_groups"], state["param_groups"]
+    adaptive, was_adaptive = ("betas" in x[0] for x in (own, groups))
     if adaptive != was_adaptive:
         raise ValueError(
             f"SOLVER.OPTIMIZER is {'AdamW' if adaptive else 'SGD'}, but the checkpoint that "
             "--resume goes on with is of the other"
         )
-    was, now = (
-        [len(group["params"]) for group in groups]
-        for groups in (state["param_groups"], optimizer.param_groups)
-    )
-    if was != now:
+    was, now = ([len(group["params"]) for group in x] for x in (groups, own))
+    if names_then is None and was != now:
         raise ValueError(
             f"the optimizer of the checkpoint has groups of {was} parameters, but the config's "
             f"has {now}: --resume needs the MODEL and SOLVER of the run that it goes on with"
         )
+    names_then = names if names_then is None else names_then
+    if others := sorted({*names} ^ {*names_then}):
+        owner = "config" if others[0] in names else "checkpoint"
+        raise ValueError(
+            f"{len(others)} parameters are trained by the checkpoint's optimizer or the config's "
+            f"alone, such as {others[0]} by the {owner}'s: --resume needs the MODEL and SOLVER of "
+            "the run that it goes on with"
+        )
+    places = {name: place for place, name in enumerate(names_then)}
+    order = [places[name] for name in names]
+    different = []
+    for key, keys in SETTINGS.items():
+        then, new = ([x.get(key) for x in of for _ in x["params"]] for of in (groups, own))
+        if [then[place] for place in order] != new:
+            before, after = (", ".join(map(str, sorted({*x}))) for x in (then, new))
+            different.append(f"{key} ({keys}) {after} in place of {before}")
+    if different:
+        logging.getLogger(__name__).info(
+            "The config differs from the checkpoint, and is followed: %s", "; ".join(different)
+        )
+    rates = [group["lr"] for group in groups for _ in group["params"]]
+    for group in own:
+        group["lr"] = rates[order[group["params"][0]]]
+    numbers = state["state"]
+    return {
+        "state": {new: numbers[then] for new, then in enumerate(order) if then in numbers},
+        "param_groups": own,
+    }
+
+
+def follow_schedule(scheduler: LRMultiplier, done: int, last: int) -> None:
+    """Sets the rates to those of the config's schedule.
+
+    Args:
+        done: so many iterations have been made.
+        last: so many there are.
+    """
+    groups = scheduler.optimizer.param_groups
+    scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    scheduler.last_epoch = min(done, last)
+    for group, rate in zip(groups, scheduler.get_lr(), strict=True):
+        group["lr"] = rate
 
 
 def _backbone_factor(solver: CfgNode, model: nn.Module):

@@ -4,6 +4,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from detectron2.config import CfgNode
@@ -17,6 +18,7 @@ from detectron2.engine import (
 )
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import DatasetEvaluator, verify_results
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
@@ -24,7 +26,13 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoints.checkpointer import TrainingCheckpointer
-from ..config import autocast_dtype, build_tta, class_names, one_image_at_a_time
+from ..config import (
+    autocast_dtype,
+    build_tta,
+    class_names,
+    enter_schedule,
+    one_image_at_a_time,
+)
 from ..data.loader import TrainLoader, build_train_loader, derive_seed
 from ..data.mapper import Mapper, without_augmentation
 from .agreement import facts_of_config, facts_of_data, refuse_differences, share_weights
@@ -34,7 +42,7 @@ from .evaluation import Awaited, build_evaluator, build_test_loader
 from .exchange import Exchange
 from .hooks import FiniteLosses, FiniteWeights, Preemption, refuse_broken_weights
 from .outlook import Outlook
-from .solver import build_optimizer, refuse_other_optimizer
+from .solver import build_optimizer, carry_over, follow_schedule
 from .writers import StrictJSONWriter
 
 
@@ -53,7 +61,30 @@ class _Writing(SimpleTrainer):
 
 
 class _InFloat16(_Writing, AMPTrainer):
-    pass
+    def load_state_dict(self, state_dict):
+        """Detectron2's; a checkpoint of another precision has no scale, which begins anew."""
+        super().load_state_dict({"grad_scaler": self.grad_scaler.state_dict()} | state_dict)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Which part of the stream of images the iterations take.
+
+    Attributes:
+        batch: images of an iteration, of all processes.
+        processes: that share them.
+        iteration: the first of such batches.
+        images: that had been seen before it.
+    """
+
+    batch: int
+    processes: int
+    iteration: int = 0
+    images: int = 0
+
+    def images_until(self, iteration: int) -> int:
+        """Images that have been seen when an iteration begins."""
+        return self.images + (iteration - self.iteration) * self.batch
 
 
 class Trainer(DefaultTrainer):
@@ -65,6 +96,7 @@ class Trainer(DefaultTrainer):
         seed: SEED, or one drawn for all processes where that is negative. The order of images,
             their augmentation and what the model draws in an iteration follow from it; a
             checkpoint holds it.
+        stream: the place in it, in images.
         averaging: with SOLVER.EMA_DECAY.
         best: with TEST.BEST_METRIC and evaluations during training.
     """
@@ -75,12 +107,15 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
+        evaluates = cfg.TEST.EVAL_PERIOD > 0
         cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        self.given_seed = cfg.SEED
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         cfg.defrost()
         cfg.SEED = self.seed
         # Scaled to the number of processes, short ones become none.
         cfg.SOLVER.CHECKPOINT_PERIOD = max(cfg.SOLVER.CHECKPOINT_PERIOD, 1)
+        cfg.TEST.EVAL_PERIOD = max(cfg.TEST.EVAL_PERIOD, int(evaluates))
         cfg.freeze()
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -122,6 +157,7 @@ class Trainer(DefaultTrainer):
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
+        self.stream = Stream(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
@@ -194,9 +230,9 @@ class Trainer(DefaultTrainer):
     def before_train(self) -> None:
         """Detectron2's; a run that ended early stays ended, and an evaluation that is made up for
         may be the one that ends it."""
-        super().before_train()
         if self.best and self.start_iter > 0:
-            self.best.adopt(self.start_iter)
+            self.best.adopt()
+        super().before_train()
         if self.best and self.best.exhausted and self.start_iter < self.max_iter:
             self.iter -= 1
             self._end_early(self.best)
@@ -244,26 +280,70 @@ class Trainer(DefaultTrainer):
         super().run_step()
 
     def state_dict(self) -> dict:
-        """DefaultTrainer's, and the seed."""
-        return super().state_dict() | {"seed": self.seed}
+        """DefaultTrainer's, and the seed, the place in the stream of images, and the names of the
+        optimizer's parameters."""
+        return super().state_dict() | {
+            "seed": self.seed,
+            "images_seen": self.stream.images_until(self.iter + 1),
+            "stream": asdict(self.stream),
+            "parameters": self._parameters(),
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """DefaultTrainer's; loaders will go on where they stopped, if they have the method ``skip``
-        of :class:`~atss.data.loader.TrainLoader`.
+        """DefaultTrainer's; the settings of the optimizer and of its schedule are the config's.
+        Loaders will go on where they stopped, if they have the method ``skip`` of
+        :class:`~atss.data.loader.TrainLoader`.
 
         Raises:
-            ValueError: for the state of another optimizer.
+            ValueError: for the state of another optimizer, or of another seed than the config's.
         """
-        refuse_other_optimizer(self._trainer.optimizer, state_dict["_trainer"]["optimizer"])
-        super().load_state_dict(state_dict)
-        self.seed = state_dict.get("seed", self.seed)  # DefaultTrainer's own have none
+        inner = state_dict["_trainer"]
+        names = self._parameters()
+        carried = carry_over(
+            self.optimizer, names, inner["optimizer"], state_dict.get("parameters")
+        )
+        super().load_state_dict(state_dict | {"_trainer": inner | {"optimizer": carried}})
+        seed = state_dict.get("seed", self.seed)  # DefaultTrainer's own have none
+        if self.given_seed >= 0 and seed != self.given_seed:
+            raise ValueError(
+                f"SEED is {self.given_seed}, but the run that --resume goes on with has {seed}, on "
+                "which its order of images depends: leave SEED out, or give that"
+            )
+        self.seed = seed
+        if "stream" in state_dict:  # neither have they this
+            self._go_on_in(Stream(**state_dict["stream"]))
         done = self.iter + 1
-        _go_on(self.data_loader, done, self.seed)
+        if isinstance(self.scheduler, LRMultiplier):  # not one of somebody's own
+            follow_schedule(self.scheduler, done, self.max_iter)
+        _go_on(self.data_loader, done, self.seed, (self.stream.iteration, self.stream.images))
         for hook in self._hooks:
             if isinstance(hook, hooks.PreciseBN):
                 times = done // self.cfg.TEST.EVAL_PERIOD if self.cfg.TEST.EVAL_PERIOD else 0
                 batches = times * self.cfg.TEST.PRECISE_BN.NUM_ITER
                 _go_on(hook._data_loader, batches, self.seed)
+
+    def _go_on_in(self, stream: Stream) -> None:
+        """Takes the place of a checkpoint in its stream of images."""
+        now, done = self.stream, self.iter + 1
+        if stream.batch != now.batch or stream.processes != now.processes:
+            seen = stream.images_until(done)
+            if stream.batch != now.batch:
+                self.iter += enter_schedule(self.cfg, done, seen) - done
+                if self.best:
+                    self.best.renumber(done, self.iter + 1)
+                logging.getLogger(__name__).info(
+                    "After %d images in %d iterations, training goes on in batches of %d, not %d, "
+                    "at iteration %d of %d",
+                    *(seen, done, now.batch, stream.batch, self.iter + 1, self.max_iter),
+                )
+            stream = replace(now, iteration=self.iter + 1, images=seen)
+        self.stream = stream
+
+    def _parameters(self) -> list[str]:
+        """Names of what the optimizer trains, in the order of its groups."""
+        names = {x: name for name, x in self.checkpointer.model.named_parameters()}
+        trained = [x for group in self.optimizer.param_groups for x in group["params"]]
+        return [names.get(x, f"parameter {i}") for i, x in enumerate(trained)]
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
@@ -316,10 +396,10 @@ def _profiler(cfg: CfgNode) -> HookBase | None:
     return hooks.TorchProfiler(lambda trainer: first <= trainer.iter <= last, cfg.OUTPUT_DIR)
 
 
-def _go_on(loader: Iterable, batches: int, seed: int) -> None:
+def _go_on(loader: Iterable, batches: int, seed: int, origin: tuple[int, int] = (0, 0)) -> None:
     """After so many batches of the stream of a seed."""
     if hasattr(loader, "skip"):
-        loader.skip(batches, seed)
+        loader.skip(batches, seed, *([origin] if any(origin) else []))
     elif batches:
         logging.getLogger(__name__).warning(
             "%s does not know how to go on after %d batches: its stream of images begins anew",
