@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from test_interruption import assert_equal
 
 import atss.engine.run as way_in
+from atss.checkpoints import TrainingCheckpointer
 from atss.modeling.pretrained import load_pretrained
 from atss.predictor import Predictor
 
@@ -69,7 +70,7 @@ def final(output):
     return torch.load(output / "model_final.pth", weights_only=True)
 
 
-def test_goes_on_bit_for_bit_where_the_backbones_file_is_gone(tune, tuned, tmp_path):
+def test_goes_on_bit_for_bit_where_the_backbones_file_is_gone(tune, tuned, tmp_path, monkeypatch):
     """Averages, best and mosaics included. The backbone is in the checkpoint, and is that of the
     package."""
     file = tmp_path / "lite0.safetensors"
@@ -78,10 +79,16 @@ def test_goes_on_bit_for_bit_where_the_backbones_file_is_gone(tune, tuned, tmp_p
     own = {"MODEL.TIMM.WEIGHTS": str(file)}
     # At 6 of 8 iterations, between two evaluations.
     steps = {"SOLVER.CHECKPOINT_EPOCHS": 1.5}
-    tune(tmp_path / "cut", **own, **steps)
-    for left in ("model_final.pth", "model_best.pth"):
-        (tmp_path / "cut" / left).unlink()
-    (tmp_path / "cut" / "last_checkpoint").write_text("model_0000005.pth")
+    save = TrainingCheckpointer.save
+
+    def save_and_stop(self, name, **about):
+        save(self, name, **about)
+        if name == "model_0000005":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainingCheckpointer, "save", save_and_stop)
+        tune(tmp_path / "cut", **own, **steps)
     file.unlink()
     tune(tmp_path / "cut", "--resume", **own, **steps)
     whole, cut = final(tuned), final(tmp_path / "cut")

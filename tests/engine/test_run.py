@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 import yaml
@@ -124,11 +125,13 @@ def test_two_runs_cannot_share_a_folder(arguments, launched, tmp_path):
     left = tmp_path / "out" / f"{TrainingCheckpointer.UNFINISHED}_123"
     left.touch()
     here, there = FORKED.Pipe()
-    other = FORKED.Process(target=hold, args=(str(tmp_path / "out"), there))
+    other = FORKED.Process(target=hold, args=(str(tmp_path / "out"), there), daemon=True)
     other.start()
     assert here.recv() == "locked"
     assert not left.exists()  # of a run that was killed
-    assert f"{tmp_path}/out is in use by another run" in said_by(arguments())
+    refused = said_by(arguments())
+    assert f"{tmp_path}/out is in use by process {other.pid} on {socket.gethostname()}: " in refused
+    assert refused.endswith(f"if that machine is gone, remove {tmp_path}/out/lock")
     way_in.start(arguments("--eval-only"))
     here.send("end")
     other.join()
