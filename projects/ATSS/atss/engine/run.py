@@ -63,7 +63,6 @@ from .trainer import Trainer
 
 # Of Detectron2's keys: least and greatest value of each number.
 TRAINING_LIMITS = {
-    "DATALOADER.NUM_WORKERS": (0, math.inf),
     "INPUT.AUGMENT_UNTIL": (0, 1),
     "INPUT.COLOR_JITTER": (0, 1),
     "INPUT.MIN_SIZE_TRAIN": (1, math.inf),
