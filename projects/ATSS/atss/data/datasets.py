@@ -310,12 +310,18 @@ def _files_in(folder: str) -> set[str]:
 
 def _is_opened(address: str) -> bool:
     """Whether Detectron2's PathManager has a handler for an address. Without one it looks for a
-    local file of that name."""
+    local file of that name.
+
+    Raises:
+        ValueError: naming the address, if the handler fails.
+    """
     provide(address)
     try:
         return PathManager.isfile(address)
     except NotImplementedError:  # a handler that cannot tell, as that of https
         return True
+    except Exception as error:  # handlers raise errors of many types
+        raise ValueError(f"the image {address} cannot be opened: {error}") from error
 
 
 def has_objects(name: str) -> bool:

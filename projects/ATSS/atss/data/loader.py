@@ -10,6 +10,7 @@ worker maps it. To resume is then to skip batches that nobody has made.
 import logging
 import math
 import random
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,66 @@ from .columns import Records
 from .datasets import classes_of, open_records
 from .mosaic import Mosaic
 from .samplers import abridge, make_sampler, page, repeat_factors
+
+LOADER_DIED = (
+    "a process that loads images has died, or was killed as if memory had run out: lower "
+    "DATALOADER.NUM_WORKERS or DATALOADER.PREFETCH_FACTOR"
+)
+
+
+class WatchedLoader(DataLoader):
+    """torch's, which ends with a sentence if a process that loads images hangs or dies. (torch's own
+    timeout does not notice one that stops while it hands over a batch.)
+
+    Args:
+        timeout: seconds to wait for a batch, after which these processes are killed; 0 for any.
+
+    Raises:
+        OSError: with the sentence, in iterating.
+    """
+
+    def __init__(self, *args: Any, timeout: float = 0, **options: Any):
+        super().__init__(*args, **options)
+        self.limit = timeout
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        iterator = super().__iter__()
+        while True:
+            try:
+                batch = self._next(iterator)
+            except StopIteration:
+                return
+            yield batch
+
+    def _next(self, iterator: Iterator[Any]) -> Any:
+        workers = getattr(iterator, "_workers", ())
+        is_late = threading.Event()
+
+        def kill() -> None:
+            is_late.set()
+            for worker in workers:
+                worker.kill()
+
+        timer = threading.Timer(self.limit, kill)
+        timer.daemon = True
+        if workers and self.limit:
+            timer.start()
+        try:
+            return next(iterator)
+        except (OSError, EOFError, RuntimeError) as error:
+            # The end of a process may first show as that of a pipe to it.
+            is_dead = not (isinstance(error, RuntimeError) or all(x.is_alive() for x in workers))
+            if not (is_late.is_set() or is_dead):
+                raise
+        finally:
+            timer.cancel()
+        # Not while the error is handled: to whoever explains it, it would be the cause.
+        if is_late.is_set():
+            raise OSError(
+                f"no batch came for {self.limit:g} s (DATALOADER.TIMEOUT) from the processes that "
+                "load images: do their disk and network answer?"
+            )
+        raise OSError(LOADER_DIED)
 
 
 class TrainLoader:
@@ -74,7 +135,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[dict]]:
         batches = make_batches(self.sampler(self.seed), self.batch_size, self.groups)
-        loader = DataLoader(
+        loader = WatchedLoader(
             MappedByPosition(
                 self.records, self.mapper, self.seed, self.late_mapper, self.late_from
             ),

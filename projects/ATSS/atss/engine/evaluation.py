@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import MapDataset, MetadataCatalog
+from detectron2.data import DatasetCatalog, MapDataset, MetadataCatalog
 from detectron2.data.samplers import InferenceSampler
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from ..config import images_per_test_batch
 from ..data.coco_json import SHORTEST, find_in_json, is_difficult, learnable
 from ..data.datasets import classes_of, columns_of, open_records, provide_json
-from ..data.loader import loader_options
+from ..data.loader import WatchedLoader, loader_options
 from ..data.mapper import Mapper
 
 
@@ -142,7 +142,22 @@ class _DifficultIgnored(COCOeval):
         return overlaps
 
 
+# By data set, what the loader of its last evaluation was made of, and the loader.
+_kept: dict[str, tuple[tuple, DataLoader]] = {}
+
+
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
+    """That of the evaluation before, with DATALOADER.PERSISTENT_WORKERS, or a new one."""
+    if not cfg.DATALOADER.PERSISTENT_WORKERS:
+        return _new_test_loader(cfg, dataset_name)
+    # Averaged weights are evaluated into a folder of their own.
+    parts = DatasetCatalog.data.get(dataset_name), str({**cfg, "OUTPUT_DIR": ""})
+    if dataset_name not in _kept or _kept[dataset_name][0] != parts:
+        _kept[dataset_name] = parts, _new_test_loader(cfg, dataset_name)
+    return _kept[dataset_name][1]
+
+
+def _new_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """Images for this process with our mapper, in batches of MODEL.ATSS.IMS_PER_BATCH_TEST. Images
     of one size follow one another, because only those make a batch."""
     records = open_records([dataset_name])
@@ -151,7 +166,7 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     # Detectron2 gives each process a contiguous part: each gets images of all sizes.
     world_size = comm.get_world_size()
     order = np.concatenate([order[rank::world_size] for rank in range(world_size)])
-    return DataLoader(
+    return WatchedLoader(
         MapDataset(records.choose(order), Mapper(cfg, is_train=False)),
         sampler=InferenceSampler(len(records)),
         batch_size=images_per_test_batch(cfg),
