@@ -222,18 +222,19 @@ def _find_key(folder: str, annotations: str, images: str, reading: Reading) -> s
         OSError, ValueError: if there is nothing to read.
     """
     texts, files = sources(annotations, images)
-    parts = [_code(), repr(reading), *texts]
+    how = [_code(), repr(reading), *texts]
     changed_before = time.time_ns() - RECENT * 10**9
-    key = _digest([*parts, *(_mark(file, changed_before) for file in files)])
+    marks = [_mark(file, changed_before) for file in files]
     if texts:
-        return key
-    index = os.path.join(folder, f"{key}.key")
+        return _digest([*how, *marks])
+    image_dir = os.path.abspath(images)
+    index = os.path.join(folder, f"{_digest([*how, image_dir, *marks])}.key")
     with suppress(OSError):
         os.utime(index)
         return Path(index).read_text()
     content, has_backslashes = _digest_of_file(annotations)
     # Backslashes in names of images are read as the folder of images has them.
-    key = _digest([*parts, content, os.path.abspath(images) if has_backslashes else ""])
+    key = _digest([*how, content, image_dir if has_backslashes else ""])
     with tempfile.NamedTemporaryFile("w", dir=folder, prefix=UNFINISHED, delete=False) as file:
         file.write(key)
     os.replace(file.name, index)

@@ -35,8 +35,8 @@ LOADER_DIED = (
 
 
 class WatchedLoader(DataLoader):
-    """torch's, which ends with a sentence if a process that loads images hangs or dies. (torch's own
-    timeout does not notice one that stops while it hands over a batch.)
+    """torch's, which ends with a sentence if a process that loads images hangs or dies; torch's own
+    timeout does not notice one that stops while it hands over a batch.
 
     Args:
         timeout: seconds to wait for a batch, after which these processes are killed; 0 for any.

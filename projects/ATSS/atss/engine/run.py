@@ -450,10 +450,13 @@ def check_data(cfg: CfgNode, training: bool) -> None:
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN names no data set")
         datasets.refuse_unannotated(cfg.DATASETS.TRAIN)
-        datasets.refuse_missing_images(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     for name in cfg.DATASETS.TEST:
         check_metadata(name)
-    datasets.refuse_missing_images(cfg.DATASETS.TEST)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
+        if training:
+            empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+            datasets.refuse_missing_images(cfg.DATASETS.TRAIN, empty)
+        datasets.refuse_missing_images(cfg.DATASETS.TEST)
 
 
 def check_best(cfg: CfgNode, given: Collection[str] = ()) -> None:
