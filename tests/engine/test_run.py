@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import yaml
 from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from fsspec.registry import known_implementations
 from processes import FORKED
 
 import atss.engine.run as way_in
@@ -181,19 +183,36 @@ def test_addresses_of_images_are_named_first(arguments, variant, key):
 
 
 @pytest.mark.parametrize(
-    ("address", "is_there"), [("https://x.org/a.png", True), ("s3://x/a.png", False)]
+    ("address", "sentence"),
+    [
+        ("https://x.org/a.png", ""),
+        ("memory://nowhere/a.png", "data set remote: 1 of 1 images do not exist, such as memory:"),
+        ("nothing://x/a.png", "data set remote: 1 of 1 images do not exist, such as nothing://x"),
+        ("zzz://x/a.png", "the image zzz://x/a.png cannot be opened: it needs package zzzfs"),
+    ],
 )
-def test_a_scheme_needs_a_handler(address, is_there):
-    """Detectron2's PathManager fetches https, but has no handler for s3."""
+def test_a_scheme_needs_a_handler(address, sentence):
+    """Detectron2's PathManager fetches https; fsspec knows others, if their package is there."""
+    known = {"class": "zzzfs.FileSystem", "err": "it needs package zzzfs"}
+    known_implementations["zzz"] = known
     DatasetCatalog.register("remote", lambda: [{"file_name": address}])
     try:
-        if is_there:
+        with pytest.raises(ValueError, match=sentence) if sentence else nullcontext():
             datasets.refuse_missing_images(["remote"])
-        else:
-            with pytest.raises(ValueError, match="1 of 1 images do not exist, such as s3://x/a"):
-                datasets.refuse_missing_images(["remote"])
     finally:
         forget("remote")
+        del known_implementations["zzz"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_images_are_looked_for_once_per_machine(arguments, monkeypatch, rank):
+    asked = []
+    monkeypatch.setattr(datasets, "refuse_missing_images", lambda *x: asked.append(x[0]))
+    cfg = way_in.prepare(arguments())
+    asked.clear()
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    way_in.check_data(cfg, training=True)
+    assert asked == ([] if rank else [cfg.DATASETS.TRAIN, cfg.DATASETS.TEST])
 
 
 @pytest.mark.parametrize("change", [without_annotations, crowds_alone])

@@ -20,6 +20,7 @@ from contextlib import ExitStack, suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from detectron2.data import DatasetFromList
@@ -117,7 +118,7 @@ def open_columns(
     with suppress(*NOT_COMPLETE):
         return _open(path)
     with ExitStack() as stack:
-        with suppress(LockException):  # without locks each process reads for itself
+        with suppress(LockException, OSError):  # without locks each process reads for itself
             stack.enter_context(file_lock(path))
         with suppress(*NOT_COMPLETE):
             return _open(path)  # which another process has written meanwhile
@@ -167,7 +168,8 @@ def _temporary_folder(instead_of: str) -> str:
 def _write(folder: str, key: str, content: dict, about: dict) -> None:
     """Under a name of its own until it is complete: a writer that is killed leaves nothing that is
     read."""
-    unfinished = tempfile.mkdtemp(prefix=UNFINISHED, dir=folder)
+    unfinished = _name_unfinished(folder)
+    os.mkdir(unfinished)
     try:
         _write_files(unfinished, content, about)
         for name in os.listdir(unfinished):
@@ -178,6 +180,10 @@ def _write(folder: str, key: str, content: dict, about: dict) -> None:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     _remove_old(folder)
+
+
+def _name_unfinished(folder: str) -> str:
+    return os.path.join(folder, f"{UNFINISHED}{uuid4().hex}")
 
 
 def _write_files(folder: str, content: dict, about: dict) -> None:
@@ -235,9 +241,9 @@ def _find_key(folder: str, annotations: str, images: str, reading: Reading) -> s
     content, has_backslashes = _digest_of_file(annotations)
     # Backslashes in names of images are read as the folder of images has them.
     key = _digest([*how, content, image_dir if has_backslashes else ""])
-    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=UNFINISHED, delete=False) as file:
-        file.write(key)
-    os.replace(file.name, index)
+    unfinished = _name_unfinished(folder)
+    Path(unfinished).write_text(key)
+    os.replace(unfinished, index)
     return key
 
 
@@ -331,7 +337,9 @@ class Registered(Sequence[dict]):
         return numbers[self.columns.classes]
 
     def file_names(self) -> list[str]:
-        return [os.path.join(self.image_dir, x) for x in self.columns.file_names()]
+        folder = os.path.join(self.image_dir, "")  # joined once: there may be a million
+        names = self.columns.file_names()
+        return [x if x.startswith(os.sep) else folder + x for x in names]
 
 
 def _shapes(

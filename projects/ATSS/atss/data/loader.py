@@ -13,7 +13,7 @@ import random
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
 
@@ -63,24 +63,30 @@ class WatchedLoader(DataLoader):
         is_late = threading.Event()
 
         def kill() -> None:
-            is_late.set()
             for worker in workers:
                 worker.kill()
 
-        timer = threading.Timer(self.limit, kill)
+        def give_up() -> None:
+            is_late.set()
+            kill()
+
+        timer = threading.Timer(self.limit, give_up)
         timer.daemon = True
         if workers and self.limit:
             timer.start()
         try:
             return next(iterator)
-        except (OSError, EOFError, RuntimeError) as error:
-            # The end of a process may first show as that of a pipe to it.
-            is_dead = not (isinstance(error, RuntimeError) or all(x.is_alive() for x in workers))
-            if not (is_late.is_set() or is_dead):
+        except (OSError, EOFError, RuntimeError):  # the end of a pipe may be the first sign
+            if not is_late.is_set() and all(x.is_alive() for x in workers):
                 raise
         finally:
             timer.cancel()
-        # Not while the error is handled: to whoever explains it, it would be the cause.
+        # The others may wait for a lock that the dead one holds. torch raises an error once it
+        # learns of an end, wherever this process is.
+        with suppress(RuntimeError):
+            kill()
+            for worker in workers:
+                worker.join(timeout=5)
         if is_late.is_set():
             raise OSError(
                 f"no batch came for {self.limit:g} s (DATALOADER.TIMEOUT) from the processes that "
