@@ -379,6 +379,7 @@ def test_the_command_line_wins(trained, tmp_path, squares):
         ("{root}/images:trainval", "../data/images:trainval"),
         ("/x.json:/images", "/x.json:/images"),
         ("{root}/x:y.json:{root}/images", "../data/x:y.json:../data/images"),
+        ("{root}/x:y.json:s3://some/images", "../data/x:y.json:s3://some/images"),
     ],
 )
 def test_paths_are_relative_if_they_can_be(tmp_path, source, place):
