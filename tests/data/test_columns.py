@@ -6,6 +6,7 @@ import pickle
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import broken
 import pytest
@@ -49,6 +50,7 @@ def write(form, folder):
 
 FORMATS = ("json", "yaml", "yolo folder", "voc")
 LABELS = {"json": "a.json", "voc": "*/a.xml"}
+CHANGES = {"json": ("16, 20", "15, 20"), "voc": (">cat<", ">dog<")}
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -84,8 +86,7 @@ def test_changed_labels_are_read_again(form, recent, tmp_path, monkeypatch):
     before = DatasetCatalog.get("a")
     (file,) = (tmp_path / "data").rglob(LABELS.get(form, "labels/a.txt"))
     stat, text = file.stat(), file.read_text()
-    old, new = {"json": ("16, 20", "15, 20"), "voc": (">cat<", ">dog<")}.get(form, ("0 ", "1 "))
-    file.write_text(text.replace(old, new, 1))
+    file.write_text(text.replace(*CHANGES.get(form, ("0 ", "1 ")), 1))
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert len(text) == file.stat().st_size
     datasets.register(f"a={source}")
@@ -93,6 +94,27 @@ def test_changed_labels_are_read_again(form, recent, tmp_path, monkeypatch):
     file.write_text(text)
     datasets.register(f"a={source}")
     assert DatasetCatalog.get("a") == before
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_change_within_one_tick_of_the_clock(form, tmp_path, monkeypatch):
+    """Of a file system that gives both writings one time."""
+    source, now, stat = write(form, tmp_path / "data"), time.time_ns(), os.stat
+
+    def coarse(path, **options):
+        x = stat(path, **options)
+        size = {"st_mode": x.st_mode, "st_size": x.st_size, "st_ino": x.st_ino}
+        return SimpleNamespace(**size, st_mtime_ns=now, st_ctime_ns=now)
+
+    monkeypatch.setattr(columns, "RECENT", 3600)
+    (file,) = (tmp_path / "data").rglob(LABELS.get(form, "labels/a.txt"))
+    text = file.read_text()
+    monkeypatch.setattr(os, "stat", coarse)
+    datasets.register(f"a={source}")
+    before = DatasetCatalog.get("a")
+    file.write_text(text.replace(*CHANGES.get(form, ("0 ", "1 ")), 1))
+    datasets.register(f"a={source}")
+    assert DatasetCatalog.get("a") != before
 
 
 @pytest.mark.parametrize("form", FORMATS[1:])
@@ -185,32 +207,37 @@ def test_damaged_columns_are_written_again(file, cache, tmp_path, reads):
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_two_processes_at_once(locks, cache, tmp_path, reads, monkeypatch):
-    """The second registers while the first reads: it waits or, on a file system without locks,
-    reads for itself."""
+    """One waits while the other reads or, on a file system without locks, reads for itself."""
     source = write("json", tmp_path / "data")
-    read, asked = datasets.read, []
+    read, others = datasets.read, []
 
-    def read_slowly(*args):
-        if not asked:
-            asked.append(args)
-            datasets.register(f"second={source}")
-        return read(*args)
+    def register_elsewhere():
+        if not others:
+            others.append("other")
+            datasets.register(f"other={source}")
 
     class Lock:
         def __init__(self, path):
             self.path = path
 
         def __enter__(self):
-            if asked or not locks:
+            if not locks:
                 raise LockException("no locks")
+            register_elsewhere()
 
         def __exit__(self, *_):
             pass
 
+    def read_meanwhile(*args):
+        if not locks:
+            register_elsewhere()
+        return read(*args)
+
     monkeypatch.setattr(columns, "file_lock", Lock)
-    monkeypatch.setattr(datasets, "read", read_slowly)
-    datasets.register(f"first={source}")
-    assert DatasetCatalog.get("first") == DatasetCatalog.get("second")
+    monkeypatch.setattr(datasets, "read", read_meanwhile)
+    datasets.register(f"a={source}")
+    assert DatasetCatalog.get("a") == DatasetCatalog.get("other")
+    assert len(reads) == (1 if locks else 2)
     assert len([x for x in cache.iterdir() if x.is_dir()]) == 1
 
 

@@ -11,7 +11,7 @@ import logging
 import math
 import random
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -222,8 +222,10 @@ def _log(text: str) -> None:
 def _count_objects(records: Records, names: Mapping[int, str]) -> str:
     """Images and objects to train on, for the log."""
     left_out = sum(map(len, records.sets)) - len(records)
-    numbers, counts = np.unique(records.objects()[1], return_counts=True)
-    count = dict.fromkeys(names, 0) | dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+    count = Counter(dict.fromkeys(names, 0))
+    for part in records.sets:  # what is left out has none
+        numbers, counts = np.unique(part.classes, return_counts=True)
+        count.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
     order = sorted(count, key=lambda c: (count[c], names.get(c, "")))
     rows = [f"{count[c]:>9,}  {names.get(c, f'class {c}')}" for c in order]
     total = f"{len(records):,} images to train on, {left_out:,} left out for want of objects"
