@@ -109,11 +109,12 @@ def test_change_within_one_tick_of_the_clock(form, tmp_path, monkeypatch):
     monkeypatch.setattr(columns, "RECENT", 3600)
     (file,) = (tmp_path / "data").rglob(LABELS.get(form, "labels/a.txt"))
     text = file.read_text()
-    monkeypatch.setattr(os, "stat", coarse)
-    datasets.register(f"a={source}")
-    before = DatasetCatalog.get("a")
-    file.write_text(text.replace(*CHANGES.get(form, ("0 ", "1 ")), 1))
-    datasets.register(f"a={source}")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", coarse)
+        datasets.register(f"a={source}")
+        before = DatasetCatalog.get("a")
+        file.write_text(text.replace(*CHANGES.get(form, ("0 ", "1 ")), 1))
+        datasets.register(f"a={source}")
     assert DatasetCatalog.get("a") != before
 
 

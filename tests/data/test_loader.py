@@ -5,6 +5,7 @@ import math
 import os
 import random
 import signal
+import threading
 from itertools import islice, pairwise
 
 import numpy as np
@@ -615,6 +616,15 @@ def test_loading_process_that_hangs_or_dies(trouble, sentence, pinned):
     with pytest.raises((OSError, RuntimeError)) as caught:
         list(WatchedLoader(Pids(trouble), **options))
     assert explain(caught.value, ".").startswith(sentence)
+
+
+def test_loading_process_that_dies_while_the_model_computes():
+    """torch raises an error wherever the training is then."""
+    batches = iter(WatchedLoader(Pids(), num_workers=1, timeout=60))
+    with pytest.raises(RuntimeError) as caught:
+        os.kill(next(batches).item(), signal.SIGKILL)
+        threading.Event().wait(10)
+    assert explain(caught.value, ".") == LOADER_DIED
 
 
 def test_fault_in_a_loading_process_stays_what_it_is():
