@@ -621,9 +621,14 @@ def test_loading_process_that_hangs_or_dies(trouble, sentence, pinned):
 def test_loading_process_that_dies_while_the_model_computes():
     """torch raises an error wherever the training is then."""
     batches = iter(WatchedLoader(Pids(), num_workers=1, timeout=60))
-    with pytest.raises(RuntimeError) as caught:
-        os.kill(next(batches).item(), signal.SIGKILL)
+    pid = next(batches).item()
+
+    def compute():
+        os.kill(pid, signal.SIGKILL)
         threading.Event().wait(10)
+
+    with pytest.raises(RuntimeError) as caught:
+        compute()
     assert explain(caught.value, ".") == LOADER_DIED
 
 
