@@ -143,6 +143,14 @@ def real_data() -> Path:
     return path
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory) -> Iterator[None]:
+    """Labels that a test reads are kept in a temporary folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FVCORE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_catalogs() -> Iterator[None]:
     """Data sets that a test registers are gone after it."""

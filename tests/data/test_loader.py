@@ -1,8 +1,12 @@
 """What a process trains on follows from seed and iteration alone."""
 
+import json
 import math
+import os
 import random
-from itertools import islice
+import signal
+import threading
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -14,9 +18,12 @@ from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from PIL import Image
 
-from atss.data.loader import build_train_loader, seeded
+from atss.data import datasets
+from atss.data.loader import LOADER_DIED, WatchedLoader, build_train_loader, seeded
 from atss.data.mapper import Mapper, without_augmentation
+from atss.data.samplers import repeat_factors
 from atss.engine import Trainer
+from atss.engine.launch import explain
 
 IMAGES = 10
 
@@ -138,19 +145,39 @@ def test_draws_follow_from_seed_and_position(records):
         assert len(set(draws)) == 120, "two images drew the same"
 
 
+def test_squares_are_not_wide(records):
+    for record, height in zip(records, (8, 9, 10), strict=False):
+        record["height"] = height
+    assert make_loader().groups[:3].tolist() == [True, False, False]
+
+
+def test_generators_go_on_after_a_mapper_that_fails(records):
+    def fail(record):
+        draw(record)
+        raise KeyError(record["image_id"])
+
+    seed_all(5)
+    expected = draw(records[0])
+    seed_all(5)
+    with pytest.raises(KeyError):
+        take(make_loader(mapper=fail), 1)
+    assert draw(records[0]) == expected
+
+
+def seed_all(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def test_generators_of_the_process_are_left_alone(records):
     def draw_all():
         return draw(records[0])["draws"]
 
-    def seed_all():
-        random.seed(0)
-        np.random.seed(0)
-        torch.manual_seed(0)
-
-    seed_all()
+    seed_all(0)
     expected = draw_all()
     for workers in (0, 2):
-        seed_all()
+        seed_all(0)
         take(make_loader("DATALOADER.NUM_WORKERS", workers), 3)
         assert draw_all() == expected
 
@@ -233,6 +260,62 @@ def test_images_come_as_often_as_the_formula_says(many, name):
     # Each pass has as many of an image as its factor, rounded up or down by chance: less than 1/2
     # of deviation, of 400 passes less than 0.025 on average; four of these.
     np.testing.assert_allclose(counts / passes, expected, atol=0.1)
+
+
+@pytest.mark.parametrize("names", [("many", "few"), ("few", "many")])
+@pytest.mark.parametrize("filter_empty", [True, False])
+def test_factors_are_of_the_images_that_are_left(many, names, filter_empty):
+    """Images without objects, which may be left out, are of the first set or of the second."""
+    many["few"] += many["many"][-5:]
+    cfg = make_cfg(*BOTH, "DATASETS.TRAIN", names)
+    cfg.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
+    factors = repeat_factors(cfg, datasets.open_records(names, filter_empty))
+    kept = {"many": [1.0] * 159, "few": [2.5] * 20}
+    if not filter_empty:
+        kept = {"many": [1.0] * 300, "few": [2.5] * 25}
+    assert factors.tolist() == kept[names[0]] + kept[names[1]]
+
+
+@pytest.mark.parametrize("name", ["TrainingSampler", *IMBALANCED])
+@pytest.mark.parametrize("filter_empty", [True, False])
+def test_batches_of_a_registered_set_are_those_of_its_records(tmp_path, name, filter_empty, caplog):
+    """Of a json, and of a function that returns a list."""
+    rng = random.Random(0)
+    images = [{"id": 2 * i, "file_name": f"{i}.png"} for i in range(60)]
+    annotations = []
+    for image in images:
+        image |= {"width": rng.randint(20, 40), "height": 30}
+        for _ in range(rng.choice([0, 1, 1, 4])):
+            entry = {"id": len(annotations), "image_id": image["id"], "bbox": [1, 2, 3, 4]}
+            entry |= {
+                "category_id": 3 + int(4 * rng.random() ** 3),
+                "iscrowd": rng.randrange(9) < 1,
+            }
+            annotations.append({**entry, "iscrowd": int(entry["iscrowd"])})
+    categories = [{"id": i, "name": f"class {i}"} for i in range(3, 8)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    datasets.register(f"own={tmp_path}/a.json:{tmp_path}")
+    found = DatasetCatalog.get("own")
+    DatasetCatalog.register("listed", lambda: found)
+    MetadataCatalog.get("listed").thing_classes = MetadataCatalog.get("own").thing_classes
+    opts = ["DATALOADER.SAMPLER_TRAIN", name, "DATALOADER.REPEAT_THRESHOLD", 0.5]
+    opts += ["DATALOADER.FILTER_EMPTY_ANNOTATIONS", filter_empty]
+    runs = []
+    for sets in (("own", "own"), ("listed", "own"), ("listed", "listed")):
+        caplog.clear()
+        weights = [[sets[0], 1.5]]
+        more = ("DATASETS.TRAIN", sets, "DATASETS.TRAIN_REPEAT_FACTOR", weights)
+        with caplog.at_level("INFO", logger="atss.data.loader"):
+            built = make_loader(*opts, *more, mapper=lambda x: {**x, **draw(x)})
+        batches = take(built, 40)
+        runs.append((batches, built.groups.tolist(), caplog.messages))
+    weighs_sets = name.startswith("Weighted")  # one name for both has one factor
+    assert runs[0] == runs[2]
+    assert weighs_sets or runs[0] == runs[1]
+    assert {x["file_name"] for batch in runs[0][0] for x in batch} <= {
+        x["file_name"] for x in found
+    }
 
 
 @pytest.mark.parametrize("name", IMBALANCED)
@@ -430,6 +513,9 @@ def test_what_the_mapper_leaves_out_is_replaced_alike_every_time(records):
     assert runs[0] == runs[1]
     found = {image["id"] for batch in runs[0] for image in batch}
     assert found == {0, 2, 4, 6, 8}
+    mapped = []
+    take(make_loader(mapper=lambda x: mapped.append(x["image_id"]) or picky(x)), 10)
+    assert len({after for left_out, after in pairwise(mapped) if left_out % 2}) > 5
     resumed = make_loader(mapper=picky)
     resumed.skip(4, 3)
     assert take(resumed, 6) == runs[0][4:]
@@ -443,3 +529,126 @@ def test_a_mapper_that_leaves_out_everything_is_said(records):
 def test_a_seed_is_drawn_where_none_is_given(records):
     first, second = (take(make_loader("SEED", -1), 2) for _ in range(2))
     assert first != second
+
+
+def test_objects_of_no_class_are_refused(records):
+    records[3]["annotations"][0]["category_id"] = 2
+    with pytest.raises(ValueError, match="data set tiny has an object of category_id 2, but 2 cla"):
+        make_loader()
+
+
+def test_sets_without_images_are_refused(records):
+    for record in records:
+        record["annotations"] = []
+    with pytest.raises(ValueError, match="no image of tiny has objects"):
+        make_loader()
+    records.clear()
+    with pytest.raises(ValueError, match="data set tiny has no images"):
+        make_loader()
+
+
+def test_log_counts_objects(records, caplog):
+    records[4]["annotations"] = []
+    with caplog.at_level("INFO", logger="atss.data.loader"):
+        make_loader()
+    assert "9 images to train on, 1 left out for want of objects" in caplog.text
+    assert "        1  rare\n        8  common" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_keys_of_loading_reach_torch(records, monkeypatch, workers, device):
+    built = []
+    monkeypatch.setattr(WatchedLoader, "__init__", lambda _, *__, **x: built.append(x))
+    opts = (
+        "DATALOADER.NUM_WORKERS",
+        workers,
+        "DATALOADER.PIN_MEMORY",
+        True,
+        "MODEL.DEVICE",
+        device,
+    )
+    opts += ("DATALOADER.TIMEOUT", 7, "DATALOADER.PREFETCH_FACTOR", 5)
+    opts += ("DATALOADER.PERSISTENT_WORKERS", True)
+    monkeypatch.setattr(WatchedLoader, "__iter__", lambda _: iter(()))
+    take(make_loader(*opts), 1)
+    Trainer.build_test_loader(make_cfg(*opts), "tiny")
+    expected = {"num_workers": workers, "pin_memory": device == "cuda"}
+    if workers:
+        expected |= {"timeout": 7, "prefetch_factor": 5, "persistent_workers": True}
+    for options in built:
+        assert expected.items() <= options.items()
+        assert workers or "timeout" not in options
+    assert len(built) == 2
+
+
+def test_loading_processes_of_evaluations_stay(records):
+    opts = ("DATALOADER.NUM_WORKERS", 1, "DATALOADER.PERSISTENT_WORKERS", True)
+    first = Trainer.build_test_loader(make_cfg(*opts), "tiny")
+    averaged = make_cfg(*opts, "OUTPUT_DIR", "elsewhere")
+    assert Trainer.build_test_loader(averaged, "tiny") is first
+    assert Trainer.build_test_loader(make_cfg(*opts, "INPUT.MIN_SIZE_TEST", 9), "tiny") is not first
+    one_by_one = make_cfg("DATALOADER.NUM_WORKERS", 1)
+    second = Trainer.build_test_loader(one_by_one, "tiny")
+    assert Trainer.build_test_loader(one_by_one, "tiny") is not second
+
+
+class Pids(torch.utils.data.Dataset):
+    """Gives the process that loads; on the way it does something at item 2."""
+
+    def __init__(self, trouble=lambda: None):
+        self.trouble = trouble
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        if i == 2:
+            self.trouble()
+        return torch.tensor(os.getpid())
+
+
+@pytest.mark.parametrize("stay", [True, False])
+def test_processes_that_stay_load_again(stay):
+    watched = WatchedLoader(Pids(), num_workers=1, persistent_workers=stay, timeout=60)
+    first, second = ({x.item() for x in watched} for _ in range(2))
+    assert len(first) == 1
+    assert (first == second) == stay
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize(
+    ("trouble", "sentence"),
+    [
+        (signal.pause, "no batch came for 0.5 s (DATALOADER.TIMEOUT) from the processes that load"),
+        (lambda: os.kill(os.getpid(), signal.SIGSTOP), "no batch came for 0.5 s (DATALOADER.TIM"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), LOADER_DIED),
+        (lambda: os._exit(3), LOADER_DIED),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
+def test_loading_process_that_hangs_or_dies(trouble, sentence, pinned):
+    is_hang = sentence != LOADER_DIED
+    options = {"num_workers": 2, "timeout": 0.5 if is_hang else 60, "pin_memory": pinned}
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        list(WatchedLoader(Pids(trouble), **options))
+    assert explain(caught.value, ".").startswith(sentence)
+
+
+def test_loading_process_that_dies_while_the_model_computes():
+    """torch raises an error wherever the training is then."""
+    batches = iter(WatchedLoader(Pids(), num_workers=1, timeout=60))
+    pid = next(batches).item()
+
+    def compute():
+        os.kill(pid, signal.SIGKILL)
+        threading.Event().wait(10)
+
+    with pytest.raises(RuntimeError) as caught:
+        compute()
+    assert explain(caught.value, ".") == LOADER_DIED
+
+
+def test_fault_in_a_loading_process_stays_what_it_is():
+    with pytest.raises(ZeroDivisionError):
+        list(WatchedLoader(Pids(lambda: 1 / 0), num_workers=1, timeout=60))

@@ -3,11 +3,13 @@
 import json
 import shutil
 import socket
+from contextlib import nullcontext
 
 import pytest
 import yaml
 from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from fsspec.registry import known_implementations
 from processes import FORKED
 
 import atss.engine.run as way_in
@@ -15,6 +17,7 @@ from atss import load_config
 from atss.checkpoints import TrainingCheckpointer
 from atss.data import datasets
 from atss.engine.best import best_metric
+from atss.engine.launch import ENVIRONMENT
 from atss.engine.sources import recall, shorten_paths
 
 
@@ -184,19 +187,49 @@ def test_addresses_of_images_are_named_first(arguments, variant, key):
 
 
 @pytest.mark.parametrize(
-    ("address", "is_there"), [("https://x.org/a.png", True), ("s3://x/a.png", False)]
+    ("address", "sentence"),
+    [
+        ("https://x.org/a.png", ""),
+        ("memory://nowhere/a.png", "data set remote: 1 of 1 images do not exist, such as memory:"),
+        ("nothing://x/a.png", "data set remote: 1 of 1 images do not exist, such as nothing://x"),
+        ("zzz://x/a.png", "the image zzz://x/a.png cannot be opened: it needs package zzzfs"),
+    ],
 )
-def test_a_scheme_needs_a_handler(address, is_there):
-    """Detectron2's PathManager fetches https, but has no handler for s3."""
+def test_a_scheme_needs_a_handler(address, sentence):
+    """Detectron2's PathManager fetches https; fsspec knows others, if their package is there."""
+    known = {"class": "zzzfs.FileSystem", "err": "it needs package zzzfs"}
+    known_implementations["zzz"] = known
     DatasetCatalog.register("remote", lambda: [{"file_name": address}])
     try:
-        if is_there:
+        with pytest.raises(ValueError, match=sentence) if sentence else nullcontext():
             datasets.refuse_missing_images(["remote"])
-        else:
-            with pytest.raises(ValueError, match="1 of 1 images do not exist, such as s3://x/a"):
-                datasets.refuse_missing_images(["remote"])
     finally:
         forget("remote")
+        del known_implementations["zzz"]
+
+
+def test_images_are_looked_for_once_per_machine(arguments, monkeypatch):
+    """Under torchrun by the first process of each, after all have come."""
+    looked_for = []
+    monkeypatch.setattr(datasets, "refuse_missing_images", lambda *x: looked_for.append(x[0]))
+    monkeypatch.setattr(way_in, "_set_up", lambda *_: 1 / 0)
+    args = arguments()
+    cfg = way_in.prepare(args)
+    both = [cfg.DATASETS.TRAIN, cfg.DATASETS.TEST]
+    assert looked_for == both
+    for name in ENVIRONMENT:
+        monkeypatch.setenv(name, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.get(name, "0"))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    for rank, expected in ((0, both), (1, [])):
+        looked_for.clear()
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert way_in.prepare(arguments())
+        assert not looked_for
+        with pytest.raises(ZeroDivisionError):
+            way_in.run(args, cfg)
+        assert looked_for == expected
 
 
 @pytest.mark.parametrize("change", [without_annotations, crowds_alone])
@@ -363,6 +396,7 @@ def test_the_command_line_wins(trained, tmp_path, squares):
         ("{root}/images:trainval", "../data/images:trainval"),
         ("/x.json:/images", "/x.json:/images"),
         ("{root}/x:y.json:{root}/images", "../data/x:y.json:../data/images"),
+        ("{root}/x:y.json:s3://some/images", "../data/x:y.json:s3://some/images"),
     ],
 )
 def test_paths_are_relative_if_they_can_be(tmp_path, source, place):

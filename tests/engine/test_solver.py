@@ -103,7 +103,7 @@ def test_epochs_become_iterations(monkeypatch, images, opts, wanted):
     asked = []
     monkeypatch.setattr(
         datasets,
-        "get_detection_dataset_dicts",
+        "open_records",
         lambda names, filter_empty: asked.append((names, filter_empty)) or [{}] * images,
     )
     cfg = make_cfg("DATASETS.TRAIN", ("x",), "SOLVER.MAX_ITER", 90, "SOLVER.IMS_PER_BATCH", 8)
@@ -117,7 +117,7 @@ def test_epochs_become_iterations(monkeypatch, images, opts, wanted):
 
 def test_iterations_that_are_typed_count(monkeypatch):
     """The recipe's epochs would make a trial of ten iterations one of six hundred."""
-    monkeypatch.setattr(datasets, "get_detection_dataset_dicts", lambda *_, **__: [{}] * 80)
+    monkeypatch.setattr(datasets, "open_records", lambda *_, **__: [{}] * 80)
     opts = ("SOLVER.EPOCHS", 10.0, "SOLVER.MAX_ITER", 7, "TEST.EVAL_EPOCHS", 1.0)
     for given, wanted in ((["SOLVER.MAX_ITER"], 7), (["SOLVER.MAX_ITER", "SOLVER.EPOCHS"], 200)):
         cfg = make_cfg(*opts, "SOLVER.IMS_PER_BATCH", 4)

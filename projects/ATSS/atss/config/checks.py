@@ -13,6 +13,9 @@ from ..parts import OWN_PARTS, WrongValue, one_of, within
 # Least and greatest value of a key, or of each of its values, of which there must be some. Of our
 # own keys, what they are handed to checks it.
 LIMITS: dict[str, tuple[float, float]] = {
+    "DATALOADER.NUM_WORKERS": (0, math.inf),
+    "DATALOADER.PREFETCH_FACTOR": (1, math.inf),
+    "DATALOADER.TIMEOUT": (0, math.inf),
     "INPUT.MAX_SIZE_TEST": (0, math.inf),
     "INPUT.MIN_SIZE_TEST": (0, math.inf),
     "MODEL.FPN.OUT_CHANNELS": (1, math.inf),

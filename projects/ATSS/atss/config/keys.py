@@ -62,6 +62,16 @@ def add_atss_config(cfg: CfgNode) -> None:
     # WeightedCategoryTrainingSampler. Detectron2 reads it, but does not have it in its defaults.
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
 
+    # Of the DATALOADER.NUM_WORKERS processes that load images. A run ends if no batch has come from
+    # them for so many seconds; 0: never.
+    cfg.DATALOADER.TIMEOUT = 120
+    # Batches that each of them loads ahead.
+    cfg.DATALOADER.PREFETCH_FACTOR = 2
+    # Those of an evaluation stay for the next one. (Those of a training last as long as it does.)
+    cfg.DATALOADER.PERSISTENT_WORKERS = False
+    # Batches are copied into page-locked memory, from which a GPU copies them faster.
+    cfg.DATALOADER.PIN_MEMORY = False
+
     # In place of INPUT.MIN_SIZE_TRAIN: an image is made to fit a square of SCALE_JITTER_SIZE pixels
     # times a factor between these two, of which a square of that size is cut out, or padded to it
     # ("large scale jitter", arXiv 2012.07177); empty: none. All images of a batch are of one size.

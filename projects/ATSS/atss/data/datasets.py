@@ -4,26 +4,25 @@ import atexit
 import json
 import logging
 import os
-import pickle
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.data.build import filter_images_with_only_crowd_annotations
-from detectron2.structures import BoxMode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.build import check_metadata_consistency
 from detectron2.utils.file_io import PathManager
-from pycocotools.mask import frPyObjects
 
 from .choice import refuse_unknown
-from .coco_json import category_names, find_in_json, is_difficult, is_polygon, learnable
+from .coco_json import category_names, find_in_json, is_difficult, learnable
+from .columns import Columns, Listed, Records, Registered, open_columns
 from .findings import DROPPED, ERROR, KINDS, WARNING
-from .formats import AS_IT_IS, Reading, read
+from .formats import ADDRESS, AS_IT_IS, Reading, image_dir_of, read
+from .images import provide
 
-ADDRESS = re.compile(r"[A-Za-z][\w+.-]+://")
+# Detectron2's name in the metadata for the number of each category's id.
+NUMBERS = "thing_dataset_id_to_contiguous_id"
 
 
 def register_all(specs: Sequence[str], reading: Reading = AS_IT_IS, partly: bool = False) -> None:
@@ -36,7 +35,7 @@ def register_all(specs: Sequence[str], reading: Reading = AS_IT_IS, partly: bool
         ValueError: as :func:`register`, or naming a chosen class that none of them has.
     """
     metadata = [MetadataCatalog.get(register(spec, reading)) for spec in specs]
-    found = set().union(*(m.found for m in metadata))
+    found = {x for m in metadata for x in m.found}
     if reading.classes and metadata and not (partly and found):
         there = list(dict.fromkeys(x for m in metadata for x in m.names_in_data))
         refuse_unknown(reading.classes, found, there)
@@ -45,8 +44,8 @@ def register_all(specs: Sequence[str], reading: Reading = AS_IT_IS, partly: bool
 def register(spec: str, reading: Reading = AS_IT_IS) -> str:
     """Registers ``NAME=annotations.json:image_dir``, ``NAME=data.yaml:split`` or
     ``NAME=folder:split`` with Detectron2, after the cheap checks of ``tools/check_dataset.py``:
-    those that look at no image, or, where labels do not tell it, at its size alone. Registered
-    again under its name, it is read again.
+    those that look at no image, or, where labels do not tell it, at its size alone. Labels that
+    have not changed since they were read last, by any process, are not read again.
 
     Returns:
         the name.
@@ -66,6 +65,29 @@ def register(spec: str, reading: Reading = AS_IT_IS) -> str:
     source = f"{os.path.abspath(annotations)}:{folder}"
     if name in DatasetCatalog and MetadataCatalog.get(name).get("source") != source:
         raise ValueError(f"a data set called {name} is registered already: choose another name")
+    image_dir = image_dir_of(annotations, images)
+    provide(image_dir)  # in every process: multi-scale testing opens images, too
+    columns = open_columns(
+        annotations, images, reading, partial(_read, annotations, images, reading)
+    )
+    metadata = {
+        "source": source,
+        "image_root": image_dir,
+        **{key: x for key, x in columns.about.items() if key != "content"},
+    }
+    # Sorted by id, categories get the numbers that Detectron2 gives those of a json.
+    ids = sorted(category["id"] for category in columns.about["content"]["categories"])
+    numbers = {category_id: i for i, category_id in enumerate(ids)}
+    _register(name, Registered(columns, image_dir, numbers), metadata)
+    return name
+
+
+def _read(annotations: str, images: str, reading: Reading) -> tuple[dict, dict]:
+    """What training and evaluation use of labels, and what is known of them.
+
+    Raises:
+        ValueError: with a sentence that says what is wrong with the files.
+    """
     labels = read(annotations, images, reading)
     more, objects = find_in_json(labels.content)
     findings = [*labels.findings, *more]
@@ -73,25 +95,17 @@ def register(spec: str, reading: Reading = AS_IT_IS) -> str:
         if finding.level == ERROR:
             raise ValueError(f"{annotations} has {finding.sentence()}")
     assert objects is not None  # without errors
-    metadata = {
-        "source": source,
+    return learnable(labels.content, objects), {
         "evaluator_type": labels.evaluator,
         "thing_classes": category_names(labels.content),
-        "names_in_data": labels.names,
-        "found": labels.found,
+        "names_in_data": list(labels.names),
+        "found": sorted(labels.found),
         "to_learn": int(objects.used.sum()),
         "to_measure": sum(
             not is_difficult(labels.content["annotations"][i]) for i in np.flatnonzero(objects.used)
         ),
         "remarks": {f.kind: f.sentence() for f in findings if f.level in (DROPPED, WARNING)},
-        "image_root": labels.image_dir,
-        # As bytes it takes a tenth of the memory, and every caller gets records of its own.
-        "content": pickle.dumps(learnable(labels.content, objects)),
     }
-    # Sorted by id, categories get the numbers that Detectron2 gives those of a json.
-    ids = sorted(category["id"] for category in labels.content["categories"])
-    _register(name, {category_id: i for i, category_id in enumerate(ids)}, metadata)
-    return name
 
 
 def split_source(source: str, what: str = "a source") -> tuple[str, str]:
@@ -118,16 +132,63 @@ def split_source(source: str, what: str = "a source") -> tuple[str, str]:
     return parts[-1]
 
 
+def columns_of(name: str) -> Columns | None:
+    """Those of a data set of :func:`register`; None for those that others registered."""
+    images = DatasetCatalog.data.get(name)
+    return images.columns if isinstance(images, Registered) else None
+
+
+def open_records(names: Sequence[str], filter_empty: bool = False) -> Records:
+    """The images of data sets, one set after another.
+
+    Args:
+        filter_empty: leave out those without objects that are no crowds, if the images have
+            annotations.
+
+    Raises:
+        ValueError: naming the data sets, if they have no images, other classes than each other, or
+            objects of a class that is not among them.
+    """
+    sets = [_open(name) for name in names]
+    for name, images in zip(names, sets, strict=True):
+        if not len(images):
+            raise ValueError(f"data set {name} has no images")
+    records = Records(sets)
+    if "annotations" not in records[0]:
+        return records
+    if filter_empty:
+        records = records.choose(records.counts > 0)
+        if not len(records):
+            raise ValueError(f"no image of {' and '.join(names)} has objects")
+    classes = [MetadataCatalog.get(name).get("thing_classes") for name in names]
+    if all(classes):
+        check_metadata_consistency("thing_classes", names)
+        for name, images, known in zip(names, sets, classes, strict=True):
+            numbers = images.classes
+            for number in (numbers.min(initial=0), numbers.max(initial=0)):
+                if not 0 <= number < len(known):
+                    raise ValueError(
+                        f"data set {name} has an object of category_id {number}, but {len(known)} "
+                        "classes"
+                    )
+    return records
+
+
+def _open(name: str) -> Registered | Listed:
+    images = DatasetCatalog.data.get(name)
+    return images if isinstance(images, Registered) else Listed(DatasetCatalog.get(name))
+
+
 def provide_json(name: str) -> None:
     """Writes the objects of a data set of :func:`register` as a json, which Detectron2's evaluators
     read, and names it in the metadata. The file lasts as long as this process."""
-    metadata = MetadataCatalog.get(name)
-    if "content" not in metadata.as_dict() or metadata.get("json_file"):
+    metadata, columns = MetadataCatalog.get(name), columns_of(name)
+    if columns is None or metadata.get("json_file"):
         return
     folder = tempfile.mkdtemp(prefix="atss_labels_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = os.path.join(folder, "labels.json")
-    content = pickle.loads(metadata.content)
+    content = columns.content()
     if not content["annotations"]:  # nothing to evaluate: detections are written for a server
         del content["annotations"]
     with open(path, "w") as file:
@@ -135,59 +196,12 @@ def provide_json(name: str) -> None:
     metadata.json_file = path
 
 
-def _records(packed: bytes, image_dir: str, number: Mapping[int, int]) -> list[dict]:
-    """What was checked, in Detectron2's format.
-
-    Args:
-        packed: content of :func:`~atss.data.coco_json.learnable`, pickled.
-        number: of each category's id.
-    """
-    content = pickle.loads(packed)
-    records = {
-        image["id"]: {
-            "file_name": os.path.join(image_dir, image["file_name"]),
-            "image_id": image["id"],
-            "height": image["height"],
-            "width": image["width"],
-            "annotations": [],
-        }
-        for image in content["images"]
-    }
-    for annotation in content["annotations"]:
-        record = {
-            "bbox": annotation["bbox"],
-            "bbox_mode": BoxMode.XYWH_ABS,
-            "category_id": number[annotation["category_id"]],
-            "iscrowd": annotation["iscrowd"],
-            **_shapes(**annotation),
-        }
-        records[annotation["image_id"]]["annotations"].append(record)
-    return list(records.values())
-
-
-def _shapes(
-    segmentation: list | dict | None = None, keypoints: list | None = None, **_: object
-) -> dict:
-    """What models of masks and of key points learn besides, as Detectron2's mapper takes it."""
-    shapes: dict = {}
-    if isinstance(segmentation, dict):
-        packed = isinstance(segmentation["counts"], str)
-        frame = segmentation["size"]
-        shapes["segmentation"] = segmentation if packed else frPyObjects(segmentation, *frame)
-    elif segmentation:
-        shapes["segmentation"] = [polygon for polygon in segmentation if is_polygon(polygon)]
-    if keypoints:  # COCO's are indices of pixels; every third number is a visibility
-        shapes["keypoints"] = [x + 0.5 * (i % 3 < 2) for i, x in enumerate(keypoints)]
-    return shapes
-
-
-def _register(name: str, number: Mapping[int, int], metadata: dict) -> None:
+def _register(name: str, images: Registered, metadata: dict) -> None:
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    load = partial(_records, metadata["content"], metadata["image_root"], number)
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).set(thing_dataset_id_to_contiguous_id=dict(number), **metadata)
+    DatasetCatalog.register(name, images)
+    MetadataCatalog.get(name).set(**{NUMBERS: dict(images.number)}, **metadata)
 
 
 def follow(name: str, classes: Sequence[str]) -> None:
@@ -208,18 +222,19 @@ def follow(name: str, classes: Sequence[str]) -> None:
             f"used with have {_some(classes)}: what is found would be called by the wrong name; "
             "--classes gives all of --register the same"
         )
-    metadata = MetadataCatalog.get(name).as_dict()
-    if "source" not in metadata:
+    images = DatasetCatalog[name]
+    if not isinstance(images, Registered):
         if places == list(range(len(own))):
             return
         raise ValueError(
             f"data set {name} has the classes {_some(own)}, which are {_some(classes)} in another "
             "order: register it by --register"
         )
-    old = metadata.pop("thing_dataset_id_to_contiguous_id")
-    number = {category_id: places[i] for category_id, i in old.items()}
-    unchanged = {k: x for k, x in metadata.items() if k != "name"}
-    _register(name, number, {**unchanged, "thing_classes": list(classes)})
+    metadata = MetadataCatalog.get(name).as_dict()
+    unchanged = {k: x for k, x in metadata.items() if k not in ("name", NUMBERS)}
+    number = {category_id: places[i] for category_id, i in images.number.items()}
+    images = Registered(images.columns, images.image_dir, number)
+    _register(name, images, {**unchanged, "thing_classes": list(classes)})
 
 
 def _places(own: Sequence[str], classes: Sequence[str]) -> list[int] | None:
@@ -244,8 +259,8 @@ def log_remarks(names: Sequence[str]) -> None:
 
 
 def refuse_missing_images(names: Sequence[str], filter_empty: bool = False) -> None:
-    """Check that the images of data sets can be opened: a stat for each file, one question to
-    Detectron2's PathManager for each scheme of addresses.
+    """Check that the images of data sets can be opened. Each folder is listed once, and for each
+    scheme of addresses Detectron2's PathManager is asked once.
 
     Args:
         filter_empty: whether images without objects are not used.
@@ -254,18 +269,11 @@ def refuse_missing_images(names: Sequence[str], filter_empty: bool = False) -> N
         ValueError: naming the data set and the first image that is not there.
     """
     for name in dict.fromkeys(names):
-        records = DatasetCatalog.get(name)
-        if filter_empty and records and "annotations" in records[0]:
-            records = filter_images_with_only_crowd_annotations(records)
-        files = [os.fspath(record["file_name"]) for record in records if "file_name" in record]
-        is_opened: dict[str, bool] = {}
-        missing = []
-        for file in files:
-            scheme = ADDRESS.match(file)
-            if scheme and scheme[0] not in is_opened:
-                is_opened[scheme[0]] = _is_opened(file)
-            if not (is_opened[scheme[0]] if scheme else os.path.isfile(file)):
-                missing.append(file)
+        records = Records([_open(name)])
+        if filter_empty and len(records) and "annotations" in records[0]:
+            records = records.choose(records.counts > 0)
+        files = records.file_names()
+        missing = list(_missing(files))
         if missing:
             hint = "; addresses are not fetched: download the images" if "://" in missing[0] else ""
             raise ValueError(
@@ -274,13 +282,46 @@ def refuse_missing_images(names: Sequence[str], filter_empty: bool = False) -> N
             )
 
 
+def _missing(files: Iterable[str]) -> Iterator[str]:
+    is_opened: dict[str, bool] = {}
+    listed: dict[str, set[str]] = {}
+    for file in files:  # a million within a second
+        if "://" in file and (scheme := ADDRESS.match(file)):
+            if scheme[0] not in is_opened:
+                is_opened[scheme[0]] = _is_opened(file)
+            if not is_opened[scheme[0]]:
+                yield file
+            continue
+        folder, _, name = file.rpartition("/")
+        if folder not in listed:
+            listed[folder] = _files_in(folder)
+        # File systems may ignore case, and paths can be written otherwise.
+        if name not in listed[folder] and not os.path.isfile(file):
+            yield file
+
+
+def _files_in(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {x.name for x in entries if x.is_file()}
+    except OSError:
+        return set()
+
+
 def _is_opened(address: str) -> bool:
     """Whether Detectron2's PathManager has a handler for an address. Without one it looks for a
-    local file of that name."""
+    local file of that name.
+
+    Raises:
+        ValueError: naming the address, if the handler fails.
+    """
+    provide(address)
     try:
         return PathManager.isfile(address)
     except NotImplementedError:  # a handler that cannot tell, as that of https
         return True
+    except Exception as error:  # handlers raise errors of many types
+        raise ValueError(f"the image {address} cannot be opened: {error}") from error
 
 
 def has_objects(name: str) -> bool:
@@ -288,8 +329,8 @@ def has_objects(name: str) -> bool:
     data set is registered."""
     if name not in DatasetCatalog:
         return True
-    known = MetadataCatalog.get(name).get("to_measure")
-    return _has_objects(DatasetCatalog[name]) if known is None else known > 0
+    known = columns_of(name)
+    return _has_objects(DatasetCatalog[name]) if known is None else known.about["to_measure"] > 0
 
 
 @cache
@@ -318,7 +359,7 @@ def count_training_images(names: Sequence[str], filter_empty: bool) -> int:
     Args:
         filter_empty: whether it leaves out those without objects.
     """
-    return len(get_detection_dataset_dicts(list(names), filter_empty=filter_empty))
+    return len(open_records(names, filter_empty))
 
 
 def ids_of(name: str) -> list[int]:
@@ -326,7 +367,7 @@ def ids_of(name: str) -> list[int]:
     known."""
     if classes_of(name) is None:
         return []
-    number = MetadataCatalog.get(name).get("thing_dataset_id_to_contiguous_id", {})
+    number = MetadataCatalog.get(name).get(NUMBERS, {})
     return sorted(number, key=number.__getitem__)
 
 

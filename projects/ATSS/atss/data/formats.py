@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from .coco_json import read_coco
 from .findings import Finding
 from .folders import NAMES_FILES, SUFFIXES, files_below, with_slashes
 from .voc import FIRST_PIXEL, read_voc
-from .yolo import read_yolo
+from .yolo import files_of_yolo, read_yolo
+
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]+://")
 
 
 @dataclass(frozen=True)
@@ -90,21 +93,15 @@ def read(annotations: str, images: str, reading: Reading = AS_IT_IS) -> Labels:
     """
     evaluator = "coco"
     findings: list[Finding] = []
-    if os.path.isdir(annotations):
-        image_dir = annotations
-        if _is_yolo(Path(annotations)):
-            content, findings = read_yolo(annotations, images)
-        else:
-            content, findings = read_voc(annotations, images, reading.first_pixel)
-    elif annotations.lower().endswith((".yaml", ".yml", ".data")):
+    image_dir = image_dir_of(annotations, images)
+    if _is_yolo(annotations):
         content, findings = read_yolo(annotations, images)
-        image_dir = os.path.dirname(annotations)
+    elif os.path.isdir(annotations):
+        content, findings = read_voc(annotations, images, reading.first_pixel)
     else:
-        if not Path(images).is_dir():
-            raise ValueError(f"the image folder {images} does not exist")
-        content, image_dir = read_coco(annotations), images
+        content = read_coco(annotations)
         for image in content["images"]:
-            if isinstance(image.get("file_name"), str):
+            if isinstance(image.get("file_name"), str) and not ADDRESS.match(images):
                 image["file_name"] = with_slashes(image["file_name"], Path(images))
         if lvis.is_lvis(content):
             content, evaluator = lvis.complete(content), "lvis"
@@ -117,8 +114,50 @@ def read(annotations: str, images: str, reading: Reading = AS_IT_IS) -> Labels:
     return Labels(content, image_dir, findings, evaluator, names, found)
 
 
-def _is_yolo(folder: Path) -> bool:
-    """Whether a folder without a data.yaml has YOLO's labels."""
+def image_dir_of(annotations: str, images: str) -> str:
+    """The folder in which file names of images begin; that of a json may be an address.
+
+    Raises:
+        ValueError: if it does not exist.
+    """
+    if os.path.isdir(annotations):
+        return annotations
+    if _is_yaml(annotations):
+        return os.path.dirname(annotations)
+    if not (ADDRESS.match(images) or Path(images).is_dir()):
+        raise ValueError(f"the image folder {images} does not exist")
+    return images
+
+
+def sources(annotations: str, images: str) -> tuple[list[str], list[str]]:
+    """What labels are read from: texts (none of a json), and files. If these are as they were, so
+    are the labels.
+
+    Args:
+        annotations, images: as of :func:`read`.
+
+    Raises:
+        ValueError: as :func:`read`.
+    """
+    if _is_yolo(annotations):
+        config, found = files_of_yolo(annotations, images)
+        return [images, repr(config)], [os.path.abspath(annotations), *map(str, found)]
+    if os.path.isdir(annotations):
+        root = Path(os.path.abspath(annotations))
+        lists = [os.path.abspath(images)] if images.lower().endswith(".txt") else []
+        return [images, str(root)], [*(str(root / x) for x in files_below(root)), *lists]
+    return [], [os.path.abspath(annotations)]
+
+
+def _is_yaml(annotations: str) -> bool:
+    return annotations.lower().endswith((".yaml", ".yml", ".data"))
+
+
+def _is_yolo(annotations: str) -> bool:
+    """Whether labels are YOLO's: of a data.yaml or obj.data, or a folder that has them."""
+    if not os.path.isdir(annotations):
+        return _is_yaml(annotations)
+    folder = Path(annotations)
     files = files_below(folder)
     if not any(x.name in NAMES_FILES for x in files):
         return False

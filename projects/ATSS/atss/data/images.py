@@ -3,15 +3,21 @@
 import os
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from functools import cache
+from io import BytesIO
+from typing import IO, cast
 
+import fsspec
 import numpy as np
-from detectron2.data import DatasetMapper
-from detectron2.data.detection_utils import read_image
+from detectron2.data.detection_utils import (
+    _apply_exif_orientation,
+    convert_PIL_to_numpy,
+    read_image,
+)
 from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.utils.file_io import PathManager
+from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
 
 from .findings import ERROR, KINDS
@@ -20,7 +26,7 @@ from .findings import ERROR, KINDS
 ORIENTATION = 0x0112
 TURNED = (5, 6, 7, 8)
 # Modules that call what reads a file.
-READERS = (__name__, f"{__package__}.mapper", DatasetMapper.__module__)
+READERS = (__name__, f"{__package__}.mapper")
 # Modes of Pillow with more than 8 bits per channel.
 HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
@@ -48,13 +54,13 @@ class Header:
     complete: bool
 
 
-def read_header(file_name: str, decode: bool = False) -> Header:
-    """Opens an image without decoding it, unless asked to.
+def read_header(source: str | BytesIO, decode: bool = False) -> Header:
+    """Opens an image, by its file's name or content, without decoding it, unless asked to.
 
     Raises:
         OSError: saying why it cannot be read, as the end of a sentence that names it.
     """
-    with _opened(file_name) as (file, image):
+    with _opened(source) as (file, image):
         if decode:
             image.load()
         orientation = _orientation(image, decode)
@@ -69,62 +75,61 @@ def read_header(file_name: str, decode: bool = False) -> Header:
         )
 
 
-def verify(file_name: str) -> None:
+def verify(source: str | BytesIO) -> None:
     """Compares the checksums of a format that has them, as PNG, without decoding.
 
     Raises:
         OSError: as :func:`read_header`.
     """
-    with _opened(file_name) as (_, image):
+    with _opened(source) as (_, image):
         image.verify()
 
 
 @contextmanager
-def _opened(file_name: str) -> Iterator[tuple[BinaryIO, Image.Image]]:
+def _opened(source: str | BytesIO) -> Iterator[tuple[IO, Image.Image]]:
     try:
-        with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
+        opened = _open(source) if isinstance(source, str) else nullcontext(source)
+        with opened as file, Image.open(file) as image:
             yield file, image
     except Image.UnidentifiedImageError as error:
-        empty = os.path.isfile(file_name) and not os.path.getsize(file_name)
+        if isinstance(source, str):
+            empty = os.path.isfile(source) and not os.path.getsize(source)
+        else:
+            empty = not source.getbuffer().nbytes
         problem = "it is empty" if empty else "it is no image, or of an unknown format"
         raise OSError(problem) from error
     except Exception as error:  # damaged files make Pillow raise errors of many types
         raise OSError(getattr(error, "strerror", None) or str(error)) from error
 
 
-def refuse(
-    file_name: str, labelled: tuple[int, int] | None = None, sizes: Sequence[tuple[int, int]] = ()
-) -> None:
-    """What would be read wrongly, in training, evaluation and prediction alike.
+def read(
+    file_name: str,
+    sizes: Sequence[tuple[int, int]] = (),
+    labelled: tuple[int, int] | None = None,
+    image_format: str = "BGR",
+) -> np.ndarray:
+    """(H, W, C) image, turned as EXIF says; its file is opened once. What training, evaluation or
+    prediction would read wrongly is refused.
 
     Args:
         labelled, sizes: as of :func:`problems`.
-
-    Raises:
-        OSError: as :func:`read_header`.
-        ValueError: with a sentence that names the file.
-    """
-    header = read_header(file_name)
-    if header.format == "PNG":
-        # Detectron2 meets damage first where it looks for an EXIF, and passes over it.
-        verify(file_name)
-    for kind, problem in problems(header, labelled, sizes):
-        if KINDS[kind].level == ERROR:
-            raise ValueError(f"the image {file_name} {problem}")
-
-
-def read(file_name: str, sizes: Sequence[tuple[int, int]] = ()) -> np.ndarray:
-    """(H, W, 3) uint8 BGR, turned as EXIF says.
-
-    Args:
-        sizes: (shorter side, longest side) to which it is to be resized.
+        image_format: INPUT.FORMAT. "BGR" gives three channels of uint8.
 
     Raises:
         ValueError, OSError: with a sentence that names the file.
     """
     with naming(file_name):
-        refuse(file_name, None, sizes)
-        return read_image(file_name, format="BGR")
+        with _open(file_name) as file:
+            content = BytesIO(file.read())
+        header = read_header(content)
+        if header.format == "PNG":
+            # Detectron2 meets damage first where it looks for an EXIF, and passes over it.
+            verify(content)
+        for kind, problem in problems(header, labelled, sizes):
+            if KINDS[kind].level == ERROR:
+                raise ValueError(f"the image {file_name} {problem}")
+        with Image.open(content) as image:
+            return convert_PIL_to_numpy(_apply_exif_orientation(image), image_format)
 
 
 @contextmanager
@@ -146,7 +151,7 @@ def naming(file_name: str) -> Iterator[None]:
 def _is_of_reading(error: Exception) -> bool:
     """Whether it came out of what reads the file, called from here or by Detectron2's mapper and
     not by an augmentation, which may read others."""
-    reading = {x.__code__ for x in (read_image, read_header, verify, refuse)}
+    reading = {x.__code__ for x in (read_image, read)}
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code in reading:
             return True
@@ -231,7 +236,7 @@ def _orientation(image: Image.Image, decoded: bool) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def _complete(file: BinaryIO, image_format: str | None) -> bool:
+def _complete(file: IO, image_format: str | None) -> bool:
     """Whether the file's last bytes are the format's last bytes: cheap, and wrong only where
     something was appended to a complete file."""
     length = file.seek(0, os.SEEK_END)
@@ -250,3 +255,48 @@ def _complete(file: BinaryIO, image_format: str | None) -> bool:
             return int.from_bytes(start[2:6], "little") == length
         return int.from_bytes(start[4:8], "little") + 8 == length
     return False
+
+
+# ------------------------------------------------------------------------------------------------
+# Addresses
+# ------------------------------------------------------------------------------------------------
+
+
+class _OfFsspec(PathHandler):
+    """A file system of fsspec, such as that of s3fs.
+
+    Args:
+        prefix: of its addresses, such as ``s3://``.
+    """
+
+    def __init__(self, prefix: str):
+        super().__init__()
+        self.prefix = prefix
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [self.prefix]
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **_: object) -> IO:
+        return fsspec.open(path, mode).open()
+
+    def _isfile(self, path: str, **_: object) -> bool:
+        system, place = fsspec.core.url_to_fs(path)
+        return system.isfile(place)
+
+
+def provide(address: str) -> None:
+    """Have Detectron2's PathManager open an address by fsspec, if nothing else does."""
+    scheme, separator, _ = address.partition("://")
+    if separator and scheme in fsspec.available_protocols():
+        _provide(f"{scheme}://")
+
+
+@cache
+def _provide(prefix: str) -> None:
+    with suppress(KeyError):  # another handler is registered
+        PathManager.register_handler(_OfFsspec(prefix), allow_override=False)
+
+
+def _open(file_name: str) -> IO:
+    provide(file_name)
+    return PathManager.open(file_name, "rb")

@@ -10,22 +10,89 @@ worker maps it. To resume is then to skip batches that nobody has made.
 import logging
 import math
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, get_detection_dataset_dicts
 from detectron2.utils import comm
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .datasets import classes_of
+from .columns import Records
+from .datasets import classes_of, open_records
 from .mosaic import Mosaic
-from .samplers import make_sampler, page, repeat_factors
+from .samplers import abridge, make_sampler, page, repeat_factors
+
+LOADER_DIED = (
+    "a process that loads images has died, or was killed as if memory had run out: lower "
+    "DATALOADER.NUM_WORKERS or DATALOADER.PREFETCH_FACTOR"
+)
+
+
+class WatchedLoader(DataLoader):
+    """torch's, which ends with a sentence if a process that loads images hangs or dies; torch's own
+    timeout does not notice one that stops while it hands over a batch.
+
+    Args:
+        timeout: seconds to wait for a batch, after which these processes are killed; 0 for any.
+
+    Raises:
+        OSError: with the sentence, in iterating.
+    """
+
+    def __init__(self, *args: Any, timeout: float = 0, **options: Any):
+        super().__init__(*args, **options)
+        self.limit = timeout
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        iterator = super().__iter__()
+        while True:
+            try:
+                batch = self._next(iterator)
+            except StopIteration:
+                return
+            yield batch
+
+    def _next(self, iterator: Iterator[Any]) -> Any:
+        workers = getattr(iterator, "_workers", ())
+        is_late = threading.Event()
+
+        def kill() -> None:
+            for worker in workers:
+                worker.kill()
+
+        def give_up() -> None:
+            is_late.set()
+            kill()
+
+        timer = threading.Timer(self.limit, give_up)
+        timer.daemon = True
+        if workers and self.limit:
+            timer.start()
+        try:
+            return next(iterator)
+        except (OSError, EOFError, RuntimeError):  # the end of a pipe may be the first sign
+            if not is_late.is_set() and all(x.is_alive() for x in workers):
+                raise
+        finally:
+            timer.cancel()
+        # The others may wait for a lock that the dead one holds. torch raises an error once it
+        # learns of an end, wherever this process is.
+        with suppress(RuntimeError):
+            kill()
+            for worker in workers:
+                worker.join(timeout=5)
+        if is_late.is_set():
+            raise OSError(
+                f"no batch came for {self.limit:g} s (DATALOADER.TIMEOUT) from the processes that "
+                "load images: do their disk and network answer?"
+            )
+        raise OSError(LOADER_DIED)
 
 
 class TrainLoader:
@@ -37,10 +104,11 @@ class TrainLoader:
         late_mapper: does it from position ``late_from`` on.
         sampler: from a seed to one of Detectron2's samplers.
         batch_size: images of one batch of this process.
-        num_workers: processes that map images; 0 for none. The batches do not depend on it.
         groups: (number of images,) of each: a batch is of one group, but for what comes in place of
             images that are left out.
         seed: of the order of images and of what is drawn while they are mapped.
+        options: of torch's DataLoader, on which the batches do not depend: num_workers, the
+            processes that map images, and others.
     """
 
     def __init__(
@@ -50,11 +118,11 @@ class TrainLoader:
         sampler: Callable[[int], Sampler],
         *,
         batch_size: int,
-        num_workers: int,
         groups: Sequence[bool] | np.ndarray,
         seed: int,
         late_mapper: Callable[[dict], dict] | None = None,
         late_from: float = math.inf,
+        **options: Any,
     ):
         self.groups = groups
         self.records = records
@@ -63,7 +131,7 @@ class TrainLoader:
         self.late_from = late_from
         self.sampler = sampler
         self.batch_size = batch_size
-        self.num_workers = num_workers
+        self.options = options
         self.seed = seed
         self.start = self.first = self.ahead = 0
 
@@ -81,7 +149,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[dict]]:
         batches = make_batches(self.sampler(self.seed), self.batch_size, self.groups, self.first)
-        loader = DataLoader(
+        loader = WatchedLoader(
             MappedByPosition(
                 self.records,
                 self.mapper,
@@ -90,10 +158,10 @@ class TrainLoader:
                 self.late_from + self.ahead,
             ),
             batch_sampler=islice(batches, self.start, None),
-            num_workers=self.num_workers,
             collate_fn=list,
             # Without its own, it draws from the one that the model may draw from.
             generator=torch.Generator(),
+            **self.options,
         )
         return iter(loader)
 
@@ -120,52 +188,75 @@ def build_train_loader(
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {images}, which {processes} processes cannot share evenly"
         )
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    )
+    records = open_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    names = dict(enumerate(classes_of(cfg.DATASETS.TRAIN[0]) or ()))
     factors = repeat_factors(cfg, records)
-    if factors is not None:
-        _log_classes(cfg, records, factors)
+    if factors is None:
+        _log(_count_objects(records, names))
+    else:
+        _log(f"{cfg.DATALOADER.SAMPLER_TRAIN}: {page(records, factors, names)}")
     groups = is_wide(records) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else [False] * len(records)
-    # Packed, so that processes that load images share them.
-    packed = DatasetFromList(records, copy=False)
     late_mapper, until = late_mapper or mapper, cfg.INPUT.AUGMENT_UNTIL
-    mapper, late_mapper = InPlaceOfNone(mapper, packed), InPlaceOfNone(late_mapper, packed)
+    mapper, late_mapper = InPlaceOfNone(mapper, records), InPlaceOfNone(late_mapper, records)
     if cfg.INPUT.MOSAIC:
-        mapper = Mosaic(mapper, packed, cfg.INPUT.MOSAIC)
+        mapper = Mosaic(mapper, records, cfg.INPUT.MOSAIC)
     return TrainLoader(
-        packed,
+        records,
         mapper,
         make_sampler(len(records), factors),
         batch_size=images // processes,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
         groups=groups,
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         late_mapper=late_mapper,
         # Where images wait for others of their group, positions run ahead of the iterations.
         late_from=until * cfg.SOLVER.MAX_ITER * images if until < 1 else math.inf,
+        **loader_options(cfg),
     )
 
 
-def _log_classes(cfg: CfgNode, records: Sequence[dict], factors: Tensor) -> None:
-    names = classes_of(cfg.DATASETS.TRAIN[0]) or []
-    table = page(records, factors, dict(enumerate(names)))
-    logging.getLogger(__name__).info("%s: %s", cfg.DATALOADER.SAMPLER_TRAIN, table)
+def loader_options(cfg: CfgNode) -> dict[str, Any]:
+    """What DATALOADER asks of torch's DataLoader, in training and evaluation."""
+    node = cfg.DATALOADER
+    # Without a GPU torch warns, and pins nothing.
+    pinned = node.PIN_MEMORY and cfg.MODEL.DEVICE.startswith("cuda")
+    options = {"num_workers": node.NUM_WORKERS, "pin_memory": pinned}
+    if node.NUM_WORKERS:  # torch refuses the rest for images that the process itself loads
+        options["timeout"] = node.TIMEOUT
+        options["prefetch_factor"] = node.PREFETCH_FACTOR
+        options["persistent_workers"] = node.PERSISTENT_WORKERS
+    return options
 
 
-def is_wide(records: list[dict]) -> np.ndarray:
+def _log(text: str) -> None:
+    logging.getLogger(__name__).info("%s", text)
+
+
+def _count_objects(records: Records, names: Mapping[int, str]) -> str:
+    """Images and objects to train on, for the log."""
+    left_out = sum(map(len, records.sets)) - len(records)
+    count = Counter(dict.fromkeys(names, 0))
+    for part in records.sets:  # what is left out has none
+        numbers, counts = np.unique(part.classes, return_counts=True)
+        count.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+    order = sorted(count, key=lambda c: (count[c], names.get(c, "")))
+    rows = [f"{count[c]:>9,}  {names.get(c, f'class {c}')}" for c in order]
+    total = f"{len(records):,} images to train on, {left_out:,} left out for want of objects"
+    return "\n".join([total, "  objects  class", *abridge(rows, 11)])
+
+
+def is_wide(records: Records) -> np.ndarray:
     """(number of images,) bool: whether an image is wider than high.
 
     Raises:
         ValueError: naming an image that does not say.
     """
-    for record in records:
-        if "width" not in record or "height" not in record:
-            raise ValueError(
-                f"{record['file_name']} has no width and height in its record, which "
-                "DATALOADER.ASPECT_RATIO_GROUPING needs"
-            )
-    return np.array([record["width"] > record["height"] for record in records])
+    sizes = records.sizes
+    for i in np.flatnonzero((sizes < 0).any(axis=1)).tolist():
+        raise ValueError(
+            f"{records[i]['file_name']} has no width and height in its record, which "
+            "DATALOADER.ASPECT_RATIO_GROUPING needs"
+        )
+    return sizes[:, 0] > sizes[:, 1]
 
 
 def make_batches(

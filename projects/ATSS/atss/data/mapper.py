@@ -1,12 +1,15 @@
 """Loads one image with its objects; what is wrong with them is said here, with the file's name."""
 
+import copy
+
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
+from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
-from .images import naming, refuse
+from .images import naming, read
 
 
 class Mapper(DatasetMapper):
@@ -38,27 +41,41 @@ class Mapper(DatasetMapper):
         return arguments
 
     def __call__(self, dataset_dict: dict) -> dict:
-        self._refuse(dataset_dict)
-        if self.use_instance_mask:  # it cannot learn an object without a mask
-            objects = dataset_dict.get("annotations", ())
-            with_masks = [x for x in objects if "segmentation" in x]
-            dataset_dict = {**dataset_dict, "annotations": with_masks}
-        with naming(dataset_dict["file_name"]):
-            mapped = super().__call__(dataset_dict)
-        mapped["image"] = single(mapped["image"])
-        return mapped
-
-    def _refuse(self, dataset_dict: dict) -> None:
-        """What the annotations and the image's header tell."""
+        """Detectron2's, which opens an image once."""
         name = dataset_dict["file_name"]
         for annotation in dataset_dict.get("annotations", ()):
             if not np.isfinite(annotation["bbox"]).all():
                 raise ValueError(f"{name} has a box that is not finite: {annotation['bbox']}")
+        mapped = copy.deepcopy(dataset_dict)
+        if self.use_instance_mask:  # it cannot learn an object without a mask
+            objects = mapped.get("annotations", ())
+            mapped["annotations"] = [x for x in objects if "segmentation" in x]
         labelled = None
-        if "width" in dataset_dict and "height" in dataset_dict:
-            labelled = dataset_dict["width"], dataset_dict["height"]
+        if "width" in mapped and "height" in mapped:
+            labelled = mapped["width"], mapped["height"]
+        image = read(name, labelled=labelled, image_format=self.image_format)
         with naming(name):
-            refuse(name, labelled)
+            self._map(mapped, image)
+        mapped["image"] = single(mapped["image"])
+        return mapped
+
+    def _map(self, mapped: dict, image: np.ndarray) -> None:
+        """Augment an image, of (H, W, C), and what belongs to it, in place."""
+        utils.check_image_size(mapped, image)
+        of_pixels = mapped.pop("sem_seg_file_name", None)
+        classes = utils.read_image(of_pixels, "L").squeeze(2) if of_pixels else None
+        augmented = T.AugInput(image, sem_seg=classes)
+        transforms = self.augmentations(augmented)
+        size = augmented.image.shape[:2]
+        mapped["image"] = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
+        if of_pixels:
+            mapped["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype("long"))
+        if self.proposal_topk is not None:
+            utils.transform_proposals(mapped, size, transforms, proposal_topk=self.proposal_topk)
+        if not self.is_train:
+            mapped.pop("annotations", None)
+        elif "annotations" in mapped:
+            self._transform_annotations(mapped, transforms, size)
 
 
 def single(image: torch.Tensor) -> torch.Tensor:

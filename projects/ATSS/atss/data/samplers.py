@@ -2,15 +2,16 @@
 some data sets, are rare."""
 
 import math
-from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from torch import Tensor
 from torch.utils.data import Sampler
+
+from .columns import Records
 
 # Detectron2's names, and what each weighs images by: whether by class, whether by data set.
 WEIGHS = {
@@ -23,7 +24,7 @@ WEIGHS = {
 SHOWN = 10
 
 
-def repeat_factors(cfg: CfgNode, records: Sequence[dict]) -> Tensor | None:
+def repeat_factors(cfg: CfgNode, records: Records) -> Tensor | None:
     """(number of images,) how often a pass goes through each on average; None for once.
 
     DATALOADER.SAMPLER_TRAIN says by what: by class, an image of class c as often as
@@ -34,7 +35,7 @@ def repeat_factors(cfg: CfgNode, records: Sequence[dict]) -> Tensor | None:
     Detectron2 crowds, from which nothing is learnt, do not count.
 
     Args:
-        records: images of DATASETS.TRAIN in Detectron2's format.
+        records: images of DATASETS.TRAIN.
 
     Raises:
         ValueError: for an unknown sampler, or one that would do nothing.
@@ -52,32 +53,35 @@ def repeat_factors(cfg: CfgNode, records: Sequence[dict]) -> Tensor | None:
         )
     if not by_set:
         return _by_class(records, threshold, root) if by_class else None
-    factors, start = [], 0
-    for size, weight in _sets(cfg):
-        part = records[start : start + size]
-        own = _by_class(part, threshold, root) if by_class else torch.ones(size)
-        factors.append(weight * own)
-        start += size
+    factors = [
+        weight * (_by_class(part, threshold, root) if by_class else torch.ones(len(part)))
+        for part, weight in zip(records.split(), _weights(cfg), strict=True)
+    ]
     joined = torch.cat(factors)
     return joined / joined.min() if by_class else joined
 
 
-def _by_class(records: Sequence[dict], threshold: float, root: bool) -> Tensor:
-    classes = [classes_in(record) for record in records]
-    images = Counter(c for found in classes for c in found)
-    factor = {c: max(1.0, threshold * len(records) / n) for c, n in images.items()}
+def _by_class(records: Records, threshold: float, root: bool) -> Tensor:
+    image, which, _ = _classes_of_images(records)
+    factor = np.maximum(1.0, threshold * len(records) / np.bincount(which))
     if root:
-        factor = {c: math.sqrt(x) for c, x in factor.items()}
-    return torch.tensor([max((factor[c] for c in found), default=1.0) for found in classes])
+        factor = np.sqrt(factor)
+    rarest = np.ones(len(records))
+    np.maximum.at(rarest, image, factor[which])
+    return torch.from_numpy(rarest).float()
 
 
-def classes_in(record: dict) -> set[int]:
-    """Those of the objects on an image that are no crowds."""
-    return {a["category_id"] for a in record["annotations"] if not a.get("iscrowd", 0)}
+def _classes_of_images(records: Records) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Pairs of an image and a class of which it has objects, each once: positions of the images, of
+    the classes in the list, and this list."""
+    image, number = records.objects()
+    names, which = np.unique(number, return_inverse=True)
+    pairs = np.unique(image * len(names) + which)
+    return pairs // max(len(names), 1), pairs % max(len(names), 1), names.tolist()
 
 
-def _sets(cfg: CfgNode) -> list[tuple[int, float]]:
-    """Number of images and factor of each of DATASETS.TRAIN."""
+def _weights(cfg: CfgNode) -> list[float]:
+    """The factor of each of DATASETS.TRAIN."""
     given = cfg.DATASETS.TRAIN_REPEAT_FACTOR
     if not given:
         raise ValueError(
@@ -98,14 +102,7 @@ def _sets(cfg: CfgNode) -> list[tuple[int, float]]:
                 "belongs"
             )
         factors[name] = float(factor)
-    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    return [
-        (
-            len(get_detection_dataset_dicts([name], filter_empty=filter_empty)),
-            factors.get(name, 1.0),
-        )
-        for name in cfg.DATASETS.TRAIN
-    ]
+    return [factors.get(name, 1.0) for name in cfg.DATASETS.TRAIN]
 
 
 def make_sampler(size: int, factors: Tensor | None) -> Callable[[int], Sampler]:
@@ -120,21 +117,25 @@ def make_sampler(size: int, factors: Tensor | None) -> Callable[[int], Sampler]:
     return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
 
 
-def page(records: Sequence[dict], factors: Tensor, names: Mapping[int, str]) -> str:
+def page(records: Records, factors: Tensor, names: Mapping[int, str]) -> str:
     """How often a pass sees each class, for the log: images that have it, and how often on average
     such an image comes; not as one of the other three of a mosaic, for which all are alike."""
-    images, seen = Counter[int](), defaultdict[int, float](float)
-    for record, factor in zip(records, factors.tolist(), strict=True):
-        for c in classes_in(record):
-            images[c] += 1
-            seen[c] += factor
-    names = {**{c: f"class {c}" for c in images}, **names}
-    order = sorted(names, key=lambda c: (images[c], names[c]))
-    rows = [
-        f"{images[c]:>9,}  {seen[c]:>11,.1f}  {seen[c] / max(images[c], 1):>6.2f}  {names[c]}"
-        for c in order
-    ]
-    if len(rows) > 2 * SHOWN:
-        rows[SHOWN:-SHOWN] = [f"{'':31}... {len(rows) - 2 * SHOWN} more classes ..."]
+    image, which, numbers = _classes_of_images(records)
+    count = np.bincount(which, minlength=len(numbers)).tolist()
+    seen = np.bincount(which, factors.double().numpy()[image], len(numbers)).tolist()
+    found = dict(zip(numbers, zip(count, seen, strict=True), strict=True))
+    names = {**{c: f"class {c}" for c in numbers}, **names}
+    order = sorted(names, key=lambda c: (found.get(c, (0, 0))[0], names[c]))
+    rows = []
+    for c in order:
+        n, s = found.get(c, (0, 0.0))
+        rows.append(f"{n:>9,}  {s:>11,.1f}  {s / max(n, 1):>6.2f}  {names[c]}")
     total = f"A pass sees {float(factors.double().sum()):,.1f} images, of {len(records):,}"
-    return "\n".join([total, "   images  seen a pass  factor  class", *rows])
+    return "\n".join([total, "   images  seen a pass  factor  class", *abridge(rows, 31)])
+
+
+def abridge(rows: list[str], indent: int) -> list[str]:
+    """The first and the last SHOWN of a table's rows, one of each class."""
+    if len(rows) > 2 * SHOWN:
+        rows[SHOWN:-SHOWN] = [f"{'':{indent}}... {len(rows) - 2 * SHOWN} more classes ..."]
+    return rows

@@ -75,6 +75,18 @@ def read_yolo(source: str, split: str) -> tuple[dict, list[Finding]]:
     return read.result(names)
 
 
+def files_of_yolo(source: str, split: str) -> tuple[dict, list[Path]]:
+    """Names and splits, and all files that :func:`read_yolo` reads or looks for besides.
+
+    Raises:
+        ValueError: as :func:`read_yolo`.
+    """
+    path = Path(os.path.abspath(source))
+    config = _read_config(path, split)
+    images, files = _images(config, split, path if path.is_dir() else path.parent)
+    return config, [*(y for x in images for y in (x, *_labels_of(x))), *sorted(files)]
+
+
 # ------------------------------------------------------------------------------------------------
 # Names and splits
 # ------------------------------------------------------------------------------------------------

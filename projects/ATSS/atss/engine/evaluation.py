@@ -2,17 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterable
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import (
-    MetadataCatalog,
-    build_detection_test_loader,
-    get_detection_dataset_dicts,
-)
+from detectron2.data import DatasetCatalog, MapDataset, MetadataCatalog
+from detectron2.data.samplers import InferenceSampler
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -22,10 +19,12 @@ from detectron2.evaluation import (
 from detectron2.evaluation.coco_evaluation import COCOeval_opt as COCOeval
 from detectron2.utils import comm
 from pycocotools.coco import COCO
+from torch.utils.data import DataLoader
 
 from ..config import images_per_test_batch
 from ..data.coco_json import SHORTEST, find_in_json, is_difficult, learnable
-from ..data.datasets import classes_of, provide_json
+from ..data.datasets import classes_of, columns_of, open_records, provide_json
+from ..data.loader import WatchedLoader, loader_options
 from ..data.mapper import Mapper
 from .agreement import facts_of_data, refuse_differences
 from .watch import wait_for_all
@@ -52,8 +51,7 @@ class BoxEvaluator(COCOEvaluator):
         super().__init__(dataset_name, ("bbox",), output_dir=output_dir, allow_cached_coco=False)
         content: dict = {"annotations": [], **self._coco_api.dataset}
         # A data set of --register was checked when it was registered.
-        is_checked = "content" in self._metadata.as_dict()
-        objects = None if is_checked else find_in_json(content)[1]
+        objects = None if columns_of(dataset_name) is not None else find_in_json(content)[1]
         if objects is not None:  # None also for malformed fields: all annotations count
             count = len(content["annotations"])
             content = learnable(content, objects)
@@ -170,24 +168,41 @@ class Awaited(DatasetEvaluator):
         return results
 
 
-def build_test_loader(cfg: CfgNode, dataset_name: str) -> Iterable:
-    """Detectron2's loader with our mapper, in batches of MODEL.ATSS.IMS_PER_BATCH_TEST. Images of
-    one size follow one another, because only those make a batch. All processes call this.
+# By data set, what the loader of its last evaluation was made of, and the loader.
+_kept: dict[str, tuple[tuple, DataLoader]] = {}
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
+    """That of the evaluation before, with DATALOADER.PERSISTENT_WORKERS, or a new one."""
+    if not cfg.DATALOADER.PERSISTENT_WORKERS:
+        return _new_test_loader(cfg, dataset_name)
+    # Averaged weights are evaluated into a folder of their own.
+    parts = DatasetCatalog.data.get(dataset_name), str({**cfg, "OUTPUT_DIR": ""})
+    if dataset_name not in _kept or _kept[dataset_name][0] != parts:
+        _kept[dataset_name] = parts, _new_test_loader(cfg, dataset_name)
+    return _kept[dataset_name][1]
+
+
+def _new_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
+    """Images for this process with our mapper, in batches of MODEL.ATSS.IMS_PER_BATCH_TEST. Images
+    of one size follow one another, because only those make a batch. All processes call this.
 
     Raises:
         ValueError: if they have other images.
     """
-    records = get_detection_dataset_dicts(dataset_name, filter_empty=False)
+    records = open_records([dataset_name])
     refuse_differences(facts_of_data((dataset_name,), records))
-    records.sort(key=lambda x: (x.get("height", 0), x.get("width", 0)))
+    width, height = records.sizes.T
+    order = np.lexsort((width, height))
     # Detectron2 gives each process a contiguous part: each gets images of all sizes.
     world_size = comm.get_world_size()
-    records = [x for rank in range(world_size) for x in records[rank::world_size]]
-    return build_detection_test_loader(
-        records,
-        mapper=Mapper(cfg, is_train=False),
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    order = np.concatenate([order[rank::world_size] for rank in range(world_size)])
+    return WatchedLoader(
+        MapDataset(records.choose(order), Mapper(cfg, is_train=False)),
+        sampler=InferenceSampler(len(records)),
         batch_size=images_per_test_batch(cfg),
+        collate_fn=list,
+        **loader_options(cfg),
     )
 
 

@@ -29,6 +29,7 @@ from detectron2.utils import comm
 from torch import distributed
 from torch.multiprocessing import ProcessExitedException
 
+from ..data.loader import LOADER_DIED
 from .hooks import AllLeave
 from .outlook import LESS_MEMORY
 from .watch import EXIT_INTERRUPTED, EXIT_PREEMPTED, STOPPING, current, end, exit_code
@@ -51,6 +52,7 @@ NO_SHARED_MEMORY = (
     "shared memory (/dev/shm) is full, through which images pass from the processes that load "
     "them: give it more room (of a container, --shm-size), or lower DATALOADER.NUM_WORKERS"
 )
+DEAD_LOADER = re.compile(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)")
 LOGS = ("detectron2", "fvcore", "atss")
 # How gloo and NCCL say that another process is gone, and that it has not come.
 PEER_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|ncclRemoteError")
@@ -123,6 +125,8 @@ def explain(error: BaseException, output_dir: str) -> str | None:
             what = link.filename if elsewhere else f"OUTPUT_DIR {output_dir}"
             reads = link.errno == errno.EIO and elsewhere
             return f"cannot {'read' if reads else 'write into'} {what}: {link.strerror}"
+        if DEAD_LOADER.search(str(link)):  # torch says it wherever the training is
+            return LOADER_DIED
         link = link.__cause__ or link.__context__
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is not enough: {LESS_MEMORY}"

@@ -69,7 +69,6 @@ from .trainer import Trainer
 
 # Of Detectron2's keys: least and greatest value of each number.
 TRAINING_LIMITS = {
-    "DATALOADER.NUM_WORKERS": (0, math.inf),
     "INPUT.AUGMENT_UNTIL": (0, 1),
     "INPUT.COLOR_JITTER": (0, 1),
     "INPUT.MIN_SIZE_TRAIN": (1, math.inf),
@@ -161,6 +160,8 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     check_processes(args, cfg)
     check_data(cfg, training=not args.eval_only)
+    if not is_started():
+        check_images(cfg, training=not args.eval_only)
     if "DATALOADER.NUM_WORKERS" not in args.opts[::2]:
         fit_workers(cfg, local_size(args))
     if not args.eval_only:
@@ -190,6 +191,9 @@ def fit_workers(cfg: CfgNode, processes: int) -> None:
 def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     """What every process does: evaluates with --eval-only, or trains; results by task."""
     register(args)
+    # Once per machine; all processes are there, and end together if one finds a fault.
+    if is_started() and int(os.environ["LOCAL_RANK"]) == 0:
+        check_images(cfg, training=not args.eval_only)
     if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
         follow_classes(cfg)
     config = _set_up(args, cfg)
@@ -463,9 +467,21 @@ def check_data(cfg: CfgNode, training: bool) -> None:
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN names no data set")
         datasets.refuse_unannotated(cfg.DATASETS.TRAIN)
-        datasets.refuse_missing_images(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     for name in cfg.DATASETS.TEST:
         check_metadata(name)
+
+
+def check_images(cfg: CfgNode, training: bool) -> None:
+    """Check that the images of the data sets are there.
+
+    Args:
+        training: or evaluation alone.
+
+    Raises:
+        ValueError: naming the data set and an image.
+    """
+    if training:
+        datasets.refuse_missing_images(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     datasets.refuse_missing_images(cfg.DATASETS.TEST)
 
 

@@ -7,6 +7,7 @@ import sys
 from detectron2.config import CfgNode
 
 from ..data.datasets import split_source
+from ..data.formats import ADDRESS
 
 # Endings of annotations whose other half is a split, not a folder of images.
 WITH_SPLITS = (".yaml", ".yml", ".data", ".names", ".txt")
@@ -60,7 +61,7 @@ def _absolute(spec: str, folder: str) -> str:
     if not name or ":" not in source.strip(":"):  # register() says what is wrong
         return spec
     annotations, images = split_source(os.path.join(folder, os.path.expanduser(source)))
-    if not _has_splits(annotations):
+    if not _has_splits(annotations) and not ADDRESS.match(images):
         images = os.path.normpath(os.path.join(folder, images))
     return f"{name}={os.path.normpath(annotations)}:{images}"
 
@@ -68,7 +69,7 @@ def _absolute(spec: str, folder: str) -> str:
 def _relative(spec: str, folder: str) -> str:
     name, _, source = spec.partition("=")
     annotations, images = split_source(source)
-    if not _has_splits(annotations):
+    if not _has_splits(annotations) and not ADDRESS.match(images):
         images = _seen_from(folder, images)
     return f"{name}={_seen_from(folder, annotations)}:{images}"
 
