@@ -57,7 +57,7 @@ CHANGES = {"json": ("16, 20", "15, 20"), "voc": (">cat<", ">dog<")}
 def test_second_open_reads_nothing(form, tmp_path, reads, monkeypatch):
     """By its times, or, of a file that has just been written, by its content."""
     source = write(form, tmp_path / "data")
-    for recent in (columns.RECENT, -3600):
+    for recent in (3600, -3600):
         monkeypatch.setattr(columns, "RECENT", recent)
         reads.clear()
         for name in ("a", "b", "a"):
@@ -76,7 +76,7 @@ def test_copy_of_a_json_is_found_by_its_content(tmp_path, reads):
     assert DatasetCatalog.get("b")[0]["file_name"] == f"{tmp_path}/copy/images/a.png"
 
 
-@pytest.mark.parametrize("recent", [columns.RECENT, -3600])
+@pytest.mark.parametrize("recent", [3600, -3600])
 @pytest.mark.parametrize("form", FORMATS)
 def test_changed_labels_are_read_again(form, recent, tmp_path, monkeypatch):
     """In place, at the same length and with the time of modification that they had."""
@@ -256,6 +256,20 @@ def test_labels_that_change_while_they_are_read(tmp_path, monkeypatch):
         datasets.register(f"a={source}")
     datasets.register(f"a={source}")
     assert MetadataCatalog.get("a").thing_classes == ["cow", "dog"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_labels_that_are_no_longer_recent_once_they_are_read(form, tmp_path, monkeypatch):
+    source, read = write(form, tmp_path / "data"), datasets.read
+    later = time.time_ns() + 10**10
+
+    def read_for_long(*args):
+        labels = read(*args)
+        monkeypatch.setattr(time, "time_ns", lambda: later)
+        return labels
+
+    monkeypatch.setattr(datasets, "read", read_for_long)
+    datasets.register(f"a={source}")
 
 
 def test_folder_that_cannot_be_written(cache, tmp_path, monkeypatch, caplog):

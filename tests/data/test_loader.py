@@ -72,6 +72,7 @@ def be(monkeypatch):
     def set_rank(rank, processes):
         monkeypatch.setattr(comm, "get_rank", lambda: rank)
         monkeypatch.setattr(comm, "get_world_size", lambda: processes)
+        monkeypatch.setattr(comm, "all_gather", lambda own: [own] * processes)
 
     return set_rank
 

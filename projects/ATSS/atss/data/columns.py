@@ -109,8 +109,9 @@ def open_columns(
             they cannot be written.
     """
     folder = cache_folder()
+    changed_before = time.time_ns() - RECENT * 10**9
     try:
-        key = _find_key(folder, annotations, images, reading)
+        key = _find_key(folder, annotations, images, reading, changed_before)
     except (OSError, ValueError):
         read()  # has a sentence for it
         raise
@@ -123,7 +124,7 @@ def open_columns(
         with suppress(*NOT_COMPLETE):
             return _open(path)  # which another process has written meanwhile
         content, about = read()
-        if _find_key(folder, annotations, images, reading) != key:
+        if _find_key(folder, annotations, images, reading, changed_before) != key:
             raise ValueError(f"{annotations}: the labels changed while they were read")
         try:
             shutil.rmtree(path, ignore_errors=True)  # if it is there, it is damaged
@@ -220,16 +221,20 @@ def _remove_old(folder: str) -> None:
                 remove(entry.path)
 
 
-def _find_key(folder: str, annotations: str, images: str, reading: Reading) -> str:
+def _find_key(
+    folder: str, annotations: str, images: str, reading: Reading, changed_before: int
+) -> str:
     """A digest of the labels, of how they are read, and of the code that reads them. That of a json
     is of its content, kept beside the file's times; that of a folder is of the times of its files.
+
+    Args:
+        changed_before: as of :func:`_mark`.
 
     Raises:
         OSError, ValueError: if there is nothing to read.
     """
     texts, files = sources(annotations, images)
     how = [_code(), repr(reading), *texts]
-    changed_before = time.time_ns() - RECENT * 10**9
     marks = [_mark(file, changed_before) for file in files]
     if texts:
         return _digest([*how, *marks])
