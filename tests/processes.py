@@ -18,8 +18,16 @@ FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["atss.engine.run", "pytest"])
 
 
+def reset_signals() -> None:
+    """Undo what this process inherits from one that runs in the background, or under nohup."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _run(argv: list[str], environment: dict[str, str], folder: str, output: Connection) -> None:
     os.setsid()
+    reset_signals()
     # Which loaders of data use: that of a script that a person starts, on Linux.
     multiprocessing.set_start_method("fork", force=True)
     os.chdir(folder)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -423,34 +424,42 @@ def test_scale_of_gradients_begins_anew_after_another_precision():
 
 # Imported by tools/train_net.py: appends iteration and total loss after each step.
 PROGRESS = """
+from detectron2.utils import comm
 from atss.engine import Trainer
-from atss.engine.trainer import _InFloat16
 
 run_step = Trainer.run_step
 
 def step(self):
     run_step(self)
-    with open("progress", "a") as file:
-        print(self.iter, self.storage.latest()["total_loss"][0].hex(), file=file)
+    if comm.is_main_process():
+        with open("progress", "a") as file:
+            print(self.iter, self.storage.latest()["total_loss"][0].hex(), file=file)
 
 Trainer.run_step = step
 """
 
 
 class Run:
-    """tools/train_net.py as a process of its own, which goes on from where the last one was."""
+    """tools/train_net.py in one or several processes of its own, which goes on from where the last
+    one was."""
 
-    def __init__(self, folder, argv):
+    def __init__(self, folder, argv, processes, port):
+        (folder / "progress_of_steps.py").write_text(PROGRESS)
         self.progress = folder / "progress"
         self.log = folder / "out" / "log.txt"
         self.begun = size(self.log), size(self.progress)
-        self.script = Script([ROOT / "tools/train_net.py", *argv], folder)
-        name = f"{TrainingCheckpointer.UNFINISHED}_{self.script.pid}"
+        command = [ROOT / "tools/train_net.py", *argv]
+        meeting = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        meeting |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = [meeting | {"RANK": i, "LOCAL_RANK": i} for i in range(processes)]
+        self.scripts = [Script(command, folder, **x) for x in variables if processes > 1]
+        self.scripts = self.scripts or [Script(command, folder)]
+        name = f"{TrainingCheckpointer.UNFINISHED}_{self.scripts[0].pid}"
         self.unfinished = folder / "out" / name
 
-    def kill(self, moment, rng, whole):
-        """Kills it and its workers while it starts, some iterations later, or within the write of
-        a checkpoint of ``whole`` bytes. Whether a write was cut."""
+    def stop(self, moment, rng, whole, number):
+        """Send a signal to one process and its workers while it starts, some iterations later, or
+        within the write of a checkpoint of ``whole`` bytes. Returns whether a write was cut."""
         part, growth, patience = rng.randrange(1, whole), rng.randrange(1, 80), rng.randrange(300)
         reached = {
             "start": lambda: size(self.log) > self.begun[0],
@@ -458,9 +467,16 @@ class Run:
             "write": lambda: self.writes() and size(self.unfinished) >= part,
         }[moment]
         while not reached() or (moment != "write" and (patience := patience - 1) > 0):
-            assert self.script.exit_code is None, self.script.lines.read()[-2000:]
+            for script in self.scripts:
+                assert script.exit_code is None, script.lines.read()[-2000:]
             time.sleep(0.001)
-        self.script.kill()
+        victim = rng.choice(self.scripts)
+        os.killpg(victim.pid, number)
+        others = {signal.SIGKILL: 1, signal.SIGINT: 130}.get(number, 75)
+        for script in self.scripts:
+            said, exit_code = script.communicate(timeout=120)
+            killed = script is victim and number == signal.SIGKILL
+            assert exit_code == (-number if killed else others), said[-2000:]
         return self.writes()
 
     def writes(self):
@@ -468,8 +484,9 @@ class Run:
         return self.unfinished.exists()
 
     def finish(self):
-        said, exit_code = self.script.communicate()
-        assert exit_code == 0, said[-2000:]
+        for script in self.scripts:
+            said, exit_code = script.communicate()
+            assert exit_code == 0, said[-2000:]
 
 
 def size(path):
@@ -479,30 +496,40 @@ def size(path):
         return 0
 
 
+STOPS = (signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
+
+
 @pytest.mark.parametrize(
-    ("kills", "iterations"), [(2, 8), pytest.param(20, 100, marks=pytest.mark.slow)]
+    ("processes", "stops", "iterations"),
+    [
+        (1, 2, 8),
+        pytest.param(1, 30, 150, marks=pytest.mark.slow),
+        pytest.param(2, 30, 150, marks=pytest.mark.slow),
+    ],
 )
-def test_kills_change_nothing(mixed, tmp_path, kills, iterations):
+def test_stops_change_nothing(mixed, tmp_path, processes, stops, iterations, free_port):
     opts = LARGER | {"SOLVER.MAX_ITER": iterations, "SOLVER.CHECKPOINT_PERIOD": 2}
-    losses = train(arguments(mixed, tmp_path / "whole", **opts))
-    (tmp_path / "progress_of_steps.py").write_text(PROGRESS)
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    options = ("--resume", "--import", "progress_of_steps")
+    Run(whole, arguments(mixed, whole / "out", *options, **opts), processes, free_port).finish()
     rng = random.Random(0)
     cut = 0
-    for i in range(kills + 1):
+    for i in range(stops + 1):
         opts |= {"DATALOADER.NUM_WORKERS": 2 * (i % 2), "SOLVER.CHECKPOINTS_TO_KEEP": 2}
-        options = ("--resume", "--import", "progress_of_steps")
-        run = Run(tmp_path, arguments(mixed, tmp_path / "out", *options, **opts))
-        if i == kills:
+        argv = arguments(mixed, tmp_path / "out", *options, **opts)
+        run = Run(tmp_path, argv, processes, free_port)
+        if i == stops:
             run.finish()
         else:
             moment = ("write", "step", "write", "start")[i % 4]
-            cut += run.kill(moment, rng, size(tmp_path / "whole" / "model_final.pth"))
-    print(f"{kills} kills, {cut} within the write of a checkpoint")
+            checkpoint = size(whole / "out" / "model_final.pth")
+            cut += run.stop(moment, rng, checkpoint, STOPS[i % len(STOPS)])
+    print(f"{stops} stops, {cut} within the write of a checkpoint")
     assert cut
-    assert_equal(final(tmp_path / "out"), final(tmp_path / "whole"))
-    seen = [line.split() for line in (tmp_path / "progress").read_text().splitlines()]
-    assert {int(i): float.fromhex(loss) for i, loss in seen} == losses
-    assert all(float.fromhex(loss) == losses[int(i)] for i, loss in seen)
+    assert_equal(final(tmp_path / "out"), final(whole / "out"))
+    expected, seen = ((x / "progress").read_text().splitlines() for x in (whole, tmp_path))
+    assert {*seen} == {*expected}
     starts = re.findall(r"Starting at iteration (\d+)", (tmp_path / "out/log.txt").read_text())
     assert starts == sorted(starts, key=int)
     assert len(list((tmp_path / "out").glob("model_0*.pth"))) == 2

@@ -32,11 +32,11 @@ def add_atss_config(cfg: CfgNode) -> None:
     cfg.TEST.EVAL_EPOCHS = 0.0
     # Of the checkpoints that SOLVER.CHECKPOINT_PERIOD asks for, how many stay; 0: all.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 0
-    # Minutes after which a process that waits for the others in a collective fails. The evaluation,
-    # however long, is not waited for in one.
+    # Minutes that a process waits in a collective (all-reduce, all-gather) before it fails.
+    # Evaluations do not count: no collective waits for them.
     cfg.SOLVER.COLLECTIVE_TIMEOUT = 30.0
-    # [first, last] iteration that torch.profiler records into OUTPUT_DIR/log, for TensorBoard;
-    # empty: none.
+    # [first, last] iteration, from 0 on, that torch.profiler records: a trace of the first process
+    # for each, in OUTPUT_DIR/log/profiler-tensorboard-iter<i>; empty: none.
     cfg.SOLVER.PROFILE = []
     # Averages the weights of all iterations, and evaluates the average too: each step keeps this
     # part of it, or (1 + n) / (10 + n) after n steps, where that is less. 0: none.
@@ -62,12 +62,12 @@ def add_atss_config(cfg: CfgNode) -> None:
     # WeightedCategoryTrainingSampler. Detectron2 reads it, but does not have it in its defaults.
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
 
-    # Of the DATALOADER.NUM_WORKERS processes that load images. A run ends if no batch has come from
-    # them for so many seconds; 0: never.
+    # Seconds to wait for a batch from the DATALOADER.NUM_WORKERS loader processes; then the run
+    # ends with an error. 0: no limit.
     cfg.DATALOADER.TIMEOUT = 120
-    # Batches that each of them loads ahead.
+    # Batches that each loader process loads ahead.
     cfg.DATALOADER.PREFETCH_FACTOR = 2
-    # Those of an evaluation stay for the next one. (Those of a training last as long as it does.)
+    # Keep the loader processes of an evaluation for the next one; those of training always stay.
     cfg.DATALOADER.PERSISTENT_WORKERS = False
     # Batches are copied into page-locked memory, from which a GPU copies them faster.
     cfg.DATALOADER.PIN_MEMORY = False

@@ -11,6 +11,7 @@ import json
 import logging
 import mmap
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -40,6 +41,7 @@ RECENT = 2
 # finished.
 KEPT, UNFINISHED_KEPT = 30, 1
 UNFINISHED = "unfinished-"
+KEY = re.compile("[0-9a-f]{64}")
 # What opening a folder raises that is not there, or damaged.
 NOT_COMPLETE = (OSError, ValueError, EOFError)
 
@@ -94,6 +96,19 @@ class Columns(Sequence[dict]):
         annotations.sort(key=lambda x: x["id"])
         return {**self.about["content"], "images": images, "annotations": annotations}
 
+    def provide_json(self) -> str:
+        """The path of a json of the content, which one process of the machine writes."""
+        path = os.path.join(self.folder, "labels.json")
+        if not os.path.exists(path):
+            content = self.content()
+            if not content["annotations"]:  # detections are written for a server to evaluate
+                del content["annotations"]
+            unfinished = f"{path}.{uuid4().hex}"
+            with open(unfinished, "w") as file:
+                json.dump(content, file)
+            os.replace(unfinished, path)
+        return path
+
 
 def open_columns(
     annotations: str, images: str, reading: Reading, read: Callable[[], tuple[dict, dict]]
@@ -126,6 +141,8 @@ def open_columns(
         content, about = read()
         if _find_key(folder, annotations, images, reading, changed_before) != key:
             raise ValueError(f"{annotations}: the labels changed while they were read")
+        with suppress(*NOT_COMPLETE):
+            return _open(path)  # as above, on a file system without locks
         try:
             shutil.rmtree(path, ignore_errors=True)  # if it is there, it is damaged
             _write(folder, key, content, about)
@@ -174,7 +191,7 @@ def _write(folder: str, key: str, content: dict, about: dict) -> None:
     try:
         _write_files(unfinished, content, about)
         for name in os.listdir(unfinished):
-            with open(os.path.join(unfinished, name), "rb") as file:
+            with open(os.path.join(unfinished, name), "r+b") as file:
                 os.fsync(file.fileno())
         with suppress(OSError):  # another process was faster
             os.rename(unfinished, os.path.join(folder, key))
@@ -240,14 +257,19 @@ def _find_key(
         return _digest([*how, *marks])
     image_dir = os.path.abspath(images)
     index = os.path.join(folder, f"{_digest([*how, image_dir, *marks])}.key")
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         os.utime(index)
-        return Path(index).read_text()
+        key = Path(index).read_text()
+        if KEY.fullmatch(key):  # nothing else becomes a path, in a folder that others may write
+            return key
     content, has_backslashes = _digest_of_file(annotations)
     # Backslashes in names of images are read as the folder of images has them.
     key = _digest([*how, content, image_dir if has_backslashes else ""])
     unfinished = _name_unfinished(folder)
-    Path(unfinished).write_text(key)
+    with open(unfinished, "w") as file:
+        file.write(key)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(unfinished, index)
     return key
 

@@ -1,11 +1,7 @@
 """Own data sets, in the formats of formats.py, registered without code."""
 
-import atexit
-import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 
@@ -180,20 +176,11 @@ def _open(name: str) -> Registered | Listed:
 
 
 def provide_json(name: str) -> None:
-    """Writes the objects of a data set of :func:`register` as a json, which Detectron2's evaluators
-    read, and names it in the metadata. The file lasts as long as this process."""
+    """Names in the metadata of a data set of :func:`register` a json of its objects, which
+    Detectron2's evaluators read."""
     metadata, columns = MetadataCatalog.get(name), columns_of(name)
-    if columns is None or metadata.get("json_file"):
-        return
-    folder = tempfile.mkdtemp(prefix="atss_labels_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = os.path.join(folder, "labels.json")
-    content = columns.content()
-    if not content["annotations"]:  # nothing to evaluate: detections are written for a server
-        del content["annotations"]
-    with open(path, "w") as file:
-        json.dump(content, file)
-    metadata.json_file = path
+    if columns is not None and not metadata.get("json_file"):
+        metadata.json_file = columns.provide_json()
 
 
 def _register(name: str, images: Registered, metadata: dict) -> None:

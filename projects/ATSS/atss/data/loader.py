@@ -66,21 +66,25 @@ class WatchedLoader(DataLoader):
             for worker in workers:
                 worker.kill()
 
-        def give_up() -> None:
+        def count_down() -> None:
+            # In short steps: time in which all of this is stopped, as by ctrl-Z, does not count.
+            step = min(self.limit, 1)
+            for _ in range(math.ceil(self.limit / step)):
+                if arrived.wait(step):
+                    return
             is_late.set()
             kill()
 
-        timer = threading.Timer(self.limit, give_up)
-        timer.daemon = True
+        arrived = threading.Event()
         if workers and self.limit:
-            timer.start()
+            threading.Thread(target=count_down, daemon=True).start()
         try:
             return next(iterator)
         except (OSError, EOFError, RuntimeError):  # the end of a pipe may be the first sign
             if not is_late.is_set() and all(x.is_alive() for x in workers):
                 raise
         finally:
-            timer.cancel()
+            arrived.set()
         # The others may wait for a lock that the dead one holds. torch raises an error once it
         # learns of an end, wherever this process is.
         with suppress(RuntimeError):
@@ -240,7 +244,7 @@ def _count_objects(records: Records, names: Mapping[int, str]) -> str:
         count.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
     order = sorted(count, key=lambda c: (count[c], names.get(c, "")))
     rows = [f"{count[c]:>9,}  {names.get(c, f'class {c}')}" for c in order]
-    total = f"{len(records):,} images to train on, {left_out:,} left out for want of objects"
+    total = f"{len(records):,} training images; {left_out:,} without objects left out"
     return "\n".join([total, "  objects  class", *abridge(rows, 11)])
 
 

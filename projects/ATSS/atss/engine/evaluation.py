@@ -27,7 +27,7 @@ from ..data.datasets import classes_of, columns_of, open_records, provide_json
 from ..data.loader import WatchedLoader, loader_options
 from ..data.mapper import Mapper
 from .agreement import facts_of_data, refuse_differences
-from .watch import wait_for_all
+from .watch import current, wait_for_all
 
 
 class BoxEvaluator(COCOEvaluator):
@@ -163,7 +163,8 @@ class Awaited(DatasetEvaluator):
 
     def evaluate(self) -> Any:
         wait_for_all()  # Detectron2 gathers the detections in a collective
-        results = self.evaluator.evaluate()
+        with current().busy():
+            results = self.evaluator.evaluate()
         wait_for_all()
         return results
 

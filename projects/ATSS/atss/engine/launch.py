@@ -32,7 +32,7 @@ from torch.multiprocessing import ProcessExitedException
 from ..data.loader import LOADER_DIED
 from .hooks import AllLeave
 from .outlook import LESS_MEMORY
-from .watch import EXIT_INTERRUPTED, EXIT_PREEMPTED, STOPPING, current, end, exit_code
+from .watch import EXIT_INTERRUPTED, EXIT_PREEMPTED, STOPPING, Watch, current, end, exit_code
 
 Main = Callable[[argparse.Namespace, CfgNode], object]
 
@@ -65,6 +65,8 @@ LATE = (
     "another process of the group has not come to a collective within SOLVER.COLLECTIVE_TIMEOUT "
     "minutes"
 )
+# Exit codes of processes that a signal ended before they could handle it.
+KILLED = (*(-number for number in STOPPING), -9)  # SIGKILL, which Windows does not name
 # Processes of a group start within this time of each other.
 MEETING_TIMEOUT = timedelta(minutes=10)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -94,7 +96,8 @@ def launch(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
                 timeout=timeout(cfg),
             )
         except ProcessExitedException as error:
-            if stop.number:
+            # A failure stays one after a signal: a scheduler would begin it again for ever.
+            if stop.number and error.exit_code in (EXIT_PREEMPTED, EXIT_INTERRUPTED, *KILLED):
                 sys.exit(exit_code(stop.number))
             sys.exit(f"error: {error}" if error.exit_code < 0 else error.exit_code)
 
@@ -377,33 +380,35 @@ def refuse_shared_gpus() -> None:
 
 
 def _run_alone(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
+    watch = current()
     try:
-        with current(), one_sentence(cfg.OUTPUT_DIR):
+        with watch, one_sentence(cfg.OUTPUT_DIR):
             main(args, cfg)
-    except (KeyboardInterrupt, SystemExit) as error:
-        code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else error.code
-        if code in (EXIT_INTERRUPTED, EXIT_PREEMPTED):
-            print(_stopped(cfg.OUTPUT_DIR, args.eval_only), file=sys.stderr)
-            sys.exit(code)
-        raise
+    except BaseException as error:
+        # Of a signal, whatever became of its exception on the way, as in a write by torch.
+        if not watch.left and not isinstance(error, KeyboardInterrupt):
+            raise
+        print(_stopped(cfg.OUTPUT_DIR, args.eval_only), file=sys.stderr)
+        sys.exit(exit_code(watch.asked) if watch.left else EXIT_INTERRUPTED)
 
 
 def _run_in_group(main: Main, args: argparse.Namespace, cfg: CfgNode) -> NoReturn:
     """One process of several; whatever one ends with ends the others."""
     watch = current()
+    watch.farewell = lambda: _stopped(cfg.OUTPUT_DIR, args.eval_only)
     with watch:
         try:
             with one_sentence(cfg.OUTPUT_DIR):
                 main(args, cfg)
-            watch.close()
-            comm.synchronize()
-            end(0)
+            _end_together(watch)
         except AllLeave as left:
             watch.close()
             if comm.is_main_process():
                 print(_stopped(cfg.OUTPUT_DIR, evaluating=False), file=sys.stderr)
             end(left.exit_code)
         except SystemExit as left:
+            if not left.code:
+                _end_together(watch)
             reason = left.code if isinstance(left.code, str) else f"error: exit code {left.code}"
         except BaseException as error:
             traceback.print_exc()
@@ -413,6 +418,13 @@ def _run_in_group(main: Main, args: argparse.Namespace, cfg: CfgNode) -> NoRetur
         print(reason, file=sys.stderr)
         host = f"process {comm.get_rank()} (on {socket.gethostname()})"
         watch.leave(1, reason.replace("error: ", f"error: {host}: ", 1))
+
+
+def _end_together(watch: Watch) -> NoReturn:
+    # A launcher may end those that still write when one has left.
+    comm.synchronize()
+    watch.close()
+    end(0)
 
 
 def _stopped(output_dir: str, evaluating: bool) -> str:
@@ -444,10 +456,11 @@ class _PassedOn:
             sys.exit(exit_code(number))
         # From a terminal they have SIGINT already, and a second one would end them at once.
         passed = signal.SIGTERM if number == signal.SIGINT else number
-        if number == signal.SIGINT and self.number and now - self.at > 1:
-            passed = signal.SIGKILL
-        if not self.number:
-            self.number, self.at = number, now
+        if number == signal.SIGINT:
+            if self.at and now - self.at > Watch.REPEATED:
+                passed = signal.SIGKILL
+            self.at = self.at or now
+        self.number = self.number or number
         for process in processes:
             if process.pid is not None:
                 os.kill(process.pid, passed)

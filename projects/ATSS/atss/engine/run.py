@@ -185,6 +185,9 @@ def fit_workers(cfg: CfgNode, processes: int) -> None:
     if default == cfg.DATALOADER.NUM_WORKERS:
         known = hasattr(os, "sched_getaffinity")  # on Linux
         cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+        own = os.environ.get("SLURM_CPUS_PER_TASK")
+        if own and is_started() and "TORCHELASTIC_RUN_ID" not in os.environ:
+            cores, processes = min(cores, int(own)), 1  # this process is a task of SLURM
         cfg.DATALOADER.NUM_WORKERS = min(default, max(cores // processes, 1))
 
 

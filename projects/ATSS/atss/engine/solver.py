@@ -12,12 +12,15 @@ from torch.optim import Optimizer
 BACKBONE = "backbone.bottom_up."
 # Numbers that an optimizer remembers of each weight.
 MOMENTS = {"SGD": 1, "AdamW": 2}
-# Of the groups of an optimizer, what the config sets, and by which keys.
+# Entries of an optimizer's groups that the config sets: the name in messages, and the keys.
 SETTINGS = {
-    "initial_lr": "SOLVER.BASE_LR, BIAS_LR_FACTOR, BACKBONE_LR_FACTOR",
-    "weight_decay": "SOLVER.WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, WEIGHT_DECAY_SCALE",
-    "momentum": "SOLVER.MOMENTUM",
-    "nesterov": "SOLVER.NESTEROV",
+    "initial_lr": ("learning rate", "SOLVER.BASE_LR, BIAS_LR_FACTOR, BACKBONE_LR_FACTOR"),
+    "weight_decay": (
+        "weight decay",
+        "SOLVER.WEIGHT_DECAY, WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, WEIGHT_DECAY_SCALE",
+    ),
+    "momentum": ("momentum", "SOLVER.MOMENTUM"),
+    "nesterov": ("Nesterov's momentum", "SOLVER.NESTEROV"),
 }
 
 
@@ -95,15 +98,13 @@ def carry_over(
     places = {name: place for place, name in enumerate(names_then)}
     order = [places[name] for name in names]
     different = []
-    for key, keys in SETTINGS.items():
+    for key, (name, keys) in SETTINGS.items():
         then, new = ([x.get(key) for x in of for _ in x["params"]] for of in (groups, own))
         if [then[place] for place in order] != new:
             before, after = (", ".join(map(str, sorted({*x}))) for x in (then, new))
-            different.append(f"{key} ({keys}) {after} in place of {before}")
+            different.append(f"{name} now {after}, was {before} (from {keys})")
     if different:
-        logging.getLogger(__name__).info(
-            "The config differs from the checkpoint, and is followed: %s", "; ".join(different)
-        )
+        logging.getLogger(__name__).info("--resume follows the config: %s", "; ".join(different))
     rates = [group["lr"] for group in groups for _ in group["params"]]
     for group in own:
         group["lr"] = rates[order[group["params"][0]]]

@@ -221,6 +221,8 @@ class Trainer(DefaultTrainer):
                 results = self._last_eval_results
                 if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
                     verify_results(self.cfg, results)
+            finally:
+                self.preemption.watch.unsaved = False
         if comm.is_main_process():
             weights = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")
             which = self.best.describe() if self.best else f"The last weights are in {weights}"
@@ -297,12 +299,6 @@ class Trainer(DefaultTrainer):
         Raises:
             ValueError: for the state of another optimizer, or of another seed than the config's.
         """
-        inner = state_dict["_trainer"]
-        names = self._parameters()
-        carried = carry_over(
-            self.optimizer, names, inner["optimizer"], state_dict.get("parameters")
-        )
-        super().load_state_dict(state_dict | {"_trainer": inner | {"optimizer": carried}})
         seed = state_dict.get("seed", self.seed)  # DefaultTrainer's own have none
         if self.given_seed >= 0 and seed != self.given_seed:
             raise ValueError(
@@ -310,6 +306,12 @@ class Trainer(DefaultTrainer):
                 "which its order of images depends: leave SEED out, or give that"
             )
         self.seed = seed
+        inner = state_dict["_trainer"]
+        names = self._parameters()
+        carried = carry_over(
+            self.optimizer, names, inner["optimizer"], state_dict.get("parameters")
+        )
+        super().load_state_dict(state_dict | {"_trainer": inner | {"optimizer": carried}})
         if "stream" in state_dict:  # neither have they this
             self._go_on_in(Stream(**state_dict["stream"]))
         done = self.iter + 1

@@ -15,8 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from torch import distributed
@@ -59,22 +59,29 @@ class Watch:
         asked: the signal that asked this process to stop first; 0 for none.
         unsaved: whether a signal has to wait for the next checkpoint.
         left: whether the process leaves, after a signal.
+        farewell: returns what a process prints that a signal stops at once.
     """
 
-    # Seconds: between signs of life; without one, after which a process counts as lost; after which
-    # a ctrl-C is a second one; for which a process that ends waits until the others know why.
+    # Seconds: between signs of life; without one, after which a process counts as lost, or one that
+    # computes in C, whose threads may have to wait; after which a ctrl-C is a second one; for which
+    # a process that ends waits until the others know why.
     BEAT = 1.0
     SILENCE = 90.0
+    BUSY_SILENCE = 1800.0
     REPEATED = 1.0
     FAREWELL = 5.0
 
     def __init__(self) -> None:
         self.asked = 0
+        self.interrupted = 0.0
         self.unsaved = False
         self.left = False
+        self.farewell: Callable[[], str] = lambda: "stopped"
         self.depth = 0
         self.size = 1
         self.meetings = 0
+        self.pipe = (-1, -1)
+        self.wakeup: int | None = None
 
     def __enter__(self) -> "Watch":
         self.depth += 1
@@ -85,22 +92,27 @@ class Watch:
             self.previous = {}
             # Python handles signals in the main thread alone.
             if threading.current_thread() is threading.main_thread():
-                for number in STOPPING:
-                    if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                        self.previous[number] = signal.signal(number, self._handle)
                 if self.size > 1:
-                    signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
+                    self.wakeup = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
+                for number in STOPPING:
+                    # Ignored under nohup; None if another program's library handles it.
+                    if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                        self.previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.depth -= 1
         if self.depth == 0:
             _entered.remove(self)
-            if self.previous and self.size > 1:
-                signal.set_wakeup_fd(-1)
             for number, handler in self.previous.items():
                 signal.signal(number, handler)
-            self.close()
+            if self.size > 1:
+                if self.wakeup is not None:
+                    signal.set_wakeup_fd(self.wakeup)
+                self.close()
+                self.listening.join()
+                for end_of_pipe in self.pipe:
+                    os.close(end_of_pipe)
 
     def mark_saved(self) -> None:
         """Note that the last iteration has its checkpoint: a signal that has come since the
@@ -142,9 +154,19 @@ class Watch:
 
     def close(self) -> None:
         """Exchange no more signs of life: the group ends in order."""
-        if self.size > 1 and not self.closed.is_set():
+        if self.size > 1:
             self.closed.set()
             self.talking.join(self.BEAT)
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """While this process may compute in C for long, which can keep its threads waiting, so that
+        it gives no sign of life."""
+        if self.size > 1:
+            self.store.set(f"busy{self.rank}", "1")
+        yield
+        if self.size > 1:
+            self.store.set(f"busy{self.rank}", "0")
 
     def _join_group(self) -> None:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
@@ -154,7 +176,9 @@ class Watch:
         self.store.set(f"host{self.rank}", socket.gethostname())
         self.peers = range(1, self.size) if self.rank == 0 else range(1)
         self.answered = time.monotonic()
-        self.heard = dict.fromkeys(self.peers, self.answered)
+        # By peer, since its first sign of life: when the last one came, and the limit of silence.
+        self.heard: dict[int, float] = {}
+        self.limits = dict.fromkeys(self.peers, self.SILENCE)
         self.hosts: dict[int, str] = {}
         self.lost: set[int] = set()
         self.closed, self.leaving = threading.Event(), threading.Lock()
@@ -163,7 +187,8 @@ class Watch:
             os.set_blocking(end_of_pipe, False)
         self.talking = threading.Thread(target=self._talk, daemon=True)
         self.talking.start()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self.listening = threading.Thread(target=self._listen, daemon=True)
+        self.listening.start()
 
     def _client(self) -> distributed.Store:
         return distributed.PrefixStore(self.prefix, _get_default_store().clone())
@@ -174,24 +199,24 @@ class Watch:
 
     def _receive(self, number: int) -> None:
         now = time.monotonic()
-        if self.left:
-            return
-        if not self.asked:
-            self.asked, self.asked_at = number, now
-            if number == signal.SIGINT and self.unsaved and self._is_first():
+        self.asked = self.asked or number
+        if number == signal.SIGINT:
+            # Launchers pass on what the terminal has sent to all processes already.
+            if self.interrupted and now - self.interrupted > self.REPEATED:
+                if self.unsaved and not self.left:
+                    _write("stopped: what was trained since the last checkpoint is lost")
+                end(EXIT_INTERRUPTED)
+            if not self.interrupted and self.unsaved and self._is_first():
                 _write("Stopping after this iteration; a second ctrl-C ends at once.")
-        # Launchers pass on what the terminal has sent to all processes already.
-        elif number == signal.SIGINT and now - self.asked_at > self.REPEATED:
-            _write("stopped: what was trained since the last checkpoint is lost")
-            end(EXIT_INTERRUPTED)
-        if not self.unsaved:
+            self.interrupted = self.interrupted or now
+        # Alone, again at each signal: code that was interrupted may have caught the exception.
+        if not self.unsaved and not (self.left and self.size > 1):
             self._leave_at_once()
 
     def _leave_at_once(self) -> None:
         self.left = True
         if self.size > 1:
-            reason = f"{signal.Signals(self.asked).name}: stopped; --resume goes on from the last "
-            reason += "checkpoint"
+            reason = f"{signal.Signals(self.asked).name}: {self.farewell()}"
             if self.rank == 0:
                 _write(reason)
             self.leave(exit_code(self.asked), reason)
@@ -206,8 +231,8 @@ class Watch:
         store = self._client()
         store.compare_set("left", "", message)
         store.add("gone", 1)
-        # It may host the store: the others read the message there.
-        while self.rank == 0 and store.add("gone", 0) < self.size - len(self.lost):
+        # The first may host the store, and launchers end the others when one has left.
+        while store.add("gone", 0) < self.size - len(self.lost):
             time.sleep(self.BEAT / 10)
 
     def _talk(self) -> None:
@@ -224,13 +249,14 @@ class Watch:
                         beats[peer], self.heard[peer] = seen, time.monotonic()
                         if peer not in self.hosts:
                             self.hosts[peer] = store.get(f"host{peer}").decode()
+                        busy = store.check([f"busy{peer}"]) and store.get(f"busy{peer}") == b"1"
+                        self.limits[peer] = self.BUSY_SILENCE if busy else self.SILENCE
                 self.answered = time.monotonic()
                 if store.check(["left"]):
                     self._follow(*json.loads(store.get("left")))
                 self.closed.wait(self.BEAT)
         except distributed.DistError:
-            if not self.closed.is_set():
-                self.answered = -self.SILENCE
+            self.answered = -self.SILENCE
 
     def _follow(self, code: int, reason: str) -> None:
         if self.rank == 0 and not self.leaving.locked():
@@ -247,22 +273,24 @@ class Watch:
                     self._receive(number)
             now = time.monotonic()
             if now - before > self.SILENCE / 2:  # this process was stopped: others may live
-                self.heard = dict.fromkeys(self.peers, now)
+                self.heard = dict.fromkeys(self.heard, now)
                 self.answered = max(self.answered, now)
             before = now
+            if self.left or self.closed.is_set():  # the others end as well, in any order
+                continue
             if now - self.answered > self.SILENCE:
                 _write("error: the first process of the group, or its machine, does not answer")
                 end(1)
-            for peer, when in self.heard.items():
-                if now - when > self.SILENCE:
+            for peer, when in list(self.heard.items()):
+                if now - when > self.limits[peer]:
                     self._lose(peer)
 
     def _lose(self, peer: int) -> NoReturn:
         self.lost.add(peer)
         reason = (
             f"error: process {peer} of {self.size} (on {self.hosts.get(peer, 'unknown host')}) has "
-            f"given no sign of life for {self.SILENCE:.0f} s: it was killed or stopped, or its "
-            "machine hangs"
+            f"given no sign of life for {self.limits[peer]:.0f} s: it was killed or stopped, or "
+            "its machine hangs"
         )
         _write(reason)
         self.leave(1, reason if self.rank else "")
@@ -286,10 +314,17 @@ def wait_for_all() -> None:
 def end(code: int) -> NoReturn:
     """End this process without Python's own end, in which threads of gloo that drop a tensor can
     abort the process (pytorch 190489)."""
-    with suppress(Exception):
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
+
+    def flush() -> None:
+        with suppress(Exception):
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+    # The main thread may hold a lock of theirs, and wait for a full pipe.
+    flushing = threading.Thread(target=flush, daemon=True)
+    flushing.start()
+    flushing.join(2)
     os._exit(code)
 
 
