@@ -272,6 +272,21 @@ def test_labels_that_are_no_longer_recent_once_they_are_read(form, tmp_path, mon
     datasets.register(f"a={source}")
 
 
+@pytest.mark.parametrize("text", ["", "/", "..", "{tmp_path}/other", "\xff"])
+def test_a_key_that_is_no_digest_names_no_folder(text, cache, tmp_path, reads):
+    """It may be damaged, or another user's."""
+    kept = tmp_path / "other" / "kept"
+    kept.parent.mkdir()
+    kept.touch()
+    source = write("json", tmp_path / "data")
+    datasets.register(f"a={source}")
+    (index,) = cache.glob("*.key")
+    index.write_bytes(text.format(tmp_path=tmp_path).encode("latin1"))
+    datasets.register(f"a={source}")
+    assert len(reads) == 1
+    assert kept.exists()
+
+
 def test_folder_that_cannot_be_written(cache, tmp_path, monkeypatch, caplog):
     cache.parent.mkdir()
     cache.write_text("")

@@ -552,7 +552,7 @@ def test_log_counts_objects(records, caplog):
     records[4]["annotations"] = []
     with caplog.at_level("INFO", logger="atss.data.loader"):
         make_loader()
-    assert "9 images to train on, 1 left out for want of objects" in caplog.text
+    assert "9 training images; 1 without objects left out" in caplog.text
     assert "        1  rare\n        8  common" in caplog.text
 
 

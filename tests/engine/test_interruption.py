@@ -358,10 +358,10 @@ def by_name(trainer):
                 "SOLVER.NESTEROV": True,
             },
             [
-                "FACTOR) 0.003 in place of 0.01; ",
-                "momentum (SOLVER.MOMENTUM) 0.5 in place of 0.9",
-                "nesterov (SOLVER.NESTEROV) True in place of False",
-                "WEIGHT_DECAY_SCALE) 0.0, 0.0001, 0.01 in place of 0.0, 0.0001; ",
+                "learning rate now 0.003, was 0.01 (from SOLVER.BASE_LR, ",
+                "momentum now 0.5, was 0.9 (from SOLVER.MOMENTUM)",
+                "Nesterov's momentum now True, was False (from SOLVER.NESTEROV)",
+                "weight decay now 0.0, 0.0001, 0.01, was 0.0, 0.0001 (from SOLVER.WEIGHT_DECAY, ",
             ],
         ),
         (
@@ -371,15 +371,15 @@ def by_name(trainer):
                 "SOLVER.WEIGHT_DECAY_NORM": 0.01,
                 "SOLVER.WEIGHT_DECAY_BIAS": 0.02,
             },
-            ["FACTOR) 0.01, 0.02 in place of 0.01; "],
+            ["now 0.01, 0.02, was 0.01 (from"],
         ),
-        ("SGD", {"SOLVER.BACKBONE_LR_FACTOR": 0.5}, ["FACTOR) 0.005, 0.01 in place of 0.01"]),
+        ("SGD", {"SOLVER.BACKBONE_LR_FACTOR": 0.5}, ["now 0.005, 0.01, was 0.01 (from"]),
         ("SGD", {"SOLVER.MAX_ITER": 30, "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR"}, []),
         ("SGD", {"SOLVER.STEPS": (2,), "SOLVER.GAMMA": 0.5, "SOLVER.WARMUP_ITERS": 1}, []),
         (
             "AdamW",
             {"SOLVER.BASE_LR": 0.003, "SOLVER.WEIGHT_DECAY_SCALE": 0.3},
-            ["FACTOR) 0.003 in place of 0.01; "],
+            ["learning rate now 0.003, was 0.01 (from SOLVER.BASE_LR, "],
         ),
     ],
 )
@@ -403,7 +403,7 @@ def test_settings_of_the_optimizer_are_the_configs(three_iterations, kind, opts,
         settings, state = found[name]
         assert settings == wanted[name][0], name
         assert_equal(state, momenta[place])
-    lines = [x for x in caplog.text.splitlines() if "The config differs from the checkpoint" in x]
+    lines = [x for x in caplog.text.splitlines() if "--resume follows the config" in x]
     assert len(lines) == bool(said)
     assert all(x in lines[0] for x in said), lines
 

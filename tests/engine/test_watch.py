@@ -1,5 +1,6 @@
 """Processes of a group: one signal, one failure or one lost process ends all of them."""
 
+import ctypes
 import os
 import re
 import signal
@@ -215,3 +216,58 @@ def test_processes_with_other_data_or_weights(run_two):
         "process 1: do all machines have the same files?"
     )
     assert all(sentence in text for text in printed)
+
+
+def compute_in_c(rank, pipes):
+    """Longer than the silence of a process that is lost, as if no thread could run."""
+    if rank == 0:
+        with watch.current().busy():
+            ctypes.PyDLL(None).usleep(3_000_000)  # which keeps Python's lock
+    watch.wait_for_all()
+
+
+def test_a_busy_process_is_not_lost(run_two):
+    codes, printed = run_two(compute_in_c)
+    assert codes == [0, 0], printed
+
+
+def enter_late(rank, pipes):
+    """As the first process of a user's script, which prepares something alone."""
+    watch.current().close()
+    if rank == 1:
+        with watch.Watch() as other:
+            assert other.heard == {}
+            signal.sigtimedwait([signal.SIGRTMIN], 2.5)
+    torch.distributed.barrier()
+
+
+def test_a_process_is_not_judged_before_its_first_sign_of_life(run_two):
+    codes, printed = run_two(enter_late)
+    assert codes == [0, 0], printed
+
+
+def test_a_signal_that_was_caught_on_its_way_stops_again():
+    """As in __del__, whose exceptions Python ignores."""
+    with watch.Watch() as alone:
+        for _ in range(2):
+            with pytest.raises(SystemExit, match="75"):
+                alone._receive(signal.SIGTERM)
+        with pytest.raises(SystemExit, match="75"):
+            alone._receive(signal.SIGINT)  # the first ctrl-C, and no second one
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "left"), [(15, 75, True), (2, 130, True), (0, None, False)]
+)
+def test_what_becomes_of_a_signals_exception_does_not_matter(tmp_path, asked, code, left):
+    """torch's writer raises another one."""
+
+    def write(*_):
+        alone = watch.current()
+        alone.asked, alone.left = asked, left
+        raise RuntimeError("unexpected pos 192 vs 64")
+
+    args, cfg = SimpleNamespace(eval_only=False), SimpleNamespace(OUTPUT_DIR=str(tmp_path))
+    with pytest.raises(SystemExit if left else RuntimeError) as stop:
+        launch._run_alone(write, args, cfg)
+    assert getattr(stop.value, "code", None) == code

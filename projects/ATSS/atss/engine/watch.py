@@ -230,10 +230,20 @@ class Watch:
     def _announce(self, message: str) -> None:
         store = self._client()
         store.compare_set("left", "", message)
-        store.add("gone", 1)
-        # The first may host the store, and launchers end the others when one has left.
-        while store.add("gone", 0) < self.size - len(self.lost):
-            time.sleep(self.BEAT / 10)
+        present = self.size - len(self.lost)
+
+        def wait_for(key: str, count: int) -> None:
+            while store.add(key, 0) < count:
+                time.sleep(self.BEAT / 10)
+
+        # All have read it before one goes, after which launchers, and NCCL, end the others; and the
+        # first goes last, because it may host the store.
+        store.add("read", 1)
+        wait_for("read", present)
+        if self.rank == 0:
+            wait_for("gone", present - 1)
+        else:
+            store.add("gone", 1)
 
     def _talk(self) -> None:
         """Exchange signs of life. The first process looks at all others, the others at the
