@@ -16,6 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import defaults
 from detectron2.structures import Boxes, Instances
 from PIL import Image, ImageFilter
+from processes import reset_signals
 
 from atss import GroundTruth, add_atss_config
 
@@ -55,6 +56,7 @@ OF_64_CHANNELS = {
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tests are of CPUs, also where there is a GPU, but for those that `make test-gpu` runs."""
+    reset_signals()
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -259,8 +259,8 @@ class Watch:
                         beats[peer], self.heard[peer] = seen, time.monotonic()
                         if peer not in self.hosts:
                             self.hosts[peer] = store.get(f"host{peer}").decode()
-                        busy = store.check([f"busy{peer}"]) and store.get(f"busy{peer}") == b"1"
-                        self.limits[peer] = self.BUSY_SILENCE if busy else self.SILENCE
+                    busy = store.check([f"busy{peer}"]) and store.get(f"busy{peer}") == b"1"
+                    self.limits[peer] = self.BUSY_SILENCE if busy else self.SILENCE
                 self.answered = time.monotonic()
                 if store.check(["left"]):
                     self._follow(*json.loads(store.get("left")))
