@@ -33,7 +33,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import FunctionType
 
 import numpy as np
@@ -221,11 +221,17 @@ class Mutants:
                 self.tests[names[n]].append(row["test"])
 
     def judge(self, mutant: Mutant) -> None:
-        """Run the tests that reach a mutant: first those that have killed many, then the quickest,
-        those of a file together."""
+        """Run the tests that reach a mutant: first those that have killed others, then those of the
+        module's own file, then the quickest."""
+        own = f"{PurePath(mutant.key.split('.py')[0]).parent}/test_{mutant.path.name}::"
         reaching = sorted(
             self.tests[mutant.path, mutant.line],
-            key=lambda x: (-self.kills[x], round(math.log2(max(self.seconds[x], 0.1))), x),
+            key=lambda x: (
+                -self.kills[x],
+                own not in x,
+                round(math.log2(self.seconds[x] + 0.1)),
+                x,
+            ),
         )
         reaching = [x for x in reaching if self.sound.get(x, True)]
         total = np.cumsum([self.seconds[x] for x in reaching])
