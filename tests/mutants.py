@@ -156,8 +156,10 @@ class Mutants:
 
         def begin() -> int:
             os.setsid()
-            # Its default action ends the process.
+            # Its default action ends the process; nohup and a shell's & ignore the others.
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             folder.mkdir(parents=True)
             config = self.session.config
             config._tmp_path_factory._basetemp = folder
