@@ -45,11 +45,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "projects" / "ATSS" / "atss"
 OUTPUT = ROOT / "output" / "mutants"
 JUDGED = OUTPUT / "judged.jsonl"
-# Of these modules all mutants; of the others a sample, without assigners.
-WHOLE = [
-    *("engine/exchange.py", "modeling/criterion.py", "data/samplers.py", "losses.py"),
-    *("modeling/terms.py", "checkpoints/checkpointer.py"),
-]
+# All mutants of these modules, then a sample of the others but assigners, then all of these.
+WHOLE = ["engine/exchange.py", "modeling/criterion.py", "data/samplers.py"]
+LATER = ["losses.py", "modeling/terms.py", "checkpoints/checkpointer.py"]
+SAMPLE = "a sample of the others"
 # Exit codes that nothing else gives.
 SURVIVED, NOT_PLANTED = 77, 78
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
@@ -114,11 +113,13 @@ class Mutants:
         self.measure()
         judged = judgements()
 
-        def is_left(mutant: Mutant) -> bool:
-            row = judged.get((mutant.key, mutant.digest))
-            return row is None or (self.options.again and row["result"] != "killed")
+        def left() -> Iterator[Mutant]:
+            for _, mutant in chosen(self.options):
+                row = judged.get((mutant.key, mutant.digest))
+                if row is None or (self.options.again and row["result"] != "killed"):
+                    yield mutant
 
-        self.share(lambda: filter(is_left, chosen(self.options)), self.judge)
+        self.share(left, self.judge)
         return True
 
     def share(self, things: Callable[[], Iterable], work: Callable) -> None:
@@ -323,17 +324,25 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def chosen(options: argparse.Namespace) -> Iterator[Mutant]:
-    """All mutants of some modules, and of the others those whose digests are least, so that a
-    change to the code alters few of a sample."""
-    for name in options.whole:
-        yield from mutants_of(PACKAGE / name, name)
+def chosen(options: argparse.Namespace) -> Iterator[tuple[str, Mutant]]:
+    """Mutants with what they are counted under. A sample are those whose digests are least, so that
+    a change to the code alters few of it."""
+
+    def of(name: str) -> Iterator[Mutant]:
+        return mutants_of(PACKAGE / name, name)
+
+    for name in options.whole or WHOLE:
+        yield from ((name, x) for x in of(name))
     others = [str(x.relative_to(PACKAGE)) for x in modules() if x.parent.name != "assigners"]
-    others = [x for x in others if x not in WHOLE]
-    keys = [x.key for name in others for x in mutants_of(PACKAGE / name, name)]
-    drawn = {*sorted(keys, key=lambda x: sha(f"{options.seed} {x}"))[: options.draw]}
-    for name in others if drawn else ():
-        yield from (x for x in mutants_of(PACKAGE / name, name) if x.key in drawn)
+    others = [x for x in others if x not in WHOLE] if options.draw else []
+    keys = sorted(
+        (x.key for name in others for x in of(name)), key=lambda x: sha(f"{options.seed} {x}")
+    )
+    drawn = {*keys[: options.draw]}
+    for name in others:
+        yield from ((SAMPLE, x) for x in of(name) if x.key in drawn)
+    for name in () if options.whole else LATER:
+        yield from ((name, x) for x in of(name) if x.key not in drawn)
 
 
 def reasons() -> dict[str, str]:
@@ -354,7 +363,7 @@ def report(options: argparse.Namespace) -> int:
         number of those.
     """
     judged, why, counts, unexplained = judgements(), reasons(), defaultdict(Counter), 0
-    for mutant in chosen(options):
+    for group, mutant in chosen(options):
         row = judged.get((mutant.key, mutant.digest), {"result": "not yet"})
         result = row["result"]
         if result not in ("killed", "not yet"):
@@ -364,8 +373,7 @@ def report(options: argparse.Namespace) -> int:
             elif not reason:
                 unexplained += 1
                 print(f"{mutant.key}\n    {result}, line {mutant.line}, {row['left']} tests left")
-        name = str(mutant.path.relative_to(PACKAGE))
-        counts[name if name in WHOLE else "the sample of others"][result] += 1
+        counts[group][result] += 1
     kinds = ("killed", "survived", "unreached", "equivalent", "not planted", "not yet")
     print(f"{'':26}" + "".join(f"{x:>12}" for x in ("mutants", *kinds)))
     for name, count in counts.items():
@@ -377,7 +385,7 @@ def report(options: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("whole", nargs="*", default=WHOLE, help="modules, all mutants of each")
+    parser.add_argument("whole", nargs="*", help="modules in place of the usual ones")
     parser.add_argument("--draw", type=int, default=300, help="number of mutants of the others")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--seconds", type=float, default=30, help="of tests at most, per mutant")
