@@ -142,7 +142,7 @@ def test_a_process_sends_losses_its_wait_and_its_signal():
 def test_the_longest_wait_for_images_is_logged(monkeypatch):
     """Its own of this iteration, and that of the iteration before for the others."""
     exchange = Exchange(lambda: 0)
-    exchange.names, exchange.rows = ["loss"], [[1.0, 0.875, 0], [3.0, 0.25, 0], [2.0, 0.75, 0]]
+    exchange.names, exchange.rows = ["loss"], [[1.0, 0.875, 0], [3.0, 0.75, 0], [2.0, 0.25, 0]]
     with EventStorage() as storage:
         monkeypatch.setattr("detectron2.utils.comm.is_main_process", lambda: False)
         exchange.write(0.125)

@@ -760,5 +760,19 @@ def test_a_criterion_may_lack_classes_or_boxes_but_not_all():
     assert losses_with(box_terms={}).keys() == {"loss_cls", "loss_centerness"}
     with pytest.raises(ValueError, match="a branch has no loss"):
         losses_with(cls_loss=None, box_terms={}, quality=None)
-    with pytest.raises(ValueError, match="a box term cannot be called 'cls'"):
-        Criterion(box_terms={"giou": GIoU(), "cls": GIoU()})
+
+
+@pytest.mark.parametrize("name", ["cls", "box_reg", "centerness"])
+def test_a_box_term_has_a_name_of_its_own(name):
+    with pytest.raises(ValueError, match=f"a box term cannot be called '{name}'"):
+        Criterion(box_terms={"giou": GIoU(), name: GIoU()})
+
+
+@pytest.mark.parametrize(
+    ("name", "bound", "beyond"),
+    [("quality_weight", 1e6, 1.5e6), ("least", 1e-12, 5e-13), ("box_least", 1e-12, 5e-13)],
+)
+def test_bounds_of_a_number(name, bound, beyond):
+    Criterion(**{name: bound})
+    with pytest.raises(ValueError, match=f"^{name} must be from .* not {beyond}"):
+        Criterion(**{name: beyond})
