@@ -762,6 +762,12 @@ def test_a_criterion_may_lack_classes_or_boxes_but_not_all():
         losses_with(cls_loss=None, box_terms={}, quality=None)
 
 
+def test_a_box_term_without_a_weight_counts_once():
+    once = losses_with(box_terms={"function": lambda matched: GIoU()(matched)})
+    assert GIoU().weight == 2
+    assert losses_with()["loss_box_reg"] == pytest.approx(2 * once["loss_box_reg"])
+
+
 @pytest.mark.parametrize("name", ["cls", "box_reg", "centerness"])
 def test_a_box_term_has_a_name_of_its_own(name):
     with pytest.raises(ValueError, match=f"a box term cannot be called '{name}'"):
