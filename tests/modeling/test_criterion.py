@@ -132,6 +132,13 @@ def test_nothing_positive_gives_zero_losses_with_gradients(gt):
     assert output.numbers.grad.abs().max() == 0
 
 
+def test_no_object_of_one_class():
+    output = random_output()
+    output = output._replace(classes=output.classes[..., :1])
+    losses = losses_of(output, make_gt([], num_images=2), torch.full((2, 4), BACKGROUND))
+    assert losses["loss_cls"] > 0
+
+
 def test_ignored_anchors_get_no_gradient():
     output = random_output()
     sum(losses_of(output).values()).backward()
