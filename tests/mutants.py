@@ -111,12 +111,14 @@ class Mutants:
         gc.collect()
         gc.freeze()
         self.measure()
-        judged = judgements()
+        judged, why = judgements(), reasons()
 
         def left() -> Iterator[Mutant]:
             for _, mutant in chosen(self.options):
                 row = judged.get((mutant.key, mutant.digest))
-                if row is None or (self.options.again and row["result"] != "killed"):
+                explained = why.get(mutant.key, "").startswith("equivalent")
+                again = self.options.again and row and row["result"] != "killed" and not explained
+                if row is None or again:
                     yield mutant
 
         self.share(left, self.judge)
@@ -390,7 +392,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--seconds", type=float, default=30, help="of tests at most, per mutant")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
-    parser.add_argument("--again", action="store_true", help="survivors are tried again")
+    parser.add_argument("--again", action="store_true", help="survivors that are not equivalent, too")
     parser.add_argument("--report", action="store_true", help="only the figures so far")
     options = parser.parse_args()
     if not options.report:
