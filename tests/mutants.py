@@ -392,7 +392,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--seconds", type=float, default=30, help="of tests at most, per mutant")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
-    parser.add_argument("--again", action="store_true", help="survivors that are not equivalent, too")
+    parser.add_argument("--again", action="store_true", help="unexplained survivors, too")
     parser.add_argument("--report", action="store_true", help="only the figures so far")
     options = parser.parse_args()
     if not options.report:

@@ -139,6 +139,19 @@ def test_a_process_sends_losses_its_wait_and_its_signal():
             exchange.write(0.25)
 
 
+def test_a_process_receives_what_all_send(monkeypatch):
+    def all_gather(rows, own):
+        for i, row in enumerate(rows):
+            row.copy_(own + i)
+
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather", all_gather)
+    exchange = Exchange(lambda: 0)
+    exchange.send({"a": torch.tensor(2.0)})
+    exchange.receive()
+    assert exchange.rows == [[2, 0, 0], [3, 1, 1]]
+
+
 def test_the_longest_wait_for_images_is_logged(monkeypatch):
     """Its own of this iteration, and that of the iteration before for the others."""
     exchange = Exchange(lambda: 0)
