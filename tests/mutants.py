@@ -265,7 +265,7 @@ class Mutants:
             starts = {"FORKED", "Script"} & vars(self.items[x].module).keys()
             groups[self.items[x].path if starts else None].append(x)
         start, code = time.monotonic(), SURVIVED
-        for _, group in sorted(groups.items(), key=lambda x: str(x[0] or "")):
+        for group in groups.values():
             code = self.run(partial(try_tests, tests=group))
             if code != SURVIVED:
                 break
