@@ -372,7 +372,7 @@ def test_of_many_classes_the_log_shows_the_ends(many, caplog):
     MetadataCatalog.pop("many")
     with caplog.at_level("INFO", logger="atss.data.loader"):
         imbalanced("RepeatFactorTrainingSampler")
-    assert "... 10 more classes ..." in caplog.text
+    assert f"\n{'':31}... 10 more classes ...\n" in caplog.text
     assert caplog.text.count("  class ") == 20
 
 
