@@ -368,8 +368,8 @@ def report(options: argparse.Namespace) -> int:
     for group, mutant in chosen(options):
         row = judged.get((mutant.key, mutant.digest), {"result": "not yet"})
         result = row["result"]
+        reason = why.pop(mutant.key, "") if result != "killed" else ""
         if result not in ("killed", "not yet"):
-            reason = why.pop(mutant.key, "")
             if reason.startswith("equivalent"):
                 result = "equivalent"
             elif not reason:
@@ -380,7 +380,7 @@ def report(options: argparse.Namespace) -> int:
     print(f"{'':26}" + "".join(f"{x:>12}" for x in ("mutants", *kinds)))
     for name, count in counts.items():
         print(f"{name:26}{count.total():12}" + "".join(f"{count[x]:12}" for x in kinds))
-    for key in why:
+    for key in () if options.whole else why:
         print(f"listed, but no survivor: {key}")
     return unexplained
 
