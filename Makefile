@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Empty: the build pinned in requirements-detectron2.txt.
 DETECTRON2 ?=
 
-.PHONY: env demo test test-full test-gpu lint bench clean
+.PHONY: env demo test test-full test-gpu mutants lint bench clean
 
 env: $(VENV)/installed
 
@@ -40,6 +40,9 @@ test-full: env
 
 test-gpu: env
 	$(BIN)/python -W ignore tools/check_gpu.py --json output/gpu.json
+
+mutants: env
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
 lint: env
 	$(BIN)/ruff check .

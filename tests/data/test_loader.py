@@ -21,7 +21,7 @@ from PIL import Image
 from atss.data import datasets
 from atss.data.loader import LOADER_DIED, WatchedLoader, build_train_loader, seeded
 from atss.data.mapper import Mapper, without_augmentation
-from atss.data.samplers import repeat_factors
+from atss.data.samplers import page, repeat_factors
 from atss.engine import Trainer
 from atss.engine.launch import explain
 
@@ -268,13 +268,36 @@ def test_images_come_as_often_as_the_formula_says(many, name):
 def test_factors_are_of_the_images_that_are_left(many, names, filter_empty):
     """Images without objects, which may be left out, are of the first set or of the second."""
     many["few"] += many["many"][-5:]
-    cfg = make_cfg(*BOTH, "DATASETS.TRAIN", names)
+    cfg = make_cfg("DATASETS.TRAIN", names, "DATALOADER.REPEAT_THRESHOLD", 0.1)
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = [["few", 2.5], ["many", 1.5]]
     cfg.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
     factors = repeat_factors(cfg, datasets.open_records(names, filter_empty))
-    kept = {"many": [1.0] * 159, "few": [2.5] * 20}
+    kept = {"many": [1.5] * 159, "few": [2.5] * 20}
     if not filter_empty:
-        kept = {"many": [1.0] * 300, "few": [2.5] * 25}
+        kept = {"many": [1.5] * 300, "few": [2.5] * 25}
     assert factors.tolist() == kept[names[0]] + kept[names[1]]
+
+
+def test_factors_of_a_single_class(many):
+    cfg = make_cfg("DATASETS.TRAIN", ("few",), "DATALOADER.REPEAT_THRESHOLD", 4.0)
+    cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    assert repeat_factors(cfg, datasets.open_records(("few",), False)).tolist() == [2.0] * 20
+
+
+def test_the_table_of_classes(many):
+    """The rarest first, by the number of images and not by how often a pass sees them."""
+    for image, c in zip(many["few"], (0, 2, 2), strict=False):
+        image["annotations"] = [{"category_id": c}]
+    factors = torch.tensor([2.5] + [1.0] * 19)
+    table = page(datasets.open_records(("few",), False), factors, {1: "one", 3: "three"})
+    assert table.splitlines() == [
+        "A pass sees 21.5 images, of 20",
+        "   images  seen a pass  factor  class",
+        "        0          0.0    0.00  three",
+        "        1          2.5    2.50  class 0",
+        "        2          2.0    1.00  class 2",
+        "       17         17.0    1.00  one",
+    ]
 
 
 @pytest.mark.parametrize("name", ["TrainingSampler", *IMBALANCED])
@@ -350,7 +373,7 @@ def test_of_many_classes_the_log_shows_the_ends(many, caplog):
     MetadataCatalog.pop("many")
     with caplog.at_level("INFO", logger="atss.data.loader"):
         imbalanced("RepeatFactorTrainingSampler")
-    assert "... 10 more classes ..." in caplog.text
+    assert f"\n{'':31}... 10 more classes ...\n" in caplog.text
     assert caplog.text.count("  class ") == 20
 
 
@@ -375,6 +398,10 @@ def test_the_log_says_how_often_classes_are_seen(many, caplog):
         ),
         (("DATASETS.TRAIN_REPEAT_FACTOR", [["few"]]), "has \\['few'\\], where one of"),
         (("DATASETS.TRAIN_REPEAT_FACTOR", [["few", 0]]), "has 0 for few, where a positive number"),
+        (
+            ("DATASETS.TRAIN_REPEAT_FACTOR", [["few", math.inf]]),
+            "has inf for few, where a positive",
+        ),
         (("DATASETS.TRAIN_REPEAT_FACTOR", [["few", "x"]]), "has 'x' for few, where a positive"),
     ],
 )

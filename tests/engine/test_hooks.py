@@ -125,10 +125,42 @@ def test_a_signal_just_before_the_checkpoint_counts_ends_the_run(start, monkeypa
     assert last(tmp_path) == ("model_0000001.pth", 1)
 
 
-def test_the_longest_wait_for_images_is_logged(monkeypatch):
+def test_a_process_sends_losses_its_wait_and_its_signal():
+    exchange, losses = Exchange(lambda: 15), {"a": torch.ones(1, requires_grad=True)}
+    losses["b"] = losses["c"] = torch.tensor(2.0)
+    for waited in (0.0, 0.25):
+        exchange.send(losses)
+        assert not exchange.sent.requires_grad
+        exchange.receive()
+        assert exchange.rows == [[1.0, 2.0, 2.0, waited, 15.0]]
+        assert exchange.losses(0) == {"a": 1.0, "b": 2.0, "c": 2.0}
+        assert exchange.asked == 15
+        with EventStorage():
+            exchange.write(0.25)
+
+
+def test_a_process_receives_what_all_send(monkeypatch):
+    def all_gather(rows, own):
+        for i, row in enumerate(rows):
+            row.copy_(own + i)
+
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather", all_gather)
     exchange = Exchange(lambda: 0)
-    exchange.names, exchange.rows = ["loss"], [[1.0, 0.5, 0], [3.0, 0.25, 0], [2.0, 0.75, 0]]
+    exchange.send({"a": torch.tensor(2.0)})
+    exchange.receive()
+    assert exchange.rows == [[2, 0, 0], [3, 1, 1]]
+
+
+def test_the_longest_wait_for_images_is_logged(monkeypatch):
+    """Its own of this iteration, and that of the iteration before for the others."""
+    exchange = Exchange(lambda: 0)
+    exchange.names, exchange.rows = ["loss"], [[1.0, 0.875, 0], [3.0, 0.75, 0], [2.0, 0.25, 0]]
     with EventStorage() as storage:
+        monkeypatch.setattr("detectron2.utils.comm.is_main_process", lambda: False)
+        exchange.write(0.125)
+        assert not storage.latest()
+        monkeypatch.undo()
         exchange.write(0.125)
     latest = {name: value for name, (value, _) in storage.latest().items()}
     assert latest == {"data_time": 0.75, "loss": 2, "total_loss": 2}

@@ -132,6 +132,13 @@ def test_nothing_positive_gives_zero_losses_with_gradients(gt):
     assert output.numbers.grad.abs().max() == 0
 
 
+def test_no_object_of_one_class():
+    output = random_output()
+    output = output._replace(classes=output.classes[..., :1])
+    losses = losses_of(output, make_gt([], num_images=2), torch.full((2, 4), BACKGROUND))
+    assert losses["loss_cls"] > 0
+
+
 def test_ignored_anchors_get_no_gradient():
     output = random_output()
     sum(losses_of(output).values()).backward()
@@ -760,5 +767,25 @@ def test_a_criterion_may_lack_classes_or_boxes_but_not_all():
     assert losses_with(box_terms={}).keys() == {"loss_cls", "loss_centerness"}
     with pytest.raises(ValueError, match="a branch has no loss"):
         losses_with(cls_loss=None, box_terms={}, quality=None)
-    with pytest.raises(ValueError, match="a box term cannot be called 'cls'"):
-        Criterion(box_terms={"giou": GIoU(), "cls": GIoU()})
+
+
+def test_a_box_term_without_a_weight_counts_once():
+    once = losses_with(box_terms={"function": lambda matched: GIoU()(matched)})
+    assert GIoU().weight == 2
+    assert losses_with()["loss_box_reg"] == pytest.approx(2 * once["loss_box_reg"])
+
+
+@pytest.mark.parametrize("name", ["cls", "box_reg", "centerness"])
+def test_a_box_term_has_a_name_of_its_own(name):
+    with pytest.raises(ValueError, match=f"a box term cannot be called '{name}'"):
+        Criterion(box_terms={"giou": GIoU(), name: GIoU()})
+
+
+@pytest.mark.parametrize(
+    ("name", "bound", "beyond"),
+    [("quality_weight", 1e6, 1.5e6), ("least", 1e-12, 5e-13), ("box_least", 1e-12, 5e-13)],
+)
+def test_bounds_of_a_number(name, bound, beyond):
+    Criterion(**{name: bound})
+    with pytest.raises(ValueError, match=f"^{name} must be from .* not {beyond}"):
+        Criterion(**{name: beyond})
