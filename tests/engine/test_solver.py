@@ -112,7 +112,7 @@ def test_epochs_become_iterations(monkeypatch, images, opts, wanted):
     complete_schedule(cfg)
     found = cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
     assert found == wanted
-    assert asked == ([(["x"], False)] if opts else [])
+    assert asked == ([(("x",), False)] if opts else [])
 
 
 def test_iterations_that_are_typed_count(monkeypatch):
@@ -147,7 +147,7 @@ def test_negative_epochs_are_refused():
     ],
 )
 def test_another_batch_size_enters_the_schedule(monkeypatch, images, opts, done, seen, wanted):
-    monkeypatch.setattr(datasets, "get_detection_dataset_dicts", lambda *_, **__: [{}] * images)
+    monkeypatch.setattr(datasets, "open_records", lambda *_, **__: [{}] * images)
     cfg = make_cfg("SOLVER.IMS_PER_BATCH", 4, "SOLVER.CHECKPOINT_EPOCHS", 0.0, *opts)
     complete_schedule(cfg)
     assert enter_schedule(cfg, done, seen) == wanted
