@@ -176,7 +176,7 @@ class Watch:
         self.store.set(f"host{self.rank}", socket.gethostname())
         self.peers = range(1, self.size) if self.rank == 0 else range(1)
         self.answered = time.monotonic()
-        # By peer, since its first sign of life: when the last one came, and the limit of silence.
+        # By peer that has entered: when its last sign of life came, and the limit of its silence.
         self.heard: dict[int, float] = {}
         self.limits = dict.fromkeys(self.peers, self.SILENCE)
         self.hosts: dict[int, str] = {}
@@ -254,11 +254,12 @@ class Watch:
                 beat += 1
                 store.set(f"beat{self.rank}", str(beat))
                 for peer in self.peers:
+                    if peer not in self.hosts and store.check([f"host{peer}"]):
+                        self.hosts[peer] = store.get(f"host{peer}").decode()
+                        self.heard[peer] = time.monotonic()
                     key = f"beat{peer}"
                     if store.check([key]) and (seen := store.get(key)) != beats[peer]:
                         beats[peer], self.heard[peer] = seen, time.monotonic()
-                        if peer not in self.hosts:
-                            self.hosts[peer] = store.get(f"host{peer}").decode()
                     busy = store.check([f"busy{peer}"]) and store.get(f"busy{peer}") == b"1"
                     self.limits[peer] = self.BUSY_SILENCE if busy else self.SILENCE
                 self.answered = time.monotonic()
@@ -298,7 +299,7 @@ class Watch:
     def _lose(self, peer: int) -> NoReturn:
         self.lost.add(peer)
         reason = (
-            f"error: process {peer} of {self.size} (on {self.hosts.get(peer, 'unknown host')}) has "
+            f"error: process {peer} of {self.size} (on {self.hosts[peer]}) has "
             f"given no sign of life for {self.limits[peer]:.0f} s: it was killed or stopped, or "
             "its machine hangs"
         )
