@@ -18,22 +18,20 @@ from atss.engine.agreement import facts_of_data, refuse_differences, share_weigh
 from atss.engine.hooks import Preemption
 
 
-def member(rank, folder, pipes, collective, act):
+def member(rank, folder, port, pipes, collective, silence, act):
     """One of two processes; what it prints is in the file of its rank.
 
     Args:
         collective: seconds that it waits in one.
+        silence: seconds after which it takes the other for lost.
     """
     reset_signals()
     for number in (1, 2):
         os.dup2(os.open(folder / str(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     watch.Watch.BEAT, watch.Watch.REPEATED = 0.1, 0.3
-    watch.Watch.SILENCE, watch.Watch.FAREWELL = 2.0, 1.0
-    port = 0 if rank == 0 else pipes[1].recv()
-    store = torch.distributed.TCPStore("127.0.0.1", port, 2, rank == 0, wait_for_workers=False)
-    if rank == 0:
-        pipes[0].send(store.port)
+    watch.Watch.SILENCE, watch.Watch.FAREWELL = silence, 10.0
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, rank == 0, multi_tenant=True)
     limit = timedelta(seconds=collective)
     torch.distributed.init_process_group(
         "gloo", store=store, rank=rank, world_size=2, timeout=limit
@@ -44,15 +42,15 @@ def member(rank, folder, pipes, collective, act):
 
 
 @pytest.fixture
-def run_two(tmp_path):
+def run_two(tmp_path, free_port):
     """run_two(act, then): two processes call act(rank, pipes), and this one then(processes,
     pipes) after both have begun. Returns the exit codes, and what each has printed."""
     started = []
 
-    def run(act, then=lambda *_: None, collective=60):
+    def run(act, then=lambda *_: None, collective=60, silence=60):
         pipes, begun = FORKED.Pipe(), FORKED.Barrier(3)
         for rank in range(2):
-            arguments = (rank, tmp_path, pipes, collective, Begun(act, begun))
+            arguments = (rank, tmp_path, free_port, pipes, collective, silence, Begun(act, begun))
             started.append(FORKED.Process(target=member, args=arguments))
             started[-1].start()
         begun.wait(30)
@@ -92,7 +90,7 @@ def wait_in_collective(rank, pipes):
 def test_a_signal_to_one_ends_both_wherever_they_wait(run_two, rank, name, tmp_path):
     number = getattr(signal, name)
     codes, printed = run_two(wait_in_collective, lambda x, _: os.kill(x[rank].pid, number))
-    assert codes == [130 if name == "SIGINT" else 75] * 2
+    assert codes == [130 if name == "SIGINT" else 75] * 2, printed
     assert printed == [f"{name}: stopped: {tmp_path} holds no checkpoint yet\n", ""]
 
 
@@ -149,7 +147,7 @@ def test_a_stopped_process_is_named(run_two, rank):
         processes[1 - rank].join()
         processes[rank].kill()
 
-    codes, printed = run_two(train, stop)
+    codes, printed = run_two(train, stop, silence=2)
     assert codes[1 - rank] == 1
     named = {
         0: "error: the first process of the group, or its machine, does not answer",
@@ -161,7 +159,7 @@ def test_a_stopped_process_is_named(run_two, rank):
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("act", [train, wait_in_collective])
 def test_a_killed_process_ends_the_other(run_two, rank, act):
-    codes, printed = run_two(act, lambda x, _: x[rank].kill())
+    codes, printed = run_two(act, lambda x, _: x[rank].kill(), silence=2)
     assert sorted(codes) == [-9, 1]
     assert re.search("error: .*(no sign of life|does not answer|has ended)", printed[1 - rank])
 
@@ -227,7 +225,7 @@ def compute_in_c(rank, pipes):
 
 
 def test_a_busy_process_is_not_lost(run_two):
-    codes, printed = run_two(compute_in_c)
+    codes, printed = run_two(compute_in_c, silence=2)
     assert codes == [0, 0], printed
 
 
@@ -242,7 +240,7 @@ def enter_late(rank, pipes):
 
 
 def test_a_process_is_not_judged_before_its_first_sign_of_life(run_two):
-    codes, printed = run_two(enter_late)
+    codes, printed = run_two(enter_late, silence=2)
     assert codes == [0, 0], printed
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import os
+import queue
 import select
 import signal
 import socket
@@ -69,7 +70,9 @@ class Watch:
     SILENCE = 90.0
     BUSY_SILENCE = 1800.0
     REPEATED = 1.0
-    FAREWELL = 5.0
+    FAREWELL = 10.0
+    # To connect to the store: attempts, of so many seconds.
+    ATTEMPTS, CONNECT = 20, 3.0
 
     def __init__(self) -> None:
         self.asked = 0
@@ -163,16 +166,17 @@ class Watch:
         """While this process may compute in C for long, which can keep its threads waiting, so that
         it gives no sign of life."""
         if self.size > 1:
-            self.store.set(f"busy{self.rank}", "1")
+            self.store.add(f"busy{self.rank}", 1)  # which, other than set, waits for the store
         yield
         if self.size > 1:
-            self.store.set(f"busy{self.rank}", "0")
+            self.store.add(f"busy{self.rank}", -1)
 
     def _join_group(self) -> None:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         self.prefix = f"watch{next(_numbers)}"
-        # Another client for each thread: a store answers one question at a time.
-        self.store = self._client()
+        # A connection for each thread, because each answers one question at a time, and for the
+        # end, at which a new one might not come about.
+        self.store, self.store_of_talk, self.store_of_end = (self._client() for _ in range(3))
         self.store.set(f"host{self.rank}", socket.gethostname())
         self.peers = range(1, self.size) if self.rank == 0 else range(1)
         self.answered = time.monotonic()
@@ -191,7 +195,20 @@ class Watch:
         self.listening.start()
 
     def _client(self) -> distributed.Store:
-        return distributed.PrefixStore(self.prefix, _get_default_store().clone())
+        """Return another connection to the group's store."""
+        connected: queue.SimpleQueue[distributed.Store] = queue.SimpleQueue()
+
+        def connect() -> None:
+            with suppress(distributed.DistError):
+                connected.put(_get_default_store().clone())
+
+        # torch's server now and then leaves a client's first question without an answer (seen with
+        # 2.14), and nothing can interrupt the client.
+        for _ in range(self.ATTEMPTS):
+            threading.Thread(target=connect, daemon=True).start()
+            with suppress(queue.Empty):
+                return distributed.PrefixStore(self.prefix, connected.get(timeout=self.CONNECT))
+        raise distributed.DistStoreError("the store of the processes does not answer")
 
     def _handle(self, number: int, _: object) -> None:
         if self.size == 1:
@@ -228,7 +245,7 @@ class Watch:
         return self.size == 1 or self.rank == 0
 
     def _announce(self, message: str) -> None:
-        store = self._client()
+        store = self.store_of_end
         store.compare_set("left", "", message)
         present = self.size - len(self.lost)
 
@@ -249,7 +266,7 @@ class Watch:
         """Exchange signs of life. The first process looks at all others, the others at the
         first."""
         try:
-            store, beats, beat = self._client(), dict.fromkeys(self.peers, b""), 0
+            store, beats, beat = self.store_of_talk, dict.fromkeys(self.peers, b""), 0
             while not self.closed.is_set():
                 beat += 1
                 store.set(f"beat{self.rank}", str(beat))
@@ -260,7 +277,7 @@ class Watch:
                     key = f"beat{peer}"
                     if store.check([key]) and (seen := store.get(key)) != beats[peer]:
                         beats[peer], self.heard[peer] = seen, time.monotonic()
-                    busy = store.check([f"busy{peer}"]) and store.get(f"busy{peer}") == b"1"
+                    busy = store.add(f"busy{peer}", 0)
                     self.limits[peer] = self.BUSY_SILENCE if busy else self.SILENCE
                 self.answered = time.monotonic()
                 if store.check(["left"]):
