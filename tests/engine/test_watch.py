@@ -1,6 +1,5 @@
 """Processes of a group: one signal, one failure or one lost process ends all of them."""
 
-import ctypes
 import os
 import re
 import signal
@@ -140,6 +139,7 @@ def test_the_first_process_tells_why_another_failed(run_two, act, reason):
     assert ("Traceback (most recent call last)" in printed[1]) == (act is meet_a_bug)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_process_is_named(run_two, rank):
     def stop(processes, _):
@@ -156,6 +156,7 @@ def test_a_stopped_process_is_named(run_two, rank):
     assert re.search(named[rank], printed[1 - rank])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("act", [train, wait_in_collective])
 def test_a_killed_process_ends_the_other(run_two, rank, act):
@@ -216,19 +217,6 @@ def test_processes_with_other_data_or_weights(run_two):
     assert all(sentence in text for text in printed)
 
 
-def compute_in_c(rank, pipes):
-    """Longer than the silence of a process that is lost, as if no thread could run."""
-    if rank == 0:
-        with watch.current().busy():
-            ctypes.PyDLL(None).usleep(3_000_000)  # which keeps Python's lock
-    watch.wait_for_all()
-
-
-def test_a_busy_process_is_not_lost(run_two):
-    codes, printed = run_two(compute_in_c, silence=2)
-    assert codes == [0, 0], printed
-
-
 def enter_late(rank, pipes):
     """As the first process of a user's script, which prepares something alone."""
     watch.current().close()
@@ -239,6 +227,7 @@ def enter_late(rank, pipes):
     torch.distributed.barrier()
 
 
+@pytest.mark.slow
 def test_a_process_is_not_judged_before_its_first_sign_of_life(run_two):
     codes, printed = run_two(enter_late, silence=2)
     assert codes == [0, 0], printed

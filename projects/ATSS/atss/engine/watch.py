@@ -8,6 +8,7 @@ exchanges signs of life through the group's key-value store.
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import select
@@ -166,7 +167,8 @@ class Watch:
         """While this process may compute in C for long, which can keep its threads waiting, so that
         it gives no sign of life."""
         if self.size > 1:
-            self.store.add(f"busy{self.rank}", 1)  # which, other than set, waits for the store
+            self.store.add(f"busy{self.rank}", 1)
+            time.sleep(2 * self.BEAT)  # until the others know
         yield
         if self.size > 1:
             self.store.add(f"busy{self.rank}", -1)
@@ -284,7 +286,7 @@ class Watch:
                     self._follow(*json.loads(store.get("left")))
                 self.closed.wait(self.BEAT)
         except distributed.DistError:
-            self.answered = -self.SILENCE
+            self.answered = -math.inf
 
     def _follow(self, code: int, reason: str) -> None:
         if self.rank == 0 and not self.leaving.locked():
@@ -306,7 +308,8 @@ class Watch:
             before = now
             if self.left or self.closed.is_set():  # the others end as well, in any order
                 continue
-            if now - self.answered > self.SILENCE:
+            # The store has to wait as well if the first process, which hosts it, is busy.
+            if now - self.answered > max(self.limits.values()):
                 _write("error: the first process of the group, or its machine, does not answer")
                 end(1)
             for peer, when in list(self.heard.items()):
