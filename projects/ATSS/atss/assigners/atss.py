@@ -52,7 +52,7 @@ class ATSS:
         if alpha is not None:
             within("alpha", alpha, 0, 1)
         self.similarity = similarity
-        # No search by ``reach`` here: what counts as 0 there still tells candidates apart.
+        # Candidates are known here, so similarities too small for a search still rank them.
         self._measure = getattr(similarity, "exact", similarity)
         self.alpha = alpha
         self.looks_at_predictions = alpha is not None

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..geometry import iou, normalised_wasserstein, similarity_distance
 from ..parts import within
 
-# What is less counts as 0 in a search, so that every similarity reaches a known way.
+# A search takes smaller similarities for 0, so that it can bound the distance of its candidates.
 FAINT = 1e-12
 
 

@@ -240,8 +240,8 @@ class TrainingCheckpointer(SafeCheckpointer):
         return left
 
     def _forget_counts(self, weights: dict[str, Any]) -> None:
-        """Puts, in place of what a training has counted, as modules name it in their attribute
-        ``of_a_training``, what the model begins with."""
+        """Replace the buffers that modules list in ``of_a_training``, counts of the training that
+        made the weights, by those of the new model."""
         for path, module in self.model.named_modules(remove_duplicate=False):
             for name in getattr(module, "of_a_training", ()):
                 weights[f"{path}.{name}"] = module.get_buffer(name)

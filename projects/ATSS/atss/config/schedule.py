@@ -53,8 +53,8 @@ def complete_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
 def enter_schedule(cfg: CfgNode, done: int, seen: int) -> int:
     """The iteration at which a run goes on with another batch size. If SOLVER.EPOCHS asks for
     passes, or the number of processes scales iterations (SOLVER.REFERENCE_WORLD_SIZE), iterations
-    are counted in the new batches from there on: what is left are the images of the passes that are
-    left. Iterations that are given as such stay what they are.
+    are counted in the new batches from there on, and the remaining images of these passes decide
+    how many remain. SOLVER.MAX_ITER that is given without EPOCHS does not change.
 
     Args:
         cfg: of a whole run with the new batch size.

@@ -4,12 +4,12 @@ If one machine has a stale copy of a file, its processes would train on somethin
 collective that the others never enter.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from ..config import autocast_dtype
 from ..data.datasets import classes_of
@@ -82,10 +82,15 @@ def _describe(record: dict) -> str:
     return f"{record.get('image_id')!r} with {len(record.get('annotations', ()))} objects"
 
 
-@torch.no_grad()
 def share_weights(model: nn.Module) -> None:
     """Give all processes the weights and buffers of the first. DDP does so when it is made, which
     is before weights are loaded."""
+    share((*model.parameters(), *model.buffers()))
+
+
+@torch.no_grad()
+def share(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the values of the first."""
     if comm.get_world_size() > 1:
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in tensors:
             distributed.broadcast(tensor, 0)

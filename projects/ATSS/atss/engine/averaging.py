@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import torch
 from detectron2.engine import HookBase
-from detectron2.utils import comm
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
+
+from .agreement import share
 
 
 class Averaging(HookBase):
@@ -78,10 +79,7 @@ class Averaging(HookBase):
 def share_statistics(model: nn.Module) -> None:
     """Gives all processes the running statistics of the first, which checkpoints hold: each has
     measured its own."""
-    if comm.get_world_size() > 1:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                distributed.broadcast(buffer, 0)
+    share(x for x in model.buffers() if x.is_floating_point())
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

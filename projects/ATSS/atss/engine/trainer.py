@@ -120,9 +120,10 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        refuse_differences(facts_of_config(cfg))
+        facts = facts_of_config(cfg)
         if hasattr(data_loader, "records"):  # not of a user's own loader
-            refuse_differences(facts_of_data(cfg.DATASETS.TRAIN, data_loader.records))
+            facts |= facts_of_data(cfg.DATASETS.TRAIN, data_loader.records)
+        refuse_differences(facts)
         # Before other hooks see the model: the averages are a copy of it.
         decay = cfg.SOLVER.EMA_DECAY
         self.averaging = Averaging(model, decay) if decay else None
