@@ -102,10 +102,16 @@ class Anchors:
     @cached_property
     def stride(self) -> Tensor:
         """(R,) float32: pixels between the locations of each anchor's level."""
-        strides = [
-            self.boxes.new_full((n,), s) for n, s in zip(self.per_level, self.strides, strict=True)
-        ]
-        return torch.cat(strides)
+        return self.of_levels(self.strides)
+
+    def of_levels(self, values: tuple[float, ...]) -> Tensor:
+        """(R,) float32: a value of each level, for its anchors. Kept, because making it takes an
+        operator for each level."""
+        kept: dict[tuple[float, ...], Tensor] = self.__dict__.setdefault("_of_levels", {})
+        if values not in kept:
+            parts = zip(self.per_level, values, strict=True)
+            kept[values] = torch.cat([self.boxes.new_full((n,), x) for n, x in parts])
+        return kept[values]
 
     @cached_property
     def points(self) -> Tensor:

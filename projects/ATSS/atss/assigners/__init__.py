@@ -9,12 +9,17 @@ config: ``MODEL.ATSS.ASSIGNER`` chooses it, ``MODEL.ATSS.ASSIGNERS.<name>`` hold
 
 from ..parts import Parts
 from .atss import ATSS
-from .dynamic import OTA, PAA, POTO, TAL, SimOTA, SoftLabel
+from .ddod import DDOD
+from .engine import use_engine
 from .matching import Matching
 from .max_iou import MaxIoU
+from .ota import OTA
+from .paa import PAA
+from .poto import POTO
+from .sim_ota import SimOTA, SoftLabel
 from .similarities import NWD, IoU, SimD
 from .spatial_scale import SpatialScale
-from .top_k import TopK
+from .tal import TAL
 
 # Of two boxes (..., 4) each -> (...).
 SIMILARITIES = Parts("SIMILARITY", group="SIMILARITIES")
@@ -26,12 +31,13 @@ LIKE = {"similarity": SIMILARITIES}
 ASSIGNER_REGISTRY.register(ATSS, parts=LIKE)
 ASSIGNER_REGISTRY.register(MaxIoU, parts=LIKE)
 ASSIGNER_REGISTRY.register(SpatialScale)
-for rule in (TopK, PAA, OTA, SimOTA, SoftLabel, TAL, POTO):
+for rule in (DDOD, PAA, OTA, SimOTA, SoftLabel, TAL, POTO):
     ASSIGNER_REGISTRY.register(rule, parts=LIKE)
 
 __all__ = [
     "ASSIGNER_REGISTRY",
     "ATSS",
+    "DDOD",
     "NWD",
     "OTA",
     "PAA",
@@ -45,5 +51,5 @@ __all__ = [
     "SimOTA",
     "SoftLabel",
     "SpatialScale",
-    "TopK",
+    "use_engine",
 ]
