@@ -1,5 +1,6 @@
 """Adaptive training sample selection: Algorithm 1 of the paper."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,9 +54,8 @@ class ATSS:
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
         """See :class:`~atss.structures.Assigner`."""
-        pairs = [self.candidates(anchors, boxes) for boxes in gt.boxes.split(self.CHUNK)]
-        index, affinity = (torch.cat(x, dim=1) for x in zip(*pairs, strict=True))
-        return Assignment(assign_best(gt, index, affinity, len(anchors.boxes)))
+        pairs = (self.candidates(anchors, boxes) for boxes in gt.boxes.split(self.CHUNK))
+        return Assignment(assign_best(gt, *join(pairs), len(anchors.boxes)))
 
     def candidates(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Find the candidates of each object.
@@ -102,6 +102,14 @@ class ATSS:
             index, valid = index[:cut], valid[:cut]
         boxes = anchors.sides.gather(1, index.flatten().expand(4, -1))
         return index, valid, boxes.view(4, *index.shape).movedim(0, -1)
+
+
+def join(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(C, g) indices and affinities of pieces of the objects -> (C, G)."""
+    index, affinity = zip(*pairs, strict=True)
+    if len(index) == 1:
+        return index[0], affinity[0]
+    return torch.cat(index, dim=1), torch.cat(affinity, dim=1)
 
 
 def above_mean_and_std(overlap: Tensor, valid: Tensor, tolerance: float) -> Tensor:

@@ -10,11 +10,10 @@ from ..anchors import Anchors
 from ..geometry import centres, nearest_side
 from ..parts import within
 from ..structures import Assignment, GroundTruth, Predictions
-from .atss import ATSS, above_mean_and_std
-from .batch import AssignmentBatch
+from .atss import ATSS, above_mean_and_std, join
 from .conflicts import assign_best
 from .locations import INSIDE_MARGIN
-from .pairs import CandidatePairs, alignment
+from .pairs import AssignmentBatch, CandidatePairs, alignment
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,8 @@ class DDOD(ATSS):
             raise ValueError("DDOD looks at what a model predicts, and there is none")
         batch = AssignmentBatch(anchors, gt, predictions, self.overlap)
         ids = torch.arange(len(gt), device=gt.boxes.device)
-        pairs = [self.aligned(batch, some) for some in ids.split(self.CHUNK)]
-        index, affinity = (torch.cat(x, dim=1) for x in zip(*pairs, strict=True))
-        return Assignment(assign_best(gt, index, affinity, len(anchors.boxes)))
+        pairs = (self.aligned(batch, some) for some in ids.split(self.CHUNK))
+        return Assignment(assign_best(gt, *join(pairs), len(anchors.boxes)))
 
     def aligned(self, batch: AssignmentBatch, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Find the candidates of (g,) objects: (C, g) int64 into R, and (C, g) float64 alignment, -inf

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..geometry import centres
-from .batch import AssignmentBatch, ClassLoss
 from .box_index import BoxIndex
 from .locations import anchors_between, covered
-from .pairs import CandidatePairs
+from .pairs import AssignmentBatch, CandidatePairs, ClassLoss
 from .segments import Segments
 from .sinkhorn import Columns
 
@@ -33,36 +32,26 @@ class ListPairs(CandidatePairs):
     @cached_property
     def possible(self) -> Tensor:
         """(P,) bool: the predicted box is finite."""
-        return self.per_anchor(self.batch.finite)
+        if self.batch.predictions is None:
+            return torch.ones_like(self.owner, dtype=torch.bool)
+        return self.boxes.isfinite().all(dim=1)
 
     def background_loss(self, loss: ClassLoss) -> Tensor:
         """(P,) float64 class loss of the anchor without an object, all classes added up."""
         return self.batch.background_of(loss, self.slot)
-
-    @property
-    def address(self) -> Tensor:
-        """(P,) int64 into dimension 0 of :meth:`view`."""
-        return self.slot
-
-    def view(self, per_slot: Tensor) -> Tensor:
-        """(N * R,) values, as :attr:`address` finds them."""
-        return per_slot
 
     @cached_property
     def _segments(self) -> Segments:
         return Segments(self.owner)
 
     def rows(self, values: Tensor, fill: float) -> Tensor:
-        """(P,) -> (g, M): the values of each object, then ``fill``."""
         return self._segments.table(values, fill)
 
     def from_rows(self, table: Tensor) -> Tensor:
-        """(g, M) -> (P,)"""
         return table[self._segments.row, self._segments.column]
 
     @property
     def row_ids(self) -> Tensor:
-        """(g,) int64 the object of each row."""
         return self._segments.ids
 
     def columns(self, loss: ClassLoss, chosen: Tensor) -> Columns:
@@ -71,19 +60,22 @@ class ListPairs(CandidatePairs):
         slots, column = self.slot[chosen].unique(return_inverse=True)
         image = slots.div(batch.shape[1], rounding_mode="floor")
         segments = Segments(image)
-        background = segments.table(batch.background_of(loss, slots), torch.inf)
-        width = background.shape[1]
-        every = background.new_full((batch.shape[0], width), torch.inf)
-        every[segments.ids] = background
-        others = every.new_full(batch.shape[:1], batch.shape[1])
-        others[segments.ids] -= segments.count
+        # Rows are filled with anchors of no pair, for which any cost will do.
+        rows = segments.table(batch.background_of(loss, slots), 0)
+        background = rows.new_zeros(batch.shape[0], rows.shape[1])
+        background[segments.ids] = rows
         place = torch.zeros_like(self.slot)
-        place[chosen] = (image * width + segments.column)[column]
-        return Columns(self.rows(place, 0), every, others)
+        place[chosen] = (image * rows.shape[1] + segments.column)[column]
+        return Columns(self.rows(place, 0), background)
 
     def highest_overlaps(self, k: int) -> Tensor:
         """(g, k) the highest similarities of each row's object with any eligible anchor."""
         return self.batch.highest_overlaps(k)[self.row_ids]
+
+    def highest_of_object(self, values: Tensor) -> Tensor:
+        """(P,) the highest of the (P,) values of each pair's object, or 0."""
+        highest = values.new_zeros(len(self.batch.gt))
+        return highest.scatter_reduce_(0, self.owner, values, "amax")[self.owner]
 
     def kth_highest(self, values: Tensor, k: int) -> Tensor:
         """(G,) of the (P,) values of each object; 0 if it has fewer."""
@@ -140,11 +132,6 @@ class Lists(AssignmentBatch):
         owner, index = (torch.cat(x) for x in zip(*pairs, strict=True))
         return self.pairs(ids[owner], index)
 
-    def at_locations(self, location: Tensor, exists: Tensor, ids: Tensor) -> ListPairs:
-        """List objects with the A anchors of (g, C) locations, as far as these exist."""
-        index, exists = self.anchors_at(location, exists)
-        return self.pairs(ids[:, None].expand_as(index)[exists], index[exists])
-
     def square_around(self, ids: Tensor, radius: float | Tensor) -> tuple[Tensor, Tensor]:
         """(g, L, 2) corners of squares around the centres of objects.
 
@@ -183,9 +170,12 @@ class Lists(AssignmentBatch):
     def of_anchors(self, slots: Tensor) -> ListPairs:
         """List (s,) anchors among the N * R with every object of their images."""
         image = slots.div(self.shape[1], rounding_mode="floor")
-        same = (image[:, None] == self.gt.image_index) & self.nonempty
-        which, owner = same.nonzero(as_tuple=True)
-        return ListPairs(self, owner, slots[which] % self.shape[1])
+        ids = self.all_objects[self.gt.image_index[self.all_objects].sort(stable=True).indices]
+        count = torch.bincount(self.gt.image_index[ids], minlength=self.shape[0])
+        each, first = count[image], (count.cumsum(0) - count)[image]
+        which = torch.arange(len(slots), device=ids.device).repeat_interleave(each)
+        place = torch.arange(len(which), device=ids.device) - (each.cumsum(0) - each)[which]
+        return ListPairs(self, ids[first[which] + place], (slots % self.shape[1])[which])
 
     def highest_overlaps(self, k: int) -> Tensor:
         """(G, k) the highest similarities of each object with any eligible anchor, then 0."""
@@ -205,8 +195,10 @@ class Lists(AssignmentBatch):
     def background_of(self, loss: ClassLoss, slots: Tensor) -> Tensor:
         """(P,) float64 class loss of anchors among the N * R without an object. Computed for those
         that are asked for."""
-        values = self.objects.new_full((self.num_slots,), torch.nan)
-        known = self.once(("background", loss), lambda: values)
+        slots_of_all = self.shape[0] * self.shape[1]
+        known = self.once(
+            ("background", loss), lambda: self.objects.new_full((slots_of_all,), torch.nan)
+        )
         asked = torch.zeros_like(known, dtype=torch.bool)
         asked[slots] = True
         new = (asked & known.isnan()).nonzero().squeeze(1)
@@ -218,9 +210,10 @@ class Lists(AssignmentBatch):
         """(N, R) float32 ``score`` of the matches, 0 elsewhere.
 
         Args:
-            gt_index: (N * R,) int64 into G, or BACKGROUND.
+            gt_index: (N, R) int64 into G, or BACKGROUND.
         """
-        slot = (gt_index >= 0).nonzero().squeeze(1)
-        scores = self.gt.boxes.new_zeros(len(gt_index))
-        scores[slot] = score(ListPairs(self, gt_index[slot], slot % self.shape[1])).float()
-        return scores.view(self.shape)
+        image, index = (gt_index >= 0).nonzero(as_tuple=True)
+        scores = self.gt.boxes.new_zeros(self.shape)
+        pairs = ListPairs(self, gt_index[image, index], index)
+        scores[image, index] = score(pairs).float()
+        return scores

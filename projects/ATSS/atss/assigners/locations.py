@@ -30,22 +30,22 @@ def nearest_locations(anchors: Anchors, points: Tensor, k: int) -> tuple[Tensor,
         (k, G, L) int64 index among the locations of all levels, nearest first, and (k, G, L) bool
         that is False if the level has fewer than k locations.
     """
-    stride, width, height, first = anchors.lattice.unbind(1)  # (L,) each
-    count = torch.stack([width, height])[:, None]  # (2, 1, L)
+    stride, width, _, first = anchors.lattice.unbind(1)  # (L,) each
+    count = anchors.lattice[:, 1:3].T[:, None]  # (2, 1, L)
     at = points.T[..., None] / stride - anchors.offset  # (2, G, L), in locations
     # The k x k locations around the point, within the level as far as it is that long, hold the k
     # nearest: each row and each column beyond has k that are nearer. Of two windows the lower.
     start = (at - k / 2).ceil().clamp(min=0).minimum((count - k).clamp(min=0))
-    step = torch.arange(k, dtype=at.dtype, device=at.device)[:, None, None, None]
-    place = start + step  # (k, 2, G, L)
-    squared = (place - at).mul_(stride).square_().masked_fill_(place >= count, torch.inf)
-    distance = (squared[:, None, 1] + squared[None, :, 0]).flatten(0, 1)  # row by row
+    place = start[..., None] + torch.arange(k, dtype=at.dtype, device=at.device)  # (2, G, L, k)
+    squared = (place - at[..., None]).mul_(stride[:, None]).square_()
+    squared = squared.masked_fill_(place >= count[..., None], torch.inf)
+    distance = (squared[1, ..., None] + squared[0, ..., None, :]).flatten(-2)  # row by row
     # One integer per location that orders by distance, then by index: a positive float's bits
     # order like its value, and the lowest of them make room for the place in the window.
     bits = (k * k - 1).bit_length()
-    local = torch.arange(k * k, device=at.device)[:, None, None]
-    key = (distance.view(torch.int64) >> bits << bits) + local
-    key = key.topk(k, dim=0, largest=False).values
+    key = distance.view(torch.int64) >> bits << bits
+    key += torch.arange(k * k, device=at.device)
+    key = key.topk(k, largest=False).values.movedim(-1, 0)
     valid = key < _INFINITY
     local = key & ((1 << bits) - 1)
     row, column = start[1] + local.div(k, rounding_mode="floor"), start[0] + local % k

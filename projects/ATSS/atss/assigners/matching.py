@@ -114,33 +114,32 @@ class Matching:
             nothing = gt.image_index.new_full(shape, BACKGROUND)
             return Assignment(nothing, None if self.score is None else gt.boxes.new_zeros(shape))
         args = anchors, gt, predictions, self.similarity, self.eligible_radius
-        conflicts: Conflicts
+        conflicts = Conflicts(gt, len(anchors.boxes), counted=self.rank is None)
         batch: Lists | Tables
         if uses_tables(gt.boxes.device) and not self.lists_only:
             batch = Tables(*args)
-            conflicts = Conflicts(batch, counted=self.rank is None)
             for pairs in self.tables(batch):
                 cost = self._costs(pairs)
                 self._claim(conflicts, pairs, cost, self.select(pairs, cost))
         else:
             batch = Lists(*args)
-            conflicts = Conflicts(batch, counted=self.rank is None)
             self._match_lists(batch, conflicts)
         gt_index = conflicts.settle()
         score = None if self.score is None else batch.scores(gt_index, self.score)
-        return Assignment(gt_index.view(shape), score)
+        return Assignment(gt_index, score)
 
     def _costs(self, pairs: Any) -> Tensor:
         """(...) of each pair; infinite if a prediction is not finite."""
         cost = self.cost(pairs)
-        return torch.where(pairs.possible & ~cost.isnan(), cost, torch.inf)
+        return cost.masked_fill(~(pairs.possible & (cost == cost)), torch.inf)  # not of NaN
 
     def _claim(self, conflicts: Conflicts, pairs: Any, cost: Tensor, chosen: Tensor) -> None:
         if self.rank is None:
             conflicts.claim(pairs, chosen)
             conflicts.compete(pairs, -cost)
         else:
-            conflicts.compete(pairs, torch.where(chosen, self.rank(pairs), -torch.inf))
+            rank = self.rank(pairs).expand(pairs.shape)
+            conflicts.compete(pairs, rank.masked_fill(~chosen, -torch.inf))
 
     def _match_lists(self, batch: Lists, conflicts: Conflicts) -> None:
         every = batch.all_objects

@@ -1,6 +1,8 @@
 """RetinaNet's rule: thresholds on the overlap with the best object."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,11 +11,11 @@ from ..anchors import Anchors
 from ..geometry import centres, nearest_side
 from ..parts import one_of
 from ..structures import BACKGROUND, IGNORE, Assignment, GroundTruth, Predictions
-from .anchor_index import AnchorIndex
+from .box_index import BoxIndex
 from .conflicts import Conflicts
 from .engine import uses_tables
-from .lists import Lists
-from .locations import INSIDE_MARGIN
+from .lists import ListPairs, Lists
+from .locations import INSIDE_MARGIN, all_anchors, nearest_locations
 from .similarities import IOU, Similarity
 from .tables import Tables
 
@@ -57,12 +59,7 @@ class MaxIoU:
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
         """See :class:`~atss.structures.Assigner`."""
-        if uses_tables(gt.boxes.device):
-            best, owner, claimant = self.search(Tables(anchors, gt, None))
-        else:
-            index = AnchorIndex(Lists(anchors, gt, None, self.similarity))
-            low, to_best = self.low_quality_matches, self.claims_go_to == "best"
-            best, owner, claimant = index.search(self.background_below, low, to_best)
+        best, owner, claimant = self.search(anchors, gt)
         gt_index = torch.where(best >= self.positive_from, owner, IGNORE)
         gt_index = gt_index.masked_fill_(best < self.background_below, BACKGROUND)
         if self.low_quality_matches:
@@ -75,18 +72,46 @@ class MaxIoU:
             gt_index = gt_index.masked_fill((gt_index >= 0) & outside, IGNORE)
         return Assignment(gt_index)
 
-    def search(self, batch: Tables) -> tuple[Tensor, Tensor, Tensor]:
-        """Compare all anchors with all objects: see :meth:`AnchorIndex.search`."""
-        conflicts = Conflicts(batch)
+    def search(self, anchors: Anchors, gt: GroundTruth) -> tuple[Tensor, Tensor, Tensor]:
+        """Find the object that each anchor overlaps most, and the anchors that each object does.
+
+        Returns:
+            (N * R,) float64 overlap with the best object and (N * R,) int64 object, both as far as
+            the rule asks for them; and (N * R,) int64 last object that claims the anchor, or -1.
+        """
+        conflicts = Conflicts(gt, len(anchors.boxes))
         claimant = torch.full_like(conflicts.owner, -1)
-        boxes = batch.anchors.sides.movedim(0, -1)
-        for table in batch.tables():
-            overlap = self.similarity(boxes, table.objects)
+        kind = Tables if uses_tables(gt.boxes.device) else Lists
+        batch = kind(anchors, gt, None, self.similarity)
+        pieces: Any = batch.tables() if isinstance(batch, Tables) else self._near(batch)
+        for pairs in pieces:
             # No box code can describe an object without an area.
-            overlap = overlap * table.of_objects(batch.nonempty)[:, None]
-            conflicts.compete(table, overlap)
+            overlap = pairs.anchor_overlap * batch.nonempty[pairs.owner]
+            conflicts.compete(pairs, overlap)
             if self.low_quality_matches:
-                claimed = (overlap == overlap.amax(dim=1, keepdim=True)) & (overlap > 0)
-                claims = torch.where(claimed, table.owner, -1)
-                table.view(claimant).scatter_reduce_(0, table.address, claims, "amax")
+                claimed = (overlap == pairs.highest_of_object(overlap)) & (overlap > 0)
+                claims = pairs.owner.expand(pairs.shape).masked_fill(~claimed, -1)
+                pairs.view(claimant).scatter_reduce_(0, pairs.address, claims, "amax")
+        if isinstance(batch, Lists) and self.claims_go_to == "best":
+            # An object that a list left out may overlap a claimed anchor more than its claimant.
+            unsure = (claimant >= 0) & (conflicts.best < self.background_below)
+            for slots in batch.pieces(unsure.nonzero().squeeze(1), len(gt)):
+                pairs = batch.of_anchors(slots)
+                conflicts.compete(pairs, pairs.anchor_overlap)
         return conflicts.best, conflicts.owner, claimant
+
+    def _near(self, batch: Lists) -> Iterator[ListPairs]:
+        """Pieces of the pairs that overlap enough not to be background, or to be an object's best:
+        of a shape, no anchor is better than that of the location nearest to the object's centre."""
+        anchors, objects, gt = batch.anchors, batch.objects, batch.gt
+        least = torch.full_like(objects[:, 0], self.background_below)
+        if self.low_quality_matches:
+            index, valid = all_anchors(anchors, *nearest_locations(anchors, centres(objects), 1))
+            overlap = self.similarity(anchors.boxes[index].double(), objects) * valid
+            least = least.minimum(overlap.amax(dim=0))
+        # Anchors are the same in all images.
+        once = GroundTruth(gt.boxes, gt.classes, torch.zeros_like(gt.image_index), 1)
+        usable = torch.ones_like(anchors.stride, dtype=torch.bool)[None]
+        boxes = BoxIndex(anchors, once, anchors.boxes[None], usable, self.similarity)
+        for ids in batch.pieces(batch.all_objects, len(anchors.boxes)):
+            yield ListPairs(batch, *boxes.near(ids, least[ids]))

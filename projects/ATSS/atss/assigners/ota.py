@@ -58,7 +58,8 @@ class OTA(Matching):
         within("iterations", self.iterations, 1)
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
-        return batch.central(ids, self.radius)
+        pairs = batch.central(ids, self.radius)
+        return pairs.at(pairs.inside(INSIDE_MARGIN) & pairs.around(self.radius))
 
     def tables(self, batch: Tables) -> Iterable[Any]:
         return [batch.window(self.radius)]

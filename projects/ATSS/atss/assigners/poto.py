@@ -51,7 +51,8 @@ class POTO(Matching):
             raise ValueError("it matches by SciPy, which is not installed: pip install scipy")
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
-        return batch.central(ids, self.radius)
+        pairs = batch.central(ids, self.radius)
+        return pairs.at(pairs.inside() & pairs.around(self.radius))
 
     def tables(self, batch: Tables) -> Iterable[Any]:
         return [batch.window(self.radius)]

@@ -6,26 +6,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .conflicts import NOBODY, keep_best
+from .conflicts import LOWEST, NOBODY, keep_best
 
-# Each anchor demands one label and, as in the authors' code, this much more.
+# As in the authors' code each row supplies, and each anchor demands, so much more.
 SURPLUS = 1e-8
-# In place of the cost of a pair that is none.
-NEVER = 1e30
+# In place of the cost of a pair that is none, and of the sum of a row without pairs.
+NEVER, TINY = 1e30, 1e-300
+# Iterations until shares are computed from logarithms again.
+RENEW = 10
 
 
 class Columns(NamedTuple):
-    """The anchors that take part in a transport.
+    """The anchors that take part in a transport: C of each image, all others are in no pair.
 
     Attributes:
         column: (g, M) int64 the anchor of each pair, into the N * C.
-        background: (N, C) float64 cost of having no object; infinite for no anchor.
-        others: (N,) float64 number of anchors that are in no pair and no column; None for none.
+        background: (N, C) float64 cost of having no object.
     """
 
     column: Tensor
     background: Tensor
-    others: Tensor | None
 
 
 def transport(
@@ -40,10 +40,10 @@ def transport(
     """Serve all objects and the background of each image at the least cost: objects and background
     supply labels, each anchor demands one (OTA, arXiv 2103.14259, algorithm 1).
 
-    With costs and potentials in units of the regularisation, all shares of an anchor add up to one
-    after its step. A row's step then multiplies them by its supply over the sum of its shares, which
-    is between 1e-8 / R and R: so the next sum neither overflows nor vanishes, and only the first
-    one is taken relative to the anchor's lowest cost.
+    An iteration scales the shares of each anchor, so that they add up to its demand, and then those
+    of each row, so that they add up to its supply. It changes a sum by a factor between 1e-8 / R and
+    G R, so within RENEW iterations no share that counts overflows or vanishes; the first iteration,
+    of which that is not true, and every RENEW-th after it are computed with logarithms.
 
     Args:
         cost: (g, M) float64 of pairs; infinite for none. Rows in the order of objects.
@@ -58,45 +58,65 @@ def transport(
         that their object gives to any; of equal parts the lower object has it, and rather any object
         than the background.
     """
-    column, background, others = columns
+    column, background = columns
+    flat, shape = column.flatten(), background.shape
+    others = num_anchors - shape[1]
     possible = cost < torch.inf
     served = possible.any(dim=1, keepdim=True)
-    demand = math.log1p(SURPLUS)
     supply = supply.to(cost.dtype)[:, None] * served
-    rest = supply.new_full((len(background),), num_anchors)
-    rest = rest.scatter_add(0, image, -supply[:, 0]).clamp(min=0)[:, None]
-    # Shares are counted in what an anchor demands.
-    log_supply = torch.where(served, (supply + SURPLUS).log() - demand, -torch.inf)
-    log_rest = (rest + SURPLUS).log() - demand
-    log_others = None if others is None else others[:, None].log()
+    rest = supply.new_full((len(background), 1), num_anchors)
+    rest = rest.index_add(0, image, supply, alpha=-1).clamp(min=0)
+    # In shares of what an anchor demands.
+    supply, rest = ((x + SURPLUS) / (1 + SURPLUS) for x in (supply, rest))
+    supply = supply * served
 
-    paid, unpaid = torch.where(possible, cost / regularisation, NEVER), background / regularisation
-    flat, shape = column.flatten(), unpaid.shape
-    of_object, of_rest = torch.zeros_like(log_supply), torch.zeros_like(log_rest)
+    paid = (cost / regularisation).masked_fill(~possible, NEVER)
+    unpaid = background / regularisation
+    # Logarithms of the factors of objects, background and anchors.
+    of_object, of_rest = torch.zeros_like(supply), torch.zeros_like(rest)
     of_anchor = unpaid.flatten().scatter_reduce(0, flat, paid.flatten(), "amin")
-    of_anchor = of_anchor.masked_fill(of_anchor == torch.inf, 0)
-    given, kept, before = of_anchor[column] - paid, of_anchor.view(shape) - unpaid, of_rest
-    for _ in range(iterations):
-        total = (of_rest + kept).exp().flatten()
-        total = total.scatter_add(0, flat, (of_object + given).exp().flatten())
-        # A column without an anchor has a total of zero.
-        of_anchor = of_anchor - total.clamp(min=1e-300).log()
+    given, kept = (of_anchor[column] - paid).exp(), (of_anchor.view(shape) - unpaid).exp()
+    for start in range(0, iterations, RENEW):
+        total = kept.flatten().scatter_add(0, flat, given.flatten())
+        of_anchor = of_anchor - total.log()
         given, kept = of_anchor[column] - paid, of_anchor.view(shape) - unpaid
-        of_object = log_supply - given.logsumexp(dim=1, keepdim=True)
+        of_object = supply.log() - given.logsumexp(dim=1, keepdim=True)
         sum_kept = kept.logsumexp(dim=1, keepdim=True)
-        if log_others is not None:  # an anchor of no pair keeps all: b + v - cost is 0
-            sum_kept = torch.logaddexp(sum_kept, log_others - of_rest)
-        before, of_rest = of_rest, log_rest - sum_kept
+        if others:  # an anchor of no pair has one share, the background's
+            sum_kept = torch.logaddexp(sum_kept, math.log(others) - of_rest)
+        before, of_rest = of_rest, rest.log() - sum_kept
+        given, kept = (of_object + given).exp(), (of_rest + kept).exp()
 
-    given, kept = of_object + given, of_rest + kept
-    given = given - torch.where(served, given.amax(dim=1, keepdim=True), 0)
+        by_object, by_rest = torch.ones_like(supply), torch.ones_like(rest)
+        by_anchor = torch.ones_like(of_anchor)
+        before = (before - of_rest).exp()
+        for _ in range(min(RENEW, iterations - start) - 1):
+            total = (kept * by_rest).flatten()
+            total = total.scatter_add(0, flat, (given * by_object).flatten())
+            by_anchor = total.reciprocal()
+            sum_given = (given * by_anchor[column]).sum(dim=1, keepdim=True)
+            sum_kept = (kept * by_anchor.view(shape)).sum(dim=1, keepdim=True)
+            if others:
+                sum_kept = sum_kept + others / by_rest
+            by_object = supply / sum_given.clamp(min=TINY)
+            before, by_rest = by_rest, rest / sum_kept
+        of_object, of_rest, of_anchor = (
+            x + y.log()
+            for x, y in zip(
+                (of_object, of_rest, of_anchor), (by_object, by_rest, by_anchor), strict=True
+            )
+        )
+        given = given * by_object * by_anchor[column]
+        kept = kept * by_rest * by_anchor.view(shape)
+
+    given = given / given.amax(dim=1, keepdim=True)
     most_kept = kept.amax(dim=1, keepdim=True)
-    if others is not None:
-        most_kept = torch.maximum(most_kept, torch.where(others[:, None] > 0, of_rest - before, -torch.inf))
-    best = given.new_full((kept.numel(),), -torch.inf)
+    if others:
+        most_kept = torch.maximum(most_kept, by_rest / before)
+    best = given.new_full((kept.numel(),), LOWEST)
     owner = torch.full_like(best, NOBODY, dtype=torch.int64)
     row = torch.arange(len(cost), device=cost.device)[:, None]
-    rank = torch.where(possible, given, -torch.inf).flatten()
-    keep_best(best, owner, flat, row.expand_as(cost).flatten(), rank)
-    owner = owner.masked_fill(best < (kept - most_kept).flatten(), NOBODY)
+    rank = given.masked_fill(~possible, -torch.inf).flatten()
+    keep_best(best, owner, flat, row.expand_as(cost).flatten(), rank, True)
+    owner = owner.masked_fill(best < (kept / most_kept).flatten(), NOBODY)
     return possible & (owner[column] == row)

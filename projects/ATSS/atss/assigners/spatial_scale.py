@@ -1,22 +1,22 @@
 """FCOS's rule: points inside an object, on the level made for objects of its size."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..geometry import area, centres, side_distances
+from ..geometry import centres, side_distances
 from ..parts import WrongValue, within
 from ..structures import Assignment, GroundTruth, Predictions
-from .lists import Lists
-from .locations import nearest_locations
+from .conflicts import assign_best
+from .lists import ListPairs, Lists
+from .locations import all_anchors, nearest_locations
 from .matching import Matching
-from .pairs import CandidatePairs
-from .tables import Tables
+from .pairs import AssignmentBatch, CandidatePairs
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,17 @@ class SpatialScale(Matching):
                 f"SpatialScale has ranges for {len(self.ranges) + 1} levels, but there are "
                 f"{len(anchors.strides)}"
             )
-        return super().__call__(anchors, gt, None)
+        if not self.top_k:
+            return super().__call__(anchors, gt, None)
+        batch = AssignmentBatch(anchors, gt, None)
+        nearest = nearest_locations(anchors, centres(batch.objects), self.top_k)
+        index, exists = all_anchors(anchors, *nearest)
+        pairs = CandidatePairs(batch, torch.arange(len(gt), device=index.device)[None], index)
+        affinity = (-self.cost(pairs)).masked_fill(~exists, -torch.inf)
+        return Assignment(assign_best(gt, index, affinity, len(anchors.boxes)))
 
-    def candidates(self, batch: Lists, ids: Tensor) -> Any:
+    def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
         """Locations near enough to the centres of objects of a size that suits their level."""
-        if self.top_k:
-            return batch.at_locations(*self._nearest(batch, ids), ids)
         low, high = batch.objects.new_tensor([(-1.0, *self.ranges), (*self.ranges, math.inf)])
         boxes = batch.objects[ids]
         longest = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True)
@@ -88,18 +93,6 @@ class SpatialScale(Matching):
         if self.radius:
             radius = radius.clamp(max=self.radius)
         return batch.central(ids, torch.where(suits, radius, -torch.inf)[..., None])
-
-    def tables(self, batch: Tables) -> Iterable[Any]:
-        if self.top_k:
-            ids = torch.arange(len(batch.gt), device=batch.gt.boxes.device)
-            return [batch.at_locations(*self._nearest(batch, ids))]
-        return batch.tables()
-
-    def _nearest(self, batch: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(g, C) the locations nearest to the centres of objects, and (g, C) whether they exist."""
-        nearest = nearest_locations(batch.anchors, centres(batch.objects[ids]), self.top_k)
-        location, exists = (x.movedim(1, 0).flatten(1) for x in nearest)
-        return location, exists
 
     def cost(self, pairs: CandidatePairs) -> Tensor:
         """The object's area, if the location is positive for it."""
@@ -111,10 +104,11 @@ class SpatialScale(Matching):
         positive = (distances.amin(dim=-1) > self.margin) & (farthest >= low) & (farthest <= high)
         if self.radius:
             positive = positive & pairs.around(self.radius)
-        return torch.where(positive, area(pairs.objects), torch.inf)
+        areas = pairs.batch.areas[pairs.owner].expand(pairs.shape)
+        return areas.masked_fill(~positive, torch.inf)
 
     def select(self, pairs: CandidatePairs, cost: Tensor) -> Tensor:
         return cost < torch.inf
 
     def rank(self, pairs: CandidatePairs) -> Tensor:
-        return -area(pairs.objects)
+        return -pairs.batch.areas[pairs.owner]

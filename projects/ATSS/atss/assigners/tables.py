@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..geometry import centres
-from .batch import AssignmentBatch, ClassLoss
 from .engine import table_limit
-from .pairs import CandidatePairs
+from .pairs import AssignmentBatch, CandidatePairs, ClassLoss
 from .sinkhorn import Columns
 
 
@@ -22,73 +22,46 @@ class Rows(CandidatePairs):
 
     Attributes:
         owner: (g, 1).
-        exists: (g, C) bool: the pair is one.
+        exists: (g, C) bool: the pair is one; None: all are.
     """
 
     batch: Tables
     exists: Tensor | None = None
 
-    def rows(self, values: Tensor, fill: float) -> Tensor:
-        """A list would bring the values of each object into a row here."""
-        return values
+    @cached_property
+    def possible(self) -> Tensor:
+        """(g, C) bool: an object with an area, and an eligible anchor whose prediction is finite."""
+        possible = self.batch.nonempty[self.owner]
+        if self.batch.usable is not None:
+            possible = possible & self.per_anchor(self.batch.usable)
+        return possible if self.exists is None else possible & self.exists
 
-    def from_rows(self, table: Tensor) -> Tensor:
-        """The other way round."""
-        return table
+    def highest_of_object(self, values: Tensor) -> Tensor:
+        """(g, 1) the highest of the (g, C) values of each row."""
+        return values.amax(dim=1, keepdim=True)
 
-    @property
-    def row_ids(self) -> Tensor:
-        """(g,) int64 the object of each row."""
-        return self.owner[:, 0]
+    def highest_overlaps(self, k: int) -> Tensor:
+        """(g, k) the highest similarities of each row's object with any eligible anchor."""
+        overlap = self.overlap.masked_fill(~self.possible, 0)
+        return overlap.topk(min(k, overlap.shape[1])).values
 
     def columns(self, loss: ClassLoss, chosen: Tensor) -> Columns:
         """All anchors, for a transport. What is not finite is in no pair, and counts for nothing."""
         background = self.batch.background(loss).nan_to_num(0, posinf=0)
-        return Columns(self.slot, background, None)
-
-    @property
-    def address(self) -> Tensor:
-        """(M,) int64 into dimension 0 of :meth:`view`."""
-        return self.slot.flatten()
-
-    def view(self, per_slot: Tensor) -> Tensor:
-        """(N * R,) values, as :attr:`address` finds them."""
-        return per_slot
-
-    @cached_property
-    def possible(self) -> Tensor:
-        """(g, C) bool: an object with an area, and an eligible anchor whose prediction is finite."""
-        possible = self.per_anchor(self.batch.usable) & self.batch.nonempty[self.owner]
-        return possible if self.exists is None else possible & self.exists
-
-    def highest_overlaps(self, k: int) -> Tensor:
-        """(g, k) the highest similarities of each row's object with any eligible anchor."""
-        overlap = torch.where(self.possible, self.overlap, 0)
-        return overlap.topk(min(k, overlap.shape[1])).values
+        return Columns(self.slot, background)
 
 
 @dataclass(frozen=True)
 class Table(Rows):
-    """(g, R): objects, and all anchors of their images. Nothing is masked, padded or gathered, but
-    for the rows of whole images.
+    """(g, R): objects, and all anchors of their images. Only whole images are gathered, so that
+    nothing is masked or padded.
 
     Attributes:
-        owner: (g, 1), neighbouring objects.
-        index: (1, R), all anchors.
-        first, stop: the objects.
+        index: (1, R).
+        image: (g,) of each object.
     """
 
-    first: int = 0
-    stop: int = 0
-
-    def of_objects(self, values: Tensor) -> Tensor:
-        """(G, ...) -> (g, ...)"""
-        return values[self.first : self.stop]
-
-    @property
-    def image(self) -> Tensor:
-        """(g,) image of each row."""
-        return self.of_objects(self.batch.gt.image_index)
+    image: Tensor | None = None
 
     def per_anchor(self, values: Tensor) -> Tensor:
         """(N, R) -> (g, R)"""
@@ -96,44 +69,23 @@ class Table(Rows):
 
     @property
     def address(self) -> Tensor:
-        """(g, R) int64 into dimension 0 of :meth:`view`."""
-        return self.image[:, None].expand(-1, self.batch.shape[1])
+        """(g, R) int64: the image."""
+        return self.image[:, None].expand(self.shape)
 
     def view(self, per_slot: Tensor) -> Tensor:
         """(N * R,) -> (N, R)"""
         return per_slot.view(self.batch.shape)
 
     @property
-    def objects(self) -> Tensor:  # type: ignore[override]
-        """(g, 1, 4)"""
-        return self.of_objects(self.batch.objects)[:, None]
-
-    @property
     def boxes(self) -> Tensor:  # type: ignore[override]
         """(g, R, 4), in memory x1 of all, then y1 of all; not kept, because they are large."""
         return self.batch.columns.index_select(1, self.image).double().movedim(0, -1)
-
-    @property
-    def points(self) -> Tensor:  # type: ignore[override]
-        """(1, R, 2)"""
-        return self.batch.anchors.points[None]
-
-    @cached_property
-    def strides(self) -> Tensor:
-        """(1, R)"""
-        return self.batch.anchors.stride[None].double()
 
     @cached_property
     def classes(self) -> Tensor:
         """(g, R)"""
         per_class = self.batch.classes.view(*self.batch.shape, -1).transpose(1, 2)
-        return per_class[self.image, self.of_objects(self.batch.gt.classes)]
-
-    @cached_property
-    def possible(self) -> Tensor:
-        """(g, R) bool: an object with an area, and an eligible anchor whose prediction is finite."""
-        nonempty = self.of_objects(self.batch.nonempty)
-        return self.per_anchor(self.batch.usable) & nonempty[:, None]
+        return per_class[self.image, self.batch.gt.classes[self.owner[:, 0]]]
 
 
 @dataclass(frozen=True)
@@ -154,36 +106,17 @@ class Matches(CandidatePairs):
         """(N, R)"""
         return torch.arange(self.exists.numel(), device=self.exists.device).view_as(self.exists)
 
-    def per_anchor(self, values: Tensor) -> Tensor:
-        """(N, R) -> (N, R)"""
-        return values
-
-    @property
-    def boxes(self) -> Tensor:  # type: ignore[override]
-        """(N, R, 4)"""
-        return self.batch.columns.double().movedim(0, -1)
-
-    @property
-    def points(self) -> Tensor:  # type: ignore[override]
-        """(1, R, 2)"""
-        return self.batch.anchors.points[None]
-
-    @property
-    def strides(self) -> Tensor:  # type: ignore[override]
-        """(1, R)"""
-        return self.batch.anchors.stride[None].double()
+    @cached_property
+    def possible(self) -> Tensor:
+        """(N, R) bool: the anchor has an object, and its predicted box is finite."""
+        return self.exists & self.batch.finite
 
     @cached_property
     def overlap(self) -> Tensor:
         """(N, R); 0 of an anchor without an object."""
         overlap = self._from_table("overlap")
-        return torch.where(self.exists, super().overlap if overlap is None else overlap, 0)
-
-    @cached_property
-    def classes(self) -> Tensor:
-        """(N, R)"""
-        classes = self.batch.gt.classes[self.owner][..., None]
-        return self.batch.classes.view(*self.batch.shape, -1).gather(2, classes).squeeze(2)
+        overlap = super().overlap if overlap is None else overlap
+        return overlap.masked_fill(~self.exists, 0)
 
     @cached_property
     def probability(self) -> Tensor:
@@ -195,20 +128,6 @@ class Matches(CandidatePairs):
         if self.table is None or name not in self.table.__dict__:
             return None
         return self.table.__dict__[name][self.owner, self.index]
-
-    @property
-    def address(self) -> Tensor:
-        """(N * R,) int64 into dimension 0 of :meth:`view`."""
-        return self.slot.flatten()
-
-    def view(self, per_slot: Tensor) -> Tensor:
-        """(N * R,) values, as :attr:`address` finds them."""
-        return per_slot
-
-    @cached_property
-    def possible(self) -> Tensor:
-        """(N, R) bool: the anchor has an object, and its predicted box is finite."""
-        return self.exists & self.batch.finite
 
 
 @dataclass(frozen=True)
@@ -229,7 +148,7 @@ class Tables(AssignmentBatch):
     def _table(self, first: int, stop: int) -> Table:
         owner = torch.arange(first, stop, device=self.gt.boxes.device)[:, None]
         index = torch.arange(self.shape[1], device=owner.device)[None]
-        return Table(self, owner, index, None, first, stop)
+        return Table(self, owner, index, image=self.gt.image_index[first:stop])
 
     def window(self, radius: float) -> Rows:
         """Objects with the anchors whose centres lie less than ``radius`` strides from theirs along
@@ -247,13 +166,9 @@ class Tables(AssignmentBatch):
         exists = (exists[:, :, 1, :, None] & exists[:, :, 0, None]).flatten(1)
         row = place[:, :, 1] * width[:, None] + first[:, None]  # (G, L, n)
         location = (row[..., None] + place[:, :, 0, None]).flatten(1)
-        return self.at_locations(location.masked_fill(~exists, 0).long(), exists)
-
-    def at_locations(self, location: Tensor, exists: Tensor) -> Rows:
-        """Objects with the A anchors of (G, C) locations, as far as these exist."""
-        location, exists = self.anchors_at(location, exists)
-        owner = torch.arange(len(self.gt), device=location.device)[:, None]
-        return Rows(self, owner, location, exists)
+        index, exists = self.anchors_at(location.masked_fill(~exists, 0).long(), exists)
+        owner = torch.arange(len(self.gt), device=index.device)[:, None]
+        return Rows(self, owner, index, exists)
 
     def matches(self, gt_index: Tensor) -> Matches:
         """Every anchor with its object.
@@ -266,24 +181,24 @@ class Tables(AssignmentBatch):
         return Matches(self, gt_index.clamp(min=0), index, gt_index >= 0, table)
 
     @cached_property
-    def usable(self) -> Tensor:
-        """(N, R) bool: eligible anchors whose predicted boxes are finite."""
-        if self.eligible_radius is None:
-            return self.finite
+    def usable(self) -> Tensor | None:
+        """(N, R) bool: eligible anchors whose predicted boxes are finite; None: all."""
+        if self.predictions is None or self.eligible_radius is None:
+            return None if self.predictions is None else self.finite
         eligible = torch.zeros(self.shape, dtype=torch.int8, device=self.gt.boxes.device)
         for table in self.tables():
             near = table.inside()
             if self.eligible_radius > 0:
                 near = near | table.around(self.eligible_radius)
-            near = near & table.of_objects(self.nonempty)[:, None]
+            near = near & self.nonempty[table.owner]
             eligible.scatter_reduce_(0, table.address, near.to(torch.int8), "amax")
         return self.finite & eligible.bool()
 
-    def scores(self, gt_index: Tensor, score) -> Tensor:
+    def scores(self, gt_index: Tensor, score: Callable[[Any], Tensor]) -> Tensor:
         """(N, R) float32 ``score`` of the matches, 0 elsewhere.
 
         Args:
-            gt_index: (N * R,) int64 into G, or BACKGROUND.
+            gt_index: (N, R) int64 into G, or BACKGROUND.
         """
-        matches = self.matches(gt_index.view(self.shape))
-        return torch.where(matches.exists, score(matches), 0).float()
+        matches = self.matches(gt_index)
+        return score(matches).float().masked_fill(~matches.exists, 0)
