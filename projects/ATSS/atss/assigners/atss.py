@@ -68,15 +68,10 @@ class ATSS:
         """
         objects = gt_boxes.double()
         index, valid, boxes = self.nearest(anchors, objects)
-        overlap = self.overlap(boxes, objects) * valid  # line 7
+        overlap = exact(self.similarity)(boxes, objects) * valid  # line 7
         positive = above_mean_and_std(overlap, valid, self.TOLERANCE)  # lines 8 to 10
         inside = nearest_side(centres(boxes), objects) > INSIDE_MARGIN
         return index, overlap.masked_fill_(~(positive & inside), -torch.inf)  # line 12
-
-    def overlap(self, boxes: Tensor, objects: Tensor) -> Tensor:
-        """(...) similarity of two boxes (..., 4) each. Candidates are known here, so similarities too
-        low for a search still rank them."""
-        return getattr(self.similarity, "exact", self.similarity)(boxes, objects)
 
     def statistics(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the standard deviation whose sum is each object's threshold.
@@ -88,7 +83,7 @@ class ATSS:
         """
         objects = gt_boxes.double()
         _, valid, boxes = self.nearest(anchors, objects)
-        return mean_and_std(self.overlap(boxes, objects) * valid, valid)
+        return mean_and_std(exact(self.similarity)(boxes, objects) * valid, valid)
 
     def nearest(self, anchors: Anchors, objects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Lines 2 to 6: (C, G) index and validity of the candidates, (C, G, 4) their boxes."""
@@ -104,6 +99,11 @@ class ATSS:
         return index, valid, boxes.view(4, *index.shape).movedim(0, -1)
 
 
+def exact(similarity: Any) -> Any:
+    """The similarity for rules that know their candidates: even the lowest rank them."""
+    return getattr(similarity, "exact", similarity)
+
+
 def join(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """(C, g) indices and affinities of pieces of the objects -> (C, G)."""
     index, affinity = zip(*pairs, strict=True)
@@ -113,8 +113,8 @@ def join(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def above_mean_and_std(overlap: Tensor, valid: Tensor, tolerance: float) -> Tensor:
-    """(C, G) bool: valid candidates whose overlap is at least the mean and the standard deviation of
-    their object's, but for a relative tolerance."""
+    """(C, G) bool: valid candidates whose overlap is at least the mean and the standard deviation
+    of their object's, but for a relative tolerance."""
     mean, std = mean_and_std(overlap, valid)
     threshold = mean + std
     return (overlap >= threshold - tolerance * threshold.abs()) & valid

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from ..anchors import Anchors
 from ..geometry import centres
-from ..structures import GroundTruth
 from .similarities import Similarity
 
 # Neighbouring anchors whose predicted boxes an object is compared with at once.
@@ -38,47 +37,48 @@ class BoxIndex:
 
     Args:
         anchors: R anchors.
-        gt: G objects of N images.
         boxes: (N, R, 4) predicted.
         usable: (N, R) bool: finite boxes of anchors that may be chosen.
         similarity: of predicted boxes and objects.
     """
 
     anchors: Anchors
-    gt: GroundTruth
     boxes: Tensor
     usable: Tensor
     similarity: Similarity
 
-    def near(self, ids: Tensor, least: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Find the anchors whose predicted boxes are similar to (g,) objects.
+    def near(
+        self, objects: Tensor, image: Tensor, least: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Find the anchors whose predicted boxes are similar to objects.
 
         Args:
+            objects: (g, 4) float32 boxes.
+            image: (g,) int64 into N.
             least: (g,) similarity, of which a few have less. None: any similarity, and also all
                 anchors whose centres lie inside the object, and some more.
         Returns:
-            (P,) int64 objects in the order of ``ids``, and (P,) int64 anchors in rising order.
+            (P,) int64 objects, into g, in rising order, and (P,) int64 anchors, in rising order of
+            each object.
         """
-        boxes = self.gt.boxes[ids]
-        asked = torch.zeros_like(boxes[:, 0]) if least is None else least.float() * (1 - ROUNDING)
-        which, block = self._touched(ids, asked, least is None).nonzero(as_tuple=True)
+        asked = torch.zeros_like(objects[:, 0]) if least is None else least.float() * (1 - ROUNDING)
+        which, block = self._touched(objects, image, asked, least is None).nonzero(as_tuple=True)
         blocks = self._blocks
-        row = self.gt.image_index[ids[which]] * blocks.shape[2] + block
+        row = image[which] * blocks.shape[2] + block
         predicted = blocks.flatten(1, 2).index_select(1, row).movedim(0, -1)  # (M, BLOCK, 4)
-        overlap = self.similarity(predicted, boxes[which, None])
+        overlap = self.similarity(predicted, objects[which, None])
         chosen = torch.ones_like(overlap, dtype=torch.bool)
         if least is not None:
             chosen = (overlap >= asked[which, None]) & (overlap > 0)
         row, column = chosen.nonzero(as_tuple=True)
-        owner, index = ids[which[row]], block[row] * BLOCK + column
+        owner, index = which[row], block[row] * BLOCK + column
         exists = index < len(self.anchors.boxes)
         return owner[exists], index[exists]
 
-    def _touched(self, ids: Tensor, least: Tensor, inside: bool) -> Tensor:
-        """(g, B) bool: blocks that can hold a box as similar as (g,) ``least``, or, if asked for, an
-        anchor whose centre lies inside the object."""
-        boxes, image = self.gt.boxes[ids], self.gt.image_index[ids]
-        middle, half = centres(boxes), (boxes[:, 2:] - boxes[:, :2]).clamp(min=0) / 2
+    def _touched(self, objects: Tensor, image: Tensor, least: Tensor, inside: bool) -> Tensor:
+        """(g, B) bool: blocks that can hold a box as similar as (g,) ``least``, or, if asked for,
+        an anchor whose centre lies inside the object."""
+        middle, half = centres(objects), (objects[:, 2:] - objects[:, :2]).clamp(min=0) / 2
         scale, distance = self.similarity.reach(torch.where(least < ROUNDING, 0, least))
         reach = scale * half + distance + 1e-6 * (middle.abs() + half) + SLACK
         low, low_centre, high, high_centre, longest = self._bounds.index_select(2, image)
@@ -89,7 +89,7 @@ class BoxIndex:
         if inside:
             # Similar along one axis and inside along the other passes too: a few more.
             first, last = self._points
-            high, low = (boxes[:, 2:] + SLACK).T[..., None], (boxes[:, :2] - SLACK).T[..., None]
+            high, low = (objects[:, 2:] + SLACK).T[..., None], (objects[:, :2] - SLACK).T[..., None]
             touched |= (first < high) & (last > low)
         return touched.all(dim=0)
 
@@ -105,18 +105,19 @@ class BoxIndex:
     def _bounds(self) -> Tensor:
         """(5, 2, N, B) of each block along x and y: least x1 and least centre, greatest x2 and
         greatest centre, greatest half side."""
-        low, high = self._blocks[:2], self._blocks[2:]
+        # The first axis is the cheapest to reduce on a CPU.
+        low, high = self._blocks.movedim(-1, 0).contiguous().split(2, dim=1)
         middle, half = (low + high) / 2, (high - low).clamp(min=0) / 2
-        exists = low < FAR
-        least = (torch.minimum(low, middle).amin(dim=-1), middle.amin(dim=-1))
+        missing = low == FAR
+        least = (torch.minimum(low, middle).amin(dim=0), middle.amin(dim=0))
         high = torch.maximum(high, middle)
-        most = (torch.where(exists, x, -FAR).amax(dim=-1) for x in (high, middle))
-        return torch.stack([*least, *most, half.amax(dim=-1)])
+        most = (x.masked_fill(missing, -FAR).amax(dim=0) for x in (high, middle))
+        return torch.stack([*least, *most, half.amax(dim=0)])
 
     @cached_property
     def _points(self) -> tuple[Tensor, Tensor]:
         """(2, 1, B) least and greatest x and y of the centres of each block."""
         points = self.anchors.points.float()
         points = torch.cat([points, points[-1:].expand(-len(points) % BLOCK, 2)])
-        points = points.unflatten(0, (-1, BLOCK)).movedim(-1, 0)[:, None]
-        return points.amin(dim=-1), points.amax(dim=-1)
+        points = points.unflatten(0, (-1, BLOCK)).movedim(0, -1).contiguous()[..., None, :]
+        return points.amin(dim=0), points.amax(dim=0)

@@ -17,8 +17,8 @@ LOWEST = torch.finfo(torch.float64).min
 def keep_best(
     best: Tensor, owner: Tensor, slot: Tensor, claimant: Tensor, rank: Tensor, first: bool
 ) -> None:
-    """Give anchors, in place, to the claimants of highest rank; of equal ranks the lower object gets
-    it. A batch in pieces calls it once a piece.
+    """Give anchors, in place, to the claimants of highest rank; of equal ranks the lower object
+    gets it. A batch in pieces calls it once a piece.
 
     Args:
         best, owner: (S, ...) highest rank and object of each anchor so far; at first LOWEST and
@@ -86,14 +86,14 @@ class Conflicts:
     def settle(self) -> Tensor:
         """(N, R) int64 into G, or BACKGROUND."""
         owner = self.owner
-        if self.claims is not None:
+        if self.claims is not None and self.claimant is not None:
             owner = torch.where(self.claims > 1, owner, self.claimant)
         return owner.masked_fill(owner == NOBODY, BACKGROUND).view(self.shape)
 
 
 def assign_best(gt: GroundTruth, index: Tensor, affinity: Tensor, num_anchors: int) -> Tensor:
-    """Give each anchor of each image to its pair of highest affinity (paper, section 4.1: of several
-    objects the one with the highest IoU); of equal affinities the lower object gets it.
+    """Give each anchor of each image to its pair of highest affinity (paper, section 4.1: of
+    several objects the one with the highest IoU); of equal affinities the lower object gets it.
 
     Args:
         gt: G objects of N images.

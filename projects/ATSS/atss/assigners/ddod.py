@@ -10,7 +10,7 @@ from ..anchors import Anchors
 from ..geometry import centres, nearest_side
 from ..parts import within
 from ..structures import Assignment, GroundTruth, Predictions
-from .atss import ATSS, above_mean_and_std, join
+from .atss import ATSS, above_mean_and_std, exact, join
 from .conflicts import assign_best
 from .locations import INSIDE_MARGIN
 from .pairs import AssignmentBatch, CandidatePairs, alignment
@@ -18,8 +18,8 @@ from .pairs import AssignmentBatch, CandidatePairs, alignment
 
 @dataclass(frozen=True)
 class DDOD(ATSS):
-    """ATSS with p^(1 - alpha) * IoU^alpha of the prediction in place of the IoU of the anchor (DDOD,
-    arXiv 2107.02963).
+    """ATSS with p^(1 - alpha) * IoU^alpha of the prediction in place of the IoU of the anchor
+    (DDOD, arXiv 2107.02963).
 
     Args:
         top_k, count: as in ATSS, whose candidates it has.
@@ -46,14 +46,14 @@ class DDOD(ATSS):
         """
         if predictions is None:
             raise ValueError("DDOD looks at what a model predicts, and there is none")
-        batch = AssignmentBatch(anchors, gt, predictions, self.overlap)
+        batch = AssignmentBatch(anchors, gt, predictions, exact(self.similarity))
         ids = torch.arange(len(gt), device=gt.boxes.device)
         pairs = (self.aligned(batch, some) for some in ids.split(self.CHUNK))
         return Assignment(assign_best(gt, *join(pairs), len(anchors.boxes)))
 
     def aligned(self, batch: AssignmentBatch, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the candidates of (g,) objects: (C, g) int64 into R, and (C, g) float64 alignment, -inf
-        if not positive."""
+        """Find the candidates of (g,) objects: (C, g) int64 into R, and (C, g) float64 alignment,
+        -inf if not positive."""
         objects = batch.objects[ids]
         index, valid, boxes = self.nearest(batch.anchors, objects)
         pairs = CandidatePairs(batch, ids.expand_as(index), index)

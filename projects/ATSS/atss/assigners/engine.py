@@ -1,9 +1,9 @@
 """Which engine holds candidate pairs: lists on CPUs, tables on GPUs.
 
-A list holds the few pairs that can matter, so a CPU computes 3 to 9 times less; but finding them takes
-hundreds of operators, and the host must know their number. A table holds an object and all anchors of
-its image: more arithmetic, in few operators whose shapes the host knows, so a GPU never waits for the
-host, nor the host for the GPU. Both assign every anchor alike.
+A list holds the few pairs that can matter, so a CPU computes 3 to 9 times less; but finding them
+takes hundreds of operators, and the host must know their number. A table holds an object and all
+anchors of its image: more arithmetic, in few operators whose shapes the host knows, so a GPU never
+waits for the host, nor the host for the GPU. Both assign every anchor alike.
 """
 
 from collections.abc import Iterator

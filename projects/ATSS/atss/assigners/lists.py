@@ -148,8 +148,8 @@ class Lists(AssignmentBatch):
         return self.between(ids, *self.square_around(ids, radius))
 
     def central(self, ids: Tensor, radius: float | Tensor) -> ListPairs:
-        """List objects with the anchors that lie inside them and in the square around their centres,
-        and a few more."""
+        """List objects with the anchors that lie inside them and in the square around their
+        centres, and a few more."""
         low, high = self.square_around(ids, radius)
         boxes = self.objects[ids, None]
         low, high = torch.maximum(boxes[..., :2], low), torch.minimum(boxes[..., 2:], high)
@@ -158,14 +158,15 @@ class Lists(AssignmentBatch):
     def near(self, ids: Tensor, least: Tensor | None = None) -> ListPairs:
         """List objects with the anchors whose predicted boxes are similar: see
         :meth:`BoxIndex.near`."""
-        return self.pairs(*self._index.near(ids, least))
+        owner, index = self._index.near(self.gt.boxes[ids], self.gt.image_index[ids], least)
+        return self.pairs(ids[owner], index)
 
     @cached_property
     def _index(self) -> BoxIndex:
         usable = self.finite
         if self.eligible is not None:
             usable = usable & self.eligible.view_as(usable)
-        return BoxIndex(self.anchors, self.gt, self.boxes, usable, self.similarity)
+        return BoxIndex(self.anchors, self.boxes, usable, self.similarity)
 
     def of_anchors(self, slots: Tensor) -> ListPairs:
         """List (s,) anchors among the N * R with every object of their images."""

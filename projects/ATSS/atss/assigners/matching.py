@@ -24,9 +24,9 @@ Candidates = Callable[[Lists, Tensor], ListPairs]  # batch, (g,) int64 ids of ob
 
 
 class Matching:
-    """A rule in steps. Each of an object's pairs has a cost; the object selects pairs by their costs;
-    an anchor that several objects select goes to the pair of highest rank, of equal ranks to the
-    lower object; each match has a score.
+    """A rule in steps. Each of an object's pairs has a cost; the object selects pairs by their
+    costs; an anchor that several objects select goes to the pair of highest rank, of equal ranks to
+    the lower object; each match has a score.
 
     A subclass is a frozen dataclass with these methods. Pairs are a list on CPUs and a table on
     GPUs (:mod:`atss.assigners.engine`): cost, rank and score are elementwise functions of them.
@@ -37,13 +37,13 @@ class Matching:
         together: whether the choice of one object depends on that of others, so that pairs are
             never cut into pieces.
         lists_only: whether the rule's functions need (P,) pairs, so that a GPU holds lists, too.
-        rank: (...) of the pairs; None: an anchor that several objects select goes to the cheapest of
-            all its pairs, whether that object selects it or not.
+        rank: (...) of the pairs; None: an anchor that several objects select goes to the cheapest
+            of all its pairs, whether that object selects it or not.
         score: (...) of matches, in [0, 1]; None for none.
     """
 
     looks_at_predictions: ClassVar[bool] = True
-    eligible_radius: Any = None
+    eligible_radius: ClassVar[Any] = None
     together: ClassVar[bool] = False
     lists_only: bool = False
     similarity: Similarity = IOU
@@ -79,8 +79,8 @@ class Matching:
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
         """The pairs of a list that (g,) objects can select: by default those whose predicted boxes
-        are similar at all or whose anchors lie inside. Only to compute less: a condition of the rule
-        belongs into its cost."""
+        are similar at all or whose anchors lie inside. Only to compute less: a condition of the
+        rule belongs into its cost."""
         return batch.near(ids)
 
     def tables(self, batch: Tables) -> Iterable[Any]:

@@ -22,8 +22,8 @@ from .tables import Tables
 
 @dataclass(frozen=True)
 class MaxIoU:
-    """Thresholds on the IoU of an anchor with the object that it overlaps most: positive from one on,
-    background below another, ignored in between (RetinaNet, arXiv 1708.02002, section 4).
+    """Thresholds on the IoU of an anchor with the object that it overlaps most: positive from one
+    on, background below another, ignored in between (RetinaNet, arXiv 1708.02002, section 4).
 
     With low-quality matches the anchors that overlap an object most, all of them if several do
     equally, become positive too, each for its own best object (as Detectron2's Matcher has it).
@@ -81,9 +81,14 @@ class MaxIoU:
         """
         conflicts = Conflicts(gt, len(anchors.boxes))
         claimant = torch.full_like(conflicts.owner, -1)
-        kind = Tables if uses_tables(gt.boxes.device) else Lists
-        batch = kind(anchors, gt, None, self.similarity)
-        pieces: Any = batch.tables() if isinstance(batch, Tables) else self._near(batch)
+        dense = uses_tables(gt.boxes.device)
+        batch = (Tables if dense else Lists)(anchors, gt, None, self.similarity)
+        if isinstance(batch, Tables):
+            pieces: Iterator[Any] = batch.tables()
+        else:
+            index = anchors.kept(("index", self.similarity), lambda: self._index(anchors))
+            same = torch.zeros_like(gt.image_index)
+            pieces = self._near(batch, index, same, self._least(batch))
         for pairs in pieces:
             # No box code can describe an object without an area.
             overlap = pairs.anchor_overlap * batch.nonempty[pairs.owner]
@@ -95,23 +100,39 @@ class MaxIoU:
         if isinstance(batch, Lists) and self.claims_go_to == "best":
             # An object that a list left out may overlap a claimed anchor more than its claimant.
             unsure = (claimant >= 0) & (conflicts.best < self.background_below)
-            for slots in batch.pieces(unsure.nonzero().squeeze(1), len(gt)):
-                pairs = batch.of_anchors(slots)
-                conflicts.compete(pairs, pairs.anchor_overlap)
+            if unsure.any():
+                least = conflicts.best[unsure].amin().expand(len(gt))
+                index = self._index(anchors, unsure.view(batch.shape))
+                for pairs in self._near(batch, index, gt.image_index, least):
+                    conflicts.compete(pairs, pairs.anchor_overlap)
         return conflicts.best, conflicts.owner, claimant
 
-    def _near(self, batch: Lists) -> Iterator[ListPairs]:
-        """Pieces of the pairs that overlap enough not to be background, or to be an object's best:
-        of a shape, no anchor is better than that of the location nearest to the object's centre."""
-        anchors, objects, gt = batch.anchors, batch.objects, batch.gt
+    def _least(self, batch: Lists) -> Tensor:
+        """(G,) overlap of each object that is asked for: not to be background, or of its best
+        anchor. Of a shape, that is the one nearest to the object's centre."""
+        objects, anchors = batch.objects, batch.anchors
         least = torch.full_like(objects[:, 0], self.background_below)
-        if self.low_quality_matches:
-            index, valid = all_anchors(anchors, *nearest_locations(anchors, centres(objects), 1))
-            overlap = self.similarity(anchors.boxes[index].double(), objects) * valid
-            least = least.minimum(overlap.amax(dim=0))
-        # Anchors are the same in all images.
-        once = GroundTruth(gt.boxes, gt.classes, torch.zeros_like(gt.image_index), 1)
-        usable = torch.ones_like(anchors.stride, dtype=torch.bool)[None]
-        boxes = BoxIndex(anchors, once, anchors.boxes[None], usable, self.similarity)
-        for ids in batch.pieces(batch.all_objects, len(anchors.boxes)):
-            yield ListPairs(batch, *boxes.near(ids, least[ids]))
+        if not self.low_quality_matches:
+            return least
+        index, valid = all_anchors(anchors, *nearest_locations(anchors, centres(objects), 1))
+        overlap = self.similarity(anchors.boxes[index].double(), objects) * valid
+        return least.minimum(overlap.amax(dim=0))
+
+    def _index(self, anchors: Anchors, usable: Tensor | None = None) -> BoxIndex:
+        """Of the anchors that are usable, (N, R); None: of all, for all images."""
+        if usable is None:
+            usable = torch.ones_like(anchors.stride, dtype=torch.bool)[None]
+        boxes = anchors.boxes.expand(*usable.shape, 4)
+        return BoxIndex(anchors, boxes, usable, self.similarity)
+
+    def _near(
+        self, batch: Lists, index: BoxIndex, image: Tensor, least: Tensor
+    ) -> Iterator[ListPairs]:
+        """Pieces of the pairs that overlap by (G,) ``least``.
+
+        Args:
+            image: (G,) int64 into the images of the index.
+        """
+        for ids in batch.pieces(batch.all_objects, batch.shape[1]):
+            owner, anchor = index.near(batch.gt.boxes[ids], image[ids], least[ids])
+            yield ListPairs(batch, ids[owner], anchor)

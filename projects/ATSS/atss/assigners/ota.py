@@ -13,8 +13,8 @@ from .lists import ListPairs, Lists
 from .locations import INSIDE_MARGIN
 from .matching import Matching
 from .pairs import CandidatePairs, class_cost
-from .similarities import IOU, Similarity
 from .sim_ota import dynamic_k
+from .similarities import IOU, Similarity
 from .sinkhorn import transport
 from .tables import Tables
 
@@ -27,9 +27,9 @@ class OTA(Matching):
     and the background at the least cost.
 
     A pair costs the focal loss of its classes and ``iou_weight`` times -ln IoU; its anchor lies
-    inside the object and near its centre. An object supplies as many labels as its best overlaps add
-    up to. An object without such an anchor gets none: in the authors' code all are open to it at a
-    cost of 1e6 each, next to which float32 hardly tells one from another. Score: the IoU.
+    inside the object and near its centre. An object supplies as many labels as its best overlaps
+    add up to. An object without such an anchor gets none: in the authors' code all are open to it
+    at a cost of 1e6 each, next to which float32 hardly tells one from another. Score: the IoU.
 
     Args:
         top_k: overlaps that are added for the number of labels of an object.

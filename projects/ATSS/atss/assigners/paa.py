@@ -23,9 +23,9 @@ FOCAL = Focal()
 
 @dataclass(frozen=True)
 class PAA(Matching):
-    """Probabilistic anchor assignment (arXiv 2007.08103, section 3.1 and figure 3c): a mixture of two
-    Gaussians over the losses of an object's anchors separates good from bad ones. Positive are those
-    up to the loss at which the cheaper component is densest.
+    """Probabilistic anchor assignment (arXiv 2007.08103, section 3.1 and figure 3c): a mixture of
+    two Gaussians over the losses of an object's anchors separates good from bad ones. Positive are
+    those up to the loss at which the cheaper component is densest.
 
     Each anchor is a candidate of the object that it overlaps most, if by ``iou_threshold``, or else
     of an object that has none better. A pair costs its focal and GIoU loss now. The mixture is
@@ -35,9 +35,9 @@ class PAA(Matching):
         top_k: cheapest of each level, over which the mixture is fitted.
         iou_threshold: least overlap of a candidate.
         box_weight: of the GIoU loss, 1.3 in mmdet and 1 in the authors' code.
-        take: which anchors are positive: "component", those of the cheaper component, and none of an
-            object with a single candidate (mmdet); "all", and all candidates if there is a single
-            one, or none in the component (the authors).
+        take: which anchors are positive: "component", those of the cheaper component, and none of
+            an object with a single candidate (mmdet); "all", and all candidates if there is a
+            single one, or none in the component (the authors).
         claims_go_to: see :class:`~atss.assigners.MaxIoU`; "best" in the authors' code.
         similarity: of anchors and objects, in place of the IoU.
     """
@@ -64,9 +64,7 @@ class PAA(Matching):
     def first(self) -> MaxIoU:
         """The rule that gives each anchor to the object whose candidate it is."""
         least = self.iou_threshold
-        return MaxIoU(
-            least, least, claims_go_to=self.claims_go_to, similarity=self.similarity
-        )
+        return MaxIoU(least, least, claims_go_to=self.claims_go_to, similarity=self.similarity)
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
         gt_index = self.first(batch.anchors, batch.gt).gt_index

@@ -1,5 +1,5 @@
-"""A batch of images, and its candidate pairs of objects and anchors: what costs, ranks and scores are
-functions of. What decides is float64, so that it does not depend on rounding."""
+"""A batch of images, and its candidate pairs of objects and anchors: what costs, ranks and scores
+are functions of. What decides is float64, so that it does not depend on rounding."""
 
 from __future__ import annotations
 
@@ -191,8 +191,8 @@ class CandidatePairs:
         )
 
     def around(self, radius: float) -> Tensor:
-        """(...) bool: the anchor's centre lies less than ``radius`` strides from the object's, along
-        both axes."""
+        """(...) bool: the anchor's centre lies less than ``radius`` strides from the object's,
+        along both axes."""
         return self._once(("around", radius), lambda: self._offset < radius * self.strides)
 
     @property
@@ -255,8 +255,8 @@ def alignment(pairs: CandidatePairs, alpha: float, beta: float) -> Tensor:
 
 
 def class_cost(pairs: CandidatePairs, loss: ClassLoss, targets: Tensor) -> Tensor:
-    """(...) class loss, all classes added up, if the object's class has the target and others 0: the
-    loss of an anchor without an object, but for one class.
+    """(...) class loss, all classes added up, if the object's class has the target and others 0:
+    the loss of an anchor without an object, but for one class.
 
     Args:
         targets: (...) float64.

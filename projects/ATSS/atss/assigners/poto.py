@@ -64,8 +64,8 @@ class POTO(Matching):
     def select(self, pairs: Any, cost: Tensor) -> Tensor:
         costs = pairs.rows(cost, torch.inf)
         # One copy to the host. Slots are whole numbers below 2^53.
-        host = torch.stack([costs, pairs.rows(pairs.slot, 0).double()]).cpu().numpy()
-        matched = torch.from_numpy(match_one_each(*host, self.UNMATCHED))
+        host, slots = torch.stack([costs, pairs.rows(pairs.slot, 0).double()]).cpu().numpy()
+        matched = torch.from_numpy(match_one_each(host, slots, self.UNMATCHED))
         matched = matched.to(costs.device, non_blocking=True)
         place = torch.arange(costs.shape[1], device=costs.device)
         return pairs.from_rows(place == matched[:, None])

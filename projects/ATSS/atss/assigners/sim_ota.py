@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,12 +29,12 @@ def dynamic_k(overlaps: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DynamicMatching(Matching):
-    """Each object selects its cheapest anchors, as many as :func:`dynamic_k` returns; conflicts go to
-    the cheapest pair. Score: the IoU."""
+    """Each object selects its cheapest anchors, as many as :func:`dynamic_k` returns; conflicts go
+    to the cheapest pair. Score: the IoU."""
 
     top_k: int = 10
 
-    def select(self, pairs: CandidatePairs, cost: Tensor) -> Tensor:
+    def select(self, pairs: Any, cost: Tensor) -> Tensor:
         k = dynamic_k(pairs.highest_overlaps(self.top_k))
         return select_cheapest(pairs, cost, k, self.top_k)
 
@@ -47,12 +47,12 @@ class DynamicMatching(Matching):
 
 @dataclass(frozen=True)
 class SimOTA(DynamicMatching):
-    """OTA without its transport (YOLOX, arXiv 2107.08430): each object selects its cheapest anchors,
-    as many as its best predicted boxes overlap it, added up.
+    """OTA without its transport (YOLOX, arXiv 2107.08430): each object selects its cheapest
+    anchors, as many as its best predicted boxes overlap it, added up.
 
-    A pair costs the cross entropy of its classes, and ``iou_weight`` times -ln IoU. Eligible are the
-    anchors inside any object or near its centre; a penalty ranks the pairs of anchors that are not
-    both inside the object and near its centre after all others.
+    A pair costs the cross entropy of its classes, and ``iou_weight`` times -ln IoU. Eligible are
+    the anchors inside any object or near its centre; a penalty ranks the pairs of anchors that are
+    not both inside the object and near its centre after all others.
 
     Args:
         top_k: overlaps that are added.
@@ -101,8 +101,8 @@ class SoftLabel(DynamicMatching):
     """RTMDet's rule (arXiv 2212.07784, section 3.3): SimOTA with costs that are soft.
 
     A pair costs the quality focal loss of its classes with the IoU as target, ``iou_weight`` times
-    -ln IoU, and 10^(d - radius), d strides from the object's centre. Eligible are the anchors inside
-    any object.
+    -ln IoU, and 10^(d - radius), d strides from the object's centre. Eligible are the anchors
+    inside any object.
 
     Args:
         top_k: overlaps that are added.
@@ -132,7 +132,8 @@ class SoftLabel(DynamicMatching):
         return batch.around(ids, self.radius + self.WIDER)
 
     def fallbacks(self) -> Sequence[tuple[float, Candidates]]:
-        """All other pairs pay for their distance; those that do not overlap, the greatest -ln IoU."""
+        """All other pairs pay for their distance; those that do not overlap, the greatest -ln
+        IoU."""
         return (
             (10**self.WIDER - self.iou_weight * math.log1p(EPS), Lists.near),
             (-self.iou_weight * math.log(EPS), Lists.all_pairs),

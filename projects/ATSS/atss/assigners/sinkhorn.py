@@ -41,9 +41,9 @@ def transport(
     supply labels, each anchor demands one (OTA, arXiv 2103.14259, algorithm 1).
 
     An iteration scales the shares of each anchor, so that they add up to its demand, and then those
-    of each row, so that they add up to its supply. It changes a sum by a factor between 1e-8 / R and
-    G R, so within RENEW iterations no share that counts overflows or vanishes; the first iteration,
-    of which that is not true, and every RENEW-th after it are computed with logarithms.
+    of each row, so that they add up to its supply. It changes a sum by a factor between 1e-8 / R
+    and G R, so within RENEW iterations no share that counts overflows or vanishes; the first
+    iteration, of which that is not true, and every RENEW-th after it are computed with logarithms.
 
     Args:
         cost: (g, M) float64 of pairs; infinite for none. Rows in the order of objects.
@@ -55,8 +55,8 @@ def transport(
         iterations: of Sinkhorn's algorithm.
     Returns:
         (g, M) bool: pairs that get the largest part of their anchor, relative to the largest part
-        that their object gives to any; of equal parts the lower object has it, and rather any object
-        than the background.
+        that their object gives to any; of equal parts the lower object has it, and rather any
+        object than the background.
     """
     column, background = columns
     flat, shape = column.flatten(), background.shape

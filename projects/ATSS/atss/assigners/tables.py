@@ -30,7 +30,8 @@ class Rows(CandidatePairs):
 
     @cached_property
     def possible(self) -> Tensor:
-        """(g, C) bool: an object with an area, and an eligible anchor whose prediction is finite."""
+        """(g, C) bool: an object with an area, and an eligible anchor whose prediction is
+        finite."""
         possible = self.batch.nonempty[self.owner]
         if self.batch.usable is not None:
             possible = possible & self.per_anchor(self.batch.usable)
@@ -46,7 +47,8 @@ class Rows(CandidatePairs):
         return overlap.topk(min(k, overlap.shape[1])).values
 
     def columns(self, loss: ClassLoss, chosen: Tensor) -> Columns:
-        """All anchors, for a transport. What is not finite is in no pair, and counts for nothing."""
+        """All anchors, for a transport. What is not finite is in no pair, and counts for
+        nothing."""
         background = self.batch.background(loss).nan_to_num(0, posinf=0)
         return Columns(self.slot, background)
 
@@ -57,11 +59,17 @@ class Table(Rows):
     nothing is masked or padded.
 
     Attributes:
+        owner: (g, 1) neighbours.
         index: (1, R).
-        image: (g,) of each object.
+        first: the first object.
     """
 
-    image: Tensor | None = None
+    first: int = 0
+
+    @property
+    def image(self) -> Tensor:
+        """(g,) of each object."""
+        return self.batch.gt.image_index[self.first : self.first + len(self.owner)]
 
     def per_anchor(self, values: Tensor) -> Tensor:
         """(N, R) -> (g, R)"""
@@ -148,7 +156,7 @@ class Tables(AssignmentBatch):
     def _table(self, first: int, stop: int) -> Table:
         owner = torch.arange(first, stop, device=self.gt.boxes.device)[:, None]
         index = torch.arange(self.shape[1], device=owner.device)[None]
-        return Table(self, owner, index, image=self.gt.image_index[first:stop])
+        return Table(self, owner, index, first=first)
 
     def window(self, radius: float) -> Rows:
         """Objects with the anchors whose centres lie less than ``radius`` strides from theirs along

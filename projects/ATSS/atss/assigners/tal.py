@@ -28,8 +28,8 @@ class TAL(Matching):
     Args:
         top_k: of each object.
         alpha, beta: powers of the class probability and of the IoU of the predicted box.
-        inside: when anchors outside the object are left out: "after" its top k are taken (mmdet), or
-            "before" (PP-YOLOE, YOLOv8).
+        inside: when anchors outside the object are left out: "after" its top k are taken (mmdet),
+            or "before" (PP-YOLOE, YOLOv8).
         similarity: of predicted boxes and objects, in place of the IoU.
     """
 
