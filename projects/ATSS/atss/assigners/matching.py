@@ -33,7 +33,7 @@ class Matching:
 
     Attributes:
         similarity: of predicted boxes and objects.
-        eligible_radius: see :class:`~atss.assigners.batch.AssignmentBatch`.
+        eligible_radius: see :class:`~atss.assigners.pairs.AssignmentBatch`.
         together: whether the choice of one object depends on that of others, so that pairs are
             never cut into pieces.
         lists_only: whether the rule's functions need (P,) pairs, so that a GPU holds lists, too.
