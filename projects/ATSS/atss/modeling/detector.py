@@ -219,7 +219,7 @@ class ATSSDetector(DenseDetector):
         by_source = {sources[name]: output for name, output in outputs.items()}
         with torch.autocast(self.device.type, enabled=False):
             anchors = self.anchor_generator.grid(features)
-            tail = _compiled_tail(anchors) if self.compile_tail else compute_quotients
+            tail = _compiled_tail(anchors, gt) if self.compile_tail else compute_quotients
             found, assignments = tail(self.box_coder, phases, sources, by_source, anchors, gt)
             losses = divide(
                 {
@@ -292,13 +292,17 @@ class ATSSDetector(DenseDetector):
             self.visualize_training([shown], results[:1])
 
 
-def _compiled_tail(anchors: Anchors) -> Callable:
-    """The compiled :func:`compute_quotients`, for these anchors."""
+def _compiled_tail(anchors: Anchors, gt: GroundTruth) -> Callable:
+    """The compiled :func:`compute_quotients`, for these arguments."""
     # Values that anchors compute once and keep: inside, torch.compile would trace the first step of
     # a canvas, which computes them, and the second, which does not.
     for name, value in vars(Anchors).items():
         if isinstance(value, cached_property):
             getattr(anchors, name)
+    # Otherwise the sizes of a first batch with 4 objects, or with one per image, count as equal for
+    # a reason: a box has 4 sides.
+    for tensor in (gt.boxes, gt.classes, gt.image_index):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return _compile(compute_quotients)
 
 
