@@ -1,6 +1,7 @@
 import copy
 import logging
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -58,63 +59,57 @@ def traced(monkeypatch):
         return graph.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(detector.compute_quotients, dynamic=True, backend=record)
-    monkeypatch.setattr(detector, "_compile", lambda function: compiled)
-    return graphs
+    detector._compile.cache_clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=record))
+    yield graphs
+    detector._compile.cache_clear()
 
 
 def test_tail_is_one_graph_for_all_canvases_and_objects(traced):
     model = build({**TINY, "MODEL.ATSS.ASSIGNERS.ATSS.TOP_K": 2})  # in half the time
     for hw, counts in [((96, 128), (4, 0)), ((128, 96), (1, 1)), ((64, 160), (3, 11, 26))]:
         batch = make_batch(hw, *counts)
+        model.compile_tail = True  # first, while anchors are new
+        losses, grads = step(model, batch)
         model.compile_tail = False
         expected = step(model, batch)
-        model.compile_tail = True
-        losses, grads = step(model, batch)
         assert losses == expected[0]
         assert all(torch.equal(grads[k], x) for k, x in expected[1].items())
     assert len(traced) == 1
     assert not torch._dynamo.utils.counters["graph_break"]
-    # It is no part of the model.
+    # What is compiled is no part of the model.
+    model.compile_tail = True
+    assert step(model, batch)[0] == losses
     assert not any("_orig_mod" in name for name in model.state_dict())
-    expected = step(model, batch)
     for clone in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         clone.compile_tail = False
-        assert step(clone, batch)[0] == expected[0]
+        assert step(clone, batch)[0] == losses
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "row", ["ATSS", "ATSS in bf16", "TOOD", "DDOD", "PAA", "TAL_dual", "POTO", "GFLv2"]
-)
+@pytest.mark.parametrize("row", ["ATSS", "TOOD", "DDOD", "PAA", "TAL_dual"])
 def test_tail_of_every_kind_gives_the_same_losses(row, traced):
-    """Few objects, branches, phases, rules that leave the graph; uncompiled in the end, after so
-    many compilations, too."""
-    name = "ATSS_R_50_FPN_1x" if row.startswith("ATSS") else f"successors/{row}_R_50_FPN_1x"
-    precision = "bf16" if row.endswith("bf16") else "fp32"
-    options = {**THIN, "MODEL.FPN.OUT_CHANNELS": 64, "MODEL.ATSS.PRECISION": precision}
+    """In bf16, with few objects, branches, phases, and rules that break the graph."""
+    name = "ATSS_R_50_FPN_1x" if row == "ATSS" else f"successors/{row}_R_50_FPN_1x"
+    options = {**THIN, "MODEL.FPN.OUT_CHANNELS": 64, "MODEL.ATSS.PRECISION": "bf16"}
     model = build(options, f"{name}.yaml")
     ends = [p.until for b in model.branches.values() for p in b.phases if p.until < float("inf")]
-    for iteration in (0, *ends):
-        model.iteration = iteration
-        for counts in [(0, 0), (0, 1), (2, 0), (3, 9)]:
+    for model.iteration in (0, *ends):
+        for counts in [(0, 0), (0, 1), (3, 9)] if row == "ATSS" else [(0, 0), (3, 9)]:
             batch = make_batch((128, 160), *counts)
-            results = []
-            for compiled in (False, True):
-                model.compile_tail = compiled
-                buffers = {k: x.clone() for k, x in model.named_buffers()}
-                losses, grads = step(model, batch)
-                results.append((losses, grads))
-                if not compiled:  # level weights count
-                    for k, x in model.named_buffers():
-                        x.copy_(buffers[k])
-            (plain, plain_grads), (losses, grads) = results
-            assert losses == plain
-            assert all(torch.equal(grads[k], x) for k, x in plain_grads.items())
-    assert traced
+            counted = {k: x.clone() for k, x in model.named_buffers()}
+            model.compile_tail = False
+            expected = step(model, batch)
+            for k, x in model.named_buffers():  # level weights count
+                x.copy_(counted[k])
+            model.compile_tail = True
+            losses, grads = step(model, batch)
+            assert losses == expected[0]
+            assert all(torch.equal(grads[k], x) for k, x in expected[1].items())
+    assert len(traced) == 3 or row != "ATSS"
     with torch.no_grad():
         model.eval()(batch)
-        assert model.train()(batch).keys() == plain.keys()
+        assert model.train()(batch).keys() == losses.keys()
 
 
 @pytest.mark.slow
