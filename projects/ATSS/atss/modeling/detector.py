@@ -294,13 +294,13 @@ class ATSSDetector(DenseDetector):
 
 def _compiled_tail(anchors: Anchors, gt: GroundTruth) -> Callable:
     """The compiled :func:`compute_quotients`, for these arguments."""
-    # Values that anchors compute once and keep: inside, torch.compile would trace the first step of
-    # a canvas, which computes them, and the second, which does not.
+    # Values that anchors compute once and keep are computed here: inside, torch.compile would make
+    # one graph for the first step of a canvas, which computes them, and one for others.
     for name, value in vars(Anchors).items():
         if isinstance(value, cached_property):
             getattr(anchors, name)
-    # Otherwise the sizes of a first batch with 4 objects, or with one per image, count as equal for
-    # a reason: a box has 4 sides.
+    # Without the mark torch.compile takes sizes that are equal in a first batch for one size: 4
+    # objects for the 4 sides of a box, which are always 4.
     for tensor in (gt.boxes, gt.classes, gt.image_index):
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
     return _compile(compute_quotients)
