@@ -65,7 +65,7 @@ def test_each_piece_of_a_crowd_starts_few_operators(name):
 def case(precision):
     config = model_zoo.get_config_file("ATSS_R_50_FPN_1x.yaml")
     thin = tuple(x for item in THIN.items() for x in item)
-    return Case(precision, False, 2, 64, 64, 7, "cpu", config, thin)
+    return Case(precision, False, 2, 128, 128, 7, "cpu", config, thin)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

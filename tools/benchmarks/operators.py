@@ -66,7 +66,7 @@ class Counts:
 
 
 class Counter(TorchDispatchMode):
-    """Counts the operators of all tensors.
+    """A count of the operators of all tensors.
 
     Attributes:
         now: since the last lap.
@@ -87,7 +87,7 @@ class Counter(TorchDispatchMode):
 
 
 class PretendedGPU(Counter):
-    """A device "cuda" on any machine, which counts what is done on it.
+    """A device "cuda" on any machine, and a count of what it is given to do.
 
     Its tensors are FakeTensors, which raise if devices are mixed, or if the host would have to know
     a value. Each has a real tensor of the CPU beside it, so values are right. Tensors of the host
@@ -130,8 +130,8 @@ class PretendedGPU(Counter):
             return function(*args, **kwargs)
         self.now.operators += not function.is_view
         with unset_fake_temporarily():
-            there = {"device": CPU} if "device" in kwargs else {}
-            values = function(*tree_map(_value, args), **tree_map(_value, kwargs | there))
+            on_cpu = {"device": CPU} if "device" in kwargs else {}
+            values = function(*tree_map(_value, args), **tree_map(_value, kwargs | on_cpu))
         if _sets_where_true(function, args):
             self._wait(DynamicOutputShapeException(function))
         try:
