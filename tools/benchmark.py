@@ -184,7 +184,7 @@ def count_operators(args: argparse.Namespace) -> dict:
     case = model.Case(
         *("fp32", False, images, side, side, boxes, "cpu", args.config_file, tuple(args.opts))
     )
-    return {"rules": operators.print_rules(), "steps": operators.print_steps(case)}
+    return {"rules": operators.print_rules(), "steps": operators.print_steps(case, args.compile)}
 
 
 def measure_scaling(args: argparse.Namespace) -> dict:
@@ -263,6 +263,9 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("operators", parents=[shared, configured])
     command.set_defaults(measure=count_operators)
     command.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    command.add_argument(
+        "--compile", action="store_true", help="with MODEL.ATSS.COMPILE, too, which takes minutes"
+    )
     command = commands.add_parser("scaling", parents=[shared])
     command.set_defaults(measure=measure_scaling)
     command.add_argument("--plots", default="output/benchmark", metavar="FOLDER")

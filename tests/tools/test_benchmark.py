@@ -236,5 +236,15 @@ def test_operators_are_printed_as_tables(monkeypatch, tmp_path, capsys):
     assert measured["steps"]["bf16"]["ours"]["backbone"]["operators"] == 2
 
 
+def test_a_compiled_tail_counts_with_its_kernels(monkeypatch, capsys):
+    counts = {part: Counts(2) for part in operators.PARTS}
+    monkeypatch.setattr(operators, "BESIDE", ("ours",))
+    monkeypatch.setattr(operators, "count_step", lambda name, case: counts)
+    monkeypatch.setattr(operators, "count_kernels", lambda case: Counts(59))
+    compiled = operators.print_steps(case(), compiled=True)["fp32"]["ours, compiled"]
+    assert sum(x["operators"] for x in compiled.values()) == 59 + 2 * (len(operators.PARTS) - 2)
+    assert "ours, compiled" in capsys.readouterr().out
+
+
 def test_a_table_reads_as_markdown():
     assert table(["a", "bb"], [[1, 2]]).splitlines() == ["| a | bb |", "|---|----|", "| 1 | 2  |"]

@@ -4,6 +4,7 @@ With few images a GPU is faster than the host that starts its operators, so thes
 long a step takes.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,9 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
+from torch._inductor import metrics
+from torch._inductor.graph import GraphLowering
+from torch._inductor.utils import fresh_inductor_cache
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -27,6 +31,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from atss import Assignment, Predictions, add_atss_config
 from atss.assigners import ASSIGNER_REGISTRY, use_engine
+from atss.modeling import detector
+from atss.modeling.criterion import divide
 
 from .model import OURS, Case, build, random_batch, sgd
 from .peers import Peer
@@ -37,8 +43,16 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ENGINES = ("tables", "lists")
 OBJECTS = (14, 200, 2000)
 BESIDE = (OURS, "detectron2-retinanet", "detectron2-fcos")
-FORWARD = ("images", "backbone", "head", "decoding, assignment, criterion")
-BACKWARD = ("their backward", "head, backward", "backbone, backward", "optimizer")
+TAIL = "decoding, assignment, criterion"
+# Ours divides the losses apart; for peers this is in the parts beside it.
+FORWARD = ("images", "backbone", "head", TAIL, "division of losses")
+BACKWARD = (
+    "division, backward",
+    f"{TAIL}, backward",
+    "head, backward",
+    "backbone, backward",
+    "optimizer",
+)
 PARTS = (*FORWARD, *BACKWARD)
 
 
@@ -261,14 +275,14 @@ def count_step(name: str, case: Case) -> dict[str, Counts]:
     with mock.patch.object(F, "group_norm", _group_norm_of_cuda):
         for _ in range(2):
             counter = _step(peer, batch, optimizer)
-    backward = {name: counter.laps[name] for name in BACKWARD}
     with PretendedGPU() as gpu:
         peer.model.to(GPU)
         for _ in range(2):
+            gpu.laps.clear()
             with _laps_of_forward(peer.model, gpu), EventStorage(1):
                 peer.losses(batch)
-            gpu.lap(FORWARD[-1])
-    return {name: gpu.laps[name] for name in FORWARD} | backward
+            gpu.lap(FORWARD[4] if TAIL in gpu.laps else TAIL)
+    return {name: (gpu.laps | counter.laps).get(name, Counts()) for name in PARTS}
 
 
 def _group_norm_of_cuda(x: Tensor, *args: object, call: Callable = F.group_norm) -> Tensor:
@@ -281,20 +295,24 @@ def _step(peer: Peer, batch: list[dict], optimizer: torch.optim.Optimizer) -> Co
     optimizer.zero_grad()
     counter, outputs = Counter(), {}
     with ExitStack() as hooks, counter, EventStorage(1):
+        totals = hooks.enter_context(_laps_of_division(counter))
         for part in ("backbone", "head"):
             module, keep = peer.model.get_submodule(part), partial(_keep, outputs, part)
             hooks.enter_context(module.register_forward_hook(keep))
         losses = peer.losses(batch)
         # The engine runs the later of two operators first, so the gradient of any output of a part
         # is complete after all that follows the part, and before the part itself.
-        for part, lap in (("head", BACKWARD[0]), ("backbone", BACKWARD[1])):
-            for x in outputs[part]:
+        for outs, lap in zip(
+            (totals, outputs["head"], outputs["backbone"]), BACKWARD[:3], strict=True
+        ):
+            for x in outs:
                 x.register_hook(partial(_first, counter, lap))
+        counter.laps.clear()
         counter.lap("forward")
         sum(losses.values()).backward()
-        counter.lap(BACKWARD[2])
-        optimizer.step()
         counter.lap(BACKWARD[3])
+        optimizer.step()
+        counter.lap(BACKWARD[4])
     return counter
 
 
@@ -308,9 +326,23 @@ def _first(counter: Counter, lap: str, gradient: Tensor) -> None:
 
 
 @contextmanager
+def _laps_of_division(counter: Counter) -> Iterator[list[Tensor]]:
+    """Ends the lap of the tail where our detector divides its losses; yields what it divides."""
+    totals: list[Tensor] = []
+
+    def divide_apart(quotients: dict) -> dict:
+        counter.lap(TAIL)
+        totals.extend(x.total for x in quotients.values() if x.total.requires_grad)
+        return divide(quotients)
+
+    with mock.patch.object(detector, "divide", divide_apart):
+        yield totals
+
+
+@contextmanager
 def _laps_of_forward(model: nn.Module, counter: Counter) -> Iterator[None]:
     model.train()
-    with ExitStack() as hooks:
+    with ExitStack() as hooks, _laps_of_division(counter):
         begins = model.backbone.register_forward_pre_hook(lambda *_: counter.lap(FORWARD[0]))
         hooks.enter_context(begins)
         for part in FORWARD[1:3]:
@@ -320,12 +352,41 @@ def _laps_of_forward(model: nn.Module, counter: Counter) -> Iterator[None]:
         yield
 
 
-def print_steps(case: Case) -> dict:
+def count_kernels(case: Case) -> Counts:
+    """Kernels that torch.compile makes of decoding, assignment and criterion, forward and backward,
+    and the operators among them that it leaves as they are; counted on the CPU, in minutes.
+
+    Raises:
+        ValueError: if it makes none.
+    """
+    peer = build(OURS, replace(case, options=(*case.options, "MODEL.ATSS.COMPILE", "tail")))
+    codes: list[str] = []
+    save = mock.patch.object(GraphLowering, "save_output_code", codes.append)
+    with save, fresh_inductor_cache(), EventStorage(1):
+        torch._dynamo.reset()
+        metrics.reset()
+        peer.model.train()
+        sum(peer.losses(random_batch(case)).values()).backward()
+    if not codes:
+        raise ValueError("torch.compile makes no kernels here")
+    left = re.compile(r"^ +(?:\w+ = )?(?:torch\.ops\.aten|aten|extern_kernels)\.[\w.]+\(", re.M)
+    return Counts(metrics.generated_kernel_count + sum(len(left.findall(code)) for code in codes))
+
+
+def print_steps(case: Case, compiled: bool) -> dict:
     """Print a table of the parts of a step for each precision; return {precision: {name: {part:
-    counts}}}."""
+    counts}}}.
+
+    Args:
+        compiled: count ours with MODEL.ATSS.COMPILE "tail", too.
+    """
+    kernels = count_kernels(case) if compiled else None
     report = {}
     for precision in ("fp32", "bf16"):
         counted = {name: count_step(name, replace(case, precision=precision)) for name in BESIDE}
+        if kernels is not None:
+            tail = {TAIL: kernels, BACKWARD[1]: Counts()}
+            counted[f"{OURS}, compiled"] = counted[OURS] | tail
         sums = {name: sum(parts.values(), Counts()) for name, parts in counted.items()}
         rows = [[part, *(x[part].operators for x in counted.values())] for part in PARTS]
         rows.append(["sum", *(f"{x.operators:,}" for x in sums.values())])
@@ -336,7 +397,7 @@ def print_steps(case: Case) -> dict:
             f"\noperators of a training step, {precision}; {case.batch} images of "
             f"{case.height} x {case.width} with {case.boxes} boxes each\n"
         )
-        print(table(["", *BESIDE], rows))
+        print(table(["", *counted], rows))
         report[precision] = {
             name: {part: vars(counts) for part, counts in parts.items()}
             for name, parts in counted.items()
