@@ -7,6 +7,7 @@
     tools/benchmark.py batching                  inference of 8 images, together and one by one
     tools/benchmark.py assignment                the assigner beside dense ones
     tools/benchmark.py rules                     those that look at predictions, beside mmdet's
+    tools/benchmark.py operators                 what a host starts on a GPU, counted on a CPU
     tools/benchmark.py scaling                   how assignment grows; draws scaling.png
     tools/benchmark.py data                      what loading images costs
     tools/benchmark.py labels                    registering 100,000 images, by format
@@ -24,7 +25,7 @@ import sys
 from pathlib import Path
 
 import torch
-from benchmarks import assignment, data, labels, model, rules
+from benchmarks import assignment, data, labels, model, operators, rules
 from benchmarks.peers import PEERS, installed
 from benchmarks.timing import Seconds, table
 
@@ -32,6 +33,7 @@ from atss import load_config, model_zoo
 from atss.analysis.files import try_to_write
 from atss.config import config_names
 from atss.engine.launch import keep_freed_memory
+from atss.engine.run import import_modules
 
 DEFAULT_CONFIG = "ATSS_R_50_FPN_1x.yaml"
 
@@ -175,6 +177,16 @@ def measure_rules(args: argparse.Namespace) -> dict:
     return rules.beside_mmdet(args.runs, installed("mmdet-atss"), args.crowd)
 
 
+def count_operators(args: argparse.Namespace) -> dict:
+    """Of every rule, and of a training step beside Detectron2's."""
+    import_modules(args.imports)
+    images, side, boxes = 2, 128, 7
+    case = model.Case(
+        *("fp32", False, images, side, side, boxes, "cpu", args.config_file, tuple(args.opts))
+    )
+    return {"rules": operators.print_rules(), "steps": operators.print_steps(case, args.compile)}
+
+
 def measure_scaling(args: argparse.Namespace) -> dict:
     return assignment.scaling(args.runs, Path(args.plots))
 
@@ -247,6 +259,12 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(measure=measure_rules)
     command.add_argument(
         "--crowd", action="store_true", help="memory for 75,000 objects, too, which takes minutes"
+    )
+    command = commands.add_parser("operators", parents=[shared, configured])
+    command.set_defaults(measure=count_operators)
+    command.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    command.add_argument(
+        "--compile", action="store_true", help="with MODEL.ATSS.COMPILE, too, which takes minutes"
     )
     command = commands.add_parser("scaling", parents=[shared])
     command.set_defaults(measure=measure_scaling)

@@ -1,14 +1,17 @@
 import itertools
 import json
+import re
 import sys
 
 import benchmark
 import pytest
 import torch
-from benchmarks import model, rules
+from benchmarks import model, operators, rules
 from benchmarks.assignment import dense_atss, random_objects
 from benchmarks.data import loading
 from benchmarks.model import Case, build, inference, random_batch, training_step
+from benchmarks.operators import Counts, PretendedGPU
+from benchmarks.scenes import random_scene
 from benchmarks.timing import Seconds, in_turn, table
 from conftest import make_cfg
 
@@ -140,7 +143,7 @@ def test_loading_is_measured_with_the_trainers_loader(squares, capsys):
 
 def test_scenes_of_the_rules_predict_the_smallest_object_that_holds_an_anchor():
     """But for a tenth; and PAA's mixtures are fitted to what it pools."""
-    anchors, gt, seen = rules.random_scene(12, 2)
+    anchors, gt, seen = random_scene(12, 2)
     points = anchors.points.float()
     for image in range(2):
         boxes = gt.boxes[gt.image_index == image]
@@ -156,6 +159,91 @@ def test_scenes_of_the_rules_predict_the_smallest_object_that_holds_an_anchor():
     values = rules._paa_costs(anchors, gt, seen)
     assert values.shape[0] <= 12
     assert (values[:, 1:] >= values[:, :-1]).all()
+
+
+X = torch.arange(-3.0, 3)
+# {what: (function of a device and X there, operators, waits, copies to the host, to the GPU)}
+STARTED = {
+    "sum": (lambda gpu, x: x.sum(), 1, 0, 0, 0),
+    "views": (lambda gpu, x: x.view(2, 3).T[:1].detach(), 0, 0, 0, 0),
+    "in place": (lambda gpu, x: (x * 2)[1:].add_(1), 2, 0, 0, 0),
+    "a number of the host": (lambda gpu, x: x * torch.tensor(2.0), 1, 0, 0, 0),
+    "made there": (lambda gpu, x: torch.zeros(3, device=gpu), 1, 0, 0, 0),
+    "item": (lambda gpu, x: x.new_full((2,), x[0].item()), 2, 1, 0, 0),
+    "if": (lambda gpu, x: x if x.any() else -x, 2, 1, 0, 0),
+    "nonzero": (lambda gpu, x: x.nonzero(), 1, 1, 0, 0),
+    "a boolean index": (lambda gpu, x: x[x > 0], 2, 1, 0, 0),
+    "set where true": (lambda gpu, x: torch.ones_like(x).index_put_((x < 0,), x[:3]), 3, 1, 0, 0),
+    "filled where true": (lambda gpu, x: x.index_put((x < 0,), x[0]), 2, 0, 0, 0),
+    "unique": (lambda gpu, x: x.unique(), 1, 1, 0, 0),
+    "repeat_interleave": (lambda gpu, x: x.repeat_interleave(x.long().abs()), 4, 1, 0, 0),
+    "cpu": (lambda gpu, x: x.cpu(), 1, 1, 1, 0),
+    "copy_ to the host": (lambda gpu, x: torch.zeros(6).copy_(x), 1, 1, 1, 0),
+    "to": (lambda gpu, x: torch.ones(3).to(gpu), 1, 1, 0, 1),
+    "to, non-blocking": (lambda gpu, x: torch.ones(3).to(gpu, non_blocking=True), 1, 0, 0, 1),
+    "copy_ to the GPU": (lambda gpu, x: (x + 1).copy_(torch.ones(6)), 2, 1, 0, 1),
+    "torch.tensor": (lambda gpu, x: torch.tensor([1.0, 2], device=gpu), 1, 1, 0, 1),
+    "new_tensor": (lambda gpu, x: x.new_tensor([1.0, 2]), 1, 1, 0, 1),
+    "an index of the host": (lambda gpu, x: x[torch.tensor([0, 2])], 1, 1, 0, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "counts"), [(f, x) for f, *x in STARTED.values()], ids=STARTED
+)
+def test_a_pretended_gpu_counts_operators_waits_and_copies(function, counts):
+    with PretendedGPU() as gpu:
+        x = X.to("cuda")
+        gpu.lap("copy")
+        result = function("cuda", x)
+        gpu.lap("call")
+        result = result.cpu()
+    assert gpu.laps["call"] == Counts(*counts)
+    assert torch.equal(result, function("cpu", X))
+
+
+def test_a_pretended_gpu_raises_where_one_would_wait_or_fail():
+    with PretendedGPU(may_wait=False):
+        x = X.to("cuda")
+        with pytest.raises(RuntimeError, match="nonzero"):
+            x.nonzero()
+        with pytest.raises(RuntimeError, match="two devices"):
+            x + torch.ones(6)
+
+
+def test_autocast_of_a_pretended_gpu_is_cudas():
+    """Its GroupNorm is float32, that of CPUs is not."""
+    with PretendedGPU(), torch.autocast("cuda", torch.bfloat16):
+        x = torch.ones(1, 4, 3, 3, device="cuda")
+        low = torch.nn.functional.conv2d(x, x)
+        assert low.dtype == torch.bfloat16
+        assert torch.nn.functional.group_norm(low.expand(1, 4, 3, 3), 2).dtype == torch.float32
+
+
+def test_operators_are_printed_as_tables(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(operators, "OBJECTS", (3,))
+    monkeypatch.setattr(operators, "registered_rules", lambda: [("ATSS", ATSS())])
+    monkeypatch.setattr(operators, "BESIDE", ("ours",))
+    counts = {part: Counts(2) for part in operators.PARTS}
+    monkeypatch.setattr(operators, "count_step", lambda name, case: counts)
+    report = tmp_path / "report.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "operators", "--json", str(report)])
+    benchmark.main()
+    printed, measured = capsys.readouterr().out, json.loads(report.read_text())
+    started = measured["rules"]["ATSS"]["tables"]["3"]["operators"]
+    assert f"| ATSS | {started} (0, 0) " in printed
+    assert re.search(rf"\| sum +\| {2 * len(operators.PARTS)} ", printed)
+    assert measured["steps"]["bf16"]["ours"]["backbone"]["operators"] == 2
+
+
+def test_a_compiled_tail_counts_with_its_kernels(monkeypatch, capsys):
+    counts = {part: Counts(2) for part in operators.PARTS}
+    monkeypatch.setattr(operators, "BESIDE", ("ours",))
+    monkeypatch.setattr(operators, "count_step", lambda name, case: counts)
+    monkeypatch.setattr(operators, "count_kernels", lambda case: Counts(59))
+    compiled = operators.print_steps(case(), compiled=True)["fp32"]["ours, compiled"]
+    assert sum(x["operators"] for x in compiled.values()) == 59 + 2 * (len(operators.PARTS) - 2)
+    assert "ours, compiled" in capsys.readouterr().out
 
 
 def test_a_table_reads_as_markdown():

@@ -6,19 +6,17 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from atss import Anchors, GroundTruth, HeadOutput
+from atss import Anchors, GroundTruth
 from atss.assigners import ATSS, OTA, PAA, TAL, SimOTA, SoftLabel
 from atss.assigners.cuts import mixture
-from atss.assigners.pairs import NOBODY, keep_best
 from atss.assigners.scene import Scene
-from atss.geometry import area
 from atss.structures import Predictions
 
-from .assignment import CPU, SMALL, random_objects
+from .assignment import CPU
 from .peers import import_mmdet
+from .scenes import random_scene
 from .timing import in_fresh_process, in_turn, peak_mebibytes, resident_mebibytes, table
 
-NUM_CLASSES = 20
 RULES = {
     "ATSS": ATSS(),
     "TAL": TAL(),
@@ -27,33 +25,6 @@ RULES = {
     "OTA": OTA(),
     "PAA": PAA(),
 }
-Seen = tuple[Anchors, GroundTruth, Predictions]
-
-
-def random_scene(count: int, num_images: int = 1) -> Seen:
-    """Objects of random_objects in 20 classes. Each anchor predicts the smallest object that it
-    lies in, or its own box, every side moved by a tenth (standard deviation) of the box's."""
-    anchors, gt = Anchors.grid(SMALL), random_objects(count, SMALL, num_images)
-    generator = torch.Generator().manual_seed(1)
-    classes = torch.randint(NUM_CLASSES, (count,), generator=generator)
-    gt = GroundTruth(gt.boxes, classes, gt.image_index, num_images)
-    shape = (num_images, len(anchors.boxes))
-    own = anchors.boxes.expand(*shape, 4)
-    scene = Scene(anchors, gt, Predictions(HeadOutput(None, own, None), own))
-    smallness = torch.full((scene.num_slots,), -torch.inf)
-    owner = torch.full((scene.num_slots,), NOBODY)
-    sides = gt.boxes.double()[:, None].expand(-1, len(anchors.strides), -1)
-    for objects in scene.pieces(scene.every(), len(anchors.boxes)):
-        pairs = scene.between(objects, sides[objects, :, :2], sides[objects, :, 2:])
-        pairs = pairs.at(pairs.inside())
-        keep_best(smallness, owner, pairs.slot, pairs.owner, -area(pairs.objects).float())
-    held = (owner != NOBODY)[:, None]
-    boxes = torch.where(held, gt.boxes[owner.clamp(max=count - 1)], own.flatten(0, 1))
-    sizes = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    boxes = boxes + 0.1 * sizes * torch.randn(boxes.shape, generator=generator)
-    boxes = boxes.view(*shape, 4)
-    logits = torch.randn(*shape, NUM_CLASSES, generator=generator) - 3
-    return anchors, gt, Predictions(HeadOutput(logits, boxes, None), boxes)
 
 
 def mmdets(anchors: Anchors, gt: GroundTruth, seen: Predictions) -> dict[str, Callable]:
