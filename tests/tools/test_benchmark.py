@@ -153,7 +153,7 @@ def test_scenes_of_the_rules_predict_the_smallest_object_that_holds_an_anchor():
         assert held.any()
         assert off.std().item() == pytest.approx(0.1, abs=0.005)
         assert off.abs().max() < 1
-    values = rules._paa_costs(anchors, gt, seen)
+    values = rules.paa_costs(anchors, gt, seen)
     assert values.shape[0] <= 12
     assert (values[:, 1:] >= values[:, :-1]).all()
 
