@@ -231,56 +231,55 @@ def compare_rules(old: dict, new: dict) -> int:
     for (*one, _), (*other, _) in zip(scenes, new.pop("scenes"), strict=True):
         assert one == other, "the commits were given different scenes"
     rows: dict[tuple[str, str], list] = {}
-    differing = []
+    examples: dict[tuple[str, str], list[str]] = {}
     for engine in engines[1:]:
         for name, expected in old["lists"].items():
-            row = rows.setdefault((name.split()[0], engine), [0, 0, 0, 0, 0, 0, 0.0])
+            key = name.split()[0], engine
+            row = rows.setdefault(key, [0, 0, 0, 0, 0, 0, 0.0])
             for i, (traits, _, alike) in enumerate(scenes):
-                found = differences(expected[i], new[engine][name][i], alike)
-                wrong = any(found[1:4])
-                row[0] += 1
-                row[1] += wrong
-                row[2:6] = [a + b for a, b in zip(row[2:6], found[:4], strict=True)]
-                row[6] = max(row[6], found[4])
+                *counts, largest, error = differences(expected[i], new[engine][name][i], alike)
+                wrong = counts[1] + counts[3] > 0
+                row[:6] = [a + b for a, b in zip(row, [1, wrong, *counts], strict=False)]
+                row[6] = max(row[6], largest)
                 if wrong:
-                    differing.append(
-                        f"{engine}: {name}, scene {i} ({traits}): {found[1]} anchors, "
-                        f"{found[3]} scores {found[5]}"
-                    )
+                    where = f"{engine}, scene {i} ({traits}): {name}"
+                    found = error or f"{counts[1]} anchors, {counts[3]} scores"
+                    examples.setdefault(key, []).append(f"{where}: {found}")
     header = ["rule", "engine", "calls", "of them differ", "anchors", "of them differ"]
     header += ["between identical objects", "scores that differ", "by up to"]
-    print(table(header, [[*name, *row] for name, row in rows.items()]))
-    print("\n".join(differing[:40]))
-    print(f"{len(scenes)} scenes: {len(differing)} calls differ")
+    print(table(header, [[*key, *row[:6], f"{row[6]:.3g}"] for key, row in rows.items()]))
+    for some in examples.values():
+        print(*some[:3], sep="\n")
+    differing = sum(map(len, examples.values()))
+    print(f"{len(scenes)} scenes: {differing} calls differ")
     return 1 if differing or not rows else 0
 
 
 def differences(old, new, alike) -> tuple[int, int, int, int, float, str]:
     """Of one call: anchors, those that differ, those of them that go to an identical object, scores
-    that differ, by how much at most, and the error where only one of the calls has one.
+    that differ, by how much at most, and the error if only one of the calls has one.
 
     Args:
         alike: (G,) a number for each object, the same for identical ones.
     """
     import torch
 
-    if isinstance(old, str) or isinstance(new, str):
-        if isinstance(old, str) and isinstance(new, str):
-            return 0, 0, 0, 0, 0.0, ""
-        count = (new if isinstance(old, str) else old)[0].numel()
-        return count, count, 0, 0, 0.0, str(old if isinstance(old, str) else new)
+    errors = [x for x in (old, new) if isinstance(x, str)]
+    if len(errors) == 2:
+        return 0, 0, 0, 0, 0.0, ""
+    if errors:
+        count = next(x for x in (old, new) if not isinstance(x, str))[0].numel()
+        return count, count, 0, 0, 0.0, errors[0]
     (a, a_score), (b, b_score) = old, new
     differ = a != b
     both = differ & (a >= 0) & (b >= 0)
     identical = alike[a[both].long()] == alike[b[both].long()]
     none = torch.full(a.shape, torch.nan)
     a_score, b_score = (none if x is None else x for x in (a_score, b_score))
-    # A sign of zero counts, a payload of NaN does not.
-    same = (a_score.view(torch.int32) == b_score.view(torch.int32)) | (
-        a_score.isnan() & b_score.isnan()
-    )
-    off = (a_score - b_score)[~same].abs()
-    largest = float(off.nan_to_num(torch.inf).amax()) if len(off) else 0.0
+    # The sign of a zero counts, the payload of a NaN does not.
+    same = a_score.view(torch.int32) == b_score.view(torch.int32)
+    off = (a_score - b_score)[~(same | (a_score.isnan() & b_score.isnan()))].abs()
+    largest = off.nan_to_num(torch.inf).max().item() if len(off) else 0.0
     return a.numel(), int(differ.sum()), int(identical.sum()), len(off), largest, ""
 
 

@@ -27,6 +27,7 @@ TRAITS = (
     "ties",
     "not finite",
     "far predictions",
+    "constant predictions",
     "probabilities",
     "nine anchors",
     "one level",
@@ -183,7 +184,7 @@ def make_scene(number: int) -> Scene:
     traits = traits - {"plain"} | {TRAITS[number % len(TRAITS)]}
     canvas = (64 + 136 * rand(2)).long() * (3 if "large canvas" in traits else 1)
     anchors = _anchors(traits, tuple(canvas.tolist()), float(2 ** (1 + 3 * rand(1)).floor()))
-    gt = _objects(traits, canvas.flip(0), rand)
+    gt = _objects(traits, anchors, canvas.flip(0), rand)
     predictions = _predictions(traits, anchors, gt, rand)
     return Scene(tuple(x for x in TRAITS if x in traits), anchors, gt, predictions)
 
@@ -200,7 +201,7 @@ def _anchors(traits: set[str], canvas_hw: tuple[int, int], scale: float) -> Anch
     return Anchors.grid(canvas_hw, strides, scales, ratios, offset)
 
 
-def _objects(traits: set[str], canvas: Tensor, rand) -> GroundTruth:
+def _objects(traits: set[str], anchors: Anchors, canvas: Tensor, rand) -> GroundTruth:
     """Objects on a canvas of (width, height)."""
     num_images = 3 if traits & {"several images", "empty images"} else 1
     most = 60 if "crowded" in traits else 6
@@ -216,7 +217,10 @@ def _objects(traits: set[str], canvas: Tensor, rand) -> GroundTruth:
     if "beyond the canvas" not in traits:
         boxes = boxes.clamp(min=0).minimum(canvas.repeat(2))
     if "ties" in traits:
-        boxes = (boxes / 8).round() * 8
+        boxes = (boxes / 4).round() * 4
+        for i in range(0, count, 2):  # IoUs with an anchor of exactly 1 and 1 / 2
+            boxes[i] = anchors.boxes[int(len(anchors.boxes) * rand(1))]
+            boxes[i, 2] -= (boxes[i, 2] - boxes[i, 0]) * (rand(1) < 0.7).squeeze() / 2
     if "without area" in traits:
         flat = rand(count, 2) < 0.3
         boxes[:, 2:] = torch.where(flat, boxes[:, :2], boxes[:, 2:])
@@ -256,7 +260,9 @@ def _predictions(traits: set[str], anchors: Anchors, gt: GroundTruth, rand) -> P
     sides = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)
     boxes = boxes + 0.5 * (rand(*shape, 4) - 0.5) * sides
     if "ties" in traits:
-        logits, boxes = logits.round(), (boxes / 8).round() * 8
+        logits, boxes = logits.round(), (boxes / 4).round() * 4
+    if "constant predictions" in traits:
+        logits, boxes = logits[:, :1].expand_as(logits), boxes[:, -1:].expand_as(boxes)
     if "far predictions" in traits:
         boxes = boxes + 1e5 * (rand(*shape, 1) < 0.1) * rand(*shape, 1)
     if "not finite" in traits:

@@ -299,7 +299,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--size",
         type=int,
         nargs=2,
-        default=(256, 320),
+        default=(128, 160),
         metavar="PIXELS",
         help="canvas of training steps; on a small one assignment has a larger share",
     )

@@ -56,7 +56,7 @@ class Options:
     rounds: int = 3
     names: Sequence[str] = ("",)
     objects: Sequence[int] = (7, 100, 1000)
-    canvas_hw: tuple[int, int] = (256, 320)
+    canvas_hw: tuple[int, int] = (128, 160)
     opts: Sequence[str] = ()
     threads: int | None = None
     keep_freed_memory: bool = False
