@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 
 import atss
 from atss import assigners, load_config
+from atss.config import config_names
 from atss.engine.launch import keep_freed_memory
 
 from .assignment import CPU
@@ -107,23 +108,23 @@ def serve(folder: str) -> None:
     calls that take a tenth of a second, to "again" the mean seconds of so many, to "memory" MiB.
     All are JSON."""
     assert Path(atss.__file__).is_relative_to(folder), atss.__file__
-    answers, sys.stdout = sys.stdout, sys.stderr
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     function: Callable[[], object] = nullcontext
     repeats = 1
     for line in sys.stdin:
         what, *arguments = json.loads(line)
-        if what == "again":
-            start = clock()
-            for _ in range(repeats):
-                function()
-            answer = (clock() - start) / repeats
-        elif what == "memory":
-            answer = _memory(*arguments)
-        else:
-            function = {"call": _call, "step": _step}[what](*arguments)
-            answer = repeats = enough_calls(function, CPU)
-        print(json.dumps(answer), file=answers, flush=True)
+        with redirect_stdout(sys.stderr):  # only answers belong there
+            if what == "again":
+                start = clock()
+                for _ in range(repeats):
+                    function()
+                answer = (clock() - start) / repeats
+            elif what == "memory":
+                answer = _memory(*arguments)
+            else:
+                function = {"call": _call, "step": _step}[what](*arguments)
+                answer = repeats = enough_calls(function, CPU)
+        print(json.dumps(answer), flush=True)
 
 
 def _call(rule: str, objects: int) -> Callable[[], object]:
@@ -151,7 +152,7 @@ def configs() -> list[str]:
     """A config of each rule, and those of the successors; without the two that differ from others
     in backbone and head alone."""
     others = ["ATSS_R_50_FPN_1x", "tables/retinanet_A1", "tables/ssc_point"]
-    own = (x for x in atss.config.config_names() if x.startswith("successors/"))
+    own = (x for x in config_names() if x.startswith("successors/"))
     return [*others, *(x for x in own if "dcnv2" not in x)]
 
 

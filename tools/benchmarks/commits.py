@@ -15,7 +15,7 @@ def checked_out(commit: str | None) -> Iterator[Path]:
     """The folder of a commit's files, for a while; of the working tree if it is None.
 
     Raises:
-        subprocess.CalledProcessError: git knows no such commit.
+        ValueError: git cannot check it out.
     """
     if commit is None:
         yield ROOT
@@ -23,7 +23,9 @@ def checked_out(commit: str | None) -> Iterator[Path]:
     worktree = ["git", "-C", str(ROOT), "worktree"]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "commit"
-        subprocess.run([*worktree, "add", "-q", "--detach", str(folder), commit], check=True)
+        added = subprocess.run([*worktree, "add", "-q", "--detach", str(folder), commit])
+        if added.returncode:
+            raise ValueError(f"git cannot check out {commit!r}")
         try:
             yield folder
         finally:
