@@ -192,6 +192,7 @@ def _beside(title: str, folders: Sequence[Path], asked: dict, options: Options) 
         with ExitStack() as stack:
             workers = [stack.enter_context(Worker(x, options)) for x in folders]
             for name, requests in asked.items():
+                print(f"{title}: {name}", file=sys.stderr, flush=True)
                 for worker, request in zip(workers, requests, strict=True):
                     worker.ask(*request)
                 for turn in range(options.runs):
