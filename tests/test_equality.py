@@ -3,6 +3,8 @@ import pytest
 import rule_scenes
 import torch
 
+from atss.geometry import iou
+
 
 @pytest.fixture(scope="module")
 def found():
@@ -56,3 +58,45 @@ def test_differences_of_a_call(new, wanted):
     """Objects 0 and 2 are identical."""
     old = torch.tensor([[0, 1, -1]]), torch.tensor([[0.5, 1.0, 0.0]])
     assert equality.differences(old, new, torch.tensor([0, 1, 0])) == wanted
+
+
+def sides(boxes):
+    return boxes[..., 2:] - boxes[..., :2]
+
+
+def best_overlaps(scene):
+    overlap = iou(scene.gt.boxes[:, None].double(), scene.anchors.boxes.double())
+    return overlap.amax(dim=1).tolist()
+
+
+# What most scenes of a trait have, and most others have not.
+HAVE = {
+    "crowded": lambda s: len(s.gt) > 20,
+    "several images": lambda s: (s.gt.image_index.diff() < 0).any(),
+    "empty images": lambda s: s.gt.num_images == 3 and len(s.gt.image_index.unique()) < 3,
+    "empty batch": lambda s: len(s.gt) == 0,
+    "tiny": lambda s: len(s.gt) and sides(s.gt.boxes).median() < 7,
+    "beyond the canvas": lambda s: (s.gt.boxes < 0).any(),
+    "without area": lambda s: (sides(s.gt.boxes) == 0).any(),
+    "duplicates": lambda s: len(equality._alike(s.gt).unique()) < len(s.gt),
+    "ties": lambda s: {0.5, 1.0} & set(best_overlaps(s)),
+    "not finite": lambda s: not s.predictions.boxes.isfinite().all(),
+    "far predictions": lambda s: (s.predictions.boxes.nan_to_num(0, 0, 0) > 1e4).any(),
+    "constant predictions": lambda s: (s.predictions.boxes.diff(dim=1) == 0).float().mean() > 0.5,
+    "probabilities": lambda s: s.predictions.output.probabilities,
+    "nine anchors": lambda s: s.anchors.num_anchors == 9,
+    "one level": lambda s: len(s.anchors.strides) == 1,
+    "odd strides": lambda s: s.anchors.offset == 0,
+    "large canvas": lambda s: len(s.anchors.boxes) / s.anchors.num_anchors > 1200,
+}
+
+
+@pytest.mark.parametrize("trait", rule_scenes.TRAITS[1:])
+def test_traits_of_scenes_are_what_they_are_called(trait):
+    scenes = [rule_scenes.make_scene(i) for i in range(4 * len(rule_scenes.TRAITS))]
+    shares = []
+    for wanted in (True, False):
+        some = [bool(HAVE[trait](s)) for s in scenes if (trait in s.traits) == wanted]
+        shares.append(sum(some) / len(some))
+    assert shares[0] >= 0.5, shares
+    assert shares[1] < 0.5, shares
