@@ -69,6 +69,11 @@ def best_overlaps(scene):
     return overlap.amax(dim=1).tolist()
 
 
+@pytest.fixture(scope="module")
+def scenes():
+    return [rule_scenes.make_scene(i) for i in range(4 * len(rule_scenes.TRAITS))]
+
+
 # What most scenes of a trait have, and most others have not.
 HAVE = {
     "crowded": lambda s: len(s.gt) > 20,
@@ -92,8 +97,7 @@ HAVE = {
 
 
 @pytest.mark.parametrize("trait", rule_scenes.TRAITS[1:])
-def test_traits_of_scenes_are_what_they_are_called(trait):
-    scenes = [rule_scenes.make_scene(i) for i in range(4 * len(rule_scenes.TRAITS))]
+def test_traits_of_scenes_are_what_they_are_called(trait, scenes):
     shares = []
     for wanted in (True, False):
         some = [bool(HAVE[trait](s)) for s in scenes if (trait in s.traits) == wanted]
