@@ -11,6 +11,7 @@
     tools/benchmark.py scaling                   how assignment grows; draws scaling.png
     tools/benchmark.py data                      what loading images costs
     tools/benchmark.py labels                    registering 100,000 images, by format
+    tools/benchmark.py against COMMIT            the working tree beside a commit
 
 Everything that is compared is measured in one run, in turn. Ratios are medians of those of each
 turn, but where two precisions or canvases are compared; intervals hold the median with 95 %
@@ -25,7 +26,7 @@ import sys
 from pathlib import Path
 
 import torch
-from benchmarks import assignment, data, labels, model, operators, rules
+from benchmarks import against, assignment, data, labels, model, operators, rules
 from benchmarks.peers import PEERS, installed
 from benchmarks.timing import Seconds, table
 
@@ -200,6 +201,22 @@ def measure_labels(args: argparse.Namespace) -> dict:
     return labels.registration(args.images, args.boxes)
 
 
+def measure_against(args: argparse.Namespace) -> dict:
+    options = against.Options(
+        *(
+            args.runs,
+            args.rounds,
+            args.only,
+            args.objects,
+            tuple(args.size),
+            args.opts,
+            args.threads,
+        ),
+        args.keep_freed_memory,
+    )
+    return against.against([*args.commits, None][:2], args.parts, options)
+
+
 def make_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
@@ -277,6 +294,38 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(measure=measure_labels)
     command.add_argument("--images", type=int, default=100_000)
     command.add_argument("--boxes", type=int, default=10, help="objects on each image")
+    command = commands.add_parser("against", parents=[shared])
+    command.set_defaults(measure=measure_against)
+    command.add_argument(
+        "commits",
+        nargs="+",
+        metavar="COMMIT",
+        help="before, and after: the working tree if left out",
+    )
+    command.add_argument(
+        "--parts",
+        nargs="+",
+        default=["calls", "steps", "lists", "tables"],
+        choices=["calls", "steps", *against.MEMORY],
+        help="rules alone, training steps, memory of 1,000 objects by engine and of 75,000",
+    )
+    command.add_argument(
+        "--only", nargs="+", default=[""], help="parts of names, of rules and configs"
+    )
+    command.add_argument("--objects", type=int, nargs="+", default=[7, 100, 1000])
+    command.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(128, 160),
+        metavar="PIXELS",
+        help="canvas of training steps; on a small one assignment has a larger share",
+    )
+    command.add_argument("--threads", type=int, help="of each process")
+    command.add_argument("--rounds", type=int, default=3, help="pairs of processes")
+    command.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="over the configs"
+    )
     return parser
 
 

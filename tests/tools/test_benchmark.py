@@ -1,12 +1,15 @@
+import contextlib
+import io
 import itertools
 import json
 import re
 import sys
+from pathlib import Path
 
 import benchmark
 import pytest
 import torch
-from benchmarks import model, operators, rules
+from benchmarks import against, commits, model, operators, rules
 from benchmarks.assignment import dense_atss, random_objects
 from benchmarks.data import loading
 from benchmarks.model import Case, build, inference, random_batch, training_step
@@ -15,6 +18,7 @@ from benchmarks.scenes import random_scene
 from benchmarks.timing import Seconds, in_turn, table
 from conftest import make_cfg
 
+import atss
 from atss import Anchors, model_zoo
 from atss.assigners import ATSS, TAL
 from atss.data.datasets import register
@@ -156,7 +160,7 @@ def test_scenes_of_the_rules_predict_the_smallest_object_that_holds_an_anchor():
         assert held.any()
         assert off.std().item() == pytest.approx(0.1, abs=0.005)
         assert off.abs().max() < 1
-    values = rules._paa_costs(anchors, gt, seen)
+    values = rules.paa_costs(anchors, gt, seen)
     assert values.shape[0] <= 12
     assert (values[:, 1:] >= values[:, :-1]).all()
 
@@ -244,6 +248,50 @@ def test_a_compiled_tail_counts_with_its_kernels(monkeypatch, capsys):
     compiled = operators.print_steps(case(), compiled=True)["fp32"]["ours, compiled"]
     assert sum(x["operators"] for x in compiled.values()) == 59 + 2 * (len(operators.PARTS) - 2)
     assert "ours, compiled" in capsys.readouterr().out
+
+
+def test_a_worker_answers_line_by_line(monkeypatch, capsys):
+    questions = [["call", "ATSS", 3], ["again"], ["call", "DDOD", 3], ["again"]]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(map(json.dumps, questions))))
+    against.serve(str(Path(atss.__file__).parent))
+    repeats, seconds, *_ = answers = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
+    assert len(answers) == 4
+    assert repeats >= 1
+    assert 0 < seconds < 0.2
+
+
+def test_an_unknown_commit_is_one_sentence():
+    with (
+        pytest.raises(ValueError, match="git cannot check out 'no-such-commit'"),
+        commits.checked_out("no-such-commit"),
+    ):
+        pass
+
+
+def test_commits_take_turns(monkeypatch, capsys):
+    """The second takes 3 / 2 of the first's seconds; each turn begins with the other one."""
+    asked = []
+
+    class Worker(contextlib.nullcontext):
+        def __init__(self, folder, options):
+            super().__init__(self)
+            self.seconds = {"old": 2.0, "new": 3.0}[folder.name]
+
+        def ask(self, what, *arguments):
+            asked.append((self.seconds, what, *arguments))
+            return self.seconds
+
+    monkeypatch.setattr(against, "Worker", Worker)
+    monkeypatch.setattr(against, "checked_out", lambda x: contextlib.nullcontext(Path(x)))
+    options = against.Options(runs=3, rounds=2, names=["SimOTA"], objects=[7], canvas_hw=(64, 96))
+    report = against.against(["old", "new"], ["calls", "steps", "lists"], options)
+    calls = [x for x in asked if x[1:] in (("call", "SimOTA", 7), ("again",))][:8]
+    assert [x[0] for x in calls] == [2, 3, 3, 2, 2, 3, 3, 2]
+    file = "configs/successors/SimOTA_R_50_FPN_1x.yaml"
+    assert (2, "step", f"old/{file}", 7, 64, 96, []) in asked
+    assert (3, "memory", "SimOTA", 1000, 1, "lists") in asked
+    assert capsys.readouterr().out.count("| 1.500          | 1.500 to 1.500 |") == 2
+    assert report["lists"] == {"SimOTA": {"before": 2.0, "after": 3.0}}
 
 
 def test_a_table_reads_as_markdown():
