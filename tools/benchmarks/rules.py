@@ -14,7 +14,7 @@ from atss.structures import Predictions
 
 from .assignment import CPU
 from .peers import import_mmdet
-from .scenes import random_scene
+from .scenes import NUM_CLASSES, random_scene
 from .timing import in_fresh_process, in_turn, peak_mebibytes, resident_mebibytes, table
 
 # Those beside mmdet's, and all.
@@ -95,7 +95,7 @@ def extra_mebibytes(name: str, count: int, num_images: int) -> float:
 def beside_mmdet(runs: int, against_mmdet: bool, crowd: bool) -> dict:
     """Prints tables of milliseconds, ratios and memory; returns what stands in them."""
     # Here, because against.py runs this file with packages of other commits.
-    from atss.assigners.cuts import mixture
+    from atss.assigners.mixture import mixture
 
     rules = {name: make_rule(name) for name in LOOKING}
     report: dict = {"ms": {}, "mmdet": {}, "MiB": {}}
