@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .deform_conv import DeformConv
-from .foreach import ScaleAll, autocast_dtype, cast_all, is_traced
+from .foreach import ScaleAll, autocast_dtype, cast_all, is_grouped, is_traced
 
 
 class P6P7FromP5(nn.Module):
@@ -121,12 +121,12 @@ class FrozenNormConv2d(Conv2d):
 class FoldedWeights:
     """Weights and biases of convolutions with frozen norms for one forward pass.
 
-    A step of two images on a GPU takes as long as the host needs to launch its operators, and one
-    multiplication, its gradient, and under autocast three casts for each of 53 convolutions are
-    220 of them. Here one operator does it for a group of convolutions. Weights are made when the
-    first of a group is called, and each is handed out once, so that inference holds those of one
-    group; gradients of a group reach its parameters together, so that those of one stage of a
-    backbone can be exchanged by DDP while the next is at work. Nothing is kept between passes.
+    A training step of two images on a GPU takes as long as the host needs to launch its operators,
+    and R-50 has 53 such convolutions, each with a multiplication, its gradient, and under autocast
+    three casts. Here one operator does this for a group of convolutions. The weights of a group are
+    made when the first of its convolutions is called, and each is handed out once: inference holds
+    those of one group. The gradients of a group reach its parameters together: DDP exchanges those
+    of one stage during the backward pass of the next. Nothing is kept between passes.
 
     Args:
         groups: of convolutions.
@@ -164,7 +164,8 @@ _folded: ContextVar[FoldedWeights | None] = ContextVar("folded", default=None)
 
 
 class FoldedFPN(FPN):
-    """Detectron2's, on a bottom-up whose frozen norms are folded child by child."""
+    """Detectron2's FPN, with folded frozen norms of which each child of the bottom-up, such as a
+    stage of a ResNet, is a group (:class:`FoldedWeights`), or on CPUs each convolution."""
 
     def __init__(self, bottom_up: Backbone, *args: Any, **kwargs: Any):
         super().__init__(bottom_up, *args, **kwargs)
@@ -177,7 +178,10 @@ class FoldedFPN(FPN):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         if not self._groups or is_traced():
             return super().forward(x)
-        token = _folded.set(FoldedWeights(self._groups))
+        groups = self._groups
+        if not is_grouped(x.device):
+            groups = [[conv] for group in groups for conv in group]
+        token = _folded.set(FoldedWeights(groups))
         try:
             return super().forward(x)
         finally:

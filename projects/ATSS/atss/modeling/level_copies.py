@@ -1,12 +1,12 @@
 """Layers that all levels of a pyramid share, as copies with aliases of their parameters."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .foreach import RepeatAll, autocast_dtype, is_traced
+from .foreach import RepeatAll, autocast_dtype, is_grouped
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -27,13 +27,13 @@ def for_levels(
     Autocast casts a parameter once for all levels, but an alias for each; so the parameters of
     convolutions and linear layers are cast here.
 
-    Copies live for one forward pass. Their buffers and hooks are those of the modules. The modules
-    themselves are returned if no gradients are to be added, or a compiler reads the operators.
+    Copies live for one forward pass, and have the buffers and hooks of the modules. The modules
+    themselves are returned if no gradient is computed, on CPUs, and to compilers.
 
     Args:
         num_levels: L.
-        modules: whose every parameter a level uses at most once: otherwise gradients are added in
-            another order.
+        modules: a level uses each of their parameters at most once; otherwise the order in which
+            gradients are added changes.
         precise: convolutions and linear layers among them, or in them, that are called outside of
             autocast.
 
@@ -41,7 +41,7 @@ def for_levels(
         L tuples of as many modules.
     """
     dtypes: dict[Tensor, torch.dtype | None] = {}
-    if num_levels > 1 and torch.is_grad_enabled() and not is_traced():
+    if num_levels > 1 and torch.is_grad_enabled():
         for module in modules:
             _collect(module, precise, dtypes)
     if not dtypes:
@@ -54,10 +54,10 @@ def for_levels(
 def _collect(
     module: nn.Module, precise: Collection[nn.Module], dtypes: dict[Tensor, torch.dtype | None]
 ) -> None:
-    """Add each shared parameter that is trained, and to which precision it is cast, if it is."""
+    """Add each shared parameter that is trained, and the precision to which it is cast or None."""
     is_cast = isinstance(module, nn.Conv2d | nn.Linear) and module not in precise
     for x in module._parameters.values():
-        if x is not None and x.requires_grad:
+        if x is not None and x.requires_grad and is_grouped(x.device):
             dtypes[x] = autocast_dtype(x) if is_cast else None
     for child in module.children():
         if not isinstance(child, PerLevel):
@@ -67,8 +67,12 @@ def _collect(
 def replace(module: M, tensors: Mapping[Tensor, Tensor]) -> M:
     """Return a copy of the module with other tensors in place of some of its parameters, as torch's
     DataParallel makes its replicas; the module itself if it has none of these."""
-    own = {name: tensors.get(x, x) for name, x in module._parameters.items()}  # type: ignore
-    children = {name: x and replace(x, tensors) for name, x in module._modules.items()}
+    parameters = module._parameters.items()
+    own: Any = {k: tensors[x] for k, x in parameters if x is not None and x in tensors}
+    children = {k: x and replace(x, tensors) for k, x in module._modules.items()}
+    if not own and all(x is module._modules[k] for k, x in children.items()):
+        return module
     copy = module.__new__(type(module))
-    copy.__dict__ = module.__dict__ | {"_parameters": own, "_modules": children}
+    changed = {"_parameters": {**module._parameters, **own}, "_modules": children}
+    copy.__dict__ = module.__dict__ | changed
     return copy
