@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from atss import Assignment, Predictions, add_atss_config
 from atss.assigners import ASSIGNER_REGISTRY, use_engine
-from atss.modeling import detector
+from atss.modeling import detector, foreach
 from atss.modeling.criterion import divide
 
 from .model import OURS, Case, build, random_batch, sgd
@@ -268,11 +268,13 @@ def count_step(name: str, case: Case) -> dict[str, Counts]:
     """Counts of the parts of a training step, of our detector or of a peer.
 
     The forward pass is counted on the GPU that is pretended. Backward pass and optimizer are
-    counted on the CPU, with the casts of CUDA's autocast: its GroupNorm is float32.
+    counted on the CPU, with the casts of CUDA's autocast, whose GroupNorm is float32, and grouped
+    as on a GPU.
     """
     peer, batch = build(name, case), random_batch(case)
     optimizer = sgd(peer.model, foreach=True)
-    with mock.patch.object(F, "group_norm", _group_norm_of_cuda):
+    grouped = mock.patch.object(foreach, "ONE_BY_ONE", frozenset())
+    with grouped, mock.patch.object(F, "group_norm", _group_norm_of_cuda):
         for _ in range(2):
             counter = _step(peer, batch, optimizer)
     with PretendedGPU() as gpu:
