@@ -27,8 +27,7 @@ from atss.assigners.poto import match_one_each
 from atss.assigners.sim_ota import dynamic_k
 from atss.structures import Predictions
 
-# All rules on both engines.
-pytestmark = pytest.mark.usefixtures("engine")
+pytestmark = pytest.mark.usefixtures("both_engines")
 
 VECTORS = {
     **np.load(GOLDEN / "dynamic_assignment.npz"),
@@ -616,14 +615,14 @@ def test_what_is_not_finite_changes_nothing_else(rule, value):
 @pytest.mark.parametrize(
     "rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO(), DDOD(alpha=0.5)]
 )
-def test_pieces_of_a_batch_change_nothing(rule, monkeypatch, engine):
+def test_pieces_of_a_batch_change_nothing(rule, monkeypatch):
     """Few pairs at a time, as in crowds."""
     anchors, gt, scores, boxes = of_case("crowded")
     seen = predict(scores, boxes, probabilities=True)
     whole = rule(anchors, gt, seen)
     monkeypatch.setattr("atss.assigners.lists.PIECE", 7 * len(anchors.boxes))
     monkeypatch.setattr("atss.assigners.atss.ATSS.CHUNK", 7)
-    with use_engine(engine, limit=7 * len(anchors.boxes)):
+    with use_engine("auto", limit=7 * len(anchors.boxes)):
         in_pieces = rule(anchors, gt, seen)
     assert torch.equal(whole.gt_index, in_pieces.gt_index)
     assert whole.score is None or torch.equal(whole.score, in_pieces.score)
