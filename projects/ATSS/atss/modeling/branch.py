@@ -1,15 +1,13 @@
 """Outputs that learn: what a detector may have one or more of."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..anchors import Anchors
-from ..structures import Assignment, GroundTruth, HeadOutput, Predictions
+from ..structures import Assigner, HeadOutput
 from .criterion import Criterion
 
-Assigner = Callable[[Anchors, GroundTruth, Predictions], Assignment]
 HeadOutputs = HeadOutput | Mapping[str, HeadOutput]
 
 
