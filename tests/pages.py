@@ -1,4 +1,4 @@
-"""The code of the pages in docs/, run as it stands there."""
+"""The code of pages, run as it stands there."""
 
 import re
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ from atss.config.branches import kinds
 
 
 @contextmanager
-def run_page(name: str) -> Iterator[tuple[dict, list[str]]]:
+def run_page(page: str) -> Iterator[tuple[dict, list[str]]]:
     """Run the Python of a page: its names and its yamls. What it registers goes afterwards."""
-    text = (ROOT / "docs" / f"{name}.md").read_text()
+    text = (ROOT / page).read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
     before = [(kind, dict(kind.entries)) for kind in kinds()]
-    names: dict = {"__name__": name}
+    names: dict = {"__name__": page}
     try:
         for language, code in blocks:
             if language == "python":
-                exec(compile(code, name, "exec"), names)
+                exec(compile(code, page, "exec"), names)
         yield names, [code for language, code in blocks if language == "yaml"]
     finally:
         for kind, entries in before:

@@ -25,7 +25,7 @@ MADE = {
 
 @pytest.mark.parametrize("name", MADE)
 def test_a_part_of_ones_own_works_and_trains_by_its_yaml(name, tmp_path):
-    with run_page(name) as (names, codes):
+    with run_page(f"docs/{name}.md") as (names, codes):
         assert MADE[name](names)
         assert len(codes) == (2 if name == "own_assigner" else 1)
         models = [train(tmp_path / f"my_config_{i}.yaml", code) for i, code in enumerate(codes)]

@@ -10,7 +10,7 @@ from atss.assigners import ATSS, MaxIoU, SpatialScale
 
 REFERENCE = np.load(GOLDEN / "official_labels.npz")
 RULES = {"ATSS": ATSS(), "SSC": SpatialScale(), "IoU": MaxIoU(in_box=True)}
-with run_page("own_assigner") as (names, _):
+with run_page("docs/own_assigner.md") as (names, _):
     RULES["TOPK"] = names["TopK"]()
 
 

@@ -9,7 +9,7 @@ from pages import run_page
 
 from atss import BACKGROUND, Anchors
 
-with run_page("own_assigner") as (names, _):
+with run_page("docs/own_assigner.md") as (names, _):
     TopK = names["TopK"]
 
 
