@@ -431,7 +431,7 @@ def test_many_and_one_under_one_metric():
     model = build_model(make_cfg(config="successors/TAL_dual_R_50_FPN_1x.yaml"))
     many, one = (model.branches[x].phases[-1].assigner for x in ("main", "one"))
     assert (many.alpha, many.beta, many.inside) == (one.alpha, one.beta, one.inside)
-    assert (many.inside, many.top.k, one.top.k) == ("before", 13, 1)
+    assert (many.inside, many.top_k, one.top_k) == ("before", 13, 1)
     assert model.inference == "one"
     assert model.branches["one"].detached
 
