@@ -44,14 +44,12 @@ def train(*opts, **nested):
 
 
 def test_a_rule_with_soft_scores(register):
-    @dataclass
     class Soft(ATSS):
         """ATSS whose positives are worth a share."""
 
-        share: float = 0.5
-
-        def __post_init__(self):
+        def __init__(self, share: float = 0.5):
             super().__init__()
+            self.share = share
 
         def __call__(self, anchors, gt, predictions=None):
             hard = super().__call__(anchors, gt, predictions)
