@@ -19,6 +19,7 @@ from PIL import Image, ImageFilter
 from processes import reset_signals
 
 from atss import GroundTruth, add_atss_config
+from atss.assigners import use_engine
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("golden")
@@ -100,6 +101,13 @@ def make_input(boxes=(), classes=(), hw=(96, 128), seed=0) -> dict:
     instances.gt_classes = torch.as_tensor(classes, dtype=torch.long)
     image = torch.rand(3, *hw, generator=generator) * 255
     return {"image": image, "instances": instances, "height": hw[0], "width": hw[1]}
+
+
+@pytest.fixture(params=["lists", "tables"])
+def engine(request) -> Iterator[str]:
+    """Each engine of pairs in turn, whatever the device."""
+    with use_engine(request.param):
+        yield request.param
 
 
 @pytest.fixture

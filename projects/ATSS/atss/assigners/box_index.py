@@ -1,13 +1,13 @@
 """An index of predicted boxes: which of them can be similar to an object."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from ..anchors import Anchors
 from ..geometry import centres
+from ..structures import cached_property
 from .similarities import Similarity
 
 # Neighbouring anchors whose predicted boxes an object is compared with at once.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..geometry import centres
+from ..structures import cached_property
 from .box_index import BoxIndex
 from .locations import anchors_between, covered
 from .pairs import AssignmentBatch, CandidatePairs, ClassLoss

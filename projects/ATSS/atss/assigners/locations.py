@@ -124,6 +124,8 @@ def covered(anchors: Anchors, num_images: int, image: Tensor, rectangles: Tensor
 def all_anchors(anchors: Anchors, location: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """From locations to the A anchors of each: (k, G, L) -> (k * A * L, G), index and validity;
     all levels of the first location's first anchor come first."""
+    if anchors.num_anchors == 1:
+        return location.movedim(-1, 1).flatten(0, 1), valid.movedim(-1, 1).flatten(0, 1)
     each = torch.arange(anchors.num_anchors, device=location.device)[:, None, None]
     index = (location[:, None] * anchors.num_anchors + each).movedim(-1, 2).flatten(0, 2)
     valid = valid[:, None].expand(-1, anchors.num_anchors, -1, -1).movedim(-1, 2).flatten(0, 2)

@@ -37,7 +37,7 @@ class Matching:
 
     Attributes:
         similarity: of predicted boxes and objects.
-        eligible_radius: see :class:`~atss.assigners.batch.AssignmentBatch`.
+        eligible_radius: see :class:`~atss.assigners.pairs.AssignmentBatch`.
         together: whether the choice of one object depends on that of others, so that pairs are
             never cut into pieces.
         lists_only: whether the rule's functions need (P,) pairs, so that a GPU holds lists, too.
@@ -141,6 +141,8 @@ class Matching:
             rank = self.rank(pairs).expand(pairs.shape)
             conflicts.compete(pairs, rank.masked_fill(~chosen, -torch.inf))
 
+    # torch.compile would compile dozens of pieces between the numbers that the host waits for.
+    @torch.compiler.disable
     def _match_lists(self, batch: Lists, conflicts: Conflicts) -> None:
         every = batch.all_objects
         for ids in [every] if self.together else batch.pieces(every, batch.shape[1]):

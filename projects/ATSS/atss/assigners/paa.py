@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ..losses import Focal, giou_loss
 from ..parts import one_of, within
+from ..structures import cached_property
 from .lists import ListPairs, Lists
 from .matching import Matching
 from .max_iou import MaxIoU

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..anchors import Anchors
 from ..deprecated import renamed
 from ..geometry import area, centres, nearest_side
-from ..structures import GroundTruth, HeadOutput, Predictions
+from ..structures import GroundTruth, HeadOutput, Predictions, cached_property
 from .engine import table_limit
 from .similarities import IOU, Similarity
 

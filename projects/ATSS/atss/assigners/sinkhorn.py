@@ -59,6 +59,8 @@ def transport(
         object than the background.
     """
     column, background = columns
+    if not background.numel():
+        return cost < torch.inf  # no pair is possible
     flat, shape = column.flatten(), background.shape
     others = num_anchors - shape[1]
     possible = cost < torch.inf

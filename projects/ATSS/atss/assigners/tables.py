@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..geometry import centres
+from ..structures import cached_property
 from .engine import table_limit
 from .pairs import AssignmentBatch, CandidatePairs, ClassLoss
 from .sinkhorn import Columns
