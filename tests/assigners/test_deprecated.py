@@ -1,5 +1,6 @@
 """Names of version 0.2, which go with 0.4.0."""
 
+import pickle
 import re
 import warnings
 from dataclasses import dataclass
@@ -99,12 +100,16 @@ def test_a_deprecated_name_is_the_new_one(module, old, new):
         _ = module.nothing
 
 
-def test_a_rule_of_functions_assigns_as_one_of_methods():
-    def cost(pairs):
-        return class_cost(pairs, cross_entropy, pairs.overlap) - pairs.overlap
+def cost(pairs):
+    return class_cost(pairs, cross_entropy, pairs.overlap) - pairs.overlap
 
-    def score(pairs):
-        return pairs.probability
+
+def score(pairs):
+    return pairs.probability
+
+
+def test_a_rule_of_functions_assigns_as_one_of_methods():
+    """It can be pickled, too."""
 
     @dataclass(frozen=True)
     class New(DynamicMatching):
@@ -121,7 +126,7 @@ def test_a_rule_of_functions_assigns_as_one_of_methods():
         from atss.assigners.cuts import DynamicK
     with pytest.warns(DeprecationWarning, match="Matching"):
         old = Matching(cost=cost, cut=DynamicK(10), candidates=Lists.all_pairs, score=score)
-    found, expected = old(*scene()), New()(*scene())
+    found, expected = pickle.loads(pickle.dumps(old))(*scene()), New()(*scene())
     assert expected.positive.any()
     assert torch.equal(found.gt_index, expected.gt_index)
     assert torch.equal(found.score, expected.score)
