@@ -2,9 +2,9 @@
 
     assigner(anchors: Anchors, gt: GroundTruth, predictions: Predictions | None) -> Assignment
 
-A rule is a class that takes its parameters as keyword arguments. One that cannot do without
-predictions says so: ``looks_at_predictions``. Registered, it can be named in a
-config: ``MODEL.ATSS.ASSIGNER`` chooses it, ``MODEL.ATSS.ASSIGNERS.<name>`` holds its arguments.
+A rule is a class that takes its parameters as keyword arguments, an
+:class:`~atss.structures.Assigner`. Registered, it can be named in a config:
+``MODEL.ATSS.ASSIGNER`` chooses it, ``MODEL.ATSS.ASSIGNERS.<name>`` holds its arguments.
 """
 
 from ..parts import Parts
@@ -26,9 +26,11 @@ SIMILARITIES = Parts("SIMILARITY", group="SIMILARITIES")
 for similarity in (IoU, NWD, SimD):
     SIMILARITIES.register(similarity, name=similarity.__name__.lower())
 
-ASSIGNER_REGISTRY = Parts("ASSIGNER", known=("num_levels", "num_classes"))
+ASSIGNER_REGISTRY = Parts(
+    "ASSIGNER", known=("num_levels", "num_classes"), gone={"TopK": "docs/own_assigner.md"}
+)
 LIKE = {"similarity": SIMILARITIES}
-ASSIGNER_REGISTRY.register(ATSS, parts=LIKE)
+ASSIGNER_REGISTRY.register(ATSS, parts=LIKE, legacy={"ALPHA": "DDOD"})
 ASSIGNER_REGISTRY.register(MaxIoU, parts=LIKE)
 ASSIGNER_REGISTRY.register(SpatialScale)
 for rule in (DDOD, PAA, OTA, SimOTA, SoftLabel, TAL, POTO):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -10,15 +9,20 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
+from ..deprecated import renamed, warn
 from ..structures import BACKGROUND, Assignment, GroundTruth, Predictions
 from .conflicts import Conflicts
 from .engine import uses_tables
 from .lists import ListPairs, Lists
-from .pairs import CandidatePairs
 from .segments import cheapest
 from .similarities import IOU, Similarity
 from .tables import Tables
 
+__getattr__ = renamed(
+    __name__,
+    overlap="atss.assigners.cuts._overlap a method that returns pairs.overlap",
+    class_cost="atss.assigners.pairs.class_cost",
+)
 PerPair = Callable[[Any], Tensor]  # pairs -> (...)
 Candidates = Callable[[Lists, Tensor], ListPairs]  # batch, (g,) int64 ids of objects
 
@@ -57,12 +61,8 @@ class Matching:
             cost, cut, functions: what are now the methods ``cost``, ``select``, ``candidates``,
                 ``rank`` and ``score``; and the attributes ``together`` and ``similarity``.
         """
-        warnings.warn(
-            "Matching(cost=..., cut=...) is deprecated and goes with version 0.4.0: write the "
-            "methods cost, select, rank and score, as docs/own_assigner.md shows",
-            DeprecationWarning,
-            stacklevel=3,
-        )
+        instead = "the methods cost, select, rank and score, as docs/own_assigner.md shows"
+        warn("Matching(cost=..., cut=...)", instead)
         known = {"candidates", "rank", "score", "together", "similarity"}
         if not functions.keys() <= known:
             raise TypeError(f"Matching takes cost, cut, {sorted(known)}, not {sorted(functions)}")
@@ -187,8 +187,3 @@ def select_cheapest(pairs: Any, cost: Tensor, k: int | Tensor, most: int = 0) ->
     """
     chosen = cheapest(pairs.rows(cost, torch.inf), k, k if isinstance(k, int) else most)
     return pairs.from_rows(chosen)
-
-
-def overlap(pairs: CandidatePairs) -> Tensor:
-    """Rank or score: (...) similarity of predicted boxes and objects."""
-    return pairs.overlap

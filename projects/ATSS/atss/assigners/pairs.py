@@ -12,11 +12,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..anchors import Anchors
+from ..deprecated import renamed
 from ..geometry import area, centres, nearest_side
 from ..structures import GroundTruth, HeadOutput, Predictions, cached_property
 from .engine import table_limit
 from .similarities import IOU, Similarity
 
+__getattr__ = renamed(
+    __name__,
+    INSIDE_MARGIN="atss.assigners.locations.INSIDE_MARGIN",
+    all_anchors="atss.assigners.locations.all_anchors",
+    nearest_locations="atss.assigners.locations.nearest_locations",
+    resolve="atss.assigners.cuts._resolve atss.assigners.conflicts.assign_best",
+)
 # (probability, cross entropy, targets) -> elementwise, as in atss.losses.
 ClassLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 

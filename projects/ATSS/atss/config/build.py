@@ -20,10 +20,10 @@ from .. import anchors, modeling
 from ..assigners import ASSIGNER_REGISTRY
 from ..modeling import backbone, detector, pretrained, timm_backbone
 from ..modeling.box_coding import BoxCode, LegacyPixels
-from ..modeling.branch import Assigner
 from ..modeling.detector import LEGACY_PIXELS_IN_TRAINING
 from ..modeling.postprocess import PostProcessor
 from ..parts import one_of, within
+from ..structures import Assigner
 from .branches import build_branches, check_groups
 from .checks import building, check_values, lookup, naming
 from .classes import resolve_num_classes

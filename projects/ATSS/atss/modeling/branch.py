@@ -1,16 +1,15 @@
 """Outputs that learn: what a detector may have one or more of."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from ..anchors import Anchors
-from ..structures import Assignment, GroundTruth, HeadOutput, Predictions
+from ..structures import Assigner, Assignment, GroundTruth, HeadOutput, Predictions
 from .box_coding import BoxCode
 from .criterion import Criterion, Quotient
 
-Assigner = Callable[[Anchors, GroundTruth, Predictions], Assignment]
 HeadOutputs = HeadOutput | Mapping[str, HeadOutput]
 # The branch whose head gives an output, "" for the detector's head; the output's name there.
 Source = tuple[str, str]
