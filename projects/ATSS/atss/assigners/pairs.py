@@ -274,7 +274,9 @@ def class_cost(pairs: CandidatePairs, loss: ClassLoss, targets: Tensor) -> Tenso
     Args:
         targets: (...) float64.
     """
-    classes = pairs.classes.double()
-    positive = pairs.batch.class_loss(loss, classes, targets)
-    negative = pairs.batch.class_loss(loss, classes, targets.new_zeros(()).expand_as(targets))
-    return pairs.background_loss(loss) + (positive - negative)
+    batch, classes = pairs.batch, pairs.classes
+    positive = batch.class_loss(loss, classes.double(), targets)
+    # In float32 as in the sum, so that it cancels there.
+    zero = torch.zeros_like(classes, dtype=torch.float32)
+    negative = batch.class_loss(loss, classes.float(), zero)
+    return pairs.background_loss(loss) - negative + positive

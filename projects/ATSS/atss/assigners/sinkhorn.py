@@ -12,6 +12,8 @@ from .conflicts import LOWEST, NOBODY, keep_best
 SURPLUS = 1e-8
 # In place of the cost of a pair that is none, and of the sum of a row without pairs.
 NEVER, TINY = 1e30, 1e-300
+# Parts that agree to one step of so many are equal.
+STEPS = 2.0**32
 # Iterations until shares are computed from logarithms again.
 RENEW = 10
 
@@ -111,14 +113,16 @@ def transport(
         given = given * by_object * by_anchor[column]
         kept = kept * by_rest * by_anchor.view(shape)
 
-    given = given / given.amax(dim=1, keepdim=True)
     most_kept = kept.amax(dim=1, keepdim=True)
     if others:
         most_kept = torch.maximum(most_kept, by_rest / before)
+    # In steps, because rounding must not decide between equal parts.
+    given = (given / given.amax(dim=1, keepdim=True) * STEPS).round()
+    kept = (kept / most_kept * STEPS).round()
     best = given.new_full((kept.numel(),), LOWEST)
     owner = torch.full_like(best, NOBODY, dtype=torch.int64)
     row = torch.arange(len(cost), device=cost.device)[:, None]
     rank = given.masked_fill(~possible, -torch.inf).flatten()
     keep_best(best, owner, flat, row.expand_as(cost).flatten(), rank, True)
-    owner = owner.masked_fill(best < (kept / most_kept).flatten(), NOBODY)
+    owner = owner.masked_fill(best < kept.flatten(), NOBODY)
     return possible & (owner[column] == row)
