@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..anchors import Anchors
 from ..deprecated import renamed
@@ -120,8 +121,13 @@ class AssignmentBatch:
     def sum_over_classes(self, loss: ClassLoss, classes: Tensor) -> Tensor:
         """(M,) float64 class loss of (M, K) predictions without an object, all classes added up. It
         is the same in all pairs of an anchor, so its terms need be no more than float32."""
-        zero = classes.new_zeros((), dtype=torch.float32).expand_as(classes)
-        return self.class_loss(loss, classes.float(), zero).sum(dim=1, dtype=torch.float64)
+        count, classes = len(classes), classes.float()
+        if classes.device.type == "cpu":
+            # The last few of each thread's elements take other instructions, which round otherwise,
+            # so that equal predictions would have unequal losses.
+            classes = F.pad(classes, (0, 0, 0, -count % (64 * torch.get_num_threads())))
+        zero = classes.new_zeros(()).expand_as(classes)
+        return self.class_loss(loss, classes, zero)[:count].sum(dim=1, dtype=torch.float64)
 
     def background(self, loss: ClassLoss) -> Tensor:
         """(N, R) float64 class loss of anchors without an object, all classes added up."""
