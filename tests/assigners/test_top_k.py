@@ -70,3 +70,23 @@ def test_no_object():
 def test_refuses_k_below_one():
     with pytest.raises(ValueError, match="top_k must be from 1 on, not 0"):
         TopK(top_k=0)
+
+
+@pytest.mark.parametrize(
+    ("gain", "k", "images", "expected"),
+    [
+        # 16 px cost 0.00035 if the farthest anchor of the image is 45 px away, 0.00024 if 68 px.
+        (3e-4, 1, [0, 1], [5]),
+        (3e-4, 1, [0, 0], [6]),
+        # What is equal but for rounding goes to the lower index.
+        (1e-14, 2, [0, 1], [1, 5]),
+    ],
+)
+def test_distances_cost_a_share_of_the_farthest_of_the_image(gain, k, images, expected):
+    """An object around location 5 of 4 x 4, whose neighbour 6 is a bit more similar."""
+    anchors = Anchors.grid((64, 64), strides=(16,))
+    similarity = torch.full((16, 1), 0.5, dtype=torch.float64)
+    similarity[6] += gain
+    gt = make_gt([[0, 0, 48, 48], [48, 48, 64, 64]], images, max(images) + 1)
+    gt_index = TopK(k, similarity=lambda boxes, objects: similarity.expand(16, 2))(anchors, gt)
+    assert (gt_index.gt_index[0] == 0).nonzero().flatten().tolist() == expected
