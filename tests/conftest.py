@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from functools import reduce
+from functools import reduce, wraps
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,8 @@ from PIL import Image, ImageFilter
 from processes import reset_signals
 
 from atss import GroundTruth, add_atss_config
+from atss.assigners import Matching, MaxIoU, use_engine
+from atss.assigners.engine import table_limit
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("golden")
@@ -100,6 +102,28 @@ def make_input(boxes=(), classes=(), hw=(96, 128), seed=0) -> dict:
     instances.gt_classes = torch.as_tensor(classes, dtype=torch.long)
     image = torch.rand(3, *hw, generator=generator) * 255
     return {"image": image, "instances": instances, "height": hw[0], "width": hw[1]}
+
+
+@pytest.fixture
+def both_engines(monkeypatch) -> None:
+    """Every call of a rule runs on lists and on tables, which must agree."""
+
+    def compared(call):
+        @wraps(call)
+        def on_both(rule, anchors, gt, predictions=None):
+            with use_engine("lists"):
+                expected = call(rule, anchors, gt, predictions)
+            with use_engine("tables", table_limit()):
+                found = call(rule, anchors, gt, predictions)
+            assert torch.equal(found.gt_index, expected.gt_index)
+            assert (found.score is None) == (expected.score is None)
+            assert found.score is None or torch.equal(found.score, expected.score)
+            return expected
+
+        return on_both
+
+    for rule in (Matching, MaxIoU):
+        monkeypatch.setattr(rule, "__call__", compared(rule.__call__))
 
 
 @pytest.fixture

@@ -3,26 +3,42 @@
 
     tests/equality.py OLD                  # a commit against the working tree
     tests/equality.py OLD NEW              # two commits
-    tests/equality.py OLD --only atss_k3   # configs whose names hold it
+    tests/equality.py OLD --only atss_k3   # configs whose names contain it
+    tests/equality.py OLD --rules          # every rule on 200 random scenes
 
 Each commit is checked out beside the other and run in this environment, on one thread, in
 float32: two images of 96 x 128 pixels with five objects, the weights that the seed draws, configs
 as they are but for ResNet-101 and ResNeXt-101, which get the depth of 50. Compared are the names,
 shapes and values of the state dict, the losses, all gradients and the detections (of one view), by
-SHA-256; the LazyConfig likewise. Exits with 1 where anything differs.
+SHA-256; the LazyConfig likewise. Exits with 1 if anything differs.
+
+With --rules, the rules of tests/rule_scenes.py are called with each of their arguments on each
+scene, in the new commit with every engine of ``use_engine``. Compared are the object of each anchor
+and its score, bit for bit. An anchor that goes to another of two identical objects, which have one
+box, class and image, differs too, and is also counted apart.
 """
 
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))
+from benchmarks.commits import checked_out, environment  # noqa: E402
+
+# Engines of rules, by what use_engine is called with: pieces of so few pairs that most scenes have
+# several.
+ENGINES = {
+    "lists": {},
+    "tables": {},
+    "tables in pieces": {"limit": 1 << 11},
+}
 # Recipes, and the files that they are laid over to make a model.
 RECIPES = {
     "tables/atss_box+ablation": ("tables/atss_box.yaml", "ablation.yaml"),
@@ -105,28 +121,83 @@ def models(only: str) -> Iterator[tuple[str, object]]:
         yield "ATSS_R_50_FPN_1x.py", instantiate(lazy.model)
 
 
-def dump(target: str, only: str) -> None:
+def call_rules(only: str, num_scenes: int) -> dict:
+    """{engine: {rule and arguments: [(N, R) objects and scores, or the error, of each scene]}}, and
+    what identifies the scenes and their identical objects."""
+    import rule_scenes
+
+    from atss import assigners
+
+    use_engine = getattr(assigners, "use_engine", None)
+    engines = ENGINES if use_engine else {"lists": {}}
+    scenes = [rule_scenes.make_scene(i) for i in range(num_scenes)]
+    found: dict = {"scenes": [(" + ".join(s.traits), _inputs(s), _alike(s.gt)) for s in scenes]}
+    for engine, options in engines.items():
+        with use_engine(engine.split()[0], **options) if use_engine else nullcontext():
+            found[engine] = {
+                f"{rule} {arguments or ''}".strip(): [_call(rule, arguments, s) for s in scenes]
+                for rule, all_arguments in rule_scenes.ARGUMENTS.items()
+                if only in rule
+                for arguments in all_arguments
+            }
+        print(engine, file=sys.stderr, flush=True)
+    return found
+
+
+def _call(rule: str, arguments: dict, scene):
+    import rule_scenes
+    import torch
+
+    _, anchors, gt, predictions = scene
+    try:
+        assigner = rule_scenes.make_rule(rule, arguments, len(anchors.strides))
+        assigned = assigner(anchors, gt, predictions)
+    except Exception as error:  # a difference of this scene, which must not hide others
+        return f"{type(error).__name__}: {error}"
+    return assigned.gt_index.to(torch.int16), assigned.score
+
+
+def _inputs(scene) -> str:
+    """Identifies a scene."""
+    output = scene.predictions.output
+    tensors = scene.anchors.boxes, scene.gt.boxes, output.classes, output.numbers
+    return "".join(map(digest, tensors))
+
+
+def _alike(gt):
+    """(G,) a number for each object, the same for identical ones."""
+    import torch
+
+    key = torch.cat([gt.boxes, gt.classes[:, None], gt.image_index[:, None]], dim=1)
+    return key.unique(dim=0, return_inverse=True)[1]
+
+
+def dump(target: str, args: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    if args.rules:
+        torch.save(call_rules(args.only, args.scenes), target)
+        return
     found = {}
-    for name, model in models(only):
+    for name, model in models(args.only):
         print(name, file=sys.stderr, flush=True)
         found[name] = compute(model)
     Path(target).write_text(json.dumps(found))
 
 
-def run(folder: Path, target: Path, only: str) -> dict:
+def run(folder: Path, target: Path, args: argparse.Namespace) -> dict:
     """What the commit in a folder computes."""
-    environment = os.environ | {"PYTHONPATH": str(folder / "projects/ATSS"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", __file__, "--dump", str(target), "--only", only]
-    subprocess.run(command, cwd=folder, env=environment, check=True)
+    command = [sys.executable, "-W", "ignore", __file__, "--dump", str(target), "--only", args.only]
+    if args.rules:
+        command += ["--rules", "--scenes", str(args.scenes)]
+    subprocess.run(command, cwd=folder, env=environment(folder, threads=1), check=True)
+    if args.rules:
+        import torch
+
+        return torch.load(target)
     return json.loads(target.read_text())
-
-
-def worktree(*arguments: str) -> None:
-    subprocess.run(["git", "-C", str(ROOT), "worktree", *arguments], check=True)
 
 
 def main() -> int:
@@ -134,27 +205,82 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("commits", nargs="*", metavar="COMMIT")
-    parser.add_argument("--only", default="", help="part of a config's name")
+    parser.add_argument("--only", default="", help="part of a config's name, or of a rule's")
+    parser.add_argument("--rules", action="store_true", help="rules alone, on random scenes")
+    parser.add_argument("--scenes", type=int, default=200, help="how many")
     parser.add_argument("--dump", help=argparse.SUPPRESS)  # what each commit is run with
     args = parser.parse_args()
     if args.dump:
-        dump(args.dump, args.only)
+        dump(args.dump, args)
         return 0
     if len(args.commits) not in (1, 2):
         parser.error("one commit or two")
     with tempfile.TemporaryDirectory() as scratch:
         found = []
         for i, commit in enumerate([*args.commits, None][:2]):
-            folder = ROOT
-            if commit:
-                folder = Path(scratch) / str(i)
-                worktree("add", "-q", "--detach", str(folder), commit)
-            try:
-                found.append(run(folder, Path(scratch) / f"{i}.json", args.only))
-            finally:
-                if commit:
-                    worktree("remove", "--force", str(folder))
-    return compare(*found)
+            with checked_out(commit) as folder:
+                found.append(run(folder, Path(scratch) / f"{i}.json", args))
+    return (compare_rules if args.rules else compare)(*found)
+
+
+def compare_rules(old: dict, new: dict) -> int:
+    """Prints a table of rules and engines, and the scenes that differ."""
+    from benchmarks.timing import table
+
+    scenes, engines = old.pop("scenes"), list(new)
+    for (*one, _), (*other, _) in zip(scenes, new.pop("scenes"), strict=True):
+        assert one == other, "the commits were given different scenes"
+    rows: dict[tuple[str, str], list] = {}
+    examples: dict[tuple[str, str], list[str]] = {}
+    for engine in engines[1:]:
+        for name, expected in old["lists"].items():
+            key = name.split()[0], engine
+            row = rows.setdefault(key, [0, 0, 0, 0, 0, 0, 0.0])
+            for i, (traits, _, alike) in enumerate(scenes):
+                *counts, largest, error = differences(expected[i], new[engine][name][i], alike)
+                wrong = counts[1] + counts[3] > 0
+                row[:6] = [a + b for a, b in zip(row, [1, wrong, *counts], strict=False)]
+                row[6] = max(row[6], largest)
+                if wrong:
+                    where = f"{engine}, scene {i} ({traits}): {name}"
+                    found = error or f"{counts[1]} anchors, {counts[3]} scores"
+                    examples.setdefault(key, []).append(f"{where}: {found}")
+    header = ["rule", "engine", "calls", "of them differ", "anchors", "of them differ"]
+    header += ["between identical objects", "scores that differ", "by up to"]
+    print(table(header, [[*key, *row[:6], f"{row[6]:.3g}"] for key, row in rows.items()]))
+    for some in examples.values():
+        print(*some[:3], sep="\n")
+    differing = sum(map(len, examples.values()))
+    print(f"{len(scenes)} scenes: {differing} calls differ")
+    return 1 if differing or not rows else 0
+
+
+def differences(old, new, alike) -> tuple[int, int, int, int, float, str]:
+    """Of one call: anchors, those that differ, those of them that go to an identical object, scores
+    that differ, by how much at most, and the error if only one of the calls has one.
+
+    Args:
+        alike: (G,) a number for each object, the same for identical ones.
+    """
+    import torch
+
+    errors = [x for x in (old, new) if isinstance(x, str)]
+    if len(errors) == 2:
+        return 0, 0, 0, 0, 0.0, ""
+    if errors:
+        count = next(x for x in (old, new) if not isinstance(x, str))[0].numel()
+        return count, count, 0, 0, 0.0, errors[0]
+    (a, a_score), (b, b_score) = old, new
+    differ = a != b
+    both = differ & (a >= 0) & (b >= 0)
+    identical = alike[a[both].long()] == alike[b[both].long()]
+    none = torch.full(a.shape, torch.nan)
+    a_score, b_score = (none if x is None else x for x in (a_score, b_score))
+    # The sign of a zero counts, the payload of a NaN does not.
+    same = a_score.view(torch.int32) == b_score.view(torch.int32)
+    off = (a_score - b_score)[~(same | (a_score.isnan() & b_score.isnan()))].abs()
+    largest = off.nan_to_num(torch.inf).max().item() if len(off) else 0.0
+    return a.numel(), int(differ.sum()), int(identical.sum()), len(off), largest, ""
 
 
 def compare(old: dict, new: dict) -> int:

@@ -195,7 +195,18 @@ def _of_owner(owner, overlap):
     return np.where(owner >= 0, overlap[owner, np.arange(len(owner))], 0)
 
 
-def ota(anchors, gt, classes, logits, boxes, top_k=20, radius=2.5, like="iou"):
+def ota(
+    anchors,
+    gt,
+    classes,
+    logits,
+    boxes,
+    top_k=20,
+    radius=2.5,
+    like="iou",
+    regularisation=0.1,
+    iterations=50,
+):
     """(R,) index or -1, and (R,) score: the whole plan, with a row for the background, in which
     what is no candidate costs a million; of the objects that have a candidate."""
     points, overlap = locations(anchors), SIMILARITIES[like](gt, boxes)
@@ -213,10 +224,11 @@ def ota(anchors, gt, classes, logits, boxes, top_k=20, radius=2.5, like="iou"):
     supply = np.append(k, max(len(points) - k.sum(), 0))
     cost = np.vstack([cost, background])
     u, v = np.ones(len(cost)), np.ones(len(points))
-    for _ in range(50):
-        v = 0.1 * (np.log(1 + 1e-8) - _logsumexp((u[:, None] + v - cost) / 0.1, 0)) + v
-        u = 0.1 * (np.log(supply + 1e-8) - _logsumexp((u[:, None] + v - cost) / 0.1, 1)) + u
-    plan = (u[:, None] + v - cost) / 0.1
+    eps = regularisation
+    for _ in range(iterations):
+        v = eps * (np.log(1 + 1e-8) - _logsumexp((u[:, None] + v - cost) / eps, 0)) + v
+        u = eps * (np.log(supply + 1e-8) - _logsumexp((u[:, None] + v - cost) / eps, 1)) + u
+    plan = (u[:, None] + v - cost) / eps
     owner = (plan - plan.max(axis=1, keepdims=True)).argmax(axis=0)
     owner = np.append(np.flatnonzero(some), -1)[owner]
     return owner, _of_owner(owner, all_overlap)

@@ -280,8 +280,8 @@ def test_overlays_that_inference_needs_are_kept(tmp_path):
     try:
         cfg = make_cfg(*TINY, "MODEL.ATSS.SUPPRESSION", "Twice")
         cfg.MODEL.ATSS.PHASES = [["main", 0.5]]
-        over = {"SUPPRESSION": "nms", "NMS_THRESH_TEST": 0.3, "ASSIGNER": "TopK"}
-        cfg.MODEL.ATSS.BRANCH.main = type(cfg)({"ASSIGNER": "TopK"})
+        over = {"SUPPRESSION": "nms", "NMS_THRESH_TEST": 0.3, "ASSIGNER": "MaxIoU"}
+        cfg.MODEL.ATSS.BRANCH.main = type(cfg)({"ASSIGNER": "MaxIoU"})
         cfg.MODEL.ATSS.BRANCH.strict = type(cfg)(over)
         cfg.MODEL.ATSS.SUPPRESSIONS.Twice = type(cfg)({"FIRST": "strict"})
         torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")

@@ -116,7 +116,7 @@ def test_assignment(rule, count):
         assert index.shape == (gt.num_images, len(anchors.boxes))
         assert index.min() >= IGNORE
         assert index.max() < len(gt)
-        assert (found.score is None) == (not dynamic or rule == "PAA")
+        assert (found.score is None) == (not dynamic or rule in ("PAA", "DDOD"))
         if found.score is not None:
             assert ((found.score >= 0) & (found.score <= 1)).all()
             assert (found.score[index < 0] == 0).all()

@@ -6,7 +6,7 @@ from conftest import make_gt
 from detectron2.structures import Boxes, Instances
 
 from atss import BACKGROUND, IGNORE, Anchors, Assignment, GroundTruth, HeadOutput, Predictions
-from atss.assigners import ASSIGNER_REGISTRY, ATSS, SpatialScale
+from atss.assigners import ASSIGNER_REGISTRY, SpatialScale
 from atss.modeling.criterion import Criterion
 
 
@@ -36,7 +36,7 @@ def test_ground_truth_refuses(arguments, sentence):
 
 
 RULES = {name: rule for name, rule in ASSIGNER_REGISTRY if name != "SpatialScale"}
-RULES |= {"DDOD": partial(ATSS, alpha=0.8), "ranges": partial(SpatialScale, ranges=(64,))}
+RULES["ranges"] = partial(SpatialScale, ranges=(64,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32])
@@ -66,5 +66,5 @@ def test_objects_of_any_dtype_are_taken_alike(rule, dtype):
 
 def test_positives_per_object():
     gt_index = torch.tensor([[0, BACKGROUND, 0], [2, IGNORE, BACKGROUND]])
-    assert Assignment.hard(gt_index).positives_per_object(3).tolist() == [2, 0, 1]
-    assert Assignment.hard(gt_index.clamp(max=-1)).positives_per_object(0).tolist() == []
+    assert Assignment(gt_index).positives_per_object(3).tolist() == [2, 0, 1]
+    assert Assignment(gt_index.clamp(max=-1)).positives_per_object(0).tolist() == []

@@ -7,9 +7,11 @@
     tools/benchmark.py batching                  inference of 8 images, together and one by one
     tools/benchmark.py assignment                the assigner beside dense ones
     tools/benchmark.py rules                     those that look at predictions, beside mmdet's
+    tools/benchmark.py operators                 what a host starts on a GPU, counted on a CPU
     tools/benchmark.py scaling                   how assignment grows; draws scaling.png
     tools/benchmark.py data                      what loading images costs
     tools/benchmark.py labels                    registering 100,000 images, by format
+    tools/benchmark.py against COMMIT            the working tree beside a commit
 
 Everything that is compared is measured in one run, in turn. Ratios are medians of those of each
 turn, but where two precisions or canvases are compared; intervals hold the median with 95 %
@@ -24,7 +26,7 @@ import sys
 from pathlib import Path
 
 import torch
-from benchmarks import assignment, data, labels, model, rules
+from benchmarks import against, assignment, data, labels, model, operators, rules
 from benchmarks.peers import PEERS, installed
 from benchmarks.timing import Seconds, table
 
@@ -32,6 +34,7 @@ from atss import load_config, model_zoo
 from atss.analysis.files import try_to_write
 from atss.config import config_names
 from atss.engine.launch import keep_freed_memory
+from atss.engine.run import import_modules
 
 DEFAULT_CONFIG = "ATSS_R_50_FPN_1x.yaml"
 
@@ -175,6 +178,16 @@ def measure_rules(args: argparse.Namespace) -> dict:
     return rules.beside_mmdet(args.runs, installed("mmdet-atss"), args.crowd)
 
 
+def count_operators(args: argparse.Namespace) -> dict:
+    """Of every rule, and of a training step beside Detectron2's."""
+    import_modules(args.imports)
+    images, side, boxes = 2, 128, 7
+    case = model.Case(
+        *("fp32", False, images, side, side, boxes, "cpu", args.config_file, tuple(args.opts))
+    )
+    return {"rules": operators.print_rules(), "steps": operators.print_steps(case, args.compile)}
+
+
 def measure_scaling(args: argparse.Namespace) -> dict:
     return assignment.scaling(args.runs, Path(args.plots))
 
@@ -186,6 +199,22 @@ def measure_data(args: argparse.Namespace) -> dict:
 
 def measure_labels(args: argparse.Namespace) -> dict:
     return labels.registration(args.images, args.boxes)
+
+
+def measure_against(args: argparse.Namespace) -> dict:
+    options = against.Options(
+        *(
+            args.runs,
+            args.rounds,
+            args.only,
+            args.objects,
+            tuple(args.size),
+            args.opts,
+            args.threads,
+        ),
+        args.keep_freed_memory,
+    )
+    return against.against([*args.commits, None][:2], args.parts, options)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -248,6 +277,12 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--crowd", action="store_true", help="memory for 75,000 objects, too, which takes minutes"
     )
+    command = commands.add_parser("operators", parents=[shared, configured])
+    command.set_defaults(measure=count_operators)
+    command.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    command.add_argument(
+        "--compile", action="store_true", help="with MODEL.ATSS.COMPILE, too, which takes minutes"
+    )
     command = commands.add_parser("scaling", parents=[shared])
     command.set_defaults(measure=measure_scaling)
     command.add_argument("--plots", default="output/benchmark", metavar="FOLDER")
@@ -259,6 +294,38 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(measure=measure_labels)
     command.add_argument("--images", type=int, default=100_000)
     command.add_argument("--boxes", type=int, default=10, help="objects on each image")
+    command = commands.add_parser("against", parents=[shared])
+    command.set_defaults(measure=measure_against)
+    command.add_argument(
+        "commits",
+        nargs="+",
+        metavar="COMMIT",
+        help="before, and after: the working tree if left out",
+    )
+    command.add_argument(
+        "--parts",
+        nargs="+",
+        default=["calls", "steps", "lists", "tables"],
+        choices=["calls", "steps", *against.MEMORY],
+        help="rules alone, training steps, memory of 1,000 objects by engine and of 75,000",
+    )
+    command.add_argument(
+        "--only", nargs="+", default=[""], help="parts of names, of rules and configs"
+    )
+    command.add_argument("--objects", type=int, nargs="+", default=[7, 100, 1000])
+    command.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(128, 160),
+        metavar="PIXELS",
+        help="canvas of training steps; on a small one assignment has a larger share",
+    )
+    command.add_argument("--threads", type=int, help="of each process")
+    command.add_argument("--rounds", type=int, default=3, help="pairs of processes")
+    command.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="over the configs"
+    )
     return parser
 
 

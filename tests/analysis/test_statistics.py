@@ -44,11 +44,10 @@ def test_counts_by_rule_and_sorts_by_kind(tmp_path, capsys):
     assert float(objects[1]["side"]) == pytest.approx(50 * 800 / 480, rel=1e-3)
     for o in objects:
         assert 0 < int(o["ATSS"]) <= 45
-        assert int(o["TopK"]) <= 9
         assert 0 < float(o["mean"]) < 1
     table = (tmp_path / "out" / "table.md").read_text()
     assert "0.2 * k * L would be 9.0" in table
-    assert "| objects | count | ATSS | MaxIoU | SpatialScale | TopK |" in table
+    assert "| objects | count | ATSS | MaxIoU | SpatialScale |" in table
     assert "small, < 32² | 1 |" in table
     assert (tmp_path / "out" / "plot.png").is_file()
 
@@ -56,14 +55,14 @@ def test_counts_by_rule_and_sorts_by_kind(tmp_path, capsys):
 def test_rules_and_arguments_are_chosen(tmp_path):
     opts = (
         "--rules",
-        "TopK",
+        "SpatialScale",
         "--output",
         str(tmp_path / "out"),
-        "MODEL.ATSS.ASSIGNERS.TopK.TOP_K",
-        "3",
+        "MODEL.ATSS.ASSIGNERS.SpatialScale.TOP_K",
+        "1",
     )
     (only,) = run(tmp_path, [annotation(100, 100, 80, 80)], *opts)
-    assert only["TopK"] == "3"
+    assert 1 <= int(only["SpatialScale"]) <= 5  # of 5 levels
     assert "mean" not in only
 
 
@@ -78,7 +77,7 @@ def test_what_training_leaves_out_is_not_counted(tmp_path):
         annotation(100, 100, 0, 50),
         annotation(640, 100, 50, 50),
     ]
-    (only,) = run(tmp_path, [*left_out, annotation(200, 100, 50, 60)], "--rules", "TopK")
+    (only,) = run(tmp_path, [*left_out, annotation(200, 100, 50, 60)], "--rules", "MaxIoU")
     assert float(only["area"]) == 3000
 
 

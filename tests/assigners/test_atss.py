@@ -6,7 +6,7 @@ from conftest import GOLDEN, make_gt
 
 from atss import BACKGROUND, Anchors
 from atss.assigners import ATSS
-from atss.assigners.pairs import nearest_locations
+from atss.assigners.locations import nearest_locations
 from atss.geometry import iou
 
 REFERENCE = np.load(GOLDEN / "atss_assignment.npz")

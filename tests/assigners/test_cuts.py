@@ -5,17 +5,16 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
-from atss.assigners.cuts import mixture
-from atss.assigners.matching import cheapest
-from atss.assigners.scene import Segments
+from atss.assigners.mixture import mixture
+from atss.assigners.segments import Segments, cheapest
 
 
 def test_cheapest_of_equal_costs_are_the_first():
-    """Three pairs are no dearer than the second cheapest: the cheapest is last of them."""
-    chosen = cheapest(
-        Segments(torch.tensor([7, 7, 7])), torch.tensor([2.0, 2, 1]), torch.tensor([2])
-    )
-    assert chosen.tolist() == [True, False, True]
+    """Three costs are at most the second lowest: the lowest is the last of them."""
+    cost = torch.tensor([[2.0, 2, 1]])
+    assert cheapest(cost, 2, 2).tolist() == [[True, False, True]]
+    assert cheapest(cost, torch.tensor([2]), 3).tolist() == [[True, False, True]]
+    assert cheapest(cost, 5, 5).tolist() == [[True, True, True]]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -26,7 +25,9 @@ def test_cheapest_equals_a_sort_of_each_segment(seed):
     cost = rng.choice([0.0, 1.0, 2.0, 3.0, np.inf], count.sum())
     k = rng.integers(1, 7, 30)
     ids = np.repeat(rng.permutation(30), count)
-    chosen = cheapest(Segments(torch.tensor(ids)), torch.tensor(cost), torch.tensor(k))
+    segments = Segments(torch.tensor(ids))
+    table = segments.table(torch.tensor(cost), torch.inf)
+    chosen = cheapest(table, torch.tensor(k), 6)[segments.row, segments.column]
     first = 0
     for length, wanted in zip(count, k, strict=True):
         own = cost[first : first + length]

@@ -8,10 +8,28 @@ from conftest import GOLDEN, make_gt
 from scipy.optimize import brentq
 
 from atss import BACKGROUND, Anchors, HeadOutput
-from atss.assigners import ATSS, NWD, OTA, PAA, POTO, TAL, IoU, SimD, SimOTA, SoftLabel
-from atss.assigners.cuts import OneEach, mixture
-from atss.assigners.scene import Scene
+from atss.assigners import (
+    DDOD,
+    NWD,
+    OTA,
+    PAA,
+    POTO,
+    TAL,
+    IoU,
+    SimD,
+    SimOTA,
+    SoftLabel,
+    use_engine,
+)
+from atss.assigners.lists import Lists
+from atss.assigners.mixture import mixture
+from atss.assigners.poto import match_one_each
+from atss.assigners.sim_ota import dynamic_k
+from atss.assigners.tables import Tables
+from atss.losses import Focal, QualityFocal, cross_entropy
 from atss.structures import Predictions
+
+pytestmark = pytest.mark.usefixtures("both_engines")
 
 VECTORS = {
     **np.load(GOLDEN / "dynamic_assignment.npz"),
@@ -108,6 +126,11 @@ BRUTE = {
     "SoftLabel of 3": (SoftLabel(3, 1.0), oracle.soft_label, {"top_k": 3, "radius": 1.0}),
     "OTA": (OTA(), oracle.ota, {}),
     "OTA of 3": (OTA(3, 1.5), oracle.ota, {"top_k": 3, "radius": 1.5}),
+    "OTA in 23 steps": (
+        OTA(regularisation=0.005, iterations=23),
+        oracle.ota,
+        {"regularisation": 0.005, "iterations": 23},
+    ),
     "PAA": (PAA(), oracle.paa, {}),
     "PAA of all": (PAA(take="all"), oracle.paa, {"take": "all"}),
     "PAA of the authors": (
@@ -116,8 +139,8 @@ BRUTE = {
         {"box_weight": 1.0, "take": "all", "own": True},
     ),
     "PAA of 3": (PAA(3, box_weight=1.0), oracle.paa, {"k": 3, "box_weight": 1.0}),
-    "ATSS of predictions": (ATSS(alpha=0.8), oracle.ddod, {}),
-    "ATSS of boxes": (ATSS(4, alpha=0.5), oracle.ddod, {"k": 4, "alpha": 0.5}),
+    "ATSS of predictions": (DDOD(alpha=0.8), oracle.ddod, {}),
+    "ATSS of boxes": (DDOD(4, alpha=0.5), oracle.ddod, {"k": 4, "alpha": 0.5}),
 }
 for rule, brute in {
     **{TAL: oracle.tal, SimOTA: oracle.simota, SoftLabel: oracle.soft_label},
@@ -220,24 +243,18 @@ def test_poto_is_the_best_matching_there_is(place, like, arguments, seed):
     assert matched > 8
 
 
-def test_one_each_is_no_greed():
-    """The first object would have the first anchor, and leave the second what is worth little."""
-    anchors = Anchors.grid((8, 24), strides=(8,), scales=(1.0,))
-    gt = make_gt([[0, 0, 24, 8], [0, 0, 24, 8]], classes=[0, 1])
-    scene = Scene(anchors, gt, predict(torch.zeros(1, 3, 2), anchors.boxes[None]))
-    pairs = scene.all_pairs(scene.every())
-    cost = -torch.tensor([0.9, 0.8, -1.0, 0.85, 0.2, -1.0]).double()
-    assert OneEach(1.0)(pairs, cost).tolist() == [False, True, False, True, False, False]
-    # Rather none for the last object than for its sake the worst for two others: they lose 1.8.
-    gt = make_gt([[0, 0, 24, 8]] * 3)
-    scene = Scene(anchors, gt, predict(torch.zeros(1, 3, 2), anchors.boxes[None]))
-    three = scene.all_pairs(scene.every())
-    worth = -torch.tensor([[0.9, 0.0, -1], [-1, 0.9, 0.0], [0.0, -1, -1]]).double().flatten()
-    assert OneEach(1.0)(three, worth).nonzero().squeeze(1).tolist() == [0, 4]
-    assert OneEach(2.0)(three, worth.clamp(max=0)).sum() == 3
-    assert POTO().cut == OneEach(1.0)  # as the authors' -1
-    # What is as dear as nothing is nobody's, though it be the only one.
-    assert OneEach(0.5)(pairs, 0.5 - 0 * cost).sum() == 0
+def test_one_each_is_not_greedy():
+    """A greedy first row would take the first slot, and leave the second a costly one."""
+    slots = np.tile(np.arange(3.0), (3, 1))
+    cost = -np.array([[0.9, 0.8, -1.0], [0.85, 0.2, -1.0]])
+    assert match_one_each(cost, slots[:2], 1.0).tolist() == [1, 0]
+    # The last row rather stays unmatched than costs two others 1.8.
+    cost = -np.array([[0.9, 0.0, -1], [-1, 0.9, 0.0], [0.0, -1, -1]])
+    assert match_one_each(cost, slots, 1.0).tolist() == [0, 1, -1]
+    assert (match_one_each(np.minimum(cost, 0), slots, 2.0) >= 0).all()
+    assert POTO.UNMATCHED == 1.0  # as the authors' -1
+    # A pair that costs as much as none is not chosen, even if it is the only one.
+    assert match_one_each(np.full((2, 3), 0.5), slots[:2], 0.5).tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize(
@@ -245,12 +262,13 @@ def test_one_each_is_no_greed():
 )
 def test_what_poto_adds_up(p, overlap, alpha, q):
     anchors = Anchors.grid((8, 8), strides=(8,), scales=(1.0,))
-    scene = Scene(
+    batch = Lists(
         anchors,
         make_gt([[0, 0, 8, 8]]),
         predict([[[p]]], [[[0, 0, 8, 8 * overlap]]], probabilities=True),
     )
-    assert POTO(alpha)._cost(scene.all_pairs(scene.every())).item() == pytest.approx(-q, abs=1e-6)
+    cost = POTO(alpha).cost(batch.all_pairs(batch.all_objects))
+    assert cost.item() == pytest.approx(-q, abs=1e-6)
 
 
 def test_poto_says_what_is_not_installed(monkeypatch):
@@ -288,18 +306,19 @@ def test_nothing_similar_is_left_out(similarity, take_part):
     part = torch.rand(2 * count, generator=generator) < 0.7 if take_part else None
     logits = torch.zeros(2, count, 1)
     seen = Predictions(HeadOutput(logits, boxes, None), boxes)
-    scene = Scene(anchors, gt, seen, similarity, part)
+    batch = Lists(anchors, gt, seen, similarity)
+    batch.__dict__["eligible"] = part
     dense = similarity(boxes[gt.image_index].double(), gt.boxes[:, None].double())
     if part is not None:
         dense = dense * part.view(2, count)[gt.image_index]
     for least in (0.0, 1e-6, 0.02, 0.3, 0.7, 0.95):
-        near = scene.near(scene.every(), torch.full((60,), least))
+        near = batch.near(batch.all_objects, torch.full((60,), least))
         found = torch.zeros_like(dense, dtype=torch.bool)
         found[near.owner, near.index] = True
         missed = (dense >= max(least, 1e-12)) & ~found
         assert not missed.any(), least
         assert (dense[found] >= 0.99 * least).all()
-    near = scene.near(scene.every())
+    near = batch.near(batch.all_objects)
     found = torch.zeros_like(dense, dtype=torch.bool)
     found[near.owner, near.index] = True
     x = anchors.points
@@ -323,8 +342,8 @@ def test_centres_inside_by_less_than_float32_tells_are_not_left_out():
             lines.append([low, 0, high, end] if axis == 0 else [0, low, end, high])
     gt = make_gt(lines)
     elsewhere = torch.full_like(anchors.boxes, 900.0) + torch.tensor([0.0, 0, 9, 9])
-    scene = Scene(anchors, gt, predict(torch.zeros(1, len(elsewhere), 2), elsewhere[None]))
-    near = scene.near(scene.every())
+    batch = Lists(anchors, gt, predict(torch.zeros(1, len(elsewhere), 2), elsewhere[None]))
+    near = batch.near(batch.all_objects)
     found = torch.zeros(len(gt), len(elsewhere), dtype=torch.bool)
     found[near.owner, near.index] = True
     inside = oracle.inside_distance(anchors.points.numpy(), gt.boxes.double().numpy()) > 0
@@ -483,7 +502,7 @@ def test_what_is_left_out_is_really_worse(rule, brute, arguments, make):
     ("rule", "counts"),
     [
         *((TAL(1), 0), (TAL(1, inside="before"), 0), (SimOTA(1), 1), (SoftLabel(1), 1)),
-        *((OTA(), 0), (POTO(), 1), (ATSS(alpha=0.5), 0)),
+        *((OTA(), 0), (POTO(), 1), (DDOD(alpha=0.5), 0)),
     ],
 )
 def test_whether_five_thousandths_of_a_pixel_are_inside(rule, counts):
@@ -503,7 +522,7 @@ def test_ota_where_objects_ask_for_more_anchors_than_there_are():
     predicted = boxes[torch.arange(9) % 4] + torch.from_numpy(rng.normal(0, 1, (9, 4))).float()
     logits = torch.from_numpy(rng.normal(0, 1, (9, 2))).float()
     anchors, gt, seen = scene_of(boxes, [0, 1, 0, 1], logits, predicted, (24, 24))
-    assert OTA().transport.k.wants(Scene(anchors, gt, seen)).sum() > 9
+    assert dynamic_k(Lists(anchors, gt, seen).highest_overlaps(20)).sum() > 9
     args = (gt.boxes.numpy(), gt.classes.numpy(), logits.numpy(), predicted.numpy())
     owner, _ = oracle.ota(anchors, *args)
     assert (owner >= 0).sum() > 5
@@ -511,7 +530,7 @@ def test_ota_where_objects_ask_for_more_anchors_than_there_are():
 
 
 @pytest.mark.parametrize(
-    "rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO(), ATSS(alpha=0.5)]
+    "rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO(), DDOD(alpha=0.5)]
 )
 def test_rules_that_look_need_something_to_look_at(rule):
     assert rule.looks_at_predictions
@@ -520,7 +539,7 @@ def test_rules_that_look_need_something_to_look_at(rule):
 
 
 @pytest.mark.parametrize(
-    "rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO(), ATSS(alpha=0.5)]
+    "rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO(), DDOD(alpha=0.5)]
 )
 def test_nothing_is_learnt_through_a_choice(rule, by_hand):
     anchors, gt, seen = by_hand
@@ -549,6 +568,29 @@ def test_who_has_no_candidate_gets_nothing_under_ota():
     found = OTA()(anchors, make_gt(objects), seen)
     assert found.positives_per_object(3)[1:].tolist() == [0, 0]
     assert torch.equal(found.gt_index, OTA()(anchors, make_gt(objects[:1]), seen).gt_index)
+
+
+def test_ota_gives_the_anchors_of_twins_to_the_lower_object():
+    anchors = Anchors.grid((64, 64))
+    objects = torch.tensor([[8.0, 8, 40, 40], [30.0, 20, 60, 60], [8.0, 8, 40, 40]])
+    predicted = anchors.boxes.clone()
+    predicted[:20] = objects[0]
+    seen = predict(torch.full((1, len(predicted), 2), -2.0), predicted[None])
+    found = OTA()(anchors, make_gt(objects), seen).positives_per_object(3).tolist()
+    assert found[0] > 0
+    assert found[2] == 0
+
+
+@pytest.mark.parametrize("loss", [Focal(), QualityFocal(), cross_entropy])
+def test_anchors_of_equal_logits_have_equal_background_losses(loss):
+    """Wherever they lie in memory, in lists and tables: float32 terms must not break ties."""
+    anchors, classes = Anchors.grid((64, 64)), 1203
+    logits = torch.randn(classes, generator=torch.manual_seed(0)).expand(2, len(anchors.boxes), -1)
+    seen = predict(logits, anchors.boxes.expand(2, -1, 4))
+    gt = make_gt([[8, 8, 40, 40]], num_images=2)
+    whole = Tables(anchors, gt, seen).background(loss).flatten()
+    few = Lists(anchors, gt, seen).background_of(loss, torch.tensor([3, 5, 90]))
+    assert len({*whole.tolist(), *few.tolist()}) == 1
 
 
 def test_a_contested_anchor_goes_to_whom_it_costs_least_though_nobody_looked():
@@ -601,16 +643,17 @@ def test_what_is_not_finite_changes_nothing_else(rule, value):
 
 
 @pytest.mark.parametrize(
-    "rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO(), ATSS(alpha=0.5)]
+    "rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO(), DDOD(alpha=0.5)]
 )
 def test_pieces_of_a_batch_change_nothing(rule, monkeypatch):
     """Few pairs at a time, as in crowds."""
     anchors, gt, scores, boxes = of_case("crowded")
     seen = predict(scores, boxes, probabilities=True)
     whole = rule(anchors, gt, seen)
-    monkeypatch.setattr("atss.assigners.scene.PIECE", 7 * len(anchors.boxes))
+    monkeypatch.setattr("atss.assigners.lists.PIECE", 7 * len(anchors.boxes))
     monkeypatch.setattr("atss.assigners.atss.ATSS.CHUNK", 7)
-    in_pieces = rule(anchors, gt, seen)
+    with use_engine("auto", limit=7 * len(anchors.boxes)):
+        in_pieces = rule(anchors, gt, seen)
     assert torch.equal(whole.gt_index, in_pieces.gt_index)
     assert whole.score is None or torch.equal(whole.score, in_pieces.score)
 
@@ -634,7 +677,7 @@ def test_refuses_numbers_that_make_no_sense():
         (OTA, "regularisation", 0.0, "regularisation must be from 0.001 on"),
         (POTO, "alpha", -0.1, "alpha must be from 0 to 1, not -0.1"),
         (POTO, "radius", 0, "radius must be from 1e-06 on"),
-        (ATSS, "alpha", 1.5, "alpha must be from 0 to 1, not 1.5"),
+        (DDOD, "alpha", 1.5, "alpha must be from 0 to 1, not 1.5"),
     ):
         with pytest.raises(ValueError, match=sentence):
             rule(**{argument: value})

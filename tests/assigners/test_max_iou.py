@@ -1,14 +1,13 @@
-from functools import partial
-
 import numpy as np
 import oracle
 import pytest
-import torch
 from conftest import GOLDEN, make_gt
 
 from atss import BACKGROUND, IGNORE, Anchors
-from atss.assigners import NWD, IoU, MaxIoU, SimD, pairs
-from atss.assigners.pairs import rectangles
+from atss.assigners import NWD, IoU, MaxIoU, SimD, use_engine
+from atss.assigners.box_index import BoxIndex
+
+pytestmark = pytest.mark.usefixtures("both_engines")
 
 REFERENCE = np.load(GOLDEN / "iou_assignment.npz")
 CASES = sorted({key.split("/")[0] for key in REFERENCE.files})
@@ -109,43 +108,19 @@ def test_equals_brute_force_where_most_pairs_are_left_out(in_box):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_of_huge_objects_few_pairs_are_looked_at(monkeypatch):
+def test_few_pairs_of_huge_objects_are_compared(monkeypatch):
     """They overlap every anchor of a large canvas."""
-    looked_at = []
+    compared, near = [], BoxIndex.near
 
     def counted(*args):
-        for claimant, location in rectangles(*args):
-            looked_at.append(len(location))
-            yield claimant, location
+        pairs = near(*args)
+        compared.append(len(pairs[0]))
+        return pairs
 
-    monkeypatch.setattr(pairs, "rectangles", counted)
+    monkeypatch.setattr(BoxIndex, "near", counted)
     anchors = Anchors.grid((2048, 2048))
-    MaxIoU()(anchors, make_gt([[10, 20, 1900, 2000]] * 50))
-    assert 0 < sum(looked_at) < 0.05 * 50 * len(anchors.boxes)
-
-
-def test_rectangles_hold_all_that_overlap_and_little_more():
-    anchors = Anchors.grid((64, 96), strides=(8, 16))
-    low, high = torch.tensor([[10.0, 20], [50, 0]]), torch.tensor([[30.0, 25], [90, 70]])
-    found = {
-        (o, x)
-        for objects, locations in rectangles(
-            anchors,
-            low[:, None].expand(2, 2, 2).double(),
-            high[:, None].expand(2, 2, 2).double(),
-            7,
-        )
-        for o, x in zip(objects.tolist(), locations.tolist(), strict=True)
-    }
-    points = oracle.locations(anchors)
-    for o in range(2):
-        for x, point in enumerate(points):
-            stride = 8 if x < 96 else 16
-            gap = np.maximum(low[o].numpy() - point, point - high[o].numpy()).max()
-            if gap <= 0:
-                assert (o, x) in found
-            if gap > stride:
-                assert (o, x) not in found
+    MaxIoU()(anchors, make_gt([[10, 20, 1900, 2000]] * 5))
+    assert 0 < sum(compared) < 0.05 * 5 * len(anchors.boxes)
 
 
 def test_no_object():
@@ -168,10 +143,11 @@ def test_thresholds_belong_to_what_is_above_them():
 
 
 @pytest.mark.parametrize("piece", [7, 1 << 18])
-def test_of_equal_objects_the_first_has_the_anchors(piece, monkeypatch):
+def test_first_of_equal_objects_has_the_anchors(piece, monkeypatch):
     """However the pairs are cut into pieces."""
-    monkeypatch.setattr(pairs, "rectangles", partial(rectangles, piece=piece))
-    gt_index = MaxIoU()(Anchors.grid((64, 64)), make_gt([[0, 0, 50, 50]] * 3)).gt_index
+    monkeypatch.setattr("atss.assigners.lists.PIECE", piece)
+    with use_engine("auto", limit=piece):
+        gt_index = MaxIoU()(Anchors.grid((64, 64)), make_gt([[0, 0, 50, 50]] * 3)).gt_index
     assert set(gt_index.unique().tolist()) <= {0, BACKGROUND, IGNORE}
     assert (gt_index == 0).any()
 

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 from conftest import GOLDEN, make_gt
+from pages import run_page
 
 from atss import IGNORE, Anchors
-from atss.assigners import ATSS, MaxIoU, SpatialScale, TopK
+from atss.assigners import ATSS, MaxIoU, SpatialScale
 
 REFERENCE = np.load(GOLDEN / "official_labels.npz")
-RULES = {"ATSS": ATSS(), "SSC": SpatialScale(), "IoU": MaxIoU(in_box=True), "TOPK": TopK()}
+RULES = {"ATSS": ATSS(), "SSC": SpatialScale(), "IoU": MaxIoU(in_box=True)}
+with run_page("docs/own_assigner.md") as (names, _):
+    RULES["TOPK"] = names["TopK"]()
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -5,10 +5,9 @@ import oracle
 import pytest
 import torch
 from conftest import make_cfg, make_gt
-from test_top_k import brute_force as brute_top_k
 
 from atss import Anchors
-from atss.assigners import ATSS, NWD, IoU, SimD, TopK
+from atss.assigners import ATSS, NWD, IoU, SimD
 from atss.config import build_assigner
 
 ALL = {"iou": IoU(), "nwd": NWD(), "simd": SimD()}
@@ -66,8 +65,6 @@ def test_rules_that_measure_by_them(name, seed):
     gt = make_gt(objects)
     found = ATSS(similarity=ALL[name])(anchors, gt).gt_index[0]
     np.testing.assert_array_equal(found, oracle.atss(anchors, objects, 9, "anchors", name))
-    found = TopK(similarity=ALL[name])(anchors, gt).gt_index[0]
-    np.testing.assert_array_equal(found, brute_top_k(anchors, objects, 9, name))
 
 
 @pytest.mark.parametrize("similarity", [IoU(), NWD(), NWD(2.0), SimD(), SimD(60.0, 50.0)])

@@ -7,6 +7,8 @@ from conftest import GOLDEN, make_gt
 from atss import BACKGROUND, Anchors
 from atss.assigners import SpatialScale
 
+pytestmark = pytest.mark.usefixtures("both_engines")
+
 REFERENCE = np.load(GOLDEN / "fcos_assignment.npz")
 RANGES = (64, 128, 256, 512)
 

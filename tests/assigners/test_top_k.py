@@ -1,12 +1,16 @@
+"""The rule of docs/own_assigner.md."""
+
 import numpy as np
 import oracle
 import pytest
 import torch
 from conftest import make_gt
+from pages import run_page
 
 from atss import BACKGROUND, Anchors
-from atss.assigners import TopK
-from atss.assigners.pairs import surrounding_locations
+
+with run_page("docs/own_assigner.md") as (names, _):
+    TopK = names["TopK"]
 
 
 def brute_force(anchors, gt, k, like="iou"):
@@ -57,25 +61,6 @@ def test_by_hand():
     assert five.tolist() == expected.tolist()
 
 
-def test_surrounding_locations_hold_the_best_of_any_falling_score():
-    """For scores that fall along rows and columns in their own way, as overlaps with wide and tall
-    boxes do."""
-    anchors = Anchors.grid((70, 90), strides=(8, 32))
-    rng = np.random.default_rng(0)
-    points = rng.uniform(-30, 120, (200, 2))
-    index, valid = surrounding_locations(anchors, torch.from_numpy(points), 9)
-    centres = oracle.locations(anchors)
-    ends = np.cumsum(anchors.per_level)
-    for p, point in enumerate(points):
-        steepness = np.exp(rng.uniform(-3, 3, 2))
-        score = -(np.abs(centres - point) * steepness).sum(axis=1)
-        for level, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-            best = start + np.argsort(-score[start:end])[:9]
-            held = index[:, p, level][valid[:, p, level]].tolist()
-            assert set(best) <= set(held)
-            assert len(set(held)) == len(held)
-
-
 def test_no_object():
     gt_index = TopK()(Anchors.grid((64, 64)), make_gt([], num_images=2)).gt_index
     assert (gt_index == BACKGROUND).all()
@@ -87,19 +72,21 @@ def test_refuses_k_below_one():
         TopK(top_k=0)
 
 
-def test_distances_count_against_the_farthest_pair_of_the_image(monkeypatch):
-    anchors = Anchors.grid((160, 350))
-    rng = np.random.default_rng(0)
-    images = [oracle.random_boxes(rng, count, (160, 350)) for count in (5, 3)]
-    seen, candidates = [], TopK.candidates
-
-    def record(self, anchors, boxes, longest):
-        seen.append(longest)
-        return candidates(self, anchors, boxes, longest)
-
-    monkeypatch.setattr(TopK, "candidates", record)
-    TopK()(anchors, make_gt(np.concatenate(images), [0] * 5 + [1] * 3, 2))
-    for boxes, longest in zip(images, seen[0].split([5, 3]), strict=True):
-        middle = (boxes[:, :2] + boxes[:, 2:]).astype(np.float64) / 2
-        distance = np.linalg.norm(oracle.locations(anchors)[None] - middle[:, None], axis=2)
-        np.testing.assert_allclose(longest, distance.max())
+@pytest.mark.parametrize(
+    ("gain", "k", "images", "expected"),
+    [
+        # 16 px cost 0.00035 if the farthest anchor of the image is 45 px away, 0.00024 if 68 px.
+        (3e-4, 1, [0, 1], [5]),
+        (3e-4, 1, [0, 0], [6]),
+        # What is equal but for rounding goes to the lower index.
+        (1e-14, 2, [0, 1], [1, 5]),
+    ],
+)
+def test_distances_cost_a_share_of_the_farthest_of_the_image(gain, k, images, expected):
+    """An object around location 5 of 4 x 4, whose neighbour 6 is a bit more similar."""
+    anchors = Anchors.grid((64, 64), strides=(16,))
+    similarity = torch.full((16, 1), 0.5, dtype=torch.float64)
+    similarity[6] += gain
+    gt = make_gt([[0, 0, 48, 48], [48, 48, 64, 64]], images, max(images) + 1)
+    gt_index = TopK(k, similarity=lambda boxes, objects: similarity.expand(16, 2))(anchors, gt)
+    assert (gt_index.gt_index[0] == 0).nonzero().flatten().tolist() == expected

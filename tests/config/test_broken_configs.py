@@ -18,8 +18,12 @@ SENTENCES = table("Configs")
 ATSS = "MODEL.ATSS."
 CASES = {
     "unknown rule": [ATSS + "ASSIGNER", "NoSuchRule"],
+    "a rule that is a page's example now": [ATSS + "ASSIGNER", "TopK"],
     "misspelt rule in a yaml": "MODEL: {ATSS: {ASSIGNERS: {ATTS: {TOP_K: 5}}}}",
     "misspelt argument of a rule": "MODEL: {ATSS: {ASSIGNERS: {ATSS: {TOPK: 5}}}}",
+    "ATSS's `ALPHA` beside DDOD": [
+        *(ATSS + "ASSIGNER", "DDOD", ATSS + "ASSIGNERS.ATSS.ALPHA", "0.5"),
+    ],
     "k of 0": [ATSS + "ASSIGNERS.ATSS.TOP_K", "0"],
     "falling ranges of levels": [
         *(ATSS + "ASSIGNER", "SpatialScale"),

@@ -69,11 +69,11 @@ def test_arguments_of_the_rule_are_checked():
 
 def test_every_rule_has_its_arguments_in_the_config():
     nodes = make_cfg().MODEL.ATSS.ASSIGNERS
-    assert nodes.ATSS == {"TOP_K": 9, "COUNT": "anchors", "SIMILARITY": "iou", "ALPHA": None}
+    assert nodes.ATSS == {"TOP_K": 9, "COUNT": "anchors", "SIMILARITY": "iou"}
     assert nodes.SpatialScale.RANGES == (64, 128, 256, 512)
     opts = ("MODEL.ATSS.ASSIGNER", "MaxIoU", "MODEL.ATSS.ASSIGNERS.MaxIoU.IN_BOX", True)
     assert build_assigner(make_cfg(*opts)).in_box
-    for name in ("ATSS", "MaxIoU", "SpatialScale", "TopK"):
+    for name in ("ATSS", "DDOD", "MaxIoU", "SpatialScale"):
         build_assigner(make_cfg("MODEL.ATSS.ASSIGNER", name))
 
 

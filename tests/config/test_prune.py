@@ -34,7 +34,7 @@ def test_a_dump_holds_the_arguments_of_what_is_chosen(tmp_path):
     full = load_config(ROOT / "configs/ATSS_R_18_FPN_small.yaml")
     prune(cfg)
     assert cfg.MODEL.ATSS.ASSIGNERS == {
-        "ATSS": {"TOP_K": 9, "COUNT": "anchors", "SIMILARITY": "iou", "ALPHA": None}
+        "ATSS": {"TOP_K": 9, "COUNT": "anchors", "SIMILARITY": "iou"}
     }
     assert "CLS_LOSSES" not in cfg.MODEL.ATSS
     build_model(cfg)
@@ -49,9 +49,9 @@ def test_of_branches_too():
     cfg = make_cfg("MODEL.ATSS.BRANCHES", ["points"])
     own = {"ASSIGNER": "SpatialScale", "PHASES": [["first", 9]]}
     cfg.MODEL.ATSS.BRANCH.points = type(cfg)(own)
-    cfg.MODEL.ATSS.BRANCH.first = type(cfg)({"ASSIGNER": "TopK"})
+    cfg.MODEL.ATSS.BRANCH.first = type(cfg)({"ASSIGNER": "MaxIoU"})
     prune(cfg)
-    assert set(cfg.MODEL.ATSS.ASSIGNERS) == {"ATSS", "SpatialScale", "TopK"}
+    assert set(cfg.MODEL.ATSS.ASSIGNERS) == {"ATSS", "SpatialScale", "MaxIoU"}
     build_model(cfg)
 
 

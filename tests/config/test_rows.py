@@ -22,7 +22,20 @@ from detectron2.structures import Boxes, Instances
 from torch import nn
 
 from atss import BACKGROUND, IGNORE, Anchors, Assignment, HeadOutput, load_config
-from atss.assigners import ATSS, NWD, OTA, PAA, POTO, TAL, IoU, MaxIoU, SimD, SimOTA, SoftLabel
+from atss.assigners import (
+    ATSS,
+    DDOD,
+    NWD,
+    OTA,
+    PAA,
+    POTO,
+    TAL,
+    IoU,
+    MaxIoU,
+    SimD,
+    SimOTA,
+    SoftLabel,
+)
 from atss.config import build_tta
 from atss.config.checks import flatten
 from atss.losses import Focal, QualityFocal, Varifocal, giou_loss, iou_loss, smooth_l1_loss
@@ -295,12 +308,12 @@ SUCCESSORS = {
     "TOOD": BY_ALIGNMENT | {"head": TOODHead, "code": Corners},
     "TOOD_anchor": BY_ALIGNMENT | {"head": TOODHead, "code": Corners},
     "DDOD": {
-        "rule": (ATSS, IoU(), 0.8),
+        "rule": (DDOD, IoU(), 0.8),
         "box": ({}, None, 1e-6),
         "quality": ("box", None, 1.0),
         "branches": {
             "box": {
-                "rule": (ATSS, IoU(), 0.5),
+                "rule": (DDOD, IoU(), 0.5),
                 "class": (None, ONE),
                 "box": (GIOU, ONE, 1.0),
                 "quality": ("box", terms.overlap, 1.0),
@@ -316,7 +329,7 @@ LOOKED_AT = (
     "ASSIGNER|REGRESSION|CENTERNESS|QUALITY|QUALITY_LOSS_WEIGHT|CLS_LOSS|CLS_TARGET|NORMALISER|"
     "BBOX_REG_LOSS_TYPE|BBOX_REG_LOSS_WEIGHT|BOX_WEIGHT|BOX_NORMALISER_LEAST|SUPPRESSION|"
     r"THRESHOLD_ON_SCORE|RANK_ANCHORS|PHASES|BRANCHES|BRANCH\..*|HEAD|HEADS\..*|OUTPUT|"
-    r"DEFORM_TOWER|ASSIGNERS\.ATSS\.ALPHA|INFERENCE|NUM_CONVS|ASSIGNERS\.TAL\.INSIDE"
+    r"DEFORM_TOWER|INFERENCE|NUM_CONVS|ASSIGNERS\.TAL\.INSIDE"
 )
 
 
@@ -335,7 +348,7 @@ def values_of(model, phase, own_head=None):
         for name, term in criterion.box_terms.items()
     }
     alpha = getattr(rule, "alpha", None)
-    powers = () if alpha is None or type(rule) is not ATSS else (alpha,)
+    powers = () if alpha is None or type(rule) is not DDOD else (alpha,)
     return {
         "head": type(head),
         "rule": phase.assignment_of or (type(rule), rule.similarity, *powers),
@@ -418,7 +431,7 @@ def test_many_and_one_under_one_metric():
     model = build_model(make_cfg(config="successors/TAL_dual_R_50_FPN_1x.yaml"))
     many, one = (model.branches[x].phases[-1].assigner for x in ("main", "one"))
     assert (many.alpha, many.beta, many.inside) == (one.alpha, one.beta, one.inside)
-    assert (many.inside, many.top.k, one.top.k) == ("before", 13, 1)
+    assert (many.inside, many.top_k, one.top_k) == ("before", 13, 1)
     assert model.inference == "one"
     assert model.branches["one"].detached
 
@@ -570,7 +583,7 @@ def losses(model) -> dict:
     logits = torch.tensor([[[-30.0, 1.2, -30], [0.3, -30, -30]]])
     quality = torch.zeros(1, 2) if model.head.centerness else None
     output = HeadOutput(logits, torch.ones(1, 2, 4), quality)
-    assignment = Assignment.hard(torch.tensor([[0, BACKGROUND]]))
+    assignment = Assignment(torch.tensor([[0, BACKGROUND]]))
     found = (
         model.branches["main"].at(0).criterion(output, box.expand(1, 2, 4), anchors, gt, assignment)
     )

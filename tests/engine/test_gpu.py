@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 from atss import Anchors, GroundTruth, HeadOutput
 from atss.assigners import (
     ATSS,
+    DDOD,
     NWD,
     OTA,
     PAA,
@@ -20,7 +21,6 @@ from atss.assigners import (
     SimOTA,
     SoftLabel,
     SpatialScale,
-    TopK,
 )
 from atss.engine import Trainer
 from atss.structures import Predictions
@@ -34,9 +34,7 @@ RULES = {
     "MaxIoU, in the box": MaxIoU(in_box=True),
     "SpatialScale": SpatialScale(),
     "SpatialScale, radius": SpatialScale(radius=1.5),
-    "TopK": TopK(),
-    **{rule.__name__: rule() for rule in (PAA, OTA, SimOTA, SoftLabel, TAL)},
-    "ATSS of predictions": ATSS(alpha=0.8),
+    **{rule.__name__: rule() for rule in (DDOD, PAA, OTA, SimOTA, SoftLabel, TAL)},
     "MaxIoU by NWD": MaxIoU(similarity=NWD()),
     "TAL by SimD": TAL(similarity=SimD()),
 }

@@ -42,7 +42,7 @@ CASES = {
     "a process without objects": ([*BOXES[:2], [], []], ()),
     "one positive in all": (
         [[], [], BOXES[2], []],
-        ("MODEL.ATSS.ASSIGNER", "TopK", "MODEL.ATSS.ASSIGNERS.TopK.TOP_K", 1),
+        ("MODEL.ATSS.ASSIGNER", "SimOTA", "MODEL.ATSS.ASSIGNERS.SimOTA.TOP_K", 1),
     ),
     "no object": ([[]] * 4, ()),
     "averaged": (BOXES, ("SOLVER.EMA_DECAY", 0.9)),

@@ -568,7 +568,6 @@ def test_a_key_that_does_not_exist(command):
         ("ASSIGNERS.SpatialScale.RANGS", "ASSIGNERS.SpatialScale.RANGES"),
         ("SIMILARITIES.nwd.CONSTNAT", "SIMILARITIES.nwd.CONSTANT"),
         ("ASSIGNERS.TAL.TOPK", "ASSIGNERS.TAL.TOP_K"),
-        ("ASSIGNERS.TopK.TOPK", "ASSIGNERS.TopK.TOP_K"),
         ("POSITIVE_FROM", "ASSIGNERS.MaxIoU.POSITIVE_FROM"),
     ):
         with pytest.raises(ValueError, match=rf"{wrong}; did you mean MODEL.ATSS.{right}\?"):

@@ -1,17 +1,23 @@
 import copy
+import threading
+from functools import partial
 
 import pytest
 import torch
 from conftest import make_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone
-from detectron2.modeling.backbone import FPN, build_resnet_backbone
+from detectron2.modeling.backbone import FPN, Backbone, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from test_foreach import Operators
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from atss.config.build import build_levels
+from atss.modeling import backbone, foreach
 from atss.modeling.backbone import (
+    FoldedFPN,
     FrozenNormConv2d,
     P6P7FromP5,
     fold_frozen_norms,
@@ -167,3 +173,149 @@ def test_what_was_folded_to_detect_can_be_trained_with():
     with torch.inference_mode():
         made_there = folded_conv()
         assert made_there(x).shape == (2, 4, 4, 4)
+
+
+def test_a_copy_follows_its_own_statistics():
+    """Also if it has been loaded as often as the original: averaged weights are such a copy."""
+    conv, x = folded_conv(), torch.randn(2, 3, 4, 4)
+    state = conv.state_dict()
+    for _ in range(2):
+        conv.load_state_dict(state)
+    plain, other = conv(x), copy.deepcopy(conv)
+    other.load_state_dict(state | {"norm.weight": 2 * state["norm.weight"]})
+    torch.testing.assert_close(other(x), 2 * plain)
+    conv.norm.weight.data.mul_(4)
+    torch.testing.assert_close(conv(x), 4 * plain)
+
+
+def thin_fpn(seed: int = 0) -> FPN:
+    """With norms that do something; the stem and res2 are frozen."""
+    torch.manual_seed(seed)
+    options = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RESNETS.NUM_GROUPS", 2)
+    options += ("MODEL.BACKBONE.FREEZE_AT", 2, "MODEL.FPN.NORM", "")
+    fpn = build_backbone(make_cfg(*options, "MODEL.FPN.OUT_CHANNELS", 8))
+    with torch.no_grad():
+        for buffer in fpn.buffers():
+            buffer.uniform_(0.5, 1.5)
+    return fpn
+
+
+def gradients(fpn, *passes) -> dict[str, torch.Tensor]:
+    """Outputs and gradients, of one backward pass after these calls of functions of the FPN."""
+    results = [run(fpn) for run in passes]
+    sum(y.sin().sum() for maps in results for y in maps.values()).backward()
+    found = {name: x.grad for name, x in fpn.named_parameters() if x.grad is not None}
+    return found | {name: y for maps in results for name, y in maps.items()}
+
+
+@pytest.fixture
+def grouped(monkeypatch):
+    monkeypatch.setattr(foreach, "ONE_BY_ONE", set())
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])
+def test_norms_folded_in_groups_are_those_folded_alone(precision, memory_format, monkeypatch):
+    def result(groups):
+        monkeypatch.setattr(foreach, "ONE_BY_ONE", set() if groups else {"cpu"})
+        fpn = thin_fpn().to(memory_format=memory_format)
+        x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        with Operators() as operators, torch.autocast("cpu", precision, precision is not None):
+            found = gradients(fpn, lambda fpn: fpn(x))
+        return found, operators.count
+
+    (alone, before), (groups, after) = result(False), result(True)
+    assert alone.keys() == groups.keys()
+    for name, x in alone.items():
+        assert torch.equal(groups[name], x), name
+    convs = [x for x in thin_fpn().modules() if type(x) is FrozenNormConv2d]
+    assert not any(k.startswith(("bottom_up.stem", "bottom_up.res2")) for k in alone)
+    # Five groups, and gradients of three: two operators for each trained convolution less.
+    trained = sum(conv.weight.requires_grad for conv in convs)
+    assert before["_foreach_mul"] - after["_foreach_mul"] == len(convs) - 5 + trained - 3
+    assert after["_foreach_mul"] == 5 + 3 + 1
+    if precision is not None:
+        assert after["_foreach_copy_"] == 5 + 1
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_folded_norms_of_blocks_that_are_computed_again(reentrant, grouped):
+    """As activation checkpointing does, in the backward pass."""
+    x = torch.randn(1, 3, 64, 64).double()
+    expected = gradients(thin_fpn().double(), lambda fpn: fpn(x))
+    fpn = thin_fpn().double()
+    for stage in (fpn.bottom_up.res3, fpn.bottom_up.res4):
+        for block in stage:
+            forward = block.forward
+            block.forward = partial(checkpoint, forward, use_reentrant=reentrant)
+    found = gradients(fpn, lambda fpn: fpn(x.requires_grad_()))
+    for name, y in expected.items():
+        torch.testing.assert_close(found[name], y)
+
+
+def test_passes_of_one_backbone_do_not_meet(grouped):
+    """One within another, in a thread beside it, twice, and after one that failed."""
+    x = torch.randn(1, 3, 64, 64)
+    expected = gradients(thin_fpn(), lambda fpn: fpn(x), lambda fpn: fpn(x))
+
+    def disturb(module, inputs):
+        hook.remove()
+        thread = threading.Thread(target=fpn, args=(x,))
+        thread.start()
+        thread.join()
+        with torch.inference_mode():
+            fpn(x)
+
+    fpn = thin_fpn()
+    failing = fpn.bottom_up.res4.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fpn(x)
+    failing.remove()
+    assert backbone._folded.get() is None
+    hook = fpn.bottom_up.res4[1].register_forward_pre_hook(disturb)
+    found = gradients(fpn, lambda fpn: fpn(x), lambda fpn: fpn(x))
+    for name, y in expected.items():
+        assert torch.equal(found[name], y), name
+
+
+def test_a_folded_backbone_is_saved_and_copied_whole(grouped, tmp_path):
+    x = torch.randn(1, 3, 64, 64)
+    fpn = thin_fpn()
+    expected = fpn(x)
+    torch.save(fpn, tmp_path / "fpn.pth")
+    loaded = torch.load(tmp_path / "fpn.pth", weights_only=False)
+    for other in (loaded, copy.deepcopy(fpn)):
+        with torch.no_grad():
+            for p in fpn.parameters():
+                p.zero_()  # the other's are its own
+        for name, y in other(x).items():
+            assert torch.equal(y, expected[name])
+        fpn.load_state_dict(thin_fpn().state_dict())
+
+
+def test_inference_holds_the_folded_weights_of_one_stage(grouped):
+    fpn, held = thin_fpn(), []
+
+    def note(module, inputs):
+        held.append(sum(y.numel() for y in backbone._folded.get()._weights.values()))
+
+    stages = [getattr(fpn.bottom_up, name) for name in ("res3", "res4", "res5")]
+    for stage in stages:
+        stage.register_forward_pre_hook(note)
+    with torch.no_grad():
+        fpn(torch.randn(1, 3, 64, 64))
+    assert held == [0, 0, 0]
+
+
+def test_a_shared_folded_convolution_learns_from_both_calls(grouped):
+    conv = folded_conv()
+    twice = nn.Sequential(conv, nn.Conv2d(4, 3, 1), conv)
+    bottom_up = type("BottomUp", (Backbone,), {"forward": lambda self, x: {"res2": self.all(x)}})()
+    bottom_up.all = twice
+    bottom_up.output_shape = lambda: {"res2": ShapeSpec(channels=4, stride=4)}
+    fpn, x = FoldedFPN(bottom_up, ["res2"], 8), torch.randn(1, 3, 4, 4)
+    found = gradients(fpn, lambda fpn: fpn(x))
+    conv.__class__ = Conv2d
+    fpn.zero_grad()
+    for name, y in gradients(fpn, lambda fpn: fpn(x)).items():
+        torch.testing.assert_close(found[name], y)

@@ -7,8 +7,8 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from atss import Assignment, modeling
-from atss.assigners import ATSS, TopK
+from atss import modeling
+from atss.assigners import ATSS, MaxIoU
 from atss.modeling import Branch, Criterion, Phase
 from atss.structures import HeadOutput
 
@@ -118,7 +118,7 @@ def test_a_branch_takes_anothers_assignment():
 
 def test_phases_end_at_their_iterations():
     """By the event storage, which resumes; without one by the attribute."""
-    first, last = TopK(), ATSS()
+    first, last = MaxIoU(), ATSS()
     criteria = Criterion(quality_weight=2.0), Criterion()
     model = build()
     phases = Phase(first, criteria[0], until=5), Phase(last, criteria[1])
@@ -229,7 +229,7 @@ def seen(model):
         (("MODEL.ATSS.OWN_HEAD", True), {}, "OWN_HEAD is for branches of MODEL.ATSS.BRANCHES"),
         (
             ("MODEL.ATSS.PHASES", [["x", 9], ["x", 3]]),
-            {"BRANCH": {"x": {"ASSIGNER": "TopK"}}},
+            {"BRANCH": {"x": {"ASSIGNER": "MaxIoU"}}},
             r"phases must end at rising iterations, the last at none, not \[9, 3, inf\]",
         ),
     ],
@@ -242,11 +242,11 @@ def test_what_cannot_be_is_one_sentence(opts, nested, sentence):
 def test_branches_do_not_inherit_what_makes_a_branch():
     """Phases of main, and whose assignment it takes, are main's; its parts are those of all."""
     wide = {"ASSIGNERS": {"ATSS": {"TOP_K": 17}}}
-    nested = {"wide": wide, "first": {"ASSIGNER": "TopK"}}
+    nested = {"wide": wide, "first": {"ASSIGNER": "MaxIoU"}}
     opts = ("MODEL.ATSS.BRANCHES", ["wide"], "MODEL.ATSS.PHASES", [["first", 9]])
     model = build(*opts, "MODEL.ATSS.QUALITY_LOSS_WEIGHT", 2.0, BRANCH=nested)
     main, other = model.branches["main"], model.branches["wide"]
-    assert isinstance(main.at(0).assigner, TopK)
+    assert isinstance(main.at(0).assigner, MaxIoU)
     assert other.at(0).assigner.top_k == 17
     assert other.at(0).criterion.quality_weight == main.at(0).criterion.quality_weight == 2.0
 
@@ -322,13 +322,5 @@ def test_detectors_with_branches_can_be_pickled():
     assert copy([EXAMPLE]) == model([EXAMPLE])
 
 
-def test_an_assignment_says_what_became_of_its_old_arguments():
-    index = torch.zeros(1, 4, dtype=torch.long)
-    for call in (
-        lambda: Assignment(index, index, index),
-        lambda: Assignment(index, cls_target=index, box_weight=index),
-    ):
-        with pytest.raises(TypeError, match="class targets and box weights are the criterion's"):
-            call()
-    assert Assignment.hard(index).score is None
+def test_a_registry_returns_its_parts_by_name():
     assert modeling.HEAD_REGISTRY.get("ATSSHead") is modeling.ATSSHead

@@ -23,7 +23,6 @@ from atss.structures import HeadOutput
 K, SIZES, STRIDES = 3, [(12, 16), (6, 8), (3, 4), (2, 2), (1, 1)], (8, 16, 32, 64, 128)
 GT = make_gt([[20, 20, 90, 80], [4, 4, 30, 40], [0, 0, 128, 96]], [0, 0, 1], 3, [0, 2, 1])
 RULES = [(name, ()) for name, _ in ASSIGNER_REGISTRY]
-RULES.append(("ATSS", ("MODEL.ATSS.ASSIGNERS.ATSS.ALPHA", 0.8)))
 # Keys and values; what else a box loss or code is made of has its own tests.
 WITH_SCORE = ("OTA", "POTO", "SimOTA", "SoftLabel", "TAL")
 KINDS = (

@@ -61,7 +61,7 @@ def tensors(output: HeadOutput) -> list[torch.Tensor]:
 
 def losses_of(output: HeadOutput, gt=GT, gt_index=GT_INDEX) -> dict[str, torch.Tensor]:
     boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
-    return Criterion()(output, boxes, ANCHORS, gt, Assignment.hard(gt_index))
+    return Criterion()(output, boxes, ANCHORS, gt, Assignment(gt_index))
 
 
 def spelled_out(output: HeadOutput) -> dict[str, float]:
@@ -176,7 +176,7 @@ def _trained(parts, output, gt=GT, gt_index=GT_INDEX) -> tuple[dict, list[torch.
     """Losses, and gradients of the outputs."""
     leaves = output.map(lambda x: x.detach().clone().requires_grad_())
     boxes = BoxDeltas().decode(leaves.numbers, ANCHORS.boxes, ANCHORS.stride)
-    losses = Criterion(**parts)(leaves, boxes, ANCHORS, gt, Assignment.hard(gt_index))
+    losses = Criterion(**parts)(leaves, boxes, ANCHORS, gt, Assignment(gt_index))
     sum(losses.values()).backward()
     return {name: x.item() for name, x in losses.items()}, [x.grad for x in tensors(leaves)]
 
@@ -225,7 +225,7 @@ def test_nothing_is_learnt_through_what_is_to_be_said():
     """Targets and weights are what the model says now: no gradient goes that way."""
     output = random_output()
     boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
-    losses = Criterion(**CRITERIA[1])(output, boxes, ANCHORS, GT, Assignment.hard(GT_INDEX))
+    losses = Criterion(**CRITERIA[1])(output, boxes, ANCHORS, GT, Assignment(GT_INDEX))
     learns = {"loss_cls": 0, "loss_box_reg": 1, "loss_overlap": 2}
     for name, own in learns.items():
         found = torch.autograd.grad(
@@ -245,7 +245,7 @@ def of_one_positive(classes, numbers, code, target, **parts):
     boxes = code.decode(numbers, anchors.boxes.double(), anchors.stride)
     gt = make_gt([target], [0], 1, classes=[1])
     gt = replace(gt, boxes=gt.boxes.double())
-    losses = Criterion(**parts)(output, boxes, anchors, gt, Assignment.hard(torch.tensor([[0]])))
+    losses = Criterion(**parts)(output, boxes, anchors, gt, Assignment(torch.tensor([[0]])))
     return boxes[0, 0].tolist(), {name: x.item() for name, x in losses.items()}
 
 
@@ -311,9 +311,7 @@ def test_only_positives_are_to_say_a_power(gamma):
     classes = output.classes.detach().requires_grad_()
     boxes = (GT.boxes + 1e6)[GT_INDEX.clamp(min=0)].requires_grad_()
     criterion = Criterion(cls_loss=Matchability(gamma), cls_target=overlap)
-    losses = criterion(
-        output._replace(classes=classes), boxes, ANCHORS, GT, Assignment.hard(GT_INDEX)
-    )
+    losses = criterion(output._replace(classes=classes), boxes, ANCHORS, GT, Assignment(GT_INDEX))
     (pull,) = torch.autograd.grad(losses["loss_cls"], classes)
     p = classes.sigmoid().detach()
     expected = p**gamma * p  # of negatives
@@ -354,7 +352,7 @@ def test_plain_retinanets_box_loss():
     output, coder = random_output(quality=False), BoxDeltas()
     boxes = coder.decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
     criterion = Criterion(box_terms={"smooth_l1": SmoothL1(code=coder, weight=1.0)})
-    losses = criterion(output, boxes, ANCHORS, GT, Assignment.hard(GT_INDEX))
+    losses = criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX))
     expected, positives = 0.0, 0
     for n, r in (GT_INDEX >= 0).nonzero().tolist():
         target = coder.encode(GT.boxes[GT_INDEX[n, r]], ANCHORS.boxes[r], ANCHORS.stride[r])
@@ -371,7 +369,7 @@ def test_deltas_of_negatives_do_not_matter():
     wild = output.numbers.detach().clone()
     wild[GT_INDEX < 0] = torch.inf
     criterion = Criterion(box_terms={"smooth_l1": SmoothL1(code=BoxDeltas())})
-    args = (ANCHORS.boxes.expand(2, 4, 4), ANCHORS, GT, Assignment.hard(GT_INDEX))
+    args = (ANCHORS.boxes.expand(2, 4, 4), ANCHORS, GT, Assignment(GT_INDEX))
     tame = criterion(output, *args)["loss_box_reg"]
     torch.testing.assert_close(
         criterion(output._replace(numbers=wild), *args)["loss_box_reg"], tame
@@ -605,7 +603,7 @@ def test_probabilities_are_no_logits():
 def losses_with(assignment=None, **parts):
     output = random_output()
     boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
-    assignment = assignment or Assignment.hard(GT_INDEX)
+    assignment = assignment or Assignment(GT_INDEX)
     losses = Criterion(**parts)(output, boxes, ANCHORS, GT, assignment)
     return {name: x.item() for name, x in losses.items()}
 

@@ -1,5 +1,7 @@
+import copy
 import json
 import pickle
+import re
 from contextlib import nullcontext
 
 import numpy as np
@@ -323,3 +325,33 @@ def test_survives_pickling(row):
     assert torch.equal(found.pred_boxes.tensor, again.pred_boxes.tensor)
     assert torch.equal(found.scores, again.scores)
     pickle.dumps(build_tta(make_cfg(*opts), model))
+
+
+def test_branches_of_one_output_decode_it_once(monkeypatch):
+    """One with a head of its own has another output."""
+    model, decoded = tiny().train(), []
+    boxes = Criterion(cls_loss=None, quality=None)
+    others = {
+        "boxes": Branch(Phase(None, boxes, assignment_of="main")),
+        "own": Branch(Phase(None, boxes, assignment_of="main"), head=copy.deepcopy(model.head)),
+        "guest": Branch(Phase(None, boxes, assignment_of="main"), head_of="own"),
+    }
+    nn.init.constant_(others["own"].head.bbox_pred.bias, 1.0)
+    model.branches = nn.ModuleDict({"main": model.branches["main"], **others})
+    decode = model.box_coder.decode
+    monkeypatch.setattr(
+        model.box_coder, "decode", lambda *args: decoded.append(args) or decode(*args)
+    )
+    losses = model([make_input(BOX, [0])])
+    assert len(decoded) == 2
+    assert losses["boxes/loss_box_reg"] != losses["own/loss_box_reg"]
+    assert losses["guest/loss_box_reg"] == losses["own/loss_box_reg"]
+
+
+def test_a_branch_without_an_assignment_is_named():
+    model = tiny().train()
+    phase = Phase(None, Criterion(), assignment_of="boxes")
+    model.branches = nn.ModuleDict({"main": model.branches["main"], "boxes": Branch(phase)})
+    sentence = "branch 'boxes' takes the assignment of 'boxes'; those with one are ['main']"
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        model([make_input(BOX, [0])])

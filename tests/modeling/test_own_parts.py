@@ -44,14 +44,12 @@ def train(*opts, **nested):
 
 
 def test_a_rule_with_soft_scores(register):
-    @dataclass
     class Soft(ATSS):
         """ATSS whose positives are worth a share."""
 
-        share: float = 0.5
-
-        def __post_init__(self):
+        def __init__(self, share: float = 0.5):
             super().__init__()
+            self.share = share
 
         def __call__(self, anchors, gt, predictions=None):
             hard = super().__call__(anchors, gt, predictions)
@@ -152,13 +150,14 @@ def test_a_second_branch_with_another_k():
 
 def test_two_phases():
     """A rule for a third of the training, then another."""
-    first = {"first": {"ASSIGNER": "TopK", "ASSIGNERS": {"TopK": {"TOP_K": 5}}}}
+    first = {"first": {"ASSIGNER": "SimOTA", "ASSIGNERS": {"SimOTA": {"TOP_K": 5}}}}
     opts = ("SOLVER.MAX_ITER", 90, "MODEL.ATSS.PHASES", [["first", 1 / 3]])
     losses, model = train(*opts, BRANCH=first)
     model.iteration = 30
     later = {name: x.item() for name, x in model([EXAMPLE]).items()}
     assert later == train()[0]
-    assert losses == train("MODEL.ATSS.ASSIGNER", "TopK", "MODEL.ATSS.ASSIGNERS.TopK.TOP_K", 5)[0]
+    opts = ("MODEL.ATSS.ASSIGNER", "SimOTA", "MODEL.ATSS.ASSIGNERS.SimOTA.TOP_K", 5)
+    assert losses == train(*opts)[0]
 
 
 def test_a_rule_made_of_rules(register):
@@ -167,7 +166,7 @@ def test_a_rule_made_of_rules(register):
         """What one of two rules chooses; the first says for which object."""
 
         first: object = "ATSS"
-        second: object = "TopK"
+        second: object = "MaxIoU"
 
         def __call__(self, anchors, gt, predictions=None):
             a, b = (rule(anchors, gt, predictions) for rule in (self.first, self.second))

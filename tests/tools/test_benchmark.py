@@ -1,17 +1,24 @@
+import contextlib
+import io
 import itertools
 import json
+import re
 import sys
+from pathlib import Path
 
 import benchmark
 import pytest
 import torch
-from benchmarks import model, rules
+from benchmarks import against, commits, model, operators, rules
 from benchmarks.assignment import dense_atss, random_objects
 from benchmarks.data import loading
 from benchmarks.model import Case, build, inference, random_batch, training_step
+from benchmarks.operators import Counts, PretendedGPU
+from benchmarks.scenes import random_scene
 from benchmarks.timing import Seconds, in_turn, table
 from conftest import make_cfg
 
+import atss
 from atss import Anchors, model_zoo
 from atss.assigners import ATSS, TAL
 from atss.data.datasets import register
@@ -140,7 +147,7 @@ def test_loading_is_measured_with_the_trainers_loader(squares, capsys):
 
 def test_scenes_of_the_rules_predict_the_smallest_object_that_holds_an_anchor():
     """But for a tenth; and PAA's mixtures are fitted to what it pools."""
-    anchors, gt, seen = rules.random_scene(12, 2)
+    anchors, gt, seen = random_scene(12, 2)
     points = anchors.points.float()
     for image in range(2):
         boxes = gt.boxes[gt.image_index == image]
@@ -153,9 +160,138 @@ def test_scenes_of_the_rules_predict_the_smallest_object_that_holds_an_anchor():
         assert held.any()
         assert off.std().item() == pytest.approx(0.1, abs=0.005)
         assert off.abs().max() < 1
-    values = rules._paa_costs(anchors, gt, seen)
+    values = rules.paa_costs(anchors, gt, seen)
     assert values.shape[0] <= 12
     assert (values[:, 1:] >= values[:, :-1]).all()
+
+
+X = torch.arange(-3.0, 3)
+# {what: (function of a device and X there, operators, waits, copies to the host, to the GPU)}
+STARTED = {
+    "sum": (lambda gpu, x: x.sum(), 1, 0, 0, 0),
+    "views": (lambda gpu, x: x.view(2, 3).T[:1].detach(), 0, 0, 0, 0),
+    "in place": (lambda gpu, x: (x * 2)[1:].add_(1), 2, 0, 0, 0),
+    "a number of the host": (lambda gpu, x: x * torch.tensor(2.0), 1, 0, 0, 0),
+    "made there": (lambda gpu, x: torch.zeros(3, device=gpu), 1, 0, 0, 0),
+    "item": (lambda gpu, x: x.new_full((2,), x[0].item()), 2, 1, 0, 0),
+    "if": (lambda gpu, x: x if x.any() else -x, 2, 1, 0, 0),
+    "nonzero": (lambda gpu, x: x.nonzero(), 1, 1, 0, 0),
+    "a boolean index": (lambda gpu, x: x[x > 0], 2, 1, 0, 0),
+    "set where true": (lambda gpu, x: torch.ones_like(x).index_put_((x < 0,), x[:3]), 3, 1, 0, 0),
+    "filled where true": (lambda gpu, x: x.index_put((x < 0,), x[0]), 2, 0, 0, 0),
+    "unique": (lambda gpu, x: x.unique(), 1, 1, 0, 0),
+    "repeat_interleave": (lambda gpu, x: x.repeat_interleave(x.long().abs()), 4, 1, 0, 0),
+    "cpu": (lambda gpu, x: x.cpu(), 1, 1, 1, 0),
+    "copy_ to the host": (lambda gpu, x: torch.zeros(6).copy_(x), 1, 1, 1, 0),
+    "to": (lambda gpu, x: torch.ones(3).to(gpu), 1, 1, 0, 1),
+    "to, non-blocking": (lambda gpu, x: torch.ones(3).to(gpu, non_blocking=True), 1, 0, 0, 1),
+    "copy_ to the GPU": (lambda gpu, x: (x + 1).copy_(torch.ones(6)), 2, 1, 0, 1),
+    "torch.tensor": (lambda gpu, x: torch.tensor([1.0, 2], device=gpu), 1, 1, 0, 1),
+    "new_tensor": (lambda gpu, x: x.new_tensor([1.0, 2]), 1, 1, 0, 1),
+    "an index of the host": (lambda gpu, x: x[torch.tensor([0, 2])], 1, 1, 0, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "counts"), [(f, x) for f, *x in STARTED.values()], ids=STARTED
+)
+def test_a_pretended_gpu_counts_operators_waits_and_copies(function, counts):
+    with PretendedGPU() as gpu:
+        x = X.to("cuda")
+        gpu.lap("copy")
+        result = function("cuda", x)
+        gpu.lap("call")
+        result = result.cpu()
+    assert gpu.laps["call"] == Counts(*counts)
+    assert torch.equal(result, function("cpu", X))
+
+
+def test_a_pretended_gpu_raises_where_one_would_wait_or_fail():
+    with PretendedGPU(may_wait=False):
+        x = X.to("cuda")
+        with pytest.raises(RuntimeError, match="nonzero"):
+            x.nonzero()
+        with pytest.raises(RuntimeError, match="two devices"):
+            x + torch.ones(6)
+
+
+def test_autocast_of_a_pretended_gpu_is_cudas():
+    """Its GroupNorm is float32, that of CPUs is not."""
+    with PretendedGPU(), torch.autocast("cuda", torch.bfloat16):
+        x = torch.ones(1, 4, 3, 3, device="cuda")
+        low = torch.nn.functional.conv2d(x, x)
+        assert low.dtype == torch.bfloat16
+        assert torch.nn.functional.group_norm(low.expand(1, 4, 3, 3), 2).dtype == torch.float32
+
+
+def test_operators_are_printed_as_tables(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(operators, "OBJECTS", (3,))
+    monkeypatch.setattr(operators, "registered_rules", lambda: [("ATSS", ATSS())])
+    monkeypatch.setattr(operators, "BESIDE", ("ours",))
+    counts = {part: Counts(2) for part in operators.PARTS}
+    monkeypatch.setattr(operators, "count_step", lambda name, case: counts)
+    report = tmp_path / "report.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "operators", "--json", str(report)])
+    benchmark.main()
+    printed, measured = capsys.readouterr().out, json.loads(report.read_text())
+    started = measured["rules"]["ATSS"]["tables"]["3"]["operators"]
+    assert f"| ATSS | {started} (0, 0) " in printed
+    assert re.search(rf"\| sum +\| {2 * len(operators.PARTS)} ", printed)
+    assert measured["steps"]["bf16"]["ours"]["backbone"]["operators"] == 2
+
+
+def test_a_compiled_tail_counts_with_its_kernels(monkeypatch, capsys):
+    counts = {part: Counts(2) for part in operators.PARTS}
+    monkeypatch.setattr(operators, "BESIDE", ("ours",))
+    monkeypatch.setattr(operators, "count_step", lambda name, case: counts)
+    monkeypatch.setattr(operators, "count_kernels", lambda case: Counts(59))
+    compiled = operators.print_steps(case(), compiled=True)["fp32"]["ours, compiled"]
+    assert sum(x["operators"] for x in compiled.values()) == 59 + 2 * (len(operators.PARTS) - 2)
+    assert "ours, compiled" in capsys.readouterr().out
+
+
+def test_a_worker_answers_line_by_line(monkeypatch, capsys):
+    questions = [["call", "ATSS", 3], ["again"], ["call", "DDOD", 3], ["again"]]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(map(json.dumps, questions))))
+    against.serve(str(Path(atss.__file__).parent))
+    repeats, seconds, *_ = answers = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
+    assert len(answers) == 4
+    assert repeats >= 1
+    assert 0 < seconds < 0.2
+
+
+def test_an_unknown_commit_is_one_sentence():
+    with (
+        pytest.raises(ValueError, match="git cannot check out 'no-such-commit'"),
+        commits.checked_out("no-such-commit"),
+    ):
+        pass
+
+
+def test_commits_take_turns(monkeypatch, capsys):
+    """The second takes 3 / 2 of the first's seconds; each turn begins with the other one."""
+    asked = []
+
+    class Worker(contextlib.nullcontext):
+        def __init__(self, folder, options):
+            super().__init__(self)
+            self.seconds = {"old": 2.0, "new": 3.0}[folder.name]
+
+        def ask(self, what, *arguments):
+            asked.append((self.seconds, what, *arguments))
+            return self.seconds
+
+    monkeypatch.setattr(against, "Worker", Worker)
+    monkeypatch.setattr(against, "checked_out", lambda x: contextlib.nullcontext(Path(x)))
+    options = against.Options(runs=3, rounds=2, names=["SimOTA"], objects=[7], canvas_hw=(64, 96))
+    report = against.against(["old", "new"], ["calls", "steps", "lists"], options)
+    calls = [x for x in asked if x[1:] in (("call", "SimOTA", 7), ("again",))][:8]
+    assert [x[0] for x in calls] == [2, 3, 3, 2, 2, 3, 3, 2]
+    file = "configs/successors/SimOTA_R_50_FPN_1x.yaml"
+    assert (2, "step", f"old/{file}", 7, 64, 96, []) in asked
+    assert (3, "memory", "SimOTA", 1000, 1, "lists") in asked
+    assert capsys.readouterr().out.count("| 1.500          | 1.500 to 1.500 |") == 2
+    assert report["lists"] == {"SimOTA": {"before": 2.0, "after": 3.0}}
 
 
 def test_a_table_reads_as_markdown():

@@ -95,7 +95,7 @@ def training_step(peer: Peer, batch: list[dict], iteration: int = 1) -> Callable
         iteration: of the training, for what changes in its course.
     """
     prepared = peer.prepare(batch)
-    optimizer = _sgd(peer.model)
+    optimizer = sgd(peer.model)
 
     def step() -> None:
         peer.model.train()
@@ -120,9 +120,14 @@ def inference(peer: Peer, batch: list[dict]) -> Callable[[], None]:
     return detect
 
 
-def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+def sgd(model: nn.Module, foreach: bool | None = None) -> torch.optim.Optimizer:
+    """Of a learning rate of zero.
+
+    Args:
+        foreach: as torch's; None: on a GPU alone.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
+    return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, foreach=foreach)
 
 
 def beside_peers(names: Sequence[str], case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
@@ -156,7 +161,7 @@ def parts(case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
     """The parts of our step and of our inference."""
     device, batch = torch.device(case.device), random_batch(case)
     model = build_ours(case).model
-    optimizer = _sgd(model)
+    optimizer = sgd(model)
     instances = [x["instances"] for x in batch]
 
     def precision():

@@ -52,12 +52,12 @@ def in_precision(peer: Peer, dtype: torch.dtype | None, channels_last: bool) -> 
         peer.model.to(memory_format=torch.channels_last)
     for name in peer.wide if dtype is not None else ():
         module = peer.model.get_submodule(name)
-        module.forward = _autocast(module.forward, next(module.parameters()).device.type, dtype)
+        module.forward = _autocast(module, module.forward, dtype)
 
 
-def _autocast(forward: Callable, device: str, dtype: torch.dtype) -> Callable:
+def _autocast(module: nn.Module, forward: Callable, dtype: torch.dtype) -> Callable:
     def wrapped(*args, **kwargs):
-        with torch.autocast(device, dtype=dtype):
+        with torch.autocast(next(module.parameters()).device.type, dtype=dtype):
             return _in_float32(forward(*args, **kwargs))
 
     return wrapped

@@ -5,55 +5,28 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch.nn.functional import one_hot
+from torch.nn.utils.rnn import pad_sequence
 
-from atss import Anchors, GroundTruth, HeadOutput
-from atss.assigners import ATSS, OTA, PAA, TAL, SimOTA, SoftLabel
-from atss.assigners.cuts import mixture
-from atss.assigners.pairs import NOBODY, keep_best
-from atss.assigners.scene import Scene
-from atss.geometry import area
+from atss import Anchors, GroundTruth, assigners
+from atss.losses import Focal, giou_loss
 from atss.structures import Predictions
 
-from .assignment import CPU, SMALL, random_objects
+from .assignment import CPU
 from .peers import import_mmdet
+from .scenes import NUM_CLASSES, random_scene
 from .timing import in_fresh_process, in_turn, peak_mebibytes, resident_mebibytes, table
 
-NUM_CLASSES = 20
-RULES = {
-    "ATSS": ATSS(),
-    "TAL": TAL(),
-    "SimOTA": SimOTA(),
-    "SoftLabel": SoftLabel(),
-    "OTA": OTA(),
-    "PAA": PAA(),
-}
-Seen = tuple[Anchors, GroundTruth, Predictions]
+# Those beside mmdet's, and all.
+LOOKING = ("ATSS", "TAL", "SimOTA", "SoftLabel", "OTA", "PAA")
+RULES = (*LOOKING, "DDOD", "POTO", "MaxIoU", "SpatialScale")
 
 
-def random_scene(count: int, num_images: int = 1) -> Seen:
-    """Objects of random_objects in 20 classes. Each anchor predicts the smallest object that it
-    lies in, or its own box, every side moved by a tenth (standard deviation) of the box's."""
-    anchors, gt = Anchors.grid(SMALL), random_objects(count, SMALL, num_images)
-    generator = torch.Generator().manual_seed(1)
-    classes = torch.randint(NUM_CLASSES, (count,), generator=generator)
-    gt = GroundTruth(gt.boxes, classes, gt.image_index, num_images)
-    shape = (num_images, len(anchors.boxes))
-    own = anchors.boxes.expand(*shape, 4)
-    scene = Scene(anchors, gt, Predictions(HeadOutput(None, own, None), own))
-    smallness = torch.full((scene.num_slots,), -torch.inf)
-    owner = torch.full((scene.num_slots,), NOBODY)
-    sides = gt.boxes.double()[:, None].expand(-1, len(anchors.strides), -1)
-    for objects in scene.pieces(scene.every(), len(anchors.boxes)):
-        pairs = scene.between(objects, sides[objects, :, :2], sides[objects, :, 2:])
-        pairs = pairs.at(pairs.inside())
-        keep_best(smallness, owner, pairs.slot, pairs.owner, -area(pairs.objects).float())
-    held = (owner != NOBODY)[:, None]
-    boxes = torch.where(held, gt.boxes[owner.clamp(max=count - 1)], own.flatten(0, 1))
-    sizes = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    boxes = boxes + 0.1 * sizes * torch.randn(boxes.shape, generator=generator)
-    boxes = boxes.view(*shape, 4)
-    logits = torch.randn(*shape, NUM_CLASSES, generator=generator) - 3
-    return anchors, gt, Predictions(HeadOutput(logits, boxes, None), boxes)
+def make_rule(name: str) -> Callable:
+    """A rule with its defaults. DDOD was ATSS with an alpha until it had a name."""
+    if name == "DDOD" and not hasattr(assigners, name):
+        return assigners.ATSS(alpha=0.8)
+    return getattr(assigners, name)()
 
 
 def mmdets(anchors: Anchors, gt: GroundTruth, seen: Predictions) -> dict[str, Callable]:
@@ -88,7 +61,7 @@ def mmdets(anchors: Anchors, gt: GroundTruth, seen: Predictions) -> dict[str, Ca
 
 
 def sklearns_mixture(values: np.ndarray) -> None:
-    """What :func:`mixture` does, object by object, as PAA's authors and mmdet do it."""
+    """What PAA's mixture does, object by object, as PAA's authors and mmdet do it."""
     from sklearn.mixture import GaussianMixture
 
     for row in values:
@@ -108,7 +81,7 @@ def sklearns_mixture(values: np.ndarray) -> None:
 
 def extra_mebibytes(name: str, count: int, num_images: int) -> float:
     """By how much one call raises the peak memory of this process."""
-    rule = RULES[name]
+    rule = make_rule(name)
     rule(*random_scene(3))  # what the library itself loads
     scene = random_scene(count, num_images)
     # So that what the scene was made with does not hide what the rule needs.
@@ -121,18 +94,22 @@ def extra_mebibytes(name: str, count: int, num_images: int) -> float:
 
 def beside_mmdet(runs: int, against_mmdet: bool, crowd: bool) -> dict:
     """Prints tables of milliseconds, ratios and memory; returns what stands in them."""
+    # Here, because against.py runs this file with packages of other commits.
+    from atss.assigners.mixture import mixture
+
+    rules = {name: make_rule(name) for name in LOOKING}
     report: dict = {"ms": {}, "mmdet": {}, "MiB": {}}
     rows = []
     for count in (7, 100, 1000, 5000):
         scene = random_scene(count)
-        functions = {n: lambda r=rule, s=scene: r(*s) for n, rule in RULES.items()}
+        functions = {n: lambda r=rule, s=scene: r(*s) for n, rule in rules.items()}
         seconds = in_turn(functions, runs, CPU)
         report["ms"][count] = {name: s.median * 1e3 for name, s in seconds.items()}
         rows.append([count, *(f"{s.median * 1e3:.1f}" for s in seconds.values())])
     print("\nmilliseconds, one image of 800 x 1344 with so many objects\n")
-    print(table(["objects", *RULES], rows))
+    print(table(["objects", *rules], rows))
     ms = report["ms"]
-    growth = {name: ms[5000][name] / ms[1000][name] for name in RULES}
+    growth = {name: ms[5000][name] / ms[1000][name] for name in rules}
     print("\n5,000 against 1,000:", ", ".join(f"{n} {x:.1f}" for n, x in growth.items()))
 
     rows = []
@@ -141,7 +118,7 @@ def beside_mmdet(runs: int, against_mmdet: bool, crowd: bool) -> dict:
         theirs = mmdets(*scene)
         # At 1,000 objects mmdet's others want more than 23 GB.
         for name in theirs if count == 100 else ["TAL"]:
-            rule = RULES[name]
+            rule = rules[name]
             functions = {"ours": lambda r=rule, s=scene: r(*s), "mmdet": theirs[name]}
             seconds = in_turn(functions, runs, CPU)
             ours, mmdet = (seconds[x].median * 1e3 for x in functions)
@@ -153,7 +130,7 @@ def beside_mmdet(runs: int, against_mmdet: bool, crowd: bool) -> dict:
         print("\n" + table(header, rows))
 
     for count in (100, 1000):
-        values = _paa_costs(*random_scene(count))
+        values = paa_costs(*random_scene(count))
         functions = {
             "ours": lambda v=values: mixture(v),
             "scikit-learn": lambda v=values: sklearns_mixture(v.numpy()),
@@ -167,19 +144,29 @@ def beside_mmdet(runs: int, against_mmdet: bool, crowd: bool) -> dict:
         )
         report[f"mixture of {count}"] = {"ours": ours, "scikit-learn": loop}
 
-    memory = {n: in_fresh_process(extra_mebibytes, n, 1000, 1) for n in RULES}
+    memory = {n: in_fresh_process(extra_mebibytes, n, 1000, 1) for n in rules}
     print("\nMiB at 1,000 objects:", ", ".join(f"{n} {x:.0f}" for n, x in memory.items()))
     report["MiB"]["1,000"] = memory
     if crowd:
-        memory = {n: in_fresh_process(extra_mebibytes, n, 75000, 128) for n in RULES}
+        memory = {n: in_fresh_process(extra_mebibytes, n, 75000, 128) for n in rules}
         print("MiB at 75,000 objects on 128 images:", end=" ")
         print(", ".join(f"{n} {x:.0f}" for n, x in memory.items()))
         report["MiB"]["75,000"] = memory
     return report
 
 
-def _paa_costs(anchors: Anchors, gt: GroundTruth, seen: Predictions) -> torch.Tensor:
-    """(G, M) in rising order, infinite where a row ends: what PAA fits its mixtures to."""
-    rule, scene = RULES["PAA"], Scene(anchors, gt, seen)
-    pairs = rule.candidates(scene, scene.every())
-    return rule.cut.pool(pairs, rule.cost(pairs))[2]
+def paa_costs(anchors: Anchors, gt: GroundTruth, seen: Predictions) -> torch.Tensor:
+    """(G, M) in rising order, infinite where a row ends: what PAA fits its mixtures to, the costs
+    of the 9 cheapest candidates of each object and level."""
+    first = assigners.MaxIoU(0.1, 0.1, claims_go_to="claimant")(anchors, gt).gt_index
+    image, index = (first >= 0).nonzero(as_tuple=True)
+    owner, level = first[image, index], anchors.level_of(index)
+    output = seen.output.map(lambda x: x[image, index].double())
+    targets = one_hot(gt.classes[owner], NUM_CLASSES).double()
+    cost = Focal()(output.probability(), output.cross_entropy(targets), targets).sum(dim=1)
+    cost += 1.3 * giou_loss(output.numbers, gt.boxes[owner].double())
+    rows = []
+    for g in owner.unique():
+        levels = (cost[(owner == g) & (level == i)] for i in range(len(anchors.strides)))
+        rows.append(torch.cat([x.sort().values[:9] for x in levels]).sort().values)
+    return pad_sequence(rows, batch_first=True, padding_value=torch.inf)

@@ -72,16 +72,22 @@ def in_turn(
     less than a tenth of a second is called several times a turn, and counts with the mean."""
     repeats = {}
     for name, function in functions.items():
-        function()
-        repeats[name] = max(1, math.ceil(0.1 / _seconds(function, 1, device)))
+        repeats[name] = enough_calls(function, device)
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(runs):
         for name, function in functions.items():
-            times[name].append(_seconds(function, repeats[name], device))
+            times[name].append(mean_seconds(function, repeats[name], device))
     return {name: Seconds(tuple(values)) for name, values in times.items()}
 
 
-def _seconds(function: Callable[[], object], repeats: int, device: torch.device) -> float:
+def enough_calls(function: Callable[[], object], device: torch.device) -> int:
+    """How many calls take a tenth of a second, after a first one."""
+    function()
+    return max(1, math.ceil(0.1 / mean_seconds(function, 1, device)))
+
+
+def mean_seconds(function: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Of one call, of so many."""
     watch = Stopwatch(device)
     for _ in range(repeats):
         function()

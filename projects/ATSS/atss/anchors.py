@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
+from typing import Any
 
 import torch
 from detectron2.structures import Boxes
@@ -102,10 +103,22 @@ class Anchors:
     @cached_property
     def stride(self) -> Tensor:
         """(R,) float32: pixels between the locations of each anchor's level."""
-        strides = [
-            self.boxes.new_full((n,), s) for n, s in zip(self.per_level, self.strides, strict=True)
-        ]
-        return torch.cat(strides)
+        return self.of_levels(self.strides)
+
+    def kept(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """Compute a value that depends on the anchors alone when it is asked for first."""
+        values = self.__dict__.setdefault("_kept", {})
+        if key not in values:
+            values[key] = compute()
+        return values[key]
+
+    def of_levels(self, values: tuple[float, ...]) -> Tensor:
+        """(R,) float32: a value of each level, for its anchors."""
+        levels = list(zip(self.per_level, values, strict=True))
+        return self.kept(
+            ("of levels", values),
+            lambda: torch.cat([self.boxes.new_full((n,), value) for n, value in levels]),
+        )
 
     @cached_property
     def points(self) -> Tensor:

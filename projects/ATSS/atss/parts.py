@@ -67,6 +67,7 @@ class Entry(NamedTuple):
     target: Callable
     keys: Mapping[str, str]  # parameter -> key under the node, with dots where it lies deeper
     parts: Mapping[str, Parts]  # parameter -> the kind of part that it is
+    legacy: Mapping[str, str]  # argument that it had -> the part that has it now
 
 
 class Parts:
@@ -78,6 +79,8 @@ class Parts:
         group: the node of arguments, where it is not the key in the plural.
         optional: "" names none.
         several: the key may name some that act together, as in "giou + dfl".
+        gone: name of a part that there was -> the page that holds its code. Arguments of it, which
+            a finished run's config has, are read and ignored.
     """
 
     def __init__(
@@ -87,7 +90,9 @@ class Parts:
         group: str = "",
         optional: bool = False,
         several: bool = False,
+        gone: Mapping[str, str] | None = None,
     ):
+        self.gone = gone or {}
         self.key, self.known, self.group = key, tuple(known), group or f"{key}S"
         self.optional, self.several = optional, several
         self.entries: dict[str, Entry] = {}
@@ -109,15 +114,20 @@ class Parts:
         name: str = "",
         keys: Mapping[str, str] | None = None,
         parts: Mapping[str, Parts] | None = None,
+        legacy: Mapping[str, str] | None = None,
     ) -> Any:
         """As a decorator, with parentheses or without, or called; ``name`` is the target's own by
         default.
+
+        Args:
+            legacy: key of an argument that the part no longer has -> the part that has it. A config
+                in which it is not None means that part, with this one's other arguments.
 
         Raises:
             ValueError: where the name is taken, or a function has arguments to be set.
         """
         if target is None:
-            return lambda x: self.register(x, name=name, keys=keys, parts=parts)
+            return lambda x: self.register(x, name=name, keys=keys, parts=parts, legacy=legacy)
         name = name or target.__name__
         if name in self.entries:
             raise ValueError(f"{self.key} {name} is registered already")
@@ -128,7 +138,7 @@ class Parts:
                         f"{self.key} {name} is a function with an argument {p.name}: a part with "
                         "arguments is a class"
                     )
-        self.entries[name] = Entry(target, keys or {}, parts or {})
+        self.entries[name] = Entry(target, keys or {}, parts or {}, legacy or {})
         return target
 
     def add(self, **targets: Callable) -> None:
@@ -188,7 +198,8 @@ class Parts:
             ValueError: naming the key that is at fault, in full.
         """
         key = key or self.key
-        built = {name: self._build(node, key, name, known) for name in self._named(node, key)}
+        names = self._named(node, key)
+        built = {name: self._build(*self._current(node, name), key, known) for name in names}
         return built if self.several else next(iter(built.values()), None)
 
     def chosen(self, node: CfgNode, key: str = "") -> Iterator[tuple[Parts, str]]:
@@ -215,13 +226,27 @@ class Parts:
         for name in names:
             if name not in self.entries:
                 raise ValueError(
-                    f"{NODE}.{key} is {value!r}; known are {sorted(self.entries)}{OWN_PARTS}"
+                    f"{NODE}.{key} is {value!r}; known are {sorted(self.entries)}{self._hint(name)}"
                 )
             if names.count(name) > 1:
                 raise ValueError(f"{NODE}.{key} {value!r} names {name} twice")
         return names
 
-    def _build(self, node: CfgNode, key: str, name: str, known: Mapping[str, Any]) -> Any:
+    def _hint(self, name: str) -> str:
+        return f"; {self.gone[name]} has the code of {name}" if name in self.gone else OWN_PARTS
+
+    def _current(self, node: CfgNode, name: str) -> tuple[CfgNode, str]:
+        """The part that a name means, and the node with its arguments."""
+        given = node.get(self.group, {}).get(name, {})
+        for argument, other in self.entries[name].legacy.items():
+            if given.get(argument) is not None:
+                node = node.clone()
+                node.defrost()
+                node[self.group][other] = given
+                return node, other
+        return node, name
+
+    def _build(self, node: CfgNode, name: str, key: str, known: Mapping[str, Any]) -> Any:
         target = self.entries[name].target
         if not inspect.isclass(target):
             return target
@@ -250,10 +275,12 @@ class Parts:
         Raises:
             ValueError: for one that it does not take.
         """
-        keys = self.entries[name].keys
+        keys, legacy = self.entries[name].keys, self.entries[name].legacy
         takes = [p.name for p in self._parameters(name) if p.name not in self.known]
         given = {p: lookup_key(node, key) for p, key in keys.items()}
         for written, value in node.get(self.group, {}).get(name, {}).items():
+            if written in legacy:
+                continue
             if written.lower() not in takes:
                 raise ValueError(
                     f"{NODE}.{self.group}.{name}.{written} is no argument of {name}; it takes "
@@ -278,7 +305,7 @@ class Parts:
                 continue
             if inner not in kind and inner not in node.BRANCH:
                 known = sorted([*kind.entries, *node.BRANCH])
-                raise ValueError(f"{where} is {inner!r}; known are {known}{OWN_PARTS}")
+                raise ValueError(f"{where} is {inner!r}; known are {known}{kind._hint(inner)}")
             if inner in kind and inner in node.BRANCH:
                 raise ValueError(f"{where} is {inner!r}, a part and an overlay of {NODE}.BRANCH")
             copy = overlay(node, inner) if inner in node.BRANCH else node.clone()

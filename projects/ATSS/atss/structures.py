@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .anchors import Anchors
+from .deprecated import warn
 
 if TYPE_CHECKING:
     from detectron2.structures import Instances
@@ -32,6 +32,7 @@ __all__ = [
     "BACKGROUND",
     "IGNORE",
     "Anchors",
+    "Assigner",
     "Assignment",
     "GroundTruth",
     "HeadOutput",
@@ -41,6 +42,20 @@ __all__ = [
 
 BACKGROUND = -1
 IGNORE = -2
+
+
+class cached_property:
+    """functools' without the lock of Python 3.11, at which torch.compile breaks the graph."""
+
+    def __init__(self, compute: Callable[[Any], Any]):
+        self.compute, self.name = compute, compute.__name__
+        self.__doc__ = compute.__doc__
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return self
+        value = instance.__dict__[self.name] = self.compute(instance)
+        return value
 
 
 @dataclass(frozen=True)
@@ -175,7 +190,7 @@ class Predictions(NamedTuple):
     boxes: Tensor
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True)
 class Assignment:
     """Which ground truth each anchor of each image learns.
 
@@ -186,22 +201,12 @@ class Assignment:
     """
 
     gt_index: Tensor
-    score: Tensor | None
-
-    def __init__(
-        self, gt_index: Tensor, score: Tensor | None = None, *old: Tensor, **older: Tensor
-    ):
-        if old or older:
-            raise TypeError(
-                "an Assignment holds gt_index and score: class targets and box weights are the "
-                "criterion's, MODEL.ATSS.CLS_TARGET and BOX_WEIGHT"
-            )
-        object.__setattr__(self, "gt_index", gt_index)
-        object.__setattr__(self, "score", score)
+    score: Tensor | None = None
 
     @classmethod
     def hard(cls, gt_index: Tensor) -> Assignment:
-        """A rule that only says yes or no."""
+        """Deprecated: the constructor."""
+        warn("Assignment.hard", "Assignment(gt_index)")
         return cls(gt_index)
 
     @property
@@ -216,6 +221,25 @@ class Assignment:
         # Anchors without a ground truth are counted in a last slot, which is dropped.
         slot = torch.where(index >= 0, index, num_objects)
         return counts.scatter_add_(0, slot, torch.ones_like(index))[:num_objects]
+
+
+class Assigner(Protocol):
+    """A rule that chooses training samples. One that needs predictions has an attribute
+    ``looks_at_predictions``, which is true."""
+
+    def __call__(
+        self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
+    ) -> Assignment:
+        """Assign the anchors of every image of the batch.
+
+        Args:
+            anchors: R anchors, the same for all images.
+            gt: G objects of N images.
+            predictions: of the images, detached; None if there is no model.
+        Returns:
+            the assignment, (N, R).
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 
 from ..anchors import Anchors
 from ..assigners import ASSIGNER_REGISTRY, ATSS
-from ..assigners.pairs import all_anchors, nearest_locations
+from ..assigners.locations import all_anchors, nearest_locations
 from ..config import (
     Sampling,
     build_sampling,

@@ -1,5 +1,9 @@
 """Adaptive training sample selection: Algorithm 1 of the paper."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
@@ -7,11 +11,12 @@ from ..anchors import Anchors
 from ..geometry import centres, nearest_side
 from ..parts import one_of, within
 from ..structures import Assignment, GroundTruth, Predictions
-from .pairs import INSIDE_MARGIN, all_anchors, assign_pairs, nearest_locations
-from .scene import Pairs, Scene, alignment
-from .similarities import IOU, Similarity
+from .conflicts import assign_best
+from .locations import INSIDE_MARGIN, all_anchors, nearest_locations
+from .similarities import IOU
 
 
+@dataclass(frozen=True)
 class ATSS:
     """Positive are the anchors that overlap an object more than its candidates usually do.
 
@@ -26,110 +31,61 @@ class ATSS:
             each with all its A anchors (their code since its last commit, of 2020-04-22). With one
             anchor per location they agree.
         similarity: of anchors and objects; a function of (..., 4) boxes will do.
-        alpha: None: a pair is worth what its anchor overlaps the object; a number: p^(1 - alpha) *
-            IoU^alpha of what is predicted there (DDOD, arXiv 2107.02963).
     """
 
     # If all candidates overlap an object equally, their standard deviation is zero but for
     # rounding, which must not decide that it has no positive at all. Relative: corners of anchors
     # are float32, so that the IoU of an anchor of 32 pixels 1,333 pixels from the origin is wrong
     # by up to 8e-6 of itself; an NWD may be 1e-12.
-    TOLERANCE = 1e-5
+    TOLERANCE: ClassVar[float] = 1e-5
     # Objects handled at a time: bounds memory, and keeps it in the processor's cache.
-    CHUNK = 2048
+    CHUNK: ClassVar[int] = 2048
 
-    def __init__(
-        self,
-        top_k: int = 9,
-        count: str = "anchors",
-        similarity: Similarity = IOU,
-        alpha: float | None = None,
-    ):
-        within("top_k", top_k, 1)
-        one_of("count", count, ("anchors", "locations"))
-        self.top_k = top_k
-        self.count = count
-        if alpha is not None:
-            within("alpha", alpha, 0, 1)
-        self.similarity = similarity
-        # Candidates are known here, so similarities too small for a search still rank them.
-        self._measure = getattr(similarity, "exact", similarity)
-        self.alpha = alpha
-        self.looks_at_predictions = alpha is not None
+    top_k: int = 9
+    count: str = "anchors"
+    similarity: Any = IOU
+
+    def __post_init__(self) -> None:
+        within("top_k", self.top_k, 1)
+        one_of("count", self.count, ("anchors", "locations"))
 
     @torch.no_grad()
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
-        """Assigns the anchors of every image of the batch.
+        """See :class:`~atss.structures.Assigner`."""
+        pairs = (self.candidates(anchors, boxes) for boxes in gt.boxes.split(self.CHUNK))
+        return Assignment(assign_best(gt, *join(pairs), len(anchors.boxes)))
 
-        Args:
-            anchors: R anchors, the same for all images.
-            gt: G objects of N images.
-            predictions: looked at where there is an alpha.
-        Returns:
-            the assignment, (N, R).
-
-        Raises:
-            ValueError: without predictions, where there is an alpha.
-        """
-        if self.alpha is None:
-            return assign_pairs(anchors, gt, self.candidates, self.CHUNK)
-        scene = Scene.of(self, anchors, gt, predictions, self._measure)
-
-        def candidates(anchors: Anchors, gt_boxes: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-            return self.candidates(anchors, gt_boxes, scene, owner)
-
-        every = torch.arange(len(gt), device=gt.boxes.device)
-        return assign_pairs(anchors, gt, candidates, self.CHUNK, every)
-
-    def candidates(
-        self,
-        anchors: Anchors,
-        gt_boxes: Tensor,
-        scene: Scene | None = None,
-        owner: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The candidates of each object, and what each positive one is worth.
-
-        Args:
-            gt_boxes: (g, 4).
-            scene, owner: of what is predicted, and the (g,) indices of these objects in it; where
-                there is an alpha.
-        Returns:
-            (C, g) int64 into R, and (C, g) float64 worth, -inf where not positive. C is k * A * L,
-            or k * L where k counts anchors.
-        """
-        objects = gt_boxes.double()
-        index, valid, boxes = self._nearest(anchors, objects)
-        if self.alpha is None:
-            overlap = self._measure(boxes, objects)  # line 7
-        else:
-            assert scene is not None
-            assert owner is not None
-            pairs = Pairs(scene, owner.expand_as(index).flatten(), index.flatten())
-            overlap = alignment(pairs, 1 - self.alpha, self.alpha).view_as(index)
-        overlap = overlap * valid
-        mean, std = _mean_and_std(overlap, valid)  # lines 8, 9
-        threshold = mean + std  # line 10
-        inside = nearest_side(centres(boxes), objects) > INSIDE_MARGIN
-        least = threshold - self.TOLERANCE * threshold.abs()
-        positive = (overlap >= least) & inside & valid  # line 12
-        return index, overlap.masked_fill_(~positive, -torch.inf)
-
-    def statistics(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """What makes each object's threshold.
+    def candidates(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the candidates of each object.
 
         Args:
             gt_boxes: (G, 4).
         Returns:
-            (G,) float64 mean and (G,) float64 standard deviation of its candidates' IoUs.
+            (C, G) int64 into R, and (C, G) float64 IoU, -inf if not positive. C is k * A * L, or
+            k * L if k counts anchors.
         """
         objects = gt_boxes.double()
-        _, valid, boxes = self._nearest(anchors, objects)
-        return _mean_and_std(self._measure(boxes, objects) * valid, valid)
+        index, valid, boxes = self.nearest(anchors, objects)
+        overlap = exact(self.similarity)(boxes, objects) * valid  # line 7
+        positive = above_mean_and_std(overlap, valid, self.TOLERANCE)  # lines 8 to 10
+        inside = nearest_side(centres(boxes), objects) > INSIDE_MARGIN
+        return index, overlap.masked_fill_(~(positive & inside), -torch.inf)  # line 12
 
-    def _nearest(self, anchors: Anchors, objects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def statistics(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the standard deviation whose sum is each object's threshold.
+
+        Args:
+            gt_boxes: (G, 4).
+        Returns:
+            (G,) float64 each, of its candidates' IoUs.
+        """
+        objects = gt_boxes.double()
+        _, valid, boxes = self.nearest(anchors, objects)
+        return mean_and_std(exact(self.similarity)(boxes, objects) * valid, valid)
+
+    def nearest(self, anchors: Anchors, objects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Lines 2 to 6: (C, G) index and validity of the candidates, (C, G, 4) their boxes."""
         top_k = self.top_k
         if self.count == "anchors":
@@ -143,8 +99,29 @@ class ATSS:
         return index, valid, boxes.view(4, *index.shape).movedim(0, -1)
 
 
-def _mean_and_std(overlap: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """(G,) mean and unbiased standard deviation of (C, G) overlaps, zero where not valid."""
+def exact(similarity: Any) -> Any:
+    """The similarity for rules that know their candidates: even the lowest rank them."""
+    return getattr(similarity, "exact", similarity)
+
+
+def join(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(C, g) indices and affinities of pieces of the objects -> (C, G)."""
+    index, affinity = zip(*pairs, strict=True)
+    if len(index) == 1:
+        return index[0], affinity[0]
+    return torch.cat(index, dim=1), torch.cat(affinity, dim=1)
+
+
+def above_mean_and_std(overlap: Tensor, valid: Tensor, tolerance: float) -> Tensor:
+    """(C, G) bool: valid candidates whose overlap is at least the mean and the standard deviation
+    of their object's, but for a relative tolerance."""
+    mean, std = mean_and_std(overlap, valid)
+    threshold = mean + std
+    return (overlap >= threshold - tolerance * threshold.abs()) & valid
+
+
+def mean_and_std(overlap: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """(G,) mean and unbiased standard deviation of (C, G) overlaps, zero if not valid."""
     count = valid.sum(dim=0)
     mean = overlap.sum(dim=0) / count
     squares = ((overlap - mean) * valid).square_().sum(dim=0)

@@ -1,201 +1,189 @@
-"""Rules that look at what the network predicts, put together of functions of flat candidate pairs:
-candidates, cost, cut, rank and score."""
+"""The frame of rules that choose among pairs of objects and anchors: cost, select, rank, score."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..anchors import Anchors
+from ..deprecated import renamed, warn
 from ..structures import BACKGROUND, Assignment, GroundTruth, Predictions
-from .pairs import NOBODY, keep_best
-from .scene import ClassLoss, Pairs, Scene, Segments
+from .conflicts import Conflicts
+from .engine import uses_tables
+from .lists import ListPairs, Lists
+from .segments import cheapest
 from .similarities import IOU, Similarity
+from .tables import Tables
 
-Candidates = Callable[[Scene, Tensor], Pairs]  # of some objects, (g,) int64 into G
-PerPair = Callable[[Pairs], Tensor]  # (P,)
-Cut = Callable[[Pairs, Tensor], Tensor]  # of pairs and their costs, (P,) bool
+__getattr__ = renamed(
+    __name__,
+    overlap="atss.assigners.cuts._overlap a method that returns pairs.overlap",
+    class_cost="atss.assigners.pairs.class_cost",
+)
+PerPair = Callable[[Any], Tensor]  # pairs -> (...)
+Candidates = Callable[[Lists, Tensor], ListPairs]  # batch, (g,) int64 ids of objects
 
 
 class Matching:
-    """A rule in steps. Each object has candidates, each of its pairs costs something, and a cut
-    chooses among them. An anchor that several objects choose goes to the pair of highest rank, of
-    equal ones to the lower object. What is matched in the end may have a score.
+    """A rule in steps. Each of an object's pairs has a cost; the object selects pairs by their
+    costs; an anchor that several objects select goes to the pair of highest rank, of equal ranks to
+    the lower object; each match has a score.
 
-    Args:
-        cost: of each pair; infinite for one that cannot be chosen.
-        cut: which pairs an object chooses, by their costs.
-        candidates: pairs of some objects, all that these may choose.
-        farther: more candidates, for objects for which these are too few or too dear: (least cost
-            of any pair that the candidates before left out, candidates) each. The cut then has a
-            method ``wants``, (G,): how many an object chooses if there are as many.
-        takes_part: which of the N * R anchors may be chosen; None for all.
-        rank: of the pairs that chose an anchor; None: it goes to the cheapest of all its pairs,
-            whether that chose it or not.
-        score: of what is matched, in [0, 1]; None for none.
-        together: all objects at once, because the choice of one depends on that of others.
+    A subclass is a frozen dataclass with these methods. Pairs are a list on CPUs and a table on
+    GPUs (:mod:`atss.assigners.engine`): cost, rank and score are elementwise functions of them.
+
+    Attributes:
         similarity: of predicted boxes and objects.
+        eligible_radius: see :class:`~atss.assigners.pairs.AssignmentBatch`.
+        together: whether the choice of one object depends on that of others, so that pairs are
+            never cut into pieces.
+        lists_only: whether the rule's functions need (P,) pairs, so that a GPU holds lists, too.
+        rank: (...) of the pairs; None: an anchor that several objects select goes to the cheapest
+            of all its pairs, whether that object selects it or not.
+        score: (...) of matches, in [0, 1]; None for none.
     """
 
-    looks_at_predictions = True
+    looks_at_predictions: ClassVar[bool] = True
+    eligible_radius: ClassVar[Any] = None
+    together: ClassVar[bool] = False
+    lists_only: bool = False
+    similarity: Similarity = IOU
+    rank: Any = None
+    score: Any = None
 
-    def __init__(
-        self,
-        *,
-        cost: PerPair,
-        cut: Cut,
-        candidates: Candidates = Scene.near,
-        farther: Sequence[tuple[float, Candidates]] = (),
-        takes_part: Callable[[Scene], Tensor] | None = None,
-        rank: PerPair | None = None,
-        score: PerPair | None = None,
-        together: bool = False,
-        similarity: Similarity = IOU,
-    ):
-        self.cost, self.cut, self.takes_part = cost, cut, takes_part
-        self.candidates, self.farther, self.together = candidates, tuple(farther), together
-        self.wants: Callable[[Scene], Tensor] | None = getattr(cut, "wants", None)
-        if farther and self.wants is None:
-            raise ValueError("to look farther, a cut has to say how many an object wants")
-        self.rank, self.score = rank, score
-        self.similarity = similarity
+    def __init__(self, *, cost: PerPair, cut: Callable[[Any, Tensor], Tensor], **functions: Any):
+        """Deprecated: a rule of functions in place of methods, on lists.
+
+        Args:
+            cost, cut, functions: what are now the methods ``cost``, ``select``, ``candidates``,
+                ``rank`` and ``score``; and the attributes ``together`` and ``similarity``.
+        """
+        instead = "the methods cost, select, rank and score, as docs/own_assigner.md shows"
+        warn("Matching(cost=..., cut=...)", instead)
+        known = {"candidates", "rank", "score", "together", "similarity"}
+        if not functions.keys() <= known:
+            raise TypeError(f"Matching takes cost, cut, {sorted(known)}, not {sorted(functions)}")
+        functions = {"rank": None, "score": None, "lists_only": True, **functions}
+        self.__dict__.update(functions, cost=cost, select=cut)
+
+    def cost(self, pairs: Any) -> Tensor:
+        """(...) cost of each pair; infinite for one that cannot be chosen."""
+        raise NotImplementedError
+
+    def select(self, pairs: Any, cost: Tensor) -> Tensor:
+        """(...) bool: the pairs that their objects select by their (...) costs."""
+        raise NotImplementedError
+
+    def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
+        """The pairs of a list that (g,) objects can select: by default those whose predicted boxes
+        are similar at all or whose anchors lie inside. Only to compute less: a condition of the
+        rule belongs into its cost."""
+        return batch.near(ids)
+
+    def tables(self, batch: Tables) -> Iterable[Any]:
+        """The pairs of a table that objects can select: by default all."""
+        return batch.tables()
+
+    def fallbacks(self) -> Sequence[tuple[float, Candidates]]:
+        """More candidates of a list, for objects for which those before are too few or too costly:
+        (lowest cost of any pair that was left out before, candidates) each."""
+        return ()
+
+    def num_wanted(self, batch: Lists) -> Tensor:
+        """(G,) int64: pairs that each object selects if there are as many; for rules with
+        fallbacks."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
-        """Assigns the anchors of every image of the batch. The host waits for the number of pairs.
-
-        Args:
-            anchors: R anchors, the same for all images.
-            gt: G objects of N images.
-            predictions: of the images.
-        Returns:
-            the assignment, (N, R).
+        """See :class:`~atss.structures.Assigner`.
 
         Raises:
-            ValueError: without predictions.
+            ValueError: without predictions, if the rule looks at them.
         """
-        scene = Scene.of(self, anchors, gt, predictions, self.similarity)
-        if self.takes_part is not None:
-            scene = replace(scene, takes_part=self.takes_part(scene), _known={})
-        contest = _Contest(scene)
-        every = scene.every()
-        for objects in [every] if self.together else scene.pieces(every, len(anchors.boxes)):
-            self._choose(scene, objects, contest)
-        if self.rank is None and self.farther:
-            # Who chose these paid so much that somebody of whom nothing is known might pay less.
-            for slots in scene.pieces(contest.dear(self.farther[0][0]), len(gt)):
-                pairs = scene.all_objects(slots)
-                contest.compete(pairs, -self._costs(pairs))
-        gt_index = contest.settle()
-        score = None if self.score is None else _score(scene, gt_index, self.score)
-        return Assignment(gt_index.view(gt.num_images, -1), score)
+        if predictions is None and self.looks_at_predictions:
+            name = type(self).__name__
+            raise ValueError(f"{name} looks at what a model predicts, and there is none")
+        shape = gt.num_images, len(anchors.boxes)
+        if not len(gt):
+            nothing = gt.image_index.new_full(shape, BACKGROUND)
+            return Assignment(nothing, None if self.score is None else gt.boxes.new_zeros(shape))
+        args = anchors, gt, predictions, self.similarity, self.eligible_radius
+        conflicts = Conflicts(gt, len(anchors.boxes), counted=self.rank is None)
+        batch: Lists | Tables
+        if uses_tables(gt.boxes.device) and not self.lists_only:
+            batch = Tables(*args)
+            for pairs in self.tables(batch):
+                cost = self._costs(pairs)
+                self._claim(conflicts, pairs, cost, self.select(pairs, cost))
+        else:
+            batch = Lists(*args)
+            self._match_lists(batch, conflicts)
+        gt_index = conflicts.settle()
+        score = None if self.score is None else batch.scores(gt_index, self.score)
+        return Assignment(gt_index, score)
 
-    def _costs(self, pairs: Pairs) -> Tensor:
-        """Of each pair; infinite where a prediction is not finite."""
+    def _costs(self, pairs: Any) -> Tensor:
+        """(...) of each pair; infinite if a prediction is not finite."""
         cost = self.cost(pairs)
-        sound = pairs.boxes.isfinite().all(dim=1) & ~cost.isnan()
-        return torch.where(sound, cost, torch.inf)
+        return cost.masked_fill(~(pairs.possible & (cost == cost)), torch.inf)  # not of NaN
 
-    def _choose(self, scene: Scene, objects: Tensor, contest: _Contest) -> None:
-        """Of (g,) objects, from their candidates, and for some from more and more."""
-        levels = [self.candidates, *(candidates for _, candidates in self.farther)]
-        bounds = [bound for bound, _ in self.farther]
-        for candidates, bound in zip(levels, [*bounds, torch.inf], strict=True):
-            pairs = candidates(scene, objects)
+    def _claim(self, conflicts: Conflicts, pairs: Any, cost: Tensor, chosen: Tensor) -> None:
+        if self.rank is None:
+            conflicts.claim(pairs, chosen)
+            conflicts.compete(pairs, -cost)
+        else:
+            rank = self.rank(pairs).expand(pairs.shape)
+            conflicts.compete(pairs, rank.masked_fill(~chosen, -torch.inf))
+
+    # torch.compile would compile dozens of pieces between the numbers that the host waits for.
+    @torch.compiler.disable
+    def _match_lists(self, batch: Lists, conflicts: Conflicts) -> None:
+        every = batch.all_objects
+        for ids in [every] if self.together else batch.pieces(every, batch.shape[1]):
+            self._match_objects(batch, ids, conflicts)
+        fallbacks = self.fallbacks()
+        if self.rank is None and fallbacks:
+            # The winning cost exceeds the bound, so an object that never considered this anchor may
+            # be cheaper: compare all.
+            for slots in batch.pieces(conflicts.above(fallbacks[0][0]), len(batch.gt)):
+                pairs = batch.of_anchors(slots)
+                conflicts.compete(pairs, -self._costs(pairs))
+
+    def _match_objects(self, batch: Lists, ids: Tensor, conflicts: Conflicts) -> None:
+        """Select pairs of (g,) objects, and for some from more and more candidates."""
+        fallbacks = self.fallbacks()
+        stages = [self.candidates, *(candidates for _, candidates in fallbacks)]
+        bounds = [*(bound for bound, _ in fallbacks), torch.inf]
+        for candidates, bound in zip(stages, bounds, strict=True):
+            pairs = candidates(batch, ids)
             cost = self._costs(pairs)
-            chosen = self.cut(pairs, cost)
-            if self.wants is not None and self.farther:
-                served = pairs.owner[chosen & (cost < bound)]
-                wanted = self.wants(scene)
-                count = torch.zeros_like(wanted).scatter_add_(0, served, torch.ones_like(served))
-                content = (count >= wanted) | (bound == torch.inf)
-                objects = objects[~content[objects]]
-                settled = content[pairs.owner]
-                pairs, cost, chosen = pairs.at(settled), cost[settled], chosen[settled]
-            claims = pairs.at(chosen)
-            contest.claim(claims)
-            if self.rank is None:
-                contest.compete(pairs, -cost)
-            else:
-                contest.compete(claims, self.rank(claims))
-            if not len(objects):
+            chosen = self.select(pairs, cost)
+            if fallbacks:
+                wanted = self.num_wanted(batch)
+                certain = pairs.owner[chosen & (cost < bound)]
+                count = torch.zeros_like(wanted).scatter_add_(0, certain, torch.ones_like(certain))
+                settled = (count >= wanted) | (bound == torch.inf)
+                ids = ids[~settled[ids]]
+                known = settled[pairs.owner]
+                pairs, cost, chosen = pairs.at(known), cost[known], chosen[known]
+            self._claim(conflicts, pairs, cost, chosen)
+            if not len(ids):
                 break
 
 
-class _Contest:
-    """Who chose each anchor of each image, and to whom it goes if several did. A rank is a cost,
-    negated, where a rule has no other."""
-
-    def __init__(self, scene: Scene):
-        self.best = scene.objects.new_full((scene.num_slots,), -torch.inf)
-        self.owner = scene.gt.image_index.new_full((scene.num_slots,), NOBODY)
-        self.claims = torch.zeros_like(self.owner)
-        self.claimant = torch.full_like(self.owner, BACKGROUND)
-
-    def claim(self, pairs: Pairs) -> None:
-        self.claims.scatter_add_(0, pairs.slot, torch.ones_like(pairs.slot))
-        self.claimant[pairs.slot] = pairs.owner
-
-    def compete(self, pairs: Pairs, rank: Tensor) -> None:
-        keep_best(self.best, self.owner, pairs.slot, pairs.owner, rank)
-
-    def dear(self, cost: float) -> Tensor:
-        """Contested slots that would cost their owners so much or more."""
-        return ((self.claims > 1) & (self.best <= -cost)).nonzero().squeeze(1)
-
-    def settle(self) -> Tensor:
-        """(N * R,) int64 into G, or BACKGROUND."""
-        return torch.where(self.claims > 1, self.owner, self.claimant)
-
-
-def _score(scene: Scene, gt_index: Tensor, score: PerPair) -> Tensor:
-    """(N, R) float32 score of what is matched, 0 elsewhere."""
-    slot = (gt_index >= 0).nonzero().squeeze(1)
-    matched = Pairs(scene, gt_index[slot], slot % len(scene.anchors.boxes))
-    scores = scene.gt.boxes.new_zeros(len(gt_index))
-    scores[slot] = score(matched).float()
-    return scores.view(scene.gt.num_images, -1)
-
-
-def overlap(pairs: Pairs) -> Tensor:
-    """Rank or score: (P,) similarity of predicted boxes and objects."""
-    return pairs.overlap
-
-
-def class_cost(pairs: Pairs, loss: ClassLoss, targets: Tensor) -> Tensor:
-    """(P,) a class loss, all classes added up: the object's is to have the target (P,), others 0.
-    So it is what an anchor without object costs, but for one class."""
-    own = pairs.scene.class_loss(loss, pairs.classes, targets)
-    nothing = pairs.scene.class_loss(loss, pairs.classes, torch.zeros_like(targets))
-    return pairs.scene.without_object(loss, pairs.slot) + (own - nothing)
-
-
-def cheapest(segments: Segments, cost: Tensor, k: Tensor) -> Tensor:
-    """(P,) bool: the k of lowest cost of each segment, as far as they are finite; of equal costs
-    the first.
+def select_cheapest(pairs: Any, cost: Tensor, k: int | Tensor, most: int = 0) -> Tensor:
+    """(...) bool: the k cheapest pairs of each object, as far as their costs are finite; of equal
+    costs the first anchor.
 
     Args:
-        k: (S,) int64.
+        k: of each object: a number, or (g,) int64 of each row of ``pairs.rows``.
+        most: at least the largest k, if that is a tensor.
     """
-    chosen = torch.zeros_like(cost, dtype=torch.bool)
-    if not len(cost):
-        return chosen
-    table = segments.table(cost, torch.inf)
-    lowest = table.topk(min(int(k.max()), table.shape[1]), largest=False).values
-    last = lowest.gather(1, k.clamp(max=lowest.shape[1])[:, None] - 1).squeeze(1)
-    few = ((cost <= last[segments.row]) & (cost < torch.inf)).nonzero().squeeze(1)
-    # They may be more where costs are equal.
-    few = in_order(few, cost, segments.row)
-    chosen[few[Segments(segments.row[few]).column < k[segments.row[few]]]] = True
-    return chosen
-
-
-def in_order(few: Tensor, cost: Tensor, segment: Tensor) -> Tensor:
-    """Some pairs, sorted by segment, then cost, then as they were."""
-    few = few[cost[few].sort(stable=True).indices]
-    return few[segment[few].sort(stable=True).indices]
+    chosen = cheapest(pairs.rows(cost, torch.inf), k, k if isinstance(k, int) else most)
+    return pairs.from_rows(chosen)

@@ -1,23 +1,31 @@
 """RetinaNet's rule: thresholds on the overlap with the best object."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..geometry import area, centres, nearest_side
+from ..geometry import centres, nearest_side
 from ..parts import one_of
 from ..structures import BACKGROUND, IGNORE, Assignment, GroundTruth, Predictions
-from .pairs import INSIDE_MARGIN, NOBODY, all_anchors, anchors_between, keep_best, nearest_locations
+from .box_index import BoxIndex
+from .conflicts import Conflicts
+from .engine import uses_tables
+from .lists import ListPairs, Lists
+from .locations import INSIDE_MARGIN, all_anchors, nearest_locations
 from .similarities import IOU, Similarity
+from .tables import Tables
 
 
+@dataclass(frozen=True)
 class MaxIoU:
-    """Each anchor looks at the object that it overlaps most: positive from one IoU on, background
-    below another, ignored in between (RetinaNet, arXiv 1708.02002, section 4).
+    """Thresholds on the IoU of an anchor with the object that it overlaps most: positive from one
+    on, background below another, ignored in between (RetinaNet, arXiv 1708.02002, section 4).
 
-    With low-quality matches the anchors that overlap an object most, all of them where several do
+    With low-quality matches the anchors that overlap an object most, all of them if several do
     equally, become positive too, each for its own best object (as Detectron2's Matcher has it).
     Unlike there, an object that overlaps no anchor claims none.
 
@@ -31,133 +39,100 @@ class MaxIoU:
         similarity: of anchors and objects.
     """
 
-    def __init__(
-        self,
-        background_below: float = 0.4,
-        positive_from: float = 0.5,
-        low_quality_matches: bool = True,
-        in_box: bool = False,
-        claims_go_to: str = "best",
-        similarity: Similarity = IOU,
-    ):
-        one_of("claims_go_to", claims_go_to, ("best", "claimant"))
-        if not 0 < background_below <= positive_from:
+    background_below: float = 0.4
+    positive_from: float = 0.5
+    low_quality_matches: bool = True
+    in_box: bool = False
+    claims_go_to: str = "best"
+    similarity: Similarity = IOU
+
+    def __post_init__(self) -> None:
+        one_of("claims_go_to", self.claims_go_to, ("best", "claimant"))
+        if not 0 < self.background_below <= self.positive_from:
             raise ValueError(
-                f"MaxIoU needs 0 < background_below <= positive_from, got {background_below} and "
-                f"{positive_from}"
+                "MaxIoU needs 0 < background_below <= positive_from, got "
+                f"{self.background_below} and {self.positive_from}"
             )
-        self.background_below = background_below
-        self.positive_from = positive_from
-        self.low_quality_matches = low_quality_matches
-        self.in_box = in_box
-        self.claims_go_to = claims_go_to
-        self.similarity = similarity
 
     @torch.no_grad()
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
-        """Assigns the anchors of every image of the batch.
-
-        Args:
-            anchors: R anchors, the same for all images.
-            gt: G objects of N images.
-            predictions: not looked at.
-        Returns:
-            the assignment, (N, R).
-        """
-        slots = gt.num_images * len(anchors.boxes)
-        # How well each anchor of each image suits the object that suits it best.
-        best = gt.boxes.new_full((slots,), -torch.inf, dtype=torch.float64)
-        owner = gt.image_index.new_full((slots,), NOBODY)
-        best_of_object = gt.boxes.new_zeros(len(gt), dtype=torch.float64)
-
-        def compare(reach: Tensor) -> None:
-            for slot, claimant, overlap in self._overlapping(anchors, gt, reach):
-                keep_best(best, owner, slot, claimant, overlap)
-                best_of_object.scatter_reduce_(0, claimant, overlap, "amax")
-
-        # Of large objects most anchors of the fine levels can be nothing but background, and these
-        # are most of all pairs: which they are the sizes tell.
-        limit = self._limits(anchors, gt)  # (G, L)
-        least = limit.new_full((len(gt), 1), self.background_below)
-        if self.low_quality_matches:
-            least = least.minimum(self._nearest(anchors, gt)[:, None])
-        reach = self._reach(anchors, gt, least).masked_fill_((limit < least)[..., None], -torch.inf)
-        compare(reach)
-        claims = [owner[:0], owner[:0]]
-        if self.low_quality_matches:
-            for slot, claimant, overlap in self._overlapping(anchors, gt, reach):
-                best_ones = (overlap == best_of_object[claimant]) & (overlap > 0)
-                claims += slot[best_ones], claimant[best_ones]
-        claimed, claimant = torch.cat(claims[::2]), torch.cat(claims[1::2])
-        if self.low_quality_matches and self.claims_go_to == "best":
-            # A claimed anchor may suit another object better than its claimant, but not by enough
-            # that this was seen.
-            level = anchors.level_of(claimed % len(anchors.boxes))
-            least = best.new_full((len(anchors.strides),), torch.inf)
-            least.scatter_reduce_(0, level, best[claimed], "amin")
-            more = self._reach(anchors, gt, least.expand_as(limit))
-            seen = (more <= reach).all(dim=-1)
-            compare(more.masked_fill_((seen | (limit < least))[..., None], -torch.inf))
-
+        """See :class:`~atss.structures.Assigner`."""
+        best, owner, claimant = self.search(anchors, gt)
         gt_index = torch.where(best >= self.positive_from, owner, IGNORE)
-        gt_index.masked_fill_(best < self.background_below, BACKGROUND)
-        if self.claims_go_to == "best":
-            gt_index[claimed] = owner[claimed]
-        else:
-            last = torch.full_like(owner, -1).scatter_reduce_(0, claimed, claimant, "amax")
-            gt_index = torch.where(last >= 0, last, gt_index)
+        gt_index = gt_index.masked_fill_(best < self.background_below, BACKGROUND)
+        if self.low_quality_matches:
+            object_of_claim = owner if self.claims_go_to == "best" else claimant
+            gt_index = torch.where(claimant >= 0, object_of_claim, gt_index)
         gt_index = gt_index.view(gt.num_images, -1)
         if self.in_box and len(gt):
             objects = gt.boxes.double()[gt_index.clamp(min=0)]
-            distance = nearest_side(centres(anchors.boxes).double(), objects)
-            gt_index[(gt_index >= 0) & (distance <= INSIDE_MARGIN)] = IGNORE
-        return Assignment.hard(gt_index)
+            outside = nearest_side(centres(anchors.boxes).double(), objects) <= INSIDE_MARGIN
+            gt_index = gt_index.masked_fill((gt_index >= 0) & outside, IGNORE)
+        return Assignment(gt_index)
 
-    def _nearest(self, anchors: Anchors, gt: GroundTruth) -> Tensor:
-        """(G,) the similarity of each object with its best anchor, or hardly less: of a shape, none
-        is better than the one at the location nearest to the object's centre."""
-        objects = gt.boxes.double()
+    def search(self, anchors: Anchors, gt: GroundTruth) -> tuple[Tensor, Tensor, Tensor]:
+        """Find the object that each anchor overlaps most, and the anchors that each object does.
+
+        Returns:
+            (N * R,) float64 overlap with the best object and (N * R,) int64 object, both as far as
+            the rule asks for them; and (N * R,) int64 last object that claims the anchor, or -1.
+        """
+        conflicts = Conflicts(gt, len(anchors.boxes))
+        claimant = torch.full_like(conflicts.owner, -1)
+        dense = uses_tables(gt.boxes.device)
+        batch = (Tables if dense else Lists)(anchors, gt, None, self.similarity)
+        if isinstance(batch, Tables):
+            pieces: Iterator[Any] = batch.tables()
+        else:
+            index = anchors.kept(("index", self.similarity), lambda: self._index(anchors))
+            same = torch.zeros_like(gt.image_index)
+            pieces = self._near(batch, index, same, self._least(batch))
+        for pairs in pieces:
+            # No box code can describe an object without an area.
+            overlap = pairs.anchor_overlap * batch.nonempty[pairs.owner]
+            conflicts.compete(pairs, overlap)
+            if self.low_quality_matches:
+                claimed = (overlap == pairs.highest_of_object(overlap)) & (overlap > 0)
+                claims = pairs.owner.expand(pairs.shape).masked_fill(~claimed, -1)
+                pairs.view(claimant).scatter_reduce_(0, pairs.address, claims, "amax")
+        if isinstance(batch, Lists) and self.claims_go_to == "best":
+            # An object that a list left out may overlap a claimed anchor more than its claimant.
+            unsure = (claimant >= 0) & (conflicts.best < self.background_below)
+            if unsure.any():
+                least = conflicts.best[unsure].amin().expand(len(gt))
+                index = self._index(anchors, unsure.view(batch.shape))
+                for pairs in self._near(batch, index, gt.image_index, least):
+                    conflicts.compete(pairs, pairs.anchor_overlap)
+        return conflicts.best, conflicts.owner, claimant
+
+    def _least(self, batch: Lists) -> Tensor:
+        """(G,) overlap of each object that is asked for: not to be background, or of its best
+        anchor. Of a shape, that is the one nearest to the object's centre."""
+        objects, anchors = batch.objects, batch.anchors
+        least = torch.full_like(objects[:, 0], self.background_below)
+        if not self.low_quality_matches:
+            return least
         index, valid = all_anchors(anchors, *nearest_locations(anchors, centres(objects), 1))
-        overlap = self.similarity(anchors.boxes[index].double(), objects)
-        overlap = overlap * valid * (area(objects) > 0)
-        return overlap.amax(dim=0) * (1 - 1e-9)
+        overlap = self.similarity(anchors.boxes[index].double(), objects) * valid
+        return least.minimum(overlap.amax(dim=0))
 
-    def _limits(self, anchors: Anchors, gt: GroundTruth) -> Tensor:
-        """(G, L) what the similarity of each object with an anchor of each level cannot exceed:
-        that of boxes of their sizes laid upon each other."""
-        objects = (gt.boxes[:, 2:] - gt.boxes[:, :2]).double().clamp(min=0)[:, None, None]
-        objects, cells = torch.broadcast_tensors(objects, _sides(anchors))
-        laid = (torch.cat([-sides, sides], dim=-1) for sides in (objects / 2, cells / 2))
-        # Rounding of boxes far from the origin must not exceed it.
-        return self.similarity(*laid).amax(dim=-1) + 1e-4
+    def _index(self, anchors: Anchors, usable: Tensor | None = None) -> BoxIndex:
+        """Of the anchors that are usable, (N, R); None: of all, for all images."""
+        if usable is None:
+            usable = torch.ones_like(anchors.stride, dtype=torch.bool)[None]
+        boxes = anchors.boxes.expand(*usable.shape, 4)
+        return BoxIndex(anchors, boxes, usable, self.similarity)
 
-    def _reach(self, anchors: Anchors, gt: GroundTruth, least: Tensor) -> Tensor:
-        """(G, L, 2) how far apart along x and y the centres of each object and of an anchor of each
-        level can be, so that they are as similar as ``least``, (G, L or 1)."""
-        objects = gt.boxes.double()[:, None]
-        sides = (objects[..., 2:] - objects[..., :2]).clamp(min=0) + _sides(anchors).amax(dim=1)
-        # Rounding must not leave out what is as similar as that.
-        scale, distance = self.similarity.reach(least * (1 - 1e-9))
-        return scale * sides / 2 + distance + 1e-6
+    def _near(
+        self, batch: Lists, index: BoxIndex, image: Tensor, least: Tensor
+    ) -> Iterator[ListPairs]:
+        """Pieces of the pairs that overlap by (G,) ``least``.
 
-    def _overlapping(
-        self, anchors: Anchors, gt: GroundTruth, reach: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Pieces of all pairs whose centres are no farther apart than (G, L, 2), in the order of
-        the objects: (M,) slot in N * R, (M,) ground truth, (M,) similarity in float64."""
-        objects = gt.boxes.double()
-        middle = centres(objects)[:, None]
-        for claimant, index in anchors_between(anchors, middle - reach, middle + reach):
-            overlap = self.similarity(anchors.boxes[index].double(), objects[claimant])
-            # What has no area has no sides that a box code could describe.
-            overlap = overlap * (area(objects[claimant]) > 0)
-            yield gt.image_index[claimant] * len(anchors.boxes) + index, claimant, overlap
-
-
-def _sides(anchors: Anchors) -> Tensor:
-    """(L, A, 2) float64 width and height of the anchors of a location of each level."""
-    levels = anchors.boxes.split(anchors.per_level)
-    cells = torch.stack([x[: anchors.num_anchors] for x in levels]).double()
-    return cells[..., 2:] - cells[..., :2]
+        Args:
+            image: (G,) int64 into the images of the index.
+        """
+        for ids in batch.pieces(batch.all_objects, batch.shape[1]):
+            owner, anchor = index.near(batch.gt.boxes[ids], image[ids], least[ids])
+            yield ListPairs(batch, ids[owner], anchor)

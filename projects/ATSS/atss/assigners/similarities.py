@@ -15,7 +15,7 @@ FAINT = 1e-12
 
 class Similarity(Protocol):
     """What rules ask of a similarity. A plain function of boxes does for those that know their
-    candidates by themselves: ATSS and TopK."""
+    candidates by themselves: ATSS and DDOD."""
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Of two boxes (..., 4) each -> (...)."""

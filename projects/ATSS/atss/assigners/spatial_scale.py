@@ -2,18 +2,25 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..geometry import area, centres, nearest_side, side_distances
+from ..geometry import centres, side_distances
 from ..parts import WrongValue, within
 from ..structures import Assignment, GroundTruth, Predictions
-from .pairs import assign_pairs, nearest_locations, window
+from .conflicts import assign_best
+from .lists import ListPairs, Lists
+from .locations import all_anchors, nearest_locations
+from .matching import Matching
+from .pairs import AssignmentBatch, CandidatePairs
 
 
-class SpatialScale:
+@dataclass(frozen=True)
+class SpatialScale(Matching):
     """Positive are the locations inside an object whose distance to its farthest side lies in the
     range of their level (FCOS, arXiv 1904.01355, section 3.2; the "spatial and scale constraint" of
     the paper's section 3.3). Of several objects a location goes to the smallest.
@@ -29,88 +36,79 @@ class SpatialScale:
             FCOS "with center sampling" in Table 3 has 9); 0 for all.
         margin: a location is inside from more than this many pixels on. The authors of ATSS have
             0.01; mmdet, and they for FCOS itself, 0.
-        num_levels: that there will be, where it is known.
+        num_levels: of the detector, if it is known.
     """
 
-    # Objects handled at a time: bounds memory at some 1,500 candidates each.
-    CHUNK = 256
+    looks_at_predictions: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        ranges: Sequence[float] = (64, 128, 256, 512),
-        radius: float = 0.0,
-        top_k: int = 0,
-        margin: float = 0.01,
-        num_levels: int | None = None,
-    ):
-        if list(ranges) != sorted(ranges) or min(ranges, default=1) <= 0:
-            raise WrongValue("ranges", f"must rise from above 0, not {list(ranges)}")
-        if num_levels not in (None, len(ranges) + 1):
+    ranges: Sequence[float] = (64, 128, 256, 512)
+    radius: float = 0.0
+    top_k: int = 0
+    margin: float = 0.01
+    num_levels: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranges", tuple(self.ranges))
+        if list(self.ranges) != sorted(self.ranges) or min(self.ranges, default=1) <= 0:
+            raise WrongValue("ranges", f"must rise from above 0, not {list(self.ranges)}")
+        if self.num_levels not in (None, len(self.ranges) + 1):
             raise WrongValue(
                 "ranges",
-                f"is for {len(ranges) + 1} levels, but MODEL.ATSS.IN_FEATURES has {num_levels}",
+                f"is for {len(self.ranges) + 1} levels, but MODEL.ATSS.IN_FEATURES has "
+                f"{self.num_levels}",
             )
-        within("radius", radius, 0)
-        within("top_k", top_k, 0)
-        self.ranges = tuple(ranges)
-        self.radius = radius
-        self.top_k = top_k
-        self.margin = margin
+        within("radius", self.radius, 0)
+        within("top_k", self.top_k, 0)
 
-    @torch.no_grad()
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
-        """Assigns the anchors of every image of the batch.
-
-        Args:
-            anchors: R anchors, the same for all images; only their locations matter.
-            gt: G objects of N images.
-            predictions: not looked at.
-        Returns:
-            the assignment, (N, R).
+        """See :class:`~atss.structures.Assigner`; only the anchors' locations matter.
 
         Raises:
-            ValueError: where the ranges are not those of as many levels as there are.
+            ValueError: if there are not as many levels as ranges.
         """
         if len(self.ranges) + 1 != len(anchors.strides):
             raise ValueError(
                 f"SpatialScale has ranges for {len(self.ranges) + 1} levels, but there are "
                 f"{len(anchors.strides)}"
             )
-        return assign_pairs(anchors, gt, self.candidates, self.CHUNK)
+        if not self.top_k:
+            return super().__call__(anchors, gt, None)
+        batch = AssignmentBatch(anchors, gt, None)
+        nearest = nearest_locations(anchors, centres(batch.objects), self.top_k)
+        index, exists = all_anchors(anchors, *nearest)
+        pairs = CandidatePairs(batch, torch.arange(len(gt), device=index.device)[None], index)
+        affinity = (-self.cost(pairs)).masked_fill(~exists, -torch.inf)
+        return Assignment(assign_best(gt, index, affinity, len(anchors.boxes)))
 
-    def candidates(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """The anchors that can be positive for each object.
+    def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
+        """Locations near enough to the centres of objects of a size that suits their level."""
+        low, high = batch.objects.new_tensor([(-1.0, *self.ranges), (*self.ranges, math.inf)])
+        boxes = batch.objects[ids]
+        longest = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True)
+        # The farthest side is at least half as far as the sides are long, and at most as far.
+        suits = (longest >= low) & (longest <= 2 * high + 1)
+        radius = high / batch.anchors.lattice[:, 0]
+        if self.radius:
+            radius = radius.clamp(max=self.radius)
+        return batch.central(ids, torch.where(suits, radius, -torch.inf)[..., None])
 
-        Args:
-            gt_boxes: (G, 4).
-        Returns:
-            (C, G) int64 into R, and (C, G) float64: minus the object's area, -inf where the anchor
-            is not positive.
-        """
-        objects = gt_boxes.double()
-        middle = centres(objects)
-        if self.top_k:
-            nearest, exists = nearest_locations(anchors, middle, self.top_k)
-        valid: Tensor | bool
-        index, affinity = [], []
-        bounds = zip((-1.0, *self.ranges), (*self.ranges, math.inf), strict=True)
-        for level, (low, high) in enumerate(bounds):
-            if self.top_k:
-                location, valid = nearest[..., level], exists[..., level]
-            else:
-                # Nobody in the range is farther than that from the object's centre.
-                location, valid = window(anchors, level, middle, high), True
-            points = anchors.centres_of(location, level)
-            farthest = side_distances(points, objects).amax(dim=-1)
-            positive = (nearest_side(points, objects) > self.margin) & valid
-            positive &= (farthest >= low) & (farthest <= high)
-            if self.radius:
-                reach = self.radius * anchors.strides[level]
-                positive &= ((points - middle).abs() < reach).all(dim=-1)
-            score = (-area(objects)).expand_as(positive).masked_fill(~positive, -torch.inf)
-            each = torch.arange(anchors.num_anchors, device=location.device)[:, None, None]
-            index.append((location * anchors.num_anchors + each).flatten(0, 1))
-            affinity.append(score.expand(anchors.num_anchors, -1, -1).flatten(0, 1))
-        return torch.cat(index), torch.cat(affinity)
+    def cost(self, pairs: CandidatePairs) -> Tensor:
+        """The object's area, if the location is positive for it."""
+        anchors = pairs.batch.anchors
+        low = anchors.of_levels((-1.0, *self.ranges))[pairs.index]
+        high = anchors.of_levels((*self.ranges, math.inf))[pairs.index]
+        distances = side_distances(pairs.points, pairs.objects)
+        farthest = distances.amax(dim=-1)
+        positive = (distances.amin(dim=-1) > self.margin) & (farthest >= low) & (farthest <= high)
+        if self.radius:
+            positive = positive & pairs.around(self.radius)
+        areas = pairs.batch.areas[pairs.owner].expand(pairs.shape)
+        return areas.masked_fill(~positive, torch.inf)
+
+    def select(self, pairs: CandidatePairs, cost: Tensor) -> Tensor:
+        return cost < torch.inf
+
+    def rank(self, pairs: CandidatePairs) -> Tensor:
+        return -pairs.batch.areas[pairs.owner]

@@ -253,7 +253,8 @@ def for_inference(cfg: CfgNode) -> CfgNode:
 
 
 def check_groups(node: CfgNode) -> None:
-    """That arguments are of parts that there are, those in overlays too.
+    """That arguments are of parts that there are, and no legacy key stands beside the name of the
+    part that has it now; those in overlays too.
 
     Args:
         node: MODEL.ATSS.
@@ -264,9 +265,17 @@ def check_groups(node: CfgNode) -> None:
     overlays = {f"BRANCH.{name}.": x for name, x in node.BRANCH.items() if isinstance(x, CfgNode)}
     for where, some in {"": node, **overlays}.items():
         for kind in kinds():
-            for name in some.get(kind.group, {}):
-                if name not in kind:
+            chosen = some.get(kind.key, node.get(kind.key))
+            for name, arguments in some.get(kind.group, {}).items():
+                if name not in kind and name not in kind.gone:
                     raise ValueError(
                         f"MODEL.ATSS.{where}{kind.group}.{name} is of no {kind.key}; known are "
                         f"{sorted(kind.entries)}{OWN_PARTS}"
                     )
+                legacy = kind.entries[name].legacy if name in kind else {}
+                for argument, other in legacy.items():
+                    if chosen == other and arguments.get(argument) is not None:
+                        raise ValueError(
+                            f"MODEL.ATSS.{where}{kind.group}.{name}.{argument} is ignored, because "
+                            f"{kind.key} is {other!r}: set {kind.group}.{other}.{argument}"
+                        )

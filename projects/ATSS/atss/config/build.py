@@ -15,16 +15,15 @@ from detectron2.modeling import BACKBONE_REGISTRY, build_anchor_generator, build
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
 from detectron2.modeling.backbone import FPN, Backbone, build_resnet_backbone
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
-from torch import nn
 
 from .. import anchors, modeling
 from ..assigners import ASSIGNER_REGISTRY
 from ..modeling import backbone, detector, pretrained, timm_backbone
 from ..modeling.box_coding import BoxCode, LegacyPixels
-from ..modeling.branch import Assigner
 from ..modeling.detector import LEGACY_PIXELS_IN_TRAINING
 from ..modeling.postprocess import PostProcessor
-from ..parts import within
+from ..parts import one_of, within
+from ..structures import Assigner
 from .branches import build_branches, check_groups
 from .checks import building, check_values, lookup, naming
 from .classes import resolve_num_classes
@@ -64,9 +63,8 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
         model = model.to(memory_format=torch.channels_last)
     with building("MODEL.DEVICE", cfg.MODEL.DEVICE):
         model = model.to(cfg.MODEL.DEVICE)
-    if node.COMPILE:
-        own_heads = [x.head for x in model.branches.values() if x.head is not None]
-        compile_in_place(model.backbone, model.head, *own_heads)
+    if compiled := compiled_parts(cfg):
+        compile_in_place(model, compiled)
     return model
 
 
@@ -285,6 +283,7 @@ def check_model(cfg: CfgNode, training: bool) -> None:
     if begins_pretrained(cfg) and not cfg.MODEL.WEIGHTS:
         pretrained.find_pretrained(cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.WEIGHTS)
     images_per_test_batch(cfg)
+    compiled_parts(cfg)
     if cfg.TEST.AUG.ENABLED:
         build_views(cfg)
         build_merge(cfg)
@@ -343,18 +342,37 @@ def _fast_at_bf16(on_gpu: bool) -> bool:
     return any(capabilities.get(flag, False) for flag in ("amx_bf16", "avx512_bf16"))
 
 
-def compile_in_place(*modules: nn.Module) -> None:
-    """Has torch.compile compile the modules when they are first called; names of parameters stay.
-    Where it does not work at all, for want of a compiler for example, the log says so, and the
-    modules run as they are."""
-    device = next(modules[0].parameters()).device
+def compiled_parts(cfg: CfgNode) -> str | None:
+    """What MODEL.ATSS.COMPILE means: "tail", "all", or None for nothing.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    value = cfg.MODEL.ATSS.COMPILE
+    if isinstance(value, bool):  # in configs up to 0.2
+        return "all" if value else None
+    one_of("MODEL.ATSS.COMPILE", value, (None, "tail", "all"))
+    return value
+
+
+def compile_in_place(model: detector.ATSSDetector, parts: str) -> None:
+    """Has torch.compile compile parts of a model when they are first called; names of parameters
+    stay. If it does not work at all, for want of a compiler for example, the log says so, and the
+    model runs as it is.
+
+    Args:
+        parts: "tail", decoding, assignment and criterion; "all", backbone and heads too.
+    """
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=model.device))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         logging.getLogger(__name__).warning(
             "MODEL.ATSS.COMPILE: torch.compile does not work here, running uncompiled: %s", reason
         )
         return
-    for module in modules:
-        module.compile()
+    model.compile_tail = True
+    if parts == "all":
+        own_heads = [x.head for x in model.branches.values() if x.head is not None]
+        for module in (model.backbone, model.head, *own_heads):
+            module.compile()

@@ -220,9 +220,11 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.PRECISION = "fp32"
     # Keep the channels of a feature map together in memory, which convolutions in bf16 like.
     node.CHANNELS_LAST = False
-    # Let torch.compile compile backbone and head. The first iterations then take minutes, and again
-    # when the size of the images changes for the first time.
-    node.COMPILE = False
+    # What torch.compile compiles: "tail", decoding, assignment and criterion of a training step, or
+    # "all", backbone and head too; None: nothing. The first iterations take minutes, and so do the
+    # first with no object, with one, and of each phase; of backbone and head also the first with
+    # another size of images. Older configs have False for None, and True for "all".
+    node.COMPILE = None
 
     # Parts by name, and their arguments.
     # The rule that chooses samples ("matcher" in Detectron2). Of ATSS there is

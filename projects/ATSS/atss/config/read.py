@@ -17,6 +17,9 @@ from .checks import flatten
 from .keys import add_atss_config
 from .pixels import complete_pixels
 
+# Arguments of rules of version 0.2 that a command line can set still.
+LEGACY_KEYS = ("MODEL.ATSS.ASSIGNERS.ATSS.ALPHA", "MODEL.ATSS.ASSIGNERS.TopK.TOP_K")
+
 
 def load_config(*files: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
     """Detectron2's defaults, ours, the files in their order, and KEY VALUE pairs over all;
@@ -174,6 +177,10 @@ def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
     for key, value in zip(options[::2], options[1::2], strict=True):
         if isinstance(known.get(key), CfgNode):
             raise ValueError(_is_a_group(key, known[key]))
+        if key in LEGACY_KEYS and key not in known:
+            rule, argument = key.split(".")[-2:]
+            rules = cfg.MODEL.ATSS.ASSIGNERS
+            rules.setdefault(rule, CfgNode(new_allowed=True))[argument] = None
         if isinstance(known.get(key), float) and re.fullmatch(r"[+-]?\d+", str(value)):
             value = float(value)
         try:

@@ -8,7 +8,7 @@ import torch
 from detectron2.config import CfgNode
 
 from ..anchors import Anchors
-from ..structures import Assignment
+from ..structures import Assigner
 from .build import build_anchors, build_assigner, build_levels
 from .checks import check_values
 
@@ -24,7 +24,7 @@ class Sampling:
     """
 
     anchors: Callable[[tuple[int, int]], Anchors]
-    assigner: Callable[..., Assignment]
+    assigner: Assigner
     divisibility: int
 
 

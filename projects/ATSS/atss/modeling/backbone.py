@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from operator import is_not
+from contextvars import ContextVar
+from typing import Any
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .deform_conv import DeformConv
+from .foreach import ScaleAll, autocast_dtype, cast_all, is_grouped, is_traced
 
 
 class P6P7FromP5(nn.Module):
@@ -66,7 +68,7 @@ def build_fpn(
     fold_frozen_norms(bottom_up)
     last = bottom_up.output_shape()[in_features[-1]].stride
     top_block = P6P7FromP5(out_channels, relu_before_p7, f"p{int(math.log2(last))}")
-    return FPN(bottom_up, in_features, out_channels, norm, top_block, fuse_type)
+    return FoldedFPN(bottom_up, in_features, out_channels, norm, top_block, fuse_type)
 
 
 def freeze_unused(backbone: Backbone, levels: Sequence[str]) -> None:
@@ -95,11 +97,8 @@ class FrozenNormConv2d(Conv2d):
     """A convolution with a frozen norm, which scales the weights, where scaling the output would
     read and write all of it twice more in each direction. Same numbers but for rounding."""
 
-    _known: tuple[list[Tensor], list[int], Tensor, Tensor] | None = None
-
     def forward(self, x: Tensor) -> Tensor:
-        scale, bias = self._scale_and_bias()
-        weight = self.weight * scale
+        weight, bias = self._folded()
         stride = self.stride
         if self.kernel_size == (1, 1) and self.padding == (0, 0):
             # Of the rest nothing is used. Strided kernels of this size are slow on CPUs.
@@ -107,27 +106,86 @@ class FrozenNormConv2d(Conv2d):
         x = F.conv2d(x, weight, bias, stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
 
-    def _scale_and_bias(self) -> tuple[Tensor, Tensor]:
-        """Of the norm, kept for as long as nobody writes to it, of which torch counts all but what
-        goes through ``.data``: on a GPU five small kernels for each convolution take longer to
-        launch than to run."""
-        norm = self.norm
-        if torch.compiler.is_compiling() or norm.weight.is_inference():
-            return _scale_and_bias(norm)
-        tensors = [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-        versions = [x._version for x in tensors]
-        known = self._known
-        if known is None or known[1] != versions or any(map(is_not, known[0], tensors)):
-            # What inference mode makes cannot be trained with.
-            with torch.inference_mode(False), torch.no_grad():
-                known = self._known = (tensors, versions, *_scale_and_bias(norm))
-        return known[2:]
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """Weights, and the bias (C,)."""
+        if is_traced():
+            norm = self.norm
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            return self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+        folded = _folded.get()
+        if folded is None or self not in folded:  # called alone
+            folded = FoldedWeights([[self]])
+        return folded.take(self)
 
 
-def _scale_and_bias(norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
-    """(C, 1, 1, 1) for the weights, and (C,)."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return scale[:, None, None, None], norm.bias - norm.running_mean * scale
+class FoldedWeights:
+    """Weights and biases of convolutions with frozen norms for one forward pass.
+
+    A training step of two images on a GPU takes as long as the host needs to launch its operators,
+    and R-50 has 53 such convolutions, each with a multiplication, its gradient, and under autocast
+    three casts. Here one operator does this for a group of convolutions. The weights of a group are
+    made when the first of its convolutions is called, and each is handed out once: inference holds
+    those of one group. The gradients of a group reach its parameters together: DDP exchanges those
+    of one stage during the backward pass of the next. Nothing is kept between passes.
+
+    Args:
+        groups: of convolutions.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[FrozenNormConv2d]]):
+        self._groups = {conv: group for group in groups for conv in group}
+        norms = [conv.norm for conv in self._groups]
+        scales = torch._foreach_add([x.running_var for x in norms], [x.eps for x in norms])
+        torch._foreach_rsqrt_(scales)
+        torch._foreach_mul_(scales, [x.weight for x in norms])
+        shifts = torch._foreach_mul([x.running_mean for x in norms], scales)
+        shifts = torch._foreach_sub([x.bias for x in norms], shifts)
+        biases = cast_all(shifts, autocast_dtype(shifts[0]))
+        self._scales = {c: x.view(-1, 1, 1, 1) for c, x in zip(self._groups, scales, strict=True)}
+        self._biases = dict(zip(self._groups, biases, strict=True))
+        self._weights: dict[FrozenNormConv2d, Tensor] = {}
+
+    def __contains__(self, conv: FrozenNormConv2d) -> bool:
+        return conv in self._groups or conv in self._weights
+
+    def take(self, conv: FrozenNormConv2d) -> tuple[Tensor, Tensor]:
+        """Weights, and the bias (C,), of a convolution that is called for the first time."""
+        if conv not in self._weights:
+            group = self._groups[conv]
+            scales = [self._scales[x] for x in group]
+            weights = ScaleAll.apply(scales, *(x.weight for x in group))
+            for x, weight in zip(group, weights, strict=True):
+                del self._groups[x]
+                self._weights[x] = weight
+        return self._weights.pop(conv), self._biases[conv]
+
+
+_folded: ContextVar[FoldedWeights | None] = ContextVar("folded", default=None)
+
+
+class FoldedFPN(FPN):
+    """Detectron2's FPN, with folded frozen norms of which each child of the bottom-up, such as a
+    stage of a ResNet, is a group (:class:`FoldedWeights`), or on CPUs each convolution."""
+
+    def __init__(self, bottom_up: Backbone, *args: Any, **kwargs: Any):
+        super().__init__(bottom_up, *args, **kwargs)
+        groups = [
+            [x for x in child.modules() if isinstance(x, FrozenNormConv2d)]
+            for child in bottom_up.children()
+        ]
+        self._groups = [group for group in groups if group]
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        if not self._groups or is_traced():
+            return super().forward(x)
+        groups = self._groups
+        if not is_grouped(x.device):
+            groups = [[conv] for group in groups for conv in group]
+        token = _folded.set(FoldedWeights(groups))
+        try:
+            return super().forward(x)
+        finally:
+            _folded.reset(token)
 
 
 def fold_frozen_norms(module: nn.Module) -> None:

@@ -1,16 +1,18 @@
 """Outputs that learn: what a detector may have one or more of."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from ..anchors import Anchors
-from ..structures import Assignment, GroundTruth, HeadOutput, Predictions
-from .criterion import Criterion
+from ..structures import Assigner, Assignment, GroundTruth, HeadOutput, Predictions
+from .box_coding import BoxCode
+from .criterion import Criterion, Quotient
 
-Assigner = Callable[[Anchors, GroundTruth, Predictions], Assignment]
 HeadOutputs = HeadOutput | Mapping[str, HeadOutput]
+# The branch whose head gives an output, "" for the detector's head; the output's name there.
+Source = tuple[str, str]
 
 
 class Phase(nn.Module):
@@ -73,6 +75,10 @@ class Branch(nn.Module):
         """The phase of an iteration."""
         return next(x for x in self.phases if isinstance(x, Phase) and iteration < x.until)
 
+    def source(self, name: str) -> Source:
+        """Which output it reads, if ``name`` is its own name. Branches may read the same one."""
+        return self.head_of if self.head is None else name, self.output
+
     def own_outputs(self, features: Sequence[Tensor]) -> HeadOutputs:
         """What its own head makes of features."""
         assert self.head is not None
@@ -94,3 +100,44 @@ class Branch(nn.Module):
                 f"{sorted(named)}"
             )
         return named[self.output]
+
+
+def compute_quotients(
+    code: BoxCode,
+    phases: Mapping[str, Phase],
+    sources: Mapping[str, Source],
+    outputs: Mapping[Source, HeadOutput],
+    anchors: Anchors,
+    gt: GroundTruth,
+) -> tuple[dict[str, dict[str, Quotient]], dict[str, Assignment]]:
+    """Decode -> assign -> losses of each branch: the tail of a training step, after the network.
+
+    A function of tensors and of what stays the same from step to step, so that torch.compile makes
+    one graph of it: phases are chosen before, losses are divided and logged after.
+
+    Args:
+        phases: how each branch learns now, by its name.
+        sources: what each branch reads, by its name: a key of outputs.
+        outputs: of the heads; each is decoded once.
+    Returns:
+        the losses of each branch, not yet divided, and the assignment of each that has a rule.
+    """
+    decoded = {source: decode(code, output, anchors) for source, output in outputs.items()}
+    assignments = {}
+    for name, phase in phases.items():
+        if phase.assigner is not None:
+            output, boxes = decoded[sources[name]]
+            detached = Predictions(output.map(Tensor.detach), boxes.detach())
+            assignments[name] = phase.assigner(anchors, gt, detached)
+    quotients = {}
+    for name, phase in phases.items():
+        output, boxes = decoded[sources[name]]
+        assignment = assignments[phase.assignment_of or name]
+        quotients[name] = phase.criterion.quotients(output, boxes, anchors, gt, assignment)
+    return quotients, assignments
+
+
+def decode(code: BoxCode, output: HeadOutput, anchors: Anchors) -> Predictions:
+    """An output in float32, and its boxes."""
+    precise = output.map(Tensor.float)
+    return Predictions(precise, code.decode(precise.numbers, anchors.boxes, anchors.stride))

@@ -1,9 +1,9 @@
 """The detector: from images to losses or detections, top to bottom."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from detectron2.modeling.backbone import Backbone
@@ -16,8 +16,8 @@ from ..anchors import Anchors, GridAnchorGenerator
 from ..geometry import area
 from ..structures import Assignment, GroundTruth, HeadOutput, Predictions
 from .box_coding import BoxCode, LegacyPixels
-from .branch import Assigner, Branch, HeadOutputs, Phase
-from .criterion import Criterion, Quotient, divide
+from .branch import Assigner, Branch, HeadOutputs, Phase, compute_quotients, decode
+from .criterion import Criterion, divide
 from .postprocess import PostProcessor
 
 # COCO's: (least, greatest) square root of the area, in pixels.
@@ -51,6 +51,8 @@ class ATSSDetector(DenseDetector):
         vis_period: iterations between pictures of a training image in the log; 0 for none.
         precision: dtype of backbone and towers under autocast, or None to leave it to the caller.
             Everything after the head is float32.
+        compile_tail: whether torch.compile compiles :func:`.branch.compute_quotients`: decoding,
+            assignment and criterion, of any canvas and number of objects.
 
     Attributes:
         iteration: of the training, for phases, where there is no event storage that knows it.
@@ -79,6 +81,7 @@ class ATSSDetector(DenseDetector):
         head_in_features: Sequence[str] | None = None,
         vis_period: int = 0,
         precision: torch.dtype | None = None,
+        compile_tail: bool = False,
     ):
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
@@ -98,6 +101,7 @@ class ATSSDetector(DenseDetector):
         self.input_format = input_format
         self.vis_period = vis_period
         self.precision = precision
+        self.compile_tail = compile_tail
         self.iteration = 0
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
@@ -153,7 +157,7 @@ class ATSSDetector(DenseDetector):
         found = {}
         for name in names:
             branch = self.branches[name]
-            owner = branch.head_of if branch.head is None else name
+            owner, _ = branch.source(name)
             found[name] = branch.read(outputs_of(owner))
         return images, features, found
 
@@ -165,7 +169,7 @@ class ATSSDetector(DenseDetector):
             _, features, outputs = self._read(batched_inputs, [self.inference])
             with torch.autocast(self.device.type, enabled=False):
                 anchors = self.anchor_generator.grid(features)
-                return self._decode(outputs, anchors)[self.inference]
+                return decode(self.box_coder, outputs[self.inference], anchors)
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Detectron2's, in which the host does not wait for what a GPU still has to do."""
@@ -210,46 +214,39 @@ class ATSSDetector(DenseDetector):
         if isinstance(self.box_coder, LegacyPixels):
             raise ValueError(LEGACY_PIXELS_IN_TRAINING)
         storage = get_event_storage() if has_event_storage() else None
-        iteration = self.iteration if storage is None else storage.iter
+        phases = self._phases(self.iteration if storage is None else storage.iter)
+        sources = {name: branch.source(name) for name, branch in self.branches.items()}
+        by_source = {sources[name]: output for name, output in outputs.items()}
         with torch.autocast(self.device.type, enabled=False):
             anchors = self.anchor_generator.grid(features)
-            predicted = self._decode(outputs, anchors)
-            phases = {name: branch.at(iteration) for name, branch in self.branches.items()}
-            assignments = {}
-            for name, phase in phases.items():
-                if phase.assigner is not None:
-                    output, boxes = predicted[name]
-                    seen = Predictions(output.map(Tensor.detach), boxes.detach())
-                    assignments[name] = phase.assigner(anchors, gt, seen)
-            quotients: dict[str, Quotient] = {}
-            for name, phase in phases.items():
-                giver = phase.assignment_of or name
-                if giver not in assignments:
-                    raise ValueError(
-                        f"branch {name!r} takes the assignment of {giver!r}; those with one are "
-                        f"{sorted(assignments)}"
-                    )
-                args = (*predicted[name], anchors, gt, assignments[giver])
-                for loss, quotient in phase.criterion.quotients(*args).items():
-                    quotients[loss if name == self.inference else f"{name}/{loss}"] = quotient
-            losses = divide(quotients)
+            tail = _compiled_tail(anchors, gt) if self.compile_tail else compute_quotients
+            found, assignments = tail(self.box_coder, phases, sources, by_source, anchors, gt)
+            losses = divide(
+                {
+                    loss if name == self.inference else f"{name}/{loss}": quotient
+                    for name, quotients in found.items()
+                    for loss, quotient in quotients.items()
+                }
+            )
         if storage is not None:
             self._log(images, features, outputs, gt, assignments)
         return losses
 
-    def _decode(
-        self, outputs: Mapping[str, HeadOutput], anchors: Anchors
-    ) -> dict[str, Predictions]:
-        """Each branch's output in float32, and its boxes; once where branches read the same."""
+    def _phases(self, iteration: int) -> dict[str, Phase]:
+        """The phase of each branch.
 
-        def decode(output: HeadOutput) -> Predictions:
-            precise = output.map(Tensor.float)
-            boxes = self.box_coder.decode(precise.numbers, anchors.boxes, anchors.stride)
-            return Predictions(precise, boxes)
-
-        known = {id(x): x for x in outputs.values()}
-        decoded = {key: decode(x) for key, x in known.items()}
-        return {name: decoded[id(x)] for name, x in outputs.items()}
+        Raises:
+            ValueError: if a branch takes the assignment of one that has none then.
+        """
+        phases = {name: branch.at(iteration) for name, branch in self.branches.items()}
+        assigned = sorted(name for name, phase in phases.items() if phase.assigner is not None)
+        for name, phase in phases.items():
+            if phase.assignment_of and phase.assignment_of not in assigned:
+                raise ValueError(
+                    f"branch {name!r} takes the assignment of {phase.assignment_of!r}; those with "
+                    f"one are {assigned}"
+                )
+        return phases
 
     def forward_inference(
         self, images: ImageList, features: list[Tensor], outputs: Mapping[str, HeadOutput]
@@ -293,3 +290,23 @@ class ATSSDetector(DenseDetector):
             with torch.no_grad():
                 results = self.forward_inference(images, features, outputs)
             self.visualize_training([shown], results[:1])
+
+
+def _compiled_tail(anchors: Anchors, gt: GroundTruth) -> Callable:
+    """The compiled :func:`compute_quotients`, for these arguments."""
+    # Values that anchors compute once and keep are computed here: inside, torch.compile would make
+    # one graph for the first step of a canvas, which computes them, and one for others.
+    for name, value in vars(Anchors).items():
+        if isinstance(value, cached_property):
+            getattr(anchors, name)
+    # Without the mark torch.compile takes sizes that are equal in a first batch for one size: 4
+    # objects for the 4 sides of a box, which are always 4.
+    for tensor in (gt.boxes, gt.classes, gt.image_index):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return _compile(compute_quotients)
+
+
+@cache
+def _compile(function: Callable) -> Callable:
+    # One for all models, and no attribute of theirs, because it cannot be pickled.
+    return torch.compile(function, dynamic=True)

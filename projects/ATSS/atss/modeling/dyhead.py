@@ -1,7 +1,7 @@
 """The dynamic head's tower (arXiv 2106.08322): blocks in which levels, places and channels are
 attended to, one after the other."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ..parts import within
 from .deform_conv import DeformConv
+from .level_copies import for_levels
 
 # Channels that share a mean and a variance in a block, as in the authors' code: 16 groups.
 NORM_GROUPS = 16
@@ -83,9 +84,13 @@ class DynamicBlock(nn.Module):
 
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
         """L feature maps (N, C, H_l, W_l), fine to coarse -> as many of the same sizes."""
-        return [self._of_level(levels, level) for level in range(len(levels))]
+        copies = for_levels(len(levels), self)
+        # A level uses the gate up to three times.
+        return [copies[i][0]._of_level(levels, i, self._gate) for i in range(len(levels))]
 
-    def _of_level(self, levels: Sequence[Tensor], level: int) -> Tensor:
+    def _of_level(
+        self, levels: Sequence[Tensor], level: int, gate: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         x = levels[level]
         moved = self.offset(x)
         offset, mask = moved[:, :18], moved[:, 18:].sigmoid()
@@ -94,7 +99,7 @@ class DynamicBlock(nn.Module):
         for conv, other in neighbours:
             if conv is not None and 0 <= other < len(levels):
                 found.append(self._of_other(conv, levels[other], offset, mask))
-        attended = torch.stack([y * self._gate(y) for y in found]).mean(dim=0)
+        attended = torch.stack([y * gate(y) for y in found]).mean(dim=0)
         return self.task_attention(attended)
 
     @staticmethod

@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from detectron2.layers import get_norm
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..parts import WrongValue, one_of, within
 from ..structures import HeadOutput
 from .box_coding import BoxCode
 from .deform_conv import DeformConv, DeformConvLayer
+from .level_copies import PerLevel, for_levels, replace
 
 # Detectron2's names.
 NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
@@ -37,19 +36,19 @@ def flatten_levels(maps: Sequence[Tensor], dim: int) -> Tensor:
     return torch.cat(flat, dim=1)
 
 
-class Together:
+class Together(nn.Module):
     """Several 3 x 3 convolutions of one input as one convolution: on CPUs the gradient of one with
     1 or 4 channels takes as long as that of one with 80. Made anew for each forward, for all
     levels."""
 
     def __init__(self, *predictors: nn.Conv2d):
-        self.weight = torch.cat([predictor.weight for predictor in predictors])
-        biases: list[Any] = [predictor.bias for predictor in predictors]
-        self.bias = torch.cat(biases)
+        super().__init__()
+        pairs = zip(*(x.parameters() for x in predictors), strict=True)
+        self.conv = replace(predictors[0], {x[0]: torch.cat(x) for x in pairs})
         self.channels = [predictor.out_channels for predictor in predictors]
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        return F.conv2d(x, self.weight, self.bias, padding=1).split(self.channels, dim=1)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.conv(x).split(self.channels, dim=1)
 
 
 def make_tower(
@@ -86,14 +85,14 @@ def norm_and_relu(channels: int, num_levels: int, norm: str) -> list[nn.Module]:
     """What follows a convolution; arguments as of :func:`make_tower`."""
     relu = nn.ReLU(inplace=True)
     if norm in OF_A_BATCH:
-        return [nn.ModuleList(get_norm(norm, channels) for _ in range(num_levels)), relu]
+        return [PerLevel(get_norm(norm, channels) for _ in range(num_levels)), relu]
     return [get_norm(norm, channels), relu] if norm else [relu]
 
 
 def through(tower: nn.Sequential, x: Tensor, level: int) -> Tensor:
     """What a tower makes of the features of a level."""
     for layer in tower:
-        x = (layer[level] if isinstance(layer, nn.ModuleList) else layer)(x)
+        x = (layer[level] if isinstance(layer, PerLevel) else layer)(x)
     return x
 
 
@@ -242,7 +241,7 @@ class ATSSHead(nn.Module):
         self.ctrness = nn.Conv2d(in_channels, num_anchors, 3, padding=1) if on_tower else None
         self.box_quality = DistributionQuality(bins) if centerness == "distribution" else None
         scale = Scale if level_scale else nn.Identity
-        self.scales = nn.ModuleList(scale() for _ in range(num_levels))
+        self.scales = PerLevel(scale() for _ in range(num_levels))
 
         initialise(self, prior_prob, self.cls_score)
         nn.init.constant_(self.bbox_pred.get_parameter("bias"), box_bias)
@@ -250,19 +249,21 @@ class ATSSHead(nn.Module):
     def towers(self, features: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """L feature maps -> class and box features of each level."""
         levels = features if self.tower is None else self.tower(features)
-        for level, x in enumerate(levels):
-            yield through(self.cls_subnet, x, level), through(self.bbox_subnet, x, level)
+        subnets = for_levels(len(levels), self.cls_subnet, self.bbox_subnet)
+        for level, (x, (cls_subnet, bbox_subnet)) in enumerate(zip(levels, subnets, strict=True)):
+            yield through(cls_subnet, x, level), through(bbox_subnet, x, level)
 
     def forward(self, features: Sequence[Tensor]) -> HeadOutput:
         """L feature maps (N, C, H_l, W_l) -> predictions for all R anchors."""
         cls_predictors, box_predictors = [self.cls_score], [self.bbox_pred]
         if self.ctrness is not None:
             (box_predictors if self.centerness == "box" else cls_predictors).append(self.ctrness)
-        predict_classes, predict_boxes = Together(*cls_predictors), Together(*box_predictors)
+        together = Together(*cls_predictors), Together(*box_predictors)
+        predictors = for_levels(len(features), *together, precise=(together[1].conv,))
         classes, numbers = [], []
         quality: list[Tensor] = []
-        for (cls_feature, box_feature), scale in zip(
-            self.towers(features), self.scales, strict=True
+        for (cls_feature, box_feature), scale, (predict_classes, predict_boxes) in zip(
+            self.towers(features), self.scales, predictors, strict=True
         ):
             from_cls = predict_classes(cls_feature)
             with torch.autocast(box_feature.device.type, enabled=False):

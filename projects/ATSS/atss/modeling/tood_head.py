@@ -15,6 +15,7 @@ from ..structures import HeadOutput
 from .box_coding import BoxCode, BoxDeltas, Corners, LogDistances, PointDistances
 from .deform_conv import deform_conv
 from .head import NORMS, Scale, flatten_levels, initialise, make_tower, norm_and_relu, through
+from .level_copies import PerLevel, for_levels
 
 POINT = PointDistances()
 
@@ -153,7 +154,7 @@ class TOODHead(nn.Module):
         )
         self.cls_score = nn.Conv2d(in_channels, num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(in_channels, 4, 3, padding=1)
-        self.scales = nn.ModuleList(Scale() for _ in range(num_levels))
+        self.scales = PerLevel(Scale() for _ in range(num_levels))
         self.cls_alignment, self.bbox_alignment = (
             nn.Sequential(
                 nn.Conv2d(in_channels * num_convs, in_channels // 4, 1),
@@ -174,9 +175,11 @@ class TOODHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> HeadOutput:
         """L feature maps (N, C, H_l, W_l) -> predictions for all R anchors."""
-        classes, numbers, offsets = zip(
-            *(self._of_level(x, level) for level, x in enumerate(features)), strict=True
-        )
+        mixtures = self.cls_decomposition.mixture, self.bbox_decomposition.mixture
+        precise = (self.bbox_pred, self.bbox_alignment[-1], *mixtures)
+        copies = for_levels(len(features), self, precise=precise)
+        found = [copies[level][0]._of_level(x, level) for level, x in enumerate(features)]
+        classes, numbers, offsets = zip(*found, strict=True)
         with torch.autocast(features[0].device.type, enabled=False):
             anchors = self.anchor_generator.grid(features)
             boxes = self.inner.decode(flatten_levels(numbers, 4), anchors.boxes, anchors.stride)

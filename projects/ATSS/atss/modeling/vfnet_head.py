@@ -13,6 +13,7 @@ from ..structures import HeadOutput
 from .box_coding import BoxCode, LogDistances
 from .deform_conv import DeformConv
 from .head import NORMS, Scale, flatten_levels, initialise, make_tower, through
+from .level_copies import PerLevel, for_levels
 
 
 def star_offsets(distances: Tensor) -> Tensor:
@@ -97,19 +98,20 @@ class VFNetHead(nn.Module):
         self.bbox_subnet = make_tower(*tower, deformable)
         self.bbox_conv = make_tower(in_channels, levels, 1, norm, tower_bias)
         self.bbox_pred = nn.Conv2d(in_channels, 4, 3, padding=1)
-        self.scales = nn.ModuleList(Scale() for _ in range(levels))
+        self.scales = PerLevel(Scale() for _ in range(levels))
         self.refine_conv, self.cls_conv = (
             DeformConv(nn.Parameter(torch.empty(in_channels, in_channels, 3, 3)), padding=1)
             for _ in range(2)
         )
         self.refine_pred = nn.Conv2d(in_channels, 4, 3, padding=1)
-        self.refine_scales = nn.ModuleList(Scale() for _ in range(levels))
+        self.refine_scales = PerLevel(Scale() for _ in range(levels))
         self.cls_score = nn.Conv2d(in_channels, num_classes, 3, padding=1)
         initialise(self, prior_prob, self.cls_score)
 
     def forward(self, features: Sequence[Tensor]) -> Mapping[str, HeadOutput]:
         """L feature maps (N, C, H_l, W_l) -> predictions for all R anchors, by name."""
-        found = [self._of_level(x, level) for level, x in enumerate(features)]
+        copies = for_levels(len(features), self, precise=(self.bbox_pred, self.refine_pred))
+        found = [copies[level][0]._of_level(x, level) for level, x in enumerate(features)]
         coarse, fine, classes = zip(*found, strict=True)
         first = HeadOutput(None, flatten_levels(coarse, 4), None)
         second = HeadOutput(

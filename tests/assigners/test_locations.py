@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from atss import Anchors
-from atss.assigners.pairs import rectangles
+from atss.assigners.locations import rectangles
 
 
 @pytest.mark.parametrize("piece", [1 << 18, 7])

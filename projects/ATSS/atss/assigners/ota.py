@@ -1,0 +1,92 @@
+"""Optimal transport assignment."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..losses import Focal
+from ..parts import within
+from .lists import ListPairs, Lists
+from .locations import INSIDE_MARGIN
+from .matching import Matching
+from .pairs import CandidatePairs, class_cost
+from .sim_ota import dynamic_k
+from .similarities import IOU, Similarity
+from .sinkhorn import transport
+from .tables import Tables
+
+FOCAL = Focal()
+
+
+@dataclass(frozen=True)
+class OTA(Matching):
+    """Optimal transport assignment (arXiv 2103.14259): the plan that serves all objects of an image
+    and the background at the least cost.
+
+    A pair costs the focal loss of its classes and ``iou_weight`` times -ln IoU; its anchor lies
+    inside the object and near its centre. An object supplies as many labels as its best overlaps
+    add up to. An object without such an anchor gets none: in the authors' code all are open to it
+    at a cost of 1e6 each, next to which float32 hardly tells one from another. Score: the IoU.
+
+    Args:
+        top_k: overlaps that are added for the number of labels of an object.
+        radius: how near to the centre, in strides along both axes.
+        iou_weight: of -ln IoU.
+        regularisation, iterations: of Sinkhorn's algorithm.
+        similarity: of predicted boxes and objects, in place of the IoU.
+    """
+
+    # Least IoU of which the logarithm is taken, as in the authors' code.
+    LEAST_IOU: ClassVar[float] = torch.finfo(torch.float32).eps
+    together: ClassVar[bool] = True
+
+    top_k: int = 20
+    radius: float = 2.5
+    iou_weight: float = 1.5
+    regularisation: float = 0.1
+    iterations: int = 50
+    similarity: Similarity = IOU
+
+    def __post_init__(self) -> None:
+        within("top_k", self.top_k, 1)
+        within("radius", self.radius, 1e-6)
+        within("iou_weight", self.iou_weight, 0)
+        within("regularisation", self.regularisation, 1e-3)
+        within("iterations", self.iterations, 1)
+
+    def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
+        pairs = batch.central(ids, self.radius)
+        return pairs.at(pairs.inside(INSIDE_MARGIN) & pairs.around(self.radius))
+
+    def tables(self, batch: Tables) -> Iterable[Any]:
+        return [batch.window(self.radius)]
+
+    def cost(self, pairs: CandidatePairs) -> Tensor:
+        central = pairs.inside(INSIDE_MARGIN) & pairs.around(self.radius)
+        classes = class_cost(pairs, FOCAL, torch.ones_like(pairs.overlap))
+        boxes = -pairs.overlap.clamp(min=self.LEAST_IOU).log()
+        return torch.where(central, classes + self.iou_weight * boxes, torch.inf)
+
+    def select(self, pairs: Any, cost: Tensor) -> Tensor:
+        possible = cost < torch.inf
+        overlaps = pairs.rows(torch.where(possible, pairs.overlap, 0), 0)
+        supply = dynamic_k(overlaps.topk(min(self.top_k, overlaps.shape[1])).values)
+        chosen = transport(
+            pairs.rows(cost, torch.inf),
+            supply,
+            pairs.batch.gt.image_index[pairs.row_ids],
+            pairs.columns(FOCAL, possible),
+            pairs.batch.shape[1],
+            self.regularisation,
+            self.iterations,
+        )
+        return pairs.from_rows(chosen)
+
+    def rank(self, pairs: CandidatePairs) -> Tensor:
+        return pairs.overlap  # an anchor is selected by one object at most
+
+    def score(self, pairs: CandidatePairs) -> Tensor:
+        return pairs.overlap

@@ -1,0 +1,146 @@
+"""YOLOX's rule, and RTMDet's, which softens its costs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..geometry import centres
+from ..losses import QualityFocal, cross_entropy
+from ..parts import within
+from .lists import ListPairs, Lists
+from .matching import Candidates, Matching, select_cheapest
+from .pairs import CandidatePairs, class_cost
+from .similarities import IOU, Similarity
+
+QUALITY_FOCAL = QualityFocal()
+# Keeps the logarithm of an overlap finite, as in the references.
+EPS = 1e-7
+
+
+def dynamic_k(overlaps: Tensor) -> Tensor:
+    """(g,) int64 number of anchors that each object selects: its (g, k) highest overlaps added up,
+    rounded down, and at least one (OTA, arXiv 2103.14259, section 3.3)."""
+    return overlaps.sum(dim=1).long().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class DynamicMatching(Matching):
+    """Each object selects its cheapest anchors, as many as :func:`dynamic_k` returns; conflicts go
+    to the cheapest pair. Score: the IoU."""
+
+    top_k: int = 10
+
+    def select(self, pairs: Any, cost: Tensor) -> Tensor:
+        k = dynamic_k(pairs.highest_overlaps(self.top_k))
+        return select_cheapest(pairs, cost, k, self.top_k)
+
+    def num_wanted(self, batch: Lists) -> Tensor:
+        return dynamic_k(batch.highest_overlaps(self.top_k))
+
+    def score(self, pairs: CandidatePairs) -> Tensor:
+        return pairs.overlap
+
+
+@dataclass(frozen=True)
+class SimOTA(DynamicMatching):
+    """OTA without its transport (YOLOX, arXiv 2107.08430): each object selects its cheapest
+    anchors, as many as its best predicted boxes overlap it, added up.
+
+    A pair costs the cross entropy of its classes, and ``iou_weight`` times -ln IoU. Eligible are
+    the anchors inside any object or near its centre; a penalty ranks the pairs of anchors that are
+    not both inside the object and near its centre after all others.
+
+    Args:
+        top_k: overlaps that are added.
+        radius: how near to a centre, in strides along both axes.
+        cls_weight, iou_weight: of the two costs.
+        similarity: of predicted boxes and objects, in place of the IoU.
+    """
+
+    PENALTY: ClassVar[float] = 1e5
+
+    radius: float = 2.5
+    cls_weight: float = 1.0
+    iou_weight: float = 3.0
+    similarity: Similarity = IOU
+
+    def __post_init__(self) -> None:
+        within("top_k", self.top_k, 1)
+        within("radius", self.radius, 0)
+        within("cls_weight", self.cls_weight, 0)
+        within("iou_weight", self.iou_weight, 0)
+
+    @property
+    def eligible_radius(self) -> float:
+        return self.radius
+
+    def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
+        """Pairs without a penalty."""
+        return batch.central(ids, self.radius)
+
+    def fallbacks(self) -> Sequence[tuple[float, Candidates]]:
+        """All other pairs have a penalty; those that do not overlap, the greatest -ln IoU too."""
+        return (
+            (self.PENALTY - self.iou_weight * math.log1p(EPS), Lists.near),
+            (self.PENALTY - self.iou_weight * math.log(EPS), Lists.all_pairs),
+        )
+
+    def cost(self, pairs: CandidatePairs) -> Tensor:
+        central = pairs.inside() & pairs.around(self.radius)
+        classes = class_cost(pairs, cross_entropy, torch.ones_like(pairs.overlap))
+        boxes = -(pairs.overlap + EPS).log()
+        return self.cls_weight * classes + self.iou_weight * boxes + self.PENALTY * ~central
+
+
+@dataclass(frozen=True)
+class SoftLabel(DynamicMatching):
+    """RTMDet's rule (arXiv 2212.07784, section 3.3): SimOTA with costs that are soft.
+
+    A pair costs the quality focal loss of its classes with the IoU as target, ``iou_weight`` times
+    -ln IoU, and 10^(d - radius), d strides from the object's centre. Eligible are the anchors
+    inside any object.
+
+    Args:
+        top_k: overlaps that are added.
+        radius: distance from the centre, in strides, at which its cost is 1.
+        iou_weight: of -ln IoU.
+        similarity: of predicted boxes and objects, in place of the IoU.
+    """
+
+    # Strides beyond the radius in which candidates are sought first.
+    WIDER: ClassVar[float] = 0.75
+    # Largest power of ten: a larger one makes no difference, and soon exceeds float64.
+    MOST_STRIDES: ClassVar[float] = 100.0
+    eligible_radius: ClassVar[float] = 0.0
+
+    top_k: int = 13
+    radius: float = 3.0
+    iou_weight: float = 3.0
+    similarity: Similarity = IOU
+
+    def __post_init__(self) -> None:
+        within("top_k", self.top_k, 1)
+        within("radius", self.radius, 0)
+        within("iou_weight", self.iou_weight, 0)
+
+    def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
+        """Pairs whose distance costs little."""
+        return batch.around(ids, self.radius + self.WIDER)
+
+    def fallbacks(self) -> Sequence[tuple[float, Candidates]]:
+        """All other pairs pay for their distance; those that do not overlap, the greatest -ln
+        IoU."""
+        return (
+            (10**self.WIDER - self.iou_weight * math.log1p(EPS), Lists.near),
+            (-self.iou_weight * math.log(EPS), Lists.all_pairs),
+        )
+
+    def cost(self, pairs: CandidatePairs) -> Tensor:
+        distance = (pairs.points - centres(pairs.objects)).norm(dim=-1) / pairs.strides
+        far = 10 ** (distance - self.radius).clamp(max=self.MOST_STRIDES)
+        classes = class_cost(pairs, QUALITY_FOCAL, pairs.overlap)
+        return classes - self.iou_weight * (pairs.overlap + EPS).log() + far

@@ -1,0 +1,81 @@
+"""TOOD's rule: task alignment learning."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..parts import one_of, within
+from .lists import ListPairs, Lists
+from .locations import INSIDE_MARGIN
+from .matching import Matching, select_cheapest
+from .pairs import CandidatePairs, alignment
+from .similarities import IOU, Similarity
+
+# Keeps a quotient finite, as in the references.
+EPS = 1e-7
+
+
+@dataclass(frozen=True)
+class TAL(Matching):
+    """Task alignment learning (TOOD, arXiv 2108.07755, section 3.2): an object selects the anchors
+    that predict both its class and its box best.
+
+    These are the ``top_k`` anchors of highest p^alpha * IoU^beta over all levels, if their centres
+    lie inside it. Conflicts: the highest IoU. Score: that metric, scaled so that the best anchor of
+    an object has the highest IoU of its anchors.
+
+    Args:
+        top_k: of each object.
+        alpha, beta: powers of the class probability and of the IoU of the predicted box.
+        inside: when anchors outside the object are left out: "after" its top k are taken (mmdet),
+            or "before" (PP-YOLOE, YOLOv8).
+        similarity: of predicted boxes and objects, in place of the IoU.
+    """
+
+    top_k: int = 13
+    alpha: float = 1.0
+    beta: float = 6.0
+    inside: str = "after"
+    similarity: Similarity = IOU
+
+    def __post_init__(self) -> None:
+        within("top_k", self.top_k, 1)
+        within("alpha", self.alpha, 0)
+        within("beta", self.beta, 0.1)  # an object selects no pair without overlap
+        one_of("inside", self.inside, ("after", "before"))
+
+    def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
+        """Pairs that overlap enough to be among the top k: to exceed the k-th metric of the central
+        anchors, a pair must overlap as much as it would have to with a probability of 1."""
+        central = batch.around(ids, 1.5)
+        if self.inside == "before":
+            central = central.at(central.inside(INSIDE_MARGIN))
+        last = central.kth_highest(self.metric(central), self.top_k)[ids]
+        return batch.near(ids, last ** (1 / self.beta))
+
+    def metric(self, pairs: CandidatePairs) -> Tensor:
+        """(...) p^alpha * IoU^beta."""
+        return alignment(pairs, self.alpha, self.beta)
+
+    def cost(self, pairs: CandidatePairs) -> Tensor:
+        metric = self.metric(pairs)
+        possible = metric > 0
+        if self.inside == "before":
+            possible = possible & pairs.inside(INSIDE_MARGIN)
+        return torch.where(possible, -metric, torch.inf)
+
+    def select(self, pairs: CandidatePairs, cost: Tensor) -> Tensor:
+        return select_cheapest(pairs, cost, self.top_k) & pairs.inside(INSIDE_MARGIN)
+
+    def rank(self, pairs: CandidatePairs) -> Tensor:
+        return pairs.overlap
+
+    def score(self, pairs: CandidatePairs) -> Tensor:
+        metric, owner = self.metric(pairs), pairs.owner
+        zero = torch.zeros_like(pairs.batch.objects[:, 0])
+        highest, best = (
+            zero.scatter_reduce(0, owner.flatten(), x.flatten(), "amax")[owner]
+            for x in (metric, pairs.overlap)
+        )
+        return metric / (highest + EPS) * best

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from atss.assigners import use_engine
+from atss.assigners.engine import table_limit, uses_tables
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def test_gpus_have_tables_and_cpus_lists_unless_one_is_chosen():
+    assert (uses_tables(CPU), uses_tables(GPU)) == (False, True)
+    with use_engine("tables", limit=7):
+        assert uses_tables(CPU)
+        assert table_limit() == 7
+        with use_engine("lists"):
+            assert not uses_tables(GPU)
+        assert uses_tables(CPU)
+    assert table_limit() == 1 << 23
+    with pytest.raises(ValueError, match="never"), use_engine("lists"):
+        raise ValueError("never")
+    assert uses_tables(GPU)
+
+
+def test_unknown_engines_are_refused():
+    with (
+        pytest.raises(
+            ValueError, match=r"name is 'lsits'; known are \('auto'|\['auto', 'lists', 'tables'\]"
+        ),
+        use_engine("lsits"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="limit must be from 1 on, not 0"), use_engine("auto", 0):
+        pass

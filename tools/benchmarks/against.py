@@ -1,0 +1,234 @@
+"""Two commits beside each other: rules alone, training steps, and memory.
+
+Each commit's package runs in a process of its own, both with the tools of the working tree, and
+they are asked in turn. So this file and what it imports must run with both packages. With one
+thread each, seconds are the processor's, which others on the machine lengthen less.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import atss
+from atss import assigners, load_config
+from atss.config import config_names
+from atss.engine.launch import keep_freed_memory
+
+from .assignment import CPU
+from .commits import checked_out, environment
+from .model import Case, build_ours, random_batch, training_step
+from .rules import RULES, extra_mebibytes, make_rule
+from .scenes import random_scene
+from .timing import Seconds, enough_calls, table
+
+# Objects, images and engine of what is asked for memory.
+MEMORY = {
+    "lists": (1000, 1, "lists"),
+    "tables": (1000, 1, "tables"),
+    "crowd": (75_000, 128, "lists"),
+}
+FOLDER = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is asked of both.
+
+    Attributes:
+        runs: turns of each pair of processes.
+        rounds: pairs of processes, one after the other: where a process has its memory makes it
+            faster or slower than another with the same code, by some percent for as long as it
+            lives.
+        names: a rule or config takes part if its name contains one of them.
+        objects: on an image, each number a table.
+        canvas_hw: of training steps.
+        opts: over the configs.
+        threads: of each process; None as the machine has it.
+        keep_freed_memory: see :func:`~atss.engine.launch.keep_freed_memory`.
+    """
+
+    runs: int = 7
+    rounds: int = 3
+    names: Sequence[str] = ("",)
+    objects: Sequence[int] = (7, 100, 1000)
+    canvas_hw: tuple[int, int] = (128, 160)
+    opts: Sequence[str] = ()
+    threads: int | None = None
+    keep_freed_memory: bool = False
+
+    def of(self, names: Iterable[str]) -> list[str]:
+        return [x for x in names if any(some in x for some in self.names)]
+
+
+class Worker:
+    """A process with the package of a commit, which answers what :func:`serve` is asked."""
+
+    def __init__(self, folder: Path, options: Options):
+        self.configs = folder / "configs"
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.against", str(folder)]
+        command += ["keep"] * options.keep_freed_memory
+        self.process = subprocess.Popen(
+            command,
+            cwd=FOLDER,
+            env=environment(folder, options.threads),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()  # the end of its questions is its own
+
+    def ask(self, what: str, *arguments: object) -> float:
+        """
+        Raises:
+            RuntimeError: the process stopped, with a traceback of its own.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with suppress(BrokenPipeError):  # its answer is missing, too
+            print(json.dumps([what, *arguments]), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{what} {arguments} failed with {self.configs.parent}")
+        return json.loads(answer)
+
+
+def serve(folder: str) -> None:
+    """Answers one line for each line of the standard input: after "call" or "step" the number of
+    calls that take a tenth of a second, to "again" the mean seconds of so many, to "memory" MiB.
+    All are JSON."""
+    assert Path(atss.__file__).is_relative_to(folder), atss.__file__
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    function: Callable[[], object] = nullcontext
+    repeats = 1
+    for line in sys.stdin:
+        what, *arguments = json.loads(line)
+        with redirect_stdout(sys.stderr):  # only answers belong there
+            if what == "again":
+                start = clock()
+                for _ in range(repeats):
+                    function()
+                answer = (clock() - start) / repeats
+            elif what == "memory":
+                answer = _memory(*arguments)
+            else:
+                function = {"call": _call, "step": _step}[what](*arguments)
+                answer = repeats = enough_calls(function, CPU)
+        print(json.dumps(answer), flush=True)
+
+
+def _call(rule: str, objects: int) -> Callable[[], object]:
+    scene, assigner = random_scene(objects), make_rule(rule)
+    return lambda: assigner(*scene)
+
+
+def _step(file: str, objects: int, height: int, width: int, opts: list[str]) -> Callable:
+    """Of the last phase of a training."""
+    case = Case("fp32", False, 1, height, width, objects, "cpu", file, tuple(opts))
+    torch.manual_seed(0)
+    last = load_config(file, opts=opts).SOLVER.MAX_ITER - 1
+    return training_step(build_ours(case), random_batch(case), last)
+
+
+def _memory(rule: str, objects: int, num_images: int, engine: str) -> float | None:
+    """MiB of one call; None where the commit has no such engine."""
+    if hasattr(assigners, "use_engine"):
+        with assigners.use_engine(engine):
+            return extra_mebibytes(rule, objects, num_images)
+    return extra_mebibytes(rule, objects, num_images) if engine == "lists" else None
+
+
+def configs() -> list[str]:
+    """A config of each rule, and those of the successors; without the two that differ from others
+    in backbone and head alone."""
+    others = ["ATSS_R_50_FPN_1x", "tables/retinanet_A1", "tables/ssc_point"]
+    own = (x for x in config_names() if x.startswith("successors/"))
+    return [*others, *(x for x in own if "dcnv2" not in x)]
+
+
+def against(commits: Sequence[str | None], parts: Sequence[str], options: Options) -> dict:
+    """Prints tables of both commits, the second over the first; returns their figures.
+
+    Args:
+        commits: two; None is the working tree.
+        parts: of "calls", "steps" and the keys of MEMORY.
+    """
+    report: dict = {}
+    with ExitStack() as stack:
+        folders = [stack.enter_context(checked_out(x)) for x in commits]
+        height, width = options.canvas_hw
+        for count in options.objects if "calls" in parts else ():
+            asked = {x: [("call", x, count)] * 2 for x in options.of(RULES)}
+            title = f"a rule alone, one image of 800 x 1344, {count} objects"
+            report[title] = _beside(title, folders, asked, options)
+        for count in options.objects if "steps" in parts else ():
+            tail = (count, height, width, list(options.opts))
+            asked = {
+                x: [("step", str(folder / "configs" / f"{x}.yaml"), *tail) for folder in folders]
+                for x in options.of(configs())
+            }
+            title = f"a training step, one image of {height} x {width}, {count} objects"
+            report[title] = _beside(title, folders, asked, options)
+        for part in MEMORY:
+            if part in parts:
+                report[part] = _memories(part, folders, options)
+    return report
+
+
+def _beside(title: str, folders: Sequence[Path], asked: dict, options: Options) -> dict:
+    """A table of what both are asked, by name."""
+    values: dict[str, list[list[float]]] = {name: [[], []] for name in asked}
+    for _ in range(options.rounds):
+        with ExitStack() as stack:
+            workers = [stack.enter_context(Worker(x, options)) for x in folders]
+            for name, requests in asked.items():
+                print(f"{title}: {name}", file=sys.stderr, flush=True)
+                for worker, request in zip(workers, requests, strict=True):
+                    worker.ask(*request)
+                for turn in range(options.runs):
+                    for i in (0, 1) if turn % 2 else (1, 0):
+                        values[name][i].append(workers[i].ask("again"))
+    rows = []
+    for name, both in values.items():
+        old, new = (Seconds(tuple(x)) for x in both)
+        ratio = new.over(old)
+        low, high = ratio.interval
+        cells = (f"{old.median * 1e3:.2f}", f"{new.median * 1e3:.2f}", f"{ratio.median:.3f}")
+        rows.append([name, *cells, f"{low:.3f} to {high:.3f}"])
+    print(f"\n{title}\n")
+    print(table(["", "before [ms]", "after [ms]", "after / before", "95 %"], rows), flush=True)
+    return values
+
+
+def _memories(part: str, folders: Sequence[Path], options: Options) -> dict:
+    rows, report = [], {}
+    for rule in options.of(RULES):
+        found = []
+        for folder in folders:
+            with Worker(folder, options) as worker:  # whose peak is of this call alone
+                found.append(worker.ask("memory", rule, *MEMORY[part]))
+        report[rule] = dict(zip(("before", "after"), found, strict=True))
+        known = all(x is not None for x in found)
+        ratio = f"{found[1] / max(found[0], 1):.2f}" if known else ""
+        rows.append([rule, *("" if x is None else f"{x:.0f}" for x in found), ratio])
+    objects, images, engine = MEMORY[part]
+    print(f"\npeak memory of a call, {objects:,} objects, images: {images}, engine: {engine}\n")
+    print(table(["", "before [MiB]", "after [MiB]", "after / before"], rows), flush=True)
+    return report
+
+
+if __name__ == "__main__":
+    if sys.argv[2:]:
+        keep_freed_memory()
+    serve(sys.argv[1])
