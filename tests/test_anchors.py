@@ -73,7 +73,7 @@ def test_generator_hands_out_boxes_of_the_callers_own():
 def test_a_grid_of_inference_mode_serves_training():
     generator, features = GridAnchorGenerator(strides=(8,)), [torch.zeros(1, 1, 3, 5)]
     with torch.inference_mode():
-        generator.grid(features)
-    scale = torch.ones(1, requires_grad=True)
-    (generator.grid(features).boxes * scale).sum().backward()
+        assert len(generator.grid(features).stride) == 15
+    scale, anchors = torch.ones(1, requires_grad=True), generator.grid(features)
+    (anchors.boxes * anchors.stride[:, None] * scale).sum().backward()
     assert torch.isfinite(scale.grad).all()

@@ -151,9 +151,14 @@ def test_resolve_takes_affinities_of_either_dtype(dtype):
 def test_matching_refuses_functions_that_it_does_not_know():
     with (
         pytest.warns(DeprecationWarning, match="Matching"),
-        pytest.raises(TypeError, match=r"Matching takes cost, cut, .*, not \['takes_part'\]"),
+        pytest.raises(TypeError, match=r"Matching takes cost, cut, .*, not \['costs'\]"),
     ):
-        Matching(cost=None, cut=None, takes_part=None)
+        Matching(cost=None, cut=None, farther=(), takes_part=None, costs=len)
+    with (
+        pytest.warns(DeprecationWarning, match="Matching"),
+        pytest.raises(TypeError, match="the methods fallbacks and num_wanted, and the attribute"),
+    ):
+        Matching(cost=None, cut=None, takes_part=len)
 
 
 def test_hard_is_the_constructor():

@@ -1,3 +1,5 @@
+from threading import Thread
+
 import pytest
 import torch
 
@@ -19,6 +21,15 @@ def test_gpus_have_tables_and_cpus_lists_unless_one_is_chosen():
     with pytest.raises(ValueError, match="never"), use_engine("lists"):
         raise ValueError("never")
     assert uses_tables(GPU)
+
+
+def test_threads_choose_their_engines_themselves():
+    with use_engine("tables", limit=5):
+        thread = Thread(target=lambda: seen.append((uses_tables(CPU), table_limit())))
+        seen: list = []
+        thread.start()
+        thread.join()
+    assert seen == [(False, 1 << 23)]
 
 
 def test_unknown_engines_are_refused():

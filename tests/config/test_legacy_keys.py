@@ -122,6 +122,10 @@ PAGE = r"known are .*; docs/own_assigner.md has the code of TopK$"
             {"ASSIGNER": "DDOD", "BRANCHES": ["box"], "BRANCH": {"box": BOX}},
             "MODEL.ATSS.BRANCH.box.ASSIGNERS.ATSS.ALPHA is ignored, because ASSIGNER is 'DDOD'",
         ),
+        (
+            {"alpha": 0.5, "ASSIGNERS": {"ATSS": {"ALPHA": 0.5}, "DDOD": {"ALPHA": 0.7}}},
+            "MODEL.ATSS.ASSIGNERS.ATSS.ALPHA is an older key of DDOD, whose arguments are set as",
+        ),
         ({"alpha": 2.0}, "MODEL.ATSS.ASSIGNERS.DDOD.ALPHA must be from 0 to 1, not 2.0"),
     ],
 )

@@ -109,8 +109,13 @@ class Anchors:
         """Compute a value that depends on the anchors alone when it is asked for first."""
         values = self.__dict__.setdefault("_kept", {})
         if key not in values:
-            values[key] = compute()
+            # What inference mode makes cannot be trained with.
+            with torch.inference_mode(False), torch.no_grad():
+                values[key] = compute()
         return values[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def of_levels(self, values: tuple[float, ...]) -> Tensor:
         """(R,) float32: a value of each level, for its anchors."""
@@ -180,7 +185,7 @@ class GridAnchorGenerator(nn.Module):
 
     box_dim = 4
     # Multi-scale training sees some hundreds of canvas sizes; a grid costs 68 bytes an anchor, for
-    # boxes, their sides and centres in float64, and strides.
+    # boxes, their sides and centres in float64, and strides; MaxIoU keeps 20 more on CPUs.
     CACHED_GRIDS = 32
 
     def __init__(

@@ -240,11 +240,27 @@ class Parts:
         given = node.get(self.group, {}).get(name, {})
         for argument, other in self.entries[name].legacy.items():
             if given.get(argument) is not None:
+                own = node[self.group].get(other, {})
+                if any(own.get(k, x) != x for k, x in self._defaults(other).items()):
+                    written = f"{NODE}.{self.group}.{name}.{argument}"
+                    raise ValueError(
+                        f"{written} is an older key of {other}, whose arguments are set as well: "
+                        f"leave it out and name {NODE}.{self.key} {other}"
+                    )
                 node = node.clone()
                 node.defrost()
                 node[self.group][other] = given
                 return node, other
         return node, name
+
+    def _defaults(self, name: str) -> dict[str, Any]:
+        """Keys of a part's arguments with the values that configs have by default."""
+        kinds = self.entries[name].parts
+        return {
+            p.name.upper(): kinds[p.name].name_of(p.default) if p.name in kinds else p.default
+            for p in self._parameters(name)
+            if p.default is not p.empty
+        }
 
     def _build(self, node: CfgNode, name: str, key: str, known: Mapping[str, Any]) -> Any:
         target = self.entries[name].target

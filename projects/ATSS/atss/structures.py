@@ -4,8 +4,11 @@ Shape letters, used in every docstring and comment of this package:
 
     N  images in the batch               G  ground truths of the WHOLE batch
     R  anchors over all levels           K  classes
-    L  pyramid levels                    k  anchors (or locations) taken per level
+    L  pyramid levels                    k  anchors taken, of each level or of each object
     A  anchors per location              P  candidate pairs (ground truth, anchor)
+    g  some of the G, or rows of them    C  candidates of each object, M  of no fixed number
+
+(...) is any shape, the same throughout a docstring.
 
 Boxes are (x1, y1, x2, y2) in absolute pixels of the padded canvas, continuous: width is x2 - x1.
 Anchors are flattened by level, row, column, anchor; within a location by scale, then ratio

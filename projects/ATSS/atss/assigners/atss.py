@@ -113,8 +113,8 @@ def join(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def above_mean_and_std(overlap: Tensor, valid: Tensor, tolerance: float) -> Tensor:
-    """(C, G) bool: valid candidates whose overlap is at least the mean and the standard deviation
-    of their object's, but for a relative tolerance."""
+    """(C, G) bool: valid candidates whose overlap is at least mean + standard deviation of their
+    object's, but for a relative tolerance."""
     mean, std = mean_and_std(overlap, valid)
     threshold = mean + std
     return (overlap >= threshold - tolerance * threshold.abs()) & valid

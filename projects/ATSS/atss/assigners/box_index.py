@@ -14,7 +14,7 @@ from .similarities import Similarity
 BLOCK = 16
 # Relative error of a similarity in float32, several times over.
 ROUNDING = 1e-3
-# Error in pixels of the sides of an anchor, likewise.
+# Error in pixels of a corner of an object, likewise.
 SLACK = 1e-2
 # Pixels from everything.
 FAR = 1e9
@@ -39,20 +39,23 @@ class BoxIndex:
         anchors: R anchors.
         boxes: (N, R, 4) predicted.
         usable: (N, R) bool: finite boxes of anchors that may be chosen.
-        similarity: of predicted boxes and objects.
     """
 
     anchors: Anchors
     boxes: Tensor
     usable: Tensor
-    similarity: Similarity
 
     def near(
-        self, objects: Tensor, image: Tensor, least: Tensor | None = None
+        self,
+        similarity: Similarity,
+        objects: Tensor,
+        image: Tensor,
+        least: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Find the anchors whose predicted boxes are similar to objects.
 
         Args:
+            similarity: of predicted boxes and objects.
             objects: (g, 4) float32 boxes.
             image: (g,) int64 into N.
             least: (g,) similarity, of which a few have less. None: any similarity, and also all
@@ -62,30 +65,33 @@ class BoxIndex:
             each object.
         """
         asked = torch.zeros_like(objects[:, 0]) if least is None else least.float() * (1 - ROUNDING)
-        which, block = self._touched(objects, image, asked, least is None).nonzero(as_tuple=True)
+        reach = similarity.reach(torch.where(asked < ROUNDING, 0, asked))
+        which, block = self._touched(objects, image, reach, least is None).nonzero(as_tuple=True)
+        index = block[:, None] * BLOCK + torch.arange(BLOCK, device=block.device)
+        exists = index < len(self.anchors.boxes)
+        if least is None:
+            return which[:, None].expand_as(index)[exists], index[exists]
         blocks = self._blocks
         row = image[which] * blocks.shape[2] + block
         predicted = blocks.flatten(1, 2).index_select(1, row).movedim(0, -1)  # (M, BLOCK, 4)
-        overlap = self.similarity(predicted, objects[which, None])
-        chosen = torch.ones_like(overlap, dtype=torch.bool)
-        if least is not None:
-            chosen = (overlap >= asked[which, None]) & (overlap > 0)
-        row, column = chosen.nonzero(as_tuple=True)
-        owner, index = which[row], block[row] * BLOCK + column
-        exists = index < len(self.anchors.boxes)
-        return owner[exists], index[exists]
+        overlap = similarity(predicted, objects[which, None])
+        chosen = exists & (overlap >= asked[which, None]) & (overlap > 0)
+        return which[:, None].expand_as(index)[chosen], index[chosen]
 
-    def _touched(self, objects: Tensor, image: Tensor, least: Tensor, inside: bool) -> Tensor:
-        """(g, B) bool: blocks that can hold a box as similar as (g,) ``least``, or, if asked for,
-        an anchor whose centre lies inside the object."""
+    def _touched(
+        self, objects: Tensor, image: Tensor, reach: tuple[Tensor, Tensor], inside: bool
+    ) -> Tensor:
+        """(g, B) bool: blocks that can hold a box within reach, as :meth:`Similarity.reach` returns
+        it, or, if asked for, an anchor whose centre lies inside the object."""
         middle, half = centres(objects), (objects[:, 2:] - objects[:, :2]).clamp(min=0) / 2
-        scale, distance = self.similarity.reach(torch.where(least < ROUNDING, 0, least))
-        reach = scale * half + distance + 1e-6 * (middle.abs() + half) + SLACK
+        scale, distance = reach
+        beyond_centre = scale * half + distance + 1e-6 * (middle.abs() + half) + SLACK
         low, low_centre, high, high_centre, longest = self._bounds.index_select(2, image)
         part, beyond = (x.T[..., None] for x in (scale.clamp(max=1), (scale - 1).clamp(min=0)))
         low = torch.lerp(low_centre, low, part) - beyond * longest
         high = torch.lerp(high_centre, high, part) + beyond * longest
-        touched = (low <= (middle + reach).T[..., None]) & (high >= (middle - reach).T[..., None])
+        first, last = middle - beyond_centre, middle + beyond_centre
+        touched = (low <= last.T[..., None]) & (high >= first.T[..., None])
         if inside:
             # Similar along one axis and inside along the other passes too: a few more.
             first, last = self._points

@@ -3,53 +3,48 @@
 A list holds the few pairs that can matter, so a CPU computes 3 to 9 times less; but finding them
 takes hundreds of operators, and the host must know their number. A table holds an object and all
 anchors of its image: more arithmetic, in few operators whose shapes the host knows, so a GPU never
-waits for the host, nor the host for the GPU. Both assign every anchor alike.
+waits for the host, nor the host for the GPU. Both assign every anchor alike, unless
+costs agree to the last bits.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
 
 import torch
 
 from ..parts import one_of, within
 
 ENGINES = ("auto", "lists", "tables")
-
-
-@dataclass
-class _Settings:
-    name: str = "auto"
-    # Pairs of a table: bounds memory at some 500 MiB. An object has R of them at least.
-    limit: int = 1 << 23
-
-
-_settings = _Settings()
+# Most pairs of a table, which take some 500 MiB. A table of one object is never cut.
+LIMIT = 1 << 23
+_chosen: ContextVar[tuple[str, int]] = ContextVar("engine", default=("auto", LIMIT))
 
 
 def uses_tables(device: torch.device) -> bool:
     """Whether rules on this device hold pairs in tables."""
-    return _settings.name == "tables" or (_settings.name == "auto" and device.type == "cuda")
+    name, _ = _chosen.get()
+    return name == "tables" or (name == "auto" and device.type == "cuda")
 
 
 def table_limit() -> int:
-    """The number of pairs of a table at most, but for a table of one object."""
-    return _settings.limit
+    """The highest number of pairs of a table, unless it holds one object."""
+    return _chosen.get()[1]
 
 
 @contextmanager
-def use_engine(name: str, limit: int = _Settings.limit) -> Iterator[None]:
-    """Choose the engine of all rules of this process, until the context ends.
+def use_engine(name: str, limit: int = LIMIT) -> Iterator[None]:
+    """Choose the engine of the rules that this thread calls, until the context ends.
 
     Args:
         name: "lists", "tables", or "auto": tables on GPUs, lists elsewhere.
-        limit: pairs of a table at most; larger batches are cut into pieces of objects.
+        limit: most pairs of a table; larger batches are cut into pieces of objects, except by rules
+            that need all objects at once.
     """
     one_of("name", name, ENGINES)
     within("limit", limit, 1)
-    before = _settings.name, _settings.limit
-    _settings.name, _settings.limit = name, limit
+    token = _chosen.set((name, limit))
     try:
         yield
     finally:
-        _settings.name, _settings.limit = before
+        _chosen.reset(token)

@@ -69,7 +69,7 @@ class ListPairs(CandidatePairs):
         return Columns(self.rows(place, 0), background)
 
     def highest_overlaps(self, k: int) -> Tensor:
-        """(g, k) the highest similarities of each row's object with any eligible anchor."""
+        """(g, k) the highest similarities of each row's object with any eligible anchor, then 0."""
         return self.batch.highest_overlaps(k)[self.row_ids]
 
     def highest_of_object(self, values: Tensor) -> Tensor:
@@ -158,7 +158,8 @@ class Lists(AssignmentBatch):
     def near(self, ids: Tensor, least: Tensor | None = None) -> ListPairs:
         """List objects with the anchors whose predicted boxes are similar: see
         :meth:`BoxIndex.near`."""
-        owner, index = self._index.near(self.gt.boxes[ids], self.gt.image_index[ids], least)
+        boxes, image = self.gt.boxes[ids], self.gt.image_index[ids]
+        owner, index = self._index.near(self.similarity, boxes, image, least)
         return self.pairs(ids[owner], index)
 
     @cached_property
@@ -166,7 +167,7 @@ class Lists(AssignmentBatch):
         usable = self.finite
         if self.eligible is not None:
             usable = usable & self.eligible.view_as(usable)
-        return BoxIndex(self.anchors, self.boxes, usable, self.similarity)
+        return BoxIndex(self.anchors, self.boxes, usable)
 
     def of_anchors(self, slots: Tensor) -> ListPairs:
         """List (s,) anchors among the N * R with every object of their images."""
@@ -185,7 +186,7 @@ class Lists(AssignmentBatch):
     def _highest_overlaps(self, k: int) -> Tensor:
         highest = self.objects.new_zeros(len(self.gt), k)
         for ids in self.pieces(self.all_objects, self.shape[1]):
-            # The anchors at the objects' centres bound the similarity of the k-th.
+            # The k-th highest at the objects' centres is a lower bound of the k-th of all.
             central = self.around(ids, 1.5)
             pairs = self.near(ids, central.kth_highest(central.overlap, k)[ids])
             best = pairs.rows(pairs.overlap, 0)
@@ -198,7 +199,7 @@ class Lists(AssignmentBatch):
         that are asked for."""
         slots_of_all = self.shape[0] * self.shape[1]
         known = self.once(
-            ("background", loss), lambda: self.objects.new_full((slots_of_all,), torch.nan)
+            ("background of", loss), lambda: self.objects.new_full((slots_of_all,), torch.nan)
         )
         asked = torch.zeros_like(known, dtype=torch.bool)
         asked[slots] = True

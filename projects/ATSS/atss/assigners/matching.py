@@ -38,12 +38,14 @@ class Matching:
     Attributes:
         similarity: of predicted boxes and objects.
         eligible_radius: see :class:`~atss.assigners.pairs.AssignmentBatch`.
-        together: whether the choice of one object depends on that of others, so that pairs are
-            never cut into pieces.
+        together: whether the choice of one object depends on that of others, so that their pairs
+            are never cut into pieces.
         lists_only: whether the rule's functions need (P,) pairs, so that a GPU holds lists, too.
-        rank: (...) of the pairs; None: an anchor that several objects select goes to the cheapest
-            of all its pairs, whether that object selects it or not.
-        score: (...) of matches, in [0, 1]; None for none.
+        rank: method: pairs -> (...); None: an anchor that several objects select goes to the
+            cheapest of all its pairs, even of an object that did not select it.
+        score: method: pairs -> (...) in [0, 1]; None if the rule has no score. Its pairs are the
+            matches; in a table (N, R) of all anchors, of which those without an object do not
+            count.
     """
 
     looks_at_predictions: ClassVar[bool] = True
@@ -54,21 +56,6 @@ class Matching:
     rank: Any = None
     score: Any = None
 
-    def __init__(self, *, cost: PerPair, cut: Callable[[Any, Tensor], Tensor], **functions: Any):
-        """Deprecated: a rule of functions in place of methods, on lists.
-
-        Args:
-            cost, cut, functions: what are now the methods ``cost``, ``select``, ``candidates``,
-                ``rank`` and ``score``; and the attributes ``together`` and ``similarity``.
-        """
-        instead = "the methods cost, select, rank and score, as docs/own_assigner.md shows"
-        warn("Matching(cost=..., cut=...)", instead)
-        known = {"candidates", "rank", "score", "together", "similarity"}
-        if not functions.keys() <= known:
-            raise TypeError(f"Matching takes cost, cut, {sorted(known)}, not {sorted(functions)}")
-        functions = {"rank": None, "score": None, "lists_only": True, **functions}
-        self.__dict__.update(functions, cost=cost, select=cut)
-
     def cost(self, pairs: Any) -> Tensor:
         """(...) cost of each pair; infinite for one that cannot be chosen."""
         raise NotImplementedError
@@ -78,18 +65,18 @@ class Matching:
         raise NotImplementedError
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
-        """The pairs of a list that (g,) objects can select: by default those whose predicted boxes
-        are similar at all or whose anchors lie inside. Only to compute less: a condition of the
-        rule belongs into its cost."""
+        """List the pairs that (g,) objects can select: by default those whose predicted boxes are
+        similar at all or whose anchors lie inside. The cost of all others must be infinite, because
+        a table holds them, too."""
         return batch.near(ids)
 
     def tables(self, batch: Tables) -> Iterable[Any]:
-        """The pairs of a table that objects can select: by default all."""
-        return batch.tables()
+        """Return tables of the pairs that objects can select: by default all."""
+        return [batch.table(0, len(batch.gt))] if self.together else batch.tables()
 
     def fallbacks(self) -> Sequence[tuple[float, Candidates]]:
-        """More candidates of a list, for objects for which those before are too few or too costly:
-        (lowest cost of any pair that was left out before, candidates) each."""
+        """More candidates of a list, to try next, each with a lower bound of the cost of every pair
+        that was not listed before."""
         return ()
 
     def num_wanted(self, batch: Lists) -> Tensor:
@@ -129,9 +116,9 @@ class Matching:
         return Assignment(gt_index, score)
 
     def _costs(self, pairs: Any) -> Tensor:
-        """(...) of each pair; infinite if a prediction is not finite."""
+        """(...) of each pair; infinite if it is NaN or the pair is not possible."""
         cost = self.cost(pairs)
-        return cost.masked_fill(~(pairs.possible & (cost == cost)), torch.inf)  # not of NaN
+        return cost.masked_fill(cost.isnan() | ~pairs.possible, torch.inf)
 
     def _claim(self, conflicts: Conflicts, pairs: Any, cost: Tensor, chosen: Tensor) -> None:
         if self.rank is None:
@@ -141,7 +128,7 @@ class Matching:
             rank = self.rank(pairs).expand(pairs.shape)
             conflicts.compete(pairs, rank.masked_fill(~chosen, -torch.inf))
 
-    # torch.compile would compile dozens of pieces between the numbers that the host waits for.
+    # Lengths of lists depend on the data: torch.compile would break the graph at each.
     @torch.compiler.disable
     def _match_lists(self, batch: Lists, conflicts: Conflicts) -> None:
         every = batch.all_objects
@@ -156,7 +143,8 @@ class Matching:
                 conflicts.compete(pairs, -self._costs(pairs))
 
     def _match_objects(self, batch: Lists, ids: Tensor, conflicts: Conflicts) -> None:
-        """Select pairs of (g,) objects, and for some from more and more candidates."""
+        """Match (g,) objects; those with fewer than ``num_wanted`` pairs below the bound are
+        matched again with the next candidates."""
         fallbacks = self.fallbacks()
         stages = [self.candidates, *(candidates for _, candidates in fallbacks)]
         bounds = [*(bound for bound, _ in fallbacks), torch.inf]
@@ -166,24 +154,47 @@ class Matching:
             chosen = self.select(pairs, cost)
             if fallbacks:
                 wanted = self.num_wanted(batch)
-                certain = pairs.owner[chosen & (cost < bound)]
-                count = torch.zeros_like(wanted).scatter_add_(0, certain, torch.ones_like(certain))
+                cheap = pairs.owner[chosen & (cost < bound)]
+                count = torch.zeros_like(wanted).scatter_add_(0, cheap, torch.ones_like(cheap))
                 settled = (count >= wanted) | (bound == torch.inf)
                 ids = ids[~settled[ids]]
-                known = settled[pairs.owner]
-                pairs, cost, chosen = pairs.at(known), cost[known], chosen[known]
+                kept = settled[pairs.owner]
+                pairs, cost, chosen = pairs.at(kept), cost[kept], chosen[kept]
             self._claim(conflicts, pairs, cost, chosen)
             if not len(ids):
                 break
 
+    def __init__(self, *, cost: PerPair, cut: Callable[[Any, Tensor], Tensor], **functions: Any):
+        """Deprecated: a rule of functions in place of methods, on lists.
 
-def select_cheapest(pairs: Any, cost: Tensor, k: int | Tensor, most: int = 0) -> Tensor:
+        Args:
+            cost, cut, functions: what are now the methods ``cost``, ``select``, ``candidates``,
+                ``rank`` and ``score``; and the attributes ``together`` and ``similarity``.
+        """
+        instead = "the methods cost, select, rank and score, as docs/own_assigner.md shows"
+        warn("Matching(cost=..., cut=...)", instead)
+        if functions.pop("farther", None) or functions.pop("takes_part", None):
+            raise TypeError(
+                "Matching takes no farther and takes_part any more: write the methods fallbacks "
+                "and num_wanted, and the attribute eligible_radius"
+            )
+        known = {"candidates", "rank", "score", "together", "similarity"}
+        if not functions.keys() <= known:
+            raise TypeError(f"Matching takes cost, cut, {sorted(known)}, not {sorted(functions)}")
+        functions = {"rank": None, "score": None, "lists_only": True, **functions}
+        self.__dict__.update(functions, cost=cost, select=cut)
+
+
+def select_cheapest(pairs: Any, cost: Tensor, k: int | Tensor, max_k: int | None = None) -> Tensor:
     """(...) bool: the k cheapest pairs of each object, as far as their costs are finite; of equal
     costs the first anchor.
 
     Args:
         k: of each object: a number, or (g,) int64 of each row of ``pairs.rows``.
-        most: at least the largest k, if that is a tensor.
+        max_k: the largest k, if that is a tensor: None for all pairs of an object, which takes
+            longer.
     """
-    chosen = cheapest(pairs.rows(cost, torch.inf), k, k if isinstance(k, int) else most)
-    return pairs.from_rows(chosen)
+    rows = pairs.rows(cost, torch.inf)
+    if isinstance(k, int):
+        max_k = k
+    return pairs.from_rows(cheapest(rows, k, rows.shape[1] if max_k is None else max_k))

@@ -76,8 +76,9 @@ class MaxIoU:
         """Find the object that each anchor overlaps most, and the anchors that each object does.
 
         Returns:
-            (N * R,) float64 overlap with the best object and (N * R,) int64 object, both as far as
-            the rule asks for them; and (N * R,) int64 last object that claims the anchor, or -1.
+            (N * R,) float64 overlap with the best object and (N * R,) int64 object, both exact if
+            that is ``background_below`` or more, or if an object claims the anchor; and (N * R,)
+            int64 last object that claims the anchor, or -1.
         """
         conflicts = Conflicts(gt, len(anchors.boxes))
         claimant = torch.full_like(conflicts.owner, -1)
@@ -86,7 +87,7 @@ class MaxIoU:
         if isinstance(batch, Tables):
             pieces: Iterator[Any] = batch.tables()
         else:
-            index = anchors.kept(("index", self.similarity), lambda: self._index(anchors))
+            index = anchors.kept("box index", lambda: self._index(anchors))
             same = torch.zeros_like(gt.image_index)
             pieces = self._near(batch, index, same, self._least(batch))
         for pairs in pieces:
@@ -108,8 +109,8 @@ class MaxIoU:
         return conflicts.best, conflicts.owner, claimant
 
     def _least(self, batch: Lists) -> Tensor:
-        """(G,) overlap of each object that is asked for: not to be background, or of its best
-        anchor. Of a shape, that is the one nearest to the object's centre."""
+        """(G,) lowest overlap that matters: ``background_below``, or the overlap with the object's
+        best anchor, which is the one of its shape nearest to the object's centre."""
         objects, anchors = batch.objects, batch.anchors
         least = torch.full_like(objects[:, 0], self.background_below)
         if not self.low_quality_matches:
@@ -123,7 +124,7 @@ class MaxIoU:
         if usable is None:
             usable = torch.ones_like(anchors.stride, dtype=torch.bool)[None]
         boxes = anchors.boxes.expand(*usable.shape, 4)
-        return BoxIndex(anchors, boxes, usable, self.similarity)
+        return BoxIndex(anchors, boxes, usable)
 
     def _near(
         self, batch: Lists, index: BoxIndex, image: Tensor, least: Tensor
@@ -134,5 +135,5 @@ class MaxIoU:
             image: (G,) int64 into the images of the index.
         """
         for ids in batch.pieces(batch.all_objects, batch.shape[1]):
-            owner, anchor = index.near(batch.gt.boxes[ids], image[ids], least[ids])
+            owner, anchor = index.near(self.similarity, batch.gt.boxes[ids], image[ids], least[ids])
             yield ListPairs(batch, ids[owner], anchor)

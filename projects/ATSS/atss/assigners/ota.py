@@ -28,8 +28,8 @@ class OTA(Matching):
 
     A pair costs the focal loss of its classes and ``iou_weight`` times -ln IoU; its anchor lies
     inside the object and near its centre. An object supplies as many labels as its best overlaps
-    add up to. An object without such an anchor gets none: in the authors' code all are open to it
-    at a cost of 1e6 each, next to which float32 hardly tells one from another. Score: the IoU.
+    add up to. An object without such an anchor gets none; the authors give it every anchor at a
+    cost of 1e6, where float32 cannot rank them. Score: the IoU.
 
     Args:
         top_k: overlaps that are added for the number of labels of an object.

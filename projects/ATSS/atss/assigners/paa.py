@@ -27,9 +27,9 @@ class PAA(Matching):
     two Gaussians over the losses of an object's anchors separates good from bad ones. Positive are
     those up to the loss at which the cheaper component is densest.
 
-    Each anchor is a candidate of the object that it overlaps most, if by ``iou_threshold``, or else
-    of an object that has none better. A pair costs its focal and GIoU loss now. The mixture is
-    fitted on the host: a GPU waits for one copy there and one back.
+    Each anchor is a candidate of the object that it overlaps most, if by ``iou_threshold`` or more,
+    or of an object whose best anchor it is. A pair costs its current focal and GIoU loss. The
+    mixture is fitted on the host: a GPU waits for one copy there and one back.
 
     Args:
         top_k: cheapest of each level, over which the mixture is fitted.

@@ -274,9 +274,7 @@ def class_cost(pairs: CandidatePairs, loss: ClassLoss, targets: Tensor) -> Tenso
     Args:
         targets: (...) float64.
     """
-    batch, classes = pairs.batch, pairs.classes
-    positive = batch.class_loss(loss, classes.double(), targets)
-    # In float32 as in the sum, so that it cancels there.
-    zero = torch.zeros_like(classes, dtype=torch.float32)
-    negative = batch.class_loss(loss, classes.float(), zero)
-    return pairs.background_loss(loss) - negative + positive
+    batch, classes = pairs.batch, pairs.classes.double()
+    positive = batch.class_loss(loss, classes, targets)
+    negative = batch.class_loss(loss, classes, torch.zeros_like(targets))
+    return pairs.background_loss(loss) + (positive - negative)

@@ -41,7 +41,8 @@ def cheapest(cost: Tensor, k: int | Tensor, most: int) -> Tensor:
     Returns:
         (g, M) bool.
     """
-    # ``topk`` promises no order of equal values: its values tell which cost is the last.
+    # ``topk`` promises no order of equal values: the k-th value is the threshold, and of those
+    # equal to it the first are taken.
     lowest = cost.topk(min(most, cost.shape[1]), dim=1, largest=False).values
     if isinstance(k, Tensor):
         k = k.clamp(max=lowest.shape[1])[:, None]

@@ -17,7 +17,7 @@ from .pairs import CandidatePairs, class_cost
 from .similarities import IOU, Similarity
 
 QUALITY_FOCAL = QualityFocal()
-# Keeps the logarithm of an overlap finite, as in the references.
+# Keeps the logarithm of an overlap finite, as in mmdet.
 EPS = 1e-7
 
 
@@ -47,15 +47,16 @@ class DynamicMatching(Matching):
 
 @dataclass(frozen=True)
 class SimOTA(DynamicMatching):
-    """OTA without its transport (YOLOX, arXiv 2107.08430): each object selects its cheapest
-    anchors, as many as its best predicted boxes overlap it, added up.
+    """OTA without its transport (YOLOX, arXiv 2107.08430): each object selects its k cheapest
+    anchors. k is the sum of the ``top_k`` highest IoUs of predicted boxes with it, at least 1.
 
-    A pair costs the cross entropy of its classes, and ``iou_weight`` times -ln IoU. Eligible are
-    the anchors inside any object or near its centre; a penalty ranks the pairs of anchors that are
-    not both inside the object and near its centre after all others.
+    A pair costs the cross entropy of its classes (YOLOX multiplies them by an objectness, which
+    heads here do not have) and ``iou_weight`` times -ln IoU. Eligible are the anchors inside any
+    object or near its centre. A pair whose anchor is not both inside the object and near its centre
+    costs 1e5 more.
 
     Args:
-        top_k: overlaps that are added.
+        top_k: number of IoUs that are added.
         radius: how near to a centre, in strides along both axes.
         cls_weight, iou_weight: of the two costs.
         similarity: of predicted boxes and objects, in place of the IoU.
@@ -83,7 +84,7 @@ class SimOTA(DynamicMatching):
         return batch.central(ids, self.radius)
 
     def fallbacks(self) -> Sequence[tuple[float, Candidates]]:
-        """All other pairs have a penalty; those that do not overlap, the greatest -ln IoU too."""
+        """All other pairs have the penalty; those without overlap, the highest -ln IoU, too."""
         return (
             (self.PENALTY - self.iou_weight * math.log1p(EPS), Lists.near),
             (self.PENALTY - self.iou_weight * math.log(EPS), Lists.all_pairs),
@@ -105,7 +106,7 @@ class SoftLabel(DynamicMatching):
     inside any object.
 
     Args:
-        top_k: overlaps that are added.
+        top_k: number of IoUs that are added.
         radius: distance from the centre, in strides, at which its cost is 1.
         iou_weight: of -ln IoU.
         similarity: of predicted boxes and objects, in place of the IoU.
@@ -113,8 +114,8 @@ class SoftLabel(DynamicMatching):
 
     # Strides beyond the radius in which candidates are sought first.
     WIDER: ClassVar[float] = 0.75
-    # Largest power of ten: a larger one makes no difference, and soon exceeds float64.
-    MOST_STRIDES: ClassVar[float] = 100.0
+    # Highest exponent: a higher one makes no difference, and soon exceeds float64.
+    MAX_EXPONENT: ClassVar[float] = 100.0
     eligible_radius: ClassVar[float] = 0.0
 
     top_k: int = 13
@@ -141,6 +142,6 @@ class SoftLabel(DynamicMatching):
 
     def cost(self, pairs: CandidatePairs) -> Tensor:
         distance = (pairs.points - centres(pairs.objects)).norm(dim=-1) / pairs.strides
-        far = 10 ** (distance - self.radius).clamp(max=self.MOST_STRIDES)
+        far = 10 ** (distance - self.radius).clamp(max=self.MAX_EXPONENT)
         classes = class_cost(pairs, QUALITY_FOCAL, pairs.overlap)
         return classes - self.iou_weight * (pairs.overlap + EPS).log() + far

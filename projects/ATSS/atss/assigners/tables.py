@@ -42,21 +42,21 @@ class Rows(CandidatePairs):
         return values.amax(dim=1, keepdim=True)
 
     def highest_overlaps(self, k: int) -> Tensor:
-        """(g, k) the highest similarities of each row's object with any eligible anchor."""
+        """(g, k or R) the highest similarities of each row's object with any eligible anchor."""
         overlap = self.overlap.masked_fill(~self.possible, 0)
         return overlap.topk(min(k, overlap.shape[1])).values
 
     def columns(self, loss: ClassLoss, chosen: Tensor) -> Columns:
-        """All anchors, for a transport. What is not finite is in no pair, and counts for
-        nothing."""
+        """All anchors, for a transport. Background losses that are not finite become 0: their
+        anchors are in no pair."""
         background = self.batch.background(loss).nan_to_num(0, posinf=0)
         return Columns(self.slot, background)
 
 
 @dataclass(frozen=True)
 class Table(Rows):
-    """(g, R): objects, and all anchors of their images. Only whole images are gathered, so that
-    nothing is masked or padded.
+    """(g, R): objects, and all anchors of their images. Every row has R pairs, so nothing is
+    padded.
 
     Attributes:
         owner: (g, 1) neighbours.
@@ -148,12 +148,13 @@ class Tables(AssignmentBatch):
         count = len(self.gt)
         step = max(1, table_limit() // self.shape[1])
         if count <= step:
-            yield self.once(Table, lambda: self._table(0, count))
+            yield self.once(Table, lambda: self.table(0, count))
             return
         for first in range(0, count, step):
-            yield self._table(first, min(first + step, count))
+            yield self.table(first, min(first + step, count))
 
-    def _table(self, first: int, stop: int) -> Table:
+    def table(self, first: int, stop: int) -> Table:
+        """A table of the objects from the first on, without the last."""
         owner = torch.arange(first, stop, device=self.gt.boxes.device)[:, None]
         index = torch.arange(self.shape[1], device=owner.device)[None]
         return Table(self, owner, index, first=first)
@@ -164,7 +165,7 @@ class Tables(AssignmentBatch):
         anchors = self.anchors
         n = int(2 * radius) + 1
         if n * n * len(anchors.strides) >= self.shape[1] // anchors.num_anchors:
-            return self._table(0, len(self.gt))
+            return self.table(0, len(self.gt))
         stride, width, height, first = anchors.lattice.unbind(1)
         count = torch.stack([width, height], dim=1)[..., None]  # (L, 2, 1)
         at = centres(self.objects)[:, None] / stride[:, None]  # (G, L, 2)

@@ -47,10 +47,9 @@ def cast_all(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> Sequence[T
 class ScaleAll(Function):
     """Products of tensors with constants, in the precision of autocast.
 
-    ``ScaleAll.apply(constants, *tensors)`` takes as many constants as tensors, of as
-    many dimensions. The constants are
-    not saved by ``save_for_backward``: activation checkpointing compares the number of saved
-    tensors, and groups differ if a block is computed again.
+    ``ScaleAll.apply(constants, *tensors)`` takes as many constants as tensors, of as many
+    dimensions. The constants are not saved by ``save_for_backward``: activation checkpointing
+    compares the number of saved tensors, and groups differ if a block is computed again.
     """
 
     @staticmethod
