@@ -653,9 +653,8 @@ def test_what_is_not_finite_changes_nothing_else(rule, value):
     "rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO(), DDOD(alpha=0.5)]
 )
 def test_pieces_of_a_batch_change_nothing(rule, monkeypatch):
-    """Few pairs at a time, as in crowds."""
-    anchors, gt, scores, boxes = of_case("crowded")
-    seen = predict(scores, boxes, probabilities=True)
+    """Few pairs at a time, as in crowds; objects of several images, mixed up."""
+    anchors, gt, seen, *_ = unlike_images("plain", 2)
     whole = rule(anchors, gt, seen)
     monkeypatch.setattr("atss.assigners.lists.PIECE", 7 * len(anchors.boxes))
     monkeypatch.setattr("atss.assigners.atss.ATSS.CHUNK", 7)
