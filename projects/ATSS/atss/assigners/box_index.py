@@ -45,6 +45,17 @@ class BoxIndex:
     boxes: Tensor
     usable: Tensor
 
+    @classmethod
+    def of_anchors(cls, anchors: Anchors, usable: Tensor | None = None) -> "BoxIndex":
+        """An index of the anchors themselves.
+
+        Args:
+            usable: (N, R) bool; None: all, of one image.
+        """
+        if usable is None:
+            usable = torch.ones_like(anchors.stride, dtype=torch.bool)[None]
+        return cls(anchors, anchors.boxes.expand(*usable.shape, 4), usable)
+
     def near(
         self,
         similarity: Similarity,

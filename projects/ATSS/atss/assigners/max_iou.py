@@ -87,7 +87,7 @@ class MaxIoU:
         if isinstance(batch, Tables):
             pieces: Iterator[Any] = batch.tables()
         else:
-            index = anchors.kept("box index", lambda: self._index(anchors))
+            index = anchors.kept("box index", lambda: BoxIndex.of_anchors(anchors))
             same = torch.zeros_like(gt.image_index)
             pieces = self._near(batch, index, same, self._least(batch))
         for pairs in pieces:
@@ -103,7 +103,7 @@ class MaxIoU:
             unsure = (claimant >= 0) & (conflicts.best < self.background_below)
             if unsure.any():
                 least = conflicts.best[unsure].amin().expand(len(gt))
-                index = self._index(anchors, unsure.view(batch.shape))
+                index = BoxIndex.of_anchors(anchors, unsure.view(batch.shape))
                 for pairs in self._near(batch, index, gt.image_index, least):
                     conflicts.compete(pairs, pairs.anchor_overlap)
         return conflicts.best, conflicts.owner, claimant
@@ -118,13 +118,6 @@ class MaxIoU:
         index, valid = all_anchors(anchors, *nearest_locations(anchors, centres(objects), 1))
         overlap = self.similarity(anchors.boxes[index].double(), objects) * valid
         return least.minimum(overlap.amax(dim=0))
-
-    def _index(self, anchors: Anchors, usable: Tensor | None = None) -> BoxIndex:
-        """Of the anchors that are usable, (N, R); None: of all, for all images."""
-        if usable is None:
-            usable = torch.ones_like(anchors.stride, dtype=torch.bool)[None]
-        boxes = anchors.boxes.expand(*usable.shape, 4)
-        return BoxIndex(anchors, boxes, usable)
 
     def _near(
         self, batch: Lists, index: BoxIndex, image: Tensor, least: Tensor

@@ -6,6 +6,37 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# Log densities that differ by less are equal.
+TIE = 1e-6
+
+
+def good_ones(values: Tensor, take: str) -> Tensor:
+    """(S, M) bool: the values of each row that a mixture of two Gaussians finds good.
+
+    Args:
+        values: (S, M) in rising order, then infinity.
+        take: "component" or "all", see :class:`~atss.assigners.PAA`.
+    """
+    count = (values < torch.inf).sum(dim=1)
+    good = torch.zeros_like(values, dtype=torch.bool)
+    some = count > 0
+    if not some.any():
+        return good
+    width = int(count.max())
+    values, lonely = values[some, :width], count[some] < 2
+    component, density = mixture(values)
+    if take == "all":
+        lonely = lonely | ~component.any(dim=1)
+    density = density.masked_fill(~component, -torch.inf)
+    # Two values alone in a component are equally dense: the first, whatever rounding says.
+    highest = density >= density.amax(dim=1, keepdim=True) - TIE
+    up_to_peak = torch.arange(width) <= highest.int().argmax(dim=1, keepdim=True)
+    if take == "all":
+        good[some, :width] = (up_to_peak | lonely[:, None]) & (values < torch.inf)
+    else:
+        good[some, :width] = up_to_peak & component & ~lonely[:, None]
+    return good
+
 
 def mixture(
     values: Tensor, tolerance: float = 1e-3, floor: float = 1e-6, iterations: int = 100

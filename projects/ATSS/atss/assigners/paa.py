@@ -13,7 +13,7 @@ from ..structures import cached_property
 from .lists import ListPairs, Lists
 from .matching import Matching
 from .max_iou import MaxIoU
-from .mixture import mixture
+from .mixture import good_ones
 from .pairs import CandidatePairs, class_cost
 from .similarities import IOU, Similarity
 from .tables import Tables
@@ -42,8 +42,6 @@ class PAA(Matching):
         similarity: of anchors and objects, in place of the IoU.
     """
 
-    # Log densities that differ by less are equal.
-    TIE: ClassVar[float] = 1e-6
     together: ClassVar[bool] = True
 
     top_k: int = 9
@@ -82,7 +80,7 @@ class PAA(Matching):
 
     def select(self, pairs: CandidatePairs, cost: Tensor) -> Tensor:
         values, pair = self.pool(pairs, cost)
-        taken = self.good(values.cpu()).to(cost.device, non_blocking=True)
+        taken = good_ones(values.cpu(), self.take).to(cost.device, non_blocking=True)
         chosen = torch.zeros_like(cost, dtype=torch.bool).flatten()
         chosen = torch.cat([chosen, chosen.new_zeros(1)])
         return chosen.scatter(0, pair.flatten(), taken.flatten())[:-1].view_as(cost)
@@ -112,35 +110,6 @@ class PAA(Matching):
         # Of equal costs the finer level first.
         values, column = values[:-1].view(num_objects, -1).sort(dim=1, stable=True)
         return values, pair[:-1].view(num_objects, -1).gather(1, column)
-
-    def good(self, values: Tensor) -> Tensor:
-        """(G, M) bool: the costs that the mixture finds good.
-
-        Args:
-            values: (G, M) of :meth:`pool`, on the host.
-        """
-        count = (values < torch.inf).sum(dim=1)
-        taken = torch.zeros_like(values, dtype=torch.bool)
-        some = count > 0
-        if not some.any():
-            return taken
-        width = int(count.max())
-        costs, lonely = values[some, :width], count[some] < 2
-        component, density = mixture(costs)
-        if self.take == "all":
-            lonely = lonely | ~component.any(dim=1)
-        density = density.masked_fill(~component, -torch.inf)
-        # Two values alone in a component are equally dense: the first, whatever rounding says.
-        highest = density >= density.amax(dim=1, keepdim=True) - self.TIE
-        peak = highest.int().argmax(dim=1, keepdim=True)
-        up_to_peak = torch.arange(width) <= peak
-        every = lonely[:, None]
-        if self.take == "all":
-            good = (up_to_peak | every) & (costs < torch.inf)
-        else:
-            good = up_to_peak & component & ~every
-        taken[some, :width] = good
-        return taken
 
     def rank(self, pairs: CandidatePairs) -> Tensor:
         return torch.zeros_like(pairs.boxes[..., 0])  # an anchor is a candidate of one object
