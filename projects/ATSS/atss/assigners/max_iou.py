@@ -62,9 +62,8 @@ class MaxIoU:
         best, owner, claimant = self.search(anchors, gt)
         gt_index = torch.where(best >= self.positive_from, owner, IGNORE)
         gt_index = gt_index.masked_fill_(best < self.background_below, BACKGROUND)
-        if self.low_quality_matches:
-            object_of_claim = owner if self.claims_go_to == "best" else claimant
-            gt_index = torch.where(claimant >= 0, object_of_claim, gt_index)
+        claimed_by = owner if self.claims_go_to == "best" else claimant
+        gt_index = torch.where(claimant >= 0, claimed_by, gt_index)
         gt_index = gt_index.view(gt.num_images, -1)
         if self.in_box and len(gt):
             objects = gt.boxes.double()[gt_index.clamp(min=0)]
@@ -82,8 +81,8 @@ class MaxIoU:
         """
         conflicts = Conflicts(gt, len(anchors.boxes))
         claimant = torch.full_like(conflicts.owner, -1)
-        dense = uses_tables(gt.boxes.device)
-        batch = (Tables if dense else Lists)(anchors, gt, None, self.similarity)
+        kind = Tables if uses_tables(gt.boxes.device) else Lists
+        batch = kind(anchors, gt, None, self.similarity)
         if isinstance(batch, Tables):
             pieces: Iterator[Any] = batch.tables()
         else:
@@ -91,7 +90,6 @@ class MaxIoU:
             same = torch.zeros_like(gt.image_index)
             pieces = self._near(batch, index, same, self._least(batch))
         for pairs in pieces:
-            # No box code can describe an object without an area.
             overlap = pairs.anchor_overlap * batch.nonempty[pairs.owner]
             conflicts.compete(pairs, overlap)
             if self.low_quality_matches:
