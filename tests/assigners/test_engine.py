@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atss.assigners import use_engine
-from atss.assigners.engine import table_limit, uses_tables
+from atss.assigners.engine import LIMIT, table_limit, uses_tables
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -17,7 +17,7 @@ def test_gpus_have_tables_and_cpus_lists_unless_one_is_chosen():
         with use_engine("lists"):
             assert not uses_tables(GPU)
         assert uses_tables(CPU)
-    assert table_limit() == 1 << 23
+    assert table_limit() == LIMIT
     with pytest.raises(ValueError, match="never"), use_engine("lists"):
         raise ValueError("never")
     assert uses_tables(GPU)
@@ -29,7 +29,7 @@ def test_threads_choose_their_engines_themselves():
         seen: list = []
         thread.start()
         thread.join()
-    assert seen == [(False, 1 << 23)]
+    assert seen == [(False, LIMIT)]
 
 
 def test_unknown_engines_are_refused():

@@ -16,8 +16,9 @@ import torch
 from ..parts import one_of, within
 
 ENGINES = ("auto", "lists", "tables")
-# Most pairs of a table, which take some 500 MiB. A table of one object is never cut.
-LIMIT = 1 << 23
+# Most pairs of a table, which take some 580 MiB: 234 objects of 800 x 1344 pixels. A table of one
+# object is never cut.
+LIMIT = 5 << 20
 _chosen: ContextVar[tuple[str, int]] = ContextVar("engine", default=("auto", LIMIT))
 
 
