@@ -78,7 +78,7 @@ def test_refuses_k_below_one():
         # 16 px cost 0.00035 if the farthest anchor of the image is 45 px away, 0.00024 if 68 px.
         (3e-4, 1, [0, 1], [5]),
         (3e-4, 1, [0, 0], [6]),
-        # What is equal but for rounding goes to the lower index.
+        # Ties, rounding apart, go to the lower index.
         (1e-14, 2, [0, 1], [1, 5]),
     ],
 )

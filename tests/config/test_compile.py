@@ -77,7 +77,7 @@ def test_tail_is_one_graph_for_all_canvases_and_objects(traced):
         assert all(torch.equal(grads[k], x) for k, x in expected[1].items())
     assert len(traced) == 1
     assert not torch._dynamo.utils.counters["graph_break"]
-    # What is compiled is no part of the model.
+    # The compiled function is no part of the model.
     model.compile_tail = True
     assert step(model, batch)[0] == losses
     assert not any("_orig_mod" in name for name in model.state_dict())

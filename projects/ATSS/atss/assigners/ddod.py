@@ -1,4 +1,4 @@
-"""DDOD's rule: ATSS on what the network predicts."""
+"""DDOD's rule: ATSS on predictions."""
 
 from dataclasses import dataclass
 from typing import ClassVar

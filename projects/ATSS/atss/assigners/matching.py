@@ -168,7 +168,7 @@ class Matching:
         """Deprecated: a rule of functions in place of methods, on lists.
 
         Args:
-            cost, cut, functions: what are now the methods ``cost``, ``select``, ``candidates``,
+            cost, cut, functions: today's methods ``cost``, ``select``, ``candidates``,
                 ``rank`` and ``score``; and the attributes ``together`` and ``similarity``.
         """
         instead = "the methods cost, select, rank and score, as docs/own_assigner.md shows"

@@ -70,7 +70,7 @@ def transport(
     supply = supply.to(cost.dtype)[:, None] * served
     rest = supply.new_full((len(background), 1), num_anchors)
     rest = rest.index_add(0, image, supply, alpha=-1).clamp(min=0)
-    # In shares of what an anchor demands.
+    # One share is the demand of an anchor.
     supply, rest = ((x + SURPLUS) / (1 + SURPLUS) for x in (supply, rest))
     supply = supply * served
 

@@ -144,7 +144,7 @@ class Tables(AssignmentBatch):
 
     def tables(self) -> Iterator[Table]:
         """Tables of all objects, each of at most so many pairs as :func:`use_engine` allows. If one
-        holds all, it is kept with what it has computed."""
+        holds all, it is kept with its cached values."""
         count = len(self.gt)
         step = max(1, table_limit() // self.shape[1])
         if count <= step:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-# A CPU has nothing to launch, and finds in its caches what was made just before: a step of R-50 on
+# A CPU launches nothing, and fresh results are still in its caches: a step of R-50 on
 # two images of 128 x 128 pixels takes 1.05 to 1.2 of the time if weights and gradients must wait.
 ONE_BY_ONE = {"cpu"}
 
