@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .deform_conv import DeformConv
-from .foreach import ScaleAll, autocast_dtype, cast_all, is_grouped, is_traced
+from .foreach import ScaleAll, autocast_dtype, cast_all, is_grouped
 
 
 class P6P7FromP5(nn.Module):
@@ -108,12 +108,12 @@ class FrozenNormConv2d(Conv2d):
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         """Weights, and the bias (C,)."""
-        if is_traced():
+        if not is_grouped(self.weight.device):
             norm = self.norm
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
             return self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
         folded = _folded.get()
-        if folded is None or self not in folded:  # called alone
+        if folded is None or self not in folded:  # called alone, or again by a checkpoint
             folded = FoldedWeights([[self]])
         return folded.take(self)
 
@@ -165,7 +165,8 @@ _folded: ContextVar[FoldedWeights | None] = ContextVar("folded", default=None)
 
 class FoldedFPN(FPN):
     """Detectron2's FPN, with folded frozen norms of which each child of the bottom-up, such as a
-    stage of a ResNet, is a group (:class:`FoldedWeights`), or on CPUs each convolution."""
+    stage of a ResNet, is a group (:class:`FoldedWeights`). On CPUs each convolution folds its
+    own."""
 
     def __init__(self, bottom_up: Backbone, *args: Any, **kwargs: Any):
         super().__init__(bottom_up, *args, **kwargs)
@@ -176,12 +177,9 @@ class FoldedFPN(FPN):
         self._groups = [group for group in groups if group]
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        if not self._groups or is_traced():
+        if not self._groups or not is_grouped(x.device):
             return super().forward(x)
-        groups = self._groups
-        if not is_grouped(x.device):
-            groups = [[conv] for group in groups for conv in group]
-        token = _folded.set(FoldedWeights(groups))
+        token = _folded.set(FoldedWeights(self._groups))
         try:
             return super().forward(x)
         finally:
