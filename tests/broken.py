@@ -899,7 +899,7 @@ CASES = [case for cases in SECTIONS.values() for case in cases]
 
 def table(cases: list[Case]) -> str:
     """Markdown."""
-    from atss.data.findings import KINDS
+    from atss.labels.findings import KINDS
 
     lines = ["| input | training | `check_dataset.py` |", "|---|---|---|"]
     for case in cases:

@@ -160,7 +160,7 @@ def _call(rule: str, arguments: dict, scene):
 def _inputs(scene) -> str:
     """Identifies a scene."""
     output = scene.predictions.output
-    tensors = scene.anchors.boxes, scene.gt.boxes, output.classes, output.numbers
+    tensors = scene.anchors.boxes, scene.gt.boxes, output.classes, output.box_regression
     return "".join(map(digest, tensors))
 
 

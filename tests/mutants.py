@@ -46,7 +46,7 @@ PACKAGE = ROOT / "projects" / "ATSS" / "atss"
 OUTPUT = ROOT / "output" / "mutants"
 JUDGED = OUTPUT / "judged.jsonl"
 # All mutants of these modules, then a sample of the others but assigners, then all of these.
-WHOLE = ["engine/exchange.py", "modeling/criterion.py", "data/samplers.py"]
+WHOLE = ["engine/all_gather.py", "modeling/criterion.py", "data/samplers.py"]
 LATER = ["losses.py", "modeling/terms.py", "checkpoints/checkpointer.py"]
 SAMPLE = "a sample of the others"
 # Exit codes that nothing else gives.

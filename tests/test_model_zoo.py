@@ -12,14 +12,16 @@ from conftest import ROOT
 import atss.engine.run as way_in
 from atss import load_config, model_zoo
 from atss.checkpoints import DETECTORS
-from atss.config import read
+from atss.config import files
 
 
 def test_configs_by_name():
     cfg = model_zoo.get_config("tables/atss_k3")
     assert cfg.MODEL.ATSS.ASSIGNERS.ATSS.TOP_K == 3
     assert model_zoo.get_config_file("ATSS_R_50_FPN_1x.yaml").endswith("ATSS_R_50_FPN_1x.yaml")
-    with pytest.raises(ValueError, match=r"no config 'ATSS_R_51'; known are .*tables/ssc_box"):
+    with pytest.raises(
+        ValueError, match=r"unknown config 'ATSS_R_51': choose from .*tables/ssc_box"
+    ):
         model_zoo.get_config("ATSS_R_51")
 
 
@@ -124,7 +126,7 @@ for module in pkgutil.walk_packages(atss.__path__, "atss."):
 def test_an_installation_at_the_root(monkeypatch):
     """pip install --target /app: there is no folder of the project above the package."""
     for package, found in (("/app/atss", "/app/atss/configs"), ("/p/q/r/s/atss", "/p/q/configs")):
-        monkeypatch.setattr(read, "__file__", f"{package}/config/read.py")
+        monkeypatch.setattr(files, "__file__", f"{package}/config/files.py")
         monkeypatch.setattr(Path, "resolve", lambda self: self)
         monkeypatch.setattr(Path, "is_file", lambda self, found=found: str(self.parent) == found)
-        assert read.config_folder() == Path(found)
+        assert files.config_folder() == Path(found)

@@ -25,12 +25,12 @@ from atss import load_config
 from atss.analysis.files import try_to_write
 from atss.analysis.statistics import match
 from atss.config import build_sampling, get_config_file
-from atss.data.check import check, page
-from atss.data.choice import refuse_unknown
-from atss.data.copies import find_in_others
 from atss.data.datasets import split_source
-from atss.data.formats import add_arguments, read, reading_of
 from atss.engine.run import NoSuchModule, import_modules
+from atss.labels.check import check, format_report
+from atss.labels.classes import refuse_unknown
+from atss.labels.copies import find_in_others
+from atss.labels.formats import add_arguments, read_labels, reading_of
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -87,9 +87,9 @@ def main(argv: list[str] | None = None) -> int:
         cfg = load_config(args.config_file, opts=opts)
         sizes = [(size, cfg.INPUT.MAX_SIZE_TRAIN) for size in cfg.INPUT.MIN_SIZE_TRAIN]
         asked = partial(match, sampling=build_sampling(cfg), sizes=sizes, progress=progress)
-        labels = read(annotations, images, reading := reading_of(args))
+        labels = read_labels(annotations, images, reading := reading_of(args))
         refuse_unknown(reading.classes, labels.found, labels.names)
-        others = [read(*split_source(other, "--against"), reading) for other in args.against]
+        others = [read_labels(*split_source(other, "--against"), reading) for other in args.against]
         if others:
             shared = find_in_others(labels, others, progress)
             labels = replace(labels, findings=[*labels.findings, *shared])
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     report = check(labels, sizes, filter_empty, asked, args.deep, progress)
-    print(page(report))
+    print(format_report(report))
     if args.json:
         args.json.write_text(json.dumps(report.to_dict(), indent=1))
     return 1 if report.errors else 0

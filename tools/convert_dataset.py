@@ -24,13 +24,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from atss.analysis.files import try_to_write
-from atss.data.choice import refuse_unknown
-from atss.data.coco_json import category_names, find_in_json, with_areas
-from atss.data.copies import by_key, find_copies, join_groups
 from atss.data.datasets import split_source
-from atss.data.findings import DROPPED, ERROR, WARNING
-from atss.data.formats import Labels, Reading, add_arguments, read, reading_of
-from atss.data.splits import divide, group_by_name, join, page, parse_shares, part
+from atss.labels.classes import refuse_unknown
+from atss.labels.coco import category_names, find_in_json, with_areas
+from atss.labels.copies import by_key, find_copies, join_groups
+from atss.labels.findings import DROPPED, ERROR, WARNING
+from atss.labels.formats import Labels, Reading, add_arguments, read_labels, reading_of
+from atss.labels.splits import divide, format_report, group_by_name, join, parse_shares, part
 
 EXAMPLES = 3
 
@@ -136,7 +136,7 @@ def _divide(
                 f"the split {name!r} would have no image: there are {len(files)}, which make "
                 f"{len(groups)} that can be parted"
             )
-    print(page(content, split_of, shares))
+    print(format_report(content, split_of, shares))
     return split_of
 
 
@@ -150,7 +150,7 @@ def _read_all(sources: list[str], reading: Reading) -> list[Labels]:
         ValueError: with a sentence that names the source that cannot be read, or is wrong.
     """
     places = list(map(split_source, sources))
-    sets = [read(*place, reading) for place in places]
+    sets = [read_labels(*place, reading) for place in places]
     found = set().union(*(labels.found for labels in sets))
     there = list(dict.fromkeys(name for labels in sets for name in labels.names))
     refuse_unknown(reading.classes, found, there)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from atss.analysis.files import try_to_write
 from atss.analysis.pictures import annotate, targets
-from atss.data.folders import SUFFIXES
 from atss.engine.run import NoSuchModule, import_modules
 from atss.engine.watch import EXIT_INTERRUPTED
+from atss.labels.folders import SUFFIXES
 from atss.predictor import Predictor
 from atss_runner.media import find_media
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from atss.analysis.demo import train_on_digits
+from atss.analysis.digits import DEMO, FEW, make_digits
 from atss.config import get_config_file
-from atss.data.digits import DEMO, FEW, make_digits
 from atss.engine.launch import one_sentence
 from atss.engine.watch import EXIT_INTERRUPTED
 

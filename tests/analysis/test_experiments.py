@@ -12,8 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
-from atss.analysis import experiments
-from atss.data import digits
+from atss.analysis import digits, experiments
 
 SHORT = (
     *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"),
@@ -76,7 +75,7 @@ def test_what_cannot_be_used_is_said_before_anything_is_trained(run, tmp_path, m
 
 
 def test_names_the_rows_that_there_are(run):
-    with pytest.raises(SystemExit, match=r"there is no row 'atss_k99'; known are .*atss_k9?"):
+    with pytest.raises(SystemExit, match=r"unknown row 'atss_k99': choose from .*atss_k9?"):
         run("--rows", "atss_k99")
 
 

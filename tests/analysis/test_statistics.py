@@ -14,9 +14,9 @@ from PIL import Image
 from atss import Anchors
 from atss.analysis.statistics import constants, match, read_objects
 from atss.config import build_sampling
-from atss.data.check import check, page
-from atss.data.coco_json import find_in_json
-from atss.data.formats import Labels
+from atss.labels.check import check, format_report
+from atss.labels.coco import find_in_json
+from atss.labels.formats import Labels
 
 
 def run(tmp_path, annotations, *argv):
@@ -93,7 +93,7 @@ def test_levels_are_the_configs(tmp_path):
 
 
 def test_unknown_rule_and_unreadable_file(tmp_path):
-    with pytest.raises(SystemExit, match="known are"):
+    with pytest.raises(SystemExit, match="choose from"):
         run(tmp_path, [annotation(0, 0, 20, 20)], "--rules", "Nearest")
     with pytest.raises(SystemExit, match="cannot read the annotations"):
         tool.main(["--annotations", str(tmp_path / "absent.json")])
@@ -190,11 +190,13 @@ def test_a_check_says_when_objects_are_tiny():
     ):
         sampling = build_sampling(make_cfg("MODEL.ATSS.ASSIGNER", rule))
         asked = partial(match, sampling=sampling, sizes=[(240, 640)])
-        said = page(check(Labels(content, ""), [(240, 640)], False, asked))
+        said = format_report(check(Labels(content, ""), [(240, 640)], False, asked))
         assert re.search(f"Tiny objects: half of them have sides {expected}", said)
         assert "and those of testing, 5.3 times as large make that 32;" in said
     asked = partial(match, sampling=sampling, sizes=[(240, 640), (960, 1280)])
-    assert "Tiny" not in page(check(Labels(content, ""), [(240, 640), (960, 1280)], False, asked))
+    assert "Tiny" not in format_report(
+        check(Labels(content, ""), [(240, 640), (960, 1280)], False, asked)
+    )
 
 
 def test_a_check_asks_no_rule_that_looks_at_predictions():
@@ -215,4 +217,4 @@ def test_a_check_asks_no_rule_that_looks_at_predictions():
         assert "object_poorly_matched" in kinds
         assert ("object_without_positive" in kinds) == expected
         assert ("positives_per_object" in report.to_dict()) == expected
-        assert ("hang on what the model predicts" in page(report)) != expected
+        assert ("hang on what the model predicts" in format_report(report)) != expected

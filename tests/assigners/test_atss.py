@@ -168,10 +168,10 @@ def test_a_single_candidate_is_its_own_threshold():
 
 
 def test_refuses_k_below_one():
-    with pytest.raises(ValueError, match="top_k must be from 1 on, not 0"):
+    with pytest.raises(ValueError, match="top_k must be >= 1, got 0"):
         ATSS(top_k=0)
 
 
 def test_refuses_to_count_what_it_does_not_know():
-    with pytest.raises(ValueError, match="count is 'levels'; known are"):
+    with pytest.raises(ValueError, match="count is 'levels': choose from"):
         ATSS(count="levels")

@@ -676,14 +676,14 @@ def test_paa_takes_the_cheap_ones():
 
 def test_refuses_numbers_that_make_no_sense():
     for rule, argument, value, sentence in (
-        (TAL, "top_k", 0, "top_k must be from 1 on, not 0"),
-        (TAL, "inside", "never", r"inside is 'never'; known are \['after', 'before'\]"),
-        (TAL, "beta", 0.0, "beta must be from 0.1 on"),
+        (TAL, "top_k", 0, "top_k must be >= 1, got 0"),
+        (TAL, "inside", "never", r"inside is 'never': choose from \['after', 'before'\]"),
+        (TAL, "beta", 0.0, "beta must be >= 0.1"),
         (PAA, "take", "some", "take is 'some'"),
-        (OTA, "regularisation", 0.0, "regularisation must be from 0.001 on"),
-        (POTO, "alpha", -0.1, "alpha must be from 0 to 1, not -0.1"),
-        (POTO, "radius", 0, "radius must be from 1e-06 on"),
-        (DDOD, "alpha", 1.5, "alpha must be from 0 to 1, not 1.5"),
+        (OTA, "regularisation", 0.0, "regularisation must be >= 0.001"),
+        (POTO, "alpha", -0.1, "alpha must be between 0 and 1, got -0.1"),
+        (POTO, "radius", 0, "radius must be >= 1e-06"),
+        (DDOD, "alpha", 1.5, "alpha must be between 0 and 1, got 1.5"),
     ):
         with pytest.raises(ValueError, match=sentence):
             rule(**{argument: value})

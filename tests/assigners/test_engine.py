@@ -35,10 +35,10 @@ def test_threads_choose_their_engines_themselves():
 def test_unknown_engines_are_refused():
     with (
         pytest.raises(
-            ValueError, match=r"name is 'lsits'; known are \('auto'|\['auto', 'lists', 'tables'\]"
+            ValueError, match=r"name is 'lsits': choose from \('auto'|\['auto', 'lists', 'tables'\]"
         ),
         use_engine("lsits"),
     ):
         pass
-    with pytest.raises(ValueError, match="limit must be from 1 on, not 0"), use_engine("auto", 0):
+    with pytest.raises(ValueError, match="limit must be >= 1, got 0"), use_engine("auto", 0):
         pass

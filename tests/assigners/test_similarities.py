@@ -88,7 +88,9 @@ def test_they_are_named_and_set_in_configs():
         )
     )
     assert rule.similarity == NWD(20.0)
-    with pytest.raises(ValueError, match=r"SIMILARITIES.nwd.CONSTANT must be from 0.001 to 1e\+06"):
+    with pytest.raises(
+        ValueError, match=r"SIMILARITIES.nwd.CONSTANT must be between 0.001 and 1e\+06"
+    ):
         build_assigner(
             make_cfg(
                 *("MODEL.ATSS.ASSIGNERS.ATSS.SIMILARITY", "nwd"),

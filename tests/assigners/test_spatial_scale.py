@@ -90,8 +90,8 @@ def test_of_two_objects_the_smaller_wins_of_equal_ones_the_first():
     ("arguments", "sentence"),
     [
         ({"ranges": (128, 64)}, "ranges must rise from above 0, not"),
-        ({"radius": -1}, "radius must be from 0 on, not -1"),
-        ({"top_k": -1}, "top_k must be from 0 on, not -1"),
+        ({"radius": -1}, "radius must be >= 0, got -1"),
+        ({"top_k": -1}, "top_k must be >= 0, got -1"),
     ],
 )
 def test_refuses_impossible_arguments(arguments, sentence):

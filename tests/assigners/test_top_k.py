@@ -68,7 +68,7 @@ def test_no_object():
 
 
 def test_refuses_k_below_one():
-    with pytest.raises(ValueError, match="top_k must be from 1 on, not 0"):
+    with pytest.raises(ValueError, match="top_k must be >= 1, got 0"):
         TopK(top_k=0)
 
 

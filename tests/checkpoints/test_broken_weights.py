@@ -23,7 +23,7 @@ import atss.engine.run as way_in
 from atss.checkpoints import SafeCheckpointer, TrainingCheckpointer
 from atss.engine.launch import launch
 from atss.predictor import Predictor
-from atss.weights import WeightsError, find_weights, fit_names, read, verify_download
+from atss.weights import WeightsError, find_weights, fit_names, load_weights, verify_download
 
 SENTENCES = table("Weights")
 MODEL = (*(x for item in TINY.items() for x in item), "MODEL.ATSS.NUM_CLASSES", 2)
@@ -240,7 +240,7 @@ def test_files_without_checksums_are_loaded(tmp_path):
         torch.serialization.set_crc32_options(True)
     for i, content in enumerate((without, without_zip({"model": FEW}))):
         (tmp_path / f"{i}.pth").write_bytes(content)
-        assert torch.equal(read(tmp_path / f"{i}.pth")["model"]["a"], FEW["a"])
+        assert torch.equal(load_weights(tmp_path / f"{i}.pth")["model"]["a"], FEW["a"])
 
 
 def test_a_prefix_of_some_names_stays(tmp_path):
@@ -268,7 +268,7 @@ def test_versions_of_modules_follow_their_names(tmp_path):
     """torch and Detectron2 fill in what older versions of a module did not have."""
     model = nn.Sequential(nn.BatchNorm2d(1))
     (tmp_path / "theirs.pth").write_bytes(saved(nn.DataParallel(model).state_dict()))
-    weights = find_weights(read(tmp_path / "theirs.pth"), "theirs.pth")
+    weights = find_weights(load_weights(tmp_path / "theirs.pth"), "theirs.pth")
     found = fit_names(weights, model.state_dict().keys())
     assert found._metadata["0"] == model.state_dict()._metadata["0"] == {"version": 2}
 
@@ -290,7 +290,7 @@ def test_what_zoo_files_hold_is_read(protocol, tmp_path):
     for renamed in (file.read_bytes(), file.read_bytes().replace(b"numpy._core", b"numpy.core")):
         if protocol < 4:  # whose names have no length in front of them
             file.write_bytes(renamed)
-        found = read(file)
+        found = load_weights(file)
         assert found["others"] == content["others"]
         for name in content.keys() - {"others"}:
             np.testing.assert_array_equal(found[name], content[name])
@@ -307,7 +307,7 @@ def test_text_of_python_2_is_read_as_bytes(tmp_path):
         b"I00\nS'\\x00\\x00\\x80?\\x00\\x00\\x00@'\ntbs."
     )
     file.write_bytes(pickle_of_2)
-    assert read(file)["a"].tolist() == [1.0, 2.0]
+    assert load_weights(file)["a"].tolist() == [1.0, 2.0]
 
 
 class Downloads:

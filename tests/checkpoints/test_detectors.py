@@ -35,7 +35,7 @@ from atss.checkpoints.names import mmdet_rules, rename
 
 SHAPES = json.loads((GOLDEN / "mmdet_successors_r50_shapes.json").read_text())
 # Heads whose output is another than ours: (classes, numbers, ...) as mmdet has them.
-SAID = {"vfnet": lambda found: (found["fine"].classes, found["fine"].numbers.exp())}
+SAID = {"vfnet": lambda found: (found["fine"].classes, found["fine"].box_regression.exp())}
 LOSSES = {
     "loss_box_reg": "loss_bbox",
     "loss_overlap": "loss_iou",
@@ -233,11 +233,11 @@ def test_one_detectors_weights_are_not_anothers(tmp_path):
         node = convert_as("paa", *given, config=config)
         assert (node.SUPPRESSION, node.SCORE) == ("score_vote", "sqrt")
         assert node.NORMALISER_PER_IMAGE
-        assert node.BOX_NORMALISER_LEAST < 1
+        assert node.BOX_NORMALISER_MIN < 1
     node = convert_as("paa", "--detector", "atss")
     assert (node.SUPPRESSION, node.SCORE) == ("nms", "product")
     assert not node.NORMALISER_PER_IMAGE
-    assert node.BOX_NORMALISER_LEAST == 1
+    assert node.BOX_NORMALISER_MIN == 1
 
 
 def config_for_mmdet(cfg, classes=80):

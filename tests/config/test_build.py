@@ -59,7 +59,7 @@ def test_coco_configs_have_80_classes():
 
 def test_arguments_of_the_rule_are_checked():
     assert build_assigner(make_cfg("MODEL.ATSS.ASSIGNERS.ATSS.TOP_K", 5)).top_k == 5
-    with pytest.raises(ValueError, match=r"MODEL.ATSS.ASSIGNER is 'NoSuchRule'; known are"):
+    with pytest.raises(ValueError, match=r"unknown MODEL.ATSS.ASSIGNER 'NoSuchRule': choose from"):
         build_assigner(make_cfg("MODEL.ATSS.ASSIGNER", "NoSuchRule"))
     cfg = make_cfg()
     cfg.MODEL.ATSS.ASSIGNERS.ATSS.TOPK = 3
@@ -103,7 +103,7 @@ def test_a_rule_of_ones_own(tmp_path):
     [
         (
             ("MODEL.ATSS.HEAD", "NoHead"),
-            "MODEL.ATSS.HEAD is 'NoHead'; known are \\['ATSSHead', 'TOODHead', 'VFNetHead'\\]",
+            "unknown MODEL.ATSS.HEAD 'NoHead': choose from \\['ATSSHead', 'TOODHead', 'VFNetHead'\\]",
         ),
         (
             ("MODEL.ATSS.IN_FEATURES", ["p2", "p3"]),
@@ -111,10 +111,10 @@ def test_a_rule_of_ones_own(tmp_path):
         ),
         (("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator"), "to GridAnchorGenerator, not"),
         (("MODEL.FPN.IN_FEATURES", ["res3", "res4"]), "names \\['p7'\\], but the backbone makes"),
-        (("MODEL.ATSS.ASSIGNERS.ATSS.TOP_K", 0), "ASSIGNERS.ATSS.TOP_K must be from 1 on, not 0"),
+        (("MODEL.ATSS.ASSIGNERS.ATSS.TOP_K", 0), "ASSIGNERS.ATSS.TOP_K must be >= 1, got 0"),
         (("MODEL.ATSS.NUM_CLASSES", 0), "must be positive, or -1, not 0"),
         (("MODEL.ATSS.SCORE", "cubed"), "MODEL.ATSS.SCORE is 'cubed'; known"),
-        (("MODEL.ATSS.PRECISION", "fp64"), "MODEL.ATSS.PRECISION is 'fp64'; known are"),
+        (("MODEL.ATSS.PRECISION", "fp64"), "MODEL.ATSS.PRECISION is 'fp64': choose from"),
         (("MODEL.ATSS.PRECISION", "fp16"), "fp16 needs a GPU"),
     ],
 )

@@ -161,7 +161,7 @@ def test_key_says_what_is_compiled(value, tail, network, monkeypatch):
 @pytest.mark.parametrize("value", ["head", 2, ["tail"]])
 def test_unknown_parts_are_refused(value):
     cfg = make_cfg("MODEL.ATSS.COMPILE", value)
-    sentence = r"MODEL\.ATSS\.COMPILE is .*; known are \[None, 'tail', 'all'\]"
+    sentence = r"MODEL\.ATSS\.COMPILE is .*: choose from \[None, 'tail', 'all'\]"
     for check in (lambda: check_model(cfg, training=True), lambda: build_model(cfg)):
         with pytest.raises(ValueError, match=sentence):
             check()

@@ -103,7 +103,7 @@ def test_smooth_l1_wants_deltas():
 
 @pytest.mark.parametrize("key", ["REGRESSION", "BBOX_REG_LOSS_TYPE"])
 def test_unknown_names_are_refused_with_those_that_are_known(key):
-    with pytest.raises(ValueError, match=rf"MODEL\.ATSS\.{key} is 'x'; known are \['"):
+    with pytest.raises(ValueError, match=rf"unknown MODEL\.ATSS\.{key} 'x': choose from \['"):
         build_model(make_cfg(f"MODEL.ATSS.{key}", "x"))
 
 

@@ -98,7 +98,7 @@ def test_a_finished_run_has_its_rules(tmp_path, node, expected):
     assert build_rules(load_config(tmp_path / "again.yaml")) == expected
 
 
-PAGE = r"known are .*; docs/own_assigner.md has the code of TopK$"
+PAGE = r"choose from .*; docs/own_assigner.md has the code of TopK$"
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ PAGE = r"known are .*; docs/own_assigner.md has the code of TopK$"
             {"alpha": 0.5, "ASSIGNERS": {"ATSS": {"ALPHA": 0.5}, "DDOD": {"ALPHA": 0.7}}},
             "MODEL.ATSS.ASSIGNERS.ATSS.ALPHA is an older key of DDOD, whose arguments are set as",
         ),
-        ({"alpha": 2.0}, "MODEL.ATSS.ASSIGNERS.DDOD.ALPHA must be from 0 to 1, not 2.0"),
+        ({"alpha": 2.0}, "MODEL.ATSS.ASSIGNERS.DDOD.ALPHA must be between 0 and 1, got 2.0"),
     ],
 )
 def test_what_cannot_be_read_is_one_sentence(tmp_path, node, sentence):

@@ -83,7 +83,9 @@ def test_third_parties_come_and_go(register_mine, squares, tmp_path, chosen):
     if not chosen:
         way_in.prepare(arguments)
         return
-    with pytest.raises(ValueError, match=r"ASSIGNERS\.Mine is of no ASSIGNER; known are \['ATSS'"):
+    with pytest.raises(
+        ValueError, match=r"ASSIGNERS\.Mine is of no ASSIGNER: choose from \['ATSS'"
+    ):
         way_in.prepare(arguments)
     register_mine()
     assert build_assigner(way_in.prepare(arguments)).share == 0.5

@@ -218,7 +218,7 @@ def test_every_config_of_the_paper_is_here():
 
 
 # What later papers train, on ATSS's towers.
-GIOU, ONE, SCORE = {"giou": terms.GIoU()}, terms.one, terms.score
+GIOU, ONE, SCORE = {"giou": terms.GIoULoss()}, terms.one, terms.score
 OF_ATSS = {
     "head": ATSSHead,
     "rule": (ATSS, IoU()),
@@ -257,7 +257,7 @@ WITHOUT_SUPPRESSION = (root, keep_all, 0.05, False, False)
 SUCCESSORS = {
     "PAA": {
         "rule": (PAA, IoU()),
-        "box": ({"giou": terms.GIoU(weight=1.3)}, None, 1e-6),
+        "box": ({"giou": terms.GIoULoss(weight=1.3)}, None, 1e-6),
         "quality": ("box", terms.overlap, 0.5),
         "detections": (root, ScoreVote(0.6), 0.05, True, True),
     },
@@ -301,7 +301,7 @@ SUCCESSORS = {
             "coarse": {
                 "rule": "main",
                 "class": (None, terms.overlap),
-                "box": ({"giou": terms.GIoU(weight=1.5)}, terms.overlap, 1.0),
+                "box": ({"giou": terms.GIoULoss(weight=1.5)}, terms.overlap, 1.0),
             }
         },
     },
@@ -327,7 +327,7 @@ SUCCESSORS = {
 OF_SIMILARITIES = ("ATSS_NWD", "ATSS_SimD")
 LOOKED_AT = (
     "ASSIGNER|REGRESSION|CENTERNESS|QUALITY|QUALITY_LOSS_WEIGHT|CLS_LOSS|CLS_TARGET|NORMALISER|"
-    "BBOX_REG_LOSS_TYPE|BBOX_REG_LOSS_WEIGHT|BOX_WEIGHT|BOX_NORMALISER_LEAST|SUPPRESSION|"
+    "BBOX_REG_LOSS_TYPE|BBOX_REG_LOSS_WEIGHT|BOX_WEIGHT|BOX_NORMALISER_MIN|SUPPRESSION|"
     r"THRESHOLD_ON_SCORE|RANK_ANCHORS|PHASES|BRANCHES|BRANCH\..*|HEAD|HEADS\..*|OUTPUT|"
     r"DEFORM_TOWER|INFERENCE|NUM_CONVS|ASSIGNERS\.TAL\.INSIDE"
 )

@@ -17,13 +17,13 @@ from processes import Script
 from atss import Anchors
 from atss.analysis import statistics
 from atss.assigners import ASSIGNER_REGISTRY
-from atss.data import check
-from atss.data.coco_json import FAULTY_FIELDS, find_in_json
 from atss.data.datasets import refuse_unannotated, register
-from atss.data.findings import ERROR, KINDS
-from atss.data.formats import read
 from atss.data.mapper import Mapper
 from atss.geometry import iou
+from atss.labels import check
+from atss.labels.coco import FAULTY_FIELDS, find_in_json
+from atss.labels.findings import ERROR, KINDS
+from atss.labels.formats import read_labels
 
 SOUND = Case("nothing", lambda content, root: None, "trains", "", "")
 CONFIG = str(ROOT / "configs" / "ATSS_R_18_FPN_small.yaml")
@@ -184,7 +184,7 @@ def test_a_json_from_windows_is_read(tmp_path, literal):
             broken.plain().save(tmp_path / name)
     json_file = tmp_path / "windows.json"
     json_file.write_text(json.dumps(content), encoding="utf-8-sig")
-    labels = read(str(json_file), str(tmp_path))
+    labels = read_labels(str(json_file), str(tmp_path))
     expected = names if literal else [f"images/{x}.png" for x in "abcd"]
     assert [image["file_name"] for image in labels.content["images"]] == expected
     assert check_dataset.main([str(json_file), str(tmp_path)]) == 0

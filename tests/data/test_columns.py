@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from portalocker.exceptions import LockException
 
 from atss.data import columns, datasets
-from atss.data.formats import Reading
+from atss.labels.formats import Reading
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +27,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def reads(monkeypatch):
     """Annotations that were read, in their order."""
-    done, read = [], datasets.read
-    monkeypatch.setattr(datasets, "read", lambda *x: done.append(x[0]) or read(*x))
+    done, read = [], datasets.read_labels
+    monkeypatch.setattr(datasets, "read_labels", lambda *x: done.append(x[0]) or read(*x))
     return done
 
 
@@ -210,7 +210,7 @@ def test_damaged_columns_are_written_again(file, cache, tmp_path, reads):
 def test_two_processes_at_once(locks, cache, tmp_path, reads, monkeypatch):
     """One waits while the other reads or, on a file system without locks, reads for itself."""
     source = write("json", tmp_path / "data")
-    read, others = datasets.read, []
+    read, others = datasets.read_labels, []
 
     def register_elsewhere():
         if not others:
@@ -235,7 +235,7 @@ def test_two_processes_at_once(locks, cache, tmp_path, reads, monkeypatch):
         return read(*args)
 
     monkeypatch.setattr(columns, "file_lock", Lock)
-    monkeypatch.setattr(datasets, "read", read_meanwhile)
+    monkeypatch.setattr(datasets, "read_labels", read_meanwhile)
     datasets.register(f"a={source}")
     assert DatasetCatalog.get("a") == DatasetCatalog.get("other")
     assert len(reads) == (1 if locks else 2)
@@ -243,7 +243,7 @@ def test_two_processes_at_once(locks, cache, tmp_path, reads, monkeypatch):
 
 
 def test_labels_that_change_while_they_are_read(tmp_path, monkeypatch):
-    source, read = write("json", tmp_path / "data"), datasets.read
+    source, read = write("json", tmp_path / "data"), datasets.read_labels
     file = tmp_path / "data/a.json"
 
     def read_and_change(*args):
@@ -251,7 +251,7 @@ def test_labels_that_change_while_they_are_read(tmp_path, monkeypatch):
         file.write_text(file.read_text().replace('"cat"', '"cow"'))
         return labels
 
-    monkeypatch.setattr(datasets, "read", read_and_change)
+    monkeypatch.setattr(datasets, "read_labels", read_and_change)
     with pytest.raises(ValueError, match=r"data/a\.json: the labels changed while they were read"):
         datasets.register(f"a={source}")
     datasets.register(f"a={source}")
@@ -260,7 +260,7 @@ def test_labels_that_change_while_they_are_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_labels_that_are_no_longer_recent_once_they_are_read(form, tmp_path, monkeypatch):
-    source, read = write(form, tmp_path / "data"), datasets.read
+    source, read = write(form, tmp_path / "data"), datasets.read_labels
     later = time.time_ns() + 10**10
 
     def read_for_long(*args):
@@ -268,7 +268,7 @@ def test_labels_that_are_no_longer_recent_once_they_are_read(form, tmp_path, mon
         monkeypatch.setattr(time, "time_ns", lambda: later)
         return labels
 
-    monkeypatch.setattr(datasets, "read", read_for_long)
+    monkeypatch.setattr(datasets, "read_labels", read_for_long)
     datasets.register(f"a={source}")
 
 

@@ -10,11 +10,11 @@ import pytest
 from conftest import make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
-from atss.data.check import check
 from atss.data.datasets import refuse_unannotated, register
-from atss.data.findings import ERROR
-from atss.data.formats import read
 from atss.data.mapper import Mapper
+from atss.labels.check import check
+from atss.labels.findings import ERROR
+from atss.labels.formats import read_labels
 
 TOKENS = [
     *("nan", "-1", "1e999", "null", "true", "[]", "{}", '""', "''", "0", "99999999999999999999"),
@@ -87,7 +87,7 @@ def by_training(annotations, images, cfg):
 def by_check(annotations, images):
     """What check_dataset.py reports that training stops at, or None."""
     try:
-        report = check(read(str(annotations), str(images)), [(48, 64)], filter_empty=False)
+        report = check(read_labels(str(annotations), str(images)), [(48, 64)], filter_empty=False)
     except (ValueError, OSError) as error:
         return str(error)
     said = [f for f in report.findings if f.level == ERROR or f.kind == "nothing_annotated"]

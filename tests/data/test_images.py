@@ -14,8 +14,9 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from atss.data import Mapper, datasets
-from atss.data.images import ORIENTATION, read
+from atss.data.images import read_image
 from atss.data.loader import build_train_loader, seeded
+from atss.labels.headers import ORIENTATION
 
 SIZE = (60, 40)
 
@@ -88,7 +89,7 @@ def test_mapper_reads_classes_of_pixels(tmp_path, opened):
 
 def test_prediction_opens_a_file_once(tmp_path, opened):
     file = save(tmp_path / "a.png")
-    assert read(file).shape == (*SIZE[::-1], 3)
+    assert read_image(file).shape == (*SIZE[::-1], 3)
     assert opened == [file]
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from atss.data import datasets
 from atss.data.loader import LOADER_DIED, WatchedLoader, build_train_loader, seeded
 from atss.data.mapper import Mapper, without_augmentation
-from atss.data.samplers import page, repeat_factors
+from atss.data.samplers import format_report, repeat_factors
 from atss.engine import Trainer
 from atss.engine.launch import explain
 
@@ -289,7 +289,7 @@ def test_the_table_of_classes(many):
     for image, c in zip(many["few"], (0, 2, 2), strict=False):
         image["annotations"] = [{"category_id": c}]
     factors = torch.tensor([2.5] + [1.0] * 19)
-    table = page(datasets.open_records(("few",), False), factors, {1: "one", 3: "three"})
+    table = format_report(datasets.open_records(("few",), False), factors, {1: "one", 3: "three"})
     assert table.splitlines() == [
         "A pass sees 21.5 images, of 20",
         "   images  seen a pass  factor  class",
@@ -418,7 +418,9 @@ def test_empty_images_are_left_out_unless_wanted(records):
 
 
 def test_what_cannot_be_is_said(records, be):
-    with pytest.raises(ValueError, match="SAMPLER_TRAIN is 'Best'; known are \\['TrainingSampler'"):
+    with pytest.raises(
+        ValueError, match="unknown SAMPLER_TRAIN 'Best': choose from \\['TrainingSampler'"
+    ):
         make_loader("DATALOADER.SAMPLER_TRAIN", "Best")
     be(0, 3)
     with pytest.raises(ValueError, match="IMS_PER_BATCH is 4, which 3 processes cannot share"):

@@ -111,7 +111,9 @@ def test_what_is_no_number_is_never_best(keeper, tmp_path, value):
 
 def test_a_metric_that_there_is_not(keeper):
     results = {"bbox": {"AP50": 1.0, "APl": 2.0, "AP-orange": 3.0}}
-    with pytest.raises(ValueError, match=r"does not give; known are \['bbox/AP50', 'bbox/APl'\]$"):
+    with pytest.raises(
+        ValueError, match=r"does not give: choose from \['bbox/AP50', 'bbox/APl'\]$"
+    ):
         keeper.update([(nn.Linear(1, 1), results)], 0)
 
 
@@ -538,8 +540,8 @@ def test_an_early_end_is_tested_with_several_sizes_too(squares, tmp_path, monkey
         ({"TEST.PATIENCE": 3}, "TEST.PATIENCE 3 ends training by its evaluations: it needs TEST"),
         ({"TEST.PATIENCE": 3, "TEST.EVAL_PERIOD": 2, "DATASETS.TEST": ()}, "TEST.PATIENCE 3 ends"),
         ({"TEST.PATIENCE": 3, "TEST.EVAL_PERIOD": 2, "TEST.BEST_METRIC": ""}, "TEST.PATIENCE 3"),
-        ({"TEST.PATIENCE": -1}, "TEST.PATIENCE must be from 0 on, not -1"),
-        ({"SOLVER.EMA_DECAY": 1.0}, "SOLVER.EMA_DECAY must be from 0 to 0.999999, not 1.0"),
+        ({"TEST.PATIENCE": -1}, "TEST.PATIENCE must be >= 0, got -1"),
+        ({"SOLVER.EMA_DECAY": 1.0}, "SOLVER.EMA_DECAY must be between 0 and 0.999999, got 1.0"),
     ],
 )
 def test_what_is_refused_before_training(squares, tmp_path, opts, sentence):

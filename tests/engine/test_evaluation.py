@@ -19,10 +19,10 @@ from PIL import Image
 from atss.analysis.statistics import measure
 from atss.config import build_sampling, get_config
 from atss.data import Mapper, datasets
-from atss.data.coco_json import find_in_json
-from atss.data.formats import read
 from atss.engine import Trainer
 from atss.engine.evaluation import build_evaluator
+from atss.labels.coco import find_in_json
+from atss.labels.formats import read_labels
 
 SIDE = 100  # of images that are made here
 
@@ -171,7 +171,9 @@ def voc_copy(content: dict, images: Path, folder: Path) -> str:
 )
 def test_perfect_detections_of_copies_in_every_format(register, real_data, tmp_path, source, copy):
     labels, images = (part for part in source.split(":"))
-    given = read(str(real_data / labels), str(real_data / images) if "json" in labels else images)
+    given = read_labels(
+        str(real_data / labels), str(real_data / images) if "json" in labels else images
+    )
     source = f"{real_data}/{labels}:" + (f"{real_data}/{images}" if "json" in labels else images)
     content = given.content
     if copy:
@@ -179,7 +181,7 @@ def test_perfect_detections_of_copies_in_every_format(register, real_data, tmp_p
             image["path"] = Path(given.image_dir) / image["file_name"]
             image["file_name"] = Path(image["file_name"]).name
         source = copy(content, content["images"][0]["path"].parent, tmp_path)
-        content = read(*datasets.split_source(source)).content
+        content = read_labels(*datasets.split_source(source)).content
     register(source)
     assert evaluate(content, tmp_path)["AP"] == pytest.approx(100)
 
@@ -191,7 +193,7 @@ def test_perfect_detections_of_real_splits(register, real_data, tmp_path, split)
     source = sources[folder] if folder == "bccd" else f"aquarium/{sources[folder]}"
     labels, images = f"{real_data}/{source}".split(":")
     register(f"{labels}:{images}")
-    assert evaluate(read(labels, images).content, tmp_path)["AP"] == pytest.approx(100)
+    assert evaluate(read_labels(labels, images).content, tmp_path)["AP"] == pytest.approx(100)
 
 
 def test_perfect_detections_of_files_that_failed(register, real_data, tmp_path):
@@ -211,7 +213,7 @@ def test_perfect_detections_of_files_that_failed(register, real_data, tmp_path):
         source = cases / folder / "data.yaml"
         split = "train" if "train:" in source.read_text() else "val"
         register(f"{source}:{split}")
-        content = read(str(source), split).content
+        content = read_labels(str(source), split).content
         assert evaluate(content, tmp_path / folder)["AP"] == pytest.approx(100), folder
         DatasetCatalog.remove("data")
         MetadataCatalog.remove("data")

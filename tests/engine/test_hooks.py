@@ -17,7 +17,7 @@ from test_train_net import SMALL
 import atss.engine.run as way_in
 from atss.data.mapper import Mapper
 from atss.engine import Trainer
-from atss.engine.exchange import Exchange
+from atss.engine.all_gather import ScalarAllGather
 from atss.engine.launch import launch
 from atss.engine.watch import EXIT_PREEMPTED, Watch
 
@@ -126,7 +126,7 @@ def test_a_signal_just_before_the_checkpoint_counts_ends_the_run(start, monkeypa
 
 
 def test_a_process_sends_losses_its_wait_and_its_signal():
-    exchange, losses = Exchange(lambda: 15), {"a": torch.ones(1, requires_grad=True)}
+    exchange, losses = ScalarAllGather(lambda: 15), {"a": torch.ones(1, requires_grad=True)}
     losses["b"] = losses["c"] = torch.tensor(2.0)
     for waited in (0.0, 0.25):
         exchange.send(losses)
@@ -146,7 +146,7 @@ def test_a_process_receives_what_all_send(monkeypatch):
 
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
     monkeypatch.setattr("torch.distributed.all_gather", all_gather)
-    exchange = Exchange(lambda: 0)
+    exchange = ScalarAllGather(lambda: 0)
     exchange.send({"a": torch.tensor(2.0)})
     exchange.receive()
     assert exchange.rows == [[2, 0, 0], [3, 1, 1]]
@@ -154,7 +154,7 @@ def test_a_process_receives_what_all_send(monkeypatch):
 
 def test_the_longest_wait_for_images_is_logged(monkeypatch):
     """Its own of this iteration, and that of the iteration before for the others."""
-    exchange = Exchange(lambda: 0)
+    exchange = ScalarAllGather(lambda: 0)
     exchange.names, exchange.rows = ["loss"], [[1.0, 0.875, 0], [3.0, 0.75, 0], [2.0, 0.25, 0]]
     with EventStorage() as storage:
         monkeypatch.setattr("detectron2.utils.comm.is_main_process", lambda: False)
@@ -172,7 +172,7 @@ def test_the_longest_wait_for_images_is_logged(monkeypatch):
 )
 def test_the_signal_of_any_process_decides(asked, decides):
     """Ctrl-C before others, which a launcher passes on."""
-    exchange = Exchange(lambda: 0)
+    exchange = ScalarAllGather(lambda: 0)
     exchange.rows = [[1.0, 0.0, float(number)] for number in asked]
     assert exchange.asked == decides
 

@@ -322,7 +322,7 @@ def test_what_may_be_a_bug_is_printed_with_its_traceback(tmp_path, capsys):
 
     try:
         assert "too many values" in told(bug)
-        assert "MAX_ITER must be from 1 on" in told(refused)
+        assert "MAX_ITER must be >= 1" in told(refused)
         assert told(refused, own=False) == ""
     finally:
         log.removeHandler(handler)

@@ -283,12 +283,16 @@ def test_a_recipes_patience_without_test_sets_is_silent(arguments, variant, tmp_
 def test_an_unknown_metric_is_named_first(arguments, metric):
     opts = {"TEST.EVAL_PERIOD": 2, "TEST.EVAL_EPOCHS": 0}
     sentence = said_by(arguments(**opts, **{"TEST.BEST_METRIC": metric}))
-    assert sentence.startswith(f"error: TEST.BEST_METRIC is {metric!r}; known are ['bbox/AP', 'bbo")
+    assert sentence.startswith(
+        f"error: unknown TEST.BEST_METRIC {metric!r}: choose from ['bbox/AP', 'bbo"
+    )
     for known in ("bbox/AP75", "bbox/AP-blue"):
         way_in.prepare(arguments(**opts, **{"TEST.BEST_METRIC": known}))
     forget("squares")
     one = arguments("--classes", "blue", **opts, **{"TEST.BEST_METRIC": "bbox/AP-blue"})
-    assert said_by(one).startswith("error: TEST.BEST_METRIC is 'bbox/AP-blue'; known are ['bbox/")
+    assert said_by(one).startswith(
+        "error: unknown TEST.BEST_METRIC 'bbox/AP-blue': choose from ['bbox/"
+    )
 
 
 @pytest.mark.parametrize(

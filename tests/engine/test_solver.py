@@ -61,7 +61,7 @@ def test_the_papers_optimizer_is_detectron2s():
     [
         (
             ("SOLVER.OPTIMIZER", "Adam"),
-            r"SOLVER\.OPTIMIZER is 'Adam'; known are \['AdamW', 'SGD'\]",
+            r"unknown SOLVER\.OPTIMIZER 'Adam': choose from \['AdamW', 'SGD'\]",
         ),
         (("SOLVER.BIAS_LR_FACTOR", 2.0), r"BACKBONE_LR_FACTOR and SOLVER\.BIAS_LR_FACTOR cannot"),
     ],
@@ -126,7 +126,7 @@ def test_iterations_that_are_typed_count(monkeypatch):
 
 
 def test_negative_epochs_are_refused():
-    with pytest.raises(ValueError, match=r"TEST\.EVAL_EPOCHS must be from 0 on, not -1\.0"):
+    with pytest.raises(ValueError, match=r"TEST\.EVAL_EPOCHS must be >= 0, got -1\.0"):
         complete_schedule(make_cfg("TEST.EVAL_EPOCHS", -1.0))
 
 

@@ -59,7 +59,7 @@ def inputs(device, objects=5):
 
 
 def train(rule, anchors, gt, output):
-    boxes = BoxDeltas().decode(output.numbers, anchors.boxes, anchors.stride)
+    boxes = BoxDeltas().decode(output.box_regression, anchors.boxes, anchors.stride)
     seen = Predictions(output.map(torch.Tensor.detach), boxes.detach())
     losses = Criterion()(output, boxes, anchors, gt, rule(anchors, gt, seen))
     sum(losses.values()).backward()

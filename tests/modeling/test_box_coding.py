@@ -129,7 +129,7 @@ def test_legacy_pixels_are_not_of_distributions():
 
 
 def test_refuses_weights_that_cannot_be():
-    with pytest.raises(ValueError, match="weights must be from 1e-06 to 1e"):
+    with pytest.raises(ValueError, match="weights must be between 1e-06 and 1e"):
         BoxDeltas((1, 1, 0, 1))
     with pytest.raises(ValueError, match="weights must be four numbers"):
         BoxDeltas((1, 1))

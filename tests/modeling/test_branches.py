@@ -66,7 +66,7 @@ def test_two_branches_read_two_outputs_of_a_head():
 
         def forward(self, features):
             fine = self.head(features)
-            coarse = HeadOutput(None, fine.numbers * 0.5, None)
+            coarse = HeadOutput(None, fine.box_regression * 0.5, None)
             return {"coarse": coarse, "fine": fine}
 
     model = build()
@@ -279,7 +279,7 @@ def test_a_rule_sees_what_its_own_branch_predicts():
     model([EXAMPLE])
     sizes = {name: (x.boxes[..., 2:] - x.boxes[..., :2]).mean() for name, x in seen.items()}
     assert sizes["own"] > 1.5 * sizes["main"]
-    assert seen["own"].output.numbers.mean() > seen["main"].output.numbers.mean() + 3
+    assert seen["own"].output.box_regression.mean() > seen["main"].output.box_regression.mean() + 3
 
 
 def test_branches_that_read_one_output_share_its_boxes(monkeypatch):

@@ -29,11 +29,11 @@ from atss.modeling.box_coding import BoxDeltas, Distribution, PointDistances
 from atss.modeling.criterion import Criterion
 from atss.modeling.head import flatten_levels
 from atss.modeling.terms import (
-    NWD,
     Balance,
-    DistributionFocal,
-    GIoU,
-    SmoothL1,
+    DistributionFocalLoss,
+    GIoULoss,
+    NWDLoss,
+    SmoothL1Loss,
     central,
     confidence,
     overlap,
@@ -56,18 +56,18 @@ def random_output(n: int = 2, seed: int = 0, quality: bool = True) -> HeadOutput
 
 
 def tensors(output: HeadOutput) -> list[torch.Tensor]:
-    return [output.classes, output.numbers, output.quality]
+    return [output.classes, output.box_regression, output.quality]
 
 
 def losses_of(output: HeadOutput, gt=GT, gt_index=GT_INDEX) -> dict[str, torch.Tensor]:
-    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
+    boxes = BoxDeltas().decode(output.box_regression, ANCHORS.boxes, ANCHORS.stride)
     return Criterion()(output, boxes, ANCHORS, gt, Assignment(gt_index))
 
 
 def spelled_out(output: HeadOutput) -> dict[str, float]:
     """The formulas of the paper's section 3.1, one anchor at a time, in Python's float64."""
     centres = [(4, 4), (12, 4), (4, 12), (12, 12)]
-    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride).tolist()
+    boxes = BoxDeltas().decode(output.box_regression, ANCHORS.boxes, ANCHORS.stride).tolist()
     cls = box = quality = weights = 0.0
     positives = 0
     for n in range(2):
@@ -129,7 +129,7 @@ def test_nothing_positive_gives_zero_losses_with_gradients(gt):
     sum(losses.values()).backward()
     for x in tensors(output):
         assert torch.isfinite(x.grad).all()
-    assert output.numbers.grad.abs().max() == 0
+    assert output.box_regression.grad.abs().max() == 0
 
 
 def test_no_object_of_one_class():
@@ -175,7 +175,7 @@ CRITERIA = (
 def _trained(parts, output, gt=GT, gt_index=GT_INDEX) -> tuple[dict, list[torch.Tensor]]:
     """Losses, and gradients of the outputs."""
     leaves = output.map(lambda x: x.detach().clone().requires_grad_())
-    boxes = BoxDeltas().decode(leaves.numbers, ANCHORS.boxes, ANCHORS.stride)
+    boxes = BoxDeltas().decode(leaves.box_regression, ANCHORS.boxes, ANCHORS.stride)
     losses = Criterion(**parts)(leaves, boxes, ANCHORS, gt, Assignment(gt_index))
     sum(losses.values()).backward()
     return {name: x.item() for name, x in losses.items()}, [x.grad for x in tensors(leaves)]
@@ -224,7 +224,7 @@ def test_two_processes_equal_one_on_the_union(free_port):
 def test_nothing_is_learnt_through_what_is_to_be_said():
     """Targets and weights are what the model says now: no gradient goes that way."""
     output = random_output()
-    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
+    boxes = BoxDeltas().decode(output.box_regression, ANCHORS.boxes, ANCHORS.stride)
     losses = Criterion(**CRITERIA[1])(output, boxes, ANCHORS, GT, Assignment(GT_INDEX))
     learns = {"loss_cls": 0, "loss_box_reg": 1, "loss_overlap": 2}
     for name, own in learns.items():
@@ -260,7 +260,7 @@ def test_generalised_focal_losses_spelled_out():
         *(p, left + 3 * others, Distribution(), target),
         cls_loss=QualityFocal(),
         cls_target=overlap,
-        box_terms={"giou": GIoU(), "dfl": DistributionFocal(code=Distribution())},
+        box_terms={"giou": GIoULoss(), "dfl": DistributionFocalLoss(code=Distribution())},
         box_weight=confidence,
         box_least=1.0,
     )
@@ -327,7 +327,7 @@ def test_probabilities_that_are_no_numbers_are_losses_that_are_none():
     classes = torch.full((2, 4, 3), 0.5)
     classes[0, 1, 2] = torch.nan
     classes.requires_grad_()
-    output = HeadOutput(classes, random_output().numbers.detach(), None, True)
+    output = HeadOutput(classes, random_output().box_regression.detach(), None, True)
     losses = losses_of(output)
     assert losses["loss_cls"].isnan()
     assert not losses["loss_box_reg"].isnan()
@@ -350,13 +350,13 @@ def test_a_box_that_misses_its_object_is_a_positive_all_the_same():
 def test_plain_retinanets_box_loss():
     """Smooth L1 of the deltas of positives, summed over 4 N_pos, without any weight."""
     output, coder = random_output(quality=False), BoxDeltas()
-    boxes = coder.decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
-    criterion = Criterion(box_terms={"smooth_l1": SmoothL1(code=coder, weight=1.0)})
+    boxes = coder.decode(output.box_regression, ANCHORS.boxes, ANCHORS.stride)
+    criterion = Criterion(box_terms={"smooth_l1": SmoothL1Loss(code=coder, weight=1.0)})
     losses = criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX))
     expected, positives = 0.0, 0
     for n, r in (GT_INDEX >= 0).nonzero().tolist():
         target = coder.encode(GT.boxes[GT_INDEX[n, r]], ANCHORS.boxes[r], ANCHORS.stride[r])
-        for x in (output.numbers[n, r] - target).abs().tolist():
+        for x in (output.box_regression[n, r] - target).abs().tolist():
             expected += x**2 / 0.22 if x < 0.11 else x - 0.055
         positives += 1
     assert losses["loss_box_reg"].item() == pytest.approx(expected / (4 * positives), rel=1e-5)
@@ -366,13 +366,13 @@ def test_plain_retinanets_box_loss():
 def test_deltas_of_negatives_do_not_matter():
     """However far out they are."""
     output = random_output(quality=False)
-    wild = output.numbers.detach().clone()
+    wild = output.box_regression.detach().clone()
     wild[GT_INDEX < 0] = torch.inf
-    criterion = Criterion(box_terms={"smooth_l1": SmoothL1(code=BoxDeltas())})
+    criterion = Criterion(box_terms={"smooth_l1": SmoothL1Loss(code=BoxDeltas())})
     args = (ANCHORS.boxes.expand(2, 4, 4), ANCHORS, GT, Assignment(GT_INDEX))
     tame = criterion(output, *args)["loss_box_reg"]
     torch.testing.assert_close(
-        criterion(output._replace(numbers=wild), *args)["loss_box_reg"], tame
+        criterion(output._replace(box_regression=wild), *args)["loss_box_reg"], tame
     )
 
 
@@ -382,7 +382,7 @@ def test_the_box_loss_is_a_mean_weighted_by_centerness():
     index = torch.full((2, 4), BACKGROUND)
     index[0, 0] = 0
     gt = make_gt([[3.9, 3.9, 30, 30]], [0], 2)
-    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
+    boxes = BoxDeltas().decode(output.box_regression, ANCHORS.boxes, ANCHORS.stride)
     loss = losses_of(output, gt, index)["loss_box_reg"]
     torch.testing.assert_close(loss, 2 * giou_loss(boxes[0, 0], gt.boxes[0]))
 
@@ -430,7 +430,7 @@ def test_soft_class_targets_are_refused():
 
 def test_a_score_that_a_rule_does_not_give_is_refused():
     output = random_output()
-    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
+    boxes = BoxDeltas().decode(output.box_regression, ANCHORS.boxes, ANCHORS.stride)
     criterion = Criterion(cls_loss=QualityFocal(), cls_target=score)
     with pytest.raises(ValueError, match="score of a rule that gives none"):
         criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX))
@@ -452,7 +452,7 @@ class Shapes(TorchDispatchMode):
 @pytest.mark.parametrize("cls_loss", [None, QualityFocal()])
 def test_without_a_class_loss_no_class_is_copied(cls_loss):
     output = random_output()
-    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
+    boxes = BoxDeltas().decode(output.box_regression, ANCHORS.boxes, ANCHORS.stride)
     with Shapes() as shapes:
         criterion = Criterion(cls_loss=cls_loss, cls_target=overlap, quality=overlap)
         criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX))
@@ -576,7 +576,7 @@ def matched_of(output, assignment):
         seen.append(matched)
         return matched.positive.float()
 
-    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
+    boxes = BoxDeltas().decode(output.box_regression, ANCHORS.boxes, ANCHORS.stride)
     Criterion(cls_loss=QualityFocal(), cls_target=look)(output, boxes, ANCHORS, GT, assignment)
     return seen[0]
 
@@ -587,7 +587,7 @@ def test_what_parts_see():
     assert torch.equal(matched.target_boxes[0, 2], ANCHORS.boxes[2])
     assert torch.equal(matched.boxes[0, 2], ANCHORS.boxes[2])
     assert matched.target_classes[0, :2].tolist() == [1, 0]
-    assert matched.output.numbers[0, 2].abs().sum() == 0
+    assert matched.output.box_regression[0, 2].abs().sum() == 0
     assert matched.output.classes[1, 0].abs().sum() == 0
     assert matched.anchors.stride.tolist() == [8] * 4
     assert score(matched)[0].tolist() == [0.25, 0.25, 0, 0]
@@ -602,7 +602,7 @@ def test_probabilities_are_no_logits():
 
 def losses_with(assignment=None, **parts):
     output = random_output()
-    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
+    boxes = BoxDeltas().decode(output.box_regression, ANCHORS.boxes, ANCHORS.stride)
     assignment = assignment or Assignment(GT_INDEX)
     losses = Criterion(**parts)(output, boxes, ANCHORS, GT, assignment)
     return {name: x.item() for name, x in losses.items()}
@@ -682,7 +682,7 @@ def test_every_loss_of_an_anchor_has_the_weight_of_its_level():
 
 def test_terms_act_together_each_with_its_weight():
     plain = losses_with()
-    both = losses_with(box_terms={"giou": GIoU(weight=1.0), "again": GIoU(weight=0.25)})
+    both = losses_with(box_terms={"giou": GIoULoss(weight=1.0), "again": GIoULoss(weight=0.25)})
     assert both["loss_box_reg"] == pytest.approx(plain["loss_box_reg"] / 2)
     assert both["loss_again"] == pytest.approx(plain["loss_box_reg"] / 8)
 
@@ -735,8 +735,8 @@ def test_branches_share_what_a_level_weight_counts():
 def test_boxes_may_be_compared_by_nwd(arguments, constant):
     """2 (1 - NWD), and nothing else about them changes. The default is AI-TOD's mean side."""
     output = random_output()
-    boxes = BoxDeltas().decode(output.numbers, ANCHORS.boxes, ANCHORS.stride)
-    found = losses_with(box_terms={"nwd": NWD(**arguments)}, box_weight=one_for_all)
+    boxes = BoxDeltas().decode(output.box_regression, ANCHORS.boxes, ANCHORS.stride)
+    found = losses_with(box_terms={"nwd": NWDLoss(**arguments)}, box_weight=one_for_all)
     expected = 0.0
     for n, r in (GT_INDEX >= 0).nonzero().tolist():
         (a1, b1, a2, b2), (x1, y1, x2, y2) = (
@@ -768,15 +768,15 @@ def test_a_criterion_may_lack_classes_or_boxes_but_not_all():
 
 
 def test_a_box_term_without_a_weight_counts_once():
-    once = losses_with(box_terms={"function": lambda matched: GIoU()(matched)})
-    assert GIoU().weight == 2
+    once = losses_with(box_terms={"function": lambda matched: GIoULoss()(matched)})
+    assert GIoULoss().weight == 2
     assert losses_with()["loss_box_reg"] == pytest.approx(2 * once["loss_box_reg"])
 
 
 @pytest.mark.parametrize("name", ["cls", "box_reg", "centerness"])
 def test_a_box_term_has_a_name_of_its_own(name):
     with pytest.raises(ValueError, match=f"a box term cannot be called '{name}'"):
-        Criterion(box_terms={"giou": GIoU(), name: GIoU()})
+        Criterion(box_terms={"giou": GIoULoss(), name: GIoULoss()})
 
 
 @pytest.mark.parametrize(

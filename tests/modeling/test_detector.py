@@ -301,7 +301,9 @@ def test_rules_see_predictions_without_their_gradient():
     model.branches = nn.ModuleDict({"main": Branch(Phase(rule, Criterion(box_weight=score)))})
     losses = model([make_input(BOX, [0])])
     output, boxes = seen[0]
-    assert not any(x.requires_grad for x in (output.classes, output.numbers, output.quality, boxes))
+    assert not any(
+        x.requires_grad for x in (output.classes, output.box_regression, output.quality, boxes)
+    )
     losses["loss_box_reg"].backward()
     assert model.head.ctrness.weight.grad is None or (model.head.ctrness.weight.grad == 0).all()
 

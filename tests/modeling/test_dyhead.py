@@ -243,7 +243,7 @@ def test_what_a_tower_cannot_be():
         build_model(make_cfg(*TOWER, "MODEL.FPN.OUT_CHANNELS", 40, "MODEL.ATSS.NORM", ""))
     with pytest.raises(ValueError, match="has none to be deformable"):
         build_model(make_cfg(*TOWER, "MODEL.ATSS.DEFORM_TOWER", "v2"))
-    with pytest.raises(ValueError, match=r"TOWERS.dynamic.NUM_BLOCKS must be from 1 on, not 0"):
+    with pytest.raises(ValueError, match=r"TOWERS.dynamic.NUM_BLOCKS must be >= 1, got 0"):
         build_model(make_cfg(*TOWER[:-1], 0))
-    with pytest.raises(ValueError, match=r"HEADS.ATSSHead.TOWER is 'static'; known are"):
+    with pytest.raises(ValueError, match=r"unknown HEADS.ATSSHead.TOWER 'static': choose from"):
         build_model(make_cfg("MODEL.ATSS.HEADS.ATSSHead.TOWER", "static"))

@@ -49,10 +49,10 @@ def test_each_level_has_its_scale():
     with torch.no_grad():
         head.scales[1].scale.fill_(3)
     maps = features(1)
-    scaled = head(maps).numbers
+    scaled = head(maps).box_regression
     with torch.no_grad():
         head.scales[1].scale.fill_(1)
-    plain = head(maps).numbers
+    plain = head(maps).box_regression
     torch.testing.assert_close(scaled[:, :24], plain[:, :24])
     torch.testing.assert_close(scaled[:, 24:], 3 * plain[:, 24:])
 
@@ -65,9 +65,9 @@ def test_boxes_are_predicted_in_float32_under_autocast():
         output = head(maps)
         feature = head.bbox_subnet(maps[0])
     assert output.classes.dtype == torch.bfloat16
-    assert output.numbers.dtype == torch.float32
+    assert output.box_regression.dtype == torch.float32
     expected = flatten_levels([head.bbox_pred(feature.float())], 4)
-    torch.testing.assert_close(output.numbers[:, : expected.shape[1]], expected)
+    torch.testing.assert_close(output.box_regression[:, : expected.shape[1]], expected)
     assert not torch.allclose(expected.bfloat16().float(), expected)  # the test could see it
 
 
@@ -134,9 +134,9 @@ def test_quality_from_distributions_multiplies_class_probabilities():
     output, logits = head(maps), plain(maps)
     assert output.probabilities
     assert output.quality is None
-    quality = head.box_quality(logits.numbers).sigmoid()
+    quality = head.box_quality(logits.box_regression).sigmoid()
     torch.testing.assert_close(output.classes, logits.classes.sigmoid() * quality[..., None])
-    assert torch.equal(output.numbers, logits.numbers)
+    assert torch.equal(output.box_regression, logits.box_regression)
     output.classes.sum().backward()
     assert head.bbox_pred.weight.grad.abs().max() > 0
     assert abs(head.box_quality.hidden.weight.std().item() - 0.01) < 1e-3
@@ -144,7 +144,7 @@ def test_quality_from_distributions_multiplies_class_probabilities():
         output, logits = head(maps), plain(maps)
     assert output.classes.dtype == torch.float32
     assert logits.classes.dtype == torch.bfloat16
-    quality = head.box_quality(logits.numbers).sigmoid()
+    quality = head.box_quality(logits.box_regression).sigmoid()
     expected = logits.classes.float().sigmoid() * quality[..., None]
     torch.testing.assert_close(output.classes, expected)
 
@@ -174,7 +174,7 @@ def test_a_level_too_small_for_its_norm_names_the_key(channels):
 
 
 def test_refuses_an_unknown_tower():
-    with pytest.raises(ValueError, match="centerness is 'corner'; known are"):
+    with pytest.raises(ValueError, match="centerness is 'corner': choose from"):
         ATSSHead(**HEAD, centerness="corner")
 
 
@@ -190,7 +190,7 @@ def test_last_convolution_of_each_tower_may_be_deformable(version):
 
 
 def test_refuses_an_unknown_version():
-    with pytest.raises(ValueError, match="deform is 'v3'; known are"):
+    with pytest.raises(ValueError, match="deform is 'v3': choose from"):
         ATSSHead(**HEAD, deform="v3")
     with pytest.raises(ValueError, match="tower without convolutions"):
         ATSSHead(**{**HEAD, "num_convs": 0}, deform="v1")
@@ -208,7 +208,7 @@ def test_predictors_run_together_as_they_would_alone(tower):
     source = box_feature if tower == "box" else cls_feature
     for ours, alone in (
         (output.classes, head.cls_score(cls_feature)),
-        (output.numbers, head.bbox_pred(box_feature)),
+        (output.box_regression, head.bbox_pred(box_feature)),
         (output.quality[..., None], head.ctrness(source)),
     ):
         torch.testing.assert_close(ours, alone.flatten(2).transpose(1, 2))
@@ -239,9 +239,13 @@ def test_statistics_over_a_batch_are_of_a_level(norm):
             trained = head.train()(maps)
         evaluated = head.eval()(maps)
     # Of the running variance, n / (n - 1) of the batch's; the coarse level has 8 pixels.
-    torch.testing.assert_close(evaluated.numbers[:, :24], trained.numbers[:, :24], rtol=0.1, atol=1)
-    torch.testing.assert_close(evaluated.numbers[:, 24:], trained.numbers[:, 24:], rtol=0.1, atol=2)
-    assert trained.numbers.abs().mean() > 5
+    torch.testing.assert_close(
+        evaluated.box_regression[:, :24], trained.box_regression[:, :24], rtol=0.1, atol=1
+    )
+    torch.testing.assert_close(
+        evaluated.box_regression[:, 24:], trained.box_regression[:, 24:], rtol=0.1, atol=2
+    )
+    assert trained.box_regression.abs().mean() > 5
 
 
 def test_group_norm_knows_no_levels():
@@ -259,7 +263,7 @@ def test_norms_of_levels_know_the_other_processes(norm, tmp_path):
             patch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
             head, maps = ATSSHead(**HEAD | {"norm": norm}), features(2)
             losses = head.train()(maps)
-            losses.numbers.sum().backward()
+            losses.box_regression.sum().backward()
     finally:
         torch.distributed.destroy_process_group()
     before = head.eval()(maps).classes

@@ -18,7 +18,7 @@ HEADS = (
     "ATSS_R_50_FPN_1x",
     *(f"successors/{x}_R_50_FPN_1x" for x in ("ATSS_DyHead", "GFLv2", "TOOD", "VFNet", "DDOD")),
 )
-ALONE = {"ASSIGNER": "POTO", "BOX_NORMALISER_LEAST": 1.0}
+ALONE = {"ASSIGNER": "POTO", "BOX_NORMALISER_MIN": 1.0}
 DUAL = {"OWN_HEAD": True, "DETACHED": True, "ASSIGNER": "TAL"}
 ONE_OF_TAL = {"ASSIGNERS": {"TAL": {"TOP_K": 1, "INSIDE": "before"}}}
 # A head of two outputs wants two branches once more.

@@ -194,8 +194,8 @@ def test_a_head_that_decodes_by_a_code_within(register):
 
         def forward(self, features):
             output, anchors = super().forward(features), self.anchor_generator.grid(features)
-            boxes = self.inner_code.decode(output.numbers, anchors.boxes, anchors.stride)
-            return output._replace(numbers=boxes / anchors.stride[:, None])
+            boxes = self.inner_code.decode(output.box_regression, anchors.boxes, anchors.stride)
+            return output._replace(box_regression=boxes / anchors.stride[:, None])
 
     keys = {"num_convs": "NUM_CONVS"}
     register(modeling.HEAD_REGISTRY, Decoding, keys=keys, parts={"inner_code": modeling.BOX_CODES})

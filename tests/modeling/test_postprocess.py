@@ -123,7 +123,7 @@ def test_probabilities_are_no_logits():
 def test_clips_to_the_image_before_suppression():
     """[32, 48] and [37, 53] share 11 of 21 pixels, but 11 of 16 in an image of 48 pixels."""
     output = output_of({(2, 0): 2.0, (3, 0): 1.0})
-    output.numbers[0, 3, 0] = -10 * 11 / 16
+    output.box_regression[0, 3, 0] = -10 * 11 / 16
     assert len(detect(output, image_size=(64, 64))) == 2
     assert len(detect(output, image_size=(64, 48))) == 1
     assert detect(output, image_size=(10, 40)).pred_boxes.tensor.amax(dim=0).tolist()[2:] == [

@@ -60,7 +60,7 @@ def test_first_boxes_begin_as_wide_as_their_anchors():
     assert {*found} == {"coarse", "fine"}
     assert found["coarse"].classes is None
     for output in found.values():
-        distances = output.numbers.exp()[0]
+        distances = output.box_regression.exp()[0]
         torch.testing.assert_close(distances[:24], torch.full((24, 4), 64.0))
         torch.testing.assert_close(distances[24:], torch.full((6, 4), 128.0))
 
@@ -78,11 +78,11 @@ def test_what_the_finer_box_and_classes_teach_the_first():
         gradient = head.bbox_pred.weight.grad
         return torch.zeros(1) if gradient is None else gradient
 
-    for of in (lambda found: found["fine"].numbers, lambda found: found["fine"].classes):
+    for of in (lambda found: found["fine"].box_regression, lambda found: found["fine"].classes):
         assert learnt(0.0, of).abs().max() == 0
         torch.testing.assert_close(learnt(1.0, of), 10 * learnt(0.1, of), rtol=1e-3, atol=1e-6)
         assert learnt(1.0, of).abs().max() > 0
-    assert learnt(0.0, lambda found: found["coarse"].numbers).abs().max() > 0
+    assert learnt(0.0, lambda found: found["coarse"].box_regression).abs().max() > 0
 
 
 def test_points_of_a_large_first_box_are_where_its_sides_are(monkeypatch):
@@ -107,7 +107,7 @@ def test_the_finer_box_multiplies_the_first():
         head.refine_pred.weight.zero_()
         head.refine_pred.bias.fill_(1.0)
         found = head(features(2))
-    torch.testing.assert_close(found["fine"].numbers, found["coarse"].numbers + 1)
+    torch.testing.assert_close(found["fine"].box_regression, found["coarse"].box_regression + 1)
 
 
 def test_vfnets_boxes_are_predicted_in_float32_under_autocast():
@@ -127,9 +127,9 @@ def test_extreme_boxes_have_finite_gradients(bias):
         torch.nn.init.constant_(head.bbox_pred.bias, bias)
         found = head(features(1))
         outputs = found.values() if isinstance(found, dict) else [found]
-        sum(x.numbers.sum() for x in outputs).backward()
+        sum(x.box_regression.sum() for x in outputs).backward()
         for output in outputs:
-            assert torch.isfinite(output.numbers).all()
+            assert torch.isfinite(output.box_regression).all()
         gradients = [p.grad for p in head.parameters() if p.grad is not None]
         assert all(torch.isfinite(x).all() for x in gradients)
 
@@ -239,7 +239,9 @@ def test_tood_begins_with_boxes_around_their_locations(arguments, bias, sides):
         output = head(features(1))
     assert output.probabilities
     assert output.quality is None
-    box = output.numbers[0, 6 + 2]  # second row, third column of the first level, around (2.5, 1.5)
+    box = output.box_regression[
+        0, 6 + 2
+    ]  # second row, third column of the first level, around (2.5, 1.5)
     assert box.tolist() == pytest.approx(
         [2.5 - sides[0], 1.5 - sides[1], 2.5 + sides[0], 1.5 + sides[1]], rel=1e-5
     )
@@ -280,7 +282,7 @@ def test_toods_scale_multiplies_distances():
         head.bbox_pred.weight.zero_()
         head.bbox_alignment[-1].weight.zero_()
         head.scales[1].scale.fill_(3.0)
-        box = head(maps).numbers[0, 24]
+        box = head(maps).box_regression[0, 24]
     assert box.tolist() == pytest.approx([0.5 - 3, 0.5 - 3, 0.5 + 3, 0.5 + 3])
 
 
@@ -292,14 +294,14 @@ def test_tood_in_half_the_bits():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = head(features(1))
     assert {*seen} == {torch.float32}
-    assert output.classes.dtype == output.numbers.dtype == torch.float32
+    assert output.classes.dtype == output.box_regression.dtype == torch.float32
 
 
 @pytest.mark.parametrize("norm", ["", "BN"])
 def test_tood_with_other_norms_trains(norm):
     head = tood(norm=norm).train()
     output = head(features(2))
-    (output.classes.sum() + output.numbers.sum()).backward()
+    (output.classes.sum() + output.box_regression.sum()).backward()
     assert all(torch.isfinite(p.grad).all() for p in head.parameters())
 
 
@@ -315,7 +317,7 @@ def test_the_first_convolutions_of_the_stack_may_be_deformable():
     assert isinstance(head.stack[1][0], torch.nn.Conv2d)
     head(features(1)).classes.sum().backward()
     assert head.stack[0][0].offset.weight.grad.abs().max() > 0
-    with pytest.raises(ValueError, match="num_deform must be from 0 to 2"):
+    with pytest.raises(ValueError, match="num_deform must be between 0 and 2"):
         tood(num_deform=3)
 
 

@@ -298,7 +298,7 @@ def test_each_weight_vouches_for_one():
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("resnet18.typo", r"Invalid pretrained tag .*known are \[.*'a1_in1k'"),
+        ("resnet18.typo", r"Invalid pretrained tag .*choose from \[.*'a1_in1k'"),
         ("inception_v4", r"of an image of 352 x 352, inception_v4 makes maps of \[\(41, 41\)"),
         ("maxvit_tiny_tf_224", r"does not take images of any size, such as 352 x 352: height"),
     ],

@@ -220,7 +220,7 @@ def test_a_detector_with_a_view_like_the_plain_one_finds_what_it_finds_alone():
     ("opts", "sentence"),
     [
         (("MODEL.ATSS.TTA.SIZE_RANGES", [[0, 1]]), "has 1 ranges for the 2 sizes"),
-        (("MODEL.ATSS.TTA.MERGE", "mean"), "MODEL.ATSS.TTA.MERGE is 'mean'; known are"),
+        (("MODEL.ATSS.TTA.MERGE", "mean"), "unknown MODEL.ATSS.TTA.MERGE 'mean': choose from"),
     ],
 )
 def test_impossible_configs_stop_with_a_sentence(opts, sentence):

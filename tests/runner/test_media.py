@@ -19,7 +19,7 @@ def test_needs_neither_torch_nor_detectron2():
 def test_draws_on_a_copy_in_the_colour_of_the_class():
     image = np.full((120, 160, 3), 90, np.uint8)
     boxes = np.array([[20.2, 40.0, 80.0, 100.4], [100, 5, 155, 60]], np.float32)
-    drawn = media.draw(image, boxes, [1, 11], ["ant 90%", "bee 80%"])
+    drawn = media.draw_boxes(image, boxes, [1, 11], ["ant 90%", "bee 80%"])
     assert (image == 90).all()
     for x, y in ((20, 70), (80, 70), (50, 100), (100, 40), (155, 40)):  # on a side of a box
         assert tuple(drawn[y, x]) == media.COLOURS[1]
@@ -31,7 +31,7 @@ def test_draws_on_a_copy_in_the_colour_of_the_class():
 
 def test_nothing_found_is_the_image():
     image = np.random.default_rng(0).integers(0, 255, (50, 60, 3), np.uint8)
-    assert (media.draw(image, np.zeros((0, 4)), [], []) == image).all()
+    assert (media.draw_boxes(image, np.zeros((0, 4)), [], []) == image).all()
 
 
 def test_batches_are_lists_of_up_to_so_many():

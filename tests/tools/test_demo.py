@@ -19,9 +19,9 @@ from detectron2.modeling import build_model
 from PIL import Image
 from pycocotools.coco import COCO
 
+from atss.analysis import digits
 from atss.analysis.pictures import image_ids
-from atss.data import digits
-from atss.data.folders import SUFFIXES
+from atss.labels.folders import SUFFIXES
 from atss.predictor import Predictor
 from atss_runner import media
 
@@ -286,7 +286,7 @@ def test_images_of_training_are_found(tmp_path):
 
 @pytest.mark.parametrize("threshold", ["nan", "1.5", "40", "-0.1"])
 def test_a_threshold_is_a_probability(run, squares, threshold):
-    said = f"error: --score-threshold must be from 0 to 1, not {float(threshold)}"
+    said = f"error: --score-threshold must be between 0 and 1, got {float(threshold)}"
     with pytest.raises(SystemExit, match=f"^{re.escape(said)}$"):
         run(squares / "images", threshold=threshold)
 

@@ -186,7 +186,7 @@ def parts(case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
         output = predictions.map(lambda x: x.detach().float().requires_grad_())
         anchors = model.anchor_generator.grid(features)
         gt = GroundTruth.from_instances(instances).to(device)
-        boxes = model.box_coder.decode(output.numbers, anchors.boxes, anchors.stride)
+        boxes = model.box_coder.decode(output.box_regression, anchors.boxes, anchors.stride)
         watch.lap("decoding")
         seen = Predictions(output.map(torch.Tensor.detach), boxes.detach())
         branch = model.branches[model.inference].phases[-1]

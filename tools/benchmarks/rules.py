@@ -164,7 +164,7 @@ def paa_costs(anchors: Anchors, gt: GroundTruth, seen: Predictions) -> torch.Ten
     output = seen.output.map(lambda x: x[image, index].double())
     targets = one_hot(gt.classes[owner], NUM_CLASSES).double()
     cost = Focal()(output.probability(), output.cross_entropy(targets), targets).sum(dim=1)
-    cost += 1.3 * giou_loss(output.numbers, gt.boxes[owner].double())
+    cost += 1.3 * giou_loss(output.box_regression, gt.boxes[owner].double())
     rows = []
     for g in owner.unique():
         levels = (cost[(owner == g) & (level == i)] for i in range(len(anchors.strides)))

@@ -16,8 +16,8 @@ from detectron2.modeling import build_model
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from atss.analysis.digits import FEW, make_digits
 from atss.config import get_config_file
-from atss.data.digits import FEW, make_digits
 
 from .setting import ROOT, Finding, Setting
 

@@ -13,7 +13,7 @@ import torch
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
-from .parts import WrongValue, within
+from .errors import UserError, WrongValue, check_range
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Anchors:
             offset: position of the first centre, in strides.
         """
         if len(sizes) != len(strides):
-            raise ValueError(f"{len(sizes)} level sizes for {len(strides)} strides")
+            raise UserError(f"{len(sizes)} level sizes for {len(strides)} strides")
         boxes = []
         for (height, width), stride in zip(sizes, strides, strict=True):
             x = (torch.arange(width, dtype=torch.float32, device=device) + offset) * stride
@@ -197,8 +197,8 @@ class GridAnchorGenerator(nn.Module):
         offset: float = 0.5,
     ):
         super().__init__()
-        within("scales", scales, 1e-6, 1e6)
-        within("ratios", ratios, 1e-6, 1e6)
+        check_range("scales", scales, 1e-6, 1e6)
+        check_range("ratios", ratios, 1e-6, 1e6)
         if not 0 <= offset < 1:
             raise WrongValue("offset", f"must be at least 0 and less than 1, not {offset}")
         self.strides, self.scales, self.ratios = tuple(strides), tuple(scales), tuple(ratios)

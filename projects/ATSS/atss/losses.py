@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .deprecated import renamed_names
+from .errors import check_range
 from .geometry import intersection_union, normalised_wasserstein
-from .parts import Parts, within
+
+__getattr__ = renamed_names(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class Focal:
     hard_targets: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        within("alpha", self.alpha, 0, 1)
-        within("gamma", self.gamma, 0, 1e3)
+        check_range("alpha", self.alpha, 0, 1)
+        check_range("gamma", self.gamma, 0, 1e3)
 
     def __call__(self, probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
         """
@@ -61,7 +64,7 @@ class QualityFocal:
     gamma: float = 2.0
 
     def __post_init__(self) -> None:
-        within("gamma", self.gamma, 0, 1e3)
+        check_range("gamma", self.gamma, 0, 1e3)
 
     def __call__(self, probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
         """The loss of each element; arguments as of :class:`Focal`, targets from 0 to 1."""
@@ -82,8 +85,8 @@ class Varifocal:
     gamma: float = 2.0
 
     def __post_init__(self) -> None:
-        within("alpha", self.alpha, 0, 1e3)
-        within("gamma", self.gamma, 0, 1e3)
+        check_range("alpha", self.alpha, 0, 1e3)
+        check_range("gamma", self.gamma, 0, 1e3)
 
     def __call__(self, probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
         """The loss of each element; arguments as of :class:`Focal`, targets from 0 to 1."""
@@ -104,7 +107,7 @@ class Matchability:
     gamma: float = 1.5
 
     def __post_init__(self) -> None:
-        within("gamma", self.gamma, 0, 1e3)
+        check_range("gamma", self.gamma, 0, 1e3)
 
     def target_of(self, cls_target: Tensor) -> Tensor:
         """What positives of class targets from 0 to 1 are to say: more than 0."""
@@ -119,13 +122,6 @@ def _power(base: Tensor, exponent: float) -> Tensor:
     if 0 < exponent < 1:  # the slope of such a power is infinite at 0, of a saturated logit
         base = base.clamp(min=torch.finfo(base.dtype).tiny)
     return base**exponent
-
-
-CLS_LOSSES = Parts("CLS_LOSS", ("num_classes",), "CLS_LOSSES", optional=True)
-CLS_LOSSES.register(
-    Focal, name="focal", keys={"alpha": "FOCAL_LOSS_ALPHA", "gamma": "FOCAL_LOSS_GAMMA"}
-)
-CLS_LOSSES.add(quality_focal=QualityFocal, varifocal=Varifocal, matchability=Matchability)
 
 
 def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:

@@ -7,7 +7,7 @@ from torch import nn
 
 from .checkpoints.checkpointer import SafeCheckpointer
 from .config import use_available_device
-from .config.read import get_config, get_config_file
+from .config.files import get_config, get_config_file
 
 __all__ = ["PUBLISHED", "Published", "get", "get_config", "get_config_file"]
 

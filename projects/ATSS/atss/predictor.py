@@ -24,8 +24,10 @@ from .config import (
     use_available_device,
 )
 from .config.checks import lookup
-from .data.images import HIGH_DEPTH, read, too_thin
+from .data.images import read_image
 from .data.mapper import single
+from .errors import UserError
+from .labels.headers import HIGH_DEPTH, too_thin
 from .structures import Predictions
 
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -127,7 +129,7 @@ class Predictor:
         """
         inputs = self._inputs(images)
         if not inputs:
-            raise ValueError("at_anchors needs an image, got none")
+            raise UserError("at_anchors needs an image, got none")
         output, boxes = self.model.predict(inputs)
         return Predictions(output.map(torch.Tensor.cpu), boxes.cpu())
 
@@ -160,7 +162,7 @@ def _as_bgr(image: Any, name: str, size: tuple[int, int]) -> np.ndarray:
         size: (shorter side, longest side) to which it is to be resized.
     """
     if isinstance(image, str | os.PathLike):
-        return read(os.fspath(image), [size])
+        return read_image(os.fspath(image), [size])
     if isinstance(image, Image.Image):
         image = _of_pillow(image, name)
     is_uint8 = isinstance(image, np.ndarray) and image.dtype == np.uint8
@@ -172,7 +174,7 @@ def _as_bgr(image: Any, name: str, size: tuple[int, int]) -> np.ndarray:
             "a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a list of these"
         )
     if thin := too_thin(image.shape[1::-1], [size]):
-        raise ValueError(f"{name} {thin}")
+        raise UserError(f"{name} {thin}")
     image = image.reshape(*image.shape[:2], -1)
     return image[:, :, :3] if image.shape[2] > 1 else image.repeat(3, axis=2)
 
@@ -186,6 +188,4 @@ def _of_pillow(image: Image.Image, name: str) -> np.ndarray:
         image.load()  # so that damage is an error: the search for an EXIF passes over it
         return convert_PIL_to_numpy(_apply_exif_orientation(image), "BGR")
     except Exception as error:  # Pillow raises errors of many types
-        raise ValueError(
-            f"cannot read {name}, a PIL image of mode {image.mode}: {error}"
-        ) from error
+        raise UserError(f"cannot read {name}, a PIL image of mode {image.mode}: {error}") from error

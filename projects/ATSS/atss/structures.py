@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from .anchors import Anchors
 from .deprecated import warn
+from .errors import UserError
 
 if TYPE_CHECKING:
     from detectron2.structures import Instances
@@ -84,11 +85,11 @@ class GroundTruth:
             object.__setattr__(self, name, getattr(self, name).long())
         count = len(self.boxes)
         if self.boxes.shape != (count, 4):
-            raise ValueError(f"boxes must be (G, 4), got {tuple(self.boxes.shape)}")
+            raise UserError(f"boxes must be (G, 4), got {tuple(self.boxes.shape)}")
         for name in ("classes", "image_index"):
             if getattr(self, name).shape != (count,):
                 shape = tuple(getattr(self, name).shape)
-                raise ValueError(
+                raise UserError(
                     f"{name} must be ({count},) as there are {count} boxes, got {shape}"
                 )
         # Only where looking is free: on a GPU it would make the host wait.
@@ -96,10 +97,10 @@ class GroundTruth:
             finite = torch.isfinite(self.boxes).all(dim=1)
             if not finite.all():
                 bad = int(finite.logical_not().nonzero()[0])
-                raise ValueError(f"box {bad} is not finite: {self.boxes[bad].tolist()}")
+                raise UserError(f"box {bad} is not finite: {self.boxes[bad].tolist()}")
             low, high = int(self.image_index.min()), int(self.image_index.max())
             if low < 0 or high >= self.num_images:
-                raise ValueError(
+                raise UserError(
                     f"image_index runs from {low} to {high}, but there are {self.num_images} images"
                 )
 
@@ -132,15 +133,21 @@ class HeadOutput(NamedTuple):
     Attributes:
         classes: (N, R, K) logits, or probabilities where it says so; None where other outputs of
             the head have them.
-        numbers: (N, R, D) boxes as the box code writes them.
+        box_regression: (N, R, D) encoded boxes, see :mod:`atss.modeling.box_coding`.
         quality: (N, R) logits of the quality branch, or None where the head has none.
         probabilities: whether classes are probabilities.
     """
 
     classes: Tensor | None
-    numbers: Tensor
+    box_regression: Tensor
     quality: Tensor | None
     probabilities: bool = False
+
+    @property
+    def numbers(self) -> Tensor:
+        """Deprecated: box_regression."""
+        warn("HeadOutput.numbers", "HeadOutput.box_regression")
+        return self.box_regression
 
     def at(self, index: int | slice) -> HeadOutput:
         """Of some images, or of one without N; of that, of some anchors."""
@@ -150,7 +157,7 @@ class HeadOutput(NamedTuple):
         """What a function makes of each tensor."""
         return HeadOutput(
             None if self.classes is None else function(self.classes),
-            function(self.numbers),
+            function(self.box_regression),
             None if self.quality is None else function(self.quality),
             self.probabilities,
         )
@@ -158,13 +165,13 @@ class HeadOutput(NamedTuple):
     def probability(self) -> Tensor:
         """(N, R, K) of the classes."""
         if self.classes is None:
-            raise ValueError("an output without classes detects nothing")
+            raise UserError("an output without classes detects nothing")
         return self.classes if self.probabilities else self.classes.sigmoid()
 
     def confidence(self) -> Tensor:
         """(N, R) highest class probability."""
         if self.classes is None:
-            raise ValueError("an output without classes has no confidence")
+            raise UserError("an output without classes has no confidence")
         best = self.classes.amax(dim=-1)
         return best if self.probabilities else best.sigmoid()
 

@@ -23,6 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+from .deprecated import renamed_names
+
+__getattr__ = renamed_names(__name__)
+
 
 class WeightsError(ValueError):
     """Says in one sentence which file is at fault, and how."""
@@ -34,7 +38,7 @@ KEYS = ("model", "state_dict")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
-def read(path: str | Path, mmap: bool = False) -> Any:
+def load_weights(path: str | Path, mmap: bool = False) -> Any:
     """The content of a file, on the CPU: a pickle of arrays, dictionaries, lists, strings and
     numbers if its name ends in .pkl, as in Detectron2's model zoo; tensors if it ends in
     .safetensors; else what torch.save wrote.

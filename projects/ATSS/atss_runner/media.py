@@ -134,7 +134,7 @@ class Film:
         return cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
 
 
-def draw(
+def draw_boxes(
     image: np.ndarray, boxes: np.ndarray, classes: Sequence[int] | np.ndarray, labels: Sequence[str]
 ) -> np.ndarray:
     """A copy of the image with boxes and labels on it.

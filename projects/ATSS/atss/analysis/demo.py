@@ -7,7 +7,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from ..data.digits import Recipe, make_digits
+from ..analysis.digits import Recipe, make_digits
 from ..engine import Trainer
 from ..engine.launch import keep_tracebacks_to_the_file
 from ..engine.run import make_parser, prepare

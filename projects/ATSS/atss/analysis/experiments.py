@@ -17,6 +17,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 from tqdm import tqdm
 
+from ..analysis.digits import ABLATION, make_digits
 from ..config import (
     complete_classes,
     config_names,
@@ -25,9 +26,9 @@ from ..config import (
     use_available_device,
 )
 from ..data.datasets import register
-from ..data.digits import ABLATION, make_digits
 from ..engine import Trainer
 from ..engine.writers import strict
+from ..errors import UserError
 
 # Chosen before any result was seen.
 PRIMARY = (
@@ -117,7 +118,7 @@ def run_all(rows: list[str], seeds: int, output: Path, opts: list[str]) -> dict:
                 continue
             result = _read_result(done)
             if result["config"] != cfg.dump():
-                raise ValueError(f"{folder} holds a run of another config: choose another --output")
+                raise UserError(f"{folder} holds a run of another config: choose another --output")
             results[row][seed] = result["metrics"]
     if len(wanted) < seeds * len(rows):
         print(f"{seeds * len(rows) - len(wanted)} runs are in {output}; {len(wanted)} to go.")
@@ -145,7 +146,7 @@ def _read_result(file: Path) -> dict:
         metrics = {k: nan if x is None else x for k, x in metrics.items()}
         return {"config": result["config"], "metrics": metrics}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no result of a run, or is damaged: remove it") from error
+        raise UserError(f"{file} is no result of a run, or is damaged: remove it") from error
 
 
 def paired(results: dict, row: str, other: str) -> tuple[np.ndarray, float]:
@@ -178,7 +179,7 @@ def write_table(results: dict, target: Path) -> None:
     """Markdown: rows, then differences."""
     seeds = max(len(runs) for runs in results.values())
     lines = [
-        f"Means over {seeds} seed(s) on the 200 test images of `atss.data.digits.ABLATION`.",
+        f"Means over {seeds} seed(s) on the 200 test images of `atss.analysis.digits.ABLATION`.",
         "",
         "| row | AP | AP50 | AP75 | paper, COCO |",
         "|---|---|---|---|---|",
@@ -213,7 +214,7 @@ def compare_rows(rows: Sequence[str], seeds: int, output: Path, opts: list[str])
     rows = known if list(rows) == ["all"] else list(dict.fromkeys(rows))
     for row in rows:
         if row not in known:
-            raise ValueError(f"there is no row {row!r}; known are {', '.join(known)}")
+            raise UserError(f"unknown row {row!r}: choose from {', '.join(known)}")
     data = output / "data"
     make_digits(data, ABLATION)
     for split in ("train", "test"):

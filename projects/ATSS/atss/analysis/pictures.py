@@ -11,8 +11,13 @@ from tqdm import tqdm
 
 from atss_runner import media
 
-from ..data.images import read, too_thin
+from ..data.images import read_image
+from ..deprecated import renamed_names
+from ..errors import UserError
+from ..labels.headers import too_thin
 from ..predictor import Detections, Predictor
+
+__getattr__ = renamed_names(__name__)
 
 
 def annotate(
@@ -57,7 +62,7 @@ def targets(inputs: Mapping[Path, Path], output: Path) -> dict[Path, Path]:
         places = (output / name.with_name(f"{stem}{ending}") for stem in stems)
         target = next(place for place in places if place not in taken)
         if target.resolve() in files:
-            raise ValueError(f"{target} would replace an input: choose another --output")
+            raise UserError(f"{target} would replace an input: choose another --output")
         taken.add(target)
         found[path] = target
     return found
@@ -73,13 +78,13 @@ def image_ids(paths: Sequence[Path]) -> dict[Path, int | str]:
     return {path: path.name if are_apart else str(path) for path in paths}
 
 
-def draw(image: np.ndarray, found: Detections, names: Sequence[str]) -> np.ndarray:
+def draw_detections(image: np.ndarray, found: Detections, names: Sequence[str]) -> np.ndarray:
     """The BGR image with boxes, class names and scores on it."""
     labels = [
         f"{names[k] if names else k} {score:.0%}"
         for k, score in zip(found.classes, found.scores, strict=True)
     ]
-    return media.draw(image, found.boxes, found.classes, labels)
+    return media.draw_boxes(image, found.boxes, found.classes, labels)
 
 
 def beside_truth(
@@ -87,7 +92,7 @@ def beside_truth(
 ) -> tuple[list[np.ndarray], list[list], list[list]]:
     """What :func:`atss.analysis.plots.plot_examples` draws of records in Detectron2's format: the
     images, BGR, and of each the objects and what is found, boxes (x1, y1, x2, y2) with labels."""
-    images = [read(record["file_name"]) for record in records]
+    images = [read_image(record["file_name"]) for record in records]
     truth, found = [], []
     for record, detected in zip(records, predictor(images), strict=True):
         objects = [(a["bbox"], str(a["category_id"])) for a in record["annotations"]]
@@ -129,7 +134,7 @@ def _images(
     def readable() -> Iterator[tuple[Path, np.ndarray]]:
         for path in paths:
             try:
-                yield path, read(str(path), [predictor.size])
+                yield path, read_image(str(path), [predictor.size])
             except (ValueError, OSError) as error:
                 _skip(error)
 
@@ -139,7 +144,7 @@ def _images(
             results = predictor([image for _, image in some])
             for (path, image), found in zip(some, results, strict=True):
                 shown = found.above(threshold)
-                drawn = draw(image, shown, predictor.names)
+                drawn = draw_detections(image, shown, predictor.names)
                 if not cv2.imwrite(str(places[path]), drawn):
                     raise OSError(f"cannot write the picture {places[path]}")
                 where = {"image_id": ids[path], "file_name": str(path)}
@@ -175,7 +180,7 @@ def _video(
                 for frame, found in zip(some, predictor(some), strict=True):
                     shown = found.above(threshold)
                     # A writer drops frames of another size than the first, without a word.
-                    writer.write(cv2.resize(draw(frame, shown, predictor.names), size))
+                    writer.write(cv2.resize(draw_detections(frame, shown, predictor.names), size))
                     where = {"file_name": str(path), "frame": number}
                     yield as_records(shown, predictor.ids, predictor.names, **where)
                     number += 1

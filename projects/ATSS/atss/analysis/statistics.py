@@ -20,10 +20,11 @@ from ..config import (
     load_config,
     with_rule,
 )
-from ..data.check import Fit
-from ..data.coco_json import Objects, find_in_json, read_coco
-from ..data.findings import ERROR
+from ..errors import UserError
 from ..geometry import area, centres, iou
+from ..labels.check import Fit
+from ..labels.coco import Objects, find_in_json, read_coco
+from ..labels.findings import ERROR
 from ..predictor import Predictor
 from ..structures import GroundTruth, Predictions
 
@@ -206,11 +207,11 @@ def compare(
             cfgs[rule] = with_rule(cfg, rule)
     elif rules or weights:
         wrong = "--rules" if rules else "--weights"
-        raise ValueError(f"{wrong} is for one config; several have each their own")
+        raise UserError(f"{wrong} is for one config; several have each their own")
     for file in config_files if len(config_files) > 1 else ():
         name = Path(file).stem
         if name in cfgs:
-            raise ValueError(f"two configs are called {name}: the columns would be, too")
+            raise UserError(f"two configs are called {name}: the columns would be, too")
         cfgs[name] = load_config(file, opts=opts)
     first = next(iter(cfgs.values()))
     size = (first.INPUT.MIN_SIZE_TEST, first.INPUT.MAX_SIZE_TEST)
@@ -218,7 +219,7 @@ def compare(
     if not weights:
         blind = [name for name, s in samplings.items() if looks_at_predictions(s.assigner)]
         if blind and (rules or len(config_files) > 1):
-            raise ValueError(
+            raise UserError(
                 f"{blind[0]} looks at what a model predicts: --weights names one's, and --images "
                 "where its images lie"
             )
@@ -239,9 +240,9 @@ def read_objects(annotations: str) -> tuple[dict, Objects]:
     findings, objects = find_in_json(content)
     for finding in findings:
         if finding.level == ERROR:
-            raise ValueError(f"{annotations} has {finding.sentence()}")
+            raise UserError(f"{annotations} has {finding.sentence()}")
     if objects is None or not objects.used.any():
-        raise ValueError(f"{annotations} has no objects")
+        raise UserError(f"{annotations} has no objects")
     return content, objects
 
 
@@ -254,7 +255,7 @@ def _predict(cfg: CfgNode, weights: str, content: dict, image_dir: str) -> Predi
     names = [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
     known = predictor.names or [""] * predictor.model.num_classes
     if len(known) != len(names) or (predictor.names and list(predictor.names) != names):
-        raise ValueError(
+        raise UserError(
             f"{weights} is of other classes than the annotations: of {len(known)}, "
             f"{list(known[:3])} and so on, which have {len(names)}, {names[:3]} and so on"
         )

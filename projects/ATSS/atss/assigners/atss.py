@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
+from ..errors import check_choice, check_range
 from ..geometry import centres, nearest_side
-from ..parts import one_of, within
 from ..structures import Assignment, GroundTruth, Predictions
 from .conflicts import assign_best
 from .locations import INSIDE_MARGIN, all_anchors, nearest_locations
@@ -46,8 +46,8 @@ class ATSS:
     similarity: Any = IOU
 
     def __post_init__(self) -> None:
-        within("top_k", self.top_k, 1)
-        one_of("count", self.count, ("anchors", "locations"))
+        check_range("top_k", self.top_k, 1)
+        check_choice("count", self.count, ("anchors", "locations"))
 
     @torch.no_grad()
     def __call__(

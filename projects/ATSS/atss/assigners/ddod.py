@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
+from ..errors import UserError, check_range
 from ..geometry import centres, nearest_side
-from ..parts import within
 from ..structures import Assignment, GroundTruth, Predictions
 from .atss import ATSS, above_mean_and_std, exact, join
 from .conflicts import assign_best
@@ -33,7 +33,7 @@ class DDOD(ATSS):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        within("alpha", self.alpha, 0, 1)
+        check_range("alpha", self.alpha, 0, 1)
 
     @torch.no_grad()
     def __call__(
@@ -45,7 +45,7 @@ class DDOD(ATSS):
             ValueError: without predictions.
         """
         if predictions is None:
-            raise ValueError("DDOD looks at what a model predicts, and there is none")
+            raise UserError("DDOD looks at what a model predicts, and there is none")
         batch = AssignmentBatch(anchors, gt, predictions, exact(self.similarity))
         ids = torch.arange(len(gt), device=gt.boxes.device)
         pairs = (self.aligned(batch, some) for some in ids.split(self.CHUNK))

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 
 import torch
 
-from ..parts import one_of, within
+from ..errors import check_choice, check_range
 
 ENGINES = ("auto", "lists", "tables")
 # Most pairs of a table, which take some 580 MiB: 234 objects of 800 x 1344 pixels. A table of one
@@ -42,8 +42,8 @@ def use_engine(name: str, limit: int = LIMIT) -> Iterator[None]:
         limit: most pairs of a table; larger batches are cut into pieces of objects, except by rules
             that need all objects at once.
     """
-    one_of("name", name, ENGINES)
-    within("limit", limit, 1)
+    check_choice("name", name, ENGINES)
+    check_range("limit", limit, 1)
     token = _chosen.set((name, limit))
     try:
         yield

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..deprecated import renamed, warn
+from ..deprecated import renamed_names, warn
+from ..errors import UserError
 from ..structures import BACKGROUND, Assignment, GroundTruth, Predictions
 from .conflicts import Conflicts
 from .engine import uses_tables
@@ -18,11 +19,7 @@ from .segments import cheapest
 from .similarities import IOU, Similarity
 from .tables import Tables
 
-__getattr__ = renamed(
-    __name__,
-    overlap="atss.assigners.cuts._overlap a method that returns pairs.overlap",
-    class_cost="atss.assigners.pairs.class_cost",
-)
+__getattr__ = renamed_names(__name__)
 PerPair = Callable[[Any], Tensor]  # pairs -> (...)
 Candidates = Callable[[Lists, Tensor], ListPairs]  # batch, (g,) int64 ids of objects
 
@@ -95,7 +92,7 @@ class Matching:
         """
         if predictions is None and self.looks_at_predictions:
             name = type(self).__name__
-            raise ValueError(f"{name} looks at what a model predicts, and there is none")
+            raise UserError(f"{name} looks at what a model predicts, and there is none")
         shape = gt.num_images, len(anchors.boxes)
         if not len(gt):
             nothing = gt.image_index.new_full(shape, BACKGROUND)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
+from ..errors import UserError, check_choice
 from ..geometry import centres, nearest_side
-from ..parts import one_of
 from ..structures import BACKGROUND, IGNORE, Assignment, GroundTruth, Predictions
 from .box_index import BoxIndex
 from .conflicts import Conflicts
@@ -47,9 +47,9 @@ class MaxIoU:
     similarity: Similarity = IOU
 
     def __post_init__(self) -> None:
-        one_of("claims_go_to", self.claims_go_to, ("best", "claimant"))
+        check_choice("claims_go_to", self.claims_go_to, ("best", "claimant"))
         if not 0 < self.background_below <= self.positive_from:
-            raise ValueError(
+            raise UserError(
                 "MaxIoU needs 0 < background_below <= positive_from, got "
                 f"{self.background_below} and {self.positive_from}"
             )

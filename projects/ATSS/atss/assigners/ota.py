@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import check_range
 from ..losses import Focal
-from ..parts import within
 from .lists import ListPairs, Lists
 from .locations import INSIDE_MARGIN
 from .matching import Matching
@@ -51,11 +51,11 @@ class OTA(Matching):
     similarity: Similarity = IOU
 
     def __post_init__(self) -> None:
-        within("top_k", self.top_k, 1)
-        within("radius", self.radius, 1e-6)
-        within("iou_weight", self.iou_weight, 0)
-        within("regularisation", self.regularisation, 1e-3)
-        within("iterations", self.iterations, 1)
+        check_range("top_k", self.top_k, 1)
+        check_range("radius", self.radius, 1e-6)
+        check_range("iou_weight", self.iou_weight, 0)
+        check_range("regularisation", self.regularisation, 1e-3)
+        check_range("iterations", self.iterations, 1)
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
         pairs = batch.central(ids, self.radius)

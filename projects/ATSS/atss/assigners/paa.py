@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import check_choice, check_range
 from ..losses import Focal, giou_loss
-from ..parts import one_of, within
 from ..structures import cached_property
 from .lists import ListPairs, Lists
 from .matching import Matching
@@ -52,10 +52,10 @@ class PAA(Matching):
     similarity: Similarity = IOU
 
     def __post_init__(self) -> None:
-        within("top_k", self.top_k, 1)
-        within("iou_threshold", self.iou_threshold, 1e-6, 1)
-        within("box_weight", self.box_weight, 0)
-        one_of("take", self.take, ("component", "all"))
+        check_range("top_k", self.top_k, 1)
+        check_range("iou_threshold", self.iou_threshold, 1e-6, 1)
+        check_range("box_weight", self.box_weight, 0)
+        check_choice("take", self.take, ("component", "all"))
         _ = self.first  # checks claims_go_to
 
     @cached_property

@@ -12,19 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..anchors import Anchors
-from ..deprecated import renamed
+from ..deprecated import renamed_names
+from ..errors import UserError
 from ..geometry import area, centres, nearest_side
 from ..structures import GroundTruth, HeadOutput, Predictions, cached_property
 from .engine import table_limit
 from .similarities import IOU, Similarity
 
-__getattr__ = renamed(
-    __name__,
-    INSIDE_MARGIN="atss.assigners.locations.INSIDE_MARGIN",
-    all_anchors="atss.assigners.locations.all_anchors",
-    nearest_locations="atss.assigners.locations.nearest_locations",
-    resolve="atss.assigners.cuts._resolve atss.assigners.conflicts.assign_best",
-)
+__getattr__ = renamed_names(__name__)
 # (probability, cross entropy, targets) -> elementwise, as in atss.losses.
 ClassLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -110,7 +105,7 @@ class AssignmentBatch:
     def classes(self) -> Tensor:
         """(N * R, K) predicted: logits, or probabilities."""
         if self.output.classes is None:
-            raise ValueError("a rule looks at the classes of an output that has none")
+            raise UserError("a rule looks at the classes of an output that has none")
         return self.output.classes.flatten(0, 1)
 
     def class_loss(self, loss: ClassLoss, classes: Tensor, targets: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..parts import within
+from ..errors import UserError, check_range
 from .lists import ListPairs, Lists
 from .matching import Matching
 from .pairs import CandidatePairs, alignment
@@ -45,10 +45,10 @@ class POTO(Matching):
     similarity: Similarity = IOU
 
     def __post_init__(self) -> None:
-        within("alpha", self.alpha, 0, 1)
-        within("radius", self.radius, 1e-6)
+        check_range("alpha", self.alpha, 0, 1)
+        check_range("radius", self.radius, 1e-6)
         if importlib.util.find_spec("scipy") is None:
-            raise ValueError("it matches by SciPy, which is not installed: pip install scipy")
+            raise UserError("it matches by SciPy, which is not installed: pip install scipy")
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
         pairs = batch.central(ids, self.radius)

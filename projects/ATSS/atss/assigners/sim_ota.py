@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import check_range
 from ..geometry import centres
 from ..losses import QualityFocal, cross_entropy
-from ..parts import within
 from .lists import ListPairs, Lists
 from .matching import Candidates, Matching, select_cheapest
 from .pairs import CandidatePairs, class_cost
@@ -70,10 +70,10 @@ class SimOTA(DynamicMatching):
     similarity: Similarity = IOU
 
     def __post_init__(self) -> None:
-        within("top_k", self.top_k, 1)
-        within("radius", self.radius, 0)
-        within("cls_weight", self.cls_weight, 0)
-        within("iou_weight", self.iou_weight, 0)
+        check_range("top_k", self.top_k, 1)
+        check_range("radius", self.radius, 0)
+        check_range("cls_weight", self.cls_weight, 0)
+        check_range("iou_weight", self.iou_weight, 0)
 
     @property
     def eligible_radius(self) -> float:
@@ -124,9 +124,9 @@ class SoftLabel(DynamicMatching):
     similarity: Similarity = IOU
 
     def __post_init__(self) -> None:
-        within("top_k", self.top_k, 1)
-        within("radius", self.radius, 0)
-        within("iou_weight", self.iou_weight, 0)
+        check_range("top_k", self.top_k, 1)
+        check_range("radius", self.radius, 0)
+        check_range("iou_weight", self.iou_weight, 0)
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
         """Pairs whose distance costs little."""

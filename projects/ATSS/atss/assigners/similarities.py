@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..errors import check_range
 from ..geometry import iou, normalised_wasserstein, similarity_distance
-from ..parts import within
 
 # A search takes smaller similarities for 0, so that it can bound the distance of its candidates.
 FAINT = 1e-12
@@ -61,7 +61,7 @@ class NWD:
     constant: float = 12.8
 
     def __post_init__(self) -> None:
-        within("constant", self.constant, 1e-3, 1e6)
+        check_range("constant", self.constant, 1e-3, 1e6)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Of two boxes (..., 4) each -> (...)."""
@@ -92,8 +92,8 @@ class SimD:
     n: float = 4.59
 
     def __post_init__(self) -> None:
-        within("m", self.m, 1e-3, 1e6)
-        within("n", self.n, 1e-3, 1e6)
+        check_range("m", self.m, 1e-3, 1e6)
+        check_range("n", self.n, 1e-3, 1e6)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Of two boxes (..., 4) each -> (...)."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
+from ..errors import UserError, WrongValue, check_range
 from ..geometry import centres, side_distances
-from ..parts import WrongValue, within
 from ..structures import Assignment, GroundTruth, Predictions
 from .conflicts import assign_best
 from .lists import ListPairs, Lists
@@ -57,8 +57,8 @@ class SpatialScale(Matching):
                 f"is for {len(self.ranges) + 1} levels, but MODEL.ATSS.IN_FEATURES has "
                 f"{self.num_levels}",
             )
-        within("radius", self.radius, 0)
-        within("top_k", self.top_k, 0)
+        check_range("radius", self.radius, 0)
+        check_range("top_k", self.top_k, 0)
 
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
@@ -69,7 +69,7 @@ class SpatialScale(Matching):
             ValueError: if there are not as many levels as ranges.
         """
         if len(self.ranges) + 1 != len(anchors.strides):
-            raise ValueError(
+            raise UserError(
                 f"SpatialScale has ranges for {len(self.ranges) + 1} levels, but there are "
                 f"{len(anchors.strides)}"
             )

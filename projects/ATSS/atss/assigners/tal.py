@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..parts import one_of, within
+from ..errors import check_choice, check_range
 from .lists import ListPairs, Lists
 from .locations import INSIDE_MARGIN
 from .matching import Matching, select_cheapest
@@ -40,10 +40,10 @@ class TAL(Matching):
     similarity: Similarity = IOU
 
     def __post_init__(self) -> None:
-        within("top_k", self.top_k, 1)
-        within("alpha", self.alpha, 0)
-        within("beta", self.beta, 0.1)  # an object selects no pair without overlap
-        one_of("inside", self.inside, ("after", "before"))
+        check_range("top_k", self.top_k, 1)
+        check_range("alpha", self.alpha, 0)
+        check_range("beta", self.beta, 0.1)  # an object selects no pair without overlap
+        check_choice("inside", self.inside, ("after", "before"))
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
         """Pairs that overlap enough to be among the top k: to exceed the k-th metric of the central

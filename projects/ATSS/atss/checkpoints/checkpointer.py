@@ -12,7 +12,8 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..weights import WeightsError, find_weights, fit_names, read, verify_download
+from ..errors import UserError
+from ..weights import WeightsError, find_weights, fit_names, load_weights, verify_download
 from .classes import KEY, names_in, take_rows, warn_of_others
 
 # By Detectron2's PeriodicCheckpointer.
@@ -76,7 +77,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         if suffix not in self.FOREIGN:
             loaded = super()._load_file(filename)
         else:
-            loaded = read(filename)
+            loaded = load_weights(filename)
             if not isinstance(loaded, dict):
                 raise WeightsError(f"{filename} holds no weights")
             if not {"model", "__author__"} <= loaded.keys():
@@ -89,7 +90,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return loaded
 
     def _torch_load(self, filename: str) -> dict:
-        content = read(filename)
+        content = load_weights(filename)
         return content if isinstance(content, dict) else {"model": content}
 
     def _load_model(self, checkpoint: dict) -> Any:
@@ -160,7 +161,7 @@ class TrainingCheckpointer(SafeCheckpointer):
     def __init__(self, model: nn.Module, save_dir: str, *, keep: int = 0, **others: Any):
         super().__init__(model, save_dir, **others)
         if keep < 0:
-            raise ValueError(f"SOLVER.CHECKPOINTS_TO_KEEP must be 0 (all) or more, not {keep}")
+            raise UserError(f"SOLVER.CHECKPOINTS_TO_KEEP must be 0 (all) or more, not {keep}")
         self.keep = keep
         self.resumed: int | None = None
         self._found = {file: _stamp(file) for file in self._numbered().values()}
@@ -321,7 +322,7 @@ def progress(file: str) -> tuple[int, int] | None:
     checkpoint was written; None for any other file."""
     try:
         # Mapped, so that weights are not read; a file that was cut has lost its table of contents.
-        trainer = read(file, mmap=True)["trainer"]
+        trainer = load_weights(file, mmap=True)["trainer"]
         return trainer.get("images_seen", 0), trainer["iteration"]
     except (WeightsError, LookupError, TypeError, AttributeError):
         return None

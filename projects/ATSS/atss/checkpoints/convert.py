@@ -11,9 +11,10 @@ from detectron2.modeling import build_model
 from torch import Tensor
 
 from ..config.classes import class_names
-from ..config.read import get_config
+from ..config.files import get_config
 from ..data.datasets import classes_of
-from ..weights import find_weights, read, unwrapped
+from ..errors import UserError
+from ..weights import find_weights, load_weights, unwrapped
 from .classes import KEY
 from .detectors import DETECTORS, ConversionError, detector_of
 from .names import OFFICIAL, mmdet_rules, rename
@@ -31,7 +32,7 @@ def load(path: str | Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: where the file is not one, is damaged, or holds more than data.
     """
-    return find_weights(read(path), path)
+    return find_weights(load_weights(path), path)
 
 
 def _config_text(content: Any) -> str:
@@ -58,7 +59,7 @@ def convert(
         ConversionError: where anything is missing, unexpected, or of another shape.
     """
     if source not in SOURCES:
-        raise ConversionError(f"unknown source {source!r}; known are {[*SOURCES]}")
+        raise ConversionError(f"unknown source {source!r}: choose from {[*SOURCES]}")
     *_, state_dict = unwrapped(dict(state_dict))
     if source == "mmdet":
         detector = detector_of(state_dict, given=detector)
@@ -178,7 +179,7 @@ def convert_file(
         WeightsError: saying what.
     """
     refuse_to_replace(target, target.with_suffix(".yaml"))
-    content = read(path)
+    content = load_weights(path)
     *_, weights = unwrapped(find_weights(content, path))
     if source == "mmdet":
         detector = detector_of(weights, _config_text(content), detector)
@@ -195,7 +196,7 @@ def refuse_to_replace(*files: Path) -> None:
     """Raises a ValueError that names the first of the files, or folders, that exists."""
     for file in files:
         if file.exists():
-            raise ValueError(f"{file} already exists: choose another OUT")
+            raise UserError(f"{file} already exists: choose another OUT")
 
 
 def write(target: Path, content: dict, config_file: Path, config: str) -> None:

@@ -125,7 +125,7 @@ DETECTORS = {
         values={
             "MODEL.ATSS.SCORE": "product",
             "MODEL.ATSS.RANK_BY_CLASS": True,
-            "MODEL.ATSS.BOX_NORMALISER_LEAST": 1.0,
+            "MODEL.ATSS.BOX_NORMALISER_MIN": 1.0,
         },
         also={"MODEL.ATSS.SCORE": "product"},
         settings=_deltas,
@@ -195,7 +195,7 @@ def detector_of(names: Iterable[str], config: str = "", given: str | None = None
             several and nothing decides.
     """
     if given is not None and given not in DETECTORS:
-        raise ConversionError(f"unknown detector {given!r}; known are {sorted(DETECTORS)}")
+        raise ConversionError(f"unknown detector {given!r}: choose from {sorted(DETECTORS)}")
     parts = {name.split(".")[1] for name in names if name.startswith("bbox_head.")}
     predictors = parts - {*_TOWERS}
     alike = [

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from ..config.checks import flatten
-from ..config.read import get_config
+from ..config.files import get_config
 from .convert import check_against, is_tower_bias, load, refuse_to_replace, shapes_of, write
 from .detectors import DETECTORS, ConversionError, levels_of
 from .names import rename, to_mmdet_rules

@@ -24,8 +24,7 @@ from .classes import (
     resolve_num_classes,
     set_num_classes,
 )
-from .keys import add_atss_config
-from .read import (
+from .files import (
     config_names,
     find_config,
     get_config,
@@ -33,6 +32,7 @@ from .read import (
     load_config,
     merge_options,
 )
+from .keys import add_atss_config
 from .sampling import Sampling, build_sampling, candidates_per_object, with_rule
 from .schedule import complete_schedule, enter_schedule
 from .tta import build_tta

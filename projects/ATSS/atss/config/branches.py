@@ -9,10 +9,11 @@ from torch import nn
 
 from .. import assigners, modeling
 from ..assigners import ASSIGNER_REGISTRY, SIMILARITIES
+from ..errors import UserError
 from ..modeling.branch import Branch, Phase
 from ..modeling.criterion import Criterion
-from ..parts import OWN_PARTS, Parts, overlay
-from .checks import naming
+from ..registry import OWN_PARTS, Registry, overlay
+from .checks import rename_errors
 from .keys import add_atss_config
 
 # What a branch is, beside parts: the keys, with the values that they have where a branch of
@@ -27,9 +28,9 @@ OF_BRANCHES = {
 }
 OF_CRITERIA = (
     "QUALITY_LOSS_WEIGHT",
-    "NORMALISER_LEAST",
+    "NORMALISER_MIN",
     "NORMALISER_PER_IMAGE",
-    "BOX_NORMALISER_LEAST",
+    "BOX_NORMALISER_MIN",
 )
 KINDS_OF_PHASES = (
     *(ASSIGNER_REGISTRY, SIMILARITIES, modeling.CLS_LOSSES, modeling.CLS_TARGETS),
@@ -48,7 +49,7 @@ def build_branches(cfg: CfgNode, known: dict[str, Any]) -> dict[str, Branch]:
     node = cfg.MODEL.ATSS
     for key in ("OWN_HEAD", "HEAD_OF"):
         if node[key]:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.ATSS.{key} is for branches of MODEL.ATSS.BRANCHES: main has the detector's"
             )
     branches = {"main": _build_branch(node, {**known, "cfg": cfg})}
@@ -63,7 +64,7 @@ def build_branches(cfg: CfgNode, known: dict[str, Any]) -> dict[str, Branch]:
         plain[key] = value
     for name in node.BRANCHES:
         if not isinstance(name, str) or name in branches or hasattr(nn.ModuleDict, name):
-            raise ValueError(f"MODEL.ATSS.BRANCHES holds {name!r}, which is no new name")
+            raise UserError(f"MODEL.ATSS.BRANCHES holds {name!r}, which is no new name")
         allowed = {*OF_BRANCHES, *OF_CRITERIA, *_keys_of(*KINDS_OF_HEADS, *KINDS_OF_PHASES)}
         allowed &= {*node}
         over = _overlay(plain, name, allowed, "a branch")
@@ -73,22 +74,22 @@ def build_branches(cfg: CfgNode, known: dict[str, Any]) -> dict[str, Branch]:
         try:
             branches[name] = _build_branch(over, {**known, "cfg": own}, node.BRANCH[name])
         except ValueError as error:
-            raise ValueError(f"branch {name}: {error}") from error
+            raise UserError(f"branch {name}: {error}") from error
     owners = sorted(name for name, branch in branches.items() if branch.head is not None)
     for name, branch in branches.items():
         if branch.head_of not in ("", *owners):
-            raise ValueError(
+            raise UserError(
                 f"branch {name}: MODEL.ATSS.HEAD_OF is {branch.head_of!r}; those with a head of "
                 f"their own are {owners}"
             )
         for giver in {phase.assignment_of for phase in branch.phases} - {""}:
             if giver not in branches or giver == name:
-                raise ValueError(
+                raise UserError(
                     f"branch {name}: MODEL.ATSS.ASSIGNMENT_OF is {giver!r}; the others are "
                     f"{sorted({*branches} - {name})}"
                 )
     if node.INFERENCE not in branches:
-        raise ValueError(
+        raise UserError(
             f"MODEL.ATSS.INFERENCE is {node.INFERENCE!r}; the branches are {sorted(branches)}"
         )
     return branches
@@ -107,7 +108,7 @@ def _build_branch(node: CfgNode, known: dict[str, Any], own: Collection[str] = (
         try:
             phases.append(_build_phase(over, known, node.BRANCH[name], until))
         except ValueError as error:
-            raise ValueError(f"phase {name}: {error}") from error
+            raise UserError(f"phase {name}: {error}") from error
     head = None
     if node.OWN_HEAD:
         # Where rules alone are asked for, something in its place.
@@ -130,7 +131,7 @@ def _phase_of(entry: Any, max_iter: int) -> tuple[str, float]:
             return name, until * max_iter
         if isinstance(until, int) and not isinstance(until, bool) and until > 0:
             return name, until
-    raise ValueError(
+    raise UserError(
         "MODEL.ATSS.PHASES holds pairs of a name in MODEL.ATSS.BRANCH and the iteration, or a "
         f"share of the training between 0 and 1, at which it ends, not {entry!r}"
     )
@@ -148,7 +149,7 @@ def _build_phase(
     return Phase(ASSIGNER_REGISTRY.build(node, **known), criterion, until=until)
 
 
-def _keys_of(*some: Parts) -> set[str]:
+def _keys_of(*some: Registry) -> set[str]:
     """The keys of kinds of parts, and of their arguments."""
     shared = (kind.shared_keys() for kind in some)
     return {x for kind in some for x in (kind.key, kind.group)}.union(*shared)
@@ -163,7 +164,7 @@ def _overlay(node: CfgNode, name: str, allowed: Collection[str], what: str) -> C
     over = overlay(node, name)
     for key in node.BRANCH[name]:
         if key not in allowed:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.ATSS.BRANCH.{name}.{key}: {what} has none of its own; what it may have is "
                 f"{sorted(allowed)}"
             )
@@ -180,11 +181,11 @@ def build_criterion(node: CfgNode, known: dict[str, Any]) -> Criterion:
     level_weight = known.get("level_weight")
     if "level_weight" not in known:
         level_weight = modeling.LEVEL_WEIGHTS.build(node, **known)
-    with naming(
+    with rename_errors(
         cls_target=f"MODEL.ATSS.CLS_TARGET {node.CLS_TARGET}",
         quality_weight="MODEL.ATSS.QUALITY_LOSS_WEIGHT",
-        least="MODEL.ATSS.NORMALISER_LEAST",
-        box_least="MODEL.ATSS.BOX_NORMALISER_LEAST",
+        least="MODEL.ATSS.NORMALISER_MIN",
+        box_least="MODEL.ATSS.BOX_NORMALISER_MIN",
     ):
         return Criterion(
             cls_loss=modeling.CLS_LOSSES.build(node, **known),
@@ -195,17 +196,17 @@ def build_criterion(node: CfgNode, known: dict[str, Any]) -> Criterion:
             quality_name=node.QUALITY,
             quality_weight=node.QUALITY_LOSS_WEIGHT,
             normaliser=modeling.NORMALISERS.build(node, **known),
-            least=node.NORMALISER_LEAST,
+            least=node.NORMALISER_MIN,
             least_per_image=node.NORMALISER_PER_IMAGE,
-            box_least=node.BOX_NORMALISER_LEAST,
+            box_least=node.BOX_NORMALISER_MIN,
             level_weight=level_weight,
         )
 
 
-def kinds() -> list[Parts]:
+def kinds() -> list[Registry]:
     """Every kind of part that a config can name."""
     found = [*vars(assigners).values(), *vars(modeling).values()]
-    return [x for x in found if isinstance(x, Parts)]
+    return [x for x in found if isinstance(x, Registry)]
 
 
 def prune(cfg: CfgNode) -> None:
@@ -222,7 +223,7 @@ def prune(cfg: CfgNode) -> None:
             del node[kind.group]
 
 
-def _chosen(node: CfgNode) -> Iterator[tuple[Parts, str]]:
+def _chosen(node: CfgNode) -> Iterator[tuple[Registry, str]]:
     for kind in kinds():
         if kind.key in node:
             yield from kind.chosen(node)
@@ -268,14 +269,14 @@ def check_groups(node: CfgNode) -> None:
             chosen = some.get(kind.key, node.get(kind.key))
             for name, arguments in some.get(kind.group, {}).items():
                 if name not in kind and name not in kind.gone:
-                    raise ValueError(
-                        f"MODEL.ATSS.{where}{kind.group}.{name} is of no {kind.key}; known are "
+                    raise UserError(
+                        f"MODEL.ATSS.{where}{kind.group}.{name} is of no {kind.key}: choose from "
                         f"{sorted(kind.entries)}{OWN_PARTS}"
                     )
                 legacy = kind.entries[name].legacy if name in kind else {}
                 for argument, other in legacy.items():
                     if chosen == other and arguments.get(argument) is not None:
-                        raise ValueError(
+                        raise UserError(
                             f"MODEL.ATSS.{where}{kind.group}.{name}.{argument} is ignored, because "
                             f"{kind.key} is {other!r}: set {kind.group}.{other}.{argument}"
                         )

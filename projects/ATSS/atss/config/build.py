@@ -18,14 +18,14 @@ from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 
 from .. import anchors, modeling
 from ..assigners import ASSIGNER_REGISTRY
+from ..errors import UserError, check_choice, check_range
 from ..modeling import backbone, detector, pretrained, timm_backbone
 from ..modeling.box_coding import BoxCode, LegacyPixels
 from ..modeling.detector import LEGACY_PIXELS_IN_TRAINING
 from ..modeling.postprocess import PostProcessor
-from ..parts import one_of, within
 from ..structures import Assigner
 from .branches import build_branches, check_groups
-from .checks import building, check_values, lookup, naming
+from .checks import building, check_values, lookup, rename_errors
 from .classes import resolve_num_classes
 from .pixels import TIMM, check_pixels
 from .tta import build_merge, build_views
@@ -82,7 +82,7 @@ def _known(
     """
     channels = {shape.channels for shape in input_shape}
     if len(channels) > 1:
-        raise ValueError(f"the head is shared by all levels, but they have {channels} channels")
+        raise UserError(f"the head is shared by all levels, but they have {channels} channels")
     return {
         "cfg": cfg,
         "input_shape": input_shape,
@@ -101,7 +101,7 @@ def _known(
 def build_postprocess(cfg: CfgNode) -> PostProcessor:
     """How detections are made."""
     node = cfg.MODEL.ATSS
-    with naming(
+    with rename_errors(
         score_thresh="MODEL.ATSS.SCORE_THRESH_TEST",
         topk_candidates="MODEL.ATSS.TOPK_CANDIDATES_TEST",
         max_detections="TEST.DETECTIONS_PER_IMAGE",
@@ -128,13 +128,13 @@ def build_levels(cfg: CfgNode) -> tuple[Backbone, list[ShapeSpec]]:
     shapes = built_backbone.output_shape()
     missing = [name for name in node.IN_FEATURES if name not in shapes]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"MODEL.ATSS.IN_FEATURES names {missing}, but the backbone makes {sorted(shapes)}"
         )
     input_shape = [shapes[name] for name in node.IN_FEATURES]
     strides = [shape.stride for shape in input_shape]
     if not strides or strides != sorted(set(strides)):
-        raise ValueError(
+        raise UserError(
             f"MODEL.ATSS.IN_FEATURES must name levels from fine to coarse, but {node.IN_FEATURES} "
             f"have strides {strides}"
         )
@@ -149,7 +149,7 @@ def build_anchors(cfg: CfgNode, input_shape: list[ShapeSpec]) -> anchors.GridAnc
     )
     anchor_generator = build_anchor_generator(cfg, input_shape)
     if not hasattr(anchor_generator, "grid"):
-        raise ValueError(
+        raise UserError(
             "ATSSDetector needs anchors on grids: set MODEL.ANCHOR_GENERATOR.NAME to "
             f"GridAnchorGenerator, not {cfg.MODEL.ANCHOR_GENERATOR.NAME}"
         )
@@ -159,7 +159,7 @@ def build_anchors(cfg: CfgNode, input_shape: list[ShapeSpec]) -> anchors.GridAnc
 @ANCHOR_GENERATOR_REGISTRY.register()
 def GridAnchorGenerator(cfg: CfgNode, input_shape: list[ShapeSpec]) -> anchors.GridAnchorGenerator:
     """One square anchor of 8 strides per location, unless the config says otherwise."""
-    with naming(
+    with rename_errors(
         scales="MODEL.ATSS.ANCHOR_SCALES",
         ratios="MODEL.ATSS.ANCHOR_RATIOS",
         offset="MODEL.ANCHOR_GENERATOR.OFFSET",
@@ -179,7 +179,7 @@ def build_atss_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     resnet, deform = cfg.MODEL.RESNETS, cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE
     missing = [x for x in cfg.MODEL.FPN.IN_FEATURES if x not in resnet.OUT_FEATURES]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"MODEL.FPN.IN_FEATURES names {missing}, but MODEL.RESNETS.OUT_FEATURES is "
             f"{resnet.OUT_FEATURES}"
         )
@@ -198,7 +198,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     node, levels = cfg.MODEL.TIMM, cfg.MODEL.FPN.IN_FEATURES
     wrong = [x for x in levels if not re.fullmatch(r"s\d+", x)]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"MODEL.FPN.IN_FEATURES names {wrong}; maps of timm are named by strides: s8, s16, s32"
         )
     check_pixels(cfg)
@@ -251,7 +251,7 @@ def build_box_coder(cfg: CfgNode, num_anchors: int) -> BoxCode:
     node = cfg.MODEL.ATSS
     code = modeling.BOX_CODES.build(node)
     if num_anchors > 1 and not code.uses_shape:
-        raise ValueError(
+        raise UserError(
             f"MODEL.ATSS.REGRESSION {node.REGRESSION!r} does not look at the shape of an anchor: "
             "MODEL.ATSS.ANCHOR_SCALES and ANCHOR_RATIOS must make one per location, not "
             f"{num_anchors}"
@@ -288,7 +288,7 @@ def check_model(cfg: CfgNode, training: bool) -> None:
         build_views(cfg)
         build_merge(cfg)
     if training and node.LEGACY_PIXELS:
-        raise ValueError(LEGACY_PIXELS_IN_TRAINING)
+        raise UserError(LEGACY_PIXELS_IN_TRAINING)
 
 
 def use_available_device(cfg: CfgNode) -> bool:
@@ -315,8 +315,8 @@ def images_per_test_batch(cfg: CfgNode) -> int:
         ValueError: for less than one.
     """
     count = cfg.MODEL.ATSS.IMS_PER_BATCH_TEST
-    with naming(count="MODEL.ATSS.IMS_PER_BATCH_TEST"):
-        within("count", count, 1)
+    with rename_errors(count="MODEL.ATSS.IMS_PER_BATCH_TEST"):
+        check_range("count", count, 1)
     return count
 
 
@@ -330,7 +330,7 @@ def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
     if precision == "auto":
         return torch.bfloat16 if _fast_at_bf16(on_gpu) else None
     if precision == "fp16" and not on_gpu:
-        raise ValueError("MODEL.ATSS.PRECISION fp16 needs a GPU; on a CPU use bf16, fp32 or auto")
+        raise UserError("MODEL.ATSS.PRECISION fp16 needs a GPU; on a CPU use bf16, fp32 or auto")
     known = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     return lookup(known, precision, "MODEL.ATSS.PRECISION")
 
@@ -351,7 +351,7 @@ def compiled_parts(cfg: CfgNode) -> str | None:
     value = cfg.MODEL.ATSS.COMPILE
     if isinstance(value, bool):  # in configs up to 0.2
         return "all" if value else None
-    one_of("MODEL.ATSS.COMPILE", value, (None, "tail", "all"))
+    check_choice("MODEL.ATSS.COMPILE", value, (None, "tail", "all"))
     return value
 
 

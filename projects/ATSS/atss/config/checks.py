@@ -7,8 +7,12 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from ..deprecated import renamed_names
+from ..errors import UserError, WrongValue, check_choice, check_range
 from ..modeling.head import NORMS
-from ..parts import OWN_PARTS, WrongValue, one_of, within
+from ..registry import OWN_PARTS
+
+__getattr__ = renamed_names(__name__)
 
 # Least and greatest value of a key, or of each of its values, of which there must be some. Of our
 # own keys, what they are handed to checks it.
@@ -37,15 +41,15 @@ def check_values(cfg: CfgNode, limits: Mapping[str, tuple[float, float]] = LIMIT
     known = dict(flatten(cfg))
     try:
         for key, (low, high) in limits.items():
-            within(key, known[key], low, high)
+            check_range(key, known[key], low, high)
         for key, choices in CHOICES.items():
-            one_of(key, known[key], choices)
+            check_choice(key, known[key], choices)
     except WrongValue as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 @contextmanager
-def naming(**keys: str) -> Iterator[None]:
+def rename_errors(**keys: str) -> Iterator[None]:
     """Says of a wrong argument which key it comes from.
 
     Args:
@@ -55,7 +59,7 @@ def naming(**keys: str) -> Iterator[None]:
         yield
     except WrongValue as error:
         key = keys.get(error.argument, error.argument)
-        raise ValueError(f"{key} {error.complaint}") from error
+        raise UserError(f"{key} {error.complaint}") from error
 
 
 def lookup(known: Mapping[str, Any] | Iterable[tuple[str, Any]], name: str, key: str) -> Any:
@@ -67,7 +71,7 @@ def lookup(known: Mapping[str, Any] | Iterable[tuple[str, Any]], name: str, key:
     entries = dict(known)
     if name not in entries:
         own_parts = "" if isinstance(known, Mapping) else OWN_PARTS
-        raise ValueError(f"{key} is {name!r}; known are {sorted(entries)}{own_parts}")
+        raise UserError(f"unknown {key} {name!r}: choose from {sorted(entries)}{own_parts}")
     return entries[name]
 
 
@@ -79,7 +83,7 @@ def building(key: str, name: str) -> Iterator[None]:
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{key} {name} does not work here: {kind}{reason}") from error
+        raise UserError(f"{key} {name} does not work here: {kind}{reason}") from error
 
 
 def flatten(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:

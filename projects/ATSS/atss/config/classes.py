@@ -3,6 +3,7 @@
 from detectron2.config import CfgNode
 
 from ..data.datasets import classes_of, follow, ids_of, without_classes
+from ..errors import UserError
 
 
 def resolve_num_classes(cfg: CfgNode) -> int:
@@ -24,19 +25,19 @@ def resolve_num_classes(cfg: CfgNode) -> int:
             sets = ""
             if cfg.DATASETS.TRAIN != cfg.DATASETS.TEST:  # one of them may be the config's own
                 sets = f" (DATASETS.TRAIN is {cfg.DATASETS.TRAIN}, TEST is {cfg.DATASETS.TEST})"
-            raise ValueError(f"{first} {wanted}, but data set {name} has {count} classes{sets}")
+            raise UserError(f"{first} {wanted}, but data set {name} has {count} classes{sets}")
     if wanted == -1 and (nameless := without_classes(names)):
-        raise ValueError(
+        raise UserError(
             f"data set {nameless[0]} has no thing_classes in its metadata, whose number "
             "MODEL.ATSS.NUM_CLASSES -1 asks for: name them, or set the number"
         )
     if wanted == -1:
-        raise ValueError(
+        raise UserError(
             "MODEL.ATSS.NUM_CLASSES is -1 (as many as the data have), but none of the data sets "
             f"{names} is registered: register one, or set the number"
         )
     if wanted < 1:
-        raise ValueError(f"MODEL.ATSS.NUM_CLASSES must be positive, or -1, not {wanted}")
+        raise UserError(f"MODEL.ATSS.NUM_CLASSES must be positive, or -1, not {wanted}")
     return wanted
 
 

@@ -10,6 +10,13 @@ from detectron2.config import CfgNode
 from .. import modeling
 from ..assigners import ASSIGNER_REGISTRY, SIMILARITIES
 
+# Old name -> name, of keys below MODEL.ATSS.
+RENAMED_KEYS = {
+    "BOX_NORMALISER_LEAST": "BOX_NORMALISER_MIN",
+    "NORMALISER_LEAST": "NORMALISER_MIN",
+    "SOFT_MIN_SCORE": "SOFT_SCORE_MIN",
+}
+
 
 def add_atss_config(cfg: CfgNode) -> None:
     """Adds the nodes MODEL.ATSS and MODEL.TIMM, and keys of training to Detectron2's own nodes,
@@ -152,10 +159,10 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.QUALITY_LOSS_WEIGHT = 1.0
     # Class and quality losses are divided by what MODEL.ATSS.NORMALISER counts on all processes, at
     # least this, in the whole batch or for each of its images.
-    node.NORMALISER_LEAST = 1.0
+    node.NORMALISER_MIN = 1.0
     node.NORMALISER_PER_IMAGE = False
     # Box losses are divided by the sum of box weights, at least this.
-    node.BOX_NORMALISER_LEAST = 1e-6
+    node.BOX_NORMALISER_MIN = 1e-6
 
     # Branches besides "main", that of the keys of this node: outputs that learn by a rule and a
     # criterion of their own.
@@ -205,7 +212,7 @@ def add_atss_config(cfg: CfgNode) -> None:
     # IoU with the best of a group from which on a box is of it.
     node.TTA.VOTE_THRESH = 0.66
     # Score that a voter keeps at least, under "soft_vote".
-    node.TTA.SOFT_MIN_SCORE = 0.05
+    node.TTA.SOFT_SCORE_MIN = 0.05
     # For each of TEST.AUG.MIN_SIZES, what counts: side in pixels of the view, square root of area.
     node.TTA.SIZE_RANGES = [[0, 10000]] * len(cfg.TEST.AUG.MIN_SIZES)
     # Per image. COCO counts 100; the authors' code hands in 1000.

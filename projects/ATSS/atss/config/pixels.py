@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from detectron2.config import CfgNode
 
+from ..errors import UserError
 from ..modeling.timm_backbone import pixels_of
 
 TIMM = "build_timm_fpn_backbone"
@@ -33,7 +34,7 @@ def check_pixels(cfg: CfgNode) -> None:
     """
     there = cfg.INPUT.FORMAT, list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)
     if _asks(cfg) and there != (wanted := pixels_of(cfg.MODEL.TIMM.NAME)):
-        raise ValueError(
+        raise UserError(
             "MODEL.TIMM.PIXELS wants INPUT.FORMAT {}, MODEL.PIXEL_MEAN {} and MODEL.PIXEL_STD {}, "
             "as atss.config.load_config fills in; False leaves them as they are".format(*wanted)
         )

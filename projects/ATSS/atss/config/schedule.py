@@ -6,6 +6,7 @@ from collections.abc import Collection
 from detectron2.config import CfgNode
 
 from ..data.datasets import count_training_images
+from ..errors import UserError
 
 # In place of iterations.
 EPOCHS = {
@@ -32,7 +33,7 @@ def complete_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
         if iterations in given and epochs not in given:
             cfg[group][name] = 0.0
         if not 0 <= cfg[group][name] < math.inf:
-            raise ValueError(f"{epochs} must be from 0 on, not {cfg[group][name]}")
+            raise UserError(f"{epochs} must be from 0 on, not {cfg[group][name]}")
     if not (solver.EPOCHS or solver.CHECKPOINT_EPOCHS or test.EVAL_EPOCHS):
         return
     images = count_training_images(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from detectron2.config import CfgNode
 from torch import nn
 
+from ..errors import UserError, check_range
 from ..modeling import SUPPRESSIONS
 from ..modeling.suppression import ScoredBoxes
 from ..modeling.tta import ATSSWithTTA
-from ..parts import within
-from .checks import naming
+from .checks import rename_errors
 
 
 def build_tta(cfg: CfgNode, model: nn.Module) -> ATSSWithTTA:
@@ -37,7 +37,7 @@ def build_views(cfg: CfgNode) -> list[tuple[int, int, float, float]]:
     """
     ranges, aug = cfg.MODEL.ATSS.TTA.SIZE_RANGES, cfg.TEST.AUG
     if len(ranges) != len(aug.MIN_SIZES):
-        raise ValueError(
+        raise UserError(
             f"MODEL.ATSS.TTA.SIZE_RANGES has {len(ranges)} ranges for the {len(aug.MIN_SIZES)} "
             "sizes of TEST.AUG.MIN_SIZES"
         )
@@ -55,6 +55,6 @@ def build_merge(cfg: CfgNode) -> Callable[..., ScoredBoxes]:
     Raises:
         ValueError: for an unknown name.
     """
-    with naming(limit="MODEL.ATSS.TTA.MAX_DETECTIONS"):
-        within("limit", cfg.MODEL.ATSS.TTA.MAX_DETECTIONS, 1)
+    with rename_errors(limit="MODEL.ATSS.TTA.MAX_DETECTIONS"):
+        check_range("limit", cfg.MODEL.ATSS.TTA.MAX_DETECTIONS, 1)
     return SUPPRESSIONS.build(cfg.MODEL.ATSS, "TTA.MERGE")

@@ -10,12 +10,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.build import check_metadata_consistency
 from detectron2.utils.file_io import PathManager
 
-from .choice import refuse_unknown
-from .coco_json import category_names, find_in_json, is_difficult, learnable
-from .columns import Columns, Listed, Records, Registered, open_columns
-from .findings import DROPPED, ERROR, KINDS, WARNING
-from .formats import ADDRESS, AS_IT_IS, Reading, image_dir_of, read
+from ..errors import UserError
+from ..labels.classes import refuse_unknown
+from ..labels.coco import category_names, find_in_json, is_difficult, learnable
+from ..labels.findings import DROPPED, ERROR, KINDS, WARNING
+from ..labels.formats import ADDRESS, AS_IT_IS, Reading, image_dir_of, read_labels
+from .columns import Columns, open_columns
 from .images import provide
+from .records import Listed, Records, Registered
 
 # Detectron2's name in the metadata for the number of each category's id.
 NUMBERS = "thing_dataset_id_to_contiguous_id"
@@ -51,7 +53,7 @@ def register(spec: str, reading: Reading = AS_IT_IS) -> str:
     """
     name, _, source = spec.partition("=")
     if not name or ":" not in source.strip(":"):
-        raise ValueError(
+        raise UserError(
             "--register takes NAME=annotations.json:image_dir, NAME=data.yaml:split or "
             f"NAME=folder:split, not {spec!r}"
         )
@@ -60,7 +62,7 @@ def register(spec: str, reading: Reading = AS_IT_IS) -> str:
     folder = os.path.abspath(images) if os.path.isdir(images) else images
     source = f"{os.path.abspath(annotations)}:{folder}"
     if name in DatasetCatalog and MetadataCatalog.get(name).get("source") != source:
-        raise ValueError(f"a data set called {name} is registered already: choose another name")
+        raise UserError(f"a data set called {name} is registered already: choose another name")
     image_dir = image_dir_of(annotations, images)
     provide(image_dir)  # in every process: multi-scale testing opens images, too
     columns = open_columns(
@@ -84,12 +86,12 @@ def _read(annotations: str, images: str, reading: Reading) -> tuple[dict, dict]:
     Raises:
         ValueError: with a sentence that says what is wrong with the files.
     """
-    labels = read(annotations, images, reading)
+    labels = read_labels(annotations, images, reading)
     more, objects = find_in_json(labels.content)
     findings = [*labels.findings, *more]
     for finding in findings:
         if finding.level == ERROR:
-            raise ValueError(f"{annotations} has {finding.sentence()}")
+            raise UserError(f"{annotations} has {finding.sentence()}")
     assert objects is not None  # without errors
     return learnable(labels.content, objects), {
         "evaluator_type": labels.evaluator,
@@ -122,7 +124,7 @@ def split_source(source: str, what: str = "a source") -> tuple[str, str]:
             if there(annotations):
                 return annotations, images
     if not parts:
-        raise ValueError(
+        raise UserError(
             f"{what} is annotations.json:image_dir, data.yaml:split or folder:split, not {source!r}"
         )
     return parts[-1]
@@ -148,14 +150,14 @@ def open_records(names: Sequence[str], filter_empty: bool = False) -> Records:
     sets = [_open(name) for name in names]
     for name, images in zip(names, sets, strict=True):
         if not len(images):
-            raise ValueError(f"data set {name} has no images")
+            raise UserError(f"data set {name} has no images")
     records = Records(sets)
     if "annotations" not in records[0]:
         return records
     if filter_empty:
         records = records.choose(records.counts > 0)
         if not len(records):
-            raise ValueError(f"no image of {' and '.join(names)} has objects")
+            raise UserError(f"no image of {' and '.join(names)} has objects")
     classes = [MetadataCatalog.get(name).get("thing_classes") for name in names]
     if all(classes):
         check_metadata_consistency("thing_classes", names)
@@ -163,7 +165,7 @@ def open_records(names: Sequence[str], filter_empty: bool = False) -> Records:
             numbers = images.classes
             for number in (numbers.min(initial=0), numbers.max(initial=0)):
                 if not 0 <= number < len(known):
-                    raise ValueError(
+                    raise UserError(
                         f"data set {name} has an object of category_id {number}, but {len(known)} "
                         "classes"
                     )
@@ -204,7 +206,7 @@ def follow(name: str, classes: Sequence[str]) -> None:
         return
     places = _places(own, classes)
     if places is None:
-        raise ValueError(
+        raise UserError(
             f"data set {name} has the classes {_some(own)}, but the data set or weights that it is "
             f"used with have {_some(classes)}: what is found would be called by the wrong name; "
             "--classes gives all of --register the same"
@@ -213,7 +215,7 @@ def follow(name: str, classes: Sequence[str]) -> None:
     if not isinstance(images, Registered):
         if places == list(range(len(own))):
             return
-        raise ValueError(
+        raise UserError(
             f"data set {name} has the classes {_some(own)}, which are {_some(classes)} in another "
             "order: register it by --register"
         )
@@ -263,7 +265,7 @@ def refuse_missing_images(names: Sequence[str], filter_empty: bool = False) -> N
         missing = list(_missing(files))
         if missing:
             hint = "; addresses are not fetched: download the images" if "://" in missing[0] else ""
-            raise ValueError(
+            raise UserError(
                 f"data set {name}: {len(missing)} of {len(files)} images do not exist, such as "
                 f"{missing[0]}{hint}"
             )
@@ -308,7 +310,7 @@ def _is_opened(address: str) -> bool:
     except NotImplementedError:  # a handler that cannot tell, as that of https
         return True
     except Exception as error:  # handlers raise errors of many types
-        raise ValueError(f"the image {address} cannot be opened: {error}") from error
+        raise UserError(f"the image {address} cannot be opened: {error}") from error
 
 
 def has_objects(name: str) -> bool:
@@ -337,7 +339,7 @@ def refuse_unannotated(names: Sequence[str]) -> None:
             remarks = metadata.remarks.items()
             left_out = "; ".join(x for kind, x in remarks if KINDS[kind].level == DROPPED)
             but = f", but {left_out}" if left_out else ""
-            raise ValueError(f"data set {name} has no annotations to train on{but}")
+            raise UserError(f"data set {name} has no annotations to train on{but}")
 
 
 def count_training_images(names: Sequence[str], filter_empty: bool) -> int:

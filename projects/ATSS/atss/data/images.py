@@ -1,108 +1,36 @@
 """Looks at one image file by its header: what training would make of it. Reads it."""
 
-import os
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from functools import cache
 from io import BytesIO
-from typing import IO, cast
+from typing import IO
 
 import fsspec
 import numpy as np
 from detectron2.data.detection_utils import (
     _apply_exif_orientation,
     convert_PIL_to_numpy,
-    read_image,
 )
-from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.data.detection_utils import (
+    read_image as read_image_d2,
+)
 from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
 
-from .findings import ERROR, KINDS
+from ..deprecated import renamed_names
+from ..errors import UserError
+from ..labels.findings import ERROR, KINDS
+from ..labels.headers import problems, read_header, verify
 
-# EXIF's tag, and the orientations that exchange width and height.
-ORIENTATION = 0x0112
-TURNED = (5, 6, 7, 8)
+__getattr__ = renamed_names(__name__)
+
 # Modules that call what reads a file.
 READERS = (__name__, f"{__package__}.mapper")
-# Modes of Pillow with more than 8 bits per channel.
-HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a file says of its image.
-
-    Attributes:
-        format: Pillow's name of it, such as "JPEG".
-        size: (width, height) as training sees it, after the orientation.
-        mode: Pillow's.
-        orientation: EXIF's, 1 where there is none.
-        transparent: has an alpha channel, or a transparent colour.
-        animated: has more than one picture.
-        complete: ends as its format ends. False where that is unknown.
-    """
-
-    format: str | None
-    size: tuple[int, int]
-    mode: str
-    orientation: int
-    transparent: bool
-    animated: bool
-    complete: bool
-
-
-def read_header(source: str | BytesIO, decode: bool = False) -> Header:
-    """Opens an image, by its file's name or content, without decoding it, unless asked to.
-
-    Raises:
-        OSError: saying why it cannot be read, as the end of a sentence that names it.
-    """
-    with _opened(source) as (file, image):
-        if decode:
-            image.load()
-        orientation = _orientation(image, decode)
-        return Header(
-            format=image.format,
-            size=image.size[::-1] if orientation in TURNED else image.size,
-            mode=image.mode,
-            orientation=orientation,
-            transparent=image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info,
-            animated=getattr(image, "is_animated", False),
-            complete=_complete(file, image.format),
-        )
-
-
-def verify(source: str | BytesIO) -> None:
-    """Compares the checksums of a format that has them, as PNG, without decoding.
-
-    Raises:
-        OSError: as :func:`read_header`.
-    """
-    with _opened(source) as (_, image):
-        image.verify()
-
-
-@contextmanager
-def _opened(source: str | BytesIO) -> Iterator[tuple[IO, Image.Image]]:
-    try:
-        opened = _open(source) if isinstance(source, str) else nullcontext(source)
-        with opened as file, Image.open(file) as image:
-            yield file, image
-    except Image.UnidentifiedImageError as error:
-        if isinstance(source, str):
-            empty = os.path.isfile(source) and not os.path.getsize(source)
-        else:
-            empty = not source.getbuffer().nbytes
-        problem = "it is empty" if empty else "it is no image, or of an unknown format"
-        raise OSError(problem) from error
-    except Exception as error:  # damaged files make Pillow raise errors of many types
-        raise OSError(getattr(error, "strerror", None) or str(error)) from error
-
-
-def read(
+def read_image(
     file_name: str,
     sizes: Sequence[tuple[int, int]] = (),
     labelled: tuple[int, int] | None = None,
@@ -118,7 +46,7 @@ def read(
     Raises:
         ValueError, OSError: with a sentence that names the file.
     """
-    with naming(file_name):
+    with blame_file(file_name):
         with _open(file_name) as file:
             content = BytesIO(file.read())
         header = read_header(content)
@@ -127,13 +55,13 @@ def read(
             verify(content)
         for kind, problem in problems(header, labelled, sizes):
             if KINDS[kind].level == ERROR:
-                raise ValueError(f"the image {file_name} {problem}")
+                raise UserError(f"the image {file_name} {problem}")
         with Image.open(content) as image:
             return convert_PIL_to_numpy(_apply_exif_orientation(image), image_format)
 
 
 @contextmanager
-def naming(file_name: str) -> Iterator[None]:
+def blame_file(file_name: str) -> Iterator[None]:
     """Has whatever goes wrong in reading and mapping an image name its file."""
     try:
         yield
@@ -143,7 +71,7 @@ def naming(file_name: str) -> Iterator[None]:
         if _is_of_reading(error):
             raise OSError(f"cannot read the image {file_name}: {error}") from error
         if isinstance(error, ValueError):
-            raise ValueError(f"the image {file_name} cannot be mapped: {error}") from error
+            raise UserError(f"the image {file_name} cannot be mapped: {error}") from error
         error.add_note(f"in mapping {file_name}")  # a bug, of an augmentation for example
         raise
 
@@ -151,109 +79,12 @@ def naming(file_name: str) -> Iterator[None]:
 def _is_of_reading(error: Exception) -> bool:
     """Whether it came out of what reads the file, called from here or by Detectron2's mapper and
     not by an augmentation, which may read others."""
-    reading = {x.__code__ for x in (read_image, read)}
+    reading = {x.__code__ for x in (read_image_d2, read_image)}
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code in reading:
             return True
         if frame.f_globals["__name__"] not in READERS:
             return False
-    return False
-
-
-def problems(
-    header: Header, labelled: tuple[int, int] | None, sizes: Sequence[tuple[int, int]] = ()
-) -> Iterator[tuple[str, str]]:
-    """What is to be said of an image that can be opened.
-
-    Args:
-        header: of its file.
-        labelled: its (width, height) according to the annotations; None where they do not say.
-        sizes: (shorter side, longest side) to which training resizes.
-    Yields:
-        a key of KINDS, and the end of a sentence that begins with the file's name.
-    """
-    if labelled and header.size != labelled:
-        (width, height), turned = header.size, header.orientation in TURNED
-        turn = f" after its EXIF orientation {header.orientation}" if turned else ""
-        yield (
-            "image_size_wrong",
-            f"is {width} x {height} pixels{turn}, but {labelled[0]:g} x {labelled[1]:g} according "
-            "to the annotations",
-        )
-    if header.mode in HIGH_DEPTH:
-        yield (
-            "image_high_depth",
-            f"has more than 8 bits per channel (mode {header.mode}), which would be cut off at "
-            "255: convert it to 8 bits",
-        )
-    if thin := too_thin(header.size, sizes):
-        yield "image_thin", thin
-    if header.orientation != 1 and header.format == "TIFF":
-        # Pillow turns a TIFF while it decodes it.
-        yield (
-            "image_turned_twice",
-            f"is a TIFF with EXIF orientation {header.orientation}, which Detectron2 applies "
-            "twice: save it upright, without an orientation",
-        )
-    elif header.orientation != 1:
-        yield "image_rotated", f"has EXIF orientation {header.orientation}"
-    if header.transparent:
-        yield "image_alpha", f"is transparent (mode {header.mode})"
-    if header.animated:
-        yield "image_animated", "is animated"
-    if header.size[0] * header.size[1] > cast(int, Image.MAX_IMAGE_PIXELS):
-        yield "image_huge", f"is {header.size[0]} x {header.size[1]} pixels"
-    for kind, modes in (
-        ("image_grey", ("1", "L", "LA")),
-        ("image_palette", ("P", "PA")),
-        ("image_cmyk", ("CMYK",)),
-    ):
-        if header.mode in modes:
-            yield kind, f"has mode {header.mode}"
-
-
-def too_thin(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> str:
-    """The end of a sentence about an image that resizing leaves without a pixel; else nothing.
-
-    Args:
-        size: (width, height) of the image.
-        sizes: (shorter side, longest side) to which it is resized; a shorter side of 0: it is not.
-    """
-    for short, longest in sizes:
-        if short and min(ResizeShortestEdge.get_output_shape(*size, short, longest)) < 1:
-            return f"is {size[0]} x {size[1]} pixels, too thin to be resized to {longest} at most"
-    return ""
-
-
-def _orientation(image: Image.Image, decoded: bool) -> int:
-    # Pillow decodes a PNG in search of an EXIF behind its pixels, which is rare.
-    if image.format == "PNG" and not decoded and "exif" not in image.info:
-        return 1
-    try:
-        orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # Detectron2 takes a broken EXIF for none, too
-        return 1
-    return orientation if orientation in range(1, 9) else 1
-
-
-def _complete(file: IO, image_format: str | None) -> bool:
-    """Whether the file's last bytes are the format's last bytes: cheap, and wrong only where
-    something was appended to a complete file."""
-    length = file.seek(0, os.SEEK_END)
-    file.seek(max(0, length - 12))
-    tail = file.read()
-    if image_format == "JPEG":
-        return tail.endswith(b"\xff\xd9")
-    if image_format == "PNG":
-        return tail.endswith(b"IEND\xaeB`\x82")
-    if image_format == "GIF":
-        return tail.endswith(b";")
-    if image_format in ("WEBP", "BMP"):
-        file.seek(0)
-        start = file.read(8)
-        if image_format == "BMP":
-            return int.from_bytes(start[2:6], "little") == length
-        return int.from_bytes(start[4:8], "little") + 8 == length
     return False
 
 

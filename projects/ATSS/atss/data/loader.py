@@ -23,10 +23,11 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .columns import Records
+from ..errors import UserError
 from .datasets import classes_of, open_records
 from .mosaic import Mosaic
-from .samplers import abridge, make_sampler, page, repeat_factors
+from .records import Records
+from .samplers import abridge, format_report, make_sampler, repeat_factors
 
 LOADER_DIED = (
     "a process that loads images has died, or was killed as if memory had run out: lower "
@@ -189,7 +190,7 @@ def build_train_loader(
     """
     images, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if images < 1 or images % processes:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.IMS_PER_BATCH is {images}, which {processes} processes cannot share evenly"
         )
     records = open_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
@@ -198,7 +199,7 @@ def build_train_loader(
     if factors is None:
         _log(_count_objects(records, names))
     else:
-        _log(f"{cfg.DATALOADER.SAMPLER_TRAIN}: {page(records, factors, names)}")
+        _log(f"{cfg.DATALOADER.SAMPLER_TRAIN}: {format_report(records, factors, names)}")
     groups = is_wide(records) if cfg.DATALOADER.ASPECT_RATIO_GROUPING else [False] * len(records)
     late_mapper, until = late_mapper or mapper, cfg.INPUT.AUGMENT_UNTIL
     mapper, late_mapper = InPlaceOfNone(mapper, records), InPlaceOfNone(late_mapper, records)
@@ -256,7 +257,7 @@ def is_wide(records: Records) -> np.ndarray:
     """
     sizes = records.sizes
     for i in np.flatnonzero((sizes < 0).any(axis=1)).tolist():
-        raise ValueError(
+        raise UserError(
             f"{records[i]['file_name']} has no width and height in its record, which "
             "DATALOADER.ASPECT_RATIO_GROUPING needs"
         )
@@ -304,7 +305,7 @@ class InPlaceOfNone:
             if mapped is not None:
                 return mapped
             record = self.records[np.random.randint(len(self.records))]
-        raise ValueError(
+        raise UserError(
             f"the mapper leaves out {self.TRIES} images in a row, {record.get('file_name')} last"
         )
 

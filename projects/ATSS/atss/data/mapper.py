@@ -9,7 +9,8 @@ from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
-from .images import naming, read
+from ..errors import UserError
+from .images import blame_file, read_image
 
 
 class Mapper(DatasetMapper):
@@ -45,7 +46,7 @@ class Mapper(DatasetMapper):
         name = dataset_dict["file_name"]
         for annotation in dataset_dict.get("annotations", ()):
             if not np.isfinite(annotation["bbox"]).all():
-                raise ValueError(f"{name} has a box that is not finite: {annotation['bbox']}")
+                raise UserError(f"{name} has a box that is not finite: {annotation['bbox']}")
         mapped = copy.deepcopy(dataset_dict)
         if self.use_instance_mask:  # it cannot learn an object without a mask
             objects = mapped.get("annotations", ())
@@ -53,8 +54,8 @@ class Mapper(DatasetMapper):
         labelled = None
         if "width" in mapped and "height" in mapped:
             labelled = mapped["width"], mapped["height"]
-        image = read(name, labelled=labelled, image_format=self.image_format)
-        with naming(name):
+        image = read_image(name, labelled=labelled, image_format=self.image_format)
+        with blame_file(name):
             self._map(mapped, image)
         mapped["image"] = single(mapped["image"])
         return mapped

@@ -11,7 +11,11 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSample
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .columns import Records
+from ..deprecated import renamed_names
+from ..errors import UserError
+from .records import Records
+
+__getattr__ = renamed_names(__name__)
 
 # Detectron2's names, and what each weighs images by: whether by class, whether by data set.
 WEIGHS = {
@@ -43,11 +47,11 @@ def repeat_factors(cfg: CfgNode, records: Records) -> Tensor | None:
     name = cfg.DATALOADER.SAMPLER_TRAIN
     if name not in WEIGHS:
         known = [*WEIGHS]
-        raise ValueError(f"DATALOADER.SAMPLER_TRAIN is {name!r}; known are {known}")
+        raise UserError(f"unknown DATALOADER.SAMPLER_TRAIN {name!r}: choose from {known}")
     by_class, by_set = WEIGHS[name]
     threshold, root = cfg.DATALOADER.REPEAT_THRESHOLD, cfg.DATALOADER.REPEAT_SQRT
     if by_class and not threshold > 0:
-        raise ValueError(
+        raise UserError(
             f"DATALOADER.REPEAT_THRESHOLD is {threshold}, with which {name} repeats nothing: it is "
             "the share of images below which a class is rare, such as 0.1"
         )
@@ -84,20 +88,20 @@ def _weights(cfg: CfgNode) -> list[float]:
     """The factor of each of DATASETS.TRAIN."""
     given = cfg.DATASETS.TRAIN_REPEAT_FACTOR
     if not given:
-        raise ValueError(
+        raise UserError(
             f"{cfg.DATALOADER.SAMPLER_TRAIN} needs DATASETS.TRAIN_REPEAT_FACTOR, such as "
             "\"[['my_train', 3.0]]\""
         )
     factors = {}
     for entry in given:
         if not isinstance(entry, Sequence) or len(entry) != 2 or entry[0] not in cfg.DATASETS.TRAIN:
-            raise ValueError(
+            raise UserError(
                 f"DATASETS.TRAIN_REPEAT_FACTOR has {entry!r}, where one of {cfg.DATASETS.TRAIN} "
                 "and its factor belong"
             )
         name, factor = entry
         if not isinstance(factor, int | float) or not 0 < factor < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"DATASETS.TRAIN_REPEAT_FACTOR has {factor!r} for {name}, where a positive number "
                 "belongs"
             )
@@ -117,7 +121,7 @@ def make_sampler(size: int, factors: Tensor | None) -> Callable[[int], Sampler]:
     return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
 
 
-def page(records: Records, factors: Tensor, names: Mapping[int, str]) -> str:
+def format_report(records: Records, factors: Tensor, names: Mapping[int, str]) -> str:
     """How often a pass sees each class, for the log: images that have it, and how often on average
     such an image comes; not as one of the other three of a mosaic, for which all are alike."""
     image, which, numbers = _classes_of_images(records)

@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from ..config import autocast_dtype
 from ..data.datasets import classes_of
+from ..errors import UserError
 
 # Paths, and what follows from a machine's processors.
 OF_A_MACHINE = (
@@ -39,7 +40,7 @@ def refuse_differences(facts: Mapping[str, object]) -> None:
         names = [name for name in gathered[0] if other.get(name) != gathered[0][name]]
         if names:
             more = f" ({len(names)} values differ)" if len(names) > 1 else ""
-            raise ValueError(
+            raise UserError(
                 f"{names[0]} is {gathered[0][names[0]]} in process 0, but {other.get(names[0])} in "
                 f"process {rank}{more}: do all machines have the same files?"
             )

@@ -21,7 +21,11 @@ from torch import nn
 
 from ..checkpoints import TrainingCheckpointer
 from ..data.datasets import classes_of, has_objects
-from ..weights import WeightsError, read
+from ..deprecated import renamed_names
+from ..errors import UserError
+from ..weights import WeightsError, load_weights
+
+__getattr__ = renamed_names(__name__)
 
 # By evaluator_type.
 COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -92,7 +96,7 @@ class Evaluation(hooks.EvalHook):
 
 
 @dataclass(frozen=True)
-class Standing:
+class BestRecord:
     """What is known of the best weights after some evaluations.
 
     Attributes:
@@ -132,7 +136,7 @@ class Best(HookBase):
         checkpointer: TrainingCheckpointer,
         test_sets: Sequence[str] = (),
     ):
-        self.standing = Standing(metric, ", ".join(test_sets))
+        self.standing = BestRecord(metric, ", ".join(test_sets))
         self.patience = patience
         self.checkpointer = checkpointer
 
@@ -153,10 +157,10 @@ class Best(HookBase):
         found = self._compare(evaluated, iteration) if comm.is_main_process() else None
         found = comm.all_gather(found)[0]
         if isinstance(found, str):
-            raise ValueError(found)
+            raise UserError(found)
         self.standing = found
 
-    def _compare(self, evaluated: list[tuple[nn.Module, dict]], iteration: int) -> Standing | str:
+    def _compare(self, evaluated: list[tuple[nn.Module, dict]], iteration: int) -> BestRecord | str:
         """Where the best stand now, or what is wrong. Writes the file."""
         metric, best = self.standing.metric, None
         had_one = self.standing.iteration >= 0
@@ -189,7 +193,7 @@ class Best(HookBase):
         self._save(best, standing)
         return standing
 
-    def _save(self, model: nn.Module, standing: Standing) -> None:
+    def _save(self, model: nn.Module, standing: BestRecord) -> None:
         about = {x: getattr(standing, x) for x in ABOUT}
         self.checkpointer.save_weights(self.FILE, model, **about)
 
@@ -198,13 +202,13 @@ class Best(HookBase):
         as those of an evaluation after it."""
         self.standing = comm.all_gather(self._adopt())[0]
 
-    def _adopt(self) -> Standing:
+    def _adopt(self) -> BestRecord:
         standing = self.standing
         if not comm.is_main_process():
             return standing
         path = os.path.join(self.checkpointer.save_dir, f"{self.FILE}.pth")
         try:
-            content = read(path, mmap=True)
+            content = load_weights(path, mmap=True)
             about = {name: content[name] for name in ABOUT}
         except (WeightsError, LookupError, TypeError) as error:
             if standing.iteration < 0:
@@ -213,7 +217,7 @@ class Best(HookBase):
                 "%s was the best (%s): the best weights are sought anew: %s",
                 *(path, _describe(standing), error),
             )
-            return replace(Standing(standing.metric, standing.data), evaluated=standing.evaluated)
+            return replace(BestRecord(standing.metric, standing.data), evaluated=standing.evaluated)
         same = all(about[name] == getattr(standing, name) for name in ("metric", "data"))
         known = all(about[name] == getattr(standing, name) for name in ABOUT)
         # One that is older and not the checkpoint's is of another run.
@@ -260,7 +264,7 @@ class Best(HookBase):
         return asdict(self.standing)
 
     def load_state_dict(self, state: dict) -> None:
-        loaded, standing = Standing(**state), self.standing
+        loaded, standing = BestRecord(**state), self.standing
         if (loaded.metric, loaded.data) == (standing.metric, standing.data):
             self.standing = loaded
         else:
@@ -270,7 +274,7 @@ class Best(HookBase):
             )
 
 
-def _describe(standing: Standing) -> str:
+def _describe(standing: BestRecord) -> str:
     kind = "averaged weights (EMA)" if standing.averaged else "weights"
     if standing.value == -math.inf:
         return f"in no evaluation a number, the last {kind}, of iteration {standing.iteration}"
@@ -310,12 +314,12 @@ def check_metric(cfg: CfgNode) -> None:
         name = _data_set_of(metric, names)
         plain = metric.removeprefix(f"{name}/")
     if not has_objects(name):
-        raise ValueError(f"TEST.BEST_METRIC is {metric!r}, but data set {name} has no objects")
+        raise UserError(f"TEST.BEST_METRIC is {metric!r}, but data set {name} has no objects")
     known, classes = known_metrics(name), classes_of(name) or ()
     if MetadataCatalog.get(name).get("evaluator_type") != "coco" or len(classes) == 1:
         classes = ()  # are not evaluated apart
     if known and plain not in (*known, *(f"bbox/AP-{x}" for x in classes)):
-        raise ValueError(f"TEST.BEST_METRIC is {cfg.TEST.BEST_METRIC!r}; known are {known}")
+        raise UserError(f"unknown TEST.BEST_METRIC {cfg.TEST.BEST_METRIC!r}: choose from {known}")
 
 
 def _data_set_of(metric: str, names: Sequence[str]) -> str:

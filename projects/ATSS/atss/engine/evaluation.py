@@ -22,10 +22,11 @@ from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 
 from ..config import images_per_test_batch
-from ..data.coco_json import SHORTEST, find_in_json, is_difficult, learnable
 from ..data.datasets import classes_of, columns_of, open_records, provide_json
 from ..data.loader import WatchedLoader, loader_options
 from ..data.mapper import Mapper
+from ..errors import UserError
+from ..labels.coco import SHORTEST, find_in_json, is_difficult, learnable
 from .agreement import facts_of_data, refuse_differences
 from .watch import current, wait_for_all
 
@@ -235,7 +236,7 @@ def provide_lvis() -> None:
     try:
         import hotcoco
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"evaluation by LVIS's rules needs hotcoco ({error}): pip install hotcoco"
         ) from error
     hotcoco.init_as_lvis()
@@ -252,12 +253,12 @@ def check_metadata(dataset_name: str) -> None:
     if kind == "lvis":
         provide_lvis()
     if kind not in ("coco", "lvis", "pascal_voc"):
-        raise ValueError(
+        raise UserError(
             f"data set {dataset_name} of DATASETS.TEST has evaluator_type {kind!r} in its "
             "metadata; coco, lvis and pascal_voc are known"
         )
     if classes_of(dataset_name) is None:
-        raise ValueError(
+        raise UserError(
             f"data set {dataset_name} of DATASETS.TEST has no thing_classes in its metadata, "
             "without which it cannot be evaluated"
         )

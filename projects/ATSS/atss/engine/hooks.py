@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..checkpoints.checkpointer import TrainingCheckpointer
-from .exchange import Exchange
+from .all_gather import ScalarAllGather
 from .watch import current, exit_code, first_of
 
 
@@ -38,7 +38,9 @@ class FiniteLosses(HookBase):
         checkpointer: knows the checkpoints that the message can name.
     """
 
-    def __init__(self, model: nn.Module, exchange: Exchange, checkpointer: TrainingCheckpointer):
+    def __init__(
+        self, model: nn.Module, exchange: ScalarAllGather, checkpointer: TrainingCheckpointer
+    ):
         model.register_forward_hook(self._send)
         self.exchange = exchange
         self.checkpointer = checkpointer
@@ -94,7 +96,7 @@ class Preemption(HookBase):
 
     def __init__(self) -> None:
         self.watch = current()
-        self.exchange = Exchange(lambda: self.watch.asked)
+        self.exchange = ScalarAllGather(lambda: self.watch.asked)
 
     @property
     def left(self) -> bool:

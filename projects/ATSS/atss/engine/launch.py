@@ -30,8 +30,9 @@ from torch import distributed
 from torch.multiprocessing import ProcessExitedException
 
 from ..data.loader import LOADER_DIED
+from ..errors import UserError
+from .estimate import LESS_MEMORY
 from .hooks import AllLeave
-from .outlook import LESS_MEMORY
 from .watch import EXIT_INTERRUPTED, EXIT_PREEMPTED, STOPPING, Watch, current, end, exit_code
 
 Main = Callable[[argparse.Namespace, CfgNode], object]
@@ -256,7 +257,7 @@ def is_started() -> bool:
     missing = [name for name in (*ENVIRONMENT, *MEETING) if name not in os.environ]
     given = [name for name in ENVIRONMENT if name in os.environ]
     if given and missing:
-        raise ValueError(
+        raise UserError(
             f"{' and '.join(given)} are set, but not {' and '.join(missing)}: processes that "
             "torchrun does not start need all of them, one that trains alone needs none "
             "(docs/clusters.md)"
@@ -270,7 +271,7 @@ def _check_variables() -> None:
     values = {}
     for name in (*ENVIRONMENT, "MASTER_PORT"):
         if not re.fullmatch(r"\d+", os.environ[name]):
-            raise ValueError(f"{name} must be a whole number, got {os.environ[name]!r}")
+            raise UserError(f"{name} must be a whole number, got {os.environ[name]!r}")
         values[name] = int(os.environ[name])
     rank, size, local_rank, local_size, port = values.values()
     allowed = {
@@ -282,12 +283,12 @@ def _check_variables() -> None:
     }
     for name, (value, least, greatest) in allowed.items():
         if not least <= value <= greatest:
-            raise ValueError(
+            raise UserError(
                 f"{name} must be {least} to {greatest}, got {value} (WORLD_SIZE is {size}, "
                 f"LOCAL_WORLD_SIZE {local_size})"
             )
     if size % local_size or rank % local_size != local_rank:
-        raise ValueError(
+        raise UserError(
             f"RANK {rank} has LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE {local_size}: machines "
             "must start equally many processes, and the ranks of a machine must follow one another "
             "(SLURM: --distribution=block)"
@@ -303,9 +304,7 @@ def check_host(name: str, host: str) -> None:
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
-        raise ValueError(
-            f"{name} names {host!r}, which has no address: {error.strerror}"
-        ) from error
+        raise UserError(f"{name} names {host!r}, which has no address: {error.strerror}") from error
 
 
 def local_size(args: argparse.Namespace) -> int:

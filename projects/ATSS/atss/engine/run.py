@@ -46,7 +46,8 @@ from ..config import (
 )
 from ..config.checks import check_values
 from ..data import datasets
-from ..data.formats import add_arguments, reading_of
+from ..errors import UserError
+from ..labels.formats import add_arguments, reading_of
 from .agreement import facts_of_config, refuse_differences, share_weights
 from .averaging import Averaging
 from .best import Best, best_metric, check_metric, known_metrics
@@ -145,7 +146,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         ValueError, OSError: with a sentence that says what is wrong.
     """
     if not args.config_file:
-        raise ValueError("--config-file is missing, such as configs/ATSS_R_50_FPN_1x.yaml")
+        raise UserError("--config-file is missing, such as configs/ATSS_R_50_FPN_1x.yaml")
     import_modules(args.imports)
     args.config_file = find_config(args.config_file)  # Detectron2's setup opens it, too.
     cfg = load_config(args.config_file, opts=args.opts)
@@ -331,7 +332,7 @@ def refuse_used_folder(path: str, resume: bool) -> None:
         ValueError: naming the folder.
     """
     if not resume and os.path.exists(os.path.join(path, "last_checkpoint")):
-        raise ValueError(
+        raise UserError(
             f"OUTPUT_DIR {path} holds a training already: --resume goes on with it, another "
             "OUTPUT_DIR begins a new one"
         )
@@ -356,7 +357,7 @@ def lock_folder(path: str) -> IO | None:
         file.seek(0)
         owner = file.read().strip() or "another run"
         file.close()
-        raise ValueError(
+        raise UserError(
             f"OUTPUT_DIR {path} is in use by {owner}: wait for it, or choose another; if that "
             f"machine is gone, remove {file.name}"
         ) from error
@@ -429,13 +430,13 @@ def check_config(cfg: CfgNode, training: bool, given: Collection[str] = ()) -> N
         check_values(cfg, TRAINING_LIMITS)
         jitter = cfg.INPUT.SCALE_JITTER
         if jitter and not (len(jitter) == 2 and 0 < jitter[0] <= jitter[1]):
-            raise ValueError(
+            raise UserError(
                 "INPUT.SCALE_JITTER must be two factors, such as [0.5, 2.0], or empty for none, "
                 f"not {jitter}"
             )
         profile = cfg.SOLVER.PROFILE
         if profile and not (len(profile) == 2 and 0 <= profile[0] <= profile[1]):
-            raise ValueError(
+            raise UserError(
                 "SOLVER.PROFILE must be [first, last] iteration, such as [10, 12], or empty for "
                 f"none, not {profile}"
             )
@@ -455,20 +456,20 @@ def check_data(cfg: CfgNode, training: bool) -> None:
     used = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if training else cfg.DATASETS.TEST
     for name in used:
         if name not in DatasetCatalog:
-            raise ValueError(
+            raise UserError(
                 f"DATASETS names {name!r}, which neither Detectron2 nor --register knows"
             )
         annotations = MetadataCatalog.get(name).get("json_file")
         if annotations and "://" not in annotations and not os.path.exists(annotations):
             key = "TRAIN" if training and name in cfg.DATASETS.TRAIN else "TEST"
-            raise ValueError(
+            raise UserError(
                 f"DATASETS.{key} names {name}, whose annotations {annotations} do not exist"
             )
     if not used:
-        raise ValueError(f"DATASETS.{'TRAIN' if training else 'TEST'} names no data set")
+        raise UserError(f"DATASETS.{'TRAIN' if training else 'TEST'} names no data set")
     if training:
         if not cfg.DATASETS.TRAIN:
-            raise ValueError("DATASETS.TRAIN names no data set")
+            raise UserError("DATASETS.TRAIN names no data set")
         datasets.refuse_unannotated(cfg.DATASETS.TRAIN)
     for name in cfg.DATASETS.TEST:
         check_metadata(name)
@@ -506,9 +507,9 @@ def check_best(cfg: CfgNode, given: Collection[str] = ()) -> None:
         for key, value in (("PATIENCE", cfg.TEST.PATIENCE), ("BEST_METRIC", cfg.TEST.BEST_METRIC)):
             if value and f"TEST.{key}" in given:
                 where = f"DATASETS.TEST: {', '.join(names)} has none"
-                raise ValueError(f"TEST.{key} {value} needs objects in {where}")
+                raise UserError(f"TEST.{key} {value} needs objects in {where}")
     elif cfg.TEST.PATIENCE and (names or "TEST.PATIENCE" in given):
-        raise ValueError(
+        raise UserError(
             f"TEST.PATIENCE {cfg.TEST.PATIENCE} ends training by its evaluations: it needs "
             "TEST.EVAL_PERIOD, TEST.BEST_METRIC and DATASETS.TEST"
         )
@@ -523,7 +524,7 @@ def check_expected(cfg: CfgNode, training: bool) -> None:
     """
     expected, names = cfg.TEST.EXPECTED_RESULTS, cfg.DATASETS.TEST
     if expected and len(names) != 1:
-        raise ValueError(
+        raise UserError(
             f"TEST.EXPECTED_RESULTS needs one data set in DATASETS.TEST, not {len(names)}"
         )
     tasks = {"bbox", "bbox_EMA" if training and cfg.SOLVER.EMA_DECAY else "bbox"}
@@ -538,7 +539,7 @@ def check_expected(cfg: CfgNode, training: bool) -> None:
             and (entry[1] in known or str(entry[1]).startswith("AP-"))
             and all(isinstance(x, int | float) for x in entry[2:])
         ):
-            raise ValueError(
+            raise UserError(
                 "TEST.EXPECTED_RESULTS takes [task, metric, value, tolerance] with a task of "
                 f"{sorted(tasks)} and a metric of {known}, not {entry}"
             )
@@ -554,19 +555,19 @@ def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
     for option in ("num_gpus", "num_machines"):
         if getattr(args, option) < 1:
             name = option.replace("_", "-")
-            raise ValueError(f"--{name} must be at least 1, not {getattr(args, option)}")
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, option)}")
     count, images = world_size(args), cfg.SOLVER.IMS_PER_BATCH
     if is_started() and args.num_gpus * args.num_machines > 1:
-        raise ValueError("torchrun has started the processes: leave out --num-gpus, --num-machines")
+        raise UserError("torchrun has started the processes: leave out --num-gpus, --num-machines")
     if args.num_machines > 1 and args.dist_url == "auto":
-        raise ValueError(
+        raise UserError(
             f"--num-machines {args.num_machines} needs --dist-url, such as tcp://10.0.0.1:29400: "
             "the address of the first machine and a free port there"
         )
     if count > 1 and args.dist_url.startswith("tcp://"):
         check_host("--dist-url", urlsplit(args.dist_url).hostname or "")
     if not args.eval_only and not cfg.SOLVER.REFERENCE_WORLD_SIZE and images % count:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.IMS_PER_BATCH is {images}, which {count} processes cannot share evenly"
         )
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
@@ -574,23 +575,23 @@ def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
     gpus = torch.cuda.device_count() if on_gpu else local
     # A scheduler may show each of its processes one GPU alone.
     if local > gpus and not (gpus == 1 and is_started()):
-        raise ValueError(f"{local} processes on a machine of {gpus} GPUs")
+        raise UserError(f"{local} processes on a machine of {gpus} GPUs")
     if not (on_gpu or is_started()) and count > 1 and torch.cuda.is_available():
-        raise ValueError("--num-gpus uses GPUs: for processes with MODEL.DEVICE cpu use torchrun")
+        raise UserError("--num-gpus uses GPUs: for processes with MODEL.DEVICE cpu use torchrun")
 
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not args.eval_only:
         args.resume = True
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     exported = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
     if restarts and is_started() and count > local and shares_agent_store() and not exported:
-        raise ValueError(
+        raise UserError(
             "torchrun's restarts on several machines need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, "
             "exported before torchrun on each of them, and --rdzv-backend c10d: otherwise machines "
             "that count restarts differently wait for each other in vain (docs/clusters.md)"
         )
     may_restart = restarts and not args.eval_only
     if may_restart and not args.resume and os.path.exists(f"{cfg.OUTPUT_DIR}/last_checkpoint"):
-        raise ValueError(
+        raise UserError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} has a checkpoint, from which a restart would go on: "
             "give --resume, or another OUTPUT_DIR"
         )
@@ -615,7 +616,7 @@ def check_output_dir(path: str, test_sets: Sequence[str] = ()) -> None:
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(b"\0")
     except OSError as error:
-        raise ValueError(f"cannot write into OUTPUT_DIR {folder}: {error.strerror}") from error
+        raise UserError(f"cannot write into OUTPUT_DIR {folder}: {error.strerror}") from error
 
 
 def check_free_space(cfg: CfgNode, model: nn.Module) -> None:
@@ -644,7 +645,7 @@ def check_free_space(cfg: CfgNode, model: nn.Module) -> None:
     if free < need:
         what = f"{copies} checkpoints" + (" and the best weights" if best else "")
         also = "besides what is there " if there else ""
-        raise ValueError(
+        raise UserError(
             f"OUTPUT_DIR {path} has {free / 1e6:.0f} MB free, but {what} {also}take "
             f"{need / 1e6:.0f} MB"
         )
@@ -659,7 +660,7 @@ def check_shared(checkpoint: str) -> None:
     about = f"{checkpoint} ({os.path.getsize(checkpoint)} bytes)" if checkpoint else ""
     seen = set(comm.all_gather(about))
     if len(seen) > 1:
-        raise ValueError(
+        raise UserError(
             "OUTPUT_DIR must be a folder that all machines share; as the last checkpoint they see "
             + " and ".join(sorted(path or "none" for path in seen))
         )

@@ -9,6 +9,8 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 from torch.optim import Optimizer
 
+from ..errors import UserError
+
 BACKBONE = "backbone.bottom_up."
 # Numbers that an optimizer remembers of each weight.
 MOMENTS = {"SGD": 1, "AdamW": 2}
@@ -36,8 +38,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         "AdamW": (torch.optim.AdamW, {}),
     }
     if solver.OPTIMIZER not in optimizers:
-        raise ValueError(
-            f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; known are {sorted(optimizers)}"
+        raise UserError(
+            f"unknown SOLVER.OPTIMIZER {solver.OPTIMIZER!r}: choose from {sorted(optimizers)}"
         )
     groups = get_default_optimizer_params(
         model,
@@ -77,20 +79,20 @@ def carry_over(
     own, groups = optimizer.state_dict()["param_groups"], state["param_groups"]
     adaptive, was_adaptive = ("betas" in x[0] for x in (own, groups))
     if adaptive != was_adaptive:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.OPTIMIZER is {'AdamW' if adaptive else 'SGD'}, but the checkpoint that "
             "--resume goes on with is of the other"
         )
     was, now = ([len(group["params"]) for group in x] for x in (groups, own))
     if names_then is None and was != now:
-        raise ValueError(
+        raise UserError(
             f"the optimizer of the checkpoint has groups of {was} parameters, but the config's "
             f"has {now}: --resume needs the MODEL and SOLVER of the run that it goes on with"
         )
     names_then = names if names_then is None else names_then
     if others := sorted({*names} ^ {*names_then}):
         owner = "config" if others[0] in names else "checkpoint"
-        raise ValueError(
+        raise UserError(
             f"{len(others)} parameters are trained by the checkpoint's optimizer or the config's "
             f"alone, such as {others[0]} by the {owner}'s: --resume needs the MODEL and SOLVER of "
             "the run that it goes on with"
@@ -136,11 +138,11 @@ def _backbone_factor(solver: CfgNode, model: nn.Module):
         return None
     if solver.BIAS_LR_FACTOR != 1.0:
         # Detectron2 would give the backbone's biases the full rate.
-        raise ValueError(
+        raise UserError(
             "SOLVER.BACKBONE_LR_FACTOR and SOLVER.BIAS_LR_FACTOR cannot both differ from 1"
         )
     if not any(name.startswith(BACKBONE) for name, _ in model.named_parameters()):
-        raise ValueError(
+        raise UserError(
             "SOLVER.BACKBONE_LR_FACTOR needs a backbone under an FPN, with parameters in "
             f"{BACKBONE[:-1]}, which this model has none of"
         )

@@ -7,7 +7,8 @@ import sys
 from detectron2.config import CfgNode
 
 from ..data.datasets import split_source
-from ..data.formats import ADDRESS
+from ..errors import UserError
+from ..labels.formats import ADDRESS
 
 # Endings of annotations whose other half is a split, not a folder of images.
 WITH_SPLITS = (".yaml", ".yml", ".data", ".names", ".txt")
@@ -29,7 +30,7 @@ def recall(args: argparse.Namespace, cfg: CfgNode) -> None:
     if "DATASETS.REGISTER" in args.opts[::2]:
         folder = os.getcwd()
     if not all(isinstance(spec, str) for spec in cfg.DATASETS.REGISTER):
-        raise ValueError(f"DATASETS.REGISTER is a list of texts, not {cfg.DATASETS.REGISTER}")
+        raise UserError(f"DATASETS.REGISTER is a list of texts, not {cfg.DATASETS.REGISTER}")
     own = {_name(spec) for spec in args.register}
     known = [_absolute(x, folder) for x in cfg.DATASETS.REGISTER if _name(x) not in own]
     cfg.DATASETS.REGISTER = [*known, *(_absolute(x, os.getcwd()) for x in args.register)]

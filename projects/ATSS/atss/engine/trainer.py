@@ -35,13 +35,14 @@ from ..config import (
 )
 from ..data.loader import TrainLoader, build_train_loader, derive_seed
 from ..data.mapper import Mapper, without_augmentation
+from ..errors import UserError
 from .agreement import facts_of_config, facts_of_data, refuse_differences, share_weights
+from .all_gather import ScalarAllGather
 from .averaging import Averaging, share_statistics
 from .best import Best, Evaluation, best_metric, evaluated_iteration
+from .estimate import TrainingEstimate
 from .evaluation import Awaited, build_evaluator, build_test_loader
-from .exchange import Exchange
 from .hooks import FiniteLosses, FiniteWeights, Preemption, refuse_broken_weights
-from .outlook import Outlook
 from .solver import build_optimizer, carry_over, follow_schedule
 from .writers import StrictJSONWriter
 
@@ -54,7 +55,7 @@ class _Writing(SimpleTrainer):
     """Writes what the processes have told each other; Detectron2's reads the losses off the device
     again, and gathers them once more."""
 
-    exchange: Exchange
+    exchange: ScalarAllGather
 
     def _write_metrics(self, loss_dict, data_time, prefix="", iter=None):
         self.exchange.write(data_time)
@@ -140,7 +141,7 @@ class Trainer(DefaultTrainer):
         )
         scaled = cfg.SOLVER.AMP.ENABLED or autocast_dtype(cfg) == torch.float16
         if scaled and not on_gpu:
-            raise ValueError("SOLVER.AMP.ENABLED needs a GPU; on a CPU set MODEL.ATSS.PRECISION")
+            raise UserError("SOLVER.AMP.ENABLED needs a GPU; on a CPU set MODEL.ATSS.PRECISION")
         self._trainer = (_InFloat16 if scaled else _Writing)(model, data_loader, optimizer)
         self.preemption = Preemption()
         self._trainer.exchange = self.preemption.exchange
@@ -185,7 +186,7 @@ class Trainer(DefaultTrainer):
             _profiler(self.cfg),
             *first,
             self.averaging,
-            Outlook() if comm.is_main_process() else None,
+            TrainingEstimate() if comm.is_main_process() else None,
             *checkpointer,
             self.preemption,
             Evaluation(test.EVAL_PERIOD, self.evaluate, next(iter(writer), None)),
@@ -302,7 +303,7 @@ class Trainer(DefaultTrainer):
         """
         seed = state_dict.get("seed", self.seed)  # DefaultTrainer's own have none
         if self.given_seed >= 0 and seed != self.given_seed:
-            raise ValueError(
+            raise UserError(
                 f"SEED is {self.given_seed}, but the run that --resume goes on with has {seed}, on "
                 "which its order of images depends: leave SEED out, or give that"
             )

@@ -157,7 +157,7 @@ class Watch:
         time.sleep(3 * self.BEAT)
 
     def close(self) -> None:
-        """Exchange no more signs of life: the group ends in order."""
+        """ScalarAllGather no more signs of life: the group ends in order."""
         if self.size > 1:
             self.closed.set()
             self.talking.join(self.BEAT)
@@ -265,7 +265,7 @@ class Watch:
             store.add("gone", 1)
 
     def _talk(self) -> None:
-        """Exchange signs of life. The first process looks at all others, the others at the
+        """ScalarAllGather signs of life. The first process looks at all others, the others at the
         first."""
         try:
             store, beats, beat = self.store_of_talk, dict.fromkeys(self.peers, b""), 0

@@ -13,6 +13,7 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import UserError
 from .deform_conv import DeformConv
 from .foreach import ScaleAll, autocast_dtype, cast_all, is_grouped
 
@@ -244,7 +245,7 @@ def make_deformable(
             continue
         for i, block in enumerate(stage):
             if not isinstance(block, BottleneckBlock):
-                raise ValueError(
+                raise UserError(
                     "MODEL.RESNETS.DEFORM_ON_PER_STAGE needs bottlenecks, which ResNet-18 and 34 "
                     f"have none of ({name} is made of {type(block).__name__})"
                 )

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError, WrongValue, check_range
 from ..geometry import centres, side_distances
-from ..parts import WrongValue, within
 
 
 class BoxCode(Protocol):
@@ -62,7 +62,7 @@ class BoxDeltas(BoxCode):
     MAX_LOG_SCALE = math.log(1000 / 16)
 
     def __init__(self, weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)):
-        within("weights", weights, 1e-6, 1e6)
+        check_range("weights", weights, 1e-6, 1e6)
         if len(weights) != 4:
             raise WrongValue("weights", f"must be four numbers, not {weights}")
         self.weights = tuple(weights)
@@ -140,7 +140,7 @@ class Distribution(nn.Module, BoxCode):
 
     def __init__(self, reg_max: int = 16):
         super().__init__()
-        within("reg_max", reg_max, 1, 1024)
+        check_range("reg_max", reg_max, 1, 1024)
         if reg_max != int(reg_max):
             raise WrongValue("reg_max", f"must be a whole number, not {reg_max!r}")
         self.bins = int(reg_max) + 1
@@ -188,7 +188,7 @@ class LegacyPixels(BoxCode):
 
     def __init__(self, code: BoxCode):
         if code.bins:
-            raise ValueError(
+            raise UserError(
                 "MODEL.ATSS.LEGACY_PIXELS True is for weights of the authors' code, and none of "
                 "these has MODEL.ATSS.REGRESSION distribution"
             )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from ..anchors import Anchors
+from ..errors import UserError
 from ..structures import Assigner, Assignment, GroundTruth, HeadOutput, Predictions
 from .box_coding import BoxCode
 from .criterion import Criterion, Quotient
@@ -35,7 +36,7 @@ class Phase(nn.Module):
     ):
         super().__init__()
         if (assigner is None) == (not assignment_of):
-            raise ValueError("a branch has an assigner, or takes the assignment of another branch")
+            raise UserError("a branch has an assigner, or takes the assignment of another branch")
         self.assigner, self.criterion = assigner, criterion
         self.assignment_of, self.until = assignment_of, until
 
@@ -62,11 +63,11 @@ class Branch(nn.Module):
         super().__init__()
         ends = [phase.until for phase in phases]
         if not ends or ends != sorted({*ends}) or ends[0] <= 0 or ends[-1] < math.inf:
-            raise ValueError(f"phases must end at rising iterations, the last at none, not {ends}")
+            raise UserError(f"phases must end at rising iterations, the last at none, not {ends}")
         if detached and head is None:
-            raise ValueError("detached features are for a head of the branch's own")
+            raise UserError("detached features are for a head of the branch's own")
         if head_of and head is not None:
-            raise ValueError(f"a branch with a head of its own cannot have that of {head_of}")
+            raise UserError(f"a branch with a head of its own cannot have that of {head_of}")
         self.phases = nn.ModuleList(phases)
         self.output, self.head, self.detached = output, head, detached
         self.head_of = head_of
@@ -84,7 +85,7 @@ class Branch(nn.Module):
         assert self.head is not None
         return self.head([x.detach() for x in features] if self.detached else features)
 
-    def read(self, outputs: HeadOutputs) -> HeadOutput:
+    def select_output(self, outputs: HeadOutputs) -> HeadOutput:
         """The one that it reads.
 
         Args:
@@ -95,7 +96,7 @@ class Branch(nn.Module):
         """
         named = outputs if isinstance(outputs, Mapping) else {"": outputs}
         if self.output not in named:
-            raise ValueError(
+            raise UserError(
                 f"a branch reads the output {self.output!r} of its head, which gives "
                 f"{sorted(named)}"
             )
@@ -140,4 +141,4 @@ def compute_quotients(
 def decode(code: BoxCode, output: HeadOutput, anchors: Anchors) -> Predictions:
     """An output in float32, and its boxes."""
     precise = output.map(Tensor.float)
-    return Predictions(precise, code.decode(precise.numbers, anchors.boxes, anchors.stride))
+    return Predictions(precise, code.decode(precise.box_regression, anchors.boxes, anchors.stride))

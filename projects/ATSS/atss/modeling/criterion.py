@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..anchors import Anchors
+from ..errors import UserError, WrongValue, check_range
 from ..losses import Focal
-from ..parts import WrongValue, within
 from ..structures import IGNORE, Assignment, GroundTruth, HeadOutput, Matched
-from .terms import GIoU, central, one, positives
+from .terms import GIoULoss, central, one, positives
 
 PerAnchor = Callable[[Matched], Tensor]  # -> (N, R), or what can be multiplied by it
 FOCAL = Focal()
@@ -93,9 +93,9 @@ class Criterion(nn.Module):
         level_weight: PerAnchor | None = None,
     ):
         super().__init__()
-        within("quality_weight", quality_weight, 0, 1e6)
-        within("least", least, 1e-12)
-        within("box_least", box_least, 1e-12)
+        check_range("quality_weight", quality_weight, 0, 1e6)
+        check_range("least", least, 1e-12)
+        check_range("box_least", box_least, 1e-12)
         hard = cls_target is one or getattr(cls_target, "hard_targets", False)
         if getattr(cls_loss, "hard_targets", False) and not hard:
             raise WrongValue(
@@ -105,10 +105,10 @@ class Criterion(nn.Module):
                 "attribute hard_targets = True",
             )
         self.cls_loss, self.cls_target = cls_loss, cls_target
-        self.box_terms = {"giou": GIoU()} if box_terms is None else dict(box_terms)
+        self.box_terms = {"giou": GIoULoss()} if box_terms is None else dict(box_terms)
         for name in self.box_terms:
             if name in ("cls", "box_reg", quality_name):
-                raise ValueError(f"a box term cannot be called {name!r}: another loss is")
+                raise UserError(f"a box term cannot be called {name!r}: another loss is")
         # Known as modules, for what they may hold.
         held = {k: x for k, x in self.box_terms.items() if isinstance(x, nn.Module)}
         self.term_modules = nn.ModuleDict(held)
@@ -179,7 +179,7 @@ class Criterion(nn.Module):
             total = self.quality_weight * (quality_loss * positive * level_weight).sum()
             found[f"loss_{self.quality_name}"] = Quotient(total, amount, self.least * images)
         if not found:
-            raise ValueError("a branch has no loss: of classes, of boxes or of quality")
+            raise UserError("a branch has no loss: of classes, of boxes or of quality")
         # What no loss reads has a gradient of zero all the same, for DDP on GPUs waits for it.
         read = (self.cls_loss is not None, bool(self.box_terms), quality_target is not None)
         for x, is_read in zip(output[:3], read, strict=True):

@@ -13,6 +13,7 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from ..anchors import Anchors, GridAnchorGenerator
+from ..errors import UserError
 from ..geometry import area
 from ..structures import Assignment, GroundTruth, HeadOutput, Predictions
 from .box_coding import BoxCode, LegacyPixels
@@ -88,10 +89,10 @@ class ATSSDetector(DenseDetector):
         )
         if branches is None:
             if assigner is None or criterion is None:
-                raise ValueError("a detector needs an assigner and a criterion, or branches")
+                raise UserError("a detector needs an assigner and a criterion, or branches")
             branches = {"main": Branch(Phase(assigner, criterion))}
         if inference not in branches:
-            raise ValueError(f"no branch {inference!r} for inference: there are {sorted(branches)}")
+            raise UserError(f"no branch {inference!r} for inference: there are {sorted(branches)}")
         self.branches: Mapping[str, Branch] = nn.ModuleDict(branches)  # type: ignore[assignment]
         self.inference = inference
         self.anchor_generator = anchor_generator
@@ -110,7 +111,7 @@ class ATSSDetector(DenseDetector):
         with self._autocast():
             if self.training:
                 if any("instances" not in x for x in batched_inputs):
-                    raise ValueError("to train, images come with their instances")
+                    raise UserError("to train, images come with their instances")
                 # Before the network, while a GPU has little to do that a copy would wait for.
                 gt = GroundTruth.from_instances([x["instances"] for x in batched_inputs])
                 gt = gt.to(self.device)
@@ -148,7 +149,7 @@ class ATSSDetector(DenseDetector):
             except ValueError as error:
                 if min(x[0, 0].numel() for x in features) > 1:
                     raise
-                raise ValueError(
+                raise UserError(
                     "MODEL.ATSS.NORM has too few numbers on a level of 1 x 1 locations: raise "
                     "MODEL.FPN.OUT_CHANNELS, of which GN makes 32 groups, the size of images or "
                     f"their number ({error})"
@@ -158,7 +159,7 @@ class ATSSDetector(DenseDetector):
         for name in names:
             branch = self.branches[name]
             owner, _ = branch.source(name)
-            found[name] = branch.read(outputs_of(owner))
+            found[name] = branch.select_output(outputs_of(owner))
         return images, features, found
 
     @torch.no_grad()
@@ -212,7 +213,7 @@ class ATSSDetector(DenseDetector):
                 inference reports.
         """
         if isinstance(self.box_coder, LegacyPixels):
-            raise ValueError(LEGACY_PIXELS_IN_TRAINING)
+            raise UserError(LEGACY_PIXELS_IN_TRAINING)
         storage = get_event_storage() if has_event_storage() else None
         phases = self._phases(self.iteration if storage is None else storage.iter)
         sources = {name: branch.source(name) for name, branch in self.branches.items()}
@@ -242,7 +243,7 @@ class ATSSDetector(DenseDetector):
         assigned = sorted(name for name, phase in phases.items() if phase.assigner is not None)
         for name, phase in phases.items():
             if phase.assignment_of and phase.assignment_of not in assigned:
-                raise ValueError(
+                raise UserError(
                     f"branch {name!r} takes the assignment of {phase.assignment_of!r}; those with "
                     f"one are {assigned}"
                 )

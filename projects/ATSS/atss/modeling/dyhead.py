@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..parts import within
+from ..errors import UserError, check_range
 from .deform_conv import DeformConv
 from .level_copies import for_levels
 
@@ -125,9 +125,9 @@ class DynamicTower(nn.Module):
 
     def __init__(self, in_channels: int, num_levels: int, num_blocks: int = 6):
         super().__init__()
-        within("num_blocks", num_blocks, 1)
+        check_range("num_blocks", num_blocks, 1)
         if in_channels % NORM_GROUPS:
-            raise ValueError(
+            raise UserError(
                 f"its norms want channels in {NORM_GROUPS} groups, which {in_channels} do not fill"
                 ": MODEL.FPN.OUT_CHANNELS"
             )

@@ -7,11 +7,14 @@ import torch
 from detectron2.layers import get_norm
 from torch import Tensor, nn
 
-from ..parts import WrongValue, one_of, within
+from ..deprecated import renamed_names
+from ..errors import UserError, WrongValue, check_choice, check_range
 from ..structures import HeadOutput
 from .box_coding import BoxCode
 from .deform_conv import DeformConv, DeformConvLayer
 from .level_copies import PerLevel, for_levels, replace
+
+__getattr__ = renamed_names(__name__)
 
 # Detectron2's names.
 NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
@@ -36,7 +39,7 @@ def flatten_levels(maps: Sequence[Tensor], dim: int) -> Tensor:
     return torch.cat(flat, dim=1)
 
 
-class Together(nn.Module):
+class FusedConvs(nn.Module):
     """Several 3 x 3 convolutions of one input as one convolution: on CPUs the gradient of one with
     1 or 4 channels takes as long as that of one with 80. Made anew for each forward, for all
     levels."""
@@ -198,23 +201,23 @@ class ATSSHead(nn.Module):
         tower: nn.Module | None = None,
     ):
         super().__init__()
-        within("num_convs", num_convs, 0)
-        within("prior_prob", prior_prob, 1e-9, 1 - 1e-9)
-        one_of("norm", norm, NORMS)
-        one_of("centerness", centerness, ("box", "cls", "distribution", ""))
-        one_of("deform", deform, ("v1", "v2", ""))
-        one_of("deform_at", deform_at, ("first", "last"))
+        check_range("num_convs", num_convs, 0)
+        check_range("prior_prob", prior_prob, 1e-9, 1 - 1e-9)
+        check_choice("norm", norm, NORMS)
+        check_choice("centerness", centerness, ("box", "cls", "distribution", ""))
+        check_choice("deform", deform, ("v1", "v2", ""))
+        check_choice("deform_at", deform_at, ("first", "last"))
         # A class that extends this one may decode by itself.
         decodes = type(self).forward is not ATSSHead.forward
         if code is not None and not code.relative and not decodes:
-            raise ValueError(
+            raise UserError(
                 "it predicts numbers that count from the anchor, which those of "
                 f"{type(code).__name__} do not: set MODEL.ATSS.REGRESSION to box, point or "
                 "distribution"
             )
         num_convs = num_convs if tower is None else 0
         if deform and not num_convs:
-            raise ValueError("a tower without convolutions has none to be deformable")
+            raise UserError("a tower without convolutions has none to be deformable")
         if centerness == "distribution" and bins < DistributionQuality.TOP:
             raise WrongValue(
                 "centerness",
@@ -258,7 +261,7 @@ class ATSSHead(nn.Module):
         cls_predictors, box_predictors = [self.cls_score], [self.bbox_pred]
         if self.ctrness is not None:
             (box_predictors if self.centerness == "box" else cls_predictors).append(self.ctrness)
-        together = Together(*cls_predictors), Together(*box_predictors)
+        together = FusedConvs(*cls_predictors), FusedConvs(*box_predictors)
         predictors = for_levels(len(features), *together, precise=(together[1].conv,))
         classes, numbers = [], []
         quality: list[Tensor] = []
@@ -274,7 +277,7 @@ class ATSSHead(nn.Module):
             quality += [*from_cls[1:], *from_box[1:]]
         output = HeadOutput(
             classes=flatten_levels(classes, self.num_classes),
-            numbers=flatten_levels(numbers, self.box_channels),
+            box_regression=flatten_levels(numbers, self.box_channels),
             quality=flatten_levels(quality, 1).squeeze(-1) if quality else None,
         )
         return output if self.box_quality is None else self._joint(output, self.box_quality)
@@ -282,7 +285,7 @@ class ATSSHead(nn.Module):
     @staticmethod
     def _joint(output: HeadOutput, box_quality: DistributionQuality) -> HeadOutput:
         """With class probabilities that are multiplied by the quality of the box."""
-        with torch.autocast(output.numbers.device.type, enabled=False):
-            quality = box_quality(output.numbers).sigmoid()
+        with torch.autocast(output.box_regression.device.type, enabled=False):
+            quality = box_quality(output.box_regression).sigmoid()
             classes = output.map(lambda x: x.to(quality.dtype)).probability() * quality[..., None]
         return output._replace(classes=classes, probabilities=True)

@@ -8,7 +8,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..parts import within
+from ..errors import check_range
 from ..structures import HeadOutput
 from .box_coding import BoxCode
 from .suppression import NMS, ScoredBoxes
@@ -60,9 +60,9 @@ class PostProcessor:
         rank_anchors: bool = False,
         clip: bool = True,
     ):
-        within("score_thresh", score_thresh, 0, 1)
-        within("topk_candidates", topk_candidates, 1)
-        within("max_detections", max_detections, 1)
+        check_range("score_thresh", score_thresh, 0, 1)
+        check_range("topk_candidates", topk_candidates, 1)
+        check_range("max_detections", max_detections, 1)
         self.score_thresh = score_thresh
         self.topk_candidates = topk_candidates
         self.max_detections = max_detections
@@ -96,7 +96,9 @@ class PostProcessor:
     ) -> Instances:
         """Of one image, whose output has no N."""
         anchor, classes, scores = self._candidates(output, anchors)
-        decoded = code.decode(output.numbers[anchor], anchors.boxes[anchor], anchors.stride[anchor])
+        decoded = code.decode(
+            output.box_regression[anchor], anchors.boxes[anchor], anchors.stride[anchor]
+        )
         boxes = Boxes(decoded)
         if self.clip:
             boxes.clip(image_size)

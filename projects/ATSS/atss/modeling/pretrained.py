@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..weights import find_weights, read
+from ..errors import UserError
+from ..weights import find_weights, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def find_pretrained(name: str, file: str = "") -> tuple[str, str]:
     """
     if file:
         if not Path(file).is_file():
-            raise ValueError(f"MODEL.TIMM.WEIGHTS {file} does not exist")
+            raise UserError(f"MODEL.TIMM.WEIGHTS {file} does not exist")
         return file, f"the weights {file}"
     if name in PACKAGES:
         module, holder, credit = PACKAGES[name]
@@ -68,7 +69,7 @@ def read_pretrained(path: str) -> dict[str, Tensor]:
     Raises:
         WeightsError: where it holds no weights, or is damaged.
     """
-    return find_weights(read(path), path)
+    return find_weights(load_weights(path), path)
 
 
 def load_pretrained(name: str, file: str = "") -> dict[str, Tensor]:
@@ -84,7 +85,7 @@ def load_pretrained(name: str, file: str = "") -> dict[str, Tensor]:
         with torch.device("meta"):
             wanted = importlib.import_module("timm").create_model(name).state_dict()
         if [x.shape for x in wanted.values()] != [x.shape for x in weights.values()]:
-            raise ValueError(f"the weights {path} are of another model than {name}")
+            raise UserError(f"the weights {path} are of another model than {name}")
         weights = dict(zip(wanted, weights.values(), strict=True))
     logger.info("Backbone: %s", credit)
     return weights
@@ -108,7 +109,7 @@ def require_loaded(net: nn.Module, weights: Mapping[str, Tensor], name: str) -> 
             missing.append(key)
         left[digest] -= 1
     if missing:
-        raise ValueError(
+        raise UserError(
             f"of the {len(state)} weights of {name}, {len(missing)} are not in the file, such as "
             f"{missing[0]}: it is of another model"
         )
@@ -124,7 +125,7 @@ def _fetch(name: str) -> tuple[str, str]:
 
     known: Any = timm.get_pretrained_cfg(name)
     if known is None or not known.hf_hub_id:
-        raise ValueError(f"timm has no weights of {name}: give MODEL.TIMM.WEIGHTS a file")
+        raise UserError(f"timm has no weights of {name}: give MODEL.TIMM.WEIGHTS a file")
     credit = f"weights {known.hf_hub_id}, licence {known.license or 'not stated'}"
     where = (known.hf_hub_id, known.hf_hub_filename or "model.safetensors")
     cached = try_to_load_from_cache(*where)
@@ -139,7 +140,7 @@ def _fetch(name: str) -> tuple[str, str]:
             urllib.request.urlopen(constants.ENDPOINT, timeout=PATIENCE).close()
         return hf_hub_download(*where), credit
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"the weights {known.hf_hub_id} are not on this machine and cannot be fetched from "
             f"{constants.ENDPOINT} ({error}): give MODEL.TIMM.WEIGHTS a file of them"
         ) from error

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
+from ..errors import check_range
 from ..geometry import iou
-from ..parts import within
 
 
 class ScoredBoxes(NamedTuple):
@@ -49,7 +49,7 @@ class NMS:
     TOGETHER: ClassVar[int] = 20_000
 
     def __post_init__(self) -> None:
-        within("threshold", self.threshold, 0, 1)
+        check_range("threshold", self.threshold, 0, 1)
 
     def __call__(self, boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> ScoredBoxes:
         if len(boxes) > self.TOGETHER:
@@ -83,8 +83,8 @@ class ScoreVote(NMS):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        within("spread", self.spread, 1e-6, 1e6)
-        within("min_overlap", self.min_overlap, 0, 1)
+        check_range("spread", self.spread, 1e-6, 1e6)
+        check_range("min_overlap", self.min_overlap, 0, 1)
 
     def __call__(self, boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> ScoredBoxes:
         kept = super().__call__(boxes, scores, classes, limit)
@@ -122,7 +122,7 @@ class Vote:
     threshold: float = 0.66
 
     def __post_init__(self) -> None:
-        within("threshold", self.threshold, 0, 1)
+        check_range("threshold", self.threshold, 0, 1)
 
     def __call__(self, boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> ScoredBoxes:
         kept: list[ScoredBoxes] = []
@@ -169,7 +169,7 @@ class SoftVote(Vote):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        within("min_score", self.min_score, 0, 1)
+        check_range("min_score", self.min_score, 0, 1)
 
     def _merge(self, members: Tensor, weights: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
         found, found_scores = super()._merge(members, weights, overlap)

@@ -6,11 +6,14 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from ..deprecated import renamed_names
+from ..errors import UserError, check_range
 from ..geometry import centerness, centres, iou, side_distances
 from ..losses import distribution_focal_loss, giou_loss, iou_loss, nwd_loss, smooth_l1_loss
-from ..parts import within
 from ..structures import Matched
 from .box_coding import BoxCode
+
+__getattr__ = renamed_names(__name__)
 
 # ------------------------------------------------------------------------------------------------
 # Class targets, box weights and quality targets: (N, R) each
@@ -29,7 +32,7 @@ def score(matched: Matched) -> Tensor:
         ValueError: where the rule says nothing.
     """
     if matched.score is None:
-        raise ValueError("a class target or box weight is the score of a rule that gives none")
+        raise UserError("a class target or box weight is the score of a rule that gives none")
     return matched.score
 
 
@@ -63,17 +66,17 @@ class BoxTerm:
     weight: float = 2.0
 
     def __post_init__(self) -> None:
-        within("weight", self.weight, 0, 1e6)
+        check_range("weight", self.weight, 0, 1e6)
 
 
-class GIoU(BoxTerm):
+class GIoULoss(BoxTerm):
     """Generalised IoU of boxes."""
 
     def __call__(self, matched: Matched) -> Tensor:
         return giou_loss(matched.boxes, matched.target_boxes)
 
 
-class IoU(BoxTerm):
+class IoULoss(BoxTerm):
     """-ln of the IoU of boxes."""
 
     def __call__(self, matched: Matched) -> Tensor:
@@ -81,7 +84,7 @@ class IoU(BoxTerm):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmoothL1(BoxTerm):
+class SmoothL1Loss(BoxTerm):
     """Smooth L1 between numbers and encoded targets, the mean of four.
 
     Args:
@@ -94,9 +97,9 @@ class SmoothL1(BoxTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        within("beta", self.beta, 0, 1e6)
+        check_range("beta", self.beta, 0, 1e6)
         if not self.code.comparable:
-            raise ValueError(
+            raise UserError(
                 f"it compares numbers with encoded boxes, for which {type(self.code).__name__} is "
                 "not made: use a loss of boxes"
             )
@@ -104,11 +107,11 @@ class SmoothL1(BoxTerm):
     def __call__(self, matched: Matched) -> Tensor:
         anchors = matched.anchors
         targets = self.code.encode(matched.target_boxes, anchors.boxes, anchors.stride)
-        return smooth_l1_loss(matched.output.numbers, targets, self.beta).mean(-1)
+        return smooth_l1_loss(matched.output.box_regression, targets, self.beta).mean(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class NWD(BoxTerm):
+class NWDLoss(BoxTerm):
     """Normalised Wasserstein distance of boxes, for objects of a few pixels.
 
     Args:
@@ -119,14 +122,14 @@ class NWD(BoxTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        within("constant", self.constant, 1e-3, 1e6)
+        check_range("constant", self.constant, 1e-3, 1e6)
 
     def __call__(self, matched: Matched) -> Tensor:
         return nwd_loss(matched.boxes, matched.target_boxes, self.constant)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistributionFocal(BoxTerm):
+class DistributionFocalLoss(BoxTerm):
     """Distribution focal loss of the four sides, the mean of them (GFL, arXiv 2006.04388).
 
     Args:
@@ -139,7 +142,7 @@ class DistributionFocal(BoxTerm):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.code.bins:
-            raise ValueError(
+            raise UserError(
                 f"it is of distributions, which {type(self.code).__name__} does not make: use "
                 "MODEL.ATSS.REGRESSION distribution"
             )
@@ -147,7 +150,7 @@ class DistributionFocal(BoxTerm):
     def __call__(self, matched: Matched) -> Tensor:
         anchors = matched.anchors
         targets = self.code.encode(matched.target_boxes, anchors.boxes, anchors.stride)
-        logits = matched.output.numbers.unflatten(-1, (4, self.code.bins))
+        logits = matched.output.box_regression.unflatten(-1, (4, self.code.bins))
         return distribution_focal_loss(logits, targets).mean(-1)
 
 

@@ -14,6 +14,7 @@ from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import UserError
 from ..weights import fit_names
 from .pretrained import require_loaded
 
@@ -56,7 +57,7 @@ class TimmBackbone(Backbone):
         where = {made: i for i, made in enumerate(x["reduction"] for x in trial.feature_info.info)}
         missing = [stride for stride in strides if stride not in where]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{name} makes feature maps of strides {sorted(where)}, none of {missing}: choose "
                 "a model with stages"
             )
@@ -81,7 +82,7 @@ class TimmBackbone(Backbone):
             self.net.set_submodule(path, nn.Identity())
         self._left_out = tuple(f"net.{path}." for path in left_out)
         if freeze_at and 2**freeze_at not in where:
-            raise ValueError(
+            raise UserError(
                 f"MODEL.BACKBONE.FREEZE_AT {freeze_at} asks for the map of stride {2**freeze_at}, "
                 f"but those of {name} have strides {sorted(where)}"
             )
@@ -139,7 +140,7 @@ def pixels_of(name: str) -> tuple[str, list[float], list[float]]:
     """
     known = _require(name).get_pretrained_cfg(name)
     if known is None:
-        raise ValueError(
+        raise UserError(
             f"timm does not say what pixels {name} wants: set MODEL.TIMM.PIXELS False, and "
             "INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD"
         )
@@ -152,19 +153,19 @@ def _require(name: str) -> Any:
     try:
         import timm
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "MODEL.BACKBONE.NAME build_timm_fpn_backbone needs timm: "
             "pip install 'atss-detectron2[timm]'"
         ) from error
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"MODEL.TIMM.NAME is {name!r}, which timm does not know{hint}")
+        raise UserError(f"MODEL.TIMM.NAME is {name!r}, which timm does not know{hint}")
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         tags = [x.partition(".")[2] for x in timm.list_pretrained(f"{name.partition('.')[0]}.*")]
-        raise ValueError(f"MODEL.TIMM.NAME is {name!r}: {error}; known are {tags}") from error
+        raise UserError(f"MODEL.TIMM.NAME is {name!r}: {error}: choose from {tags}") from error
     return timm
 
 
@@ -177,7 +178,7 @@ def _create(name: str, **options: Any) -> Any:
         except TypeError as error:
             refusal = error
         except (AttributeError, RuntimeError) as error:
-            raise ValueError(f"{name} of timm gives no feature maps: {error}") from error
+            raise UserError(f"{name} of timm gives no feature maps: {error}") from error
     raise refusal
 
 
@@ -230,7 +231,7 @@ def _try(
             try:
                 maps = trial(torch.empty(1, 3, height, width))
             except (AssertionError, IndexError, RuntimeError, ValueError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{name} does not take images of any size, such as {height} x {width}: "
                     f"{str(error).partition(chr(10))[0]}"
                 ) from error
@@ -238,7 +239,7 @@ def _try(
             found = [tuple(x.shape[axis] for axis in axes) for x in maps]
             wanted = [(height // stride, width // stride) for stride in strides]
             if found != wanted:
-                raise ValueError(
+                raise UserError(
                     f"of an image of {height} x {width}, {name} makes maps of {found}, where "
                     f"strides {list(strides)} mean {wanted}"
                 )

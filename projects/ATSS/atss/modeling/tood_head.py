@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..anchors import GridAnchorGenerator
-from ..parts import WrongValue, one_of, within
+from ..errors import UserError, WrongValue, check_choice, check_range
 from ..structures import HeadOutput
 from .box_coding import BoxCode, BoxDeltas, Corners, LogDistances, PointDistances
 from .deform_conv import deform_conv
@@ -125,14 +125,14 @@ class TOODHead(nn.Module):
         prior_prob: float = 0.01,
     ):
         super().__init__()
-        within("num_convs", num_convs, 1)
-        within("num_deform", num_deform, 0, num_convs)
-        within("prior_prob", prior_prob, 1e-9, 1 - 1e-9)
-        one_of("norm", norm, NORMS)
+        check_range("num_convs", num_convs, 1)
+        check_range("num_deform", num_deform, 0, num_convs)
+        check_range("prior_prob", prior_prob, 1e-9, 1 - 1e-9)
+        check_choice("norm", norm, NORMS)
         if anchor_generator.num_anchors[0] > 1:
-            raise ValueError("its anchors are one for each location")
+            raise UserError("its anchors are one for each location")
         if not isinstance(code, Corners | None):
-            raise ValueError("its boxes are corners: set MODEL.ATSS.REGRESSION corners")
+            raise UserError("its boxes are corners: set MODEL.ATSS.REGRESSION corners")
         if inner.channels != 4 or isinstance(inner, Corners):
             raise WrongValue("inner", f"is no {type(inner).__name__}: 'point' or 'box'")
         if exponential and isinstance(inner, BoxDeltas | LogDistances):

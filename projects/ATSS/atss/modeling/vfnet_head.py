@@ -8,7 +8,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from ..parts import one_of, within
+from ..errors import UserError, check_choice, check_range
 from ..structures import HeadOutput
 from .box_coding import BoxCode, LogDistances
 from .deform_conv import DeformConv
@@ -76,18 +76,18 @@ class VFNetHead(nn.Module):
         through_points: float = 0.1,
     ):
         super().__init__()
-        within("num_convs", num_convs, 0)
-        within("prior_prob", prior_prob, 1e-9, 1 - 1e-9)
-        within("reach", reach, 1e-3, 1e3)
-        within("through_points", through_points, 0, 1)
-        one_of("norm", norm, NORMS)
-        one_of("deform", deform, ("v1", "v2", ""))
+        check_range("num_convs", num_convs, 0)
+        check_range("prior_prob", prior_prob, 1e-9, 1 - 1e-9)
+        check_range("reach", reach, 1e-3, 1e3)
+        check_range("through_points", through_points, 0, 1)
+        check_choice("norm", norm, NORMS)
+        check_choice("deform", deform, ("v1", "v2", ""))
         if not isinstance(code, LogDistances | None):
-            raise ValueError(
+            raise UserError(
                 "its boxes are logarithms of distances: set MODEL.ATSS.REGRESSION log_point"
             )
         if deform and not num_convs:
-            raise ValueError("a tower without convolutions has none to be deformable")
+            raise UserError("a tower without convolutions has none to be deformable")
         self.strides: list[int] = [x.stride for x in input_shape]  # type: ignore[misc]
         self.num_classes, self.reach, self.through_points = num_classes, reach, through_points
         self.class_layers = {"cls_score": 1}

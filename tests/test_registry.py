@@ -3,7 +3,8 @@ from dataclasses import dataclass
 import pytest
 from detectron2.config import CfgNode
 
-from atss.parts import Parts, within
+from atss.errors import check_range
+from atss.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Sharp:
     share: float = 0.5
 
     def __post_init__(self):
-        within("power", self.power, 0, 10)
+        check_range("power", self.power, 0, 10)
         if self.share > self.power:
             raise ValueError("a share greater than the power")
 
@@ -24,14 +25,14 @@ def plain(x):
     return x
 
 
-def kind_of(**options) -> Parts:
-    kind = Parts("SHAPE", known=("width",), **options)
+def kind_of(**options) -> Registry:
+    kind = Registry("SHAPE", injected=("width",), **options)
     kind.register(Sharp, name="sharp", keys={"power": "OLD_POWER"})
     kind.register(plain)
     return kind
 
 
-def node_of(kind: Parts, default: str = "sharp", **values) -> CfgNode:
+def node_of(kind: Registry, default: str = "sharp", **values) -> CfgNode:
     node = CfgNode({"OLD_POWER": 2.0})
     node.BRANCH = CfgNode(new_allowed=True)
     kind.add_keys(node, default)
@@ -59,7 +60,7 @@ def test_the_signature_gives_the_keys():
     [
         (
             lambda node: node.update(SHAPE="round"),
-            r"MODEL\.ATSS\.SHAPE is 'round'; known are \['plain', 'sharp'\]",
+            r"unknown MODEL\.ATSS\.SHAPE 'round': choose from \['plain', 'sharp'\]",
         ),
         (
             lambda node: node.SHAPES.sharp.update(SHARES=1),
@@ -67,7 +68,7 @@ def test_the_signature_gives_the_keys():
         ),
         (
             lambda node: node.SHAPES.sharp.update(POWER=-1),
-            r"^MODEL\.ATSS\.OLD_POWER must be from 0 to 10, not -1",
+            r"^MODEL\.ATSS\.OLD_POWER must be between 0 and 10, got -1",
         ),
         (
             lambda node: node.SHAPES.sharp.update(WIDTH=1),
@@ -75,7 +76,7 @@ def test_the_signature_gives_the_keys():
         ),
         (
             lambda node: node.update(OLD_POWER=11),
-            r"^MODEL\.ATSS\.OLD_POWER must be from 0 to 10, not 11",
+            r"^MODEL\.ATSS\.OLD_POWER must be between 0 and 10, got 11",
         ),
         (
             lambda node: node.SHAPES.sharp.update(SHARE=9.0),
@@ -120,7 +121,7 @@ def test_names_are_registered_once_and_functions_have_no_arguments():
 
 @pytest.mark.parametrize("parentheses", [False, True])
 def test_registers_as_a_decorator(parentheses):
-    kind = Parts("SHAPE")
+    kind = Registry("SHAPE")
 
     def flat(x):
         return x
@@ -167,7 +168,7 @@ def test_none_and_several():
 
 
 def test_a_part_of_a_part_is_named_by_its_argument():
-    shapes, frames = kind_of(), Parts("FRAME", known=("width",))
+    shapes, frames = kind_of(), Registry("FRAME", injected=("width",))
 
     @dataclass(frozen=True)
     class Frame:
@@ -191,12 +192,14 @@ def test_a_part_of_a_part_is_named_by_its_argument():
     assert list(frames.chosen(node)) == [(frames, "Frame"), (shapes, "sharp")]
     node.FRAMES.Frame.SHAPE = "round"
     known = r"\['other', 'plain', 'sharp'\]"
-    with pytest.raises(ValueError, match=rf"FRAMES\.Frame\.SHAPE is 'round'; known are {known}"):
+    with pytest.raises(
+        ValueError, match=rf"unknown FRAMES\.Frame\.SHAPE 'round': choose from {known}"
+    ):
         frames.build(node)
 
 
 def test_a_part_of_its_own_kind_is_not_itself():
-    kind = Parts("SHAPE")
+    kind = Registry("SHAPE")
 
     @dataclass(frozen=True)
     class Twice:

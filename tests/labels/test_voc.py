@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from atss.data.folders import VALIDATION
-from atss.data.formats import read
-from atss.data.voc import read_voc
+from atss.labels.folders import VALIDATION
+from atss.labels.formats import read_labels
+from atss.labels.voc import read_voc
 
 WIDTH, HEIGHT = 100, 50
 
@@ -128,7 +128,7 @@ def test_a_file_with_a_backslash_in_its_name(data):
 def test_a_folder_with_xml_is_pascal_vocs(data):
     """Whatever lists of classes it has besides: labelImg writes both formats into one folder."""
     files = {"a.png": "", "a.xml": xml(box(11, 21, 30, 40)), "a.txt": "0 .5 .5 .1 .1"}
-    labels = read(data(files | {"classes.txt": "dog"}), ".")
+    labels = read_labels(data(files | {"classes.txt": "dog"}), ".")
     assert [a["bbox"] for a in labels.content["annotations"]] == [[10, 20, 20, 20]]
 
 
@@ -406,13 +406,13 @@ def test_every_format_says_the_same(tmp_path):
     yaml = broken.write_yolo(content, tmp_path)
     folder = broken.write_voc(content, tmp_path)
     (tmp_path / "a.json").write_text(json.dumps(content))
-    expected, sizes, names = plain(read(f"{tmp_path}/a.json", f"{tmp_path}/images"))
+    expected, sizes, names = plain(read_labels(f"{tmp_path}/a.json", f"{tmp_path}/images"))
     broken.to_lvis(content)
     (tmp_path / "lvis.json").write_text(json.dumps(content))
     others = [
-        read(str(yaml), "train"),
-        read(str(folder), "train"),
-        read(f"{tmp_path}/lvis.json", str(tmp_path)),
+        read_labels(str(yaml), "train"),
+        read_labels(str(folder), "train"),
+        read_labels(f"{tmp_path}/lvis.json", str(tmp_path)),
     ]
     assert sum(map(len, expected.values())) == broken.OBJECTS
     for labels in others:

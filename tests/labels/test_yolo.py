@@ -14,10 +14,10 @@ from PIL import Image
 
 import atss.engine.run as way_in
 from atss.data.datasets import register
-from atss.data.folders import SUFFIXES
-from atss.data.formats import read
-from atss.data.yolo import read_yolo
 from atss.engine.evaluation import build_evaluator, build_test_loader
+from atss.labels.folders import SUFFIXES
+from atss.labels.formats import read_labels
+from atss.labels.yolo import read_yolo
 
 WIDTH, HEIGHT = 100, 50
 # The box [40, 15, 20, 10].
@@ -424,7 +424,7 @@ ULTRALYTICS = {
 def test_exports_without_a_yaml(data, tmp_path, files, source, split, expected):
     data(files)
     (tmp_path / "data.yaml").unlink()
-    labels = read(str(tmp_path / source), split)
+    labels = read_labels(str(tmp_path / source), split)
     assert [image["file_name"] for image in labels.content["images"]] == [expected]
     assert [a["bbox"] for a in labels.content["annotations"]] == [[40, 15, 20, 10]]
     assert labels.content["categories"] == [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}]
@@ -455,7 +455,7 @@ def test_exports_without_a_yaml(data, tmp_path, files, source, split, expected):
 def test_exports_that_cannot_be_read(data, tmp_path, files, source, split, sentence):
     data(files)
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        read(str(tmp_path / source), split)
+        read_labels(str(tmp_path / source), split)
 
 
 @pytest.mark.parametrize("line", ["data/images/a.png", r"images\a.png", r".\images\a.png"])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_averaging import run
 
-from atss.engine import outlook
-from atss.engine.outlook import Outlook, peak_memory
+from atss.engine import estimate
+from atss.engine.estimate import TrainingEstimate, peak_memory
 
 RAW = {"SOLVER.EMA_DECAY": 0.0, "DATASETS.TEST": ()}
 
@@ -21,7 +21,7 @@ def told(output):
 def clock(monkeypatch):
     """Stands for the time: moves on when told."""
     now = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(outlook, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
     return now
 
 
@@ -37,7 +37,7 @@ class Said(list):
 @pytest.fixture
 def said(monkeypatch):
     lines = Said()
-    monkeypatch.setattr(outlook, "logging", SimpleNamespace(getLogger=lambda name: lines))
+    monkeypatch.setattr(estimate, "logging", SimpleNamespace(getLogger=lambda name: lines))
     return lines
 
 
@@ -64,7 +64,7 @@ def iterate(hook, clock, *seconds):
 
 
 def test_the_first_iterations_do_not_count(clock, said):
-    hook = Outlook()
+    hook = TrainingEstimate()
     hook.trainer = trainer(start=1000, max_iter=2020, period=50)
     iterate(hook, clock, 60.0, 30.0, 10.0, *[2.0] * 30)
     (line,) = said
@@ -75,7 +75,7 @@ def test_the_first_iterations_do_not_count(clock, said):
 
 
 def test_a_run_of_two_iterations(clock, said):
-    hook = Outlook()
+    hook = TrainingEstimate()
     hook.trainer = trainer(start=0, max_iter=2)
     iterate(hook, clock, 5.0, 3.0)
     (line,) = said
@@ -85,8 +85,8 @@ def test_a_run_of_two_iterations(clock, said):
 
 @pytest.mark.parametrize("used", ["8.9 of 10.0 GB (89 %)", "9.1 of 10.0 GB (91 %)"])
 def test_little_memory_is_told_with_what_to_do(clock, said, monkeypatch, used):
-    monkeypatch.setattr(outlook, "peak_memory", lambda device: (float(used[:3]) * 1e9, 10e9))
-    hook = Outlook()
+    monkeypatch.setattr(estimate, "peak_memory", lambda device: (float(used[:3]) * 1e9, 10e9))
+    hook = TrainingEstimate()
     hook.trainer = trainer(start=0, max_iter=1)
     iterate(hook, clock, 1.0)
     assert said[0].endswith(f"Memory needed until now: {used}")
@@ -102,7 +102,7 @@ def test_the_machine(monkeypatch):
     torch.ones(int(before) + 300 * 2**20, dtype=torch.uint8)
     after, _ = peak_memory(torch.device("cpu"))
     assert 250 * 2**20 < after - before < total
-    monkeypatch.setattr(outlook.comm, "get_local_size", lambda: 3)
+    monkeypatch.setattr(estimate.comm, "get_local_size", lambda: 3)
     assert peak_memory(torch.device("cpu"))[0] == 3 * after
 
 
@@ -133,6 +133,6 @@ def test_in_a_training(squares, tmp_path):
 def test_memory_of_a_container_is_what_it_is_given(tmp_path, monkeypatch, said, limited):
     if said is not None:
         (tmp_path / "limit").write_text(said)
-    monkeypatch.setattr(outlook, "CONTAINER_LIMITS", (tmp_path / "limit",))
+    monkeypatch.setattr(estimate, "CONTAINER_LIMITS", (tmp_path / "limit",))
     _, total = peak_memory(torch.device("cpu"))
     assert (total == 1e6) == limited

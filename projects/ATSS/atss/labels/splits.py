@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .choice import ABSENT, PARTLY_MARKED
+from ..errors import UserError
+from .classes import ABSENT, PARTLY_MARKED
 from .formats import Labels
 
 # The first rows of the page, of images, and how many classes' errors theirs weigh: --split asks for
@@ -32,7 +33,7 @@ def join(sets: Sequence[Labels]) -> tuple[dict, str]:
     """
     kinds = {labels.evaluator for labels in sets}
     if len(kinds) > 1:
-        raise ValueError(
+        raise UserError(
             "LVIS's json, whose images are not marked in full, cannot be joined with others"
         )
     folder = os.path.commonpath([os.path.abspath(labels.image_dir) for labels in sets])
@@ -75,12 +76,12 @@ def parse_shares(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             shares[name] = math.nan
         if not re.fullmatch(r"\w[\w.-]*", name) or not 0 < shares[name] < 1:
-            raise ValueError(
+            raise UserError(
                 f"--split takes NAME=SHARE ..., such as train=0.8 val=0.2, not {text!r}"
             )
     if len(shares) < len(texts) or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
         total = sum(shares.values())
-        raise ValueError(f"the shares of --split make {total:g} of different splits, in place of 1")
+        raise UserError(f"the shares of --split make {total:g} of different splits, in place of 1")
     return shares
 
 
@@ -94,7 +95,7 @@ def group_by_name(file_names: Sequence[str], pattern: str) -> list[str | None]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"--group {pattern!r} is no regular expression: {error}") from error
+        raise UserError(f"--group {pattern!r} is no regular expression: {error}") from error
     found = [compiled.search(name) for name in file_names]
     return [x and (x[1] if compiled.groups else x[0]) for x in found]
 
@@ -184,7 +185,7 @@ def part(content: dict, inside: Sequence[bool]) -> dict:
     return {**content, "images": images, "annotations": annotations}
 
 
-def page(content: dict, split_of: Sequence[int], shares: Mapping[str, float]) -> str:
+def format_report(content: dict, split_of: Sequence[int], shares: Mapping[str, float]) -> str:
     """A table for people: images and objects of each split, with a mark at each number that is more
     than ``MARKED`` away from its share.
 

@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ..errors import UserError
+
 FIRST_TEST_DIGIT = 1400
 # Ink: where a digit covers at least this share of a pixel.
 INK = 0.3
@@ -91,7 +93,7 @@ def make_digits(root: Path, recipe: Recipe) -> None:
             if not (root / f"{split}.json").is_file():
                 lacks = f"no {split}.json"
             if lacks:
-                raise ValueError(
+                raise UserError(
                     f"{root} is not complete: it has {lacks}; remove the folder, and it is drawn "
                     "anew"
                 )
@@ -99,7 +101,7 @@ def make_digits(root: Path, recipe: Recipe) -> None:
     try:
         from sklearn.datasets import load_digits, load_sample_images
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "digits come with scikit-learn, which is not installed: pip install scikit-learn"
         ) from error
 

@@ -13,10 +13,10 @@ import pytest
 from conftest import photograph
 from PIL import Image
 
-from atss.data.copies import by_key, join_groups
 from atss.data.datasets import split_source
-from atss.data.formats import read
-from atss.data.splits import divide, group_by_name, join, page, parse_shares
+from atss.labels.copies import by_key, join_groups
+from atss.labels.formats import read_labels
+from atss.labels.splits import divide, format_report, group_by_name, join, parse_shares
 
 
 def random_content(images=400, seed=0, classes=(0.7, 0.2, 0.07, 0.03)):
@@ -69,7 +69,7 @@ def real_sets(real_data):
         ],
     }
     return {
-        name: join([read(str(labels), str(images)) for labels, images in places])[0]
+        name: join([read_labels(str(labels), str(images)) for labels, images in places])[0]
         for name, places in sources.items()
     }
 
@@ -116,7 +116,7 @@ def test_page_marks_what_is_off_by_two_points():
     content["categories"][0]["name"] = "fish"
     content["annotations"] = [{"image_id": 10 + i // 7, "category_id": 0} for i in range(77)]
     split_of = np.arange(50) >= 41  # two points too few
-    lines = page(content, split_of.astype(int), {"train": 0.8, "val": 0.2}).splitlines()
+    lines = format_report(content, split_of.astype(int), {"train": 0.8, "val": 0.2}).splitlines()
     assert [" ".join(line.split()) for line in lines] == [
         "train val",
         "41 (82.0%) 9 (18.0%) images",
@@ -239,7 +239,7 @@ def test_several_are_joined_by_the_names_of_classes(two, tmp_path, capsys):
     assert "second/a.json has no class 'cat'" in said.err
     register = said.out.splitlines()[-1]
     assert register == f"--register both={target}:{tmp_path}"
-    assert not read(str(target), str(tmp_path)).findings
+    assert not read_labels(str(target), str(tmp_path)).findings
 
 
 def test_one_alone_keeps_its_ids_and_fields(two, tmp_path):
@@ -292,7 +292,10 @@ def test_images_elsewhere_keep_their_places(tmp_path):
     yaml = tmp_path / "near/data.yaml"
     yaml.write_text(f"{{train: {tmp_path}/far/images, names: [cat, dog]}}")
     (tmp_path / "far/a.json").write_text(json.dumps(content))
-    sets = [read(str(yaml), "train"), read(f"{tmp_path}/far/a.json", f"{tmp_path}/far/images")]
+    sets = [
+        read_labels(str(yaml), "train"),
+        read_labels(f"{tmp_path}/far/a.json", f"{tmp_path}/far/images"),
+    ]
     joined, folder = join(sets)
     paths = [Path(folder, image["file_name"]) for image in joined["images"]]
     assert paths == 2 * [tmp_path / f"far/images/{x}.png" for x in "abcd"]
@@ -407,7 +410,7 @@ def test_register_line_can_be_pasted(two, tmp_path, capsys, name):
     assert convert_dataset.main([source, "--output", f"{tmp_path}/{name}"]) == 0
     option, spec = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert option == "--register"
-    assert len(read(*split_source(spec.partition("=")[2])).content["images"]) == 4
+    assert len(read_labels(*split_source(spec.partition("=")[2])).content["images"]) == 4
 
 
 @pytest.mark.parametrize(
@@ -452,11 +455,11 @@ def test_lvis_is_not_joined_with_others(two, tmp_path):
     broken.to_lvis(content)
     content["images"][0]["neg_category_ids"] = [1]
     (tmp_path / "third/l.json").write_text(json.dumps(content))
-    lvis = read(f"{tmp_path}/third/l.json", f"{tmp_path}/third")
+    lvis = read_labels(f"{tmp_path}/third/l.json", f"{tmp_path}/third")
     with pytest.raises(ValueError, match=r"LVIS's json, .* cannot be joined with others"):
-        join([lvis, read(*two[0].split(":"))])
+        join([lvis, read_labels(*two[0].split(":"))])
     swapped = json.loads((tmp_path / "third/l.json").read_text())
     swapped["categories"][0]["name"], swapped["categories"][1]["name"] = "dog", "cat"
     (tmp_path / "third/m.json").write_text(json.dumps(swapped))
-    joined, _ = join([lvis, read(f"{tmp_path}/third/m.json", f"{tmp_path}/third")])
+    joined, _ = join([lvis, read_labels(f"{tmp_path}/third/m.json", f"{tmp_path}/third")])
     assert [image["neg_category_ids"] for image in joined["images"]][::4] == [[1], [2]]

@@ -11,6 +11,7 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from ..errors import UserError
 from .findings import Finding
 from .folders import (
     NAMES_FILES,
@@ -79,7 +80,7 @@ class Entry(NamedTuple):
 
 
 def read_voc(folder: str, split: str, first_pixel: int = FIRST_PIXEL) -> tuple[dict, list[Finding]]:
-    """A split as content in COCO's format, like that of :func:`~atss.data.coco_json.read_coco`.
+    """A split as content in COCO's format, like that of :func:`~atss.labels.coco.read_coco`.
 
     Categories are all names in xml files below the folder, sorted, so that its splits have the same
     ones. The box of a polygon is its extent. Boxes are not clipped; objects that are marked
@@ -102,12 +103,12 @@ def read_voc(folder: str, split: str, first_pixel: int = FIRST_PIXEL) -> tuple[d
     root = Path(os.path.abspath(folder))
     try:
         if not root.is_dir():
-            raise ValueError("it is no folder")
+            raise UserError("it is no folder")
         files = files_below(root)
         xmls = [f for f in files if f.suffix.lower() == ".xml"]
         if not xmls:
             tried = ", ".join(NAMES_FILES)
-            raise ValueError(
+            raise UserError(
                 f"it has no xml files, and none of {tried} of YOLO's layout (of a data.yaml, give "
                 "its own path)"
             )
@@ -123,7 +124,7 @@ def read_voc(folder: str, split: str, first_pixel: int = FIRST_PIXEL) -> tuple[d
         for entry in entries:
             _add(entry, labels, sizes, numbers, first_pixel, result)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        raise UserError(f"{folder}: {error}") from error
     return result.result({i: name for name, i in numbers.items()})
 
 
@@ -270,9 +271,9 @@ def _select(root: Path, split: str, entries: list[Entry], result: Split) -> list
             break
         tried += [*lists, folder]
     else:
-        raise ValueError(f"it has no split {split!r}; tried {', '.join(map(str, tried))}")
+        raise UserError(f"it has no split {split!r}; tried {', '.join(map(str, tried))}")
     if chosen and not any(entry.xml for entry in chosen):
-        raise ValueError(f"no image of {split!r} has an xml, {chosen[0].image} first")
+        raise UserError(f"no image of {split!r} has an xml, {chosen[0].image} first")
     return chosen
 
 
@@ -288,7 +289,7 @@ def _inside(folder: Path, entries: list[Entry], result: Split) -> list[Entry]:
 
     chosen = [entry for entry in entries if belongs(entry.xml) or belongs(entry.image)]
     if not any(entry.xml for entry in chosen):
-        raise ValueError(f"its folder {str(folder)!r} has no xml files")
+        raise UserError(f"its folder {str(folder)!r} has no xml files")
     with_labels = {entry.image.parent for entry in chosen if entry.xml and entry.image}
     left_out: Counter[Path] = Counter()
     kept = []
@@ -308,9 +309,9 @@ def _listed(list_file: Path, root: Path, entries: list[Entry], result: Split) ->
     try:
         lines = [line.strip() for line in read_text(list_file).splitlines()]
     except ValueError as error:
-        raise ValueError(f"the list {list_file}: {error}") from error
+        raise UserError(f"the list {list_file}: {error}") from error
     if not any(lines):
-        raise ValueError(f"the list {list_file} names no image")
+        raise UserError(f"the list {list_file} names no image")
     called = _index()
     for number, entry in enumerate(entries):
         stems = {_stem(x.name) for x in entry[:2] if x} | {x.stem for x in entry[:2] if x}
@@ -359,7 +360,7 @@ class _WithoutDoctype(ElementTree.TreeBuilder):
     """Refuses what can make an xml of a few lines fill the memory, or read other files."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise ValueError("it has a DOCTYPE, which is not read")
+        raise UserError("it has a DOCTYPE, which is not read")
 
 
 def _read_label(path: Path) -> Label:
@@ -399,19 +400,19 @@ def _shape(element: ElementTree.Element, place: str) -> Shape:
     """
     name = (element.findtext("name") or "").strip()
     if not name:
-        raise ValueError("has no name")
+        raise UserError("has no name")
     boxes, polygon = element.findall("bndbox"), element.find("polygon")
     if len(boxes) > 1:
-        raise ValueError(f"({name}) has {len(boxes)} boxes")
+        raise UserError(f"({name}) has {len(boxes)} boxes")
     try:
         if boxes:
             corners = tuple(_number(boxes[0], key) for key in ("xmin", "ymin", "xmax", "ymax"))
         elif polygon is not None:
             corners = _extent(polygon)
         else:
-            raise ValueError("has neither a bndbox nor a polygon")
+            raise UserError("has neither a bndbox nor a polygon")
     except ValueError as error:
-        raise ValueError(f"({name}) {error}") from error
+        raise UserError(f"({name}) {error}") from error
     difficult = (element.findtext("difficult") or "").strip() == "1"
     return Shape(name, corners, difficult, f"{place} ({name})")  # type: ignore[arg-type]
 
@@ -424,14 +425,14 @@ def _extent(polygon: ElementTree.Element) -> tuple[float, float, float, float]:
             coordinates[element.tag[0]].append(_finite(element.tag, element.text))
     xs, ys = coordinates.values()
     if len(xs) < 3 or len(xs) != len(ys):
-        raise ValueError(f"has a polygon of {len(xs)} x and {len(ys)} y")
+        raise UserError(f"has a polygon of {len(xs)} x and {len(ys)} y")
     return min(xs), min(ys), max(xs), max(ys)
 
 
 def _number(element: ElementTree.Element | None, key: str) -> float:
     text = element.findtext(key) if element is not None else None
     if text is None:
-        raise ValueError(f"has no {key}")
+        raise UserError(f"has no {key}")
     return _finite(key, text)
 
 
@@ -439,7 +440,7 @@ def _finite(key: str, text: str | None) -> float:
     try:
         number = float(text or "")
     except ValueError as error:
-        raise ValueError(f"has {key} {(text or '').strip()!r}, where a number belongs") from error
+        raise UserError(f"has {key} {(text or '').strip()!r}, where a number belongs") from error
     if not isfinite(number):
-        raise ValueError(f"has {key} {number}, which is not finite")
+        raise UserError(f"has {key} {number}, which is not finite")
     return number

@@ -11,7 +11,8 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image
 
-from .coco_json import is_empty
+from ..errors import UserError
+from .coco import is_empty
 from .findings import Finding
 from .folders import THREADS
 from .formats import Labels
@@ -76,9 +77,7 @@ def find_in_others(
     own = len(images_of(labels))
     missing = [file for file in files[own:] if not os.path.isfile(file)]
     if missing:
-        raise ValueError(
-            f"{len(missing)} images of other splits do not exist, such as {missing[0]}"
-        )
+        raise UserError(f"{len(missing)} images of other splits do not exist, such as {missing[0]}")
     findings: list[Finding] = []
     known: set[int] = set()  # a copy is of the same scene, and is named once
     kinds = (

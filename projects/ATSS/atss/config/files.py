@@ -13,12 +13,13 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
+from ..errors import UserError
 from .checks import flatten
-from .keys import add_atss_config
+from .keys import RENAMED_KEYS, add_atss_config
 from .pixels import complete_pixels
 
-# Arguments of rules of version 0.2 that a command line can set still.
-LEGACY_KEYS = ("MODEL.ATSS.ASSIGNERS.ATSS.ALPHA", "MODEL.ATSS.ASSIGNERS.TopK.TOP_K")
+# Arguments of rules of version 0.2 that the command line can still set.
+LEGACY_ARGUMENTS = ("MODEL.ATSS.ASSIGNERS.ATSS.ALPHA", "MODEL.ATSS.ASSIGNERS.TopK.TOP_K")
 
 
 def load_config(*files: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
@@ -41,7 +42,7 @@ def load_config(*files: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
         _merge_file(cfg, find_config(str(file)))
     merge_options(cfg, opts)
     if not cfg.MODEL.META_ARCHITECTURE:
-        raise ValueError(_is_a_part(str(files[-1])))
+        raise UserError(_is_a_part(str(files[-1])))
     _refuse_empty(cfg, defaults)
     complete_pixels(cfg, given=opts[::2])
     return cfg
@@ -54,7 +55,7 @@ def config_folder() -> Path:
     folders = [folder / "configs" for folder in (package, *package.parents[2:3])]
     found = [folder for folder in folders if (folder / "Base-ATSS.yaml").is_file()]
     if not found:
-        raise ValueError(f"this installation has no configs: they are in none of {folders}")
+        raise UserError(f"this installation has no configs: they are in none of {folders}")
     return found[0]
 
 
@@ -76,7 +77,7 @@ def get_config_file(name: str) -> str:
     file = config_folder() / f"{name.removesuffix('.yaml')}.yaml"
     if not file.is_file():
         known = ", ".join(config_names())
-        raise ValueError(f"there is no config {name!r}; known are {known}")
+        raise UserError(f"unknown config {name!r}: choose from {known}")
     return str(file)
 
 
@@ -115,18 +116,19 @@ def _merge_file(cfg: CfgNode, file: str, above: tuple[str, ...] = ()) -> None:
     """
     real = os.path.realpath(file)
     if real in above:
-        raise ValueError(f"config {file}: its _BASE_ leads back to itself")
+        raise UserError(f"config {file}: its _BASE_ leads back to itself")
     with _naming_file(cfg, file):
         keys = _read_keys(file)
+        _rename_old_keys(keys.get("MODEL", {}).get("ATSS"))
         bases = keys.pop("_BASE_", [])
         bases = [bases] if isinstance(bases, str) else bases
         if not (isinstance(bases, list) and all(isinstance(x, str) for x in bases)):
-            raise ValueError(f"_BASE_ must be a file or a list of files, got {bases!r}")
+            raise UserError(f"_BASE_ must be a file or a list of files, got {bases!r}")
     for base in bases:
         _merge_file(cfg, find_config(base, os.path.dirname(file)), (*above, real))
     with _naming_file(cfg, file):
         if keys.get("VERSION", cfg.VERSION) != cfg.VERSION:
-            raise ValueError(f"VERSION must be {cfg.VERSION}, got {keys['VERSION']!r}")
+            raise UserError(f"VERSION must be {cfg.VERSION}, got {keys['VERSION']!r}")
         cfg.merge_from_other_cfg(CfgNode(keys))
 
 
@@ -136,9 +138,19 @@ def _naming_file(cfg: CfgNode, file: str) -> Iterator[None]:
         yield
     except OSError as error:
         hint = _like_in_the_zoo(file) if isinstance(error, FileNotFoundError) else ""
-        raise ValueError(f"cannot read the config {file}: {error.strerror}{hint}") from error
+        raise UserError(f"cannot read the config {file}: {error.strerror}{hint}") from error
     except (AssertionError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"config {file}: {_explain(cfg, error)}") from error
+        raise UserError(f"config {file}: {_explain(cfg, error)}") from error
+
+
+def _rename_old_keys(node: Any) -> None:
+    """Rename the keys of RENAMED_KEYS below MODEL.ATSS, in place, also those of an overlay."""
+    if not isinstance(node, dict):
+        return
+    for old in RENAMED_KEYS.keys() & node.keys():
+        node.setdefault(RENAMED_KEYS[old], node.pop(old))
+    for child in node.values():
+        _rename_old_keys(child)
 
 
 def _read_keys(file: str) -> dict[str, Any]:
@@ -146,7 +158,7 @@ def _read_keys(file: str) -> dict[str, Any]:
         loader = yaml.SafeLoader(opened)
         node = loader.get_single_node()
     if not isinstance(node, yaml.MappingNode):
-        raise ValueError("it holds no keys with values")
+        raise UserError("it holds no keys with values")
     _refuse_duplicates(node)
     return loader.construct_document(node)
 
@@ -172,12 +184,15 @@ def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
     """
     if len(options) % 2:
         given = " ".join(map(str, options))
-        raise ValueError(f"changes of the config are pairs KEY VALUE, which {given!r} is not")
+        raise UserError(f"changes of the config are pairs KEY VALUE, which {given!r} is not")
     known = dict(flatten(cfg))
     for key, value in zip(options[::2], options[1::2], strict=True):
+        node, _, name = key.rpartition(".")
+        if node.startswith("MODEL.ATSS"):
+            key = f"{node}.{RENAMED_KEYS.get(name, name)}"
         if isinstance(known.get(key), CfgNode):
-            raise ValueError(_is_a_group(key, known[key]))
-        if key in LEGACY_KEYS and key not in known:
+            raise UserError(_is_a_group(key, known[key]))
+        if key in LEGACY_ARGUMENTS and key not in known:
             rule, argument = key.split(".")[-2:]
             rules = cfg.MODEL.ATSS.ASSIGNERS
             rules.setdefault(rule, CfgNode(new_allowed=True))[argument] = None
@@ -187,8 +202,8 @@ def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
             cfg.merge_from_list([key, value])
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             if key not in known:
-                raise ValueError(_unknown(cfg, key)) from error
-            raise ValueError(f"{_explain(cfg, error)}, not {value!r}") from error
+                raise UserError(_unknown(cfg, key)) from error
+            raise UserError(f"{_explain(cfg, error)}, not {value!r}") from error
 
 
 def _refuse_empty(cfg: CfgNode, defaults: CfgNode) -> None:
@@ -200,7 +215,7 @@ def _refuse_empty(cfg: CfgNode, defaults: CfgNode) -> None:
     usual = dict(flatten(defaults))
     for key, value in flatten(cfg):
         if value is None and usual.get(key) is not None:
-            raise ValueError(f"{key} has no value; by default it is {usual[key]!r}")
+            raise UserError(f"{key} has no value; by default it is {usual[key]!r}")
 
 
 def _explain(cfg: CfgNode, error: Exception) -> str:
@@ -250,7 +265,7 @@ def _refuse_duplicates(node: yaml.Node) -> None:
         for name, child in node.value:
             if name.value in seen:
                 line = name.start_mark.line + 1
-                raise ValueError(f"line {line} repeats {name.value}, which stands above already")
+                raise UserError(f"line {line} repeats {name.value}, which stands above already")
             seen.add(name.value)
             children.append(child)
     for child in children:

@@ -29,7 +29,7 @@ CONTAINER_LIMITS = (
 )
 
 
-class Outlook(HookBase):
+class TrainingEstimate(HookBase):
     """Says once, after the first iterations, how long training will take, and how much of the
     memory it needs. For the main process; goes before PeriodicCheckpointer, whose time does not
     count."""

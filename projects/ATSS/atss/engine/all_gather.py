@@ -10,7 +10,7 @@ from torch import Tensor, distributed
 from .watch import first_of
 
 
-class Exchange:
+class ScalarAllGather:
     """Losses, and which signal asks to stop: one small collective on the device, between
     forward and backward pass. The host reads it once it has launched the backward pass, so that a
     GPU is at work while the host looks, decides and writes.

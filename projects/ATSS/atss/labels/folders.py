@@ -5,8 +5,9 @@ from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..errors import UserError
 from .findings import Finding
-from .images import read_header
+from .headers import read_header
 
 # What is taken for an image in a folder: raster formats that Pillow reads, and those that others
 # read. Files that Pillow cannot read are errors, but never overlooked.
@@ -112,9 +113,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError("it is no text in UTF-8") from error
+        raise UserError("it is no text in UTF-8") from error
     except (OSError, ValueError) as error:  # such as of a name with a zero byte
-        raise ValueError(f"it cannot be read: {why(error)}") from error
+        raise UserError(f"it cannot be read: {why(error)}") from error
 
 
 def size_of(image: Path) -> tuple[int, int] | OSError:

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, photograph
 from PIL import Image
 
-from atss.data import copies
-from atss.data.copies import find_copies, join_groups
+from atss.labels import copies
+from atss.labels.copies import find_copies, join_groups
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import UserError
 from .findings import Finding
 
 # What every entry must have. Files for a test server have no annotations.
@@ -81,15 +82,15 @@ def read_coco(json_file: str) -> dict:
         with open(json_file, encoding="utf-8-sig") as file:  # with or without a mark
             content = json.load(file)
     except OSError as error:
-        raise ValueError(f"cannot read the annotations {json_file}: {error.strerror}") from error
+        raise UserError(f"cannot read the annotations {json_file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{json_file} is not json: {error}") from error
+        raise UserError(f"{json_file} is not json: {error}") from error
     problem = _structure(content)
     if problem:
-        raise ValueError(f"{json_file} is not in COCO's format: {problem}")
+        raise UserError(f"{json_file} is not in COCO's format: {problem}")
     for key in ("images", "categories"):
         if not content[key]:
-            raise ValueError(f"{json_file} has an empty list of {key!r}")
+            raise UserError(f"{json_file} has an empty list of {key!r}")
     return content | {"annotations": content.get("annotations", [])}
 
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import UserError
 from . import lvis
-from .choice import choose, parse
-from .coco_json import read_coco
+from .classes import choose, parse
+from .coco import read_coco
 from .findings import Finding
 from .folders import NAMES_FILES, SUFFIXES, files_below, with_slashes
 from .voc import FIRST_PIXEL, read_voc
@@ -23,8 +24,8 @@ class Reading:
     """How labels are read.
 
     Attributes:
-        classes: chosen ones, as of :func:`~atss.data.choice.parse`; empty for all, as they are.
-        first_pixel: of Pascal VOC's, as of :func:`~atss.data.voc.read_voc`.
+        classes: chosen ones, as of :func:`~atss.labels.classes.parse`; empty for all, as they are.
+        first_pixel: of Pascal VOC's, as of :func:`~atss.labels.voc.read_voc`.
     """
 
     classes: Mapping[str, Sequence[str]]
@@ -65,7 +66,7 @@ class Labels:
     """The labels of a split.
 
     Attributes:
-        content: as of :func:`~atss.data.coco_json.read_coco`.
+        content: as of :func:`~atss.labels.coco.read_coco`.
         image_dir: the folder in which its file names begin.
         findings: what was found besides, which the content does not show.
         evaluator: Detectron2's evaluator_type.
@@ -81,7 +82,7 @@ class Labels:
     found: Set[str] = frozenset()
 
 
-def read(annotations: str, images: str, reading: Reading = AS_IT_IS) -> Labels:
+def read_labels(annotations: str, images: str, reading: Reading = AS_IT_IS) -> Labels:
     """
     Args:
         annotations, images: a json in COCO's or LVIS's format and its folder of images; in YOLO's
@@ -125,7 +126,7 @@ def image_dir_of(annotations: str, images: str) -> str:
     if _is_yaml(annotations):
         return os.path.dirname(annotations)
     if not (ADDRESS.match(images) or Path(images).is_dir()):
-        raise ValueError(f"the image folder {images} does not exist")
+        raise UserError(f"the image folder {images} does not exist")
     return images
 
 
@@ -166,7 +167,7 @@ def _is_yolo(annotations: str) -> bool:
     }
     images = {x.stem for x in files if x.suffix.lower() in SUFFIXES}
     if stems[".xml"] and (both := (stems[".txt"] & images) - stems[".xml"]):
-        raise ValueError(
+        raise UserError(
             f"{folder} has labels of two formats: Pascal VOC's xml, and YOLO's such as "
             f"{min(both)}.txt: give each a folder of its own"
         )

@@ -14,68 +14,31 @@ its traceback.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from yacs.config import CfgNode
+
+from .errors import UserError, WrongValue
 
 NODE = "MODEL.ATSS"
 # Follows the names that are known.
 OWN_PARTS = "; --import registers parts of your own"
 
 
-class WrongValue(ValueError):
-    """One argument has a value that it cannot have.
-
-    Args:
-        argument: its name; a config says its key in place of it.
-        complaint: the rest of the sentence.
-    """
-
-    def __init__(self, argument: str, complaint: str):
-        super().__init__(f"{argument} {complaint}")
-        self.argument, self.complaint = argument, complaint
-
-
-def within(argument: str, value: Any, low: float, high: float = math.inf) -> None:
-    """That a number, or each of some, lies between two.
-
-    Raises:
-        WrongValue: where it does not, is no number, or there is none.
-    """
-    numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    for number in numbers:
-        if not isinstance(number, int | float) or not low <= number <= high:
-            least_and_most = f"from {low:g}" + (f" to {high:g}" if high < math.inf else " on")
-            raise WrongValue(argument, f"must be {least_and_most}, not {value!r}")
-    if not numbers:
-        raise WrongValue(argument, "is empty")
-
-
-def one_of(argument: str, value: Any, known: Sequence[Any]) -> None:
-    """That a value is among those that there are.
-
-    Raises:
-        WrongValue: where it is not.
-    """
-    if value not in known:
-        raise WrongValue(argument, f"is {value!r}; known are {[*known]}")
-
-
 class Entry(NamedTuple):
     target: Callable
     keys: Mapping[str, str]  # parameter -> key under the node, with dots where it lies deeper
-    parts: Mapping[str, Parts]  # parameter -> the kind of part that it is
+    parts: Mapping[str, Registry]  # parameter -> the kind of part that it is
     legacy: Mapping[str, str]  # argument that it had -> the part that has it now
 
 
-class Parts:
+class Registry:
     """The parts of one kind.
 
     Args:
         key: that names the part.
-        known: parameters that are injected, and so are no keys.
+        injected: parameters that the builder sets, so that they are no keys.
         group: the node of arguments, where it is not the key in the plural.
         optional: "" names none.
         several: the key may name some that act together, as in "giou + dfl".
@@ -86,14 +49,14 @@ class Parts:
     def __init__(
         self,
         key: str,
-        known: Sequence[str] = (),
+        injected: Sequence[str] = (),
         group: str = "",
         optional: bool = False,
         several: bool = False,
         gone: Mapping[str, str] | None = None,
     ):
         self.gone = gone or {}
-        self.key, self.known, self.group = key, tuple(known), group or f"{key}S"
+        self.key, self.injected, self.group = key, tuple(injected), group or f"{key}S"
         self.optional, self.several = optional, several
         self.entries: dict[str, Entry] = {}
 
@@ -113,7 +76,7 @@ class Parts:
         *,
         name: str = "",
         keys: Mapping[str, str] | None = None,
-        parts: Mapping[str, Parts] | None = None,
+        parts: Mapping[str, Registry] | None = None,
         legacy: Mapping[str, str] | None = None,
     ) -> Any:
         """As a decorator, with parentheses or without, or called; ``name`` is the target's own by
@@ -130,11 +93,11 @@ class Parts:
             return lambda x: self.register(x, name=name, keys=keys, parts=parts, legacy=legacy)
         name = name or target.__name__
         if name in self.entries:
-            raise ValueError(f"{self.key} {name} is registered already")
+            raise UserError(f"{self.key} {name} is registered already")
         if not inspect.isclass(target):
             for p in inspect.signature(target).parameters.values():
-                if p.default is not p.empty or p.kind is p.KEYWORD_ONLY or p.name in self.known:
-                    raise ValueError(
+                if p.default is not p.empty or p.kind is p.KEYWORD_ONLY or p.name in self.injected:
+                    raise UserError(
                         f"{self.key} {name} is a function with an argument {p.name}: a part with "
                         "arguments is a class"
                     )
@@ -165,7 +128,7 @@ class Parts:
         for name, entry in self.entries.items():
             own = type(node)(new_allowed=True)
             for p in self._parameters(name):
-                if p.name in self.known or p.default is p.empty:
+                if p.name in self.injected or p.default is p.empty:
                     continue
                 if p.name not in entry.keys:
                     kind = entry.parts.get(p.name)
@@ -173,7 +136,7 @@ class Parts:
                     continue
                 shared = lookup_key(node, entry.keys[p.name])
                 if shared != p.default:
-                    raise ValueError(
+                    raise UserError(
                         f"{self.key} {name} wants {p.default!r} as the default of "
                         f"{NODE}.{entry.keys[p.name]}, which is {shared!r}"
                     )
@@ -202,7 +165,7 @@ class Parts:
         built = {name: self._build(*self._current(node, name), key, known) for name in names}
         return built if self.several else next(iter(built.values()), None)
 
-    def chosen(self, node: CfgNode, key: str = "") -> Iterator[tuple[Parts, str]]:
+    def chosen(self, node: CfgNode, key: str = "") -> Iterator[tuple[Registry, str]]:
         """Kind and name of every part that is named here, parts of parts with them."""
         for name in self._named(node, key or self.key):
             yield self, name
@@ -225,11 +188,12 @@ class Parts:
         names = [x.strip() for x in value.split("+")] if self.several else [value]
         for name in names:
             if name not in self.entries:
-                raise ValueError(
-                    f"{NODE}.{key} is {value!r}; known are {sorted(self.entries)}{self._hint(name)}"
+                raise UserError(
+                    f"unknown {NODE}.{key} {value!r}: choose from {sorted(self.entries)}"
+                    f"{self._hint(name)}"
                 )
             if names.count(name) > 1:
-                raise ValueError(f"{NODE}.{key} {value!r} names {name} twice")
+                raise UserError(f"{NODE}.{key} {value!r} names {name} twice")
         return names
 
     def _hint(self, name: str) -> str:
@@ -243,7 +207,7 @@ class Parts:
                 own = node[self.group].get(other, {})
                 if any(own.get(k, x) != x for k, x in self._defaults(other).items()):
                     written = f"{NODE}.{self.group}.{name}.{argument}"
-                    raise ValueError(
+                    raise UserError(
                         f"{written} is an older key of {other}, whose arguments are set as well: "
                         f"leave it out and name {NODE}.{self.key} {other}"
                     )
@@ -268,22 +232,22 @@ class Parts:
             return target
         parameters = {p.name: p for p in self._parameters(name)}
         arguments = self._given(node, name)
-        arguments |= {p: known[p] for p in parameters if p in self.known and p in known}
+        arguments |= {p: known[p] for p in parameters if p in self.injected and p in known}
         arguments |= {p: None for p in self.entries[name].parts if arguments.get(p) == ""}
         for p, (kind, inner) in self._inner(node, name).items():
             arguments[p] = kind.build(inner, **known)
         lacks = [p for p, x in parameters.items() if x.default is x.empty and p not in arguments]
         if lacks:
-            raise ValueError(
+            raise UserError(
                 f"{NODE}.{key} {name} wants {', '.join(lacks)}, which neither the config says nor "
-                f"the detector: it knows {sorted({*self.known} & {*known})}"
+                f"the detector: it knows {sorted({*self.injected} & {*known})}"
             )
         try:
             return target(**arguments)
         except WrongValue as error:
-            raise ValueError(f"{self._key_of(name, error.argument)} {error.complaint}") from error
+            raise UserError(f"{self._key_of(name, error.argument)} {error.complaint}") from error
         except ValueError as error:
-            raise ValueError(f"{NODE}.{key} {name} does not work here: {error}") from error
+            raise UserError(f"{NODE}.{key} {name} does not work here: {error}") from error
 
     def _given(self, node: CfgNode, name: str) -> dict[str, Any]:
         """The arguments that the config says of a part.
@@ -292,20 +256,20 @@ class Parts:
             ValueError: for one that it does not take.
         """
         keys, legacy = self.entries[name].keys, self.entries[name].legacy
-        takes = [p.name for p in self._parameters(name) if p.name not in self.known]
+        takes = [p.name for p in self._parameters(name) if p.name not in self.injected]
         given = {p: lookup_key(node, key) for p, key in keys.items()}
         for written, value in node.get(self.group, {}).get(name, {}).items():
             if written in legacy:
                 continue
             if written.lower() not in takes:
-                raise ValueError(
+                raise UserError(
                     f"{NODE}.{self.group}.{name}.{written} is no argument of {name}; it takes "
                     f"{[x.upper() for x in takes]}"
                 )
             given[written.lower()] = value
         return given
 
-    def _inner(self, node: CfgNode, name: str) -> dict[str, tuple[Parts, CfgNode]]:
+    def _inner(self, node: CfgNode, name: str) -> dict[str, tuple[Registry, CfgNode]]:
         """Kind and node of each part that is an argument of a part.
 
         Raises:
@@ -321,19 +285,21 @@ class Parts:
                 continue
             if inner not in kind and inner not in node.BRANCH:
                 known = sorted([*kind.entries, *node.BRANCH])
-                raise ValueError(f"{where} is {inner!r}; known are {known}{kind._hint(inner)}")
+                raise UserError(
+                    f"unknown {where} {inner!r}: choose from {known}{kind._hint(inner)}"
+                )
             if inner in kind and inner in node.BRANCH:
-                raise ValueError(f"{where} is {inner!r}, a part and an overlay of {NODE}.BRANCH")
+                raise UserError(f"{where} is {inner!r}, a part and an overlay of {NODE}.BRANCH")
             copy = overlay(node, inner) if inner in node.BRANCH else node.clone()
             copy.defrost()
             if inner in kind:
                 copy[kind.key] = inner
             elif kind.key not in node.BRANCH[inner]:
-                raise ValueError(
+                raise UserError(
                     f"{where} is {inner!r}, but {NODE}.BRANCH.{inner} names no {kind.key}"
                 )
             if kind is self and copy[kind.key] == name:
-                raise ValueError(f"{where} is {inner!r}, which is {name} again")
+                raise UserError(f"{where} is {inner!r}, which is {name} again")
             found[p] = kind, copy
         return found
 
@@ -374,18 +340,18 @@ def overlay(node: CfgNode, name: str) -> CfgNode:
     """
     where = f"{NODE}.BRANCH.{name}"
     if name not in node.BRANCH:
-        raise ValueError(f"{NODE}.BRANCH has no {name!r}; it has {sorted(node.BRANCH)}")
+        raise UserError(f"{NODE}.BRANCH has no {name!r}; it has {sorted(node.BRANCH)}")
     over, copy = node.BRANCH[name], node.clone()
     if not isinstance(over, CfgNode):
-        raise ValueError(f"{where} must hold keys of {NODE}, not {over!r}")
+        raise UserError(f"{where} must hold keys of {NODE}, not {over!r}")
     for key, value in over.items():
         if key not in node:
-            raise ValueError(f"{where}.{key}: there is no key {NODE}.{key}")
+            raise UserError(f"{where}.{key}: there is no key {NODE}.{key}")
         if isinstance(value, CfgNode) != isinstance(node[key], CfgNode):
-            raise ValueError(f"{where}.{key} must be as {NODE}.{key}, not {value!r}")
+            raise UserError(f"{where}.{key} must be as {NODE}.{key}, not {value!r}")
     copy.defrost()
     try:
         copy.merge_from_other_cfg(over)
     except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"{where}: {str(error.args[0]).partition(chr(10))[0]}") from error
+        raise UserError(f"{where}: {str(error.args[0]).partition(chr(10))[0]}") from error
     return copy

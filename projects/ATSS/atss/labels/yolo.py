@@ -12,7 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from .coco_json import BEYOND
+from ..errors import UserError
+from .coco import BEYOND
 from .findings import Finding
 from .folders import (
     NAMES_FILES,
@@ -38,7 +39,7 @@ FAR = 1.0
 
 
 def read_yolo(source: str, split: str) -> tuple[dict, list[Finding]]:
-    """A split as content in COCO's format, like that of :func:`~atss.data.coco_json.read_coco`.
+    """A split as content in COCO's format, like that of :func:`~atss.labels.coco.read_coco`.
 
     Sizes are those after the EXIF orientation; boxes are clipped; categories have YOLO's ids. File
     names begin in the folder, and are absolute where the images lie elsewhere.
@@ -46,7 +47,7 @@ def read_yolo(source: str, split: str) -> tuple[dict, list[Finding]]:
     Args:
         source: a data.yaml; Darknet's obj.data; or a folder with one of NAMES_FILES.
         split: a key of the file; or, in a folder, a list of images (.txt) or a folder, "." for
-            itself. Names are those of :func:`~atss.data.folders.names_of`.
+            itself. Names are those of :func:`~atss.labels.folders.names_of`.
     Returns:
         the content, and what was found in images and labels: what cannot be read is not in the
         content.
@@ -65,13 +66,13 @@ def read_yolo(source: str, split: str) -> tuple[dict, list[Finding]]:
         without = read.found["label_missing"]
         if read.images and len(without) == len(read.images):
             labels = " and ".join(name_in(folder, x) for x in _labels_of(folder / without[0]))
-            raise ValueError(
+            raise UserError(
                 f"no image of {split!r} has a label file: that of {without[0]} was looked for at "
                 f"{labels}"
             )
         _find_unused(files.difference([path], images, read_files), with_key_points, read)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
     return read.result(names)
 
 
@@ -105,12 +106,12 @@ def _read_yaml(yaml_file: Path) -> dict:
         config = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}" if error.problem_mark else "it"
-        raise ValueError(f"{line} is no valid yaml: {error.problem}") from error
+        raise UserError(f"{line} is no valid yaml: {error.problem}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = str(error).partition("\n")[0]
-        raise ValueError(f"it is no valid yaml: {problem}") from error
+        raise UserError(f"it is no valid yaml: {problem}") from error
     if not isinstance(config, dict):
-        raise ValueError("it holds no keys with values")
+        raise UserError("it holds no keys with values")
     return config
 
 
@@ -121,7 +122,7 @@ def _read_darknet(data_file: Path) -> dict:
     if "names" in config:
         names = _read_names(_find("names", config["names"], (data_file.parent, Path.cwd())))
         if config.get("classes", str(len(names))) != str(len(names)):
-            raise ValueError(
+            raise UserError(
                 f"its 'classes' is {config['classes']}, but {config['names']} has {len(names)}"
             )
         config["names"] = names
@@ -132,16 +133,16 @@ def _read_folder(folder: Path, split: str) -> dict:
     """A folder without a file that describes it: the split is a list or a folder in it."""
     names = {x: _read_names(folder / x) for x in files_below(folder) if x.name in NAMES_FILES}
     if not names:
-        raise ValueError(f"it has none of {', '.join(NAMES_FILES)}")
+        raise UserError(f"it has none of {', '.join(NAMES_FILES)}")
     longest = max(names, key=lambda x: len(names[x]))
     for other, shorter in names.items():
         if shorter != names[longest][: len(shorter)]:
-            raise ValueError(f"{other} and {longest} name different classes")
+            raise UserError(f"{other} and {longest} name different classes")
     places = [(f"{x}.txt", x, f"images/{x}") for x in names_of(split)]
     tried = [folder / place for group in places for place in group]
     found = next((place for place in tried if os.path.exists(place)), None)
     if found is None:
-        raise ValueError(f"it has no split {split!r}; tried {', '.join(map(str, tried))}")
+        raise UserError(f"it has no split {split!r}; tried {', '.join(map(str, tried))}")
     return {split: str(found), "names": names[longest]}
 
 
@@ -150,29 +151,29 @@ def _read_names(file: Path) -> list[str]:
     try:
         return [line.strip() for line in read_text(file).rstrip().splitlines()]
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise UserError(f"{file}: {error}") from error
 
 
 def _names(config: dict) -> dict[int, str]:
     """{id: name} in the order of the ids, which may have gaps."""
     names = config.get("names")
     if names is None:
-        raise ValueError("it has no 'names'")
+        raise UserError("it has no 'names'")
     if not isinstance(names, list | dict):
         kind = type(names).__name__
-        raise ValueError(f"its 'names' is a {kind}, where a list or a dictionary belongs")
+        raise UserError(f"its 'names' is a {kind}, where a list or a dictionary belongs")
     found = {}
     for key, name in enumerate(names) if isinstance(names, list) else names.items():
         if not str(key).isdecimal():
-            raise ValueError(f"its 'names' has {key!r}, where the number of a class belongs")
+            raise UserError(f"its 'names' has {key!r}, where the number of a class belongs")
         # yaml makes truth values of words such as yes and on, and drops the end of 1.10.
         if type(name) not in (str, int):
-            raise ValueError(f"the name of class {key} is {name!r}: put it in quotes")
+            raise UserError(f"the name of class {key} is {name!r}: put it in quotes")
         found[int(key)] = str(name)
     if not found:
-        raise ValueError("its 'names' is empty")
+        raise UserError("its 'names' is empty")
     if config.get("nc", len(found)) != len(found):
-        raise ValueError(f"its 'nc' is {config['nc']!r}, but it has {len(found)} names")
+        raise UserError(f"its 'nc' is {config['nc']!r}, but it has {len(found)} names")
     return dict(sorted(found.items()))
 
 
@@ -188,7 +189,7 @@ def _count_with_key_points(config: dict) -> int | None:
         and shape[0] > 0
         and shape[1] in (2, 3)
     ):
-        raise ValueError(
+        raise UserError(
             f"its 'kpt_shape' is {reprlib.repr(shape)}, where the number of key points and 2 or 3 "
             "belong"
         )
@@ -202,14 +203,14 @@ def _images(config: dict, split: str, folder: Path) -> tuple[list[Path], set[Pat
     key = next((key for key in names_of(split) if key in splits), None)
     if key is None:
         there = f"only {', '.join(map(repr, splits))}" if splits else "nor any other"
-        raise ValueError(f"it has no split {split!r}, {there}")
+        raise UserError(f"it has no split {split!r}, {there}")
     entries = [config[key]] if isinstance(config[key], str) else config[key]
     if not (isinstance(entries, list) and all(isinstance(e, str) for e in entries)):
         value = reprlib.repr(config[key])
-        raise ValueError(f"its {key!r} is {value}, where folders or .txt files belong")
+        raise UserError(f"its {key!r} is {value}, where folders or .txt files belong")
     path = config.get("path") or ""
     if not isinstance(path, str):
-        raise ValueError(f"its 'path' is {path!r}, where a folder belongs")
+        raise UserError(f"its 'path' is {path!r}, where a folder belongs")
     # Where people mean it, where the images were moved without it, where YOLO's own tools look.
     bases = (folder / with_slashes(path, folder), folder, Path.cwd() / path)
     images: set[Path] = set()
@@ -226,9 +227,9 @@ def _images(config: dict, split: str, folder: Path) -> tuple[list[Path], set[Pat
             images.update(_listed(place, bases))
             lists.add(place)
         else:
-            raise ValueError(f"its {key!r} names {entry!r}, which is neither a folder nor a .txt")
+            raise UserError(f"its {key!r} names {entry!r}, which is neither a folder nor a .txt")
     if not images:
-        raise ValueError(f"its {key!r} has no images: {', '.join(map(repr, entries))}")
+        raise UserError(f"its {key!r} has no images: {', '.join(map(repr, entries))}")
     return sorted(images), files - lists
 
 
@@ -237,7 +238,7 @@ def _listed(list_file: Path, bases: Sequence[Path]) -> Iterator[Path]:
     try:
         text = read_text(list_file)
     except ValueError as error:
-        raise ValueError(f"the list {list_file}: {error}") from error
+        raise UserError(f"the list {list_file}: {error}") from error
     for line in filter(None, map(str.strip, text.splitlines())):
         here = line.replace("\\", "/").startswith("./")
         tried = _candidates(line, [list_file.parent] if here else [*bases, list_file.parent])
@@ -249,7 +250,7 @@ def _find(key: str, entry: str, bases: Sequence[Path]) -> Path:
     place = next((p for p in tried if os.path.exists(p)), None)
     if place is None:
         there = ", ".join(map(str, tried))
-        raise ValueError(f"its {key!r} names {entry!r}, which does not exist; tried {there}")
+        raise UserError(f"its {key!r} names {entry!r}, which does not exist; tried {there}")
     return place
 
 
@@ -374,18 +375,18 @@ def _parse(fields: list[str], with_key_points: int | None) -> tuple[int, list[fl
         try:
             numbers.append(float(field))
         except ValueError as error:
-            raise ValueError(f"has {field!r}, where a number belongs") from error
+            raise UserError(f"has {field!r}, where a number belongs") from error
         if not isfinite(numbers[-1]):
-            raise ValueError(f"has {field}, which is not finite")
+            raise UserError(f"has {field}, which is not finite")
     count = len(numbers)
     if count != 5 and (with_key_points or count < 7 or count % 2 == 0):
         others = "a polygon 7, 9, 11 or more"
         if with_key_points:
             others = f"one with key points {with_key_points}, by 'kpt_shape'"
         plural = "numbers" if count > 1 else "number"
-        raise ValueError(f"has {count} {plural}, but a box has 5, and {others}")
+        raise UserError(f"has {count} {plural}, but a box has 5, and {others}")
     if numbers[0] != int(numbers[0]):
-        raise ValueError(f"has class {fields[0]}, which is no whole number")
+        raise UserError(f"has class {fields[0]}, which is no whole number")
     return int(numbers[0]), numbers[1:]
 
 

@@ -4,6 +4,7 @@ import csv
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
+from ..errors import UserError
 from .findings import Finding
 
 # Lists of ids of categories that LVIS's images have.
@@ -26,17 +27,17 @@ def parse(text: str) -> dict[str, list[str]]:
     for item in next(csv.reader([text], skipinitialspace=True), []):
         name, equals, other = (x.strip() for x in item.partition("="))
         if not name or (equals and not other):
-            raise ValueError(f"--classes takes NAME,NAME=OTHER,..., not {text!r}")
+            raise UserError(f"--classes takes NAME,NAME=OTHER,..., not {text!r}")
         names = chosen.setdefault(name, [name])
         if equals and other not in names:
             names.append(other)
     if not chosen:
-        raise ValueError("--classes names no class")
+        raise UserError("--classes names no class")
     counts = Counter(name for names in chosen.values() for name in names)
     for name, count in counts.items():
         if count > 1:
             twice = [new for new, names in chosen.items() if name in names]
-            raise ValueError(f"--classes has {name!r} count as both {' and '.join(twice)}")
+            raise UserError(f"--classes has {name!r} count as both {' and '.join(twice)}")
     return chosen
 
 
@@ -132,6 +133,6 @@ def refuse_unknown(
         missing = [name for name in names if name not in found and (name != new or len(names) == 1)]
         if missing:
             known = ", ".join(map(repr, there[:10])) + (", ..." if len(there) > 10 else "")
-            raise ValueError(
+            raise UserError(
                 f"--classes names {missing[0]!r}, which no data set has; there are {known}"
             )

@@ -11,9 +11,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from test_datasets import truth_as_detections
 
 import atss.engine.run as way_in
-from atss.data.choice import choose, parse
-from atss.data.formats import Reading, read
 from atss.engine.evaluation import build_evaluator
+from atss.labels.classes import choose, parse
+from atss.labels.formats import Reading, read_labels
 
 
 @pytest.fixture
@@ -256,6 +256,6 @@ def test_blanks_around_a_name_do_not_count(tmp_path):
 
 def test_reading_leaves_the_source_as_it_was(sources):
     annotations, images = sources["coco"].rsplit(":", 1)
-    before = read(annotations, images).content
-    read(annotations, images, Reading(parse("dog")))
-    assert read(annotations, images).content == before
+    before = read_labels(annotations, images).content
+    read_labels(annotations, images, Reading(parse("dog")))
+    assert read_labels(annotations, images).content == before

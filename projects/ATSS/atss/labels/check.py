@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .coco_json import Objects, find_in_json, is_empty, is_length, place_of
+from .coco import Objects, find_in_json, is_empty, is_length, place_of
 from .findings import DROPPED, ERROR, LEVELS, NOTE, WARNING, Finding
 from .folders import THREADS
 from .formats import Labels
-from .images import problems, read_header, verify
+from .headers import problems, read_header, verify
 
 # An object is poorly matched where no anchor overlaps it by this IoU: then the best one has more
 # than ten times its area, or covers less than a tenth of it, or lies across.
@@ -235,7 +235,7 @@ def _find_in_objects(
     return found
 
 
-def page(report: Report) -> str:
+def format_report(report: Report) -> str:
     """The report for people."""
     lines = [f"{report.images:,} images, {report.annotations:,} annotations"]
     for level in LEVELS:

@@ -3,8 +3,8 @@
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from .choice import ABSENT, FREQUENCIES, PARTLY_MARKED
-from .coco_json import show
+from .classes import ABSENT, FREQUENCIES, PARTLY_MARKED
+from .coco import show
 from .findings import Finding
 
 

@@ -1,0 +1,28 @@
+"""The rules and similarities that a config can name."""
+
+from ..registry import Registry
+from .atss import ATSS
+from .ddod import DDOD
+from .max_iou import MaxIoU
+from .ota import OTA
+from .paa import PAA
+from .poto import POTO
+from .sim_ota import SimOTA, SoftLabel
+from .similarities import NWD, IoU, SimD
+from .spatial_scale import SpatialScale
+from .tal import TAL
+
+# Of two boxes (..., 4) each -> (...).
+SIMILARITIES = Registry("SIMILARITY", group="SIMILARITIES")
+for similarity in (IoU, NWD, SimD):
+    SIMILARITIES.register(similarity, name=similarity.__name__.lower())
+
+ASSIGNER_REGISTRY = Registry(
+    "ASSIGNER", injected=("num_levels", "num_classes"), gone={"TopK": "docs/own_assigner.md"}
+)
+BY_SIMILARITY = {"similarity": SIMILARITIES}
+ASSIGNER_REGISTRY.register(ATSS, parts=BY_SIMILARITY, legacy={"ALPHA": "DDOD"})
+ASSIGNER_REGISTRY.register(MaxIoU, parts=BY_SIMILARITY)
+ASSIGNER_REGISTRY.register(SpatialScale)
+for rule in (DDOD, PAA, OTA, SimOTA, SoftLabel, TAL, POTO):
+    ASSIGNER_REGISTRY.register(rule, parts=BY_SIMILARITY)

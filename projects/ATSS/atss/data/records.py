@@ -1,0 +1,169 @@
+"""The images of a training or evaluation, by position, with their labels."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from detectron2.data import DatasetFromList
+from detectron2.structures import BoxMode
+from pycocotools.mask import frPyObjects
+
+from ..labels.coco import is_polygon
+from .columns import Columns
+
+
+class Registered(Sequence[dict]):
+    """A data set of --register, whose records are made when they are asked for. Called, as
+    Detectron2's DatasetCatalog does, it returns all of them.
+
+    Attributes:
+        sizes, counts: as of :class:`Columns`.
+        number: of each category's id.
+    """
+
+    def __init__(self, columns: Columns, image_dir: str, number: Mapping):
+        self.columns = columns
+        self.image_dir = image_dir
+        self.number = dict(number)
+        self.sizes, self.counts = columns.sizes, columns.counts
+
+    def __call__(self) -> list[dict]:
+        return [self[i] for i in range(len(self))]
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def __getitem__(self, i: int) -> dict:  # type: ignore[override]
+        image = self.columns[i]
+        return {
+            "file_name": os.path.join(self.image_dir, image["file_name"]),
+            "image_id": image["id"],
+            "height": image["height"],
+            "width": image["width"],
+            "annotations": [
+                {
+                    "bbox": x["bbox"],
+                    "bbox_mode": BoxMode.XYWH_ABS,
+                    "category_id": self.number[x["category_id"]],
+                    "iscrowd": x["iscrowd"],
+                    **_shapes(**x),
+                }
+                for x in image["annotations"]
+            ],
+        }
+
+    @property
+    def classes(self) -> np.ndarray:
+        """(M,) number of each object's class."""
+        numbers = np.array([self.number[i] for i in sorted(self.number)], dtype=np.int32)
+        return numbers[self.columns.classes]
+
+    def file_names(self) -> list[str]:
+        folder = os.path.join(self.image_dir, "")  # joined once: there may be a million
+        names = self.columns.file_names()
+        return [x if x.startswith(os.sep) else folder + x for x in names]
+
+
+def _shapes(
+    segmentation: list | dict | None = None, keypoints: list | None = None, **_: object
+) -> dict:
+    """What models of masks and of key points learn besides, as Detectron2's mapper takes it."""
+    shapes: dict = {}
+    if isinstance(segmentation, dict):
+        packed = isinstance(segmentation["counts"], str)
+        frame = segmentation["size"]
+        shapes["segmentation"] = segmentation if packed else frPyObjects(segmentation, *frame)
+    elif segmentation:
+        shapes["segmentation"] = [polygon for polygon in segmentation if is_polygon(polygon)]
+    if keypoints:  # COCO's are indices of pixels; every third number is a visibility
+        shapes["keypoints"] = [x + 0.5 * (i % 3 < 2) for i, x in enumerate(keypoints)]
+    return shapes
+
+
+class Listed(Sequence[dict]):
+    """A data set that another function registered: its records, packed so that processes that load
+    images share them.
+
+    Attributes:
+        sizes: (N, 2) width and height in pixels, -1 if a record has none.
+        counts: (N,) number of objects of each image that are no crowds, M in all.
+        classes: (M,) number of each object's class.
+    """
+
+    def __init__(self, records: Sequence[dict]):
+        objects = [
+            [x for x in record.get("annotations", ()) if not x.get("iscrowd", 0)]
+            for record in records
+        ]
+        sizes = [(record.get("width", -1), record.get("height", -1)) for record in records]
+        self.sizes = np.array(sizes).reshape(-1, 2)
+        self.counts = np.array([len(x) for x in objects], dtype=np.int64)
+        classes = [x.get("category_id", -1) for found in objects for x in found]
+        self.classes = np.array(classes, dtype=np.int64)
+        self._names = [os.fspath(x["file_name"]) for x in records if "file_name" in x]
+        self._packed = DatasetFromList(records, copy=False) if len(records) else records
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __getitem__(self, i: int) -> dict:  # type: ignore[override]
+        return self._packed[i]
+
+    def file_names(self) -> list[str]:
+        return self._names
+
+
+class Records(Sequence[dict]):
+    """Images of data sets one after another, in Detectron2's format; or some of them.
+
+    Args:
+        sets: the data sets, of N images together.
+        chosen: (K,) int64 positions of the images among the N; by default all.
+    """
+
+    def __init__(self, sets: Sequence[Registered | Listed], chosen: np.ndarray | None = None):
+        self.sets = sets
+        self._starts = np.cumsum([0, *map(len, sets)])
+        self.chosen = np.arange(self._starts[-1]) if chosen is None else chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, i: int) -> dict:  # type: ignore[override]
+        position = int(self.chosen[i])
+        which = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return self.sets[which][position - int(self._starts[which])]
+
+    def choose(self, positions: np.ndarray) -> "Records":
+        """Those at some positions, or of a mask, in their order."""
+        return Records(self.sets, self.chosen[positions])
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(K, 2) width and height in pixels, -1 if a record has none."""
+        return np.concatenate([x.sizes for x in self.sets])[self.chosen]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """(K,) number of objects of each image that are no crowds."""
+        return np.concatenate([x.counts for x in self.sets])[self.chosen]
+
+    def objects(self) -> tuple[np.ndarray, np.ndarray]:
+        """Position of the image, and class, of objects that are no crowds: (M,) each, by image."""
+        counts = np.concatenate([x.counts for x in self.sets])
+        place = np.full(len(counts), -1)
+        place[self.chosen] = np.arange(len(self))
+        image = np.repeat(place, counts)
+        is_chosen = image >= 0
+        classes = np.concatenate([x.classes for x in self.sets])
+        return image[is_chosen], classes[is_chosen]
+
+    def split(self) -> list["Records"]:
+        """Those of each data set."""
+        which = np.searchsorted(self._starts, self.chosen, side="right")
+        return [self.choose(which == i) for i in range(1, len(self._starts))]
+
+    def file_names(self) -> list[str]:
+        """Of all images whose record has one."""
+        names = [name for x in self.sets for name in x.file_names()]
+        return [names[i] for i in self.chosen] if len(names) == self._starts[-1] else names

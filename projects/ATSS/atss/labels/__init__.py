@@ -1,0 +1,1 @@
+"""Labels: reading every format into COCO's content, checking, choosing classes, splitting."""

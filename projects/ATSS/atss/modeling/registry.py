@@ -1,0 +1,104 @@
+"""The parts of a detector that a config can name, by kind. Rules are in assigners/registry.py.
+
+An argument of a part is a key below the part's group, except those in ``keys``: these share a key
+with other parts, or had it before the groups existed.
+"""
+
+from .. import losses
+from ..registry import Registry
+from . import box_coding, terms
+from .dyhead import DynamicTower
+from .head import ATSSHead
+from .postprocess import product, root
+from .suppression import NMS, ScoreVote, SoftVote, Vote, keep_all
+from .tood_head import TOODHead
+from .vfnet_head import VFNetHead
+
+# Heads: list of (N, C, H_l, W_l) features -> HeadOutput, or several by name.
+BOX_CODES = Registry("REGRESSION")
+BOX_CODES.register(box_coding.BoxDeltas, name="box", keys={"weights": "BBOX_REG_WEIGHTS"})
+BOX_CODES.add(
+    point=box_coding.PointDistances,
+    log_point=box_coding.LogDistances,
+    corners=box_coding.Corners,
+    distribution=box_coding.Distribution,
+)
+
+FROM_SHAPES = ("in_channels", "num_levels", "num_classes", "num_anchors")
+FROM_BOX_CODE = ("code", "box_bias", "box_channels", "bins")
+# A module before the two towers of a head, which sees all levels.
+TOWERS = Registry("TOWER", injected=FROM_SHAPES)
+TOWERS.add(dynamic=DynamicTower)
+
+HEAD_REGISTRY = Registry(
+    "HEAD", injected=("cfg", "input_shape", "anchor_generator", *FROM_SHAPES, *FROM_BOX_CODE)
+)
+HEAD_KEYS = {x: x.upper() for x in ("norm", "tower_bias", "prior_prob")}
+HEAD_REGISTRY.register(
+    ATSSHead,
+    keys={
+        **HEAD_KEYS,
+        "num_convs": "NUM_CONVS",
+        "centerness": "CENTERNESS",
+        "level_scale": "LEVEL_SCALE",
+        "deform": "DEFORM_TOWER",
+    },
+    parts={"tower": TOWERS},
+)
+HEAD_REGISTRY.register(VFNetHead, keys={**HEAD_KEYS, "deform": "DEFORM_TOWER"})
+HEAD_REGISTRY.register(TOODHead, keys=HEAD_KEYS, parts={"inner": BOX_CODES})
+
+# Losses
+CLS_LOSSES = Registry("CLS_LOSS", ("num_classes",), "CLS_LOSSES", optional=True)
+CLS_LOSSES.register(
+    losses.Focal, name="focal", keys={"alpha": "FOCAL_LOSS_ALPHA", "gamma": "FOCAL_LOSS_GAMMA"}
+)
+CLS_LOSSES.add(
+    quality_focal=losses.QualityFocal,
+    varifocal=losses.Varifocal,
+    matchability=losses.Matchability,
+)
+
+CLS_TARGETS = Registry("CLS_TARGET")
+CLS_TARGETS.add(one=terms.one, score=terms.score, overlap=terms.overlap)
+
+BOX_LOSSES = Registry(
+    "BBOX_REG_LOSS_TYPE", ("code",), "BBOX_REG_LOSSES", optional=True, several=True
+)
+BOX_LOSS_KEYS = {"weight": "BBOX_REG_LOSS_WEIGHT"}
+BOX_LOSSES.register(terms.GIoULoss, name="giou", keys=BOX_LOSS_KEYS)
+BOX_LOSSES.register(terms.IoULoss, name="iou", keys=BOX_LOSS_KEYS)
+BOX_LOSSES.register(
+    terms.SmoothL1Loss, name="smooth_l1", keys={**BOX_LOSS_KEYS, "beta": "SMOOTH_L1_LOSS_BETA"}
+)
+BOX_LOSSES.register(terms.NWDLoss, name="nwd", keys=BOX_LOSS_KEYS)
+BOX_LOSSES.add(dfl=terms.DistributionFocalLoss)
+
+BOX_WEIGHTS = Registry("BOX_WEIGHT", optional=True)
+BOX_WEIGHTS.add(
+    one=terms.one,
+    score=terms.score,
+    centerness=terms.central,
+    overlap=terms.overlap,
+    confidence=terms.confidence,
+)
+QUALITIES = Registry("QUALITY", group="QUALITIES", optional=True)
+QUALITIES.add(centerness=terms.central, overlap=terms.overlap)
+NORMALISERS = Registry("NORMALISER")
+NORMALISERS.add(positives=terms.positives, targets=terms.targets)
+LEVEL_WEIGHTS = Registry("LEVEL_WEIGHT", injected=("num_levels",), optional=True)
+LEVEL_WEIGHTS.add(balance=terms.Balance)
+
+# Detections
+SCORES = Registry("SCORE")
+SCORES.add(sqrt=root, product=product)
+SUPPRESSIONS = Registry("SUPPRESSION")
+NMS_KEYS = {"threshold": "NMS_THRESH_TEST"}
+SUPPRESSIONS.register(NMS, name="nms", keys=NMS_KEYS)
+SUPPRESSIONS.register(ScoreVote, name="score_vote", keys=NMS_KEYS)
+VOTE_KEYS = {"threshold": "TTA.VOTE_THRESH"}
+SUPPRESSIONS.register(Vote, name="vote", keys=VOTE_KEYS)
+SUPPRESSIONS.register(
+    SoftVote, name="soft_vote", keys={**VOTE_KEYS, "min_score": "TTA.SOFT_SCORE_MIN"}
+)
+SUPPRESSIONS.add(none=keep_all)
