@@ -46,6 +46,7 @@ setup(
         "atss_runner": ["py.typed"],
         "atss.configs": ["**/*.yaml", "**/*.py"],
     },
+    entry_points={"console_scripts": ["atss = atss.cli:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
         "torch>=2.6",

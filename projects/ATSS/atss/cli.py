@@ -1,0 +1,202 @@
+"""The command ``atss``: one word for each tool.
+
+    atss train --data data.yaml --output out
+    atss predict out photos
+
+Each command is a tool of ``tools/``, which takes the same options; ``train`` and ``predict`` have
+shorter ones.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.config import get_cfg
+
+from .engine.run import make_parser, start
+from .errors import UserError
+from .labels import formats
+
+RECIPE = "ATSS_lite0_FPN_fine_tune"
+# Command -> the module of atss.tools, and a line for the list of commands.
+COMMANDS = {
+    "train": ("train_net", "train on your images and labels"),
+    "predict": ("demo", "draw the detections of a trained detector on images and videos"),
+    "check": ("check_dataset", "find errors in images and labels"),
+    "convert": ("convert_dataset", "join and split data sets, and write them as COCO json"),
+    "convert-weights": ("convert_checkpoint", "convert weights from and to mmdet"),
+    "statistics": ("assignment_statistics", "count the training samples of each object"),
+    "demo": ("digits", "train on a small generated data set, in minutes"),
+    "bench": ("benchmark", "measure speed (needs a checkout of the project)"),
+}
+BEST_FIRST = ("model_best.pth", "model_final.pth")
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="atss",
+        description="Train, check and use one-stage detectors on Detectron2.",
+        epilog="atss COMMAND --help lists the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, line) in COMMANDS.items():
+        commands.add_parser(name, help=line, add_help=False)
+    name = parser.parse_known_args(argv[:1])[0].command
+    sys.argv[0] = f"atss {name}"
+    pairs, rest = split_pairs(argv[1:])
+    try:
+        if name == "train":
+            words = train_arguments(make_train_parser().parse_args(rest))
+            return start(make_parser().parse_intermixed_args([*words, *pairs]))
+        if name == "predict":
+            rest = predict_arguments(make_predict_parser().parse_args(rest))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    return _tool(name).main([*rest, *(["--", *pairs] if pairs else [])])
+
+
+def _tool(name: str):
+    module = COMMANDS[name][0]
+    try:
+        return importlib.import_module(f"atss.tools.{module}")
+    except ModuleNotFoundError as error:
+        if error.name != f"atss.tools.{module}":
+            raise
+        sys.exit(f"error: atss {name} needs a checkout of the project: run tools/{module}.py there")
+
+
+def split_pairs(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into KEY VALUE pairs of the config, wherever they are, and the rest."""
+    nodes = get_cfg()
+    pairs: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        first, dot, _ = word.partition(".")
+        is_key = first in nodes and (bool(dot) or first.isupper())
+        if is_key and (value := next(words, None)) is not None:
+            pairs += [word, value]
+        else:
+            rest.append(word)
+    return pairs, rest
+
+
+def make_train_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="atss train",
+        usage="%(prog)s (--data SOURCE | --train SOURCE --val SOURCE) --output FOLDER [options] "
+        "[KEY VALUE ...]",
+        description="Train a detector on your images. The best weights are OUTPUT/model_best.pth.",
+        epilog="""examples:
+  atss train --data data.yaml --output out              YOLO layout (train, val)
+  atss train --data VOC2007 --output out                a folder of Pascal VOC xml
+  atss train --train a.json:images --val b.json:images --output out
+  atss train --data data.yaml --output out --config tables/atss_k17 SOLVER.EPOCHS 30
+  atss train --output out --resume""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", metavar="SOURCE", help="data.yaml, obj.data or a folder, with splits train, val")
+    add("--train", metavar="SOURCE", help="labels.json:images, data.yaml:split or folder:split")
+    add("--val", metavar="SOURCE", help="the same for validation; 'none' trains without")
+    add("--output", metavar="FOLDER", required=True, help="for weights, logs and config.yaml")
+    add("--config", metavar="NAME", help=f"of the model zoo, or a yaml file (default: {RECIPE})")
+    add("--resume", action="store_true", help="continue the training in OUTPUT")
+    add("--num-gpus", type=int, default=1, metavar="N")
+    formats.add_arguments(parser)
+    add("--import", dest="imports", action="append", default=[], metavar="MODULE",
+        help="Python file that registers your own parts")  # fmt: skip
+    return parser
+
+
+def train_arguments(args: argparse.Namespace) -> list[str]:
+    """The options of `tools/train_net.py` for those of :func:`make_train_parser`.
+
+    Raises:
+        UserError: if no training data is named.
+    """
+    config = args.config
+    begun = Path(args.output, "config.yaml")
+    if args.resume and config is None and begun.is_file():
+        config = str(begun)
+    sources = {split: f"{args.data}:{split}" for split in ("train", "val") if args.data}
+    sources |= {k: v for k in ("train", "val") if (v := getattr(args, k)) is not None}
+    if sources.get("val") == "none":
+        del sources["val"]
+    words = ["--config-file", config or RECIPE, "--num-gpus", str(args.num_gpus)]
+    words += ["--resume"] * args.resume
+    words += [f"--import={x}" for x in args.imports]
+    words += [] if args.classes is None else ["--classes", args.classes]
+    words += [] if args.first_pixel is None else ["--first-pixel", str(args.first_pixel)]
+    words += [f"--register={name}={source}" for name, source in sources.items()]
+    if "train" in sources:
+        words += ["DATASETS.TRAIN", "('train',)"]
+        words += ["DATASETS.TEST", "('val',)" if "val" in sources else "()"]
+    elif config != str(begun):
+        raise UserError("no training data: pass --data SOURCE, or --train SOURCE and --val SOURCE")
+    elif sources or args.val:
+        raise UserError("--val needs --train or --data")
+    if "val" not in sources and args.val != "none" and "train" in sources:
+        raise UserError("no validation data: pass --val SOURCE, or --val none to train without")
+    return [*words, "OUTPUT_DIR", args.output]
+
+
+def make_predict_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="atss predict",
+        description="Draw detections on images and videos, and write them as json.",
+        epilog="""examples:
+  atss predict out photos                  pictures and detections.json in out/predictions
+  atss predict out a.jpg film.mp4 --output pictures --score-threshold 0.6
+  atss predict ATSS_R_50_FPN_1x photos --weights converted.pth --output pictures""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="folder of a training; with --weights a config also")
+    add("inputs", nargs="+", metavar="INPUT", help="images, videos, or folders of them")
+    add("--weights", metavar="FILE", help=f"default: {' or '.join(BEST_FIRST)} in RUN")
+    add("--output", metavar="FOLDER", help="for the results (default: RUN/predictions)")
+    add("--score-threshold", default="0.4", help="least score that is drawn (default: 0.4)")
+    add("--batch", default="4", metavar="N", help="images at a time (default: 4)")
+    add("--import", dest="imports", action="append", default=[], metavar="MODULE",
+        help="Python file that registers your own parts")  # fmt: skip
+    return parser
+
+
+def predict_arguments(args: argparse.Namespace) -> list[str]:
+    """The options of `tools/demo.py` for those of :func:`make_predict_parser`.
+
+    Raises:
+        UserError: if RUN has no weights.
+    """
+    config, weights, output = args.run, args.weights, args.output
+    run = Path(args.run)
+    if run.is_dir():
+        config, weights = str(run / "config.yaml"), weights or find_best(run)
+        output = output or str(run / "predictions")
+    if not weights:
+        raise UserError(
+            f"{args.run} is not the folder of a training: pass its folder, or --weights"
+        )
+    if not output:
+        raise UserError("--output is missing: the folder for the results")
+    words = ["--config-file", config, "--weights", weights, "--output", output]
+    words += ["--score-threshold", args.score_threshold, "--batch", args.batch]
+    words += [f"--import={x}" for x in args.imports]
+    return [*words, "--input", *args.inputs]
+
+
+def find_best(run: Path) -> str:
+    """The best weights in the folder of a training.
+
+    Raises:
+        UserError: if it has none.
+    """
+    for name in BEST_FIRST:
+        if (run / name).is_file():
+            return str(run / name)
+    raise UserError(f"{run} contains neither {' nor '.join(BEST_FIRST)}: pass --weights FILE")
