@@ -329,8 +329,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    args = make_parser().parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
     if args.json:
         try:
             try_to_write("--json", Path(args.json))

@@ -12,6 +12,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from detectron2.config import get_cfg
 
@@ -34,7 +35,7 @@ COMMANDS = {
 BEST_FIRST = ("model_best.pth", "model_final.pth")
 
 
-def main(argv: Sequence[str] | None = None) -> int | None:
+def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="atss",
@@ -51,20 +52,24 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     try:
         if name == "train":
             words = train_arguments(make_train_parser().parse_args(rest))
-            return start(make_parser().parse_intermixed_args([*words, *pairs]))
+            start(make_parser().parse_intermixed_args([*words, *pairs]))
+            return 0
         if name == "predict":
             rest = predict_arguments(make_predict_parser().parse_args(rest))
     except UserError as error:
         sys.exit(f"error: {error}")
-    return _tool(name).main([*rest, *(["--", *pairs] if pairs else [])])
+    return _tool(name).main([*rest, *(["--", *pairs] if pairs else [])]) or 0
 
 
-def _tool(name: str):
+def _tool(name: str) -> ModuleType:
     module = COMMANDS[name][0]
     try:
+        import atss.tools
+
+        sys.path.insert(0, atss.tools.__path__[0])  # of the packages beside the tools
         return importlib.import_module(f"atss.tools.{module}")
     except ModuleNotFoundError as error:
-        if error.name != f"atss.tools.{module}":
+        if error.name not in (f"atss.tools.{module}", "benchmarks"):
             raise
         sys.exit(f"error: atss {name} needs a checkout of the project: run tools/{module}.py there")
 
@@ -200,3 +205,7 @@ def find_best(run: Path) -> str:
         if (run / name).is_file():
             return str(run / name)
     raise UserError(f"{run} contains neither {' nor '.join(BEST_FIRST)}: pass --weights FILE")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

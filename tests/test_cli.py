@@ -1,0 +1,170 @@
+"""The command ``atss``, whose options become those of the tools."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import TINY
+
+from atss import cli
+
+PAIRS = [str(x) for item in TINY.items() for x in item]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Arguments of the trainings that were started."""
+    calls = []
+    monkeypatch.setattr(cli, "start", calls.append)
+    return calls
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    """[command, arguments] of the tools that were called."""
+    calls = []
+
+    class Tool:
+        def __init__(self, name):
+            self.name = name
+
+        def main(self, argv):
+            calls.append([self.name, argv])
+            return 0
+
+    monkeypatch.setattr(cli, "_tool", Tool)
+    return calls
+
+
+def train(started, *words):
+    cli.main(["train", *map(str, words)])
+    return started.pop()
+
+
+def test_pairs_of_the_config_are_found_anywhere():
+    words = ["a.jpg", "SOLVER.MAX_ITER", "5", "--batch", "2", "SEED", "-1", "MODEL", "out.json"]
+    pairs, rest = cli.split_pairs(words)
+    assert pairs == ["SOLVER.MAX_ITER", "5", "SEED", "-1", "MODEL", "out.json"]
+    assert rest == ["a.jpg", "--batch", "2"]
+
+
+def test_train_takes_the_recipe_and_both_splits(started):
+    args = train(started, "--data", "d.yaml", "SOLVER.EPOCHS", 3, "--output", "out")
+    assert args.config_file == cli.RECIPE
+    assert args.register == ["train=d.yaml:train", "val=d.yaml:val"]
+    expected = {
+        "DATASETS.TRAIN": "('train',)",
+        "DATASETS.TEST": "('val',)",
+        "OUTPUT_DIR": "out",
+        "SOLVER.EPOCHS": "3",
+    }
+    assert dict(zip(args.opts[::2], args.opts[1::2], strict=True)) == expected
+
+
+def test_val_none_trains_without_validation(started):
+    args = train(started, "--train", "a.json:i", "--val", "none", "--output", "o")
+    assert args.register == ["train=a.json:i"]
+    assert args.opts[args.opts.index("DATASETS.TEST") + 1] == "()"
+
+
+def test_train_passes_every_option_on(started):
+    words = ["--data", "d.yaml", "--val", "v:w", "--output", "o", "--config", "tables/atss_k17"]
+    words += ["--classes", "a,b=c", "--first-pixel", "0", "--import", "m.py", "--num-gpus", "2"]
+    args = train(started, *words)
+    assert args.register == ["train=d.yaml:train", "val=v:w"]
+    assert (args.config_file, args.classes) == ("tables/atss_k17", "a,b=c")
+    assert (args.first_pixel, args.imports, args.num_gpus) == (0, ["m.py"], 2)
+    assert not args.resume
+
+
+def test_resume_reads_the_config_of_the_folder(started, tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    args = train(started, "--output", tmp_path, "--resume")
+    assert args.config_file == str(tmp_path / "config.yaml")
+    assert (args.resume, args.register) == (True, [])
+    assert args.opts == ["OUTPUT_DIR", str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "no training data: pass --data SOURCE"),
+        (["--resume"], "no training data"),
+        (["--train", "a:b"], "no validation data: pass --val SOURCE, or --val none"),
+        (["--val", "a:b"], "no training data"),
+    ],
+)
+def test_missing_data_is_named(words, sentence, tmp_path):
+    with pytest.raises(SystemExit, match=f"^error: {sentence}"):
+        cli.main(["train", "--output", str(tmp_path), *words])
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_predict_finds_the_best_weights(tools, tmp_path, best):
+    for name in ("model_final.pth", *["model_best.pth"] * best):
+        (tmp_path / name).touch()
+    weights = str(tmp_path / ("model_best.pth" if best else "model_final.pth"))
+    cli.main(["predict", str(tmp_path), "MODEL.DEVICE", "cpu", "a.jpg", "b", "--batch", "2"])
+    expected = ["--config-file", str(tmp_path / "config.yaml"), "--weights", weights]
+    expected += ["--output", str(tmp_path / "predictions"), "--score-threshold", "0.4"]
+    expected += ["--batch", "2", "--input", "a.jpg", "b", "--", "MODEL.DEVICE", "cpu"]
+    assert tools == [["predict", expected]]
+
+
+def test_predict_takes_a_config_and_weights(tools):
+    cli.main(["predict", "ATSS_R_50_FPN_1x", "a.jpg", "--weights", "w.pth", "--output", "o"])
+    assert tools[0][1][:6] == [
+        *("--config-file", "ATSS_R_50_FPN_1x", "--weights", "w.pth", "--output", "o")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["{folder}", "a.jpg"], "contains neither model_best.pth nor model_final.pth"),
+        (["ATSS_R_50_FPN_1x", "a.jpg"], "is not the folder of a training"),
+        (["ATSS_R_50_FPN_1x", "a.jpg", "--weights", "w"], "--output is missing"),
+    ],
+)
+def test_predict_names_what_is_missing(words, sentence, tmp_path):
+    with pytest.raises(SystemExit, match=f"^error: .*{sentence}"):
+        cli.main(["predict", *(x.format(folder=tmp_path) for x in words)])
+
+
+@pytest.mark.parametrize("command", set(cli.COMMANDS) - {"train", "predict"})
+def test_other_commands_are_their_tools(command, tools):
+    assert cli.main([command, "a", "--b", "SEED", "1"]) == 0
+    assert tools == [[command, ["a", "--b", "--", "SEED", "1"]]]
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help_of_a_screen(command, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["atss"])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main([command, "--help"])
+    assert not leaving.value.code
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: atss {command} ")
+    assert len(text.splitlines()) <= 45
+
+
+def test_trains_and_predicts(squares, tmp_path):
+    """On tiny data, and resumes what is finished."""
+    source = f"{squares / 'annotations.json'}:{squares / 'images'}"
+    words = ["--train", source, "--val", source, "--output", tmp_path / "out"]
+    words += ["--config", "ATSS_R_18_FPN_small", "MODEL.DEVICE", "cpu", *PAIRS]
+    words += ["SOLVER.MAX_ITER", 2, "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", 64]
+    words += ["DATALOADER.NUM_WORKERS", 0, "MODEL.ATSS.SCORE_THRESH_TEST", 0.0]
+    command = [sys.executable, "-W", "ignore", "-m", "atss.cli"]
+    subprocess.run([*command, "train", *map(str, words)], check=True, capture_output=True)
+    assert (tmp_path / "out/model_final.pth").is_file()
+    resume = ["train", "--output", str(tmp_path / "out"), "--resume"]
+    subprocess.run([*command, *resume], check=True, capture_output=True)
+    shutil.copytree(squares / "images", tmp_path / "photos")
+    predict = ["predict", str(tmp_path / "out"), str(tmp_path / "photos")]
+    subprocess.run([*command, *predict, "--score-threshold", "0"], check=True, capture_output=True)
+    records = json.loads((tmp_path / "out/predictions/detections.json").read_text())
+    assert {x["file_name"] for x in records} <= {str(x) for x in (tmp_path / "photos").iterdir()}
+    assert records
