@@ -75,7 +75,7 @@ class Anchors:
         return cls(
             boxes=torch.cat(boxes),
             strides=tuple(strides),
-            sizes=tuple((int(h), int(w)) for h, w in sizes),
+            sizes=tuple((h, w) for h, w in sizes),
             offset=float(offset),
             num_anchors=len(scales) * len(ratios),
         )
@@ -217,13 +217,15 @@ class GridAnchorGenerator(nn.Module):
         """Anchors for feature maps (N, C, H, W), one per level, on their device. They are kept and
         handed out again: not to be changed in place."""
         key = tuple(tuple(x.shape[-2:]) for x in features), features[0].device
+        layout = (self.strides, self.scales, self.ratios, self.offset)
+        if torch.compiler.is_exporting():  # sizes are symbols, which are no keys
+            return Anchors.on_levels(key[0], *layout, key[1])
         with _LOCK:  # several threads may use one model
             if key not in self._grids:
                 if len(self._grids) >= self.CACHED_GRIDS:
                     self._grids.pop(next(iter(self._grids)))  # the oldest
                 # What inference mode makes cannot be trained with.
                 with torch.inference_mode(False), torch.no_grad():
-                    layout = (self.strides, self.scales, self.ratios, self.offset)
                     self._grids[key] = Anchors.on_levels(key[0], *layout, key[1])
             return self._grids[key]
 

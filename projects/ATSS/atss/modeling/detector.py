@@ -172,6 +172,26 @@ class ATSSDetector(DenseDetector):
                 anchors = self.anchor_generator.grid(features)
                 return decode(self.box_coder, outputs[self.inference], anchors)
 
+    def raw(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Predict at every anchor from a tensor alone, for export.
+
+        Args:
+            pixels: (N, C, H, W) float32 in the channel order of ``input_format``, 0 to 255; sides
+                are multiples of the backbone's divisor.
+        Returns:
+            boxes (N, R, 4) in pixels of the canvas, class probabilities (N, R, K) and, if the head
+            predicts it, quality (N, R).
+        """
+        maps = self.backbone((pixels - self.pixel_mean) / self.pixel_std)
+        features = [maps[name] for name in self.head_in_features]
+        branch = self.branches[self.inference]
+        owner, _ = branch.source(self.inference)
+        outputs = self.branches[owner].own_outputs(features) if owner else self.head(features)
+        anchors = self.anchor_generator.grid(features)
+        output, boxes = decode(self.box_coder, branch.select_output(outputs), anchors)
+        quality = () if output.quality is None else (output.quality.sigmoid(),)
+        return boxes, output.probability(), *quality
+
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """Detectron2's, in which the host does not wait for what a GPU still has to do."""
         there = (x["image"].to(self.device, non_blocking=True) for x in batched_inputs)
