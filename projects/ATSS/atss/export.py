@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from . import __version__
 from .config import class_ids, class_names
 from .errors import UserError
+from .labels.folders import SUFFIXES as IMAGE_SUFFIXES
 from .modeling import ATSSDetector, suppression
 from .modeling.postprocess import product, root
 
@@ -264,3 +265,92 @@ def _require(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise UserError(f"export needs {package}: pip install '.[export]'") from error
+
+
+# ------------------------------------------------------------------------------------------------
+# Smaller files
+# ------------------------------------------------------------------------------------------------
+
+CALIBRATION_IMAGES = 24
+
+
+def convert_precision(file: Path, precision: str, calibrate: str | None) -> None:
+    """Convert an exported file to fp16 or int8, in place.
+
+    Args:
+        calibrate: for int8, a folder of images on which ranges of activations are measured.
+
+    Raises:
+        UserError: if the folder has no image that can be read.
+    """
+    onnx = _require("onnx")
+    unfinished = file.with_name(f".{file.name}.{precision}.onnx")
+    prepared = file.with_name(f".{file.name}.prepared.onnx")
+    header = onnx.load(str(file), load_external_data=False)
+    properties = {x.key: x.value for x in header.metadata_props}
+    try:
+        if precision == "fp16":
+            from onnxruntime.transformers.float16 import convert_float_to_float16
+
+            proto = convert_float_to_float16(onnx.load(str(file)), keep_io_types=True)
+            onnx.save(proto, str(unfinished))
+        else:
+            _quantize(file, prepared, unfinished, str(calibrate))
+        proto = onnx.load(str(unfinished))
+        del proto.metadata_props[:]
+        for key, value in properties.items():
+            entry = proto.metadata_props.add()
+            entry.key, entry.value = key, value
+        onnx.save(proto, str(unfinished))
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+        prepared.unlink(missing_ok=True)
+
+
+def _quantize(file: Path, prepared: Path, target: Path, folder: str) -> None:
+    """Static int8 of convolutions, activations uint8 and weights int8 per channel. The first two
+    stay in float: quantised, they cost a small backbone most of its AP."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    onnx, runner, media = _require("onnx"), _require("atss_runner"), _require("atss_runner.media")
+    detector = runner.load(str(file))
+    inputs, _ = media.find_media([folder], IMAGE_SUFFIXES, Path(os.devnull))
+    images = [str(x) for x in inputs if not media.is_video(x)][:CALIBRATION_IMAGES]
+    if not images:
+        raise UserError(f"--calibrate {folder} contains no image")
+    batches = iter([{"image": detector.pixels(image)} for image in images])
+
+    class Reader(quantization.CalibrationDataReader):
+        def get_next(self) -> dict | None:
+            return next(batches, None)
+
+    quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
+    nodes = onnx.load(str(prepared), load_external_data=False).graph.node
+    convolutions = [x.name for x in nodes if x.op_type == "Conv"]
+    quantization.quantize_static(
+        str(prepared),
+        str(target),
+        Reader(),
+        quant_format=quantization.QuantFormat.QDQ,
+        per_channel=True,
+        op_types_to_quantize=["Conv"],
+        activation_type=quantization.QuantType.QUInt8,
+        weight_type=quantization.QuantType.QInt8,
+        calibrate_method=quantization.CalibrationMethod.MinMax,
+        nodes_to_exclude=convolutions[:2],
+    )
+
+
+def measure_ap(file: Path, source: str) -> float:
+    """Measure AP of an exported file.
+
+    Args:
+        source: labels.json:images, data.yaml:split or folder:split.
+    Returns:
+        AP in percent.
+    """
+    from .analysis.exported import evaluate
+
+    return evaluate(file, source)["AP"]

@@ -115,6 +115,12 @@ class Detector:
         outputs = dict(zip(self.settings["outputs"], self._run(pixels), strict=True))
         return outputs["boxes"], outputs["probabilities"], outputs.get("quality")
 
+    def pixels(self, image: ImageLike) -> np.ndarray:
+        """Return the input of the network for one image, (1, 3, H, W)."""
+        array = _as_rgb(image)
+        height, width = self.resized(*array.shape[:2])
+        return self._pixels([(array, height, width)], self.canvas(height, width))
+
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Return the size to which an image is resized, as Detectron2's ResizeShortestEdge."""
         short, longest = self.size

@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""Export a trained detector to one file that runs without torch and Detectron2.
+
+    tools/export.py --config-file out/config.yaml --weights out/model_best.pth --output model.onnx
+    python -m atss_runner model.onnx photos --output pictures
+
+The file takes any batch and any size. It is compared with the detector at three other shapes; if
+they differ, no file is written. `--precision int8` calibrates on images of `--calibrate`, and
+measures AP before and after on `--evaluate`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from detectron2.modeling import build_model
+
+from atss.analysis.files import try_to_write
+from atss.checkpoints import SafeCheckpointer
+from atss.config import class_names, for_inference, load_config
+from atss.engine.run import import_modules
+from atss.errors import UserError
+from atss.export import convert_precision, export_onnx, measure_ap
+
+PRECISIONS = ("fp32", "fp16", "int8")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config-file", required=True)
+    add("--weights", required=True)
+    add("--output", type=Path, required=True, metavar="FILE.onnx")
+    add("--precision", choices=PRECISIONS, default="fp32")
+    add("--calibrate", metavar="FOLDER", help="with int8: images like those of the application")
+    add("--evaluate", metavar="SOURCE", help="labels.json:images to measure AP before and after on")
+    add("--max-drop", type=float, metavar="AP", help="refuse a file that loses more")
+    add("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    add("opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over the config")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_intermixed_args(argv)
+    try:
+        check(args)
+        import_modules(args.imports)
+        try_to_write("--output", args.output)
+        cfg = load_config(args.config_file, opts=[*args.opts, "MODEL.DEVICE", "cpu"])
+        names = class_names(cfg)
+        cfg.MODEL.WEIGHTS = args.weights
+        cfg = for_inference(cfg)
+        model = build_model(cfg).eval()
+        SafeCheckpointer(model, class_names=names, whole=True).load(args.weights)
+        parities = export_onnx(model, cfg, args.output)
+        print_parity(parities)
+        before = measure_ap(args.output, args.evaluate) if args.evaluate else None
+        if args.precision != "fp32":
+            convert_precision(args.output, args.precision, args.calibrate)
+            if before is not None:
+                report_drop(args, before, measure_ap(args.output, args.evaluate))
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    megabytes = args.output.stat().st_size / 1e6
+    print(f"Written: {args.output} ({megabytes:.1f} MB, {args.precision})")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check options that belong together."""
+    if args.output.suffix != ".onnx":
+        raise UserError(f"--output must end in .onnx, got {args.output}")
+    if args.precision == "int8" and not args.calibrate:
+        raise UserError("--precision int8 needs --calibrate FOLDER, images to measure ranges on")
+    if args.max_drop is not None and not args.evaluate:
+        raise UserError("--max-drop needs --evaluate SOURCE")
+
+
+def print_parity(parities: list) -> None:
+    print("largest differences to the detector (in brackets: how far the detector itself moves")
+    print("if its input is multiplied by 1 + 1e-6)")
+    for shape, differences, own in parities:
+        names = ("boxes [px]", "probabilities", "quality")
+        cells = [f"{n} {d:.1e} ({o:.1e})" for n, d, o in zip(names, differences, own)]  # noqa: B905
+        print(f"  {' x '.join(map(str, shape)):<18} {', '.join(cells)}")
+
+
+def report_drop(args: argparse.Namespace, before: float, after: float) -> None:
+    """Print AP before and after.
+
+    Raises:
+        UserError: if it fell by more than --max-drop; the file is removed.
+    """
+    print(f"AP on {args.evaluate}: {before:.2f} in fp32, {after:.2f} in {args.precision}")
+    if args.max_drop is not None and before - after > args.max_drop:
+        args.output.unlink()
+        raise UserError(
+            f"AP fell by {before - after:.2f}, more than --max-drop {args.max_drop:g}: "
+            f"{args.output} was removed"
+        )
+
+
+if __name__ == "__main__":
+    main()
