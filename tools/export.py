@@ -15,12 +15,13 @@ from pathlib import Path
 
 from detectron2.modeling import build_model
 
+from atss.analysis.exported import evaluate
 from atss.analysis.files import try_to_write
 from atss.checkpoints import SafeCheckpointer
 from atss.config import class_names, for_inference, load_config
 from atss.engine.run import import_modules
 from atss.errors import UserError
-from atss.export import convert_precision, export_onnx, measure_ap
+from atss.export import convert_precision, export_onnx
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -56,11 +57,11 @@ def main(argv: list[str] | None = None) -> None:
         SafeCheckpointer(model, class_names=names, whole=True).load(args.weights)
         parities = export_onnx(model, cfg, args.output)
         print_parity(parities)
-        before = measure_ap(args.output, args.evaluate) if args.evaluate else None
+        before = evaluate(args.output, args.evaluate)["AP"] if args.evaluate else None
         if args.precision != "fp32":
             convert_precision(args.output, args.precision, args.calibrate)
             if before is not None:
-                report_drop(args, before, measure_ap(args.output, args.evaluate))
+                report_drop(args, before, evaluate(args.output, args.evaluate)["AP"])
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     megabytes = args.output.stat().st_size / 1e6

@@ -341,16 +341,3 @@ def _quantize(file: Path, prepared: Path, target: Path, folder: str) -> None:
         calibrate_method=quantization.CalibrationMethod.MinMax,
         nodes_to_exclude=convolutions[:2],
     )
-
-
-def measure_ap(file: Path, source: str) -> float:
-    """Measure AP of an exported file.
-
-    Args:
-        source: labels.json:images, data.yaml:split or folder:split.
-    Returns:
-        AP in percent.
-    """
-    from .analysis.exported import evaluate
-
-    return evaluate(file, source)["AP"]
