@@ -54,7 +54,7 @@ bench: env
 
 # The site, in site/. Broken links and anchors are errors.
 docs: env
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
 	@echo "Open site/index.html; its search needs a server: $(BIN)/python -m http.server -d site"
 
 # Not output/, where trainings lie.
