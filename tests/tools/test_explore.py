@@ -10,8 +10,8 @@ def draw(squares, tmp_path):
     def call(*words):
         source = f"squares={squares}/annotations.json:{squares}/images"
         target = tmp_path / "rules.png"
-        words = [*words, "MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TEST", "96"]
-        explore.main(["--register", source, "--output", str(target), *words])
+        opts = ["MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TEST", "96"]
+        explore.main([*opts, "--register", source, "--output", str(target), *words])
         return target
 
     return call
