@@ -1,7 +1,7 @@
 """Everything that matplotlib draws."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,8 +10,12 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from .explain import Explanation
+
 # (x1, y1, x2, y2) in pixels, and what is written beside it.
 Boxes = Iterable[tuple[Sequence[float], str]]
+# Colours that colour-blind people can tell apart (Okabe and Ito).
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 # Ticks of the statistics.
 COUNTS, SHAPES = (0, 1, 2, 5, 10, 20, 50, 100), (1, 2, 3, 5, 10)
 
@@ -155,4 +159,58 @@ def plot_statistics(objects: list[dict], rules: list[str], top: int | None, targ
         axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(target, dpi=100)
+    plt.close(figure)
+
+
+def plot_assignments(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    centres: np.ndarray,
+    strides: np.ndarray,
+    rules: Mapping[str, Explanation],
+    target: Path,
+) -> None:
+    """One image under several rules side by side: objects in their colours, positives as dots whose
+    size is that of their level, candidates that are no positives hollow, lost anchors crossed.
+
+    Args:
+        image: (H, W, 3) BGR.
+        boxes: (G, 4) objects in pixels of the image.
+        centres: (R, 2) of the anchors.
+        strides: (R,) of the anchors.
+    """
+    height, width = image.shape[:2]
+    columns = min(len(rules), 3)
+    rows = -(-len(rules) // columns)
+    size = (5.6 * columns, (5.6 * height / width + 0.35) * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    diameter = 3.0 + 1.6 * np.log2(strides / strides.min())
+    colours = np.array([COLOURS[i % len(COLOURS)] for i in range(len(boxes))])
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (name, found) in zip(axes.flat, rules.items(), strict=False):
+        axis.imshow(image[:, :, ::-1], alpha=0.75)
+        axis.set_xlim(0, width)
+        axis.set_ylim(height, 0)
+        for (x1, y1, x2, y2), colour in zip(boxes, colours, strict=True):
+            outline = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, lw=2, ec=colour)
+            axis.add_patch(outline)
+        positive = np.flatnonzero(found.gt_index >= 0)
+        owner = found.gt_index[positive]
+        chosen = found.gt_index[found.candidates[:, 1]] == found.candidates[:, 0]
+        owners, rest = found.candidates[~chosen].T
+        axis.scatter(*centres[rest].T, s=diameter[rest] ** 2, lw=0.7, fc="none", ec=colours[owners])
+        axis.scatter(
+            *centres[positive].T, s=diameter[positive] ** 2, lw=0.6, c=colours[owner], ec="black"
+        )
+        owners, crossed = found.lost.T
+        axis.scatter(
+            *centres[crossed].T, s=2 * diameter[crossed] ** 2, lw=1.6, marker="x", c=colours[owners]
+        )
+        counts = np.bincount(owner, minlength=len(boxes))
+        each = (
+            ", ".join(map(str, counts)) if len(counts) <= 8 else f"{counts.min()} to {counts.max()}"
+        )
+        axis.set_title(f"{name}: positives {each}", fontsize=11)
+    figure.savefig(target, dpi=100, bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)
