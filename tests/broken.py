@@ -1,4 +1,4 @@
-"""Broken data sets, as data: what is broken, and what must become of it. test_broken_input.py puts
+"""Broken data sets, as data: what is broken, and what must become of it. labels/test_check.py puts
 each through training's door and through tools/check_dataset.py; docs/broken_input.md shows them.
 
     python tests/broken.py   # prints that page's tables

@@ -5,11 +5,8 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, make_input
-from detectron2.modeling import build_model
-from pages import run_page
-
-from atss import load_config
+from conftest import ROOT
+from pages import run_page, train
 
 # What the page has made and printed.
 MADE = {
@@ -40,17 +37,6 @@ def test_a_part_of_ones_own_works_and_trains_by_its_yaml(name, tmp_path):
         "own_head": lambda: model.head.cls_score.in_channels == 96,
     }
     assert own[name]()
-
-
-def train(config, code):
-    """The model of a page's yaml, after a step's losses."""
-    config.write_text(code.replace("configs/", f"{ROOT}/configs/"))
-    opts = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "")
-    opts += ("DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.ATSS.NUM_CLASSES", 3)
-    model = build_model(load_config(config, opts=opts)).train()
-    losses = model([make_input([[20, 20, 90, 80]], [0])])
-    assert torch.isfinite(sum(losses.values()))
-    return model
 
 
 def test_every_file_that_a_page_names_exists():

@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 import torch
 from conftest import OF_64_CHANNELS
-from test_processes import command_line
+from trainings import command_line
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ EXAMPLES = [
     make_input([[0, 40, 120, 90]], [0], seed=1),
 ]
 # Of several heads and kinds of criterion; all together take a minute. The steps of ATSS are in
-# tests/assigners/test_operators.py.
+# tests/system/test_operators.py.
 QUICK = [
     *(f"successors/{name}_R_50_FPN_1x" for name in ("GFLv2", "TAL_dual", "TOOD", "VFNet")),
     "tables/retinanet_A9",
