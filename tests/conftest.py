@@ -39,6 +39,7 @@ TINY = THIN | {
     "MODEL.ATSS.IN_FEATURES": ["p2", "p3", "p4"],
     "MODEL.ATSS.NUM_CONVS": 1,
 }
+NARROW = ("MODEL.FPN.OUT_CHANNELS", 32, *(x for item in THIN.items() for x in item))
 # What makes it one of 5 million, for tests of what depends on the size of checkpoints.
 LARGER = {
     "MODEL.RESNETS.WIDTH_PER_GROUP": 64,
