@@ -21,9 +21,13 @@ from processes import reset_signals
 from atss import GroundTruth, add_atss_config
 from atss.assigners import Matching, MaxIoU, use_engine
 from atss.assigners.engine import table_limit
+from atss.config import config_names
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("golden")
+# Files of configs/ that are only a part of a config.
+PARTS = ("Base-ATSS", "small", "ablation", "digits", "fine_tune", "fine_tune_coco")
+CONFIGS = [name for name in config_names() if name not in PARTS]
 # A thin ResNet-50, which takes a fourth of a ResNet-18's time.
 THIN = {
     "MODEL.RESNETS.DEPTH": 50,
@@ -58,10 +62,12 @@ OF_64_CHANNELS = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests are of CPUs, also where there is a GPU, but for those that `make test-gpu` runs."""
+    """Hide GPUs from all tests but those of `make test-gpu`."""
     reset_signals()
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("-m gpu needs a GPU, and torch finds none")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

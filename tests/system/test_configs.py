@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, THIN, make_cfg, make_input
+from conftest import CONFIGS, ROOT, THIN, make_cfg, make_input
 from detectron2.modeling import build_model
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,18 +24,13 @@ RECIPES = {
 }
 # Keys of MODEL.ATSS that a recipe may set: they follow from its levels, its size and the machine.
 RECIPE_KEYS = ("IN_FEATURES", "NUM_CONVS", "PRECISION", "CHANNELS_LAST", "IMS_PER_BATCH_TEST")
-CONFIGS = sorted(
-    str(path.relative_to(ROOT / "configs"))
-    for path in ROOT.glob("configs/**/*.yaml")
-    if path.stem not in ("Base-ATSS", *RECIPES)
-)
 ROWS = sorted(path.stem for path in ROOT.glob("configs/tables/*.yaml"))
 ZOO = (ROOT / "MODEL_ZOO.md").read_text()
 
 
 def small(name):
     """A narrow and shallow variant of a config, which takes seconds."""
-    cfg = make_cfg("MODEL.FPN.OUT_CHANNELS", 64, config=name)
+    cfg = make_cfg("MODEL.FPN.OUT_CHANNELS", 64, config=f"{name}.yaml")
     resnet = cfg.MODEL.RESNETS
     if resnet.DEPTH > 18:
         cfg.merge_from_list([x for item in THIN.items() for x in item])
@@ -44,7 +39,7 @@ def small(name):
 
 
 def full_size(name):
-    return make_cfg(config=name)
+    return make_cfg(config=f"{name}.yaml")
 
 
 @pytest.fixture(scope="module")

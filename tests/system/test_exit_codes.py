@@ -17,7 +17,6 @@ TOOLS = {
     "assignment_statistics": ["--annotations", "nowhere"],
     "benchmark": ["data", "--config-file", "nowhere"],
     "check_dataset": ["nowhere", "nowhere"],
-    "check_gpu": [],
     "convert_checkpoint": ["--from", "mmdet", "nowhere", "x.pth"],
     "convert_dataset": ["nowhere:nowhere", "--output", "x.json"],
     "demo": ["--config-file", "nowhere", "--weights", "x", "--input", "nowhere", "--output", "out"],
