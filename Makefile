@@ -1,4 +1,3 @@
-# Each target is a command that a person could type.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +28,7 @@ endif
 demo: env
 	$(BIN)/python -W ignore tools/digits.py
 
-# A process for each core, and a thread for each process.
+# A process for each core, one thread for each process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test: env
@@ -52,6 +51,6 @@ lint: env
 bench: env
 	$(BIN)/python tools/benchmark.py assignment
 
-# Not output/, where trainings lie.
+# Keeps output/, the folder of trainings.
 clean:
 	rm -rf $(VENV)

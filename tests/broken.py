@@ -1,5 +1,5 @@
-"""Broken data sets, as data: what is broken, and what must become of it. labels/test_check.py puts
-each through training's door and through tools/check_dataset.py; docs/broken_input.md shows them.
+"""Broken data sets and their messages. labels/test_check.py trains on each and checks each by
+tools/check_dataset.py; docs/broken_input.md lists them.
 
     python tests/broken.py   # prints that page's tables
 """

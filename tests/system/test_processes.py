@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import OF_64_CHANNELS, TINY, make_cfg, make_input
+from conftest import TINY, WIDE_FOR_GN, make_cfg, make_input
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
@@ -35,7 +35,7 @@ BOXES = [
 # of BatchNorm are each process's own.
 OPTIONS = (
     *("MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN"),
-    *(x for item in (TINY | OF_64_CHANNELS).items() for x in item),
+    *(x for item in (TINY | WIDE_FOR_GN).items() for x in item),
 )
 CASES = {
     "ordinary": (BOXES, ()),
