@@ -57,7 +57,7 @@ TERMINAL = os.dup(1)
 
 
 class Reached:
-    """Measures the statements that each test reaches, with those of shared fixtures, and its seconds.
+    """Measures the statements and seconds of each test, with those of its fixtures.
 
     Args:
         hits: (statements,) in memory that forked processes share.
@@ -388,9 +388,7 @@ def report(options: argparse.Namespace) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("whole", nargs="*", help="modules instead of the default ones")
-    parser.add_argument(
-        "--draw", type=int, default=300, help="number of drawn mutants of other modules"
-    )
+    parser.add_argument("--draw", type=int, default=300, help="number of mutants of other modules")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
     parser.add_argument("--seconds", type=float, default=30, help="limit for the tests of a mutant")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")

@@ -7,7 +7,7 @@ have no values.
 
 import pytest
 import torch
-from benchmarks.operators import PretendedGPU, registered_rules
+from benchmarks.operators import SimulatedGPU, registered_rules
 from conftest import THIN, make_cfg, make_input
 from detectron2.modeling import build_model
 
@@ -39,7 +39,7 @@ def test_forward_passes_do_not_wait(config):
     cfg = make_cfg(*thin, *small, config=f"{config}.yaml")
     model = build_model(cfg).train()
     model.iteration = cfg.SOLVER.MAX_ITER - 1  # in the last phase
-    with PretendedGPU(may_wait=False) as gpu:
+    with SimulatedGPU(may_wait=False) as gpu:
         model.to("cuda")
         gpu.lap("weights to the GPU")
         model(EXAMPLES)
