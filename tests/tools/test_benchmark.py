@@ -156,9 +156,8 @@ def test_anchors_of_scenes_predict_the_smallest_object():
         smallest = torch.where(inside, size, torch.inf).argmin(dim=1)
         held = inside.any(dim=1)
         expected = torch.where(held[:, None], boxes[smallest], anchors.boxes)
-        off = (predictions.boxes[image] - expected) / (expected[:, 2:] - expected[:, :2]).repeat(
-            1, 2
-        )
+        sides = (expected[:, 2:] - expected[:, :2]).repeat(1, 2)
+        off = (predictions.boxes[image] - expected) / sides
         assert held.any()
         assert off.std().item() == pytest.approx(0.1, abs=0.005)
         assert off.abs().max() < 1

@@ -105,8 +105,9 @@ class Worker:
 
 
 def serve(folder: str) -> None:
-    """Answer each line of the standard input by a line, both in JSON: "call" and "step" by the number
-    of calls that take a tenth of a second, "again" by their mean seconds, "memory" by MiB."""
+    """Answer each line of the standard input by a line, both in JSON: "call" and "step" by the
+    number of calls that take a tenth of a second, "again" by their mean seconds, "memory" by MiB.
+    """
     assert Path(atss.__file__).is_relative_to(folder), atss.__file__
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     function: Callable[[], object] = nullcontext
