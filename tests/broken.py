@@ -1,5 +1,5 @@
-"""Broken data sets and their messages. labels/test_check.py trains on each and checks each by
-tools/check_dataset.py; docs/broken_input.md lists them.
+"""Broken data sets, as data: what is broken, and what must become of it. test_broken_input.py puts
+each through training's door and through tools/check_dataset.py; docs/broken_input.md shows them.
 
     python tests/broken.py   # prints that page's tables
 """

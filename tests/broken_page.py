@@ -1,4 +1,4 @@
-"""Tables of messages in docs/broken_input.md; tests make the broken input."""
+"""docs/broken_input.md, whose tables say what broken input gives; tests make the input."""
 
 import re
 
@@ -8,13 +8,13 @@ PAGE = ROOT / "docs" / "broken_input.md"
 
 
 def table(section: str) -> dict[str, str]:
-    """Return {name of a broken input: message}, the rows of a section's table."""
+    """{what is broken: what is said}, the rows of a section's table."""
     text = PAGE.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (.+?) \| `(.+?)` \|$", text, re.MULTILINE)
     return dict(rows)
 
 
-def matches(row: str, message: str) -> bool:
-    """Return whether a row of the page is the whole message; "..." in the row is any text."""
-    pattern = ".*".join(map(re.escape, row.split("...")))
-    return re.fullmatch(pattern, message) is not None
+def is_said(sentence: str, said: str) -> bool:
+    """Whether it is all that is said; "..." in the page stands for paths and the like."""
+    pattern = ".*".join(map(re.escape, sentence.split("...")))
+    return re.fullmatch(pattern, said) is not None

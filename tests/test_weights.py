@@ -13,7 +13,7 @@ import demo
 import numpy as np
 import pytest
 import torch
-from broken_page import matches, table
+from broken_page import is_said, table
 from conftest import TINY, make_cfg
 from detectron2.modeling import build_model
 from others import WRAPPERS, HistoryBuffer, saved, wrapped
@@ -163,7 +163,7 @@ def test_demo_says_it_in_one_sentence(what, config, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*argv, "--input", "image.png", "--output", "out"])
     with pytest.raises(SystemExit) as caught:
         demo.main()
-    assert matches(f"error: {SENTENCES[what]}", caught.value.code), caught.value.code
+    assert is_said(f"error: {SENTENCES[what]}", caught.value.code), caught.value.code
     assert file.name in caught.value.code
     assert not (tmp_path / "exploded").exists()
 
@@ -180,7 +180,7 @@ def test_train_net_runs_nothing(what, flags, config, squares, tmp_path, monkeypa
     args = way_in.make_parser().parse_args(argv)
     with pytest.raises(SystemExit) as caught:
         launch(way_in.run, args, way_in.prepare(args))
-    assert matches(f"error: {SENTENCES[what]}", caught.value.code), caught.value.code
+    assert is_said(f"error: {SENTENCES[what]}", caught.value.code), caught.value.code
     assert not (tmp_path / "exploded").exists()
 
 

@@ -1,7 +1,7 @@
 """Every rule with every class loss, class target, box loss, box weight, quality, normaliser and
-box code, on logits and on probabilities: it trains a step, or raises an error with a reason.
+box code that there is, on logits and on probabilities: it trains a step, or a sentence refuses it.
 
-Combinations contain all pairs of values; `make test-full` tries all combinations of the losses.
+All pairs of values are tried; of what losses are made of, `make test-full` tries all combinations.
 """
 
 import random
@@ -25,6 +25,7 @@ from atss.structures import HeadOutput
 K, SIZES, STRIDES = 3, [(12, 16), (6, 8), (3, 4), (2, 2), (1, 1)], (8, 16, 32, 64, 128)
 GT = make_gt([[20, 20, 90, 80], [4, 4, 30, 40], [0, 0, 128, 96]], [0, 0, 1], 3, [0, 2, 1])
 RULES = [(name, ()) for name, _ in ASSIGNER_REGISTRY]
+# Keys and values; what else a box loss or code is made of has its own tests.
 KINDS = (
     *(modeling.CLS_LOSSES, modeling.CLS_TARGETS, modeling.BOX_LOSSES),
     *(modeling.BOX_WEIGHTS, modeling.BOX_CODES, modeling.NORMALISERS, modeling.QUALITIES),
@@ -32,9 +33,9 @@ KINDS = (
 AXES = {x.key: [*x.entries, *([""] if x.optional else [])] for x in KINDS}
 AXES["BBOX_REG_LOSS_TYPE"].append("giou + dfl")
 AXES["probabilities"] = [False, True]
-# The axes that decide the losses of a positive.
+# What acts on each other in what a positive is to learn.
 LOSSES = {key: AXES[key] for key in list(AXES)[:5]}
-REASONS = (
+WHY = (
     "score of a rule that gives none",
     "but the class loss is for targets 0 and 1",
     "for which .* is not made",
@@ -44,7 +45,7 @@ REASONS = (
 
 
 def all_pairs(axes, seed=0):
-    """Yield few combinations, which contain every pair of values of two axes."""
+    """Few combinations, in which every two values of two axes meet."""
     shuffle, values = random.Random(seed), [*axes.values()]
     missing = {
         ((i, a), (j, b))
@@ -61,15 +62,15 @@ def all_pairs(axes, seed=0):
 
 
 def step(cfg, probabilities=False) -> float:
-    """Return the sum of the losses of a step; its gradients must be finite."""
+    """Sum of the losses of a step, whose gradients are finite."""
     code = modeling.BOX_CODES.build(cfg.MODEL.ATSS)
-    injected = {"num_levels": len(SIZES), "num_classes": K, "code": code}
+    known = {"num_levels": len(SIZES), "num_classes": K, "code": code}
     detector = ATSSDetector(
         backbone=torch.nn.Identity(),
         head=torch.nn.Identity(),
         head_in_features=["p"] * len(SIZES),
         anchor_generator=GridAnchorGenerator(strides=STRIDES),
-        branches=build_branches(cfg, injected),
+        branches=build_branches(cfg, known),
         box_coder=code,
         postprocess=PostProcessor(),
         num_classes=K,
@@ -79,10 +80,10 @@ def step(cfg, probabilities=False) -> float:
     generator = torch.Generator().manual_seed(0)
     shape = (GT.num_images, sum(h * w for h, w in SIZES))
     logits = torch.randn(*shape, K, generator=generator) - 2
-    regression = code.initial + 0.1 * torch.randn(*shape, code.channels, generator=generator)
+    numbers = code.initial + 0.1 * torch.randn(*shape, code.channels, generator=generator)
     classes = logits.sigmoid() if probabilities else logits
     quality = torch.randn(shape, generator=generator)
-    output = HeadOutput(classes, regression, quality, probabilities)
+    output = HeadOutput(classes, numbers, quality, probabilities)
     leaves = [x.requires_grad_() for x in output[:3]]
     features = [torch.zeros(GT.num_images, 1, *size) for size in SIZES]
     losses = detector.forward_training(SimpleNamespace(), features, {"main": output}, GT)
@@ -93,7 +94,7 @@ def step(cfg, probabilities=False) -> float:
 
 
 def try_all(rule, opts, axes, combinations_of_values):
-    """Return the number of trained combinations, and the reasons of the others."""
+    """How many were trained, and which sentences refused the others."""
     cfg = make_cfg("MODEL.ATSS.ASSIGNER", rule, *opts)
     trained, refused = 0, set()
     for combination in combinations_of_values:
@@ -105,8 +106,8 @@ def try_all(rule, opts, axes, combinations_of_values):
             assert 0 <= step(cfg, probabilities) < float("inf"), combination
             trained += 1
         except ValueError as error:
-            (reason,) = [x for x in REASONS if re.search(x, str(error))]
-            refused.add(reason)
+            (why,) = [x for x in WHY if re.search(x, str(error))]
+            refused.add(why)
     return trained, refused
 
 
@@ -116,11 +117,11 @@ def has_score(name):
 
 
 @pytest.mark.parametrize(("rule", "opts"), RULES)
-def test_trains_or_raises_a_reason(rule, opts):
+def test_trains_or_says_why_not(rule, opts):
     trained, refused = try_all(rule, opts, AXES, all_pairs(AXES))
     assert trained > 15
-    assert refused >= {*REASONS[1:-1]}
-    assert (REASONS[0] in refused) == (not has_score(rule))
+    assert refused >= {*WHY[1:-1]}
+    assert (WHY[0] in refused) == (not has_score(rule))
 
 
 @pytest.mark.slow
@@ -128,5 +129,5 @@ def test_trains_or_raises_a_reason(rule, opts):
 def test_all_combinations_of_losses(rule, opts):
     trained, refused = try_all(rule, opts, LOSSES, product(*LOSSES.values()))
     assert trained > 500
-    # The loss for targets 0 and 1 refuses overlaps, too.
-    assert refused == {*REASONS[:-1]} - ({REASONS[0]} if has_score(rule) else set())
+    # The loss for targets 0 and 1 is not for overlaps either.
+    assert refused == {*WHY[:-1]} - ({WHY[0]} if has_score(rule) else set())

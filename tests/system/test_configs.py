@@ -1,4 +1,4 @@
-"""Every config of configs/ builds, trains a step and detects; recipes go over every row."""
+"""Every config of configs/: builds, trains a step, detects; and the page that lists them."""
 
 import re
 
@@ -14,22 +14,19 @@ from atss.assigners import ASSIGNER_REGISTRY
 from atss.config import check_model
 from atss.engine.solver import build_optimizer
 
-# Parts of configs, which are merged over a row, with the files that must come before them.
+# What others are made of, and what is laid over them.
 RECIPES = {
-    "small": [],
-    "ablation": [],
-    "digits": ["fine_tune.yaml"],
-    "fine_tune": [],
-    "fine_tune_coco": [],
+    **{"small": [], "ablation": [], "digits": ["fine_tune.yaml"]},
+    **{"fine_tune": [], "fine_tune_coco": []},
 }
-# Keys of MODEL.ATSS that a recipe may set: they follow from its levels, its size and the machine.
-RECIPE_KEYS = ("IN_FEATURES", "NUM_CONVS", "PRECISION", "CHANNELS_LAST", "IMS_PER_BATCH_TEST")
+# What a recipe may say of MODEL.ATSS: what follows from its levels, its size and the machine.
+OF_RECIPES = ("IN_FEATURES", "NUM_CONVS", "PRECISION", "CHANNELS_LAST", "IMS_PER_BATCH_TEST")
 ROWS = sorted(path.stem for path in ROOT.glob("configs/tables/*.yaml"))
 ZOO = (ROOT / "MODEL_ZOO.md").read_text()
 
 
 def small(name):
-    """A narrow and shallow variant of a config, which takes seconds."""
+    """Narrow and shallow, so that all take seconds."""
     cfg = make_cfg("MODEL.FPN.OUT_CHANNELS", 64, config=f"{name}.yaml")
     resnet = cfg.MODEL.RESNETS
     if resnet.DEPTH > 18:
@@ -38,13 +35,13 @@ def small(name):
     return cfg
 
 
-def full_size(name):
+def as_it_is(name):
     return make_cfg(config=f"{name}.yaml")
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """A process group of this process alone."""
+    """A group of processes of this one alone."""
     meeting = f"file://{tmp_path_factory.mktemp('group')}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
     yield
@@ -54,11 +51,11 @@ def one_process(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "size"),
     [(name, small) for name in CONFIGS]
-    + [pytest.param(name, full_size, marks=pytest.mark.slow) for name in CONFIGS],
+    + [pytest.param(name, as_it_is, marks=pytest.mark.slow) for name in CONFIGS],
 )
 def test_builds_trains_and_detects(name, size, one_process):
-    """Under DDP, as on GPUs: it raises in the second step if a parameter had no gradient in the
-    first."""
+    """Under DDP as on GPUs, where it waits for the gradient of everything that takes one, and
+    complains in the second step of what got none in the first."""
     torch.manual_seed(0)
     cfg = size(name)
     cfg.MODEL.ATSS.SCORE_THRESH_TEST = 0.0
@@ -80,36 +77,37 @@ def test_builds_trains_and_detects(name, size, one_process):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_zoo_lists_each_row_with_the_papers_ap(row):
+def test_the_zoo_lists_every_row_with_the_papers_ap(row):
     listed = re.findall(rf"\[{row}\]\(configs/tables/{row}\.yaml\) \| ([\d.]*) ", ZOO)
     assert set(listed) == {paper_ap(row)}
 
 
-def test_points_need_one_anchor_per_location():
+def test_points_want_one_anchor_per_location():
     with pytest.raises(ValueError, match=r"ANCHOR_SCALES and ANCHOR_RATIOS must make one"):
         build_model(make_cfg("MODEL.ATSS.REGRESSION", "point", config="tables/atss_A9.yaml"))
 
 
-def test_smooth_l1_needs_deltas():
+def test_smooth_l1_wants_deltas():
     with pytest.raises(ValueError, match="smooth_l1 does not work here: it compares"):
         build_model(make_cfg("MODEL.ATSS.REGRESSION", "point", config="tables/retinanet_A1.yaml"))
 
 
 @pytest.mark.parametrize("key", ["REGRESSION", "BBOX_REG_LOSS_TYPE"])
-def test_unknown_name_is_refused_with_the_known_ones(key):
+def test_unknown_names_are_refused_with_those_that_are_known(key):
     with pytest.raises(ValueError, match=rf"unknown MODEL\.ATSS\.{key} 'x': choose from \['"):
         build_model(make_cfg(f"MODEL.ATSS.{key}", "x"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("row", ROWS)
-def test_recipe_leaves_rule_and_losses_of_every_row(row, recipe):
+def test_a_recipe_can_be_laid_over_every_row(row, recipe):
+    """It says data, backbone and schedule, and leaves the row's rule and its losses as they are."""
     files = [f"tables/{row}.yaml", *RECIPES[recipe], f"{recipe}.yaml"]
     plain = load_config(ROOT / "configs" / files[0])
     cfg = load_config(*(ROOT / "configs" / file for file in files))
     ours, before = cfg.clone().MODEL.ATSS, plain.clone().MODEL.ATSS
     for node in (ours, before):
-        for key in RECIPE_KEYS:
+        for key in OF_RECIPES:
             del node[key]
         del node.ASSIGNERS.SpatialScale["RANGES"]
         for head in ("TOODHead", "VFNetHead"):  # their depth, as NUM_CONVS is ATSSHead's
@@ -120,7 +118,7 @@ def test_recipe_leaves_rule_and_losses_of_every_row(row, recipe):
 
 @pytest.mark.parametrize("row", ["atss_box", "fcos_original", "ssc_box", "retinanet_A9"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_over_a_row_of_each_rule_builds(row, recipe):
+def test_a_recipe_over_a_row_of_each_rule_can_be_built(row, recipe):
     files = [f"tables/{row}.yaml", *RECIPES[recipe], f"{recipe}.yaml"]
     cfg = for_three_classes(load_config(*(ROOT / "configs" / file for file in files)))
     with torch.device("meta"):
@@ -131,14 +129,14 @@ def test_recipe_over_a_row_of_each_rule_builds(row, recipe):
 
 
 def for_three_classes(cfg):
-    """On the meta device, without data sets."""
+    """Whatever the data are, and where it takes no time."""
     cfg.MODEL.DEVICE = "meta"
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     cfg.MODEL.ATSS.NUM_CLASSES = 3
     return cfg
 
 
-def test_fine_tune_config_sets_rates_and_decays():
+def test_tuning_coco_weights_moves_the_backbone_less_and_decays_weights_alone():
     cfg = make_cfg("MODEL.DEVICE", "meta", config="ATSS_R_50_FPN_fine_tune.yaml")
     with torch.device("meta"):
         model = build_model(cfg)
