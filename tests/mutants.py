@@ -380,8 +380,11 @@ def report(options: argparse.Namespace) -> int:
     print(f"{'':26}" + "".join(f"{x:>12}" for x in ("mutants", *kinds)))
     for name, count in counts.items():
         print(f"{name:26}{count.total():12}" + "".join(f"{count[x]:12}" for x in kinds))
-    for key in () if options.whole else why:
-        print(f"listed, but no survivor: {key}")
+    if not options.whole:
+        names = [str(x.relative_to(PACKAGE)) for x in modules()]
+        mutants = {x.key for name in names for x in mutants_of(PACKAGE / name, name)}
+        for key in why:
+            print(f"listed, but no {'survivor' if key in mutants else 'mutant'}: {key}")
     return unexplained
 
 
