@@ -1,7 +1,7 @@
-"""Random scenes, and arguments for every rule, for ``tests/equality.py --rules``.
+"""Random scenes and arguments for every rule: what ``tests/equality.py --rules`` runs.
 
-Two commits must build the same scenes, so only stable names of the package are used: anchors, the
-structures that a rule takes, and the names of rules.
+Two commits must build the same scenes, so nothing is used of the package but what has to stay:
+anchors, the structures that a rule is called with, and the names of rules.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from atss import Anchors, GroundTruth, HeadOutput, assigners
 from atss.structures import Predictions
 
 NUM_CLASSES = 4
-# Scene n has trait n modulo their number, and each other trait with probability CHANCE.
+# Scene number n has trait n modulo their number, and each of the others by chance.
 TRAITS = (
     "plain",
     "crowded",
@@ -39,7 +39,7 @@ RANGES = (64, 128, 256, 512)
 
 
 class Scene(NamedTuple):
-    """The arguments of a rule's call, and their traits."""
+    """What a rule is called with, and its traits."""
 
     traits: tuple[str, ...]
     anchors: Anchors
@@ -48,7 +48,7 @@ class Scene(NamedTuple):
 
 
 def closeness(a: Tensor, b: Tensor) -> Tensor:
-    """Return a similarity, by the distance between centres: a plain function."""
+    """A similarity that is a plain function: of the distance between centres."""
     return 1 / (1 + (a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]).norm(dim=-1) / 32)
 
 
@@ -160,7 +160,7 @@ ARGUMENTS: dict[str, list[dict]] = {
 
 
 def make_rule(name: str, arguments: dict, num_levels: int = 5):
-    """Return a rule of the commit whose package is imported. DDOD was ATSS with an alpha."""
+    """A rule of the commit whose package is imported. DDOD was ATSS with an alpha."""
     arguments = dict(arguments)
     likes = {"nwd": assigners.NWD(), "simd": assigners.SimD(), "function": closeness}
     if "similarity" in arguments:
@@ -173,7 +173,7 @@ def make_rule(name: str, arguments: dict, num_levels: int = 5):
 
 
 def make_scene(number: int) -> Scene:
-    """Return scene ``number``, the same on every machine with the same torch."""
+    """The scene of a number, the same on every machine with the same torch."""
     generator = torch.Generator().manual_seed(number)
 
     def rand(*shape: int) -> Tensor:
@@ -202,7 +202,7 @@ def _anchors(traits: set[str], canvas_hw: tuple[int, int], scale: float) -> Anch
 
 
 def _objects(traits: set[str], anchors: Anchors, canvas: Tensor, rand) -> GroundTruth:
-    """Return objects on a canvas of (width, height)."""
+    """Objects on a canvas of (width, height)."""
     num_images = 3 if traits & {"several images", "empty images"} else 1
     most = 60 if "crowded" in traits else 6
     largest = 400 if "large canvas" in traits else 160
@@ -240,10 +240,10 @@ def _objects(traits: set[str], anchors: Anchors, canvas: Tensor, rand) -> Ground
 
 
 def _predictions(traits: set[str], anchors: Anchors, gt: GroundTruth, rand) -> Predictions:
-    """Return predictions, mostly of an object that contains the anchor, else of the anchor."""
+    """Mostly of an object that holds the anchor, else the anchor itself."""
     shape = gt.num_images, len(anchors.boxes)
     points = (anchors.boxes[:, :2] + anchors.boxes[:, 2:]) / 2
-    # Nearly normal: a sum of uniform numbers.
+    # Normal, but for a 12th uniform number that nobody would see.
     logits = 2 * (rand(*shape, NUM_CLASSES, 6).sum(dim=-1) - 3) / 0.7 - 2
     boxes = anchors.boxes.repeat(gt.num_images, 1, 1)
     for image in range(gt.num_images):

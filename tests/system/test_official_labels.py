@@ -1,4 +1,4 @@
-"""Labels of six sets of boxes by the authors' code, for each definition of a sample."""
+"""Labels that the authors' code gives to six sets of boxes, for each definition of a sample."""
 
 import numpy as np
 import pytest
@@ -16,9 +16,9 @@ with run_page("docs/own_assigner.md") as (names, _):
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("number", range(6))
-def test_labels_and_objects_equal_the_authors(name, number):
+def test_labels_and_matched_objects(name, number):
     anchors = Anchors.grid(tuple(REFERENCE["canvas_hw"].tolist()))
-    # Their boxes end at centres of pixels; continuous boxes are half a pixel larger on each side.
+    # Their boxes end at the last pixel; continuous ones half a pixel farther on either side.
     grown = REFERENCE[f"gt_boxes_{number}"] + np.array([-0.5, -0.5, 0.5, 0.5], np.float32)
     gt_index = RULES[name](anchors, make_gt(grown)).gt_index[0].numpy()
     classes = REFERENCE[f"gt_labels_{number}"]

@@ -13,7 +13,7 @@ from conftest import THIN
 from atss import model_zoo
 from atss.assigners import use_engine
 
-# Operators of one call for two images, if the table of the objects is one piece. Others: 200.
+# Operators of one call for two images, of tables of any number of objects that are one piece.
 LIMITS = {
     "ATSS": 110,
     "DDOD": 160,
@@ -26,9 +26,9 @@ LIMITS = {
     "SpatialScale": 50,
     "TAL": 130,
 }
-# These rules solve an assignment problem, or fit mixtures, on the host.
+# They match or fit on the host.
 ON_HOST = ("PAA", "POTO")
-# Operators of a step of Detectron2's RetinaNet, R-50, two images.
+# Of a step of Detectron2's RetinaNet, R-50, two images.
 RETINANET = {"fp32": 1152, "bf16": 1457}
 RULES = dict(registered_rules())
 
@@ -40,7 +40,7 @@ def scene(objects):
 
 @pytest.mark.parametrize("objects", [14, 200])
 @pytest.mark.parametrize("name", RULES)
-def test_call_starts_few_operators_and_never_waits(name, objects):
+def test_a_call_starts_few_operators_and_never_waits(name, objects):
     on_host = int(name in ON_HOST)
     counts, assignment = count_rule(RULES[name], scene(objects), "auto", may_wait=False)
     assert (counts.to_host, counts.to_gpu, counts.waits) == (on_host, on_host, on_host)
@@ -50,8 +50,8 @@ def test_call_starts_few_operators_and_never_waits(name, objects):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_each_piece_of_a_table_starts_few_operators(name):
-    """A table of 14 objects in three pieces."""
+def test_each_piece_of_a_crowd_starts_few_operators(name):
+    """2,000 objects of a large canvas are six pieces."""
     pieces, per_object = 3, len(scene(14)[0].boxes)
     limit = -(-14 // pieces) * per_object
     counts, _ = count_rule(RULES[name], scene(14), "tables", limit=limit, may_wait=False)
@@ -65,8 +65,8 @@ def case(precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_step_starts_at_most_retinanets_operators(precision):
-    """Copied are two images and three tensors of ground truth."""
+def test_a_step_starts_no_more_operators_than_retinanets(precision):
+    """And copies nothing but two images and three tensors of ground truth."""
     counts = sum(count_step(OURS, case(precision)).values(), Counts())
     assert (counts.waits, counts.to_host, counts.to_gpu) == (0, 0, 5)
     assert counts.operators <= RETINANET[precision]
@@ -74,6 +74,6 @@ def test_step_starts_at_most_retinanets_operators(precision):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_retinanets_operators_are_those_of_the_table(precision):
+def test_retinanets_step_has_the_operators_of_the_table(precision):
     counts = sum(count_step("detectron2-retinanet", case(precision)).values(), Counts())
     assert counts.operators == RETINANET[precision]
