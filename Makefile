@@ -36,10 +36,10 @@ test: env
 	$(PYTEST)
 
 test-full: env
-	$(PYTEST) -m ''
+	$(PYTEST) -m 'not gpu'
 
 test-gpu: env
-	$(BIN)/python -W ignore tools/check_gpu.py --json output/gpu.json
+	$(BIN)/python -m pytest -n 4 -m gpu
 
 mutants: env
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py

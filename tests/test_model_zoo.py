@@ -119,7 +119,7 @@ for module in pkgutil.walk_packages(atss.__path__, "atss."):
     assert (package, config) == (
         *(f"{tmp_path}/atss/__init__.py", f"{tmp_path}/atss/configs/ATSS_R_18_FPN_small.yaml"),
     )
-    tools = {path.stem for path in ROOT.glob("tools/*.py")} - {"__init__", "benchmark", "check_gpu"}
+    tools = {path.stem for path in ROOT.glob("tools/*.py")} - {"__init__", "benchmark"}
     assert {x.removeprefix("atss.tools.") for x in helps if x.startswith("atss.tools.")} == tools
 
 

@@ -14,6 +14,7 @@ import pytest
 import recipe
 import torch
 from conftest import GOLDEN, ROOT, make_cfg, make_input
+from detections import compare
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from PIL import Image
@@ -124,17 +125,6 @@ def test_detections_are_the_authors(official, which):
         *(reference[f"{which}_boxes"] + np.array([0, 0, 1, 1]), reference[f"{which}_scores"]),
         reference[f"{which}_labels"],
     )
-
-
-def compare(boxes, scores, classes, their_boxes, their_scores, their_classes):
-    """Each detection has its own equal in the other set."""
-    assert len(boxes) == len(their_boxes)
-    free = np.ones(len(boxes), bool)
-    for box, score, k in zip(their_boxes, their_scores, their_classes, strict=True):
-        near = (np.abs(boxes - box).max(axis=1) <= 0.05) & (np.abs(scores - score) <= 1e-3)
-        match = np.flatnonzero(near & (classes == k) & free)
-        assert len(match), f"no detection of class {k} at {box}"
-        free[match[0]] = False
 
 
 def test_boxes_keep_their_last_pixel_when_resized(official):

@@ -15,9 +15,9 @@ import recipe
 import torch
 from benchmarks.peers import import_mmdet
 from conftest import GOLDEN, make_cfg, make_input
+from detections import compare
 from detectron2.modeling import build_model
 from PIL import Image
-from test_convert import compare
 from torch import nn
 from torchvision.ops import DeformConv2d, deform_conv2d
 

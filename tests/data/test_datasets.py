@@ -2,17 +2,14 @@
 
 import json
 
-import numpy as np
 import pytest
-import torch
-from conftest import ROOT, make_cfg
+from conftest import ROOT
+from detections import truth_as_detections
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 
 import atss.engine.run as way_in
 from atss.data import datasets
-from atss.engine.evaluation import build_evaluator
 
 
 @pytest.fixture
@@ -43,27 +40,6 @@ def arguments(squares, exchanged, *argv):
     specs = [x for spec in register(squares, exchanged) for x in ("--register", spec)]
     config = ["--config-file", str(ROOT / "configs/ATSS_R_18_FPN_small.yaml")]
     return way_in.make_parser().parse_args([*config, *specs, *argv])
-
-
-def truth_as_detections(name: str, classes: list[str], folder, only: str = "") -> dict:
-    """The evaluator's results of perfect detections by a model whose classes are these, or of one
-    class alone."""
-    names = MetadataCatalog.get(name).thing_classes
-    evaluator = build_evaluator(make_cfg("OUTPUT_DIR", str(folder)), name)
-    evaluator.reset()
-    for record in DatasetCatalog.get(name):
-        found = Instances((record["height"], record["width"]))
-        boxes = np.array([x["bbox"] for x in record["annotations"]], dtype=np.float32)
-        boxes = boxes.reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        found.pred_boxes = Boxes(torch.from_numpy(boxes))
-        found.scores = torch.ones(len(boxes))
-        said = [names[x["category_id"]] for x in record["annotations"]]
-        found.pred_classes = torch.tensor([classes.index(x) for x in said], dtype=torch.long)
-        if only:
-            found = found[[i for i, x in enumerate(said) if x == only]]
-        evaluator.process([record], [{"instances": found}])
-    return evaluator.evaluate()["bbox"]
 
 
 def test_classes_in_another_order_keep_their_names(squares, exchanged, tmp_path):

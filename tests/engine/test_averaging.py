@@ -7,28 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.engine import HookBase
-from test_interruption import arguments, assert_equal, final, train
 from torch import nn
+from trainings import assert_equal, final, run
 
 from atss.engine import Trainer
 from atss.engine.averaging import Averaging
-
-OPTS = {
-    "DATASETS.TRAIN": ("short",),
-    "DATASETS.TEST": ("short",),
-    "MODEL.ATSS.SCORE_THRESH_TEST": 0.0,
-    "INPUT.MIN_SIZE_TEST": 64,
-    "SOLVER.MAX_ITER": 6,
-    "SOLVER.CHECKPOINT_PERIOD": 2,
-    "SOLVER.CHECKPOINTS_TO_KEEP": 0,
-    "SOLVER.EMA_DECAY": 0.4,
-}
-
-
-def run(squares, output, *options, stop_after=None, **opts):
-    """Losses by iteration of a short training on the squares, in this process."""
-    register = f"short={squares}/annotations.json:{squares}/images"
-    return train(arguments(register, output, *options, **OPTS | opts), stop_after)
 
 
 def by_hand(history, decay):

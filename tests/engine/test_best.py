@@ -13,9 +13,8 @@ import torch
 from conftest import LARGER, make_cfg
 from detectron2.engine import hooks
 from detectron2.utils.events import EventWriter, get_event_storage
-from test_averaging import run
-from test_interruption import arguments, assert_equal, final
 from torch import nn
+from trainings import arguments, assert_equal, final, run
 
 import atss.engine.run as way_in
 from atss.checkpoints import TrainingCheckpointer

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_averaging import run
+from trainings import run
 
 from atss.engine import estimate
 from atss.engine.estimate import TrainingEstimate, peak_memory

@@ -12,7 +12,7 @@ from conftest import LARGER, ROOT, make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
-from test_train_net import SMALL
+from trainings import SMALL
 
 import atss.engine.run as way_in
 from atss.data.mapper import Mapper

@@ -11,6 +11,7 @@ from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from fsspec.registry import known_implementations
 from processes import FORKED
+from trainings import forget
 
 import atss.engine.run as way_in
 from atss import load_config
@@ -39,13 +40,6 @@ def arguments(squares, tmp_path):
     names = set(DatasetCatalog.list())
     yield make
     forget(*set(DatasetCatalog.list()) - names)
-
-
-def forget(*names):
-    """Takes data sets out of the catalogs, as in a new process."""
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
 
 
 @pytest.fixture

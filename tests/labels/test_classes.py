@@ -7,8 +7,8 @@ import broken
 import check_dataset
 import pytest
 from conftest import ROOT, make_cfg
+from detections import truth_as_detections
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from test_datasets import truth_as_detections
 
 import atss.engine.run as way_in
 from atss.engine.evaluation import build_evaluator

@@ -6,10 +6,10 @@ import sys
 import broken
 import pytest
 import torch
+from detections import truth_as_detections
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
-from test_datasets import truth_as_detections
 
 from atss.data.datasets import register
 from atss.engine.evaluation import build_evaluator, provide_lvis

@@ -9,7 +9,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone
 from detectron2.modeling.backbone import FPN, Backbone, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
-from test_foreach import Operators
+from dispatch import Operators
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import recipe
 import torch
-from conftest import GOLDEN, OF_64_CHANNELS, ROOT, THIN, make_cfg, make_input
+from conftest import GOLDEN, ROOT, THIN, WIDE_FOR_GN, make_cfg, make_input
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import DefaultPredictor
@@ -26,7 +26,7 @@ from atss.modeling.terms import score
 
 # GroupNorm: with BatchNorm the images of a training batch would depend on each other.
 TINY = (
-    *("MODEL.ATSS.NUM_CONVS", 1, *(x for item in OF_64_CHANNELS.items() for x in item)),
+    *("MODEL.ATSS.NUM_CONVS", 1, *(x for item in WIDE_FOR_GN.items() for x in item)),
     *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN"),
 )
 BOX = [[20, 20, 90, 80]]

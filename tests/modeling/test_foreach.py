@@ -1,25 +1,11 @@
 """One operator for many tensors gives the gradients that one for each would give, bit for bit."""
 
-from collections import Counter
-
 import pytest
 import torch
+from dispatch import Operators
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from atss.modeling.foreach import RepeatAll, ScaleAll, cast_all
-
-
-class Operators(TorchDispatchMode):
-    """Counts those that compute, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count[func._schema.name.removeprefix("aten::")] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def tensors(n: int, seed: int = 0) -> list[Tensor]:

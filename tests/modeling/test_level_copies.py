@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
-from test_foreach import Operators
+from dispatch import Operators
 from torch import nn
 
 from atss import GridAnchorGenerator

@@ -8,36 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
 from conftest import LARGER, ROOT, TINY, make_cfg, make_input
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.engine import SimpleTrainer
 from PIL import Image
 from processes import Script
+from trainings import arguments, assert_equal, final, train
 
 import atss.engine.run as way_in
 from atss.checkpoints import TrainingCheckpointer
 from atss.engine import Trainer
 from atss.engine.trainer import _InFloat16
-
-# Whatever is drawn at random: order, sizes, flips, crops, and wide and high images to be grouped.
-OPTS = {
-    "DATASETS.TRAIN": ("mixed",),
-    "DATASETS.TEST": (),
-    **TINY,
-    "MODEL.ATSS.PRECISION": "fp32",
-    "INPUT.MIN_SIZE_TRAIN": (64, 80, 96),
-    "INPUT.CROP.ENABLED": True,
-    "DATALOADER.NUM_WORKERS": 0,
-    "SOLVER.IMS_PER_BATCH": 2,
-    "SOLVER.MAX_ITER": 8,
-    "SOLVER.CHECKPOINT_PERIOD": 3,
-    "SEED": 1,
-}
 
 
 @pytest.fixture(scope="module")
@@ -63,61 +48,6 @@ def mixed(tmp_path_factory):
     if "mixed" in DatasetCatalog:
         DatasetCatalog.remove("mixed")
         MetadataCatalog.remove("mixed")
-
-
-def arguments(mixed, output, *options, **opts):
-    """For tools/train_net.py."""
-    values = OPTS | {"OUTPUT_DIR": output} | opts
-    config = str(ROOT / "configs" / "ATSS_R_18_FPN_small.yaml")
-    flat = [str(x) for item in values.items() for x in item]
-    return ["--config-file", config, "--register", mixed, *options, *flat]
-
-
-@dataclass
-class Recorder(HookBase):
-    """Total loss by iteration; stops the run after one of them."""
-
-    stop_after: int | None
-    losses: dict = field(default_factory=dict)
-
-    def after_step(self):
-        self.losses[self.trainer.iter] = self.trainer.storage.latest()["total_loss"][0]
-        if self.trainer.iter == self.stop_after:
-            raise KeyboardInterrupt
-
-
-def train(argv, stop_after=None):
-    """Losses by iteration of one run in this process."""
-    recorder = Recorder(stop_after)
-    build_hooks = Trainer.build_hooks
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "build_hooks", lambda self: [*build_hooks(self), recorder])
-        args = way_in.make_parser().parse_args(argv)
-        try:
-            way_in.run(args, way_in.prepare(args))
-        except KeyboardInterrupt:
-            assert max(recorder.losses) == stop_after
-    return recorder.losses
-
-
-def final(output):
-    return torch.load(output / "model_final.pth", weights_only=True)
-
-
-def assert_equal(one, other):
-    """Bit for bit: weights, statistics, momenta, rates, counters."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal(one[key], other[key])
-    elif isinstance(one, list):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_equal(a, b)
-    else:
-        assert one == other
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,4 @@
-"""The table of exit codes in docs/troubleshooting.md: each row is run, but that of 75, which is in
-tests/engine/test_hooks.py."""
+"""The exit codes of docs/troubleshooting.md; tests/engine/test_hooks.py tests 75."""
 
 import re
 import runpy
@@ -11,20 +10,19 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from atss.engine.watch import EXIT_INTERRUPTED
 
-# What they cannot use.
+# Arguments with which each tool fails.
 TOOLS = {
     "ablation": ["--rows", "nowhere"],
     "assignment_statistics": ["--annotations", "nowhere"],
     "benchmark": ["data", "--config-file", "nowhere"],
     "check_dataset": ["nowhere", "nowhere"],
-    "check_gpu": [],
     "convert_checkpoint": ["--from", "mmdet", "nowhere", "x.pth"],
     "convert_dataset": ["nowhere:nowhere", "--output", "x.json"],
     "demo": ["--config-file", "nowhere", "--weights", "x", "--input", "nowhere", "--output", "out"],
     "digits": ["--data", "."],
     "train_net": ["--config-file", "nowhere"],
 }
-# Where those that say something of ctrl-C are when it comes; of the others Python makes 130.
+# The function that ctrl-C interrupts, for tools that handle it; Python exits with 130 otherwise.
 STOPPED_IN = {
     "demo": "atss_runner.media.find_media",
     "digits": "atss.analysis.demo.train_on_digits",
@@ -51,15 +49,15 @@ def exit_code(monkeypatch, tmp_path):
         MetadataCatalog.remove(name)
 
 
-def rows():
+def read_rows():
     text = (ROOT / "docs" / "troubleshooting.md").read_text().partition("\n## Exit codes\n")[2]
     found = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
     return {(int(code), tools): when for code, tools, when in found}
 
 
-def test_the_table_has_these_rows():
+def test_rows_are_those_of_the_page():
     others = "all others"
-    assert {*rows()} == {
+    assert {*read_rows()} == {
         *((0, "all"), (1, "`check_dataset.py`"), (1, others), (2, "`check_dataset.py`")),
         *((2, "all"), (75, "`train_net.py`"), (130, "all")),
     }
@@ -67,18 +65,18 @@ def test_the_table_has_these_rows():
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_what_cannot_be_used(exit_code, tool):
+def test_unusable_input_exits_with_1_or_2(exit_code, tool):
     assert exit_code(tool, *TOOLS[tool]) == (2 if tool == "check_dataset" else 1)
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_arguments(exit_code, tool):
+def test_help_exits_with_0_and_unknown_options_with_2(exit_code, tool):
     assert exit_code(tool, "--help") == 0
     assert exit_code(tool, "--no-such-option") == 2
 
 
 @pytest.mark.parametrize("tool", STOPPED_IN)
-def test_ctrl_c(exit_code, tool, monkeypatch, squares):
+def test_ctrl_c_exits_with_130(exit_code, tool, monkeypatch, squares):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -86,7 +84,7 @@ def test_ctrl_c(exit_code, tool, monkeypatch, squares):
     register = f"--register=cells={squares}/annotations.json:{squares}/images"
     config = ("--config-file", ROOT / "configs" / "ATSS_R_18_FPN_small.yaml")
     opts = ("DATASETS.TRAIN", "()", "DATASETS.TEST", "('cells',)")
-    opts += ("MODEL.WEIGHTS", squares / "annotations.json")  # which nobody opens
+    opts += ("MODEL.WEIGHTS", squares / "annotations.json")  # is not read
     argv = {
         "digits": [],
         "train_net": [*config, register, "--eval-only", *opts],
@@ -94,7 +92,7 @@ def test_ctrl_c(exit_code, tool, monkeypatch, squares):
     assert exit_code(tool, *argv) == EXIT_INTERRUPTED == 130
 
 
-def test_data(exit_code, squares, tmp_path):
+def test_faulty_data_exits_with_1(exit_code, squares, tmp_path):
     check = ("check_dataset", squares / "annotations.json")
     assert exit_code(*check, squares / "images") == 0
     (tmp_path / "empty").mkdir()

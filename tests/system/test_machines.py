@@ -10,14 +10,14 @@ from contextlib import suppress
 
 import pytest
 import torch
-from conftest import OF_64_CHANNELS
-from test_processes import command_line
+from conftest import WIDE_FOR_GN
+from trainings import command_line
 
 pytestmark = pytest.mark.slow
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 # No statistics over a batch: those of BatchNorm are each process's own.
-OPTS = OF_64_CHANNELS | {
+OPTS = WIDE_FOR_GN | {
     "MODEL.RESNETS.NORM": "GN",
     "MODEL.FPN.NORM": "GN",
     "SOLVER.CHECKPOINT_PERIOD": 5,

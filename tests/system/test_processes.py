@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import OF_64_CHANNELS, ROOT, TINY, make_cfg, make_input
+from conftest import TINY, WIDE_FOR_GN, make_cfg, make_input
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage
 from processes import FORKED, Script
-from test_train_net import SMALL
+from trainings import command_line
 
 import atss.engine.run as way_in
 from atss.engine import Trainer
@@ -35,7 +35,7 @@ BOXES = [
 # of BatchNorm are each process's own.
 OPTIONS = (
     *("MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN"),
-    *(x for item in (TINY | OF_64_CHANNELS).items() for x in item),
+    *(x for item in (TINY | WIDE_FOR_GN).items() for x in item),
 )
 CASES = {
     "ordinary": (BOXES, ()),
@@ -249,24 +249,6 @@ def test_all_processes_stop_at_a_loss_that_is_not_finite_in_one(halves):
     first, second = ((halves / f"broken.{rank}").read_text() for rank in range(2))
     assert first == second
     assert re.match(r"at iteration 0 loss_cls is nan.*, on the images 2.png, 3.png; ", first)
-
-
-def command_line(squares: Path, output_dir: Path, *options: str, **opts: object) -> list[str]:
-    """A command line of tools/train_net.py."""
-    values = {"DATASETS.TRAIN": ("squares",), "DATASETS.TEST": ("squares",)}
-    values |= SMALL | {"OUTPUT_DIR": output_dir} | opts
-    register = f"squares={squares}/annotations.json:{squares}/images"
-    config = str(ROOT / "configs" / "ATSS_R_18_FPN_small.yaml")
-    flat = [str(x) for item in values.items() for x in item]
-    return [
-        f"{ROOT}/tools/train_net.py",
-        "--config-file",
-        config,
-        "--register",
-        register,
-        *options,
-        *flat,
-    ]
 
 
 def variables(rank: int, port: int) -> dict[str, str]:

@@ -1,13 +1,13 @@
-"""Training never waits for the device: on a GPU the host runs ahead of it.
+"""The host never waits for a GPU in training.
 
-Forward passes run on a GPU that is pretended (tools/benchmarks/operators.py), on which torch raises
-an error if the host asks for a value. Backward passes run on tensors of the device "meta", which
-have no values.
+Forward passes run on a simulated GPU (tools/benchmarks/operators.py), on which torch raises an
+error if the host reads a value. Backward passes run on tensors of the device "meta", which have no
+values.
 """
 
 import pytest
 import torch
-from benchmarks.operators import PretendedGPU, registered_rules
+from benchmarks.operators import SimulatedGPU, registered_rules
 from conftest import THIN, make_cfg, make_input
 from detectron2.modeling import build_model
 
@@ -21,8 +21,8 @@ EXAMPLES = [
     make_input([[20, 20, 90, 80], [5, 60, 30, 90]], [1, 2]),
     make_input([[0, 40, 120, 90]], [0], seed=1),
 ]
-# Of several heads and kinds of criterion; all together take a minute. The steps of ATSS are in
-# tests/assigners/test_operators.py.
+# Several heads and kinds of criterion; all configs take a minute. tests/system/test_operators.py
+# counts the steps of ATSS.
 QUICK = [
     *(f"successors/{name}_R_50_FPN_1x" for name in ("GFLv2", "TAL_dual", "TOOD", "VFNet")),
     "tables/retinanet_A9",
@@ -33,13 +33,13 @@ SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in OTHERS]
 
 @pytest.mark.parametrize("config", [*QUICK, *SLOW])
 def test_forward_passes_do_not_wait(config):
-    """But for one copy to the host of PAA's costs, or POTO's."""
+    """PAA and POTO copy their costs to the host once."""
     thin = [x for item in THIN.items() for x in item]
     small = ["MODEL.ATSS.NUM_CONVS", 1, "MODEL.FPN.OUT_CHANNELS", 64]
     cfg = make_cfg(*thin, *small, config=f"{config}.yaml")
     model = build_model(cfg).train()
     model.iteration = cfg.SOLVER.MAX_ITER - 1  # in the last phase
-    with PretendedGPU(may_wait=False) as gpu:
+    with SimulatedGPU(may_wait=False) as gpu:
         model.to("cuda")
         gpu.lap("weights to the GPU")
         model(EXAMPLES)
@@ -60,8 +60,8 @@ def inputs(device, objects=5):
 
 def train(rule, anchors, gt, output):
     boxes = BoxDeltas().decode(output.box_regression, anchors.boxes, anchors.stride)
-    seen = Predictions(output.map(torch.Tensor.detach), boxes.detach())
-    losses = Criterion()(output, boxes, anchors, gt, rule(anchors, gt, seen))
+    predictions = Predictions(output.map(torch.Tensor.detach), boxes.detach())
+    losses = Criterion()(output, boxes, anchors, gt, rule(anchors, gt, predictions))
     sum(losses.values()).backward()
 
 
@@ -74,10 +74,10 @@ def test_backward_passes_do_not_wait(objects):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [x for x, _ in registered_rules() if x not in ("PAA", "POTO")])
 def test_the_host_does_not_wait_for_the_gpu(name):
-    rule, given = dict(registered_rules())[name], inputs("cuda")
-    train(rule, *given)  # what is set up once
+    rule, arguments = dict(registered_rules())[name], inputs("cuda")
+    train(rule, *arguments)  # initialises CUDA and caches
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train(rule, *given)
+        train(rule, *arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -18,7 +18,7 @@ from detectron2.data import transforms as T
 from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.utils.events import EventStorage, get_event_storage
 from processes import Script
-from test_run import forget
+from trainings import SMALL, forget
 
 import atss.engine.run as way_in
 from atss import load_config
@@ -27,19 +27,6 @@ from atss.data.mapper import Mapper
 from atss.engine import Trainer
 from atss.engine.launch import launch
 from atss.modeling.detector import ATSSDetector
-
-SMALL = {
-    **TINY,
-    "MODEL.ATSS.SCORE_THRESH_TEST": 0.0,
-    "INPUT.MIN_SIZE_TRAIN": (96,),
-    "INPUT.MIN_SIZE_TEST": 96,
-    "DATALOADER.NUM_WORKERS": 0,
-    "SOLVER.IMS_PER_BATCH": 2,
-    "SOLVER.MAX_ITER": 6,
-    "SOLVER.CHECKPOINT_PERIOD": 3,
-    "SEED": 1,
-}
-
 
 # Of large networks: small images, and a checkpoint at the end alone, of weights alone.
 SHORT = {

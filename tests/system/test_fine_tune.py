@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from test_interruption import assert_equal
+from trainings import assert_equal
 
 import atss.engine.run as way_in
 from atss.checkpoints import TrainingCheckpointer

@@ -8,8 +8,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from pages import run_page
-from test_docs import train
+from pages import run_page, train
 
 from atss import Anchors, Assignment, GroundTruth, HeadOutput, Predictions
 from atss.assigners import Matching, use_engine

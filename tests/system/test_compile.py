@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import OF_64_CHANNELS, THIN, TINY, make_cfg, make_input
+from conftest import THIN, TINY, WIDE_FOR_GN, make_cfg, make_input
 from detectron2.modeling import build_model
 
 from atss.config.build import check_model
@@ -122,7 +122,7 @@ def test_compiled_parts_give_the_same_losses_and_gradients(parts, more):
     from torch._inductor import metrics  # takes seconds
 
     torch._dynamo.reset()
-    options = {"MODEL.ATSS.NUM_CONVS": 1, "MODEL.RESNETS.NORM": "GN", **OF_64_CHANNELS, **more}
+    options = {"MODEL.ATSS.NUM_CONVS": 1, "MODEL.RESNETS.NORM": "GN", **WIDE_FOR_GN, **more}
     batch = make_batch((96, 128), 2)
     expected = step(build(options), batch)
     model = build({**options, "MODEL.ATSS.COMPILE": parts})
