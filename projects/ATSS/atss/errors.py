@@ -1,4 +1,4 @@
-"""Errors whose message is all that a user needs, and checks of arguments that raise them."""
+"""Errors that a user can fix, and checks of arguments that raise them."""
 
 import math
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ class UserError(ValueError):
 
 
 class WrongValue(UserError):
-    """An argument has a value that is not allowed.
+    """Error for an argument whose value is not allowed.
 
     Args:
-        argument: its name. A config replaces it by its key.
-        complaint: the rest of the sentence.
+        argument: its name; :mod:`atss.registry` replaces it by the config key.
+        complaint: the rest of the message.
     """
 
     def __init__(self, argument: str, complaint: str):
@@ -30,7 +30,7 @@ def check_range(argument: str, value: Any, low: float, high: float = math.inf) -
     """Check that a number, or each number of a sequence, is between two bounds.
 
     Raises:
-        WrongValue: if one is out of range or no number, or the sequence is empty.
+        WrongValue: if a value is out of range or not a number, or the sequence is empty.
     """
     values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     for x in values:

@@ -1,49 +1,179 @@
-"""Parts that a config names: registered once, their signatures are the keys.
+"""Parts that a config names, and the config keys of their arguments.
 
-Under MODEL.ATSS, ``<KEY>`` names a part of a kind, and ``<KEY>S.<name>`` holds its arguments in
-capitals. An argument may have a key that other parts share, ``keys``, which holds where the part's
-own does not say otherwise. What is known only while building (channels, the box code) is injected
-by the name of the parameter: ``known``. An argument may be a part itself, ``parts``: its key names
-it, or an overlay of MODEL.ATSS.BRANCH that holds the same keys with other values.
+Below MODEL.ATSS, ``<KEY>`` names a part and ``<KEY>S.<name>`` contains its arguments in capitals:
+the parameters of its signature with their defaults. A part without arguments is a function, which
+is used as it is; a part with arguments is a class, which is built.
 
-A part without arguments is a function; one with arguments is a class, which is built. A ValueError
-in building becomes a sentence that names the key; any other error is a bug in the part and keeps
-its traceback.
+A ValueError raised by a class becomes a message that names the key. Any other error is a bug in the
+part and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from yacs.config import CfgNode
 
 from .errors import UserError, WrongValue
 
 NODE = "MODEL.ATSS"
-# Follows the names that are known.
+# Follows a list of the registered names.
 OWN_PARTS = "; --import registers parts of your own"
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True)
+class Part:
+    """A function or class, and the config keys of its arguments.
+
+    Args:
+        target: the function or class.
+        injected: parameters whose values the builder passes (channels, the box code) and no key
+            sets. If an argument has both, the builder's value counts.
+        group, name: its own keys are below MODEL.ATSS.<group>.<name>; "" if it has none.
+        keys: {parameter: key below MODEL.ATSS} of arguments that share a key with other parts. Its
+            own key overrides it.
+        parts: {parameter: registry} of arguments that are parts. Their key names a part, or an
+            overlay MODEL.ATSS.BRANCH.<name> that names one and sets its arguments.
+        legacy: {key of a former argument: the part that has it now}. A config that sets the key
+            means that part, with the other arguments of this one.
+    """
+
     target: Callable
-    keys: Mapping[str, str]  # parameter -> key under the node, with dots where it lies deeper
-    parts: Mapping[str, Registry]  # parameter -> the kind of part that it is
-    legacy: Mapping[str, str]  # argument that it had -> the part that has it now
+    injected: Sequence[str] = ()
+    group: str = ""
+    name: str = ""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, Registry] = field(default_factory=dict)
+    legacy: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The parameters of a class by name, with those of its base if ``**kwargs`` passes them on;
+        none of a function."""
+        found: dict[str, inspect.Parameter] = {}
+        for cls in inspect.getmro(self.target) if inspect.isclass(self.target) else ():
+            if "__init__" not in vars(cls):
+                continue
+            signature = inspect.signature(cls).parameters.values()
+            for p in signature:
+                if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                    found.setdefault(p.name, p)
+            if not any(p.kind is p.VAR_KEYWORD for p in signature):
+                break
+        return found
+
+    def key_of(self, argument: str) -> str:
+        """The full key of an argument."""
+        own = f"{self.group}.{self.name}.{argument.upper()}"
+        return f"{NODE}.{self.keys.get(argument, own)}"
+
+    def defaults(self) -> dict[str, Any]:
+        """{argument: default}, of a part its name; without injected arguments."""
+        return {
+            x: self.parts[x].name_of(p.default) if x in self.parts else p.default
+            for x, p in self.parameters.items()
+            if x not in self.injected and p.default is not p.empty
+        }
+
+    def arguments(self, node: CfgNode) -> dict[str, Any]:
+        """{argument: value} of the keys that MODEL.ATSS sets.
+
+        Raises:
+            UserError: if the part's group contains another key.
+        """
+        values = {x: lookup_key(node, key) for x, key in self.keys.items()}
+        settable = [x for x in self.parameters if x not in self.injected]
+        for key, value in node.get(self.group, {}).get(self.name, {}).items():
+            if key in self.legacy:
+                continue
+            if key.lower() not in settable:
+                raise UserError(
+                    f"{NODE}.{self.group}.{self.name}.{key} is no argument of {self.name}: choose "
+                    f"from {[x.upper() for x in settable]}"
+                )
+            values[key.lower()] = value
+        return values
+
+    def nested(self, node: CfgNode) -> dict[str, tuple[Registry, CfgNode]]:
+        """{argument: (registry, node that names a part of it)} of arguments that are parts.
+
+        Raises:
+            UserError: if a name is neither a part nor an overlay, or is this part's own.
+        """
+        found, values = {}, self.defaults() | self.arguments(node)
+        for argument, kind in self.parts.items():
+            if self.keys.get(argument) == kind.key:  # the node itself names it
+                found[argument] = kind, node
+                continue
+            key, value = self.key_of(argument), values.get(argument, "")
+            if value == "":
+                continue
+            if value not in kind and value not in node.BRANCH:
+                choices = sorted([*kind.entries, *node.BRANCH])
+                raise UserError(f"unknown {key} {value!r}: choose from {choices}{kind.hint(value)}")
+            if value in kind and value in node.BRANCH:
+                raise UserError(f"{key} {value!r} names a part and an overlay in {NODE}.BRANCH")
+            inner = overlay(node, value) if value in node.BRANCH else node.clone()
+            inner.defrost()
+            if value in kind:
+                inner[kind.key] = value
+            elif kind.key not in node.BRANCH[value]:
+                raise UserError(f"{key} is {value!r}: {NODE}.BRANCH.{value} sets no {kind.key}")
+            if kind.entries.get(inner[kind.key]) is self:
+                raise UserError(f"{key} {value!r} is {self.name} itself")
+            found[argument] = kind, inner
+        return found
+
+    def build(self, node: CfgNode, injected: Mapping[str, Any], label: str = "") -> Any:
+        """Build a class with the arguments of MODEL.ATSS and the injected ones; return a function.
+
+        Args:
+            label: key and name of the part, at the beginning of messages about the whole part.
+
+        Raises:
+            UserError: naming the key of a wrong argument.
+        """
+        if not inspect.isclass(self.target):
+            return self.target
+        given = {x: injected[x] for x in self.injected if x in injected and x in self.parameters}
+        arguments = self.arguments(node)
+        arguments |= {x: None for x in self.parts if arguments.get(x) == ""}
+        for argument, (kind, inner) in self.nested(node).items():
+            if argument not in given:
+                arguments[argument] = kind.build(inner, **injected)
+        arguments |= given
+        required = [x for x, p in self.parameters.items() if p.default is p.empty]
+        if missing := [x for x in required if x not in arguments]:
+            raise UserError(
+                f"{label} requires {', '.join(missing)}, which is neither a key nor among the "
+                f"values of the detector: {sorted({*self.injected} & {*injected})}"
+            )
+        try:
+            return self.target(**arguments)
+        except WrongValue as error:
+            key, shared = self.key_of(error.argument), self.keys.get(error.argument)
+            if shared and error.argument in self.parts:
+                key = f"{key} {lookup_key(node, shared)}"
+            raise UserError(f"{key} {error.complaint}") from error
+        except ValueError as error:
+            raise UserError(f"{label} cannot be used: {error}" if label else str(error)) from error
 
 
 class Registry:
     """The parts of one kind.
 
     Args:
-        key: that names the part.
-        injected: parameters that the builder sets, so that they are no keys.
-        group: the node of arguments, where it is not the key in the plural.
-        optional: "" names none.
-        several: the key may name some that act together, as in "giou + dfl".
-        gone: name of a part that there was -> the page that holds its code. Arguments of it, which
-            a finished run's config has, are read and ignored.
+        key: names the part.
+        injected: parameters that the builder passes, so that they have no keys.
+        group: node of the parts' arguments; by default the plural of the key.
+        optional: whether the key may be "", for no part.
+        several: whether the key may name several parts that act together, as in "giou + dfl".
+        removed: {name of a part of older versions: page with its code}. Its arguments in the config
+            of a finished run are ignored.
     """
 
     def __init__(
@@ -53,135 +183,123 @@ class Registry:
         group: str = "",
         optional: bool = False,
         several: bool = False,
-        gone: Mapping[str, str] | None = None,
+        removed: Mapping[str, str] | None = None,
     ):
-        self.gone = gone or {}
         self.key, self.injected, self.group = key, tuple(injected), group or f"{key}S"
-        self.optional, self.several = optional, several
-        self.entries: dict[str, Entry] = {}
+        self.optional, self.several, self.removed = optional, several, removed or {}
+        self.entries: dict[str, Part] = {}
 
     def __iter__(self) -> Iterator[tuple[str, Callable]]:
-        return ((name, entry.target) for name, entry in self.entries.items())
+        return ((name, part.target) for name, part in self.entries.items())
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
     def get(self, name: str) -> Callable:
-        """What is registered under a name."""
+        """Return the function or class of a name."""
         return self.entries[name].target
 
-    def register(
-        self,
-        target: Callable | None = None,
-        *,
-        name: str = "",
-        keys: Mapping[str, str] | None = None,
-        parts: Mapping[str, Registry] | None = None,
-        legacy: Mapping[str, str] | None = None,
-    ) -> Any:
-        """As a decorator, with parentheses or without, or called; ``name`` is the target's own by
-        default.
+    def register(self, target: Callable | None = None, *, name: str = "", **options: Any) -> Any:
+        """Register a function or class; as a decorator, with or without parentheses, or called.
 
         Args:
-            legacy: key of an argument that the part no longer has -> the part that has it. A config
-                in which it is not None means that part, with this one's other arguments.
+            name: by default the target's.
+            options: ``keys``, ``parts`` and ``legacy`` of :class:`Part`.
 
         Raises:
-            ValueError: where the name is taken, or a function has arguments to be set.
+            UserError: if the name is registered, or a function has arguments that a config sets.
         """
         if target is None:
-            return lambda x: self.register(x, name=name, keys=keys, parts=parts, legacy=legacy)
+            return lambda x: self.register(x, name=name, **options)
         name = name or target.__name__
         if name in self.entries:
-            raise UserError(f"{self.key} {name} is registered already")
+            raise UserError(f"{self.key} {name} is already registered")
         if not inspect.isclass(target):
             for p in inspect.signature(target).parameters.values():
                 if p.default is not p.empty or p.kind is p.KEYWORD_ONLY or p.name in self.injected:
                     raise UserError(
                         f"{self.key} {name} is a function with an argument {p.name}: a part with "
-                        "arguments is a class"
+                        "arguments must be a class"
                     )
-        self.entries[name] = Entry(target, keys or {}, parts or {}, legacy or {})
+        self.entries[name] = Part(target, self.injected, self.group, name, **options)
         return target
 
     def add(self, **targets: Callable) -> None:
-        """Registers some by their names."""
+        """Register several parts by their names."""
         for name, target in targets.items():
             self.register(target, name=name)
 
     def add_keys(self, node: CfgNode, default: str | None = None) -> None:
-        """The keys of all parts with the defaults of their signatures. The groups stay open for
-        parts that are registered later.
+        """Add the keys of all parts to MODEL.ATSS. The group accepts parts that are registered
+        later.
 
         Args:
-            node: which has the keys that parts share.
-            default: the part that is named by default; None where parts of this kind are only named
-                by arguments of others.
+            node: with the shared keys.
+            default: name of the default part; None if only arguments of other parts name this kind.
 
         Raises:
-            ValueError: where a shared key is not there, or has another default.
+            ValueError: if a shared key has another default.
         """
         if default is not None:
             node[self.key] = default
-        # yacs wants one class throughout.
+        # yacs requires one class throughout.
         group = node[self.group] = type(node)(new_allowed=True)
-        for name, entry in self.entries.items():
+        for name, part in self.entries.items():
             own = type(node)(new_allowed=True)
-            for p in self._parameters(name):
-                if p.name in self.injected or p.default is p.empty:
-                    continue
-                if p.name not in entry.keys:
-                    kind = entry.parts.get(p.name)
-                    own[p.name.upper()] = kind.name_of(p.default) if kind else p.default
-                    continue
-                shared = lookup_key(node, entry.keys[p.name])
-                if shared != p.default:
-                    raise UserError(
-                        f"{self.key} {name} wants {p.default!r} as the default of "
-                        f"{NODE}.{entry.keys[p.name]}, which is {shared!r}"
+            for argument, value in part.defaults().items():
+                if argument not in part.keys:
+                    own[argument.upper()] = value
+                elif (shared := lookup_key(node, part.keys[argument])) != value:
+                    raise ValueError(
+                        f"{part.key_of(argument)} must be {value!r}, the default of {self.key} "
+                        f"{name}, got {shared!r}"
                     )
             if own:
                 group[name] = own
 
     def name_of(self, part: Any) -> str:
-        """The name of a part that is a default; "" for None."""
+        """Return the name of a part that is a default; "" for None."""
         if part is None or isinstance(part, str):
             return part or ""
         return next(name for name, target in self if part is target or type(part) is target)
 
-    def build(self, node: CfgNode, key: str = "", **known: Any) -> Any:
-        """The part that the node names, None for none; those that it names by their names, where
-        there may be several.
+    def build(self, node: CfgNode, key: str = "", **injected: Any) -> Any:
+        """Build the part that MODEL.ATSS names: None for "", {name: part} if the key may name
+        several.
 
         Args:
-            key: that names it, where it is not the kind's own.
-            known: what parameters of these names get.
+            key: names the part, if it is not the key of the registry.
+            injected: values of the parameters that have no key.
 
         Raises:
-            ValueError: naming the key that is at fault, in full.
+            UserError: naming the full key that is wrong.
         """
-        key = key or self.key
-        names = self._named(node, key)
-        built = {name: self._build(*self._current(node, name), key, known) for name in names}
+        key, built = key or self.key, {}
+        for name in self._names(node, key):
+            source, current = self._follow_legacy(node, name)
+            label = f"{NODE}.{key} {current}"
+            built[name] = self.entries[current].build(source, injected, label)
         return built if self.several else next(iter(built.values()), None)
 
     def chosen(self, node: CfgNode, key: str = "") -> Iterator[tuple[Registry, str]]:
-        """Kind and name of every part that is named here, parts of parts with them."""
-        for name in self._named(node, key or self.key):
+        """Yield registry and name of each part that MODEL.ATSS names, and of their parts."""
+        for name in self._names(node, key or self.key):
             yield self, name
-            for kind, inner in self._inner(node, name).values():
+            for kind, inner in self.entries[name].nested(node).values():
                 yield from kind.chosen(inner)
 
-    def shared_keys(self) -> set[str]:
-        """Keys that parts of this kind share."""
-        return {key for entry in self.entries.values() for key in entry.keys.values()}
+    def all_keys(self) -> set[str]:
+        """Return the keys below MODEL.ATSS of these parts and of their arguments."""
+        shared = (key for part in self.entries.values() for key in part.keys.values())
+        return {self.key, self.group, *shared}
 
-    def _named(self, node: CfgNode, key: str) -> list[str]:
-        """The parts that a key names.
+    def hint(self, name: str) -> str:
+        """Return the end of a message about an unknown name."""
+        if name in self.removed:
+            return f"; {self.removed[name]} has the code of {name}"
+        return OWN_PARTS
 
-        Raises:
-            ValueError: for one that is not known, none, or one twice.
-        """
+    def _names(self, node: CfgNode, key: str) -> list[str]:
         value = lookup_key(node, key)
         if self.optional and value == "":
             return []
@@ -190,168 +308,59 @@ class Registry:
             if name not in self.entries:
                 raise UserError(
                     f"unknown {NODE}.{key} {value!r}: choose from {sorted(self.entries)}"
-                    f"{self._hint(name)}"
+                    f"{self.hint(name)}"
                 )
             if names.count(name) > 1:
                 raise UserError(f"{NODE}.{key} {value!r} names {name} twice")
         return names
 
-    def _hint(self, name: str) -> str:
-        return f"; {self.gone[name]} has the code of {name}" if name in self.gone else OWN_PARTS
-
-    def _current(self, node: CfgNode, name: str) -> tuple[CfgNode, str]:
-        """The part that a name means, and the node with its arguments."""
-        given = node.get(self.group, {}).get(name, {})
+    def _follow_legacy(self, node: CfgNode, name: str) -> tuple[CfgNode, str]:
+        """Return the part that a name means, and MODEL.ATSS with its arguments: another part if
+        a legacy key is set."""
+        group = node.get(self.group, {})
+        written = group.get(name, {})
         for argument, other in self.entries[name].legacy.items():
-            if given.get(argument) is not None:
-                own = node[self.group].get(other, {})
-                if any(own.get(k, x) != x for k, x in self._defaults(other).items()):
-                    written = f"{NODE}.{self.group}.{name}.{argument}"
-                    raise UserError(
-                        f"{written} is an older key of {other}, whose arguments are set as well: "
-                        f"leave it out and name {NODE}.{self.key} {other}"
-                    )
-                node = node.clone()
-                node.defrost()
-                node[self.group][other] = given
-                return node, other
+            if written.get(argument) is None:
+                continue
+            own, defaults = group.get(other, {}), self.entries[other].defaults()
+            if any(own.get(x.upper(), default) != default for x, default in defaults.items()):
+                raise UserError(
+                    f"{NODE}.{self.group}.{name}.{argument} is an older key of {other}, whose "
+                    f"arguments are set as well: remove it and set {NODE}.{self.key} to {other}"
+                )
+            node = node.clone()
+            node.defrost()
+            node[self.group][other] = written
+            return node, other
         return node, name
-
-    def _defaults(self, name: str) -> dict[str, Any]:
-        """Keys of a part's arguments with the values that configs have by default."""
-        kinds = self.entries[name].parts
-        return {
-            p.name.upper(): kinds[p.name].name_of(p.default) if p.name in kinds else p.default
-            for p in self._parameters(name)
-            if p.default is not p.empty
-        }
-
-    def _build(self, node: CfgNode, name: str, key: str, known: Mapping[str, Any]) -> Any:
-        target = self.entries[name].target
-        if not inspect.isclass(target):
-            return target
-        parameters = {p.name: p for p in self._parameters(name)}
-        arguments = self._given(node, name)
-        arguments |= {p: known[p] for p in parameters if p in self.injected and p in known}
-        arguments |= {p: None for p in self.entries[name].parts if arguments.get(p) == ""}
-        for p, (kind, inner) in self._inner(node, name).items():
-            arguments[p] = kind.build(inner, **known)
-        lacks = [p for p, x in parameters.items() if x.default is x.empty and p not in arguments]
-        if lacks:
-            raise UserError(
-                f"{NODE}.{key} {name} wants {', '.join(lacks)}, which neither the config says nor "
-                f"the detector: it knows {sorted({*self.injected} & {*known})}"
-            )
-        try:
-            return target(**arguments)
-        except WrongValue as error:
-            raise UserError(f"{self._key_of(name, error.argument)} {error.complaint}") from error
-        except ValueError as error:
-            raise UserError(f"{NODE}.{key} {name} does not work here: {error}") from error
-
-    def _given(self, node: CfgNode, name: str) -> dict[str, Any]:
-        """The arguments that the config says of a part.
-
-        Raises:
-            ValueError: for one that it does not take.
-        """
-        keys, legacy = self.entries[name].keys, self.entries[name].legacy
-        takes = [p.name for p in self._parameters(name) if p.name not in self.injected]
-        given = {p: lookup_key(node, key) for p, key in keys.items()}
-        for written, value in node.get(self.group, {}).get(name, {}).items():
-            if written in legacy:
-                continue
-            if written.lower() not in takes:
-                raise UserError(
-                    f"{NODE}.{self.group}.{name}.{written} is no argument of {name}; it takes "
-                    f"{[x.upper() for x in takes]}"
-                )
-            given[written.lower()] = value
-        return given
-
-    def _inner(self, node: CfgNode, name: str) -> dict[str, tuple[Registry, CfgNode]]:
-        """Kind and node of each part that is an argument of a part.
-
-        Raises:
-            ValueError: for a name that is neither a part nor an overlay, or one that leads back.
-        """
-        entry, found = self.entries[name], {}
-        given = self._given(node, name)
-        defaults = {p.name: p.default for p in self._parameters(name)}
-        for p, kind in entry.parts.items():
-            inner = given.get(p, kind.name_of(defaults[p]))
-            where = self._key_of(name, p)
-            if inner == "":
-                continue
-            if inner not in kind and inner not in node.BRANCH:
-                known = sorted([*kind.entries, *node.BRANCH])
-                raise UserError(
-                    f"unknown {where} {inner!r}: choose from {known}{kind._hint(inner)}"
-                )
-            if inner in kind and inner in node.BRANCH:
-                raise UserError(f"{where} is {inner!r}, a part and an overlay of {NODE}.BRANCH")
-            copy = overlay(node, inner) if inner in node.BRANCH else node.clone()
-            copy.defrost()
-            if inner in kind:
-                copy[kind.key] = inner
-            elif kind.key not in node.BRANCH[inner]:
-                raise UserError(
-                    f"{where} is {inner!r}, but {NODE}.BRANCH.{inner} names no {kind.key}"
-                )
-            if kind is self and copy[kind.key] == name:
-                raise UserError(f"{where} is {inner!r}, which is {name} again")
-            found[p] = kind, copy
-        return found
-
-    def _key_of(self, name: str, argument: str) -> str:
-        keys = self.entries[name].keys
-        return f"{NODE}.{keys.get(argument, f'{self.group}.{name}.{argument.upper()}')}"
-
-    def _parameters(self, name: str) -> Iterator[inspect.Parameter]:
-        """What configs can set or builders inject; where a class hands on ``**arguments``, those of
-        the class that it extends, too."""
-        target, seen = self.entries[name].target, set()
-        if not inspect.isclass(target):
-            return
-        for cls in target.__mro__:
-            if "__init__" not in vars(cls):
-                continue
-            parameters = list(inspect.signature(cls).parameters.values())
-            for p in parameters:
-                if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in seen:
-                    seen.add(p.name)
-                    yield p
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-                return
 
 
 def lookup_key(node: CfgNode, key: str) -> Any:
-    """The value of a key, with dots where it lies deeper."""
+    """Return the value of a key, which may contain dots."""
     for name in key.split("."):
         node = node[name]
     return node
 
 
 def overlay(node: CfgNode, name: str) -> CfgNode:
-    """A copy of the node with what BRANCH.<name> says over it.
+    """Return a copy of MODEL.ATSS with the values of MODEL.ATSS.BRANCH.<name>.
 
     Raises:
-        ValueError: for an unknown overlay, or naming a key in it that there is not.
+        UserError: if there is no such overlay, or it has a key that MODEL.ATSS has not.
     """
-    where = f"{NODE}.BRANCH.{name}"
     if name not in node.BRANCH:
-        raise UserError(f"{NODE}.BRANCH has no {name!r}; it has {sorted(node.BRANCH)}")
-    over, copy = node.BRANCH[name], node.clone()
-    if not isinstance(over, CfgNode):
-        raise UserError(f"{where} must hold keys of {NODE}, not {over!r}")
-    for key, value in over.items():
+        raise UserError(f"unknown {NODE}.BRANCH {name!r}: choose from {sorted(node.BRANCH)}")
+    where, values, copy = f"{NODE}.BRANCH.{name}", node.BRANCH[name], node.clone()
+    if not isinstance(values, CfgNode):
+        raise UserError(f"{where} must contain keys of {NODE}, got {values!r}")
+    for key, value in values.items():
         if key not in node:
-            raise UserError(f"{where}.{key}: there is no key {NODE}.{key}")
+            raise UserError(f"unknown key {where}.{key}: {NODE} has no {key}")
         if isinstance(value, CfgNode) != isinstance(node[key], CfgNode):
-            raise UserError(f"{where}.{key} must be as {NODE}.{key}, not {value!r}")
+            raise UserError(f"{where}.{key} must be as {NODE}.{key}, got {value!r}")
     copy.defrost()
     try:
-        copy.merge_from_other_cfg(over)
+        copy.merge_from_other_cfg(values)
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"{where}: {str(error.args[0]).partition(chr(10))[0]}") from error
     return copy

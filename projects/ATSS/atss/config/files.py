@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 from ..errors import UserError
 from .checks import flatten
 from .keys import RENAMED_KEYS, add_atss_config
-from .pixels import complete_pixels
+from .derive import complete_pixels
 
 # Arguments of rules of version 0.2 that the command line can still set.
 LEGACY_ARGUMENTS = ("MODEL.ATSS.ASSIGNERS.ATSS.ALPHA", "MODEL.ATSS.ASSIGNERS.TopK.TOP_K")
