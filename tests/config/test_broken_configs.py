@@ -154,7 +154,7 @@ def test_every_tool_refuses_a_part_of_a_config(tool, config, squares, monkeypatc
     monkeypatch.setattr(sys, "argv", [tool, *argv, "--config-file", str(config)])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
-    sentence = r"error: config \S*fine_tune\S* is a part of a config: it sets no MODEL\.META_ARCH"
+    sentence = r"error: config \S*fine_tune\S* is a recipe and sets no MODEL\.META_ARCH"
     assert re.search(sentence, f"{stop.value}{capsys.readouterr().err}")
 
 

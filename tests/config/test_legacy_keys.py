@@ -104,14 +104,14 @@ PAGE = r"choose from .*; docs/own_assigner.md has the code of TopK$"
 @pytest.mark.parametrize(
     ("node", "sentence"),
     [
-        ({"ASSIGNER": "TopK"}, f"MODEL.ATSS.ASSIGNER is 'TopK'; {PAGE}"),
+        ({"ASSIGNER": "TopK"}, f"unknown MODEL.ATSS.ASSIGNER 'TopK': {PAGE}"),
         (
             {"BRANCHES": ["box"], "BRANCH": {"box": {"ASSIGNER": "TopK"}}},
-            f"branch box: MODEL.ATSS.ASSIGNER is 'TopK'; {PAGE}",
+            f"branch box: unknown MODEL.ATSS.ASSIGNER 'TopK': {PAGE}",
         ),
         (
             {**FIRST, "BRANCH": {"first": {"ASSIGNER": "TopK"}}},
-            f"phase first: MODEL.ATSS.ASSIGNER is 'TopK'; {PAGE}",
+            f"phase first: unknown MODEL.ATSS.ASSIGNER 'TopK': {PAGE}",
         ),
         (
             {"ASSIGNER": "DDOD", "alpha": 0.7},
@@ -145,7 +145,9 @@ def test_a_rule_made_of_rules_has_them_too():
         cfg.MODEL.ATSS.ASSIGNERS.ATSS.ALPHA = 0.5
         assert build_assigner(cfg).first == DDOD(alpha=0.5)
         cfg.MODEL.ATSS.ASSIGNERS.Same = type(cfg)({"FIRST": "TopK"})
-        with pytest.raises(ValueError, match=f"ASSIGNERS.Same.FIRST is 'TopK'; {PAGE}"):
+        with pytest.raises(
+            ValueError, match=f"unknown MODEL.ATSS.ASSIGNERS.Same.FIRST 'TopK': {PAGE}"
+        ):
             build_assigner(cfg)
     finally:
         del ASSIGNER_REGISTRY.entries["Same"]

@@ -84,7 +84,7 @@ def test_third_parties_come_and_go(register_mine, squares, tmp_path, chosen):
         way_in.prepare(arguments)
         return
     with pytest.raises(
-        ValueError, match=r"ASSIGNERS\.Mine is of no ASSIGNER: choose from \['ATSS'"
+        ValueError, match=r"unknown ASSIGNER MODEL\.ATSS\.ASSIGNERS\.Mine: choose from \['ATSS'"
     ):
         way_in.prepare(arguments)
     register_mine()

@@ -255,7 +255,9 @@ def test_pixels_are_timms():
 
 def test_other_pixels_are_refused():
     cfg = make_cfg("INPUT.FORMAT", "BGR", config=RECIPE)
-    with pytest.raises(ValueError, match=r"MODEL\.TIMM\.PIXELS wants INPUT\.FORMAT RGB, MODEL\.PI"):
+    with pytest.raises(
+        ValueError, match=r"MODEL\.TIMM\.PIXELS True requires INPUT\.FORMAT RGB, MODEL\.PI"
+    ):
         build_backbone(cfg)
     cfg.MODEL.TIMM.PIXELS = False
     build_backbone(cfg)
@@ -381,6 +383,6 @@ def test_weights_of_a_detector_with_another_backbone_are_refused(tmp_path):
 
 
 def test_pixels_that_were_typed_are_not_overwritten():
-    with pytest.raises(ValueError, match=r"MODEL\.TIMM\.PIXELS wants INPUT\.FORMAT RGB"):
+    with pytest.raises(ValueError, match=r"MODEL\.TIMM\.PIXELS True requires INPUT\.FORMAT RGB"):
         load_config(f"configs/{RECIPE}", opts=["INPUT.FORMAT", "BGR"])
     load_config(f"configs/{RECIPE}", opts=["INPUT.FORMAT", "RGB"])

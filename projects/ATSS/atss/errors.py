@@ -2,7 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import field
+from functools import partial
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -49,3 +53,26 @@ def check_choice(argument: str, value: Any, choices: Sequence[Any]) -> None:
     """
     if value not in choices:
         raise WrongValue(argument, f"is {value!r}: choose from {[*choices]}")
+
+
+def arg(
+    default: T, *, low: float = -math.inf, high: float = math.inf, choices: Sequence[Any] = ()
+) -> T:
+    """Declare a dataclass field with a default, and its bounds or choices. :class:`Checked` checks
+    them."""
+    check = partial(check_range, low=low, high=high)
+    if choices:
+        check = partial(check_choice, choices=choices)
+    return field(default=default, metadata={"check": check})
+
+
+class Checked:
+    """Base of dataclasses whose fields are declared with :func:`arg`.
+
+    A dataclass that overrides ``__post_init__`` calls that of its base first.
+    """
+
+    def __post_init__(self) -> None:
+        for name, declared in getattr(self, "__dataclass_fields__", {}).items():
+            if "check" in declared.metadata:
+                declared.metadata["check"](name, getattr(self, name))

@@ -1,19 +1,15 @@
 """Parts that a config names, and the config keys of their arguments.
 
 Below MODEL.ATSS, ``<KEY>`` names a part and ``<KEY>S.<name>`` contains its arguments in capitals:
-the parameters of its signature with their defaults. A part without arguments is a function, which
-is used as it is; a part with arguments is a class, which is built.
-
-A ValueError raised by a class becomes a message that names the key. Any other error is a bug in the
-part and keeps its traceback.
+the parameters of its signature with their defaults. A part without arguments is a function; a part
+with arguments is a class, which is built. A ValueError of the class becomes a message that names
+the key; any other error is a bug in the part and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from yacs.config import CfgNode
@@ -25,7 +21,6 @@ NODE = "MODEL.ATSS"
 OWN_PARTS = "; --import registers parts of your own"
 
 
-@dataclass(frozen=True)
 class Part:
     """A function or class, and the config keys of its arguments.
 
@@ -40,47 +35,39 @@ class Part:
             overlay MODEL.ATSS.BRANCH.<name> that names one and sets its arguments.
         legacy: {key of a former argument: the part that has it now}. A config that sets the key
             means that part, with the other arguments of this one.
+
+    Attributes:
+        parameters: those of a class by name, with those of its base if ``**kwargs`` passes them on.
+        defaults: {argument that a config sets: default}, of a part its name.
     """
 
-    target: Callable
-    injected: Sequence[str] = ()
-    group: str = ""
-    name: str = ""
-    keys: Mapping[str, str] = field(default_factory=dict)
-    parts: Mapping[str, Registry] = field(default_factory=dict)
-    legacy: Mapping[str, str] = field(default_factory=dict)
-
-    @cached_property
-    def parameters(self) -> dict[str, inspect.Parameter]:
-        """The parameters of a class by name, with those of its base if ``**kwargs`` passes them on;
-        none of a function."""
-        found: dict[str, inspect.Parameter] = {}
-        for cls in inspect.getmro(self.target) if inspect.isclass(self.target) else ():
-            if "__init__" not in vars(cls):
-                continue
-            signature = inspect.signature(cls).parameters.values()
-            for p in signature:
-                if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-                    found.setdefault(p.name, p)
-            if not any(p.kind is p.VAR_KEYWORD for p in signature):
-                break
-        return found
-
-    def key_of(self, argument: str) -> str:
-        """The full key of an argument."""
-        own = f"{self.group}.{self.name}.{argument.upper()}"
-        return f"{NODE}.{self.keys.get(argument, own)}"
-
-    def defaults(self) -> dict[str, Any]:
-        """{argument: default}, of a part its name; without injected arguments."""
-        return {
+    def __init__(
+        self,
+        target: Callable,
+        injected: Sequence[str] = (),
+        group: str = "",
+        name: str = "",
+        *,
+        keys: Mapping[str, str] | None = None,
+        parts: Mapping[str, Registry] | None = None,
+        legacy: Mapping[str, str] | None = None,
+    ):
+        self.target, self.injected, self.group, self.name = target, tuple(injected), group, name
+        self.keys, self.parts, self.legacy = keys or {}, parts or {}, legacy or {}
+        self.parameters = _parameters(target)
+        self.defaults = {
             x: self.parts[x].name_of(p.default) if x in self.parts else p.default
             for x, p in self.parameters.items()
             if x not in self.injected and p.default is not p.empty
         }
 
+    def key_of(self, argument: str) -> str:
+        """Return the full key of an argument."""
+        own_key = f"{self.group}.{self.name}.{argument.upper()}"
+        return f"{NODE}.{self.keys.get(argument, own_key)}"
+
     def arguments(self, node: CfgNode) -> dict[str, Any]:
-        """{argument: value} of the keys that MODEL.ATSS sets.
+        """Return {argument: value} of the keys in MODEL.ATSS.
 
         Raises:
             UserError: if the part's group contains another key.
@@ -99,12 +86,12 @@ class Part:
         return values
 
     def nested(self, node: CfgNode) -> dict[str, tuple[Registry, CfgNode]]:
-        """{argument: (registry, node that names a part of it)} of arguments that are parts.
+        """Return {argument: (its registry, MODEL.ATSS that names it)} of arguments that are parts.
 
         Raises:
             UserError: if a name is neither a part nor an overlay, or is this part's own.
         """
-        found, values = {}, self.defaults() | self.arguments(node)
+        found, values = {}, self.defaults | self.arguments(node)
         for argument, kind in self.parts.items():
             if self.keys.get(argument) == kind.key:  # the node itself names it
                 found[argument] = kind, node
@@ -112,14 +99,15 @@ class Part:
             key, value = self.key_of(argument), values.get(argument, "")
             if value == "":
                 continue
-            if value not in kind and value not in node.BRANCH:
+            is_part, is_overlay = value in kind.entries, value in node.BRANCH
+            if not (is_part or is_overlay):
                 choices = sorted([*kind.entries, *node.BRANCH])
                 raise UserError(f"unknown {key} {value!r}: choose from {choices}{kind.hint(value)}")
-            if value in kind and value in node.BRANCH:
+            if is_part and is_overlay:
                 raise UserError(f"{key} {value!r} names a part and an overlay in {NODE}.BRANCH")
-            inner = overlay(node, value) if value in node.BRANCH else node.clone()
+            inner = overlay(node, value) if is_overlay else node.clone()
             inner.defrost()
-            if value in kind:
+            if is_part:
                 inner[kind.key] = value
             elif kind.key not in node.BRANCH[value]:
                 raise UserError(f"{key} is {value!r}: {NODE}.BRANCH.{value} sets no {kind.key}")
@@ -129,10 +117,10 @@ class Part:
         return found
 
     def build(self, node: CfgNode, injected: Mapping[str, Any], label: str = "") -> Any:
-        """Build a class with the arguments of MODEL.ATSS and the injected ones; return a function.
+        """Build a class with its arguments in MODEL.ATSS and the injected ones; return a function.
 
         Args:
-            label: key and name of the part, at the beginning of messages about the whole part.
+            label: key and name of the part, for messages.
 
         Raises:
             UserError: naming the key of a wrong argument.
@@ -146,8 +134,8 @@ class Part:
             if argument not in given:
                 arguments[argument] = kind.build(inner, **injected)
         arguments |= given
-        required = [x for x, p in self.parameters.items() if p.default is p.empty]
-        if missing := [x for x in required if x not in arguments]:
+        required = {x for x, p in self.parameters.items() if p.default is p.empty}
+        if missing := sorted(required - {*arguments}):
             raise UserError(
                 f"{label} requires {', '.join(missing)}, which is neither a key nor among the "
                 f"values of the detector: {sorted({*self.injected} & {*injected})}"
@@ -230,11 +218,9 @@ class Registry:
             self.register(target, name=name)
 
     def add_keys(self, node: CfgNode, default: str | None = None) -> None:
-        """Add the keys of all parts to MODEL.ATSS. The group accepts parts that are registered
-        later.
+        """Add the keys of all parts to MODEL.ATSS, which has the shared keys.
 
         Args:
-            node: with the shared keys.
             default: name of the default part; None if only arguments of other parts name this kind.
 
         Raises:
@@ -242,43 +228,37 @@ class Registry:
         """
         if default is not None:
             node[self.key] = default
-        # yacs requires one class throughout.
+        # Open for parts that are registered later; yacs requires one class throughout.
         group = node[self.group] = type(node)(new_allowed=True)
         for name, part in self.entries.items():
-            own = type(node)(new_allowed=True)
-            for argument, value in part.defaults().items():
+            own_keys = type(node)(new_allowed=True)
+            for argument, value in part.defaults.items():
                 if argument not in part.keys:
-                    own[argument.upper()] = value
+                    own_keys[argument.upper()] = value
                 elif (shared := lookup_key(node, part.keys[argument])) != value:
                     raise ValueError(
                         f"{part.key_of(argument)} must be {value!r}, the default of {self.key} "
                         f"{name}, got {shared!r}"
                     )
-            if own:
-                group[name] = own
+            if own_keys:
+                group[name] = own_keys
 
     def name_of(self, part: Any) -> str:
         """Return the name of a part that is a default; "" for None."""
         if part is None or isinstance(part, str):
             return part or ""
-        return next(name for name, target in self if part is target or type(part) is target)
+        return next(name for name, x in self.entries.items() if x.target in (part, type(part)))
 
     def build(self, node: CfgNode, key: str = "", **injected: Any) -> Any:
-        """Build the part that MODEL.ATSS names: None for "", {name: part} if the key may name
-        several.
+        """Build the part that MODEL.ATSS names: None for "", {name: part} if it may name several.
 
         Args:
             key: names the part, if it is not the key of the registry.
-            injected: values of the parameters that have no key.
-
-        Raises:
-            UserError: naming the full key that is wrong.
         """
         key, built = key or self.key, {}
         for name in self._names(node, key):
-            source, current = self._follow_legacy(node, name)
-            label = f"{NODE}.{key} {current}"
-            built[name] = self.entries[current].build(source, injected, label)
+            source, part = self._follow_legacy(node, name)
+            built[name] = part.build(source, injected, f"{NODE}.{key} {part.name}")
         return built if self.several else next(iter(built.values()), None)
 
     def chosen(self, node: CfgNode, key: str = "") -> Iterator[tuple[Registry, str]]:
@@ -295,9 +275,8 @@ class Registry:
 
     def hint(self, name: str) -> str:
         """Return the end of a message about an unknown name."""
-        if name in self.removed:
-            return f"; {self.removed[name]} has the code of {name}"
-        return OWN_PARTS
+        page = self.removed.get(name)
+        return f"; {page} has the code of {name}" if page else OWN_PARTS
 
     def _names(self, node: CfgNode, key: str) -> list[str]:
         value = lookup_key(node, key)
@@ -314,25 +293,39 @@ class Registry:
                 raise UserError(f"{NODE}.{key} {value!r} names {name} twice")
         return names
 
-    def _follow_legacy(self, node: CfgNode, name: str) -> tuple[CfgNode, str]:
-        """Return the part that a name means, and MODEL.ATSS with its arguments: another part if
-        a legacy key is set."""
+    def _follow_legacy(self, node: CfgNode, name: str) -> tuple[CfgNode, Part]:
+        """Return MODEL.ATSS and the part of a name; if it sets a legacy key, a copy and the part
+        that has the key now."""
         group = node.get(self.group, {})
-        written = group.get(name, {})
+        values = group.get(name, {})
         for argument, other in self.entries[name].legacy.items():
-            if written.get(argument) is None:
+            if values.get(argument) is None:
                 continue
-            own, defaults = group.get(other, {}), self.entries[other].defaults()
-            if any(own.get(x.upper(), default) != default for x, default in defaults.items()):
+            set_too, defaults = group.get(other, {}), self.entries[other].defaults
+            if any(set_too.get(x.upper(), default) != default for x, default in defaults.items()):
                 raise UserError(
                     f"{NODE}.{self.group}.{name}.{argument} is an older key of {other}, whose "
                     f"arguments are set as well: remove it and set {NODE}.{self.key} to {other}"
                 )
             node = node.clone()
             node.defrost()
-            node[self.group][other] = written
-            return node, other
-        return node, name
+            node[self.group][other] = values
+            return node, self.entries[other]
+        return node, self.entries[name]
+
+
+def _parameters(target: Callable) -> dict[str, inspect.Parameter]:
+    found: dict[str, inspect.Parameter] = {}
+    for cls in inspect.getmro(target) if inspect.isclass(target) else ():
+        if "__init__" not in vars(cls):
+            continue
+        signature = inspect.signature(cls).parameters.values()
+        for p in signature:
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                found.setdefault(p.name, p)
+        if not any(p.kind is p.VAR_KEYWORD for p in signature):
+            break
+    return found
 
 
 def lookup_key(node: CfgNode, key: str) -> Any:
@@ -346,7 +339,7 @@ def overlay(node: CfgNode, name: str) -> CfgNode:
     """Return a copy of MODEL.ATSS with the values of MODEL.ATSS.BRANCH.<name>.
 
     Raises:
-        UserError: if there is no such overlay, or it has a key that MODEL.ATSS has not.
+        UserError: if the overlay does not exist, or has a key that MODEL.ATSS has not.
     """
     if name not in node.BRANCH:
         raise UserError(f"unknown {NODE}.BRANCH {name!r}: choose from {sorted(node.BRANCH)}")

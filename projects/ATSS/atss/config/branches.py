@@ -137,7 +137,7 @@ def _build_phase(
 ) -> Phase:
     if {"LEVEL_WEIGHT", "LEVEL_WEIGHTS"} & {*own_keys}:  # not the shared one
         injected = {k: x for k, x in injected.items() if k != "level_weight"}
-    criterion = build_criterion(node, injected)
+    criterion = modeling.CRITERION.build(node, injected)
     if node.ASSIGNMENT_OF:
         return Phase(None, criterion, assignment_of=node.ASSIGNMENT_OF, until=until)
     return Phase(ASSIGNER_REGISTRY.build(node, **injected), criterion, until=until)
@@ -154,13 +154,10 @@ def build_criterion(node: CfgNode, injected: Mapping[str, Any]) -> Criterion:
     return modeling.CRITERION.build(node, injected)
 
 
-def _training_kinds() -> list[Registry]:
-    return [ASSIGNER_REGISTRY, SIMILARITIES, *modeling.CRITERION.parts.values()]
-
-
 def _training_keys() -> set[str]:
     """Return the keys of rules and criteria."""
-    return set(modeling.CRITERION.keys.values()).union(*(x.all_keys() for x in _training_kinds()))
+    kinds = (ASSIGNER_REGISTRY, SIMILARITIES, *modeling.CRITERION.parts.values())
+    return set(modeling.CRITERION.keys.values()).union(*(kind.all_keys() for kind in kinds))
 
 
 def _overlay(node: CfgNode, name: str, allowed: Collection[str], user: str) -> CfgNode:

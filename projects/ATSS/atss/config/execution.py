@@ -7,7 +7,8 @@ from detectron2.config import CfgNode
 
 from ..errors import UserError, check_choice, check_range
 from ..modeling import ATSSDetector
-from .checks import lookup
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
 def use_available_device(cfg: CfgNode) -> bool:
@@ -48,8 +49,8 @@ def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
         return torch.bfloat16 if _fast_at_bf16(on_gpu) else None
     if precision == "fp16" and not on_gpu:
         raise UserError("MODEL.ATSS.PRECISION fp16 needs a GPU; on a CPU use bf16, fp32 or auto")
-    dtypes = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return lookup(dtypes, precision, "MODEL.ATSS.PRECISION")
+    check_choice("MODEL.ATSS.PRECISION", precision, ("auto", *DTYPES))
+    return DTYPES[precision]
 
 
 def _fast_at_bf16(on_gpu: bool) -> bool:
