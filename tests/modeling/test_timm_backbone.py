@@ -265,7 +265,7 @@ def test_other_pixels_are_refused():
 
 def test_maps_are_named_by_strides():
     cfg = make_cfg("MODEL.FPN.IN_FEATURES", ["res3", "s16"], config=RECIPE)
-    with pytest.raises(ValueError, match=r"names \['res3'\]; maps of timm are named by strides"):
+    with pytest.raises(ValueError, match=r"names \['res3'\]: name maps of timm by stride"):
         build_backbone(cfg)
 
 
