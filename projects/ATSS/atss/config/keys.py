@@ -180,7 +180,7 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.HEAD_OF = ""
     # Name of the branch whose assignment this branch uses; "" for its own.
     node.ASSIGNMENT_OF = ""
-    # Earlier phases with other keys: [[name in BRANCH, end], ...]. The end is an iteration (int), or
+    # Earlier phases with other keys, [[name in BRANCH, end], ...]. The end is an iteration (int) or
     # a share of SOLVER.MAX_ITER (float between 0 and 1).
     node.PHASES = []
 
