@@ -64,7 +64,7 @@ def test_the_signature_gives_the_keys():
         ),
         (
             lambda node: node.SHAPES.sharp.update(SHARES=1),
-            r"MODEL\.ATSS\.SHAPES\.sharp\.SHARES is no .* of sharp: choose from \['POWER', 'SHARE'\]",
+            r"ATSS\.SHAPES\.sharp\.SHARES is no .* of sharp: choose from \['POWER', 'SHARE'\]",
         ),
         (
             lambda node: node.SHAPES.sharp.update(POWER=-1),

@@ -165,8 +165,8 @@ def build_box_coder(cfg: CfgNode, num_anchors: int) -> BoxCode:
     """Build the box code that MODEL.ATSS.REGRESSION names.
 
     Raises:
-        UserError: for an unknown name, or a code that ignores the shape of an anchor with several
-            anchors per location, whose targets would all be the same.
+        UserError: for an unknown name, or a code that ignores the shape of an anchor, if a location
+            has several anchors: all would have the same targets.
     """
     node = cfg.MODEL.ATSS
     code = modeling.BOX_CODES.build(node)
