@@ -9,7 +9,7 @@ from atss.registry import Registry
 
 @dataclass(frozen=True)
 class Sharp:
-    """A part with arguments: one key of its own, one that is older, one that is injected."""
+    """A part with an own key, a shared key and an injected argument."""
 
     width: int
     power: float = 2.0
@@ -41,7 +41,7 @@ def node_of(kind: Registry, default: str = "sharp", **values) -> CfgNode:
     return node
 
 
-def test_the_signature_gives_the_keys():
+def test_signature_gives_keys_and_defaults():
     node = node_of(kind_of())
     assert node == {
         "BRANCH": {},
@@ -84,14 +84,14 @@ def test_the_signature_gives_the_keys():
         ),
     ],
 )
-def test_what_a_user_gets_wrong_is_a_sentence(change, sentence):
+def test_wrong_value_is_reported_with_its_key(change, sentence):
     node = node_of(kind_of())
     change(node)
     with pytest.raises(ValueError, match=sentence):
         kind_of().build(node, width=3)
 
 
-def test_a_bug_in_a_part_keeps_its_traceback():
+def test_bug_in_a_part_keeps_its_error():
     class Broken:
         def __init__(self):
             self.x = {}["nothing"]
@@ -102,12 +102,12 @@ def test_a_bug_in_a_part_keeps_its_traceback():
         kind.build(node_of(kind, "Broken"))
 
 
-def test_what_only_the_detector_knows_is_asked_for():
+def test_missing_injected_argument_is_reported():
     with pytest.raises(ValueError, match=r"SHAPE sharp requires width, which is neither a key nor"):
         kind_of().build(node_of(kind_of()))
 
 
-def test_names_are_registered_once_and_functions_have_no_arguments():
+def test_duplicate_names_and_function_arguments_are_errors():
     kind = kind_of()
     with pytest.raises(ValueError, match="SHAPE plain is already registered"):
         kind.register(plain)
@@ -130,7 +130,7 @@ def test_registers_as_a_decorator(parentheses):
     assert dict(kind) == {"flat": flat}
 
 
-def test_a_key_has_one_default():
+def test_shared_key_has_one_default():
     kind = kind_of()
 
     @dataclass
@@ -146,13 +146,13 @@ def test_a_key_has_one_default():
         kind_of().add_keys(CfgNode(), "sharp")
 
 
-def test_a_part_may_say_otherwise_than_the_key_that_it_shares():
+def test_own_key_overrides_shared_key():
     node = node_of(kind_of())
     node.SHAPES.sharp.POWER = 5.0
     assert kind_of().build(node, width=1) == Sharp(1, 5.0)
 
 
-def test_none_and_several():
+def test_optional_and_several_parts():
     optional = kind_of(optional=True)
     assert optional.build(node_of(optional, "")) is None
     several = kind_of(several=True, optional=True)
@@ -169,7 +169,7 @@ def test_none_and_several():
             several.build(node_of(several, names))
 
 
-def test_a_part_of_a_part_is_named_by_its_argument():
+def test_argument_names_a_nested_part():
     shapes, frames = kind_of(), Registry("FRAME", injected=("width",))
 
     @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def test_a_part_of_a_part_is_named_by_its_argument():
         frames.build(node)
 
 
-def test_a_part_of_its_own_kind_is_not_itself():
+def test_part_cannot_contain_itself():
     kind = Registry("SHAPE")
 
     @dataclass(frozen=True)
