@@ -10,10 +10,9 @@ T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """An error that the user can fix: a wrong config, wrong data or a wrong command.
+    """Error that the user can fix in config, data or command.
 
-    The commands print its message without a traceback. Every other error is a bug and keeps its
-    traceback.
+    Commands print its message without a traceback; any other error is a bug and keeps it.
     """
 
 
@@ -58,8 +57,7 @@ def check_choice(argument: str, value: Any, choices: Sequence[Any]) -> None:
 def arg(
     default: T, *, low: float = -math.inf, high: float = math.inf, choices: Sequence[Any] = ()
 ) -> T:
-    """Declare a dataclass field with a default, and its bounds or choices. :class:`Checked` checks
-    them."""
+    """Declare a dataclass field with a default and bounds or choices, for :class:`Checked`."""
     check = partial(check_range, low=low, high=high)
     if choices:
         check = partial(check_choice, choices=choices)
@@ -67,10 +65,8 @@ def arg(
 
 
 class Checked:
-    """Base of dataclasses whose fields are declared with :func:`arg`.
-
-    A dataclass that overrides ``__post_init__`` calls that of its base first.
-    """
+    """Base of dataclasses that checks fields declared with :func:`arg`. An override of
+    ``__post_init__`` calls that of its base first."""
 
     def __post_init__(self) -> None:
         for name, declared in getattr(self, "__dataclass_fields__", {}).items():

@@ -1,9 +1,8 @@
 """Parts that a config names, and the config keys of their arguments.
 
-Below MODEL.ATSS, ``<KEY>`` names a part and ``<KEY>S.<name>`` contains its arguments in capitals:
-the parameters of its signature with their defaults. A part without arguments is a function; a part
-with arguments is a class, which is built. A ValueError of the class becomes a message that names
-the key; any other error is a bug in the part and keeps its traceback.
+Below MODEL.ATSS, ``<KEY>`` names a part and ``<KEY>S.<name>`` contains its arguments in capitals,
+with the defaults of its signature. A part without arguments is a function, a part with arguments a
+class. A ValueError of the class gets the name of the key; any other error is a bug of the part.
 """
 
 from __future__ import annotations
@@ -26,19 +25,17 @@ class Part:
 
     Args:
         target: the function or class.
-        injected: parameters whose values the builder passes (channels, the box code) and no key
-            sets. If an argument has both, the builder's value counts.
-        group, name: its own keys are below MODEL.ATSS.<group>.<name>; "" if it has none.
-        keys: {parameter: key below MODEL.ATSS} of arguments that share a key with other parts. Its
-            own key overrides it.
-        parts: {parameter: registry} of arguments that are parts. Their key names a part, or an
+        injected: parameters that the builder passes (channels, the box code), in place of a key.
+        group, name: its own keys are below MODEL.ATSS.<group>.<name>.
+        keys: {parameter: shared key below MODEL.ATSS}, which an own key overrides.
+        parts: {parameter: registry} of arguments that are parts. The key names a part, or an
             overlay MODEL.ATSS.BRANCH.<name> that names one and sets its arguments.
-        legacy: {key of a former argument: the part that has it now}. A config that sets the key
-            means that part, with the other arguments of this one.
+        legacy: {key of a former argument: part that has it now}. A config with the key means that
+            part, with the other arguments of this one.
 
     Attributes:
-        parameters: those of a class by name, with those of its base if ``**kwargs`` passes them on.
-        defaults: {argument that a config sets: default}, of a part its name.
+        parameters: by name; with those of a base class if ``**kwargs`` passes them on.
+        defaults: {argument with a key: default}, for a part its name.
     """
 
     def __init__(
@@ -70,7 +67,7 @@ class Part:
         """Return {argument: value} of the keys in MODEL.ATSS.
 
         Raises:
-            UserError: if the part's group contains another key.
+            UserError: for an unknown key in the part's group.
         """
         values = {x: lookup_key(node, key) for x, key in self.keys.items()}
         settable = [x for x in self.parameters if x not in self.injected]
@@ -89,7 +86,7 @@ class Part:
         """Return {argument: (its registry, MODEL.ATSS that names it)} of arguments that are parts.
 
         Raises:
-            UserError: if a name is neither a part nor an overlay, or is this part's own.
+            UserError: if a name is neither a part nor an overlay, or that of this part.
         """
         found, values = {}, self.defaults | self.arguments(node)
         for argument, kind in self.parts.items():
@@ -117,10 +114,7 @@ class Part:
         return found
 
     def build(self, node: CfgNode, injected: Mapping[str, Any], label: str = "") -> Any:
-        """Build a class with its arguments in MODEL.ATSS and the injected ones; return a function.
-
-        Args:
-            label: key and name of the part, for messages.
+        """Build a class; return a function. ``label`` is the part's key and name, for messages.
 
         Raises:
             UserError: naming the key of a wrong argument.
@@ -156,12 +150,11 @@ class Registry:
 
     Args:
         key: names the part.
-        injected: parameters that the builder passes, so that they have no keys.
-        group: node of the parts' arguments; by default the plural of the key.
+        injected: see :class:`Part`.
+        group: node of the arguments; by default the plural of the key.
         optional: whether the key may be "", for no part.
-        several: whether the key may name several parts that act together, as in "giou + dfl".
-        removed: {name of a part of older versions: page with its code}. Its arguments in the config
-            of a finished run are ignored.
+        several: whether the key may name several parts, as in "giou + dfl".
+        removed: {former part: page with its code}, whose arguments are ignored.
     """
 
     def __init__(
@@ -188,14 +181,14 @@ class Registry:
         return self.entries[name].target
 
     def register(self, target: Callable | None = None, *, name: str = "", **options: Any) -> Any:
-        """Register a function or class; as a decorator, with or without parentheses, or called.
+        """Register a function or class, also as a decorator with or without parentheses.
 
         Args:
             name: by default the target's.
             options: ``keys``, ``parts`` and ``legacy`` of :class:`Part`.
 
         Raises:
-            UserError: if the name is registered, or a function has arguments that a config sets.
+            UserError: for a registered name, or a function with arguments.
         """
         if target is None:
             return lambda x: self.register(x, name=name, **options)
@@ -221,7 +214,7 @@ class Registry:
         """Add the keys of all parts to MODEL.ATSS, which has the shared keys.
 
         Args:
-            default: name of the default part; None if only arguments of other parts name this kind.
+            default: the default part; None for a kind that only arguments of parts name.
 
         Raises:
             ValueError: if a shared key has another default.
@@ -244,17 +237,14 @@ class Registry:
                 group[name] = own_keys
 
     def name_of(self, part: Any) -> str:
-        """Return the name of a part that is a default; "" for None."""
+        """Return the name of a part; "" for None."""
         if part is None or isinstance(part, str):
             return part or ""
         return next(name for name, x in self.entries.items() if x.target in (part, type(part)))
 
     def build(self, node: CfgNode, key: str = "", **injected: Any) -> Any:
-        """Build the part that MODEL.ATSS names: None for "", {name: part} if it may name several.
-
-        Args:
-            key: names the part, if it is not the key of the registry.
-        """
+        """Build the part that MODEL.ATSS names, by default with the registry's key: None for "",
+        {name: part} if it may name several."""
         key, built = key or self.key, {}
         for name in self._names(node, key):
             source, part = self._follow_legacy(node, name)
@@ -269,7 +259,7 @@ class Registry:
                 yield from kind.chosen(inner)
 
     def all_keys(self) -> set[str]:
-        """Return the keys below MODEL.ATSS of these parts and of their arguments."""
+        """Return the keys of these parts and of their arguments."""
         shared = (key for part in self.entries.values() for key in part.keys.values())
         return {self.key, self.group, *shared}
 
@@ -294,8 +284,7 @@ class Registry:
         return names
 
     def _follow_legacy(self, node: CfgNode, name: str) -> tuple[CfgNode, Part]:
-        """Return MODEL.ATSS and the part of a name; if it sets a legacy key, a copy and the part
-        that has the key now."""
+        """Return MODEL.ATSS and the part of a name; for a legacy key, a copy and its new part."""
         group = node.get(self.group, {})
         values = group.get(name, {})
         for argument, other in self.entries[name].legacy.items():
@@ -339,7 +328,7 @@ def overlay(node: CfgNode, name: str) -> CfgNode:
     """Return a copy of MODEL.ATSS with the values of MODEL.ATSS.BRANCH.<name>.
 
     Raises:
-        UserError: if the overlay does not exist, or has a key that MODEL.ATSS has not.
+        UserError: for an unknown overlay or key.
     """
     if name not in node.BRANCH:
         raise UserError(f"unknown {NODE}.BRANCH {name!r}: choose from {sorted(node.BRANCH)}")

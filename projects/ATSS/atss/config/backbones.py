@@ -37,8 +37,8 @@ def build_atss_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a timm model that returns feature maps, with the same FPN. It begins with the weights
-    of MODEL.TIMM, unless MODEL.WEIGHTS is set."""
+    """Build a timm model with the same FPN, and with the weights of MODEL.TIMM unless
+    MODEL.WEIGHTS is set."""
     node, levels = cfg.MODEL.TIMM, cfg.MODEL.FPN.IN_FEATURES
     wrong = [x for x in levels if not re.fullmatch(r"s\d+", x)]
     if wrong:

@@ -30,8 +30,8 @@ def build_branches(cfg: CfgNode, injected: Mapping[str, Any]) -> dict[str, Branc
     """Build the branch of the plain keys, "main", and those of MODEL.ATSS.BRANCHES.
 
     Args:
-        injected: values that parts receive by the name of a parameter. Without "in_channels", which
-            only a backbone gives, a branch's own head is a placeholder.
+        injected: values for parameters of parts. Without "in_channels", which only a backbone has,
+            a branch's own head is a placeholder.
 
     Raises:
         UserError: naming the branch or the key.
@@ -86,11 +86,7 @@ def build_branches(cfg: CfgNode, injected: Mapping[str, Any]) -> dict[str, Branc
 def _build_branch(
     node: CfgNode, injected: Mapping[str, Any], own_keys: Collection[str] = ()
 ) -> Branch:
-    """Build a branch.
-
-    Args:
-        node: MODEL.ATSS, or an overlay that sets ``own_keys``.
-    """
+    """Build the branch of MODEL.ATSS, or of an overlay that sets ``own_keys``."""
     last = _build_phase(node, injected, own_keys)
     injected = {**injected, "level_weight": last.criterion.level_weight}
     phases = []
@@ -144,13 +140,7 @@ def _build_phase(
 
 
 def build_criterion(node: CfgNode, injected: Mapping[str, Any]) -> Criterion:
-    """Build the losses.
-
-    Args:
-        node: MODEL.ATSS, or an overlay of it.
-        injected: values that parts receive by the name of a parameter; with "level_weight", to
-            share that of another criterion.
-    """
+    """Build the losses of MODEL.ATSS or an overlay. An injected "level_weight" is shared."""
     return modeling.CRITERION.build(node, injected)
 
 
@@ -161,10 +151,10 @@ def _training_keys() -> set[str]:
 
 
 def _overlay(node: CfgNode, name: str, allowed: Collection[str], user: str) -> CfgNode:
-    """Return MODEL.ATSS with the values of MODEL.ATSS.BRANCH.<name>.
+    """Return :func:`overlay`.
 
     Raises:
-        UserError: for a key that is not allowed, because its user would ignore it.
+        UserError: for a key that is not allowed, because the branch or phase would ignore it.
     """
     over = overlay(node, name)
     for key in node.BRANCH[name]:
@@ -183,8 +173,8 @@ def kinds() -> list[Registry]:
 
 
 def prune(cfg: CfgNode) -> None:
-    """Delete, in place, the arguments of all parts that the config does not name: the config.yaml
-    of a run loads without the imports that registered them."""
+    """Delete, in place, the arguments of parts that the config does not name. The config.yaml of a
+    run then loads without the imports that registered them."""
     node = cfg.MODEL.ATSS
     nodes = [node, *(overlay(node, name) for name in node.BRANCH)]
     chosen = {(kind.group, name) for x in nodes for kind, name in _chosen(x)}
@@ -204,9 +194,8 @@ def _chosen(node: CfgNode) -> Iterator[tuple[Registry, str]]:
 
 
 def for_inference(cfg: CfgNode) -> CfgNode:
-    """Return a copy with the defaults of all keys that only training reads (rules, criteria,
-    phases) and without branches that do not detect. A model then detects without the import that
-    registered its rule."""
+    """Return a copy with default rules, criteria and phases, and the detecting branch only. A model
+    then detects without the import that registered its rule."""
     cfg, fresh = cfg.clone(), get_cfg()
     add_atss_config(fresh)
     cfg.defrost()
@@ -228,11 +217,10 @@ def for_inference(cfg: CfgNode) -> CfgNode:
 
 
 def check_groups(node: CfgNode) -> None:
-    """Check, in MODEL.ATSS and its overlays, that groups of arguments belong to registered parts,
-    and that no legacy key is set beside the name of the part that has it now.
+    """Check MODEL.ATSS and its overlays.
 
     Raises:
-        UserError: naming the group.
+        UserError: for arguments of an unknown part, or a legacy key whose new part is named.
     """
     overlays = {f"BRANCH.{name}.": x for name, x in node.BRANCH.items() if isinstance(x, CfgNode)}
     for where, values in {"": node, **overlays}.items():

@@ -1,7 +1,4 @@
-"""Builds a model, its parts, and what tools need of them, from a config.
-
-Each factory is in Detectron2's registry under the name of what it builds, for ``build_model(cfg)``.
-"""
+"""Builds a model or single parts from a config. Detectron2's registries contain the factories."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,7 +78,7 @@ def _injected(
     """Return the values that parts receive by the name of a parameter.
 
     Raises:
-        UserError: if the levels have different numbers of channels.
+        UserError: if levels differ in channels.
     """
     channels = {shape.channels for shape in input_shape}
     if len(channels) > 1:
@@ -109,7 +106,7 @@ def build_postprocess(cfg: CfgNode) -> PostProcessor:
 
 
 def build_levels(cfg: CfgNode) -> tuple[Backbone, list[ShapeSpec]]:
-    """Build the backbone; return it and the shapes of the levels in MODEL.ATSS.IN_FEATURES."""
+    """Return the backbone and the shapes of its levels MODEL.ATSS.IN_FEATURES."""
     node = cfg.MODEL.ATSS
     lookup(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
     with building("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME):
@@ -162,11 +159,11 @@ def GridAnchorGenerator(cfg: CfgNode, input_shape: list[ShapeSpec]) -> anchors.G
 
 
 def build_box_coder(cfg: CfgNode, num_anchors: int) -> BoxCode:
-    """Build the box code that MODEL.ATSS.REGRESSION names.
+    """Build the box code.
 
     Raises:
-        UserError: for an unknown name, or a code that ignores the shape of an anchor, if a location
-            has several anchors: all would have the same targets.
+        UserError: also if it ignores the shape of an anchor and a location has several anchors,
+            which would have equal targets.
     """
     node = cfg.MODEL.ATSS
     code = modeling.BOX_CODES.build(node)
@@ -180,15 +177,12 @@ def build_box_coder(cfg: CfgNode, num_anchors: int) -> BoxCode:
 
 
 def build_assigner(cfg: CfgNode) -> Assigner:
-    """Build the rule that MODEL.ATSS.ASSIGNER names."""
+    """Build the rule."""
     return ASSIGNER_REGISTRY.build(cfg.MODEL.ATSS, num_levels=len(cfg.MODEL.ATSS.IN_FEATURES))
 
 
 def check_model(cfg: CfgNode, training: bool) -> None:
-    """Check the keys below MODEL.ATSS, without weights: unused keys and all parts but the network.
-
-    Args:
-        training: False for inference alone.
+    """Check unused keys and all parts but the network, without allocating weights.
 
     Raises:
         UserError: naming the key.
@@ -217,11 +211,7 @@ def check_model(cfg: CfgNode, training: bool) -> None:
 
 
 def build_tta(cfg: CfgNode, model: nn.Module) -> ATSSWithTTA:
-    """Build multi-scale testing from TEST.AUG and MODEL.ATSS.TTA.
-
-    Raises:
-        UserError: naming the key.
-    """
+    """Build multi-scale testing from TEST.AUG and MODEL.ATSS.TTA."""
     return ATSSWithTTA(
         model,
         plain=(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
@@ -234,7 +224,7 @@ def build_tta(cfg: CfgNode, model: nn.Module) -> ATSSWithTTA:
 
 
 def build_views(cfg: CfgNode) -> list[tuple[int, int, float, float]]:
-    """Return short side, longest side, minimum and maximum box size of each view but the plain one.
+    """Return (short side, longest side, min box size, max box size) of each view but the plain one.
 
     Raises:
         UserError: if sizes and ranges differ in number.
@@ -254,11 +244,7 @@ def build_views(cfg: CfgNode) -> list[tuple[int, int, float, float]]:
 
 
 def build_merge(cfg: CfgNode) -> Callable[..., ScoredBoxes]:
-    """Build the suppression that MODEL.ATSS.TTA.MERGE names.
-
-    Raises:
-        UserError: for an unknown name.
-    """
+    """Build the suppression that merges the boxes of views."""
     node = cfg.MODEL.ATSS
     check_range("MODEL.ATSS.TTA.MAX_DETECTIONS", node.TTA.MAX_DETECTIONS, 1)
     return modeling.SUPPRESSIONS.build(node, "TTA.MERGE")
@@ -285,11 +271,7 @@ class Sampling:
 
 
 def build_sampling(cfg: CfgNode) -> Sampling:
-    """Build anchors and rule of a config.
-
-    Raises:
-        UserError: naming the key.
-    """
+    """Build anchors and rule of a config."""
     check_values(cfg)
     with torch.device("meta"):  # shapes without weights
         built, shapes = build_levels(cfg)

@@ -34,7 +34,7 @@ CHOICES = {
 
 
 def check_values(cfg: CfgNode, limits: Mapping[str, tuple[float, float]] = LIMITS) -> None:
-    """Check that numbers are within their limits and names within their choices.
+    """Check limits of numbers and choices of names.
 
     Raises:
         UserError: naming the key.
@@ -48,11 +48,7 @@ def check_values(cfg: CfgNode, limits: Mapping[str, tuple[float, float]] = LIMIT
 
 @contextmanager
 def rename_errors(**keys: str) -> Iterator[None]:
-    """Replace the argument in a WrongValue by its key.
-
-    Args:
-        keys: {argument: key}.
-    """
+    """Replace the argument in a WrongValue by its key; ``keys`` is {argument: key}."""
     try:
         yield
     except WrongValue as error:
@@ -61,7 +57,7 @@ def rename_errors(**keys: str) -> Iterator[None]:
 
 
 def lookup(entries: Mapping[str, Any] | Iterable[tuple[str, Any]], name: str, key: str) -> Any:
-    """Return the entry of a dictionary or registry that a config key names.
+    """Return the entry that a config key names.
 
     Raises:
         UserError: naming the key and the choices.
@@ -75,7 +71,7 @@ def lookup(entries: Mapping[str, Any] | Iterable[tuple[str, Any]], name: str, ke
 
 @contextmanager
 def building(key: str, name: str) -> Iterator[None]:
-    """Replace an error while a part is built by one that names the key of the part."""
+    """Add key and name of a part to an error in building it."""
     try:
         yield
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:

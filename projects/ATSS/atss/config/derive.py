@@ -1,6 +1,6 @@
-"""Values that a config leaves to the data, the epochs or the backbone: classes, iterations, pixels.
+"""Values that a config leaves to data, epochs or backbone: classes, iterations, pixels.
 
-Functions named ``complete_*`` and ``set_*`` change the config in place.
+``complete_*`` and ``set_*`` change the config in place.
 """
 
 import math
@@ -26,10 +26,10 @@ EPOCHS = {
 
 
 def resolve_num_classes(cfg: CfgNode) -> int:
-    """Return MODEL.ATSS.NUM_CLASSES, or the number of classes of the data sets if it is -1.
+    """Return MODEL.ATSS.NUM_CLASSES; if it is -1, the number of classes of the data sets.
 
     Raises:
-        UserError: if the config and the data sets differ, or none of them has a number.
+        UserError: if config and data sets differ, or none has a number.
     """
     number = cfg.MODEL.ATSS.NUM_CLASSES
     names = list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
@@ -61,13 +61,13 @@ def resolve_num_classes(cfg: CfgNode) -> int:
 
 
 def set_num_classes(cfg: CfgNode) -> None:
-    """Set the number of classes as :func:`resolve_num_classes` returns it."""
+    """Set MODEL.ATSS.NUM_CLASSES by :func:`resolve_num_classes`."""
     cfg.MODEL.ATSS.NUM_CLASSES = resolve_num_classes(cfg)
 
 
 def complete_classes(cfg: CfgNode, training: bool = True) -> None:
-    """Set number, names and ids of the classes, and the order of classes of all data sets. The
-    names are those of the data sets, or, without training, those of the config of a finished run.
+    """Set number, names and ids of the classes, and their order in all data sets. Without training,
+    the names in the config of a finished run precede those of the data sets.
 
     Raises:
         UserError: as :func:`resolve_num_classes`, or if data sets have different classes.
@@ -83,8 +83,8 @@ def complete_classes(cfg: CfgNode, training: bool = True) -> None:
 
 
 def follow_classes(cfg: CfgNode) -> None:
-    """Number the classes of the config's data sets as MODEL.ATSS.CLASS_NAMES does. Each process
-    must call this after it has registered the data sets.
+    """Number the classes of the data sets as MODEL.ATSS.CLASS_NAMES, in each process after it has
+    registered them.
 
     Raises:
         UserError: if a data set has other classes.
@@ -116,10 +116,10 @@ def complete_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
     """Set the iterations of SOLVER.EPOCHS, SOLVER.CHECKPOINT_EPOCHS and TEST.EVAL_EPOCHS.
 
     Args:
-        given: keys of the command line: iterations among them precede epochs of a file.
+        given: keys of the command line, whose iterations precede epochs of a file.
 
     Raises:
-        UserError: if a number of epochs is negative or infinite.
+        UserError: for negative or infinite epochs.
     """
     solver, test = cfg.SOLVER, cfg.TEST
     for iterations, epochs in EPOCHS.items():
@@ -148,13 +148,12 @@ def complete_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
 def enter_schedule(cfg: CfgNode, done: int, seen: int) -> int:
     """Return the iteration at which a run continues with another batch size.
 
-    With SOLVER.EPOCHS, or if the number of processes scales iterations
-    (SOLVER.REFERENCE_WORLD_SIZE), iterations are counted in the new batches from there on, and the
-    images that remain of the epochs give the remaining iterations. Without, SOLVER.MAX_ITER stays.
+    With SOLVER.REFERENCE_WORLD_SIZE it is ``seen`` in new batches. With SOLVER.EPOCHS, the images
+    that remain of the epochs give the remaining iterations. Otherwise it is ``done``.
 
     Args:
         cfg: of a whole run with the new batch size.
-        done, seen: iterations and images until now.
+        done, seen: iterations and images so far.
     """
     solver = cfg.SOLVER
     if solver.REFERENCE_WORLD_SIZE:
@@ -172,15 +171,11 @@ def enter_schedule(cfg: CfgNode, done: int, seen: int) -> int:
 
 
 def complete_pixels(cfg: CfgNode, given: Collection[str] = ()) -> None:
-    """Set order, mean and standard deviation of the channels to those of the timm backbone, if
+    """Set order, mean and deviation of the channels to those of the timm backbone, if
     MODEL.TIMM.PIXELS is True.
 
-    Args:
-        given: keys of the command line, which must not be overwritten silently.
-
     Raises:
-        UserError: as :func:`~atss.modeling.timm_backbone.pixels_of`, or if ``given`` sets other
-            values.
+        UserError: if keys of the command line (``given``) have other values.
     """
     if _fills_pixels(cfg):
         if {"INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"} & set(given):
@@ -189,11 +184,7 @@ def complete_pixels(cfg: CfgNode, given: Collection[str] = ()) -> None:
 
 
 def check_pixels(cfg: CfgNode) -> None:
-    """Check that the values for a timm backbone have been set: wrong ones only lower the AP.
-
-    Raises:
-        UserError: naming the keys.
-    """
+    """Raise UserError if a timm backbone gets other pixel values, which would only lower the AP."""
     pixels = cfg.INPUT.FORMAT, list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)
     if _fills_pixels(cfg) and pixels != (target := pixels_of(cfg.MODEL.TIMM.NAME)):
         raise UserError(

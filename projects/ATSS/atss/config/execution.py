@@ -20,8 +20,7 @@ def use_available_device(cfg: CfgNode) -> bool:
 
 
 def one_image_at_a_time(cfg: CfgNode) -> CfgNode:
-    """Return a copy for the evaluation of a model that accepts one image, as test-time augmentation
-    does."""
+    """Return a copy for models that accept one image, as with test-time augmentation."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.ATSS.IMS_PER_BATCH_TEST = 1
@@ -29,11 +28,7 @@ def one_image_at_a_time(cfg: CfgNode) -> CfgNode:
 
 
 def images_per_test_batch(cfg: CfgNode) -> int:
-    """Return the number of images that each process evaluates at a time.
-
-    Raises:
-        UserError: if it is less than 1.
-    """
+    """Return the number of images that each process evaluates at a time."""
     check_range("MODEL.ATSS.IMS_PER_BATCH_TEST", cfg.MODEL.ATSS.IMS_PER_BATCH_TEST, 1)
     return cfg.MODEL.ATSS.IMS_PER_BATCH_TEST
 
@@ -61,11 +56,7 @@ def _fast_at_bf16(on_gpu: bool) -> bool:
 
 
 def compiled_parts(cfg: CfgNode) -> str | None:
-    """Return MODEL.ATSS.COMPILE: "tail", "all" or None.
-
-    Raises:
-        UserError: for any other value.
-    """
+    """Return MODEL.ATSS.COMPILE: "tail", "all" or None."""
     value = cfg.MODEL.ATSS.COMPILE
     if isinstance(value, bool):  # in configs up to 0.2
         return "all" if value else None
@@ -75,11 +66,10 @@ def compiled_parts(cfg: CfgNode) -> str | None:
 
 def compile_in_place(model: ATSSDetector, parts: str) -> None:
     """Compile parts of a model with torch.compile, when they are first called. Names of parameters
-    do not change. If torch.compile fails altogether, for example without a C++ compiler, log a
-    warning and leave the model uncompiled.
+    do not change. If torch.compile fails, for example without a C++ compiler, log a warning.
 
     Args:
-        parts: "tail" for decoding, assignment and criterion; "all" for backbone and heads too.
+        parts: "tail" (decoding, assignment, criterion) or "all" (backbone and heads too).
     """
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=model.device))

@@ -22,11 +22,10 @@ LEGACY_ARGUMENTS = ("MODEL.ATSS.ASSIGNERS.ATSS.ALPHA", "MODEL.ATSS.ASSIGNERS.Top
 
 
 def load_config(*files: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
-    """Return Detectron2's and this project's defaults, overridden by files and options in order,
-    with the pixel values of a timm backbone.
+    """Return the defaults, overridden by files, options and the pixel values of a timm backbone.
 
     Args:
-        files: paths, or names in the model zoo; see :func:`find_config`.
+        files: paths or names; see :func:`find_config`.
         opts: keys and values in turn.
 
     Raises:
@@ -48,7 +47,7 @@ def load_config(*files: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
 
 
 def config_folder() -> Path:
-    """Return the folder of this project's configs: of a wheel in the package, else beside it."""
+    """Return the folder of the configs: in an installed package, else in the checkout."""
     package = Path(__file__).resolve().parents[1]
     folders = [folder / "configs" for folder in (package, *package.parents[2:3])]
     for folder in folders:
@@ -58,7 +57,7 @@ def config_folder() -> Path:
 
 
 def config_names() -> list[str]:
-    """Return the names of all yaml configs, such as "ATSS_R_50_FPN_1x" or "tables/atss_k3"."""
+    """Return the names of all yaml configs."""
     root = config_folder()
     return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml"))
 
@@ -79,19 +78,15 @@ def get_config_file(name: str) -> str:
 
 
 def get_config(name: str) -> CfgNode:
-    """Load a config by its name, as in :func:`get_config_file`.
-
-    Raises:
-        UserError: for an unknown name, or the name of a recipe.
-    """
+    """Load a config by the name of :func:`get_config_file`, but no recipe."""
     return load_config(get_config_file(name))
 
 
 def find_config(name: str, folder: str = "") -> str:
-    """Return the path of a config: the file of that name, or else the config in the model zoo.
+    """Return the path of a file or, if it does not exist, of the config of that name.
 
     Args:
-        name: path, URL, or name as in :func:`get_config_file`.
+        name: path, URL, or name of :func:`get_config_file`.
         folder: base of relative paths.
     """
     if "://" in name:
@@ -103,11 +98,7 @@ def find_config(name: str, folder: str = "") -> str:
 
 
 def _merge_file(cfg: CfgNode, file: str, parents: tuple[str, ...] = ()) -> None:
-    """Merge a yaml file and its _BASE_ in place. Tags of Python objects raise an error.
-
-    Args:
-        parents: files that lead to this one by _BASE_.
-    """
+    """Merge a yaml file and its _BASE_ in place; ``parents`` lead to it by _BASE_."""
     real = os.path.realpath(file)
     if real in parents:
         raise UserError(f"config {file}: _BASE_ leads back to the file itself")
@@ -138,7 +129,7 @@ def _blame_file(cfg: CfgNode, file: str) -> Iterator[None]:
 
 
 def _rename_old_keys(node: Any) -> None:
-    """Rename the keys of RENAMED_KEYS below MODEL.ATSS, in place, also those of an overlay."""
+    """Rename the keys of RENAMED_KEYS below MODEL.ATSS and its overlays, in place."""
     if not isinstance(node, dict):
         return
     for old in RENAMED_KEYS.keys() & node.keys():
@@ -171,11 +162,7 @@ def _describe_recipe(file: str) -> str:
 
 
 def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
-    """Merge KEY VALUE pairs in place.
-
-    Raises:
-        UserError: naming the key.
-    """
+    """Merge KEY VALUE pairs in place."""
     if len(options) % 2:
         text = " ".join(map(str, options))
         raise UserError(f"options of the config must be pairs KEY VALUE, got {text!r}")

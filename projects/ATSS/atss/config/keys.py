@@ -1,8 +1,6 @@
 """Every config key of this project: meaning, unit, allowed values, source.
 
-The arguments of a part are keys with the names and defaults of its signature, such as
-MODEL.ATSS.ASSIGNERS.<name>.<ARGUMENT>. The arguments below are shared by several parts, or older
-than that scheme; their defaults must be those of the signature.
+Other arguments of a part are keys by its signature, such as MODEL.ATSS.ASSIGNERS.<name>.<ARGUMENT>.
 """
 
 from detectron2.config import CfgNode
@@ -19,8 +17,8 @@ RENAMED_KEYS = {
 
 
 def add_atss_config(cfg: CfgNode) -> None:
-    """Add MODEL.ATSS, MODEL.TIMM and keys of training to Detectron2's defaults. Detectron2's own
-    keys keep their values; configs/Base-ATSS.yaml sets them."""
+    """Add MODEL.ATSS, MODEL.TIMM and keys of training to Detectron2's defaults.
+    configs/Base-ATSS.yaml sets Detectron2's own keys."""
     # Optimizer: "SGD" or "AdamW".
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Learning rate of the backbone without its FPN, divided by SOLVER.BASE_LR.
