@@ -1,10 +1,14 @@
+import copy
+import pickle
 from dataclasses import dataclass
 
 import pytest
+from conftest import make_cfg
 from detectron2.config import CfgNode
 
-from atss.errors import check_range
-from atss.registry import Registry
+from atss import modeling
+from atss.errors import Checked, UserError, WrongValue, arg, check_range
+from atss.registry import Registry, lookup_key
 
 
 @dataclass(frozen=True)
@@ -216,3 +220,58 @@ def test_part_cannot_contain_itself():
     node.SHAPES.Twice.INNER = "Twice"
     with pytest.raises(ValueError, match=r"SHAPES\.Twice\.INNER 'Twice' is Twice itself"):
         kind.build(node)
+
+
+@dataclass(frozen=True)
+class Bounded(Checked):
+    share: float = arg(0.5, low=0, high=1)
+    side: str = arg("left", choices=("left", "right"))
+
+
+@dataclass(frozen=True)
+class Narrow(Bounded):
+    share: float = arg(0.2, low=0.1, high=0.3)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.side == "right":
+            raise ValueError("no right side")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share": 1.5}, r"share must be between 0 and 1, got 1\.5"),
+        ({"share": float("nan")}, "share must be between 0 and 1, got nan"),
+        ({"share": "half"}, "share must be between 0 and 1, got 'half'"),
+        ({"side": "up"}, r"side is 'up': choose from \['left', 'right'\]"),
+    ],
+)
+def test_bounds_are_checked_in_python_and_config(values, message):
+    with pytest.raises(WrongValue, match=f"^{message}$"):
+        Bounded(**values)
+    kind = Registry("SHAPE")
+    kind.register(Bounded)
+    node = node_of(kind, "Bounded")
+    assert kind.build(node) == Bounded()
+    ((argument, value),) = values.items()
+    node.SHAPES.Bounded[argument.upper()] = value
+    with pytest.raises(UserError, match=rf"^MODEL\.ATSS\.SHAPES\.Bounded\.{argument.upper()} "):
+        kind.build(node)
+
+
+def test_bounds_are_inherited_and_overridden():
+    assert Narrow().share == 0.2
+    for values in ({"share": 0.5}, {"side": "up"}, {"side": "right"}):
+        with pytest.raises(ValueError):  # noqa: PT011
+            Narrow(**values)
+    for copied in (copy.deepcopy(Narrow(0.25)), pickle.loads(pickle.dumps(Narrow(0.25)))):
+        assert copied == Narrow(0.25)
+
+
+@pytest.mark.parametrize("part", [modeling.CRITERION, modeling.POSTPROCESSOR])
+def test_defaults_in_python_are_those_of_the_keys(part):
+    node = make_cfg(config="ATSS_R_50_FPN_1x.yaml").MODEL.ATSS
+    shared = {x: lookup_key(node, key) for x, key in part.keys.items()}
+    # The default None of the box terms is GIoU; an injected argument has no default.
+    assert shared.items() - part.defaults.items() <= {("box_terms", "giou"), ("level_weight", "")}

@@ -96,17 +96,20 @@ MODULES = {
 }
 
 
-def renamed_names(module: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a module for its old names."""
+def renamed_names(module: str, new_module: str = "") -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module for its old names. Names that are not in NAMES come
+    from ``new_module``, if it is given."""
 
     def find(name: str) -> Any:
         old = f"{module}.{name}"
-        if old not in NAMES:
+        if old not in NAMES and not new_module:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        target, _, instead = NAMES[old].partition(" ")
-        warn(old, instead or target)
+        target, _, instead = NAMES.get(old, f"{new_module}.{name}").partition(" ")
         place, _, new = target.rpartition(".")
-        return getattr(importlib.import_module(place), new)
+        value = getattr(importlib.import_module(place), new)
+        if not name.startswith("__"):  # the import system reads those
+            warn(old, instead or target)
+        return value
 
     return find
 
@@ -118,8 +121,7 @@ def warn(name: str, instead: str) -> None:
 
 
 class OldModules(MetaPathFinder, Loader):
-    """Import hook for the modules of MODULES. Each name comes from NAMES or else from the new
-    module, with a warning."""
+    """Import hook for the modules of MODULES."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -130,16 +132,7 @@ class OldModules(MetaPathFinder, Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        old, new = module.__name__, MODULES[module.__name__]
-
-        def find(name: str) -> Any:
-            if f"{old}.{name}" in NAMES:
-                return renamed_names(old)(name)
-            value = getattr(importlib.import_module(new), name)
-            if not name.startswith("__"):  # the import system reads those
-                warn(f"{old}.{name}", f"{new}.{name}")
-            return value
-
+        find = renamed_names(module.__name__, MODULES[module.__name__])
         module.__getattr__ = find  # type: ignore[method-assign]
 
 
