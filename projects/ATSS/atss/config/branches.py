@@ -1,4 +1,4 @@
-"""Builds what is trained: branches, their phases, rules and criteria; prunes configs."""
+"""Builds branches with their phases, rules and criteria; prunes configs."""
 
 import math
 from collections.abc import Collection, Iterator, Mapping

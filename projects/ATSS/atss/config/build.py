@@ -17,8 +17,7 @@ from torch import nn
 from .. import anchors, modeling
 from ..assigners import ASSIGNER_REGISTRY
 from ..errors import UserError, check_range
-from ..modeling import detector, pretrained
-from ..modeling.backbone import freeze_unused
+from ..modeling import backbone, detector, pretrained
 from ..modeling.box_coding import BoxCode, LegacyPixels
 from ..modeling.detector import LEGACY_PIXELS_IN_TRAINING
 from ..modeling.postprocess import PostProcessor
@@ -124,7 +123,7 @@ def build_levels(cfg: CfgNode) -> tuple[Backbone, list[ShapeSpec]]:
             f"MODEL.ATSS.IN_FEATURES must name levels from fine to coarse, but {node.IN_FEATURES} "
             f"have strides {strides}"
         )
-    freeze_unused(built_backbone, node.IN_FEATURES)
+    backbone.freeze_unused(built_backbone, node.IN_FEATURES)
     return built_backbone, input_shape
 
 
