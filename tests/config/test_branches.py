@@ -1,4 +1,4 @@
-"""What a run says of itself, and who can read it."""
+"""The pruned config.yaml of a run, and where it loads."""
 
 import pytest
 import yaml
@@ -14,7 +14,7 @@ from atss.config import build_assigner, prune
 
 @pytest.fixture
 def register_mine():
-    """Registers a rule of a third party, and takes it away."""
+    """Yield a function that registers a rule of a third party; remove the rule afterwards."""
 
     def mine():
         @ASSIGNER_REGISTRY.register()
@@ -29,7 +29,7 @@ def register_mine():
         MetadataCatalog.remove("squares")
 
 
-def test_a_dump_holds_the_arguments_of_what_is_chosen(tmp_path):
+def test_dump_contains_arguments_of_named_parts_only(tmp_path):
     cfg = make_cfg()
     full = load_config(ROOT / "configs/ATSS_R_18_FPN_small.yaml")
     prune(cfg)
@@ -45,7 +45,7 @@ def test_a_dump_holds_the_arguments_of_what_is_chosen(tmp_path):
     assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
 
 
-def test_of_branches_too():
+def test_arguments_named_by_branches_stay():
     cfg = make_cfg("MODEL.ATSS.BRANCHES", ["points"])
     own = {"ASSIGNER": "SpatialScale", "PHASES": [["first", 9]]}
     cfg.MODEL.ATSS.BRANCH.points = type(cfg)(own)
@@ -55,7 +55,7 @@ def test_of_branches_too():
     build_model(cfg)
 
 
-def test_a_group_that_an_overlay_holds_stays():
+def test_group_that_an_overlay_sets_stays():
     cfg = make_cfg("MODEL.ATSS.BRANCHES", ["b"])
     own = {"CLS_LOSS": "focal", "CLS_LOSSES": {"focal": {"GAMMA": 1.0}}}
     cfg.MODEL.ATSS.BRANCH.b = type(cfg)(own)
@@ -64,8 +64,8 @@ def test_a_group_that_an_overlay_holds_stays():
 
 
 @pytest.mark.parametrize("chosen", [False, True])
-def test_third_parties_come_and_go(register_mine, squares, tmp_path, chosen):
-    """Registered and dumped, absent, present again."""
+def test_config_loads_without_an_unused_third_party_rule(register_mine, squares, tmp_path, chosen):
+    """The rule is registered for the dump, absent, registered again."""
     register_mine()
     opts = ["MODEL.ATSS.ASSIGNER", "Mine" if chosen else "ATSS", "DATASETS.TRAIN", "('squares',)"]
     opts += ["DATASETS.TEST", "('squares',)", "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu"]
@@ -84,7 +84,7 @@ def test_third_parties_come_and_go(register_mine, squares, tmp_path, chosen):
         way_in.prepare(arguments)
         return
     with pytest.raises(
-        ValueError, match=r"ASSIGNERS\.Mine is of no ASSIGNER: choose from \['ATSS'"
+        ValueError, match=r"unknown ASSIGNER MODEL\.ATSS\.ASSIGNERS\.Mine: choose from \['ATSS'"
     ):
         way_in.prepare(arguments)
     register_mine()

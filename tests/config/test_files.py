@@ -1,4 +1,4 @@
-"""Configs of finished runs: the rules of version 0.2, and the arguments that they had."""
+"""Configs of finished runs with the rules and arguments of version 0.2."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ FIRST = {"PHASES": [["first", 3]]}
 
 
 def load(tmp_path, alpha=None, **node):
-    """The config.yaml of a run of version 0.2.
+    """Write and load the config.yaml of a run of version 0.2.
 
     Args:
         alpha: of ATSS.
@@ -37,7 +37,7 @@ def load(tmp_path, alpha=None, **node):
 
 
 def build_rules(cfg):
-    """{branch: the rules of its phases}"""
+    """Return {branch: rules of its phases}."""
     check_model(cfg, training=True)
     known = {"num_levels": 5, "num_classes": 3, "code": build_box_coder(cfg, 1)}
     branches = build_branches(cfg, known)
@@ -78,7 +78,7 @@ def build_rules(cfg):
             },
             {"main": [ATSS(5, similarity=NWD()), DDOD(7, alpha=0.8)]},
         ),
-        (  # a phase of a branch has the branch's arguments
+        (  # a phase of a branch inherits its arguments
             {
                 "BRANCHES": ["box"],
                 "BRANCH": {
@@ -90,7 +90,7 @@ def build_rules(cfg):
         ),
     ],
 )
-def test_a_finished_run_has_its_rules(tmp_path, node, expected):
+def test_finished_run_keeps_its_rules(tmp_path, node, expected):
     cfg = load(tmp_path, **node)
     assert build_rules(cfg) == expected
     prune(cfg)
@@ -104,14 +104,14 @@ PAGE = r"choose from .*; docs/own_assigner.md has the code of TopK$"
 @pytest.mark.parametrize(
     ("node", "sentence"),
     [
-        ({"ASSIGNER": "TopK"}, f"MODEL.ATSS.ASSIGNER is 'TopK'; {PAGE}"),
+        ({"ASSIGNER": "TopK"}, f"unknown MODEL.ATSS.ASSIGNER 'TopK': {PAGE}"),
         (
             {"BRANCHES": ["box"], "BRANCH": {"box": {"ASSIGNER": "TopK"}}},
-            f"branch box: MODEL.ATSS.ASSIGNER is 'TopK'; {PAGE}",
+            f"branch box: unknown MODEL.ATSS.ASSIGNER 'TopK': {PAGE}",
         ),
         (
             {**FIRST, "BRANCH": {"first": {"ASSIGNER": "TopK"}}},
-            f"phase first: MODEL.ATSS.ASSIGNER is 'TopK'; {PAGE}",
+            f"phase first: unknown MODEL.ATSS.ASSIGNER 'TopK': {PAGE}",
         ),
         (
             {"ASSIGNER": "DDOD", "alpha": 0.7},
@@ -129,12 +129,12 @@ PAGE = r"choose from .*; docs/own_assigner.md has the code of TopK$"
         ({"alpha": 2.0}, "MODEL.ATSS.ASSIGNERS.DDOD.ALPHA must be between 0 and 1, got 2.0"),
     ],
 )
-def test_what_cannot_be_read_is_one_sentence(tmp_path, node, sentence):
+def test_unsupported_legacy_config_is_reported(tmp_path, node, sentence):
     with pytest.raises(ValueError, match=sentence):
         build_rules(load(tmp_path, **node))
 
 
-def test_a_rule_made_of_rules_has_them_too():
+def test_legacy_keys_of_a_rule_within_a_rule():
     @dataclass(frozen=True)
     class Same:
         first: object = "ATSS"
@@ -145,7 +145,9 @@ def test_a_rule_made_of_rules_has_them_too():
         cfg.MODEL.ATSS.ASSIGNERS.ATSS.ALPHA = 0.5
         assert build_assigner(cfg).first == DDOD(alpha=0.5)
         cfg.MODEL.ATSS.ASSIGNERS.Same = type(cfg)({"FIRST": "TopK"})
-        with pytest.raises(ValueError, match=f"ASSIGNERS.Same.FIRST is 'TopK'; {PAGE}"):
+        with pytest.raises(
+            ValueError, match=f"unknown MODEL.ATSS.ASSIGNERS.Same.FIRST 'TopK': {PAGE}"
+        ):
             build_assigner(cfg)
     finally:
         del ASSIGNER_REGISTRY.entries["Same"]
@@ -163,7 +165,7 @@ def test_the_command_line_sets_legacy_keys(tmp_path):
         build_rules(cfg)
 
 
-def test_a_run_of_topk_goes_on_with_the_code_of_the_page(tmp_path):
+def test_run_of_topk_continues_with_the_pages_code(tmp_path):
     cfg = load(tmp_path, ASSIGNER="TopK")
     with run_page("docs/own_assigner.md") as (names, _):
         (rule,) = build_rules(cfg)["main"]
@@ -171,7 +173,7 @@ def test_a_run_of_topk_goes_on_with_the_code_of_the_page(tmp_path):
     assert (rule.top_k, rule.similarity) == (9, IoU())
 
 
-def test_no_config_of_ours_has_a_legacy_key():
+def test_own_configs_have_no_legacy_key():
     cfg = get_config("successors/DDOD_R_50_FPN_1x")
     assert cfg.MODEL.ATSS.ASSIGNER == "DDOD"
     assert cfg.MODEL.ATSS.ASSIGNERS.ATSS == {"TOP_K": 9, "COUNT": "anchors", "SIMILARITY": "iou"}

@@ -182,11 +182,11 @@ def seen(model):
 @pytest.mark.parametrize(
     ("opts", "nested", "sentence"),
     [
-        (("MODEL.ATSS.BRANCHES", ["x"]), {}, r"MODEL.ATSS.BRANCH has no 'x'; it has \[\]"),
+        (("MODEL.ATSS.BRANCHES", ["x"]), {}, r"unknown MODEL.ATSS.BRANCH 'x': choose from \[\]"),
         (
             ("MODEL.ATSS.BRANCHES", ["x"]),
             {"BRANCH": {"x": {"ASIGNER": "ATSS"}}},
-            r"MODEL.ATSS.BRANCH.x.ASIGNER: there is no key MODEL.ATSS.ASIGNER",
+            r"unknown key MODEL.ATSS.BRANCH.x.ASIGNER: MODEL.ATSS has no ASIGNER",
         ),
         (
             ("MODEL.ATSS.BRANCHES", ["x"]),
@@ -196,35 +196,47 @@ def seen(model):
         (
             ("MODEL.ATSS.BRANCHES", ["x"]),
             {"BRANCH": {"x": {"ASSIGNMENT_OF": "y"}}},
-            r"branch x: MODEL.ATSS.ASSIGNMENT_OF is 'y'; the others are \['main'\]",
+            r"branch x: unknown MODEL.ATSS.ASSIGNMENT_OF 'y': choose from \['main'\]",
         ),
         (
             ("MODEL.ATSS.BRANCHES", ["x"]),
             {"BRANCH": {"x": {"REGRESSION": "point"}}},
-            "BRANCH.x.REGRESSION: a branch has none of its own; what it may have is",
+            "BRANCH.x.REGRESSION cannot be set for a branch: choose from",
         ),
         (
             ("MODEL.ATSS.PHASES", [["x", 3]]),
             {"BRANCH": {"x": {"OWN_HEAD": True}}},
-            "BRANCH.x.OWN_HEAD: a phase has none of its own",
+            "BRANCH.x.OWN_HEAD cannot be set for a phase",
         ),
-        (("MODEL.ATSS.PHASES", [["x", 1.0]]), {}, r"PHASES holds pairs .*, not \['x', 1.0\]"),
-        (("MODEL.ATSS.PHASES", ["x", 9]), {}, "PHASES holds pairs .*, not 'x'"),
-        (("MODEL.ATSS.PHASES", [["x", "9"]]), {}, r"PHASES holds pairs .*, not \['x', '9'\]"),
-        (("MODEL.ATSS.BRANCHES", ["update"]), {}, "BRANCHES holds 'update', which is no new"),
-        (("MODEL.ATSS.BRANCHES", [3]), {}, "BRANCHES holds 3, which is no new name"),
+        (
+            ("MODEL.ATSS.PHASES", [["x", 1.0]]),
+            {},
+            r"PHASES must contain pairs .*, got \['x', 1.0\]",
+        ),
+        (("MODEL.ATSS.PHASES", ["x", 9]), {}, "PHASES must contain pairs .*, got 'x'"),
+        (
+            ("MODEL.ATSS.PHASES", [["x", "9"]]),
+            {},
+            r"PHASES must contain pairs .*, got \['x', '9'\]",
+        ),
+        (("MODEL.ATSS.BRANCHES", ["update"]), {}, "BRANCHES: 'update' is not a name, or already"),
+        (("MODEL.ATSS.BRANCHES", [3]), {}, "BRANCHES: 3 is not a name"),
         (
             ("MODEL.ATSS.BRANCHES", ["x"]),
             {"BRANCH": {"x": 3}},
-            "MODEL.ATSS.BRANCH.x must hold keys of MODEL.ATSS, not 3",
+            "MODEL.ATSS.BRANCH.x must contain keys of MODEL.ATSS, got 3",
         ),
         (
             ("MODEL.ATSS.BRANCHES", ["x"]),
             {"BRANCH": {"x": {"ASSIGNERS": 3}}},
-            "BRANCH.x.ASSIGNERS must be as MODEL.ATSS.ASSIGNERS, not 3",
+            "BRANCH.x.ASSIGNERS must be as MODEL.ATSS.ASSIGNERS, got 3",
         ),
-        (("MODEL.ATSS.BRANCHES", ["main"]), {}, "BRANCHES holds 'main', which is no new name"),
-        (("MODEL.ATSS.INFERENCE", "x"), {}, r"INFERENCE is 'x'; the branches are \['main'\]"),
+        (("MODEL.ATSS.BRANCHES", ["main"]), {}, "BRANCHES: 'main' is not a name, or already"),
+        (
+            ("MODEL.ATSS.INFERENCE", "x"),
+            {},
+            r"unknown MODEL.ATSS.INFERENCE 'x': choose from \['main'\]",
+        ),
         (("MODEL.ATSS.DETACHED", True), {}, "detached features are for a head of"),
         (("MODEL.ATSS.OWN_HEAD", True), {}, "OWN_HEAD is for branches of MODEL.ATSS.BRANCHES"),
         (

@@ -156,7 +156,7 @@ def test_refuses_quality_from_what_is_no_distribution(bins):
 
 
 def test_refuses_boxes_that_do_not_count_from_the_anchor():
-    with pytest.raises(ValueError, match=r"ATSSHead does not work here: .*Corners"):
+    with pytest.raises(ValueError, match=r"ATSSHead cannot be used: .*Corners"):
         build_model(make_cfg("MODEL.ATSS.REGRESSION", "corners"))
 
 

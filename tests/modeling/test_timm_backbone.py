@@ -255,7 +255,9 @@ def test_pixels_are_timms():
 
 def test_other_pixels_are_refused():
     cfg = make_cfg("INPUT.FORMAT", "BGR", config=RECIPE)
-    with pytest.raises(ValueError, match=r"MODEL\.TIMM\.PIXELS wants INPUT\.FORMAT RGB, MODEL\.PI"):
+    with pytest.raises(
+        ValueError, match=r"MODEL\.TIMM\.PIXELS True requires INPUT\.FORMAT RGB, MODEL\.PI"
+    ):
         build_backbone(cfg)
     cfg.MODEL.TIMM.PIXELS = False
     build_backbone(cfg)
@@ -263,7 +265,7 @@ def test_other_pixels_are_refused():
 
 def test_maps_are_named_by_strides():
     cfg = make_cfg("MODEL.FPN.IN_FEATURES", ["res3", "s16"], config=RECIPE)
-    with pytest.raises(ValueError, match=r"names \['res3'\]; maps of timm are named by strides"):
+    with pytest.raises(ValueError, match=r"names \['res3'\]: name maps of timm by stride"):
         build_backbone(cfg)
 
 
@@ -381,6 +383,6 @@ def test_weights_of_a_detector_with_another_backbone_are_refused(tmp_path):
 
 
 def test_pixels_that_were_typed_are_not_overwritten():
-    with pytest.raises(ValueError, match=r"MODEL\.TIMM\.PIXELS wants INPUT\.FORMAT RGB"):
+    with pytest.raises(ValueError, match=r"MODEL\.TIMM\.PIXELS True requires INPUT\.FORMAT RGB"):
         load_config(f"configs/{RECIPE}", opts=["INPUT.FORMAT", "BGR"])
     load_config(f"configs/{RECIPE}", opts=["INPUT.FORMAT", "RGB"])

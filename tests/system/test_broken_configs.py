@@ -1,4 +1,4 @@
-"""Configs that cannot be: each stops train_net.py with the sentence of docs/broken_input.md."""
+"""Wrong configs: train_net.py stops with the messages of docs/broken_input.md."""
 
 import re
 import runpy
@@ -14,7 +14,7 @@ import atss.engine.run as way_in
 from atss import load_config
 
 SENTENCES = table("Configs")
-# What is broken: changes on the command line, or the text of a yaml file.
+# {fault: options of the command line, or text of a yaml file}
 ATSS = "MODEL.ATSS."
 CASES = {
     "unknown rule": [ATSS + "ASSIGNER", "NoSuchRule"],
@@ -22,15 +22,23 @@ CASES = {
     "misspelt rule in a yaml": "MODEL: {ATSS: {ASSIGNERS: {ATTS: {TOP_K: 5}}}}",
     "misspelt argument of a rule": "MODEL: {ATSS: {ASSIGNERS: {ATSS: {TOPK: 5}}}}",
     "ATSS's `ALPHA` beside DDOD": [
-        *(ATSS + "ASSIGNER", "DDOD", ATSS + "ASSIGNERS.ATSS.ALPHA", "0.5"),
+        ATSS + "ASSIGNER",
+        "DDOD",
+        ATSS + "ASSIGNERS.ATSS.ALPHA",
+        "0.5",
     ],
     "k of 0": [ATSS + "ASSIGNERS.ATSS.TOP_K", "0"],
     "falling ranges of levels": [
-        *(ATSS + "ASSIGNER", "SpatialScale"),
-        *(ATSS + "ASSIGNERS.SpatialScale.RANGES", "(64, 32, 16, 8)"),
+        ATSS + "ASSIGNER",
+        "SpatialScale",
+        ATSS + "ASSIGNERS.SpatialScale.RANGES",
+        "(64, 32, 16, 8)",
     ],
     "ranges for other levels": [
-        *(ATSS + "ASSIGNER", "SpatialScale", ATSS + "IN_FEATURES", "['p3', 'p4']"),
+        ATSS + "ASSIGNER",
+        "SpatialScale",
+        ATSS + "IN_FEATURES",
+        "['p3', 'p4']",
     ],
     "level that the backbone does not make": [ATSS + "IN_FEATURES", "['p2', 'p3']"],
     "levels from coarse to fine": [ATSS + "IN_FEATURES", "['p4', 'p3']"],
@@ -48,14 +56,19 @@ CASES = {
     "soft class targets under the focal loss": [ATSS + "CLS_TARGET", "overlap"],
     "unknown box loss": [ATSS + "BBOX_REG_LOSS_TYPE", "diou"],
     "points with several anchors": [
-        *(ATSS + "REGRESSION", "point", ATSS + "ANCHOR_SCALES", "[4.0, 8.0]"),
+        ATSS + "REGRESSION",
+        "point",
+        ATSS + "ANCHOR_SCALES",
+        "[4.0, 8.0]",
     ],
     "smooth L1 on points": [ATSS + "REGRESSION", "point", ATSS + "BBOX_REG_LOSS_TYPE", "smooth_l1"],
     "distribution focal loss of deltas": [ATSS + "BBOX_REG_LOSS_TYPE", "giou + dfl"],
     "quality from no distribution": [ATSS + "CENTERNESS", "distribution"],
     "distributions without a distance": [
-        *(ATSS + "REGRESSION", "distribution"),
-        *(ATSS + "REGRESSIONS.distribution.REG_MAX", "0"),
+        ATSS + "REGRESSION",
+        "distribution",
+        ATSS + "REGRESSIONS.distribution.REG_MAX",
+        "0",
     ],
     "negative anchor": [ATSS + "ANCHOR_SCALES", "[-8.0]"],
     "no anchor": [ATSS + "ANCHOR_RATIOS", "[]"],
@@ -101,7 +114,7 @@ CASES = {
 }
 
 
-# The arguments of tools besides --config-file.
+# Arguments of each tool besides --config-file.
 DOORS = {
     "assignment_statistics": ["--annotations", "{labels}"],
     "benchmark": ["data"],
@@ -114,21 +127,21 @@ DOORS = {
 
 @pytest.fixture
 def data(squares):
-    """The options that register the squares, for the time of a test."""
+    """Yield the options that register the squares; remove them after the test."""
     yield ["--register", f"squares={squares}/annotations.json:{squares}/images"]
     if "squares" in DatasetCatalog:
         DatasetCatalog.remove("squares")
         MetadataCatalog.remove("squares")
 
 
-def test_the_page_lists_the_cases():
+def test_page_lists_all_cases():
     assert list(SENTENCES) == list(CASES)
 
 
-@pytest.mark.parametrize("what", CASES)
-def test_one_sentence(what, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fault", CASES)
+def test_message_is_that_of_the_page(fault, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    broken, file = CASES[what], tmp_path / "broken.yaml"
+    broken, file = CASES[fault], tmp_path / "broken.yaml"
     (tmp_path / "base.yaml").write_text("SEED: 1\nSEED: 2\n")
     if broken is not None:
         base = f"_BASE_: {ROOT}/configs/ATSS_R_18_FPN_small.yaml\n"
@@ -142,21 +155,21 @@ def test_one_sentence(what, data, tmp_path, monkeypatch):
     argv = ["--config-file", str(file), *data, *changes[:flags], *options, *changes[flags:]]
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         build_model(way_in.prepare(way_in.make_parser().parse_args(argv)))
-    assert is_said(SENTENCES[what], str(caught.value)), str(caught.value)
+    assert is_said(SENTENCES[fault], str(caught.value)), str(caught.value)
     assert not (tmp_path / "exploded").exists()
 
 
 @pytest.mark.parametrize("config", ["fine_tune", ROOT / "configs" / "fine_tune.yaml"])
 @pytest.mark.parametrize("tool", DOORS)
-def test_every_tool_refuses_a_part_of_a_config(tool, config, squares, monkeypatch, capsys):
+def test_every_tool_refuses_a_recipe_alone(tool, config, squares, monkeypatch, capsys):
     labels, images = squares / "annotations.json", squares / "images"
     argv = [str(x).format(labels=labels, images=images) for x in DOORS[tool]]
     monkeypatch.setattr(sys, "argv", [tool, *argv, "--config-file", str(config)])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
-    sentence = r"error: config \S*fine_tune\S* is a part of a config: it sets no MODEL\.META_ARCH"
+    sentence = r"error: config \S*fine_tune\S* is a recipe and sets no MODEL\.META_ARCH"
     assert re.search(sentence, f"{stop.value}{capsys.readouterr().err}")
 
 
-def test_a_whole_number_will_do_for_a_float():
+def test_integer_is_accepted_for_a_float():
     assert load_config(opts=["SOLVER.EPOCHS", "12", "SOLVER.BASE_LR", 1]).SOLVER.EPOCHS == 12.0

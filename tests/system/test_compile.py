@@ -21,7 +21,7 @@ def build(options, config=""):
 
 
 def make_batch(hw, *counts):
-    """An image with so many objects for each count, side by side along the diagonal."""
+    """Return an image per count, with that many objects along the diagonal."""
     batch = []
     for count in counts:
         side = torch.linspace(0.0, 0.7, count)[:, None] * torch.tensor([hw[1], hw[0]])
@@ -31,7 +31,7 @@ def make_batch(hw, *counts):
 
 
 def step(model, batch):
-    """Losses and gradients by name."""
+    """Return losses and gradients by name."""
     model.zero_grad()
     losses = model(batch)
     sum(losses.values()).backward()
@@ -40,7 +40,7 @@ def step(model, batch):
 
 
 def assert_near(found, expected):
-    """Relative errors of losses, and of gradients by their norms."""
+    """Compare losses by relative error, gradients by the norm of their difference."""
     (losses, grads), (plain, plain_grads) = found, expected
     for name, loss in plain.items():
         torch.testing.assert_close(losses[name], loss, rtol=1e-4, atol=0)
@@ -51,7 +51,7 @@ def assert_near(found, expected):
 
 @pytest.fixture
 def traced(monkeypatch):
-    """Graphs that torch.compile makes of the tail; they run operator by operator."""
+    """Yield the graphs that torch.compile captures of the tail; they run uncompiled."""
     graphs = []
 
     def record(graph, inputs):
@@ -65,8 +65,8 @@ def traced(monkeypatch):
     detector._compile.cache_clear()
 
 
-def test_tail_is_one_graph_for_all_canvases_and_objects(traced):
-    model = build({**TINY, "MODEL.ATSS.ASSIGNERS.ATSS.TOP_K": 2})  # in half the time
+def test_tail_is_one_graph_for_all_image_sizes_and_objects(traced):
+    model = build({**TINY, "MODEL.ATSS.ASSIGNERS.ATSS.TOP_K": 2})  # halves the time
     for hw, counts in [((96, 128), (4, 0)), ((128, 96), (1, 1)), ((64, 160), (3, 11, 26))]:
         batch = make_batch(hw, *counts)
         model.compile_tail = True  # first, while anchors are new
@@ -77,7 +77,7 @@ def test_tail_is_one_graph_for_all_canvases_and_objects(traced):
         assert all(torch.equal(grads[k], x) for k, x in expected[1].items())
     assert len(traced) == 1
     assert not torch._dynamo.utils.counters["graph_break"]
-    # The compiled function is no part of the model.
+    # The compiled function is not part of the model.
     model.compile_tail = True
     assert step(model, batch)[0] == losses
     assert not any("_orig_mod" in name for name in model.state_dict())
@@ -88,8 +88,8 @@ def test_tail_is_one_graph_for_all_canvases_and_objects(traced):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ["ATSS", "TOOD", "DDOD", "PAA", "TAL_dual"])
-def test_tail_of_every_kind_gives_the_same_losses(row, traced):
-    """In bf16, with few objects, branches, phases, and rules that break the graph."""
+def test_compiled_tail_gives_equal_losses(row, traced):
+    """In bf16, with few objects, branches, phases, and rules with graph breaks."""
     name = "ATSS_R_50_FPN_1x" if row == "ATSS" else f"successors/{row}_R_50_FPN_1x"
     options = {**THIN, "MODEL.FPN.OUT_CHANNELS": 64, "MODEL.ATSS.PRECISION": "bf16"}
     model = build(options, f"{name}.yaml")
@@ -118,7 +118,7 @@ def test_tail_of_every_kind_gives_the_same_losses(row, traced):
     [("tail", {}), ("all", {}), ("all", DISTRIBUTIONS)],
     ids=["tail", "deltas", "distributions"],
 )
-def test_compiled_parts_give_the_same_losses_and_gradients(parts, more):
+def test_compiled_parts_give_equal_losses_and_gradients(parts, more):
     from torch._inductor import metrics  # takes seconds
 
     torch._dynamo.reset()
@@ -146,7 +146,7 @@ def test_compiled_parts_give_the_same_losses_and_gradients(parts, more):
         (True, True, True),
     ],
 )
-def test_key_says_what_is_compiled(value, tail, network, monkeypatch):
+def test_key_selects_compiled_parts(value, tail, network, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     own = {"MODEL.ATSS.BRANCHES": ["own"], "MODEL.ATSS.BRANCH": {"own": {"OWN_HEAD": True}}}
     cfg = make_cfg(*(x for item in TINY.items() for x in item), "MODEL.ATSS.COMPILE", value)
@@ -167,7 +167,7 @@ def test_unknown_parts_are_refused(value):
             check()
 
 
-def test_without_a_compiler_the_model_runs_as_it_is(monkeypatch, caplog):
+def test_model_runs_uncompiled_without_a_compiler(monkeypatch, caplog):
     def no_compiler(function):
         raise RuntimeError("no working C++ compiler found\nand much more")
 

@@ -1,4 +1,4 @@
-"""Every config of configs/: builds, trains a step, detects; and the page that lists them."""
+"""Every config of configs/: it builds, trains a step, detects, and MODEL_ZOO.md lists it."""
 
 import re
 
@@ -14,19 +14,22 @@ from atss.assigners import ASSIGNER_REGISTRY
 from atss.config import check_model
 from atss.engine.solver import build_optimizer
 
-# What others are made of, and what is laid over them.
+# {recipe: recipes that precede it}
 RECIPES = {
-    **{"small": [], "ablation": [], "digits": ["fine_tune.yaml"]},
-    **{"fine_tune": [], "fine_tune_coco": []},
+    "small": [],
+    "ablation": [],
+    "digits": ["fine_tune.yaml"],
+    "fine_tune": [],
+    "fine_tune_coco": [],
 }
-# What a recipe may say of MODEL.ATSS: what follows from its levels, its size and the machine.
+# Keys of MODEL.ATSS that a recipe may set: they depend on levels, size and machine.
 OF_RECIPES = ("IN_FEATURES", "NUM_CONVS", "PRECISION", "CHANNELS_LAST", "IMS_PER_BATCH_TEST")
 ROWS = sorted(path.stem for path in ROOT.glob("configs/tables/*.yaml"))
 ZOO = (ROOT / "MODEL_ZOO.md").read_text()
 
 
 def small(name):
-    """Narrow and shallow, so that all take seconds."""
+    """Return the config of a narrow and shallow model, which trains in seconds."""
     cfg = make_cfg("MODEL.FPN.OUT_CHANNELS", 64, config=f"{name}.yaml")
     resnet = cfg.MODEL.RESNETS
     if resnet.DEPTH > 18:
@@ -41,7 +44,7 @@ def as_it_is(name):
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """A group of processes of this one alone."""
+    """Initialise a process group of one process."""
     meeting = f"file://{tmp_path_factory.mktemp('group')}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
     yield
@@ -53,9 +56,9 @@ def one_process(tmp_path_factory):
     [(name, small) for name in CONFIGS]
     + [pytest.param(name, as_it_is, marks=pytest.mark.slow) for name in CONFIGS],
 )
-def test_builds_trains_and_detects(name, size, one_process):
-    """Under DDP as on GPUs, where it waits for the gradient of everything that takes one, and
-    complains in the second step of what got none in the first."""
+def test_every_config_builds_trains_and_detects(name, size, one_process):
+    """Under DDP, as on GPUs: the second step raises an error if a parameter got no gradient in the
+    first."""
     torch.manual_seed(0)
     cfg = size(name)
     cfg.MODEL.ATSS.SCORE_THRESH_TEST = 0.0
@@ -77,31 +80,30 @@ def test_builds_trains_and_detects(name, size, one_process):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_the_zoo_lists_every_row_with_the_papers_ap(row):
+def test_zoo_lists_every_row_with_the_papers_ap(row):
     listed = re.findall(rf"\[{row}\]\(configs/tables/{row}\.yaml\) \| ([\d.]*) ", ZOO)
     assert set(listed) == {paper_ap(row)}
 
 
-def test_points_want_one_anchor_per_location():
+def test_points_require_one_anchor_per_location():
     with pytest.raises(ValueError, match=r"ANCHOR_SCALES and ANCHOR_RATIOS must make one"):
         build_model(make_cfg("MODEL.ATSS.REGRESSION", "point", config="tables/atss_A9.yaml"))
 
 
-def test_smooth_l1_wants_deltas():
-    with pytest.raises(ValueError, match="smooth_l1 does not work here: it compares"):
+def test_smooth_l1_requires_deltas():
+    with pytest.raises(ValueError, match="smooth_l1 cannot be used: it compares"):
         build_model(make_cfg("MODEL.ATSS.REGRESSION", "point", config="tables/retinanet_A1.yaml"))
 
 
 @pytest.mark.parametrize("key", ["REGRESSION", "BBOX_REG_LOSS_TYPE"])
-def test_unknown_names_are_refused_with_those_that_are_known(key):
+def test_unknown_name_is_reported_with_choices(key):
     with pytest.raises(ValueError, match=rf"unknown MODEL\.ATSS\.{key} 'x': choose from \['"):
         build_model(make_cfg(f"MODEL.ATSS.{key}", "x"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("row", ROWS)
-def test_a_recipe_can_be_laid_over_every_row(row, recipe):
-    """It says data, backbone and schedule, and leaves the row's rule and its losses as they are."""
+def test_recipe_keeps_rule_and_losses_of_every_row(row, recipe):
     files = [f"tables/{row}.yaml", *RECIPES[recipe], f"{recipe}.yaml"]
     plain = load_config(ROOT / "configs" / files[0])
     cfg = load_config(*(ROOT / "configs" / file for file in files))
@@ -118,7 +120,7 @@ def test_a_recipe_can_be_laid_over_every_row(row, recipe):
 
 @pytest.mark.parametrize("row", ["atss_box", "fcos_original", "ssc_box", "retinanet_A9"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_over_a_row_of_each_rule_can_be_built(row, recipe):
+def test_recipe_builds_with_a_row_of_each_rule(row, recipe):
     files = [f"tables/{row}.yaml", *RECIPES[recipe], f"{recipe}.yaml"]
     cfg = for_three_classes(load_config(*(ROOT / "configs" / file for file in files)))
     with torch.device("meta"):
@@ -129,14 +131,14 @@ def test_a_recipe_over_a_row_of_each_rule_can_be_built(row, recipe):
 
 
 def for_three_classes(cfg):
-    """Whatever the data are, and where it takes no time."""
+    """Set three classes and the meta device, for any data, without allocating weights."""
     cfg.MODEL.DEVICE = "meta"
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     cfg.MODEL.ATSS.NUM_CLASSES = 3
     return cfg
 
 
-def test_tuning_coco_weights_moves_the_backbone_less_and_decays_weights_alone():
+def test_fine_tuning_scales_backbone_rate_and_decays_weights():
     cfg = make_cfg("MODEL.DEVICE", "meta", config="ATSS_R_50_FPN_fine_tune.yaml")
     with torch.device("meta"):
         model = build_model(cfg)

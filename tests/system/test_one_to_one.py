@@ -106,7 +106,7 @@ def test_a_head_that_is_nobodys_is_refused():
         nested = of_one(HEADS[4])
         nested["BRANCH"]["coarse_one"]["HEAD_OF"] = wrong
         with pytest.raises(
-            ValueError, match=rf"coarse_one: MODEL.ATSS.HEAD_OF is '{wrong}'; .* are \['one'\]"
+            ValueError, match=rf"coarse_one: unknown MODEL.ATSS.HEAD_OF '{wrong}': .*, \['one'\]"
         ):
             build(HEADS[4], **nested)
     nested = of_one(HEADS[4])

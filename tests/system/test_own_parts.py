@@ -177,7 +177,7 @@ def test_a_rule_made_of_rules(register):
     cfg = make_cfg("MODEL.ATSS.ASSIGNER", "Union")
     cfg.MODEL.ATSS.BRANCH.wide = type(cfg)({"ASSIGNERS": {"ATSS": {"TOP_K": 17}}})
     cfg.MODEL.ATSS.ASSIGNERS.Union = type(cfg)({"FIRST": "ATSS", "SECOND": "wide"})
-    with pytest.raises(ValueError, match=r"BRANCH\.wide names no ASSIGNER"):
+    with pytest.raises(ValueError, match=r"BRANCH\.wide sets no ASSIGNER"):
         build_assigner(cfg)  # it would be Union again
     cfg.MODEL.ATSS.BRANCH.wide.ASSIGNER = "ATSS"
     rule = build_assigner(cfg)

@@ -1,4 +1,4 @@
-"""ATSS and its relatives on Detectron2 (arXiv 1912.02424). Importing registers everything."""
+"""ATSS (arXiv 1912.02424) and related detectors on Detectron2. The import registers all parts."""
 
 import warnings
 
@@ -12,7 +12,7 @@ except ImportError as error:
     ) from error
 
 with warnings.catch_warnings():
-    # It compiles losses when it is imported, in a way of which torch warns.
+    # Detectron2 compiles losses with torch.jit.script at import, which torch deprecates.
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
     import detectron2.modeling  # noqa: F401
 

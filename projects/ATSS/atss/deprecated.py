@@ -1,6 +1,6 @@
 """Names of older versions, which work until 0.4.0 with a DeprecationWarning.
 
-Classes warn of their old attributes themselves, with :func:`warn`.
+Classes call :func:`warn` for their old attributes.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 _SELECT = "the method select, as docs/own_assigner.md shows, with atss.assigners"
-# Old name -> new name; after a blank what to write instead, if that is not the new name.
+# Old name -> new name. Text after a blank replaces the new name in the warning.
 NAMES = {
     "atss.analysis.pictures.draw": "atss.analysis.pictures.draw_detections",
     "atss.assigners.cuts.Cheapest": (
@@ -68,11 +68,16 @@ NAMES = {
     "atss.parts.within": "atss.errors.check_range",
     "atss.weights.read": "atss.weights.load_weights",
 }
-# Old module -> new module, which has the names that are not in NAMES.
+# Old module -> new module, for names that are not in NAMES.
 MODULES = {
     "atss.assigners.cuts": "atss.assigners.legacy",
     "atss.assigners.scene": "atss.assigners.lists",
+    "atss.config.classes": "atss.config.derive",
+    "atss.config.pixels": "atss.config.derive",
     "atss.config.read": "atss.config.files",
+    "atss.config.sampling": "atss.config.build",
+    "atss.config.schedule": "atss.config.derive",
+    "atss.config.tta": "atss.config.build",
     "atss.data.check": "atss.labels.check",
     "atss.data.choice": "atss.labels.classes",
     "atss.data.coco_json": "atss.labels.coco",
@@ -91,30 +96,32 @@ MODULES = {
 }
 
 
-def renamed_names(module: str) -> Callable[[str], Any]:
-    """Make the ``__getattr__`` of a module that names have left."""
+def renamed_names(module: str, new_module: str = "") -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module for its old names. Names that are not in NAMES come
+    from ``new_module``, if it is given."""
 
     def find(name: str) -> Any:
         old = f"{module}.{name}"
-        if old not in NAMES:
+        if old not in NAMES and not new_module:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        target, _, instead = NAMES[old].partition(" ")
-        warn(old, instead or target)
+        target, _, instead = NAMES.get(old, f"{new_module}.{name}").partition(" ")
         place, _, new = target.rpartition(".")
-        return getattr(importlib.import_module(place), new)
+        value = getattr(importlib.import_module(place), new)
+        if not name.startswith("__"):  # the import system reads those
+            warn(old, instead or target)
+        return value
 
     return find
 
 
 def warn(name: str, instead: str) -> None:
-    """Warn about a name. The warning shows the line that calls the caller."""
+    """Warn that a name is deprecated, at the line that uses it: two frames above this function."""
     message = f"{name} is deprecated and goes with version 0.4.0: use {instead}"
     warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
 class OldModules(MetaPathFinder, Loader):
-    """Imports the modules of MODULES. Their names are looked up in NAMES, then in the new module,
-    each with a warning."""
+    """Import hook for the modules of MODULES."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -125,16 +132,7 @@ class OldModules(MetaPathFinder, Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        old, new = module.__name__, MODULES[module.__name__]
-
-        def find(name: str) -> Any:
-            if f"{old}.{name}" in NAMES:
-                return renamed_names(old)(name)
-            value = getattr(importlib.import_module(new), name)
-            if not name.startswith("__"):  # those are the import system's questions
-                warn(f"{old}.{name}", f"{new}.{name}")
-            return value
-
+        find = renamed_names(module.__name__, MODULES[module.__name__])
         module.__getattr__ = find  # type: ignore[method-assign]
 
 

@@ -8,14 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .deprecated import renamed_names
-from .errors import check_range
+from .errors import Checked, arg
 from .geometry import intersection_union, normalised_wasserstein
 
 __getattr__ = renamed_names(__name__)
 
 
 @dataclass(frozen=True)
-class Focal:
+class Focal(Checked):
     """Focal loss (arXiv 1708.02002, equation 5), for targets 0 and 1.
 
     A class loss takes what it may need, so that it need not know whether the head gives logits or
@@ -26,14 +26,10 @@ class Focal:
         gamma: how much well-classified elements count less.
     """
 
-    alpha: float = 0.25
-    gamma: float = 2.0
+    alpha: float = arg(0.25, low=0, high=1)
+    gamma: float = arg(2.0, low=0, high=1e3)
     # Targets between 0 and 1 would be trained wrongly.
     hard_targets: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_range("alpha", self.alpha, 0, 1)
-        check_range("gamma", self.gamma, 0, 1e3)
 
     def __call__(self, probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
         """
@@ -54,17 +50,14 @@ def cross_entropy(probability: Tensor, entropy: Tensor, targets: Tensor) -> Tens
 
 
 @dataclass(frozen=True)
-class QualityFocal:
+class QualityFocal(Checked):
     """Quality focal loss (GFL, arXiv 2006.04388, equation 2): cross entropy times |t - p|^gamma.
 
     Args:
         gamma: how much elements near their targets count less.
     """
 
-    gamma: float = 2.0
-
-    def __post_init__(self) -> None:
-        check_range("gamma", self.gamma, 0, 1e3)
+    gamma: float = arg(2.0, low=0, high=1e3)
 
     def __call__(self, probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
         """The loss of each element; arguments as of :class:`Focal`, targets from 0 to 1."""
@@ -72,7 +65,7 @@ class QualityFocal:
 
 
 @dataclass(frozen=True)
-class Varifocal:
+class Varifocal(Checked):
     """Varifocal loss (VarifocalNet, arXiv 2008.13367, equation 2): positives weigh what they are to
     say, negatives what they say by mistake.
 
@@ -81,12 +74,8 @@ class Varifocal:
         gamma: how much negatives near 0 count less.
     """
 
-    alpha: float = 0.75
-    gamma: float = 2.0
-
-    def __post_init__(self) -> None:
-        check_range("alpha", self.alpha, 0, 1e3)
-        check_range("gamma", self.gamma, 0, 1e3)
+    alpha: float = arg(0.75, low=0, high=1e3)
+    gamma: float = arg(2.0, low=0, high=1e3)
 
     def __call__(self, probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
         """The loss of each element; arguments as of :class:`Focal`, targets from 0 to 1."""
@@ -95,7 +84,7 @@ class Varifocal:
 
 
 @dataclass(frozen=True)
-class Matchability:
+class Matchability(Checked):
     """Matchability-aware loss (DEIM, arXiv 2412.04234, equation 4): positives are to say a power of
     their target and weigh 1, so that those which overlap little are still taught; negatives weigh
     what they say by mistake, through which nothing is learnt.
@@ -104,10 +93,7 @@ class Matchability:
         gamma: both powers.
     """
 
-    gamma: float = 1.5
-
-    def __post_init__(self) -> None:
-        check_range("gamma", self.gamma, 0, 1e3)
+    gamma: float = arg(1.5, low=0, high=1e3)
 
     def target_of(self, cls_target: Tensor) -> Tensor:
         """What positives of class targets from 0 to 1 are to say: more than 0."""

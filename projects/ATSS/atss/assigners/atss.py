@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..errors import check_choice, check_range
+from ..errors import Checked, arg
 from ..geometry import centres, nearest_side
 from ..structures import Assignment, GroundTruth, Predictions
 from .conflicts import assign_best
@@ -17,7 +17,7 @@ from .similarities import IOU
 
 
 @dataclass(frozen=True)
-class ATSS:
+class ATSS(Checked):
     """Positive are the anchors that overlap an object more than its candidates usually do.
 
     The candidates of an object are the ``top_k`` anchors per level nearest to its centre, however
@@ -41,13 +41,9 @@ class ATSS:
     # Objects handled at a time: bounds memory, and keeps it in the processor's cache.
     CHUNK: ClassVar[int] = 2048
 
-    top_k: int = 9
-    count: str = "anchors"
+    top_k: int = arg(9, low=1)
+    count: str = arg("anchors", choices=("anchors", "locations"))
     similarity: Any = IOU
-
-    def __post_init__(self) -> None:
-        check_range("top_k", self.top_k, 1)
-        check_choice("count", self.count, ("anchors", "locations"))
 
     @torch.no_grad()
     def __call__(

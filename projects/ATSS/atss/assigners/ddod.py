@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..errors import UserError, check_range
+from ..errors import UserError, arg
 from ..geometry import centres, nearest_side
 from ..structures import Assignment, GroundTruth, Predictions
 from .atss import ATSS, above_mean_and_std, exact, join
@@ -29,11 +29,7 @@ class DDOD(ATSS):
 
     looks_at_predictions: ClassVar[bool] = True
 
-    alpha: float = 0.8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("alpha", self.alpha, 0, 1)
+    alpha: float = arg(0.8, low=0, high=1)
 
     @torch.no_grad()
     def __call__(

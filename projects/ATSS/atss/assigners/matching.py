@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..anchors import Anchors
 from ..deprecated import renamed_names, warn
-from ..errors import UserError
+from ..errors import Checked, UserError
 from ..structures import BACKGROUND, Assignment, GroundTruth, Predictions
 from .conflicts import Conflicts
 from .engine import uses_tables
@@ -24,7 +24,7 @@ PerPair = Callable[[Any], Tensor]  # pairs -> (...)
 Candidates = Callable[[Lists, Tensor], ListPairs]  # batch, (g,) int64 ids of objects
 
 
-class Matching:
+class Matching(Checked):
     """A rule in steps. Each of an object's pairs has a cost; the object selects pairs by their
     costs; an anchor that several objects select goes to the pair of highest rank, of equal ranks to
     the lower object; each match has a score.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..errors import UserError, check_choice
+from ..errors import Checked, UserError, arg
 from ..geometry import centres, nearest_side
 from ..structures import BACKGROUND, IGNORE, Assignment, GroundTruth, Predictions
 from .box_index import BoxIndex
@@ -21,7 +21,7 @@ from .tables import Tables
 
 
 @dataclass(frozen=True)
-class MaxIoU:
+class MaxIoU(Checked):
     """Thresholds on the IoU of an anchor with the object that it overlaps most: positive from one
     on, background below another, ignored in between (RetinaNet, arXiv 1708.02002, section 4).
 
@@ -43,11 +43,11 @@ class MaxIoU:
     positive_from: float = 0.5
     low_quality_matches: bool = True
     in_box: bool = False
-    claims_go_to: str = "best"
+    claims_go_to: str = arg("best", choices=("best", "claimant"))
     similarity: Similarity = IOU
 
     def __post_init__(self) -> None:
-        check_choice("claims_go_to", self.claims_go_to, ("best", "claimant"))
+        super().__post_init__()
         if not 0 < self.background_below <= self.positive_from:
             raise UserError(
                 "MaxIoU needs 0 < background_below <= positive_from, got "

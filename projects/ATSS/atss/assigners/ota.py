@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import check_range
+from ..errors import arg
 from ..losses import Focal
 from .lists import ListPairs, Lists
 from .locations import INSIDE_MARGIN
@@ -43,19 +43,12 @@ class OTA(Matching):
     LEAST_IOU: ClassVar[float] = torch.finfo(torch.float32).eps
     together: ClassVar[bool] = True
 
-    top_k: int = 20
-    radius: float = 2.5
-    iou_weight: float = 1.5
-    regularisation: float = 0.1
-    iterations: int = 50
+    top_k: int = arg(20, low=1)
+    radius: float = arg(2.5, low=1e-6)
+    iou_weight: float = arg(1.5, low=0)
+    regularisation: float = arg(0.1, low=1e-3)
+    iterations: int = arg(50, low=1)
     similarity: Similarity = IOU
-
-    def __post_init__(self) -> None:
-        check_range("top_k", self.top_k, 1)
-        check_range("radius", self.radius, 1e-6)
-        check_range("iou_weight", self.iou_weight, 0)
-        check_range("regularisation", self.regularisation, 1e-3)
-        check_range("iterations", self.iterations, 1)
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
         pairs = batch.central(ids, self.radius)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import check_choice, check_range
+from ..errors import arg
 from ..losses import Focal, giou_loss
 from ..structures import cached_property
 from .lists import ListPairs, Lists
@@ -44,18 +44,15 @@ class PAA(Matching):
 
     together: ClassVar[bool] = True
 
-    top_k: int = 9
-    iou_threshold: float = 0.1
-    box_weight: float = 1.3
-    take: str = "component"
+    top_k: int = arg(9, low=1)
+    iou_threshold: float = arg(0.1, low=1e-6, high=1)
+    box_weight: float = arg(1.3, low=0)
+    take: str = arg("component", choices=("component", "all"))
     claims_go_to: str = "claimant"
     similarity: Similarity = IOU
 
     def __post_init__(self) -> None:
-        check_range("top_k", self.top_k, 1)
-        check_range("iou_threshold", self.iou_threshold, 1e-6, 1)
-        check_range("box_weight", self.box_weight, 0)
-        check_choice("take", self.take, ("component", "all"))
+        super().__post_init__()
         _ = self.first  # checks claims_go_to
 
     @cached_property

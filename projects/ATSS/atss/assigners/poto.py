@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError, check_range
+from ..errors import UserError, arg
 from .lists import ListPairs, Lists
 from .matching import Matching
 from .pairs import CandidatePairs, alignment
@@ -40,13 +40,12 @@ class POTO(Matching):
     UNMATCHED: ClassVar[float] = 1.0
     together: ClassVar[bool] = True
 
-    alpha: float = 0.8
-    radius: float = 1.5
+    alpha: float = arg(0.8, low=0, high=1)
+    radius: float = arg(1.5, low=1e-6)
     similarity: Similarity = IOU
 
     def __post_init__(self) -> None:
-        check_range("alpha", self.alpha, 0, 1)
-        check_range("radius", self.radius, 1e-6)
+        super().__post_init__()
         if importlib.util.find_spec("scipy") is None:
             raise UserError("it matches by SciPy, which is not installed: pip install scipy")
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import check_range
+from ..errors import arg
 from ..geometry import centres
 from ..losses import QualityFocal, cross_entropy
 from .lists import ListPairs, Lists
@@ -32,7 +32,7 @@ class DynamicMatching(Matching):
     """Each object selects its cheapest anchors, as many as :func:`dynamic_k` returns; conflicts go
     to the cheapest pair. Score: the IoU."""
 
-    top_k: int = 10
+    top_k: int = arg(10, low=1)
 
     def select(self, pairs: Any, cost: Tensor) -> Tensor:
         k = dynamic_k(pairs.highest_overlaps(self.top_k))
@@ -64,16 +64,10 @@ class SimOTA(DynamicMatching):
 
     PENALTY: ClassVar[float] = 1e5
 
-    radius: float = 2.5
-    cls_weight: float = 1.0
-    iou_weight: float = 3.0
+    radius: float = arg(2.5, low=0)
+    cls_weight: float = arg(1.0, low=0)
+    iou_weight: float = arg(3.0, low=0)
     similarity: Similarity = IOU
-
-    def __post_init__(self) -> None:
-        check_range("top_k", self.top_k, 1)
-        check_range("radius", self.radius, 0)
-        check_range("cls_weight", self.cls_weight, 0)
-        check_range("iou_weight", self.iou_weight, 0)
 
     @property
     def eligible_radius(self) -> float:
@@ -118,15 +112,10 @@ class SoftLabel(DynamicMatching):
     MAX_EXPONENT: ClassVar[float] = 100.0
     eligible_radius: ClassVar[float] = 0.0
 
-    top_k: int = 13
-    radius: float = 3.0
-    iou_weight: float = 3.0
+    top_k: int = arg(13, low=1)
+    radius: float = arg(3.0, low=0)
+    iou_weight: float = arg(3.0, low=0)
     similarity: Similarity = IOU
-
-    def __post_init__(self) -> None:
-        check_range("top_k", self.top_k, 1)
-        check_range("radius", self.radius, 0)
-        check_range("iou_weight", self.iou_weight, 0)
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
         """Pairs whose distance costs little."""

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import check_range
+from ..errors import Checked, arg
 from ..geometry import iou, normalised_wasserstein, similarity_distance
 
 # A search takes smaller similarities for 0, so that it can bound the distance of its candidates.
@@ -49,7 +49,7 @@ IOU = IoU()
 
 
 @dataclass(frozen=True)
-class NWD:
+class NWD(Checked):
     """Normalised Wasserstein distance (arXiv 2110.13389): of boxes of a few pixels, which overlap
     wholly or not at all, it still tells how far they are from each other. Not scale-invariant.
 
@@ -58,10 +58,7 @@ class NWD:
             to 1 / e. The authors take the mean side of an object: of AI-TOD, 12.8.
     """
 
-    constant: float = 12.8
-
-    def __post_init__(self) -> None:
-        check_range("constant", self.constant, 1e-3, 1e6)
+    constant: float = arg(12.8, low=1e-3, high=1e6)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Of two boxes (..., 4) each -> (...)."""
@@ -78,7 +75,7 @@ class NWD:
 
 
 @dataclass(frozen=True)
-class SimD:
+class SimD(Checked):
     """Similarity distance (arXiv 2407.02394): like NWD for tiny objects, but relative to the sizes
     of both boxes, and so scale-invariant.
 
@@ -88,12 +85,8 @@ class SimD:
             defaults are those of their code.
     """
 
-    m: float = 6.13
-    n: float = 4.59
-
-    def __post_init__(self) -> None:
-        check_range("m", self.m, 1e-3, 1e6)
-        check_range("n", self.n, 1e-3, 1e6)
+    m: float = arg(6.13, low=1e-3, high=1e6)
+    n: float = arg(4.59, low=1e-3, high=1e6)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Of two boxes (..., 4) each -> (...)."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..errors import UserError, WrongValue, check_range
+from ..errors import UserError, WrongValue, arg
 from ..geometry import centres, side_distances
 from ..structures import Assignment, GroundTruth, Predictions
 from .conflicts import assign_best
@@ -42,12 +42,13 @@ class SpatialScale(Matching):
     looks_at_predictions: ClassVar[bool] = False
 
     ranges: Sequence[float] = (64, 128, 256, 512)
-    radius: float = 0.0
-    top_k: int = 0
+    radius: float = arg(0.0, low=0)
+    top_k: int = arg(0, low=0)
     margin: float = 0.01
     num_levels: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "ranges", tuple(self.ranges))
         if list(self.ranges) != sorted(self.ranges) or min(self.ranges, default=1) <= 0:
             raise WrongValue("ranges", f"must rise from above 0, not {list(self.ranges)}")
@@ -57,8 +58,6 @@ class SpatialScale(Matching):
                 f"is for {len(self.ranges) + 1} levels, but MODEL.ATSS.IN_FEATURES has "
                 f"{self.num_levels}",
             )
-        check_range("radius", self.radius, 0)
-        check_range("top_k", self.top_k, 0)
 
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None

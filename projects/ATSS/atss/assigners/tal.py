@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import check_choice, check_range
+from ..errors import arg
 from .lists import ListPairs, Lists
 from .locations import INSIDE_MARGIN
 from .matching import Matching, select_cheapest
@@ -33,17 +33,11 @@ class TAL(Matching):
         similarity: of predicted boxes and objects, in place of the IoU.
     """
 
-    top_k: int = 13
-    alpha: float = 1.0
-    beta: float = 6.0
-    inside: str = "after"
+    top_k: int = arg(13, low=1)
+    alpha: float = arg(1.0, low=0)
+    beta: float = arg(6.0, low=0.1)  # an object selects no pair without overlap
+    inside: str = arg("after", choices=("after", "before"))
     similarity: Similarity = IOU
-
-    def __post_init__(self) -> None:
-        check_range("top_k", self.top_k, 1)
-        check_range("alpha", self.alpha, 0)
-        check_range("beta", self.beta, 0.1)  # an object selects no pair without overlap
-        check_choice("inside", self.inside, ("after", "before"))
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
         """Pairs that overlap enough to be among the top k: to exceed the k-th metric of the central

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor
 
-from ..config.classes import class_names
+from ..config.derive import class_names
 from ..config.files import get_config
 from ..data.datasets import classes_of
 from ..errors import UserError

@@ -1,6 +1,7 @@
 """From the head's output to detections: filter, rank, decode, clip, suppress."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess
@@ -8,7 +9,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..errors import check_range
+from ..errors import Checked, arg
 from ..structures import HeadOutput
 from .box_coding import BoxCode
 from .suppression import NMS, ScoredBoxes
@@ -27,7 +28,8 @@ def root(probability: Tensor, quality: Tensor) -> Tensor:
     return product(probability, quality).sqrt()
 
 
-class PostProcessor:
+@dataclass(kw_only=True, eq=False)
+class PostProcessor(Checked):
     """Detections of each image.
 
     A pair of anchor and class is a candidate when its class probability alone exceeds the
@@ -47,31 +49,15 @@ class PostProcessor:
         clip: boxes end where the image does, before suppression.
     """
 
-    def __init__(
-        self,
-        *,
-        score_thresh: float = 0.05,
-        topk_candidates: int = 1000,
-        max_detections: int = 100,
-        score: Callable[[Tensor, Tensor], Tensor] = root,
-        suppression: Callable[[Tensor, Tensor, Tensor, int], ScoredBoxes] = PLAIN_NMS,
-        threshold_on_score: bool = False,
-        rank_by_class: bool = False,
-        rank_anchors: bool = False,
-        clip: bool = True,
-    ):
-        check_range("score_thresh", score_thresh, 0, 1)
-        check_range("topk_candidates", topk_candidates, 1)
-        check_range("max_detections", max_detections, 1)
-        self.score_thresh = score_thresh
-        self.topk_candidates = topk_candidates
-        self.max_detections = max_detections
-        self.score = score
-        self.suppression = suppression
-        self.threshold_on_score = threshold_on_score
-        self.rank_by_class = rank_by_class
-        self.rank_anchors = rank_anchors
-        self.clip = clip
+    score_thresh: float = arg(0.05, low=0, high=1)
+    topk_candidates: int = arg(1000, low=1)
+    max_detections: int = arg(100, low=1)
+    score: Callable[[Tensor, Tensor], Tensor] = root
+    suppression: Callable[[Tensor, Tensor, Tensor, int], ScoredBoxes] = PLAIN_NMS
+    threshold_on_score: bool = False
+    rank_by_class: bool = False
+    rank_anchors: bool = False
+    clip: bool = True
 
     @torch.no_grad()
     def __call__(

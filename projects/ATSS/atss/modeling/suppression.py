@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from ..errors import check_range
+from ..errors import Checked, arg
 from ..geometry import iou
 
 
@@ -34,7 +34,7 @@ def keep_all(boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> Scor
 
 
 @dataclass(frozen=True)
-class NMS:
+class NMS(Checked):
     """Non-maximum suppression of all classes at once.
 
     Boxes are shifted apart by class, in float64: in float32 the shift would cost the overlaps of
@@ -44,12 +44,9 @@ class NMS:
         threshold: a box goes when its IoU with a better one of its class exceeds this.
     """
 
-    threshold: float = 0.6
+    threshold: float = arg(0.6, low=0, high=1)
     # Of more boxes, classes are taken one by one: a GPU needs memory for each pair of boxes.
     TOGETHER: ClassVar[int] = 20_000
-
-    def __post_init__(self) -> None:
-        check_range("threshold", self.threshold, 0, 1)
 
     def __call__(self, boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> ScoredBoxes:
         if len(boxes) > self.TOGETHER:
@@ -76,15 +73,10 @@ class ScoreVote(NMS):
         min_overlap: the IoU that a voter exceeds.
     """
 
-    spread: float = 0.025
-    min_overlap: float = 0.01
+    spread: float = arg(0.025, low=1e-6, high=1e6)
+    min_overlap: float = arg(0.01, low=0, high=1)
     # Pairs of boxes that are looked at together, for memory.
     PAIRS: ClassVar[int] = 1 << 22
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("spread", self.spread, 1e-6, 1e6)
-        check_range("min_overlap", self.min_overlap, 0, 1)
 
     def __call__(self, boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> ScoredBoxes:
         kept = super().__call__(boxes, scores, classes, limit)
@@ -110,7 +102,7 @@ class ScoreVote(NMS):
 
 
 @dataclass(frozen=True)
-class Vote:
+class Vote(Checked):
     """Groups of overlapping boxes of a class become their mean, weighted by score, with the group's
     highest score (box voting, arXiv 1505.01749, section 5).
 
@@ -119,10 +111,7 @@ class Vote:
             much.
     """
 
-    threshold: float = 0.66
-
-    def __post_init__(self) -> None:
-        check_range("threshold", self.threshold, 0, 1)
+    threshold: float = arg(0.66, low=0, high=1)
 
     def __call__(self, boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> ScoredBoxes:
         kept: list[ScoredBoxes] = []
@@ -165,11 +154,7 @@ class SoftVote(Vote):
         min_score: what a lowered score must be at least for its box to stay.
     """
 
-    min_score: float = 0.05
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("min_score", self.min_score, 0, 1)
+    min_score: float = arg(0.05, low=0, high=1)
 
     def _merge(self, members: Tensor, weights: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
         found, found_scores = super()._merge(members, weights, overlap)

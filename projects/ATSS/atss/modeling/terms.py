@@ -7,7 +7,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..deprecated import renamed_names
-from ..errors import UserError, check_range
+from ..errors import Checked, UserError, arg
 from ..geometry import centerness, centres, iou, side_distances
 from ..losses import distribution_focal_loss, giou_loss, iou_loss, nwd_loss, smooth_l1_loss
 from ..structures import Matched
@@ -60,13 +60,10 @@ def confidence(matched: Matched) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoxTerm:
+class BoxTerm(Checked):
     """Args: weight: against the other losses."""
 
-    weight: float = 2.0
-
-    def __post_init__(self) -> None:
-        check_range("weight", self.weight, 0, 1e6)
+    weight: float = arg(2.0, low=0, high=1e6)
 
 
 class GIoULoss(BoxTerm):
@@ -93,11 +90,10 @@ class SmoothL1Loss(BoxTerm):
     """
 
     code: BoxCode
-    beta: float = 0.11
+    beta: float = arg(0.11, low=0, high=1e6)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("beta", self.beta, 0, 1e6)
         if not self.code.comparable:
             raise UserError(
                 f"it compares numbers with encoded boxes, for which {type(self.code).__name__} is "
@@ -118,11 +114,7 @@ class NWDLoss(BoxTerm):
         constant: pixels of the network's input; see :class:`atss.assigners.NWD`.
     """
 
-    constant: float = 12.8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("constant", self.constant, 1e-3, 1e6)
+    constant: float = arg(12.8, low=1e-3, high=1e6)
 
     def __call__(self, matched: Matched) -> Tensor:
         return nwd_loss(matched.boxes, matched.target_boxes, self.constant)
@@ -137,7 +129,7 @@ class DistributionFocalLoss(BoxTerm):
     """
 
     code: BoxCode
-    weight: float = 0.25
+    weight: float = arg(0.25, low=0, high=1e6)
 
     def __post_init__(self) -> None:
         super().__post_init__()
