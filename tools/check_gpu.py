@@ -24,8 +24,8 @@ from benchmarks.timing import table
 from gpu import cost, numbers
 from gpu.setting import ROOT, Finding, Setting
 
-from atss.analysis.files import try_to_write
 from atss.engine.writers import strict
+from atss.errors import check_writable
 
 
 def suite(setting: Setting) -> Finding:
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("error: no GPU here; --device cpu --small tries the checks themselves")
     if args.json:
         try:
-            try_to_write("--json", args.json)
+            check_writable("--json", args.json)
         except OSError as error:
             sys.exit(f"error: {error}")
     machine = {"python": platform.python_version(), "torch": torch.__version__}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -49,3 +50,25 @@ def check_choice(argument: str, value: Any, choices: Sequence[Any]) -> None:
     """
     if value not in choices:
         raise WrongValue(argument, f"is {value!r}: choose from {[*choices]}")
+
+
+def check_writable(option: str, *files: Path) -> None:
+    """Check that files can be written, before anything is computed: create their folders, and open
+    each file without changing it.
+
+    Args:
+        option: of the command line that names them.
+
+    Raises:
+        OSError: naming the option and the file.
+    """
+    for file in files:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            exists = file.exists()
+            with file.open("a"):
+                pass
+            if not exists:
+                file.unlink()
+        except OSError as error:
+            raise OSError(f"cannot write {option} {file}: {error.strerror}") from error

@@ -170,8 +170,8 @@ def _as_bgr(image: Any, name: str, size: tuple[int, int]) -> np.ndarray:
     if not (is_uint8 and image.ndim > 1 and image.shape[2:] in channels and image.size):
         details = [f", {x} {getattr(image, x)}" for x in ("shape", "dtype") if hasattr(image, x)]
         raise (ValueError if is_uint8 else TypeError)(
-            f"{name} has type {type(image).__name__}{''.join(details)}: expected a path, a PIL image, "
-            "a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a list of these"
+            f"{name} has type {type(image).__name__}{''.join(details)}: expected a path, a PIL "
+            "image, a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a list of these"
         )
     if thin := too_thin(image.shape[1::-1], [size]):
         raise UserError(f"{name} {thin}")

@@ -222,7 +222,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-# Functions and types of pickled arrays in NumPy 1 and 2, and objects that are replaced by empty ones.
+# Functions and types of pickled arrays in NumPy 1 and 2, and objects that become empty ones.
 _ALLOWED: dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
     "_codecs.encode": _encode,

@@ -1,3 +1,3 @@
-"""What runs where torch and Detectron2 are not installed: NumPy and OpenCV are enough."""
+"""Modules that run without torch and Detectron2, with NumPy and OpenCV only."""
 
 __all__ = ["media"]

@@ -1,5 +1,5 @@
-"""Weights: read without executing anything, written so that a kill loses nothing, converted from
-other projects' names."""
+"""Checkpoints: loaded without executing them, saved atomically, and converted from and to other
+projects."""
 
 from ..weights import WeightsError
 from .checkpointer import SafeCheckpointer, TrainingCheckpointer

@@ -97,7 +97,7 @@ class Columns(Sequence[dict]):
         return {**self.about["content"], "images": images, "annotations": annotations}
 
     def provide_json(self) -> str:
-        """Return the path of a json of the content, which the first process that needs it writes."""
+        """Return the path of a json of the content, written by the first process that needs it."""
         path = os.path.join(self.folder, "labels.json")
         if not os.path.exists(path):
             content = self.content()
@@ -185,7 +185,7 @@ def _temporary_folder(read_only: str) -> str:
 
 
 def _write(folder: str, key: str, content: dict, about: dict) -> None:
-    """Write into a temporary folder and rename it, so that a killed writer leaves nothing to read."""
+    """Write into a temporary folder, then rename it: a killed writer leaves nothing to read."""
     unfinished = _name_unfinished(folder)
     os.mkdir(unfinished)
     try:

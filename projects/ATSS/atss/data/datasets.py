@@ -1,4 +1,4 @@
-"""Data sets in the formats of :mod:`atss.labels.formats`, registered with Detectron2 by --register."""
+"""Data sets with the labels of :mod:`atss.labels`, registered with Detectron2."""
 
 import logging
 import os

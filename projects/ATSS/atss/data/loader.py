@@ -219,7 +219,7 @@ def build_train_loader(
 
 
 def loader_options(cfg: CfgNode) -> dict[str, Any]:
-    """Return the arguments of torch's DataLoader that DATALOADER sets, for training and evaluation."""
+    """Return the arguments of torch's DataLoader that DATALOADER sets."""
     node = cfg.DATALOADER
     # Without a GPU torch warns.
     pin_memory = node.PIN_MEMORY and cfg.MODEL.DEVICE.startswith("cuda")

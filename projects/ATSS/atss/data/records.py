@@ -149,7 +149,7 @@ class Records(Sequence[dict]):
         return np.concatenate([x.counts for x in self.sets])[self.selection]
 
     def objects(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return image position and class of all objects that are no crowds, (M,) each, by image."""
+        """Return image position and class of all objects but crowds, (M,) each, by image."""
         counts = np.concatenate([x.counts for x in self.sets])
         positions = np.full(len(counts), -1)
         positions[self.selection] = np.arange(len(self))
