@@ -57,15 +57,15 @@ class Predictor:
     Args:
         config: a file, such as the config.yaml of a training, a name of the model zoo, or a config.
         weights: a checkpoint, such as model_final.pth. Nothing in it is executed.
-        opts: KEY VALUE pairs that override the config.
+        opts: KEY VALUE pairs over the config.
 
     Attributes:
-        names: of the classes; empty if neither the config nor the data set has them.
-        ids: of the classes in the training data; empty if unknown.
-        size: (shorter side, longest side) to which images are resized.
+        names: of the classes; may be empty.
+        ids: of the classes in the training data; may be empty.
+        size: (shorter side, longest side) of resized images.
 
     Raises:
-        UserError: naming the file or the key, if config or weights cannot be used.
+        UserError: naming the file or the key.
     """
 
     def __init__(self, config: str | Path | CfgNode, weights: str | Path, opts: Sequence[Any] = ()):
@@ -92,20 +92,17 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, images):
-        """Detect objects on one image, or on a batch of images.
+        """Detect on one image (one result) or several (a list).
 
         Args:
-            images: one image, or a sequence or an iterator of images. An image is a path, read as
-                in training; a PIL image, turned by its EXIF orientation; or a uint8 array as in
+            images: an image, or a sequence or an iterator of images. An image is a path, read as in
+                training; a PIL image, turned by its EXIF orientation; or a uint8 array as in
                 OpenCV: (H, W, 3) BGR, (H, W, 4) BGRA, whose alpha is ignored, (H, W) or (H, W, 1)
                 grey.
 
-        Returns:
-            the detections of one image, or a list for several.
-
         Raises:
-            TypeError, ValueError: naming type, shape and dtype of an object that is no such image.
-            UserError: if an image is too thin to be resized, or a PIL image cannot be decoded.
+            TypeError, ValueError: naming type, shape and dtype of other objects.
+            UserError: if an image is too thin to be resized, or a PIL image is damaged.
             OSError: naming a file that cannot be read.
         """
         inputs = self._inputs(images)
@@ -119,10 +116,10 @@ class Predictor:
     def at_anchors(
         self, images: ImageLike | Sequence[ImageLike] | Iterator[ImageLike]
     ) -> Predictions:
-        """Return the model's predictions at every anchor, for assigners, on the CPU.
+        """Return the predictions at every anchor, for assigners, on the CPU.
 
         Args:
-            images: as above, one or more; resized, they share a canvas.
+            images: as above; resized, they share a canvas.
 
         Raises:
             TypeError, ValueError, OSError: as above, and if there is no image.
@@ -150,17 +147,11 @@ class Predictor:
 
 
 def _are_several(images: Any) -> bool:
-    """Return whether ``images`` is a sequence or an iterator of images."""
     return isinstance(images, Sequence | Iterator) and not isinstance(images, str | bytes)
 
 
 def _as_bgr(image: Any, name: str, size: tuple[int, int]) -> np.ndarray:
-    """Return an image as (H, W, 3) uint8 BGR.
-
-    Args:
-        name: of the image in messages.
-        size: (shorter side, longest side) to which it will be resized.
-    """
+    """Return (H, W, 3) uint8; ``name`` begins messages, ``size`` is that of the Predictor."""
     if isinstance(image, str | os.PathLike):
         return read_image(os.fspath(image), [size])
     if isinstance(image, Image.Image):

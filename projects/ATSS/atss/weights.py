@@ -1,8 +1,8 @@
-"""Reads files of weights without executing anything in them.
+"""Weights, read without executing anything.
 
-A pickle is a program that calls functions by name. This reader knows only functions that build
-arrays, in versions that do not trust the file about memory, and replaces the paths, arguments and
-logs that other projects save beside weights by empty objects.
+A pickle is a program that calls functions by name. This reader knows functions that build arrays,
+in versions that do not trust the file about memory, and replaces paths, arguments and logs beside
+weights by empty objects.
 """
 
 import copy
@@ -30,7 +30,7 @@ __getattr__ = renamed_names(__name__)
 
 
 class WeightsError(UserError):
-    """A file of weights that cannot be used. The message names the file."""
+    """A file of weights that cannot be used."""
 
 
 # Keys of a checkpoint that may contain its weights.
@@ -40,17 +40,15 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def load_weights(path: str | Path, mmap: bool = False) -> Any:
-    """Return the content of a file, on the CPU.
-
-    Formats by the end of the name: .pkl is a pickle of arrays and plain Python types, as in
-    Detectron2's model zoo; .safetensors; everything else is a file of torch.save. Its checksums
-    (CRC-32) are compared here, because torch.load does not.
+    """Return the content of a file, on the CPU: .pkl is a pickle of arrays and plain Python types,
+    as in Detectron2's model zoo; then .safetensors; others are files of torch.save. Their checksums
+    (CRC-32) are compared, which torch.load omits.
 
     Args:
         mmap: leave tensors of torch.save on the disk until they are used.
 
     Raises:
-        WeightsError: naming the file, if it cannot be read, is damaged, or contains other objects.
+        WeightsError: if the file cannot be read, is damaged, or contains other objects.
     """
     try:
         if str(path).endswith(".safetensors"):
@@ -89,13 +87,9 @@ def load_weights(path: str | Path, mmap: bool = False) -> Any:
 
 @functools.cache
 def _wrong_checksum(path: str, modified: int, size: int) -> str | None:
-    """Return the name of the first part of a file of torch.save whose checksum is wrong, or None.
-    Legacy files, and files written under ``set_crc32_options(False)``, have no checksums. Cached,
-    because a resumption reads its checkpoint several times.
-
-    Args:
-        modified, size: of the file, keys of the cache.
-    """
+    """Return the first part of a file of torch.save with a wrong checksum, or None. Legacy files
+    have none, nor those after ``set_crc32_options(False)``. Cached: a resumption reads a checkpoint
+    several times."""
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as file:
@@ -103,11 +97,11 @@ def _wrong_checksum(path: str, modified: int, size: int) -> str | None:
 
 
 def find_weights(content: Any, path: str | Path) -> dict[str, Tensor]:
-    """Return the state dict in the content of a file: all of it, or the entry under one of KEYS.
-    Arrays are replaced by tensors in place, which keeps the attribute with the versions of modules.
+    """Return the state dict in the content of a file: all of it, or under one of KEYS. Arrays
+    become tensors in place, because an attribute has the versions of modules.
 
     Raises:
-        WeightsError: naming the file and the first entry that is no tensor.
+        WeightsError: naming the first entry that is no tensor.
     """
     for key in KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -124,8 +118,7 @@ def find_weights(content: Any, path: str | Path) -> dict[str, Tensor]:
 
 
 def unwrapped(weights: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Yield the weights, then the weights without one, two, ... of PREFIXES, while all names have
-    one."""
+    """Yield the weights, then without one, two, ... of PREFIXES that all names share."""
     yield weights
     for prefix in PREFIXES:
         if weights and all(name.startswith(prefix) for name in weights):
@@ -135,14 +128,13 @@ def unwrapped(weights: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def fit_names(weights: dict[str, Tensor], names: Set[str]) -> dict[str, Tensor]:
-    """Return the weights without PREFIXES if then any name is among the model's ``names``, else
-    unchanged."""
+    """Return the weights without PREFIXES if then a name fits the model's ``names``."""
     return next((x for x in unwrapped(weights) if names & x.keys()), weights)
 
 
 def verify_download(url: str, path: str | Path) -> None:
-    """Compare a downloaded file with the checksum in its name, if any: the first eight digits of
-    its SHA-256, as torchvision's resnet50-0676ba61.pth and mmdet's files have.
+    """Compare a file with the first eight digits of its SHA-256, if its name has them, as
+    torchvision's resnet50-0676ba61.pth.
 
     Raises:
         WeightsError: if they differ.
@@ -161,12 +153,11 @@ def verify_download(url: str, path: str | Path) -> None:
 
 
 class _Refused(Exception):
-    """A file asks for a function or a type that is not allowed."""
+    """A file asks for something that is not allowed."""
 
 
 class _DType:
-    """A replacement of numpy.dtype in a pickle, for numbers and text but not for objects or
-    records."""
+    """Stands for numpy.dtype: numbers and text, no objects or records."""
 
     def __init__(self, name: str, align: bool = False, copy: bool = False):
         self.dtype = np.dtype(str(name))
@@ -178,7 +169,7 @@ class _DType:
 
 
 class _Array(np.ndarray):
-    """An array that takes its state from a pickle, but its dtype only from a :class:`_DType`."""
+    """An array whose dtype comes from a :class:`_DType` only."""
 
     def __new__(cls, *_: Any) -> "_Array":
         return np.empty(0, np.uint8).view(cls)  # __setstate__ follows
@@ -191,7 +182,7 @@ class _Array(np.ndarray):
 
 
 class _Empty:
-    """A replacement of an object beside the weights, without its content."""
+    """Stands for an object beside the weights."""
 
     def __init__(self, *_: Any):
         pass
@@ -216,7 +207,7 @@ def _from_buffer(buffer: bytes, kind: _DType, shape: tuple, order: Any) -> np.nd
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Encode text; pickles of protocol 2 store bytes so."""
+    """Pickles of protocol 2 encode bytes as text."""
     if encoding != "latin1":
         raise _Refused(f"it contains text encoded as {encoding}")
     return text.encode("latin1")
@@ -250,8 +241,6 @@ _ALLOWED: dict[str, Any] = {
 
 
 class _DataUnpickler(pickle.Unpickler):
-    """An unpickler that knows the names in :data:`_ALLOWED` only."""
-
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" not in _ALLOWED:
             raise _Refused(f"it asks for {module}.{name}")

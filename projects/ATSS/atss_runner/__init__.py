@@ -1,3 +1,3 @@
-"""Modules that run without torch and Detectron2, with NumPy and OpenCV only."""
+"""Modules that need neither torch nor Detectron2."""
 
 __all__ = ["media"]

@@ -1,5 +1,4 @@
-"""Images and videos: finding files, reading and writing videos, drawing boxes. NumPy and OpenCV
-only."""
+"""Images and videos: found, read, written, with boxes. NumPy and OpenCV only."""
 
 import os
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -29,16 +28,15 @@ Item = TypeVar("Item")
 def find_media(
     names: Iterable[str | Path], images: Container[str], output: Path
 ) -> tuple[dict[Path, Path], list[str]]:
-    """Find the named files, and the images and videos in named folders and their subfolders, each
-    once.
+    """Find named files, and images and videos below named folders, each once.
 
     Args:
         images: endings of images in folders, such as ".png".
-        output: folder of results, which is skipped inside other folders.
+        output: folder of results, skipped inside other folders.
 
     Returns:
-        {file: its path within the named folder, or its name}; a sentence about each input that is
-            skipped, and about the other files of each folder.
+        {file: its path within the named folder, or its name}; a sentence for each skipped input,
+            and for a folder's other files.
     """
     inputs: dict[str, tuple[Path, Path]] = {}
     skipped = []
@@ -112,10 +110,10 @@ class Film:
 
     Attributes:
         rate: frames per second.
-        count: number of frames in the header, or None.
+        count: frames according to the header, or None.
 
     Raises:
-        OSError: naming the file, if it cannot be opened.
+        OSError: naming a file that cannot be opened.
     """
 
     def __init__(self, path: Path):
@@ -136,8 +134,7 @@ class Film:
             yield frame
 
     def writer(self, path: Path, size: tuple[int, int]) -> cv2.VideoWriter:
-        """Return a writer for frames of this (width, height), with methods ``write`` and
-        ``release``."""
+        """Return a writer for frames of this (width, height)."""
         return cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
 
 
@@ -148,9 +145,8 @@ def draw_boxes(
 
     Args:
         image: (H, W, 3) uint8 BGR.
-        boxes: (M, 4) (x1, y1, x2, y2) in pixels, best first. The best is drawn last, and labels
-            over all boxes.
-        classes: (M,) numbers, which choose the colours.
+        boxes: (M, 4) (x1, y1, x2, y2) in pixels, best first and drawn last.
+        classes: (M,) numbers, which choose colours.
         labels: (M,) texts.
     """
     drawn = np.ascontiguousarray(image).copy()

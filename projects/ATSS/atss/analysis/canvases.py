@@ -1,4 +1,4 @@
-"""Objects of a data set as an assigner gets them: resized, in batches of one canvas."""
+"""Objects as an assigner gets them: resized, in batches of one canvas."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,10 +23,9 @@ def on_canvases(
     progress: Progress = lambda items, **_: items,
     chunk: int = CHUNK,
 ) -> Iterator[tuple[tuple[int, int], np.ndarray, np.ndarray, GroundTruth, np.ndarray]]:
-    """Yield the objects that training uses, in batches of resized images that share a canvas.
+    """Yield the objects that training uses, in batches of resized images of one canvas.
 
     Args:
-        content, objects: of a json.
         sizes: (shorter side, longest side); every image comes once for each.
         divisibility: canvases are padded to multiples of it.
         progress: wraps the batches, as tqdm does.
@@ -34,8 +33,7 @@ def on_canvases(
 
     Yields:
         (height, width) of the canvas; positions of the images in the json; (m,) positions among the
-            M used objects; their ground truth; (m, 2) scale of their images, (x, y), in pixels of
-            the canvas per pixel of the image.
+            M used objects; their ground truth; (m, 2) scale of their images, (x, y).
     """
     used = np.flatnonzero(objects.used)
     image_of = objects.image[used]
@@ -65,11 +63,8 @@ def _batches(
     divisibility: int,
     count: int,
 ) -> list[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
-    """Group images by canvas, ``count`` at a time.
-
-    Returns:
-        for each batch (height, width) of the canvas, positions of the images, (n, 2) their scales.
-    """
+    """Return (height, width) of the canvas, positions of the images and (n, 2) their scales, in
+    batches of ``count``."""
     batches = []
     for short, longest in sizes:
         by_canvas = defaultdict(list)

@@ -1,4 +1,4 @@
-"""A complete training on a small data set that needs no download, with pictures of the results."""
+"""A training on a small data set that needs no download, with pictures of the results."""
 
 import logging
 from pathlib import Path
@@ -22,16 +22,12 @@ QUIET = ("detectron2.engine.defaults", "detectron2.data", "fvcore", "detectron2.
 def train_on_digits(
     root: Path, config: str, recipe: Recipe, score: float = 0.4
 ) -> dict[str, float]:
-    """Draw the data, train or resume an interrupted training, evaluate, and write config, weights,
-    metrics.json, detections.png and training.png into a folder.
+    """Draw the data, train or resume, evaluate, and write config, weights, metrics.json,
+    detections.png and training.png into a folder. Return AP, AP50 and so on, in percent.
 
     Args:
-        root: the folder.
         config: a file whose data sets are digits_train and digits_test.
         score: least score of the detections in detections.png.
-
-    Returns:
-        AP, AP50 and so on, in percent.
 
     Raises:
         UserError, OSError: as :func:`atss.engine.run.prepare`.

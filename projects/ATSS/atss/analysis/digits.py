@@ -1,9 +1,9 @@
-"""Small real detection data sets that need no download: handwritten digits on photographs.
+"""Handwritten digits on photographs: small real detection data sets that need no download.
 
-Both are part of scikit-learn: 1,797 digits of 8 x 8 pixels (UCI) and two photographs. A canvas is a
-crop of a photograph darkened to 60 %, from the left half for training and from the right half for
-other splits. Digits 0 to 1399 are for training, the others for the other splits. Boxes are tight
-around the ink. The recipes never change, so that APs on them are comparable.
+scikit-learn contains both: 1,797 digits of 8 x 8 pixels (UCI) and two photographs. A canvas is a
+crop of a photograph, darkened to 60 %. Training has the left halves and digits 0 to 1399, other
+splits the rest. Boxes are tight around the ink. The recipes never change, so that APs are
+comparable.
 """
 
 import json
@@ -29,11 +29,11 @@ class Recipe:
     Attributes:
         images: number of images of each split.
         side: of the square canvases, in pixels.
-        digits: least and greatest number of digits tried per image.
-        longer: least and greatest longer side of a digit in pixels, log-uniform in between.
-        log_aspect: width / height is exp of a uniform number up to this far from 0.
-        overlap: greatest IoU with an earlier digit; digits with more are left out.
-        large_first: whether smaller digits are drawn over larger ones.
+        digits: range of the number of digits tried per image.
+        longer: range of a digit's longer side in pixels, log-uniform.
+        log_aspect: log(width / height) is uniform up to this absolute value.
+        overlap: digits with a greater IoU with an earlier one are left out.
+        large_first: draw smaller digits over larger ones.
         classes: names; a digit's class is its value, or the only class.
     """
 
@@ -79,11 +79,10 @@ ABLATION = Recipe(
 
 
 def make_digits(root: Path, recipe: Recipe) -> None:
-    """Write ``train.json``, the folder ``train``, and so on for each split, under ``root``, unless
-    they are complete.
+    """Write ``train.json``, the folder ``train``, and so on for each split, unless they exist.
 
     Raises:
-        UserError: if the folder exists but is not complete, or scikit-learn is missing.
+        UserError: if the folder is incomplete, or scikit-learn is missing.
     """
     if root.is_dir():
         for split, count in recipe.images.items():
@@ -141,8 +140,7 @@ def _draw(
     glyphs: np.ndarray,
     labels: np.ndarray,
 ) -> tuple[np.ndarray, list[tuple[int, tuple[int, ...]]]]:
-    """Draw one canvas, (side, side, 3), and return (label, (x, y, width, height)) of each digit on
-    it."""
+    """Draw a canvas, (side, side, 3), with (label, (x, y, width, height)) of each digit."""
     side = recipe.side
     ground = grounds[rng.integers(len(grounds))]
     top = rng.integers(ground.shape[0] - side + 1)
@@ -179,6 +177,5 @@ def _draw(
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the IoU of two boxes (x1, y1, x2, y2)."""
     sides = (np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(min=0)
     return sides.prod() / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - sides.prod())

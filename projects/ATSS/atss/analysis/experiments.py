@@ -1,4 +1,4 @@
-"""Experiments: rows of the paper's tables trained on a small data set and compared seed by seed."""
+"""Rows of the paper's tables, trained on a small data set and compared seed by seed."""
 
 import contextlib
 import json
@@ -31,20 +31,12 @@ from ..errors import UserError
 from .digits import ABLATION, make_digits
 
 # Chosen before the first result.
+# fmt: off
 PRIMARY = (
-    "retinanet_A1",
-    "iou_box",
-    "iou_point",
-    "ssc_box",
-    "ssc_point",
-    "ssc_lite_point",
-    "atss_box",
-    "atss_point",
-    "atss_k3",
-    "atss_k17",
-    "iou_A9",
-    "atss_A9",
+    "retinanet_A1", "iou_box", "iou_point", "ssc_box", "ssc_point", "ssc_lite_point",
+    "atss_box", "atss_point", "atss_k3", "atss_k17", "iou_A9", "atss_A9",
 )
+# fmt: on
 # (statement, row, row to compare it with).
 CLAIMS = (
     ("Table 1: all improvements over none", "iou_box", "retinanet_A1"),
@@ -73,7 +65,6 @@ def known_rows() -> list[str]:
 
 
 def row_config(row: str, seed: int, output: Path, opts: list[str]) -> CfgNode:
-    """Return the config of one run."""
     cfg = load_config(get_config_file(f"tables/{row}"), get_config_file("ablation"), opts=opts)
     use_available_device(cfg)
     complete_classes(cfg)
@@ -85,8 +76,8 @@ def row_config(row: str, seed: int, output: Path, opts: list[str]) -> CfgNode:
 
 @torch.no_grad()
 def pair_weights(model: nn.Module, seed: int) -> None:
-    """Initialise the head part by part from one seed, so that rows whose heads lack a part have
-    equal weights in the others. (The backbone is initialised before the head, and equal anyway.)"""
+    """Initialise each part of the head with the seed, so that rows whose heads lack a part share
+    the others. (The backbone comes first, and is equal anyway.)"""
     for name, part in model.get_submodule("head").named_children():
         generator = torch.Generator().manual_seed(seed)
         for module in part.modules() if name != "scales" else ():
@@ -96,7 +87,7 @@ def pair_weights(model: nn.Module, seed: int) -> None:
 
 
 def train(cfg: CfgNode, progress: tqdm) -> dict[str, float]:
-    """Train and evaluate one run without output but the progress bar, and return its metrics."""
+    """Train and evaluate one run, with a progress bar only, and return its metrics."""
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     start = time.perf_counter()
     seed_all_rng(cfg.SEED)
@@ -111,10 +102,10 @@ def train(cfg: CfgNode, progress: tqdm) -> dict[str, float]:
 
 
 def run_all(rows: list[str], seeds: int, output: Path, opts: list[str]) -> dict:
-    """Train the runs that have no result yet, and return {row: {seed: metrics}}.
+    """Train the runs without a result, and return {row: {seed: metrics}}.
 
     Raises:
-        UserError: if the output folder contains results of another config, or damaged ones.
+        UserError: if the folder contains results of another config, or damaged ones.
     """
     missing = []
     results: dict[str, dict] = {row: {} for row in rows}
@@ -145,11 +136,6 @@ def run_all(rows: list[str], seeds: int, output: Path, opts: list[str]) -> dict:
 
 
 def _read_result(file: Path) -> dict:
-    """Return the config and the metrics of a result.json.
-
-    Raises:
-        UserError: naming the file, if it is no result.
-    """
     try:
         result = json.loads(file.read_text())
         metrics = {k: result["metrics"][k] for k in METRICS}
@@ -161,8 +147,8 @@ def _read_result(file: Path) -> dict:
 
 
 def paired(results: dict, row: str, other: str) -> tuple[np.ndarray, float]:
-    """Return AP of a row minus AP of another, by seed, and half the 95 % confidence interval of the
-    mean (Student's t; NaN for one seed)."""
+    """Return differences of AP by seed, and half the 95 % interval of their mean (Student's t; NaN
+    for one seed)."""
     seeds = sorted(set(results[row]) & set(results[other]))
     difference = np.array([results[row][s]["AP"] - results[other][s]["AP"] for s in seeds])
     if len(seeds) < 2:
@@ -174,21 +160,19 @@ def paired(results: dict, row: str, other: str) -> tuple[np.ndarray, float]:
 
 
 def claims(results: dict) -> list[tuple[str, np.ndarray, float]]:
-    """Return the CLAIMS whose rows were trained: (statement, differences, half interval)."""
+    """Return (statement, differences, half interval) of the CLAIMS whose rows were trained."""
     trained = [c for c in CLAIMS if c[1] in results and c[2] in results]
     return [(statement, *paired(results, row, other)) for statement, row, other in trained]
 
 
 def paper_ap(row: str) -> str:
-    """Return the paper's AP from the comment of a row's config, or "" for rows that are not in the
-    paper."""
+    """Return the paper's AP from the comment in a row's config, or ""."""
     comment = Path(get_config_file(f"tables/{row}")).read_text().replace("\n# ", " ")
     printed = re.search(r"the paper's AP ([\d.]+\d)", comment)
     return printed.group(1) if printed else ""
 
 
 def write_table(results: dict, target: Path) -> None:
-    """Write two Markdown tables: rows, and paired differences."""
     seeds = max(len(runs) for runs in results.values())
     lines = [
         f"Means over {seeds} seed(s) on the 200 test images of `atss.analysis.digits.ABLATION`.",
@@ -214,10 +198,7 @@ def write_table(results: dict, target: Path) -> None:
 
 
 def compare_rows(rows: Sequence[str], seeds: int, output: Path, opts: list[str]) -> dict:
-    """Draw the data set, and train rows: see :func:`run_all`.
-
-    Args:
-        rows: names of configs in configs/tables/, or only "all".
+    """Draw the data set, and train rows, or "all": see :func:`run_all`.
 
     Raises:
         UserError: for an unknown row, or as :func:`run_all`.

@@ -1,4 +1,4 @@
-"""Detections on images and videos: drawn, and as COCO records."""
+"""Detections drawn on images and videos, and as COCO records."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,17 +23,13 @@ __getattr__ = renamed_names(__name__)
 def annotate(
     predictor: Predictor, places: Mapping[Path, Path], threshold: float, batch: int = 4
 ) -> Iterator[list[dict]]:
-    """Draw detections on images and videos.
+    """Draw detections, and yield the records (see :func:`as_records`) of each image or frame, with
+    "file_name" and, for a video, "frame". Unreadable inputs are listed on standard error.
 
     Args:
-        places: {input: picture to write}, from :func:`targets`, in folders that exist. Inputs that
-            cannot be read are listed on standard error.
+        places: {input: picture to write}, from :func:`targets`, in folders that exist.
         threshold: least score of detections.
         batch: images at a time.
-
-    Yields:
-        the records (see :func:`as_records`) of each image or frame, with "file_name", and "frame"
-            for a video.
 
     Raises:
         OSError: if a picture cannot be written.
@@ -46,8 +42,7 @@ def annotate(
 
 
 def targets(inputs: Mapping[Path, Path], output: Path) -> dict[Path, Path]:
-    """Return where the pictures and videos of inputs are written, {input: target}. Targets have the
-    inputs' names, numbered if several inputs have one.
+    """Return {input: picture or video to write}, numbered if several inputs have one name.
 
     Args:
         inputs: {file: its name}, from :func:`atss_runner.media.find_media`.
@@ -70,8 +65,8 @@ def targets(inputs: Mapping[Path, Path], output: Path) -> dict[Path, Path]:
 
 
 def image_ids(paths: Sequence[Path]) -> dict[Path, int | str]:
-    """Guess the ids of images in a json: the numbers in their names if all names are distinct
-    numbers, as in COCO; else their names, or their paths if names are not unique."""
+    """Guess the ids of images in a json: the numbers in their names, if all are distinct numbers,
+    as in COCO; else their names, or paths if names repeat."""
     stems = [path.stem.lstrip("0") or "0" for path in paths]
     if all(x.isascii() and x.isdecimal() for x in stems) and len({*stems}) == len(stems):
         return {path: int(stem) for path, stem in zip(paths, stems, strict=True)}
@@ -80,7 +75,6 @@ def image_ids(paths: Sequence[Path]) -> dict[Path, int | str]:
 
 
 def draw_detections(image: np.ndarray, detections: Detections, names: Sequence[str]) -> np.ndarray:
-    """Draw boxes, class names and scores on a copy of a BGR image."""
     labels = [
         f"{names[k] if names else k} {score:.0%}"
         for k, score in zip(detections.classes, detections.scores, strict=True)
@@ -91,9 +85,8 @@ def draw_detections(image: np.ndarray, detections: Detections, names: Sequence[s
 def beside_truth(
     predictor: Predictor, records: Sequence[dict], threshold: float
 ) -> tuple[list[np.ndarray], list[list], list[list]]:
-    """Return the arguments of :func:`atss.analysis.plots.plot_examples` for records in Detectron2's
-    format: BGR images, and of each the objects and the detections as (x1, y1, x2, y2) with a
-    label."""
+    """Return the first three arguments of :func:`atss.analysis.plots.plot_examples` for records in
+    Detectron2's format."""
     images = [read_image(record["file_name"]) for record in records]
     truth, predicted = [], []
     for record, detections in zip(records, predictor(images), strict=True):
@@ -107,10 +100,10 @@ def beside_truth(
 def as_records(
     detections: Detections, ids: Sequence[int], names: Sequence[str], **fields: object
 ) -> list:
-    """Return detections in COCO's format of results, which ``COCO.loadRes`` takes.
+    """Return detections in COCO's format of results (``COCO.loadRes``).
 
     Args:
-        ids: of the classes in the training data; if empty, classes are counted from 1.
+        ids: of the classes in the training data; if empty, classes count from 1.
         names: of the classes; may be empty.
         fields: further fields of each record.
     """

@@ -17,7 +17,7 @@ COUNTS, SHAPES = (0, 1, 2, 5, 10, 20, 50, 100), (1, 2, 3, 5, 10)
 
 
 def plot_metrics(metrics_file: Path, target: Path) -> None:
-    """Plot losses and AP over iterations, from the trainer's metrics.json."""
+    """Plot losses and AP over iterations."""
     records = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     names = {"loss_cls": "class", "loss_box_reg": "box"}
@@ -52,7 +52,7 @@ def plot_examples(
 
     Args:
         images: (H, W, 3) BGR, an even number.
-        truth, predicted: boxes (x1, y1, x2, y2) in pixels, with labels, of each image.
+        truth, predicted: boxes (x1, y1, x2, y2) in pixels, with labels.
     """
     figure, axes = plt.subplots(len(images) // 2, 4, figsize=(12, 1.55 * len(images)))
     axes = axes.reshape(-1, 2)
@@ -86,7 +86,7 @@ def plot_examples(
 def plot_experiments(
     results: dict, compared: Sequence[tuple[str, np.ndarray, float]], target: Path
 ) -> None:
-    """Plot every run's AP by row, and the paired differences with their intervals."""
+    """Plot AP by row and seed, and paired differences with their intervals."""
     height = 1.2 + 0.32 * max(len(results), len(compared))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), layout="constrained")
     for y, runs in enumerate(results.values()):
@@ -110,7 +110,7 @@ def plot_experiments(
 
 
 def plot_statistics(objects: list[dict], rules: list[str], top: int | None, target: Path) -> None:
-    """Plot positives over the object's size and shape, and mean, std and threshold over size."""
+    """Plot positives over size and shape, and candidates' IoUs over size."""
     with_threshold = "mean" in objects[0]
     figure, axes = plt.subplots(
         1, 3 if with_threshold else 2, figsize=(15 if with_threshold else 10, 4.2)

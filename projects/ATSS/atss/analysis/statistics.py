@@ -1,4 +1,4 @@
-"""Assignment statistics: how many positives the objects of a data set get."""
+"""Numbers of positives that assigners give the objects of a data set."""
 
 import csv
 from collections.abc import Callable, Sequence
@@ -55,8 +55,8 @@ def match(
     sizes: Sequence[tuple[int, int]],
     progress: Progress = lambda items, **_: items,
 ) -> Fit:
-    """Return how the used objects match the anchors, together with the others of their images,
-    without crops, at the best of several sizes."""
+    """Match the used objects with the anchors, among the others of their images, without crops, at
+    the best of several sizes."""
     has_positives = not looks_at_predictions(sampling.assigner)
     count = int(objects.used.sum())
     best_iou, side = np.zeros(count), np.zeros(count)
@@ -73,7 +73,6 @@ def match(
 
 
 def looks_at_predictions(assigner: Callable) -> bool:
-    """Return whether an assigner needs predictions."""
     return getattr(assigner, "looks_at_predictions", False)
 
 
@@ -85,12 +84,12 @@ def measure(
     progress: Progress = lambda items, **_: items,
     predict: Predict | None = None,
 ) -> list[dict]:
-    """Return one record per used object, in the order of the json: its properties, the number of
-    positives that each of ``samplings`` gives it on images of ``size`` (shorter side, longest
-    side), and mean and standard deviation of its candidates' IoUs if exactly one assigner is ATSS.
+    """Return a record for each used object, in the order of the json: its properties, its positives
+    under each of ``samplings`` on images of ``size`` (shorter side, longest side), and mean and
+    standard deviation of its candidates' IoUs if exactly one assigner is ATSS.
 
     Args:
-        predict: a model's predictions on images, for assigners that need them.
+        predict: a model's predictions on images.
     """
     used = np.flatnonzero(objects.used)
     x, y, w, h = objects.boxes[used].T
@@ -143,18 +142,16 @@ def compare(
     """Count positives of several assigners on one config's anchors, or of several configs.
 
     Args:
-        content, objects: from :func:`read_objects`.
-        rules: assigners for one config; None: all that are registered, without weights those that
-            need no predictions.
-        weights: of a model of the one config, for assigners that need predictions.
+        rules: assigners; None for all, without weights all that need no predictions.
+        weights: of a model of the one config.
         image_dir: folder of its images.
 
     Returns:
-        the records of :func:`measure`; the names of their columns of counts; k * L, or None if the
-            configs differ in it.
+        the records of :func:`measure`; the names of their counts; k * L, or None if configs differ
+            in it.
 
     Raises:
-        UserError: naming the config or the assigner that is wrong.
+        UserError: naming the config or the assigner.
     """
     cfgs: dict[str, CfgNode] = {}
     if len(config_files) == 1:
@@ -203,11 +200,6 @@ def read_objects(annotations: str) -> tuple[dict, Objects]:
 
 
 def _predict(cfg: CfgNode, weights: str, content: dict, image_dir: str) -> Predict:
-    """Return a function that predicts on images of the json.
-
-    Raises:
-        UserError: if the weights have other classes than the json.
-    """
     predictor = Predictor(cfg, weights)
     names = [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
     predicted = predictor.names or [""] * predictor.model.num_classes
@@ -231,9 +223,9 @@ def constants(
     opts: Sequence[str] = (),
     progress: Progress = lambda items, **_: items,
 ) -> dict[str, float]:
-    """Return constants of similarities for tiny objects, as their authors choose them. CONSTANT of
+    """Return the constants of similarities that their authors choose from the data. CONSTANT of
     NWD: the mean side of an object in pixels of the canvas. M and N of SimD: the mean distance of
-    the centres of object and anchor along x and y, relative to the sum of their sides."""
+    centres of object and anchor along x and y, relative to the sum of their sides."""
     cfg = load_config(config_file, opts=opts)
     sampling, size = build_sampling(cfg), (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     sides, distances, pairs = 0.0, np.zeros(2), 0
@@ -250,7 +242,7 @@ def constants(
 
 def _relative_distances(anchors: Anchors, boxes: torch.Tensor) -> np.ndarray:
     """Return the sums over all pairs of |dx| / (w + w_anchor) and |dy| / (h + h_anchor), (2,).
-    Anchors of a column share x, those of a row share y."""
+    Anchors of a column share x, of a row y."""
     boxes, total = boxes.double(), np.zeros(2)
     middle, side = centres(boxes), boxes[:, 2:] - boxes[:, :2]
     of_levels = anchors.boxes.double().split(anchors.per_level)
@@ -265,7 +257,7 @@ def _relative_distances(anchors: Anchors, boxes: torch.Tensor) -> np.ndarray:
 
 
 def groups(objects: list[dict]) -> dict[str, list[dict]]:
-    """Group objects by GROUPS: {label: objects}, all objects first, without empty groups."""
+    """Return {label: objects} of GROUPS, all objects first, without empty groups."""
     by_label = {"all": objects}
     for group, (key, bins) in GROUPS.items():
         for label, low, high in bins:
@@ -274,14 +266,13 @@ def groups(objects: list[dict]) -> dict[str, list[dict]]:
 
 
 def positives(objects: list[dict], column: str) -> str:
-    """Format the mean of a column's counts, and in brackets the share of zeros."""
+    """Format the mean count, and in brackets the share of zeros."""
     counts = np.array([o[column] for o in objects])
     return f"{counts.mean():.1f} ({(counts == 0).mean():.1%})"
 
 
 def table(objects: list[dict], columns: list[str], top: int | None) -> str:
-    """Format a table in Markdown: positives per object, and objects without any. Rows are groups,
-    or columns of counts if these are many."""
+    """Format positives by group in Markdown; transposed if there are many columns."""
     lines = ["Positives per object, and in brackets the objects without any.", ""]
     if top is not None:
         lines[0] += f" 0.2 * k * L would be {0.2 * top:.1f}."
@@ -305,7 +296,6 @@ def table(objects: list[dict], columns: list[str], top: int | None) -> str:
 
 
 def write_csv(objects: list[dict], target: Path) -> None:
-    """Write one line per object."""
     with open(target, "w", newline="") as file:
         writer = csv.DictWriter(file, objects[0])
         writer.writeheader()
@@ -313,9 +303,8 @@ def write_csv(objects: list[dict], target: Path) -> None:
 
 
 def _best_iou(anchors: Anchors, boxes: torch.Tensor) -> np.ndarray:
-    """Return the greatest IoU of each box with an anchor, (G,). On each level it is reached by an
-    anchor at the location nearest to the centre, because the anchors of a location differ only in
-    shape."""
+    """Return the greatest IoU of each box with an anchor, (G,). Per level it is at the nearest
+    location, because anchors of a level differ only in shape there."""
     boxes = boxes.double()
     index, valid = all_anchors(anchors, *nearest_locations(anchors, centres(boxes), 1))
     overlap = iou(anchors.boxes[index].double(), boxes) * valid

@@ -1,5 +1,4 @@
-"""Checkpoints: loaded without executing them, saved atomically, and converted from and to other
-projects."""
+"""Checkpoints: loaded without execution, written atomically, converted."""
 
 from ..weights import WeightsError
 from .checkpointer import SafeCheckpointer, TrainingCheckpointer

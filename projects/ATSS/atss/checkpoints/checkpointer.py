@@ -1,4 +1,4 @@
-"""Checkpointers that execute nothing in a file and lose nothing if the process is killed."""
+"""Checkpointers that execute nothing in a file, and survive a kill at any time."""
 
 import os
 import re
@@ -21,12 +21,10 @@ NUMBERED = re.compile(r"model_(\d{7,})\.pth")
 
 
 class SafeCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer without code execution: Detectron2 unpickles every .pkl with
-    Python's pickle. It checks downloads, raises a WeightsError for a file that does not fit, and
-    warns about weights of other classes.
+    """Detectron2's checkpointer without code execution (Detectron2 unpickles every .pkl). It checks
+    downloads and warns about weights of other classes.
 
     Args:
-        model, save_dir, checkpointables: see Detectron2.
         class_names: of the model; empty if unknown.
         whole: require all weights of the model, as detection does.
     """
@@ -55,7 +53,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         """Load a checkpoint.
 
         Raises:
-            WeightsError: if the file does not exist, or has no weights or none that fit.
+            WeightsError: if the file is missing, or has no weights or none that fit.
         """
         if self.whole and not path:
             raise WeightsError("MODEL.WEIGHTS is empty: detection needs weights")
@@ -114,8 +112,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return result
 
     def _needed(self) -> set[str]:
-        """Return the names of parameters and of the statistics of norms. Other buffers are
-        optional."""
+        """Return the names of parameters and of norms' statistics; other buffers are optional."""
         needed = {name for name, _ in self.model.named_parameters()}
         for path, module in self.model.named_modules():
             if isinstance(module, _NormBase | FrozenBatchNorm2d):
@@ -123,8 +120,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return {name for name in needed if not name.endswith("num_batches_tracked")}
 
     def _refuse_random_parts(self, missing: set[str]) -> None:
-        """Check that modules with an attribute ``relies_on_weights``, which training does not
-        change, have all their weights."""
+        """Require all weights of frozen modules, marked by ``relies_on_weights``."""
         for path, module in self.model.named_modules():
             if not getattr(module, "relies_on_weights", False):
                 continue
@@ -137,24 +133,21 @@ class SafeCheckpointer(DetectionCheckpointer):
                 )
 
     def _match_classes(self, names: list[str], weights: dict[str, Any]) -> None:
-        """Compare the class names of weights with the model's."""
         warn_of_others(names, self.class_names, self._loading)
 
 
 class TrainingCheckpointer(SafeCheckpointer):
     """A SafeCheckpointer that replaces files atomically, removes old ones, and resumes from the
-    newest complete checkpoint if ``last_checkpoint`` is unusable. If a training begins from weights
-    of other classes, the class layer takes the rows of the classes in common.
+    newest complete one if ``last_checkpoint`` is unusable. If a training begins from weights of
+    other classes, the class layer takes the rows of common classes.
 
     Args:
-        model, save_dir, class_names, checkpointables: see above. The folder is a local or mounted
-            one.
+        save_dir: a local or mounted folder.
         keep: number of checkpoints numbered by iteration that stay; 0 for all. Those of later
             iterations, from another run, are not removed.
 
     Attributes:
-        resumed: time in ns at which the checkpoint that this run continues was written; None if it
-            continues none.
+        resumed: time in ns at which the resumed checkpoint was written, or None.
     """
 
     # The process id follows: two processes may write into one folder.
@@ -169,7 +162,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         self._older = {file: _stamp(file) for file in self._numbered().values()}
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``<name>.pth`` with all states, the class names and ``kwargs``, then
+        """Write ``<name>.pth`` with states, class names and ``kwargs``, then
         ``last_checkpoint``."""
         if not (self.save_dir and self.save_to_disk):
             return
@@ -183,8 +176,7 @@ class TrainingCheckpointer(SafeCheckpointer):
             self._remove_old(int(match[1]))
 
     def save_weights(self, name: str, model: nn.Module, **kwargs: Any) -> None:
-        """Write ``<name>.pth`` with the weights of a model and ``kwargs``, from which no run
-        resumes."""
+        """Write ``<name>.pth`` with weights and ``kwargs``, from which no run resumes."""
         if not (self.save_dir and self.save_to_disk):
             return
         data = {"model": model.state_dict(), KEY: self.class_names} | kwargs
@@ -194,7 +186,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         """Load a checkpoint. With ``checkpointables`` a training begins, otherwise one is resumed.
 
         Raises:
-            WeightsError: see above; if a resumed checkpoint is of another model.
+            WeightsError: as above, or if a resumed checkpoint is of another model.
         """
         self._begins = checkpointables is not None
         loaded = super().load(path, checkpointables)
@@ -207,8 +199,8 @@ class TrainingCheckpointer(SafeCheckpointer):
         return loaded
 
     def files_of_this_run(self) -> dict[int, str]:
-        """Return the checkpoints numbered by iteration, {iteration: path}, that this run wrote or
-        continues, without those that another run left in the folder."""
+        """Return {iteration: path} of the numbered checkpoints that this run wrote or resumes;
+        others may lie in the folder."""
         files = self._numbered()
         return {n: x for n, x in files.items() if self._older.get(x) != _stamp(x)}
 
@@ -241,23 +233,20 @@ class TrainingCheckpointer(SafeCheckpointer):
         return result
 
     def _forget_counts(self, weights: dict[str, Any]) -> None:
-        """Replace the buffers that modules list in ``of_a_training``, counts of a training, by the
-        new model's."""
+        """Reset the buffers that modules list in ``of_a_training`` to the new model's."""
         for path, module in self.model.named_modules(remove_duplicate=False):
             for name in getattr(module, "of_a_training", ()):
                 weights[f"{path}.{name}"] = module.get_buffer(name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Write ``last_checkpoint`` atomically."""
         self._write("last_checkpoint", lambda file: file.write(last_filename_basename.encode()))
 
     def has_checkpoint(self) -> bool:
-        """Return whether there is a checkpoint to resume from."""
         return bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
-        """Return the checkpoint in ``last_checkpoint`` if it is readable, else the one that has
-        seen most images, or "" if there is none.
+        """Return the readable ``last_checkpoint``, else the checkpoint that has seen most images,
+        or "".
 
         Raises:
             OSError: if ``last_checkpoint`` exists but no checkpoint is readable.
@@ -269,11 +258,8 @@ class TrainingCheckpointer(SafeCheckpointer):
         complete = {file: done for file in files if (done := progress(file))}
         if complete:
             newest = max(complete, key=complete.__getitem__)
-            self.logger.warning(
-                "%s is missing or cannot be read: resuming from %s",
-                last or os.path.join(self.save_dir, "last_checkpoint"),
-                newest,
-            )
+            unusable = last or os.path.join(self.save_dir, "last_checkpoint")
+            self.logger.warning(f"{unusable} is missing or cannot be read: resuming from {newest}")
             return newest
         if last:
             raise OSError(
@@ -310,7 +296,7 @@ class TrainingCheckpointer(SafeCheckpointer):
 
 
 def _stamp(file: str) -> int | None:
-    """Return when a file was written, in ns, or None if the first process has just removed it."""
+    """Return when a file was written, in ns, or None if another process has removed it."""
     try:
         return os.stat(file).st_mtime_ns
     except FileNotFoundError:
@@ -318,8 +304,8 @@ def _stamp(file: str) -> int | None:
 
 
 def progress(file: str) -> tuple[int, int] | None:
-    """Return (images seen, last iteration) of a complete checkpoint, or None for other files. Older
-    checkpoints count 0 images."""
+    """Return (images seen, last iteration) of a complete checkpoint, else None. Old checkpoints
+    count 0 images."""
     try:
         # mmap: weights are not read. A truncated file has lost its table of contents.
         trainer = load_weights(file, mmap=True)["trainer"]

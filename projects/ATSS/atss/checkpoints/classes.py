@@ -1,4 +1,4 @@
-"""Class names of checkpoints: rows of a class layer are matched by name, not by position."""
+"""Classes of checkpoints: rows of a class layer are matched by name."""
 
 import logging
 from collections import defaultdict
@@ -18,7 +18,7 @@ KEY = "class_names"
 
 
 def names_in(checkpoint: Mapping[str, Any], path: str | Path) -> list[str]:
-    """Return the class names of a checkpoint, or [] if it has none.
+    """Return the class names of a checkpoint, or [].
 
     Raises:
         WeightsError: if they are no list of names.
@@ -30,10 +30,10 @@ def names_in(checkpoint: Mapping[str, Any], path: str | Path) -> list[str]:
 
 
 def equal_names(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
-    """Match the names of two lists of classes: {index in ``ours``: index in ``theirs``}.
+    """Match two lists of names: {index in ``ours``: index in ``theirs``}.
 
-    Exact spellings match first. Then case, outer blanks, and the difference between blanks, "_" and
-    "-" are ignored. If a name occurs several times, the first matches the first, and so on.
+    Exact spellings match first; then case, outer blanks, and the difference between blanks, "_" and
+    "-" are ignored. Equal names match in their order.
     """
     matches: dict[int, int] = {}
     for spelling in (str, _normalise):
@@ -52,9 +52,8 @@ def _normalise(name: str) -> str:
 
 
 def class_tensors(model: nn.Module) -> dict[str, int]:
-    """Return {name of a tensor in the state dict: A} of the layers with rows of classes, which
-    heads list in their attribute ``class_layers``: {name of a layer: A}. Row a * K + k belongs to
-    anchor a and class k."""
+    """Return {tensor of the state dict: A} of the layers with rows of classes, from the attribute
+    ``class_layers`` of heads, {layer: A}. Row a * K + k belongs to anchor a and class k."""
     tensors = {}
     for path, module in model.named_modules():
         for layer, num_anchors in getattr(module, "class_layers", {}).items():
@@ -64,21 +63,14 @@ def class_tensors(model: nn.Module) -> dict[str, int]:
 
 
 def warn_of_others(theirs: Sequence[str], ours: Sequence[str], path: str) -> None:
-    """Log a warning if weights have equally many classes but not the same ones, which no shape
-    reveals."""
+    """Warn if weights have as many classes but not the same, which shapes do not reveal."""
     matches = equal_names(theirs, ours)
     differing = [i for i in range(len(ours)) if matches.get(i) != i]
     if len(theirs) == len(ours) and differing:
-        first = differing[0]
+        k = differing[0]
         logger.warning(
-            "Class %d is %r in the weights %s, but %r in this run (%d of %d classes differ): "
-            "detections get wrong names",
-            first,
-            theirs[first],
-            path,
-            ours[first],
-            len(differing),
-            len(ours),
+            f"Class {k} is {theirs[k]!r} in the weights {path}, but {ours[k]!r} in this run "
+            f"({len(differing)} of {len(ours)} classes differ): detections get wrong names"
         )
 
 
@@ -86,13 +78,12 @@ def take_rows(
     weights: dict[str, Any], theirs: Sequence[str], model: nn.Module, ours: Sequence[str]
 ) -> None:
     """Adapt the class layers of weights, in place, to a model with other classes: rows of common
-    classes are kept, the other rows are the model's. Both lists are logged.
+    classes are kept, other rows are the model's, and the log lists both.
 
-    If either list of names is empty, nothing changes. If the layers do not have one row for each
-    anchor and name, or rows of another size, they are removed.
+    Without names on either side nothing changes. Layers without one row for each anchor and name,
+    or with rows of another size, are removed.
 
     Args:
-        weights: a state dict.
         theirs, ours: class names of the weights and of the model.
     """
     state = model.state_dict()
@@ -128,10 +119,11 @@ def take_rows(
     common = ", ".join(ours[i] for i in sorted(matches)) or "none"
     added = ", ".join(name for i, name in enumerate(ours) if i not in matches)
     suffix = f"; new: {added}" if added else ""
-    message = "Classes in the weights: %s (%d of %d)%s"
-    logger.info(message, common, len(matches), len(ours), suffix)
+    logger.info(f"Classes in the weights: {common} ({len(matches)} of {len(ours)}){suffix}")
 
 
 def _warn_of_misfit(reason: str, name: str, weights: Mapping[str, Any]) -> None:
-    message = "%s, and %s has the shape %s, which does not fit: the class layer stays random"
-    logger.warning(message, reason, name, tuple(weights[name].shape))
+    shape = tuple(weights[name].shape)
+    logger.warning(
+        f"{reason}, and {name} is {shape}, which does not fit: the class layer is random"
+    )

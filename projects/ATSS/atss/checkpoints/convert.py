@@ -27,16 +27,15 @@ BATCH_NORM_EPS = 1e-5
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of any project's checkpoint. Nothing in the file is executed.
+    """Return the tensors of a checkpoint of any project.
 
     Raises:
-        WeightsError: if the file is no checkpoint, is damaged, or contains other objects.
+        WeightsError: see :func:`~atss.weights.load_weights`.
     """
     return find_weights(load_weights(path), path)
 
 
 def _config_text(content: Any) -> str:
-    """Return the config in a file of mmdet 2 or 3, or ""."""
     meta = content.get("meta") if isinstance(content, Mapping) else None
     configs = [meta.get(key) for key in ("cfg", "config")] if isinstance(meta, Mapping) else []
     return next((x for x in configs if isinstance(x, str)), "")
@@ -45,19 +44,15 @@ def _config_text(content: Any) -> str:
 def convert(
     state_dict: Mapping[str, Tensor], source: str, detector: str | None = None
 ) -> dict[str, Tensor]:
-    """Convert weights to our names and values.
+    """Convert weights to our names and values, a state dict for :func:`config_for`.
 
     Args:
         state_dict: of a model with one anchor per location.
         source: "official" (the authors' code) or "mmdet".
-        detector: for mmdet, one of :data:`~atss.checkpoints.detectors.DETECTORS`; None: the names
-            of the weights decide.
-
-    Returns:
-        a state dict of the model of :func:`config_for`.
+        detector: for mmdet, one of DETECTORS; None: the names of the weights decide.
 
     Raises:
-        ConversionError: listing all names that are missing, unexpected, or of another shape.
+        ConversionError: listing names that are missing, unexpected, or of another shape.
     """
     if source not in SOURCES:
         raise ConversionError(f"unknown source {source!r}: choose from {[*SOURCES]}")
@@ -96,13 +91,11 @@ def config_for(
     regression: str = "box",
     detector: str | None = None,
 ) -> CfgNode:
-    """Return the config for converted weights.
+    """Return the config for weights from :func:`convert`.
 
     Args:
-        state_dict: from :func:`convert`.
-        source: "official" or "mmdet".
         regression: "box" or "point", which the authors' weights do not reveal.
-        detector: mmdet's, one of DETECTORS; None for "official".
+        detector: one of DETECTORS for mmdet, None for "official".
 
     Raises:
         ConversionError: if the backbone is unknown, or ``detector`` does not fit ``source``.
@@ -166,19 +159,15 @@ def config_for(
 def convert_file(
     path: Path, target: Path, source: str, regression: str = "box", detector: str | None = None
 ) -> tuple[CfgNode, str]:
-    """Convert another project's checkpoint, and write its config beside it, as .yaml: both or
-    neither. Weights of eighty classes get COCO's class names.
+    """Convert another project's checkpoint, and write its config beside it, as .yaml. Return the
+    config and the detector. Eighty classes get COCO's names.
 
     Args:
-        detector: mmdet's; None: the names of the weights decide, or the config in the file.
-
-    Returns:
-        the config; the detector.
+        detector: for mmdet; None: the names of the weights decide, or the config in the file.
 
     Raises:
         WeightsError: if the weights cannot be converted.
-        UserError: if one of the files exists.
-        OSError: if they cannot be written.
+        UserError, OSError: if a file exists, or cannot be written.
     """
     refuse_to_replace(target, target.with_suffix(".yaml"))
     file_content = load_weights(path)
@@ -195,7 +184,7 @@ def convert_file(
 
 
 def refuse_to_replace(*files: Path) -> None:
-    """Raise a UserError that names the first of these files or folders that exists."""
+    """Raise a UserError if one of these files or folders exists."""
     for file in files:
         if file.exists():
             raise UserError(f"{file} already exists: choose another OUT")
@@ -205,7 +194,7 @@ def write(target: Path, content: dict, config_file: Path, config: str) -> None:
     """Write weights and config, both or neither.
 
     Raises:
-        OSError: naming the file, if they cannot be written.
+        OSError: naming the file.
     """
     unfinished = {file: file.with_name(f"{file.name}.unfinished") for file in (target, config_file)}
     try:
@@ -226,8 +215,7 @@ def write(target: Path, content: dict, config_file: Path, config: str) -> None:
 
 
 def is_tower_bias(name: str) -> bool:
-    """Return whether a name is the bias of a convolution that a norm follows, which norms and
-    offsets are not."""
+    """Return whether a name is the bias of a convolution before a norm."""
     tower = re.fullmatch(r"head\.\w+_subnet\.(\d+)\.(conv\.)?bias", name)
     if tower:
         return int(tower[1]) % 3 == 0
@@ -237,7 +225,7 @@ def is_tower_bias(name: str) -> bool:
 
 
 def _name_deformable(converted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename deformable layers of the towers, whose weights mmdet gives to the layer itself."""
+    """Rename deformable layers of towers: in mmdet they have the weight themselves."""
     renamed = {}
     for name, value in converted.items():
         parent, _, kind = name.rpartition(".")
@@ -264,10 +252,10 @@ def shapes_of(cfg: CfgNode) -> dict[str, Tensor]:
 def check_against(
     converted: Mapping[str, Tensor], unknown: list[str], model: Mapping[str, Tensor]
 ) -> None:
-    """Compare converted weights with a model's state dict, from :func:`shapes_of`.
+    """Compare weights with a model's state dict.
 
     Raises:
-        ConversionError: listing all names that are missing, unexpected, or of another shape.
+        ConversionError: listing names that are missing, unexpected, or of another shape.
     """
     shapes = {k: tuple(v.shape) for k, v in model.items()}
     problems = [f"unexpected: {name}" for name in unknown]

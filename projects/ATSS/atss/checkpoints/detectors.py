@@ -25,12 +25,11 @@ class Detector:
 
     Attributes:
         head: class of mmdet's head.
-        predictors: {our layer of the head: mmdet's layer}.
+        predictors: {our layer of the head: mmdet's}.
         row: our config of the same detector.
-        values: {key: value} to override in ``row`` for converted weights, because mmdet differs or
-            because the phases are over.
-        also: {key: value} that mmdet supports besides the values of ``row``.
-        arguments: {argument: value} of mmdet's head that distinguish it from others of its class.
+        values: {key: value} over ``row`` for converted weights.
+        also: {key: value} that mmdet supports besides those of ``row``.
+        arguments: {argument: value} of mmdet's head that distinguish it within its class.
         from_weights: our weights -> {key: value} that only they reveal.
         settings: our config -> arguments of mmdet's head.
     """
@@ -63,7 +62,7 @@ def _tood_settings(cfg: CfgNode) -> dict[str, Any]:
 
 
 def levels_of(cfg: CfgNode) -> list[int]:
-    """Return the numbers of the pyramid's levels: one per stage of the backbone, and two more."""
+    """Return the numbers of the pyramid's levels: the backbone's stages and two more."""
     stages = [int(name.removeprefix("res")) for name in cfg.MODEL.FPN.IN_FEATURES]
     return [*stages, stages[-1] + 1, stages[-1] + 2]
 
@@ -83,15 +82,12 @@ def _vfnet_settings(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
+# fmt: off
 _ATSS_LAYERS = {"cls_score": "atss_cls", "bbox_pred": "atss_reg", "ctrness": "atss_centerness"}
 _VFNET_LAYERS = {
-    "cls_conv": "vfnet_cls_dconv",
-    "cls_score": "vfnet_cls",
-    "bbox_pred": "vfnet_reg",
-    "bbox_conv.0": "vfnet_reg_conv.conv",
-    "bbox_conv.1": "vfnet_reg_conv.gn",
-    "refine_conv": "vfnet_reg_refine_dconv",
-    "refine_pred": "vfnet_reg_refine",
+    "cls_conv": "vfnet_cls_dconv", "cls_score": "vfnet_cls", "bbox_pred": "vfnet_reg",
+    "bbox_conv.0": "vfnet_reg_conv.conv", "bbox_conv.1": "vfnet_reg_conv.gn",
+    "refine_conv": "vfnet_reg_refine_dconv", "refine_pred": "vfnet_reg_refine",
     **{f"refine_scales.{i}": f"scales_refine.{i}" for i in range(6)},  # at most P2 to P7
 }
 _TOOD_LAYERS = {
@@ -104,17 +100,15 @@ _TOOD_LAYERS = {
         f"{ours}_decomposition.{part}": f"{theirs}_decomp.{their_part}"
         for ours, theirs in (("cls", "cls"), ("bbox", "reg"))
         for part, their_part in (
-            ("attention.0", "layer_attention.0"),
-            ("attention.2", "layer_attention.2"),
-            ("mixture", "reduction_conv.conv"),
-            ("after.0", "reduction_conv.gn"),
+            ("attention.0", "layer_attention.0"), ("attention.2", "layer_attention.2"),
+            ("mixture", "reduction_conv.conv"), ("after.0", "reduction_conv.gn"),
         )
     },
-    "cls_score": "tood_cls",
-    "bbox_pred": "tood_reg",
+    "cls_score": "tood_cls", "bbox_pred": "tood_reg",
     **{f"cls_alignment.{i}": f"cls_prob_module.{i}" for i in (0, 2)},
     **{f"bbox_alignment.{i}": f"reg_offset_module.{i}" for i in (0, 2)},
 }
+# fmt: on
 _TOOD = Detector(
     head="TOODHead",
     predictors=_TOOD_LAYERS,
@@ -191,16 +185,15 @@ _OTHER_PARTS = ("cls_convs", "reg_convs", "scales", "integral")
 
 
 def detector_of(names: Iterable[str], config: str = "", choice: str | None = None) -> str:
-    """Return the name of the detector of mmdet that weights are of.
+    """Return the name of mmdet's detector that weights are of.
 
     Args:
         names: of its state dict.
-        config: text of the config in its file, or "". It decides between detectors of equal names.
+        config: text in its file, or "". It decides between detectors of equal names.
         choice: the user's.
 
     Raises:
-        ConversionError: if the names fit no detector, or not ``choice``, or several without a
-            config to decide.
+        ConversionError: if the names fit no detector, not ``choice``, or several.
     """
     if choice is not None and choice not in DETECTORS:
         raise ConversionError(f"unknown detector {choice!r}: choose from {sorted(DETECTORS)}")
@@ -222,11 +215,10 @@ def detector_of(names: Iterable[str], config: str = "", choice: str | None = Non
         )
     # (argument, value); a class may have its module before it.
     words = {*re.findall(r"(\w+)['\"]?\s*[=:]\s*['\"](?:\w+\.)*(\w+)['\"]", config)}
-    in_config = [
-        x
-        for x in candidates
-        if {("type", DETECTORS[x].head), *DETECTORS[x].arguments.items()} <= words
-    ]
+    words_of = {
+        x: {("type", DETECTORS[x].head), *DETECTORS[x].arguments.items()} for x in candidates
+    }
+    in_config = [x for x in candidates if words_of[x] <= words]
     if len(in_config) == 1 and choice not in (None, *in_config):
         raise ConversionError(
             f"expected weights of {choice}, got mmdet's {in_config[0]} in the file's config"

@@ -1,4 +1,4 @@
-"""Conversion of our weights to mmdet, with the settings that its config needs."""
+"""Conversion of our weights to mmdet."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,40 +14,27 @@ from .convert import check_against, is_tower_bias, load, refuse_to_replace, shap
 from .detectors import DETECTORS, ConversionError, levels_of
 from .names import rename, to_mmdet_rules
 
-# Keys for which mmdet supports the value of a detector's row and of its ``also`` only.
+# Keys for which mmdet supports only the values of a detector's row and of its ``also``.
+# fmt: off
 FIXED = (
-    "MODEL.ATSS.HEAD",
-    "MODEL.ATSS.REGRESSION",
-    "MODEL.ATSS.NORM",
-    "MODEL.ATSS.CENTERNESS",
-    "MODEL.ATSS.LEVEL_SCALE",
-    "MODEL.ATSS.DEFORM_TOWER",
-    "MODEL.ATSS.LEGACY_PIXELS",
-    "MODEL.ATSS.SUPPRESSION",
-    "MODEL.ATSS.SCORE",
-    "MODEL.ATSS.THRESHOLD_ON_SCORE",
-    "MODEL.ATSS.RANK_ANCHORS",
-    "MODEL.ATSS.CLIP_BOXES",
-    "MODEL.ATSS.HEADS.TOODHead.INNER",
-    "MODEL.ATSS.HEADS.TOODHead.EXPONENTIAL",
-    "MODEL.ATSS.HEADS.TOODHead.NUM_CONVS",
-    "MODEL.ATSS.HEADS.ATSSHead.DEFORM_AT",
-    "MODEL.ATSS.HEADS.ATSSHead.TOWER",
-    "MODEL.ATSS.HEADS.VFNetHead.REACH",
-    "MODEL.BACKBONE.NAME",
-    "MODEL.FPN.FUSE_TYPE",
-    "MODEL.FPN.NORM",
-    "MODEL.RESNETS.RES5_DILATION",
-    "MODEL.RESNETS.STEM_OUT_CHANNELS",
+    "MODEL.ATSS.HEAD", "MODEL.ATSS.REGRESSION", "MODEL.ATSS.NORM", "MODEL.ATSS.CENTERNESS",
+    "MODEL.ATSS.LEVEL_SCALE", "MODEL.ATSS.DEFORM_TOWER", "MODEL.ATSS.LEGACY_PIXELS",
+    "MODEL.ATSS.SUPPRESSION", "MODEL.ATSS.SCORE", "MODEL.ATSS.THRESHOLD_ON_SCORE",
+    "MODEL.ATSS.RANK_ANCHORS", "MODEL.ATSS.CLIP_BOXES",
+    "MODEL.ATSS.HEADS.TOODHead.INNER", "MODEL.ATSS.HEADS.TOODHead.EXPONENTIAL",
+    "MODEL.ATSS.HEADS.TOODHead.NUM_CONVS", "MODEL.ATSS.HEADS.ATSSHead.DEFORM_AT",
+    "MODEL.ATSS.HEADS.ATSSHead.TOWER", "MODEL.ATSS.HEADS.VFNetHead.REACH",
+    "MODEL.BACKBONE.NAME", "MODEL.FPN.FUSE_TYPE", "MODEL.FPN.NORM",
+    "MODEL.RESNETS.RES5_DILATION", "MODEL.RESNETS.STEM_OUT_CHANNELS",
 )
+# fmt: on
 
 
 def to_mmdet(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
-    """Return our weights under mmdet's names.
+    """Return weights under mmdet's names.
 
     Args:
         state_dict: of a model of ``cfg``, with any number of classes.
-        cfg: config of the run that made the weights.
 
     Raises:
         ConversionError: if mmdet does not support the config, or the weights do not fit it.
@@ -77,8 +64,8 @@ def to_mmdet(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor
 
 
 def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
-    """Return the changes to mmdet's own config of the detector (for example atss_r50_fpn_1x_coco of
-    mmdet 3) for weights of :func:`to_mmdet`, as Python code.
+    """Return the changes to mmdet's own config of the detector (such as atss_r50_fpn_1x_coco of
+    mmdet 3) as Python code.
 
     Raises:
         ConversionError: if mmdet does not support the config.
@@ -148,13 +135,11 @@ def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
 
 
 def convert_file_to_mmdet(path: Path, target: Path, cfg: CfgNode) -> str:
-    """Convert a checkpoint of ours for mmdet, write the settings of mmdet's config beside it, as
-    .py (both or neither), and return them.
+    """Convert a checkpoint of ours, write mmdet's settings beside it, as .py, and return them.
 
     Raises:
         WeightsError: if the weights cannot be converted.
-        UserError: if one of the files exists.
-        OSError: if they cannot be written.
+        UserError, OSError: if a file exists, or cannot be written.
     """
     refuse_to_replace(target, target.with_suffix(".py"))
     weights = load(path)
@@ -165,7 +150,7 @@ def convert_file_to_mmdet(path: Path, target: Path, cfg: CfgNode) -> str:
 
 
 def detector_for(cfg: CfgNode) -> str:
-    """Return the name of mmdet's detector that differs least from a config.
+    """Return mmdet's detector that differs least from a config.
 
     Raises:
         ConversionError: naming a key that mmdet does not support.
@@ -191,15 +176,11 @@ def detector_for(cfg: CfgNode) -> str:
     if len(cfg.MODEL.ATSS.ANCHOR_SCALES) * len(cfg.MODEL.ATSS.ANCHOR_RATIOS) > 1:
         raise ConversionError("only models with one anchor per location can be converted for mmdet")
     if len(cfg.MODEL.ATSS.IN_FEATURES) != len(levels_of(cfg)):
-        raise ConversionError(
-            "mmdet uses all levels of its FPN, but MODEL.ATSS.IN_FEATURES has "
-            f"{len(cfg.MODEL.ATSS.IN_FEATURES)} of {len(levels_of(cfg))}"
-        )
+        raise ConversionError("MODEL.ATSS.IN_FEATURES must have all levels of the FPN for mmdet")
     return detector
 
 
 def _with_classes_of(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> CfgNode:
-    """Return the config with as many classes as the weights have."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()

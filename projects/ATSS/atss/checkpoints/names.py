@@ -1,7 +1,7 @@
-"""Patterns that translate parameter names between the authors' code, mmdet and this project.
+"""Parameter names of the authors' code, of mmdet and of this project, as patterns.
 
-A table is a list of (pattern, replacement). The first pattern that matches the whole name counts. A
-replacement is a template, a function of the match, or None to drop the entry.
+A table is a list of (pattern, replacement). The first pattern that matches the whole name counts;
+its replacement is a template, a function of the match, or None to drop the entry.
 """
 
 import re
@@ -20,9 +20,8 @@ def _resnet(root: str, offset: str, plain: str) -> list[Rule]:
     """Return the rules for the stages of a ResNet.
 
     Args:
-        root: pattern of the module that contains them.
-        offset, plain: names in a deformable convolution, of the one that predicts offsets and of
-            itself.
+        root: pattern of their module.
+        offset, plain: names of a deformable convolution's offset predictor, and of itself.
     """
     stage = rf"{root}\.layer(\d)\.(\d+)\."
 
@@ -101,11 +100,7 @@ _MMDET: list[Rule] = [
 
 
 def mmdet_rules(predictors: Mapping[str, str]) -> list[Rule]:
-    """Return the table from mmdet's names to ours.
-
-    Args:
-        predictors: {our layer of the head: mmdet's layer}.
-    """
+    """Return the table from mmdet. ``predictors``: {our layer of the head: mmdet's}."""
     return [
         *_MMDET,
         *(
@@ -124,12 +119,12 @@ def _layer(tail: str) -> Callable[[re.Match], str]:
 
 
 def to_mmdet_rules(lowest: int, laterals: int, predictors: Mapping[str, str]) -> list[Rule]:
-    """Return the table from our names to mmdet's, whose FPN counts its levels from zero.
+    """Return the table to mmdet, whose FPN counts its levels from zero.
 
     Args:
         lowest: number of the lowest level, 3 for P3.
         laterals: number of levels made from stages of the backbone.
-        predictors: {our layer of the head: mmdet's layer}.
+        predictors: {our layer of the head: mmdet's}.
     """
     return [
         (r"backbone\.bottom_up\.stem\.conv1\.(weight)", r"backbone.conv1.\1"),
@@ -174,11 +169,7 @@ def to_mmdet_rules(lowest: int, laterals: int, predictors: Mapping[str, str]) ->
 
 
 def rename(names: list[str], rules: list[Rule]) -> tuple[dict[str, str], list[str]]:
-    """Apply a table.
-
-    Returns:
-        {old name: new name}, without dropped names; names that no pattern matches.
-    """
+    """Apply a table: {old name: new name}, without dropped names, and names without a match."""
     new, unknown = {}, []
     for name in names:
         for pattern, replacement in rules:

@@ -1,8 +1,8 @@
-"""Cache of labels that were read and checked, in files that all processes map into memory. Labels
-are read once per machine, and again only if they change.
+"""Cache of checked labels, in files that all processes map into memory. Labels are read once per
+machine, and again if they change.
 
-Each data set is a folder below FVCORE_CACHE, whose name is a digest of the labels and of how they
-were read. It contains a line of json for each image and a NumPy array for each of COLUMNS.
+A data set is a folder below FVCORE_CACHE, named by a digest of its labels and of how they were
+read: a line of json for each image, and the arrays of COLUMNS.
 """
 
 import atexit
@@ -48,10 +48,10 @@ class Columns(Sequence[dict]):
     """N images with their annotations, among them M objects that are no crowds.
 
     Attributes:
-        about: metadata of the data set, and all of its json but images and annotations.
+        about: metadata, and the json without images and annotations.
         sizes: (N, 2) int32 width and height in pixels.
-        counts: (N,) int32 number of objects of each image.
-        classes: (M,) int32 index of each object's category among those sorted by id.
+        counts: (N,) int32 objects of each image.
+        classes: (M,) int32 index of each object's category, by id.
         ends: (N,) int64 end of each image's line, in bytes.
     """
 
@@ -64,7 +64,7 @@ class Columns(Sequence[dict]):
         """Map the files of a folder.
 
         Raises:
-            OSError, ValueError, EOFError: if the folder does not exist or is not complete.
+            OSError, ValueError, EOFError: if the folder is missing or incomplete.
         """
         self.folder = folder
         self.about: dict = json.loads(Path(folder, "about.json").read_bytes())
@@ -82,7 +82,7 @@ class Columns(Sequence[dict]):
         return len(self.sizes)
 
     def __getitem__(self, i: int) -> dict:  # type: ignore[override]
-        """Return an image's entry of the json, with its "annotations"."""
+        """Return an image of the json, with its "annotations"."""
         start = self.ends[i - 1] if i else 0
         return json.loads(self._lines[start : self.ends[i]].tobytes())
 
@@ -90,14 +90,14 @@ class Columns(Sequence[dict]):
         return json.loads(Path(self.folder, "names.json").read_bytes())
 
     def content(self) -> dict:
-        """Return the content that was written: see :func:`~atss.labels.coco.learnable`."""
+        """Return the content: see :func:`~atss.labels.coco.learnable`."""
         images = [self[i] for i in range(len(self))]
         annotations = [x for image in images for x in image.pop("annotations")]
         annotations.sort(key=lambda x: x["id"])
         return {**self.about["content"], "images": images, "annotations": annotations}
 
     def provide_json(self) -> str:
-        """Return the path of a json of the content, written by the first process that needs it."""
+        """Return the path of a json of the content, written when first needed."""
         path = os.path.join(self.folder, "labels.json")
         if not os.path.exists(path):
             content = self.content()
@@ -113,15 +113,14 @@ class Columns(Sequence[dict]):
 def open_columns(
     annotations: str, images: str, reading: Reading, reader: Callable[[], tuple[dict, dict]]
 ) -> Columns:
-    """Open the columns of labels. If they are not in the cache, read the labels and write them.
+    """Open labels in the cache, or read and write them.
 
     Args:
         annotations, images, reading: see :func:`~atss.labels.formats.read_labels`.
-        reader: returns the content (see :func:`~atss.labels.coco.learnable`) and ``about``.
+        reader: returns content (see :func:`~atss.labels.coco.learnable`) and ``about``.
 
     Raises:
-        UserError: as ``reader``; if the labels change while they are read; if the cache cannot be
-            written.
+        UserError: as ``reader``; if labels change meanwhile; if the cache is not writable.
     """
     folder = cache_folder()
     changed_before = time.time_ns() - RECENT * 10**9
@@ -162,8 +161,8 @@ def _open(path: str) -> Columns:
 
 
 def cache_folder() -> str:
-    """Return the folder of the cache, below FVCORE_CACHE (by default ~/.torch/iopath_cache), or a
-    temporary folder of this process if that is not writable."""
+    """Return the cache below FVCORE_CACHE (default ~/.torch/iopath_cache), or this process's
+    temporary folder if it is not writable."""
     folder = os.path.join(get_cache_dir(), "atss_labels")
     with suppress(OSError):
         os.makedirs(folder, exist_ok=True)
@@ -177,15 +176,15 @@ def _temporary_folder(read_only: str) -> str:
     folder = tempfile.mkdtemp(prefix="atss_labels_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     logging.getLogger(__name__).warning(
-        "cannot write %s: this process keeps labels in %s; set FVCORE_CACHE to another folder",
-        read_only,
-        folder,
+        f"cannot write {read_only}: this process keeps labels in {folder}; set FVCORE_CACHE to "
+        "another folder"
     )
     return folder
 
 
 def _write(folder: str, key: str, content: dict, about: dict) -> None:
-    """Write into a temporary folder, then rename it: a killed writer leaves nothing to read."""
+    """Write into a temporary folder, then rename it, so that a killed writer leaves nothing to
+    read."""
     unfinished = _name_unfinished(folder)
     os.mkdir(unfinished)
     try:
@@ -241,12 +240,8 @@ def _remove_old(folder: str) -> None:
 def _find_key(
     folder: str, annotations: str, images: str, reading: Reading, changed_before: int
 ) -> str:
-    """Return a digest of the labels, of how they are read, and of the code that reads them. For a
-    json the digest is of its content, and an index file maps the file's times to it; for a folder
-    it is of the times of its files.
-
-    Args:
-        changed_before: see :func:`_mark`.
+    """Return a digest of labels, reading and code. A json counts by its content, and an index file
+    maps its times to that digest; a folder counts by the times of its files.
 
     Raises:
         OSError, ValueError: if the labels do not exist.
@@ -277,7 +272,6 @@ def _find_key(
 
 @cache
 def _code() -> str:
-    """Return a digest of the modules that read labels and write columns."""
     here = Path(__file__).parent
     files = [*here.glob("*.py"), *here.with_name("labels").glob("*.py")]
     return _digest(x.read_text() for x in sorted(files))
@@ -291,11 +285,8 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def _mark(file: str, changed_before: int) -> str:
-    """Return a text that changes if a file changes.
-
-    Args:
-        changed_before: nanoseconds since 1970; the content of files that changed later is compared.
-    """
+    """Return a text that changes with a file. The content of files changed after
+    ``changed_before``, in ns since 1970, counts."""
     try:
         x = os.stat(file)
     except OSError:
@@ -306,7 +297,7 @@ def _mark(file: str, changed_before: int) -> str:
 
 
 def _digest_of_file(path: str) -> tuple[str, bool]:
-    """Return the digest of a json's content, and whether it contains backslashes."""
+    """Return a digest of a json's content, and whether it contains backslashes."""
     with open(path, "rb") as file:
         if not os.path.getsize(path):
             return _digest([]), False

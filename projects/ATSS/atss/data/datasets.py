@@ -25,10 +25,10 @@ def register_all(specs: Sequence[str], reading: Reading = AS_IT_IS, partly: bool
     """Register data sets in turn.
 
     Args:
-        partly: other data sets of the run may have more of the chosen classes.
+        partly: other data sets may have more of the chosen classes.
 
     Raises:
-        UserError: as :func:`register`, or naming a chosen class that no data set has.
+        UserError: as :func:`register`, or naming a class that no data set has.
     """
     metadata = [MetadataCatalog.get(register(spec, reading)) for spec in specs]
     found = {x for m in metadata for x in m.found}
@@ -41,12 +41,11 @@ def register(spec: str, reading: Reading = AS_IT_IS) -> str:
     """Register ``NAME=annotations.json:image_dir``, ``NAME=data.yaml:split`` or
     ``NAME=folder:split`` with Detectron2, and return the name.
 
-    The labels get the cheap checks of ``tools/check_dataset.py``, which open no image except for
-    its size if labels lack it. Labels that any process has read before are not read again unless
-    they changed.
+    Labels get the cheap checks of ``tools/check_dataset.py``: images are opened only for sizes that
+    labels lack. Labels are read again only if they changed.
 
     Raises:
-        UserError: naming the argument or the file that is wrong.
+        UserError: naming the argument or the file.
     """
     name, _, source = spec.partition("=")
     if not name or ":" not in source.strip(":"):
@@ -77,11 +76,7 @@ def register(spec: str, reading: Reading = AS_IT_IS) -> str:
 
 
 def _read(annotations: str, images: str, reading: Reading) -> tuple[dict, dict]:
-    """Return the labels for training and evaluation, and the data set's metadata.
-
-    Raises:
-        UserError: naming the first error in the labels.
-    """
+    """Return the labels for training and evaluation, and metadata."""
     labels = read_labels(annotations, images, reading)
     json_findings, objects = find_in_json(labels.content)
     findings = [*labels.findings, *json_findings]
@@ -103,8 +98,8 @@ def _read(annotations: str, images: str, reading: Reading) -> tuple[dict, dict]:
 
 
 def split_source(source: str, name: str = "a source") -> tuple[str, str]:
-    """Split ``annotations:images`` into the annotations and the folder or split. If either name
-    contains a colon, split at the first colon behind an existing file, or else behind a folder.
+    """Split ``annotations:images`` in two. If a name contains a colon, split behind an existing
+    file, or else behind a folder.
 
     Args:
         name: of the argument, for the message.
@@ -127,7 +122,7 @@ def split_source(source: str, name: str = "a source") -> tuple[str, str]:
 
 
 def columns_of(name: str) -> Columns | None:
-    """Return the columns of a data set of :func:`register`, or None for other data sets."""
+    """Return the columns of a data set of :func:`register`, else None."""
     images = DatasetCatalog.data.get(name)
     return images.columns if isinstance(images, Registered) else None
 
@@ -136,12 +131,12 @@ def open_records(names: Sequence[str], filter_empty: bool = False) -> Records:
     """Return the records of data sets, one set after another.
 
     Args:
-        filter_empty: leave out images without objects (crowds do not count), if the images have
+        filter_empty: leave out images without objects (crowds do not count), if they have
             annotations.
 
     Raises:
-        UserError: naming the data sets, if they have no images, different classes, or an object
-            whose class is out of range.
+        UserError: naming data sets without images, with different classes, or with a class out of
+            range.
     """
     sets = [_open(name) for name in names]
     for name, images in zip(names, sets, strict=True):
@@ -178,8 +173,7 @@ def _open(name: str) -> Registered | Listed:
 
 
 def provide_json(name: str) -> None:
-    """Set the metadata "json_file" of a data set of :func:`register`, which Detectron2's evaluators
-    read."""
+    """Set the metadata "json_file", which Detectron2's evaluators read."""
     metadata, columns = MetadataCatalog.get(name), columns_of(name)
     if columns is not None and not metadata.get("json_file"):
         metadata.json_file = columns.provide_json()
@@ -198,8 +192,7 @@ def follow(name: str, classes: Sequence[str]) -> None:
     same classes in different orders can be used together.
 
     Raises:
-        UserError: naming both lists, if the classes differ, or if they are in another order in a
-            data set that :func:`register` did not make.
+        UserError: if the classes differ, or :func:`register` did not make the data set.
     """
     names = classes_of(name)
     if names is None or not classes or list(names) == list(classes):
@@ -228,7 +221,7 @@ def follow(name: str, classes: Sequence[str]) -> None:
 
 def _permutation(names: Sequence[str], classes: Sequence[str]) -> list[int] | None:
     """Return the index of each class among the others, or None. Case and outer blanks are ignored
-    unless that makes two names equal."""
+    if names stay distinct."""
     for plain in (str, lambda x: x.strip().casefold()):
         old, new = [plain(x) for x in names], [plain(x) for x in classes]
         if len({*old}) == len(old) and sorted(old) == sorted(new):
@@ -242,14 +235,14 @@ def _abridge(names: Sequence[str]) -> str:
 
 
 def log_remarks(names: Sequence[str]) -> None:
-    """Log what training drops from data sets of :func:`register`, and their warnings."""
+    """Log which labels training drops, and their warnings."""
     for name in dict.fromkeys(names):
         for remark in MetadataCatalog.get(name).get("remarks", {}).values():
             logging.getLogger(__name__).warning("Data set %s has %s", name, remark)
 
 
 def refuse_missing_images(names: Sequence[str], filter_empty: bool = False) -> None:
-    """Check that the image files of data sets exist.
+    """Check that image files exist.
 
     Args:
         filter_empty: whether images without objects are left out.
@@ -272,13 +265,11 @@ def refuse_missing_images(names: Sequence[str], filter_empty: bool = False) -> N
 
 
 def has_objects(name: str) -> bool:
-    """Return whether evaluation measures any object of a data set; True if it is not registered."""
+    """Return whether evaluation measures any object; True if the set is not registered."""
     if name not in DatasetCatalog:
         return True
     columns = columns_of(name)
-    if columns is None:
-        return _has_objects(DatasetCatalog[name])
-    return columns.about["to_measure"] > 0
+    return columns.about["to_measure"] > 0 if columns else _has_objects(DatasetCatalog[name])
 
 
 @cache
@@ -287,10 +278,10 @@ def _has_objects(load: Callable[[], list[dict]]) -> bool:
 
 
 def refuse_unannotated(names: Sequence[str]) -> None:
-    """Check that each data set of :func:`register` has objects to train on.
+    """Check that data sets of :func:`register` have objects to train on.
 
     Raises:
-        UserError: naming the data set and the annotations that were dropped.
+        UserError: naming the data set and its dropped annotations.
     """
     for name in names:
         metadata = MetadataCatalog.get(name)
@@ -302,16 +293,13 @@ def refuse_unannotated(names: Sequence[str]) -> None:
 
 
 def count_training_images(names: Sequence[str], filter_empty: bool) -> int:
-    """Return the number of images in an epoch of these data sets.
-
-    Args:
-        filter_empty: whether images without objects are left out.
-    """
+    """Return the number of images of an epoch; ``filter_empty`` leaves out those without
+    objects."""
     return len(open_records(names, filter_empty))
 
 
 def ids_of(name: str) -> list[int]:
-    """Return the ids of a data set's classes in its file, by class; [] if they are not known."""
+    """Return the category ids of a data set by class, or [] if unknown."""
     if classes_of(name) is None:
         return []
     number = MetadataCatalog.get(name).get(CLASS_OF_ID, {})
@@ -319,13 +307,13 @@ def ids_of(name: str) -> list[int]:
 
 
 def without_classes(names: Sequence[str]) -> list[str]:
-    """Return the names of the data sets that are registered without names of classes."""
+    """Return the registered data sets without names of classes."""
     return [name for name in names if name in DatasetCatalog and classes_of(name) is None]
 
 
 def classes_of(name: str) -> list[str] | None:
-    """Return the names of a data set's classes, or None if it is not registered or has no names.
-    Reads the annotations if Detectron2 does not have the names yet."""
+    """Return the class names of a data set, or None. Its annotations are read if Detectron2 does
+    not have the names yet."""
     if name not in DatasetCatalog:
         return None
     metadata = MetadataCatalog.get(name)

@@ -28,15 +28,15 @@ def read_image(
     labelled: tuple[int, int] | None = None,
     image_format: str = "BGR",
 ) -> np.ndarray:
-    """Read an image, upright as its EXIF orientation asks: (H, W, C). The file is opened once.
+    """Read an image, turned by its EXIF orientation, as (H, W, C). The file is opened once.
 
     Args:
         labelled, sizes: see :func:`~atss.labels.headers.problems`.
         image_format: INPUT.FORMAT. "BGR" gives three channels of uint8.
 
     Raises:
-        OSError: naming the file, if it cannot be read.
-        UserError: naming the file, if training or evaluation would read it wrongly.
+        OSError: naming a file that cannot be read.
+        UserError: naming a file that training or evaluation would read wrongly.
     """
     with blame_unreadable(file_name):
         register_handler(file_name)
@@ -55,7 +55,7 @@ def read_image(
 
 @contextmanager
 def blame_unreadable(file_name: str) -> Iterator[None]:
-    """Turn every error but a UserError into an OSError that names the file."""
+    """Turn errors but UserErrors into an OSError that names the file."""
     try:
         yield
     except UserError:
@@ -79,8 +79,8 @@ def blame_file(file_name: str) -> Iterator[None]:
 
 
 def find_missing(files: Iterable[str]) -> Iterator[str]:
-    """Yield the files that do not exist. Each folder is listed once, and each scheme of addresses
-    is tried once.
+    """Yield the files that do not exist. Each folder is listed once, each scheme of addresses tried
+    once.
 
     Raises:
         UserError: naming an address whose file system fails.
@@ -111,8 +111,8 @@ def _files_in(folder: str) -> set[str]:
 
 
 def _can_open(address: str) -> bool:
-    """Return whether the PathManager has a handler for an address. Without one it looks for a local
-    file of that name."""
+    """Return whether a handler opens an address. Without one, the PathManager looks for a local
+    file."""
     register_handler(address)
     try:
         return PathManager.isfile(address)
@@ -128,11 +128,7 @@ def _can_open(address: str) -> bool:
 
 
 class _FsspecHandler(PathHandler):
-    """A file system of fsspec, such as s3fs.
-
-    Args:
-        prefix: of its addresses, such as ``s3://``.
-    """
+    """A file system of fsspec, such as s3fs, for addresses with a prefix such as ``s3://``."""
 
     def __init__(self, prefix: str):
         super().__init__()
@@ -150,7 +146,7 @@ class _FsspecHandler(PathHandler):
 
 
 def register_handler(address: str) -> None:
-    """Let Detectron2's PathManager open an address with fsspec, unless another handler does."""
+    """Let Detectron2's PathManager open an address with fsspec, unless it has a handler."""
     scheme, separator, _ = address.partition("://")
     if separator and scheme in fsspec.available_protocols():
         _register_prefix(f"{scheme}://")

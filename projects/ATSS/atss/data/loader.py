@@ -1,10 +1,10 @@
-"""Training batches as a function of seed and iteration, so that an interrupted run continues with
-the same images, crops and flips.
+"""Training batches as a function of seed and iteration: an interrupted run continues with the same
+images, crops and flips.
 
 Detectron2's samplers give an endless stream of image indices, dealt to the processes. Here each
-image has a position in that stream. Batches are formed from positions before any image is read, and
-random numbers of mapping are seeded by seed and position, whichever worker maps the image. Resuming
-then skips batches without loading them.
+image has a position in it. Batches are formed from positions before images are read, and mapping
+draws random numbers by seed and position, in any worker. So resuming skips batches without loading
+them.
 """
 
 import logging
@@ -36,14 +36,11 @@ LOADER_DIED = (
 
 
 class WatchedLoader(DataLoader):
-    """A DataLoader that raises an OSError if a worker hangs or dies. torch's own timeout misses a
-    worker that hangs while it hands over a batch.
+    """A DataLoader that raises an OSError if a worker hangs or dies. torch's timeout misses workers
+    that hang while they hand over a batch.
 
     Args:
-        timeout: seconds to wait for a batch before all workers are killed; 0 for no limit.
-
-    Raises:
-        OSError: in iterating.
+        timeout: seconds to wait for a batch before workers are killed; 0 for no limit.
     """
 
     def __init__(self, *args: Any, timeout: float = 0, **options: Any):
@@ -104,15 +101,14 @@ class TrainLoader:
     """Endless batches of this process: lists of mapped images.
 
     Args:
-        records: images in Detectron2's format.
         mapper: maps a record to an input of the model.
         sampler: a function from a seed to one of Detectron2's samplers.
         batch_size: images of a batch of this process.
-        groups: (number of images,) group of each image. A batch has images of one group, except for
-            replacements of images that the mapper leaves out.
-        seed: of the image order and of the random numbers in mapping.
+        groups: (number of images,); a batch has images of one group, except for replacements of
+            images that the mapper leaves out.
+        seed: of image order and mapping.
         late_mapper: replaces ``mapper`` from position ``late_from`` on.
-        options: of torch's DataLoader, such as num_workers. They do not change the batches.
+        options: of torch's DataLoader, which do not change the batches.
     """
 
     def __init__(
@@ -140,11 +136,11 @@ class TrainLoader:
         self.start = self.first = self.ahead = 0
 
     def skip(self, batches: int, seed: int, origin: tuple[int, int] = (0, 0)) -> None:
-        """Let iteration begin after this many batches of the stream of a seed.
+        """Begin after this many batches of the stream of a seed.
 
         Args:
-            origin: (batches, images) at which the batch size or the number of processes changed
-                last. Batches since then are formed from the stream's images after these.
+            origin: (batches, images) at which batch size or number of processes last changed; later
+                batches are formed from the images after these.
         """
         before, self.first = origin
         self.start, self.seed = batches - before, seed
@@ -175,17 +171,17 @@ def build_train_loader(
     mapper: Callable[[dict], dict],
     late_mapper: Callable[[dict], dict] | None = None,
 ) -> TrainLoader:
-    """Build the loader from DATASETS.TRAIN, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH and SEED. A
-    negative SEED is replaced by a random one, equal in all processes.
+    """Build the loader of DATASETS.TRAIN, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH and SEED. A
+    negative SEED becomes a random one, equal in all processes.
 
     Args:
-        mapper: until INPUT.AUGMENT_UNTIL. As in Detectron2 it may return None to leave out an
-            image.
+        mapper: until INPUT.AUGMENT_UNTIL. It may return None to leave out an image, as in
+            Detectron2.
         late_mapper: from then on; by default ``mapper``.
 
     Raises:
-        UserError: as :func:`~atss.data.samplers.repeat_factors`; if the processes cannot share a
-            batch evenly; if grouping needs a width and height that an image lacks.
+        UserError: as :func:`~atss.data.samplers.repeat_factors`; if processes cannot share a batch
+            evenly; if an image lacks a size for grouping.
     """
     images, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if images < 1 or images % processes:
@@ -236,7 +232,6 @@ def _log(text: str) -> None:
 
 
 def _count_objects(records: Records, names: Mapping[int, str]) -> str:
-    """Return a table for the log: images and objects to train on."""
     left_out = sum(map(len, records.sets)) - len(records)
     count = Counter(dict.fromkeys(names, 0))
     for part in records.sets:  # images that are left out have no objects
@@ -249,7 +244,7 @@ def _count_objects(records: Records, names: Mapping[int, str]) -> str:
 
 
 def is_wide(records: Records) -> np.ndarray:
-    """Return whether each image is wider than high, (number of images,) bool.
+    """Return whether images are wider than high, (number of images,) bool.
 
     Raises:
         UserError: naming an image without width and height.
@@ -269,8 +264,8 @@ def make_batches(
     groups: Sequence[bool] | np.ndarray,
     first: int = 0,
 ) -> Iterator[list[tuple[int, int]]]:
-    """Form batches of this process from (position, index) pairs whose images have one group.
-    Positions count the images of all processes; those before ``first`` are skipped."""
+    """Form batches of this process from (position, index) of one group. Positions count images of
+    all processes; those before ``first`` are skipped."""
     rank, processes = comm.get_rank(), comm.get_world_size()
     waiting: dict[bool, list[tuple[int, int]]] = defaultdict(list)
     for turn, index in enumerate(sampler):
@@ -285,12 +280,8 @@ def make_batches(
 
 
 class InPlaceOfNone:
-    """A mapper that replaces an image for which a mapper returns None by a random one of any group,
-    drawn from NumPy's generator.
-
-    Raises:
-        UserError: if TRIES images in a row are left out.
-    """
+    """A mapper that replaces images for which a mapper returns None by random ones. It raises a
+    UserError after TRIES in a row."""
 
     TRIES = 1000
 
@@ -310,8 +301,8 @@ class InPlaceOfNone:
 
 
 class MappedByPosition(Dataset):
-    """A data set whose index is (position, index of the image), with random numbers seeded by
-    position. It has no length: use it with a sampler."""
+    """Images by (position, index), mapped with random numbers of their position. It has no
+    length."""
 
     def __init__(
         self,

@@ -14,19 +14,19 @@ from .images import blame_file, blame_unreadable, read_image
 
 
 class Mapper(DatasetMapper):
-    """Detectron2's DatasetMapper, which opens a file once and names it in every error.
+    """Detectron2's DatasetMapper, which opens a file once and names it in errors.
 
-    It refuses boxes that are not finite, which Detectron2 drops silently, and images of 16 bits,
-    which would turn white. Boxes without area or outside the image are dropped.
+    It refuses boxes that are not finite, which Detectron2 drops, and images of 16 bits, which would
+    turn white. Boxes without area or outside the image are dropped.
 
     Raises:
-        UserError: naming the file, if its labels or its pixels cannot be used.
-        OSError: naming the file, if it cannot be read.
+        UserError: if labels or pixels cannot be used.
+        OSError: if the file cannot be read.
     """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
-        """Add INPUT.SCALE_JITTER and INPUT.COLOR_JITTER to Detectron2's arguments."""
+        """Add INPUT.SCALE_JITTER and INPUT.COLOR_JITTER."""
         arguments = super().from_config(cfg, is_train)
         if is_train and cfg.INPUT.SCALE_JITTER:
             side = cfg.INPUT.SCALE_JITTER_SIZE
@@ -65,8 +65,7 @@ class Mapper(DatasetMapper):
         return mapped
 
     def _map(self, mapped: dict, image: np.ndarray, sem_seg: np.ndarray | None) -> None:
-        """Augment an image, (H, W, C), its classes of pixels, (H, W), and its annotations, in
-        place."""
+        """Augment image, (H, W, C), classes of pixels, (H, W), and annotations."""
         utils.check_image_size(mapped, image)
         augmented = T.AugInput(image, sem_seg=sem_seg)
         transforms = self.augmentations(augmented)
@@ -83,13 +82,12 @@ class Mapper(DatasetMapper):
 
 
 def single(image: torch.Tensor) -> torch.Tensor:
-    """Return a float64 image, as Detectron2 reads YUV, as float32, the type of the models."""
+    """Return float64, as Detectron2 reads YUV, as float32, the type of the models."""
     return image.float() if image.dtype == torch.float64 else image
 
 
 def without_augmentation(cfg: CfgNode) -> CfgNode:
-    """Return the config for the end of a training: without crops and colours, with resizing and
-    flips."""
+    """Return the config without crops and colours, for the end of a training."""
     plain = cfg.clone()
     plain.defrost()
     plain.INPUT.CROP.ENABLED = False

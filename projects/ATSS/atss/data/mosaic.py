@@ -17,15 +17,13 @@ MIN_AREA = 0.1
 
 
 class Mosaic:
-    """A mapper that, with some probability, joins four mapped images into one of the first one's
-    size.
+    """A mapper that sometimes joins four mapped images into one of the first one's size.
 
-    Its random numbers come from NumPy's generator, so that under
-    :class:`~atss.data.loader.TrainLoader` they follow from seed and position.
+    It draws from NumPy's generator, which :class:`~atss.data.loader.TrainLoader` seeds by position.
 
     Args:
         mapper: maps one record.
-        records: the other three images are drawn from these.
+        records: of the other three images.
         probability: of a mosaic.
     """
 
@@ -43,8 +41,8 @@ class Mosaic:
 
 
 def put_together(mapped: Sequence[dict]) -> dict:
-    """Replace the picture of the first of four mapped images by a mosaic: upper left, upper right,
-    lower left and lower right part. Objects keep boxes and classes only."""
+    """Fill the first of four mapped images: upper left, upper right, lower left, lower right.
+    Objects keep boxes and classes only."""
     height, width = mapped[0]["image"].shape[1:]
     y = round(height * np.random.uniform(*CENTER))
     x = round(width * np.random.uniform(*CENTER))
@@ -63,10 +61,10 @@ def put_together(mapped: Sequence[dict]) -> dict:
 
 
 def _window(piece: dict, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Crop a random window of the given size from an image resized to slightly more than it.
+    """Crop a random window from an image resized to slightly more.
 
     Returns:
-        (C, height, width) pixels; (M, 4) boxes in the window; (N,) bool, which objects they are.
+        (C, height, width) pixels; (M, 4) boxes in it; (N,) bool, which objects they are.
     """
     image = piece["image"]
     scale = max(height / image.shape[1], width / image.shape[2]) * np.random.uniform(1, MAX_SCALE)

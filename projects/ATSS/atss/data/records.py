@@ -1,4 +1,4 @@
-"""Records of images and their annotations in Detectron2's format, by position."""
+"""Records of images in Detectron2's format, by position."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from .columns import Columns
 
 
 class Registered(Sequence[dict]):
-    """A data set of --register. A record is made when it is indexed; called, as by Detectron2's
-    DatasetCatalog, the data set returns all records.
+    """A data set of --register, whose records are made on access. A call returns all records, as
+    Detectron2's DatasetCatalog expects.
 
     Attributes:
         sizes, counts: see :class:`~atss.data.columns.Columns`.
@@ -54,7 +54,7 @@ class Registered(Sequence[dict]):
 
     @property
     def classes(self) -> np.ndarray:
-        """(M,) class of each object that is no crowd."""
+        """(M,) class of each object."""
         numbers = np.array([self.number[i] for i in sorted(self.number)], dtype=np.int32)
         return numbers[self.columns.classes]
 
@@ -67,7 +67,7 @@ class Registered(Sequence[dict]):
 def _shapes(
     segmentation: list | dict | None = None, keypoints: list | None = None, **_: object
 ) -> dict:
-    """Return segmentation and keypoints of an annotation as Detectron2's mapper takes them."""
+    """Return segmentation and keypoints as Detectron2's mapper takes them."""
     shapes: dict = {}
     if isinstance(segmentation, dict):
         packed = isinstance(segmentation["counts"], str)
@@ -81,12 +81,11 @@ def _shapes(
 
 
 class Listed(Sequence[dict]):
-    """A data set registered by the user's code: its records, packed so that loading processes share
-    them.
+    """A data set of the user's code: its records, packed so that loading processes share them.
 
     Attributes:
         sizes: (N, 2) width and height in pixels, -1 if a record has none.
-        counts: (N,) number of objects of each image that are no crowds, M in all.
+        counts: (N,) objects of each image that are no crowds, M in all.
         classes: (M,) class of each of these objects.
     """
 
@@ -114,7 +113,7 @@ class Listed(Sequence[dict]):
 
 
 class Records(Sequence[dict]):
-    """Images of one or more data sets, one set after another, or a selection of them.
+    """Images of data sets, one set after another, or a selection of them.
 
     Args:
         sets: the data sets, N images together.
@@ -135,7 +134,7 @@ class Records(Sequence[dict]):
         return self.sets[index][position - int(self._starts[index])]
 
     def choose(self, positions: np.ndarray) -> "Records":
-        """Return the images at these positions, or under this mask, in their order."""
+        """Return the images at these positions, or under this mask."""
         return Records(self.sets, self.selection[positions])
 
     @property
@@ -145,11 +144,11 @@ class Records(Sequence[dict]):
 
     @property
     def counts(self) -> np.ndarray:
-        """(K,) number of objects of each image that are no crowds."""
+        """(K,) objects of each image that are no crowds."""
         return np.concatenate([x.counts for x in self.sets])[self.selection]
 
     def objects(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return image position and class of all objects but crowds, (M,) each, by image."""
+        """Return image position and class of objects that are no crowds, (M,) each."""
         counts = np.concatenate([x.counts for x in self.sets])
         positions = np.full(len(counts), -1)
         positions[self.selection] = np.arange(len(self))
@@ -159,11 +158,10 @@ class Records(Sequence[dict]):
         return image[is_selected], classes[is_selected]
 
     def split(self) -> list["Records"]:
-        """Return the images of each data set."""
         index = np.searchsorted(self._starts, self.selection, side="right")
         return [self.choose(index == i) for i in range(1, len(self._starts))]
 
     def file_names(self) -> list[str]:
-        """Return the file names of all images that have one."""
+        """Return the file names of images that have one."""
         names = [name for x in self.sets for name in x.file_names()]
         return [names[i] for i in self.selection] if len(names) == self._starts[-1] else names

@@ -30,15 +30,11 @@ SHOWN = 10
 def repeat_factors(cfg: CfgNode, records: Records) -> Tensor | None:
     """Return how often a pass contains each image on average, (number of images,); None for once.
 
-    DATALOADER.SAMPLER_TRAIN chooses the rule. By class: an image counts max(1, sqrt(t / f(c)))
-    times, the most over its classes c, with f(c) the share of images that contain c and t
-    DATALOADER.REPEAT_THRESHOLD (LVIS, arXiv 1908.03195, appendix B.2; no root if REPEAT_SQRT is
-    False). By data set: DATASETS.TRAIN_REPEAT_FACTOR. By both: f(c) within each data set, times the
-    data set's factor, divided by the least product. Unlike in Detectron2, crowds do not count,
-    because training ignores them.
-
-    Args:
-        records: images of DATASETS.TRAIN.
+    DATALOADER.SAMPLER_TRAIN chooses the rule. By class: max(1, sqrt(t / f(c))), the greatest over
+    an image's classes c, with f(c) the share of images that contain c and t REPEAT_THRESHOLD (LVIS,
+    arXiv 1908.03195, appendix B.2; no root without REPEAT_SQRT). By data set:
+    DATASETS.TRAIN_REPEAT_FACTOR. By both: the product, with f(c) within each data set, divided by
+    the least. Unlike in Detectron2, crowds do not count: training ignores them.
 
     Raises:
         UserError: if the sampler is unknown or would repeat nothing.
@@ -74,11 +70,8 @@ def _by_class(records: Records, threshold: float, root: bool) -> Tensor:
 
 
 def _classes_of_images(records: Records) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Return the distinct pairs of image and class.
-
-    Returns:
-        positions of the images; indices into the list of classes; this list.
-    """
+    """Return distinct pairs of image and class: positions of images, indices into the list of
+    classes, this list."""
     image, object_class = records.objects()
     classes, class_index = np.unique(object_class, return_inverse=True)
     pairs = np.unique(image * len(classes) + class_index)
@@ -86,7 +79,6 @@ def _classes_of_images(records: Records) -> tuple[np.ndarray, np.ndarray, list[i
 
 
 def _weights(cfg: CfgNode) -> list[float]:
-    """Return the factor of each data set of DATASETS.TRAIN."""
     entries = cfg.DATASETS.TRAIN_REPEAT_FACTOR
     if not entries:
         raise UserError(
@@ -110,20 +102,16 @@ def _weights(cfg: CfgNode) -> list[float]:
 
 
 def make_sampler(size: int, factors: Tensor | None) -> Callable[[int], Sampler]:
-    """Return a function from a seed to the endless stream of image indices, which Detectron2 deals
-    to the processes.
-
-    Args:
-        factors: from :func:`repeat_factors`. Each pass rounds them up or down at random.
-    """
+    """Return a function from a seed to the endless stream of indices. Each pass rounds ``factors``,
+    from :func:`repeat_factors`, at random."""
     if factors is None:
         return lambda seed: TrainingSampler(size, seed=seed)
     return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
 
 
 def format_report(records: Records, factors: Tensor, names: Mapping[int, str]) -> str:
-    """Return a table for the log: images of each class, how many a pass contains, and their ratio.
-    The other three images of a mosaic are not counted."""
+    """Format images of each class, how many a pass contains, and their ratio. Partners in mosaics
+    do not count."""
     image, class_index, classes = _classes_of_images(records)
     count = np.bincount(class_index, minlength=len(classes)).tolist()
     repeated = np.bincount(class_index, factors.double().numpy()[image], len(classes)).tolist()
@@ -139,7 +127,7 @@ def format_report(records: Records, factors: Tensor, names: Mapping[int, str]) -
 
 
 def abridge(rows: list[str], indent: int) -> list[str]:
-    """Keep the first and the last SHOWN of a table's rows, one per class."""
+    """Keep the first and the last SHOWN rows."""
     if len(rows) > 2 * SHOWN:
         rows[SHOWN:-SHOWN] = [f"{'':{indent}}... {len(rows) - 2 * SHOWN} more classes ..."]
     return rows
