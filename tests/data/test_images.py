@@ -1,4 +1,4 @@
-"""One image: opened once, wherever it lies."""
+"""Images: opened once, also at addresses."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ SIZE = (60, 40)
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Names of the files that were opened, in their order."""
+    """Names of the opened files, in order."""
     names, original = [], PathManager.open
     monkeypatch.setattr(PathManager, "open", lambda x, *y: names.append(str(x)) or original(x, *y))
     return names
@@ -43,7 +43,7 @@ def save(path, mode="RGB", orientation=1):
 )
 @pytest.mark.parametrize("is_train", [True, False])
 @pytest.mark.parametrize("image_format", ["BGR", "L", "YUV-BT.601"])
-def test_mapper_gives_what_detectron2s_gives(
+def test_mapper_equals_detectron2s(
     name, mode, orientation, is_train, image_format, tmp_path, opened
 ):
     """And opens the file once."""
@@ -55,10 +55,10 @@ def test_mapper_gives_what_detectron2s_gives(
     cfg = make_cfg("INPUT.FORMAT", image_format, "INPUT.CROP.ENABLED", True)
     if image_format == "L":
         cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [0.0], [1.0]
-    own_mapper = Mapper(cfg, is_train)
+    mapper = Mapper(cfg, is_train)
     opened.clear()
     with seeded(1):
-        own = own_mapper(record)
+        own = mapper(record)
     assert opened == [file]
     with seeded(1):
         theirs = DatasetMapper(cfg, is_train)(record)
@@ -95,7 +95,7 @@ def test_prediction_opens_a_file_once(tmp_path, opened):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_images_at_addresses(workers, tmp_path, opened):
-    """Of a file system that fsspec has, and Detectron2 has not."""
+    """In a file system of fsspec that Detectron2 has not."""
     system = fsspec.filesystem("memory")
     for i in range(2):
         system.pipe(f"/pictures/{i}.png", Path(save(tmp_path / f"{i}.png")).read_bytes())

@@ -89,8 +89,8 @@ def _find_in_folder(
         problems.append(f"the folder {top} has no image and no video")
     if others:
         more = f", and {len(others) - 3} more" if len(others) > 3 else ""
-        kind = f"{len(others)} files in {top} without the ending of an image or a video"
-        problems.append(f"{kind}: {', '.join(others[:3])}{more}")
+        kind = f"files in {top} without the ending of an image or a video"
+        problems.append(f"{kind} ({len(others)}): {', '.join(others[:3])}{more}")
     return media, problems
 
 

@@ -124,6 +124,4 @@ def take_rows(
 
 def _warn_of_misfit(reason: str, name: str, weights: Mapping[str, Any]) -> None:
     shape = tuple(weights[name].shape)
-    logger.warning(
-        f"{reason}, and {name} is {shape}, which does not fit: the class layer is random"
-    )
+    logger.warning(f"{reason}, and {name} is {shape}, which does not fit: its layer stays random")

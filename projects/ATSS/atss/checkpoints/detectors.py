@@ -215,10 +215,8 @@ def detector_of(names: Iterable[str], config: str = "", choice: str | None = Non
         )
     # (argument, value); a class may have its module before it.
     words = {*re.findall(r"(\w+)['\"]?\s*[=:]\s*['\"](?:\w+\.)*(\w+)['\"]", config)}
-    words_of = {
-        x: {("type", DETECTORS[x].head), *DETECTORS[x].arguments.items()} for x in candidates
-    }
-    in_config = [x for x in candidates if words_of[x] <= words]
+    traits = {k: {("type", x.head), *x.arguments.items()} for k, x in DETECTORS.items()}
+    in_config = [x for x in candidates if traits[x] <= words]
     if len(in_config) == 1 and choice not in (None, *in_config):
         raise ConversionError(
             f"expected weights of {choice}, got mmdet's {in_config[0]} in the file's config"
