@@ -7,10 +7,10 @@
 
     tools/convert_checkpoint.py --to mmdet output/model_final.pth for_mmdet.pth
 
-"official" is the authors' code. mmdet's detectors are listed below; the names of the weights decide
-which one it is, or the config in the file, or --detector. Nothing in a file is executed. If names
-are missing, unexpected or of another shape, all are listed and nothing is written. An existing OUT
-is not replaced. Anchors, box code and thresholds are assumed to be those of mmdet's own config.
+"official" is the authors' code. mmdet's detectors are listed below: the names of the weights decide
+between them, or the config in the file, or --detector. Nothing in a file is executed. Names that
+are missing, unexpected or of another shape are listed, and nothing is written. An existing OUT is
+not replaced. Anchors, box code and thresholds are assumed to be mmdet's defaults.
 
 For mmdet, train with MODEL.ATSS.TOWER_BIAS False: its towers have no biases. The settings of
 mmdet's config for these weights are printed, and written beside them.

@@ -189,13 +189,13 @@ def test_check_reports_tiny_objects():
         ("TAL", r"below 6\.0 .* input\. "),
     ):
         sampling = build_sampling(make_cfg("MODEL.ATSS.ASSIGNER", rule))
-        asked = partial(match, sampling=sampling, sizes=[(240, 640)])
-        said = format_report(check(Labels(content, ""), [(240, 640)], False, asked))
-        assert re.search(f"Tiny objects: half of them have sides {expected}", said)
-        assert "and those of testing, 5.3 times as large make that 32;" in said
-    asked = partial(match, sampling=sampling, sizes=[(240, 640), (960, 1280)])
+        matcher = partial(match, sampling=sampling, sizes=[(240, 640)])
+        report = format_report(check(Labels(content, ""), [(240, 640)], False, matcher))
+        assert re.search(f"Tiny objects: half of them have sides {expected}", report)
+        assert "and those of testing, 5.3 times as large make that 32;" in report
+    matcher = partial(match, sampling=sampling, sizes=[(240, 640), (960, 1280)])
     assert "Tiny" not in format_report(
-        check(Labels(content, ""), [(240, 640), (960, 1280)], False, asked)
+        check(Labels(content, ""), [(240, 640), (960, 1280)], False, matcher)
     )
 
 
@@ -206,13 +206,13 @@ def test_check_skips_rules_that_need_predictions():
     for rule, expected in (("ATSS", True), ("SimOTA", False)):
         sampling = build_sampling(make_cfg("MODEL.ATSS.ASSIGNER", rule))
 
-        def asked(content, objects, sampling=sampling):
+        def matcher(content, objects, sampling=sampling):
             return match(content, objects, sampling, [(480, 640)])
 
-        fit = asked(content, find_in_json(content)[1])
+        fit = matcher(content, find_in_json(content)[1])
         assert (fit.positives is not None) == expected
         assert (fit.best_iou > 0).all()
-        report = check(Labels(content, ""), [(480, 640)], False, asked)
+        report = check(Labels(content, ""), [(480, 640)], False, matcher)
         kinds = {finding.kind for finding in report.findings}
         assert "object_poorly_matched" in kinds
         assert ("object_without_positive" in kinds) == expected

@@ -211,29 +211,31 @@ def test_resuming_loads_everything_unchanged(tmp_path, caplog):
     for name, value in model.state_dict().items():
         assert torch.equal(value, old.state_dict()[name]), name
     assert progress.loaded == {"iteration": 7}
-    assert "Class 0 is 'person' to the weights" in caplog.text
+    assert "Class 0 is 'person' in the weights" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "warning"),
     [
-        (["person", "dog", "zebra", "Traffic-Light"], "Class 1 is 'traffic light' to the weights"),
-        (["person", "traffic light", "zebra", "cat"], "Class 3 is 'dog' to the weights"),
+        (["person", "dog", "zebra", "Traffic-Light"], "Class 1 is 'traffic light' in the weights"),
+        (["person", "traffic light", "zebra", "cat"], "Class 3 is 'dog' in the weights"),
         (["Person", "traffic_light", "zebra", "dog "], None),
         ([], None),
         (["person", "zebra"], None),  # of another number, which does not fit the weights
         (["person", "traffic light", "zebra", "cat", "dog"], None),
     ],
 )
-def test_evaluation_of_other_classes_warns(tmp_path, caplog, names, said):
+def test_evaluation_of_other_classes_warns(tmp_path, caplog, names, warning):
     old, model = trained(), Model(4)
     file = saved(old, tmp_path)
     SafeCheckpointer(model, class_names=names).resume_or_load(file, resume=False)
     assert torch.equal(model.head.cls_score.weight, old.head.cls_score.weight)
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert len(warnings) == (said is not None)
-    if said:
-        assert warnings[0].startswith(f"{said} {file}, but {names[int(said[6])]!r} here")
+    assert len(warnings) == (warning is not None)
+    if warning:
+        assert warnings[0].startswith(
+            f"{warning} {file}, but {names[int(warning[6])]!r} in this run"
+        )
 
 
 def test_checkpoint_contains_names(tmp_path):

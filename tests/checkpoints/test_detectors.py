@@ -35,7 +35,7 @@ from atss.checkpoints.names import mmdet_rules, rename
 
 SHAPES = json.loads((GOLDEN / "mmdet_successors_r50_shapes.json").read_text())
 # Heads whose output differs from ours: (classes, box regression, ...) as in mmdet.
-SAID = {"vfnet": lambda found: (found["fine"].classes, found["fine"].box_regression.exp())}
+OUTPUTS = {"vfnet": lambda found: (found["fine"].classes, found["fine"].box_regression.exp())}
 LOSSES = {
     "loss_box_reg": "loss_bbox",
     "loss_overlap": "loss_iou",
@@ -92,8 +92,8 @@ def test_head_outputs_equal_mmdets(converted):
         images = model.preprocess_image([example])
         features = model.backbone(images.tensor)
         output = model.head([features[name] for name in model.head_in_features])
-    said = SAID.get(detector, lambda found: found[:3])(output)
-    ours = [x for x in said if x is not None]
+    parts = OUTPUTS.get(detector, lambda found: found[:3])(output)
+    ours = [x for x in parts if x is not None]
     kinds = {k.split("_")[0] for k in reference if k.startswith("out")}
     assert len(ours) == len(kinds)
     for j, x in enumerate(ours):
@@ -545,14 +545,14 @@ def test_alternatives_that_mmdet_supports(converted):
 
 
 def test_options_of_the_other_direction_are_refused(capsys):
-    for argv, said in (
+    for argv, message in (
         (["--from", "official", "--detector", "gfl"], "--detector is for --from mmdet"),
         (["--to", "mmdet", "--detector", "gfl"], "--detector is for --from mmdet"),
         (["--from", "mmdet", "--regression", "point"], "--regression is for --from official"),
     ):
         with pytest.raises(SystemExit):
             convert_checkpoint.main([*argv, "in.pth", "out.pth"])
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_reg_max_follows_from_shapes():

@@ -57,10 +57,10 @@ def truth_as_detections(name: str, classes: list[str], folder, only: str = "") -
         boxes[:, 2:] += boxes[:, :2]
         found.pred_boxes = Boxes(torch.from_numpy(boxes))
         found.scores = torch.ones(len(boxes))
-        said = [names[x["category_id"]] for x in record["annotations"]]
-        found.pred_classes = torch.tensor([classes.index(x) for x in said], dtype=torch.long)
+        class_names = [names[x["category_id"]] for x in record["annotations"]]
+        found.pred_classes = torch.tensor([classes.index(x) for x in class_names], dtype=torch.long)
         if only:
-            found = found[[i for i, x in enumerate(said) if x == only]]
+            found = found[[i for i, x in enumerate(class_names) if x == only]]
         evaluator.process([record], [{"instances": found}])
     return evaluator.evaluate()["bbox"]
 

@@ -151,7 +151,7 @@ def _are_several(images: Any) -> bool:
 
 
 def _as_bgr(image: Any, name: str, size: tuple[int, int]) -> np.ndarray:
-    """Return (H, W, 3) uint8; ``name`` begins messages, ``size`` is that of the Predictor."""
+    """Return (H, W, 3) uint8 BGR. Messages begin with ``name``; ``size`` is the Predictor's."""
     if isinstance(image, str | os.PathLike):
         return read_image(os.fspath(image), [size])
     if isinstance(image, Image.Image):

@@ -40,9 +40,11 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def load_weights(path: str | Path, mmap: bool = False) -> Any:
-    """Return the content of a file, on the CPU: .pkl is a pickle of arrays and plain Python types,
-    as in Detectron2's model zoo; then .safetensors; others are files of torch.save. Their checksums
-    (CRC-32) are compared, which torch.load omits.
+    """Return the content of a file of weights, on the CPU.
+
+    A .pkl is a pickle of arrays and plain Python types, as in Detectron2's model zoo; other files
+    are safetensors or of torch.save. Their checksums (CRC-32) are compared here, because torch.load
+    does not.
 
     Args:
         mmap: leave tensors of torch.save on the disk until they are used.
@@ -87,9 +89,8 @@ def load_weights(path: str | Path, mmap: bool = False) -> Any:
 
 @functools.cache
 def _wrong_checksum(path: str, modified: int, size: int) -> str | None:
-    """Return the first part of a file of torch.save with a wrong checksum, or None. Legacy files
-    have none, nor those after ``set_crc32_options(False)``. Cached: a resumption reads a checkpoint
-    several times."""
+    """Return the first part of a file of torch.save with a wrong checksum, or None. Some files have
+    none. Cached: a resumption reads a checkpoint several times."""
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as file:
@@ -97,8 +98,8 @@ def _wrong_checksum(path: str, modified: int, size: int) -> str | None:
 
 
 def find_weights(content: Any, path: str | Path) -> dict[str, Tensor]:
-    """Return the state dict in the content of a file: all of it, or under one of KEYS. Arrays
-    become tensors in place, because an attribute has the versions of modules.
+    """Return the state dict in the content of a file: all of it, or the entry under one of KEYS.
+    Arrays are replaced in place: the dictionary has the versions of modules as an attribute.
 
     Raises:
         WeightsError: naming the first entry that is no tensor.
@@ -118,7 +119,8 @@ def find_weights(content: Any, path: str | Path) -> dict[str, Tensor]:
 
 
 def unwrapped(weights: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Yield the weights, then without one, two, ... of PREFIXES that all names share."""
+    """Yield the weights, then the weights without one, two, ... of PREFIXES that all names
+    share."""
     yield weights
     for prefix in PREFIXES:
         if weights and all(name.startswith(prefix) for name in weights):

@@ -106,7 +106,7 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 class Film:
-    """The frames of a video, (H, W, 3) BGR, and a writer for a similar one.
+    """The frames of a video, (H, W, 3) BGR.
 
     Attributes:
         rate: frames per second.

@@ -22,15 +22,12 @@ QUIET = ("detectron2.engine.defaults", "detectron2.data", "fvcore", "detectron2.
 def train_on_digits(
     root: Path, config: str, recipe: Recipe, score: float = 0.4
 ) -> dict[str, float]:
-    """Draw the data, train or resume, evaluate, and write config, weights, metrics.json,
-    detections.png and training.png into a folder. Return AP, AP50 and so on, in percent.
+    """Draw the data, train or resume, evaluate, and write config, weights, metrics and pictures.
+    Return AP, AP50 and so on, in percent.
 
     Args:
         config: a file whose data sets are digits_train and digits_test.
-        score: least score of the detections in detections.png.
-
-    Raises:
-        UserError, OSError: as :func:`atss.engine.run.prepare`.
+        score: least score of detections in detections.png.
     """
     data = root / "data"
     root.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,8 @@ __getattr__ = renamed_names(__name__)
 def annotate(
     predictor: Predictor, places: Mapping[Path, Path], threshold: float, batch: int = 4
 ) -> Iterator[list[dict]]:
-    """Draw detections, and yield the records (see :func:`as_records`) of each image or frame, with
-    "file_name" and, for a video, "frame". Unreadable inputs are listed on standard error.
+    """Draw detections, and yield the records of each image or frame, with "file_name" and, for a
+    video, "frame". Unreadable inputs are listed on standard error.
 
     Args:
         places: {input: picture to write}, from :func:`targets`, in folders that exist.
@@ -43,9 +43,6 @@ def annotate(
 
 def targets(inputs: Mapping[Path, Path], output: Path) -> dict[Path, Path]:
     """Return {input: picture or video to write}, numbered if several inputs have one name.
-
-    Args:
-        inputs: {file: its name}, from :func:`atss_runner.media.find_media`.
 
     Raises:
         UserError: if a target would replace an input.

@@ -143,12 +143,10 @@ def compare(
 
     Args:
         rules: assigners; None for all, without weights all that need no predictions.
-        weights: of a model of the one config.
-        image_dir: folder of its images.
+        weights, image_dir: of a model of the one config, and its images.
 
     Returns:
-        the records of :func:`measure`; the names of their counts; k * L, or None if configs differ
-            in it.
+        the records of :func:`measure`; the names of their counts; k * L, or None if configs differ.
 
     Raises:
         UserError: naming the config or the assigner.
@@ -223,9 +221,8 @@ def constants(
     opts: Sequence[str] = (),
     progress: Progress = lambda items, **_: items,
 ) -> dict[str, float]:
-    """Return the constants of similarities that their authors choose from the data. CONSTANT of
-    NWD: the mean side of an object in pixels of the canvas. M and N of SimD: the mean distance of
-    centres of object and anchor along x and y, relative to the sum of their sides."""
+    """Return NWD's CONSTANT, the mean side of an object on the canvas, and SimD's M and N, the mean
+    distance of centres of object and anchor along x and y, relative to the sum of their sides."""
     cfg = load_config(config_file, opts=opts)
     sampling, size = build_sampling(cfg), (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     sides, distances, pairs = 0.0, np.zeros(2), 0

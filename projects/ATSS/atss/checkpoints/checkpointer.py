@@ -50,11 +50,6 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.class_names = list(class_names)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict:
-        """Load a checkpoint.
-
-        Raises:
-            WeightsError: if the file is missing, or has no weights or none that fit.
-        """
         if self.whole and not path:
             raise WeightsError("MODEL.WEIGHTS is empty: detection needs weights")
         if path:

@@ -27,11 +27,7 @@ BATCH_NORM_EPS = 1e-5
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint of any project.
-
-    Raises:
-        WeightsError: see :func:`~atss.weights.load_weights`.
-    """
+    """Return the tensors of a checkpoint of any project."""
     return find_weights(load_weights(path), path)
 
 
@@ -191,11 +187,6 @@ def refuse_to_replace(*files: Path) -> None:
 
 
 def write(target: Path, content: dict, config_file: Path, config: str) -> None:
-    """Write weights and config, both or neither.
-
-    Raises:
-        OSError: naming the file.
-    """
     unfinished = {file: file.with_name(f"{file.name}.unfinished") for file in (target, config_file)}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -252,11 +243,6 @@ def shapes_of(cfg: CfgNode) -> dict[str, Tensor]:
 def check_against(
     converted: Mapping[str, Tensor], unknown: list[str], model: Mapping[str, Tensor]
 ) -> None:
-    """Compare weights with a model's state dict.
-
-    Raises:
-        ConversionError: listing names that are missing, unexpected, or of another shape.
-    """
     shapes = {k: tuple(v.shape) for k, v in model.items()}
     problems = [f"unexpected: {name}" for name in unknown]
     problems += [f"unexpected: {name}" for name in converted if name not in shapes]

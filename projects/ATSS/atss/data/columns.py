@@ -241,11 +241,7 @@ def _find_key(
     folder: str, annotations: str, images: str, reading: Reading, changed_before: int
 ) -> str:
     """Return a digest of labels, reading and code. A json counts by its content, and an index file
-    maps its times to that digest; a folder counts by the times of its files.
-
-    Raises:
-        OSError, ValueError: if the labels do not exist.
-    """
+    maps its times to that digest; a folder counts by the times of its files."""
     texts, files = sources(annotations, images)
     context = [_code(), repr(reading), *texts]
     marks = [_mark(file, changed_before) for file in files]

@@ -80,11 +80,7 @@ def blame_file(file_name: str) -> Iterator[None]:
 
 def find_missing(files: Iterable[str]) -> Iterator[str]:
     """Yield the files that do not exist. Each folder is listed once, each scheme of addresses tried
-    once.
-
-    Raises:
-        UserError: naming an address whose file system fails.
-    """
+    once."""
     can_open: dict[str, bool] = {}
     listed: dict[str, set[str]] = {}
     for file in files:  # a million within a second
@@ -128,7 +124,7 @@ def _can_open(address: str) -> bool:
 
 
 class _FsspecHandler(PathHandler):
-    """A file system of fsspec, such as s3fs, for addresses with a prefix such as ``s3://``."""
+    """A file system of fsspec for addresses with a prefix such as ``s3://``."""
 
     def __init__(self, prefix: str):
         super().__init__()

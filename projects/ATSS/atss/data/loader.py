@@ -139,8 +139,7 @@ class TrainLoader:
         """Begin after this many batches of the stream of a seed.
 
         Args:
-            origin: (batches, images) at which batch size or number of processes last changed; later
-                batches are formed from the images after these.
+            origin: (batches, images) at the last change of batch size or number of processes.
         """
         before, self.first = origin
         self.start, self.seed = batches - before, seed

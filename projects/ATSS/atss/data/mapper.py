@@ -82,7 +82,7 @@ class Mapper(DatasetMapper):
 
 
 def single(image: torch.Tensor) -> torch.Tensor:
-    """Return float64, as Detectron2 reads YUV, as float32, the type of the models."""
+    """Convert float64 images, as Detectron2 reads YUV, to float32."""
     return image.float() if image.dtype == torch.float64 else image
 
 

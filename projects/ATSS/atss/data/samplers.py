@@ -70,8 +70,7 @@ def _by_class(records: Records, threshold: float, root: bool) -> Tensor:
 
 
 def _classes_of_images(records: Records) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Return distinct pairs of image and class: positions of images, indices into the list of
-    classes, this list."""
+    """Return distinct pairs: image positions, indices into the list of classes, this list."""
     image, object_class = records.objects()
     classes, class_index = np.unique(object_class, return_inverse=True)
     pairs = np.unique(image * len(classes) + class_index)
@@ -102,8 +101,8 @@ def _weights(cfg: CfgNode) -> list[float]:
 
 
 def make_sampler(size: int, factors: Tensor | None) -> Callable[[int], Sampler]:
-    """Return a function from a seed to the endless stream of indices. Each pass rounds ``factors``,
-    from :func:`repeat_factors`, at random."""
+    """Return a function from a seed to the endless stream of indices. Each pass rounds the factors
+    at random."""
     if factors is None:
         return lambda seed: TrainingSampler(size, seed=seed)
     return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
