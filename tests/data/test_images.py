@@ -1,6 +1,7 @@
 """Images: opened once, also at addresses."""
 
 import json
+import traceback
 from pathlib import Path
 
 import fsspec
@@ -15,7 +16,8 @@ from PIL import Image
 
 from atss.data import Mapper, datasets
 from atss.data.images import read_image
-from atss.data.loader import build_train_loader, seeded
+from atss.data.loader import WatchedLoader, build_train_loader, seeded
+from atss.errors import UserError
 from atss.labels.headers import ORIENTATION
 
 SIZE = (60, 40)
@@ -91,6 +93,41 @@ def test_prediction_opens_a_file_once(tmp_path, opened):
     file = save(tmp_path / "a.png")
     assert read_image(file).shape == (*SIZE[::-1], 3)
     assert opened == [file]
+
+
+def fail_with(error):
+    raise error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("record", "error", "kind", "message"),
+    [
+        ({"file_name": "{}/no.png"}, None, OSError, "cannot read the image {}/no.png: "),
+        ({"width": 9, "height": 9}, None, UserError, "the image {}/a.png is 60 x 40 pixels, but"),
+        (
+            {"sem_seg_file_name": "{}/no.png"},
+            None,
+            OSError,
+            "cannot read the image {}/no.png: ",
+        ),
+        ({}, UserError("no box"), UserError, "the image {}/a.png cannot be mapped: no box"),
+        ({}, OSError("no disk"), OSError, "the image {}/a.png cannot be mapped: no disk"),
+        ({}, ValueError("a bug"), ValueError, "in mapping {}/a.png"),
+    ],
+)
+def test_errors_name_the_file(record, error, kind, message, workers, tmp_path, monkeypatch):
+    """In the last line, also from a loading process."""
+    values = {"file_name": save(tmp_path / "a.png")} | record
+    record = {k: x.format(tmp_path) if isinstance(x, str) else x for k, x in values.items()}
+    mapper = Mapper(make_cfg(), is_train=True)
+    if error:
+        monkeypatch.setattr(mapper, "augmentations", lambda _: fail_with(error))
+    loader = WatchedLoader([record], num_workers=workers, collate_fn=lambda x: mapper(x[0]))
+    with pytest.raises(kind) as caught:
+        next(iter(loader))
+    last = "".join(traceback.format_exception(caught.value)).strip().splitlines()[-1]
+    assert message.format(tmp_path) in last
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -66,14 +66,16 @@ def blame_unreadable(file_name: str) -> Iterator[None]:
 
 @contextmanager
 def blame_file(file_name: str) -> Iterator[None]:
-    """Name the image in errors of its mapping: in a UserError's message, else in a note."""
+    """Name the image in errors of its mapping: in the message of UserErrors and OSErrors, of which
+    users see the message only, else in a note."""
     try:
         yield
     except Exception as error:
         if file_name in str(error):
             raise
-        if isinstance(error, UserError):
-            raise UserError(f"the image {file_name} cannot be mapped: {error}") from error
+        for kind in (UserError, OSError):
+            if isinstance(error, kind):
+                raise kind(f"the image {file_name} cannot be mapped: {error}") from error
         error.add_note(f"in mapping {file_name}")
         raise
 
