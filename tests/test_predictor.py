@@ -225,7 +225,7 @@ def test_weights_of_other_classes_warn(tmp_path, caplog):
     torch.save(content, tmp_path / "model.pth")
     cfg = make_cfg(*TINY, "MODEL.ATSS.CLASS_NAMES", ["a", "c", "b"])
     assert Predictor(cfg, str(tmp_path / "model.pth")).names == ["a", "c", "b"]
-    assert "Class 1 is 'b' to the weights" in caplog.text
+    assert "Class 1 is 'b' in the weights" in caplog.text
 
 
 def test_unknown_rules_are_not_needed(weights, tmp_path):

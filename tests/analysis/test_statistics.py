@@ -153,7 +153,7 @@ def test_rules_get_predictions_of_a_model(tmp_path, model):
 def test_weights_of_other_classes_are_refused(tmp_path, model):
     text = (tmp_path / "config.yaml").read_text().replace("- thing", "- other")
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(SystemExit, match=r"is of other classes .* \['other'\] .* \['thing'\]"):
+    with pytest.raises(SystemExit, match=r"has other classes .* \['other'\].* \['thing'\]"):
         run(tmp_path, [annotation(0, 0, 90, 90)], *model, "--weights", str(tmp_path / "model.pth"))
 
 

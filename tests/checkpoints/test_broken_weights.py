@@ -350,5 +350,5 @@ def test_date_in_name_is_no_checksum(tmp_path):
     file = tmp_path / "weights"
     file.write_bytes(b"something")
     verify_download("https://example.org/cells-20261124.pth", file)
-    with pytest.raises(WeightsError, match="SHA-256 begins with"):
+    with pytest.raises(WeightsError, match="expected a SHA-256 that begins with 20269924"):
         verify_download("https://example.org/cells-20269924.pth", file)

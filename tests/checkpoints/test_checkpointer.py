@@ -155,7 +155,7 @@ def test_all_are_kept_by_default_and_negative_is_refused(tmp_path):
     checkpointer = TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path), trainer=Progress())
     save(checkpointer, 2, 5, 8)
     assert len(os.listdir(tmp_path)) == 4
-    with pytest.raises(ValueError, match=r"CHECKPOINTS_TO_KEEP must be 0 \(all\) or more, not -1"):
+    with pytest.raises(ValueError, match=r"TO_KEEP must be >= 0 \(0 keeps all\), got -1"):
         TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path), keep=-1)
 
 

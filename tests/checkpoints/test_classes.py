@@ -189,15 +189,15 @@ def test_rows_of_other_anchors_or_sizes_are_left_out(tmp_path, caplog, theirs, o
     for name in ("weight", "bias"):
         found, before = (getattr(x.head.cls_score, name) for x in (model, fresh))
         assert torch.equal(found, before)
-    assert "The weights name 4 classes, and head.cls_score.weight is (" in caplog.text
-    assert "Classes known" not in caplog.text
+    assert "The weights have 4 class names, and head.cls_score.weight is (" in caplog.text
+    assert "Classes in the weights" not in caplog.text
 
 
 def test_weights_without_class_layer_log_nothing(tmp_path, caplog):
     state = {k: v for k, v in Model(2).state_dict().items() if "cls_score" not in k}
     torch.save({"model": state}, tmp_path / "backbone.pth")
     begin(str(tmp_path / "backbone.pth"), ["person", "cell"])
-    assert "name classes" not in caplog.text
+    assert "class names" not in caplog.text
 
 
 def test_resuming_loads_everything_unchanged(tmp_path, caplog):

@@ -110,7 +110,7 @@ def test_names_may_differ_in_case(squares, exchanged):
 
 
 @pytest.mark.parametrize(
-    ("own", "classes", "places"),
+    ("names", "classes", "permutation"),
     [
         (["a", "b"], ["b", "a"], [1, 0]),
         (["a", "b", "A", "B"], ["A", "B", "a", "b"], [2, 3, 0, 1]),
@@ -120,8 +120,8 @@ def test_names_may_differ_in_case(squares, exchanged):
         (["a", "a"], ["a", "b"], None),
     ],
 )
-def test_classes_match_by_name(own, classes, places):
-    assert datasets._places(own, classes) == places
+def test_classes_match_by_name(names, classes, permutation):
+    assert datasets._permutation(names, classes) == permutation
 
 
 @pytest.mark.parametrize(

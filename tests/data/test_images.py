@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from PIL import Image
@@ -95,8 +96,13 @@ def test_prediction_opens_a_file_once(tmp_path, opened):
     assert opened == [file]
 
 
-def fail_with(error):
-    raise error
+class Failing(T.Augmentation):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def get_transform(self, image):
+        raise self.error
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -122,7 +128,7 @@ def test_errors_name_the_file(record, error, kind, message, workers, tmp_path, m
     record = {k: x.format(tmp_path) if isinstance(x, str) else x for k, x in values.items()}
     mapper = Mapper(make_cfg(), is_train=True)
     if error:
-        monkeypatch.setattr(mapper, "augmentations", lambda _: fail_with(error))
+        monkeypatch.setattr(mapper, "augmentations", T.AugmentationList([Failing(error)]))
     loader = WatchedLoader([record], num_workers=workers, collate_fn=lambda x: mapper(x[0]))
     with pytest.raises(kind) as caught:
         next(iter(loader))

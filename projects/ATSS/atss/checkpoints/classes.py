@@ -25,7 +25,7 @@ def names_in(checkpoint: Mapping[str, Any], path: str | Path) -> list[str]:
     """
     names = checkpoint.get(KEY, [])
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise WeightsError(f"{path} has a {KEY} that is no list of names")
+        raise WeightsError(f"{path} has {KEY} that are no list of names")
     return list(names)
 
 

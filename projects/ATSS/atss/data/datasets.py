@@ -269,7 +269,9 @@ def has_objects(name: str) -> bool:
     if name not in DatasetCatalog:
         return True
     columns = columns_of(name)
-    return columns.about["to_measure"] > 0 if columns else _has_objects(DatasetCatalog[name])
+    if columns is None:
+        return _has_objects(DatasetCatalog[name])
+    return columns.about["to_measure"] > 0
 
 
 @cache

@@ -54,7 +54,7 @@ class Mapper(DatasetMapper):
         labelled = None
         if "width" in mapped and "height" in mapped:
             labelled = mapped["width"], mapped["height"]
-        image = read_image(name, labelled=labelled, image_format=self.image_format)
+        image = read_image(name, self._resizes(), labelled, self.image_format)
         sem_seg = None
         if sem_seg_file := mapped.pop("sem_seg_file_name", None):
             with blame_unreadable(sem_seg_file):
@@ -63,6 +63,12 @@ class Mapper(DatasetMapper):
             self._map(mapped, image, sem_seg)
         mapped["image"] = single(mapped["image"])
         return mapped
+
+    def _resizes(self) -> list[tuple[int, int]]:
+        """Return (shorter side, longest side) to which images may be resized."""
+        augmentations = self.augmentations.augs
+        resizes = [x for x in augmentations if isinstance(x, T.ResizeShortestEdge)]
+        return [(side, x.max_size) for x in resizes for side in x.short_edge_length]
 
     def _map(self, mapped: dict, image: np.ndarray, sem_seg: np.ndarray | None) -> None:
         """Augment image, (H, W, C), classes of pixels, (H, W), and annotations."""
