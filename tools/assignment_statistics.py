@@ -61,14 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         check_writable("--output", *results)
         content, used = read_objects(args.annotations)
         objects, columns, top = compare(
-            content,
-            used,
-            args.config_file,
-            args.rules,
-            args.opts,
-            tqdm,
-            args.weights,
-            args.images,
+            content, used, args.config_file, args.rules, args.opts, tqdm, args.weights, args.images
         )
         fitted = constants(content, used, args.config_file[0], args.opts)
     except (UserError, OSError) as error:

@@ -299,5 +299,4 @@ def _digest_of_file(path: str) -> tuple[str, bool]:
             return _digest([]), False
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             escapes = (b"\\\\", b"\\u005c", b"\\u005C")
-            has_backslashes = any(content.find(x) >= 0 for x in escapes)
-            return sha256(content).hexdigest(), has_backslashes
+            return sha256(content).hexdigest(), any(content.find(x) >= 0 for x in escapes)
