@@ -28,8 +28,6 @@ def on_canvases(
     Args:
         sizes: (shorter side, longest side); every image comes once for each.
         divisibility: canvases are padded to multiples of it.
-        progress: wraps the batches, as tqdm does.
-        chunk: images of a batch.
 
     Yields:
         (height, width) of the canvas; positions of the images in the json; (m,) positions among the

@@ -29,7 +29,6 @@ def annotate(
     Args:
         places: {input: picture to write}, from :func:`targets`, in folders that exist.
         threshold: least score of detections.
-        batch: images at a time.
 
     Raises:
         OSError: if a picture cannot be written.

@@ -101,7 +101,6 @@ class TrainLoader:
     """Endless batches of this process: lists of mapped images.
 
     Args:
-        mapper: maps a record to an input of the model.
         sampler: a function from a seed to one of Detectron2's samplers.
         batch_size: images of a batch of this process.
         groups: (number of images,); a batch has images of one group, except for replacements of

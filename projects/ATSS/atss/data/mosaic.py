@@ -22,7 +22,6 @@ class Mosaic:
     It draws from NumPy's generator, which :class:`~atss.data.loader.TrainLoader` seeds by position.
 
     Args:
-        mapper: maps one record.
         records: of the other three images.
         probability: of a mosaic.
     """
