@@ -647,7 +647,7 @@ FILES = [
          "enlarged; boxes outside are left out", "box_outside", objects=9),
     Case("one pixel wide, 5,000 long", lambda c, r: (put(*FIRST, "bbox", [0, 0, 20, 1])(c, r),
          file(lambda p: plain(size=(5000, 1)).save(p), width=5000, height=1)(c, r)), "stops",
-         "height and width must be > 0", "image_thin"),
+         "too thin to be resized", "image_thin"),
 ]
 LINE = "labels/a.txt line 1"
 YAML = [

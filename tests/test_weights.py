@@ -1,5 +1,5 @@
-"""Weights that cannot be loaded, or want code to run: through tools/demo.py and tools/train_net.py
-each gives the sentence of docs/broken_input.md, and nothing of it runs."""
+"""Weights that cannot be loaded or contain code: demo.py and train_net.py print the message of
+docs/broken_input.md, and execute nothing."""
 
 import functools
 import hashlib
@@ -30,7 +30,7 @@ MODEL = (*(x for item in TINY.items() for x in item), "MODEL.ATSS.NUM_CLASSES", 
 
 
 class Calls:
-    """Its pickle calls a function when it is read."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, function, *arguments):
         self.call = (function, arguments)
@@ -49,13 +49,13 @@ SUBCLASSES = Calls(getattr, object, "__subclasses__")
 
 
 class Method:
-    """Its pickle looks up an attribute of a class, as that of a HistoryBuffer does."""
+    """An object whose pickle looks up an attribute of a class, as a HistoryBuffer does."""
 
     def __reduce__(self):
         return getattr, (HistoryBuffer, "min")
 
     def __call__(self):
-        """Pickle wants functions that can be called."""
+        """Pickle accepts only functions that can be called."""
 
 
 def pickled(content, protocol=2):
@@ -67,29 +67,29 @@ def without_zip(content):
 
 
 def bytes_for_torch():
-    """How a tensor pickles outside torch.save: bytes that torch.load opens without restraint."""
+    """Pickle a tensor as outside torch.save: bytes that torch.load opens unrestricted."""
     return Calls(torch.storage._load_from_bytes, saved({"a": TOUCH}))
 
 
 def objects_from_numbers(write):
-    """An array that says it holds objects, and gives numbers for their addresses."""
+    """Pickle an array of objects whose addresses are numbers of the file."""
     return write({"a": np.zeros(1, np.int64)}).replace(b"X\2\0\0\0i8", b"X\2\0\0\0O8")
 
 
 def filled_twice():
-    """An array whose memory would be freed under a tensor made of it in between."""
+    """Pickle an array whose memory is freed while a tensor uses it."""
     array = pickled(np.zeros(1000))  # ends with: remember the state as number n, use it, stop
     return array[:-1] + b"h" + array[-3:-2] + b"b."
 
 
 def spoiled(content):
-    """A byte within the numbers is another."""
+    """Change a byte in the middle."""
     middle = len(content) // 2
     return content[:middle] + b"\1" + content[middle + 1 :]
 
 
 FEW = {"a": torch.zeros(1000)}
-# What is broken: the file's ending and its bytes.
+# {defect: (ending of the file, bytes)}.
 CASES = {
     "nothing there": (".pth", None),
     "an empty .pth": (".pth", b""),
@@ -132,21 +132,21 @@ CASES = {
 }
 
 
-def weights(what, tmp_path):
-    ending, content = CASES[what]
+def weights(case, tmp_path):
+    ending, content = CASES[case]
     file = tmp_path / f"weights{ending}"
     if content is not None:
         file.write_bytes(content)
     return file
 
 
-def test_the_page_lists_the_cases():
+def test_page_lists_the_cases():
     assert list(SENTENCES) == list(CASES)
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A small config as train_net.py leaves it."""
+    """A small config as train_net.py writes it."""
     file = tmp_path_factory.mktemp("config") / "config.yaml"
     cfg = make_cfg()
     cfg.merge_from_list(list(MODEL))
@@ -154,25 +154,25 @@ def config(tmp_path_factory):
     return file
 
 
-@pytest.mark.parametrize("what", CASES)
-def test_demo_says_it_in_one_sentence(what, config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("case", CASES)
+def test_demo_prints_the_message(case, config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file = weights(what, tmp_path)
+    file = weights(case, tmp_path)
     (tmp_path / "image.png").touch()
     argv = ["demo.py", "--config-file", str(config), "--weights", str(file)]
     monkeypatch.setattr(sys, "argv", [*argv, "--input", "image.png", "--output", "out"])
     with pytest.raises(SystemExit) as caught:
         demo.main()
-    assert is_said(f"error: {SENTENCES[what]}", caught.value.code), caught.value.code
+    assert is_said(f"error: {SENTENCES[case]}", caught.value.code), caught.value.code
     assert file.name in caught.value.code
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("what", [w for w in CASES if "runs a command" in w])
+@pytest.mark.parametrize("case", [x for x in CASES if "runs a command" in x])
 @pytest.mark.parametrize("flags", [[], ["--eval-only"]])
-def test_train_net_runs_nothing(what, flags, config, squares, tmp_path, monkeypatch):
+def test_train_net_executes_nothing(case, flags, config, squares, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file = weights(what, tmp_path)
+    file = weights(case, tmp_path)
     argv = ["--config-file", str(config), *flags]
     argv += ["--register", f"squares_weights={squares}/annotations.json:{squares}/images"]
     argv += ["DATASETS.TRAIN", "('squares_weights',)", "DATASETS.TEST", "('squares_weights',)"]
@@ -180,15 +180,15 @@ def test_train_net_runs_nothing(what, flags, config, squares, tmp_path, monkeypa
     args = way_in.make_parser().parse_args(argv)
     with pytest.raises(SystemExit) as caught:
         launch(way_in.run, args, way_in.prepare(args))
-    assert is_said(f"error: {SENTENCES[what]}", caught.value.code), caught.value.code
+    assert is_said(f"error: {SENTENCES[case]}", caught.value.code), caught.value.code
     assert not (tmp_path / "exploded").exists()
 
 
-def test_bombs_explode_where_pickle_reads_them(tmp_path, monkeypatch):
-    """Else the tests above would show nothing."""
+def test_pickle_executes_the_cases(tmp_path, monkeypatch):
+    """Otherwise the tests above would show nothing."""
     monkeypatch.chdir(tmp_path)
-    for what in ("a .pkl that runs a command", "a .pkl that evaluates Python"):
-        pickle.loads(CASES[what][1])
+    for case in ("a .pkl that runs a command", "a .pkl that evaluates Python"):
+        pickle.loads(CASES[case][1])
         (tmp_path / "exploded").unlink()
     torch.load(io.BytesIO(CASES["a .pth that runs a command"][1]), weights_only=False)
     assert (tmp_path / "exploded").exists()
@@ -201,9 +201,9 @@ DOORS = {
 }
 
 
-def begin(cfg, file, checkpointer, **how):
+def begin(cfg, file, checkpointer, **options):
     model = build_model(cfg)
-    checkpointer(model, "", **how).resume_or_load(str(file), resume=False)
+    checkpointer(model, "", **options).resume_or_load(str(file), resume=False)
     return model
 
 
@@ -214,8 +214,8 @@ def begin(cfg, file, checkpointer, **how):
         *(("lightning", x) for x in [*DOORS][1:]),
     ],
 )
-def test_checkpoints_of_others_are_loaded(wrapper, door, tmp_path):
-    """Logs, paths, arguments and numbers beside the weights, and prefixes, are no obstacle."""
+def test_other_projects_checkpoints_are_loaded(wrapper, door, tmp_path):
+    """With logs, paths, arguments and numbers beside the weights, and with prefixes."""
     cfg = make_cfg(*MODEL)
     torch.manual_seed(1)
     trained = build_model(cfg)
@@ -243,21 +243,21 @@ def test_files_without_checksums_are_loaded(tmp_path):
         assert torch.equal(load_weights(tmp_path / f"{i}.pth")["model"]["a"], FEW["a"])
 
 
-def test_a_prefix_of_some_names_stays(tmp_path):
-    """As where a LightningModule has a loss with weights, too."""
+def test_prefix_of_some_names_stays(tmp_path):
+    """As if a LightningModule has a loss with weights."""
     model = build_model(make_cfg(*MODEL))
     weights = wrapped(model)["lightning"]
     weights["state_dict"]["loss.weight"] = torch.zeros(1)
     (tmp_path / "theirs.ckpt").write_bytes(saved(weights))
     sentence = (
-        r"nothing in .*theirs\.ckpt fits the model: it has names such as model\.backbone\.\S+, the "
-        r"model backbone\.\S+; weights of"
+        r"no weights in .*theirs\.ckpt fit the model: it has names such as model\.backbone\.\S+, "
+        r"the model backbone\.\S+; convert weights of"
     )
     with pytest.raises(WeightsError, match=sentence):
         SafeCheckpointer(model).load(str(tmp_path / "theirs.ckpt"))
 
 
-def test_a_prefix_that_the_model_has_too_stays():
+def test_prefix_of_the_model_stays():
     weights = {"module.model.a": torch.zeros(1), "module.model.b": torch.zeros(1)}
     assert fit_names(weights, {"model.a"}).keys() == {"model.a", "model.b"}
     assert fit_names(weights, {"c"}) == weights
@@ -265,7 +265,7 @@ def test_a_prefix_that_the_model_has_too_stays():
 
 
 def test_versions_of_modules_follow_their_names(tmp_path):
-    """torch and Detectron2 fill in what older versions of a module did not have."""
+    """torch and Detectron2 complete older versions of a module."""
     model = nn.Sequential(nn.BatchNorm2d(1))
     (tmp_path / "theirs.pth").write_bytes(saved(nn.DataParallel(model).state_dict()))
     weights = find_weights(load_weights(tmp_path / "theirs.pth"), "theirs.pth")
@@ -274,7 +274,7 @@ def test_versions_of_modules_follow_their_names(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_what_zoo_files_hold_is_read(protocol, tmp_path):
+def test_model_zoo_files_are_read(protocol, tmp_path):
     content = {
         "rows": np.arange(6, dtype=np.float32).reshape(2, 3),
         "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
@@ -286,9 +286,9 @@ def test_what_zoo_files_hold_is_read(protocol, tmp_path):
     }
     file = tmp_path / "zoo.pkl"
     file.write_bytes(pickle.dumps(content, protocol))
-    # A model zoo's files are of numpy 1.
+    # Files of model zoos are of NumPy 1.
     for renamed in (file.read_bytes(), file.read_bytes().replace(b"numpy._core", b"numpy.core")):
-        if protocol < 4:  # whose names have no length in front of them
+        if protocol < 4:  # newer protocols prefix names by their lengths
             file.write_bytes(renamed)
         found = load_weights(file)
         assert found["others"] == content["others"]
@@ -299,7 +299,7 @@ def test_what_zoo_files_hold_is_read(protocol, tmp_path):
 
 
 def test_text_of_python_2_is_read_as_bytes(tmp_path):
-    """Caffe2's files: numbers of an array as a str of Python 2."""
+    """Caffe2's files: an array's bytes are a str of Python 2."""
     file = tmp_path / "old.pkl"
     pickle_of_2 = (
         b"(dS'a'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
@@ -320,7 +320,7 @@ class Downloads:
         return str(self.folder / path.rpartition("/")[2])
 
 
-def test_a_download_is_compared_with_the_checksum_in_its_name(tmp_path):
+def test_download_is_compared_with_checksum_in_name(tmp_path):
     model = build_model(make_cfg(*MODEL))
     content = saved(model.state_dict())
     digest = hashlib.sha256(content).hexdigest()[:8]
@@ -330,12 +330,12 @@ def test_a_download_is_compared_with_the_checksum_in_its_name(tmp_path):
     checkpointer.path_manager = Downloads(tmp_path)
     checkpointer.load(f"https://somewhere/model-{digest}.pth")
     checkpointer.load("https://somewhere/model.pth")
-    with pytest.raises(WeightsError, match=rf"begins with {digest}, not with 00000000 .* delete /"):
+    with pytest.raises(WeightsError, match=rf"begins with 00000000, .* got {digest}; delete /"):
         checkpointer.load("https://somewhere/model-00000000.pth")
-    checkpointer.load(str(tmp_path / "model-00000000.pth"))  # what one has called so oneself
+    checkpointer.load(str(tmp_path / "model-00000000.pth"))  # no download
 
 
-def test_what_fits_in_part_is_listed(tmp_path, caplog):
+def test_missing_names_are_logged(tmp_path, caplog):
     model = build_model(make_cfg(*MODEL))
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("head.ctrness")}
     torch.save({"model": state}, tmp_path / "part.pth")
@@ -346,9 +346,9 @@ def test_what_fits_in_part_is_listed(tmp_path, caplog):
     assert "head.ctrness" in text
 
 
-def test_a_date_in_a_name_is_no_checksum(tmp_path):
+def test_date_in_name_is_no_checksum(tmp_path):
     file = tmp_path / "weights"
     file.write_bytes(b"something")
     verify_download("https://example.org/cells-20261124.pth", file)
-    with pytest.raises(WeightsError, match="SHA-256 begins with"):
+    with pytest.raises(WeightsError, match="expected a SHA-256 that begins with 20269924"):
         verify_download("https://example.org/cells-20269924.pth", file)

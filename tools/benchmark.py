@@ -31,10 +31,10 @@ from benchmarks.peers import PEERS, installed
 from benchmarks.timing import Seconds, table
 
 from atss import load_config, model_zoo
-from atss.analysis.files import try_to_write
 from atss.config import config_names
 from atss.engine.launch import keep_freed_memory
 from atss.engine.run import import_modules
+from atss.errors import check_writable
 
 DEFAULT_CONFIG = "ATSS_R_50_FPN_1x.yaml"
 
@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.json:
         try:
-            try_to_write("--json", Path(args.json))
+            check_writable("--json", Path(args.json))
         except OSError as error:
             sys.exit(f"error: {error}")
     if args.keep_freed_memory:

@@ -22,11 +22,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from atss import load_config
-from atss.analysis.files import try_to_write
 from atss.analysis.statistics import match
 from atss.config import build_sampling, get_config_file
 from atss.data.datasets import split_source
 from atss.engine.run import NoSuchModule, import_modules
+from atss.errors import check_writable
 from atss.labels.check import check, format_report
 from atss.labels.classes import refuse_unknown
 from atss.labels.copies import find_in_others
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             if args.json.exists() and args.json.samefile(annotations):
                 raise ValueError(f"--json {args.json} would replace the annotations")
-            try_to_write("--json", args.json)
+            check_writable("--json", args.json)
         cfg = load_config(args.config_file, opts=opts)
         sizes = [(size, cfg.INPUT.MAX_SIZE_TRAIN) for size in cfg.INPUT.MIN_SIZE_TRAIN]
         asked = partial(match, sampling=build_sampling(cfg), sizes=sizes, progress=progress)

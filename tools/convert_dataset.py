@@ -23,8 +23,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from atss.analysis.files import try_to_write
 from atss.data.datasets import split_source
+from atss.errors import check_writable
 from atss.labels.classes import refuse_unknown
 from atss.labels.coco import category_names, find_in_json, with_areas
 from atss.labels.copies import by_key, find_copies, join_groups
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         for target in targets:
             if target.exists():
                 raise ValueError(f"{target} exists already")
-            try_to_write("--output", target)
+            check_writable("--output", target)
         content, folder = join(_read_all(args.sources, reading_of(args)))
         for finding in find_in_json(content)[0]:
             if finding.level == ERROR:  # such as one image in two sources, with objects of each

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from atss.analysis.assignment import draw_assignment
-from atss.analysis.files import try_to_write
+from atss.errors import check_writable
 from atss.data import datasets
 from atss.engine.run import import_modules
 from atss.errors import UserError
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_intermixed_args(argv)
     try:
         import_modules(args.imports)
-        try_to_write("--output", args.output)
+        check_writable("--output", args.output)
         name = datasets.register(args.register, reading_of(args))
         draw_assignment(
             name, args.image, args.rules, args.config_file, args.output, args.weights, args.opts

@@ -14,7 +14,7 @@ from atss.data import datasets
 
 @pytest.fixture
 def exchanged(squares, tmp_path):
-    """The squares, whose categories have exchanged their ids."""
+    """The squares, with the ids of their categories exchanged."""
     content = json.loads((squares / "annotations.json").read_text())
     for entry in content["categories"]:
         entry["id"] = 11 - entry["id"]
@@ -43,7 +43,7 @@ def arguments(squares, exchanged, *argv):
 
 
 def test_classes_in_another_order_keep_their_names(squares, exchanged, tmp_path):
-    """Of a validation file with exchanged ids, what is right counts as right."""
+    """With exchanged ids in the validation file, correct detections count."""
     sets = ("DATASETS.TRAIN", "('plain',)", "DATASETS.TEST", "('exchanged',)")
     options = (*sets, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "run"))
     cfg = way_in.prepare(arguments(squares, exchanged, *options))
@@ -57,7 +57,7 @@ def test_classes_in_another_order_keep_their_names(squares, exchanged, tmp_path)
         assert (results["AP-blue"], results["AP-orange"]) == aps
 
 
-def test_a_runs_own_names_count_in_evaluation(squares, exchanged, tmp_path):
+def test_evaluation_uses_the_runs_names(squares, exchanged, tmp_path):
     sets = ("DATASETS.TRAIN", "('plain',)", "DATASETS.TEST", "('exchanged',)")
     options = (*sets, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "run"))
     options = ("--eval-only", *options, "MODEL.ATSS.CLASS_NAMES", "['orange', 'blue']")
@@ -72,7 +72,7 @@ def test_other_classes_are_refused(squares, exchanged, tmp_path):
     exchanged.write_text(exchanged.read_text().replace("orange", "red"))
     sets = ("DATASETS.TRAIN", "('plain',)", "DATASETS.TEST", "('exchanged',)")
     options = (*sets, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "run"))
-    sentence = "data set exchanged has the classes 'red', 'blue', but the data set or weights"
+    sentence = "data set exchanged has the classes 'red', 'blue', but the other data sets or"
     with pytest.raises(ValueError, match=sentence):
         way_in.prepare(arguments(squares, exchanged, *options))
 
@@ -87,7 +87,7 @@ def test_names_may_differ_in_case(squares, exchanged):
 
 
 @pytest.mark.parametrize(
-    ("own", "classes", "places"),
+    ("names", "classes", "permutation"),
     [
         (["a", "b"], ["b", "a"], [1, 0]),
         (["a", "b", "A", "B"], ["A", "B", "a", "b"], [2, 3, 0, 1]),
@@ -97,8 +97,8 @@ def test_names_may_differ_in_case(squares, exchanged):
         (["a", "a"], ["a", "b"], None),
     ],
 )
-def test_classes_are_those_of_the_same_name(own, classes, places):
-    assert datasets._places(own, classes) == places
+def test_classes_match_by_name(names, classes, permutation):
+    assert datasets._permutation(names, classes) == permutation
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_classes_are_those_of_the_same_name(own, classes, places):
         ({"evaluator_type": "coco"}, "has no thing_classes in its metadata, without which"),
     ],
 )
-def test_sets_of_others_that_cannot_be_evaluated_are_said_first(
+def test_sets_that_cannot_be_evaluated_are_refused(
     squares, exchanged, tmp_path, metadata, sentence
 ):
     DatasetCatalog.register("foreign", lambda: [])
@@ -123,8 +123,8 @@ def test_sets_of_others_that_cannot_be_evaluated_are_said_first(
         MetadataCatalog.remove("foreign")
 
 
-def test_a_colon_in_the_name_of_a_folder(squares, tmp_path):
-    """Of the annotations' or of the images'."""
+def test_colon_in_a_folders_name(squares, tmp_path):
+    """In that of the annotations or of the images."""
     folder = tmp_path / "a:b"
     folder.mkdir()
     (folder / "images:1").symlink_to(squares / "images")
@@ -139,12 +139,12 @@ def test_a_colon_in_the_name_of_a_folder(squares, tmp_path):
         datasets.register(f"colons={folder}/some.json:{folder}/images:2")
 
 
-def test_sets_that_others_registered_are_not_renumbered(squares):
+def test_sets_of_other_code_are_not_renumbered(squares):
     DatasetCatalog.register("foreign", lambda: [])
     MetadataCatalog.get("foreign").thing_classes = ["b", "a"]
     try:
         datasets.follow("foreign", ["b", "a"])
-        with pytest.raises(ValueError, match="in another order: register it by --register"):
+        with pytest.raises(ValueError, match=r"expected the order .*: register it by --register"):
             datasets.follow("foreign", ["a", "b"])
     finally:
         DatasetCatalog.remove("foreign")
@@ -152,8 +152,8 @@ def test_sets_that_others_registered_are_not_renumbered(squares):
 
 
 @pytest.mark.parametrize("area", [None, 0, float("nan"), "large", ...])
-def test_where_an_area_cannot_be_used_that_of_the_box_is(squares, tmp_path, area):
-    """Of one object, of 16 to 48 pixels a side; others keep the areas that they have."""
+def test_unusable_area_is_replaced_by_the_boxs(squares, tmp_path, area):
+    """For one object, of 16 to 48 pixels a side; others keep their areas."""
     content = json.loads((squares / "annotations.json").read_text())
     first, *others = content["annotations"]
     for entry in others:

@@ -440,7 +440,7 @@ def test_nothing_is_written_over_and_nothing_wrong_is_written(two, tmp_path, cap
         assert "error: --output must end in .json, not" in capsys.readouterr().err
     assert convert_dataset.main(["nowhere", "--output", f"{tmp_path}/x.json"]) == 1
     assert (
-        "a source is annotations.json:image_dir, data.yaml:split or folder:split, not 'nowhere'"
+        "a source is annotations.json:image_dir, data.yaml:split or folder:split, got 'nowhere'"
         in capsys.readouterr().err
     )
     content = json.loads(Path(annotations).read_text())

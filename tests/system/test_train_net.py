@@ -128,7 +128,7 @@ def test_fine_tunes_converted_weights_on_own_classes(command, squares, tmp_path)
         del argv[argv.index(key) : argv.index(key) + 2]
     run(argv)
     log = (tmp_path / "out" / "log.txt").read_text()
-    assert "Classes known to the weights: Traffic_Light (1 of 2); new: cell" in log
+    assert "Classes in the weights: Traffic_Light (1 of 2); new: cell" in log
     assert "Skip loading" not in log
     content = torch.load(tmp_path / "out" / "model_final.pth", weights_only=True)
     assert content["class_names"] == ["cell", "Traffic_Light"]
@@ -235,9 +235,9 @@ def test_stopped_run_resumes_to_the_end(command, tmp_path, monkeypatch, capsys):
     [
         (
             {"MODEL.FPN.OUT_CHANNELS": 64},
-            r"model_final.pth is of another model .* which is \(32,\) there and \(64,\) here",
+            r"model_final.pth is of another model .* which is \(32,\) in the checkpoint and",
         ),
-        ({"MODEL.ATSS.NUM_CONVS": 2}, r"which is missing there and a weight here"),
+        ({"MODEL.ATSS.NUM_CONVS": 2}, r"which is missing in the checkpoint and a weight in"),
         ({"SOLVER.OPTIMIZER": "AdamW"}, r"SOLVER.OPTIMIZER is AdamW, but the checkpoint"),
         ({"MODEL.BACKBONE.FREEZE_AT": 4}, r"such as .* --resume needs the MODEL and SOLVER"),
     ],
@@ -540,7 +540,7 @@ def test_annotations_that_are_not_coco(command, tmp_path, content, sentence):
 @pytest.mark.parametrize(
     ("register", "sentence"),
     [
-        ("squares", "or NAME=folder:split, not 'squares'"),
+        ("squares", "or NAME=folder:split, got 'squares'"),
         ("squares=/no.json:{root}/images", "cannot read the annotations /no.json"),
         ("squares={root}/annotations.json:/nowhere", "image folder /nowhere does not exist"),
     ],

@@ -15,6 +15,7 @@ from typing import Any
 _SELECT = "the method select, as docs/own_assigner.md shows, with atss.assigners"
 # Old name -> new name. Text after a blank replaces the new name in the warning.
 NAMES = {
+    "atss.analysis.files.try_to_write": "atss.errors.check_writable",
     "atss.analysis.pictures.draw": "atss.analysis.pictures.draw_detections",
     "atss.assigners.cuts.Cheapest": (
         f"atss.assigners.legacy.Cheapest {_SELECT}.matching.select_cheapest"
@@ -42,6 +43,7 @@ NAMES = {
     "atss.data.formats.read": "atss.labels.formats.read_labels",
     "atss.data.images.naming": "atss.data.images.blame_file",
     "atss.data.images.problems": "atss.labels.headers.problems",
+    "atss.data.images.provide": "atss.data.images.register_handler",
     "atss.data.images.read": "atss.data.images.read_image",
     "atss.data.images.read_header": "atss.labels.headers.read_header",
     "atss.data.images.verify": "atss.labels.headers.verify",
@@ -70,6 +72,7 @@ NAMES = {
 }
 # Old module -> new module, for names that are not in NAMES.
 MODULES = {
+    "atss.analysis.files": "atss.errors",
     "atss.assigners.cuts": "atss.assigners.legacy",
     "atss.assigners.scene": "atss.assigners.lists",
     "atss.config.classes": "atss.config.derive",

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import field
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -72,3 +73,25 @@ class Checked:
         for name, declared in getattr(self, "__dataclass_fields__", {}).items():
             if "check" in declared.metadata:
                 declared.metadata["check"](name, getattr(self, name))
+
+
+def check_writable(option: str, *files: Path) -> None:
+    """Check that files can be written, before anything is computed: create their folders, and open
+    each file without changing it.
+
+    Args:
+        option: of the command line that names them.
+
+    Raises:
+        OSError: naming the option and the file.
+    """
+    for file in files:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            exists = file.exists()
+            with file.open("a"):
+                pass
+            if not exists:
+                file.unlink()
+        except OSError as error:
+            raise OSError(f"cannot write {option} {file}: {error.strerror}") from error

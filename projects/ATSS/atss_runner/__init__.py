@@ -1,3 +1,3 @@
-"""What runs where torch and Detectron2 are not installed: NumPy and OpenCV are enough."""
+"""Modules that need neither torch nor Detectron2."""
 
 __all__ = ["media"]

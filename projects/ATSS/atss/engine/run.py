@@ -384,7 +384,7 @@ def register(args: argparse.Namespace) -> None:
     datasets.register_all(args.register, reading_of(args), partly=args.recalls_classes)
 
 
-class NoSuchModule(ValueError):
+class NoSuchModule(UserError):
     """What --import names is not there."""
 
 
