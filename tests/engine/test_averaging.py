@@ -113,7 +113,7 @@ def test_averages_a_run_that_began_without(squares, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "test", classmethod(remember))
     run(squares, tmp_path, "--resume", stop_after=2, **{"TEST.EVAL_PERIOD": 2})
     log = (tmp_path / "log.txt").read_text()
-    assert "the average begins with its weights, at iteration 2" in log
+    assert "the average starts with its weights, at iteration 2" in log
     assert [folder for folder, _ in seen] == [str(tmp_path), str(tmp_path / "ema")]
     for _, weights in seen:
         assert_equal(weights, dict(before["model"]))

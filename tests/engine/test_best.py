@@ -106,13 +106,14 @@ def test_what_is_no_number_is_never_best(keeper, tmp_path, value):
     assert best(tmp_path)["value"] == -1.0
     keeper.update(evaluated(value), 2)
     assert best(tmp_path)["iteration"] == 1
-    assert keeper.standing.since == 1
+    assert keeper.record.since == 1
 
 
 def test_a_metric_that_there_is_not(keeper):
     results = {"bbox": {"AP50": 1.0, "APl": 2.0, "AP-orange": 3.0}}
     with pytest.raises(
-        ValueError, match=r"does not give: choose from \['bbox/AP50', 'bbox/APl'\]$"
+        ValueError,
+        match=r"^unknown TEST.BEST_METRIC 'bbox/AP': choose from \['bbox/AP50', 'bbox/APl'\]$",
     ):
         keeper.update([(nn.Linear(1, 1), results)], 0)
 
@@ -180,20 +181,20 @@ def test_what_was_better_after_the_checkpoint_stays_the_best(trained, tmp_path, 
     after.update(evaluated(40.0), 5)
     assert (best(tmp_path)["value"], best(tmp_path)["iteration"]) == (50.0, iteration)
     for other in (resumed(tmp_path, metric="bbox/AP50"), resumed(tmp_path, data=("b",))):
-        assert other.standing.iteration == -1
+        assert other.record.iteration == -1
 
 
 def test_what_was_better_in_another_run_is_no_best(trained, tmp_path):
     """A checkpoint that is newer than the file knows the file's weights if they are of its run."""
     os.utime(tmp_path / "model_best.pth", (1, 1))
-    assert resumed(tmp_path).standing.iteration == -1
+    assert resumed(tmp_path).record.iteration == -1
 
 
 def test_last_weights_in_place_of_the_best_are_no_best(trained, tmp_path):
     """Patience begins with a number."""
     about = {"metric": "bbox/AP", "data": "a", "value": -math.inf, "iteration": 5}
     trained.checkpointer.save_weights("model_best", nn.Linear(1, 1), **about, averaged=False)
-    assert resumed(tmp_path).standing.iteration == -1
+    assert resumed(tmp_path).record.iteration == -1
 
 
 def remove(file):
@@ -211,7 +212,7 @@ def test_best_weights_that_are_lost_are_sought_anew(trained, tmp_path, caplog, d
     damage(tmp_path / "model_best.pth")
     after = resumed(tmp_path, trained.state_dict())
     assert "model_best.pth" in caplog.text
-    assert "the best weights are sought anew" in caplog.text
+    assert "the search for the best starts anew" in caplog.text
     after.update(evaluated(1.0), 9)
     assert best(tmp_path)["value"] == 1.0
 
@@ -222,7 +223,7 @@ def test_iterations_of_another_batch_size_keep_their_order(keeper):
     for i, value in ((0, 5.0), (7, 9.0), (9, 1.0)):
         keeper.update(evaluated(value), i)
     keeper.renumber(10, 5)
-    assert (keeper.standing.iteration, keeper.standing.evaluated) == (3, 4)
+    assert (keeper.record.iteration, keeper.record.evaluated) == (3, 4)
     keeper.update(evaluated(1.0), 4)
     assert not keeper.exhausted
     keeper.update(evaluated(1.0), 5)
@@ -235,8 +236,8 @@ def test_other_test_sets_begin_anew(tmp_path, caplog):
     first.update([(model, results(50.0))], 5)
     other = Best("bbox/AP", 0, TrainingCheckpointer(model, str(tmp_path)), ("b",))
     other.load_state_dict(first.state_dict())
-    assert other.standing.iteration == -1
-    assert "Until now the best weights were by bbox/AP on a" in caplog.text
+    assert other.record.iteration == -1
+    assert "The checkpoint has the best weights by bbox/AP on a" in caplog.text
 
 
 def test_several_test_sets(tmp_path):
@@ -261,7 +262,7 @@ def test_the_file_gives_the_value_again(squares, tmp_path):
     kind = "averaged weights (EMA)" if found["averaged"] else "weights"
     assert (
         f"The best weights are in {tmp_path}/model_best.pth (bbox/AP50 {found['value']:.3f}, with "
-        f"the {kind} of iteration {found['iteration']}), to be given as MODEL.WEIGHTS"
+        f"the {kind} of iteration {found['iteration']}): pass this file as MODEL.WEIGHTS"
     ) in log(tmp_path).splitlines()[-1]
     register = f"short={squares}/annotations.json:{squares}/images"
     opts = {"MODEL.WEIGHTS": tmp_path / "model_best.pth", "DATASETS.TEST": ("short",)}
@@ -337,7 +338,7 @@ def test_broken_weights_are_not_evaluated(squares, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "run_step", spoil)
     left = scripted(monkeypatch, 50.0)
-    with pytest.raises(FloatingPointError, match="iteration 1 made weights that are not finite"):
+    with pytest.raises(FloatingPointError, match="weights are NaN or infinite after iteration 1"):
         run(squares, tmp_path, **EVALUATED | {"SOLVER.CHECKPOINT_PERIOD": 5})
     assert left == [50.0]
     assert not (tmp_path / "model_best.pth").exists()
@@ -368,7 +369,7 @@ def test_an_evaluation_is_written_once(squares, tmp_path, by_weights, monkeypatc
 def test_another_metric_begins_anew(squares, tmp_path, by_weights):
     run(squares, tmp_path, stop_after=4, **EVALUATED)
     run(squares, tmp_path, "--resume", **EVALUATED | {"TEST.BEST_METRIC": "bbox/AP50"})
-    assert "Until now the best weights were by bbox/AP on " in log(tmp_path)
+    assert "The checkpoint has the best weights by bbox/AP on " in log(tmp_path)
     assert best(tmp_path)["metric"] == "bbox/AP50"
     lines = [line for iteration, line in metrics(tmp_path).items() if iteration >= 3]
     values = [line[f"bbox{x}/AP50"] for line in lines for x in ("", "_EMA")]
@@ -380,7 +381,7 @@ def test_none_without_a_metric(squares, tmp_path, by_weights):
     assert len(by_weights) == 6
     assert not (tmp_path / "model_best.pth").exists()
     last = log(tmp_path).splitlines()[-1]
-    assert f"The last weights are in {tmp_path}/model_final.pth, to be given as MODEL" in last
+    assert f"The last weights are in {tmp_path}/model_final.pth: pass this file as MODEL" in last
 
 
 def test_without_a_number_the_last_weights_are_kept(squares, tmp_path, monkeypatch):
@@ -392,7 +393,7 @@ def test_without_a_number_the_last_weights_are_kept(squares, tmp_path, monkeypat
     assert_equal(found["model"], final(tmp_path)["model"])
     assert (found["value"], found["iteration"]) == (-math.inf, 1)
     assert "The best weights are in" in last
-    assert "(bbox/AP in no evaluation a number, the last weights, of iteration 1)" in last
+    assert "(bbox/AP NaN in every evaluation, the last weights, of iteration 1)" in last
     scripted(monkeypatch, math.nan, 0.0)
     run(squares, tmp_path, "--resume", **opts | {"SOLVER.MAX_ITER": 6})
     assert (best(tmp_path)["value"], best(tmp_path)["iteration"]) == (0.0, 5)

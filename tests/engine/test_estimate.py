@@ -70,7 +70,7 @@ def test_the_first_iterations_do_not_count(clock, said):
     (line,) = said
     assert line.startswith(
         "One iteration takes 2.00 s: one pass over the 1000 training images 0:08:20, the 1000 "
-        "iterations to go 0:33:20, and the evaluations besides. Memory needed until now: "
+        "remaining iterations 0:33:20 plus evaluations. Peak memory: "
     )
 
 
@@ -89,7 +89,7 @@ def test_little_memory_is_told_with_what_to_do(clock, said, monkeypatch, used):
     hook = TrainingEstimate()
     hook.trainer = trainer(start=0, max_iter=1)
     iterate(hook, clock, 1.0)
-    assert said[0].endswith(f"Memory needed until now: {used}")
+    assert said[0].endswith(f"Peak memory: {used}")
     warned = used.startswith("9")
     assert len(said) == 1 + warned
     for key in ("SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "INPUT.MIN_SIZE_TRAIN", "PRECISION"):
@@ -122,7 +122,7 @@ def test_in_a_training(squares, tmp_path):
     run(squares, tmp_path, "--resume", **RAW | opts)
     (line,) = told(tmp_path)
     assert "one pass over the 7 training images" in line
-    assert "and the evaluations besides" in line
+    assert "plus evaluations" in line
     log = (tmp_path / "log.txt").read_text()
     assert len(re.findall(r"One evaluation takes \d+:\d\d:\d\d", log)) == 1
 

@@ -134,7 +134,7 @@ def test_a_process_sends_losses_its_wait_and_its_signal():
         exchange.receive()
         assert exchange.rows == [[1.0, 2.0, 2.0, waited, 15.0]]
         assert exchange.losses(0) == {"a": 1.0, "b": 2.0, "c": 2.0}
-        assert exchange.asked == 15
+        assert exchange.stop_signal == 15
         with EventStorage():
             exchange.write(0.25)
 
@@ -174,7 +174,7 @@ def test_the_signal_of_any_process_decides(asked, decides):
     """Ctrl-C before others, which a launcher passes on."""
     exchange = ScalarAllGather(lambda: 0)
     exchange.rows = [[1.0, 0.0, float(number)] for number in asked]
-    assert exchange.asked == decides
+    assert exchange.stop_signal == decides
 
 
 def test_an_iteration_is_profiled(start, tmp_path):
@@ -265,7 +265,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_images(start, monkeypatch, t
     with pytest.raises(SystemExit) as stop:
         start()
     sentence = stop.value.code
-    assert sentence.startswith("error: at iteration 4 loss_cls is nan")
+    assert sentence.startswith("error: loss_cls is NaN")
     for name in seen[8:10]:
         assert name in sentence
     assert sentence.endswith(f"the last good checkpoint is {tmp_path}/out/model_0000001.pth")
@@ -281,7 +281,7 @@ def test_weights_that_are_not_finite_are_not_saved(start, at, tmp_path):
 
     at(3, poison)
     with pytest.raises(
-        SystemExit, match="error: iteration 3 made weights that are not finite"
+        SystemExit, match="error: weights are NaN or infinite after iteration 3"
     ) as e:
         start()
     assert str(e.value).endswith(f"the last good checkpoint is {tmp_path}/out/model_0000001.pth")
@@ -303,7 +303,7 @@ def test_a_checkpoint_of_another_run_is_not_called_good(start, at, tmp_path):
 
     at(5, poison)
     never = {"SOLVER.CHECKPOINT_PERIOD": 100, **keep_all}
-    with pytest.raises(SystemExit, match=r"there is no checkpoint of this run from before it$"):
+    with pytest.raises(SystemExit, match=r"this run has no earlier checkpoint$"):
         start(**never)
     (out / "last_checkpoint").write_text("model_0000001.pth")
     with pytest.raises(SystemExit, match=r"good checkpoint is .*/model_0000001\.pth$"):
@@ -314,7 +314,7 @@ def test_a_checkpoint_of_another_run_is_not_called_good(start, at, tmp_path):
 
 
 def test_a_learning_rate_that_explodes(start):
-    with pytest.raises(SystemExit, match=r"error: (at )?iteration \d .* (nan|inf|not finite)"):
+    with pytest.raises(SystemExit, match=r"error: .* (NaN|inf|infinite) (at|after) iteration \d"):
         start(**{"SOLVER.BASE_LR": 1e30})
 
 

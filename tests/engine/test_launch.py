@@ -1,4 +1,4 @@
-"""What can be said of processes before they start, and of what went wrong in them."""
+"""Checks of processes before they start, and messages for errors in them."""
 
 import errno
 import io
@@ -15,16 +15,12 @@ from detectron2.utils import comm
 from processes import FORKED
 
 import atss.engine.run as way_in
-from atss.engine.launch import (
-    _PassedOn,
-    abridge_terminal,
-    explain,
-    is_started,
-    keep_tracebacks_to_the_file,
-    one_sentence,
-    refuse_shared_gpus,
-)
-from atss.engine.run import check_config, check_processes
+from atss.engine.checks import check_processes
+from atss.engine.environment import is_started
+from atss.engine.explain import exit_with_message, explain
+from atss.engine.launch import _SignalRelay, refuse_shared_gpus
+from atss.engine.terminal import abridge_terminal, hide_explained_tracebacks
+from atss.errors import UserError
 
 
 @pytest.fixture
@@ -44,13 +40,13 @@ def arguments(*argv):
     return way_in.make_parser().parse_args(argv)
 
 
-def test_images_must_divide_by_processes(torchrun):
+def test_batch_must_be_divisible_by_processes(torchrun):
     cfg = make_cfg("SOLVER.IMS_PER_BATCH", 3)
     check_processes(arguments(), cfg)
-    with pytest.raises(ValueError, match="which 2 processes cannot share evenly"):
+    with pytest.raises(ValueError, match="must be divisible by 2, the number of processes, got 3"):
         check_processes(arguments("--num-gpus", "2"), cfg)
     torchrun()
-    with pytest.raises(ValueError, match="which 2 processes cannot share evenly"):
+    with pytest.raises(ValueError, match="must be divisible by 2, the number of processes, got 3"):
         check_processes(arguments(), cfg)
     check_processes(arguments("--eval-only"), cfg)
 
@@ -63,18 +59,18 @@ def test_torchrun_and_launch_do_not_mix(torchrun):
 
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ValueError, match="2 processes on a machine of 1 GPUs"):
+    with pytest.raises(ValueError, match="2 processes on a machine with 1 GPUs"):
         check_processes(arguments("--num-gpus", "2"), make_cfg("MODEL.DEVICE", "cuda"))
 
 
-def test_launch_has_no_processes_on_the_cpu_of_a_machine_with_gpus(monkeypatch):
+def test_num_gpus_needs_torchrun_on_the_cpu_of_a_gpu_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match=r"MODEL.DEVICE cpu use torchrun"):
         check_processes(arguments("--num-gpus", "2"), make_cfg())
 
 
 @pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"])
-def test_incomplete_variables_would_start_trainings_beside_each_other(torchrun, monkeypatch, name):
+def test_missing_variable_of_a_group_is_refused(torchrun, monkeypatch, name):
     torchrun()
     monkeypatch.delenv(name)
     with pytest.raises(ValueError, match=rf"RANK.* are set, but not {name}: ") as error:
@@ -82,12 +78,12 @@ def test_incomplete_variables_would_start_trainings_beside_each_other(torchrun, 
     assert "\n" not in str(error.value)
 
 
-def test_the_address_of_a_meeting_alone_starts_nothing(monkeypatch):
+def test_master_addr_alone_starts_no_group(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert not is_started()
 
 
-def test_several_machines_need_a_place_to_meet():
+def test_several_machines_need_dist_url():
     """On one machine a free port is found."""
     with pytest.raises(ValueError, match="--num-machines 2 needs --dist-url, such as tcp://"):
         check_processes(arguments("--num-machines", "2"), make_cfg())
@@ -95,15 +91,15 @@ def test_several_machines_need_a_place_to_meet():
 
 
 @pytest.mark.parametrize("option", ["--num-gpus", "--num-machines"])
-def test_no_process_at_all(option):
-    with pytest.raises(ValueError, match=f"^{option} must be at least 1, not 0$"):
+def test_number_of_processes_must_be_positive(option):
+    with pytest.raises(ValueError, match=f"^{option} must be >= 1, got 0$"):
         check_processes(arguments(option, "0"), make_cfg())
 
 
 EXPORTED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
-def test_restarts_on_several_machines_meet_in_a_store_of_their_own(torchrun, monkeypatch):
+def test_restarts_on_several_machines_need_their_own_store(torchrun, monkeypatch):
     torchrun(TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_USE_AGENT_STORE="True", WORLD_SIZE=4)
     with pytest.raises(ValueError, match="need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, exported"):
         check_processes(arguments(), make_cfg())
@@ -116,7 +112,7 @@ def test_restarts_on_several_machines_meet_in_a_store_of_their_own(torchrun, mon
 
 
 def report_signals(output):
-    """Send the number of each signal that this process gets."""
+    """Send the number of each signal that this process receives."""
     numbers = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     output.send("begun")
@@ -124,8 +120,8 @@ def report_signals(output):
         output.send(signal.sigwait(numbers))
 
 
-def test_the_launcher_passes_signals_on(monkeypatch):
-    """From a terminal the processes have SIGINT already; the second one ends them at once."""
+def test_launcher_relays_signals(monkeypatch):
+    """A terminal sends SIGINT to all processes; a second one kills them."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     reader, writer = FORKED.Pipe(duplex=False)
     process = FORKED.Process(target=report_signals, args=(writer,))
@@ -133,61 +129,76 @@ def test_the_launcher_passes_signals_on(monkeypatch):
     assert reader.recv() == "begun"
     monkeypatch.setattr("multiprocessing.active_children", lambda: [process])
     for number, received in ((signal.SIGUSR1, signal.SIGUSR1), (signal.SIGINT, signal.SIGTERM)):
-        launcher = _PassedOn()
-        launcher._pass_on(number, None)
+        launcher = _SignalRelay()
+        launcher._relay(number, None)
         assert reader.recv() == received
         assert launcher.number == number
-    launcher._pass_on(signal.SIGINT, None)
+    launcher._relay(signal.SIGINT, None)
     assert reader.recv() == signal.SIGTERM
-    launcher.at -= 2
-    launcher._pass_on(signal.SIGINT, None)
+    launcher.interrupted -= 2
+    launcher._relay(signal.SIGINT, None)
     process.join(20)
     assert process.exitcode == -signal.SIGKILL
     monkeypatch.setattr("multiprocessing.active_children", list)
     with pytest.raises(SystemExit, match="75"):
-        launcher._pass_on(signal.SIGTERM, None)
+        launcher._relay(signal.SIGTERM, None)
 
 
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
-        ({"RANK": 2}, "RANK must be 0 to 1, got 2 (WORLD_SIZE is 2, LOCAL_WORLD_SIZE 2)"),
+        ({"RANK": 2}, "RANK must be between 0 and 1, got 2 (WORLD_SIZE is 2, LOCAL_WORLD_SIZE 2)"),
         ({"RANK": "abc"}, "RANK must be a whole number, got 'abc'"),
         ({"RANK": -1}, "RANK must be a whole number, got '-1'"),
-        ({"LOCAL_WORLD_SIZE": 0}, "LOCAL_WORLD_SIZE must be 1 to 2, got 0 (WORLD_SIZE is 2, LOCAL"),
-        ({"LOCAL_WORLD_SIZE": 3}, "LOCAL_WORLD_SIZE must be 1 to 2, got 3 (WORLD_SIZE is 2, LOCAL"),
-        ({"LOCAL_RANK": 2}, "LOCAL_RANK must be 0 to 1, got 2 (WORLD_SIZE is 2, LOCAL_WORLD"),
-        ({"WORLD_SIZE": 0}, "WORLD_SIZE must be 1 to inf, got 0 (WORLD_SIZE is 0, LOCAL_WORLD"),
+        (
+            {"LOCAL_WORLD_SIZE": 0},
+            "LOCAL_WORLD_SIZE must be between 1 and 2, got 0 (WORLD_SIZE is 2, LOCAL",
+        ),
+        (
+            {"LOCAL_WORLD_SIZE": 3},
+            "LOCAL_WORLD_SIZE must be between 1 and 2, got 3 (WORLD_SIZE is 2, LOCAL",
+        ),
+        (
+            {"LOCAL_RANK": 2},
+            "LOCAL_RANK must be between 0 and 1, got 2 (WORLD_SIZE is 2, LOCAL_WORLD",
+        ),
+        (
+            {"WORLD_SIZE": 0},
+            "WORLD_SIZE must be between 1 and inf, got 0 (WORLD_SIZE is 0, LOCAL_WORLD",
+        ),
         ({"MASTER_PORT": "abc"}, "MASTER_PORT must be a whole number, got 'abc'"),
-        ({"MASTER_PORT": 70000}, "MASTER_PORT must be 1 to 65535, got 70000 (WORLD_SIZE is 2"),
+        (
+            {"MASTER_PORT": 70000},
+            "MASTER_PORT must be between 1 and 65535, got 70000 (WORLD_SIZE is 2",
+        ),
         (
             {"MASTER_ADDR": "no.such.host.invalid"},
-            "MASTER_ADDR names 'no.such.host.invalid', which ",
+            "MASTER_ADDR 'no.such.host.invalid' has no address: ",
         ),
         ({"LOCAL_RANK": 1}, "RANK 0 has LOCAL_RANK 1 of LOCAL_WORLD_SIZE 2: machines must start "),
         ({"WORLD_SIZE": 3}, "RANK 0 has LOCAL_RANK 0 of LOCAL_WORLD_SIZE 2: machines must start "),
     ],
 )
-def test_variables_that_cannot_be(torchrun, variables, sentence):
+def test_impossible_variables_are_named(torchrun, variables, sentence):
     torchrun(**variables)
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
         check_processes(arguments(), make_cfg())
 
 
-def test_an_address_of_a_meeting_that_cannot_be():
+def test_unknown_host_of_dist_url_is_named():
     address = ("--num-gpus", "2", "--dist-url", "tcp://no.such.host.invalid:1")
-    with pytest.raises(ValueError, match=r"^--dist-url names 'no.such.host.invalid', which has no"):
+    with pytest.raises(ValueError, match=r"^--dist-url 'no.such.host.invalid' has no address"):
         check_processes(arguments(*address), make_cfg())
 
 
-def test_a_scheduler_may_show_each_process_one_gpu(torchrun, monkeypatch):
-    """As SLURM's --gpus-per-task=1."""
+def test_scheduler_may_show_each_process_one_gpu(torchrun, monkeypatch):
+    """For example SLURM with --gpus-per-task=1."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     torchrun()
     check_processes(arguments(), make_cfg("MODEL.DEVICE", "cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     torchrun(WORLD_SIZE=3, LOCAL_WORLD_SIZE=3)
-    with pytest.raises(ValueError, match="3 processes on a machine of 2 GPUs"):
+    with pytest.raises(ValueError, match="3 processes on a machine with 2 GPUs"):
         check_processes(arguments(), make_cfg("MODEL.DEVICE", "cuda", "SOLVER.IMS_PER_BATCH", 3))
 
 
@@ -203,17 +214,17 @@ def test_processes_that_share_a_gpu_are_named(monkeypatch):
         refuse_shared_gpus()
 
 
-def test_workers_are_as_many_as_there_are_cores(monkeypatch):
-    """But where it is another number than Detectron2's."""
+def test_default_workers_are_limited_by_cores(monkeypatch):
+    """A number other than Detectron2's default stays."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
     cases = ((4, 1, 4), (4, 2, 3), (4, 8, 1), (2, 8, 2), (0, 1, 0), (16, 1, 16))
-    for asked, processes, found in cases:
-        cfg = make_cfg("DATALOADER.NUM_WORKERS", asked)
+    for workers, processes, expected in cases:
+        cfg = make_cfg("DATALOADER.NUM_WORKERS", workers)
         way_in.fit_workers(cfg, processes)
-        assert found == cfg.DATALOADER.NUM_WORKERS
+        assert expected == cfg.DATALOADER.NUM_WORKERS
 
 
-def test_a_module_that_lacks_another_is_one_sentence(monkeypatch, tmp_path):
+def test_missing_import_of_a_module_is_named(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lacks_one.py").write_text("import no_such_module")
     with pytest.raises(SystemExit, match="error: --import lacks_one: No module named 'no_such"):
@@ -221,8 +232,8 @@ def test_a_module_that_lacks_another_is_one_sentence(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["./{}.py", "{}.py", "rules/{}.py", "~/{}.py", "../here/{}.py"])
-def test_a_file_is_imported_under_its_name(monkeypatch, tmp_path, place):
-    """With the modules beside it, and once for several calls in a process."""
+def test_file_is_imported_under_its_name(monkeypatch, tmp_path, place):
+    """It can import the modules beside it, and runs once per process."""
     here = tmp_path / "here"
     folder = here / "rules" if place.startswith("rules") else here
     folder.mkdir(parents=True)
@@ -240,15 +251,15 @@ def test_a_file_is_imported_under_its_name(monkeypatch, tmp_path, place):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("./gone.py", "--import ./gone.py: there is no such file"),
-        ("rules/gone", "--import rules/gone: there is no such file"),
-        (".gone", "--import .gone: there is no such file"),
-        ("", "--import : there is no such file"),
+        ("./gone.py", "--import ./gone.py: no such file"),
+        ("rules/gone", "--import rules/gone: no such file"),
+        (".gone", "--import .gone: no such file"),
+        ("", "--import : no such file"),
         ("gone.module", "--import gone.module: No module named 'gone'"),
-        ("json.py", "--import json.py: <module 'json' from .*> has that name: rename the file"),
+        ("json.py", "--import json.py: <module 'json' from .*> has the same name: rename the file"),
     ],
 )
-def test_what_cannot_be_imported_is_one_sentence(monkeypatch, tmp_path, name, sentence):
+def test_unknown_module_is_named(monkeypatch, tmp_path, name, sentence):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "json.py").touch()
@@ -256,13 +267,25 @@ def test_what_cannot_be_imported_is_one_sentence(monkeypatch, tmp_path, name, se
         way_in.start(arguments("--import", name, "--config-file", "x.yaml"))
 
 
-def test_a_sentence_without_a_log_stands_alone(capsys):
-    with pytest.raises(SystemExit, match="error: a loss is nan"), one_sentence("out"):
+@pytest.mark.parametrize(
+    ("code", "error"), [("1 / 0", ZeroDivisionError), ("open('gone.json')", RuntimeError)]
+)
+def test_bug_in_a_module_keeps_its_traceback(monkeypatch, tmp_path, code, error):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name = f"buggy_{error.__name__}"
+    (tmp_path / f"{name}.py").write_text(code)
+    with pytest.raises(error):
+        way_in.start(arguments("--import", name, "--config-file", "x.yaml"))
+
+
+def test_message_without_a_log_has_no_traceback(capsys):
+    with pytest.raises(SystemExit, match="error: a loss is nan"), exit_with_message("out"):
         raise FloatingPointError("a loss is nan")
     assert "Traceback" not in "".join(capsys.readouterr())
 
 
-def test_a_restart_resumes(torchrun, tmp_path):
+def test_restart_resumes(torchrun, tmp_path):
     cfg = make_cfg("OUTPUT_DIR", str(tmp_path))
     args = arguments()
     torchrun(TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_RESTART_COUNT=0)
@@ -271,64 +294,60 @@ def test_a_restart_resumes(torchrun, tmp_path):
     torchrun(TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_RESTART_COUNT=1)
     check_processes(args, cfg)
     assert args.resume
-    evaluation = arguments("--eval-only")  # of MODEL.WEIGHTS, not of the last checkpoint
+    evaluation = arguments("--eval-only")  # evaluates MODEL.WEIGHTS, not the last checkpoint
     check_processes(evaluation, cfg)
     assert not evaluation.resume
 
 
-def test_a_restart_could_not_tell_an_older_runs_checkpoint(torchrun, tmp_path):
+def test_restarts_need_a_new_folder_or_resume(torchrun, tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_final.pth")
     cfg = make_cfg("OUTPUT_DIR", str(tmp_path))
     torchrun(TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_RESTART_COUNT=0)
-    with pytest.raises(ValueError, match=f"{tmp_path} has a checkpoint, .*: give --resume"):
+    with pytest.raises(ValueError, match=f"{tmp_path} already contains a run, .*: pass --resume"):
         check_processes(arguments(), cfg)
     check_processes(arguments("--resume"), cfg)
     torchrun(TORCHELASTIC_MAX_RESTARTS=0)
     check_processes(arguments(), cfg)
 
 
-def test_errors_in_one_sentence():
-    assert explain(ValueError("a is b"), "out") == "a is b"
-    from_worker = (
-        "Caught OSError in DataLoader worker process 0.\nTraceback:\n  x\nOSError: no a.png\n"
-    )
-    assert explain(OSError(from_worker), "out") == "no a.png"
+def test_user_error_is_explained_by_its_message():
+    assert explain(UserError("a is b"), "out") == "a is b"
+    assert explain(ValueError("a is b"), "out") is None
+    assert explain(RuntimeError("a is b"), "out") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "last"),
+    [(OSError, "OSError: no a.png"), (UserError, "atss.errors.UserError: no a.png")],
+)
+def test_error_from_a_loader_process_is_explained(kind, last):
+    text = f"Caught {kind.__name__} in DataLoader worker process 0.\nTraceback:\n  x\n{last}\n"
+    assert explain(kind(text), "out") == "no a.png"
+
+
+def test_full_disk_behind_another_error_is_explained():
     hidden = RuntimeError("unexpected pos 768")
     hidden.__context__ = OSError(errno.ENOSPC, "No space left on device")
     assert explain(hidden, "out") == "cannot write into OUTPUT_DIR out: No space left on device"
-    assert explain(RuntimeError("a fault of ours"), "out") is None
 
 
-def test_what_may_be_a_bug_is_printed_with_its_traceback(tmp_path, capsys):
-    """A ValueError of torch's or of an own rule's, or of ours on a way through an own rule."""
+def test_terminal_has_tracebacks_of_bugs_only(tmp_path, capsys):
     log, handler = logging.getLogger("detectron2"), logging.StreamHandler(sys.stdout)
     log.addHandler(handler)
-    keep_tracebacks_to_the_file(str(tmp_path))
+    hide_explained_tracebacks(str(tmp_path))
 
-    def told(fail, own=True) -> str:
-        try:
-            fail()
-        except ValueError as error:
-            if not own:  # without the frames of this file
-                error.__traceback__ = error.__traceback__.tb_next.tb_next
-            log.exception("Exception during training:")
+    def logged(error) -> str:
+        log.error("Exception during training:", exc_info=error)
         return capsys.readouterr().out
 
-    def bug():
-        _, _ = [1, 2, 3]
-
-    def refused():
-        check_config(make_cfg("SOLVER.MAX_ITER", 0), training=True)
-
     try:
-        assert "too many values" in told(bug)
-        assert "MAX_ITER must be >= 1" in told(refused)
-        assert told(refused, own=False) == ""
+        assert "too many values" in logged(ValueError("too many values to unpack"))
+        assert logged(UserError("SOLVER.MAX_ITER must be >= 1, got 0")) == ""
     finally:
         log.removeHandler(handler)
 
 
-def test_the_terminal_gets_the_first_lines_of_what_is_long(monkeypatch):
+def test_terminal_shortens_long_records(monkeypatch):
     log, out = logging.getLogger("atss"), io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     terminal, file = logging.StreamHandler(out), logging.StreamHandler(io.StringIO())
@@ -353,36 +372,38 @@ def test_the_terminal_gets_the_first_lines_of_what_is_long(monkeypatch):
     assert file.stream.getvalue() == f"{whole}\n" * 3 + "short\nenough\n"
 
 
-def test_shared_memory_that_is_full_is_not_the_folders_fault():
-    """As torch says it of images that come from processes that load data."""
+def test_full_shared_memory_is_not_a_full_disk():
+    """Messages of torch about images from loader processes."""
     text = "unable to write to file </torch_1234_56>: No space left on device (28)"
-    assert explain(RuntimeError(text), "out").startswith("shared memory (/dev/shm) is full")
+    assert explain(RuntimeError(text), "out").startswith("shared memory (/dev/shm), through")
     lost = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
     lost += "dataloader's workers are out of shared memory. Please try to raise your shared memory"
-    assert explain(RuntimeError(lost), "out").startswith("shared memory (/dev/shm) is full")
+    assert explain(RuntimeError(lost), "out").startswith("shared memory (/dev/shm), through")
 
 
-def test_another_process_that_is_gone_or_late():
-    """As gloo says it."""
+def test_lost_and_late_processes_are_explained():
+    """Messages of gloo."""
     closed = "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:5"
     assert explain(RuntimeError(closed), "out").startswith("another process of the group has ended")
     late = "[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv"
     assert "within SOLVER.COLLECTIVE_TIMEOUT minutes" in explain(RuntimeError(late), "out")
 
 
-def test_memory_that_runs_out_is_told_with_what_to_do():
+def test_out_of_memory_message_names_keys_to_lower():
     with pytest.raises(RuntimeError) as of_machine:
         torch.empty(2**60, dtype=torch.uint8)
-    said = explain(of_machine.value, "out")
-    assert said.startswith("the machine's memory is not enough: lower SOLVER.IMS_PER_BATCH, and ")
+    message = explain(of_machine.value, "out")
+    assert message.startswith(
+        "the machine's memory is not enough: lower SOLVER.IMS_PER_BATCH, and "
+    )
     for key in ("INPUT.MIN_SIZE_TRAIN", "SCALE_JITTER_SIZE", "MODEL.ATSS.PRECISION"):
-        assert key in said
+        assert key in message
     of_gpu = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out")
-    assert of_gpu == said.replace("the machine's", "the GPU's")
+    assert of_gpu == message.replace("the machine's", "the GPU's")
 
 
-def test_what_cannot_be_written_is_named(tmp_path):
-    """A download into a full home is not OUTPUT_DIR's fault, nor an image that cannot be read."""
+def test_file_that_cannot_be_written_is_named(tmp_path):
+    """The message distinguishes OUTPUT_DIR, other files, and images that cannot be read."""
     inside = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out" / "model.pth"))
     elsewhere = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "cache" / "x.pkl"))
     image = OSError(errno.EIO, "Input/output error", str(tmp_path / "images" / "a.png"))

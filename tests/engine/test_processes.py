@@ -248,7 +248,7 @@ def test_what_processes_share(halves):
 def test_all_processes_stop_at_a_loss_that_is_not_finite_in_one(halves):
     first, second = ((halves / f"broken.{rank}").read_text() for rank in range(2))
     assert first == second
-    assert re.match(r"at iteration 0 loss_cls is nan.*, on the images 2.png, 3.png; ", first)
+    assert re.match(r"loss_cls is NaN.* at iteration 0, on the images 2.png, 3.png; ", first)
 
 
 def command_line(squares: Path, output_dir: Path, *options: str, **opts: object) -> list[str]:

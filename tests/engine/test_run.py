@@ -93,7 +93,9 @@ def test_a_new_training_does_not_replace_another(arguments, launched, tmp_path):
     way_in.start(arguments())
     (tmp_path / "out" / "last_checkpoint").write_text("model_final.pth")
     sentence = said_by(arguments())
-    assert sentence.startswith(f"error: OUTPUT_DIR {tmp_path}/out holds a training already: --res")
+    assert sentence.startswith(
+        f"error: OUTPUT_DIR {tmp_path}/out already contains a run: pass --res"
+    )
     way_in.start(arguments("--resume"))
     way_in.start(arguments("--eval-only"))
     assert len(launched) == 3

@@ -228,7 +228,7 @@ def test_stopped_run_resumes_to_the_end(command, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="130"):
         launch(way_in.run, args, way_in.prepare(args))
     last = tmp_path / "out" / "model_0000002.pth"
-    assert f"stopped: --resume goes on from {last}" in capsys.readouterr().err
+    assert f"stopped: --resume continues from {last}" in capsys.readouterr().err
     assert (tmp_path / "out/last_checkpoint").read_text() == "model_0000002.pth"
     monkeypatch.undo()
     starts = []
@@ -314,9 +314,9 @@ def test_detectron2s_loader_trains_and_resumes(command, tmp_path, monkeypatch):
     run(command(**short, **{"SOLVER.MAX_ITER": 21}))
     log = tmp_path / "out/log.txt"
     assert "One iteration takes" in log.read_text()
-    assert "begins anew" not in log.read_text()
+    assert "starts anew" not in log.read_text()
     run(command("--resume", **short, **{"SOLVER.MAX_ITER": 22}))
-    assert "how to go on after 21 batches: its stream of images begins anew" in log.read_text()
+    assert "after 21 batches its stream of images starts anew" in log.read_text()
     assert torch.load(tmp_path / "out/model_final.pth", weights_only=True)["iteration"] == 21
 
 

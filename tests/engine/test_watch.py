@@ -90,7 +90,7 @@ def test_a_signal_to_one_ends_both_wherever_they_wait(run_two, rank, name, tmp_p
     number = getattr(signal, name)
     codes, printed = run_two(wait_in_collective, lambda x, _: os.kill(x[rank].pid, number))
     assert codes == [130 if name == "SIGINT" else 75] * 2, printed
-    assert printed == [f"{name}: stopped: {tmp_path} holds no checkpoint yet\n", ""]
+    assert printed == [f"{name}: stopped: {tmp_path} contains no checkpoint yet\n", ""]
 
 
 def train(rank, pipes):
@@ -112,7 +112,7 @@ def test_a_second_ctrl_c_ends_at_once(run_two):
     assert codes == [130, 130]
     assert printed[0] == (
         "Stopping after this iteration; a second ctrl-C ends at once.\n"
-        "stopped: what was trained since the last checkpoint is lost\n"
+        "stopped: training since the last checkpoint is lost\n"
     )
 
 
@@ -180,7 +180,7 @@ def leave(rank, pipes):
     """The second one when the test says so."""
     if rank == 1:
         pipes[1].recv()
-    Preemption()._leave(signal.SIGTERM, 7)
+    Preemption().leave_together(signal.SIGTERM, 7)
 
 
 def test_processes_leave_together(run_two):
@@ -238,20 +238,20 @@ def test_a_signal_that_was_caught_on_its_way_stops_again():
     with watch.Watch() as alone:
         for _ in range(2):
             with pytest.raises(SystemExit, match="75"):
-                alone._receive(signal.SIGTERM)
+                alone.receive(signal.SIGTERM)
         with pytest.raises(SystemExit, match="75"):
-            alone._receive(signal.SIGINT)  # the first ctrl-C, and no second one
+            alone.receive(signal.SIGINT)  # the first ctrl-C, and no second one
 
 
 @pytest.mark.parametrize(
-    ("asked", "code", "left"), [(15, 75, True), (2, 130, True), (0, None, False)]
+    ("number", "code", "left"), [(15, 75, True), (2, 130, True), (0, None, False)]
 )
-def test_what_becomes_of_a_signals_exception_does_not_matter(tmp_path, asked, code, left):
+def test_what_becomes_of_a_signals_exception_does_not_matter(tmp_path, number, code, left):
     """torch's writer raises another one."""
 
     def write(*_):
         alone = watch.current()
-        alone.asked, alone.left = asked, left
+        alone.stop_signal, alone.left = number, left
         raise RuntimeError("unexpected pos 192 vs 64")
 
     args, cfg = SimpleNamespace(eval_only=False), SimpleNamespace(OUTPUT_DIR=str(tmp_path))
