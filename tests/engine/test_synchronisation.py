@@ -1,8 +1,7 @@
 """Training never waits for the device: on a GPU the host runs ahead of it.
 
-Forward passes run on a GPU that is pretended (tools/benchmarks/operators.py), on which torch raises
-an error if the host asks for a value. Backward passes run on tensors of the device "meta", which
-have no values.
+Forward passes run on a simulated GPU (tools/benchmarks/operators.py), on which torch raises if the
+host reads a value. Backward passes run on tensors of the device "meta", which have no values.
 """
 
 import pytest
@@ -21,7 +20,7 @@ EXAMPLES = [
     make_input([[20, 20, 90, 80], [5, 60, 30, 90]], [1, 2]),
     make_input([[0, 40, 120, 90]], [0], seed=1),
 ]
-# Of several heads and kinds of criterion; all together take a minute. The steps of ATSS are in
+# Several heads and criteria; all configs would take a minute. The steps of ATSS are in
 # tests/assigners/test_operators.py.
 QUICK = [
     *(f"successors/{name}_R_50_FPN_1x" for name in ("GFLv2", "TAL_dual", "TOOD", "VFNet")),
@@ -33,7 +32,7 @@ SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in OTHERS]
 
 @pytest.mark.parametrize("config", [*QUICK, *SLOW])
 def test_forward_passes_do_not_wait(config):
-    """But for one copy to the host of PAA's costs, or POTO's."""
+    """Except for one copy to the host of PAA's or POTO's costs."""
     thin = [x for item in THIN.items() for x in item]
     small = ["MODEL.ATSS.NUM_CONVS", 1, "MODEL.FPN.OUT_CHANNELS", 64]
     cfg = make_cfg(*thin, *small, config=f"{config}.yaml")
@@ -48,7 +47,7 @@ def test_forward_passes_do_not_wait(config):
 
 
 def inputs(device, objects=5):
-    """Anchors, ground truth and outputs for two images, the second without an object."""
+    """Return anchors, ground truth and outputs for two images, the second without an object."""
     anchors = Anchors.grid((96, 128), device=device)
     boxes = torch.tensor([20.0, 20, 90, 80], device=device).expand(objects, 4).contiguous()
     zeros = torch.zeros(objects, dtype=torch.long, device=device)
@@ -73,9 +72,9 @@ def test_backward_passes_do_not_wait(objects):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [x for x, _ in registered_rules() if x not in ("PAA", "POTO")])
-def test_the_host_does_not_wait_for_the_gpu(name):
+def test_host_does_not_wait_for_the_gpu(name):
     rule, given = dict(registered_rules())[name], inputs("cuda")
-    train(rule, *given)  # what is set up once
+    train(rule, *given)  # one-time setup
     torch.cuda.set_sync_debug_mode("error")
     try:
         train(rule, *given)
