@@ -128,8 +128,8 @@ def test_classes_are_those_of_the_same_name(own, classes, places):
 @pytest.mark.parametrize(
     ("metadata", "sentence"),
     [
-        ({}, "has evaluator_type None in its metadata; coco, lvis and pascal_voc are known"),
-        ({"evaluator_type": "coco"}, "has no thing_classes in its metadata, without which"),
+        ({}, "unknown evaluator_type None in the metadata of data set"),
+        ({"evaluator_type": "coco"}, "has no thing_classes in its metadata: evaluation needs"),
     ],
 )
 def test_sets_of_others_that_cannot_be_evaluated_are_said_first(
