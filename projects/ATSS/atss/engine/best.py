@@ -21,7 +21,7 @@ from torch import nn
 
 from ..checkpoints import TrainingCheckpointer
 from ..data.datasets import classes_of, has_objects
-from ..deprecated import renamed_names
+from ..deprecated import renamed_names, warn
 from ..errors import UserError
 from ..weights import WeightsError, load_weights
 
@@ -138,6 +138,11 @@ class Best(HookBase):
         self.record = BestRecord(metric, ", ".join(test_sets))
         self.patience = patience
         self.checkpointer = checkpointer
+
+    @property
+    def standing(self) -> BestRecord:
+        warn("Best.standing", "Best.record")
+        return self.record
 
     @property
     def exhausted(self) -> bool:
