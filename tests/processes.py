@@ -1,4 +1,5 @@
-"""Processes of tests, forked from a process that has imported torch, which takes four seconds."""
+"""Processes of tests, without an import of torch in each, which takes four seconds: they are forked
+from a process that has imported everything and done nothing."""
 
 import multiprocessing
 import os
@@ -13,12 +14,12 @@ from pathlib import Path
 from threading import Timer
 
 FORKED = multiprocessing.get_context("forkserver")
-# By name, before a process is forked.
+# By name: before another process has forked from it.
 FORKED.set_forkserver_preload(["atss.engine.run", "pytest"])
 
 
 def reset_signals() -> None:
-    """Undo signal settings inherited from a process in the background or under nohup."""
+    """Undo what this process inherits from one that runs in the background, or under nohup."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,7 +28,7 @@ def reset_signals() -> None:
 def _run(argv: list[str], environment: dict[str, str], folder: str, output: Connection) -> None:
     os.setsid()
     reset_signals()
-    # Loaders of data fork, as in a script on Linux.
+    # Which loaders of data use: that of a script that a person starts, on Linux.
     multiprocessing.set_start_method("fork", force=True)
     os.chdir(folder)
     os.environ.clear()
@@ -35,7 +36,7 @@ def _run(argv: list[str], environment: dict[str, str], folder: str, output: Conn
     for number in (1, 2):
         os.dup2(output.fileno(), number)
     output.close()
-    # Line by line, so that both are in order.
+    # A line at a time, so that both are in order.
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     warnings.simplefilter("ignore")
@@ -44,10 +45,10 @@ def _run(argv: list[str], environment: dict[str, str], folder: str, output: Conn
 
 
 class Script:
-    """A Python script in a new session.
+    """A script of Python that runs in a session of its own.
 
     Attributes:
-        lines: stdout and stderr, as a text file.
+        lines: what it writes to stdout and stderr, as a text file.
     """
 
     def __init__(self, argv: Sequence[object], folder: Path | str = ".", **environment: object):
@@ -67,7 +68,7 @@ class Script:
         return self.process.exitcode
 
     def communicate(self, timeout: float = 300) -> tuple[str, int]:
-        """Return the rest of ``lines`` and the exit code; kill the script after the timeout."""
+        """What is left of ``lines``, and the exit code; after so many seconds it is killed."""
         timer = Timer(timeout, self.kill)
         timer.start()
         with self.lines:
@@ -77,7 +78,7 @@ class Script:
         return text, self.process.exitcode
 
     def kill(self) -> None:
-        """Kill the script and its session."""
+        """With its session."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.process.join()

@@ -1,7 +1,7 @@
-"""Deterministic weights by name, so that a golden file needs only outputs.
+"""Deterministic weights by name, so that a golden file needs to store outputs only.
 
-`weights(shapes)` gives each tensor of a state dict from its key and shape. The streams of NumPy's
-legacy RandomState do not change between versions.
+`weights(shapes)` gives every tensor of a state dict from its key and shape alone. NumPy's legacy
+RandomState is used because its streams are frozen across NumPy versions.
 """
 
 import zlib
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def tensor(key: str, shape) -> np.ndarray:
-    """Return a float32 array for an entry of a state dict (an int64 zero for counters)."""
+    """float32 array for one state-dict entry (int64 zero for counters)."""
     return _tensor(key, tuple(shape)).copy()
 
 

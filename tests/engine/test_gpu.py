@@ -1,4 +1,5 @@
-"""A GPU computes like a CPU, and fp16 is resumed with its gradient scale (`make test-gpu`)."""
+"""What a GPU computes is what a CPU computes, and fp16 is resumed with the scale of its gradients.
+`make test-gpu` runs these on a machine with one."""
 
 import copy
 
@@ -44,7 +45,7 @@ EXAMPLES = [
 
 
 def objects(count, images, size):
-    """Return boxes of 4 pixels to the whole image, half of them on whole pixels: distances tie."""
+    """Boxes of 4 pixels to the whole image, half of them on whole pixels, where distances tie."""
     generator = torch.Generator().manual_seed(count)
     low = torch.rand(count, 2, generator=generator) * size * 0.9
     side = 4 * (size / 4) ** torch.rand(count, 2, generator=generator)
@@ -56,8 +57,8 @@ def objects(count, images, size):
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("count", [0, 1, 40, 3000])
-def test_gpu_assigns_as_the_cpu(rule, count):
-    """Rules with predictions may differ if the last bits of logarithms or sums decide."""
+def test_every_anchor_is_assigned_alike(rule, count):
+    """Of predictions, too; where the last bits of logarithms or of sums decide, nearly alike."""
     gt = objects(count, 3, 640)
     there = torch.device("cuda")
     anchors = Anchors.grid((640, 640))
@@ -82,7 +83,7 @@ def test_gpu_assigns_as_the_cpu(rule, count):
         *(f"successors/{name}_R_50_FPN_1x.yaml" for name in ("GFLv2", "PAA", "VFL")),
     ],
 )
-def test_gpu_computes_as_the_cpu(config):
+def test_losses_gradients_and_detections_are_alike(config):
     """In float64, which no GPU shortens."""
     torch.manual_seed(0)
     cfg = make_cfg("MODEL.ATSS.SCORE_THRESH_TEST", 0.0, config=config)
@@ -111,7 +112,7 @@ def test_gpu_computes_as_the_cpu(config):
         assert torch.equal(other.pred_classes, one.pred_classes)
 
 
-def test_gradient_scale_is_resumed(tmp_path):
+def test_the_scale_of_the_gradients_is_resumed(tmp_path):
     class OneBatch(Trainer):
         @classmethod
         def build_train_loader(cls, cfg):
