@@ -24,7 +24,7 @@ from atss.checkpoints import TrainingCheckpointer
 from atss.engine import Trainer
 from atss.engine.steps import Float16StepTrainer
 
-# All random choices: order, sizes, flips, crops; wide and high images, which are grouped.
+# Whatever is drawn at random: order, sizes, flips, crops, and wide and high images to be grouped.
 OPTS = {
     "DATASETS.TRAIN": ("mixed",),
     "DATASETS.TEST": (),

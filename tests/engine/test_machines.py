@@ -16,7 +16,7 @@ from test_processes import command_line
 pytestmark = pytest.mark.slow
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-# Without batch statistics, which differ between processes.
+# No statistics over a batch: those of BatchNorm are each process's own.
 OPTS = OF_64_CHANNELS | {
     "MODEL.RESNETS.NORM": "GN",
     "MODEL.FPN.NORM": "GN",

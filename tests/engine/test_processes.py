@@ -248,7 +248,7 @@ def test_nan_loss_in_one_process_stops_all(halves):
 
 
 def command_line(squares: Path, output_dir: Path, *options: str, **opts: object) -> list[str]:
-    """Return a command line of tools/train_net.py."""
+    """A command line of tools/train_net.py."""
     values = {"DATASETS.TRAIN": ("squares",), "DATASETS.TEST": ("squares",)}
     values |= SMALL | {"OUTPUT_DIR": output_dir} | opts
     register = f"squares={squares}/annotations.json:{squares}/images"

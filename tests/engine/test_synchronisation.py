@@ -20,7 +20,7 @@ EXAMPLES = [
     make_input([[20, 20, 90, 80], [5, 60, 30, 90]], [1, 2]),
     make_input([[0, 40, 120, 90]], [0], seed=1),
 ]
-# Several heads and criteria; all configs would take a minute. The steps of ATSS are in
+# Of several heads and kinds of criterion; all together take a minute. The steps of ATSS are in
 # tests/assigners/test_operators.py.
 QUICK = [
     *(f"successors/{name}_R_50_FPN_1x" for name in ("GFLv2", "TAL_dual", "TOOD", "VFNet")),

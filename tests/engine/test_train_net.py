@@ -41,7 +41,7 @@ SMALL = {
 }
 
 
-# For large networks: small images, one checkpoint at the end, without momenta.
+# Of large networks: small images, and a checkpoint at the end alone, of weights alone.
 SHORT = {
     "INPUT.MIN_SIZE_TRAIN": (64,),
     "INPUT.MIN_SIZE_TEST": 64,
