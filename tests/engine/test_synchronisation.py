@@ -1,7 +1,8 @@
 """Training never waits for the device: on a GPU the host runs ahead of it.
 
-Forward passes run on a simulated GPU (tools/benchmarks/operators.py), on which torch raises if the
-host reads a value. Backward passes run on tensors of the device "meta", which have no values.
+Forward passes run on a GPU that is pretended (tools/benchmarks/operators.py), on which torch raises
+an error if the host asks for a value. Backward passes run on tensors of the device "meta", which
+have no values.
 """
 
 import pytest
@@ -32,7 +33,7 @@ SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in OTHERS]
 
 @pytest.mark.parametrize("config", [*QUICK, *SLOW])
 def test_forward_passes_do_not_wait(config):
-    """Except for one copy to the host of PAA's or POTO's costs."""
+    """But for one copy to the host of PAA's costs, or POTO's."""
     thin = [x for item in THIN.items() for x in item]
     small = ["MODEL.ATSS.NUM_CONVS", 1, "MODEL.FPN.OUT_CHANNELS", 64]
     cfg = make_cfg(*thin, *small, config=f"{config}.yaml")
@@ -47,7 +48,7 @@ def test_forward_passes_do_not_wait(config):
 
 
 def inputs(device, objects=5):
-    """Return anchors, ground truth and outputs for two images, the second without an object."""
+    """Anchors, ground truth and outputs for two images, the second without an object."""
     anchors = Anchors.grid((96, 128), device=device)
     boxes = torch.tensor([20.0, 20, 90, 80], device=device).expand(objects, 4).contiguous()
     zeros = torch.zeros(objects, dtype=torch.long, device=device)
@@ -72,9 +73,9 @@ def test_backward_passes_do_not_wait(objects):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [x for x, _ in registered_rules() if x not in ("PAA", "POTO")])
-def test_host_does_not_wait_for_the_gpu(name):
+def test_the_host_does_not_wait_for_the_gpu(name):
     rule, given = dict(registered_rules())[name], inputs("cuda")
-    train(rule, *given)  # one-time setup
+    train(rule, *given)  # what is set up once
     torch.cuda.set_sync_debug_mode("error")
     try:
         train(rule, *given)
