@@ -128,7 +128,7 @@ def test_classes_are_those_of_the_same_name(own, classes, places):
 @pytest.mark.parametrize(
     ("metadata", "sentence"),
     [
-        ({}, "unknown evaluator_type None in the metadata of data set"),
+        ({}, "has evaluator_type None in its metadata: choose from"),
         ({"evaluator_type": "coco"}, "has no thing_classes in its metadata: evaluation needs"),
     ],
 )

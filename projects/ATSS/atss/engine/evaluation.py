@@ -246,8 +246,8 @@ def check_metadata(dataset_name: str) -> None:
         provide_lvis()
     if kind not in ("coco", "lvis", "pascal_voc"):
         raise UserError(
-            f"unknown evaluator_type {kind!r} in the metadata of data set {dataset_name} of "
-            "DATASETS.TEST: choose from ['coco', 'lvis', 'pascal_voc']"
+            f"data set {dataset_name} of DATASETS.TEST has evaluator_type {kind!r} in its "
+            "metadata: choose from ['coco', 'lvis', 'pascal_voc']"
         )
     if classes_of(dataset_name) is None:
         raise UserError(
