@@ -3,11 +3,12 @@
 import json
 import shutil
 import socket
+import sys
 from contextlib import nullcontext
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from fsspec.registry import known_implementations
 from processes import FORKED
@@ -442,3 +443,78 @@ def test_processes_must_share_the_checkpoint(monkeypatch, tmp_path):
         assert str(error.value).endswith(
             " and ".join(sorted([f"{file} (5 bytes)", other or "none"]))
         )
+
+
+# ------------------------------------------------------------------------------------------------
+# Modules and loader processes
+# ------------------------------------------------------------------------------------------------
+
+
+def test_default_workers_are_limited_by_cores(monkeypatch):
+    """A number other than Detectron2's default stays."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    cases = ((4, 1, 4), (4, 2, 3), (4, 8, 1), (2, 8, 2), (0, 1, 0), (16, 1, 16))
+    for workers, processes, expected in cases:
+        cfg = make_cfg("DATALOADER.NUM_WORKERS", workers)
+        way_in.fit_workers(cfg, processes)
+        assert expected == cfg.DATALOADER.NUM_WORKERS
+
+
+def start_with(module):
+    argv = ["--import", module, "--config-file", "x.yaml"]
+    way_in.start(way_in.make_parser().parse_args(argv))
+
+
+def test_missing_import_of_a_module_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lacks_one.py").write_text("import no_such_module")
+    with pytest.raises(SystemExit, match="error: --import lacks_one: No module named 'no_such"):
+        start_with("lacks_one")
+
+
+@pytest.mark.parametrize("place", ["./{}.py", "{}.py", "rules/{}.py", "~/{}.py", "../here/{}.py"])
+def test_file_is_imported_under_its_name(monkeypatch, tmp_path, place):
+    """It can import the modules beside it, and runs once per process."""
+    here = tmp_path / "here"
+    folder = here / "rules" if place.startswith("rules") else here
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name, beside = f"own_{abs(hash(place))}", f"beside_{abs(hash(place))}"
+    (folder / f"{beside}.py").write_text("loads = []")
+    (folder / f"{name}.py").write_text(f"from {beside} import loads\nloads.append(1)\n")
+    for _ in range(2):
+        way_in.import_modules([place.format(name)])
+    assert sys.modules[name].loads == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("./gone.py", "--import ./gone.py: no such file"),
+        ("rules/gone", "--import rules/gone: no such file"),
+        (".gone", "--import .gone: no such file"),
+        ("", "--import : no such file"),
+        ("gone.module", "--import gone.module: No module named 'gone'"),
+        ("json.py", "--import json.py: <module 'json' from .*> has the same name: rename the file"),
+    ],
+)
+def test_unknown_module_is_named(monkeypatch, tmp_path, name, sentence):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "json.py").touch()
+    with pytest.raises(SystemExit, match=f"^error: {sentence}"):
+        start_with(name)
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [("1 / 0", ZeroDivisionError), ("open('gone.json')", RuntimeError)]
+)
+def test_bug_in_a_module_keeps_its_traceback(monkeypatch, tmp_path, code, error):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name = f"buggy_{error.__name__}"
+    (tmp_path / f"{name}.py").write_text(code)
+    with pytest.raises(error):
+        start_with(name)
