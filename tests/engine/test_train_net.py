@@ -489,14 +489,13 @@ def test_evaluation_matches_classes_by_name(command, squares, tmp_path):
     for metric, value in plain["bbox"].items():
         assert str(found["bbox"][metric]) == str(value), metric  # some are NaN
     log = tmp_path / "out" / "log.txt"
-    assert "to the weights" not in log.read_text()
+    assert "Class 0 is" not in log.read_text()
     data["categories"] = [{"id": 5, "name": "red"}, {"id": 6, "name": "blue"}]
     (tmp_path / "red.json").write_text(json.dumps(data))
     red = ("--register", f"red={tmp_path}/red.json:{squares}/images")
     sets = {"DATASETS.TRAIN": (), "DATASETS.TEST": ("red",)}
     run(command(*red, "--eval-only", **opts, **sets))
-    assert "Class 0 is 'blue' to the weights" in log.read_text()
-    assert "but 'red' here (2 of 2 differ)" in log.read_text()
+    assert re.search(r"Class 0 is 'blue' .*, but 'red' .*\(2 of 2", log.read_text())
 
 
 def test_results_without_annotations_are_written(command, squares, tmp_path):
