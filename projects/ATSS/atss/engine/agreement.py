@@ -1,8 +1,5 @@
-"""Agreement of the processes of a training on config, data and weights.
-
-With a stale file on one machine, its processes would train on other data, or wait in a collective
-that the others never enter.
-"""
+"""Agreement of the processes of a training on config, data and weights, which a stale file on one
+machine would break."""
 
 from collections.abc import Iterable, Mapping, Sequence
 

@@ -13,12 +13,9 @@ from .agreement import share
 
 
 class Averaging(HookBase):
-    """EMA of weights and of BatchNorm's statistics after every step. Update 0 copies; update n
-    keeps min(decay, (1 + n) / (10 + n)) of the average, so that the first weights do not dominate
-    in a short run.
-
-    It goes before PeriodicCheckpointer, so that a checkpoint has the average of its own step, and
-    saves the last average as model_final_EMA.pth.
+    """EMA of weights and BatchNorm's statistics, saved as model_final_EMA.pth. Update 0 copies;
+    update n keeps min(decay, (1 + n) / (10 + n)) of the average, so that the first weights do not
+    dominate in a short run. It goes before PeriodicCheckpointer, which saves the average.
 
     Args:
         model: without DistributedDataParallel, and without hooks that only training needs.

@@ -35,8 +35,8 @@ ABOUT = ("metric", "data", "value", "iteration", "averaged")
 
 
 class Evaluation(hooks.EvalHook):
-    """EvalHook for runs that are interrupted or end early. A checkpoint precedes the evaluation of
-    its iteration, so that a signal can end the evaluation; the resumed run then makes it first.
+    """EvalHook for runs that stop early. The checkpoint of an iteration precedes its evaluation, so
+    that a signal can end the evaluation; the resumed run makes it first.
 
     Args:
         period: in iterations; 0 evaluates only at the end.
@@ -244,7 +244,7 @@ class Best(HookBase):
         )
 
     def after_train(self) -> None:
-        """Save the last weights if no evaluation gave a number. Any later number replaces them."""
+        """Save the last weights if no evaluation gave a number."""
         ended = self.trainer.iter >= self.trainer.max_iter and not self.trainer.preemption.left
         if not ended or self.record.iteration >= 0:
             return
@@ -281,8 +281,8 @@ def _describe(record: BestRecord) -> str:
 
 
 def best_metric(cfg: CfgNode) -> str:
-    """Return the metric that decides about the best weights: with several test sets, of the first
-    with objects. "" if there is no such metric or test set, or evaluation only at the end."""
+    """Return the metric that decides about the best weights; with several test sets, that of the
+    first with objects. "" without metric, objects, or evaluations during training."""
     metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
     if not (metric and cfg.TEST.EVAL_PERIOD > 0):
         return ""
@@ -326,6 +326,5 @@ def _data_set_of(metric: str, names: Sequence[str]) -> str:
 
 
 def evaluated_iteration(trainer: TrainerBase) -> int:
-    """Return the iteration that made the weights: after the last one Detectron2 has incremented
-    its counter."""
+    """Return the iteration that made the weights: Detectron2 increments it at the end."""
     return min(trainer.storage.iter, max(trainer.max_iter, trainer.start_iter) - 1)

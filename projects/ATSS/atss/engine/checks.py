@@ -96,7 +96,7 @@ def check_config(cfg: CfgNode, training: bool, given: Collection[str] = ()) -> N
 
 def check_best(cfg: CfgNode, given: Collection[str] = ()) -> None:
     """Check that training has the evaluations that TEST.PATIENCE and TEST.BEST_METRIC need. A
-    PATIENCE that is not ``given`` on the command line may have no effect.
+    PATIENCE that is not ``given`` may have no effect.
 
     Raises:
         UserError: naming the key.

@@ -38,12 +38,11 @@ class BoxEvaluator(COCOEvaluator):
     """COCOEvaluator of boxes, for the objects that training uses (:func:`learnable`).
 
     It renumbers images, classes and objects: pycocotools takes id 0 of an object for "not found",
-    and compares ids above 2^63 as float64. Detections on images with clipped or dropped objects
-    are clipped, too, and dropped if nothing remains.
+    and compares ids above 2^63 as float64. Detections are clipped like the objects of an image.
 
     Args:
-        count_difficult: whether objects marked difficult count like others. By Pascal VOC's rule
-            (False) detections of them are neither right nor wrong.
+        count_difficult: whether objects marked difficult count like others, or detections of them
+            are neither right nor wrong (Pascal VOC).
     """
 
     def __init__(self, dataset_name: str, output_dir: str, count_difficult: bool = False):
@@ -183,8 +182,8 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
 
 
 def _new_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """Build a loader of this process's images, sorted by size, because only images of one size
-    make a batch. All processes call this.
+    """Build a loader of this process's images, sorted by size for batches of one size. All
+    processes call this.
 
     Raises:
         UserError: if processes have different images.
@@ -220,8 +219,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
 
 
 def provide_lvis() -> None:
-    """Let Detectron2 evaluate by LVIS's rules with hotcoco: the package ``lvis`` (2020) fails on
-    NumPy 2.
+    """Replace the package ``lvis`` (2020), which fails on NumPy 2, by hotcoco.
 
     Raises:
         UserError: if hotcoco is not installed.

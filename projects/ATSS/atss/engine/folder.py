@@ -54,7 +54,7 @@ def lock_folder(path: str) -> IO | None:
     """Lock a folder against other runs, and remove unfinished checkpoints of a killed run.
 
     Returns:
-        a file that has the lock until it is closed; None if the system has no such locks.
+        a file that has the lock until it is closed; None if the system has no locks.
 
     Raises:
         UserError: if another run has the lock.
@@ -86,9 +86,9 @@ def lock_folder(path: str) -> IO | None:
 
 
 def check_free_space(cfg: CfgNode, model: nn.Module) -> None:
-    """Check that OUTPUT_DIR has room for checkpoints (weights, moments, averages), the best weights
-    and the averages. One checkpoint more than CHECKPOINTS_TO_KEEP counts, because it is written
-    before another is deleted; files that will be replaced or deleted count as room.
+    """Check that OUTPUT_DIR has room for checkpoints, best weights and averages: one checkpoint
+    more than CHECKPOINTS_TO_KEEP, which is written before another is deleted, less the files that
+    will be replaced or deleted.
 
     Raises:
         UserError: naming the folder and the sizes.

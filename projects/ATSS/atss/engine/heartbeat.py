@@ -1,8 +1,8 @@
 """Signs of life that the processes of a group exchange through its key-value store.
 
-A process that waits in a collective runs no Python: it can neither handle a signal nor notice that
-another process is gone. Two threads do: one talks to the store, which may block, the other receives
-signals and measures silence.
+A process in a collective runs no Python: it can neither handle a signal nor notice that another is
+gone. Two threads do: one talks to the store, which may block, the other receives signals and
+measures silence.
 """
 
 import itertools

@@ -1,7 +1,6 @@
 """Hooks that stop a training: losses or weights that are not finite, and signals.
 
-All processes stop in the same iteration: if one left alone, the others would wait for it in the
-next collective.
+All processes stop in the same iteration: one that left alone would block the others.
 """
 
 import logging
@@ -33,13 +32,13 @@ class GroupExit(SystemExit):
 
 
 class FiniteLosses(HookBase):
-    """Hook that raises if a loss is NaN or infinite, before the optimizer steps on it. The gradient
-    scaler handles infinite gradients of finite losses.
+    """Hook that raises if a loss is NaN or infinite, before the optimizer steps. Infinite gradients
+    of finite losses are left to the gradient scaler.
 
     Args:
         model: the model that the trainer calls.
         exchange: gathers the losses of all processes.
-        checkpointer: has the checkpoints that the message can name.
+        checkpointer: has the checkpoints to name.
     """
 
     def __init__(

@@ -39,11 +39,11 @@ MEETING_TIMEOUT = timedelta(minutes=10)
 
 
 def launch(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Run ``main(args, cfg)`` in every process: in this one under torchrun, otherwise in those that
-    Detectron2's launch starts (NCCL on GPUs, gloo on CPUs).
+    """Run ``main(args, cfg)`` in this process under torchrun, or in those that Detectron2's launch
+    starts (NCCL on GPUs, gloo on CPUs).
 
-    After a failure Python exits with ``error: ...`` and code 1, or the code of the process that
-    failed first; after a signal with its :func:`exit_code`.
+    Exit after a failure with ``error: ...`` and code 1, or the code of the process that failed
+    first; after a signal with its :func:`exit_code`.
     """
     if is_started():
         _join(main, args, cfg)
@@ -124,7 +124,7 @@ def _join(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
 
 
 def refuse_shared_gpus() -> None:
-    """Exit, in all processes, if two use one GPU, which NCCL cannot."""
+    """Exit, in all processes, if two use one GPU, which NCCL refuses."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     used = comm.all_gather((socket.gethostname(), str(properties.uuid)))
     for rank, gpu in enumerate(used):

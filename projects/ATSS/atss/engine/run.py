@@ -104,10 +104,8 @@ def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
 
 
 def prepare(args: argparse.Namespace) -> CfgNode:
-    """Return the config of a run, complete and checked.
-
-    Args:
-        args: from :func:`make_parser`; ``resume`` is set if torchrun has restarted this process.
+    """Return the config of a run, complete and checked. If torchrun has restarted this process,
+    ``args.resume`` is set.
 
     Raises:
         UserError, OSError: if the run cannot start.
@@ -223,8 +221,7 @@ def _follow_weights(names: list[str], cfg: CfgNode) -> None:
 
 
 def _start_from_checkpoint(args: argparse.Namespace, cfg: CfgNode) -> CfgNode:
-    """Set MODEL.WEIGHTS of a resumed run to its checkpoint, which contains the backbone: pretrained
-    weights are not needed again."""
+    """Set MODEL.WEIGHTS of a resumed run to its checkpoint, which has the pretrained backbone."""
     if not (args.resume and begins_pretrained(cfg)):
         return cfg
     checkpoint = TrainingCheckpointer(nn.Module(), cfg.OUTPUT_DIR).get_checkpoint_file()
@@ -256,11 +253,8 @@ def _is_first(args: argparse.Namespace) -> bool:
 
 
 def _set_up(args: argparse.Namespace, cfg: CfgNode) -> bytes:
-    """Set up Detectron2's logs and seeds. Evaluation and resumption keep the present config.yaml.
-
-    Returns:
-        the new content of config.yaml, to write after a successful resumption.
-    """
+    """Set up Detectron2's logs and seeds. Evaluation and resumption keep config.yaml; its new
+    content is returned."""
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     rank, first = comm.get_rank(), comm.is_main_process()
     # Called as default_setup calls it, setup_logger returns the same loggers again.

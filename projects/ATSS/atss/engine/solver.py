@@ -64,13 +64,13 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
 def carry_over(
     optimizer: Optimizer, names: list[str], state: dict, saved_names: list[str] | None
 ) -> dict:
-    """Return the state of a checkpoint's optimizer, such as momenta, in the order of this one, but
-    with its own settings. The log names settings that differ.
+    """Return a checkpoint's optimizer state, such as momenta, in the order of this optimizer, with
+    its settings. The log names settings that differ.
 
     Args:
-        names: names of the optimizer's parameters, in the order of its groups.
+        names: parameters in the order of the optimizer's groups.
         state: state of the checkpoint's optimizer.
-        saved_names: names of its parameters; None in older checkpoints.
+        saved_names: its parameters; None in older checkpoints.
 
     Raises:
         UserError: if the checkpoint's optimizer is of another kind or trains other parameters.
@@ -148,7 +148,7 @@ def _backbone_factor(solver: CfgNode, model: nn.Module):
 
 
 def _scales(model: nn.Module, decay: float | None) -> dict[str, dict[str, float]]:
-    """Return Detectron2's overrides for scalars and vectors that are neither weights nor biases."""
+    """Return overrides for scalars and vectors that are neither weights nor biases."""
     if decay is None:
         return {}
     names = (name.rpartition(".")[2] for name, x in model.named_parameters() if x.ndim <= 1)

@@ -16,11 +16,8 @@ WITH_SPLITS = (".yaml", ".yml", ".data", ".names", ".txt")
 
 def recall(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Merge --register, --classes and --first-pixel with those of the config, in place in ``args``
-    and ``cfg``; the command line has precedence. A data set of the config is registered if
-    DATASETS.TRAIN (in training) or TEST names it.
-
-    Args:
-        cfg: paths relative to the folder of the config file become absolute.
+    and ``cfg``; the command line has precedence. Only data sets that the run uses are registered.
+    Paths, relative to the config file, become absolute.
 
     Raises:
         UserError: if DATASETS.REGISTER is not a list of strings.
@@ -46,8 +43,7 @@ def recall(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 
 def shorten_paths(cfg: CfgNode) -> None:
-    """Make the paths of DATASETS.REGISTER relative to OUTPUT_DIR, in place, so that data and runs
-    can move together, unless they share only the root."""
+    """Make the paths of DATASETS.REGISTER relative to OUTPUT_DIR, in place: data and runs can move."""
     folder = os.path.realpath(cfg.OUTPUT_DIR)
     cfg.DATASETS.REGISTER = [_relative(x, folder) for x in cfg.DATASETS.REGISTER]
 

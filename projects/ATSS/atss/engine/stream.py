@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Stream:
-    """The images that iterations take from the stream.
+    """The part of the stream that iterations take.
 
     Attributes:
         batch: images of an iteration, of all processes.
-        processes: number of processes.
-        iteration: the first iteration with this batch and number of processes.
+        processes: their number.
+        iteration: the first one with this batch and number of processes.
         images: images before that iteration.
     """
 

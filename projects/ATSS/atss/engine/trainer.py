@@ -173,8 +173,7 @@ class Trainer(DefaultTrainer):
         ]
 
     def train(self) -> dict | None:
-        """Train until the end or a signal. A run that was killed after its last iteration writes
-        its last file."""
+        """Train until the end or a signal."""
         if self.start_iter >= self.max_iter:
             self.checkpointer.save("model_final", iteration=self.iter)
         with self.preemption.watch:
@@ -252,7 +251,7 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a checkpoint, but keep the config's settings of optimizer and schedule. Loaders with
-        the method ``skip`` continue in their stream.
+        ``skip`` continue in their stream.
 
         Raises:
             UserError: if the optimizer or the seed is another one.

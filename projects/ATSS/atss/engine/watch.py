@@ -16,14 +16,13 @@ __getattr__ = renamed_names(__name__)
 
 
 class Watch(Heartbeat):
-    """Context manager that handles signals, and in a group exchanges signs of life. Entering it
-    again does nothing.
+    """Context manager for signals, and in a group for signs of life. Reentry does nothing.
 
     A signal of STOPPING ends the process and its group at once; during an iteration that is not
     saved it only sets ``stop_signal``, and the training saves and leaves.
 
     Attributes:
-        stop_signal: the first signal that this process received; 0 for none.
+        stop_signal: the first signal received; 0 for none.
         unsaved: whether a signal has to wait for the next checkpoint.
         farewell: returns the line to print if a signal stops the process at once.
     """
@@ -115,13 +114,13 @@ def current() -> Watch:
 
 
 def wait_for_all() -> None:
-    """Call :meth:`Heartbeat.wait_for_all` of the watch that has been entered, if any."""
+    """See :meth:`Heartbeat.wait_for_all`."""
     current().wait_for_all()
 
 
 def _ignore_signals_in_loaders() -> None:
-    """Let only SIGTERM from the training process end a process that loads data: schedulers and
-    terminals signal whole process groups, and training continues until the iteration ends."""
+    """Ignore signals to whole process groups: training continues until the iteration ends. Only
+    SIGTERM from the training process ends a loader process."""
     if not _entered:
         return
     signal.set_wakeup_fd(-1)
