@@ -118,10 +118,10 @@ def check_best(cfg: CfgNode, given: Collection[str] = ()) -> None:
 
 
 def check_expected(cfg: CfgNode, training: bool) -> None:
-    """Check that TEST.EXPECTED_RESULTS can be compared with the last evaluation.
+    """Check that the last evaluation gives TEST.EXPECTED_RESULTS.
 
     Raises:
-        UserError: naming an entry with another form, task or metric.
+        UserError: naming an entry of another form, task or metric.
     """
     expected, names = cfg.TEST.EXPECTED_RESULTS, cfg.DATASETS.TEST
     if expected and len(names) != 1:

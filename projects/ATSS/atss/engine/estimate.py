@@ -78,7 +78,7 @@ class TrainingEstimate(HookBase):
 
 def peak_memory(device: torch.device) -> tuple[float, float]:
     """Return the peak of used memory and the total, in bytes, of the GPU, or of the machine or
-    container if all its processes use equally much. Processes that load data do not count."""
+    container if all its processes use equally much. Loader processes do not count."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return torch.cuda.max_memory_reserved(device), total

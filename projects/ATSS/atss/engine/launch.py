@@ -69,8 +69,8 @@ def launch(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory, for training on CPUs. Otherwise each new feature map causes a
-    page fault per 4 KiB; but the process never shrinks."""
+    """Let glibc keep freed memory on CPUs, where each new feature map would cause a page fault per
+    4 KiB. The process never shrinks."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         m_mmap_max, m_trim_threshold, never = -4, -1, -1  # from malloc.h

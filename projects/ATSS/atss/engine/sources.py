@@ -43,7 +43,7 @@ def recall(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 
 def shorten_paths(cfg: CfgNode) -> None:
-    """Make the paths of DATASETS.REGISTER relative to OUTPUT_DIR, in place: data and runs can move."""
+    """Make the paths of DATASETS.REGISTER relative to OUTPUT_DIR, in place; both can move then."""
     folder = os.path.realpath(cfg.OUTPUT_DIR)
     cfg.DATASETS.REGISTER = [_relative(x, folder) for x in cfg.DATASETS.REGISTER]
 
