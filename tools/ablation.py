@@ -17,7 +17,7 @@ from pathlib import Path
 
 from atss.analysis.experiments import PRIMARY, claims, compare_rows, write_table
 from atss.analysis.plots import plot_experiments
-from atss.engine.launch import one_sentence
+from atss.engine.explain import exit_with_message
 from atss.errors import check_writable
 
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         check_writable("--output", args.output / "table.md", args.output / "plot.png")
     except OSError as error:
         sys.exit(f"error: {error}")
-    with one_sentence(str(args.output)):
+    with exit_with_message(str(args.output)):
         results = compare_rows(args.rows, args.seeds, args.output, args.opts)
     write_table(results, args.output / "table.md")
     plot_experiments(results, claims(results), args.output / "plot.png")

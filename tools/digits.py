@@ -12,7 +12,7 @@ from pathlib import Path
 from atss.analysis.demo import train_on_digits
 from atss.analysis.digits import DEMO, FEW, make_digits
 from atss.config import get_config_file
-from atss.engine.launch import one_sentence
+from atss.engine.explain import exit_with_message
 from atss.engine.watch import EXIT_INTERRUPTED
 from atss.errors import UserError
 
@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     try:
-        with one_sentence(str(args.data or ROOT)):
+        with exit_with_message(str(args.data or ROOT)):
             if args.data:
                 write_few(args.data)
                 return

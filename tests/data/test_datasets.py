@@ -104,8 +104,8 @@ def test_classes_match_by_name(names, classes, permutation):
 @pytest.mark.parametrize(
     ("metadata", "sentence"),
     [
-        ({}, "has evaluator_type None in its metadata; coco, lvis and pascal_voc are known"),
-        ({"evaluator_type": "coco"}, "has no thing_classes in its metadata, without which"),
+        ({}, "has evaluator_type None in its metadata: choose from"),
+        ({"evaluator_type": "coco"}, "has no thing_classes in its metadata: evaluation needs"),
     ],
 )
 def test_sets_that_cannot_be_evaluated_are_refused(

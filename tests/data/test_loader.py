@@ -23,7 +23,7 @@ from atss.data.loader import LOADER_DIED, WatchedLoader, build_train_loader, see
 from atss.data.mapper import Mapper, without_augmentation
 from atss.data.samplers import format_report, repeat_factors
 from atss.engine import Trainer
-from atss.engine.launch import explain
+from atss.engine.explain import explain
 
 IMAGES = 10
 

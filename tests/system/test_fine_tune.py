@@ -1,4 +1,4 @@
-"""The recipe for one's own data, through the user's door, on coloured squares."""
+"""The recipe for fine-tuning, in whole runs on coloured squares."""
 
 import json
 
@@ -16,7 +16,7 @@ from atss.predictor import Predictor
 safetensors_torch = pytest.importorskip("safetensors.torch")
 pytest.importorskip("timm")
 
-# Eight images are four iterations a pass.
+# Eight images are four iterations per epoch.
 SMALL = {
     "SOLVER.IMS_PER_BATCH": 2,
     "SOLVER.WARMUP_ITERS": 2,
@@ -58,7 +58,7 @@ def tune(squares):
 
 @pytest.fixture(scope="module")
 def tuned(tune, tmp_path_factory):
-    """The folder of a run of the recipe as it is."""
+    """Return the folder of a run of the unchanged recipe."""
     output = tmp_path_factory.mktemp("tuned")
     tune(output)
     for path in output.glob("model_0*.pth"):
@@ -70,14 +70,13 @@ def final(output):
     return torch.load(output / "model_final.pth", weights_only=True)
 
 
-def test_goes_on_bit_for_bit_where_the_backbones_file_is_gone(tune, tuned, tmp_path, monkeypatch):
-    """Averages, best and mosaics included. The backbone is in the checkpoint, and is that of the
-    package."""
+def test_resumes_bit_for_bit_without_pretrained_weights(tune, tuned, tmp_path, monkeypatch):
+    """With averages, best weights and mosaics. The checkpoint contains the backbone."""
     file = tmp_path / "lite0.safetensors"
     weights = load_pretrained("tf_efficientnet_lite0")
     safetensors_torch.save_file({k: v.contiguous() for k, v in weights.items()}, file)
     own = {"MODEL.TIMM.WEIGHTS": str(file)}
-    # At 6 of 8 iterations, between two evaluations.
+    # After 6 of 8 iterations, between two evaluations.
     steps = {"SOLVER.CHECKPOINT_EPOCHS": 1.5}
     save = TrainingCheckpointer.save
 
@@ -99,9 +98,9 @@ def test_goes_on_bit_for_bit_where_the_backbones_file_is_gone(tune, tuned, tmp_p
         tune(tmp_path / "anew", **own)
 
 
-def test_what_a_run_leaves_can_be_used_alone(tuned):
-    """config.yaml and model_best.pth find what was trained on, without ImageNet's weights; all was
-    evaluated twice, raw and averaged."""
+def test_output_folder_is_self_contained(tuned):
+    """config.yaml and model_best.pth suffice for evaluation. Raw and averaged weights were
+    evaluated."""
     lines = [json.loads(line) for line in (tuned / "metrics.json").read_text().splitlines()]
     evaluated = {line["iteration"] for line in lines if "bbox/AP" in line and "bbox_EMA/AP" in line}
     assert evaluated == {3, 8}
@@ -115,7 +114,7 @@ def test_what_a_run_leaves_can_be_used_alone(tuned):
     assert "Backbone: ImageNet weights of EfficientNet-Lite0 by Google" in log
 
 
-def test_statistics_and_first_stages_are_those_of_imagenet_at_the_end(tuned):
+def test_frozen_layers_and_statistics_stay_pretrained(tuned):
     after, before = final(tuned)["model"], load_pretrained("tf_efficientnet_lite0")
     prefix = "backbone.bottom_up.net."
     changed = {

@@ -1,4 +1,4 @@
-"""A run that is stopped and resumed, however often, ends with the weights of one that was not."""
+"""A run that is stopped and resumed ends with the weights of an uninterrupted run."""
 
 import json
 import os
@@ -22,13 +22,12 @@ from trainings import arguments, assert_equal, final, train
 import atss.engine.run as way_in
 from atss.checkpoints import TrainingCheckpointer
 from atss.engine import Trainer
-from atss.engine.trainer import _InFloat16
+from atss.engine.steps import Float16StepTrainer
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    """A data set in COCO's format of 9 images of noise with a bright box, every third one wide.
-    Gives the option that registers it."""
+    """Return the option that registers 9 images of noise with a bright box; every third is wide."""
     root = tmp_path_factory.mktemp("mixed")
     rng = np.random.default_rng(0)
     images, annotations = [], []
@@ -52,12 +51,12 @@ def mixed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(mixed, tmp_path_factory):
-    """(losses, final checkpoint) of a run of 8 iterations."""
+    """Return (losses, final checkpoint) of a run of 8 iterations."""
     output = tmp_path_factory.mktemp("uninterrupted")
     return train(arguments(mixed, output)), final(output)
 
 
-def test_two_runs_with_a_seed_agree(mixed, uninterrupted, tmp_path):
+def test_runs_with_one_seed_are_equal(mixed, uninterrupted, tmp_path):
     losses, checkpoint = uninterrupted
     assert train(arguments(mixed, tmp_path)) == losses
     assert_equal(final(tmp_path), checkpoint)
@@ -76,7 +75,7 @@ def test_resumes_bit_for_bit(mixed, uninterrupted, tmp_path, workers):
     assert_equal(final(tmp_path), checkpoint)
 
 
-def test_a_seed_that_was_drawn_is_kept(mixed, tmp_path):
+def test_random_seed_is_resumed(mixed, tmp_path):
     before = train(arguments(mixed, tmp_path, SEED=-1), stop_after=4)
     after = train(arguments(mixed, tmp_path, "--resume", SEED=-1), stop_after=5)
     assert {i: before[i] for i in (3, 4)} == {i: after[i] for i in (3, 4)}
@@ -84,8 +83,8 @@ def test_a_seed_that_was_drawn_is_kept(mixed, tmp_path):
     assert other[0] != before[0]
 
 
-def test_a_checkpoint_without_seed(mixed, uninterrupted, tmp_path):
-    """Of Detectron2's own trainer, or without images as older ones."""
+def test_checkpoint_without_seed_is_resumed(mixed, uninterrupted, tmp_path):
+    """From Detectron2's trainer, or without images as in older versions."""
     train(arguments(mixed, tmp_path), stop_after=4)
     checkpoint = torch.load(tmp_path / "model_0000002.pth", weights_only=True)
     for name in ("seed", "images_seen", "stream", "parameters"):
@@ -95,8 +94,8 @@ def test_a_checkpoint_without_seed(mixed, uninterrupted, tmp_path):
     assert after == {i: uninterrupted[0][i] for i in range(3, 8)}
 
 
-def test_precise_batch_statistics_resume_too(mixed, tmp_path):
-    """Their loader is another one, at a place of its own. Evaluations in between change nothing."""
+def test_precise_bn_resumes(mixed, tmp_path):
+    """Its loader has a position of its own, which evaluations do not change."""
     node = "TEST.PRECISE_BN"
     opts = {f"{node}.ENABLED": True, f"{node}.NUM_ITER": 2, "TEST.EVAL_PERIOD": 2}
     opts |= {"DATASETS.TEST": ("mixed",), "INPUT.MIN_SIZE_TEST": 64}
@@ -106,8 +105,8 @@ def test_precise_batch_statistics_resume_too(mixed, tmp_path):
     assert_equal(final(tmp_path / "parts"), final(tmp_path / "whole"))
 
 
-def test_what_the_model_draws_resumes_too(mixed, tmp_path, monkeypatch):
-    """As a backbone with dropout does."""
+def test_random_numbers_of_the_model_resume(mixed, tmp_path, monkeypatch):
+    """For example dropout in a backbone."""
     build_model = Trainer.build_model
 
     def build_with_dropout(cfg):
@@ -124,8 +123,8 @@ def test_what_the_model_draws_resumes_too(mixed, tmp_path, monkeypatch):
     assert_equal(final(tmp_path / "parts"), final(tmp_path / "whole"))
 
 
-def test_killed_before_the_last_file(mixed, uninterrupted, tmp_path):
-    """After the last iteration's numbered checkpoint: nothing is left to train."""
+def test_run_killed_before_its_last_file(mixed, uninterrupted, tmp_path):
+    """After the last iteration's numbered checkpoint."""
     opts = {"SOLVER.CHECKPOINT_PERIOD": 4}
     train(arguments(mixed, tmp_path, **opts))
     os.remove(tmp_path / "model_final.pth")
@@ -134,7 +133,7 @@ def test_killed_before_the_last_file(mixed, uninterrupted, tmp_path):
     assert_equal(final(tmp_path), uninterrupted[1])
 
 
-def test_resumed_after_the_end(mixed, uninterrupted, tmp_path):
+def test_resumption_after_the_end(mixed, uninterrupted, tmp_path):
     train(arguments(mixed, tmp_path))
     assert not train(arguments(mixed, tmp_path, "--resume"))
     assert_equal(final(tmp_path), uninterrupted[1])
@@ -149,8 +148,8 @@ def test_resumed_after_the_end(mixed, uninterrupted, tmp_path):
 
 @pytest.fixture
 def see(mixed, monkeypatch):
-    """see(output, *options, stop_in=None, **opts): trains without learning. Gives of each iteration
-    the images and the rate."""
+    """see(output, *options, stop_in=None, **opts): train without learning. Return the images and
+    the rate of each iteration."""
 
     def run(output, *options, stop_in=None, **opts):
         seen = {}
@@ -187,11 +186,11 @@ PASSES = {
 
 
 @pytest.mark.parametrize(("batch", "goes_on", "last"), [(1, 12, 26), (4, 3, 6)])
-def test_another_batch_size_trains_the_passes_that_are_left(
+def test_other_batch_size_trains_the_remaining_epochs(
     see, tmp_path, monkeypatch, batch, goes_on, last
 ):
-    """Nine images three times in batches of two are 14 iterations, of which 6 are made. The best
-    weights are of the third."""
+    """Three epochs of nine images in batches of two are 14 iterations, 6 of which are made. The
+    best weights are of the third."""
     monkeypatch.setattr(Trainer, "test", lambda *_: {"bbox": {"AP": 1.0}})
     other = {"SOLVER.IMS_PER_BATCH": batch}
     evaluated = {"DATASETS.TEST": ("mixed",), "TEST.EVAL_PERIOD": 3}
@@ -207,8 +206,8 @@ def test_another_batch_size_trains_the_passes_that_are_left(
     assert final(tmp_path)["trainer"]["images_seen"] == 12 + len(in_order(after))
 
 
-def test_another_batch_size_goes_on_after_the_images_seen(see, tmp_path):
-    """Iterations that are given stay what they are."""
+def test_other_batch_size_continues_in_the_stream(see, tmp_path):
+    """MAX_ITER does not change."""
     opts = {"DATALOADER.ASPECT_RATIO_GROUPING": False}
     order = in_order(see(tmp_path / "whole", **opts, **{"SOLVER.MAX_ITER": 12}))
     see(tmp_path, **opts, stop_in=7)
@@ -217,7 +216,7 @@ def test_another_batch_size_goes_on_after_the_images_seen(see, tmp_path):
     assert in_order(after) == order[12:20]
 
 
-def test_after_another_batch_size_interruptions_change_nothing(see, tmp_path):
+def test_interruptions_after_another_batch_size(see, tmp_path):
     """Images wait for others of their group."""
     see(tmp_path, stop_in=4)
     opts = {"SOLVER.IMS_PER_BATCH": 4, "SOLVER.CHECKPOINTS_TO_KEEP": 0}
@@ -240,7 +239,7 @@ ADAM = SGD | {"SOLVER.OPTIMIZER": "AdamW"}
 
 @pytest.fixture(scope="module")
 def three_iterations(tmp_path_factory):
-    """By name of the optimizer: a folder with a checkpoint of three iterations of four."""
+    """Return {optimizer: folder with a checkpoint after three of four iterations}."""
     folders = {}
     for name, opts in (("SGD", SGD), ("AdamW", ADAM)):
         folders[name] = tmp_path_factory.mktemp(name)
@@ -250,7 +249,7 @@ def three_iterations(tmp_path_factory):
 
 
 def trainer_of(output, opts):
-    """On one image."""
+    """Make a trainer on one image."""
 
     class OneImage(Trainer):
         @classmethod
@@ -262,7 +261,7 @@ def trainer_of(output, opts):
 
 
 def by_name(trainer):
-    """{name of a parameter: (settings, momenta)}."""
+    """Return {parameter's name: (settings, momenta)}."""
     settings = {}
     for group in trainer.optimizer.param_groups:
         for parameter in group["params"]:
@@ -276,7 +275,7 @@ def by_name(trainer):
 
 
 @pytest.mark.parametrize(
-    ("kind", "opts", "said"),
+    ("kind", "opts", "changes"),
     [
         ("SGD", {}, []),
         (
@@ -313,9 +312,9 @@ def by_name(trainer):
         ),
     ],
 )
-def test_settings_of_the_optimizer_are_the_configs(three_iterations, kind, opts, said, caplog):
-    """As of a run that has had them from its beginning; what it remembers of each parameter is the
-    checkpoint's, also where other groups are made."""
+def test_config_sets_the_optimizer_of_a_resumed_run(three_iterations, kind, opts, changes, caplog):
+    """Settings are those of a run that always had them; momenta are the checkpoint's, also with
+    other groups."""
     folder = three_iterations[kind]
     opts = {"SGD": SGD, "AdamW": ADAM}[kind] | opts
     checkpoint = torch.load(folder / "model_0000002.pth", weights_only=True)["trainer"]
@@ -334,17 +333,17 @@ def test_settings_of_the_optimizer_are_the_configs(three_iterations, kind, opts,
         assert settings == wanted[name][0], name
         assert_equal(state, momenta[place])
     lines = [x for x in caplog.text.splitlines() if "--resume follows the config" in x]
-    assert len(lines) == bool(said)
-    assert all(x in lines[0] for x in said), lines
+    assert len(lines) == bool(changes)
+    assert all(x in lines[0] for x in changes), lines
 
 
-def test_scale_of_gradients_begins_anew_after_another_precision():
-    """An fp32 checkpoint has none; one that fp32 does not need changes nothing."""
+def test_gradient_scale_starts_anew_after_fp32():
+    """An fp32 checkpoint has no scale, and fp32 ignores one."""
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state = SimpleTrainer(model, [], optimizer).state_dict()
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    in_fp16 = _InFloat16(model, [], optimizer, grad_scaler=scaler)
+    in_fp16 = Float16StepTrainer(model, [], optimizer, grad_scaler=scaler)
     in_fp16.load_state_dict(state | {"iteration": 5})
     assert (in_fp16.iter, scaler.get_scale()) == (5, 8.0)
     in_fp32 = SimpleTrainer(model, [], optimizer)
@@ -352,7 +351,7 @@ def test_scale_of_gradients_begins_anew_after_another_precision():
     assert in_fp32.iter == 5
 
 
-# Imported by tools/train_net.py: appends iteration and total loss after each step.
+# Imported by tools/train_net.py: append iteration and total loss after each step.
 PROGRESS = """
 from detectron2.utils import comm
 from atss.engine import Trainer
@@ -370,8 +369,7 @@ Trainer.run_step = step
 
 
 class Run:
-    """tools/train_net.py in one or several processes of its own, which goes on from where the last
-    one was."""
+    """tools/train_net.py in new processes, each resuming the last."""
 
     def __init__(self, folder, argv, processes, port):
         (folder / "progress_of_steps.py").write_text(PROGRESS)
@@ -388,8 +386,8 @@ class Run:
         self.unfinished = folder / "out" / name
 
     def stop(self, moment, rng, whole, number):
-        """Send a signal to one process and its workers while it starts, some iterations later, or
-        within the write of a checkpoint of ``whole`` bytes. Returns whether a write was cut."""
+        """Signal a process and its workers at its start, some iterations later, or during the write
+        of a checkpoint of ``whole`` bytes. Return whether the write was cut."""
         part, growth, patience = rng.randrange(1, whole), rng.randrange(1, 80), rng.randrange(300)
         reached = {
             "start": lambda: size(self.log) > self.begun[0],
@@ -404,19 +402,19 @@ class Run:
         os.killpg(victim.pid, number)
         others = {signal.SIGKILL: 1, signal.SIGINT: 130}.get(number, 75)
         for script in self.scripts:
-            said, exit_code = script.communicate(timeout=120)
+            text, exit_code = script.communicate(timeout=120)
             killed = script is victim and number == signal.SIGKILL
-            assert exit_code == (-number if killed else others), said[-2000:]
+            assert exit_code == (-number if killed else others), text[-2000:]
         return self.writes()
 
     def writes(self):
-        """Whether it is writing a checkpoint."""
+        """Return whether the run is writing a checkpoint."""
         return self.unfinished.exists()
 
     def finish(self):
         for script in self.scripts:
-            said, exit_code = script.communicate()
-            assert exit_code == 0, said[-2000:]
+            text, exit_code = script.communicate()
+            assert exit_code == 0, text[-2000:]
 
 
 def size(path):
@@ -437,7 +435,7 @@ STOPS = (signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL, signal.SIGINT, signal.S
         pytest.param(2, 30, 150, marks=pytest.mark.slow),
     ],
 )
-def test_stops_change_nothing(mixed, tmp_path, processes, stops, iterations, free_port):
+def test_stopped_and_resumed_run_is_equal(mixed, tmp_path, processes, stops, iterations, free_port):
     opts = LARGER | {"SOLVER.MAX_ITER": iterations, "SOLVER.CHECKPOINT_PERIOD": 2}
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -468,7 +466,7 @@ def test_stops_change_nothing(mixed, tmp_path, processes, stops, iterations, fre
 
 @pytest.mark.slow
 def test_three_processes_resume_bit_for_bit(mixed, tmp_path):
-    """Sums of three numbers depend on their order."""
+    """The sum of three numbers depends on their order."""
 
     def launch(output, *options):
         argv = arguments(mixed, output, "--num-gpus", 3, *options, **{"SOLVER.IMS_PER_BATCH": 6})

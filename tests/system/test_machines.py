@@ -1,4 +1,4 @@
-"""Two machines on one computer: network namespaces with an address each, processes on CPUs."""
+"""Two machines on one computer: network namespaces with addresses, processes on CPUs."""
 
 import os
 import re
@@ -24,7 +24,7 @@ OPTS = WIDE_FOR_GN | {
 }
 OPTS |= {"SOLVER.MAX_ITER": 20, "SOLVER.CHECKPOINTS_TO_KEEP": 0}
 OPTS |= {"DATALOADER.ASPECT_RATIO_GROUPING": False, "MODEL.ATSS.PRECISION": "fp32"}
-# --import double: in float32 rounding alone grows to a hundredth of what is learned in eight steps.
+# --import double: in float32, rounding grows to 1 % of the change of weights in eight steps.
 DOUBLE = """
 from atss.engine import Trainer
 build = Trainer.build_model.__func__
@@ -34,7 +34,7 @@ Trainer.build_model = classmethod(lambda cls, cfg: build(cls, cfg).double())
 
 @pytest.fixture
 def argv(squares, tmp_path, monkeypatch):
-    """argv(folder): of tools/train_net.py."""
+    """argv(folder): arguments of tools/train_net.py."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "double.py").write_text(DOUBLE)
     return lambda folder: command_line(
@@ -48,7 +48,7 @@ def ip(words: str) -> None:
 
 @pytest.fixture
 def machines() -> Iterator[list[list[str]]]:
-    """How a command line begins that runs on the one and on the other."""
+    """Return the prefixes of command lines that run in the two namespaces."""
     names = [f"atss{os.getpid()}{x}" for x in "ab"]
     try:
         try:
@@ -85,8 +85,8 @@ def begin(words: list[str], **environment: object) -> subprocess.Popen:
 
 
 def agent(machine: list[str], number: int, argv: list[str]) -> subprocess.Popen:
-    """torchrun as docs/clusters.md has it; who has which address, it looks up by the computer's
-    name, which knows nothing of namespaces."""
+    """Start torchrun as in docs/clusters.md. It looks up addresses by the computer's name, which
+    has no namespace."""
     options = "--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id atss --max-restarts 3"
     options += f" --rdzv-endpoint {ADDRESSES[0]}:29400 --local-addr {ADDRESSES[number]}"
     options += f" --rdzv-conf is_host={int(number == 0)}"
@@ -95,27 +95,27 @@ def agent(machine: list[str], number: int, argv: list[str]) -> subprocess.Popen:
 
 
 def process(machine: list[str], rank: int, argv: list[str]) -> subprocess.Popen:
-    """As SLURM's script starts it."""
+    """Start a process as SLURM's script does."""
     variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     variables |= {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": 29500}
     return begin([*machine, sys.executable, "-W", "ignore", *argv], **variables)
 
 
 def lose(machine: list[str]) -> None:
-    """Ends at once whatever runs there."""
+    """Kill all processes of a machine."""
     words = ["ip", "netns", "pids", machine[3]]
     for pid in subprocess.run(words, check=True, capture_output=True, text=True).stdout.split():
         os.kill(int(pid), signal.SIGKILL)
 
 
 def ended(process: subprocess.Popen) -> str:
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said[-3000:]
-    return said
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text[-3000:]
+    return text
 
 
 def weights(folder) -> tuple[torch.Tensor, torch.Tensor]:
-    """After five iterations, and of the end."""
+    """Return the weights after five iterations and at the end."""
 
     def read(name: str) -> torch.Tensor:
         model = torch.load(folder / name, weights_only=True)["model"]
@@ -126,7 +126,7 @@ def weights(folder) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def same_as_alone(argv, tmp_path):
-    """Compares the final weights with those of one process, as docs/reproducibility.md says."""
+    """Compare the final weights with those of one process (docs/reproducibility.md)."""
     ended(begin([sys.executable, "-W", "ignore", *argv("alone")], OMP_NUM_THREADS=1))
     early, exact = weights(tmp_path / "alone")
 
@@ -137,40 +137,40 @@ def same_as_alone(argv, tmp_path):
     return compare
 
 
-def test_two_agents_end_as_one_process(machines, argv, same_as_alone):
+def test_two_agents_train_as_one_process(machines, argv, same_as_alone):
     for running in [agent(x, i, argv("out")) for i, x in enumerate(machines)]:
         ended(running)
     same_as_alone()
 
 
-def test_an_agent_that_is_lost_and_returns(machines, argv, same_as_alone):
-    """Nothing is lost but the iterations since the last checkpoint."""
+def test_lost_agent_returns(machines, argv, same_as_alone):
+    """Only the iterations since the last checkpoint are lost."""
     first, second = (agent(x, i, argv("out")) for i, x in enumerate(machines))
-    said = []
+    lines = []
     for line in first.stdout:
-        said.append(line)
+        lines.append(line)
         if "model_0000009.pth" in line:
             lose(machines[1])
             second = agent(machines[1], 1, argv("out"))
             break
-    said.append(ended(first))
+    lines.append(ended(first))
     ended(second)
-    starts = [int(x) for x in re.findall(r"Starting training from iteration (\d+)", "".join(said))]
+    starts = [int(x) for x in re.findall(r"Starting training from iteration (\d+)", "".join(lines))]
     assert starts[0] == 0
     assert starts[-1] in (10, 15)
     same_as_alone()
 
 
-def test_the_variables_of_a_scheduler(machines, argv, same_as_alone):
-    """SIGTERM to one of the two: both leave with code 75, and go on."""
+def test_processes_with_variables_of_a_scheduler(machines, argv, same_as_alone):
+    """SIGTERM to one process: both exit with code 75, and resume."""
     running = [process(x, i, argv("out")) for i, x in enumerate(machines)]
     for line in running[0].stdout:
         if "model_0000004.pth" in line:
             os.killpg(running[1].pid, signal.SIGTERM)
             break
     for one in running:
-        said, _ = one.communicate(timeout=300)
-        assert one.returncode == 75, said[-3000:]
+        text, _ = one.communicate(timeout=300)
+        assert one.returncode == 75, text[-3000:]
     for one in [process(x, i, argv("out")) for i, x in enumerate(machines)]:
         ended(one)
     same_as_alone()

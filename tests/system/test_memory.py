@@ -9,7 +9,7 @@ from atss.engine.launch import keep_freed_memory
 
 
 def faults(keep, connection):
-    """Sends how many pages of a large tensor are faulted in where one was freed."""
+    """Send the number of page faults of a large tensor after another one was freed."""
     if keep:
         keep_freed_memory()
 
@@ -18,12 +18,12 @@ def faults(keep, connection):
         torch.ones(64 << 20, dtype=torch.uint8)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    # Not every call finds its block where the last one left it.
+    # Some calls get another block.
     connection.send(min(once() for _ in range(6)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_freed_memory_is_not_faulted_in_again():
+def test_freed_memory_causes_no_page_faults():
     def measured(keep):
         here, there = FORKED.Pipe()
         process = FORKED.Process(target=faults, args=(keep, there))

@@ -1,4 +1,4 @@
-"""Several processes: they equal one, agree to stop, and count each image once."""
+"""Several processes: equal to one, stopped together, each image evaluated once."""
 
 import json
 import os
@@ -31,8 +31,8 @@ BOXES = [
     [[0, 40, 30, 90]],
     [[60, 8, 99, 70]],
 ]
-# name: objects of four images, and what the config says besides. No statistics over a batch: those
-# of BatchNorm are each process's own.
+# name: objects of four images, and changes of the config. Without batch statistics, which differ
+# between processes.
 OPTIONS = (
     *("MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN"),
     *(x for item in (TINY | WIDE_FOR_GN).items() for x in item),
@@ -55,9 +55,8 @@ def images(boxes) -> list[dict]:
 
 
 def one_step(batch: list[dict], opts: tuple, output_dir: Path) -> dict:
-    """Losses, gradients and weights of Trainer's first step, the weights drawn with a seed; with
-    averages, of the second step. The network is in float64: in float32 the order of its sums alone
-    moves gradients by 1e-5."""
+    """Return losses, gradients and weights of Trainer's first step, with averages of the second.
+    The network is float64: in float32, the order of sums would change gradients by 1e-5."""
 
     class OneBatch(Trainer):
         @classmethod
@@ -91,9 +90,7 @@ def one_step(batch: list[dict], opts: tuple, output_dir: Path) -> dict:
 
 
 def collectives(batch: list[dict], output_dir: Path) -> tuple[Counter, Counter, dict]:
-    """Calls of torch.distributed, but for what DDP does within itself: in an ordinary iteration,
-    with all hooks, and in losses without gradient; and what the iteration has logged. Its seed is
-    there, too, and checkpoints are saved."""
+    """Return the collectives of an iteration, without those within DDP, its log and its seed."""
 
     class OneBatch(Trainer):
         @classmethod
@@ -131,8 +128,7 @@ def collectives(batch: list[dict], output_dir: Path) -> tuple[Counter, Counter, 
 
 
 def shares(rank: int, output_dir: Path) -> dict:
-    """Which images this process evaluates, by id; a running mean that each has measured otherwise;
-    and periods of a config for one process."""
+    """Return the ids of this process's images, a running mean, and scaled periods."""
     sizes = [(64, 64), (96, 64)] * 4
     records = [
         {"file_name": f"{i}.png", "image_id": i, "height": height, "width": width}
@@ -177,8 +173,8 @@ def half_of_each(rank: int, output_dir: Path) -> None:
     with pytest.raises(FloatingPointError) as error:
         one_step(broken, (), output_dir)
     (output_dir / f"broken.{rank}").write_text(str(error.value))
-    # Left to the end of Python, gloo's threads now and then abort the process, and even where the
-    # group is destroyed, be the other still at it: everything is written, so it ends here.
+    # gloo's threads sometimes abort the process in Python's finalization, even if the group is
+    # destroyed: everything is written, so end here.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     os._exit(0)
@@ -186,7 +182,7 @@ def half_of_each(rank: int, output_dir: Path) -> None:
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory) -> Path:
-    """What two processes with two images each leave behind."""
+    """Return the results of two processes with two images each."""
     output_dir = tmp_path_factory.mktemp("halves")
     mp.start_processes(
         half_of_each, (output_dir,), nprocs=2, start_method=FORKED.get_start_method()
@@ -196,7 +192,7 @@ def halves(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_make_the_step_of_one(halves, tmp_path, name):
-    """Losses in the mean over the processes, as Detectron2 logs them; DDP's gradients; weights."""
+    """Mean losses over the processes, as Detectron2 logs them, gradients and weights."""
     boxes, opts = CASES[name]
     whole = one_step(images(boxes), opts, tmp_path)
     if name == "one positive in all":
@@ -212,13 +208,13 @@ def test_two_processes_make_the_step_of_one(halves, tmp_path, name):
                 assert difference <= 1e-6 * abs(values).max(), (kind, parameter)
 
 
-def test_an_iteration_has_two_small_collectives(halves):
-    """That of the normalisers, and the exchange of losses and of who is asked to stop."""
+def test_iteration_has_two_small_collectives(halves):
+    """The normalisers, and the losses with stop signals."""
     (first, alone, logged), (second, _, other) = (
         torch.load(halves / f"collectives.{rank}", weights_only=False) for rank in range(2)
     )
     assert first == second == {"all_reduce": 1, "all_gather": 1}
-    assert not alone  # losses without gradient are each process's own
+    assert not alone  # losses without gradient are local
     assert logged["total_loss"] == sum(v for k, v in logged.items() if k.startswith("loss_"))
     assert logged["data_time"] >= 0
     assert logged["own"] != other["own"]
@@ -226,7 +222,7 @@ def test_an_iteration_has_two_small_collectives(halves):
         assert logged[name] == pytest.approx((loss + other["own"][name]) / 2, rel=1e-12)
 
 
-def test_each_process_draws_for_itself_and_the_first_alone_saves(halves):
+def test_processes_draw_differently_and_one_saves(halves):
     seeds = {
         torch.load(halves / f"collectives.{rank}", weights_only=False)[2]["seed"]
         for rank in range(2)
@@ -236,37 +232,37 @@ def test_each_process_draws_for_itself_and_the_first_alone_saves(halves):
     assert saved == [{"model_0000001.pth", "model_best.pth"}, set()]
 
 
-def test_what_processes_share(halves):
-    """Each evaluates every other image, in the order of sizes; the statistics are the first one's;
-    periods of one iteration do not become none when twice as many processes make half as many."""
+def test_shared_statistics_images_and_periods(halves):
+    """Each process evaluates every other image by size, with the statistics of the first. Scaled
+    periods of one iteration stay one."""
     first, second = (torch.load(halves / f"shares.{rank}") for rank in range(2))
     assert (first["ids"], second["ids"]) == ([0, 4, 1, 5], [2, 6, 3])
     assert first["mean"] == second["mean"] == 1.0
     assert first["periods"] == second["periods"] == (1, 1)
 
 
-def test_all_processes_stop_at_a_loss_that_is_not_finite_in_one(halves):
+def test_nan_loss_in_one_process_stops_all(halves):
     first, second = ((halves / f"broken.{rank}").read_text() for rank in range(2))
     assert first == second
-    assert re.match(r"at iteration 0 loss_cls is nan.*, on the images 2.png, 3.png; ", first)
+    assert re.match(r"loss_cls is NaN.* at iteration 0, on the images 2.png, 3.png; ", first)
 
 
 def variables(rank: int, port: int) -> dict[str, str]:
-    """What torchrun sets for the first or second of two processes."""
+    """Return torchrun's variables for the first or second of two processes."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     known = {name: str(value) for name, value in numbers.items()}
     return known | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def run_two(argv: list[str], port: int) -> None:
-    """Two processes that know of each other as torchrun tells them, but nobody watches them."""
+    """Start two processes with torchrun's variables."""
     for script in [Script(argv, **variables(rank, port)) for rank in range(2)]:
-        said, exit_code = script.communicate()
-        assert exit_code == 0, said[-2000:]
+        text, exit_code = script.communicate()
+        assert exit_code == 0, text[-2000:]
 
 
 def test_every_image_is_evaluated_once(squares, tmp_path, free_port):
-    """Seven images by two processes, and by one."""
+    """Seven images, by two processes and by one."""
     content = json.loads((squares / "annotations.json").read_text())
     del content["images"][7]
     (tmp_path / "seven.json").write_text(json.dumps(content))
@@ -290,8 +286,8 @@ def test_every_image_is_evaluated_once(squares, tmp_path, free_port):
     assert counts[0] == counts[1]
 
 
-def test_sigterm_to_one_of_two_stops_both(squares, tmp_path, free_port):
-    """And to its group, to which the processes that load data belong."""
+def test_sigterm_to_one_process_stops_both(squares, tmp_path, free_port):
+    """The signal goes to its process group, with the loader processes."""
     opts = {
         "SOLVER.MAX_ITER": 10**6,
         "SOLVER.CHECKPOINT_PERIOD": 10**6,
@@ -299,7 +295,7 @@ def test_sigterm_to_one_of_two_stops_both(squares, tmp_path, free_port):
     }
     argv = command_line(squares, tmp_path / "out", **opts | {"TEST.EVAL_PERIOD": 2})
     first = Script(argv, **variables(0, free_port))
-    # With a Python of its own, whose end is part of the exit code.
+    # In a new Python, because its end affects the exit code.
     second = subprocess.Popen(
         [sys.executable, "-W", "ignore", *argv],
         env=os.environ | variables(1, free_port),
@@ -308,17 +304,17 @@ def test_sigterm_to_one_of_two_stops_both(squares, tmp_path, free_port):
         text=True,
         start_new_session=True,
     )
-    for line in first.lines:  # an evaluation: training has begun
+    for line in first.lines:  # an evaluation: training has started
         if "Start inference" in line:
             break
     os.killpg(second.pid, signal.SIGTERM)
-    said, exit_code = first.communicate(timeout=120)  # else it waits for one that has left
+    text, exit_code = first.communicate(timeout=120)  # it would wait for a process that has left
     try:
-        said_by_second, _ = second.communicate(timeout=120)
+        second_text, _ = second.communicate(timeout=120)
     finally:
         second.kill()
-    assert exit_code == EXIT_PREEMPTED, said[-2000:]
-    assert second.returncode == EXIT_PREEMPTED, said_by_second[-2000:]
+    assert exit_code == EXIT_PREEMPTED, text[-2000:]
+    assert second.returncode == EXIT_PREEMPTED, second_text[-2000:]
     name = (tmp_path / "out/last_checkpoint").read_text()
     iteration = torch.load(tmp_path / "out" / name, weights_only=False)["iteration"]
     assert name == f"model_{iteration:07d}.pth"
@@ -328,10 +324,10 @@ def test_sigterm_to_one_of_two_stops_both(squares, tmp_path, free_port):
 
 
 def test_two_processes_end_early_in_the_same_iteration(squares, tmp_path, free_port):
-    """Only the first has results. Where nothing is learned, AP is always the same."""
+    """Only the first has results. With a learning rate of 0, AP is constant."""
     opts = {"TEST.EVAL_PERIOD": 1, "TEST.PATIENCE": 2, "SOLVER.EMA_DECAY": 0.9}
     opts |= {"SOLVER.BASE_LR": 1e-12, "SOLVER.MAX_ITER": 50, "SOLVER.CHECKPOINT_PERIOD": 50}
-    # BatchNorm's statistics would move.
+    # Statistics of BatchNorm would change.
     opts |= {"MODEL.RESNETS.NORM": "FrozenBN", "MODEL.FPN.NORM": "GN"}
     run_two(command_line(squares, tmp_path / "out", **opts), free_port)
     log = (tmp_path / "out/log.txt").read_text()
@@ -343,9 +339,9 @@ def test_two_processes_end_early_in_the_same_iteration(squares, tmp_path, free_p
     assert best["value"] == ended["trainer"]["hooks"]["Best"]["value"]
 
 
-def test_the_best_of_two_processes_is_what_was_measured(squares, tmp_path, free_port):
-    """Each process has statistics of BatchNorm of its own, and evaluates its share of the images;
-    the file holds those of the first."""
+def test_best_weights_of_two_processes(squares, tmp_path, free_port):
+    """Each process has its own statistics of BatchNorm and evaluates its own images; the file has
+    the statistics of the first."""
     opts = {"TEST.EVAL_PERIOD": 2, "SOLVER.EMA_DECAY": 0.9, "TEST.BEST_METRIC": "bbox/AP50"}
     opts |= {"SOLVER.MAX_ITER": 6, "SOLVER.BASE_LR": 0.01}
     run_two(command_line(squares, tmp_path / "out", **opts), free_port)
@@ -359,7 +355,7 @@ def test_the_best_of_two_processes_is_what_was_measured(squares, tmp_path, free_
 
 
 @pytest.mark.slow
-def test_fifty_steps_under_torchrun_with_a_process_killed(squares, tmp_path):
+def test_torchrun_restarts_after_a_killed_process(squares, tmp_path):
     opts = {"SOLVER.MAX_ITER": 50, "SOLVER.CHECKPOINT_PERIOD": 10, "DATALOADER.NUM_WORKERS": 1}
     argv = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     argv += command_line(squares, tmp_path / "out", **opts)
@@ -369,14 +365,14 @@ def test_fifty_steps_under_torchrun_with_a_process_killed(squares, tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    said, killed = [], None
+    lines, killed = [], None
     for line in torchrun.stdout:
-        said.append(line)
+        lines.append(line)
         if killed is None and "model_0000019.pth" in line:
             children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text()
             killed = int(children.split()[-1])
             os.kill(killed, signal.SIGKILL)
-    log = "".join(said)
+    log = "".join(lines)
     assert torchrun.wait() == 0, log[-3000:]
     assert re.findall(r"Starting training from iteration (\d+)", log) == ["0", "20"]
     assert torch.load(tmp_path / "out/model_final.pth", weights_only=False)["iteration"] == 49

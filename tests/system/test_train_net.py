@@ -1,4 +1,4 @@
-"""The user's door, end to end, on a data set of coloured squares."""
+"""Whole runs of train_net.py on a data set of coloured squares."""
 
 import json
 import math
@@ -40,7 +40,7 @@ SHORT = {
 
 @pytest.fixture
 def command(squares, tmp_path):
-    """Arguments of a short run on the squares: command(*options, KEY=VALUE)."""
+    """command(*options, KEY=VALUE): arguments of a short run on the squares."""
     names = set(DatasetCatalog.list())
 
     def build(*options, register=None, **opts):
@@ -72,7 +72,7 @@ def test_trains_evaluates_and_logs(command, tmp_path, capsys):
     metrics = {}
     for line in (out / "metrics.json").read_text().splitlines():
         metrics |= json.loads(line, parse_constant=pytest.fail)
-    assert metrics["bbox/APl"] is None  # there are no large objects
+    assert metrics["bbox/APl"] is None  # no large objects
     for name in ("loss_cls", "loss_box_reg", "loss_centerness", "total_loss", "bbox/AP"):
         assert math.isfinite(metrics[name])
     assert metrics["assignment/positives_per_object"] > 0
@@ -89,8 +89,7 @@ def test_trains_evaluates_and_logs(command, tmp_path, capsys):
 
 
 def narrow(shapes):
-    """The shapes of a state dict with ResNet-50 blocks of an eighth of their width, which a
-    converter takes from the weights."""
+    """Return the shapes of a state dict with ResNet-50 blocks of an eighth of their width."""
     inner = re.compile(r"backbone\.(?:body\.)?layer\d\.\d+\.(conv|bn)([123])\.")
     found = {}
     for key, shape in shapes.items():
@@ -104,8 +103,7 @@ def narrow(shapes):
 
 
 def test_fine_tunes_converted_weights_on_own_classes(command, squares, tmp_path):
-    """From a file of the authors' to a model of two classes, one of which COCO knows: its row is
-    theirs, the other begins anew, and the log says so; everything else is theirs."""
+    """Two classes, one of them in COCO: its row of weights is loaded, the other starts anew."""
     theirs = narrow(json.loads((GOLDEN / "official_atss_r50_shapes.json").read_text()))
     weights = {k: torch.from_numpy(v) for k, v in recipe.weights(theirs).items()}
     torch.save({"model": weights}, tmp_path / "theirs.pth")
@@ -119,7 +117,7 @@ def test_fine_tunes_converted_weights_on_own_classes(command, squares, tmp_path)
         register=f"named={tmp_path}/named.json:{squares}/images",
         **named,
         **{"MODEL.ATSS.NUM_CLASSES": -1, "MODEL.ATSS.LEGACY_PIXELS": False},
-        # The rate of this iteration is 0.
+        # The learning rate of this iteration is 0.
         **SHORT | {"SOLVER.MAX_ITER": 1, "SOLVER.CHECKPOINT_PERIOD": 1},
         **{"SOLVER.WARMUP_FACTOR": 0.0, "SOLVER.WARMUP_METHOD": "linear"},
     )
@@ -153,8 +151,8 @@ def test_fine_tunes_converted_weights_on_own_classes(command, squares, tmp_path)
         *(("mmdet", "--detector", x) for x in ("atss", "gfl", "paa", "vfnet", "tood", "ddod")),
     ],
 )
-def test_converted_weights_of_own_classes_are_evaluated_and_trained_on(command, tmp_path, whose):
-    """Two classes, as the data have: nothing of the weights begins anew."""
+def test_converted_weights_of_two_classes(command, tmp_path, whose):
+    """The data have the same classes: all weights are loaded."""
     source, detector = whose[0], whose[-1]
     if detector not in ("official", "atss"):
         theirs = json.loads((GOLDEN / "mmdet_successors_r50_shapes.json").read_text())[detector]
@@ -184,7 +182,7 @@ def test_converted_weights_of_own_classes_are_evaluated_and_trained_on(command, 
     assert "Skip loading" not in (tmp_path / "out" / "log.txt").read_text()
 
 
-def test_multi_scale_testing_beside_the_plain_one(command, tmp_path):
+def test_multi_scale_testing_after_training(command, tmp_path):
     aug = {
         "TEST.AUG.ENABLED": True,
         "TEST.AUG.MIN_SIZES": (64,),
@@ -215,7 +213,7 @@ def test_stopped_run_resumes_to_the_end(command, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="130"):
         launch(way_in.run, args, way_in.prepare(args))
     last = tmp_path / "out" / "model_0000002.pth"
-    assert f"stopped: --resume goes on from {last}" in capsys.readouterr().err
+    assert f"stopped: --resume continues from {last}" in capsys.readouterr().err
     assert (tmp_path / "out/last_checkpoint").read_text() == "model_0000002.pth"
     monkeypatch.undo()
     starts = []
@@ -242,15 +240,15 @@ def test_stopped_run_resumes_to_the_end(command, tmp_path, monkeypatch, capsys):
         ({"MODEL.BACKBONE.FREEZE_AT": 4}, r"such as .* --resume needs the MODEL and SOLVER"),
     ],
 )
-def test_a_resumption_with_another_config_is_one_sentence(command, opts, sentence):
+def test_resumption_with_another_config_is_refused(command, opts, sentence):
     run(command(**{"SOLVER.MAX_ITER": 1, "DATASETS.TEST": ()}))
     with pytest.raises(ValueError, match=sentence) as error:
         run(command("--resume", **{"DATASETS.TEST": ()}, **opts))
     assert "\n" not in str(error.value)
 
 
-def test_a_run_from_before_levels_that_nobody_reads_rested(command, tmp_path, monkeypatch):
-    """--resume refuses it with a sentence; its weights load."""
+def test_run_that_trained_unused_levels_is_not_resumed(command, tmp_path, monkeypatch):
+    """Its weights load."""
     fewer = {"MODEL.ATSS.IN_FEATURES": ["p2", "p3"], "SOLVER.MAX_ITER": 1, "DATASETS.TEST": ()}
     with monkeypatch.context() as patch:
         patch.setattr("atss.modeling.backbone.freeze_unused", lambda *_: None)
@@ -261,9 +259,8 @@ def test_a_run_from_before_levels_that_nobody_reads_rested(command, tmp_path, mo
     run(command(**fewer, **{"MODEL.WEIGHTS": weights, "OUTPUT_DIR": tmp_path / "other"}))
 
 
-def test_a_run_from_before_batch_norm_had_levels(command, tmp_path, capsys):
-    """--resume refuses it with a sentence, and so does an evaluation; its weights load, but for
-    those of the norms, and the log names them."""
+def test_run_with_shared_batch_norm_is_not_resumed(command, tmp_path, capsys):
+    """Nor evaluated. Its weights load, except those of the norms, which the log names."""
     norm = {"MODEL.ATSS.NORM": "BN", "SOLVER.MAX_ITER": 1, "DATASETS.TEST": ()}
     run(command(**norm))
     weights = tmp_path / "out/model_final.pth"
@@ -284,12 +281,12 @@ def test_a_run_from_before_batch_norm_had_levels(command, tmp_path, capsys):
         )
     capsys.readouterr()
     run(command(**norm, **{"MODEL.WEIGHTS": weights, "OUTPUT_DIR": tmp_path / "other"}))
-    told = capsys.readouterr().out.partition("not used by the model:")[2]
-    assert "running_mean" in told[:500]
+    unused = capsys.readouterr().out.partition("not used by the model:")[2]
+    assert "running_mean" in unused[:500]
 
 
 def test_detectron2s_loader_trains_and_resumes(command, tmp_path, monkeypatch):
-    """Its commonest customisation. Where it stopped it does not know, and the log says so."""
+    """The most common customisation. It cannot skip batches, and the log warns."""
 
     class Own(Trainer):
         @classmethod
@@ -301,13 +298,13 @@ def test_detectron2s_loader_trains_and_resumes(command, tmp_path, monkeypatch):
     run(command(**short, **{"SOLVER.MAX_ITER": 21}))
     log = tmp_path / "out/log.txt"
     assert "One iteration takes" in log.read_text()
-    assert "begins anew" not in log.read_text()
+    assert "starts anew" not in log.read_text()
     run(command("--resume", **short, **{"SOLVER.MAX_ITER": 22}))
-    assert "how to go on after 21 batches: its stream of images begins anew" in log.read_text()
+    assert "after 21 batches its stream of images starts anew" in log.read_text()
     assert torch.load(tmp_path / "out/model_final.pth", weights_only=True)["iteration"] == 21
 
 
-def test_the_losses_are_logged_as_detectron2_logs_them(command, monkeypatch):
+def test_losses_are_logged_as_in_detectron2(command, monkeypatch):
     logged, theirs = [], []
     step = SimpleTrainer.run_step
 
@@ -334,8 +331,8 @@ def test_the_losses_are_logged_as_detectron2_logs_them(command, monkeypatch):
         assert ours["data_time"] > 0
 
 
-def test_a_loss_called_total(command, monkeypatch, tmp_path):
-    """As of a model of somebody's own."""
+def test_loss_may_be_called_total_loss(command, monkeypatch, tmp_path):
+    """For example in a user's own model."""
     real = ATSSDetector.forward
 
     def forward(self, batch):
@@ -347,7 +344,7 @@ def test_a_loss_called_total(command, monkeypatch, tmp_path):
     assert '"total_loss"' in (tmp_path / "out/metrics.json").read_text()
 
 
-def test_evaluates_only(command, tmp_path):
+def test_eval_only(command, tmp_path):
     run(command())
     weights = tmp_path / "out/model_final.pth"
     forget("squares")
@@ -357,7 +354,7 @@ def test_evaluates_only(command, tmp_path):
 
 
 class OwnAugmentation(T.Augmentation):
-    """With a bug of the kind that is asked for."""
+    """An augmentation with a bug."""
 
     def __init__(self, fail):
         super().__init__()
@@ -379,43 +376,60 @@ def wrong_file():
     return open("priors.json")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("fail", [wrong_value, wrong_key, wrong_file])
-def test_a_bug_of_an_own_augmentation_keeps_its_traceback(command, monkeypatch, fail, workers):
-    """And names the image; it is not said to be the image's fault."""
+@pytest.fixture
+def launch_with(command, monkeypatch):
+    """launch_with(fail, workers): train with an augmentation that calls ``fail``."""
 
-    class Own(Mapper):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.augmentations = T.AugmentationList([OwnAugmentation(fail)])
+    def start(fail, workers):
+        class Own(Mapper):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.augmentations = T.AugmentationList([OwnAugmentation(fail)])
 
-    monkeypatch.setattr("atss.engine.trainer.Mapper", Own)
-    argv = command(**{"DATALOADER.NUM_WORKERS": workers, "DATASETS.TEST": ()})
-    args = way_in.make_parser().parse_args(argv)
-    with pytest.raises((ValueError, KeyError, FileNotFoundError)) as error:
+        monkeypatch.setattr("atss.engine.trainer.Mapper", Own)
+        argv = command(**{"DATALOADER.NUM_WORKERS": workers, "DATASETS.TEST": ()})
+        args = way_in.make_parser().parse_args(argv)
         launch(way_in.run, args, way_in.prepare(args))
-    told = "".join(traceback.format_exception(error.value))
-    assert f"in {fail.__name__}" in told
-    assert re.search(r"squares.*/images/\d.png", told)
-    assert "cannot read the image" not in told
+
+    return start
 
 
-def test_a_bug_of_an_own_backbone_keeps_its_traceback(command, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("fail", [wrong_value, wrong_key])
+def test_bug_of_an_own_augmentation_keeps_its_traceback(launch_with, fail, workers):
+    """It names the image, but does not blame the file."""
+    with pytest.raises((ValueError, KeyError)) as error:
+        launch_with(fail, workers)
+    text = "".join(traceback.format_exception(error.value))
+    assert f"in {fail.__name__}" in text
+    assert re.search(r"squares.*/images/\d.png", text)
+    assert "cannot read the image" not in text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_missing_file_of_an_own_augmentation_is_named(launch_with, workers, tmp_path):
+    """The log has the traceback."""
+    with pytest.raises(SystemExit, match=r"^error: .*No such file or directory: 'priors.json'"):
+        launch_with(wrong_file, workers)
+    assert "in wrong_file" in (tmp_path / "out/log.txt").read_text()
+
+
+def test_bug_of_an_own_backbone_keeps_its_traceback(command, monkeypatch):
     monkeypatch.setattr("detectron2.modeling.backbone.FPN.forward", lambda *_: wrong_value())
     args = way_in.make_parser().parse_args(command(**{"DATASETS.TEST": ()}))
     with pytest.raises(ValueError, match="too many values"):
         launch(way_in.run, args, way_in.prepare(args))
 
 
-def test_a_bug_in_building_an_own_rule_keeps_its_traceback(command):
+def test_bug_in_building_an_own_rule_keeps_its_traceback(command):
     class Buggy(ATSS):
         def __init__(self, top_k: int = 9):
             super().__init__(top_k)
-            wrong_value()
+            wrong_key()
 
     ASSIGNER_REGISTRY.register(Buggy)
     try:
-        with pytest.raises(ValueError, match="too many values"):
+        with pytest.raises(KeyError):
             way_in.start(
                 way_in.make_parser().parse_args(command(**{"MODEL.ATSS.ASSIGNER": "Buggy"}))
             )
@@ -423,7 +437,7 @@ def test_a_bug_in_building_an_own_rule_keeps_its_traceback(command):
         del ASSIGNER_REGISTRY.entries["Buggy"]
 
 
-def test_the_traceback_of_a_sentence_is_in_the_log(command, tmp_path):
+def test_log_has_the_traceback_of_an_explained_error(command, tmp_path):
     (tmp_path / "x.pth").write_text("no weights")
     args = way_in.make_parser().parse_args(
         command("--eval-only", **{"MODEL.WEIGHTS": tmp_path / "x.pth"})
@@ -433,7 +447,7 @@ def test_the_traceback_of_a_sentence_is_in_the_log(command, tmp_path):
     assert "Traceback (most recent call last)" in (tmp_path / "out/log.txt").read_text()
 
 
-def test_an_evaluation_verifies_what_is_expected(command, tmp_path):
+def test_evaluation_verifies_expected_results(command, tmp_path):
     run(command(**{"SOLVER.MAX_ITER": 1}))
     weights = {"MODEL.WEIGHTS": tmp_path / "out" / "model_final.pth"}
     for expected, fails in ((0, False), (99, True)):
@@ -446,9 +460,8 @@ def test_an_evaluation_verifies_what_is_expected(command, tmp_path):
             run(argv)
 
 
-def test_evaluation_on_classes_in_another_order(command, squares, tmp_path):
-    """Classes go by their names: where a file numbers them otherwise, the results are the same;
-    where it calls them otherwise, the log says so."""
+def test_evaluation_matches_classes_by_name(command, squares, tmp_path):
+    """A file with other numbers gives the same results; the log warns of other names."""
     run(command(**{"SOLVER.MAX_ITER": 1}))
     opts = {"MODEL.WEIGHTS": tmp_path / "out/model_final.pth"}
     plain = run(command("--eval-only", **opts))
@@ -461,19 +474,18 @@ def test_evaluation_on_classes_in_another_order(command, squares, tmp_path):
     sets = {"DATASETS.TRAIN": (), "DATASETS.TEST": ("turned",)}
     found = run(command(*turned, "--eval-only", **opts, **sets))
     for metric, value in plain["bbox"].items():
-        assert str(found["bbox"][metric]) == str(value), metric  # some are no number
+        assert str(found["bbox"][metric]) == str(value), metric  # some are NaN
     log = tmp_path / "out" / "log.txt"
-    assert "to the weights" not in log.read_text()
+    assert "Class 0 is" not in log.read_text()
     data["categories"] = [{"id": 5, "name": "red"}, {"id": 6, "name": "blue"}]
     (tmp_path / "red.json").write_text(json.dumps(data))
     red = ("--register", f"red={tmp_path}/red.json:{squares}/images")
     sets = {"DATASETS.TRAIN": (), "DATASETS.TEST": ("red",)}
     run(command(*red, "--eval-only", **opts, **sets))
-    assert "Class 0 is 'blue' to the weights" in log.read_text()
-    assert "but 'red' here (2 of 2 differ)" in log.read_text()
+    assert re.search(r"Class 0 is 'blue' .*, but 'red' .*\(2 of 2", log.read_text())
 
 
-def test_data_without_annotations_get_their_results_written(command, squares, tmp_path):
+def test_results_without_annotations_are_written(command, squares, tmp_path):
     content = json.loads((squares / "annotations.json").read_text())
     del content["annotations"]
     json_file = tmp_path / "test-dev.json"
@@ -489,27 +501,27 @@ def test_data_without_annotations_get_their_results_written(command, squares, tm
 
 
 def test_two_processes_on_cpus(command, tmp_path):
-    """As `--num-gpus 8` does on GPUs, by Detectron2's launch."""
+    """By Detectron2's launch, like `--num-gpus 8` on GPUs."""
     argv = command("--num-gpus", "2", **{"SOLVER.MAX_ITER": 2})
-    with socket.socket() as other:  # as another run of this user, on the port that is the default
+    with socket.socket() as other:  # another run of this user has the default port
         with suppress(OSError):
             other.bind(("127.0.0.1", 2**15 + 2**14 + hash(os.getuid()) % 2**14))
             other.listen()
-        said, exit_code = Script([ROOT / "tools/train_net.py", *argv]).communicate()
-    assert exit_code == 0, said[-2000:]
-    assert "No GPU here: running on the CPU." in said or torch.cuda.is_available()
+        output, exit_code = Script([ROOT / "tools/train_net.py", *argv]).communicate()
+    assert exit_code == 0, output[-2000:]
+    assert "No GPU here: running on the CPU." in output or torch.cuda.is_available()
     assert (tmp_path / "out/model_final.pth").is_file()
-    assert re.search(r"AP +\|", said)
+    assert re.search(r"AP +\|", output)
 
 
-def test_wrong_input_is_one_sentence_without_traceback(command):
-    """Pairs KEY VALUE may stand before the options."""
+def test_wrong_input_is_one_line_without_traceback(command):
+    """Pairs KEY VALUE may precede options."""
     argv = ["MODEL.ATSS.NUM_CLASSES", "7", *command()]
-    said, exit_code = Script([ROOT / "tools/train_net.py", *argv]).communicate()
+    output, exit_code = Script([ROOT / "tools/train_net.py", *argv]).communicate()
     assert exit_code == 1
-    error = said.splitlines()[-1]
+    error = output.splitlines()[-1]
     assert error == "error: MODEL.ATSS.NUM_CLASSES is 7, but data set squares has 2 classes"
-    assert "Traceback" not in said
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(
@@ -530,7 +542,7 @@ def test_wrong_input_is_one_sentence_without_traceback(command):
         ({"images": [], "annotations": [], "categories": []}, "an empty list of 'images'"),
     ],
 )
-def test_annotations_that_are_not_coco(command, tmp_path, content, sentence):
+def test_malformed_annotations_are_refused(command, tmp_path, content, sentence):
     json_file = tmp_path / "annotations.json"
     json_file.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=sentence):
@@ -545,12 +557,12 @@ def test_annotations_that_are_not_coco(command, tmp_path, content, sentence):
         ("squares={root}/annotations.json:/nowhere", "image folder /nowhere does not exist"),
     ],
 )
-def test_register_says_what_is_wrong(command, squares, register, sentence):
+def test_malformed_register_is_refused(command, squares, register, sentence):
     with pytest.raises(ValueError, match=sentence):
         run(command(register=register.format(root=squares)))
 
 
-def test_a_key_that_does_not_exist(command):
+def test_misspelt_key_names_the_nearest(command):
     for wrong, right in (
         ("ASSIGNERS.SpatialScale.RANGS", "ASSIGNERS.SpatialScale.RANGES"),
         ("SIMILARITIES.nwd.CONSTNAT", "SIMILARITIES.nwd.CONSTANT"),
@@ -563,7 +575,7 @@ def test_a_key_that_does_not_exist(command):
         run(command(**{"MODEL.ATSS.TOPK": 3}))
 
 
-def test_training_data_without_annotations(command, squares, tmp_path):
+def test_training_needs_annotations(command, squares, tmp_path):
     content = json.loads((squares / "annotations.json").read_text())
     del content["annotations"]
     json_file = tmp_path / "bare.json"

@@ -8,8 +8,8 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from ..engine import Trainer
-from ..engine.launch import keep_tracebacks_to_the_file
 from ..engine.run import make_parser, prepare
+from ..engine.terminal import hide_explained_tracebacks
 from ..predictor import Predictor
 from .digits import Recipe, make_digits
 from .pictures import beside_truth
@@ -36,7 +36,7 @@ def train_on_digits(
     args = make_parser().parse_args(["--config-file", config, *register, "OUTPUT_DIR", str(root)])
     cfg = prepare(args)
     setup_logger(str(root))
-    keep_tracebacks_to_the_file(str(root))
+    hide_explained_tracebacks(str(root))
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     seed_all_rng(cfg.SEED)
