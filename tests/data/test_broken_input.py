@@ -21,8 +21,8 @@ from atss.data.datasets import refuse_unannotated, register
 from atss.data.mapper import Mapper
 from atss.geometry import iou
 from atss.labels import check
-from atss.labels.coco import FAULTY_FIELDS, find_in_json
-from atss.labels.findings import ERROR, KINDS
+from atss.labels.coco import find_in_json
+from atss.labels.findings import ERROR, FAULTY_FIELDS, KINDS
 from atss.labels.formats import read_labels
 
 SOUND = Case("nothing", lambda content, root: None, "trains", "", "")

@@ -276,8 +276,10 @@ def _find_key(
 
 @cache
 def _code() -> str:
-    """A digest of this folder's modules."""
-    return _digest(x.read_text() for x in sorted(Path(__file__).parent.glob("*.py")))
+    """Return a digest of the modules in labels/, which read labels, and in data/."""
+    data = Path(__file__).parent
+    files = [*data.glob("*.py"), *(data.parent / "labels").glob("*.py")]
+    return _digest(x.read_text() for x in sorted(files))
 
 
 def _digest(texts: Iterable[str]) -> str:
