@@ -166,10 +166,10 @@ def _read_all(sources: list[str], reading: Reading) -> list[Labels]:
     for (annotations, _), own_names in zip(places, names, strict=True):
         missing = list(dict.fromkeys(x for others in names for x in others if x not in own_names))
         if missing:
+            more = f" and {len(missing) - EXAMPLES} more" if len(missing) > EXAMPLES else ""
             print(
-                f"{annotations} lacks {len(missing)} classes, such as "
-                f"{', '.join(map(repr, missing[:EXAMPLES]))}: unlabelled objects of them on its "
-                "images are trained on as background",
+                f"{annotations} has no class {', '.join(map(repr, missing[:EXAMPLES]))}{more}: "
+                "objects of such classes on its images would be trained on as background",
                 file=sys.stderr,
             )
     return sets

@@ -1,11 +1,11 @@
-"""Configs that cannot be: each stops train_net.py with the sentence of docs/broken_input.md."""
+"""Invalid configs: each stops train_net.py with the sentence in docs/broken_input.md."""
 
 import re
 import runpy
 import sys
 
 import pytest
-from broken_page import is_said, table
+from broken_page import check_faults, check_sentence
 from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
@@ -13,8 +13,7 @@ from detectron2.modeling import build_model
 import atss.engine.run as way_in
 from atss import load_config
 
-SENTENCES = table("Configs")
-# What is broken: changes on the command line, or the text of a yaml file.
+# Fault: options of the command line, or the text of a yaml file.
 ATSS = "MODEL.ATSS."
 CASES = {
     "unknown rule": [ATSS + "ASSIGNER", "NoSuchRule"],
@@ -22,15 +21,23 @@ CASES = {
     "misspelt rule in a yaml": "MODEL: {ATSS: {ASSIGNERS: {ATTS: {TOP_K: 5}}}}",
     "misspelt argument of a rule": "MODEL: {ATSS: {ASSIGNERS: {ATSS: {TOPK: 5}}}}",
     "ATSS's `ALPHA` beside DDOD": [
-        *(ATSS + "ASSIGNER", "DDOD", ATSS + "ASSIGNERS.ATSS.ALPHA", "0.5"),
+        ATSS + "ASSIGNER",
+        "DDOD",
+        ATSS + "ASSIGNERS.ATSS.ALPHA",
+        "0.5",
     ],
     "k of 0": [ATSS + "ASSIGNERS.ATSS.TOP_K", "0"],
     "falling ranges of levels": [
-        *(ATSS + "ASSIGNER", "SpatialScale"),
-        *(ATSS + "ASSIGNERS.SpatialScale.RANGES", "(64, 32, 16, 8)"),
+        ATSS + "ASSIGNER",
+        "SpatialScale",
+        ATSS + "ASSIGNERS.SpatialScale.RANGES",
+        "(64, 32, 16, 8)",
     ],
     "ranges for other levels": [
-        *(ATSS + "ASSIGNER", "SpatialScale", ATSS + "IN_FEATURES", "['p3', 'p4']"),
+        ATSS + "ASSIGNER",
+        "SpatialScale",
+        ATSS + "IN_FEATURES",
+        "['p3', 'p4']",
     ],
     "level that the backbone does not make": [ATSS + "IN_FEATURES", "['p2', 'p3']"],
     "levels from coarse to fine": [ATSS + "IN_FEATURES", "['p4', 'p3']"],
@@ -48,14 +55,19 @@ CASES = {
     "soft class targets under the focal loss": [ATSS + "CLS_TARGET", "overlap"],
     "unknown box loss": [ATSS + "BBOX_REG_LOSS_TYPE", "diou"],
     "points with several anchors": [
-        *(ATSS + "REGRESSION", "point", ATSS + "ANCHOR_SCALES", "[4.0, 8.0]"),
+        ATSS + "REGRESSION",
+        "point",
+        ATSS + "ANCHOR_SCALES",
+        "[4.0, 8.0]",
     ],
     "smooth L1 on points": [ATSS + "REGRESSION", "point", ATSS + "BBOX_REG_LOSS_TYPE", "smooth_l1"],
     "distribution focal loss of deltas": [ATSS + "BBOX_REG_LOSS_TYPE", "giou + dfl"],
     "quality from no distribution": [ATSS + "CENTERNESS", "distribution"],
     "distributions without a distance": [
-        *(ATSS + "REGRESSION", "distribution"),
-        *(ATSS + "REGRESSIONS.distribution.REG_MAX", "0"),
+        ATSS + "REGRESSION",
+        "distribution",
+        ATSS + "REGRESSIONS.distribution.REG_MAX",
+        "0",
     ],
     "negative anchor": [ATSS + "ANCHOR_SCALES", "[-8.0]"],
     "no anchor": [ATSS + "ANCHOR_RATIOS", "[]"],
@@ -122,13 +134,13 @@ def data(squares):
 
 
 def test_the_page_lists_the_cases():
-    assert list(SENTENCES) == list(CASES)
+    check_faults("Configs", list(CASES))
 
 
-@pytest.mark.parametrize("what", CASES)
-def test_one_sentence(what, data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fault", CASES)
+def test_one_sentence(fault, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    broken, file = CASES[what], tmp_path / "broken.yaml"
+    broken, file = CASES[fault], tmp_path / "broken.yaml"
     (tmp_path / "base.yaml").write_text("SEED: 1\nSEED: 2\n")
     if broken is not None:
         base = f"_BASE_: {ROOT}/configs/ATSS_R_18_FPN_small.yaml\n"
@@ -142,7 +154,7 @@ def test_one_sentence(what, data, tmp_path, monkeypatch):
     argv = ["--config-file", str(file), *data, *changes[:flags], *options, *changes[flags:]]
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         build_model(way_in.prepare(way_in.make_parser().parse_args(argv)))
-    assert is_said(SENTENCES[what], str(caught.value)), str(caught.value)
+    check_sentence("Configs", fault, str(caught.value))
     assert not (tmp_path / "exploded").exists()
 
 
