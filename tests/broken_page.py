@@ -44,9 +44,9 @@ def check_faults(section: str, faults: list[str]) -> None:
 
 
 def _shorten(sentence: str) -> str:
-    """Shorten temporary paths, and choices, which a new rule or head would change."""
+    """Shorten temporary paths, and the choices of a registry, to which parts are added."""
     sentence = re.sub(r"(?<!\w)/\S*/", "...", sentence)
-    return re.sub(r"(choose from \['[^']*'), .*?\]", r"\1, ...]", sentence)
+    return re.sub(r"choose from \[.*?\];", "choose from [...];", sentence)
 
 
 def format_cases(cases: list[broken.Case]) -> str:
