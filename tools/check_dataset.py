@@ -35,6 +35,7 @@ from atss.labels.formats import add_arguments, read_labels, reading_of
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,6 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Return the exit status."""
     args = make_parser().parse_intermixed_args(argv)
     progress = partial(tqdm, disable=None, leave=False)  # on a terminal only
     try:

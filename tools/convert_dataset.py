@@ -37,6 +37,7 @@ EXAMPLES = 3
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -61,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Return the exit status."""
     args = make_parser().parse_args(argv)
     progress = partial(tqdm, disable=None, leave=False)  # on a terminal only
     try:

@@ -1,5 +1,5 @@
-"""Check of a data set before training: its annotations and image files, and, by a function of the
-caller, whether its objects suit the anchors of a config."""
+"""Check of a data set before training: annotations, image files, and the fit of objects and
+anchors."""
 
 import os
 from collections import defaultdict
@@ -37,12 +37,11 @@ HEADINGS = {
 
 
 class Fit(NamedTuple):
-    """The match of the M objects used in training and the anchors of a config.
+    """The match of M objects used in training and the anchors of a config.
 
     Attributes:
         best_iou: (M,) IoU with the best anchor.
-        positives: (M,) number of positive anchors, at the input size with the most; None if it
-            depends on predictions.
+        positives: (M,) positive anchors at the best input size; None if they depend on predictions.
         side: (M,) square root of the area, in pixels of the largest input.
     """
 
@@ -59,10 +58,8 @@ class Report:
     """The result of a check.
 
     Attributes:
-        images, annotations: their numbers.
-        findings: sorted by level, errors first.
-        classes: (name, number of objects, number of images with such an object) of each class,
-            for the objects used in training.
+        findings: errors first.
+        classes: (name, number of objects used in training, number of their images) of each class.
         fit: None if not checked.
     """
 
@@ -78,7 +75,7 @@ class Report:
         return sum(finding.level == ERROR for finding in self.findings)
 
     def to_dict(self) -> dict:
-        """Return the content of a json, with the name of every case."""
+        """Return the content of a json, with all cases."""
         counts = {"images": self.images, "annotations": self.annotations, "errors": self.errors}
         findings = [
             {
@@ -116,9 +113,9 @@ def check(
     """Check a data set.
 
     Args:
-        sizes: (shorter side, longest side) to which images are resized; the ends of a range.
+        sizes: (shorter side, longest side) of the resized images; the ends of a range.
         filter_empty: whether training leaves out images without annotations.
-        match: function that matches objects and anchors; None to skip this check.
+        match: matches objects and anchors; None to skip this.
         deep: decode every image, instead of only those without the end marker of their format.
         progress: wraps long loops, as tqdm does.
     """
@@ -154,7 +151,7 @@ def find_in_files(
     deep: bool,
     progress: Callable[..., Iterable],
 ) -> list[Finding]:
-    """Find the faults of the image files; each file is opened once."""
+    """Find the faults of the image files."""
     images = [e for e in content["images"] if not is_empty(e.get("file_name"))]
     check_file = partial(_check_file, image_dir=image_dir, sizes=sizes, deep=deep)
     places: dict[str, dict[int, str]] = defaultdict(dict)
@@ -170,7 +167,7 @@ def find_in_files(
 def _check_file(
     entry: dict, image_dir: str, sizes: Sequence[tuple[int, int]], deep: bool
 ) -> list[tuple[str, str]]:
-    """Return the kind and the end of a sentence for each problem of an image."""
+    """Return the kind and the end of a sentence for each problem."""
     path = os.path.join(image_dir, entry["file_name"])
     try:
         header = read_header(path)
@@ -276,12 +273,7 @@ def format_report(report: Report) -> str:
 
 
 def _about_tiny(side: float, without: float | None) -> str:
-    """Return the advice about tiny objects.
-
-    Args:
-        side: the median side, in pixels of the network's input.
-        without: the share of objects without a positive, None if unknown.
-    """
+    """Return advice for a median side, and for a share of objects without a positive."""
     share = "" if without is None else f", and {without:.1%} get no positive"
     return (
         f"Tiny objects: half of them have sides below {side:.1f} pixels of the network's input"

@@ -1,4 +1,4 @@
-"""Choice of classes (``--classes``): which are used, in which order, and which are merged."""
+"""``--classes``: choose, order and merge classes."""
 
 import csv
 from collections import Counter, defaultdict
@@ -14,8 +14,7 @@ FREQUENCIES = "rcf"
 
 
 def parse(text: str) -> dict[str, list[str]]:
-    """Parse ``a,b=c``: the classes a and b, with c merged into b. A name with a comma is put in
-    double quotes.
+    """Parse ``a,b=c``: the classes a and b, with c merged into b. Names with a comma are quoted.
 
     Returns:
         {class: names in the data that count as it}.
@@ -44,10 +43,10 @@ def parse(text: str) -> dict[str, list[str]]:
 def choose(
     content: dict, chosen: Mapping[str, Sequence[str]]
 ) -> tuple[dict, list[Finding], set[str]]:
-    """Keep the chosen classes, which get the ids 1, 2, ... in their order.
+    """Keep the chosen classes, with the ids 1, 2, ... in their order.
 
     Args:
-        content: in COCO's format. Malformed entries stay malformed, and are reported later.
+        content: in COCO's format; malformed entries stay malformed, and are reported later.
         chosen: as from :func:`parse`.
 
     Returns:
@@ -95,8 +94,8 @@ def _is_id(category: dict) -> bool:
 def _renumber_lists(
     image: dict, ids: Mapping[int | str, int | None], marked: Mapping[object, set]
 ) -> dict:
-    """Return an LVIS image whose lists have the new ids. A merged class is absent if all its
-    members are. It is partly marked if a member is, or if one is marked and another unknown."""
+    """Give LVIS's lists the new ids. A merged class is absent if all its members are, partly marked
+    if a member is, or if one is marked and another unknown."""
     lists = [image.get(ABSENT), image.get(PARTLY_MARKED)]
     if not all(isinstance(x, list) and all(isinstance(i, int) for i in x) for x in lists):
         return image
@@ -121,7 +120,7 @@ def _renumber_lists(
 def refuse_unknown(
     chosen: Mapping[str, Sequence[str]], found: set[str], names_in_data: Sequence[str]
 ) -> None:
-    """Refuse names that no data set has: a misspelt name would be a class without objects.
+    """Refuse names that no data set has, which would be classes without objects.
 
     Args:
         found: as from :func:`choose`, of all data sets together.

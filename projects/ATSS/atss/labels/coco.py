@@ -1,5 +1,5 @@
-"""Reader and check of annotations in COCO's format. A million annotations take seconds, because
-only entries with unusual values are examined one by one."""
+"""Reader and check of COCO's format. A million annotations take seconds, because only entries with
+unusual values are examined one by one."""
 
 import json
 import reprlib
@@ -46,7 +46,7 @@ class Objects:
         boxes: (M, 4) float64 (x, y, width, height) in pixels; NaN if malformed; clipped if used
             and more than BEYOND outside the image.
         crowd: (M,) bool.
-        used: (M,) bool, whether training uses the object.
+        used: (M,) bool, whether training uses it.
     """
 
     image: np.ndarray
@@ -57,8 +57,7 @@ class Objects:
 
 
 def read_coco(json_file: str) -> dict:
-    """Read a file in COCO's format: lists of dictionaries under "images", "categories" and
-    "annotations" (empty if missing).
+    """Read the lists "images", "categories" and "annotations" (empty if missing) of a json.
 
     Raises:
         UserError: if the file cannot be read or has another structure.
@@ -99,15 +98,12 @@ def _wrong_structure(content: object) -> str:
 
 
 def category_names(content: dict) -> list[str]:
-    """Return the names of the categories in the order of their ids, as Detectron2 numbers them."""
+    """Return the names of the categories by id, the order in which Detectron2 numbers them."""
     return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
 
 
 def find_in_json(content: dict) -> tuple[list[Finding], Objects | None]:
-    """Check annotations without opening images.
-
-    Args:
-        content: as from :func:`read_coco`.
+    """Find faults without opening images.
 
     Returns:
         the findings, and the objects; None if required fields or ids are missing or invalid.
@@ -122,8 +118,6 @@ def find_in_json(content: dict) -> tuple[list[Finding], Objects | None]:
 
 
 class _Findings:
-    """The findings of a json."""
-
     def __init__(self, content: dict):
         self.content = content
         self.items: list[Finding] = []
@@ -131,7 +125,7 @@ class _Findings:
     def add(
         self, kind: str, key: str, positions: Iterable[int], place: Callable | None = None
     ) -> None:
-        """Add a finding about the entries at these positions of the list ``key``, if any."""
+        """Add a finding about these entries of the list ``key``, if any."""
         positions = list(positions)
         if positions:
             place = place or place_of(self.content, key, FAULTY_FIELDS.get(kind, ()))
@@ -139,7 +133,7 @@ class _Findings:
 
 
 def _find_in_fields(content: dict, findings: _Findings) -> None:
-    """Check that required fields are present, ids unique, and names and sizes valid."""
+    """Check required fields, ids, names and sizes."""
     for key, fields in FIELDS.items():
         places: dict[int, str] = {}
         for field in fields:
@@ -234,17 +228,15 @@ def _objects(content: dict, findings: _Findings) -> Objects:
 
 
 def learnable(content: dict, objects: Objects) -> dict:
-    """Keep the objects that training uses and crowds, the same for training, statistics and
-    evaluation.
+    """Keep the objects that training, statistics and evaluation use, and crowds.
 
     Annotations get the ids 1, 2, ..., because pycocotools takes an id of 0 for "not matched". Boxes
     beyond their image are clipped. A missing area is that of the box. Segmentations and key points
-    that Detectron2 cannot read are left out. Images with a clipped or dropped box are marked as
-    "trimmed".
+    that Detectron2 cannot read, and annotations of unknown images or classes, are left out. Images
+    with a clipped or dropped box are marked as "trimmed".
 
     Args:
-        content, objects: as from :func:`find_in_json`. Annotations of unknown images or classes are
-            left out.
+        content, objects: as from :func:`find_in_json`.
     """
     kept: list[dict] = []
     whole = (objects.used | objects.crowd) & (objects.image >= 0) & (objects.category >= 0)
@@ -280,7 +272,6 @@ def _find_repeated_files(content: dict, image: np.ndarray, findings: _Findings) 
 
 
 def _of_other_types(values: Sequence, types: set[type]) -> list[int]:
-    """Return the positions of values of other types."""
     if set(map(type, values)) <= types:
         return []
     return [i for i, x in enumerate(values) if type(x) not in types]
@@ -304,7 +295,7 @@ def _similar_names(categories: Sequence[dict]) -> list[int]:
 
 
 def _look_up(entries: Sequence[dict], field: str, ids: Sequence) -> np.ndarray:
-    """Return (M,) the position of each entry's field among the ids, -1 if unknown."""
+    """Return (M,) positions among the ids, -1 if unknown."""
     position = {x: i for i, x in enumerate(ids)}
     values = [e[field] for e in entries]
     for i in _of_other_types(values, {int, str}):

@@ -1,5 +1,5 @@
 """Copies of images (equal bytes, resized, compressed again or mirrored), and photographs of one
-scene: if two splits share them, the AP is too high."""
+scene: shared by two splits, they make the AP too high."""
 
 import hashlib
 import os
@@ -37,15 +37,14 @@ PAIRS = 2**22
 def find_copies(
     files: Sequence[str], progress: Callable[..., Iterable] = lambda items, **_: items
 ) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-    """Group files of equal bytes, copies of one image, and photographs of one scene. Files that are
-    not images are only compared by their bytes.
+    """Group equal files, copies of one image, and photographs of one scene. Other files than images
+    are only compared by their bytes.
 
     Args:
         progress: wraps long loops, as tqdm does.
 
     Returns:
-        groups of positions: equal files; copies, which include equal files; scenes, which include
-        copies.
+        groups of positions: equal files; these and copies; these and photographs of one scene.
     """
     sizes = [os.path.getsize(f) or None if os.path.isfile(f) else None for f in files]
     of_one_size = [i for group in by_key(sizes) for i in group]
@@ -65,9 +64,6 @@ def find_in_others(
     progress: Callable[..., Iterable] = lambda items, **_: items,
 ) -> list[Finding]:
     """Find images of a split that other splits contain too, or whose scene they show.
-
-    Args:
-        progress: as in :func:`find_copies`.
 
     Raises:
         UserError: if images of other splits do not exist.
@@ -113,8 +109,8 @@ def by_key(keys: Iterable[Hashable]) -> list[list[int]]:
 
 
 def join_groups(size: int, *groupings: Iterable[Sequence[int]]) -> list[list[int]]:
-    """Return the connected components of positions 0 to size - 1, in the order of their first
-    members: positions that share a group in any grouping are connected."""
+    """Return the connected components of 0 to size - 1, in the order of their first members;
+    positions that share a group are connected."""
     parent = list(range(size))
 
     def first(i: int) -> int:
@@ -142,8 +138,7 @@ def _digest(file: str) -> str | None:
 
 
 def _hash(file: str) -> np.ndarray | None:
-    """Return (SIDE * SIDE / 64,) uint64; None for files that cannot be read, and for images of one
-    colour, which would all be equal."""
+    """Return (SIDE * SIDE / 64,) uint64; None if unreadable, or of one colour."""
     try:
         with Image.open(file) as image:
             image.draft("L", (16 * SIDE, 16 * SIDE))  # decodes a JPEG smaller and faster
@@ -159,12 +154,8 @@ def _hash(file: str) -> np.ndarray | None:
 
 
 def _near(hashes: Sequence[np.ndarray | None]) -> list[list[list[int]]]:
-    """Compare all pairs, in chunks.
-
-    Returns:
-        for COPY and for SCENE, groups of positions in which each hash, or its mirror image, differs
-        from another one in at most so many bits.
-    """
+    """Return, for COPY and SCENE, groups of positions connected by at most so many differing bits,
+    plain or mirrored."""
     hashed = np.array([i for i, x in enumerate(hashes) if x is not None], dtype=np.int64)
     words = np.array([x for x in hashes if x is not None]).reshape(len(hashed), -1)
     labels = {radius: np.arange(len(hashed)) for radius in (COPY, SCENE)}  # equal in a group

@@ -1,4 +1,4 @@
-"""Kinds of faults of a data set: their level, and the title under which they are reported."""
+"""Kinds of faults of a data set, and the names of their cases in messages."""
 
 import reprlib
 from collections.abc import Callable, Sequence
@@ -201,13 +201,13 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """All cases of one kind in a data set.
+    """All cases of one kind.
 
     Attributes:
         kind: a key of KINDS.
         positions: of the cases, in a list of the json or of places.
         place: position -> name of the case in messages.
-        detail: appended to the kind's title.
+        detail: appended to the title.
     """
 
     kind: str
@@ -217,10 +217,12 @@ class Finding:
 
     @property
     def level(self) -> str:
+        """The kind's level."""
         return KINDS[self.kind].level
 
     @property
     def title(self) -> str:
+        """The kind's title with the detail."""
         return KINDS[self.kind].title + self.detail
 
     def examples(self, count: int | None = None) -> list[str]:
@@ -235,10 +237,10 @@ class Finding:
 
 
 def place_of(content: dict, key: str, fields: Sequence[str] = ()) -> Callable[[int], str]:
-    """Return a function from positions in the list ``key`` to names such as "image 3 (a.jpg)".
+    """Return a function: position in the list ``key`` -> name such as "image 3 (a.jpg)".
 
     Args:
-        fields: fields whose values are shown too; by default the box of annotations.
+        fields: shown with their values; by default the box of annotations.
     """
     entries = content[key]
 
@@ -264,7 +266,7 @@ def place_of(content: dict, key: str, fields: Sequence[str] = ()) -> Callable[[i
 
 
 def _value(content: dict, entry: dict, field: str) -> str:
-    """Return the value of a field; for an id of the wrong type, both types too."""
+    """Return a field with its value; for an id of the wrong type, with both types."""
     if field not in entry:
         return f"no {field}"
     value, shown = entry[field], f"{field} {show(entry[field])}"
@@ -279,7 +281,7 @@ def _value(content: dict, entry: dict, field: str) -> str:
 
 
 def show(value: object) -> str:
-    """Return the repr of a json's value, shortened for a message."""
+    """Return the repr of a json's value, shortened."""
     short = reprlib.Repr()
     short.maxlist = short.maxstring = 60  # enough for all key points of a person
     return short.repr(value)

@@ -31,11 +31,7 @@ Places = dict[str, list[str]]
 
 
 class Split:
-    """Builder of a split in COCO's format, with its findings.
-
-    Args:
-        folder: the folder in which file names begin.
-    """
+    """Builder of a split in COCO's format, with file names relative to a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -65,16 +61,13 @@ class Split:
 
 
 def names_of(split: str) -> tuple[str, ...]:
-    """Return the names under which a split may be stored, the given one first."""
+    """Return the possible names of a split, the given one first."""
     return (split, *VALIDATION) if split in VALIDATION else (split,)
 
 
 def files_below(root: Path) -> list[Path]:
     """Return the sorted paths of all files below a folder, relative to it, without hidden files.
-
-    Links to folders are followed, after all other folders. Each folder is visited once, because
-    links may lead back.
-    """
+    Links to folders are followed last, and each folder is visited once: links may lead back."""
     paths: list[Path] = []
     visited: set[str] = set()
     pending = [str(root)]
@@ -104,7 +97,7 @@ def with_slashes(name: str, folder: Path) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Return the content of a file, without a byte-order mark.
+    """Read a file without its byte-order mark.
 
     Raises:
         UserError: the end of a sentence that names the file.
@@ -126,10 +119,10 @@ def size_of(image: Path) -> tuple[int, int] | OSError:
 
 
 def name_in(folder: Path, path: Path) -> str:
-    """Return a file's name in messages and in the content."""
+    """Return a path, relative if it is in the folder."""
     return str(path).removeprefix(f"{folder}{os.sep}")
 
 
 def why(error: Exception) -> str:
-    """Return the reason why a file cannot be read."""
+    """Return the reason of an error."""
     return getattr(error, "strerror", None) or str(error)

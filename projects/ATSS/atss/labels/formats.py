@@ -1,4 +1,4 @@
-"""Formats of labels: detect the format, and read it."""
+"""Formats of labels: detect and read them."""
 
 import argparse
 import os
@@ -24,8 +24,8 @@ class Reading:
     """Options of :func:`read_labels`.
 
     Attributes:
-        classes: as from :func:`~atss.labels.classes.parse`; empty for all classes of the data.
-        first_pixel: of Pascal VOC's xml, as in :func:`~atss.labels.voc.read_voc`.
+        classes: as from :func:`~atss.labels.classes.parse`; empty for all.
+        first_pixel: for Pascal VOC's xml, as in :func:`~atss.labels.voc.read_voc`.
     """
 
     classes: Mapping[str, Sequence[str]]
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def reading_of(args: argparse.Namespace) -> Reading:
-    """Return the options given by arguments of :func:`add_arguments`.
+    """Return the options of :func:`add_arguments`.
 
     Raises:
         UserError: if ``--classes`` is invalid.
@@ -66,8 +66,8 @@ class Labels:
     """The labels of a split.
 
     Attributes:
-        content: as from :func:`~atss.labels.coco.read_coco`.
-        image_dir: the folder in which file names of the content begin.
+        content: in COCO's format, as from :func:`~atss.labels.coco.read_coco`.
+        image_dir: the folder in which its file names begin.
         findings: faults that the content does not show.
         evaluator: Detectron2's evaluator_type.
         names: all class names in the data.
@@ -87,11 +87,11 @@ def read_labels(annotations: str, images: str, reading: Reading = AS_IT_IS) -> L
 
     Args:
         annotations, images: a json in COCO's or LVIS's format and its image folder; in YOLO's
-            layout a yaml, an obj.data or a folder without xml files but with one of NAMES_FILES,
-            and its split; or a folder of Pascal VOC's xml and its split.
+            layout a yaml, an obj.data or a folder with one of NAMES_FILES, and its split; or a
+            folder of Pascal VOC's xml and its split.
 
     Raises:
-        UserError: if a file cannot be read; the message names it.
+        UserError: naming the file that cannot be read.
     """
     evaluator = "coco"
     findings: list[Finding] = []
@@ -117,7 +117,7 @@ def read_labels(annotations: str, images: str, reading: Reading = AS_IT_IS) -> L
 
 
 def image_dir_of(annotations: str, images: str) -> str:
-    """Return the folder in which file names of images begin; that of a json may be a URL.
+    """Return the folder in which file names begin; that of a json may be a URL.
 
     Raises:
         UserError: if it does not exist.
@@ -132,10 +132,8 @@ def image_dir_of(annotations: str, images: str) -> str:
 
 
 def sources(annotations: str, images: str) -> tuple[list[str], list[str]]:
-    """Return the texts (none for a json) and files that determine the labels.
-
-    Args, Raises: as in :func:`read_labels`.
-    """
+    """Return the texts (none for a json) and files that determine the labels of
+    :func:`read_labels`."""
     if _is_yolo(annotations):
         config, files = files_of_yolo(annotations, images)
         return [images, repr(config)], [os.path.abspath(annotations), *map(str, files)]
@@ -151,7 +149,6 @@ def _is_yaml(annotations: str) -> bool:
 
 
 def _is_yolo(annotations: str) -> bool:
-    """Whether labels are YOLO's: a data.yaml, an obj.data, or a folder of label files."""
     if not os.path.isdir(annotations):
         return _is_yaml(annotations)
     folder = Path(annotations)

@@ -1,4 +1,4 @@
-"""Headers of image files: size, mode and orientation, read without decoding the pixels."""
+"""Headers of image files, read without decoding the pixels."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -22,13 +22,12 @@ class Header:
     """The header of an image file.
 
     Attributes:
-        format: Pillow's name of the format, such as "JPEG".
+        format: Pillow's name, such as "JPEG".
         size: (width, height) after the orientation, as in training.
         mode: Pillow's.
         orientation: EXIF's, 1 by default.
         transparent: whether it has an alpha channel or a transparent colour.
-        animated: whether it has several frames.
-        complete: whether the file ends with the end marker of its format. False if unknown.
+        complete: whether the file ends with its format's end marker; False if unknown.
     """
 
     format: str | None
@@ -41,10 +40,7 @@ class Header:
 
 
 def read_header(source: str | BytesIO, decode: bool = False) -> Header:
-    """Read the header of an image, given by name or content.
-
-    Args:
-        decode: decode the pixels too.
+    """Read the header of an image, given by name or content; with ``decode`` also the pixels.
 
     Raises:
         OSError: the end of a sentence that names the file.
@@ -65,7 +61,7 @@ def read_header(source: str | BytesIO, decode: bool = False) -> Header:
 
 
 def verify(source: str | BytesIO) -> None:
-    """Compare the checksums of a format that has them, such as PNG, without decoding.
+    """Compare the checksums in a file, such as a PNG's, without decoding.
 
     Raises:
         OSError: as :func:`read_header`.
@@ -97,7 +93,7 @@ def problems(
     """Find the problems of an image that can be opened.
 
     Args:
-        labelled: (width, height) in the annotations; None if missing.
+        labelled: (width, height) in the annotations, if any.
         sizes: (shorter side, longest side) to which training resizes.
 
     Yields:
@@ -144,11 +140,11 @@ def problems(
 
 
 def too_thin(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> str:
-    """Return the end of a sentence if resizing would leave no pixel of an image, else "".
+    """Return the end of a sentence if resizing would leave no pixel, else "".
 
     Args:
-        size: (width, height) of the image.
-        sizes: (shorter side, longest side) to which it is resized; not resized if the shorter is 0.
+        size: (width, height).
+        sizes: (shorter side, longest side) of the result; no resizing if the shorter one is 0.
     """
     for short, longest in sizes:
         if short and _shorter_side(size, short, longest) < 1:
@@ -174,8 +170,7 @@ def _orientation(image: Image.Image, decoded: bool) -> int:
 
 
 def _complete(file: IO, image_format: str | None) -> bool:
-    """Whether the file ends with the format's last bytes. Wrong only if bytes were appended to a
-    complete file."""
+    """Whether the file ends with its format's end marker, and nothing was appended."""
     length = file.seek(0, os.SEEK_END)
     file.seek(max(0, length - 12))
     tail = file.read()

@@ -8,14 +8,14 @@ from .findings import Finding, show
 
 
 def is_lvis(content: dict) -> bool:
-    """Whether the content is LVIS's: its images list the classes known to be absent, and those
-    whose objects are not all marked (arXiv 1908.03195, section 2)."""
+    """Whether images list the classes known to be absent, or those not marked in full (arXiv
+    1908.03195, section 2)."""
     return any(ABSENT in image or PARTLY_MARKED in image for image in content["images"])
 
 
 def complete(content: dict) -> dict:
-    """Add COCO's fields: ``iscrowd`` 0, and as ``file_name`` the folder and name at the end of the
-    image's URL, such as train2017/000000391895.jpg."""
+    """Add COCO's ``iscrowd``, 0, and ``file_name``, the end of the image's URL:
+    train2017/000000391895.jpg."""
     images = [_with_file_name(image) for image in content["images"]]
     annotations = [{"iscrowd": 0, **annotation} for annotation in content["annotations"]]
     return {**content, "images": images, "annotations": annotations}

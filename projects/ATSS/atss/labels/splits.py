@@ -1,4 +1,4 @@
-"""Joining data sets, and dividing one into splits, in COCO's format."""
+"""Joining data sets in COCO's format, and dividing one into splits."""
 
 import math
 import os
@@ -25,7 +25,7 @@ MIN_GAIN = 1e-9
 
 
 def join(sets: Sequence[Labels]) -> tuple[dict, str]:
-    """Join data sets. Classes of one name are merged; several sets get new ids.
+    """Join data sets, and merge classes of one name. Several sets get new ids.
 
     Returns:
         the content, and the folder in which its file names begin.
@@ -87,8 +87,7 @@ def parse_shares(texts: Sequence[str]) -> dict[str, float]:
 
 
 def group_by_name(file_names: Sequence[str], pattern: str) -> list[str | None]:
-    """Return the group of each file: the match of the pattern's first group, or of the whole
-    pattern; None if it does not match.
+    """Return the match of the pattern, or of its first group, in each name; None without a match.
 
     Raises:
         UserError: if the pattern is no regular expression.
@@ -104,14 +103,13 @@ def group_by_name(file_names: Sequence[str], pattern: str) -> list[str | None]:
 def divide(
     content: dict, groups: Sequence[Sequence[int]], shares: Sequence[float], seed: int
 ) -> np.ndarray:
-    """Divide images into splits so that each has its share of every row of :func:`format_report`.
+    """Divide images so that each split has its share of every row of :func:`format_report`.
 
     Groups are dealt from the heaviest to the lightest, each to the split whose error grows least.
-    Then pairs of groups are exchanged while the error falls. The error is Pearson's chi-squared,
-    summed over rows. No split is empty if there are as many groups as splits.
+    Then pairs of groups are exchanged while the error falls: Pearson's chi-squared, summed over
+    rows. No split is empty if there are as many groups as splits.
 
     Args:
-        content: in COCO's format, with at least one image.
         groups: positions of images that stay together; each image is in one group.
         shares: of the splits; they sum to 1.
         seed: decides between equal groups.
@@ -186,12 +184,11 @@ def part(content: dict, inside: Sequence[bool]) -> dict:
 
 
 def format_report(content: dict, split_of: Sequence[int], shares: Mapping[str, float]) -> str:
-    """Format a table of the images and objects of each split. A number that deviates from its
-    share by more than ``MARKED`` is marked.
+    """Format a table of the images and objects of each split, and mark numbers more than ``MARKED``
+    away from the share.
 
     Args:
         split_of: the index of each image's split.
-        shares: by the name of the split.
     """
     names, row, image = _rows(content)
     cells = row * len(shares) + np.asarray(split_of)[image]
@@ -210,7 +207,7 @@ def format_report(content: dict, split_of: Sequence[int], shares: Mapping[str, f
 
 def _rows(content: dict) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Return the rows of the table: images, images without objects, crowded images (at most a
-    tenth), objects, and the objects of each class.
+    tenth), objects, and those of each class.
 
     Returns:
         names of the R rows; (N,) the row and (N,) the image of each of N counted items.

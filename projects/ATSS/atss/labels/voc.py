@@ -35,10 +35,10 @@ MARKS = ("-1", "0", "1")
 
 
 class Entry(NamedTuple):
-    """An image and its xml; paths begin in the root folder, None if there is no such file.
+    """An image and its xml, relative to the root; None if missing.
 
     Attributes:
-        kind, place: the finding about the pair; empty if it is sound.
+        kind, place: a finding about the pair; else empty.
     """
 
     image: Path | None
@@ -50,14 +50,13 @@ class Entry(NamedTuple):
 def read_voc(folder: str, split: str, first_pixel: int = FIRST_PIXEL) -> tuple[dict, list[Finding]]:
     """Read a split into COCO's format, like :func:`~atss.labels.coco.read_coco`.
 
-    Categories are all names in xml files below the folder, sorted, so that its splits have the same
-    ones. The box of a polygon is its extent. Boxes are not clipped. File names begin in the folder.
+    Categories are all names in xml files below the folder, sorted, the same for all its splits. The
+    box of a polygon is its extent. Boxes are not clipped. File names begin in the folder.
 
     Args:
         split: a list of images, ``ImageSets/Main/<split>.txt`` or another .txt in the folder; or a
             subfolder, ``.`` for the folder itself. Image folders without any xml are left out.
-        first_pixel: 1 if pixels are counted as in VOC; 0 if coordinates are corners that begin at
-            0, as many tools write them.
+        first_pixel: 1 if pixels are counted as in VOC; 0 if coordinates are corners from 0 on.
 
     Returns:
         the content without files and objects that cannot be read, and the findings.
@@ -104,7 +103,6 @@ def _add(
     first_pixel: int,
     split: Split,
 ) -> None:
-    """Add an image and its objects to a split."""
     label = labels[entry.xml] if entry.xml else None
     if label:
         split.places["label_malformed"] += [f"{entry.xml}: {x}" for x in label.problems]
@@ -183,7 +181,6 @@ def _place(file: Path) -> tuple[str, ...]:
 
 
 def _select(root: Path, split: str, entries: list[Entry], result: Split) -> list[Entry]:
-    """Return the entries of a split."""
     tried: list[Path] = []
     for name in names_of(split):
         folder, inside = root / name, Path(os.path.normpath(name))
@@ -207,8 +204,8 @@ def _select(root: Path, split: str, entries: list[Entry], result: Split) -> list
 
 
 def _inside(folder: Path, entries: list[Entry], result: Split) -> list[Entry]:
-    """Return the entries of a folder, and of the folders in which its pairs continue: of
-    labels/train for images/train."""
+    """Return the entries of a folder, and of the folders of their other files: of labels/train for
+    images/train."""
     folders = {
         file.parent
         for entry in entries
@@ -228,8 +225,8 @@ def _inside(folder: Path, entries: list[Entry], result: Split) -> list[Entry]:
 
 def _listed(list_file: Path, root: Path, entries: list[Entry], result: Split) -> list[Entry]:
     """Return the entries that a list names, an image or xml a line, with or without suffix and
-    folders. Several matches are narrowed down to those beside the list (or beside its ImageSets),
-    then to those with an xml, then to those of exactly this name."""
+    folders. Files beside the list (or beside its ImageSets) are preferred, then those with an xml,
+    then those of exactly this name."""
     try:
         lines = [line.strip() for line in read_text(list_file).splitlines()]
     except ValueError as error:

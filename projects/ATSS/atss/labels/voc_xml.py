@@ -16,7 +16,6 @@ class Shape(NamedTuple):
     Attributes:
         name: the class.
         corners: (xmin, ymin, xmax, ymax) as in the file.
-        difficult: whether it is marked so.
         place: the object's name in messages.
     """
 
@@ -33,7 +32,7 @@ class Label(NamedTuple):
         file_name: ``<filename>`` without folders; may be empty.
         size: (width, height); None if missing or invalid.
         shapes: the valid objects.
-        problems: faults of the file and of the other objects, as ends of sentences.
+        problems: other faults, as ends of sentences.
     """
 
     file_name: str
@@ -50,7 +49,7 @@ class _WithoutDoctype(ElementTree.TreeBuilder):
 
 
 def read_label(path: Path) -> Label:
-    """Read an xml; its faults are among the problems."""
+    """Read an xml."""
     try:
         parser = ElementTree.XMLParser(target=_WithoutDoctype())
         root = ElementTree.fromstring(path.read_bytes(), parser)

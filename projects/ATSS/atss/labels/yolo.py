@@ -28,7 +28,7 @@ def read_yolo(source: str, split: str) -> tuple[dict, list[Finding]]:
     Args:
         source: a data.yaml; Darknet's obj.data; or a folder with one of NAMES_FILES.
         split: a key of the file; or, in a folder, a list of images (.txt) or a subfolder, "." for
-            the folder itself. :func:`~atss.labels.folders.names_of` has the names tried.
+            the folder itself.
 
     Returns:
         the content without files and lines that cannot be read, and the findings.
@@ -57,11 +57,7 @@ def read_yolo(source: str, split: str) -> tuple[dict, list[Finding]]:
 
 
 def files_of_yolo(source: str, split: str) -> tuple[dict, list[Path]]:
-    """Return the config, and all other files that :func:`read_yolo` reads or tries to read.
-
-    Raises:
-        UserError: as :func:`read_yolo`.
-    """
+    """Return the config, and all other files that :func:`read_yolo` reads or tries to read."""
     path = Path(os.path.abspath(source))
     config = read_config(path, split)
     images, files = find_images(config, split, path if path.is_dir() else path.parent)
@@ -107,7 +103,7 @@ def _read_images(
 
 
 def _find_unused(files: set[Path], with_keypoints: int | None, split: Split) -> None:
-    """Find labels without an image, and files that are neither images nor labels."""
+    """Find labels without an image, and other files."""
     for file in sorted(files):
         name = name_in(split.folder, file)
         if _is_label(file, with_keypoints):
@@ -134,8 +130,7 @@ def _read_lines(
     with_keypoints: int | None,
     places: Places,
 ) -> Iterator[tuple[int, list[float]]]:
-    """Yield the class and [x, y, width, height] in pixels of valid lines; add the other lines to
-    the places."""
+    """Yield the class and [x, y, width, height] in pixels of valid lines."""
     for number, line in enumerate(text.splitlines(), start=1):
         fields = line.split()
         if not fields:
@@ -160,7 +155,7 @@ def _read_lines(
 
 
 def _parse(fields: list[str], with_keypoints: int | None) -> tuple[int, list[float]]:
-    """Parse the class and the normalised numbers of a line. Key points are ignored.
+    """Parse the class and the normalised numbers of a line, without key points.
 
     Raises:
         UserError: the end of a sentence that names the line.
@@ -199,11 +194,10 @@ def _corners(numbers: list[float]) -> tuple[float, float, float, float]:
 def _read_label(
     image: Path, has_labels_folder: bool, with_keypoints: int | None
 ) -> tuple[list[Path], str | ValueError | None]:
-    """Return the label files of an image and their content, None if there is none, or if two
-    differ.
+    """Return the label files of an image and their content, None if missing or different.
 
     Args:
-        has_labels_folder: ignore a text beside the image that is not a label, such as a caption.
+        has_labels_folder: ignore other texts beside the image, such as captions.
     """
     first, *beside = label_files(image)
     files = [x for x in (first, *beside) if os.path.exists(x)]

@@ -20,10 +20,10 @@ OTHER_KEYS = (
 
 
 def read_config(path: Path, split: str) -> dict:
-    """Read names and splits from a data.yaml, an obj.data or a folder, as keys of a data.yaml.
+    """Read a data.yaml, an obj.data or a folder, as the keys of a data.yaml.
 
     Raises:
-        UserError: if they are missing or invalid; also in the functions below.
+        UserError: if it is invalid; also in the functions below.
     """
     if path.is_dir():
         return _read_folder(path, split)
@@ -76,7 +76,6 @@ def _read_folder(folder: Path, split: str) -> dict:
 
 
 def _read_names(file: Path) -> list[str]:
-    """Read the names of classes 0, 1, ..., one a line."""
     try:
         return [line.strip() for line in read_text(file).rstrip().splitlines()]
     except ValueError as error:
@@ -84,7 +83,7 @@ def _read_names(file: Path) -> list[str]:
 
 
 def class_names(config: dict) -> dict[int, str]:
-    """Return {id: name} in the order of the ids, which may have gaps."""
+    """Return {id: name} sorted by id; ids may have gaps."""
     names = config.get("names")
     if names is None:
         raise UserError("it has no 'names'")
@@ -106,7 +105,7 @@ def class_names(config: dict) -> dict[int, str]:
 
 
 def count_with_keypoints(config: dict) -> int | None:
-    """Return how many numbers a line of a box with key points has; None without key points."""
+    """Return how many numbers a line with key points has; None without key points."""
     shape = config.get("kpt_shape")
     if shape is None:
         return None
@@ -159,7 +158,6 @@ def find_images(config: dict, split: str, folder: Path) -> tuple[list[Path], set
 
 
 def _listed(list_file: Path, bases: Sequence[Path]) -> Iterator[Path]:
-    """Yield the images that a .txt names, one a line."""
     try:
         text = read_text(list_file)
     except ValueError as error:
@@ -190,8 +188,8 @@ def _candidates(entry: str, bases: Sequence[Path]) -> list[Path]:
 
 
 def label_files(image: Path) -> list[Path]:
-    """Return the possible label files of an image, the likeliest first: with the last folder
-    "images" replaced by "labels", then beside the image."""
+    """Return the possible label files of an image: in "labels" instead of the last folder "images",
+    then beside the image."""
     beside = image.with_suffix(".txt")
     before, images, after = beside.as_posix().rpartition("/images/")
     return [Path(f"{before}/labels/{after}"), beside] if images else [beside]
