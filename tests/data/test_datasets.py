@@ -189,7 +189,7 @@ def test_where_an_area_cannot_be_used_that_of_the_box_is(squares, tmp_path, area
     datasets.register(f"areas={tmp_path}/areas.json:{squares}/images")
     try:
         metadata = MetadataCatalog.get("areas")
-        assert "annotations whose area is missing, or no pos" in metadata.remarks["area_unusable"]
+        assert "annotations without a positive area" in metadata.remarks["area_unusable"]
         results = truth_as_detections("areas", ["blue", "orange"], tmp_path)
         truth = COCO(metadata.json_file)
     finally:
