@@ -144,9 +144,12 @@ def test_a_folder_is_a_split(data):
     """Roboflow's layout. Classes are those of all splits."""
     folder = data(
         {
-            **{"train/a.jpg": "", "train/a.xml": xml(box(1, 1, 9, 9, name="dog"))},
-            **{"valid/a.jpg": "", "valid/a.xml": xml(box(1, 1, 8, 8))},
-            **{"valid/deep/b.jpg": "", "valid/deep/b.xml": xml()},
+            "train/a.jpg": "",
+            "train/a.xml": xml(box(1, 1, 9, 9, name="dog")),
+            "valid/a.jpg": "",
+            "valid/a.xml": xml(box(1, 1, 8, 8)),
+            "valid/deep/b.jpg": "",
+            "valid/deep/b.xml": xml(),
         }
     )
     content, findings = read_voc(folder, "valid")

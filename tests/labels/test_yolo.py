@@ -330,8 +330,12 @@ def test_boxes_and_polygons_in_a_file_from_windows(data):
     content, _ = read_yolo(data(one(f"\ufeff{BOX}\r\n\r\n  \r\n{polygon}\r\n{BOX}")), "train")
     first, second, third = content["annotations"]
     assert first == {
-        **{"id": 1, "image_id": 1, "category_id": 0},
-        **{"bbox": [40, 15, 20, 10], "area": 200, "iscrowd": 0},
+        "id": 1,
+        "image_id": 1,
+        "category_id": 0,
+        "bbox": [40, 15, 20, 10],
+        "area": 200,
+        "iscrowd": 0,
     }
     assert (second["category_id"], second["bbox"]) == (1, [10, 10, 40, 35])
     assert (third["id"], third["bbox"]) == (3, first["bbox"])
@@ -382,23 +386,38 @@ CVAT = {
     "obj.data": "classes = 2\ntrain = data/train.txt\nvalid = data/valid.txt\n"
     "names = data/obj.names\nbackup = backup/\n",
     "obj.names": "cat\ndog\n",
-    **{"train.txt": "data/obj_train_data/a.png\n", "valid.txt": "data/obj_valid_data/b.png\n"},
-    **{"obj_train_data/a.png": "", "obj_train_data/a.txt": BOX},
-    **{"obj_valid_data/b.png": "", "obj_valid_data/b.txt": BOX},
+    "train.txt": "data/obj_train_data/a.png\n",
+    "valid.txt": "data/obj_valid_data/b.png\n",
+    "obj_train_data/a.png": "",
+    "obj_train_data/a.txt": BOX,
+    "obj_valid_data/b.png": "",
+    "obj_valid_data/b.txt": BOX,
 }
 LABEL_STUDIO = {
-    **{"classes.txt": "cat\ndog", "notes.json": "{}", "images/a.png": "", "labels/a.txt": BOX},
+    "classes.txt": "cat\ndog",
+    "notes.json": "{}",
+    "images/a.png": "",
+    "labels/a.txt": BOX,
 }
 LABEL_IMG = {
-    **{"train/a.png": "", "train/a.txt": BOX, "train/classes.txt": "cat\ndog\n"},
-    **{"valid/b.png": "", "valid/b.txt": BOX, "valid/classes.txt": "\ufeffcat\r\n"},
+    "train/a.png": "",
+    "train/a.txt": BOX,
+    "train/classes.txt": "cat\ndog\n",
+    "valid/b.png": "",
+    "valid/b.txt": BOX,
+    "valid/classes.txt": "\ufeffcat\r\n",
 }
 ROBOFLOW = {
-    **{"train/a.png": "", "train/a.txt": BOX, "train/_darknet.labels": "cat\ndog\n"},
-    **{"README.roboflow.txt": "Roboflow", "README.dataset.txt": "0 1"},
+    "train/a.png": "",
+    "train/a.txt": BOX,
+    "train/_darknet.labels": "cat\ndog\n",
+    "README.roboflow.txt": "Roboflow",
+    "README.dataset.txt": "0 1",
 }
 ULTRALYTICS = {
-    **{"classes.txt": "cat\ndog", "images/train/a.png": "", "labels/train/a.txt": BOX},
+    "classes.txt": "cat\ndog",
+    "images/train/a.png": "",
+    "labels/train/a.txt": BOX,
     "labels/train.cache": "",
 }
 
@@ -509,8 +528,10 @@ def test_records_of_a_registered_set(data, registered, tmp_path):
     assert a["file_name"] == str(tmp_path / "train/images/a.png")
     assert (a["width"], a["height"], a["image_id"]) == (WIDTH, HEIGHT, 1)
     assert a["annotations"][1] == {
-        **{"bbox": [15, 15, 10, 20], "bbox_mode": BoxMode.XYWH_ABS},
-        **{"category_id": 1, "iscrowd": 0},
+        "bbox": [15, 15, 10, 20],
+        "bbox_mode": BoxMode.XYWH_ABS,
+        "category_id": 1,
+        "iscrowd": 0,
     }
     assert b["annotations"] == []
     assert c["annotations"][0]["category_id"] == 2
@@ -578,14 +599,16 @@ def test_ground_truth_has_an_ap_of_100(data, registered, tmp_path):
 def test_training_and_evaluation(data, registered, tmp_path):
     register_train = f"--register=pets={three_images(data)}:train"
     options = {
-        **{"DATASETS.TRAIN": ("pets",), "DATASETS.TEST": ("pets",), "MODEL.WEIGHTS": ""},
+        "DATASETS.TRAIN": ("pets",),
+        "DATASETS.TEST": ("pets",),
+        "MODEL.WEIGHTS": "",
         **TINY | {"DATALOADER.NUM_WORKERS": 0},
-        **{"INPUT.MIN_SIZE_TRAIN": (64,), "INPUT.MIN_SIZE_TEST": 64, "SOLVER.IMS_PER_BATCH": 2},
-        **{
-            "SOLVER.MAX_ITER": 2,
-            "MODEL.ATSS.SCORE_THRESH_TEST": 0.0,
-            "OUTPUT_DIR": tmp_path / "out",
-        },
+        "INPUT.MIN_SIZE_TRAIN": (64,),
+        "INPUT.MIN_SIZE_TEST": 64,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.MAX_ITER": 2,
+        "MODEL.ATSS.SCORE_THRESH_TEST": 0.0,
+        "OUTPUT_DIR": tmp_path / "out",
     }
 
     def run(*arguments, **opts):
