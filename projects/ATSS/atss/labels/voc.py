@@ -176,7 +176,7 @@ def _no_image(xml: Path, label: Label, other: Path | None) -> str:
 
 
 def _place(file: Path) -> tuple[str, ...]:
-    """Return the folder of a file, equal for corresponding folders of labels and images."""
+    """Return the folder of a file without the parts in which corresponding folders differ."""
     return tuple(x for x in file.parent.parts if x.lower() not in KINDS_OF_FOLDERS)
 
 
