@@ -165,7 +165,7 @@ def test_unusable_area_is_replaced_by_the_boxs(squares, tmp_path, area):
     datasets.register(f"areas={tmp_path}/areas.json:{squares}/images")
     try:
         metadata = MetadataCatalog.get("areas")
-        assert "annotations whose area is missing, or no pos" in metadata.remarks["area_unusable"]
+        assert "annotations without a positive area" in metadata.remarks["area_unusable"]
         results = truth_as_detections("areas", ["blue", "orange"], tmp_path)
         truth = COCO(metadata.json_file)
     finally:

@@ -1,4 +1,4 @@
-"""Broken data sets at both doors: training, and tools/check_dataset.py. The cases: broken.py."""
+"""Broken data sets in training and in tools/check_dataset.py. broken.py has the cases."""
 
 import json
 import re
@@ -9,7 +9,8 @@ import broken
 import check_dataset
 import pytest
 import torch
-from broken import CASES, HEIGHT, SECTIONS, WIDTH, Case, break_data, table
+from broken import CASES, HEIGHT, SECTIONS, WIDTH, Case, break_data
+from broken_page import PAGE, RUN, format_cases, replace_table
 from conftest import ROOT, make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from processes import Script
@@ -21,8 +22,8 @@ from atss.data.datasets import refuse_unannotated, register
 from atss.data.mapper import Mapper
 from atss.geometry import iou
 from atss.labels import check
-from atss.labels.coco import FAULTY_FIELDS, find_in_json
-from atss.labels.findings import ERROR, KINDS
+from atss.labels.coco import find_in_json
+from atss.labels.findings import ERROR, FAULTY_FIELDS, KINDS
 from atss.labels.formats import read_labels
 
 SOUND = Case("nothing", lambda content, root: None, "trains", "", "")
@@ -31,10 +32,9 @@ CONFIG = str(ROOT / "configs" / "ATSS_R_18_FPN_small.yaml")
 
 @pytest.fixture
 def train():
-    """What training does with a data set before the model sees it: train(annotations, images)
-    gives the mapped examples, and what the log says."""
+    """train(annotations, images) returns the mapped examples and the logged remarks."""
 
-    def door(annotations, images):
+    def read(annotations, images):
         register(f"broken={annotations}:{images}")
         refuse_unannotated(["broken"])
         records = get_detection_dataset_dicts(["broken"])
@@ -42,14 +42,14 @@ def train():
         return [mapper(r) for r in records], MetadataCatalog.get("broken").remarks
 
     cfg = make_cfg("INPUT.MIN_SIZE_TRAIN", (HEIGHT,), "INPUT.RANDOM_FLIP", "none")
-    yield door
+    yield read
     if "broken" in DatasetCatalog:
         DatasetCatalog.remove("broken")
         MetadataCatalog.remove("broken")
 
 
 def inspect(case, root, *options, lvis=False):
-    """Exit status and report of check_dataset.py."""
+    """Return the exit status and report of check_dataset.py."""
     paths = map(str, break_data(case, root, lvis))
     target = root / "report.json"
     status = check_dataset.main([*paths, "--config-file", CONFIG, "--json", str(target), *options])
@@ -93,18 +93,18 @@ def test_check_dataset(case, tmp_path, capsys):
         assert case.sentence in captured.err
         assert captured.err.count("\n") == 1
         return
-    found = {finding["kind"]: finding for finding in report["findings"]}
-    errors = [kind for kind in found if KINDS[kind].level == ERROR]
+    findings = {finding["kind"]: finding for finding in report["findings"]}
+    errors = [kind for kind in findings if KINDS[kind].level == ERROR]
     is_error = bool(case.kind) and KINDS[case.kind].level == ERROR
     assert errors == [case.kind] * is_error
     assert status == is_error
     if not is_error:
         assert sum(of_class["objects"] for of_class in report["classes"]) == case.objects
     if not case.kind:
-        assert not found
+        assert not findings
         return
-    finding = found[case.kind]
-    assert any(case.thing in where for where in finding["where"])
+    finding = findings[case.kind]
+    assert any(case.thing in place for place in finding["where"])
     assert finding["count"] == len(finding["where"])
     assert f"{finding['count']:>9,}  {finding['what']}" in captured.out
 
@@ -112,16 +112,15 @@ def test_check_dataset(case, tmp_path, capsys):
 SHARED = [
     case
     for case in (*broken.STRUCTURE, *broken.ENTRIES, *broken.ANNOTATIONS)
-    # LVIS has no file names, and without images or categories nothing says that it is LVIS's.
+    # LVIS has no file names, and is not recognised without images.
     if "file_name" not in case.name
     and "of one file" not in case.name
-    and case.name
-    not in ("no images", "an empty list of images", "a list, where a dictionary belongs")
+    and case.name not in ("no images", "an empty list of images", "a list instead of a dict")
 ]
 
 
 @pytest.mark.parametrize("case", SHARED, ids=lambda case: case.name)
-def test_of_lvis_the_same_is_said(case, train, tmp_path):
+def test_lvis_gives_the_same_errors(case, train, tmp_path):
     status, report = inspect(case, tmp_path / "data", lvis=True)
     if case.kind is None:
         assert status == 2
@@ -134,22 +133,22 @@ def test_of_lvis_the_same_is_said(case, train, tmp_path):
 
 
 def test_the_page_and_the_cases_agree():
-    page = (ROOT / "docs" / "broken_input.md").read_text()
+    page = PAGE.read_text()
     for heading, cases in SECTIONS.items():
-        for level, title in enumerate(heading.split(": "), start=2):
-            assert f"\n{'#' * level} {title}\n" in page
-        assert table(cases) in page, f"python tests/broken.py prints the new table of {heading}"
+        assert replace_table(page, heading, format_cases(cases)) == page, f"{heading}: {RUN}"
 
 
 def test_every_finding_has_a_case():
     assert len({(case.name, case.kind) for case in CASES}) == len(CASES)
-    by_files_alone = {"object_poorly_matched", "image_without_objects", "image_huge"}
-    by_options = {
+    tested_elsewhere = {
+        "object_poorly_matched",
+        "image_without_objects",
+        "image_huge",
         "class_left_out",
         "image_in_other_split",
         "image_of_same_scene_in_other_split",
     }
-    assert {case.kind for case in CASES} >= set(KINDS) - by_files_alone - by_options
+    assert {case.kind for case in CASES} >= set(KINDS) - tested_elsewhere
 
 
 def test_every_error_of_annotations_stops_training():
@@ -159,7 +158,6 @@ def test_every_error_of_annotations_stops_training():
 
 
 def test_the_value_at_fault_is_shown(tmp_path):
-    """Of many, too; a field is one of those that COCO's format has."""
     assert set(FAULTY_FIELDS) <= set(KINDS)
     points = [1, 2, 2] * 10 + [None, 2, 2]
     case = Case("", broken.put("annotations", 0, "keypoints", points), "stops", "", "")
@@ -175,7 +173,7 @@ def test_the_value_at_fault_is_shown(tmp_path):
 
 @pytest.mark.parametrize("literal", [False, True])
 def test_a_json_from_windows_is_read(tmp_path, literal):
-    """With a byte-order mark and backslashes, unless files are called so."""
+    """With a byte-order mark and backslashes, which may be part of the names of files."""
     content = broken.make_data(tmp_path)
     names = [rf"images\{image['file_name']}" for image in content["images"]]
     for image, name in zip(content["images"], names, strict=True):
@@ -190,7 +188,7 @@ def test_a_json_from_windows_is_read(tmp_path, literal):
     assert check_dataset.main([str(json_file), str(tmp_path)]) == 0
 
 
-def test_names_that_are_almost_equal_are_shown_together(tmp_path):
+def test_similar_class_names_are_adjacent(tmp_path):
     content = broken.make_data(tmp_path / "data")
     names = ["RBC", "WBC", "a b", "rbc", "dog", "WBC ", "AB", "RBC"]
     content["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
@@ -199,8 +197,7 @@ def test_names_that_are_almost_equal_are_shown_together(tmp_path):
     assert shown == ["'a b'", "'AB'", "'RBC'", "'rbc'", "'RBC'", "'WBC'", "'WBC '"]
 
 
-def test_truncated_images_are_found_without_decoding_the_others(tmp_path, monkeypatch):
-    """The cheap test for truncated files: only what does not end as its format ends is decoded."""
+def test_complete_images_are_not_decoded(tmp_path, monkeypatch):
     decoded, read_header = [], check.read_header
 
     def spy(path, decode=False):
@@ -214,7 +211,7 @@ def test_truncated_images_are_found_without_decoding_the_others(tmp_path, monkey
     assert len(decoded) == 4
 
 
-def test_objects_are_counted_by_class_and_matched_to_anchors(tmp_path):
+def test_report_of_classes_and_anchors(tmp_path):
     _, report = inspect(SOUND, tmp_path / "data")
     cat, dog = report["classes"]
     assert cat == {"name": "cat", "objects": 8, "images": 4}
@@ -224,19 +221,19 @@ def test_objects_are_counted_by_class_and_matched_to_anchors(tmp_path):
     assert report["positives_per_object"] > 3
 
 
-def test_best_iou_is_that_of_all_anchors(tmp_path):
-    """Against a look at every anchor, with several shapes per location and boxes at borders."""
+def test_best_iou_equals_brute_force(tmp_path):
+    """With several shapes per location and boxes at borders."""
     generator = torch.Generator().manual_seed(0)
     anchors = Anchors.grid((160, 224), scales=(4.0, 6.0), ratios=(0.5, 1.0, 2.0))
     corner = torch.rand(200, 2, generator=generator) * torch.tensor([224.0, 160.0]) - 10
     boxes = torch.cat([corner, corner + torch.rand(200, 2, generator=generator) * 150], dim=1)
-    every = iou(anchors.boxes[:, None].double(), boxes.double()).amax(dim=0)
-    torch.testing.assert_close(torch.from_numpy(statistics._best_iou(anchors, boxes)), every)
+    expected = iou(anchors.boxes[:, None].double(), boxes.double()).amax(dim=0)
+    torch.testing.assert_close(torch.from_numpy(statistics._best_iou(anchors, boxes)), expected)
 
 
 @pytest.mark.parametrize("in_one", [False, True])
-def test_a_config_of_fewer_levels(tmp_path, in_one):
-    """Strides are the backbone's, not five by habit; the source in one argument or in two."""
+def test_a_config_with_fewer_levels(tmp_path, in_one):
+    """The source is one argument or two."""
     paths = list(map(str, break_data(SOUND, tmp_path / "the data")))
     argv = [":".join(paths)] if in_one else paths
     argv += ["--config-file", str(ROOT / "configs/demo.yaml")]
@@ -245,44 +242,43 @@ def test_a_config_of_fewer_levels(tmp_path, in_one):
 
 
 @pytest.mark.parametrize("source", ["{}", "{}:nowhere", "nowhere:{}", "nowhere"])
-def test_a_source_without_images(tmp_path, capsys, source):
+def test_an_incomplete_source_is_refused(tmp_path, capsys, source):
     json_file, _ = break_data(SOUND, tmp_path / "data")
     assert check_dataset.main([source.format(json_file)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_a_config_with_an_own_rule(tmp_path, capsys, monkeypatch):
+def test_a_config_with_an_imported_rule(tmp_path, capsys, monkeypatch):
     paths = list(map(str, break_data(SOUND, tmp_path / "data")))
-    (tmp_path / "rule_of_ones_own.py").write_text(
+    (tmp_path / "imported_rule.py").write_text(
         "from atss.assigners import ASSIGNER_REGISTRY, ATSS\n"
-        "ASSIGNER_REGISTRY.register(type('RuleOfOnesOwn', (ATSS,), {}))\n"
+        "ASSIGNER_REGISTRY.register(type('ImportedRule', (ATSS,), {}))\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    own = ["--import", "rule_of_ones_own"]
-    rule = ["MODEL.ATSS.ASSIGNER", "RuleOfOnesOwn"]
+    options = ["--import", "imported_rule", "--config-file", CONFIG]
     try:
-        assert check_dataset.main([*paths, *own, "--config-file", CONFIG, *rule]) == 0
+        assert check_dataset.main([*paths, *options, "MODEL.ATSS.ASSIGNER", "ImportedRule"]) == 0
     finally:
-        ASSIGNER_REGISTRY.entries.pop("RuleOfOnesOwn", None)
+        ASSIGNER_REGISTRY.entries.pop("ImportedRule", None)
     assert check_dataset.main([*paths, "--import", "no_such_rule"]) == 2
-    said = capsys.readouterr().err
-    assert said == "error: --import no_such_rule: No module named 'no_such_rule'\n"
+    err = capsys.readouterr().err
+    assert err == "error: --import no_such_rule: No module named 'no_such_rule'\n"
 
 
-def test_a_report_that_cannot_be_written_is_said_first(tmp_path, capsys):
+def test_an_unwritable_report_is_refused_first(tmp_path, capsys):
     paths = [*map(str, break_data(SOUND, tmp_path / "data"))]
     assert check_dataset.main([*paths, "--json", str(tmp_path)]) == 2
-    said = capsys.readouterr()
-    assert said.err == f"error: cannot write --json {tmp_path}: Is a directory\n"
-    assert not said.out
+    captured = capsys.readouterr()
+    assert captured.err == f"error: cannot write --json {tmp_path}: Is a directory\n"
+    assert not captured.out
     assert check_dataset.main([*paths, "--json", paths[0]]) == 2
     assert capsys.readouterr().err == f"error: --json {paths[0]} would replace the annotations\n"
 
 
-def test_training_stops_with_the_sentence_last(tmp_path):
-    """Through the command, in a worker process: the file's name is in the last line, and the
-    traceback in the log's file alone. What is left out has been logged before."""
+def test_training_ends_with_the_sentence(tmp_path):
+    """With a worker process: the last line names the file, and only log.txt has the traceback.
+    Dropped objects are logged before."""
     truncated, crowd = (
         next(case for case in CASES if case.name == name)
         for name in ("a truncated JPEG", "a crowd")
@@ -298,11 +294,11 @@ def test_training_stops_with_the_sentence_last(tmp_path):
     command += ["DATASETS.TRAIN", "('broken',)", "DATASETS.TEST", "()"]
     command += ["DATALOADER.NUM_WORKERS", "1", "SOLVER.MAX_ITER", "4"]
     command += ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "out")]
-    said, exit_code = Script(command).communicate()
+    output, exit_code = Script(command).communicate()
     assert exit_code == 1
-    last = said.strip().splitlines()[-1]
-    assert re.search(r"cannot read the image .*a\.png: .*truncated", last), said[-1500:]
-    assert "Traceback" not in said
+    last = output.strip().splitlines()[-1]
+    assert re.search(r"cannot read the image .*a\.png: .*truncated", last), output[-1500:]
+    assert "Traceback" not in output
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "Traceback" in log
     assert "Data set broken has crowds (1): annotation 1 of a.png" in log

@@ -1,11 +1,11 @@
-"""Wrong configs: train_net.py stops with the messages of docs/broken_input.md."""
+"""Invalid configs: each stops train_net.py with the sentence in docs/broken_input.md."""
 
 import re
 import runpy
 import sys
 
 import pytest
-from broken_page import is_said, table
+from broken_page import check_faults, check_sentence
 from conftest import ROOT
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
@@ -13,8 +13,7 @@ from detectron2.modeling import build_model
 import atss.engine.run as way_in
 from atss import load_config
 
-SENTENCES = table("Configs")
-# {fault: options of the command line, or text of a yaml file}
+# Fault: options of the command line, or the text of a yaml file.
 ATSS = "MODEL.ATSS."
 CASES = {
     "unknown rule": [ATSS + "ASSIGNER", "NoSuchRule"],
@@ -135,7 +134,7 @@ def data(squares):
 
 
 def test_page_lists_all_cases():
-    assert list(SENTENCES) == list(CASES)
+    check_faults("Configs", list(CASES))
 
 
 @pytest.mark.parametrize("fault", CASES)
@@ -155,7 +154,7 @@ def test_message_is_that_of_the_page(fault, data, tmp_path, monkeypatch):
     argv = ["--config-file", str(file), *data, *changes[:flags], *options, *changes[flags:]]
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         build_model(way_in.prepare(way_in.make_parser().parse_args(argv)))
-    assert is_said(SENTENCES[fault], str(caught.value)), str(caught.value)
+    check_sentence("Configs", fault, str(caught.value))
     assert not (tmp_path / "exploded").exists()
 
 

@@ -1,5 +1,4 @@
-"""Files of labels with something changed at random: one sentence or none, and the same verdict by
-training's door and by tools/check_dataset.py."""
+"""Random changes of label files: training and tools/check_dataset.py agree, in one line."""
 
 import random
 import shutil
@@ -16,14 +15,16 @@ from atss.labels.check import check
 from atss.labels.findings import ERROR
 from atss.labels.formats import read_labels
 
+# fmt: off
 TOKENS = [
-    *("nan", "-1", "1e999", "null", "true", "[]", "{}", '""', "''", "0", "99999999999999999999"),
-    *("7.5", "\x00", "é", "\n", "<", ">", "&x;", '"', ":", ",", "!!python/name:os.system", "1_0"),
+    "nan", "-1", "1e999", "null", "true", "[]", "{}", '""', "''", "0", "99999999999999999999",
+    "7.5", "\x00", "é", "\n", "<", ">", "&x;", '"', ":", ",", "!!python/name:os.system", "1_0",
 ]
+# fmt: on
 
 
 def write(root, lvis=False, voc=False, yolo=False):
-    """A sound data set; gives annotations, images, and the files to change."""
+    """Write a valid data set; return annotations, images, and the files to change."""
     content = broken.make_data(root)
     if voc:
         broken.write_voc(content, root)
@@ -40,7 +41,7 @@ def write(root, lvis=False, voc=False, yolo=False):
 
 
 def mutate(data: bytes, draw: random.Random) -> bytes:
-    """One to three changes: bytes or words lost, doubled, exchanged, or others in their place."""
+    """Make one to three changes: remove, double or replace bytes or words."""
     for _ in range(draw.choice((1, 1, 2, 3))):
         a, b = sorted(draw.randrange(len(data) + 1) for _ in range(2))
         b = min(b, a + draw.choice((1, 2, 8, 200)))
@@ -65,7 +66,7 @@ def mutate(data: bytes, draw: random.Random) -> bytes:
 
 
 def by_training(annotations, images, cfg):
-    """The sentence with which training stops, or None."""
+    """Return the error of training, or None."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -85,18 +86,18 @@ def by_training(annotations, images, cfg):
 
 
 def by_check(annotations, images):
-    """What check_dataset.py reports that training stops at, or None."""
+    """Return the findings of check_dataset.py that stop training, or None."""
     try:
         report = check(read_labels(str(annotations), str(images)), [(48, 64)], filter_empty=False)
     except (ValueError, OSError) as error:
         return str(error)
-    said = [f for f in report.findings if f.level == ERROR or f.kind == "nothing_annotated"]
-    return "; ".join(finding.sentence() for finding in said) or None
+    findings = [f for f in report.findings if f.level == ERROR or f.kind == "nothing_annotated"]
+    return "; ".join(finding.sentence() for finding in findings) or None
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["coco", "lvis", "yolo", "voc"])
-def test_any_change_has_one_verdict(form, count, tmp_path):
+def test_training_and_check_agree(form, count, tmp_path):
     cfg = make_cfg("INPUT.MIN_SIZE_TRAIN", (48,), "INPUT.RANDOM_FLIP", "none")
     draw = random.Random(count)
     options = {} if form == "coco" else {form: True}

@@ -527,8 +527,8 @@ def test_wrong_input_is_one_line_without_traceback(command):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("{", "annotations.json is not json"),
-        ("[]", "it is a list, where a dictionary"),
+        ("{", "annotations.json is not valid json"),
+        ("[]", "expected a dict with images"),
         ({"images": [], "annotations": []}, "it has no 'categories'"),
         ({"images": [{"id": 1}], "categories": [{}]}, "entry 0 of 'images' has no 'file_name'"),
         (

@@ -268,8 +268,9 @@ def _find_key(
 
 @cache
 def _code() -> str:
-    here = Path(__file__).parent
-    files = [*here.glob("*.py"), *here.with_name("labels").glob("*.py")]
+    """Return a digest of the modules in labels/, which read labels, and in data/."""
+    data = Path(__file__).parent
+    files = [*data.glob("*.py"), *(data.parent / "labels").glob("*.py")]
     return _digest(x.read_text() for x in sorted(files))
 
 

@@ -8,7 +8,7 @@ from detectron2.data import DatasetFromList
 from detectron2.structures import BoxMode
 from pycocotools.mask import frPyObjects
 
-from ..labels.coco import is_polygon
+from ..labels.values import is_polygon
 from .columns import Columns
 
 
