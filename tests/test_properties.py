@@ -45,12 +45,12 @@ def for_all(count: int, *strategies: st.SearchStrategy):
     return lambda holds: same(given(*strategies)(holds))()
 
 
-PLACES = st.check_choice(
+PLACES = st.one_of(
     st.integers(-20, 200).map(float),
     st.floats(-50, 300, width=32),
     st.floats(-LIMIT, LIMIT, width=32),
 )
-SIDES = st.check_choice(
+SIDES = st.one_of(
     st.sampled_from([0.0, -1.0, 1e-30, 1e-3, 0.02, 8.0, 64.0, 1e4, LIMIT]),
     st.floats(0, 300, width=32),
 )

@@ -28,7 +28,7 @@ WARNINGS = (
     "pairs.resolve .* use atss.assigners.conflicts.assign_best",
     r"Assignment.hard .* use Assignment\(gt_index\)",
     "cuts.Cheapest .* use the method select, .* with atss.assigners.matching.select_cheapest",
-    "matching.overlap .* use a method that returns pairs.overlap",
+    "matching.overlap .* use a method that returns pairs.similarity",
     r"Matching\(cost=..., cut=...\) .* use the methods cost, select, rank and score",
 )
 
@@ -101,8 +101,8 @@ def test_a_deprecated_name_is_the_new_one(module, old, new):
 
 
 def cost(pairs):
-    assert pairs.overlap.dim() == 1
-    return class_cost(pairs, cross_entropy, pairs.overlap) - pairs.overlap
+    assert pairs.similarity.dim() == 1
+    return class_cost(pairs, cross_entropy, pairs.similarity) - pairs.similarity
 
 
 def score(pairs):
@@ -151,7 +151,7 @@ def test_resolve_takes_affinities_of_either_dtype(dtype):
 def test_matching_refuses_functions_that_it_does_not_know():
     with (
         pytest.warns(DeprecationWarning, match="Matching"),
-        pytest.raises(TypeError, match=r"Matching takes cost, cut, .*, not \['costs'\]"),
+        pytest.raises(TypeError, match=r"Matching takes cost, cut, .*, got \['costs'\]"),
     ):
         Matching(cost=None, cut=None, farther=(), takes_part=None, costs=len)
     with (

@@ -274,7 +274,7 @@ def test_what_poto_adds_up(p, overlap, alpha, q):
 
 def test_poto_says_what_is_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="matches by SciPy, which is not installed: pip install"):
+    with pytest.raises(ValueError, match="needs SciPy, which is not installed: pip install"):
         POTO()
 
 
@@ -523,7 +523,7 @@ def test_ota_where_objects_ask_for_more_anchors_than_there_are():
     predicted = boxes[torch.arange(9) % 4] + torch.from_numpy(rng.normal(0, 1, (9, 4))).float()
     logits = torch.from_numpy(rng.normal(0, 1, (9, 2))).float()
     anchors, gt, seen = scene_of(boxes, [0, 1, 0, 1], logits, predicted, (24, 24))
-    assert dynamic_k(Lists(anchors, gt, seen).highest_overlaps(20)).sum() > 9
+    assert dynamic_k(Lists(anchors, gt, seen).highest_similarities(20)).sum() > 9
     args = (gt.boxes.numpy(), gt.classes.numpy(), logits.numpy(), predicted.numpy())
     owner, _ = oracle.ota(anchors, *args)
     assert (owner >= 0).sum() > 5
@@ -535,7 +535,7 @@ def test_ota_where_objects_ask_for_more_anchors_than_there_are():
 )
 def test_rules_that_look_need_something_to_look_at(rule):
     assert rule.looks_at_predictions
-    with pytest.raises(ValueError, match=rf"{type(rule).__name__} looks at what a model predicts"):
+    with pytest.raises(ValueError, match=rf"{type(rule).__name__} needs the predictions of a model, got none"):
         rule(Anchors.grid((64, 64)), make_gt([[0, 0, 9, 9]]))
 
 
@@ -596,7 +596,7 @@ def test_anchors_of_equal_logits_have_equal_background_losses(loss):
     seen = predict(logits, anchors.boxes.expand(2, -1, 4))
     gt = make_gt([[8, 8, 40, 40]], num_images=2)
     whole = Tables(anchors, gt, seen).background(loss).flatten()
-    few = Lists(anchors, gt, seen).background_of(loss, torch.tensor([3, 5, 90]))
+    few = Lists(anchors, gt, seen).background_at(loss, torch.tensor([3, 5, 90]))
     assert len({*whole.tolist(), *few.tolist()}) == 1
 
 

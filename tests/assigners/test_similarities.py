@@ -40,7 +40,7 @@ def test_nothing_is_more_similar_than_it_reaches(name):
     a, b = torch.cat([middle - size / 2, middle + size / 2], dim=-1)
     similarity = ALL[name](a, b)
     assert ((similarity >= 0) & (similarity <= 1)).all()
-    scale, distance = ALL[name].reach(similarity)
+    scale, distance = ALL[name].max_distance(similarity)
     together = (a[:, 2:] - a[:, :2]).clamp(min=0) + (b[:, 2:] - b[:, :2]).clamp(min=0)
     apart = ((a[:, :2] + a[:, 2:]) - (b[:, :2] + b[:, 2:])).abs() / 2
     known = similarity > 0
@@ -50,7 +50,7 @@ def test_nothing_is_more_similar_than_it_reaches(name):
         twins = a[known] + torch.tensor([5.0, 0, 5, 0])  # boxes of one size, along one axis
         overlap = IoU()(a[known], twins)
         sides = (a[known][:, 2] - a[known][:, 0]).clamp(min=0)
-        reach = IoU().reach(overlap)[0][:, 0] * sides
+        reach = IoU().max_distance(overlap)[0][:, 0] * sides
         assert (reach >= 5 - 1e-9)[overlap > 0].all()
 
 

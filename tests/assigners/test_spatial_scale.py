@@ -89,7 +89,7 @@ def test_of_two_objects_the_smaller_wins_of_equal_ones_the_first():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"ranges": (128, 64)}, "ranges must rise from above 0, not"),
+        ({"ranges": (128, 64)}, "ranges must increase and be above 0, got"),
         ({"radius": -1}, "radius must be >= 0, got -1"),
         ({"top_k": -1}, "top_k must be >= 0, got -1"),
     ],

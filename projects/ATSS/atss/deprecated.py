@@ -22,7 +22,7 @@ NAMES = {
     "atss.assigners.cuts.DynamicK": f"atss.assigners.legacy.DynamicK {_SELECT}.sim_ota.dynamic_k",
     "atss.assigners.matching.class_cost": "atss.assigners.pairs.class_cost",
     "atss.assigners.matching.overlap": (
-        "atss.assigners.legacy.overlap a method that returns pairs.overlap"
+        "atss.assigners.legacy.overlap a method that returns pairs.similarity"
     ),
     "atss.assigners.pairs.INSIDE_MARGIN": "atss.assigners.locations.INSIDE_MARGIN",
     "atss.assigners.pairs.all_anchors": "atss.assigners.locations.all_anchors",
@@ -91,19 +91,39 @@ MODULES = {
 }
 
 
-def renamed_names(module: str) -> Callable[[str], Any]:
-    """Make the ``__getattr__`` of a module that names have left."""
+def renamed_names(module: str, new_module: str = "") -> Callable[[str], Any]:
+    """Make the ``__getattr__`` of a module that names have left.
+
+    Args:
+        new_module: the module with the names that are not in NAMES.
+    """
 
     def find(name: str) -> Any:
         old = f"{module}.{name}"
-        if old not in NAMES:
+        target, _, instead = NAMES.get(old, new_module and f"{new_module}.{name}").partition(" ")
+        if not target:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        target, _, instead = NAMES[old].partition(" ")
-        warn(old, instead or target)
         place, _, new = target.rpartition(".")
-        return getattr(importlib.import_module(place), new)
+        value = getattr(importlib.import_module(place), new)
+        if not name.startswith("__"):  # the import system asks for those
+            warn(old, instead or target)
+        return value
 
     return find
+
+
+def renamed_attribute(old: str, new: str) -> property:
+    """Make a property that returns another attribute with a warning.
+
+    Args:
+        old, new: names, which begin with that of the class.
+    """
+
+    def get(instance: Any) -> Any:
+        warn(old, new)
+        return getattr(instance, new.rpartition(".")[2])
+
+    return property(get)
 
 
 def warn(name: str, instead: str) -> None:
@@ -125,16 +145,7 @@ class OldModules(MetaPathFinder, Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        old, new = module.__name__, MODULES[module.__name__]
-
-        def find(name: str) -> Any:
-            if f"{old}.{name}" in NAMES:
-                return renamed_names(old)(name)
-            value = getattr(importlib.import_module(new), name)
-            if not name.startswith("__"):  # those are the import system's questions
-                warn(f"{old}.{name}", f"{new}.{name}")
-            return value
-
+        find = renamed_names(module.__name__, MODULES[module.__name__])
         module.__getattr__ = find  # type: ignore[method-assign]
 
 
