@@ -535,7 +535,9 @@ def test_ota_where_objects_ask_for_more_anchors_than_there_are():
 )
 def test_rules_that_look_need_something_to_look_at(rule):
     assert rule.looks_at_predictions
-    with pytest.raises(ValueError, match=rf"{type(rule).__name__} needs the predictions of a model, got none"):
+    with pytest.raises(
+        ValueError, match=rf"{type(rule).__name__} needs the predictions of a model, got none"
+    ):
         rule(Anchors.grid((64, 64)), make_gt([[0, 0, 9, 9]]))
 
 

@@ -19,10 +19,8 @@ from .errors import WrongValue, check_range
 
 @dataclass(frozen=True)
 class Anchors:
-    """Anchors on a pyramid of regular grids, with a description of the grids.
-
-    Location (row i, column j) of a level has its centre at
-    ``((j + offset) * stride, (i + offset) * stride)`` and A boxes around it.
+    """Anchors on a pyramid of regular grids. Location (row i, column j) of a level has its centre
+    at ``((j + offset) * stride, (i + offset) * stride)`` and A boxes around it.
 
     Attributes:
         boxes: (R, 4) float32.

@@ -47,12 +47,9 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def normalised_wasserstein(a: Tensor, b: Tensor, constant: float) -> Tensor:
-    """Return the (...) normalised Wasserstein distance (NWD, arXiv 2110.13389) of two boxes: with
-    differences d of centres and of sides, exp(-sqrt(dx^2 + dy^2 + (dw^2 + dh^2) / 4) / constant).
-
-    Args:
-        constant: in the boxes' unit.
-    """
+    """Return the (...) normalised Wasserstein distance (NWD, arXiv 2110.13389): with differences d
+    of centres and of sides, exp(-sqrt(dx^2 + dy^2 + (dw^2 + dh^2) / 4) / constant). The constant is
+    in the boxes' unit."""
     offset = centres(a) - centres(b)
     sides = (_sizes(a) - _sizes(b)) / 2
     squared = (offset.square() + sides.square()).sum(-1)
@@ -61,9 +58,9 @@ def normalised_wasserstein(a: Tensor, b: Tensor, constant: float) -> Tensor:
 
 
 def similarity_distance(a: Tensor, b: Tensor, m: float, n: float) -> Tensor:
-    """Return the (...) similarity distance (SimD, arXiv 2407.02394) of two boxes:
-    exp(-location - shape), the lengths of the differences of centres and of sides, each divided by
-    the sum of both boxes' sides, x multiplied by m and y by n."""
+    """Return the (...) similarity distance (SimD, arXiv 2407.02394): exp(-location - shape), the
+    lengths of the differences of centres and of sides, each divided by the sum of both boxes' sides
+    and multiplied by m along x and n along y."""
     size_a, size_b = _sizes(a), _sizes(b)
     total = (size_a + size_b).clamp(min=torch.finfo(a.dtype).tiny)
     dx, dy = ((centres(a) - centres(b)) / total).unbind(-1)
@@ -76,9 +73,8 @@ def _sizes(boxes: Tensor) -> Tensor:
 
 
 def centerness(distances: Tensor) -> Tensor:
-    """Return the centerness of points in boxes (FCOS, arXiv 1904.01355, equation 3):
-    sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)), 1 in the middle, 0 on the border and
-    outside, where some rules choose positives.
+    """Return the centerness of points (FCOS, arXiv 1904.01355, equation 3):
+    sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)), 0 outside, where some rules have positives.
 
     Args:
         distances: (..., 4) from :func:`side_distances`, of a box with area.

@@ -16,10 +16,8 @@ __getattr__ = renamed_names(__name__)
 
 @dataclass(frozen=True)
 class Focal:
-    """Focal loss (arXiv 1708.02002, equation 5), for targets 0 and 1.
-
-    A class loss gets probabilities and their cross entropy, so that it serves heads with logits and
-    heads with probabilities.
+    """Focal loss (arXiv 1708.02002, equation 5), for targets 0 and 1. Like every class loss, it
+    serves heads with logits and heads with probabilities.
 
     Args:
         alpha: weight of positives; negatives have 1 - alpha.
@@ -112,12 +110,8 @@ def _power(base: Tensor, exponent: float) -> Tensor:
 
 
 def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
-    """Return the (...) losses 1 - generalised IoU (arXiv 1902.09630, algorithm 1), in [0, 2].
-
-    Args:
-        boxes, targets: (..., 4).
-        eps: keeps the gradient finite if both boxes are empty.
-    """
+    """Return the (...) losses 1 - generalised IoU (arXiv 1902.09630, algorithm 1) of (..., 4)
+    boxes, in [0, 2]; ``eps`` keeps the gradient finite if both are empty."""
     intersection, union = intersection_union(boxes, targets)
     low = torch.minimum(boxes[..., :2], targets[..., :2])
     high = torch.maximum(boxes[..., 2:], targets[..., 2:])
@@ -128,12 +122,8 @@ def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
-    """Return the (...) losses -ln IoU (UnitBox, arXiv 1608.01471), with a square pixel added to
-    both areas as in FCOS, so that boxes that do not overlap have a gradient.
-
-    Args:
-        boxes, targets: (..., 4) in pixels.
-    """
+    """Return the (...) losses -ln IoU (UnitBox, arXiv 1608.01471) of (..., 4) boxes in pixels, with
+    a square pixel added to both areas as in FCOS, so that separate boxes have a gradient."""
     intersection, union = intersection_union(boxes, targets)
     return ((union + 1) / (intersection + 1)).log()
 
@@ -145,13 +135,8 @@ def smooth_l1_loss(values: Tensor, targets: Tensor, beta: float = 0.11) -> Tenso
 
 
 def nwd_loss(boxes: Tensor, targets: Tensor, constant: float) -> Tensor:
-    """Return the (...) losses 1 - normalised Wasserstein distance (arXiv 2110.13389, equation 10),
-    in [0, 1].
-
-    Args:
-        boxes, targets: (..., 4).
-        constant: in their unit.
-    """
+    """Return the (...) losses 1 - normalised Wasserstein distance (arXiv 2110.13389, equation 10)
+    of (..., 4) boxes, in [0, 1]; ``constant`` is in their unit."""
     return 1 - normalised_wasserstein(boxes, targets, constant)
 
 

@@ -190,8 +190,8 @@ class Assignment:
 
     Attributes:
         gt_index: (N, R) int64 into the G ground truths of the batch, or BACKGROUND, or IGNORE.
-        score: (N, R) float32 in [0, 1], how well each positive suits its ground truth, for class
-            targets and box weights; None if the rule has no scores.
+        score: (N, R) float32 in [0, 1], how well each positive suits its ground truth; None if the
+            rule has no scores.
     """
 
     gt_index: Tensor
@@ -238,18 +238,17 @@ class Assigner(Protocol):
 
 @dataclass(frozen=True)
 class Matched:
-    """All anchors with their predictions and targets: the input of class targets, box terms and
-    weights of a criterion.
+    """All anchors with their predictions and targets: the input of a criterion's terms.
 
     Values that do not count may be infinite and are replaced: classes of ignored anchors, and
-    box_regression and quality of anchors that are not positive, are 0; both boxes of those are the
+    box_regression and quality of those that are not positive, by 0; both boxes of these by the
     anchor.
 
     Attributes:
         whole_output: of the head, without replacements.
         counts: (N, R) bool: the anchor is not ignored.
         boxes: (N, R, 4) decoded.
-        anchors: R anchors, with the stride of each.
+        anchors: R anchors.
         target_classes: (N, R) int64 in [0, K).
         target_boxes: (N, R, 4).
         positive: (N, R) bool.
@@ -267,8 +266,8 @@ class Matched:
 
     @cached_property
     def output(self) -> HeadOutput:
-        """Output of the head, with replacements. Computed at first use: the copy of all classes
-        takes longer than the losses of a branch without class loss."""
+        """Output of the head, with replacements; computed at first use, because a copy of all
+        classes takes longer than the losses of a branch without a class loss."""
         # torch.where, because 0 * infinity is NaN.
         classes, box_regression, quality, probabilities = self.whole_output
         return HeadOutput(

@@ -18,18 +18,14 @@ from .similarities import IOU
 
 @dataclass(frozen=True)
 class ATSS:
-    """Anchors are positive for an object if their IoU with it is at least the mean plus the
-    standard deviation of the IoUs of its candidates, and their centres lie inside.
-
-    Candidates are the ``top_k`` anchors per level that are nearest to the object's centre. The cost
-    depends on the number of objects, not on the size of the image.
+    """The candidates of an object are the ``top_k`` anchors per level nearest to its centre.
+    Positive are those inside it whose IoU is at least the mean plus the standard deviation of all.
 
     Args:
         top_k: k, the only parameter of the rule (paper, Table 4).
         count: unit of k: "anchors" (Algorithm 1, line 4, and the authors' code when the paper's
             figures were made; of equally distant ones the lower index is nearer), or "locations"
-            with all their A anchors (their code since its last commit, of 2020-04-22). Both are the
-            same with one anchor per location.
+            with all their A anchors (their code since its last commit, of 2020-04-22).
         similarity: of anchors and objects; also a function of (..., 4) boxes.
     """
 

@@ -1,4 +1,4 @@
-"""An index of boxes: finds those that can be similar to an object."""
+"""An index of boxes, for the search of those that are similar to an object."""
 
 from dataclasses import dataclass
 
@@ -58,11 +58,10 @@ class BoxIndex:
             similarity: of boxes and objects.
             objects: (g, 4) float32 boxes.
             image: (g,) int64 into N.
-            least: (g,) least similarity, which a few returned pairs may miss. None: any above 0,
-                and also all anchors whose centres lie inside the object, and a few more.
+            least: (g,) least similarity of most results. None: any above 0, and all anchors whose
+                centres lie inside the object, and a few more.
         Returns:
-            (P,) int64 objects, into g, in rising order, and (P,) int64 anchors, in rising order for
-            each object.
+            (P,) int64 objects, into g, and (P,) int64 anchors, in rising order.
         """
         if least is None:
             minimum = torch.zeros_like(objects[:, 0])

@@ -18,12 +18,10 @@ def keep_best(
     """Give anchors, in place, to the claimants of highest rank; of equal ranks to the lower object.
 
     Args:
-        best, owner: (S, ...) highest rank and object of each anchor so far; at first LOWEST and
-            NO_OBJECT.
-        slot: (M, ...) int64 into dimension 0 of these.
-        claimant: (M, ...) int64 objects.
-        rank: (M, ...) float64; a rank of -inf claims nothing.
-        first: whether this is the first call for ``best``.
+        best, owner: (S, ...) highest rank and object so far; at first LOWEST and NO_OBJECT.
+        slot, claimant: (M, ...) int64 into dimension 0 of these, and objects.
+        rank: (M, ...) float64; -inf claims nothing.
+        first: whether this is the first call.
     """
     before = None if first else best.gather(0, slot)
     best.scatter_reduce_(0, slot, rank, "amax")
@@ -37,24 +35,19 @@ def keep_best(
 class Conflicts:
     """The owner of each anchor of each image, from pairs that come in pieces.
 
-    Args:
-        gt: G objects of N images.
-        num_anchors: R.
-        counted: whether an anchor that one object selects goes to it whatever the ranks of others;
-            if several select it, it goes to the highest rank of all that compete.
-
     Attributes:
         best: (N * R,) float64 highest rank.
         owner: (N * R,) int64 object of highest rank, or NO_OBJECT.
+        claims, claimant: (N * R,) int64 number of claims, and the lowest object that claims.
     """
 
-    def __init__(self, gt: GroundTruth, num_anchors: int, counted: bool = False):
+    def __init__(self, gt: GroundTruth, num_anchors: int):
         self.shape = gt.num_images, num_anchors
         slots = gt.num_images * num_anchors
         self.best = gt.boxes.new_full((slots,), LOWEST, dtype=torch.float64)
         self.owner = gt.image_index.new_full((slots,), NO_OBJECT)
-        self.claims = torch.zeros_like(self.owner) if counted else None
-        self.claimant = torch.full_like(self.owner, NO_OBJECT) if counted else None
+        self.claims: Any = None
+        self.claimant: Any = None
         self.first = True
 
     def compete(self, pairs: Any, rank: Tensor) -> None:
@@ -66,38 +59,37 @@ class Conflicts:
         self.first = False
 
     def claim(self, pairs: Any, selected: Tensor) -> None:
-        """Count the (...) pairs that are selected."""
-        assert self.claims is not None
-        assert self.claimant is not None
+        """Let the (...) selected pairs claim their anchors: an anchor with one claim goes to its
+        claimant, whatever the ranks of others."""
+        if self.claims is None:
+            self.claims = torch.zeros_like(self.owner)
+            self.claimant = torch.full_like(self.owner, NO_OBJECT)
         slot, claimant = pairs.address, pairs.owner.expand(pairs.shape)
         claimant = claimant.masked_fill(~selected, NO_OBJECT).view(slot.shape)
         pairs.view(self.claims).scatter_add_(0, slot, selected.long().view(slot.shape))
         pairs.view(self.claimant).scatter_reduce_(0, slot, claimant, "amin")
 
     def above_bound(self, cost: float) -> Tensor:
-        """Return (s,) int64 anchors that several objects select at a cost of ``cost`` or more."""
-        assert self.claims is not None
+        """Return (s,) int64 anchors that several objects claim at a cost of ``cost`` or more."""
         return ((self.claims > 1) & (self.best <= -cost)).nonzero().squeeze(1)
 
     def settle(self) -> Tensor:
         """Return (N, R) int64 into G, or BACKGROUND."""
         owner = self.owner
-        if self.claims is not None and self.claimant is not None:
+        if self.claims is not None:
             owner = torch.where(self.claims > 1, owner, self.claimant)
         return owner.masked_fill(owner == NO_OBJECT, BACKGROUND).view(self.shape)
 
 
 def assign_best(gt: GroundTruth, index: Tensor, affinity: Tensor, num_anchors: int) -> Tensor:
-    """Give each anchor of each image to its pair of highest affinity (paper, section 4.1: to the
-    object with the highest IoU); of equal affinities to the lower object.
+    """Return (N, R) int64 into G, or BACKGROUND: the object of highest affinity of each anchor
+    (paper, section 4.1: of highest IoU); of equal affinities the lower object.
 
     Args:
         gt: G objects of N images.
         index: (C, G) int64 into R, the candidates of each object, each at most once.
         affinity: (C, G) float64; -inf if the anchor is not positive for the object.
         num_anchors: R.
-    Returns:
-        (N, R) int64 into G, or BACKGROUND.
     """
     conflicts = Conflicts(gt, num_anchors)
     slot = (gt.image_index * num_anchors + index).flatten()

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..errors import check_range
+from ..errors import UserError, check_range
 from ..structures import Assignment, GroundTruth, Predictions
 from .atss import ATSS, exact, join
 from .conflicts import assign_best
-from .matching import check_predictions
+from .matching import NO_PREDICTIONS
 from .pairs import AssignmentBatch, CandidatePairs, alignment
 
 
@@ -39,7 +39,8 @@ class DDOD(ATSS):
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
         """See :class:`~atss.assigners.Matching`."""
-        check_predictions(self, predictions)
+        if predictions is None:
+            raise UserError(NO_PREDICTIONS.format("DDOD"))
         batch = AssignmentBatch(anchors, gt, predictions, exact(self.similarity))
         ids = torch.arange(len(gt), device=gt.boxes.device)
         pieces = (self.aligned(batch, piece) for piece in ids.split(self.CHUNK))

@@ -1,10 +1,9 @@
 """The engines of candidate pairs: lists on CPUs, tables on GPUs.
 
-A list holds only the pairs that can be selected, so a CPU computes 3 to 9 times less. But the
-search takes hundreds of operators, and the host must know the number of pairs. A table holds
-objects with all anchors of their images: more arithmetic in few operators of shapes that the host
-knows, so neither waits for the other. Both assign every anchor alike, unless costs agree to the
-last bits.
+A list holds only the pairs that can be selected, so a CPU computes 3 to 9 times less; but their
+search takes hundreds of operators, and the host must know their number. A table holds objects with
+all anchors of their images: few operators, of shapes that the host knows, so it never waits. Both
+assign every anchor alike, unless costs agree to the last bits.
 """
 
 from collections.abc import Iterator
@@ -38,8 +37,8 @@ def use_engine(name: str, limit: int = LIMIT) -> Iterator[None]:
 
     Args:
         name: "lists", "tables", or "auto": tables on GPUs, lists elsewhere.
-        limit: most pairs of a table. Larger batches are cut into pieces of objects, except by rules
-            that need all objects at once.
+        limit: most pairs of a table. Larger batches are split, except by rules that need all
+            objects at once.
     """
     check_choice("name", name, ENGINES)
     check_range("limit", limit, 1)

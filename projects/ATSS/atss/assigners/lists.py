@@ -123,39 +123,26 @@ class Lists(AssignmentBatch):
         index = torch.arange(self.shape[1], device=ids.device)
         return self.pairs(ids.repeat_interleave(len(index)), index.repeat(len(ids)))
 
-    def between(self, ids: Tensor, low: Tensor, high: Tensor) -> ListPairs:
-        """List pairs of objects with the anchors whose centres lie in one rectangle per object and
-        level, and a few more.
-
-        Args:
-            low, high: (g, L, 2) corners in pixels.
-        """
-        pairs = [(ids[:0], ids[:0]), *anchors_between(self.anchors, low, high)]
-        owner, index = (torch.cat(x) for x in zip(*pairs, strict=True))
-        return self.pairs(ids[owner], index)
-
     def square_around(self, ids: Tensor, radius: float | Tensor) -> tuple[Tensor, Tensor]:
-        """Return the (g, L, 2) corners of squares around the centres of objects.
-
-        Args:
-            radius: half a side, in strides: a number, or (g, L, 1).
-        """
+        """Return the (g, L, 2) corners of squares around the centres of objects, whose sides are
+        twice the radius: a number of strides, or (g, L, 1)."""
         middle = centres(self.objects[ids])[:, None]
         half = radius * self.anchors.lattice[:, :1]
         return middle - half, middle + half
 
-    def near_centre(self, ids: Tensor, radius: float) -> ListPairs:
-        """List pairs of objects with the anchors in the squares around their centres, and a few
-        more."""
-        return self.between(ids, *self.square_around(ids, radius))
+    def near_centre(self, ids: Tensor, radius: float | Tensor, inside: bool = False) -> ListPairs:
+        """List pairs of objects with the anchors in :meth:`square_around` their centres, and a few
+        more; on request only with those inside the object."""
+        low, high = self.square_around(ids, radius)
+        if inside:
+            boxes = self.objects[ids, None]
+            low, high = torch.maximum(boxes[..., :2], low), torch.minimum(boxes[..., 2:], high)
+        pairs = [(ids[:0], ids[:0]), *anchors_between(self.anchors, low, high)]
+        owner, index = (torch.cat(x) for x in zip(*pairs, strict=True))
+        return self.pairs(ids[owner], index)
 
     def central(self, ids: Tensor, radius: float | Tensor) -> ListPairs:
-        """List pairs of objects with the anchors inside them and in the squares around their
-        centres, and a few more."""
-        low, high = self.square_around(ids, radius)
-        boxes = self.objects[ids, None]
-        low, high = torch.maximum(boxes[..., :2], low), torch.minimum(boxes[..., 2:], high)
-        return self.between(ids, low, high)
+        return self.near_centre(ids, radius, inside=True)
 
     def near(self, ids: Tensor, least: Tensor | None = None) -> ListPairs:
         """List pairs of objects with the anchors whose predicted boxes are similar: see

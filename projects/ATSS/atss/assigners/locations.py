@@ -15,17 +15,16 @@ _INFINITY = torch.tensor(torch.inf, dtype=torch.float64).view(torch.int64).item(
 
 
 def nearest_locations(anchors: Anchors, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find the k locations of each level whose centres are nearest to each point (Alg. 1, line 4).
+    """Find the k locations of each level that are nearest to each point (Algorithm 1, line 4).
 
-    Exact at borders, on levels of fewer than k locations, and for points outside the canvas. Of
-    equally distant locations the lower index is nearer; distances that agree in all but their last
-    few of 53 bits count as equal.
+    Of equally distant locations the lower index is nearer; distances that agree in all but the last
+    few of 53 bits are equal.
 
     Args:
-        points: (G, 2) float64 (x, y) in pixels.
+        points: (G, 2) float64 (x, y) in pixels, also outside the canvas.
     Returns:
-        (k, G, L) int64 index among the locations of all levels, nearest first, and (k, G, L) bool
-        that is False if the level has fewer than k locations.
+        (k, G, L) int64 index among the locations of all levels, nearest first, and (k, G, L) bool,
+        False beyond the number of locations of a level.
     """
     stride, width, _, first = anchors.lattice.unbind(1)  # (L,) each
     count = anchors.lattice[:, 1:3].T[:, None]  # (2, 1, L)
@@ -58,8 +57,8 @@ def anchors_at(anchors: Anchors, location: Tensor) -> Tensor:
 
 
 def all_anchors(anchors: Anchors, location: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Return index and validity, (k * A * L, G), of the anchors of (k, G, L) locations; all levels
-    of the first location's first anchor come first."""
+    """Return (k * A * L, G) index and validity of the anchors of (k, G, L) locations, ordered by
+    location, then anchor, then level."""
     index = anchors_at(anchors, location)  # (k, G, L, A)
     valid = valid[..., None].expand_as(index)
     index, valid = (x.permute(0, 3, 2, 1).flatten(0, 2) for x in (index, valid))
@@ -69,8 +68,7 @@ def all_anchors(anchors: Anchors, location: Tensor, valid: Tensor) -> tuple[Tens
 def anchors_between(
     anchors: Anchors, low: Tensor, high: Tensor, piece: int = 1 << 18
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """List the anchors in one rectangle per object and level, and at most one column or row beyond
-    it. Their number depends on the objects, so the host waits for it.
+    """List the anchors in one rectangle per object and level, and up to one column or row beyond.
 
     Args:
         low, high: (G, L, 2) corners (x, y) in pixels.

@@ -21,22 +21,21 @@ from .similarities import IOU, Similarity
 from .tables import Tables
 
 __getattr__ = renamed_names(__name__)
+NO_PREDICTIONS = "{} needs the predictions of a model, got none"
 Candidates = Callable[[Lists, Tensor], ListPairs]  # batch, (g,) int64 objects -> pairs
 
 
 class Matching(FunctionRule):
-    """A rule in steps: each pair has a cost, each object selects pairs by their costs, an anchor
-    that several objects select goes to the pair of highest rank (of equal ranks to the lower
-    object), and each match has a score.
+    """A rule in steps: pairs have costs, by which each object selects some; an anchor that several
+    objects select goes to the pair of highest rank, then to the lower object; matches have scores.
 
-    A subclass is a frozen dataclass with these methods. Pairs are a list on CPUs and a table on
-    GPUs (:mod:`atss.assigners.engine`); cost, rank and score are elementwise functions of them.
+    A subclass is a frozen dataclass. Pairs are a list on CPUs and a table on GPUs
+    (:mod:`atss.assigners.engine`), so cost, rank and score are elementwise functions of them.
 
     Attributes:
         similarity: of predicted boxes and objects.
         eligible_radius: see :class:`~atss.assigners.pairs.AssignmentBatch`.
-        together: whether the selection of one object depends on those of others, so that their
-            pairs are never split into pieces.
+        together: whether objects depend on each other, so that batches are never split.
         lists_only: whether the methods need (P,) pairs, also on GPUs.
         rank: method: pairs -> (...). None: an anchor that several objects select goes to the
             cheapest of all its pairs, even of an object that did not select it.
@@ -61,9 +60,8 @@ class Matching(FunctionRule):
         raise NotImplementedError
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
-        """List the pairs that (g,) objects can select: by default those whose predicted boxes have
-        any similarity or whose anchors lie inside. Others need an infinite cost, because tables
-        contain them, too."""
+        """List the pairs that (g,) objects can select: by default those of any similarity and those
+        whose anchors lie inside. Others need an infinite cost, because tables contain them."""
         return batch.near(ids)
 
     def tables(self, batch: Tables) -> Iterable[Any]:
@@ -76,8 +74,7 @@ class Matching(FunctionRule):
         return ()
 
     def num_wanted(self, batch: Lists) -> Tensor:
-        """Return (G,) int64: pairs that each object selects if enough exist; for rules with
-        fallbacks."""
+        """Return (G,) int64 pairs that objects select if they can; for rules with fallbacks."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -89,14 +86,14 @@ class Matching(FunctionRule):
         Raises:
             UserError: if the rule needs predictions and has none.
         """
-        if self.looks_at_predictions:
-            check_predictions(self, predictions)
+        if predictions is None and self.looks_at_predictions:
+            raise UserError(NO_PREDICTIONS.format(type(self).__name__))
         shape = gt.num_images, len(anchors.boxes)
         if not len(gt):
             gt_index = gt.image_index.new_full(shape, BACKGROUND)
             return Assignment(gt_index, None if self.score is None else gt.boxes.new_zeros(shape))
         args = anchors, gt, predictions, self.similarity, self.eligible_radius
-        conflicts = Conflicts(gt, len(anchors.boxes), counted=self.rank is None)
+        conflicts = Conflicts(gt, len(anchors.boxes))
         batch: Lists | Tables
         if uses_tables(gt.boxes.device) and not self.lists_only:
             batch = Tables(*args)
@@ -157,16 +154,6 @@ class Matching(FunctionRule):
             self._claim(conflicts, pairs, cost, selected)
             if not len(ids):
                 break
-
-
-def check_predictions(rule: Any, predictions: Predictions | None) -> None:
-    """Check that a rule that needs predictions has them.
-
-    Raises:
-        UserError: if it has none.
-    """
-    if predictions is None:
-        raise UserError(f"{type(rule).__name__} needs the predictions of a model, got none")
 
 
 def select_cheapest(pairs: Any, cost: Tensor, k: int | Tensor, max_k: int | None = None) -> Tensor:

@@ -25,17 +25,14 @@ class MaxIoU:
     """Thresholds on the IoU of an anchor with its best object: positive from one on, background
     below another, ignored in between (RetinaNet, arXiv 1708.02002, section 4).
 
-    Low-quality matches: the anchors of highest IoU with an object, all of them if several are
-    equal, are positive in any case, each for its own best object (as in Detectron2's Matcher; but
-    an object that overlaps no anchor has none).
-
     Args:
         background_below, positive_from: IoU thresholds.
-        low_quality_matches: whether an object's best anchors are positive in any case.
+        low_quality_matches: whether the anchors of highest IoU with an object are positive in any
+            case (as in Detectron2's Matcher, except for an object that overlaps no anchor).
         in_box: whether positives whose centre lies outside their object are ignored (paper, Table
             1, "In GT Box").
-        claims_go_to: object of an anchor that is the best of some object: "best", its own best
-            object, or "claimant", that object, of several the last (mmdet).
+        claims_go_to: object of a low-quality match: "best", the anchor's own best object, or
+            "claimant", the object whose best anchor it is, of several the last (mmdet).
         similarity: of anchors and objects.
     """
 
@@ -75,9 +72,9 @@ class MaxIoU:
         """Find the best object of each anchor, and the best anchors of each object.
 
         Returns:
-            (N * R,) float64 IoU with the best object and (N * R,) int64 object, both exact if that
-            IoU is ``background_below`` or more, or if an object claims the anchor as its best; and
-            (N * R,) int64 last object that claims the anchor, or -1.
+            (N * R,) float64 IoU with the best object and (N * R,) int64 object, both exact if the
+            IoU is ``background_below`` or more or the anchor is claimed; and (N * R,) int64 last
+            object that claims the anchor as its best, or -1.
         """
         conflicts = Conflicts(gt, len(anchors.boxes))
         claimant = torch.full_like(conflicts.owner, -1)

@@ -11,13 +11,11 @@ TIE = 1e-6
 
 
 def select_cheap(values: Tensor, take: str) -> Tensor:
-    """Select the values of each row up to the peak of the lower Gaussian of a mixture of two.
+    """Return (S, M) bool: values up to the peak of the lower of two Gaussians.
 
     Args:
         values: (S, M) in rising order, then infinity.
-        take: "component" or "all", see :class:`~atss.assigners.PAA`.
-    Returns:
-        (S, M) bool.
+        take: see :class:`~atss.assigners.PAA`.
     """
     count = (values < torch.inf).sum(dim=1)
     selected = torch.zeros_like(values, dtype=torch.bool)
@@ -44,15 +42,14 @@ def mixture(
     values: Tensor, tolerance: float = 1e-3, floor: float = 1e-6, iterations: int = 100
 ) -> tuple[Tensor, Tensor]:
     """Fit two Gaussians to each row by expectation maximisation, from its lowest and its highest
-    value with variances of 1. Each row stops by itself.
+    value and variances of 1. Each row stops by itself.
 
     Args:
         values: (S, M) in rising order, at least one in each row, then infinity.
-        tolerance: change of a row's mean log likelihood below which it stops.
+        tolerance: least change of a row's mean log likelihood.
         floor: added to variances.
     Returns:
-        (S, M) bool: whether the first Gaussian is more likely; and (S, M) log densities, -inf for
-        infinite values.
+        (S, M) bool: the first Gaussian is more likely; and (S, M) log densities.
     """
     exists = (values < torch.inf).to(values.dtype)
     count = exists.sum(dim=1, keepdim=True)

@@ -24,15 +24,15 @@ FOCAL = Focal()
 @dataclass(frozen=True)
 class OTA(Matching):
     """Optimal transport assignment (arXiv 2103.14259): the cheapest plan that supplies the anchors
-    of an image with labels from all its objects and the background.
+    of an image with labels from its objects and the background.
 
     A pair costs the focal loss of its classes plus ``iou_weight`` times -ln IoU, if its anchor lies
-    inside the object and near its centre. An object supplies as many labels as its highest IoUs add
-    up to. An object without such an anchor has no positives; the authors' code gives it every
-    anchor at a cost of 1e6, where float32 cannot rank them. Score: the IoU.
+    inside the object and near its centre. An object without such an anchor has no positives; the
+    authors' code gives it every anchor at a cost of 1e6, where float32 cannot rank them. Score: the
+    IoU.
 
     Args:
-        top_k: number of IoUs that are added.
+        top_k: number of highest IoUs whose sum is the supply of an object.
         radius: largest distance from the centre, in strides along both axes.
         iou_weight: of -ln IoU.
         regularisation, iterations: of Sinkhorn's algorithm.

@@ -23,21 +23,21 @@ FOCAL = Focal()
 
 @dataclass(frozen=True)
 class PAA(Matching):
-    """Probabilistic anchor assignment (arXiv 2007.08103, section 3.1 and figure 3c): a mixture of
-    two Gaussians over the costs of an object's candidates. Positive are those up to the cost at
-    which the cheaper component has its highest density.
+    """Probabilistic anchor assignment (arXiv 2007.08103, section 3.1 and figure 3c): positive are
+    an object's candidates up to the cost at which the cheaper of two Gaussians, fitted to their
+    costs, has its highest density.
 
-    An anchor is a candidate of the object with which it has the highest IoU, if that is at least
-    ``iou_threshold``, or of an object whose best anchor it is. A pair costs its focal and GIoU
-    loss. The mixture is fitted on the host: a GPU waits for one copy to it and one back.
+    An anchor is a candidate of its best object, if their IoU is at least ``iou_threshold``, or of
+    an object whose best anchor it is. A pair costs its focal and GIoU loss. The mixture is fitted
+    on the host: a GPU waits for one copy to it and one back.
 
     Args:
         top_k: cheapest candidates per level, to which the mixture is fitted.
         iou_threshold: least IoU of a candidate.
         box_weight: of the GIoU loss: 1.3 in mmdet, 1 in the authors' code.
-        take: positives: "component", those of the cheaper component, none for an object with a
-            single candidate (mmdet); "all", also those of the other component up to that cost, and
-            all candidates if there is a single one, or none in the component (the authors).
+        take: positives: "component", candidates of the cheaper component, none if there is a single
+            candidate (mmdet); "all", also others up to that cost, and all candidates if there is a
+            single one or none in the component (the authors).
         claims_go_to: see :class:`~atss.assigners.MaxIoU`; "best" in the authors' code.
         similarity: of anchors and objects, instead of the IoU.
     """
@@ -60,7 +60,7 @@ class PAA(Matching):
 
     @cached_property
     def first(self) -> MaxIoU:
-        """The rule that assigns each anchor to the object whose candidate it is."""
+        """The rule that chooses candidates."""
         least = self.iou_threshold
         return MaxIoU(least, least, claims_go_to=self.claims_go_to, similarity=self.similarity)
 

@@ -26,12 +26,10 @@ ClassLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class AssignmentBatch:
-    """Anchors, objects and predictions of N images, and values derived from them.
+    """Arguments of a rule, and values derived from them.
 
     Attributes:
-        anchors: R anchors.
-        gt: G objects.
-        predictions: None for rules that look at anchors alone.
+        anchors, gt, predictions: see :class:`~atss.structures.Assigner`.
         similarity: of predicted boxes and objects.
         eligible_radius: None: every anchor may be selected. A number: anchors inside any object of
             their image, or less than this many strides from its centre along both axes.
@@ -93,7 +91,7 @@ class AssignmentBatch:
 
     def background_loss(self, loss: ClassLoss, classes: Tensor) -> Tensor:
         """Return (M,) float64: the loss of (M, K) classes without an object, summed over classes.
-        It is the same in all pairs of an anchor, so float32 suffices for its terms."""
+        All pairs of an anchor share it, so float32 suffices for its terms."""
         count, classes = len(classes), classes.float()
         if classes.device.type == "cpu":
             # The last elements of each thread are computed by other instructions, which round
@@ -114,10 +112,9 @@ class AssignmentBatch:
 @dataclass(frozen=True)
 class CandidatePairs:
     """Pairs of objects and anchors, of shape (...): (P,) in a list, (g, R) in a table of g objects,
-    (N, R) for matches. Costs, ranks and scores of a rule are elementwise, so they fit all shapes.
+    (N, R) for matches. Elementwise functions fit all shapes.
 
     Attributes:
-        batch: of the images.
         owner, index: int64 objects, into G, and anchors, into R, which broadcast to (...).
     """
 
@@ -169,13 +166,12 @@ class CandidatePairs:
 
     @cached
     def inside(self, margin: float = 0.0) -> Tensor:
-        """Return (...) bool: the anchor's centre lies in the object, more than ``margin`` pixels
-        from its sides."""
+        """Return (...) bool: the anchor's centre is in the object, by more than ``margin`` px."""
         return nearest_side(self.points, self.objects) > margin
 
     @cached
     def is_near_centre(self, radius: float) -> Tensor:
-        """Return (...) bool: the anchor's centre lies less than ``radius`` strides from that of the
+        """Return (...) bool: the anchor's centre is less than ``radius`` strides from that of the
         object along both axes."""
         offset = (self.points - centres(self.objects)).abs().amax(dim=-1)
         return offset < radius * self.strides

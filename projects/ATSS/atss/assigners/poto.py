@@ -20,16 +20,16 @@ from .tables import Tables
 @dataclass(frozen=True)
 class POTO(Matching):
     """One anchor per object, for detection without NMS (arXiv 2012.03544): the bipartite matching
-    of highest total p^(1 - alpha) * IoU^alpha.
+    of highest total p^(1 - alpha) * IoU^alpha, among anchors inside their object and near its
+    centre. Score: the IoU.
 
-    An object's anchor lies inside it and near its centre. An object without a free anchor has none;
-    in the authors' code it has one elsewhere, whose target box has sides of negative length. SciPy
-    matches on the host: a GPU waits for one copy to it and one back. Score: the IoU.
+    An object without a free anchor has none; in the authors' code it has one elsewhere, whose
+    target box has sides of negative length. SciPy matches on the host: a GPU waits for one copy to
+    it and one back.
 
     Args:
         alpha: weight of the IoU; the class probability has 1 - alpha.
-        radius: largest distance from the centre, in strides along both axes; a large one includes
-            the whole object.
+        radius: largest distance from the centre, in strides along both axes.
         similarity: of predicted boxes and objects, instead of the IoU.
 
     Raises:
@@ -81,9 +81,8 @@ def match_one_each(cost: np.ndarray, slot: np.ndarray, unmatched: float) -> np.n
     """Match each row with at most one slot, and each slot with at most one row, at the least cost.
 
     Args:
-        cost: (g, M) of pairs.
-        slot: (g, M) integers: the anchor of each pair. All images are matched at once, because they
-            share no slots.
+        cost, slot: (g, M) of pairs, and their anchors as integers. Images share no slots, so all
+            are matched at once.
         unmatched: cost of a row without a slot.
     Returns:
         (g,) int64 column of the pair of each row, or -1.

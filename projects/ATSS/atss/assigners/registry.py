@@ -12,7 +12,6 @@ from .similarities import NWD, IoU, SimD
 from .spatial_scale import SpatialScale
 from .tal import TAL
 
-# Of two boxes (..., 4) each -> (...).
 SIMILARITIES = Registry("SIMILARITY", group="SIMILARITIES")
 for similarity in (IoU, NWD, SimD):
     SIMILARITIES.register(similarity, name=similarity.__name__.lower())

@@ -41,8 +41,7 @@ def cheapest(cost: Tensor, k: int | Tensor, max_k: int) -> Tensor:
     Returns:
         (g, M) bool.
     """
-    # ``topk`` orders equal values arbitrarily, so only the k-th value is used: as a threshold, with
-    # the first of the values that are equal to it.
+    # ``topk`` orders equal values arbitrarily, so only the k-th value is used, as a threshold.
     lowest = cost.topk(min(max_k, cost.shape[1]), dim=1, largest=False).values
     if isinstance(k, Tensor):
         k = k.clamp(max=lowest.shape[1])[:, None]

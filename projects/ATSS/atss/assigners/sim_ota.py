@@ -34,6 +34,11 @@ class DynamicMatching(Matching):
 
     top_k: int = 10
 
+    def __post_init__(self) -> None:
+        check_range("top_k", self.top_k, 1)
+        for name in ("radius", "cls_weight", "iou_weight"):
+            check_range(name, getattr(self, name, 0), 0)
+
     def select(self, pairs: Any, cost: Tensor) -> Tensor:
         k = dynamic_k(pairs.highest_similarities(self.top_k))
         return select_cheapest(pairs, cost, k, self.top_k)
@@ -48,15 +53,14 @@ class DynamicMatching(Matching):
 @dataclass(frozen=True)
 class SimOTA(DynamicMatching):
     """OTA without its transport (YOLOX, arXiv 2107.08430): each object selects its k cheapest
-    anchors. k is the sum of its ``top_k`` highest IoUs with predicted boxes, at least 1.
+    anchors, among those inside any object or near its centre.
 
     A pair costs the cross entropy of its classes (YOLOX multiplies them by an objectness, which
     heads here do not have) plus ``iou_weight`` times -ln IoU, and 1e5 more unless its anchor lies
-    inside the object and near its centre. Eligible are anchors inside any object or near its
-    centre.
+    inside the object and near its centre.
 
     Args:
-        top_k: number of IoUs that are added.
+        top_k: number of highest IoUs whose sum is k.
         radius: largest distance from a centre, in strides along both axes.
         cls_weight, iou_weight: of the two costs.
         similarity: of predicted boxes and objects, instead of the IoU.
@@ -68,11 +72,6 @@ class SimOTA(DynamicMatching):
     cls_weight: float = 1.0
     iou_weight: float = 3.0
     similarity: Similarity = IOU
-
-    def __post_init__(self) -> None:
-        check_range("top_k", self.top_k, 1)
-        for name in ("radius", "cls_weight", "iou_weight"):
-            check_range(name, getattr(self, name), 0)
 
     @property
     def eligible_radius(self) -> float:
@@ -98,14 +97,14 @@ class SimOTA(DynamicMatching):
 
 @dataclass(frozen=True)
 class SoftLabel(DynamicMatching):
-    """RTMDet's rule (arXiv 2212.07784, section 3.3): SimOTA with soft costs.
+    """RTMDet's rule (arXiv 2212.07784, section 3.3): SimOTA among the anchors inside any object,
+    with soft costs.
 
     A pair costs the quality focal loss of its classes with the IoU as target, plus ``iou_weight``
-    times -ln IoU, plus 10^(d - radius) at d strides from the object's centre. Eligible are anchors
-    inside any object.
+    times -ln IoU, plus 10^(d - radius) at d strides from the object's centre.
 
     Args:
-        top_k: number of IoUs that are added.
+        top_k: number of highest IoUs whose sum is k.
         radius: distance from the centre, in strides, that costs 1.
         iou_weight: of -ln IoU.
         similarity: of predicted boxes and objects, instead of the IoU.
@@ -121,11 +120,6 @@ class SoftLabel(DynamicMatching):
     radius: float = 3.0
     iou_weight: float = 3.0
     similarity: Similarity = IOU
-
-    def __post_init__(self) -> None:
-        check_range("top_k", self.top_k, 1)
-        for name in ("radius", "iou_weight"):
-            check_range(name, getattr(self, name), 0)
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
         """List the pairs with a low cost of distance."""

@@ -15,16 +15,15 @@ SMALLEST = 1e-12
 
 
 class Similarity(Protocol):
-    """A similarity of predicted boxes and objects, or of anchors and objects. ATSS and DDOD, which
-    do not search by similarity, also accept a plain function of boxes."""
+    """A similarity of boxes. ATSS and DDOD also accept a function, because they do not search."""
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the (...) similarities of (..., 4) and (..., 4) boxes."""
         ...
 
     def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """Bound the distance between two boxes of (...) or more similarity: along an axis, the
-        centres of boxes with sides a and b are at most scale * (a + b) / 2 + distance apart.
+        """Bound the distance of two boxes of (...) or more similarity: along an axis, the centres
+        of boxes with sides a and b are at most scale * (a + b) / 2 + distance apart.
 
         Returns:
             (..., 2) scale, along x and y; (..., 1) distance.
@@ -72,12 +71,12 @@ class _Exponential:
 
 @dataclass(frozen=True)
 class NWD(_Exponential):
-    """Normalised Wasserstein distance (arXiv 2110.13389): also distinguishes boxes of a few pixels
-    that do not overlap. Not scale-invariant.
+    """Normalised Wasserstein distance (arXiv 2110.13389): also ranks tiny boxes that do not
+    overlap. Not scale-invariant.
 
     Args:
-        constant: pixels of the network's input, at which the similarity of boxes of one size is
-            1 / e. The authors use the mean side of an object: 12.8 for AI-TOD.
+        constant: distance of boxes of one size at a similarity of 1 / e, in pixels of the network's
+            input. The authors use the mean side of an object: 12.8 for AI-TOD.
     """
 
     constant: float = 12.8
@@ -96,8 +95,7 @@ class NWD(_Exponential):
 
 @dataclass(frozen=True)
 class SimD(_Exponential):
-    """Similarity distance (arXiv 2407.02394): like NWD for tiny objects, but relative to the sizes
-    of both boxes, so scale-invariant.
+    """Similarity distance (arXiv 2407.02394): a scale-invariant NWD.
 
     Args:
         m, n: weights of x and y. The authors use the mean over all objects and anchors of a data

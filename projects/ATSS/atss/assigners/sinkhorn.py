@@ -39,19 +39,19 @@ def transport(
     regularisation: float,
     iterations: int,
 ) -> Tensor:
-    """Solve the transport of labels from objects and background to the anchors of each image, which
-    demand one each, by Sinkhorn's algorithm (OTA, arXiv 2103.14259, algorithm 1).
+    """Transport labels from objects and background to the anchors of each image by Sinkhorn's
+    algorithm (OTA, arXiv 2103.14259, algorithm 1).
 
-    The plan is exp(u + v - cost / regularisation) with logarithmic factors u of objects and
-    background, and v of anchors. An iteration scales the columns to the demand of their anchor,
-    then the rows to their supply. It changes a sum by a factor between 1e-8 / R and G R, so within
-    RENEW iterations no relevant entry overflows or vanishes. This does not hold for the first
-    iteration: it and every RENEW-th after it are computed with logarithms.
+    The plan is exp(u + v - cost / regularisation) with logarithmic factors u of rows (objects and
+    background) and v of anchors. An iteration scales columns to the demand of 1, then rows to their
+    supply, by factors between 1e-8 / R and G R, so within RENEW iterations no relevant entry
+    overflows or vanishes. The first iteration, for which this does not hold, and every RENEW-th
+    after it are computed with logarithms.
 
     Args:
-        cost: (g, M) float64 of pairs, infinite if impossible; rows in the order of objects.
+        cost: (g, M) float64 of pairs, infinite if impossible.
         supply: (g,) number of labels of each object.
-        image: (g,) int64 of each object.
+        image: (g,) int64 of each object, which are in rising order.
         columns: the anchors.
         num_anchors: R of each image.
         regularisation: of the entropy.

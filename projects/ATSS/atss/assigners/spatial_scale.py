@@ -21,18 +21,18 @@ from .pairs import AssignmentBatch, CandidatePairs
 
 @dataclass(frozen=True)
 class SpatialScale(Matching):
-    """Locations inside an object are positive if their distance to its farthest side lies in the
-    range of their level (FCOS, arXiv 1904.01355, section 3.2; the "spatial and scale constraint" of
-    the paper's section 3.3). Conflicts: the smallest object. All A anchors of a location have one
+    """Locations inside an object are positive if the distance to its farthest side lies in the
+    range of their level (FCOS, arXiv 1904.01355, section 3.2; the paper's "spatial and scale
+    constraint", section 3.3). Conflicts: the smallest object. The A anchors of a location share its
     object.
 
     Args:
-        ranges: upper end of each level's range in pixels, except for the last level, whose range is
-            open. Both ends belong to a range, as in the references.
-        radius: centre sampling: only locations less than this many strides from the object's
-            centre, along both axes; 0 for all.
-        top_k: only this many locations per level, the nearest to the object's centre (9 for the
-            paper's FCOS "with center sampling" in Table 3); 0 for all.
+        ranges: upper ends of the levels' ranges in pixels, except for the last, which has none.
+            Both ends belong to a range, as in the references.
+        radius: centre sampling: largest distance from the object's centre, in strides along both
+            axes; 0 for any.
+        top_k: locations per level, the nearest to the object's centre (9 for the paper's FCOS "with
+            center sampling" in Table 3); 0 for all.
         margin: pixels from the nearest side, above which a location is inside: 0.01 in the code of
             ATSS, 0 in mmdet and FCOS.
         num_levels: of the detector, to check the number of ranges.

@@ -18,18 +18,16 @@ EPS = 1e-7
 
 @dataclass(frozen=True)
 class TAL(Matching):
-    """Task alignment learning (TOOD, arXiv 2108.07755, section 3.2): an object selects the
-    ``top_k`` anchors of all levels with the highest p^alpha * IoU^beta, of which those inside it
-    are positive.
+    """Task alignment learning (TOOD, arXiv 2108.07755, section 3.2): an object selects its
+    ``top_k`` anchors of highest p^alpha * IoU^beta; those inside it are positive.
 
-    Conflicts: the highest IoU. Score: that metric, scaled so that the best anchor of an object has
-    the highest IoU of its anchors.
+    Conflicts: the highest IoU. Score: that metric, scaled to a maximum of the object's highest IoU.
 
     Args:
-        top_k: anchors per object.
+        top_k: anchors per object, of all levels.
         alpha, beta: exponents of the class probability and of the IoU of the predicted box.
-        inside: when anchors outside the object are dropped: "after" its top k are selected (mmdet),
-            or "before" (PP-YOLOE, YOLOv8).
+        inside: whether anchors outside the object are dropped "after" the selection (mmdet) or
+            "before" (PP-YOLOE, YOLOv8).
         similarity: of predicted boxes and objects, instead of the IoU.
     """
 
