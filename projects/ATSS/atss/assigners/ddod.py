@@ -23,7 +23,6 @@ class DDOD(ATSS):
     Args:
         top_k, count: see :class:`ATSS`.
         similarity: of predicted boxes and objects.
-        alpha: weight of the IoU; the class probability has 1 - alpha.
     """
 
     looks_at_predictions: ClassVar[bool] = True

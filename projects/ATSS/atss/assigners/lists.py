@@ -57,7 +57,7 @@ class ListPairs(CandidatePairs):
         return self._segments.ids
 
     def columns(self, loss: ClassLoss, selected: Tensor) -> Columns:
-        """Return the anchors of the (P,) selected pairs, for a transport."""
+        """Return the anchors of the (P,) selected pairs."""
         batch = self.batch
         slots, column = self.slot[selected].unique(return_inverse=True)
         image = slots.div(batch.shape[1], rounding_mode="floor")
@@ -198,11 +198,7 @@ class Lists(AssignmentBatch):
         return self.objects.new_full((self.shape[0] * self.shape[1],), torch.nan)
 
     def scores(self, gt_index: Tensor, score: Callable[[Any], Tensor]) -> Tensor:
-        """Return (N, R) float32 ``score`` of the matches, 0 elsewhere.
-
-        Args:
-            gt_index: (N, R) int64 into G, or BACKGROUND.
-        """
+        """Return (N, R) float32 ``score`` of the matches of an (N, R) gt_index, 0 elsewhere."""
         image, index = (gt_index >= 0).nonzero(as_tuple=True)
         scores = self.gt.boxes.new_zeros(self.shape)
         pairs = ListPairs(self, gt_index[image, index], index)

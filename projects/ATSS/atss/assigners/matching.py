@@ -33,10 +33,10 @@ class Matching(FunctionRule):
     (:mod:`atss.assigners.engine`), so cost, rank and score are elementwise functions of them.
 
     Attributes:
-        similarity: of predicted boxes and objects.
+        similarity: of predicted boxes and objects: the IoU of costs and scores.
         eligible_radius: see :class:`~atss.assigners.pairs.AssignmentBatch`.
         together: whether objects depend on each other, so that batches are never split.
-        lists_only: whether the methods need (P,) pairs, also on GPUs.
+        lists_only: whether the methods need (P,) pairs.
         rank: method: pairs -> (...). None: an anchor that several objects select goes to the
             cheapest of all its pairs, even of an object that did not select it.
         score: method: pairs -> (...) in [0, 1]; None for no scores. Its pairs are the matches; in a

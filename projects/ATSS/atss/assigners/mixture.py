@@ -62,13 +62,9 @@ def mixture(
     tiny = 10 * torch.finfo(x.dtype).eps
 
     # Below: of the rows that have not stopped.
-    rows, current, before = (
-        torch.arange(len(x), device=x.device),
-        fitted,
-        x.new_full((len(x),), -torch.inf),
-    )
+    rows, before = torch.arange(len(x), device=x.device), x.new_full((len(x),), -torch.inf)
     mask, row_x, powers = exists, x, torch.stack([exists, x, x * x], dim=2)
-    size = count.squeeze(1)
+    current, size = fitted, count.squeeze(1)
     for _ in range(iterations):
         first, second = _log_densities(row_x, current)
         share = (first - second).sigmoid() * mask

@@ -34,9 +34,7 @@ class OTA(Matching):
     Args:
         top_k: number of highest IoUs whose sum is the supply of an object.
         radius: largest distance from the centre, in strides along both axes.
-        iou_weight: of -ln IoU.
-        regularisation, iterations: of Sinkhorn's algorithm.
-        similarity: of predicted boxes and objects, instead of the IoU.
+        regularisation, iterations: see :func:`.sinkhorn.transport`.
     """
 
     # Least IoU in the logarithm, as in the authors' code.

@@ -48,12 +48,12 @@ class AssignmentBatch:
 
     @cached_property
     def objects(self) -> Tensor:
-        """(G, 4) float64 boxes."""
+        """(G, 4) float64."""
         return self.gt.boxes.double()
 
     @cached_property
     def areas(self) -> Tensor:
-        """(G,) float64 areas of the objects."""
+        """(G,) float64 of the objects."""
         return area(self.objects)
 
     @cached_property
@@ -63,7 +63,7 @@ class AssignmentBatch:
 
     @property
     def boxes(self) -> Tensor:
-        """(N, R, 4) predicted boxes."""
+        """(N, R, 4) predicted."""
         assert self.predictions is not None
         return self.predictions.boxes
 

@@ -28,9 +28,7 @@ class POTO(Matching):
     it and one back.
 
     Args:
-        alpha: weight of the IoU; the class probability has 1 - alpha.
         radius: largest distance from the centre, in strides along both axes.
-        similarity: of predicted boxes and objects, instead of the IoU.
 
     Raises:
         UserError: if SciPy is not installed.

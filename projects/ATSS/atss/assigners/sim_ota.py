@@ -62,8 +62,7 @@ class SimOTA(DynamicMatching):
     Args:
         top_k: number of highest IoUs whose sum is k.
         radius: largest distance from a centre, in strides along both axes.
-        cls_weight, iou_weight: of the two costs.
-        similarity: of predicted boxes and objects, instead of the IoU.
+        cls_weight: of the cross entropy.
     """
 
     PENALTY: ClassVar[float] = 1e5
@@ -106,8 +105,6 @@ class SoftLabel(DynamicMatching):
     Args:
         top_k: number of highest IoUs whose sum is k.
         radius: distance from the centre, in strides, that costs 1.
-        iou_weight: of -ln IoU.
-        similarity: of predicted boxes and objects, instead of the IoU.
     """
 
     # Strides beyond the radius of the first candidates.

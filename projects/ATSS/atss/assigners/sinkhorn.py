@@ -54,8 +54,7 @@ def transport(
         image: (g,) int64 of each object, which are in rising order.
         columns: the anchors.
         num_anchors: R of each image.
-        regularisation: of the entropy.
-        iterations: of Sinkhorn's algorithm.
+        regularisation: weight of the entropy.
     Returns:
         (g, M) bool: pairs with the largest entry of their anchor, relative to the largest of their
         row; of equal ones the lower object, and an object rather than the background.

@@ -47,8 +47,8 @@ class Rows(CandidatePairs):
         return similarity.topk(min(k, similarity.shape[1])).values
 
     def columns(self, loss: ClassLoss, selected: Tensor) -> Columns:
-        """Return all anchors, for a transport. Background losses that are not finite become 0:
-        their anchors have no pairs."""
+        """Return all anchors. Background losses that are not finite become 0: their anchors have no
+        pairs."""
         background = self.batch.background(loss).nan_to_num(0, posinf=0)
         return Columns(self.slot, background)
 
@@ -185,11 +185,7 @@ class Tables(AssignmentBatch):
         return Rows(self, owner, index.flatten(1), exists.flatten(1))
 
     def matches(self, gt_index: Tensor) -> Matches:
-        """Return every anchor with its object.
-
-        Args:
-            gt_index: (N, R) int64 into G; negative for none.
-        """
+        """Return every anchor with its object, by (N, R) gt_index."""
         index = torch.arange(self.shape[1], device=gt_index.device)[None]
         table = self.__dict__.get("whole")
         return Matches(self, gt_index.clamp(min=0), index, gt_index >= 0, table)

@@ -28,7 +28,6 @@ class TAL(Matching):
         alpha, beta: exponents of the class probability and of the IoU of the predicted box.
         inside: whether anchors outside the object are dropped "after" the selection (mmdet) or
             "before" (PP-YOLOE, YOLOv8).
-        similarity: of predicted boxes and objects, instead of the IoU.
     """
 
     top_k: int = 13
