@@ -18,8 +18,9 @@ from .similarities import IOU
 
 @dataclass(frozen=True)
 class ATSS:
-    """The candidates of an object are the ``top_k`` anchors per level nearest to its centre.
-    Positive are those inside it whose IoU is at least the mean plus the standard deviation of all.
+    """Adaptive training sample selection. The candidates of an object are the ``top_k`` anchors per
+    level nearest to its centre; positive are those inside it whose IoU is at least the mean plus
+    the standard deviation of all.
 
     Args:
         top_k: k, the only parameter of the rule (paper, Table 4).

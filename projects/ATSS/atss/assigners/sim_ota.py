@@ -29,7 +29,7 @@ def dynamic_k(ious: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DynamicMatching(Matching):
-    """Each object selects its :func:`dynamic_k` cheapest anchors; conflicts go to the cheapest
+    """Selection of the :func:`dynamic_k` cheapest anchors of each object. Conflicts: the cheapest
     pair. Score: the IoU."""
 
     top_k: int = 10
@@ -81,7 +81,8 @@ class SimOTA(DynamicMatching):
         return batch.central(ids, self.radius)
 
     def fallbacks(self) -> Sequence[tuple[float, Candidates]]:
-        """All other pairs have the penalty; those without overlap also the highest -ln IoU."""
+        """Bound the costs of others: by the penalty; without overlap, also by the highest -ln
+        IoU."""
         return (
             (self.PENALTY - self.iou_weight * math.log1p(EPS), Lists.near),
             (self.PENALTY - self.iou_weight * math.log(EPS), Lists.all_pairs),
@@ -123,8 +124,7 @@ class SoftLabel(DynamicMatching):
         return batch.near_centre(ids, self.radius + self.MARGIN)
 
     def fallbacks(self) -> Sequence[tuple[float, Candidates]]:
-        """All other pairs have a high cost of distance; those without overlap the highest -ln
-        IoU."""
+        """Bound the costs of others: by their distance; without overlap, by the highest -ln IoU."""
         return (
             (10**self.MARGIN - self.iou_weight * math.log1p(EPS), Lists.near),
             (-self.iou_weight * math.log(EPS), Lists.all_pairs),

@@ -39,7 +39,7 @@ class IoU:
         return iou(a, b)
 
     def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes share at least ``similarity`` of the longer side, so also of the mean of both."""
+        """Use that boxes share at least ``similarity`` of the longer side, so of both sides' mean."""
         scale = 1 - similarity.clamp(min=0, max=1)[..., None]
         return scale.expand(*similarity.shape, 2), torch.zeros_like(scale)
 
@@ -88,7 +88,7 @@ class NWD(_Exponential):
         return normalised_wasserstein(a, b, self.constant)
 
     def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes of one size are the farthest apart."""
+        """Use that boxes of one size are the farthest apart."""
         distance = self.constant * self.exponent(similarity)[..., None]
         return torch.zeros_like(distance).expand(*similarity.shape, 2), distance
 
@@ -113,7 +113,7 @@ class SimD(_Exponential):
         return similarity_distance(a, b, self.m, self.n)
 
     def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes of the given sides and one shape are the farthest apart."""
+        """Use that boxes of one size are the farthest apart."""
         exponent = 2 * self.exponent(similarity)
         scale = torch.stack([exponent / self.m, exponent / self.n], dim=-1)
         return scale, torch.zeros_like(scale[..., :1])

@@ -21,10 +21,9 @@ from .pairs import AssignmentBatch, CandidatePairs
 
 @dataclass(frozen=True)
 class SpatialScale(Matching):
-    """Locations inside an object are positive if the distance to its farthest side lies in the
-    range of their level (FCOS, arXiv 1904.01355, section 3.2; the paper's "spatial and scale
-    constraint", section 3.3). Conflicts: the smallest object. The A anchors of a location share its
-    object.
+    """The spatial and scale constraint of FCOS (arXiv 1904.01355, section 3.2; paper, section 3.3):
+    locations inside an object are positive if the distance to its farthest side lies in the range
+    of their level. Conflicts: the smallest object. The A anchors of a location share its object.
 
     Args:
         ranges: upper ends of the levels' ranges in pixels, except for the last, which has none.
