@@ -12,7 +12,7 @@ from pages import run_page
 from test_docs import train
 
 from atss import Anchors, Assignment, GroundTruth, HeadOutput, Predictions
-from atss.assigners import Matching, use_engine
+from atss.assigners import NWD, TAL, IoU, Matching, use_engine
 from atss.assigners.conflicts import assign_best
 from atss.assigners.lists import Lists
 from atss.assigners.pairs import class_cost
@@ -134,6 +134,36 @@ def test_rule_of_functions_assigns_as_rule_of_methods():
     assert expected.positive.any()
     assert torch.equal(found.gt_index, expected.gt_index)
     assert torch.equal(found.score, expected.score)
+
+
+def test_old_attributes_are_the_new_ones():
+    batch = Lists(*scene())
+    with pytest.warns(DeprecationWarning, match="Lists.around .* use Lists.near_centre"):
+        pairs = batch.around(batch.all_objects, 2.0)
+    assert len(pairs.owner)
+    for old, new in (("overlap", "similarity"), ("around", "is_near_centre")):
+        with pytest.warns(DeprecationWarning, match=f"pairs.{old} .* use pairs.{new}"):
+            value = getattr(pairs, old)
+        assert value is getattr(pairs, new) or value(1.0) is pairs.is_near_centre(1.0)
+    least = torch.tensor([0.5])
+    for similarity in (IoU(), NWD()):
+        with pytest.warns(DeprecationWarning, match=r"\.reach .* use \w+\.max_distance"):
+            bound = similarity.reach(least)
+        assert all(torch.equal(*x) for x in zip(bound, similarity.max_distance(least), strict=True))
+
+
+def test_similarity_with_reach_finds_the_same_pairs():
+    class OldIoU:
+        def __call__(self, a, b):
+            return IoU()(a, b)
+
+        def reach(self, least):
+            return IoU().max_distance(least)
+
+    with use_engine("lists"):
+        with pytest.warns(DeprecationWarning, match="OldIoU.reach .* use the name max_distance"):
+            found = TAL(similarity=OldIoU())(*scene())
+        assert torch.equal(found.gt_index, TAL()(*scene()).gt_index)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

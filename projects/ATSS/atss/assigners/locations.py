@@ -30,7 +30,7 @@ def nearest_locations(anchors: Anchors, points: Tensor, k: int) -> tuple[Tensor,
     count = anchors.lattice[:, 1:3].T[:, None]  # (2, 1, L)
     position = points.T[..., None] / stride - anchors.offset  # (2, G, L), in locations
     # The k x k window around the point, moved into the level, contains the k nearest: each row and
-    # each column outside has k locations that are nearer. Of two possible windows the lower.
+    # each column outside has k locations that are nearer. The lower of two possible windows.
     start = (position - k / 2).ceil().clamp(min=0).minimum((count - k).clamp(min=0))
     cell = start[..., None] + torch.arange(k, dtype=stride.dtype, device=stride.device)
     squared = (cell - position[..., None]).mul_(stride[:, None]).square_()  # (2, G, L, k)

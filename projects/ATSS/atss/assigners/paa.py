@@ -60,7 +60,7 @@ class PAA(Matching):
 
     @cached_property
     def first(self) -> MaxIoU:
-        """The rule that chooses candidates."""
+        """Rule that chooses candidates."""
         least = self.iou_threshold
         return MaxIoU(least, least, claims_go_to=self.claims_go_to, similarity=self.similarity)
 
@@ -107,7 +107,7 @@ class PAA(Matching):
         place = torch.where((rank < k) & (group < no_group), group * k + rank, size)
         costs = cost.new_full((size + 1,), torch.inf).scatter(0, place, cost[order])
         pair = order.new_full((size + 1,), len(order)).scatter(0, place, order)
-        # Of equal costs the finer level first.
+        # Finer levels first among equal costs.
         costs, column = costs[:-1].view(num_objects, -1).sort(dim=1, stable=True)
         return costs, pair[:-1].view(num_objects, -1).gather(1, column)
 

@@ -39,7 +39,7 @@ class IoU:
         return iou(a, b)
 
     def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """Use that boxes share at least ``similarity`` of the longer side, so of both sides' mean."""
+        """Use that boxes share at least ``similarity`` of the longer side, and of the mean side."""
         scale = 1 - similarity.clamp(min=0, max=1)[..., None]
         return scale.expand(*similarity.shape, 2), torch.zeros_like(scale)
 

@@ -144,7 +144,7 @@ class Tables(AssignmentBatch):
 
     @cached_property
     def whole(self) -> Table:
-        """The table of all objects, with its cached values."""
+        """Table of all objects, with its cached values."""
         return self.table(0, len(self.gt))
 
     def tables(self) -> Iterator[Table]:
