@@ -54,13 +54,11 @@ class ATSS:
         return Assignment(assign_best(gt, *join(pieces), len(anchors.boxes)))
 
     def candidates(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the candidates of each object and their IoUs.
+        """Find the candidates of (G, 4) objects.
 
-        Args:
-            gt_boxes: (G, 4).
         Returns:
-            (C, G) int64 candidates, into R, and (C, G) float64 IoU, -inf if not positive. C is
-            k * A * L, or k * L if k counts anchors.
+            (C, G) int64 into R, and (C, G) float64 IoU, -inf if not positive. C is k * A * L, or
+            k * L if k counts anchors.
         """
         objects = gt_boxes.double()
         index, valid, boxes = self.nearest(anchors, objects)
@@ -68,11 +66,8 @@ class ATSS:
         return index, self.keep_positives(iou, valid, boxes, objects)
 
     def statistics(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (G,) float64 mean and standard deviation of the IoUs of each object's candidates.
-
-        Args:
-            gt_boxes: (G, 4).
-        """
+        """Return (G,) float64 mean and standard deviation of the IoUs of each object's candidates,
+        for (G, 4) boxes."""
         objects = gt_boxes.double()
         _, valid, boxes = self.nearest(anchors, objects)
         return mean_and_std(exact(self.similarity)(boxes, objects) * valid, valid)

@@ -97,13 +97,8 @@ def anchors_between(
 
 
 def covered(anchors: Anchors, num_images: int, image: Tensor, rectangles: Tensor) -> Tensor:
-    """Return (N * R,) bool: anchors whose centres lie strictly inside a rectangle of their image
-    and level. Its cost does not depend on the size of rectangles.
-
-    Args:
-        num_images: N.
-        image, rectangles: (M,) and (M, L, 4), in pixels.
-    """
+    """Return (N * R,) bool: anchors whose centres lie strictly inside one of (M, L, 4) rectangles
+    of their level and (M,) image, in pixels. The cost does not depend on the size of rectangles."""
     stride, width, height, _ = anchors.lattice.unbind(1)
     count = torch.stack([width, height], dim=1)
     start = (rectangles[..., :2] / stride[:, None] - anchors.offset).floor().add(1)

@@ -104,8 +104,8 @@ class MaxIoU:
         return conflicts.best, conflicts.owner, claimant
 
     def _least(self, batch: Lists) -> Tensor:
-        """Return the (G,) lowest IoU that matters: ``background_below``, or that of the object's
-        best anchor, which is the nearest to its centre among those of one shape."""
+        """Return the (G,) least relevant IoU: ``background_below``, or that of the object's best
+        anchor, which is the nearest to its centre among those of one shape."""
         objects, anchors = batch.objects, batch.anchors
         least = torch.full_like(objects[:, 0], self.background_below)
         if not self.low_quality_matches:
@@ -117,11 +117,7 @@ class MaxIoU:
     def _near(
         self, batch: Lists, index: BoxIndex, image: Tensor, least: Tensor
     ) -> Iterator[ListPairs]:
-        """Yield pieces of the pairs whose IoU is at least that of (G,) ``least``.
-
-        Args:
-            image: (G,) int64 into the images of the index.
-        """
+        """Yield pieces of the pairs of at least (G,) ``least`` IoU, by (G,) images of the index."""
         for ids in batch.pieces(batch.all_objects, batch.shape[1]):
             owner, anchor = index.near(self.similarity, batch.gt.boxes[ids], image[ids], least[ids])
             yield ListPairs(batch, ids[owner], anchor)

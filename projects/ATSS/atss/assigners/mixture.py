@@ -92,11 +92,8 @@ def mixture(
 
 
 def _log_densities(x: Tensor, fitted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (S, M) weighted log densities of (S, M) values under each component.
-
-    Args:
-        fitted: (3, S, 2) weights, means, variances.
-    """
+    """Return the (S, M) weighted log densities of (S, M) values under each component, by (3, S, 2)
+    weights, means and variances."""
     weight, mean, variance = fitted.movedim(2, 1)[..., None].unbind()  # (2, S, 1) each
     constant = weight.log() - (2 * math.pi * variance).log() / 2
     first, second = constant - (x - mean).square() / (2 * variance)

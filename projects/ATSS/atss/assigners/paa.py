@@ -88,8 +88,8 @@ class PAA(Matching):
         """Collect each object's ``top_k`` cheapest pairs of each level.
 
         Returns:
-            (G, L * top_k) costs in rising order, then infinity; and (G, L * top_k) int64 index of
-            the pairs among the flattened ones, or their number for none.
+            (G, L * top_k) costs in rising order, then infinity; and (G, L * top_k) int64 into the
+            flattened pairs, or their number for none.
         """
         k, anchors, num_objects = self.top_k, pairs.batch.anchors, len(pairs.batch.gt)
         levels = len(anchors.strides)

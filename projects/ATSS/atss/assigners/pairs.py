@@ -85,7 +85,7 @@ class AssignmentBatch:
         return self.output.classes.flatten(0, 1)
 
     def class_loss(self, loss: ClassLoss, classes: Tensor, targets: Tensor) -> Tensor:
-        """Return the elementwise loss of predicted classes, in their dtype."""
+        """Return the elementwise loss, in the dtype of the classes."""
         output = HeadOutput(classes, targets, None, self.output.probabilities)
         return loss(output.probability(), output.cross_entropy(targets), targets)
 
@@ -233,12 +233,8 @@ def alignment(pairs: CandidatePairs, alpha: float, beta: float) -> Tensor:
 
 
 def class_cost(pairs: CandidatePairs, loss: ClassLoss, targets: Tensor) -> Tensor:
-    """Return the (...) class loss, summed over classes, with a target for the object's class and 0
-    for others: the background loss with one class replaced.
-
-    Args:
-        targets: (...) float64.
-    """
+    """Return the (...) class loss, summed over classes, with (...) float64 targets for the object's
+    class and 0 for others: the background loss with one class replaced."""
     batch, classes = pairs.batch, pairs.classes.double()
     positive = batch.class_loss(loss, classes, targets)
     negative = batch.class_loss(loss, classes, torch.zeros_like(targets))

@@ -23,8 +23,8 @@ class POTO(Matching):
     of highest total p^(1 - alpha) * IoU^alpha, among anchors inside their object and near its
     centre. Score: the IoU.
 
-    An object without a free anchor has none; in the authors' code it has one elsewhere, whose
-    target box has sides of negative length. SciPy matches on the host: a GPU waits for one copy to
+    An object without a free anchor has none; in the authors' code it has one elsewhere, with
+    negative distances to the target's sides. SciPy matches on the host: a GPU waits for one copy to
     it and one back.
 
     Args:

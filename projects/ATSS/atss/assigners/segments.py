@@ -32,14 +32,12 @@ class Segments:
 
 
 def cheapest(cost: Tensor, k: int | Tensor, max_k: int) -> Tensor:
-    """Select the k lowest finite costs of each row; of equal costs the first.
+    """Return (g, M) bool: the k lowest finite costs of each row; of equal costs the first.
 
     Args:
         cost: (g, M).
         k: a number, or (g,) int64.
         max_k: at least the largest k.
-    Returns:
-        (g, M) bool.
     """
     # ``topk`` orders equal values arbitrarily, so only the k-th value is used, as a threshold.
     lowest = cost.topk(min(max_k, cost.shape[1]), dim=1, largest=False).values
