@@ -1,4 +1,4 @@
-"""Names of version 0.2, which go with 0.4.0."""
+"""Names of version 0.2, which are removed in 0.4.0."""
 
 import pickle
 import re
@@ -11,23 +11,24 @@ import torch
 from pages import run_page, train
 
 from atss import Anchors, Assignment, GroundTruth, HeadOutput, Predictions
-from atss.assigners import Matching, use_engine
+from atss.assigners import NWD, TAL, IoU, Matching, use_engine
 from atss.assigners.conflicts import assign_best
 from atss.assigners.lists import Lists
 from atss.assigners.pairs import class_cost
 from atss.assigners.sim_ota import DynamicMatching
 from atss.losses import cross_entropy
 
-# Of each rule of the page of version 0.2, as its code was then: positives, the sum of
-# place * (object + 1), and that of scores.
+# Results of version 0.2 for each rule of its page: positives, the sum of place * (object + 1), and
+# the sum of scores.
 EXPECTED = {"NearestInside": (93, 1765397, None), "BestInside": (294, 5733655, 90.24851)}
 WARNINGS = (
     "pairs.all_anchors is deprecated .* 0.4.0: use atss.assigners.locations.all_anchors",
     "pairs.nearest_locations .* use atss.assigners.locations.nearest_locations",
     "pairs.resolve .* use atss.assigners.conflicts.assign_best",
     r"Assignment.hard .* use Assignment\(gt_index\)",
+    "pairs.overlap is deprecated .* use pairs.similarity",
     "cuts.Cheapest .* use the method select, .* with atss.assigners.matching.select_cheapest",
-    "matching.overlap .* use a method that returns pairs.overlap",
+    "matching.overlap .* use a method that returns pairs.similarity",
     r"Matching\(cost=..., cut=...\) .* use the methods cost, select, rank and score",
 )
 
@@ -55,7 +56,7 @@ def sums(found):
 
 
 @pytest.mark.parametrize("engine", ["lists", "tables"])
-def test_rules_of_version_0_2_assign_as_they_did(engine, tmp_path):
+def test_rules_of_version_0_2_assign_as_before(engine, tmp_path):
     with (
         warnings.catch_warnings(record=True) as caught,
         run_page("tests/golden/own_assigner_0_2.md") as (names, codes),
@@ -66,14 +67,14 @@ def test_rules_of_version_0_2_assign_as_they_did(engine, tmp_path):
             assert sums(names[name]()(*scene())) == expected
         for i, code in enumerate(codes):
             train(tmp_path / f"{i}.yaml", code)
-    said = [x for x in caught if "goes with version 0.4.0" in str(x.message)]
-    assert {x.filename for x in said} == {"tests/golden/own_assigner_0_2.md"}
+    deprecations = [x for x in caught if "goes with version 0.4.0" in str(x.message)]
+    assert {x.filename for x in deprecations} == {"tests/golden/own_assigner_0_2.md"}
     for sentence in WARNINGS:
-        assert any(re.search(sentence, str(x.message)) for x in said), sentence
+        assert any(re.search(sentence, str(x.message)) for x in deprecations), sentence
 
 
 @pytest.mark.parametrize("engine", ["lists", "tables"])
-def test_the_rule_of_the_page_assigns_as_that_of_version_0_2(engine):
+def test_rule_of_the_page_assigns_as_in_version_0_2(engine):
     with run_page("docs/own_assigner.md") as (names, _), use_engine(engine):
         assert sums(names["BestInside"]()(*scene())) == EXPECTED["BestInside"]
 
@@ -89,7 +90,7 @@ def test_the_rule_of_the_page_assigns_as_that_of_version_0_2(engine):
         ("scene", "alignment", "pairs.alignment"),
     ],
 )
-def test_a_deprecated_name_is_the_new_one(module, old, new):
+def test_deprecated_name_is_the_new_object(module, old, new):
     place, _, name = new.rpartition(".")
     module = import_module(f"atss.assigners.{module}")
     with pytest.warns(DeprecationWarning, match=rf"{old} is .* use atss.assigners.{new}"):
@@ -100,16 +101,16 @@ def test_a_deprecated_name_is_the_new_one(module, old, new):
 
 
 def cost(pairs):
-    assert pairs.overlap.dim() == 1
-    return class_cost(pairs, cross_entropy, pairs.overlap) - pairs.overlap
+    assert pairs.similarity.dim() == 1
+    return class_cost(pairs, cross_entropy, pairs.similarity) - pairs.similarity
 
 
 def score(pairs):
     return pairs.probability
 
 
-def test_a_rule_of_functions_assigns_as_one_of_methods():
-    """On lists whatever the engine; it can be pickled."""
+def test_rule_of_functions_assigns_as_rule_of_methods():
+    """With any engine, on lists; also after pickling."""
 
     @dataclass(frozen=True)
     class New(DynamicMatching):
@@ -134,6 +135,36 @@ def test_a_rule_of_functions_assigns_as_one_of_methods():
     assert torch.equal(found.score, expected.score)
 
 
+def test_old_attributes_are_the_new_ones():
+    batch = Lists(*scene())
+    with pytest.warns(DeprecationWarning, match="Lists.around .* use Lists.near_centre"):
+        pairs = batch.around(batch.all_objects, 2.0)
+    assert len(pairs.owner)
+    for old, new in (("overlap", "similarity"), ("around", "is_near_centre")):
+        with pytest.warns(DeprecationWarning, match=f"pairs.{old} .* use pairs.{new}"):
+            value = getattr(pairs, old)
+        assert value is getattr(pairs, new) or value(1.0) is pairs.is_near_centre(1.0)
+    least = torch.tensor([0.5])
+    for similarity in (IoU(), NWD()):
+        with pytest.warns(DeprecationWarning, match=r"\.reach .* use \w+\.max_distance"):
+            bound = similarity.reach(least)
+        assert all(torch.equal(*x) for x in zip(bound, similarity.max_distance(least), strict=True))
+
+
+def test_similarity_with_reach_finds_the_same_pairs():
+    class OldIoU:
+        def __call__(self, a, b):
+            return IoU()(a, b)
+
+        def reach(self, least):
+            return IoU().max_distance(least)
+
+    with use_engine("lists"):
+        with pytest.warns(DeprecationWarning, match="OldIoU.reach .* use the name max_distance"):
+            found = TAL(similarity=OldIoU())(*scene())
+        assert torch.equal(found.gt_index, TAL()(*scene()).gt_index)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_resolve_takes_affinities_of_either_dtype(dtype):
     anchors, gt, _ = scene()
@@ -147,10 +178,10 @@ def test_resolve_takes_affinities_of_either_dtype(dtype):
     assert torch.equal(found, assign_best(gt, index, affinity.double(), len(anchors.boxes)))
 
 
-def test_matching_refuses_functions_that_it_does_not_know():
+def test_matching_refuses_unknown_functions():
     with (
         pytest.warns(DeprecationWarning, match="Matching"),
-        pytest.raises(TypeError, match=r"Matching takes cost, cut, .*, not \['costs'\]"),
+        pytest.raises(TypeError, match=r"Matching takes cost, cut, .*, got \['costs'\]"),
     ):
         Matching(cost=None, cut=None, farther=(), takes_part=None, costs=len)
     with (
@@ -160,7 +191,7 @@ def test_matching_refuses_functions_that_it_does_not_know():
         Matching(cost=None, cut=None, takes_part=len)
 
 
-def test_hard_is_the_constructor():
+def test_assignment_hard_is_the_constructor():
     gt_index = torch.zeros(1, 4, dtype=torch.long)
     with pytest.warns(DeprecationWarning, match="Assignment.hard"):
         assert Assignment.hard(gt_index) == Assignment(gt_index)

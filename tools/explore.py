@@ -13,10 +13,9 @@ import sys
 from pathlib import Path
 
 from atss.analysis.assignment import draw_assignment
-from atss.errors import check_writable
 from atss.data import datasets
 from atss.engine.run import import_modules
-from atss.errors import UserError
+from atss.errors import UserError, check_writable
 from atss.labels.formats import add_arguments, reading_of
 
 

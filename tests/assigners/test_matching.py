@@ -1,4 +1,4 @@
-"""The rules that look at predictions: reference vectors, brute force in float64, and by hand."""
+"""Rules that need predictions: reference vectors, brute force in float64, and by hand."""
 
 import numpy as np
 import oracle
@@ -41,12 +41,12 @@ CASES = ("typical", "crowded", "empty")
 
 
 def predict(classes, boxes, probabilities=False) -> Predictions:
-    """Of (N, R, K) and (N, R, 4)."""
+    """Make predictions of (N, R, K) classes and (N, R, 4) boxes."""
     classes, boxes = (torch.as_tensor(x).float() for x in (classes, boxes))
     return Predictions(HeadOutput(classes, torch.zeros_like(boxes), None, probabilities), boxes)
 
 
-def of_case(case):
+def load_case(case):
     anchors = Anchors.grid(tuple(VECTORS[f"{case}/image_size"].tolist()))
     gt = make_gt(VECTORS[f"{case}/gt"], classes=VECTORS[f"{case}/labels"])
     return anchors, gt, VECTORS[f"{case}/scores"][None], VECTORS[f"{case}/decoded"][None]
@@ -55,16 +55,16 @@ def of_case(case):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("name", "rule"), [("tal", TAL()), ("simota", SimOTA())])
 def test_reference_vectors(case, name, rule):
-    """mmdet's, of scores as they are."""
-    anchors, gt, scores, boxes = of_case(case)
+    """From mmdet, with scores as probabilities."""
+    anchors, gt, scores, boxes = load_case(case)
     found = rule(anchors, gt, predict(scores, boxes, probabilities=True))
     np.testing.assert_array_equal(found.gt_index[0], VECTORS[f"{case}/{name}_matched"])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_reference_vectors_of_soft_labels(case):
-    """mmdet's, of the scores' logits."""
-    anchors, gt, scores, boxes = of_case(case)
+    """From mmdet, with the logits of scores."""
+    anchors, gt, scores, boxes = load_case(case)
     p = torch.from_numpy(scores).clamp(1e-6, 1 - 1e-6)
     found = SoftLabel()(anchors, gt, predict((p / (1 - p)).log(), boxes))
     matched = VECTORS[f"{case}/soft_matched"]
@@ -75,19 +75,19 @@ def test_reference_vectors_of_soft_labels(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_scores_of_tal_are_the_reference_metric_scaled(case):
-    anchors, gt, scores, boxes = of_case(case)
+    anchors, gt, scores, boxes = load_case(case)
     found = TAL()(anchors, gt, predict(scores, boxes, probabilities=True))
     overlap = oracle.pairwise_iou(gt.boxes.double().numpy(), boxes[0].astype(np.float64))
     for g in range(len(gt)):
-        own = (found.gt_index[0] == g).numpy()
-        if own.any():
-            metric = VECTORS[f"{case}/tal_metric"][own].astype(np.float64)
-            expected = metric / (metric.max() + 1e-7) * overlap[g, own].max()
-            np.testing.assert_allclose(found.score[0, own], expected, rtol=1e-4, atol=1e-6)
+        positive = (found.gt_index[0] == g).numpy()
+        if positive.any():
+            metric = VECTORS[f"{case}/tal_metric"][positive].astype(np.float64)
+            expected = metric / (metric.max() + 1e-7) * overlap[g, positive].max()
+            np.testing.assert_allclose(found.score[0, positive], expected, rtol=1e-4, atol=1e-6)
 
 
 def crowd(rng, hw, count, step=None):
-    """Objects of all sizes, some smaller than a cell, some beyond the canvas, some without area."""
+    """Make objects of all sizes, some smaller than a cell, outside the canvas or without area."""
     boxes = oracle.random_boxes(rng, count, hw, step)
     tiny = rng.uniform(0, min(hw), (count // 4, 2))
     boxes[: len(tiny)] = np.concatenate([tiny, tiny + rng.uniform(0.5, 6, tiny.shape)], axis=1)
@@ -96,12 +96,12 @@ def crowd(rng, hw, count, step=None):
     if count > 3:
         boxes[0, 2] = boxes[0, 0]
         boxes[-1] = np.array([hw[1] + 300, 10, hw[1] + 340, 60])
-        boxes[-2] = boxes[-3]  # one place, twice
+        boxes[-2] = boxes[-3]  # duplicates
     return boxes
 
 
-def guesses(rng, anchors, objects, classes, num_classes):
-    """What a model might say: near objects that hold the anchor, and elsewhere anything."""
+def make_predictions(rng, anchors, objects, classes, num_classes):
+    """Make logits and boxes: near an object around the anchor, and random elsewhere."""
     boxes = anchors.boxes.double().numpy().copy()
     logits = rng.normal(-3, 2, (len(boxes), num_classes))
     if len(objects):
@@ -115,7 +115,7 @@ def guesses(rng, anchors, objects, classes, num_classes):
     return logits.astype(np.float32), boxes.astype(np.float32)
 
 
-# name -> rule, brute force, what both take.
+# name -> rule, brute force, arguments of the latter.
 BRUTE = {
     "TAL": (TAL(), oracle.tal, {}),
     "TAL of 3": (TAL(3, 0.5, 2.0), oracle.tal, {"k": 3, "alpha": 0.5, "beta": 2.0}),
@@ -144,8 +144,11 @@ BRUTE = {
     "ATSS of boxes": (DDOD(4, alpha=0.5), oracle.ddod, {"k": 4, "alpha": 0.5}),
 }
 for rule, brute in {
-    **{TAL: oracle.tal, SimOTA: oracle.simota, SoftLabel: oracle.soft_label},
-    **{OTA: oracle.ota, PAA: oracle.paa},
+    TAL: oracle.tal,
+    SimOTA: oracle.simota,
+    SoftLabel: oracle.soft_label,
+    OTA: oracle.ota,
+    PAA: oracle.paa,
 }.items():
     for like, similarity in (("nwd", NWD()), ("simd", SimD())):
         BRUTE[f"{rule.__name__} by {like}"] = rule(similarity=similarity), brute, {"like": like}
@@ -158,7 +161,7 @@ def expected(brute, arguments, anchors, objects, classes, logits, boxes):
     return brute(anchors, objects, classes, logits.astype(np.float64), boxes, **arguments)
 
 
-# Canvas, and how anchors lie on it; on whole steps of pixels distances and overlaps tie.
+# Canvas, layout of anchors, and step of coordinates in pixels, with which distances and IoUs tie.
 PLACES = {
     "plain": ((160, 350), {}, None),
     "other": ((160, 350), {"offset": 0.0, "strides": (7, 12, 30)}, 4),
@@ -167,33 +170,39 @@ PLACES = {
 }
 
 
-def unlike_images(place, seed, num_classes=5):
-    """A batch: crowded, empty, with few objects; whose objects come mixed up."""
+def make_batch(place, seed, num_classes=5):
+    """Make a batch of a crowded, an empty and two other images, with shuffled objects."""
     rng = np.random.default_rng(seed)
     hw, layout, step = PLACES[place]
     anchors = Anchors.grid(hw, **layout)
     images = [crowd(rng, hw, count, step) for count in (40, 0, 3, 9)]
     labels = [rng.integers(num_classes, size=len(x)) for x in images]
-    said = [guesses(rng, anchors, *x, num_classes) for x in zip(images, labels, strict=True)]
+    predicted = [
+        make_predictions(rng, anchors, *x, num_classes) for x in zip(images, labels, strict=True)
+    ]
     image_index = np.repeat(np.arange(4), [len(x) for x in images])
     order = rng.permutation(len(image_index)) if seed else np.arange(len(image_index))
     gt = make_gt(
         np.concatenate(images)[order], image_index[order], 4, np.concatenate(labels)[order]
     )
     area = (gt.boxes[:, 2:] - gt.boxes[:, :2]).prod(dim=1).numpy()
-    owns = [np.flatnonzero((image_index[order] == i) & (area > 0)) for i in range(4)]
-    return anchors, gt, predict(*(np.stack(x) for x in zip(*said, strict=True))), said, owns
+    owned = [np.flatnonzero((image_index[order] == i) & (area > 0)) for i in range(4)]
+    return (
+        anchors,
+        gt,
+        predict(*(np.stack(x) for x in zip(*predicted, strict=True))),
+        predicted,
+        owned,
+    )
 
 
 def compare(name, place, seed):
     rule, brute, arguments = BRUTE[name]
-    anchors, gt, seen, said, owns = unlike_images(place, seed)
-    found = rule(anchors, gt, seen)
-    for i, (own, (logits, boxes)) in enumerate(zip(owns, said, strict=True)):
-        owner, score = expected(
-            *(brute, arguments, anchors, gt.boxes.numpy()[own], gt.classes.numpy()[own]),
-            *(logits, boxes),
-        )
+    anchors, gt, predictions, predicted, owned = make_batch(place, seed)
+    found = rule(anchors, gt, predictions)
+    for i, (own, (logits, boxes)) in enumerate(zip(owned, predicted, strict=True)):
+        objects, classes = gt.boxes.numpy()[own], gt.classes.numpy()[own]
+        owner, score = expected(brute, arguments, anchors, objects, classes, logits, boxes)
         owner = np.where(owner >= 0, own[owner] if len(own) else 0, BACKGROUND)
         np.testing.assert_array_equal(found.gt_index[i], owner)
         assert (found.score is None) == (brute in (oracle.paa, oracle.ddod))
@@ -207,7 +216,7 @@ def test_equals_brute_force(name, seed):
     compare(name, "plain", seed)
 
 
-# Elsewhere the last bits decide: of exponentials that tie, of squares of odd strides.
+# Other rules depend on the last bits here: of exponentials that tie, of squares of odd strides.
 @pytest.mark.parametrize("place", list(PLACES)[1:])
 @pytest.mark.parametrize("name", [x for x in BRUTE if not x.startswith(("PAA by", "ATSS"))])
 def test_equals_brute_force_on_other_grids(name, place):
@@ -218,25 +227,28 @@ def test_equals_brute_force_on_other_grids(name, place):
 @pytest.mark.parametrize("like", ["iou", "nwd", "simd"])
 @pytest.mark.parametrize("arguments", [{}, {"alpha": 0.5, "radius": 4.0}])
 @pytest.mark.parametrize("seed", range(3))
-def test_poto_is_the_best_matching_there_is(place, like, arguments, seed):
-    """Of an object that nobody may have it says -1, as the authors' code does; two objects in one
-    place have different anchors, in either order."""
+def test_poto_is_the_best_matching(place, like, arguments, seed):
+    """An object without an anchor counts as -1, as in the authors' code; identical objects have
+    different anchors, in either order."""
     similarity = {"iou": IoU(), "nwd": NWD(), "simd": SimD()}[like]
-    anchors, gt, seen, said, owns = unlike_images(place, seed)
-    found = POTO(**arguments, similarity=similarity)(anchors, gt, seen)
+    anchors, gt, predictions, predicted, owned = make_batch(place, seed)
+    found = POTO(**arguments, similarity=similarity)(anchors, gt, predictions)
     assert found.positives_per_object(len(gt)).max() == 1
     matched = 0
-    for i, (own, (logits, boxes)) in enumerate(zip(owns, said, strict=True)):
+    for i, (own, (logits, boxes)) in enumerate(zip(owned, predicted, strict=True)):
         objects = gt.boxes[own].double().numpy()
         quality = oracle.poto_qualities(
-            *(anchors, objects, gt.classes[own].numpy(), logits.astype(np.float64)),
-            *(boxes.astype(np.float64),),
+            anchors,
+            objects,
+            gt.classes[own].numpy(),
+            logits.astype(np.float64),
+            boxes.astype(np.float64),
             **arguments,
             like=like,
         )
         positive = (found.gt_index[i] >= 0).nonzero().squeeze(1).numpy()
-        theirs = [own.tolist().index(g) for g in found.gt_index[i, positive].tolist()]
-        values = quality[theirs, positive]
+        rows = [own.tolist().index(g) for g in found.gt_index[i, positive].tolist()]
+        values = quality[rows, positive]
         assert (values >= 0).all()
         total = values.sum() - (len(own) - len(positive))
         assert total == pytest.approx(oracle.best_total(quality), abs=1e-9)
@@ -244,24 +256,24 @@ def test_poto_is_the_best_matching_there_is(place, like, arguments, seed):
     assert matched > 8
 
 
-def test_one_each_is_not_greedy():
-    """A greedy first row would take the first slot, and leave the second a costly one."""
+def test_match_one_each_is_not_greedy():
+    """A greedy first row would get the first slot, and leave a costly one to the second."""
     slots = np.tile(np.arange(3.0), (3, 1))
     cost = -np.array([[0.9, 0.8, -1.0], [0.85, 0.2, -1.0]])
     assert match_one_each(cost, slots[:2], 1.0).tolist() == [1, 0]
-    # The last row rather stays unmatched than costs two others 1.8.
+    # The last row stays unmatched; otherwise two others would cost 1.8 more.
     cost = -np.array([[0.9, 0.0, -1], [-1, 0.9, 0.0], [0.0, -1, -1]])
     assert match_one_each(cost, slots, 1.0).tolist() == [0, 1, -1]
     assert (match_one_each(np.minimum(cost, 0), slots, 2.0) >= 0).all()
     assert POTO.UNMATCHED == 1.0  # as the authors' -1
-    # A pair that costs as much as none is not chosen, even if it is the only one.
+    # A pair at the cost of no pair is not selected.
     assert match_one_each(np.full((2, 3), 0.5), slots[:2], 0.5).tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize(
     ("p", "overlap", "alpha", "q"), [(0.3, 0.6, 0.8, 0.52233), (0.3, 0.6, 0.5, 0.424264)]
 )
-def test_what_poto_adds_up(p, overlap, alpha, q):
+def test_poto_quality_by_hand(p, overlap, alpha, q):
     anchors = Anchors.grid((8, 8), strides=(8,), scales=(1.0,))
     batch = Lists(
         anchors,
@@ -272,17 +284,16 @@ def test_what_poto_adds_up(p, overlap, alpha, q):
     assert cost.item() == pytest.approx(-q, abs=1e-6)
 
 
-def test_poto_says_what_is_not_installed(monkeypatch):
+def test_poto_needs_scipy(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="matches by SciPy, which is not installed: pip install"):
+    with pytest.raises(ValueError, match="needs SciPy, which is not installed: pip install"):
         POTO()
 
 
-def test_the_best_of_a_few_is_one_of_them():
-    """Top 1 and top 13 by one metric, asked where they lie before they are ranked: every one of
-    the one is among the many, unless somebody else has it there."""
-    anchors, gt, seen, _, _ = unlike_images("plain", 0)
-    many, one = (TAL(k, inside="before")(anchors, gt, seen).gt_index for k in (13, 1))
+def test_top_1_of_tal_is_among_its_top_13():
+    """For anchors inside their objects; another object may have the anchor in the top 13."""
+    anchors, gt, predictions, _, _ = make_batch("plain", 0)
+    many, one = (TAL(k, inside="before")(anchors, gt, predictions).gt_index for k in (13, 1))
     counts = (one[one >= 0]).bincount()
     assert counts.max() == 1
     assert counts.sum() > 20
@@ -290,9 +301,9 @@ def test_the_best_of_a_few_is_one_of_them():
 
 
 @pytest.mark.parametrize("similarity", [IoU(), NWD(), SimD()])
-@pytest.mark.parametrize("take_part", [False, True])
-def test_nothing_similar_is_left_out(similarity, take_part):
-    """Of predictions that are alike in a block, and of others; some of them the wrong way round."""
+@pytest.mark.parametrize("some_eligible", [False, True])
+def test_near_lists_all_similar_boxes(similarity, some_eligible):
+    """Predictions that are equal in a block, and others; some of them inverted."""
     generator = torch.Generator().manual_seed(0)
     anchors = Anchors.grid((256, 320))
     count = len(anchors.boxes)
@@ -301,17 +312,17 @@ def test_nothing_similar_is_left_out(similarity, take_part):
     middle = anchors.points.float() + 6 * torch.randn(2, count, 2, generator=generator)
     boxes = torch.cat([middle - size / 2, middle + size / 2], dim=-1)
     boxes[:, ::37] = boxes[:, ::37].flip(-1)
-    where = 300 * torch.rand(60, 2, generator=generator)
+    corner = 300 * torch.rand(60, 2, generator=generator)
     side = (torch.rand(60, 2, generator=generator) * 6).exp()
-    gt = make_gt(torch.cat([where, where + side], dim=1), torch.arange(60) % 2, 2)
-    part = torch.rand(2 * count, generator=generator) < 0.7 if take_part else None
+    gt = make_gt(torch.cat([corner, corner + side], dim=1), torch.arange(60) % 2, 2)
+    eligible = torch.rand(2 * count, generator=generator) < 0.7 if some_eligible else None
     logits = torch.zeros(2, count, 1)
-    seen = Predictions(HeadOutput(logits, boxes, None), boxes)
-    batch = Lists(anchors, gt, seen, similarity)
-    batch.__dict__["eligible"] = part
+    predictions = Predictions(HeadOutput(logits, boxes, None), boxes)
+    batch = Lists(anchors, gt, predictions, similarity)
+    batch.__dict__["eligible"] = eligible
     dense = similarity(boxes[gt.image_index].double(), gt.boxes[:, None].double())
-    if part is not None:
-        dense = dense * part.view(2, count)[gt.image_index]
+    if eligible is not None:
+        dense = dense * eligible.view(2, count)[gt.image_index]
     for least in (0.0, 1e-6, 0.02, 0.3, 0.7, 0.95):
         near = batch.near(batch.all_objects, torch.full((60,), least))
         found = torch.zeros_like(dense, dtype=torch.bool)
@@ -325,14 +336,14 @@ def test_nothing_similar_is_left_out(similarity, take_part):
     x = anchors.points
     low, high = gt.boxes[:, None, :2], gt.boxes[:, None, 2:]
     wanted = ((x > low) & (x < high)).all(dim=-1) | (dense > 0)
-    if part is not None:
-        wanted = wanted & part.view(2, count)[gt.image_index]
+    if eligible is not None:
+        wanted = wanted & eligible.view(2, count)[gt.image_index]
     assert not (wanted & ~found).any()
 
 
-def test_centres_inside_by_less_than_float32_tells_are_not_left_out():
-    """Objects of one float32 step around the coordinate of a column or row: 0.1 strides have no end
-    in binary. Rows are blocks of 16, whose boxes are elsewhere."""
+def test_near_lists_centres_inside_by_a_float32_step():
+    """Objects of one float32 step around the coordinate of a column or row: 0.1 strides are not
+    exact. Rows are blocks of 16, whose boxes are far away."""
     anchors = Anchors.grid((40, 112), strides=(7,), scales=(1.0,), offset=0.1)
     lines = []
     for axis, end in ((0, 40.0), (1, 112.0)):
@@ -342,10 +353,10 @@ def test_centres_inside_by_less_than_float32_tells_are_not_left_out():
             low, high = sorted(x.item() for x in steps)
             lines.append([low, 0, high, end] if axis == 0 else [0, low, end, high])
     gt = make_gt(lines)
-    elsewhere = torch.full_like(anchors.boxes, 900.0) + torch.tensor([0.0, 0, 9, 9])
-    batch = Lists(anchors, gt, predict(torch.zeros(1, len(elsewhere), 2), elsewhere[None]))
+    far = torch.full_like(anchors.boxes, 900.0) + torch.tensor([0.0, 0, 9, 9])
+    batch = Lists(anchors, gt, predict(torch.zeros(1, len(far), 2), far[None]))
     near = batch.near(batch.all_objects)
-    found = torch.zeros(len(gt), len(elsewhere), dtype=torch.bool)
+    found = torch.zeros(len(gt), len(far), dtype=torch.bool)
     found[near.owner, near.index] = True
     inside = oracle.inside_distance(anchors.points.numpy(), gt.boxes.double().numpy()) > 0
     assert inside.sum() > 80
@@ -353,8 +364,8 @@ def test_centres_inside_by_less_than_float32_tells_are_not_left_out():
 
 
 @pytest.mark.parametrize("rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO()])
-def test_what_is_not_finite_is_nobodys(rule):
-    """Though some objects find no other."""
+def test_boxes_that_are_not_finite_are_background(rule):
+    """Also if an object has no other candidates."""
     rng = np.random.default_rng(0)
     anchors = Anchors.grid((160, 224))
     gt = make_gt(oracle.random_boxes(rng, 25, (160, 224)), classes=rng.integers(3, size=25))
@@ -370,15 +381,15 @@ def test_what_is_not_finite_is_nobodys(rule):
 
 
 def scene_of(boxes, classes, logits, predicted, hw=(64, 64), strides=(8,), scales=(2.0,)):
-    """One image, one level."""
+    """Make a scene of one image and one level."""
     anchors = Anchors.grid(hw, strides=strides, scales=scales)
     return anchors, make_gt(boxes, classes=classes), predict(logits[None], predicted[None])
 
 
 @pytest.fixture
 def by_hand():
-    """8 x 8 locations of 8 pixels; an object of 32 pixels around the four in the middle, whose
-    anchors say 0.5 of its class. Each predicts it moved by its own number of pixels."""
+    """8 x 8 locations of 8 pixels, all with a probability of 0.5; an object of 32 pixels around the
+    four in the middle. The k-th predicts it moved by k mod 16 pixels."""
     boxes = torch.tensor([[16.0, 16, 48, 48]])
     moved = torch.arange(64.0).view(64, 1) % 16
     predicted = boxes + torch.cat([moved, 0 * moved, moved, 0 * moved], dim=1)
@@ -391,42 +402,42 @@ def overlaps(moved):
 
 
 def test_tal_by_hand(by_hand):
-    """Locations in rows of 8; the k-th predicts the object moved by k mod 16 pixels. Those that
-    move it by none, one or two lie outside, in columns 0 to 2 of even rows, but for 18 and 34."""
-    anchors, gt, seen = by_hand
-    found = TAL(top_k=12)(anchors, gt, seen)
-    # Rows 0, 2, 4, 6 begin with 0 pixels: columns 0, 1 and 2 of them are the best 12.
+    """Predictions moved by 0, 1 or 2 px are those of columns 0 to 2 of even rows: only 18 and 34
+    lie inside the object."""
+    anchors, gt, predictions = by_hand
+    found = TAL(top_k=12)(anchors, gt, predictions)
+    # Columns 0, 1 and 2 of rows 0, 2, 4 and 6 are the best 12.
     assert (found.gt_index[0] == 0).nonzero().squeeze(1).tolist() == [18, 34]
-    # Before: the best 12 of the 16 inside; rows 3 and 5 move by 8 more.
-    before = TAL(top_k=12, inside="before")(anchors, gt, seen)
+    # Before: the best 12 of the 16 inside; predictions of rows 3 and 5 are moved by 8 px more.
+    before = TAL(top_k=12, inside="before")(anchors, gt, predictions)
     inside = {row * 8 + column for row in (2, 3, 4, 5) for column in (2, 3, 4, 5)}
     kept = sorted(inside, key=lambda i: (i % 16, i))[:12]
     assert (before.gt_index[0] == 0).nonzero().squeeze(1).tolist() == sorted(kept)
-    # Of equal metrics the best has the highest overlap as its score, others in proportion.
+    # Scores are proportional to the metric; the best one is the highest IoU.
     best = overlaps(2)
     np.testing.assert_allclose(found.score[0, [18, 34]], [best, best], rtol=1e-5)
     expected = best * (overlaps(5) / best) ** 6
     assert before.score[0, 21].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_simota_takes_as_many_as_overlap_rounded_down(by_hand):
-    """The four that say 0, 1, 2 and so on pixels, of which ten overlap most: 4 of 1, 4 of 31 / 33
-    and 2 of 30 / 34."""
-    anchors, gt, seen = by_hand
-    found = SimOTA(radius=8.0)(anchors, gt, seen)
+def test_simota_by_hand(by_hand):
+    """Four anchors for each number of pixels; the ten highest IoUs are 4 of 1, 4 of 31 / 33 and 2
+    of 30 / 34."""
+    anchors, gt, predictions = by_hand
+    found = SimOTA(radius=8.0)(anchors, gt, predictions)
     k = int(4 * 1 + 4 * overlaps(1) + 2 * overlaps(2))
     assert k == 9
     assert (found.gt_index == 0).sum() == k
-    # All inside, though others overlap more.
+    # All lie inside, although others have higher IoUs.
     inside = {row * 8 + column for row in (2, 3, 4, 5) for column in (2, 3, 4, 5)}
     chosen = (found.gt_index[0] == 0).nonzero().squeeze(1).tolist()
     assert chosen == sorted(sorted(inside, key=lambda i: (i % 16, i))[:k])
     np.testing.assert_allclose(found.score[0, chosen], [overlaps(i % 16) for i in chosen])
 
 
-def just_beyond_tals_bound():
-    """Near its centre all anchors overlap the object by 0.8 and are sure of it by 0.97; one far
-    from there is sure by 1 and overlaps it by 0.97^(1 / 6) of that and next to nothing more."""
+def above_tals_bound():
+    """Central anchors have an IoU of 0.8 and a probability of 0.97; one far away has a probability
+    of 1 and an IoU slightly above 0.97^(1 / 6) * 0.8."""
     boxes = torch.tensor([[0.0, 0, 64, 64]])
     predicted, logits = boxes.repeat(64, 1), torch.full((64, 2), np.log(0.97 / 0.03))
     predicted[:, 3] = 0.8 * 64
@@ -434,10 +445,10 @@ def just_beyond_tals_bound():
     return scene_of(boxes, [0], logits, predicted), 9
 
 
-def just_beyond_what_soft_labels_distance_costs():
-    """Candidates are sought 3.75 strides from the centre, and a column beyond: what is farther
-    costs 10^1.75. Nearer ones cost 0.1 % more for their class; one 4.7504 strides away says all as
-    it is."""
+def beyond_soft_labels_distance():
+    """First candidates are up to 3.75 strides from the centre, and a column beyond; others cost
+    10^1.75. The class of nearer ones costs 0.1 % more; one 4.7504 strides away has no other
+    cost."""
     boxes = torch.tensor([[13.997, 20, 93.997, 100]])
     predicted, logits = boxes.repeat(256, 1), torch.full((256, 2), -100.0)
     near, far = 7 * 16 + 6, 7 * 16 + 11  # at (52, 60) and (92, 60), around (53.997, 60)
@@ -449,22 +460,22 @@ def just_beyond_what_soft_labels_distance_costs():
     return scene_of(boxes, [0], logits, predicted, (128, 128)), far
 
 
-def just_beyond_what_soft_labels_overlap_costs():
-    """-3 ln 1e-7 = 48.354 is what any anchor costs that does not overlap. The one inside the object
-    costs 0.07 % more for its class; that below it, which only the other object holds, costs 0.01
+def beyond_soft_labels_iou():
+    """An anchor without overlap costs at least -3 ln 1e-7 = 48.354. The one inside the object costs
+    0.07 % more for its class; the one below it, which only the other object contains, costs 0.01
     more for its distance."""
     boxes = torch.tensor([[59.5, 59.5, 60.5, 60.5], [0, 0, 128, 128]])
     predicted = torch.tensor([0.0, 0, 10, 10]).repeat(256, 1)
     logits = torch.tensor([3.0, -30.0]).repeat(256, 1)
-    inside, below, of_other = 7 * 16 + 7, 8 * 16 + 7, 9 * 16 + 8
+    inside, below, other = 7 * 16 + 7, 8 * 16 + 7, 9 * 16 + 8
     logits[inside, 0], logits[below, 0] = np.log(0.3 / 0.7), -30.0
-    logits[of_other, 1], predicted[of_other] = 30.0, torch.tensor([0.0, 0, 128, 58])
+    logits[other, 1], predicted[other] = 30.0, torch.tensor([0.0, 0, 128, 58])
     return scene_of(boxes, [0, 1], logits, predicted, (128, 128)), below
 
 
-def just_as_dear_as_simotas_penalty():
-    """Of two anchors that are sure of the object and have its box, neither inside it, the lower has
-    it: that which is two rows above, and not looked at first."""
+def at_simotas_penalty():
+    """Two anchors outside the object predict it perfectly. The lower index wins: the one two rows
+    above, which is no first candidate."""
     boxes = torch.tensor([[61.0, 57, 63, 63]])
     logits = torch.tensor([100.0, -100.0]).repeat(256, 1)
     predicted = torch.tensor([0.0, 0, 10, 10]).repeat(256, 1)
@@ -476,133 +487,138 @@ def just_as_dear_as_simotas_penalty():
 @pytest.mark.parametrize(
     ("rule", "brute", "arguments", "make"),
     [
-        (TAL(1), oracle.tal, {"k": 1}, just_beyond_tals_bound),
-        (TAL(1, inside="before"), oracle.tal, {"k": 1, "before": True}, just_beyond_tals_bound),
-        (SimOTA(1), oracle.simota, {"top_k": 1}, just_as_dear_as_simotas_penalty),
-        *(
-            (SoftLabel(1), oracle.soft_label, {"top_k": 1}, make)
-            for make in (
-                just_beyond_what_soft_labels_distance_costs,
-                just_beyond_what_soft_labels_overlap_costs,
-            )
-        ),
+        (TAL(1), oracle.tal, {"k": 1}, above_tals_bound),
+        (TAL(1, inside="before"), oracle.tal, {"k": 1, "before": True}, above_tals_bound),
+        (SimOTA(1), oracle.simota, {"top_k": 1}, at_simotas_penalty),
+        (SoftLabel(1), oracle.soft_label, {"top_k": 1}, beyond_soft_labels_distance),
+        (SoftLabel(1), oracle.soft_label, {"top_k": 1}, beyond_soft_labels_iou),
     ],
 )
-def test_what_is_left_out_is_really_worse(rule, brute, arguments, make):
-    """The best anchor is by 0.1 % or less better than a rule's bound for those left out."""
-    (anchors, gt, seen), best = make()
-    logits, boxes = (x[0].double().numpy() for x in (seen.output.classes, seen.boxes))
+def test_candidates_beyond_the_bound_are_compared(rule, brute, arguments, make):
+    """The best anchor is better than the rule's bound for other pairs by 0.1 % or less."""
+    (anchors, gt, predictions), best = make()
+    logits, boxes = (x[0].double().numpy() for x in (predictions.output.classes, predictions.boxes))
     owner, _ = brute(
         anchors, gt.boxes.double().numpy(), gt.classes.numpy(), logits, boxes, **arguments
     )
-    assert np.flatnonzero(owner == 0).tolist() == [best]  # the example is one
-    np.testing.assert_array_equal(rule(anchors, gt, seen).gt_index[0], owner)
+    assert np.flatnonzero(owner == 0).tolist() == [best]  # checks the example
+    np.testing.assert_array_equal(rule(anchors, gt, predictions).gt_index[0], owner)
 
 
 @pytest.mark.parametrize(
     ("rule", "counts"),
     [
-        *((TAL(1), 0), (TAL(1, inside="before"), 0), (SimOTA(1), 1), (SoftLabel(1), 1)),
-        *((OTA(), 0), (POTO(), 1), (DDOD(alpha=0.5), 0)),
+        (TAL(1), 0),
+        (TAL(1, inside="before"), 0),
+        (SimOTA(1), 1),
+        (SoftLabel(1), 1),
+        (OTA(), 0),
+        (POTO(), 1),
+        (DDOD(alpha=0.5), 0),
     ],
 )
-def test_whether_five_thousandths_of_a_pixel_are_inside(rule, counts):
-    """As in the references: OTA, TOOD and ATSS have a margin of 0.01 px, the others none."""
-    boxes = torch.tensor([[27.995, 20.5, 35.9, 35.5]])  # holds (28, 28) alone
+def test_margin_of_inside(rule, counts):
+    """A centre 0.005 px inside. As in the references, OTA, TOOD and ATSS have a margin of 0.01 px,
+    others none."""
+    boxes = torch.tensor([[27.995, 20.5, 35.9, 35.5]])  # contains only (28, 28)
     logits = torch.full((64, 2), 2.0)
-    anchors, gt, seen = scene_of(boxes, [0], logits, boxes.repeat(64, 1))
-    chosen = (rule(anchors, gt, seen).gt_index[0] == 0).nonzero().squeeze(1)
+    anchors, gt, predictions = scene_of(boxes, [0], logits, boxes.repeat(64, 1))
+    chosen = (rule(anchors, gt, predictions).gt_index[0] == 0).nonzero().squeeze(1)
     assert chosen.tolist() == [27] * counts
 
 
-def test_ota_where_objects_ask_for_more_anchors_than_there_are():
-    """Nothing is left for the background to give."""
+def test_ota_with_a_supply_above_the_number_of_anchors():
+    """The background supplies nothing."""
     rng = np.random.default_rng(0)
     anchors = Anchors.grid((24, 24), strides=(8,), scales=(2.0,))
     boxes = torch.tensor([0.0, 0, 24, 24]) + torch.from_numpy(rng.uniform(-2, 2, (4, 4))).float()
     predicted = boxes[torch.arange(9) % 4] + torch.from_numpy(rng.normal(0, 1, (9, 4))).float()
     logits = torch.from_numpy(rng.normal(0, 1, (9, 2))).float()
-    anchors, gt, seen = scene_of(boxes, [0, 1, 0, 1], logits, predicted, (24, 24))
-    assert dynamic_k(Lists(anchors, gt, seen).highest_overlaps(20)).sum() > 9
+    anchors, gt, predictions = scene_of(boxes, [0, 1, 0, 1], logits, predicted, (24, 24))
+    assert dynamic_k(Lists(anchors, gt, predictions).highest_similarities(20)).sum() > 9
     args = (gt.boxes.numpy(), gt.classes.numpy(), logits.numpy(), predicted.numpy())
     owner, _ = oracle.ota(anchors, *args)
     assert (owner >= 0).sum() > 5
-    np.testing.assert_array_equal(OTA()(anchors, gt, seen).gt_index[0], owner)
+    np.testing.assert_array_equal(OTA()(anchors, gt, predictions).gt_index[0], owner)
 
 
 @pytest.mark.parametrize(
     "rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO(), DDOD(alpha=0.5)]
 )
-def test_rules_that_look_need_something_to_look_at(rule):
+def test_rule_needs_predictions(rule):
     assert rule.looks_at_predictions
-    with pytest.raises(ValueError, match=rf"{type(rule).__name__} looks at what a model predicts"):
+    with pytest.raises(
+        ValueError, match=rf"{type(rule).__name__} needs the predictions of a model, got none"
+    ):
         rule(Anchors.grid((64, 64)), make_gt([[0, 0, 9, 9]]))
 
 
 @pytest.mark.parametrize(
     "rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO(), DDOD(alpha=0.5)]
 )
-def test_nothing_is_learnt_through_a_choice(rule, by_hand):
-    anchors, gt, seen = by_hand
-    live = Predictions(seen.output.map(lambda x: x.requires_grad_()), seen.boxes.requires_grad_())
-    found = rule(anchors, gt, live)
+def test_scores_are_detached(rule, by_hand):
+    anchors, gt, predictions = by_hand
+    with_grad = Predictions(
+        predictions.output.map(lambda x: x.requires_grad_()), predictions.boxes.requires_grad_()
+    )
+    found = rule(anchors, gt, with_grad)
     assert (found.gt_index >= 0).any()
     assert found.score is None or not found.score.requires_grad
 
 
 @pytest.mark.parametrize("rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO()])
-def test_probabilities_do_as_well_as_logits(rule):
-    anchors, gt, scores, boxes = of_case("crowded")
+def test_probabilities_equal_logits(rule):
+    anchors, gt, scores, boxes = load_case("crowded")
     p = torch.from_numpy(scores).double().clamp(1e-3, 1 - 1e-3)
     of_logits = rule(anchors, gt, predict((p / (1 - p)).log(), boxes))
     of_probabilities = rule(anchors, gt, predict(p, boxes, probabilities=True))
     assert torch.equal(of_logits.gt_index, of_probabilities.gt_index)
 
 
-def test_who_has_no_candidate_gets_nothing_under_ota():
-    """And takes nothing from others: one beyond the canvas, one between the locations."""
+def test_ota_ignores_objects_without_candidates():
+    """They change nothing for others: one outside the canvas, one between the locations."""
     anchors = Anchors.grid((64, 64))
     objects = torch.tensor([[8.0, 8, 40, 40], [900.0, 900, 930, 930], [17.0, 17, 19.5, 19.5]])
     predicted = anchors.boxes.clone()
     predicted[:20] = objects[2]
-    seen = predict(torch.full((1, len(predicted), 2), -2.0), predicted[None])
-    found = OTA()(anchors, make_gt(objects), seen)
+    predictions = predict(torch.full((1, len(predicted), 2), -2.0), predicted[None])
+    found = OTA()(anchors, make_gt(objects), predictions)
     assert found.positives_per_object(3)[1:].tolist() == [0, 0]
-    assert torch.equal(found.gt_index, OTA()(anchors, make_gt(objects[:1]), seen).gt_index)
+    assert torch.equal(found.gt_index, OTA()(anchors, make_gt(objects[:1]), predictions).gt_index)
 
 
-def test_ota_gives_the_anchors_of_twins_to_the_lower_object():
+def test_ota_gives_anchors_of_duplicates_to_the_first():
     anchors = Anchors.grid((64, 64))
     objects = torch.tensor([[8.0, 8, 40, 40], [30.0, 20, 60, 60], [8.0, 8, 40, 40]])
     predicted = anchors.boxes.clone()
     predicted[:20] = objects[0]
-    seen = predict(torch.full((1, len(predicted), 2), -2.0), predicted[None])
-    found = OTA()(anchors, make_gt(objects), seen).positives_per_object(3).tolist()
+    predictions = predict(torch.full((1, len(predicted), 2), -2.0), predicted[None])
+    found = OTA()(anchors, make_gt(objects), predictions).positives_per_object(3).tolist()
     assert found[0] > 0
     assert found[2] == 0
 
 
-def test_rounding_decides_no_tie_of_ota():
-    """Class costs alone, which tie: lists and tables add them up in another order."""
+def test_rounding_does_not_decide_ties_of_ota():
+    """Class costs tie; lists and tables sum them in different orders."""
     scene = make_scene(171)
     assert (OTA(iou_weight=0.0)(*scene[1:]).gt_index >= 0).any()
 
 
 @pytest.mark.parametrize("loss", [Focal(), QualityFocal(), cross_entropy])
 def test_anchors_of_equal_logits_have_equal_background_losses(loss):
-    """Wherever they lie in memory, in lists and tables: float32 terms must not break ties."""
+    """At any place in memory, in lists and tables: float32 terms must not break ties."""
     anchors, classes = Anchors.grid((64, 64)), 1203
     logits = torch.randn(classes, generator=torch.manual_seed(0)).expand(2, len(anchors.boxes), -1)
-    seen = predict(logits, anchors.boxes.expand(2, -1, 4))
+    predictions = predict(logits, anchors.boxes.expand(2, -1, 4))
     gt = make_gt([[8, 8, 40, 40]], num_images=2)
-    whole = Tables(anchors, gt, seen).background(loss).flatten()
-    few = Lists(anchors, gt, seen).background_of(loss, torch.tensor([3, 5, 90]))
+    whole = Tables(anchors, gt, predictions).background(loss).flatten()
+    few = Lists(anchors, gt, predictions).background_at(loss, torch.tensor([3, 5, 90]))
     assert len({*whole.tolist(), *few.tolist()}) == 1
 
 
-def test_a_contested_anchor_goes_to_whom_it_costs_least_though_nobody_looked():
-    """Two objects without any anchor of their own choose the one that takes part; it lies in the
-    third, which has chosen others, and is cheaper to that than to them."""
+def test_contested_anchor_goes_to_the_cheapest_of_all():
+    """Two objects without anchors inside select the only eligible one; it lies in the third object,
+    which has selected others, and costs that less than them."""
     anchors = Anchors.grid((32, 32), strides=(8,), scales=(2.0,))
     objects = torch.tensor([[100.0, 100, 110, 110], [200.0, 0, 220, 20], [0.0, 0, 32, 32]])
     boxes = objects[2].expand(16, 4).clone()
@@ -616,17 +632,17 @@ def test_a_contested_anchor_goes_to_whom_it_costs_least_though_nobody_looked():
     assert found.positives_per_object(3).tolist() == [0, 0, 4]
 
 
-def test_an_object_looks_farther_where_what_is_near_is_dear():
-    """Nothing near its centre overlaps it, which costs 10 ln 1e7 = 161; an anchor 5.1 strides from
-    there does, which costs 10^2.1 = 133 for the distance."""
+def test_fallbacks_if_candidates_are_expensive():
+    """Central anchors do not overlap the object, which costs 10 ln 1e7 = 161; an anchor 5.1 strides
+    away does, and costs 10^2.1 = 133 for the distance."""
     anchors = Anchors.grid((128, 128), strides=(8,), scales=(2.0,))
     objects = torch.tensor([[51.0, 48, 83, 80], [0.0, 0, 128, 128]])
     boxes = torch.tensor([0.0, 0, 40, 40]).repeat(256, 1)
     far = 7 * 16 + 13  # at (108, 60)
     boxes[far] = objects[0]
     logits = torch.full((256, 2), -4.0)
-    seen = predict(logits[None], boxes[None])
-    found = SoftLabel(iou_weight=10.0)(anchors, make_gt(objects, classes=[0, 1]), seen)
+    predictions = predict(logits[None], boxes[None])
+    found = SoftLabel(iou_weight=10.0)(anchors, make_gt(objects, classes=[0, 1]), predictions)
     assert (found.gt_index[0] == 0).nonzero().squeeze(1).tolist() == [far]
 
 
@@ -634,9 +650,9 @@ def test_an_object_looks_farther_where_what_is_near_is_dear():
     "rule", [TAL(inside="before"), SimOTA(), SoftLabel(), OTA(), PAA(), POTO()]
 )
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_changes_nothing_else(rule, value):
-    """Boxes and classes of an anchor that nobody wants, as without them."""
-    anchors, gt, scores, boxes = of_case("typical")
+def test_values_that_are_not_finite_change_no_others(rule, value):
+    """Boxes and classes of background anchors."""
+    anchors, gt, scores, boxes = load_case("typical")
     p = torch.from_numpy(scores).clamp(1e-6, 1 - 1e-6)
     logits, boxes = (p / (1 - p)).log(), torch.from_numpy(boxes).clone()
     plain = rule(anchors, gt, predict(logits, boxes))
@@ -652,21 +668,20 @@ def test_what_is_not_finite_changes_nothing_else(rule, value):
 @pytest.mark.parametrize(
     "rule", [TAL(), SimOTA(), SoftLabel(), OTA(), PAA(), POTO(), DDOD(alpha=0.5)]
 )
-def test_pieces_of_a_batch_change_nothing(rule, monkeypatch):
-    """Few pairs at a time, as in crowds; objects of several images, mixed up."""
-    anchors, gt, seen, *_ = unlike_images("plain", 2)
-    whole = rule(anchors, gt, seen)
+def test_pieces_equal_the_whole_batch(rule, monkeypatch):
+    """Few pairs at a time, as in crowds; shuffled objects of several images."""
+    anchors, gt, predictions, *_ = make_batch("plain", 2)
+    whole = rule(anchors, gt, predictions)
     monkeypatch.setattr("atss.assigners.lists.PIECE", 7 * len(anchors.boxes))
     monkeypatch.setattr("atss.assigners.atss.ATSS.CHUNK", 7)
     with use_engine("auto", limit=7 * len(anchors.boxes)):
-        in_pieces = rule(anchors, gt, seen)
+        in_pieces = rule(anchors, gt, predictions)
     assert torch.equal(whole.gt_index, in_pieces.gt_index)
     assert whole.score is None or torch.equal(whole.score, in_pieces.score)
 
 
-def test_paa_takes_the_cheap_ones():
-    """An object whose 20 anchors cost what two bunches of numbers say: the lower is positive, up to
-    where it is densest."""
+def test_paa_selects_the_cheaper_component():
+    """Costs in two clusters: the component of the lower one, and the place of its peak."""
     values = torch.tensor([[0.9, 1.0, 1.02, 1.04, 1.2, 4.8, 5.0, 5.1, torch.inf]]).double()
     good, density = mixture(values)
     assert good.tolist() == [[True] * 5 + [False] * 4]
@@ -674,7 +689,7 @@ def test_paa_takes_the_cheap_ones():
     assert density[0, 8] == -torch.inf
 
 
-def test_refuses_numbers_that_make_no_sense():
+def test_refuses_arguments_out_of_range():
     for rule, argument, value, sentence in (
         (TAL, "top_k", 0, "top_k must be >= 1, got 0"),
         (TAL, "inside", "never", r"inside is 'never': choose from \['after', 'before'\]"),

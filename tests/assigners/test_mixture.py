@@ -9,7 +9,7 @@ from atss.assigners.mixture import mixture
 from atss.assigners.segments import Segments, cheapest
 
 
-def test_cheapest_of_equal_costs_are_the_first():
+def test_cheapest_selects_the_first_of_equal_costs():
     """Three costs are at most the second lowest: the lowest is the last of them."""
     cost = torch.tensor([[2.0, 2, 1]])
     assert cheapest(cost, 2, 2).tolist() == [[True, False, True]]
@@ -19,7 +19,7 @@ def test_cheapest_of_equal_costs_are_the_first():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_cheapest_equals_a_sort_of_each_segment(seed):
-    """Of costs from 0 to 3, so that most tie, some infinite; segments of any length and k."""
+    """Costs from 0 to 3, most of which tie, and infinite ones; segments of any length and k."""
     rng = np.random.default_rng(seed)
     count = rng.integers(1, 9, 30)
     cost = rng.choice([0.0, 1.0, 2.0, 3.0, np.inf], count.sum())
@@ -30,8 +30,9 @@ def test_cheapest_equals_a_sort_of_each_segment(seed):
     chosen = cheapest(table, torch.tensor(k), 6)[segments.row, segments.column]
     first = 0
     for length, wanted in zip(count, k, strict=True):
-        own = cost[first : first + length]
-        best = [i for i in np.argsort(own, kind="stable")[:wanted] if own[i] < np.inf]
+        values = cost[first : first + length]
+        order = np.argsort(values, kind="stable")[:wanted]
+        best = [i for i in order if values[i] < np.inf]
         assert chosen[first : first + length].nonzero().squeeze(1).tolist() == sorted(best)
         first += length
 
@@ -44,8 +45,8 @@ ROWS = {
 }
 
 
-def test_mixture_is_scikit_learns():
-    """Rows of several lengths at once, each as if alone: the slow ones to their end; of equal
+def test_mixture_equals_scikit_learn():
+    """Rows of several lengths at once, each as if alone, also those of many iterations; of equal
     likelihoods the cheaper component."""
     width = max(map(len, ROWS.values()))
     values = torch.full((len(ROWS), width), torch.inf, dtype=torch.float64)
@@ -70,11 +71,11 @@ def test_mixture_is_scikit_learns():
         assert good[i].tolist() == [*(model.predict(x) == 0), *[False] * (width - size)], name
         np.testing.assert_allclose(density[i, :size], model.score_samples(x), rtol=1e-6)
         assert (density[i, size:] == -torch.inf).all()
-    assert min(sorted(iterations.values())[-2:]) > 50  # the slow rows can tell
+    assert min(sorted(iterations.values())[-2:]) > 50  # some rows have many iterations
 
 
-def test_mixture_with_a_far_outlier():
-    """Squares of 5e5 leave no digits to a variance of 1e-6, which rounding made negative."""
+def test_mixture_with_an_outlier():
+    """Squares of 5e5 leave no digits for a variance of 1e-6, which rounding can make negative."""
     costs = [0.9986, 0.9996, 1.0006, 1.0011, 1.0012, 1e6]
     good, density = mixture(torch.tensor([costs], dtype=torch.float64))
     assert good.tolist() == [[True] * 5 + [False]]

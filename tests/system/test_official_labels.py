@@ -1,4 +1,4 @@
-"""Labels that the authors' code gives to six sets of boxes, for each definition of a sample."""
+"""Labels by the authors' code for six sets of boxes and each of its rules."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ with run_page("docs/own_assigner.md") as (names, _):
 @pytest.mark.parametrize("number", range(6))
 def test_labels_and_matched_objects(name, number):
     anchors = Anchors.grid(tuple(REFERENCE["canvas_hw"].tolist()))
-    # Their boxes end at the last pixel; continuous ones half a pixel farther on either side.
+    # The authors' boxes end at the last pixel; continuous ones half a pixel beyond on either side.
     grown = REFERENCE[f"gt_boxes_{number}"] + np.array([-0.5, -0.5, 0.5, 0.5], np.float32)
     gt_index = RULES[name](anchors, make_gt(grown)).gt_index[0].numpy()
     classes = REFERENCE[f"gt_labels_{number}"]

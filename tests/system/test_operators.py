@@ -1,5 +1,5 @@
-"""Rules start few operators on a GPU, and the host does not wait for it: counted on a CPU
-(tools/benchmarks/operators.py)."""
+"""Rules start few operators on a GPU and do not make the host wait; counted on a CPU by
+tools/benchmarks/operators.py."""
 
 from functools import cache
 
@@ -13,7 +13,7 @@ from conftest import THIN
 from atss import model_zoo
 from atss.assigners import use_engine
 
-# Operators of one call for two images, of tables of any number of objects that are one piece.
+# Operators of one call for two images whose objects fit one table.
 LIMITS = {
     "ATSS": 110,
     "DDOD": 160,
@@ -26,9 +26,9 @@ LIMITS = {
     "SpatialScale": 50,
     "TAL": 130,
 }
-# They match or fit on the host.
+# These match or fit on the host.
 ON_HOST = ("PAA", "POTO")
-# Of a step of Detectron2's RetinaNet, R-50, two images.
+# Operators of a step of Detectron2's RetinaNet, R-50, two images.
 RETINANET = {"fp32": 1152, "bf16": 1457}
 RULES = dict(registered_rules())
 
@@ -40,7 +40,7 @@ def scene(objects):
 
 @pytest.mark.parametrize("objects", [14, 200])
 @pytest.mark.parametrize("name", RULES)
-def test_a_call_starts_few_operators_and_never_waits(name, objects):
+def test_call_starts_few_operators_and_never_waits(name, objects):
     on_host = int(name in ON_HOST)
     counts, assignment = count_rule(RULES[name], scene(objects), "auto", may_wait=False)
     assert (counts.to_host, counts.to_gpu, counts.waits) == (on_host, on_host, on_host)
@@ -65,8 +65,8 @@ def case(precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_starts_no_more_operators_than_retinanets(precision):
-    """And copies nothing but two images and three tensors of ground truth."""
+def test_step_starts_no_more_operators_than_retinanet(precision):
+    """It copies only two images and three tensors of ground truth."""
     counts = sum(count_step(OURS, case(precision)).values(), Counts())
     assert (counts.waits, counts.to_host, counts.to_gpu) == (0, 0, 5)
     assert counts.operators <= RETINANET[precision]
@@ -74,6 +74,6 @@ def test_a_step_starts_no_more_operators_than_retinanets(precision):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_retinanets_step_has_the_operators_of_the_table(precision):
+def test_retinanet_starts_as_many_operators_as_listed(precision):
     counts = sum(count_step("detectron2-retinanet", case(precision)).values(), Counts())
     assert counts.operators == RETINANET[precision]

@@ -14,7 +14,7 @@ with run_page("docs/own_assigner.md") as (names, _):
 
 
 def brute_force(anchors, gt, k, like="iou"):
-    """(R,) over all anchors, in float64; what agrees to 2^-40 ties, and goes to lower indices."""
+    """(R,) over all anchors, in float64; scores that agree to 2^-40 tie, for the lower index."""
     boxes, gt = anchors.boxes.double().numpy(), gt.astype(np.float64)
     owner, best = np.full(len(boxes), BACKGROUND), np.full(len(boxes), -np.inf)
     if len(gt) == 0:
@@ -36,7 +36,7 @@ def brute_force(anchors, gt, k, like="iou"):
 @pytest.mark.parametrize("k", [9, 1, 20])
 @pytest.mark.parametrize("ratios", [(1.0,), (0.25, 4.0)])
 def test_equals_brute_force(step, k, ratios):
-    """These ratios give anchors without rounding, which otherwise decides ties in brute force."""
+    """Anchors of these ratios are exact; with others rounding would decide ties."""
     hw = (160, 350)
     anchors = Anchors.grid(hw, ratios=ratios)
     rng = np.random.default_rng(k)
@@ -51,9 +51,9 @@ def test_equals_brute_force(step, k, ratios):
 
 
 def test_by_hand():
-    """Anchors of 16 px every 8 px, an object of 20 px around location (1, 1). That one overlaps it
-    most; next are the four in its row and column (10 x 16 px shared), whose centres lie 2 px inside
-    it; then the diagonal ones (10 x 10)."""
+    """Anchors of 16 px every 8 px, an object of 20 px around location (1, 1), whose anchor has the
+    highest IoU; next are the four in its row and column (10 x 16 px shared), whose centres lie 2 px
+    inside; then the diagonal ones (10 x 10)."""
     anchors = Anchors.grid((32, 32), strides=(8,), scales=(2.0,))
     five = TopK(5)(anchors, make_gt([[2, 2, 22, 22]])).gt_index.view(4, 4)
     expected = torch.full((4, 4), BACKGROUND)
@@ -82,7 +82,7 @@ def test_refuses_k_below_one():
         (1e-14, 2, [0, 1], [1, 5]),
     ],
 )
-def test_distances_cost_a_share_of_the_farthest_of_the_image(gain, k, images, expected):
+def test_distance_is_relative_to_the_farthest_of_the_image(gain, k, images, expected):
     """An object around location 5 of 4 x 4, whose neighbour 6 is a bit more similar."""
     anchors = Anchors.grid((64, 64), strides=(16,))
     similarity = torch.full((16, 1), 0.5, dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""What holds for any finite input: boxes tiny, huge, without area, inverted, doubled or far away,
-levels of any size, outputs of +-1e4 in any precision.
+"""Properties for any finite input: boxes tiny, huge, without area, inverted, duplicated or far
+away, levels of any size, outputs of +-1e4 in any precision.
 
-Finite means coordinates up to 1e8 pixels: areas are squares, and those of float32 end at 3e38.
+Coordinates are up to 1e8 pixels, because areas are squares, and float32 ends at 3e38.
 """
 
 from types import SimpleNamespace
@@ -28,12 +28,12 @@ STRIDES = (8, 16, 32, 64, 128)
 
 
 def examples(few: int, many: int):
-    """So many in `make test`, and so many in `make test-full`."""
+    """Parametrise by the number of examples in `make test` and in `make test-full`."""
     return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
 def for_all(count: int, *strategies: st.SearchStrategy):
-    """Runs a function on examples, the same ones each time."""
+    """Run a function on examples, the same in each run."""
     checks = list(HealthCheck)
     same = settings(
         max_examples=count,
@@ -58,7 +58,7 @@ SIDES = st.one_of(
 
 @st.composite
 def boxes(draw):
-    """A few boxes, some of them twice."""
+    """Draw a few boxes, some of them twice."""
     drawn = draw(st.lists(st.tuples(PLACES, PLACES, SIDES, SIDES), max_size=5))
     kinds = [(x, y, x + width, y + height) for x, y, width, height in drawn]
     if kinds:
@@ -68,7 +68,7 @@ def boxes(draw):
 
 @st.composite
 def grids(draw):
-    """Levels, and the anchors on them."""
+    """Draw arguments of Anchors.on_levels."""
     count = draw(st.integers(1, 5))
     side = st.integers(1, 7)
     return SimpleNamespace(
@@ -82,7 +82,7 @@ def grids(draw):
 
 @st.composite
 def truths(draw):
-    """Ground truth of one to three images."""
+    """Draw the ground truth of one to three images."""
     num_images = draw(st.integers(1, 3))
     drawn = draw(boxes())
     which = st.lists(st.integers(0, num_images - 1), min_size=len(drawn), max_size=len(drawn))
@@ -108,12 +108,11 @@ def test_assignment(rule, count):
     def holds(grid, gt, random):
         assign = of_levels(rule, len(grid.sizes))
         anchors = Anchors.on_levels(**vars(grid))
-        said = outputs(grid, gt.num_images, random.getrandbits(30), torch.float32, False)
-        seen = Predictions(
-            said, BoxDeltas().decode(said.box_regression, anchors.boxes, anchors.stride)
-        )
+        output = outputs(grid, gt.num_images, random.getrandbits(30), torch.float32, False)
+        decoded = BoxDeltas().decode(output.box_regression, anchors.boxes, anchors.stride)
+        predictions = Predictions(output, decoded)
         dynamic = getattr(assign, "looks_at_predictions", False)
-        found = assign(anchors, gt, seen)
+        found = assign(anchors, gt, predictions)
         index = found.gt_index
         assert index.shape == (gt.num_images, len(anchors.boxes))
         assert index.min() >= IGNORE
@@ -132,12 +131,13 @@ def test_assignment(rule, count):
         # An image's assignment does not depend on the others.
         for i in range(gt.num_images):
             keep = (gt.image_index == i).nonzero().squeeze(1)
-            own = Predictions(said.at(slice(i, i + 1)), seen.boxes[i : i + 1])
-            alone = assign(anchors, part(gt, keep, 1), own).gt_index[0]
-            here = torch.where(alone >= 0, keep[alone.clamp(min=0)], alone) if len(keep) else alone
-            assert torch.equal(here, index[i])
+            single = Predictions(output.at(slice(i, i + 1)), decoded[i : i + 1])
+            alone = assign(anchors, part(gt, keep, 1), single).gt_index[0]
+            if len(keep):
+                alone = torch.where(alone >= 0, keep[alone.clamp(min=0)], alone)
+            assert torch.equal(alone, index[i])
 
-        # Nor on the order of objects, but for ties; of which predictions make more than boxes do.
+        # Nor on the order of objects, except for ties, which predictions cause more often.
         if dynamic:
             return
         order = list(range(len(gt)))
@@ -172,7 +172,7 @@ PARTS = [
 
 
 def detector_of(grid, coder: str, loss: str, rule: str, score: str = "sqrt") -> ATSSDetector:
-    """Everything after the head, and nothing before."""
+    """Make a detector whose backbone and head are identities."""
     coder = {"box": BoxDeltas, "point": PointDistances, "log_point": LogDistances}[coder]()
     kinds = vars(grid).items()
     return ATSSDetector(
@@ -194,7 +194,7 @@ PALETTE = torch.tensor([-1e4, -1e3, -60, -5, -1, -1e-6, 0, 1e-3, 1, 5, 60, 1e3, 
 
 
 def outputs(grid, n: int, seed: int, dtype: torch.dtype, quality: bool) -> HeadOutput:
-    """Numbers of any size, logits in the given precision (boxes are float32 always)."""
+    """Make outputs of any size; logits and quality have the dtype, box_regression float32."""
     generator = torch.Generator().manual_seed(seed)
     anchors = Anchors.on_levels(**vars(grid))
     shape = (n, len(anchors.boxes), K + 5)
@@ -256,11 +256,11 @@ def test_detections(coder, count):
             assert ((found.scores >= 0) & (found.scores <= 1)).all()
             assert (found.scores[:-1] >= found.scores[1:]).all()
             assert ((found.pred_classes >= 0) & (found.pred_classes < K)).all()
-            # Suppression moves boxes apart by class, where sides of less get lost in float64.
-            seen = found[(corners[:, 2:] - corners[:, :2]).amin(dim=1) > 1e-6]
-            sides = seen.pred_boxes.tensor.double()
+            # Suppression offsets boxes by class, which drops smaller sides in float64.
+            visible = found[(corners[:, 2:] - corners[:, :2]).amin(dim=1) > 1e-6]
+            sides = visible.pred_boxes.tensor.double()
             overlap = iou(sides[:, None], sides).fill_diagonal_(0)
-            rivals = seen.pred_classes[:, None] == seen.pred_classes
+            rivals = visible.pred_classes[:, None] == visible.pred_classes
             assert (overlap[rivals] <= 0.6 + 1e-6).all()
 
             one = output.map(lambda x, i=i: x[i : i + 1])

@@ -23,7 +23,7 @@ NAMES = {
     "atss.assigners.cuts.DynamicK": f"atss.assigners.legacy.DynamicK {_SELECT}.sim_ota.dynamic_k",
     "atss.assigners.matching.class_cost": "atss.assigners.pairs.class_cost",
     "atss.assigners.matching.overlap": (
-        "atss.assigners.legacy.overlap a method that returns pairs.overlap"
+        "atss.assigners.legacy.overlap a method that returns pairs.similarity"
     ),
     "atss.assigners.pairs.INSIDE_MARGIN": "atss.assigners.locations.INSIDE_MARGIN",
     "atss.assigners.pairs.all_anchors": "atss.assigners.locations.all_anchors",
@@ -117,21 +117,38 @@ MODULES = {
 
 
 def renamed_names(module: str, new_module: str = "") -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a module for its old names. Names that are not in NAMES come
-    from ``new_module``, if it is given."""
+    """Make the ``__getattr__`` of a module that names have left.
+
+    Args:
+        new_module: the module with the names that are not in NAMES.
+    """
 
     def find(name: str) -> Any:
         old = f"{module}.{name}"
-        if old not in NAMES and not new_module:
+        target, _, instead = NAMES.get(old, new_module and f"{new_module}.{name}").partition(" ")
+        if not target:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        target, _, instead = NAMES.get(old, f"{new_module}.{name}").partition(" ")
         place, _, new = target.rpartition(".")
         value = getattr(importlib.import_module(place), new)
-        if not name.startswith("__"):  # the import system reads those
+        if not name.startswith("__"):  # the import system asks for those
             warn(old, instead or target)
         return value
 
     return find
+
+
+def renamed_attribute(old: str, new: str) -> property:
+    """Make a property that returns another attribute with a warning.
+
+    Args:
+        old, new: names, which begin with that of the class.
+    """
+
+    def get(instance: Any) -> Any:
+        warn(old, new)
+        return getattr(instance, new.rpartition(".")[2])
+
+    return property(get)
 
 
 def warn(name: str, instead: str) -> None:

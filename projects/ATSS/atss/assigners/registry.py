@@ -12,7 +12,6 @@ from .similarities import NWD, IoU, SimD
 from .spatial_scale import SpatialScale
 from .tal import TAL
 
-# Two boxes (..., 4) -> similarity (...).
 SIMILARITIES = Registry("SIMILARITY", group="SIMILARITIES")
 SIMILARITIES.add(iou=IoU, nwd=NWD, simd=SimD)
 
