@@ -19,14 +19,14 @@ from .foreach import ScaleAll, autocast_dtype, cast_all, is_grouped
 
 
 class P6P7FromP5(nn.Module):
-    """P6 and P7 by strided convolutions of P5, instead of the bottom-up's last stage as in
-    Detectron2's RetinaNet (FCOS, section 4; all of the authors' configs).
+    """P6 and P7 by strided convolutions of P5, not of the bottom-up's last stage as in Detectron2's
+    RetinaNet (FCOS, section 4; all of the authors' configs).
 
     Args:
         channels: in and out.
-        relu_before_p7: whether a ReLU is applied to P6 before P7 is computed.
-        in_feature: input level. With P4 the new levels are P5 and P6; the convolutions keep the
-            names that checkpoints have.
+        relu_before_p7: whether P7 is computed from P6 after a ReLU.
+        in_feature: input level. From P4 the new levels are P5 and P6, with the same names of
+            parameters.
     """
 
     num_levels = 2
@@ -48,9 +48,8 @@ class P6P7FromP5(nn.Module):
 def _halve(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Return ``conv(x)`` of a 3 x 3 convolution with stride 2.
 
-    If the output has one column, oneDNN's bfloat16 kernel for processors with AMX (in torch 2.14)
-    reads beyond its input. So the input is padded with zeros to two output columns, of which the
-    first is returned.
+    If the output has one column, oneDNN's bfloat16 kernel for AMX (torch 2.14) reads beyond its
+    input. So the input is padded with zeros to two output columns, and the first is returned.
     """
     width = x.shape[-1]
     bfloat16 = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
@@ -67,8 +66,8 @@ def build_fpn(
     fuse_type: str = "sum",
     relu_before_p7: bool = True,
 ) -> FPN:
-    """Return an FPN on ``in_features`` of the bottom-up, with two levels on top: P3 to P7 for features
-    with strides 8, 16 and 32. Frozen norms of the bottom-up are folded into its convolutions."""
+    """Return an FPN with two levels on top, P3 to P7 for features with strides 8, 16 and 32. Frozen
+    norms of the bottom-up are folded."""
     fold_frozen_norms(bottom_up)
     last = bottom_up.output_shape()[in_features[-1]].stride
     top_block = P6P7FromP5(out_channels, relu_before_p7, f"p{int(math.log2(last))}")
@@ -76,8 +75,8 @@ def build_fpn(
 
 
 def freeze_unused(backbone: Backbone, levels: Sequence[str]) -> None:
-    """Freeze the convolutions of an FPN that do not contribute to these levels, in place: they would
-    get no gradient, and DDP on GPUs waits for the gradient of every trained parameter."""
+    """Freeze, in place, the convolutions of an FPN that these levels do not depend on: DDP on GPUs
+    would wait for their gradients."""
     if not isinstance(backbone, FPN):
         return
     layers, top = dict(backbone.named_children()), backbone.top_block
@@ -98,8 +97,8 @@ def freeze_unused(backbone: Backbone, levels: Sequence[str]) -> None:
 
 
 class FrozenNormConv2d(Conv2d):
-    """Convolution with its frozen norm folded into the weights. Applying the norm to the output would
-    read and write the output twice more, forward and backward. Equal up to rounding."""
+    """Convolution with its frozen norm folded into the weights, up to rounding. A norm would read and
+    write the output twice more, forward and backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._folded()
@@ -126,11 +125,11 @@ class FrozenNormConv2d(Conv2d):
 class FoldedWeights:
     """Folded weights and biases of a backbone's convolutions, for one forward pass on a GPU.
 
-    R-50 has 53 convolutions with frozen norms, and each would launch a multiplication, its gradient
-    and, under autocast, three casts. Here one operator computes the weights of a group of
-    convolutions, when the first of them is called. Each weight is handed out once, so inference
-    holds the weights of one group at a time. The gradients of a group reach its parameters
-    together, so DDP exchanges those of one stage during the backward pass of the next.
+    R-50 has 53 such convolutions, and each would launch a multiplication, its gradient and, under
+    autocast, three casts. Here one operator computes the weights of a stage when its first
+    convolution is called. Weights are handed out once, so inference holds those of one stage. The
+    gradients of a stage arrive together, and DDP exchanges them during the backward pass of the
+    next.
 
     Args:
         groups: convolutions of each stage.
@@ -169,8 +168,8 @@ _folded_weights: ContextVar[FoldedWeights | None] = ContextVar("folded_weights",
 
 
 class FoldedFPN(FPN):
-    """Detectron2's FPN, which on GPUs folds the frozen norms of each stage of the bottom-up together
-    (:class:`FoldedWeights`). On CPUs each convolution folds its own norm."""
+    """FPN that on GPUs folds the frozen norms of each stage together (:class:`FoldedWeights`). On
+    CPUs each convolution folds its own norm."""
 
     def __init__(self, bottom_up: Backbone, *args: Any, **kwargs: Any):
         super().__init__(bottom_up, *args, **kwargs)
@@ -191,20 +190,18 @@ class FoldedFPN(FPN):
 
 
 def fold_frozen_norms(module: nn.Module) -> None:
-    """Fold the frozen norms of all convolutions into their weights. In place; parameters, buffers and
-    their names stay."""
+    """Fold the frozen norms of all convolutions, in place. Parameters, buffers and names stay."""
     for conv in module.modules():
         if type(conv) is Conv2d and conv.bias is None and isinstance(conv.norm, FrozenBatchNorm2d):
             conv.__class__ = FrozenNormConv2d
 
 
 class DeformBottleneck(CNNBlockBase):
-    """Bottleneck with a deformable 3 x 3 convolution and the parameter names of Detectron2's
-    DeformBottleneckBlock, without its compiled operator.
+    """Detectron2's DeformBottleneckBlock without its compiled operator.
 
     Args:
         plain: block whose layers are used.
-        modulated: whether masks weight the taps (version 2, arXiv 1811.11168).
+        modulated: version 2 (arXiv 1811.11168).
         offset_groups: groups of channels with their own offsets.
     """
 
@@ -234,10 +231,7 @@ class DeformBottleneck(CNNBlockBase):
 def make_deformable(
     bottom_up: ResNet, stages: Sequence[bool], modulated: bool, offset_groups: int = 1
 ) -> ResNet:
-    """Make the bottlenecks of some stages deformable, in place.
-
-    Args:
-        stages: whether res2, res3, res4 and res5 are made deformable.
+    """Make the bottlenecks of res2 to res5 deformable, in place, if the stage's flag is set.
 
     Raises:
         UserError: if a stage has no bottlenecks (ResNet-18 and 34).
@@ -249,8 +243,8 @@ def make_deformable(
         for i, block in enumerate(stage):
             if not isinstance(block, BottleneckBlock):
                 raise UserError(
-                    "MODEL.RESNETS.DEFORM_ON_PER_STAGE needs bottlenecks, and ResNet-18 and 34 have "
-                    f"none ({name} is made of {type(block).__name__})"
+                    "MODEL.RESNETS.DEFORM_ON_PER_STAGE needs bottlenecks, which ResNet-18 and 34 do "
+                    f"not have: {name} is made of {type(block).__name__}"
                 )
             stage[i] = DeformBottleneck(block, modulated, offset_groups)
     return bottom_up

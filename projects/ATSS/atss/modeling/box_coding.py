@@ -16,12 +16,11 @@ class BoxCode(Protocol):
     Attributes:
         channels: D, values that the head predicts for each anchor.
         initial: box regression before training.
-        uses_shape: whether decoding depends on the anchor's width and height. Otherwise several
-            anchors of a location would decode to the same box.
+        uses_shape: whether decoding depends on the anchor's width and height; otherwise anchors of
+            a location decode to the same box.
         relative: whether the box regression counts from the anchor, as convolutions predict it.
         comparable: whether the box regression can be compared with encoded boxes (smooth L1).
-        form: unit of the box regression, for heads that decode it themselves: "deltas",
-            "distances" (strides), "log_distances" (pixels), "distribution", "corners" (strides).
+        form: "deltas", "log_distances" or "corners", for heads that decode or accept only these.
         bins: of each side's distribution, if the box regression is its logits, else 0.
         inference_only: whether training with this code is refused.
         legacy: pixels to add to a box that weights of the authors' code predict.
@@ -40,22 +39,17 @@ class BoxCode(Protocol):
     legacy: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
 
     def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """Encode (..., 4) boxes, with (..., 4) anchors in pixels and (...) strides, as (..., E)
-        targets. E may be smaller than D."""
+        """Encode (..., 4) boxes, given (..., 4) anchors and (...) strides in pixels, as (..., E)
+        targets; E <= D."""
         ...
 
     def decode(self, box_regression: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """Decode (..., D) box regression, with (..., 4) anchors in pixels and (...) strides, to
-        (..., 4) boxes in pixels."""
+        """Decode (..., D) box regression, given (..., 4) anchors and (...) strides in pixels, to
+        (..., 4) boxes."""
         ...
 
     def after_resizing(self, instances: Any, input_hw: tuple[int, int]) -> None:
-        """Correct the detections of one image in place.
-
-        Args:
-            instances: in pixels of the original image.
-            input_hw: (height, width) of the network's input.
-        """
+        """Correct the detections of an image in place; ``input_hw`` is the network's input."""
         return None
 
 
@@ -108,7 +102,6 @@ class PointDistances(BoxCode):
     """
 
     initial = 4.0
-    form = "distances"
 
     def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
         return side_distances(centres(anchors), boxes) / stride[..., None]
@@ -145,7 +138,6 @@ class Distribution(nn.Module, BoxCode):
 
     project: Tensor
 
-    form = "distribution"
     # Targets stay this far below ``reg_max``, as in the authors' code.
     MARGIN = 0.1
 
@@ -184,13 +176,11 @@ class Corners(BoxCode):
 
 
 class LegacyPixels(BoxCode):
-    """Adapter that turns predictions of the authors' weights into boxes of our convention.
-
-    It is for inference only: in training the losses would learn other boxes than inference
-    reports.
+    """Conversion of boxes of the authors' weights to our convention, for inference only: losses would
+    learn other boxes than inference reports.
 
     Args:
-        code: the box code of the weights.
+        code: of the weights.
 
     Raises:
         UserError: for distributions, which none of the authors' weights predict.
@@ -215,8 +205,7 @@ class LegacyPixels(BoxCode):
         return boxes + boxes.new_tensor(self.code.legacy)
 
     def after_resizing(self, instances: Any, input_hw: tuple[int, int]) -> None:
-        """Make the last pixel of each box one pixel of the original image wide: resizing scaled it
-        with the box."""
+        """Undo the resizing of the last pixel, which is one pixel of the original image wide."""
         height, width = instances.image_size
         boxes = instances.pred_boxes.tensor
         boxes[:, 2] += 1 - width / input_hw[1]
@@ -225,6 +214,5 @@ class LegacyPixels(BoxCode):
 
 
 def _box_around(points: Tensor, distances: Tensor) -> Tensor:
-    """Return (..., 4) boxes from (..., 2) points and (..., 4) distances to left, top, right and
-    bottom."""
+    """Return (..., 4) boxes from (..., 2) points and (..., 4) distances to their sides."""
     return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)

@@ -20,8 +20,7 @@ class Phase(nn.Module):
     """Assigner and criterion of a branch until an iteration.
 
     Args:
-        assigner: of training samples; None if the branch takes the assignment of another one.
-        criterion: of the losses.
+        assigner: None if the branch takes the assignment of another one.
         assignment_of: name of that other branch.
         until: first iteration of the next phase.
     """
@@ -63,9 +62,7 @@ class Branch(nn.Module):
         super().__init__()
         ends = [phase.until for phase in phases]
         if not ends or ends != sorted({*ends}) or ends[0] <= 0 or ends[-1] < math.inf:
-            raise UserError(
-                f"phases must end at increasing iterations, the last at none, got {ends}"
-            )
+            raise UserError(f"phases must end at rising iterations, the last at none, got {ends}")
         if detached and head is None:
             raise UserError("detached features need a branch with a head of its own")
         if head_of and head is not None:
@@ -79,8 +76,7 @@ class Branch(nn.Module):
         return next(x for x in self.phases if isinstance(x, Phase) and iteration < x.until)
 
     def source(self, name: str) -> Source:
-        """Return the source of the branch's output; ``name`` is the branch's own name. Several
-        branches may have the same source."""
+        """Return the source of the output of this branch, called ``name``. Branches may share it."""
         return self.head_of if self.head is None else name, self.output
 
     def own_outputs(self, features: Sequence[Tensor]) -> HeadOutputs:
@@ -89,13 +85,10 @@ class Branch(nn.Module):
         return self.head([x.detach() for x in features] if self.detached else features)
 
     def select_output(self, outputs: HeadOutputs) -> HeadOutput:
-        """Return the branch's output.
-
-        Args:
-            outputs: of its head, one or several by name.
+        """Return the branch's output from the outputs of its head.
 
         Raises:
-            UserError: if the head does not compute it.
+            UserError: if the head has no such output.
         """
         named = outputs if isinstance(outputs, Mapping) else {"": outputs}
         if self.output not in named:
@@ -116,17 +109,15 @@ def compute_quotients(
 ) -> tuple[dict[str, dict[str, Quotient]], dict[str, Assignment]]:
     """Decode, assign and compute the losses of each branch: a training step after the network.
 
-    It depends on tensors and on objects that stay the same from step to step, so torch.compile
-    makes one graph of it. The caller chooses the phases, divides the losses and logs them.
+    Its arguments are tensors, or stay the same from step to step: torch.compile makes one graph.
 
     Args:
-        phases: {branch: its phase now}.
+        phases: {branch: current phase}.
         sources: {branch: key in outputs}.
-        outputs: of the heads; each is decoded once.
 
     Returns:
-        the losses of each branch before their division, and the assignment of each branch that has
-        an assigner.
+        the losses of each branch before their division, and the assignments of branches with an
+        assigner.
     """
     decoded = {source: decode(code, output, anchors) for source, output in outputs.items()}
     assignments = {}

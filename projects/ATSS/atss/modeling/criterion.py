@@ -19,12 +19,10 @@ FOCAL = Focal()
 
 
 class Quotient(NamedTuple):
-    """A loss before its division: ``total / max(amount, least)``.
+    """A loss before its division by max(``amount`` of all processes, ``least``).
 
     Attributes:
-        total: scalar, weighted sum over the batch of this process.
-        amount: scalar, the normaliser of this process, which :func:`divide` sums over all.
-        least: lower bound of that sum.
+        total, amount: scalars of this process: weighted sum over the batch, and normaliser.
     """
 
     total: Tensor
@@ -48,32 +46,29 @@ class Criterion(nn.Module):
 
     DDP averages gradients over processes, so W processes equal one process on the union of their
     images. (The authors of ATSS clamp N after dividing by W; that differs only with fewer positives
-    than processes.) A batch without objects needs no special case. The host never waits for a GPU,
-    because shapes do not depend on the assignment.
+    than processes.) Shapes do not depend on the assignment, so the host never waits for a GPU.
 
     Args:
-        cls_loss: (probability, cross entropy, targets), (N, R, K) each -> (N, R, K). None disables
-            the class loss, as does an output without classes. Its method ``target_of``, if it has
-            one, transforms the class targets of positives.
-        cls_target: (N, R) target of the object's class at positives; all other targets are 0. The
-            target may be between 0 and 1, unless the function has ``hard_targets = True``.
+        cls_loss: (probability, cross entropy, targets), (N, R, K) each -> (N, R, K). None, or an
+            output without classes: no class loss. Its method ``target_of``, if defined, transforms
+            the class targets of positives.
+        cls_target: (N, R) target of the object's class at positives. It may be between 0 and 1,
+            unless the function has ``hard_targets = True``.
         box_terms: {name: loss}, each Matched -> (N, R), with an optional attribute ``weight``.
-        box_weight: of each positive in the box terms. None: the quality target, or 1 if the head
-            predicts no quality.
-        quality: (N, R) target of the quality branch. None disables the quality loss, as does a
-            head without the branch.
-        quality_name: suffix of the quality loss's name.
-        quality_weight: factor of the quality loss.
+        box_weight: of each positive in the box terms. None: the quality target, or 1 without
+            quality.
+        quality: (N, R) target of the quality branch. None, or a head without the branch: no
+            quality loss.
+        quality_name, quality_weight: suffix of the quality loss's name, and its factor.
         normaliser: (matched, class targets) -> scalar, for class and quality losses.
-        least: lower bound of the normaliser.
-        least_per_image: whether ``least`` is for each image instead of for the batch.
+        least: lower bound of the normaliser, for the batch or, with ``least_per_image``, for each
+            image.
         box_least: lower bound of the sum of box weights.
         level_weight: Matched -> (R,) factor of all losses of an anchor; None: 1. It may be a module
             with buffers, and shared with another criterion.
 
     Raises:
-        UserError: if the class target may be between 0 and 1, but the class loss has
-            ``hard_targets``.
+        UserError: if soft class targets meet a class loss with ``hard_targets``.
     """
 
     def __init__(
@@ -134,8 +129,8 @@ class Criterion(nn.Module):
         """Return the losses by name, before their division.
 
         Args:
-            output: of the head, in float32.
-            boxes: (N, R, 4) decoded boxes in pixels.
+            output: in float32.
+            boxes: (N, R, 4) decoded boxes.
         """
         matched = _match(output, boxes, anchors, gt, assignment)
         level_weight = 1 if self.level_weight is None else self.level_weight(matched)
@@ -144,8 +139,8 @@ class Criterion(nn.Module):
         images = gt.num_images * _num_processes() if self.least_per_image else 1
         losses: dict[str, Quotient] = {}
 
-        if self.cls_loss is not None and output.classes is not None:
-            total = self._class_loss(matched, cls_target, level_weight)
+        total = self._class_loss(matched, cls_target, level_weight)
+        if total is not None:
             losses["loss_cls"] = Quotient(total, amount, self.least * images)
 
         quality_target = None
@@ -159,8 +154,8 @@ class Criterion(nn.Module):
         for name, total in self._box_losses(matched, weight, level_weight).items():
             losses[name] = Quotient(total, weight.sum(), self.box_least)
 
-        if quality_target is not None:
-            total = self._quality_loss(matched, quality_target, level_weight)
+        if output.quality is not None and quality_target is not None:
+            total = self._quality_loss(matched, output.quality, quality_target, level_weight)
             losses[f"loss_{self.quality_name}"] = Quotient(total, amount, self.least * images)
 
         if not losses:
@@ -175,10 +170,11 @@ class Criterion(nn.Module):
 
     def _class_loss(
         self, matched: Matched, cls_target: Tensor, level_weight: Tensor | int
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Sum the class losses of all anchors that are not ignored."""
         cls_loss, classes = self.cls_loss, matched.whole_output.classes
-        assert cls_loss is not None and classes is not None
+        if cls_loss is None or classes is None:
+            return None
         target_of = getattr(cls_loss, "target_of", None)
         if target_of is not None:
             cls_target = torch.where(matched.positive, target_of(cls_target), 0)
@@ -199,20 +195,18 @@ class Criterion(nn.Module):
             totals[logged] = getattr(term, "weight", 1.0) * total
         return totals
 
-    def _quality_loss(self, matched: Matched, target: Tensor, level_weight: Tensor | int) -> Tensor:
+    def _quality_loss(
+        self, matched: Matched, logits: Tensor, target: Tensor, level_weight: Tensor | int
+    ) -> Tensor:
         """Sum the binary cross entropies of the quality branch over the positives."""
-        assert matched.whole_output.quality is not None
-        quality = torch.where(matched.positive, matched.whole_output.quality, 0)
-        loss = F.binary_cross_entropy_with_logits(quality, target, reduction="none")
+        logits = torch.where(matched.positive, logits, 0)
+        loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return self.quality_weight * (loss * matched.positive * level_weight).sum()
 
 
 def divide(quotients: Mapping[str, Quotient]) -> dict[str, Tensor]:
-    """Return the losses divided by their normalisers, with one all-reduce for all of them.
-
-    If gradients are disabled, as in measuring losses on other images, this process's normalisers
-    are used: other processes need not take part.
-    """
+    """Return the losses, with one all-reduce for all normalisers. Without gradients, as in
+    validation, the normalisers of this process are used: other processes need not take part."""
     world_size = _num_processes()
     amounts = torch.stack([x.amount.to(x.total.dtype) for x in quotients.values()])
     if world_size > 1:

@@ -18,8 +18,7 @@ ONE_BY_ONE = {"cpu"}
 
 
 def is_traced() -> bool:
-    """Return whether a compiler or tracer records the operators. Compilers fuse them, and exported
-    formats have no lists of tensors."""
+    """Return whether the operators are compiled, which fuses them, or traced, which has no lists."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -46,11 +45,11 @@ def cast_all(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> Sequence[T
 
 
 class ScaleAll(Function):
-    """Products of parameters and constants, in the dtype of autocast.
+    """Products of parameters and constants, in the dtype of autocast:
+    ``ScaleAll.apply(constants, *parameters)``.
 
-    ``ScaleAll.apply(constants, *parameters)`` returns one product for each parameter. The constants
-    are attributes, not saved tensors: activation checkpointing compares the number of saved
-    tensors, which differs if a block is computed again in another group.
+    The constants are no saved tensors, because activation checkpointing compares the number of
+    saved tensors, which differs if a block is computed again in another group.
     """
 
     @staticmethod
@@ -75,10 +74,10 @@ class ScaleAll(Function):
 class RepeatAll(Function):
     """Aliases of parameters, whose gradients are added for all parameters at once.
 
-    ``RepeatAll.apply(times, dtypes, *parameters)`` returns ``times`` aliases of P parameters, cast
-    to P dtypes (None: not cast): the first aliases of all parameters, then the second, and so on.
-    Gradients are added from the last alias to the first, in the dtype of the alias: the order and
-    precision in which autograd adds the gradients of a parameter that is used ``times`` times.
+    ``RepeatAll.apply(times, dtypes, *parameters)`` returns the first aliases of all parameters, cast
+    to their dtypes (None: not cast), then the second, and so on. Gradients are added from the last
+    alias to the first, in the dtype of the alias, as autograd does for a parameter that is used
+    several times.
     """
 
     @staticmethod
@@ -89,8 +88,7 @@ class RepeatAll(Function):
         ctx.set_materialize_grads(False)
         cast = list(parameters)
         for dtype, indices in _indices_by_key(dtypes).items():
-            group = cast_all([parameters[i] for i in indices], dtype)
-            for i, x in zip(indices, group, strict=True):
+            for i, x in zip(indices, cast_all([cast[i] for i in indices], dtype), strict=True):
                 cast[i] = x
         return tuple(x.detach() for _ in range(times) for x in cast)
 
@@ -110,8 +108,8 @@ class RepeatAll(Function):
             for other in others[1:]:
                 torch._foreach_add_(total, other)
             _, alias_dtype, dtype = key
-            total = cast_all(total, None if alias_dtype == dtype else dtype)
-            for i, x in zip(indices, total, strict=True):
+            cast = cast_all(total, None if alias_dtype == dtype else dtype)
+            for i, x in zip(indices, cast, strict=True):
                 result[i] = x
         return None, None, *result
 

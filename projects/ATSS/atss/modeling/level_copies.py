@@ -25,20 +25,19 @@ def for_levels(
 ) -> Sequence[tuple[M, ...]]:
     """Return copies of the modules for each level, with aliases of their parameters.
 
-    Copies live for one forward pass and share the buffers and hooks of the modules. The gradients
-    of all aliases are kept until the last has arrived: five times the memory of the parameters.
-    Autocast would cast each alias, so the parameters of convolutions and linear layers are cast
-    here, once for all levels. Without gradients, on CPUs and for compilers, the modules themselves
-    are returned.
+    Copies live for one forward pass. The gradients of all aliases are kept until the last arrives:
+    five times the memory of the parameters. Autocast would cast each alias, so parameters of
+    convolutions and linear layers are cast here, once. Without gradients, on CPUs and for compilers
+    the modules themselves are returned.
 
     Args:
         num_levels: L.
-        modules: a level may use each of their parameters once. Otherwise gradients are added in
+        modules: a level may use each of their parameters once, or gradients would be added in
             another order than without copies.
         precise: convolutions and linear layers in ``modules`` that are called without autocast.
 
     Returns:
-        L tuples of as many modules.
+        L tuples of modules.
     """
     dtypes: dict[Tensor, torch.dtype | None] = {}
     if num_levels > 1 and torch.is_grad_enabled():
@@ -54,8 +53,7 @@ def for_levels(
 def _collect(
     module: nn.Module, precise: Collection[nn.Module], dtypes: dict[Tensor, torch.dtype | None]
 ) -> None:
-    """Add the trained parameters that levels share to ``dtypes``, with the dtype of their aliases
-    (None: not cast)."""
+    """Add shared trained parameters to ``dtypes``, with the dtype of their aliases (None: not cast)."""
     is_cast = isinstance(module, nn.Conv2d | nn.Linear) and module not in precise
     for x in module._parameters.values():
         if x is not None and x.requires_grad and is_grouped(x.device):
@@ -66,8 +64,8 @@ def _collect(
 
 
 def replace(module: M, tensors: Mapping[Tensor, Tensor]) -> M:
-    """Return a copy of the module with some parameters replaced, as torch's DataParallel makes its
-    replicas. A module without any of these parameters is returned itself.
+    """Return a copy of the module with some parameters replaced, like a replica of DataParallel, or
+    the module itself if it has none of them.
 
     Args:
         tensors: {parameter: tensor in its place}.

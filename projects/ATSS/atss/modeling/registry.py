@@ -1,7 +1,8 @@
-"""The parts of a detector that a config can name, by kind. Rules are in assigners/registry.py.
+"""Registries of the parts of a detector that a config names. Those of assigners are in
+assigners/registry.py.
 
-An argument of a part is a key below the part's group, except those in ``keys``: these share a key
-with other parts, or had it before the groups existed.
+An argument of a part is a key in the part's group, except arguments in ``keys``, which share a key
+with other parts.
 """
 
 from .. import losses
@@ -26,19 +27,18 @@ BOX_CODES.add(
 
 FROM_SHAPES = ("in_channels", "num_levels", "num_classes", "num_anchors")
 FROM_BOX_CODE = ("code", "box_bias", "box_channels", "bins")
-# A module before the two towers of a head, which sees all levels.
+# Modules in place of the two towers of ATSSHead, which get all levels at once.
 TOWERS = Registry("TOWER", injected=FROM_SHAPES)
 TOWERS.add(dynamic=DynamicTower)
 
 HEAD_REGISTRY = Registry(
     "HEAD", injected=("cfg", "input_shape", "anchor_generator", *FROM_SHAPES, *FROM_BOX_CODE)
 )
-HEAD_KEYS = {x: x.upper() for x in ("norm", "tower_bias", "prior_prob")}
+HEAD_KEYS = {x: x.upper() for x in ("num_convs", "norm", "tower_bias", "prior_prob")}
 HEAD_REGISTRY.register(
     ATSSHead,
     keys={
         **HEAD_KEYS,
-        "num_convs": "NUM_CONVS",
         "centerness": "CENTERNESS",
         "level_scale": "LEVEL_SCALE",
         "deform": "DEFORM_TOWER",

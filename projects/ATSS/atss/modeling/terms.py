@@ -29,12 +29,10 @@ def score(matched: Matched) -> Tensor:
     """Return the assigner's score of each positive.
 
     Raises:
-        UserError: if the assigner gives no scores.
+        UserError: if the assigner has no scores.
     """
     if matched.score is None:
-        raise UserError(
-            "MODEL.ATSS.CLS_TARGET or BOX_WEIGHT score needs an assigner that gives scores"
-        )
+        raise UserError("MODEL.ATSS.CLS_TARGET or BOX_WEIGHT score needs an assigner with scores")
     return matched.score
 
 
@@ -90,7 +88,6 @@ class SmoothL1Loss(BoxTerm):
     """Smooth L1 loss between the box regression and encoded targets, the mean of four.
 
     Args:
-        code: encodes the targets.
         beta: difference at which the loss turns from quadratic to linear.
     """
 
@@ -132,11 +129,7 @@ class NWDLoss(BoxTerm):
 
 @dataclass(frozen=True, kw_only=True)
 class DistributionFocalLoss(BoxTerm):
-    """Distribution focal loss, the mean of four sides (GFL, arXiv 2006.04388).
-
-    Args:
-        code: of the distributions.
-    """
+    """Distribution focal loss, the mean of four sides (GFL, arXiv 2006.04388)."""
 
     code: BoxCode
     weight: float = 0.25
