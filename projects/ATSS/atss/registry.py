@@ -135,7 +135,7 @@ class Registry:
                     own[p.name.upper()] = kind.name_of(p.default) if kind else p.default
                     continue
                 shared = lookup_key(node, entry.keys[p.name])
-                if shared != p.default:
+                if shared not in (None, p.default):
                     raise UserError(
                         f"{self.key} {name} wants {p.default!r} as the default of "
                         f"{NODE}.{entry.keys[p.name]}, which is {shared!r}"
@@ -171,6 +171,12 @@ class Registry:
             yield self, name
             for kind, inner in self._inner(node, name).values():
                 yield from kind.chosen(inner)
+
+    def argument(self, node: CfgNode, key: str, parameter: str) -> Any:
+        """Return the value of a parameter of the part that a key names."""
+        name = lookup_key(node, key)
+        defaults = {p.name: p.default for p in self._parameters(name)}
+        return {**defaults, **self._given(node, name)}[parameter]
 
     def shared_keys(self) -> set[str]:
         """Keys that parts of this kind share."""
@@ -257,7 +263,8 @@ class Registry:
         """
         keys, legacy = self.entries[name].keys, self.entries[name].legacy
         takes = [p.name for p in self._parameters(name) if p.name not in self.injected]
-        given = {p: lookup_key(node, key) for p, key in keys.items()}
+        shared = {p: lookup_key(node, key) for p, key in keys.items()}
+        given = {p: value for p, value in shared.items() if value is not None}
         for written, value in node.get(self.group, {}).get(name, {}).items():
             if written in legacy:
                 continue

@@ -59,7 +59,7 @@ def _deformable(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _of_tood(cfg: CfgNode) -> dict[str, Any]:
     head = cfg.MODEL.ATSS.HEADS.TOODHead
-    return {"stacked_convs": head.NUM_CONVS, "num_dcn": head.NUM_DEFORM}
+    return {"num_dcn": head.NUM_DEFORM}
 
 
 def levels_of(cfg: CfgNode) -> list[int]:
@@ -72,9 +72,8 @@ def _of_vfnet(cfg: CfgNode) -> dict[str, Any]:
     node = cfg.MODEL.ATSS
     head = node.HEADS.VFNetHead
     strides = [2**level for level in levels_of(cfg)]
-    ends = [head.REACH * stride for stride in strides[:-1]]
+    ends = [head.INITIAL_DISTANCE * stride for stride in strides[:-1]]
     return {
-        "stacked_convs": head.NUM_CONVS,
         "dcn_on_last_conv": bool(node.DEFORM_TOWER),
         "strides": strides,
         # The upper ends are the sides of a first box; the last is taken as twice the one before.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config.checks import flatten
 from ..config.files import get_config
+from ..modeling.registry import HEAD_REGISTRY
 from .convert import check_against, is_tower_bias, load, refuse_to_replace, shapes_of, write
 from .detectors import DETECTORS, ConversionError, levels_of
 from .names import rename, to_mmdet_rules
@@ -20,9 +21,9 @@ FIXED = (
     *(f"MODEL.ATSS.{x}" for x in ("HEAD", "REGRESSION", "NORM", "CENTERNESS", "LEVEL_SCALE")),
     *(f"MODEL.ATSS.{x}" for x in ("DEFORM_TOWER", "LEGACY_PIXELS", "SUPPRESSION", "SCORE")),
     *("MODEL.ATSS.THRESHOLD_ON_SCORE", "MODEL.ATSS.RANK_ANCHORS", "MODEL.ATSS.CLIP_BOXES"),
-    *(f"MODEL.ATSS.HEADS.TOODHead.{x}" for x in ("INNER", "EXPONENTIAL", "NUM_CONVS")),
+    *(f"MODEL.ATSS.HEADS.TOODHead.{x}" for x in ("INNER", "EXPONENTIAL")),
     *("MODEL.ATSS.HEADS.ATSSHead.DEFORM_AT", "MODEL.ATSS.HEADS.ATSSHead.TOWER"),
-    "MODEL.ATSS.HEADS.VFNetHead.REACH",
+    "MODEL.ATSS.HEADS.VFNetHead.INITIAL_DISTANCE",
     *("MODEL.BACKBONE.NAME", "MODEL.FPN.FUSE_TYPE", "MODEL.FPN.NORM"),
     *("MODEL.RESNETS.RES5_DILATION", "MODEL.RESNETS.STEM_OUT_CHANNELS"),
 )
@@ -115,7 +116,7 @@ def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
             "num_classes": len(state_dict["head.cls_score.bias"]),
             "in_channels": cfg.MODEL.FPN.OUT_CHANNELS,
             "feat_channels": cfg.MODEL.FPN.OUT_CHANNELS,
-            "stacked_convs": node.NUM_CONVS,
+            "stacked_convs": HEAD_REGISTRY.argument(node, "HEAD", "num_convs"),
             "anchor_generator": {
                 "type": "AnchorGenerator",
                 "ratios": list(node.ANCHOR_RATIOS),
@@ -171,6 +172,11 @@ def detector_for(cfg: CfgNode) -> str:
         raise ConversionError(
             f"mmdet's {DETECTORS[detector].head} has nothing like {key} {values[key]!r}: only "
             f"{needed!r}"
+        )
+    depth = HEAD_REGISTRY.argument(cfg.MODEL.ATSS, "HEAD", "num_convs")
+    if DETECTORS[detector].head == "TOODHead" and depth != 6:
+        raise ConversionError(
+            f"mmdet's TOODHead has nothing like MODEL.ATSS.NUM_CONVS {depth}: only 6"
         )
     if cfg.MODEL.RESNETS.NUM_GROUPS == 1 and cfg.MODEL.RESNETS.WIDTH_PER_GROUP != 64:
         raise ConversionError(

@@ -18,8 +18,13 @@ from .checks import flatten
 from .keys import RENAMED_KEYS, add_atss_config
 from .pixels import complete_pixels
 
-# Arguments of rules of version 0.2 that the command line can still set.
-LEGACY_ARGUMENTS = ("MODEL.ATSS.ASSIGNERS.ATSS.ALPHA", "MODEL.ATSS.ASSIGNERS.TopK.TOP_K")
+# Arguments of parts of version 0.2 that the command line can still set.
+LEGACY_ARGUMENTS = (
+    "MODEL.ATSS.ASSIGNERS.ATSS.ALPHA",
+    "MODEL.ATSS.ASSIGNERS.TopK.TOP_K",
+    "MODEL.ATSS.HEADS.TOODHead.NUM_CONVS",
+    "MODEL.ATSS.HEADS.VFNetHead.NUM_CONVS",
+)
 
 
 def load_config(*files: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
@@ -193,9 +198,9 @@ def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
         if isinstance(known.get(key), CfgNode):
             raise UserError(_is_a_group(key, known[key]))
         if key in LEGACY_ARGUMENTS and key not in known:
-            rule, argument = key.split(".")[-2:]
-            rules = cfg.MODEL.ATSS.ASSIGNERS
-            rules.setdefault(rule, CfgNode(new_allowed=True))[argument] = None
+            group, part, argument = key.split(".")[-3:]
+            parts = cfg.MODEL.ATSS[group]
+            parts.setdefault(part, CfgNode(new_allowed=True))[argument] = None
         if isinstance(known.get(key), float) and re.fullmatch(r"[+-]?\d+", str(value)):
             value = float(value)
         try:

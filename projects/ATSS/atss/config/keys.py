@@ -14,6 +14,7 @@ from ..assigners import ASSIGNER_REGISTRY, SIMILARITIES
 RENAMED_KEYS = {
     "BOX_NORMALISER_LEAST": "BOX_NORMALISER_MIN",
     "NORMALISER_LEAST": "NORMALISER_MIN",
+    "REACH": "INITIAL_DISTANCE",
     "SOFT_MIN_SCORE": "SOFT_SCORE_MIN",
 }
 
@@ -124,9 +125,9 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.ANCHOR_SCALES = [8.0]
     node.ANCHOR_RATIOS = [1.0]
 
-    # Convolutions per tower (RetinaNet, section 4). This, CENTERNESS and LEVEL_SCALE are of
-    # ATSSHead; other heads take NORM, TOWER_BIAS, PRIOR_PROB and have keys of their own.
-    node.NUM_CONVS = 4
+    # Depth of the head: convolutions per tower, or of TOODHead's stack. None: the head's own
+    # default, 4 for ATSSHead (RetinaNet, section 4), 6 for TOODHead, 3 for VFNetHead.
+    node.NUM_CONVS = None
     # Normalisation in the towers, by Detectron2's names; "" for none.
     node.NORM = "GN"
     # The towers' convolutions have biases where a norm follows. Weights for mmdet want False.

@@ -132,7 +132,9 @@ class TOODHead(nn.Module):
         check_range("prior_prob", prior_prob, 1e-9, 1 - 1e-9)
         check_choice("norm", norm, NORMS)
         if anchor_generator.num_anchors[0] > 1:
-            raise UserError("it takes one anchor per location")
+            raise UserError(
+                "it takes one anchor per location: MODEL.ATSS.ANCHOR_SCALES, ANCHOR_RATIOS"
+            )
         if code is not None and code.form != Corners.form:
             raise UserError("the box regression is corners: set MODEL.ATSS.REGRESSION corners")
         if inner.channels != 4 or inner.form == Corners.form:
