@@ -146,7 +146,7 @@ def test_heads_refuse_other_box_codes():
         ):
             tood(inner=inner)
     for inner in (BoxDeltas(), LogDistances()):
-        with pytest.raises(ValueError, match="exponential True needs distances"):
+        with pytest.raises(ValueError, match="exponential must be False with"):
             tood(inner=inner)
         tood(inner=inner, exponential=False)
 

@@ -293,7 +293,7 @@ def test_each_weight_matches_one_tensor():
     torch.manual_seed(0)
     fresh = timm.create_model("resnet18").state_dict()
     without = {k: v for k, v in fresh.items() if k != "layer2.0.bn1.running_var"}
-    with pytest.raises(ValueError, match="1 of .* are not in the file"):
+    with pytest.raises(ValueError, match=r"1 of .* are not in the file"):
         TimmBackbone("resnet18", weights=without)
 
 

@@ -97,20 +97,19 @@ def freeze_unused(backbone: Backbone, levels: Sequence[str]) -> None:
 
 
 class FrozenNormConv2d(Conv2d):
-    """Convolution with its frozen norm folded into the weights, up to rounding. A norm would read and
-    write the output twice more, forward and backward."""
+    """Convolution with a frozen norm folded into its weights, because a norm reads and writes the
+    output twice more, forward and backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._folded()
         stride = self.stride
         if self.kernel_size == (1, 1) and self.padding == (0, 0):
-            # The other pixels are not used, and strided 1 x 1 kernels are slow on CPUs.
+            # Strided 1 x 1 kernels are slow on CPUs.
             x, stride = x[..., :: stride[0], :: stride[1]], 1
         x = F.conv2d(x, weight, bias, stride, self.padding, self.dilation, self.groups)
         return x if self.activation is None else self.activation(x)
 
     def _folded(self) -> tuple[Tensor, Tensor]:
-        """Return the folded weights and the bias (C,)."""
         if not is_grouped(self.weight.device):
             norm = self.norm
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -152,7 +151,7 @@ class FoldedWeights:
         return conv in self._groups or conv in self._weights
 
     def take(self, conv: FrozenNormConv2d) -> tuple[Tensor, Tensor]:
-        """Return the weights and the bias (C,) of a convolution, once."""
+        """Return weights and bias (C,) of a convolution, once."""
         if conv not in self._weights:
             group = self._groups[conv]
             scales = [self._scales[x] for x in group]
@@ -197,10 +196,9 @@ def fold_frozen_norms(module: nn.Module) -> None:
 
 
 class DeformBottleneck(CNNBlockBase):
-    """Detectron2's DeformBottleneckBlock without its compiled operator.
+    """Detectron2's DeformBottleneckBlock without its compiled operator, made of a plain block.
 
     Args:
-        plain: block whose layers are used.
         modulated: version 2 (arXiv 1811.11168).
         offset_groups: groups of channels with their own offsets.
     """
@@ -243,8 +241,8 @@ def make_deformable(
         for i, block in enumerate(stage):
             if not isinstance(block, BottleneckBlock):
                 raise UserError(
-                    "MODEL.RESNETS.DEFORM_ON_PER_STAGE needs bottlenecks, which ResNet-18 and 34 do "
-                    f"not have: {name} is made of {type(block).__name__}"
+                    "MODEL.RESNETS.DEFORM_ON_PER_STAGE needs bottlenecks, not ResNet-18 or 34: "
+                    f"{name} is made of {type(block).__name__}"
                 )
             stage[i] = DeformBottleneck(block, modulated, offset_groups)
     return bottom_up

@@ -15,7 +15,7 @@ class BoxCode(Protocol):
 
     Attributes:
         channels: D, values that the head predicts for each anchor.
-        initial: box regression before training.
+        initial: value of the box regression before training.
         uses_shape: whether decoding depends on the anchor's width and height; otherwise anchors of
             a location decode to the same box.
         relative: whether the box regression counts from the anchor, as convolutions predict it.
@@ -129,11 +129,8 @@ class Distribution(nn.Module, BoxCode):
     """Distribution of each side over 0, 1, ..., ``reg_max`` strides from the anchor's centre, as
     logits (GFL, arXiv 2006.04388, section 3.2). Decoding takes its mean.
 
-    Args:
-        reg_max: the largest distance of a side, in strides.
-
     Attributes:
-        project: (bins,) those distances, part of a model's weights as in mmdet.
+        project: (bins,) these distances, part of a model's weights as in mmdet.
     """
 
     project: Tensor
@@ -176,15 +173,8 @@ class Corners(BoxCode):
 
 
 class LegacyPixels(BoxCode):
-    """Conversion of boxes of the authors' weights to our convention, for inference only: losses would
-    learn other boxes than inference reports.
-
-    Args:
-        code: of the weights.
-
-    Raises:
-        UserError: for distributions, which none of the authors' weights predict.
-    """
+    """Conversion of boxes of the authors' weights to our convention, only for inference: losses
+    would learn other boxes than inference reports."""
 
     inference_only = True
 

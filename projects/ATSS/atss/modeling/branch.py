@@ -76,7 +76,7 @@ class Branch(nn.Module):
         return next(x for x in self.phases if isinstance(x, Phase) and iteration < x.until)
 
     def source(self, name: str) -> Source:
-        """Return the source of the output of this branch, called ``name``. Branches may share it."""
+        """Return the source of this branch's output; ``name`` is the branch's own."""
         return self.head_of if self.head is None else name, self.output
 
     def own_outputs(self, features: Sequence[Tensor]) -> HeadOutputs:
@@ -93,8 +93,7 @@ class Branch(nn.Module):
         named = outputs if isinstance(outputs, Mapping) else {"": outputs}
         if self.output not in named:
             raise UserError(
-                f"unknown MODEL.ATSS.OUTPUT {self.output!r} of a branch: choose from "
-                f"{sorted(named)}"
+                f"unknown MODEL.ATSS.OUTPUT {self.output!r}: choose from {sorted(named)}"
             )
         return named[self.output]
 

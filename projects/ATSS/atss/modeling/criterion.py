@@ -136,12 +136,12 @@ class Criterion(nn.Module):
         level_weight = 1 if self.level_weight is None else self.level_weight(matched)
         cls_target = self.cls_target(matched)
         amount = self.normaliser(matched, cls_target)
-        images = gt.num_images * _num_processes() if self.least_per_image else 1
+        least = self.least * (gt.num_images * _num_processes() if self.least_per_image else 1)
         losses: dict[str, Quotient] = {}
 
         total = self._class_loss(matched, cls_target, level_weight)
         if total is not None:
-            losses["loss_cls"] = Quotient(total, amount, self.least * images)
+            losses["loss_cls"] = Quotient(total, amount, least)
 
         quality_target = None
         if self.quality is not None and output.quality is not None:
@@ -156,7 +156,7 @@ class Criterion(nn.Module):
 
         if output.quality is not None and quality_target is not None:
             total = self._quality_loss(matched, output.quality, quality_target, level_weight)
-            losses[f"loss_{self.quality_name}"] = Quotient(total, amount, self.least * images)
+            losses[f"loss_{self.quality_name}"] = Quotient(total, amount, least)
 
         if not losses:
             raise UserError("a branch has no loss: of classes, of boxes or of quality")

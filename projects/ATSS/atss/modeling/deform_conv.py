@@ -23,14 +23,14 @@ def sampled_conv2d(
     dilation: Steps,
     mask: Tensor | None,
 ) -> Tensor:
-    """Compute torchvision's ``deform_conv2d``: each tap is a weighted sum of four rows of a table, the
-    pixels around it, and one matrix product follows."""
+    """Compute torchvision's ``deform_conv2d``: taps are weighted sums of four rows of a table, the
+    pixels around them, and one matrix product follows."""
     n, channels, *sides = x.shape
     channels_out, per_group, *kernel = weight.shape
     size, taps = offset.shape[2:], kernel[0] * kernel[1]
     groups, offset_groups = channels // per_group, offset.shape[1] // (2 * taps)
     maps = n * offset_groups  # groups of channels with their own offsets
-    map_channels = channels // offset_groups
+    depth = channels // offset_groups
     offset = offset.reshape(maps, taps, 2, *size).permute(0, 3, 4, 1, 2)  # (maps, H', W', taps, 2)
 
     # For each axis the last pixel before each tap, and the weights of it and of the next pixel.
@@ -52,15 +52,13 @@ def sampled_conv2d(
     factor = torch.stack([row * column for row in weights[0] for column in weights[1]], dim=-1)
     if mask is not None:
         factor = factor * mask.reshape(maps, taps, *size).permute(0, 2, 3, 1)[..., None]
-    table = F.pad(x, (*MARGIN, *MARGIN)).reshape(maps, map_channels, height * width)
+    table = F.pad(x, (*MARGIN, *MARGIN)).reshape(maps, depth, height * width)
     table = table.transpose(1, 2).flatten(0, 1)
     index, factor = index.reshape(-1, 4), factor.reshape(-1, 4)
     samples = F.embedding_bag(index, table, mode="sum", per_sample_weights=factor)
 
     # (n, places, taps, C), then (n, groups, places, taps * C / groups).
-    samples = samples.view(n, offset_groups, size.numel(), taps, map_channels).permute(
-        0, 2, 3, 1, 4
-    )
+    samples = samples.view(n, offset_groups, size.numel(), taps, depth).permute(0, 2, 3, 1, 4)
     samples = samples.reshape(n, size.numel(), taps, groups, per_group).permute(0, 3, 1, 2, 4)
     kernels = weight.reshape(groups, -1, per_group, taps).permute(0, 3, 2, 1).flatten(1, 2)
     y = samples.reshape(n, groups, size.numel(), taps * per_group) @ kernels
@@ -69,7 +67,7 @@ def sampled_conv2d(
 
 
 def deform_conv(x: Tensor, *arguments: Any) -> Tensor:
-    """Call torchvision's operator or, on CPUs, where NaN crashes it, :func:`sampled_conv2d`."""
+    """Call torchvision's operator or, on CPUs, on which NaN crashes it, :func:`sampled_conv2d`."""
     return (sampled_conv2d if x.device.type == "cpu" else deform_conv2d)(x, *arguments)
 
 
@@ -101,13 +99,12 @@ class DeformConv(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """
+        """Return (N, C_out, H', W').
+
         Args:
             x: (N, C_in, H, W).
             offset: (N, 2 * taps * g, H', W') in pixels, (y, x) of each tap; g offset groups.
             mask: (N, taps * g, H', W') or None for version 1.
-        Returns:
-            (N, C_out, H', W').
         """
         # The operator has no half precision on CPUs, and positions need more than eight bits.
         dtype = torch.promote_types(x.dtype, torch.float32)

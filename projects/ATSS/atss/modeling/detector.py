@@ -33,35 +33,31 @@ LEGACY_PIXELS_IN_TRAINING = (
 class ATSSDetector(DenseDetector):
     """One-stage detector whose training samples are chosen by an assigner.
 
-    It has one or several branches: outputs, each with an assigner and a criterion. All parts are
-    arguments; :mod:`atss.config` builds them from a config.
+    It has one or several branches: outputs, each with an assigner and a criterion.
+    :mod:`atss.config` builds all parts from a config.
 
     Args:
         backbone: images -> {name: feature map}.
         head: list of feature maps -> HeadOutput, or {name: HeadOutput} for several branches.
         anchor_generator: feature maps -> Anchors, by its method ``grid``.
-        assigner: (anchors, ground truth, predictions) -> Assignment, of the only branch.
-        box_coder: encodes and decodes boxes.
-        criterion: (output, boxes, anchors, ground truth, assignment) -> losses, of the only branch.
+        assigner, criterion: of the only branch.
         branches: {name: branch}, in place of assigner and criterion.
         inference: name of the branch that detects; losses of the others are called <name>/...
-        postprocess: (output, anchors, box code, image sizes) -> detections.
         num_classes: K.
-        pixel_mean, pixel_std: of the channels, in the order of ``input_format``.
-        input_format: order of the input's channels, "BGR" or "RGB".
+        input_format: order of the channels of images, pixel_mean and pixel_std, "BGR" or "RGB".
         head_in_features: names of the levels, fine to coarse; by default all of the backbone's.
         vis_period: iterations between pictures of a training image in the log; 0: none.
         precision: dtype of backbone and towers under autocast; None leaves autocast to the caller.
             Everything after the head is float32.
-        compile_tail: whether torch.compile compiles :func:`.branch.compute_quotients`: decoding,
-            assignment and criterion, for any canvas and number of objects.
+        compile_tail: whether torch.compile compiles :func:`.branch.compute_quotients`, for any
+            canvas and number of objects.
 
     Attributes:
         iteration: of the training, for phases, if no event storage counts iterations.
     """
 
-    # The period of Detectron2's writers. Reading a number from a GPU waits for it, so assignment
-    # statistics are computed only in iterations that are written.
+    # Period of Detectron2's writers. Reading a number from a GPU waits for it, so statistics are
+    # computed only if they are written.
     LOG_PERIOD = 20
 
     def __init__(
@@ -93,9 +89,7 @@ class ATSSDetector(DenseDetector):
                 raise UserError("a detector needs an assigner and a criterion, or branches")
             branches = {"main": Branch(Phase(assigner, criterion))}
         if inference not in branches:
-            raise UserError(
-                f"unknown branch {inference!r} for inference: choose from {sorted(branches)}"
-            )
+            raise UserError(f"unknown branch {inference!r}: choose from {sorted(branches)}")
         self.branches: Mapping[str, Branch] = nn.ModuleDict(branches)  # type: ignore[assignment]
         self.inference = inference
         self.anchor_generator = anchor_generator
@@ -109,12 +103,8 @@ class ATSSDetector(DenseDetector):
         self.iteration = 0
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
-        """Return losses by name in training, else {"instances": detections} of each image.
-
-        Args:
-            batched_inputs: Detectron2's model format: dicts with "image" (C, H, W) and, in
-                training, "instances".
-        """
+        """Return losses by name in training, else {"instances": detections} of each image, from
+        Detectron2's model format: dicts with "image" (C, H, W) and, in training, "instances"."""
         if not self.training and len(groups := self._canvas_groups(batched_inputs)) != 1:
             return self._forward_groups(batched_inputs, groups)
         # Copied before the network runs: afterwards the copy would wait for the GPU.
@@ -132,10 +122,8 @@ class ATSSDetector(DenseDetector):
         return [{"instances": self._resize_detections(*each)} for each in inputs]
 
     def _canvas_groups(self, batched_inputs: list[dict]) -> list[list[int]]:
-        """Return the indices of the images of each canvas, the size to which images are padded.
-
-        An image on a larger canvas than its own would have other borders, and other detections.
-        """
+        """Return the indices of the images that are padded to the same size. On a larger canvas an
+        image would have other borders, and other detections."""
         step = max(self.backbone.size_divisibility, 1)
         groups = defaultdict(list)
         for i, example in enumerate(batched_inputs):
@@ -144,19 +132,17 @@ class ATSSDetector(DenseDetector):
 
     def _forward_groups(self, batched_inputs: list[dict], groups: list[list[int]]) -> list[dict]:
         """Return detections of each image, with one forward pass for each group."""
-        results: list[Any] = [None] * len(batched_inputs)
+        results: dict[int, Any] = {}
         for group in groups:
             detections = self.forward([batched_inputs[i] for i in group])
-            for i, result in zip(group, detections, strict=True):
-                results[i] = result
-        return results
+            results |= zip(group, detections, strict=True)
+        return [results[i] for i in range(len(batched_inputs))]
 
     def _ground_truth(self, batched_inputs: list[dict]) -> GroundTruth:
-        """Return the objects of all images, on the model's device."""
         if any("instances" not in x for x in batched_inputs):
             raise UserError("training needs images with instances")
-        instances = [x["instances"] for x in batched_inputs]
-        return GroundTruth.from_instances(instances).to(self.device)
+        gt = GroundTruth.from_instances([x["instances"] for x in batched_inputs])
+        return gt.to(self.device)
 
     def _autocast(self) -> AbstractContextManager:
         if self.precision is None:
@@ -169,7 +155,7 @@ class ATSSDetector(DenseDetector):
         return super().preprocess_image([{"image": image} for image in images])
 
     def _run_heads(self, features: list[Tensor], names: Iterable[str]) -> dict[str, HeadOutput]:
-        """Return the output of each of these branches. Each head runs once."""
+        """Return the outputs of these branches. Each head runs once."""
         heads: dict[str, HeadOutputs] = {}
         outputs = {}
         for name in names:
@@ -181,7 +167,7 @@ class ATSSDetector(DenseDetector):
         return outputs
 
     def _run_head(self, features: list[Tensor], owner: str) -> HeadOutputs:
-        """Return the outputs of the head of a branch, or of the detector's head for ""."""
+        """Return the outputs of a branch's own head, or of the detector's head for ""."""
         try:
             return self.branches[owner].own_outputs(features) if owner else self.head(features)
         except ValueError as error:
@@ -195,11 +181,8 @@ class ATSSDetector(DenseDetector):
 
     @torch.no_grad()
     def predict(self, batched_inputs: list[dict]) -> Predictions:
-        """Return the predictions at all anchors that assigners get, of the branch that detects.
-
-        Args:
-            batched_inputs: images that share a canvas.
-        """
+        """Return the predictions at all anchors of the branch that detects, as assigners get them.
+        The images must share a canvas."""
         with self._autocast():
             images = self.preprocess_image(batched_inputs)
             maps = self.backbone(images.tensor)
@@ -230,9 +213,6 @@ class ATSSDetector(DenseDetector):
         Args:
             outputs: {branch: output}.
             gt: on the model's device.
-
-        Raises:
-            UserError: with legacy pixels (:class:`.box_coding.LegacyPixels`).
         """
         if self.box_coder.inference_only:
             raise UserError(LEGACY_PIXELS_IN_TRAINING)
@@ -256,11 +236,7 @@ class ATSSDetector(DenseDetector):
         return losses
 
     def _phases(self, iteration: int) -> dict[str, Phase]:
-        """Return the phase of each branch.
-
-        Raises:
-            UserError: if a branch takes the assignment of one that has no assigner in its phase.
-        """
+        """Return the phase of each branch."""
         phases = {name: branch.at(iteration) for name, branch in self.branches.items()}
         assigned = sorted(name for name, phase in phases.items() if phase.assigner is not None)
         for name, phase in phases.items():
@@ -289,7 +265,6 @@ class ATSSDetector(DenseDetector):
         gt: GroundTruth,
         assignments: Mapping[str, Assignment],
     ) -> None:
-        """Log assignment statistics and, every ``vis_period`` iterations, a picture."""
         storage = get_event_storage()
         if storage.iter % self.LOG_PERIOD == 0 and len(gt):
             for name, assignment in assignments.items():
@@ -308,9 +283,8 @@ class ATSSDetector(DenseDetector):
         if self.vis_period > 0 and storage.iter % self.vis_period == 0:
             height, width = images.image_sizes[0]
             image = images.tensor[0, :, :height, :width] * self.pixel_std + self.pixel_mean
-            objects = Instances(
-                (height, width), gt_boxes=Boxes(gt.boxes[gt.image_index == 0].cpu())
-            )
+            boxes = Boxes(gt.boxes[gt.image_index == 0].cpu())
+            objects = Instances((height, width), gt_boxes=boxes)
             example = {"image": image.cpu(), "instances": objects}
             with torch.no_grad():
                 results = self.forward_inference(images, features, outputs)
@@ -318,7 +292,7 @@ class ATSSDetector(DenseDetector):
 
 
 def _compiled_tail(anchors: Anchors, gt: GroundTruth) -> Callable:
-    """Return the compiled :func:`compute_quotients`, for these arguments."""
+    """Return the compiled :func:`compute_quotients`."""
     # Cached properties of the anchors are computed here. Otherwise torch.compile would make one
     # graph for the first step of a canvas, which computes them, and another for the next steps.
     for name, value in vars(Anchors).items():

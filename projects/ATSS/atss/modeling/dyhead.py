@@ -23,12 +23,8 @@ def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class TaskAttention(nn.Module):
-    """Dynamic ReLU: the maximum of two linear functions of each channel, whose coefficients depend on
-    the means of all channels (section 3.2, equation 5; arXiv 2003.10027). At initialisation nearly
-    a ReLU.
-
-    Args:
-        channels: in and out.
+    """Dynamic ReLU: maximum of two linear functions of a channel, whose coefficients depend on the
+    means of all channels (section 3.2, equation 5; arXiv 2003.10027). It starts as nearly a ReLU.
     """
 
     # Channels over width of the hidden layer.
@@ -40,7 +36,6 @@ class TaskAttention(nn.Module):
         self.lines = nn.Linear(channels // self.REDUCTION, 4 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
         lines = self.lines(self.hidden(x.mean(dim=(2, 3))).relu())
         # Hard sigmoids minus 1/2, because bfloat16 rounds a small value plus 1/2 to 1/2.
         lines = (lines / 6).clamp(-0.5, 0.5)
@@ -54,13 +49,8 @@ class DynamicBlock(nn.Module):
     (scale-aware, equation 3), and a task-aware activation.
 
     The finer level is convolved with stride 2. The coarser level is convolved on its own grid, with
-    resized offsets and masks, and the result is enlarged. Offsets are pixels of the convolved map,
-    as in the authors' code. (The authors' code does not resize them for the coarser level, so its
-    weights give other features here.)
-
-    Args:
-        channels: of each level, in and out.
-        num_levels: L.
+    resized offsets and masks, and enlarged. Offsets are pixels of the convolved map. (The authors'
+    code does not resize them for the coarser level: their weights give other features here.)
     """
 
     def __init__(self, channels: int, num_levels: int):
@@ -113,21 +103,14 @@ class DynamicBlock(nn.Module):
 
 
 class DynamicTower(nn.Module):
-    """Sequence of dynamic blocks, which get all levels at once.
-
-    Args:
-        in_channels: of every level, in and out.
-        num_levels: L.
-        num_blocks: number of blocks.
-    """
+    """Sequence of dynamic blocks, which get all levels at once."""
 
     def __init__(self, in_channels: int, num_levels: int, num_blocks: int = 6):
         super().__init__()
         check_range("num_blocks", num_blocks, 1)
         if in_channels % NORM_GROUPS:
             raise UserError(
-                f"MODEL.FPN.OUT_CHANNELS must be a multiple of {NORM_GROUPS}, the groups of its norms, "
-                f"got {in_channels}"
+                f"MODEL.FPN.OUT_CHANNELS must be a multiple of {NORM_GROUPS}, got {in_channels}"
             )
         self.blocks = nn.Sequential(
             *(DynamicBlock(in_channels, num_levels) for _ in range(num_blocks))

@@ -18,7 +18,7 @@ ONE_BY_ONE = {"cpu"}
 
 
 def is_traced() -> bool:
-    """Return whether the operators are compiled, which fuses them, or traced, which has no lists."""
+    """Return whether operators are compiled, which fuses them, or traced, which has no lists."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -74,10 +74,10 @@ class ScaleAll(Function):
 class RepeatAll(Function):
     """Aliases of parameters, whose gradients are added for all parameters at once.
 
-    ``RepeatAll.apply(times, dtypes, *parameters)`` returns the first aliases of all parameters, cast
-    to their dtypes (None: not cast), then the second, and so on. Gradients are added from the last
-    alias to the first, in the dtype of the alias, as autograd does for a parameter that is used
-    several times.
+    ``RepeatAll.apply(times, dtypes, *parameters)`` returns the first aliases of all parameters,
+    cast to dtypes (None: not cast), then the second, and so on. Gradients are added from the last
+    alias to the first, in the dtype of the alias, as autograd does for a parameter with several
+    uses.
     """
 
     @staticmethod

@@ -34,7 +34,7 @@ class Scale(nn.Module):
 
 
 def flatten_levels(maps: Sequence[Tensor], dim: int) -> Tensor:
-    """Flatten (N, A * dim, H_l, W_l) maps to (N, R, dim), in the order of the anchors."""
+    """Flatten (N, A * dim, H_l, W_l) maps to (N, R, dim), in the order of anchors."""
     flat = [x.unflatten(1, (-1, dim)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in maps]
     return torch.cat(flat, dim=1)
 
@@ -67,7 +67,6 @@ def make_tower(
     """Return a stack of 3 x 3 convolutions, each with a norm and a ReLU.
 
     Args:
-        channels: in and out.
         norm: one of NORMS; each level has its own batch norm.
         bias: whether convolutions have a bias before a norm.
         deformable: {index of a convolution: version, "v1" or "v2"}.
@@ -114,11 +113,7 @@ def initialise(head: nn.Module, prior_prob: float, *class_layers: nn.Module) -> 
 
 class DistributionQuality(nn.Module):
     """Quality of a box from the highest probabilities of its sides' distributions and their mean
-    (GFLv2, arXiv 2011.12885, section 3.2).
-
-    Args:
-        bins: of each side's distribution.
-    """
+    (GFLv2, arXiv 2011.12885, section 3.2)."""
 
     TOP, HIDDEN = 4, 64
 
@@ -140,41 +135,34 @@ class ATSSHead(nn.Module):
     """RetinaNet's head with GroupNorm, centerness from the box tower and a learned scale on each
     level's regression (paper, section 3.2: "universal improvements"), each of them optional.
 
-    All levels share towers and predictors. Under autocast the towers and the predictors of the
-    class tower use its precision. The predictors of the box tower stay in float32, because a
-    bfloat16 delta moves a box on a coarse level by whole pixels.
+    Under autocast the predictors of the box tower stay in float32, because a bfloat16 delta moves a
+    box on a coarse level by whole pixels.
 
     Args:
-        in_channels: channels of every level.
-        num_levels: L.
-        num_classes: K.
-        num_anchors: A.
+        num_levels, num_classes, num_anchors, box_channels: L, K, A, D.
         num_convs: convolutions per tower.
         norm: of the towers, one of NORMS; each level has its own batch norm, as in Detectron2's
             RetinaNet.
         tower_bias: whether the towers' convolutions have a bias before a norm; mmdet's have none.
         prior_prob: class probability at initialisation (RetinaNet, section 4.1).
         centerness: source of the quality: "box" or "cls", a convolution on that tower;
-            "distribution", the shape of the box regression, which class probabilities are
-            multiplied by (GFLv2); "", none.
+            "distribution", which multiplies class probabilities (GFLv2); "", none.
         level_scale: whether each level's regression has a learned scale.
         box_bias: box regression at initialisation.
-        box_channels: D.
         bins: of each side's distribution; 0 if the box regression is none.
-        code: box code that decodes the box regression.
+        code: decodes the box regression.
         deform: version of one deformable convolution in each tower, "v1" or "v2"; "" for none.
         deform_at: its position, "last" or "first" (DDOD).
-        tower: module in place of both towers, which gets all levels at once: L feature maps -> L
-            feature maps.
+        tower: module in place of both towers: L feature maps -> L feature maps.
 
     Attributes:
-        class_layers: {name of a layer: A} of the layers with a row for each anchor and class,
-            anchor by anchor. A training that starts from weights of other classes keeps the rows
-            of the classes in common. Every head has this attribute.
+        class_layers: {name: A} of the layers with a row for each anchor and class, anchor by
+            anchor: training from weights of other classes keeps the rows of common classes. Every
+            head has this attribute.
 
     Raises:
-        UserError: for an unknown tower or version, quality from a code without distributions, or a
-            code that does not count from the anchor.
+        UserError: for quality without distributions, or a code that does not count from the
+            anchor.
     """
 
     def __init__(
@@ -242,7 +230,7 @@ class ATSSHead(nn.Module):
         nn.init.constant_(self.bbox_pred.get_parameter("bias"), box_bias)
 
     def towers(self, features: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the class and box features of each level, from L feature maps."""
+        """Yield class and box features of each level."""
         levels = features if self.tower is None else self.tower(features)
         subnets = for_levels(len(levels), self.cls_subnet, self.bbox_subnet)
         for level, (x, (cls_subnet, bbox_subnet)) in enumerate(zip(levels, subnets, strict=True)):

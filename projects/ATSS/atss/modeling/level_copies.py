@@ -53,7 +53,7 @@ def for_levels(
 def _collect(
     module: nn.Module, precise: Collection[nn.Module], dtypes: dict[Tensor, torch.dtype | None]
 ) -> None:
-    """Add shared trained parameters to ``dtypes``, with the dtype of their aliases (None: not cast)."""
+    """Add shared trained parameters to ``dtypes``, with the dtype of their aliases or None."""
     is_cast = isinstance(module, nn.Conv2d | nn.Linear) and module not in precise
     for x in module._parameters.values():
         if x is not None and x.requires_grad and is_grouped(x.device):

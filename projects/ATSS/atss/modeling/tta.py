@@ -15,20 +15,17 @@ from .suppression import ScoredBoxes
 
 
 class ATSSWithTTA(nn.Module):
-    """Test-time augmentation: detections of several resized and mirrored views of each image, merged.
+    """Test-time augmentation: merged detections of resized and mirrored views of each image.
 
-    The detector, with its suppression, runs on one view at a time, which limits memory to that of
-    the largest view. Each view but the plain one contributes only boxes in a range of sizes.
+    The detector, with its suppression, runs on one view at a time, to limit memory.
 
     Args:
         model: in evaluation mode.
         plain: (short side, longest side) of the view that contributes boxes of all sizes.
         sizes: (short side, longest side, low, high) of the other views, which contribute boxes
-            whose area in pixels of the view is between low^2 and high^2.
+            with an area between low^2 and high^2, in pixels of the view.
         flip: whether each view is also mirrored.
         merge: a suppression of :mod:`.suppression`.
-        max_detections: kept per image.
-        input_format: of the model, "BGR" or "RGB".
     """
 
     def __init__(
@@ -52,18 +49,16 @@ class ATSSWithTTA(nn.Module):
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """Return detections in Detectron2's model format, in pixels of "height" and "width" or of the
-        image. An image is read from "file_name", or taken from "image"."""
-        return [{"instances": self._detect(example)} for example in batched_inputs]
+        """Return detections in Detectron2's model format, of the file "file_name" or, without it,
+        of "image"."""
+        return [{"instances": self._merge_views(example)} for example in batched_inputs]
 
-    def _detect(self, example: dict) -> Instances:
+    def _merge_views(self, example: dict) -> Instances:
         if "file_name" in example:
             image = read_image(example["file_name"], self.input_format)
         else:
             image = example["image"].permute(1, 2, 0).cpu().numpy()
-        views = [
-            self._detect_view(image, *view, flip) for view in self.views for flip in self.flips
-        ]
+        views = [self._detect(image, *view, flip) for view in self.views for flip in self.flips]
         boxes, scores, classes = (torch.cat(x) for x in zip(*views, strict=True))
         boxes, scores, classes = self.merge(boxes, scores, classes, self.max_detections)
         height, width = image.shape[:2]
@@ -77,7 +72,7 @@ class ATSSWithTTA(nn.Module):
             merged, example.get("height", height), example.get("width", width)
         )
 
-    def _detect_view(
+    def _detect(
         self, image: np.ndarray, short: int, longest: int, low: float, high: float, flip: bool
     ) -> ScoredBoxes:
         """Return the detections of one view, in pixels of the image."""

@@ -21,7 +21,7 @@ def star_offsets(distances: Tensor) -> Tensor:
     its box, and the points of its sides straight above, below and beside the location.
 
     Args:
-        distances: (N, 4, H, W) to the left, top, right and bottom side, in pixels of the map.
+        distances: (N, 4, H, W) to left, top, right and bottom, in pixels of the map.
 
     Returns:
         (N, 18, H, W): (y, x) of each tap.
@@ -42,25 +42,18 @@ class VFNetHead(nn.Module):
     """Head with two outputs for branches: "coarse", without classes, and "fine". The box regression
     is logarithms of distances (:class:`~.box_coding.LogDistances`).
 
+    Arguments and attributes that are not listed are as for :class:`~atss.modeling.ATSSHead`.
+
     Args:
-        in_channels: channels of every level.
         input_shape: of each level, for its stride.
-        num_classes: K.
-        code: box code that decodes the box regression.
         num_convs: convolutions per tower, without the additional one of the coarse box.
-        norm, tower_bias, prior_prob: as for :class:`~atss.modeling.ATSSHead`.
-        deform: version of the deformable convolution at the end of each tower, "v1" or "v2"; ""
-            for none.
+        deform: version of the last convolution of each tower, "v1" or "v2"; "": not deformable.
         initial_distance: from the location to each side of the coarse box at initialisation, in
             strides.
         through_points: share of the gradient of the nine points that reaches the coarse box.
 
-    Attributes:
-        class_layers: as for :class:`~atss.modeling.ATSSHead`.
-
     Raises:
-        UserError: for another code than logarithms of distances, or deformable towers without
-            convolutions.
+        UserError: for another code than logarithms of distances.
     """
 
     def __init__(
@@ -86,9 +79,7 @@ class VFNetHead(nn.Module):
         check_choice("norm", norm, NORMS)
         check_choice("deform", deform, ("v1", "v2", ""))
         if code is not None and code.form != LogDistances.form:
-            raise UserError(
-                "the box regression is logarithms of distances: set MODEL.ATSS.REGRESSION log_point"
-            )
+            raise UserError("it predicts log distances: set MODEL.ATSS.REGRESSION log_point")
         if deform and not num_convs:
             raise UserError("MODEL.ATSS.DEFORM_TOWER needs a tower of at least one convolution")
         self.strides: list[int] = [x.stride for x in input_shape]  # type: ignore[misc]
@@ -117,11 +108,10 @@ class VFNetHead(nn.Module):
         copies = for_levels(len(features), self, precise=(self.bbox_pred, self.refine_pred))
         predicted = [copies[level][0]._predict(x, level) for level, x in enumerate(features)]
         coarse, fine, classes = zip(*predicted, strict=True)
+        logits = flatten_levels(classes, self.num_classes)
         return {
             "coarse": HeadOutput(None, flatten_levels(coarse, 4), None),
-            "fine": HeadOutput(
-                flatten_levels(classes, self.num_classes), flatten_levels(fine, 4), None
-            ),
+            "fine": HeadOutput(logits, flatten_levels(fine, 4), None),
         }
 
     def _predict(self, x: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
