@@ -23,10 +23,9 @@ class P6P7FromP5(nn.Module):
     RetinaNet (FCOS, section 4; all of the authors' configs).
 
     Args:
-        channels: in and out.
         relu_before_p7: whether P7 is computed from P6 after a ReLU.
-        in_feature: input level. From P4 the new levels are P5 and P6, with the same names of
-            parameters.
+        in_feature: input level. From P4 the new levels are P5 and P6, with unchanged parameter
+            names.
     """
 
     num_levels = 2
@@ -124,11 +123,10 @@ class FrozenNormConv2d(Conv2d):
 class FoldedWeights:
     """Folded weights and biases of a backbone's convolutions, for one forward pass on a GPU.
 
-    R-50 has 53 such convolutions, and each would launch a multiplication, its gradient and, under
-    autocast, three casts. Here one operator computes the weights of a stage when its first
-    convolution is called. Weights are handed out once, so inference holds those of one stage. The
-    gradients of a stage arrive together, and DDP exchanges them during the backward pass of the
-    next.
+    Each of R-50's 53 convolutions would launch a multiplication, its gradient and, under autocast,
+    three casts. Here one operator computes the weights of a stage when its first convolution is
+    called. Each weight is returned once, so inference holds one stage. The gradients of a stage
+    arrive together, for DDP to exchange during the backward pass of the next stage.
 
     Args:
         groups: convolutions of each stage.

@@ -11,17 +11,16 @@ from ..geometry import centres, side_distances
 
 
 class BoxCode(Protocol):
-    """Protocol of box codes, with the defaults of their attributes.
+    """Protocol of box codes.
 
     Attributes:
         channels: D, values that the head predicts for each anchor.
         initial: value of the box regression before training.
-        uses_shape: whether decoding depends on the anchor's width and height; otherwise anchors of
-            a location decode to the same box.
+        uses_shape: whether decoding depends on the anchor's width and height.
         relative: whether the box regression counts from the anchor, as convolutions predict it.
         comparable: whether the box regression can be compared with encoded boxes (smooth L1).
         form: "deltas", "log_distances" or "corners", for heads that decode or accept only these.
-        bins: of each side's distribution, if the box regression is its logits, else 0.
+        bins: of each side's distribution, if the box regression is logits, else 0.
         inference_only: whether training with this code is refused.
         legacy: pixels to add to a box that weights of the authors' code predict.
     """

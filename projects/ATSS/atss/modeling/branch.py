@@ -46,8 +46,8 @@ class Branch(nn.Module):
     Args:
         phases: with increasing ends; the last phase has none.
         output: name of its output, if the head computes several.
-        head: of this branch, in place of the detector's: list of feature maps -> output.
-        head_of: name of the branch whose head computes the output.
+        head: of this branch, in place of the detector's.
+        head_of: name of another branch, whose head computes the output.
         detached: whether no gradient flows from ``head`` into the features.
     """
 
@@ -115,8 +115,7 @@ def compute_quotients(
         sources: {branch: key in outputs}.
 
     Returns:
-        the losses of each branch before their division, and the assignments of branches with an
-        assigner.
+        losses before their division, and assignments, by branch.
     """
     decoded = {source: decode(code, output, anchors) for source, output in outputs.items()}
     assignments = {}

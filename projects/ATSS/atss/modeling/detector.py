@@ -33,8 +33,7 @@ LEGACY_PIXELS_IN_TRAINING = (
 class ATSSDetector(DenseDetector):
     """One-stage detector whose training samples are chosen by an assigner.
 
-    It has one or several branches: outputs, each with an assigner and a criterion.
-    :mod:`atss.config` builds all parts from a config.
+    It has one or several branches: outputs with an assigner and a criterion.
 
     Args:
         backbone: images -> {name: feature map}.
@@ -43,9 +42,8 @@ class ATSSDetector(DenseDetector):
         assigner, criterion: of the only branch.
         branches: {name: branch}, in place of assigner and criterion.
         inference: name of the branch that detects; losses of the others are called <name>/...
-        num_classes: K.
         input_format: order of the channels of images, pixel_mean and pixel_std, "BGR" or "RGB".
-        head_in_features: names of the levels, fine to coarse; by default all of the backbone's.
+        head_in_features: levels, fine to coarse; by default all of the backbone's.
         vis_period: iterations between pictures of a training image in the log; 0: none.
         precision: dtype of backbone and towers under autocast; None leaves autocast to the caller.
             Everything after the head is float32.

@@ -141,13 +141,12 @@ class ATSSHead(nn.Module):
     Args:
         num_levels, num_classes, num_anchors, box_channels: L, K, A, D.
         num_convs: convolutions per tower.
-        norm: of the towers, one of NORMS; each level has its own batch norm, as in Detectron2's
-            RetinaNet.
-        tower_bias: whether the towers' convolutions have a bias before a norm; mmdet's have none.
+        norm: one of NORMS; each level has its own batch norm, as in Detectron2's RetinaNet.
+        tower_bias: whether convolutions have a bias before a norm; mmdet's have none.
         prior_prob: class probability at initialisation (RetinaNet, section 4.1).
         centerness: source of the quality: "box" or "cls", a convolution on that tower;
             "distribution", which multiplies class probabilities (GFLv2); "", none.
-        level_scale: whether each level's regression has a learned scale.
+        level_scale: whether each level's box regression has a learned scale.
         box_bias: box regression at initialisation.
         bins: of each side's distribution; 0 if the box regression is none.
         code: decodes the box regression.
@@ -161,8 +160,7 @@ class ATSSHead(nn.Module):
             head has this attribute.
 
     Raises:
-        UserError: for quality without distributions, or a code that does not count from the
-            anchor.
+        UserError: for distribution quality or a box code that does not fit.
     """
 
     def __init__(

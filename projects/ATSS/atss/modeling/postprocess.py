@@ -31,15 +31,13 @@ def root(probability: Tensor, quality: Tensor) -> Tensor:
 class PostProcessor:
     """Postprocessing of the head's output to detections of each image.
 
-    A pair of anchor and class is a candidate if its class probability exceeds the threshold. The
-    candidates with the highest scores are decoded.
+    Candidates are pairs of anchor and class. Only those that are kept are decoded.
 
     Args:
         score_thresh: lower bound of a candidate's class probability.
         topk_candidates: kept per level, before suppression.
         max_detections: kept per image.
-        score: (class probability, quality) -> score. Without quality the score is the class
-            probability.
+        score: (class probability, quality) -> score; class probability without quality.
         suppression: of overlapping boxes, as in :mod:`.suppression`.
         threshold_on_score: whether ``score_thresh`` applies to the score (PAA, OTA).
         rank_by_class: whether candidates are ranked by class probability (mmdet).

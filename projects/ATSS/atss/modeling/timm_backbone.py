@@ -37,8 +37,7 @@ class TimmBackbone(Backbone):
         freeze_statistics: whether batch norms keep their means and variances in training.
 
     Raises:
-        UserError: if timm or the model is missing, the model has no such maps or accepts only one
-            image size, or a weight is missing.
+        UserError: if timm, the model, a map or a weight is missing, or an image size is refused.
     """
 
     def __init__(
@@ -219,8 +218,7 @@ def _try(
     """Return the names of the parameters that the maps depend on, found by backpropagation.
 
     Raises:
-        UserError: if the model does not accept an image size, or a map has another size than its
-            stride implies.
+        UserError: if an image size is refused, or a map does not have its stride.
     """
     with torch.device("meta"), torch.enable_grad():
         for height, width in sizes:

@@ -62,15 +62,12 @@ def geometric_mean(a: Tensor, b: Tensor) -> Tensor:
 
 
 def sample_sides(boxes: Tensor, offsets: Tensor) -> Tensor:
-    """Sample each side of a box from a nearby location, bilinearly. Boxes whose sides would cross
+    """Sample each side of (N, 4, H, W) boxes at an offset, bilinearly. Boxes whose sides would cross
     stay as they are.
 
     Args:
-        boxes: (N, 4, H, W) corners, not relative to the location.
+        boxes: corners, not relative to the location.
         offsets: (N, 8, H, W) (y, x) for each side, in pixels of the map.
-
-    Returns:
-        (N, 4, H, W).
     """
     geometry = (1, 1), (0, 0), (1, 1)
     moved = deform_conv(boxes, offsets, boxes.new_ones(4, 1, 1, 1), None, *geometry, None)
