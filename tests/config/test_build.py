@@ -103,7 +103,7 @@ def test_a_rule_of_ones_own(tmp_path):
     [
         (
             ("MODEL.ATSS.HEAD", "NoHead"),
-            "unknown MODEL.ATSS.HEAD 'NoHead': choose from \\['ATSSHead', 'TOODHead', 'VFNetHead'\\]",
+            r"unknown MODEL.ATSS.HEAD 'NoHead': choose from \['ATSSHead', 'TOODHead', 'VFNetHead'",
         ),
         (
             ("MODEL.ATSS.IN_FEATURES", ["p2", "p3"]),

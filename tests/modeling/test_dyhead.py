@@ -245,5 +245,7 @@ def test_invalid_towers_are_refused():
         build_model(make_cfg(*TOWER, "MODEL.ATSS.DEFORM_TOWER", "v2"))
     with pytest.raises(ValueError, match=r"TOWERS.dynamic.NUM_BLOCKS must be >= 1, got 0"):
         build_model(make_cfg(*TOWER[:-1], 0))
-    with pytest.raises(ValueError, match=r"unknown HEADS.ATSSHead.TOWER 'static': choose from"):
+    with pytest.raises(
+        ValueError, match=r"unknown MODEL.ATSS.HEADS.ATSSHead.TOWER 'static': choose from"
+    ):
         build_model(make_cfg("MODEL.ATSS.HEADS.ATSSHead.TOWER", "static"))

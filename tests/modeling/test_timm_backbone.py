@@ -371,7 +371,7 @@ def test_a_module_that_a_map_depends_on_stays():
         net = DoubledMaps()
     needed = timm_backbone._try(net, "doubled maps", [8])
     assert needed == {"stem.weight", "stem.bias"}
-    assert timm_backbone._leave_out(net, needed, "doubled maps", [8]) == ["unused"]
+    assert timm_backbone._prune(net, needed, "doubled maps", [8]) == ["unused"]
 
 
 def test_weights_of_a_detector_with_another_backbone_are_refused(tmp_path):

@@ -139,7 +139,7 @@ def test_a_mirrored_view_is_mapped_back_exactly():
     image = example()["image"].permute(1, 2, 0).numpy()
     wrapped = tta(Bright())
     for flip in (False, True):
-        boxes, _, _ = wrapped._view(image, *wrapped.views[0], flip)
+        boxes, _, _ = wrapped._detect(image, *wrapped.views[0], flip)
         assert boxes.tolist() == [[20, 30, 80, 70]]
 
 
@@ -158,7 +158,7 @@ def test_size_ranges_exclude_both_ends(least, greatest, counts):
     """A square of 40 pixels on the plain view's size."""
     image = np.zeros((100, 100, 3), np.uint8)
     image[30:70, 30:70] = 255
-    boxes, _, _ = tta(Bright())._view(image, 100, 400, least, greatest, False)
+    boxes, _, _ = tta(Bright())._detect(image, 100, 400, least, greatest, False)
     assert len(boxes) == counts
 
 
@@ -169,7 +169,7 @@ def test_size_ranges_use_both_sides(least, greatest, counts):
     """5 x 100 pixels become 3 x 50: a box of 5 x 40 is one of 3 x 20, whose root is 7.75."""
     image = np.zeros((5, 100, 3), np.uint8)
     image[:, 20:60] = 255
-    boxes, _, _ = tta(Bright())._view(image, 100, 50, least, greatest, False)
+    boxes, _, _ = tta(Bright())._detect(image, 100, 50, least, greatest, False)
     assert len(boxes) == counts
 
 
@@ -187,7 +187,7 @@ def test_boxes_out_of_a_view_range_are_dropped():
     ranges = ("MODEL.ATSS.TTA.SIZE_RANGES", [[30, 10000], [0, 70]], "MODEL.ATSS.TTA.MERGE", "nms")
     wrapped = tta(Bright(), *ranges, "MODEL.ATSS.NMS_THRESH_TEST", 0.9999)
     image = example()["image"].permute(1, 2, 0).numpy()
-    views = [wrapped._view(image, *view, False) for view in wrapped.views]
+    views = [wrapped._detect(image, *view, False) for view in wrapped.views]
     assert [len(boxes) for boxes, _, _ in views] == [1, 0, 0]
 
 

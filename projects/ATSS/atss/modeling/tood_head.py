@@ -62,7 +62,7 @@ def geometric_mean(a: Tensor, b: Tensor) -> Tensor:
 
 
 def sample_sides(boxes: Tensor, offsets: Tensor) -> Tensor:
-    """Sample each side of (N, 4, H, W) boxes at an offset, bilinearly. Boxes whose sides would cross
+    """Sample each side of (N, 4, H, W) boxes at an offset, bilinearly. Boxes with crossing sides
     stay as they are.
 
     Args:
