@@ -97,7 +97,7 @@ def test_points_want_one_anchor_per_location():
 
 
 def test_smooth_l1_wants_deltas():
-    with pytest.raises(ValueError, match="smooth_l1 does not work here: it compares"):
+    with pytest.raises(ValueError, match="smooth_l1 does not work here: the box reg"):
         build_model(make_cfg("MODEL.ATSS.REGRESSION", "point", config="tables/retinanet_A1.yaml"))
 
 

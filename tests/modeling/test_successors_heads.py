@@ -8,11 +8,13 @@ import torch
 from detectron2.layers import ShapeSpec
 from torch.nn import functional as F
 
-from atss import GridAnchorGenerator
+from atss import GridAnchorGenerator, load_config
 from atss.modeling import BoxDeltas, Corners, Distribution, LogDistances, TOODHead, VFNetHead
+from atss.modeling.registry import HEAD_REGISTRY
 from atss.modeling.tood_head import TaskDecomposition, geometric_mean, sample_sides
 from atss.modeling.vfnet_head import star_offsets
 
+CONFIG = "ATSS_R_50_FPN_1x"
 LEVELS = [ShapeSpec(channels=32, stride=s) for s in (8, 16)]
 VFNET = {"in_channels": 32, "input_shape": LEVELS, "num_classes": 3, "num_convs": 1}
 TOOD = {"in_channels": 32, "num_levels": 2, "num_classes": 3, "num_convs": 2}
@@ -329,3 +331,29 @@ def test_prior_probability_of_both_maps():
         torch.testing.assert_close(layer.bias, torch.full_like(layer.bias, -math.log(99)))
     for layer in (head.cls_decomposition.attention[0], head.bbox_alignment[-1]):
         assert layer.weight.std().item() == pytest.approx(0.001, rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Keys
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("head", "depth"), [("ATSSHead", 4), ("TOODHead", 6), ("VFNetHead", 3)])
+def test_num_convs_is_the_depth_of_every_head(head, depth):
+    opts = ["MODEL.ATSS.HEAD", head]
+    for value, expected in ((None, depth), (2, 2), (0, 0)):
+        node = load_config(CONFIG, opts=[*opts, "MODEL.ATSS.NUM_CONVS", value]).MODEL.ATSS
+        assert HEAD_REGISTRY.argument(node, "HEAD", "num_convs") == expected
+
+
+def test_old_keys_of_depth_and_initial_distance(tmp_path):
+    """As in the config.yaml of finished runs, in which NUM_CONVS was a key of ATSSHead."""
+    old = (
+        "MODEL: {ATSS: {NUM_CONVS: 4, HEADS: {TOODHead: {NUM_CONVS: 5}, VFNetHead: {REACH: 4.0}}}}"
+    )
+    (tmp_path / "old.yaml").write_text(f"_BASE_: {CONFIG}\n{old}")
+    opts = ("MODEL.ATSS.HEADS.TOODHead.NUM_CONVS", 5, "MODEL.ATSS.HEADS.VFNetHead.REACH", 4.0)
+    for cfg in (load_config(tmp_path / "old.yaml"), load_config(CONFIG, opts=opts)):
+        cfg.MODEL.ATSS.HEAD = "TOODHead"
+        assert HEAD_REGISTRY.argument(cfg.MODEL.ATSS, "HEAD", "num_convs") == 5
+        assert cfg.MODEL.ATSS.HEADS.VFNetHead.INITIAL_DISTANCE == 4.0
