@@ -8,9 +8,9 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
+from ..config.build import head_depth
 from ..config.checks import flatten
 from ..config.files import get_config
-from ..modeling.registry import HEAD_REGISTRY
 from .convert import check_against, is_tower_bias, load, refuse_to_replace, shapes_of, write
 from .detectors import DETECTORS, ConversionError, levels_of
 from .names import rename, to_mmdet_rules
@@ -116,7 +116,7 @@ def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
             "num_classes": len(state_dict["head.cls_score.bias"]),
             "in_channels": cfg.MODEL.FPN.OUT_CHANNELS,
             "feat_channels": cfg.MODEL.FPN.OUT_CHANNELS,
-            "stacked_convs": HEAD_REGISTRY.argument(node, "HEAD", "num_convs"),
+            "stacked_convs": head_depth(cfg),
             "anchor_generator": {
                 "type": "AnchorGenerator",
                 "ratios": list(node.ANCHOR_RATIOS),
@@ -173,7 +173,7 @@ def detector_for(cfg: CfgNode) -> str:
             f"mmdet's {DETECTORS[detector].head} has nothing like {key} {values[key]!r}: only "
             f"{needed!r}"
         )
-    depth = HEAD_REGISTRY.argument(cfg.MODEL.ATSS, "HEAD", "num_convs")
+    depth = head_depth(cfg)
     if DETECTORS[detector].head == "TOODHead" and depth != 6:
         raise ConversionError(
             f"mmdet's TOODHead has nothing like MODEL.ATSS.NUM_CONVS {depth}: only 6"

@@ -98,6 +98,11 @@ def _known(
     }
 
 
+def head_depth(cfg: CfgNode) -> int:
+    """Return the number of convolutions of the head's towers or stack."""
+    return modeling.HEAD_REGISTRY.argument(cfg.MODEL.ATSS, "HEAD", "num_convs")
+
+
 def build_postprocess(cfg: CfgNode) -> PostProcessor:
     """How detections are made."""
     node = cfg.MODEL.ATSS
