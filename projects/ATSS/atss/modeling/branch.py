@@ -76,7 +76,7 @@ class Branch(nn.Module):
         return next(x for x in self.phases if isinstance(x, Phase) and iteration < x.until)
 
     def source(self, name: str) -> Source:
-        """Return the source of this branch's output; ``name`` is the branch's own."""
+        """Return the source of the output; ``name`` is the branch's own."""
         return self.head_of if self.head is None else name, self.output
 
     def own_outputs(self, features: Sequence[Tensor]) -> HeadOutputs:
@@ -85,11 +85,7 @@ class Branch(nn.Module):
         return self.head([x.detach() for x in features] if self.detached else features)
 
     def select_output(self, outputs: HeadOutputs) -> HeadOutput:
-        """Return the branch's output from the outputs of its head.
-
-        Raises:
-            UserError: if the head has no such output.
-        """
+        """Return the branch's output from those of its head."""
         named = outputs if isinstance(outputs, Mapping) else {"": outputs}
         if self.output not in named:
             raise UserError(

@@ -218,14 +218,12 @@ def divide(quotients: Mapping[str, Quotient]) -> dict[str, Tensor]:
 
 
 def _num_processes() -> int:
-    """Return how many processes share the normalisers."""
     return comm.get_world_size() if torch.is_grad_enabled() else 1
 
 
 def _match(
     output: HeadOutput, boxes: Tensor, anchors: Anchors, gt: GroundTruth, assignment: Assignment
 ) -> Matched:
-    """Return output, boxes and targets of every anchor."""
     positive, score = assignment.positive, assignment.score
     if len(gt):
         index = assignment.gt_index.clamp(min=0)

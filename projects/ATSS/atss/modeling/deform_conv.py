@@ -77,8 +77,7 @@ class DeformConv(nn.Module):
 
     Args:
         weight: (C_out, C_in / groups, h, w).
-        bias: (C_out,) or None.
-        norm: applied after the convolution, or None.
+        norm: applied after the convolution.
     """
 
     bias: nn.Parameter | None

@@ -129,7 +129,6 @@ class ATSSDetector(DenseDetector):
         return list(groups.values())
 
     def _forward_groups(self, batched_inputs: list[dict], groups: list[list[int]]) -> list[dict]:
-        """Return detections of each image, with one forward pass for each group."""
         results: dict[int, Any] = {}
         for group in groups:
             detections = self.forward([batched_inputs[i] for i in group])
@@ -148,7 +147,7 @@ class ATSSDetector(DenseDetector):
         return torch.autocast(self.device.type, dtype=self.precision)
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
-        """As in Detectron2, but copied to the GPU without waiting for it."""
+        """As in Detectron2, but without waiting for the GPU."""
         images = (x["image"].to(self.device, non_blocking=True) for x in batched_inputs)
         return super().preprocess_image([{"image": image} for image in images])
 
@@ -193,7 +192,6 @@ class ATSSDetector(DenseDetector):
     def _resize_detections(
         self, detections: Instances, input_hw: tuple[int, int], example: dict
     ) -> Instances:
-        """Return detections in pixels of the original image."""
         height, width = example.get("height", input_hw[0]), example.get("width", input_hw[1])
         result = self.postprocess.in_original(detections, height, width)
         self.box_coder.after_resizing(result, input_hw)
@@ -234,7 +232,6 @@ class ATSSDetector(DenseDetector):
         return losses
 
     def _phases(self, iteration: int) -> dict[str, Phase]:
-        """Return the phase of each branch."""
         phases = {name: branch.at(iteration) for name, branch in self.branches.items()}
         assigned = sorted(name for name, phase in phases.items() if phase.assigner is not None)
         for name, phase in phases.items():
@@ -248,8 +245,7 @@ class ATSSDetector(DenseDetector):
     def forward_inference(
         self, images: ImageList, features: list[Tensor], outputs: Mapping[str, HeadOutput]
     ) -> list[Instances]:
-        """Return detections in pixels of the network's input: score -> filter -> decode -> clip ->
-        suppress."""
+        """Return detections in pixels of the network's input."""
         with torch.autocast(self.device.type, enabled=False):
             anchors = self.anchor_generator.grid(features)
             output = outputs[self.inference].map(Tensor.float)

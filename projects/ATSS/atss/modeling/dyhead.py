@@ -80,7 +80,6 @@ class DynamicBlock(nn.Module):
     def _fuse(
         self, levels: Sequence[Tensor], level: int, gate: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Return the new feature map of a level."""
         x = levels[level]
         offset = self.offset(x)
         offset, mask = offset[:, :18], offset[:, 18:].sigmoid()
@@ -92,7 +91,6 @@ class DynamicBlock(nn.Module):
 
     @staticmethod
     def _convolve(conv: DeformConv, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        """Convolve a neighbouring level and resize the result to the size of the offsets."""
         size = (-(-x.shape[2] // conv.stride[0]), -(-x.shape[3] // conv.stride[1]))
         level_size = (offset.shape[2], offset.shape[3])
         return resized(conv(x, resized(offset, size), resized(mask, size)), level_size)

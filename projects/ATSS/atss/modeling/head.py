@@ -92,7 +92,7 @@ def norm_and_relu(channels: int, num_levels: int, norm: str) -> list[nn.Module]:
 
 
 def run_tower(tower: nn.Sequential, x: Tensor, level: int) -> Tensor:
-    """Apply a tower to the features of a level."""
+    """Apply a tower to a level's features."""
     for layer in tower:
         x = (layer[level] if isinstance(layer, PerLevel) else layer)(x)
     return x
@@ -262,7 +262,6 @@ class ATSSHead(nn.Module):
 
     @staticmethod
     def _multiply(output: HeadOutput, box_quality: DistributionQuality) -> HeadOutput:
-        """Multiply the class probabilities by the quality of the box."""
         with torch.autocast(output.box_regression.device.type, enabled=False):
             quality = box_quality(output.box_regression).sigmoid()
             classes = output.map(lambda x: x.to(quality.dtype)).probability() * quality[..., None]

@@ -1,8 +1,8 @@
 """Layers shared by all pyramid levels, as one copy for each level.
 
-Autograd adds the gradients that five levels give to a shared parameter one at a time: 144 operators
-in a step of ATSS. The copies' parameters are aliases, whose gradients arrive together, and four
-operators add the gradients of all parameters in the same order (:class:`.foreach.RepeatAll`).
+Autograd adds the gradients of five levels one at a time: 144 operators in a step of ATSS. The
+gradients of the copies' parameters, which are aliases, arrive together, and four operators add them
+in the same order (:class:`.foreach.RepeatAll`).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -37,7 +37,7 @@ def for_levels(
         precise: convolutions and linear layers in ``modules`` that are called without autocast.
 
     Returns:
-        L tuples of modules.
+        L tuples.
     """
     dtypes: dict[Tensor, torch.dtype | None] = {}
     if num_levels > 1 and torch.is_grad_enabled():

@@ -80,7 +80,6 @@ class PostProcessor:
     def _detect(
         self, output: HeadOutput, anchors: Anchors, code: BoxCode, image_size: tuple[int, int]
     ) -> Instances:
-        """Return the detections of one image, whose output has no N."""
         anchor, classes, scores = self._candidates(output, anchors)
         decoded = code.decode(
             output.box_regression[anchor], anchors.boxes[anchor], anchors.stride[anchor]
@@ -145,7 +144,6 @@ class PostProcessor:
         return anchor[best], classes[best], score[best]
 
     def _score(self, probability: Tensor, quality: Tensor | None, anchor: Tensor) -> Tensor:
-        """Return the scores of (M,) or (M, K) probabilities of (M,) anchors."""
         if quality is None:
             return probability
         quality = quality[anchor]

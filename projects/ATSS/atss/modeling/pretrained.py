@@ -39,9 +39,6 @@ def find_pretrained(name: str, file: str = "") -> tuple[str, str]:
     Args:
         name: of timm's model; a tag after a dot selects the weights.
         file: of weights; "": from a package or the hub.
-
-    Raises:
-        UserError: if no weights exist or the hub cannot be reached.
     """
     if file:
         if not Path(file).is_file():

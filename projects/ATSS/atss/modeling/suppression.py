@@ -95,7 +95,6 @@ class ScoreVote(NMS):
         return kept._replace(boxes=torch.cat(moved))
 
     def _moved(self, kept: ScoredBoxes, voters: ScoredBoxes) -> Tensor:
-        """Return (k, 4) weighted means."""
         overlap = iou(kept.boxes[:, None], voters.boxes)
         votes = (-((1 - overlap) ** 2) / self.spread).exp() * voters.scores
         counts = (overlap > self.min_overlap) & (kept.classes[:, None] == voters.classes)

@@ -30,9 +30,9 @@ class TimmBackbone(Backbone):
     Modules that no map depends on are removed, or frozen if the model cannot run without them.
 
     Args:
-        name: of the model, such as "resnet18" or, with the tag of its weights, "resnet18.a1_in1k".
-        strides: of the maps, fine to coarse. Of several maps with one stride the last is used.
-        weights: of the whole model, with names of timm or of the model's authors; None: random.
+        name: such as "resnet18" or, with the tag of its weights, "resnet18.a1_in1k".
+        strides: of the maps, fine to coarse; the last map of each stride is used.
+        weights: of the whole model, with names of timm or of its authors; None: random.
         freeze_at: layers before the map of stride 2^freeze_at are frozen; 0: none.
         freeze_statistics: whether batch norms keep their means and variances in training.
 
@@ -179,7 +179,7 @@ def _create(name: str, **options: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress timm's warnings about unused weights, those of the classifier."""
+    """Suppress timm's warnings about the classifier's weights."""
     logger = logging.getLogger("timm")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -198,13 +198,11 @@ def _make_trial(name: str, indices: Sequence[int]) -> Any:
 # Both take a second for some models, and a command builds its model more than once.
 @cache
 def _find_used(name: str, indices: tuple[int, ...], strides: tuple[int, ...]) -> frozenset[str]:
-    """Return the names of the parameters that a model's maps depend on."""
     return frozenset(_try(_make_trial(name, indices), name, strides))
 
 
 @cache
 def _find_removable(name: str, indices: tuple[int, ...], strides: tuple[int, ...]) -> list[str]:
-    """Return the paths of the modules that a model's maps do not depend on."""
     used = _find_used(name, indices, strides)
     return _prune(_make_trial(name, indices), used, name, strides)
 

@@ -20,7 +20,6 @@ class ATSSWithTTA(nn.Module):
     The detector, with its suppression, runs on one view at a time, to limit memory.
 
     Args:
-        model: in evaluation mode.
         plain: (short side, longest side) of the view that contributes boxes of all sizes.
         sizes: (short side, longest side, low, high) of the other views, which contribute boxes
             with an area between low^2 and high^2, in pixels of the view.
@@ -75,7 +74,6 @@ class ATSSWithTTA(nn.Module):
     def _detect(
         self, image: np.ndarray, short: int, longest: int, low: float, high: float, flip: bool
     ) -> ScoredBoxes:
-        """Return the detections of one view, in pixels of the image."""
         resize = T.ResizeShortestEdge([short, short], longest).get_transform(image)
         view = resize.apply_image(image)
         if flip:
