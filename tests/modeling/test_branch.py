@@ -24,7 +24,7 @@ def build(*opts, **nested):
     return build_model(cfg).train()
 
 
-def test_a_head_of_its_own_learns_from_detached_features():
+def test_own_head_with_detached_features():
     opts = ("MODEL.ATSS.BRANCHES", ["extra"])
     own = {"extra": {"OWN_HEAD": True, "DETACHED": True, "HEAD": "ATSSHead"}}
     model = build(*opts, BRANCH=own)
@@ -36,7 +36,7 @@ def test_a_head_of_its_own_learns_from_detached_features():
     assert all(name.startswith("branches.extra.head.") for name in touched)
 
 
-def test_a_head_of_its_own_shares_features():
+def test_own_head_shares_features():
     model = build("MODEL.ATSS.BRANCHES", ["extra"], BRANCH={"extra": {"OWN_HEAD": True}})
     losses = model([EXAMPLE])
     sum(x for name, x in losses.items() if name.startswith("extra/")).backward()
@@ -88,11 +88,11 @@ def test_two_branches_read_two_outputs_of_a_head():
     with torch.no_grad():
         model.eval()([EXAMPLE])
     model.branches["main"].output = "finest"
-    with pytest.raises(ValueError, match=r"output 'finest' .* gives \['coarse', 'fine'\]"):
+    with pytest.raises(ValueError, match=r"OUTPUT 'finest': choose from \['coarse', 'fine'\]"):
         model([EXAMPLE])
 
 
-def test_a_branch_takes_anothers_assignment():
+def test_a_branch_uses_the_assignment_of_another():
     asked = []
 
     class Rule(ATSS):
@@ -152,7 +152,7 @@ class Counter(nn.Module):
         return weight.repeat_interleave(counts)
 
 
-def test_buffers_are_saved_where_they_are_chosen_and_may_be_shared():
+def test_buffers_are_saved_and_shared():
     assert not [x for x in build().state_dict() if x.startswith("branches")]
     counter, model = Counter(), build()
     branches = {
@@ -242,16 +242,16 @@ def seen(model):
         (
             ("MODEL.ATSS.PHASES", [["x", 9], ["x", 3]]),
             {"BRANCH": {"x": {"ASSIGNER": "MaxIoU"}}},
-            r"phases must end at rising iterations, the last at none, not \[9, 3, inf\]",
+            r"phases must end at rising iterations, the last at none, got \[9, 3, inf\]",
         ),
     ],
 )
-def test_what_cannot_be_is_one_sentence(opts, nested, sentence):
+def test_invalid_branches_are_refused(opts, nested, sentence):
     with pytest.raises(ValueError, match=sentence):
         build(*opts, **nested)
 
 
-def test_branches_do_not_inherit_what_makes_a_branch():
+def test_branches_do_not_inherit_branch_keys():
     """Phases of main, and whose assignment it takes, are main's; its parts are those of all."""
     wide = {"ASSIGNERS": {"ATSS": {"TOP_K": 17}}}
     nested = {"wide": wide, "first": {"ASSIGNER": "MaxIoU"}}
@@ -278,7 +278,7 @@ def test_every_parameter_has_a_gradient(nested):
     assert without == []
 
 
-def test_a_rule_sees_what_its_own_branch_predicts():
+def test_assigners_see_predictions_of_their_branch():
     seen = {}
     model = build("MODEL.ATSS.BRANCHES", ["own"], BRANCH={"own": {"OWN_HEAD": True}})
     # Its boxes begin twice as large as those of main.
@@ -294,7 +294,7 @@ def test_a_rule_sees_what_its_own_branch_predicts():
     assert seen["own"].output.box_regression.mean() > seen["main"].output.box_regression.mean() + 3
 
 
-def test_branches_that_read_one_output_share_its_boxes(monkeypatch):
+def test_branches_of_one_output_share_decoded_boxes(monkeypatch):
     model, decoded = build("MODEL.ATSS.BRANCHES", ["x"], BRANCH={"x": {"QUALITY": ""}}), []
     decode = model.box_coder.decode
     monkeypatch.setattr(model.box_coder, "decode", lambda *x: decoded.append(1) or decode(*x))
@@ -302,7 +302,7 @@ def test_branches_that_read_one_output_share_its_boxes(monkeypatch):
     assert len(decoded) == 1
 
 
-def test_a_level_weight_is_shared_unless_a_branch_names_its_own():
+def test_level_weights_are_shared_by_default():
     modeling.LEVEL_WEIGHTS.register(Counter, name="counter")
     try:
         nested = {"same": {"QUALITY": ""}, "own": {"LEVEL_WEIGHT": "counter"}}
@@ -316,7 +316,7 @@ def test_a_level_weight_is_shared_unless_a_branch_names_its_own():
     assert weights["main"] is not weights["own"]
 
 
-def test_a_level_weight_that_is_shared_is_that_of_mains_last_phase():
+def test_shared_level_weight_is_of_mains_last_phase():
     """The first may have none, as a warm-up does."""
     nested = {"early": {"LEVEL_WEIGHT": ""}, "same": {"QUALITY": ""}}
     opts = ("MODEL.ATSS.LEVEL_WEIGHT", "balance", "MODEL.ATSS.BRANCHES", ["same"])

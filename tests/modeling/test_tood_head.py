@@ -8,11 +8,13 @@ import torch
 from detectron2.layers import ShapeSpec
 from torch.nn import functional as F
 
-from atss import GridAnchorGenerator
+from atss import GridAnchorGenerator, load_config
 from atss.modeling import BoxDeltas, Corners, Distribution, LogDistances, TOODHead, VFNetHead
+from atss.modeling.registry import HEAD_REGISTRY
 from atss.modeling.tood_head import TaskDecomposition, geometric_mean, sample_sides
 from atss.modeling.vfnet_head import star_offsets
 
+CONFIG = "ATSS_R_50_FPN_1x"
 LEVELS = [ShapeSpec(channels=32, stride=s) for s in (8, 16)]
 VFNET = {"in_channels": 32, "input_shape": LEVELS, "num_classes": 3, "num_convs": 1}
 TOOD = {"in_channels": 32, "num_levels": 2, "num_classes": 3, "num_convs": 2}
@@ -46,11 +48,11 @@ def test_star_offsets_by_hand():
     ]
 
 
-def test_a_box_of_one_pixel_to_each_side_makes_a_plain_convolution():
+def test_star_offsets_of_a_small_box_are_zero():
     assert star_offsets(torch.ones(1, 4, 2, 3)).abs().max() == 0
 
 
-def test_first_boxes_begin_as_wide_as_their_anchors():
+def test_coarse_boxes_start_at_the_initial_distance():
     torch.manual_seed(0)
     head = VFNetHead(**VFNET)
     with torch.no_grad():
@@ -65,7 +67,7 @@ def test_first_boxes_begin_as_wide_as_their_anchors():
         torch.testing.assert_close(distances[24:], torch.full((6, 4), 128.0))
 
 
-def test_what_the_finer_box_and_classes_teach_the_first():
+def test_gradients_that_reach_the_coarse_box():
     """The finer box is a multiple of the first, which learns nothing from it but a tenth of what
     the points say."""
 
@@ -85,7 +87,7 @@ def test_what_the_finer_box_and_classes_teach_the_first():
     assert learnt(0.0, lambda found: found["coarse"].box_regression).abs().max() > 0
 
 
-def test_points_of_a_large_first_box_are_where_its_sides_are(monkeypatch):
+def test_star_points_of_a_large_coarse_box(monkeypatch):
     """3,000 px to each side, at a stride of 8."""
     seen = []
     monkeypatch.setattr(
@@ -99,7 +101,7 @@ def test_points_of_a_large_first_box_are_where_its_sides_are(monkeypatch):
     torch.testing.assert_close(seen[0], torch.full((1, 4, 4, 6), 3000 / 8), rtol=1e-4, atol=0)
 
 
-def test_the_finer_box_multiplies_the_first():
+def test_the_fine_box_multiplies_the_coarse_box():
     """Its numbers are logarithms: of a change of 1, each side is e times as far."""
     torch.manual_seed(0)
     head = VFNetHead(**VFNET)
@@ -110,7 +112,7 @@ def test_the_finer_box_multiplies_the_first():
     torch.testing.assert_close(found["fine"].box_regression, found["coarse"].box_regression + 1)
 
 
-def test_vfnets_boxes_are_predicted_in_float32_under_autocast():
+def test_vfnet_boxes_are_float32_under_autocast():
     head, seen = VFNetHead(**VFNET), []
     for layer in (head.bbox_pred, head.refine_pred):
         layer.register_forward_hook(lambda module, x, y: seen.extend([x[0].dtype, y.dtype]))
@@ -134,17 +136,19 @@ def test_extreme_boxes_have_finite_gradients(bias):
         assert all(torch.isfinite(x).all() for x in gradients)
 
 
-def test_heads_say_which_code_reads_them():
+def test_heads_refuse_other_box_codes():
     for code in (BoxDeltas(), Distribution()):
         with pytest.raises(ValueError, match=r"set MODEL\.ATSS\.REGRESSION log_point"):
             VFNetHead(**VFNET, code=code)
         with pytest.raises(ValueError, match=r"set MODEL\.ATSS\.REGRESSION corners"):
             tood(code=code)
     for inner in (Corners(), Distribution()):
-        with pytest.raises(ValueError, match=r"inner is no (Corners|Distribution): 'point' or"):
+        with pytest.raises(
+            ValueError, match=r"inner cannot be (Corners|Distribution): choose 'point' or"
+        ):
             tood(inner=inner)
     for inner in (BoxDeltas(), LogDistances()):
-        with pytest.raises(ValueError, match="exponential True is for distances"):
+        with pytest.raises(ValueError, match="exponential must be False with"):
             tood(inner=inner)
         tood(inner=inner, exponential=False)
 
@@ -154,7 +158,7 @@ def test_heads_say_which_code_reads_them():
 # ------------------------------------------------------------------------------------------------
 
 
-def test_each_layer_has_its_weight():
+def test_task_decomposition_weights_each_layer():
     """What is done to the convolution, done to the features; learnt through the mean, too."""
     torch.manual_seed(0)
     task = TaskDecomposition(8, 3, 1, "", bias=True)
@@ -173,7 +177,7 @@ def test_each_layer_has_its_weight():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_the_geometric_mean_has_finite_slopes():
+def test_geometric_mean_has_finite_gradients():
     """sqrt(p q), whose slope in either logit is sqrt(p q) (1 - p) / 2."""
     a, b = torch.tensor([0.5, -200.0, 1.0, -60.0]), torch.tensor([-1.0, 3.0, -200.0, -60.0])
     a, b = a.double().requires_grad_(), b.double()
@@ -186,7 +190,7 @@ def test_the_geometric_mean_has_finite_slopes():
     assert torch.isfinite(slope).all()
 
 
-def test_sides_are_taken_from_where_offsets_say():
+def test_sides_are_sampled_at_their_offsets():
     """The left side from one pixel below, the top from half a pixel to the right, the others from
     where they are."""
     boxes = torch.rand(1, 4, 4, 5) + torch.tensor([0.0, 0, 10, 10]).view(1, 4, 1, 1)
@@ -199,7 +203,7 @@ def test_sides_are_taken_from_where_offsets_say():
     torch.testing.assert_close(found[:, 2:], boxes[:, 2:])
 
 
-def test_sides_from_nowhere_are_no_sides():
+def test_nan_offsets_give_nan_sides():
     """NaN is not hidden, nor does it end the process."""
     boxes = torch.tensor([0.0, 0, 10, 10]).view(1, 4, 1, 1).expand(1, 4, 4, 5)
     offsets = torch.zeros(1, 8, 4, 5)
@@ -209,7 +213,7 @@ def test_sides_from_nowhere_are_no_sides():
     assert found.isnan().sum() == 1
 
 
-def test_boxes_whose_sides_would_cross_stay():
+def test_boxes_with_crossing_sides_stay():
     boxes = torch.tensor([[0.0, 10], [0, 0], [5, 15], [5, 5]]).view(1, 4, 1, 2)
     offsets = torch.zeros(1, 8, 1, 2)
     offsets[0, 1, 0, 0] = 1.0  # the left side of the first box from the second: 10 > 5
@@ -228,7 +232,7 @@ def test_boxes_whose_sides_would_cross_stay():
     ],
     ids=["points", "anchors", "far"],
 )
-def test_tood_begins_with_boxes_around_their_locations(arguments, bias, sides):
+def test_tood_boxes_start_around_their_locations(arguments, bias, sides):
     """Corners in strides: exp(0) strides to each side, or the anchor; of 8,000 strides, which are
     the longest side of an image, too."""
     head = tood(**arguments)
@@ -247,12 +251,12 @@ def test_tood_begins_with_boxes_around_their_locations(arguments, bias, sides):
     )
 
 
-def test_tood_begins_with_the_prior_probability():
+def test_tood_starts_with_the_prior_probability():
     output = tood(prior_prob=0.02)(features(1))
     assert output.classes.mean().item() == pytest.approx(0.02, rel=0.1)
 
 
-def test_probabilities_are_those_of_classes_and_of_the_alignment_map():
+def test_tood_probabilities_combine_classes_and_alignment():
     """And teach the stack what these do, also through the attention that its mean gives."""
     head, maps = tood(), features(1)
     torch.nn.init.uniform_(head.cls_decomposition.attention[0].weight, 0, 0.1)
@@ -276,7 +280,7 @@ def test_probabilities_are_those_of_classes_and_of_the_alignment_map():
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
-def test_toods_scale_multiplies_distances():
+def test_tood_scale_multiplies_distances():
     head, maps = tood(), features(1)
     with torch.no_grad():
         head.bbox_pred.weight.zero_()
@@ -286,7 +290,7 @@ def test_toods_scale_multiplies_distances():
     assert box.tolist() == pytest.approx([0.5 - 3, 0.5 - 3, 0.5 + 3, 0.5 + 3])
 
 
-def test_tood_in_half_the_bits():
+def test_tood_under_autocast():
     head = tood()
     seen = []
     for layer in (head.bbox_pred, head.bbox_alignment[-1]):
@@ -305,9 +309,9 @@ def test_tood_with_other_norms_trains(norm):
     assert all(torch.isfinite(p.grad).all() for p in head.parameters())
 
 
-def test_tood_wants_one_anchor_per_location():
+def test_tood_needs_one_anchor_per_location():
     generator = GridAnchorGenerator(strides=(8, 16), ratios=(1.0, 2.0))
-    with pytest.raises(ValueError, match="one for each location"):
+    with pytest.raises(ValueError, match="one anchor per location"):
         tood(anchor_generator=generator)
 
 
@@ -321,9 +325,35 @@ def test_the_first_convolutions_of_the_stack_may_be_deformable():
         tood(num_deform=3)
 
 
-def test_prior_of_both_maps():
+def test_prior_probability_of_both_maps():
     head = tood()
     for layer in (head.cls_score, head.cls_alignment[-1]):
         torch.testing.assert_close(layer.bias, torch.full_like(layer.bias, -math.log(99)))
     for layer in (head.cls_decomposition.attention[0], head.bbox_alignment[-1]):
         assert layer.weight.std().item() == pytest.approx(0.001, rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Keys
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("head", "depth"), [("ATSSHead", 4), ("TOODHead", 6), ("VFNetHead", 3)])
+def test_num_convs_is_the_depth_of_every_head(head, depth):
+    opts = ["MODEL.ATSS.HEAD", head]
+    for value, expected in ((None, depth), (2, 2), (0, 0)):
+        node = load_config(CONFIG, opts=[*opts, "MODEL.ATSS.NUM_CONVS", value]).MODEL.ATSS
+        assert HEAD_REGISTRY.argument(node, "num_convs") == expected
+
+
+def test_old_keys_of_depth_and_initial_distance(tmp_path):
+    """As in the config.yaml of finished runs, in which NUM_CONVS was a key of ATSSHead."""
+    old = (
+        "MODEL: {ATSS: {NUM_CONVS: 4, HEADS: {TOODHead: {NUM_CONVS: 5}, VFNetHead: {REACH: 4.0}}}}"
+    )
+    (tmp_path / "old.yaml").write_text(f"_BASE_: {CONFIG}\n{old}")
+    opts = ("MODEL.ATSS.HEADS.TOODHead.NUM_CONVS", 5, "MODEL.ATSS.HEADS.VFNetHead.REACH", 4.0)
+    for cfg in (load_config(tmp_path / "old.yaml"), load_config(CONFIG, opts=opts)):
+        cfg.MODEL.ATSS.HEAD = "TOODHead"
+        assert HEAD_REGISTRY.argument(cfg.MODEL.ATSS, "num_convs") == 5
+        assert cfg.MODEL.ATSS.HEADS.VFNetHead.INITIAL_DISTANCE == 4.0

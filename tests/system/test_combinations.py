@@ -25,7 +25,8 @@ from atss.structures import HeadOutput
 K, SIZES, STRIDES = 3, [(12, 16), (6, 8), (3, 4), (2, 2), (1, 1)], (8, 16, 32, 64, 128)
 GT = make_gt([[20, 20, 90, 80], [4, 4, 30, 40], [0, 0, 128, 96]], [0, 0, 1], 3, [0, 2, 1])
 RULES = [(name, ()) for name, _ in ASSIGNER_REGISTRY]
-# Keys and values; what else a box loss or code is made of has its own tests.
+# Keys and values; other arguments of box losses and codes have their own tests.
+WITH_SCORE = ("OTA", "POTO", "SimOTA", "SoftLabel", "TAL")
 KINDS = (
     *(modeling.CLS_LOSSES, modeling.CLS_TARGETS, modeling.BOX_LOSSES),
     *(modeling.BOX_WEIGHTS, modeling.BOX_CODES, modeling.NORMALISERS, modeling.QUALITIES),
@@ -33,13 +34,13 @@ KINDS = (
 AXES = {x.key: [*x.entries, *([""] if x.optional else [])] for x in KINDS}
 AXES["BBOX_REG_LOSS_TYPE"].append("giou + dfl")
 AXES["probabilities"] = [False, True]
-# What acts on each other in what a positive is to learn.
+# Keys that interact in the targets of a positive.
 LOSSES = {key: AXES[key] for key in list(AXES)[:5]}
 WHY = (
-    "score of a rule that gives none",
-    "but the class loss is for targets 0 and 1",
-    "for which .* is not made",
-    "it is of distributions, which .* does not make",
+    "needs an assigner with scores",
+    "but the class loss takes only targets 0 and 1",
+    "cannot be compared with encoded boxes",
+    "the box regression of .* is no distribution",
     "a branch has no loss",
 )
 
@@ -117,7 +118,7 @@ def has_score(name):
 
 
 @pytest.mark.parametrize(("rule", "opts"), RULES)
-def test_trains_or_says_why_not(rule, opts):
+def test_each_combination_trains_or_is_refused(rule, opts):
     trained, refused = try_all(rule, opts, AXES, all_pairs(AXES))
     assert trained > 15
     assert refused >= {*WHY[1:-1]}

@@ -25,7 +25,7 @@ ONE_OF_TAL = {"ASSIGNERS": {"TAL": {"TOP_K": 1, "INSIDE": "before"}}}
 COARSE = {"HEAD_OF": "one", "OUTPUT": "coarse", "ASSIGNMENT_OF": "one"}
 
 
-def test_every_head_is_here():
+def test_every_config_is_covered():
     heads = {make_cfg(config=f"{x}.yaml").MODEL.ATSS.HEAD for x in HEADS}
     files = [x.relative_to(ROOT / "configs") for x in ROOT.glob("configs/successors/*.yaml")]
     assert heads == {make_cfg(config=str(x)).MODEL.ATSS.HEAD for x in files}
@@ -81,7 +81,7 @@ def test_a_step_and_detections_without_suppression(name, way):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_what_learns_from_one_teaches_no_features(name):
+def test_detached_branch_gives_features_no_gradient(name):
     model = build(name, **of_one(name))
     losses = model(EXAMPLES)
     own = [x for n, x in losses.items() if "/" not in n or n.startswith("coarse_one")]
@@ -91,7 +91,7 @@ def test_what_learns_from_one_teaches_no_features(name):
     assert all(n.startswith("branches.one.head.") for n in touched)
 
 
-def test_two_branches_share_the_head_of_one():
+def test_two_branches_share_an_own_head():
     """Which is run once."""
     model = build(HEADS[4], **of_one(HEADS[4]))
     calls = []
@@ -101,7 +101,7 @@ def test_two_branches_share_the_head_of_one():
     assert {"loss_cls", "loss_box_reg", "coarse_one/loss_box_reg"} < {*losses}
 
 
-def test_a_head_that_is_nobodys_is_refused():
+def test_head_of_an_unknown_branch_is_refused():
     for wrong in ("main", "two"):
         nested = of_one(HEADS[4])
         nested["BRANCH"]["coarse_one"]["HEAD_OF"] = wrong
@@ -111,13 +111,13 @@ def test_a_head_that_is_nobodys_is_refused():
             build(HEADS[4], **nested)
     nested = of_one(HEADS[4])
     nested["BRANCH"]["coarse_one"]["OWN_HEAD"] = True
-    with pytest.raises(ValueError, match="coarse_one: a branch with a head of its own cannot have"):
+    with pytest.raises(ValueError, match="coarse_one: a branch with a head of its own cannot use"):
         build(HEADS[4], **nested)
     with pytest.raises(ValueError, match=r"MODEL.ATSS.HEAD_OF is for branches of .*BRANCHES"):
         build(HEADS[4], **of_one(HEADS[4]), HEAD_OF="one")
 
 
-def test_a_branch_that_reads_anothers_head_detects_without_what_training_knew():
+def test_a_branch_with_anothers_head_detects_alone():
     nested = of_one(HEADS[4])
     nested["BRANCH"]["fine_one"] = {"HEAD_OF": "one", "OUTPUT": "fine"}
     nested |= {"BRANCHES": [*nested["BRANCHES"], "fine_one"], "INFERENCE": "fine_one"}
@@ -136,7 +136,7 @@ def test_a_branch_that_reads_anothers_head_detects_without_what_training_knew():
 @pytest.mark.parametrize(
     "file", sorted(x.name for x in (ROOT / "configs" / "successors").glob("*.yaml"))
 )
-def test_what_tools_check_before_they_build(file):
+def test_check_model_before_building(file):
     """Without any head, for training and for inference."""
     cfg = make_cfg(config=f"successors/{file}")
     check_model(cfg, training=True)

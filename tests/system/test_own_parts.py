@@ -184,7 +184,7 @@ def test_a_rule_made_of_rules(register):
     assert (rule.first.top_k, rule.second.top_k) == (9, 17)
 
 
-def test_a_head_that_decodes_by_a_code_within(register):
+def test_a_head_with_an_inner_box_code(register):
     """Its numbers are boxes in strides: what it moves after decoding is moved."""
 
     class Decoding(modeling.ATSSHead):

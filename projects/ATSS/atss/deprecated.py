@@ -76,6 +76,7 @@ NAMES = {
     "atss.modeling.NWD": "atss.modeling.terms.NWDLoss",
     "atss.modeling.SmoothL1": "atss.modeling.terms.SmoothL1Loss",
     "atss.modeling.head.Together": "atss.modeling.head.FusedConvs",
+    "atss.modeling.head.through": "atss.modeling.head.run_tower",
     "atss.modeling.terms.DistributionFocal": "atss.modeling.terms.DistributionFocalLoss",
     "atss.modeling.terms.GIoU": "atss.modeling.terms.GIoULoss",
     "atss.modeling.terms.IoU": "atss.modeling.terms.IoULoss",

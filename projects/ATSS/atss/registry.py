@@ -70,6 +70,7 @@ class Part:
             UserError: for an unknown key in the part's group.
         """
         values = {x: lookup_key(node, key) for x, key in self.keys.items()}
+        values = {x: value for x, value in values.items() if value is not None}
         settable = [x for x in self.parameters if x not in self.injected]
         for key, value in node.get(self.group, {}).get(self.name, {}).items():
             if key in self.legacy:
@@ -228,7 +229,7 @@ class Registry:
             for argument, value in part.defaults.items():
                 if argument not in part.keys:
                     own_keys[argument.upper()] = value
-                elif (shared := lookup_key(node, part.keys[argument])) != value:
+                elif (shared := lookup_key(node, part.keys[argument])) not in (None, value):
                     raise ValueError(
                         f"{part.key_of(argument)} must be {value!r}, the default of {self.key} "
                         f"{name}, got {shared!r}"
@@ -262,6 +263,11 @@ class Registry:
         """Return the keys of these parts and of their arguments."""
         shared = (key for part in self.entries.values() for key in part.keys.values())
         return {self.key, self.group, *shared}
+
+    def argument(self, node: CfgNode, argument: str) -> Any:
+        """Return the value of an argument of the part that MODEL.ATSS names."""
+        part = self.entries[lookup_key(node, self.key)]
+        return (part.defaults | part.arguments(node))[argument]
 
     def hint(self, name: str) -> str:
         """Return the end of a message about an unknown name."""

@@ -58,7 +58,7 @@ def _num_deform(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _tood_settings(cfg: CfgNode) -> dict[str, Any]:
     head = cfg.MODEL.ATSS.HEADS.TOODHead
-    return {"stacked_convs": head.NUM_CONVS, "num_dcn": head.NUM_DEFORM}
+    return {"num_dcn": head.NUM_DEFORM}
 
 
 def levels_of(cfg: CfgNode) -> list[int]:
@@ -71,9 +71,8 @@ def _vfnet_settings(cfg: CfgNode) -> dict[str, Any]:
     node = cfg.MODEL.ATSS
     head = node.HEADS.VFNetHead
     strides = [2**level for level in levels_of(cfg)]
-    ends = [head.REACH * stride for stride in strides[:-1]]
+    ends = [head.INITIAL_DISTANCE * stride for stride in strides[:-1]]
     return {
-        "stacked_convs": head.NUM_CONVS,
         "dcn_on_last_conv": bool(node.DEFORM_TOWER),
         "strides": strides,
         # mmdet takes the upper ends as sides of the first box; the last counts as twice its

@@ -8,6 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
+from ..config.build import head_depth
 from ..config.checks import flatten
 from ..config.files import get_config
 from .convert import check_against, is_tower_bias, load, refuse_to_replace, shapes_of, write
@@ -22,8 +23,8 @@ FIXED = (
     "MODEL.ATSS.SUPPRESSION", "MODEL.ATSS.SCORE", "MODEL.ATSS.THRESHOLD_ON_SCORE",
     "MODEL.ATSS.RANK_ANCHORS", "MODEL.ATSS.CLIP_BOXES",
     "MODEL.ATSS.HEADS.TOODHead.INNER", "MODEL.ATSS.HEADS.TOODHead.EXPONENTIAL",
-    "MODEL.ATSS.HEADS.TOODHead.NUM_CONVS", "MODEL.ATSS.HEADS.ATSSHead.DEFORM_AT",
-    "MODEL.ATSS.HEADS.ATSSHead.TOWER", "MODEL.ATSS.HEADS.VFNetHead.REACH",
+    "MODEL.ATSS.HEADS.ATSSHead.DEFORM_AT",
+    "MODEL.ATSS.HEADS.ATSSHead.TOWER", "MODEL.ATSS.HEADS.VFNetHead.INITIAL_DISTANCE",
     "MODEL.BACKBONE.NAME", "MODEL.FPN.FUSE_TYPE", "MODEL.FPN.NORM",
     "MODEL.RESNETS.RES5_DILATION", "MODEL.RESNETS.STEM_OUT_CHANNELS",
 )
@@ -112,7 +113,7 @@ def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
             "num_classes": len(state_dict["head.cls_score.bias"]),
             "in_channels": cfg.MODEL.FPN.OUT_CHANNELS,
             "feat_channels": cfg.MODEL.FPN.OUT_CHANNELS,
-            "stacked_convs": node.NUM_CONVS,
+            "stacked_convs": head_depth(cfg),
             "anchor_generator": {
                 "type": "AnchorGenerator",
                 "ratios": list(node.ANCHOR_RATIOS),
@@ -168,6 +169,9 @@ def detector_for(cfg: CfgNode) -> str:
         raise ConversionError(
             f"mmdet's {DETECTORS[detector].head} has only {key} {needed!r}, got {values[key]!r}"
         )
+    depth = head_depth(cfg)
+    if DETECTORS[detector].head == "TOODHead" and depth != 6:
+        raise ConversionError(f"mmdet's TOODHead has only MODEL.ATSS.NUM_CONVS 6, got {depth}")
     if cfg.MODEL.RESNETS.NUM_GROUPS == 1 and cfg.MODEL.RESNETS.WIDTH_PER_GROUP != 64:
         raise ConversionError(
             "mmdet's ResNet has only MODEL.RESNETS.WIDTH_PER_GROUP 64, got "

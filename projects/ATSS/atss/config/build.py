@@ -97,6 +97,11 @@ def _injected(
     }
 
 
+def head_depth(cfg: CfgNode) -> int:
+    """Return the number of convolutions of the head's towers or stack."""
+    return modeling.HEAD_REGISTRY.argument(cfg.MODEL.ATSS, "num_convs")
+
+
 def build_postprocess(cfg: CfgNode) -> PostProcessor:
     """Build filter, score and suppression of detections."""
     return modeling.POSTPROCESSOR.build(

@@ -17,8 +17,13 @@ from .checks import flatten
 from .derive import complete_pixels
 from .keys import RENAMED_KEYS, add_atss_config
 
-# Arguments of rules of version 0.2. The command line may set them, although they are not keys now.
-LEGACY_ARGUMENTS = ("MODEL.ATSS.ASSIGNERS.ATSS.ALPHA", "MODEL.ATSS.ASSIGNERS.TopK.TOP_K")
+# Arguments of parts of version 0.2 that the command line can still set.
+LEGACY_ARGUMENTS = (
+    "MODEL.ATSS.ASSIGNERS.ATSS.ALPHA",
+    "MODEL.ATSS.ASSIGNERS.TopK.TOP_K",
+    "MODEL.ATSS.HEADS.TOODHead.NUM_CONVS",
+    "MODEL.ATSS.HEADS.VFNetHead.NUM_CONVS",
+)
 
 
 def load_config(*files: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
@@ -174,9 +179,9 @@ def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
         if isinstance(keys.get(key), CfgNode):
             raise UserError(_describe_group(key, keys[key]))
         if key in LEGACY_ARGUMENTS and key not in keys:
-            rule, argument = key.split(".")[-2:]
-            rules = cfg.MODEL.ATSS.ASSIGNERS
-            rules.setdefault(rule, CfgNode(new_allowed=True))[argument] = None
+            group, part, argument = key.split(".")[-3:]
+            parts = cfg.MODEL.ATSS[group]
+            parts.setdefault(part, CfgNode(new_allowed=True))[argument] = None
         if isinstance(keys.get(key), float) and re.fullmatch(r"[+-]?\d+", str(value)):
             value = float(value)
         try:

@@ -12,6 +12,7 @@ from ..assigners import ASSIGNER_REGISTRY, SIMILARITIES
 RENAMED_KEYS = {
     "BOX_NORMALISER_LEAST": "BOX_NORMALISER_MIN",
     "NORMALISER_LEAST": "NORMALISER_MIN",
+    "REACH": "INITIAL_DISTANCE",
     "SOFT_MIN_SCORE": "SOFT_SCORE_MIN",
 }
 
@@ -121,10 +122,10 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.ANCHOR_SCALES = [8.0]
     node.ANCHOR_RATIOS = [1.0]
 
-    # NUM_CONVS, CENTERNESS, LEVEL_SCALE: ATSSHead only. NORM, TOWER_BIAS, PRIOR_PROB: all heads.
-    # Convolutions per tower (RetinaNet, section 4).
-    node.NUM_CONVS = 4
-    # Normalisation in the towers, by Detectron2's name; "" for none.
+    # Depth of the head: convolutions per tower, or of TOODHead's stack. None: the head's own
+    # default, 4 for ATSSHead (RetinaNet, section 4), 6 for TOODHead, 3 for VFNetHead.
+    node.NUM_CONVS = None
+    # Normalisation in the towers, by Detectron2's names; "" for none.
     node.NORM = "GN"
     # Convolutions of the towers have biases before a norm. False for weights of mmdet.
     node.TOWER_BIAS = True

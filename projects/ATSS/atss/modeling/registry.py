@@ -27,19 +27,18 @@ BOX_CODES.add(
 
 FROM_SHAPES = ("in_channels", "num_levels", "num_classes", "num_anchors")
 FROM_BOX_CODE = ("code", "box_bias", "box_channels", "bins")
-# A module before the two towers of a head, whose input is all levels.
+# Modules in place of the two towers of ATSSHead, which get all levels at once.
 TOWERS = Registry("TOWER", injected=FROM_SHAPES)
 TOWERS.add(dynamic=DynamicTower)
 
 HEAD_REGISTRY = Registry(
     "HEAD", injected=("cfg", "input_shape", "anchor_generator", *FROM_SHAPES, *FROM_BOX_CODE)
 )
-HEAD_KEYS = {"norm": "NORM", "tower_bias": "TOWER_BIAS", "prior_prob": "PRIOR_PROB"}
+HEAD_KEYS = {x: x.upper() for x in ("num_convs", "norm", "tower_bias", "prior_prob")}
 HEAD_REGISTRY.register(
     ATSSHead,
     keys={
         **HEAD_KEYS,
-        "num_convs": "NUM_CONVS",
         "centerness": "CENTERNESS",
         "level_scale": "LEVEL_SCALE",
         "deform": "DEFORM_TOWER",
