@@ -223,7 +223,11 @@ def test_a_film_that_breaks_off_is_named(run, film, capsys):
 
 
 BAD = {
-    "an image of text": ("bad.png", b"no image", "cannot read the image .*bad.png: it is not an image"),
+    "an image of text": (
+        "bad.png",
+        b"no image",
+        "cannot read the image .*bad.png: it is not an image",
+    ),
     "another kind": ("notes.txt", b"text", "cannot read the image .*notes.txt: it is not an image"),
     "an empty film": ("film.mp4", b"", "cannot open the film .*film.mp4: it is empty"),
     "a film of text": ("film.mp4", b"text", "cannot open the film .*film.mp4: it is damaged"),
