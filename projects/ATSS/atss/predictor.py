@@ -14,6 +14,8 @@ from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from PIL import Image
 
+from atss_runner.media import draw_boxes
+
 from .checkpoints import SafeCheckpointer
 from .config import (
     class_ids,
@@ -30,6 +32,8 @@ from .errors import UserError
 from .labels.headers import HIGH_DEPTH, too_thin
 from .structures import Predictions
 
+# Of a training, the best first.
+WEIGHTS = ("model_best.pth", "model_final.pth")
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
 
@@ -51,12 +55,34 @@ class Detections(NamedTuple):
         return Detections(*(x[self.scores >= threshold] for x in self))
 
 
+def draw_detections(image: np.ndarray, found: Detections, names: Sequence[str]) -> np.ndarray:
+    """Return a copy of a BGR image with boxes, class names and scores."""
+    labels = [
+        f"{names[k] if names else k} {score:.0%}"
+        for k, score in zip(found.classes, found.scores, strict=True)
+    ]
+    return draw_boxes(image, found.boxes, found.classes, labels)
+
+
+def find_weights(run: str | Path) -> Path:
+    """Return the best weights in the folder of a training.
+
+    Raises:
+        UserError: if it has none.
+    """
+    for name in WEIGHTS:
+        if Path(run, name).is_file():
+            return Path(run, name)
+    raise UserError(f"{run} contains neither {' nor '.join(WEIGHTS)}")
+
+
 class Predictor:
     """A detector for images of any size, several at a time.
 
     Args:
-        config: a file, such as the config.yaml of a training, a name of the model zoo, or a config.
-        weights: a checkpoint, such as model_final.pth. Nothing in it is executed.
+        config: the folder of a training, a config file, a name of the model zoo, or a config.
+        weights: a checkpoint, such as model_final.pth; None for the best of the folder. Nothing in
+            it is executed.
         opts: KEY VALUE pairs over the config.
 
     Attributes:
@@ -68,7 +94,16 @@ class Predictor:
         UserError: naming the file or the key.
     """
 
-    def __init__(self, config: str | Path | CfgNode, weights: str | Path, opts: Sequence[Any] = ()):
+    def __init__(
+        self,
+        config: str | Path | CfgNode,
+        weights: str | Path | None = None,
+        opts: Sequence[Any] = (),
+    ):
+        if isinstance(config, str | Path) and Path(config).is_dir():
+            config, weights = Path(config, "config.yaml"), weights or find_weights(config)
+        if weights is None:
+            raise UserError(f"weights are missing: {config} is not the folder of a training")
         cfg = config.clone() if isinstance(config, CfgNode) else load_config(config)
         cfg.defrost()
         merge_options(cfg, opts)
@@ -112,6 +147,16 @@ class Predictor:
             for x in outputs
         ]
         return detections if _are_several(images) else detections[0]
+
+    def show(self, image: ImageLike, threshold: float = 0.4) -> Image.Image:
+        """Return a picture of an image with its detections, which notebooks display.
+
+        Args:
+            threshold: smallest score that is drawn.
+        """
+        pixels = _as_bgr(image, "the image", self.size)
+        drawn = draw_detections(pixels, self(image).above(threshold), self.names)
+        return Image.fromarray(np.ascontiguousarray(drawn[:, :, ::-1]))
 
     def at_anchors(
         self, images: ImageLike | Sequence[ImageLike] | Iterator[ImageLike]

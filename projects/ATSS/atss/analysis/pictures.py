@@ -15,7 +15,7 @@ from ..data.images import read_image
 from ..deprecated import renamed_names
 from ..errors import UserError
 from ..labels.headers import too_thin
-from ..predictor import Detections, Predictor
+from ..predictor import Detections, Predictor, draw_detections
 
 __getattr__ = renamed_names(__name__)
 
@@ -68,14 +68,6 @@ def image_ids(paths: Sequence[Path]) -> dict[Path, int | str]:
         return {path: int(stem) for path, stem in zip(paths, stems, strict=True)}
     are_unique = len({path.name for path in paths}) == len(paths)
     return {path: path.name if are_unique else str(path) for path in paths}
-
-
-def draw_detections(image: np.ndarray, detections: Detections, names: Sequence[str]) -> np.ndarray:
-    labels = [
-        f"{names[k] if names else k} {score:.0%}"
-        for k, score in zip(detections.classes, detections.scores, strict=True)
-    ]
-    return media.draw_boxes(image, detections.boxes, detections.classes, labels)
 
 
 def beside_truth(

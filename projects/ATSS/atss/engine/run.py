@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
@@ -235,17 +236,27 @@ def _start_from_checkpoint(args: argparse.Namespace, cfg: CfgNode) -> CfgNode:
 
 def start(args: argparse.Namespace) -> None:
     """Prepare and run. Exit with ``error: ...`` after an error that the user can fix."""
-    try:
-        cfg = prepare(args)
-        lock = None
-        if not args.eval_only:
-            lock = lock_folder(cfg.OUTPUT_DIR) if _is_first(args) else None
-            refuse_used_folder(cfg.OUTPUT_DIR, args.resume)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    launch(run, args, cfg)
+    with ExitStack() as held:
+        try:
+            cfg = prepare(args)
+            hold_folder(args, cfg, held)
+        except (UserError, OSError) as error:
+            sys.exit(f"error: {error}")
+        launch(run, args, cfg)
+
+
+def hold_folder(args: argparse.Namespace, cfg: CfgNode, held: ExitStack) -> None:
+    """Keep other runs out of OUTPUT_DIR until ``held`` is closed, if this is a training.
+
+    Raises:
+        UserError: if the folder is in use, or contains a run that is not resumed.
+    """
+    if args.eval_only:
+        return
+    lock = lock_folder(cfg.OUTPUT_DIR) if _is_first(args) else None
     if lock is not None:
-        lock.close()
+        held.callback(lock.close)
+    refuse_used_folder(cfg.OUTPUT_DIR, args.resume)
 
 
 def _is_first(args: argparse.Namespace) -> bool:
