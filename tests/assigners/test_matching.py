@@ -5,7 +5,6 @@ import oracle
 import pytest
 import torch
 from conftest import GOLDEN, make_gt
-from rule_scenes import make_scene
 from scipy.optimize import brentq
 
 from atss import BACKGROUND, Anchors, HeadOutput
@@ -24,13 +23,10 @@ from atss.assigners import (
 )
 from atss.assigners.lists import Lists
 from atss.assigners.mixture import mixture
-from atss.assigners.poto import match_one_each
 from atss.assigners.sim_ota import dynamic_k
 from atss.assigners.tables import Tables
 from atss.losses import Focal, QualityFocal, cross_entropy
 from atss.structures import Predictions
-
-pytestmark = pytest.mark.usefixtures("both_engines")
 
 VECTORS = {
     **np.load(GOLDEN / "dynamic_assignment.npz"),
@@ -59,18 +55,6 @@ def test_reference_vectors(case, name, rule):
     anchors, gt, scores, boxes = load_case(case)
     found = rule(anchors, gt, predict(scores, boxes, probabilities=True))
     np.testing.assert_array_equal(found.gt_index[0], VECTORS[f"{case}/{name}_matched"])
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_reference_vectors_of_soft_labels(case):
-    """From mmdet, with the logits of scores."""
-    anchors, gt, scores, boxes = load_case(case)
-    p = torch.from_numpy(scores).clamp(1e-6, 1 - 1e-6)
-    found = SoftLabel()(anchors, gt, predict((p / (1 - p)).log(), boxes))
-    matched = VECTORS[f"{case}/soft_matched"]
-    np.testing.assert_array_equal(found.gt_index[0], matched)
-    overlap = np.where(matched >= 0, VECTORS[f"{case}/soft_overlap"], 0)
-    np.testing.assert_allclose(found.score[0], overlap, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -256,50 +240,6 @@ def test_poto_is_the_best_matching(place, like, arguments, seed):
     assert matched > 8
 
 
-def test_match_one_each_is_not_greedy():
-    """A greedy first row would get the first slot, and leave a costly one to the second."""
-    slots = np.tile(np.arange(3.0), (3, 1))
-    cost = -np.array([[0.9, 0.8, -1.0], [0.85, 0.2, -1.0]])
-    assert match_one_each(cost, slots[:2], 1.0).tolist() == [1, 0]
-    # The last row stays unmatched; otherwise two others would cost 1.8 more.
-    cost = -np.array([[0.9, 0.0, -1], [-1, 0.9, 0.0], [0.0, -1, -1]])
-    assert match_one_each(cost, slots, 1.0).tolist() == [0, 1, -1]
-    assert (match_one_each(np.minimum(cost, 0), slots, 2.0) >= 0).all()
-    assert POTO.UNMATCHED == 1.0  # as the authors' -1
-    # A pair at the cost of no pair is not selected.
-    assert match_one_each(np.full((2, 3), 0.5), slots[:2], 0.5).tolist() == [-1, -1]
-
-
-@pytest.mark.parametrize(
-    ("p", "overlap", "alpha", "q"), [(0.3, 0.6, 0.8, 0.52233), (0.3, 0.6, 0.5, 0.424264)]
-)
-def test_poto_quality_by_hand(p, overlap, alpha, q):
-    anchors = Anchors.grid((8, 8), strides=(8,), scales=(1.0,))
-    batch = Lists(
-        anchors,
-        make_gt([[0, 0, 8, 8]]),
-        predict([[[p]]], [[[0, 0, 8, 8 * overlap]]], probabilities=True),
-    )
-    cost = POTO(alpha).cost(batch.all_pairs(batch.all_objects))
-    assert cost.item() == pytest.approx(-q, abs=1e-6)
-
-
-def test_poto_needs_scipy(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs SciPy, which is not installed: pip install"):
-        POTO()
-
-
-def test_top_1_of_tal_is_among_its_top_13():
-    """For anchors inside their objects; another object may have the anchor in the top 13."""
-    anchors, gt, predictions, _, _ = make_batch("plain", 0)
-    many, one = (TAL(k, inside="before")(anchors, gt, predictions).gt_index for k in (13, 1))
-    counts = (one[one >= 0]).bincount()
-    assert counts.max() == 1
-    assert counts.sum() > 20
-    assert (many[one >= 0] >= 0).all()
-
-
 @pytest.mark.parametrize("similarity", [IoU(), NWD(), SimD()])
 @pytest.mark.parametrize("some_eligible", [False, True])
 def test_near_lists_all_similar_boxes(similarity, some_eligible):
@@ -418,21 +358,6 @@ def test_tal_by_hand(by_hand):
     np.testing.assert_allclose(found.score[0, [18, 34]], [best, best], rtol=1e-5)
     expected = best * (overlaps(5) / best) ** 6
     assert before.score[0, 21].item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_simota_by_hand(by_hand):
-    """Four anchors for each number of pixels; the ten highest IoUs are 4 of 1, 4 of 31 / 33 and 2
-    of 30 / 34."""
-    anchors, gt, predictions = by_hand
-    found = SimOTA(radius=8.0)(anchors, gt, predictions)
-    k = int(4 * 1 + 4 * overlaps(1) + 2 * overlaps(2))
-    assert k == 9
-    assert (found.gt_index == 0).sum() == k
-    # All lie inside, although others have higher IoUs.
-    inside = {row * 8 + column for row in (2, 3, 4, 5) for column in (2, 3, 4, 5)}
-    chosen = (found.gt_index[0] == 0).nonzero().squeeze(1).tolist()
-    assert chosen == sorted(sorted(inside, key=lambda i: (i % 16, i))[:k])
-    np.testing.assert_allclose(found.score[0, chosen], [overlaps(i % 16) for i in chosen])
 
 
 def above_tals_bound():
@@ -575,35 +500,6 @@ def test_probabilities_equal_logits(rule):
     assert torch.equal(of_logits.gt_index, of_probabilities.gt_index)
 
 
-def test_ota_ignores_objects_without_candidates():
-    """They change nothing for others: one outside the canvas, one between the locations."""
-    anchors = Anchors.grid((64, 64))
-    objects = torch.tensor([[8.0, 8, 40, 40], [900.0, 900, 930, 930], [17.0, 17, 19.5, 19.5]])
-    predicted = anchors.boxes.clone()
-    predicted[:20] = objects[2]
-    predictions = predict(torch.full((1, len(predicted), 2), -2.0), predicted[None])
-    found = OTA()(anchors, make_gt(objects), predictions)
-    assert found.positives_per_object(3)[1:].tolist() == [0, 0]
-    assert torch.equal(found.gt_index, OTA()(anchors, make_gt(objects[:1]), predictions).gt_index)
-
-
-def test_ota_gives_anchors_of_duplicates_to_the_first():
-    anchors = Anchors.grid((64, 64))
-    objects = torch.tensor([[8.0, 8, 40, 40], [30.0, 20, 60, 60], [8.0, 8, 40, 40]])
-    predicted = anchors.boxes.clone()
-    predicted[:20] = objects[0]
-    predictions = predict(torch.full((1, len(predicted), 2), -2.0), predicted[None])
-    found = OTA()(anchors, make_gt(objects), predictions).positives_per_object(3).tolist()
-    assert found[0] > 0
-    assert found[2] == 0
-
-
-def test_rounding_does_not_decide_ties_of_ota():
-    """Class costs tie; lists and tables sum them in different orders."""
-    scene = make_scene(171)
-    assert (OTA(iou_weight=0.0)(*scene[1:]).gt_index >= 0).any()
-
-
 @pytest.mark.parametrize("loss", [Focal(), QualityFocal(), cross_entropy])
 def test_anchors_of_equal_logits_have_equal_background_losses(loss):
     """At any place in memory, in lists and tables: float32 terms must not break ties."""
@@ -614,36 +510,6 @@ def test_anchors_of_equal_logits_have_equal_background_losses(loss):
     whole = Tables(anchors, gt, predictions).background(loss).flatten()
     few = Lists(anchors, gt, predictions).background_at(loss, torch.tensor([3, 5, 90]))
     assert len({*whole.tolist(), *few.tolist()}) == 1
-
-
-def test_contested_anchor_goes_to_the_cheapest_of_all():
-    """Two objects without anchors inside select the only eligible one; it lies in the third object,
-    which has selected others, and costs that less than them."""
-    anchors = Anchors.grid((32, 32), strides=(8,), scales=(2.0,))
-    objects = torch.tensor([[100.0, 100, 110, 110], [200.0, 0, 220, 20], [0.0, 0, 32, 32]])
-    boxes = objects[2].expand(16, 4).clone()
-    boxes[5] = torch.tensor([20.0, 20, 24, 24])
-    logits = torch.full((16, 2), -6.0)
-    logits[5] = torch.tensor([6.0, -6.0])
-    found = SimOTA(top_k=3)(
-        anchors, make_gt(objects, classes=[0, 0, 1]), predict(logits[None], boxes[None])
-    )
-    assert found.gt_index[0, 5] == 2
-    assert found.positives_per_object(3).tolist() == [0, 0, 4]
-
-
-def test_fallbacks_if_candidates_are_expensive():
-    """Central anchors do not overlap the object, which costs 10 ln 1e7 = 161; an anchor 5.1 strides
-    away does, and costs 10^2.1 = 133 for the distance."""
-    anchors = Anchors.grid((128, 128), strides=(8,), scales=(2.0,))
-    objects = torch.tensor([[51.0, 48, 83, 80], [0.0, 0, 128, 128]])
-    boxes = torch.tensor([0.0, 0, 40, 40]).repeat(256, 1)
-    far = 7 * 16 + 13  # at (108, 60)
-    boxes[far] = objects[0]
-    logits = torch.full((256, 2), -4.0)
-    predictions = predict(logits[None], boxes[None])
-    found = SoftLabel(iou_weight=10.0)(anchors, make_gt(objects, classes=[0, 1]), predictions)
-    assert (found.gt_index[0] == 0).nonzero().squeeze(1).tolist() == [far]
 
 
 @pytest.mark.parametrize(
