@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/config.md and docs/python_api.md from the code. A test compares them with it.
+"""Write docs/config.md, python_api.md and renamed.md from the code. A test compares them.
 
 python docs/generate.py
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from detectron2.config import get_cfg
 
-from atss import add_atss_config, assigners, modeling
+from atss import add_atss_config, assigners, deprecated, modeling
 from atss.config import keys
 from atss.registry import Registry, lookup_key
 
@@ -54,6 +54,11 @@ API = """# Python
 
 The public names, made from the code by `docs/generate.py`. Shape letters are explained in
 [structures](#atssstructures).
+"""
+RENAMED = """# Renamed in version 0.3.0
+
+Old names work until 0.4.0, with a DeprecationWarning; old config keys are read without one.
+Made from the code by `docs/generate.py`.
 """
 CONFIG = """# Config keys
 
@@ -295,7 +300,20 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-PAGES = {"config.md": make_config, "python_api.md": make_api}
+def make_renamed() -> str:
+    tables = {
+        "Names": {old: " ".join(new.split()[-1:]) for old, new in deprecated.NAMES.items()},
+        "Modules": deprecated.MODULES,
+        "Config keys under `MODEL.ATSS`": keys.RENAMED_KEYS,
+    }
+    parts = [RENAMED]
+    for title, names in tables.items():
+        rows = "\n".join(f"| `{old}` | `{new}` |" for old, new in sorted(names.items()))
+        parts.append(f"## {title}\n\n| old | new |\n|---|---|\n{rows}\n")
+    return "\n".join(parts)
+
+
+PAGES = {"config.md": make_config, "python_api.md": make_api, "renamed.md": make_renamed}
 
 
 def main() -> None:

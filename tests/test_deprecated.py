@@ -10,7 +10,7 @@ import pytest
 import torch
 from pages import run_page, train
 
-from atss import Anchors, Assignment, GroundTruth, HeadOutput, Predictions
+from atss import Anchors, Assignment, GroundTruth, HeadOutput, Predictions, deprecated
 from atss.assigners import NWD, TAL, IoU, Matching, use_engine
 from atss.assigners.conflicts import assign_best
 from atss.assigners.lists import Lists
@@ -79,25 +79,29 @@ def test_rule_of_the_page_assigns_as_in_version_0_2(engine):
         assert sums(names["BestInside"]()(*scene())) == EXPECTED["BestInside"]
 
 
-@pytest.mark.parametrize(
-    ("module", "old", "new"),
-    [
-        ("pairs", "INSIDE_MARGIN", "locations.INSIDE_MARGIN"),
-        ("matching", "class_cost", "pairs.class_cost"),
-        ("scene", "Scene", "lists.Lists"),
-        ("scene", "Pairs", "lists.ListPairs"),
-        ("scene", "Segments", "segments.Segments"),
-        ("scene", "alignment", "pairs.alignment"),
-    ],
-)
-def test_deprecated_name_is_the_new_object(module, old, new):
-    place, _, name = new.rpartition(".")
-    module = import_module(f"atss.assigners.{module}")
-    with pytest.warns(DeprecationWarning, match=rf"{old} is .* use atss.assigners.{new}"):
-        found = getattr(module, old)
-    assert found is getattr(import_module(f"atss.assigners.{place}"), name)
+@pytest.mark.parametrize("old", deprecated.NAMES)
+def test_old_name_is_the_new_object(old):
+    place, _, name = old.rpartition(".")
+    target, _, instead = deprecated.NAMES[old].partition(" ")
+    new_place, _, new_name = target.rpartition(".")
+    module = import_module(place)
+    with pytest.warns(DeprecationWarning, match="0.4.0") as caught:
+        found = getattr(module, name)
+    assert found is getattr(import_module(new_place), new_name)
+    sentence = f"{old} is deprecated and goes with version 0.4.0: use {instead or target}"
+    assert [str(x.message) for x in caught] == [sentence]
+    assert caught[0].filename == __file__
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = module.nothing
+
+
+@pytest.mark.parametrize("old", deprecated.MODULES)
+def test_old_module_has_the_names_of_the_new_one(old):
+    new = import_module(deprecated.MODULES[old])
+    public = (n for n, x in vars(new).items() if getattr(x, "__module__", "") == new.__name__)
+    name = next(x for x in public if not x.startswith("_") and f"{old}.{x}" not in deprecated.NAMES)
+    with pytest.warns(DeprecationWarning, match=f"use {new.__name__}.{name}"):
+        assert getattr(import_module(old), name) is getattr(new, name)
 
 
 def cost(pairs):
