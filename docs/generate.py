@@ -231,8 +231,10 @@ def public_names(module: Any) -> Iterable[str]:
 def _entry(name: str, value: Any) -> str:
     if not callable(value):
         kind = type(value).__name__
-        text = f": registry of `MODEL.ATSS.{value.key}`" if isinstance(value, Registry) else ""
-        return f"### {name}\n\n`{kind}`{text or f': `{value!r}`'}\n"
+        text = "" if " at 0x" in repr(value) else f": `{value!r}`"
+        if isinstance(value, Registry):
+            text = f": the parts that `MODEL.ATSS.{value.key}` names"
+        return f"### {name}\n\n`{kind}`{text}\n"
     signature = _signature(name, value)
     lines = [f"### {name}\n", f"```python\n{signature}\n```\n"]
     if value.__doc__ and not value.__doc__.startswith(f"{name}("):
