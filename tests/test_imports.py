@@ -18,6 +18,7 @@ TOOLS = ("benchmarks",)  # packages of tools/
 UNSTABLE = ("detectron2.engine.", "detectron2.checkpoint.", "detectron2.modeling.backbone.")
 UNSTABLE_IMPORTS = (
     "engine/solver.py",
+    "engine/steps.py",
     "engine/trainer.py",
     "modeling/backbone.py",
     "checkpoints/checkpointer.py",
@@ -31,6 +32,7 @@ PRIVATE_USES = (
     "data/mapper.py",
     "engine/best.py",
     "engine/evaluation.py",
+    "engine/steps.py",
     "engine/trainer.py",
     "engine/writers.py",
     "modeling/timm_backbone.py",

@@ -237,7 +237,7 @@ def seen(model):
             {},
             r"unknown MODEL.ATSS.INFERENCE 'x': choose from \['main'\]",
         ),
-        (("MODEL.ATSS.DETACHED", True), {}, "detached features are for a head of"),
+        (("MODEL.ATSS.DETACHED", True), {}, "detached features need a branch with a head"),
         (("MODEL.ATSS.OWN_HEAD", True), {}, "OWN_HEAD is for branches of MODEL.ATSS.BRANCHES"),
         (
             ("MODEL.ATSS.PHASES", [["x", 9], ["x", 3]]),

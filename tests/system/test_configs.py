@@ -91,7 +91,7 @@ def test_points_require_one_anchor_per_location():
 
 
 def test_smooth_l1_requires_deltas():
-    with pytest.raises(ValueError, match="smooth_l1 cannot be used: it compares"):
+    with pytest.raises(ValueError, match="smooth_l1 cannot be used: the box regression"):
         build_model(make_cfg("MODEL.ATSS.REGRESSION", "point", config="tables/retinanet_A1.yaml"))
 
 

@@ -20,6 +20,7 @@ TOOLS = {
     "convert_dataset": ["nowhere:nowhere", "--output", "x.json"],
     "demo": ["--config-file", "nowhere", "--weights", "x", "--input", "nowhere", "--output", "out"],
     "digits": ["--data", "."],
+    "explore": ["--register", "x=nowhere:nowhere", "--image", "a.png"],
     "train_net": ["--config-file", "nowhere"],
 }
 # The function that ctrl-C interrupts, for tools that handle it; Python exits with 130 otherwise.

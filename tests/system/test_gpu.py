@@ -163,7 +163,7 @@ def random_cfg(device, config, *options):
 )
 def test_half_precision_is_close_to_fp32(device, config):
     """Losses of a step; gradients are finite."""
-    small = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.NUM_CONVS", 1) if device == "cpu" else ()
+    small = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.NUM_CONVS", 2) if device == "cpu" else ()
     images = random_images(2, *((64, 64) if device == "cpu" else (384, 512)))
     torch.manual_seed(0)
     model = build_model(random_cfg(device, config, *small)).train()

@@ -460,7 +460,7 @@ def describe_views(cfg) -> dict:
     image = np.zeros((100, 600, 3), np.uint8)
     sizes, caps = {}, set()
     for short, longest, least, greatest in tta.views[1:]:
-        _, _, classes = tta._view(image, short, longest, least, greatest, False)
+        _, _, classes = tta._detect(image, short, longest, least, greatest, False)
         caps.add((short < 800, max(model.view)))
         counts = {side: i in classes for i, side in enumerate(model.sides.int().tolist())}
         low = [end for end in ends if not counts[end - 1] and counts[end + 1]]

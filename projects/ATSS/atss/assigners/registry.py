@@ -20,6 +20,7 @@ ASSIGNER_REGISTRY = Registry(
 )
 SIMILARITY = {"similarity": SIMILARITIES}
 ASSIGNER_REGISTRY.register(ATSS, parts=SIMILARITY, legacy={"ALPHA": "DDOD"})
+ASSIGNER_REGISTRY.register(MaxIoU, parts=SIMILARITY)
 ASSIGNER_REGISTRY.register(SpatialScale)
-for rule in (MaxIoU, DDOD, PAA, OTA, SimOTA, SoftLabel, TAL, POTO):
+for rule in (DDOD, PAA, OTA, SimOTA, SoftLabel, TAL, POTO):
     ASSIGNER_REGISTRY.register(rule, parts=SIMILARITY)
