@@ -254,6 +254,8 @@ def _signature(name: str, value: Any) -> str:
         signature = inspect.signature(value)
     except ValueError:
         return f"{name}(...)"
+    if str(signature) == "(*args, **kwargs)":  # a protocol's, until it is called first
+        return f"{name}()"
     text = re.sub(r"\b(?:[a-z_][\w]*\.)+(?=[A-Z])", "", f"{name}{signature}")
     text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", text)
     text = re.sub(r" at 0x[0-9a-f]+", "", text)
