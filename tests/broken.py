@@ -1,7 +1,6 @@
-"""Broken data sets, as data: what is broken, and what must become of it. test_broken_input.py puts
-each through training's door and through tools/check_dataset.py; docs/broken_input.md shows them.
+"""Broken data sets, and the expected result of training and of tools/check_dataset.py.
 
-    python tests/broken.py   # prints that page's tables
+test_broken_input.py tests each case; broken_page.py writes them into docs/broken_input.md.
 """
 
 import io
@@ -23,19 +22,19 @@ OBJECTS = 12
 
 @dataclass(frozen=True)
 class Case:
-    """A data set with one thing wrong.
+    """A data set with one fault.
 
     Attributes:
-        name: what is wrong, for people.
-        change: called with the json's content and the folder of the data set, changes either.
+        name: the fault, as in the page.
+        change: called with the json's content and the folder of the data set; changes either.
         training: "stops"; "leaves out"; "trains".
-        sentence: where training stops: of its sentence; where it leaves out: of what it logs; where
-            it trains: what it makes of it, for people.
-        kind: what check_dataset.py reports, a key of KINDS; None where it cannot read the
-            annotations; "" for nothing.
-        thing: what the sentence and the report must name.
-        objects: how many training gets, where it does not stop.
-        colour: RGB that training sees on the changed image; None where that is not looked at.
+        sentence: a part of the error ("stops") or of the log ("leaves out"); the handling, as in
+            the page ("trains").
+        kind: the key of KINDS that check_dataset.py reports; None if it cannot read the
+            annotations; "" for none.
+        thing: a text that the error and the report must contain.
+        objects: the number of objects in training, unless it stops.
+        colour: RGB of the changed image in training; None if not tested.
     """
 
     name: str
@@ -49,7 +48,7 @@ class Case:
 
 
 def make_data(root: Path) -> dict:
-    """Four images, and the content of a json with three objects on each. Nothing is wrong."""
+    """Write four images, and return the content of a valid json with three objects on each."""
     (root / "images").mkdir(parents=True)
     images = []
     for i, name in enumerate(("a.png", "b.png", "c.png", "d.png"), start=1):
@@ -72,7 +71,7 @@ def make_data(root: Path) -> dict:
 
 
 def write_yolo(content: dict, root: Path, **keys: object) -> Path:
-    """The same data in YOLO's layout, with these keys in its yaml, which it gives."""
+    """Write the same data in YOLO's layout, and return its yaml, which has these keys too."""
     names = [c["name"] for c in content["categories"]]
     (root / "labels").mkdir()
     for image in content["images"]:
@@ -88,7 +87,7 @@ def write_yolo(content: dict, root: Path, **keys: object) -> Path:
 
 
 def write_voc(content: dict, root: Path) -> Path:
-    """The same data as Pascal VOC's xml, in the folder, which it gives, and its split train."""
+    """Write the same data as Pascal VOC's xml, with a split "train", and return the folder."""
     names = {c["id"]: c["name"] for c in content["categories"]}
     (root / "Annotations").mkdir()
     (root / "ImageSets" / "Main").mkdir(parents=True)
@@ -108,7 +107,7 @@ def write_voc(content: dict, root: Path) -> Path:
 
 
 def voc_object(name: str, box: list[float]) -> str:
-    """The element of a box (x, y, width, height) in pixels."""
+    """Return the element of a box (x, y, width, height) in pixels."""
     x, y, w, h = box
     corners = {"xmin": x + 1, "ymin": y + 1, "xmax": x + w, "ymax": y + h}
     bndbox = "".join(f"<{k}>{v}</{k}>" for k, v in corners.items())
@@ -116,7 +115,7 @@ def voc_object(name: str, box: list[float]) -> str:
 
 
 def to_lvis(content: dict) -> None:
-    """The same data with LVIS's fields in place of COCO's."""
+    """Replace COCO's fields by LVIS's."""
     for image in content["images"]:
         image["coco_url"] = f"http://images.example/images/{image.pop('file_name')}"
         image |= {"neg_category_ids": [], "not_exhaustive_category_ids": [2]}
@@ -127,18 +126,17 @@ def to_lvis(content: dict) -> None:
 
 
 def label(category: int, box: list[float]) -> str:
-    """The line of a box (x, y, width, height) in pixels."""
+    """Return the line of a box (x, y, width, height) in pixels."""
     x, y, w, h = box
-    shares = (x + w / 2) / WIDTH, (y + h / 2) / HEIGHT, w / WIDTH, h / HEIGHT
-    return f"{category} " + " ".join(f"{share:.6f}" for share in shares)
+    numbers = (x + w / 2) / WIDTH, (y + h / 2) / HEIGHT, w / WIDTH, h / HEIGHT
+    return f"{category} " + " ".join(f"{number:.6f}" for number in numbers)
 
 
 def break_data(case: Case, root: Path, lvis: bool = False) -> tuple[Path, Path]:
-    """Writes the broken data set; gives its json and its folder of images, or its yaml or folder
-    and its split.
+    """Write the broken data set; return its json and image folder, or its yaml or folder and split.
 
     Args:
-        lvis: the json with LVIS's fields, which the cases of LVIS have anyway.
+        lvis: write LVIS's fields, as for the cases of LVIS.
     """
     content = make_data(root)
     if lvis := lvis or case in LVIS:
@@ -167,7 +165,7 @@ def break_data(case: Case, root: Path, lvis: bool = False) -> tuple[Path, Path]:
 
 
 def put(*path: object) -> Callable:
-    """The last of ``path`` is the value, what stands before it the way there."""
+    """Set the value at a path of keys and positions: ``put(*path, value)``."""
     *way, key, value = path
 
     def change(content: dict, root: Path) -> None:
@@ -190,7 +188,7 @@ def drop(*path: object) -> Callable:
 
 
 def boxes(new: Callable[[list], list]) -> Callable:
-    """Every box becomes another."""
+    """Replace every box."""
 
     def change(content: dict, root: Path) -> None:
         for annotation in content["annotations"]:
@@ -200,7 +198,7 @@ def boxes(new: Callable[[list], list]) -> Callable:
 
 
 def each(key: str, value: object, image: int = 0) -> Callable:
-    """This field of every annotation, or of those of one image."""
+    """Set a field of all annotations, or of those of one image."""
 
     def change(content: dict, root: Path) -> None:
         for annotation in content["annotations"]:
@@ -211,17 +209,17 @@ def each(key: str, value: object, image: int = 0) -> Callable:
 
 
 def rle(counts: list, size: Sequence | None = (HEIGHT, WIDTH)) -> dict:
-    """Run lengths, as COCO's format has them."""
+    """Return run lengths in COCO's format."""
     return {"counts": counts, "size": size}
 
 
 def copy(key: str, **other: object) -> Callable:
-    """The first entry of a list once more, with these fields different."""
+    """Repeat the first entry of a list, with these fields changed."""
     return lambda content, root: content[key].append(content[key][0] | other)
 
 
 def file(write: Callable[[Path], object], **fields: object) -> Callable:
-    """Another file in place of a.png, and these fields in its entry."""
+    """Replace the file a.png, and set these fields of its entry."""
 
     def change(content: dict, root: Path) -> None:
         path = root / "images" / "a.png"
@@ -249,7 +247,7 @@ def data(content: bytes) -> Callable:
 
 
 def encoded(image_format: str = "PNG") -> bytes:
-    """A file's bytes. Noise, so that it is long enough to be cut."""
+    """Return the bytes of an image of noise, long enough to be cut."""
     noise = np.random.default_rng(0).integers(0, 2, (HEIGHT, WIDTH, 3), dtype=np.uint8) * 255
     out = io.BytesIO()
     Image.fromarray(noise).save(out, format=image_format)
@@ -257,20 +255,20 @@ def encoded(image_format: str = "PNG") -> bytes:
 
 
 def cut(image_format: str) -> Callable:
-    """A file that ends early."""
+    """Truncate a file."""
     whole = encoded(image_format)
     return data(whole[: len(whole) * 2 // 3])
 
 
 def damaged() -> bytes:
-    """A PNG whose end is there, but not its middle."""
+    """Return a PNG damaged in its middle."""
     png = encoded()
     middle = len(png) // 2
     return png[:middle] + bytes(64) + png[middle + 64 :]
 
 
 def huge() -> bytes:
-    """A PNG that claims 100,000 x 100,000 pixels."""
+    """Return a PNG whose header has 100,000 x 100,000 pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + chunk + encoded()[33:]
@@ -279,7 +277,7 @@ def huge() -> bytes:
 def turned(
     orientation: int, before: tuple[int, int], image_format: str = "JPEG", **fields: object
 ) -> Callable:
-    """An image with an EXIF orientation, of this size in the file."""
+    """Give the image an EXIF orientation, and this size before it."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return file(
@@ -288,7 +286,7 @@ def turned(
 
 
 def one_of_each(content: dict, root: Path) -> None:
-    """As converters write that make an image of every row of a table of objects."""
+    """Make one image entry per object, as some converters do."""
     content["images"] = [
         content["images"][a["image_id"] - 1] | {"id": a["id"]} for a in content["annotations"]
     ]
@@ -315,7 +313,7 @@ def animation(image_format: str) -> Callable:
 
 
 def line(text: str) -> Callable:
-    """The first label of a.png becomes another."""
+    """Replace the first label of a.png."""
 
     def change(content: dict, root: Path) -> None:
         path = root / "labels" / "a.txt"
@@ -325,7 +323,7 @@ def line(text: str) -> Callable:
 
 
 def key(name: str, value: object) -> Callable:
-    """A key of the data.yaml gets another value; None takes it away."""
+    """Set a key of the data.yaml; None removes it."""
 
     def change(content: dict, root: Path) -> None:
         path = root / "data.yaml"
@@ -336,12 +334,12 @@ def key(name: str, value: object) -> Callable:
 
 
 def text(content: str) -> Callable:
-    """Another content of the data.yaml."""
+    """Replace the content of the data.yaml."""
     return lambda c, root: (root / "data.yaml").write_text(content)
 
 
 def key_points(shape: object, first: str = "") -> Callable:
-    """A box and key points of this shape in every label, but for the first of a.png."""
+    """Add key points of this shape to every label, and replace the first label of a.png."""
 
     def change(content: dict, root: Path) -> None:
         key("kpt_shape", shape)(content, root)
@@ -359,7 +357,7 @@ def no_labels(content: dict, root: Path) -> None:
 
 
 def xml(old: str, new: str) -> Callable:
-    """Another text in place of the first of these in the label of a.png."""
+    """Replace the first occurrence of a text in the xml of a.png."""
 
     def change(content: dict, root: Path) -> None:
         path = root / "Annotations" / "a.xml"
@@ -371,12 +369,12 @@ def xml(old: str, new: str) -> Callable:
 
 
 def split_list(content: str) -> Callable:
-    """Another list of the split."""
+    """Replace the list of the split."""
     return lambda c, root: (root / "ImageSets" / "Main" / "train.txt").write_text(content)
 
 
 def gone(name: str) -> Callable:
-    """A file or folder is not there."""
+    """Remove a file or folder."""
     return lambda c, root: (root / name).rename(root.parent / "gone")
 
 
@@ -393,19 +391,19 @@ BOX = "annotation 1 of a.png"
 STRUCTURE = [
     Case("the file is missing", lambda c, r: (r / "annotations.json").unlink(), "stops",
          "cannot read the annotations", None, "annotations.json"),
-    Case("no json", lambda c, r: b"<annotation/>", "stops", "is not json", None,
+    Case("not json", lambda c, r: b"<annotation/>", "stops", "is not valid json", None,
          "annotations.json"),
-    Case("json that ends early", lambda c, r: json.dumps(c).encode()[:-20], "stops", "is not json",
-         None, "annotations.json"),
-    Case("a binary file", lambda c, r: b"\xff\xfe\x00\x01", "stops", "is not json", None,
+    Case("json that ends early", lambda c, r: json.dumps(c).encode()[:-20], "stops",
+         "is not valid json", None, "annotations.json"),
+    Case("a binary file", lambda c, r: b"\xff\xfe\x00\x01", "stops", "is not valid json", None,
          "annotations.json"),
-    Case("a list, where a dictionary belongs", lambda c, r: [c], "stops", "it is a list", None,
+    Case("a list instead of a dict", lambda c, r: [c], "stops", "expected a dict", None,
          "annotations.json"),
     Case("no images", drop("images"), "stops", "it has no 'images'", None, "annotations.json"),
-    Case("annotations by image, in a dictionary", put("annotations", {"a.png": []}), "stops",
-         "its 'annotations' is a dict, where a list belongs", None, "annotations.json"),
-    Case("a number in place of an image", put("images", 1, 7), "stops",
-         "entry 1 of 'images' is 7, where a dictionary belongs", None, "annotations.json"),
+    Case("annotations by image, in a dict", put("annotations", {"a.png": []}), "stops",
+         "expected 'annotations' to be a list, got a dict", None, "annotations.json"),
+    Case("a number instead of an image", put("images", 1, 7), "stops",
+         "expected entry 1 of 'images' to be a dict, got 7", None, "annotations.json"),
     Case("an empty list of images", put("images", []), "stops", "an empty list of 'images'", None,
          "annotations.json"),
     Case("an empty list of annotations", put("annotations", []), "stops",
@@ -425,32 +423,32 @@ ENTRIES = [
     Case("an annotation without id", drop(*FIRST, "id"), "stops",
          "entry 0 of 'annotations' has no 'id'", "field_missing", "entry 0"),
     Case("an image's id is null", put("images", 0, "id", None), "stops",
-         "ids that are no whole numbers", "id_malformed",
+         "ids that are not whole numbers", "id_malformed",
          "(a.png), id None is null, and ids are whole numbers"),
     Case("ids of images are text and numbers", put("images", 0, "id", "1"), "stops",
-         "ids that are no whole numbers", "id_malformed",
+         "ids that are not whole numbers", "id_malformed",
          "(a.png), id '1' is text, and ids are whole numbers"),
     Case("an annotation's id is text", put(*FIRST, "id", "7"), "stops",
-         "ids that are no whole numbers", "id_malformed",
+         "ids that are not whole numbers", "id_malformed",
          "annotation 7 of a.png, id '7' is text, and ids are whole numbers"),
     Case("a category's id is a decimal number", put("categories", 0, "id", 1.0), "stops",
-         "ids that are no whole numbers", "id_malformed",
+         "ids that are not whole numbers", "id_malformed",
          "category 1.0 (cat), id 1.0 is a decimal number, and ids are whole numbers"),
-    Case("an image's id twice", copy("images", file_name="b.png"), "stops",
-         "images that share an id", "image_id_twice"),
-    Case("an annotation's id twice", copy("annotations", image_id=2), "stops",
-         "annotations that share an id", "annotation_id_twice", BOX),
-    Case("a category's id twice", copy("categories", name="cow"), "stops",
-         "categories that share an id", "category_id_twice", "category 1 (cat)"),
-    Case("file_name has a backslash, as on Windows",
+    Case("a duplicate image id", copy("images", file_name="b.png"), "stops",
+         "duplicate image ids", "image_id_twice"),
+    Case("a duplicate annotation id", copy("annotations", image_id=2), "stops",
+         "duplicate annotation ids", "annotation_id_twice", BOX),
+    Case("a duplicate category id", copy("categories", name="cow"), "stops",
+         "duplicate category ids", "category_id_twice", "category 1 (cat)"),
+    Case("file_name has a backslash",
          lambda c, r: (put("images", 0, "file_name", "sub\\a.png")(c, r),
                        (r / "images/sub").mkdir(),
                        (r / "images/a.png").rename(r / "images/sub/a.png")), "trains",
          "with slashes, if only that file exists", ""),
     Case("file_name is null", put("images", 0, "file_name", None), "stops",
-         "images whose file_name is not text", "file_name_malformed", "file_name None"),
+         "images whose file_name is empty or not text", "file_name_malformed", "file_name None"),
     Case("file_name is empty", put("images", 0, "file_name", " "), "stops",
-         "images whose file_name is not text, or empty", "file_name_malformed", "file_name ' '"),
+         "images whose file_name is empty or not text", "file_name_malformed", "file_name ' '"),
     Case("an image's width is null", put("images", 0, "width", None), "stops",
          "width or height is not a positive whole number", "image_size_malformed"),
     Case("an image's height is 0", put("images", 0, "height", 0), "stops",
@@ -458,10 +456,10 @@ ENTRIES = [
     Case("an image's width is text", put("images", 0, "width", "64"), "stops",
          "width or height is not a positive whole number", "image_size_malformed"),
     Case("a category's name is empty", put("categories", 0, "name", ""), "stops",
-         "categories whose name is not text, or empty", "category_name_malformed",
+         "categories whose name is empty or not text", "category_name_malformed",
          "category 1 (), name ''"),
     Case("a category's name is null", put("categories", 0, "name", None), "stops",
-         "categories whose name is not text", "category_name_malformed", "category 1"),
+         "categories whose name is empty or not text", "category_name_malformed", "category 1"),
     Case("two categories of one name", put("categories", 1, "name", "cat"), "trains",
          "as two classes; logged", "category_name_twice", "category 2 (cat)"),
     Case("two names that differ by case", put("categories", 1, "name", "Cat"), "trains",
@@ -469,31 +467,31 @@ ENTRIES = [
     Case("two names that differ by blanks", put("categories", 1, "name", "cat "), "trains",
          "as two classes; logged", "category_name_similar", "category 2 (cat ), name 'cat '"),
     Case("a category without objects", copy("categories", id=3, name="cow"), "trains",
-         "class and all", "category_without_objects", "category 3 (cow)"),
+         "with this class", "category_without_objects", "category 3 (cow)"),
     Case("two images of one file with different objects", one_of_each, "stops",
-         "images that share a file but not its objects", "file_twice"),
+         "duplicate image files with different objects", "file_twice"),
     Case("two images of one file with the same objects", repeat, "trains", "twice as often; logged",
          "file_repeated", objects=15),
     Case("an image without annotations", empty_image, "leaves out", "", "image_dropped", objects=9),
 ]
 ANNOTATIONS = [
-    Case("an image that is not in the file", put(*FIRST, "image_id", 77), "stops",
-         "annotations of images that are not in the file", "image_unknown",
+    Case("an unknown image_id", put(*FIRST, "image_id", 77), "stops",
+         "annotations with an unknown image_id", "image_unknown",
          "annotation 1 of image 77, image_id 77"),
-    Case("image_id is text, ids are numbers", put(*FIRST, "image_id", "1"), "stops",
-         "annotations of images that are not in the file", "image_unknown",
+    Case("image_id is text, but ids are numbers", put(*FIRST, "image_id", "1"), "stops",
+         "annotations with an unknown image_id", "image_unknown",
          "annotation 1 of image 1, image_id '1' is text, and ids are whole numbers"),
-    Case("a category that is not in the file", put(*FIRST, "category_id", 77), "stops",
-         "annotations of categories that are not in the file", "category_unknown",
+    Case("an unknown category_id", put(*FIRST, "category_id", 77), "stops",
+         "annotations with an unknown category_id", "category_unknown",
          f"{BOX}, category_id 77"),
     Case("category_id is a list", put(*FIRST, "category_id", [1]), "stops",
-         "annotations of categories that are not in the file", "category_unknown",
+         "annotations with an unknown category_id", "category_unknown",
          f"{BOX}, category_id [1] is a list, and ids are whole numbers"),
     Case("category_id is text", put(*FIRST, "category_id", "1"), "stops",
-         "annotations of categories that are not in the file", "category_unknown",
+         "annotations with an unknown category_id", "category_unknown",
          f"{BOX}, category_id '1' is text, and ids are whole numbers"),
     Case("category_id is a decimal number", put(*FIRST, "category_id", 1.0), "stops",
-         "annotations of categories that are not in the file", "category_unknown",
+         "annotations with an unknown category_id", "category_unknown",
          f"{BOX}, category_id 1.0 is a decimal number, and ids are whole numbers"),
     Case("iscrowd is null", put(*FIRST, "iscrowd", None), "stops", "iscrowd is neither 0 nor 1",
          "crowd_malformed", f"{BOX}, iscrowd None"),
@@ -520,22 +518,22 @@ ANNOTATIONS = [
     Case("run lengths of a size of one number", put(*FIRST, "segmentation", rle([9, 5], [48])),
          "trains",
          "by its box; logged", "segmentation_unusable", BOX),
-    Case("run lengths that are sound", put(*FIRST, "segmentation", rle([9, 5])), "trains",
+    Case("valid run lengths", put(*FIRST, "segmentation", rle([9, 5])), "trains",
          "by its box", ""),
     Case("key points with null among them", put(*FIRST, "keypoints", [1, None, 2]), "trains",
          "by its box; logged", "keypoints_unusable", BOX),
     Case("key points that are text", put(*FIRST, "keypoints", "1 2 2"), "trains",
          "by its box; logged", "keypoints_unusable", BOX),
-    Case("key points that are sound", put(*FIRST, "keypoints", [5, 6, 2]), "trains", "by its box",
+    Case("valid key points", put(*FIRST, "keypoints", [5, 6, 2]), "trains", "by its box",
          ""),
-    Case("crowds on one image alone", each("iscrowd", 1, image=1), "leaves out", "crowds (3)",
+    Case("crowds only, on one image", each("iscrowd", 1, image=1), "leaves out", "crowds (3)",
          "crowd", BOX, 9),
-    Case("crowds alone", each("iscrowd", 1), "stops",
+    Case("crowds only", each("iscrowd", 1), "stops",
          "has no annotations to train on, but crowds (12)", "nothing_to_learn", BOX),
-    Case("boxes of zero width alone", boxes(lambda b: [b[0], b[1], 0, b[3]]), "stops",
+    Case("boxes of zero width only", boxes(lambda b: [b[0], b[1], 0, b[3]]), "stops",
          "has no annotations to train on, but boxes of zero width or height (12)",
          "nothing_to_learn", BOX),
-    Case("segmentations of two points alone", each("segmentation", [[1, 2, 9, 9]]), "trains",
+    Case("segmentations of two points only", each("segmentation", [[1, 2, 9, 9]]), "trains",
          "by its box; logged", "segmentation_unusable", BOX),
     Case("a crowd", put(*FIRST, "iscrowd", 1), "leaves out", "crowds (1)", "crowd", BOX, 11),
     Case("a box of three numbers", put(*FIRST, "bbox", [1, 2, 3]), "stops",
@@ -546,29 +544,29 @@ ANNOTATIONS = [
          "boxes that are not four numbers", "box_malformed", BOX),
     Case("a box of text", put(*FIRST, "bbox", ["1", "2", "3", "4"]), "stops",
          "boxes that are not four numbers", "box_malformed", BOX),
-    Case("a number beyond all bounds", put(*FIRST, "bbox", [1, 2, 3, 10**400]), "stops",
+    Case("a number too large for float64", put(*FIRST, "bbox", [1, 2, 3, 10**400]), "stops",
          "boxes that are not four numbers", "box_malformed", BOX),
     Case("NaN in a box", put(*FIRST, "bbox", [1, 2, float("nan"), 4]), "stops",
-         "boxes that are not finite", "box_not_finite", BOX),
+         "boxes with NaN or infinite coordinates", "box_not_finite", BOX),
     Case("infinity in a box", put(*FIRST, "bbox", [1, 2, float("inf"), 4]), "stops",
-         "boxes that are not finite", "box_not_finite", BOX),
+         "boxes with NaN or infinite coordinates", "box_not_finite", BOX),
     Case("a box of negative width", put(*FIRST, "bbox", [40, 20, -16, 20]), "stops",
          "boxes of negative width or height", "box_negative", BOX),
-    Case("boxes in shares of the image",
+    Case("normalised boxes",
          boxes(lambda b: [b[0] / 64, b[1] / 48, b[2] / 64, b[3] / 48]), "stops",
-         "COCO's are pixels, not shares", "box_units", BOX),
+         "COCO's boxes are in pixels", "box_units", BOX),
     Case("boxes [x1, y1, x2, y2]", boxes(lambda b: [20, b[1] + 5, 58, 47]), "stops",
-         "boxes that look like [x1, y1, x2, y2]", "box_corners", BOX),
+         "boxes that all look like [x1, y1, x2, y2]", "box_corners", BOX),
     Case("a box of zero width", put(*FIRST, "bbox", [10, 10, 0, 20]), "leaves out",
          "boxes of zero width or height (1)", "box_empty", BOX, 11),
     Case("a box outside the image", put(*FIRST, "bbox", [64, 10, 20, 20]), "leaves out",
          "boxes outside their image (1)", "box_outside", BOX, 11),
     Case("a box beyond the image's border", put(*FIRST, "bbox", [50, 10, 30, 20]), "trains",
          "clipped; logged", "box_partly_outside", BOX),
-    Case("one box in shares of the image", put(*FIRST, "bbox", [0.1, 0.2, 0.5, 0.5]), "trains",
-         "as it stands; logged", "box_small_units", BOX),
-    Case("an object twice", copy("annotations", id=99), "trains",
-         "though the second gets no anchor", "object_twice", "annotation 99 of a.png", 13),
+    Case("one normalised box", put(*FIRST, "bbox", [0.1, 0.2, 0.5, 0.5]), "trains",
+         "unchanged; logged", "box_small_units", BOX),
+    Case("a duplicate object", copy("annotations", id=99), "trains",
+         "but the second gets no anchor", "object_twice", "annotation 99 of a.png", 13),
     Case("no area", drop(*FIRST, "area"), "trains",
          "and evaluates with that of the box; logged", "area_unusable", f"{BOX}, no area"),
     Case("an area that is null", put(*FIRST, "area", None), "trains",
@@ -579,15 +577,15 @@ ANNOTATIONS = [
          "and evaluates with that of the box; logged", "area_unusable", BOX),
     Case("an annotation with id 0", put(*FIRST, "id", 0), "trains", "and is evaluated", ""),
     Case("an object smaller than a pixel", put(*FIRST, "bbox", [10.2, 10.2, 0.3, 0.3]), "trains",
-         "though no anchor learns it", "object_without_positive", BOX),
+         "but no anchor learns it", "object_without_positive", BOX),
 ]
 FILES = [
     Case("the file is missing", file(lambda path: None), "stops", "No such file or directory",
          "file_unreadable"),
     Case("a folder", file(lambda path: path.mkdir()), "stops", "Is a directory", "file_unreadable"),
     Case("an empty file", data(b""), "stops", "it is empty", "file_unreadable"),
-    Case("text in place of an image", data(b"<html>404</html>"), "stops",
-         "it is no image, or of an unknown format", "file_unreadable"),
+    Case("text instead of an image", data(b"<html>404</html>"), "stops",
+         "it is not an image, or of an unknown format", "file_unreadable"),
     Case("a header that ends early", data(encoded()[:20]), "stops", "cannot read the image",
          "file_unreadable"),
     Case("a truncated PNG", cut("PNG"), "stops", "Truncated", "file_truncated"),
@@ -600,15 +598,15 @@ FILES = [
          "file_truncated"),
     Case("a header of 100,000 x 100,000 pixels", data(huge()), "stops", "exceeds limit",
          "file_unreadable"),
-    Case("another size than the annotations say", saved(plain(size=(32, 48))), "stops",
+    Case("another size than in the annotations", saved(plain(size=(32, 48))), "stops",
          "is 32 x 48 pixels, but 64 x 48 according to the annotations", "image_size_wrong"),
-    Case("EXIF turns it, the annotations' size is that before", turned(6, (WIDTH, HEIGHT)), "stops",
+    Case("EXIF rotates it, the annotated size is that before", turned(6, (WIDTH, HEIGHT)), "stops",
          "is 48 x 64 pixels after its EXIF orientation 6, but 64 x 48", "image_size_wrong"),
-    Case("EXIF turns it, the annotations' size is that after", turned(6, (HEIGHT, WIDTH)), "trains",
-         "turned", "image_rotated", colour=COLOUR),
-    Case("EXIF turns it by 180 degrees", turned(3, (WIDTH, HEIGHT)), "trains", "turned",
+    Case("EXIF rotates it, the annotated size is that after", turned(6, (HEIGHT, WIDTH)), "trains",
+         "rotated", "image_rotated", colour=COLOUR),
+    Case("EXIF rotates it by 180 degrees", turned(3, (WIDTH, HEIGHT)), "trains", "rotated",
          "image_rotated", colour=COLOUR),
-    Case("EXIF turns a TIFF", turned(3, (WIDTH, HEIGHT), "TIFF"), "stops",
+    Case("EXIF rotates a TIFF", turned(3, (WIDTH, HEIGHT), "TIFF"), "stops",
          "is a TIFF with EXIF orientation 3, which Detectron2 applies twice", "image_turned_twice"),
     Case("16 bits, greyscale PNG", saved(SIXTEEN_BITS), "stops", "more than 8 bits per channel",
          "image_high_depth"),
@@ -618,7 +616,7 @@ FILES = [
          "more than 8 bits per channel", "image_high_depth"),
     Case("floating point, TIFF", saved(SIXTEEN_BITS.astype(np.float32), "TIFF"), "stops",
          "more than 8 bits per channel", "image_high_depth"),
-    Case("16 bits, colour PNG", data(DEEP_COLOUR), "trains", "its upper 8 bits", "",
+    Case("16 bits, colour PNG", data(DEEP_COLOUR), "trains", "on its upper 8 bits", "",
          colour=(156, 156, 156)),
     Case("greyscale", saved(plain("L")), "trains", "as colour", "image_grey",
          colour=(135, 135, 135)),
@@ -626,20 +624,20 @@ FILES = [
          "image_grey", colour=(255, 255, 255)),
     Case("a palette", saved(plain("P")), "trains", "as colour", "image_palette"),
     Case("a palette with a transparent colour", saved(plain("P"), transparency=3), "trains",
-         "transparency is ignored", "image_alpha"),
+         "without transparency", "image_alpha"),
     Case("CMYK", saved(plain("CMYK"), "JPEG", quality=95), "trains", "as colour, without profile",
          "image_cmyk", colour=COLOUR),
     Case("an alpha channel", saved(Image.new("RGBA", (WIDTH, HEIGHT), (*COLOUR, 0))), "trains",
-         "the colours under it", "image_alpha", colour=COLOUR),
+         "on the colours, without alpha", "image_alpha", colour=COLOUR),
     Case("greyscale with alpha", saved(Image.new("LA", (WIDTH, HEIGHT), (90, 10))), "trains",
-         "the colours under it", "image_alpha", colour=(90, 90, 90)),
-    Case("an animated GIF", animation("GIF"), "trains", "its first picture", "image_animated",
+         "on the colours, without alpha", "image_alpha", colour=(90, 90, 90)),
+    Case("an animated GIF", animation("GIF"), "trains", "on its first frame", "image_animated",
          colour=COLOUR),
-    Case("an animated PNG", animation("PNG"), "trains", "its first picture", "image_animated",
+    Case("an animated PNG", animation("PNG"), "trains", "on its first frame", "image_animated",
          colour=COLOUR),
-    Case("an animated WebP", animation("WEBP"), "trains", "its first picture", "image_animated",
+    Case("an animated WebP", animation("WEBP"), "trains", "on its first frame", "image_animated",
          colour=COLOUR),
-    Case("another format than its name says", saved(plain(), "BMP"), "trains", "by its content", "",
+    Case("another format than its suffix", saved(plain(), "BMP"), "trains", "by its content", "",
          colour=COLOUR),
     Case("bytes after the end", lambda c, r: (r / "images/a.png").open("ab").write(bytes(99)),
          "trains", "without them", "", colour=COLOUR),
@@ -647,102 +645,103 @@ FILES = [
          "enlarged; boxes outside are left out", "box_outside", objects=9),
     Case("one pixel wide, 5,000 long", lambda c, r: (put(*FIRST, "bbox", [0, 0, 20, 1])(c, r),
          file(lambda p: plain(size=(5000, 1)).save(p), width=5000, height=1)(c, r)), "stops",
-         "height and width must be > 0", "image_thin"),
+         "too thin to be resized", "image_thin"),
 ]
 LINE = "labels/a.txt line 1"
 YAML = [
     Case("the yaml is missing", lambda c, r: (r / "data.yaml").unlink(), "stops",
          "cannot be read: No such file or directory", None, "data.yaml"),
-    Case("no yaml", text("names: [cat, dog"), "stops", "line 1 is no valid yaml", None,
+    Case("not yaml", text("names: [cat, dog"), "stops", "line 1 is not valid yaml", None,
          "data.yaml"),
     Case("a tag that makes a Python object", text("names: !!python/name:os.system"), "stops",
-         "line 1 is no valid yaml: could not determine a constructor", None, "data.yaml"),
-    Case("a list, where keys belong", text("[cat, dog]"), "stops", "it holds no keys with values",
+         "line 1 is not valid yaml: could not determine a constructor", None, "data.yaml"),
+    Case("a list instead of keys", text("[cat, dog]"), "stops", "it has no keys with values",
          None, "data.yaml"),
     Case("no names", key("names", None), "stops", "it has no 'names'", None, "data.yaml"),
     Case("names that are text", key("names", "cat dog"), "stops",
-         "its 'names' is a str, where a list or a dictionary belongs", None, "data.yaml"),
-    Case("a name that yaml takes for a truth value", text("names: [cat, no]"), "stops",
+         "'names' must be a list or a dict, got a str", None, "data.yaml"),
+    Case("a name that yaml reads as a boolean", text("names: [cat, no]"), "stops",
          "the name of class 1 is False: put it in quotes", None, "data.yaml"),
-    Case("names by other names", key("names", {"cat": 0, "dog": 1}), "stops",
-         "its 'names' has 'cat', where the number of a class belongs", None, "data.yaml"),
-    Case("nc and names disagree", key("nc", 3), "stops", "its 'nc' is 3, but it has 2 names", None,
+    Case("names as keys", key("names", {"cat": 0, "dog": 1}), "stops",
+         "keys of 'names' must be numbers of classes, got 'cat'", None, "data.yaml"),
+    Case("nc and names disagree", key("nc", 3), "stops", "'nc' is 3, but it has 2 names", None,
          "data.yaml"),
-    Case("a split that is not there", key("train", None), "stops", "it has no split 'train'", None,
+    Case("a missing split", key("train", None), "stops", "it has no split 'train'", None,
          "data.yaml"),
     Case("a folder that does not exist", key("train", "pictures"), "stops",
-         "its 'train' names 'pictures', which does not exist; tried", None, "data.yaml"),
-    Case("a number for a folder", key("train", 7), "stops", "its 'train' is 7", None, "data.yaml"),
-    Case("a file that is no .txt", key("train", "data.yaml"), "stops",
-         "which is neither a folder nor a .txt", None, "data.yaml"),
-    Case("a folder without images", key("train", "labels"), "stops", "its 'train' has no images",
-         None, "data.yaml"),
+         "'pictures' of 'train' does not exist; tried", None, "data.yaml"),
+    Case("a number instead of a folder", key("train", 7), "stops",
+         "'train' must name folders or .txt files, got 7", None, "data.yaml"),
+    Case("a file other than a .txt", key("train", "data.yaml"), "stops",
+         "must name folders or .txt files, got 'data.yaml'", None, "data.yaml"),
+    Case("a folder without images", key("train", "labels"), "stops",
+         "no images in 'labels' of 'train'", None, "data.yaml"),
     Case("no label file at all", no_labels, "stops",
-         "that of images/a.png was looked for at labels/a.txt", None, "data.yaml"),
+         "tried labels/a.txt and images/a.txt for images/a.png", None, "data.yaml"),
     Case("a list names an image that does not exist",
          lambda c, r: (key("train", "list.txt")(c, r),
                        (r / "list.txt").write_text("images/b.png\nimages/gone.png")), "stops",
-         "images that cannot be read (1)", "file_unreadable", "images/gone.png"),
+         "missing or unreadable images (1)", "file_unreadable", "images/gone.png"),
     Case("kpt_shape is a number", key("kpt_shape", 17), "stops",
-         "its 'kpt_shape' is 17, where the number of key points and 2 or 3 belong", None,
+         "'kpt_shape' must be [number of key points, 2 or 3], got 17", None,
          "data.yaml"),
-    Case("a list and a folder of Windows",
+    Case("paths from Windows",
          lambda c, r: (text(r"{path: c:\set, train: .\list.txt, names: [cat, dog]}")(c, r),
                        (r / "list.txt").write_text("\n".join(f"images\\{x}.png" for x in "abcd"))),
-         "trains", "with slashes in place of backslashes", ""),
-    Case("text in place of one of YOLO's images", data(b"<html>404</html>"), "stops",
-         "images that cannot be read (1)", "file_unreadable", "images/a.png"),
+         "trains", "with slashes instead of backslashes", ""),
+    Case("text instead of one of YOLO's images", data(b"<html>404</html>"), "stops",
+         "missing or unreadable images (1)", "file_unreadable", "images/a.png"),
 ]
 LABELS = [
     Case("five numbers after the class", line("0 0.5 0.5 0.25 0.25 0.9"), "stops", "has 6 numbers",
          "label_malformed", LINE),
     Case("three numbers after the class", line("0 0.5 0.5 0.25"), "stops", "has 4 numbers",
          "label_malformed", LINE),
-    Case("a class alone", line("1"), "stops", "has 1 number", "label_malformed", LINE),
+    Case("a class id only", line("1"), "stops", "has 1 number", "label_malformed", LINE),
     Case("key points that kpt_shape declares", key_points([2, 3]), "trains",
          "by the boxes before them", ""),
     Case("fewer key points than kpt_shape declares", key_points([2, 3], "0 .5 .5 .2 .2 .1 .9"),
-         "stops", "has 7 numbers, but a box has 5, and one with key points 11, by 'kpt_shape'",
+         "stops", "has 7 numbers, expected 5 for a box or 11 for a box with key points",
          "label_malformed", LINE),
     Case("a word", line("cat 0.5 0.5 0.25 0.25"), "stops",
-         "has 'cat', where a number belongs", "label_malformed", LINE),
-    Case("a NaN", line("0 0.5 nan 0.25 0.25"), "stops", "has nan, which is not finite",
+         "has 'cat', expected a number", "label_malformed", LINE),
+    Case("a NaN", line("0 0.5 nan 0.25 0.25"), "stops", "has nan, expected a finite number",
          "label_malformed", LINE),
-    Case("half a class", line("0.5 0.5 0.5 0.25 0.25"), "stops",
-         "has class 0.5, which is no whole number", "label_malformed", LINE),
+    Case("a class id of 0.5", line("0.5 0.5 0.5 0.25 0.25"), "stops",
+         "has class 0.5, expected a whole number", "label_malformed", LINE),
     Case("a label file in UTF-16", lambda c, r: (r / "labels/a.txt").write_bytes(b"\xff\xfe0"),
-         "stops", "it is no text in UTF-8", "label_malformed", "labels/a.txt"),
-    Case("a class beyond the names", line("2 0.5 0.5 0.25 0.25"), "stops",
-         "labels of classes that have no name (1)", "label_class_unknown", f"{LINE}, class 2"),
-    Case("a class below 0", line("-1 0.5 0.5 0.25 0.25"), "stops",
-         "labels of classes that have no name (1)", "label_class_unknown", f"{LINE}, class -1"),
-    Case("a label in pixels", line("0 32 24 16 12"), "stops", "YOLO's are shares, not pixels (1)",
-         "label_units", f"{LINE}, 32 24 16 12"),
+         "stops", "it is not UTF-8 text", "label_malformed", "labels/a.txt"),
+    Case("a class id without a name", line("2 0.5 0.5 0.25 0.25"), "stops",
+         "labels with a class id that has no name (1)", "label_class_unknown", f"{LINE}, class 2"),
+    Case("a negative class id", line("-1 0.5 0.5 0.25 0.25"), "stops",
+         "labels with a class id that has no name (1)", "label_class_unknown", f"{LINE}, class -1"),
+    Case("a label in pixels", line("0 32 24 16 12"), "stops",
+         "fractions of the image, not pixels (1)", "label_units", f"{LINE}, 32 24 16 12"),
     Case("a label of negative width", line("0 0.5 0.5 -0.25 0.25"), "stops",
          "boxes of negative width or height", "box_negative", "annotation 1 of images/a.png"),
     Case("a label of zero width", line("0 0.5 0.5 0 0.25"), "leaves out",
          "boxes of zero width or height (1)", "box_empty", "annotation 1 of images/a.png", 11),
     Case("a label beyond the image's border", line("0 0.9 0.5 0.4 0.25"), "trains",
          "clipped; logged", "box_partly_outside", LINE),
-    Case("a label twice", lambda c, r: (r / "labels/a.txt").write_text(
+    Case("a duplicate label", lambda c, r: (r / "labels/a.txt").write_text(
          "\n".join(2 * (r / "labels/a.txt").read_text().splitlines()[:1])), "trains",
-         "though the second gets no anchor", "object_twice", "annotation 2 of images/a.png", 11),
+         "but the second gets no anchor", "object_twice", "annotation 2 of images/a.png", 11),
     Case("an image without a label file", lambda c, r: (r / "labels/a.txt").unlink(), "leaves out",
-         "images without a label file, taken to be without objects (1)", "label_missing",
+         "images without a label file, used as images without objects (1)", "label_missing",
          "images/a.png", 9),
     Case("a label without an image", gone("images/a.png"), "stops",
-         "images that cannot be read (1): the image of labels/a.txt is not there",
+         "missing or unreadable images (1): no image for labels/a.txt",
          "file_unreadable", "labels/a.txt"),
     Case("a label of two images", lambda c, r: plain().save(r / "images/a.bmp"), "stops",
-         "that could mean several files", "label_ambiguous",
+         "several files for one label or line of a list", "label_ambiguous",
          "labels/a.txt: images/a.bmp or images/a.png"),
     Case("a label beside its image",
          lambda c, r: (r / "labels/a.txt").rename(r / "images/a.txt"), "trains",
          "if the folder of labels has none", ""),
     Case("two labels of an image", lambda c, r: (r / "images/a.txt").write_text(""), "stops",
-         "or several labels one file", "label_ambiguous",
+         "or several labels for one file", "label_ambiguous",
          "labels/a.txt and images/a.txt: images/a.png"),
-    Case("a file that is neither an image nor a label",
+    Case("a file other than an image or a label",
          lambda c, r: (r / "labels/notes.json").write_text("{}"), "trains", "without it",
          "file_unused", "labels/notes.json"),
     Case("an empty label file", lambda c, r: (r / "labels/a.txt").write_text("\n"), "leaves out",
@@ -755,57 +754,59 @@ FOLDER = [
     Case("an empty list", split_list("\n \n"), "stops", "names no image", None, "train.txt"),
     Case("a list in UTF-16",
          lambda c, r: (r / "ImageSets/Main/train.txt").write_bytes(b"\xff\xfea"), "stops",
-         "it is no text in UTF-8", None, "train.txt"),
-    Case("a list of images without any xml",
+         "it is not UTF-8 text", None, "train.txt"),
+    Case("a list of images without xml",
          lambda c, r: [gone("Annotations/d.xml")(c, r), split_list("d")(c, r)],
          "stops", "no image of 'train' has an xml", None, "images/d.png first"),
-    Case("a list names what is not there", split_list("a\nb\nc\nd\nz"), "stops",
-         "'z' in train.txt is neither an image nor a label", "file_unreadable", "'z'"),
-    Case("a label whose image is not there", gone("images/a.png"), "stops",
-         "the image of Annotations/a.xml, which it calls 'a.png', is not there", "file_unreadable",
+    Case("a list names a missing image", split_list("a\nb\nc\nd\nz"), "stops",
+         "'z' in train.txt: no such image or xml", "file_unreadable", "'z'"),
+    Case("a label without its image", gone("images/a.png"), "stops",
+         "no image a.* or 'a.png' for Annotations/a.xml", "file_unreadable",
          "Annotations/a.xml"),
     Case("an image without an xml", gone("Annotations/a.xml"), "leaves out",
-         "images without a label file, taken to be without objects (1)", "label_missing",
+         "images without a label file, used as images without objects (1)", "label_missing",
          "images/a.png", 9),
-    Case("a label that could be of two images",
+    Case("an xml with two images of its stem",
          lambda c, r: [plain().save(r / "images/a.bmp"), xml("a.png", "x")(c, r)], "stops",
-         "labels or lines of a list that could mean several files", "label_ambiguous",
+         "several files for one label or line of a list", "label_ambiguous",
          "Annotations/a.xml: images/a.bmp or images/a.png"),
-    Case("labels in a folder of any name",
-         lambda c, r: (r / "Annotations").rename(r / "marks"), "trains",
-         "on the images of their names", "image_elsewhere", "marks/a.xml: images/a.png"),
+    Case("labels in a folder of another name",
+         lambda c, r: (r / "Annotations").rename(r / "marks"), "stops",
+         "move images/a.png beside it, or images into JPEGImages and xml files into Annotations",
+         "file_unreadable", "no image a.* or 'a.png' for marks/a.xml in its folder"),
     Case("a folder of masks", lambda c, r: [(r / "Masks").mkdir(), plain().save(r / "Masks/a.png"),
                                             gone("ImageSets")(c, r), (r / "train").mkdir(),
                                             (r / "Annotations").rename(r / "train/Annotations"),
                                             (r / "images").rename(r / "train/images"),
                                             (r / "Masks").rename(r / "train/Masks")], "trains",
          "without them", "folder_without_labels", "train/Masks (1 images)"),
-    Case("a label that names another image", xml("a.png", "b.png"), "trains",
-         "on the image of its own name; logged", "label_of_another_image", "Annotations/a.xml"),
-    Case("a label that names no image that is there", xml("a.png", "C:\\x\\a (1).png"), "trains",
-         "on the image of its own name", ""),
-    Case("a label without a size, of text in place of an image",
+    Case("an xml whose `<filename>` is another image", xml("a.png", "b.png"), "trains",
+         "on the image of the same stem; logged", "label_of_another_image", "Annotations/a.xml"),
+    Case("an xml whose `<filename>` does not exist", xml("a.png", "C:\\x\\a (1).png"), "trains",
+         "on the image of the same stem", ""),
+    Case("an xml without a size, text instead of an image",
          lambda c, r: [xml("<width>64", "<width>0")(c, r), data(b"<html>404</html>")(c, r)],
-         "stops", "images that cannot be read (1)", "file_unreadable", "images/a.png"),
-    Case("a label without a size", xml("<width>64</width>", ""), "trains", "that of the image", ""),
+         "stops", "missing or unreadable images (1)", "file_unreadable", "images/a.png"),
+    Case("an xml without a size", xml("<width>64</width>", ""), "trains", "with that of the image",
+         ""),
 ]
 XML = [
-    Case("no xml in it", lambda c, r: (r / "Annotations/a.xml").write_text("0 0.5 0.5 0.1 0.1"),
-         "stops", "it is no valid xml", "label_malformed", "Annotations/a.xml"),
+    Case("not xml", lambda c, r: (r / "Annotations/a.xml").write_text("0 0.5 0.5 0.1 0.1"),
+         "stops", "invalid xml", "label_malformed", "Annotations/a.xml"),
     Case("an empty xml", lambda c, r: (r / "Annotations/a.xml").write_text(""), "stops",
-         "it is no valid xml: no element found", "label_malformed", "Annotations/a.xml"),
-    Case("an xml that ends early", xml("</annotation>", ""), "stops", "it is no valid xml",
+         "invalid xml: no element found", "label_malformed", "Annotations/a.xml"),
+    Case("an xml that ends early", xml("</annotation>", ""), "stops", "invalid xml",
          "label_malformed", "Annotations/a.xml"),
     Case("a DOCTYPE, whose entities may fill the memory",
          xml("<annotation>", "<!DOCTYPE x [<!ENTITY a 'b'>]><annotation>"), "stops",
-         "it has a DOCTYPE, which is not read", "label_malformed", "Annotations/a.xml"),
-    Case("an encoding that nobody knows", xml("<annotation>", "<?xml version='1.0' encoding='x'?>"
+         "DOCTYPE is not supported", "label_malformed", "Annotations/a.xml"),
+    Case("an unknown encoding", xml("<annotation>", "<?xml version='1.0' encoding='x'?>"
          "<annotation>"), "stops", "unknown encoding", "label_malformed", "Annotations/a.xml"),
     Case("another root", lambda c, r: (r / "Annotations/a.xml").write_text("<html/>"), "stops",
-         "its root is 'html', where 'annotation' belongs", "label_malformed", "Annotations/a.xml"),
+         "expected the root 'annotation', got 'html'", "label_malformed", "Annotations/a.xml"),
     Case("an object without a name", xml("<name>cat</name>", "<name> </name>"), "stops",
          "object 1 has no name", "label_malformed", "Annotations/a.xml"),
-    Case("a tag closed by another", xml("bndbox>", "box>"), "stops", "it is no valid xml",
+    Case("a tag closed by another tag", xml("bndbox>", "box>"), "stops", "invalid xml",
          "label_malformed", "Annotations/a.xml"),
     Case("an object that has neither box nor polygon",
          xml(voc_object("cat", [4, 10, 16, 20]), "<object><name>cat</name></object>"), "stops",
@@ -815,11 +816,11 @@ XML = [
          "object 1 (cat) has 2 boxes", "label_malformed", "Annotations/a.xml"),
     Case("a box without xmax", xml("<xmax>20</xmax>", ""), "stops", "object 1 (cat) has no xmax",
          "label_malformed", "Annotations/a.xml"),
-    Case("a word for a number", xml("<xmin>5", "<xmin>left"), "stops",
-         "object 1 (cat) has xmin 'left', where a number belongs", "label_malformed",
+    Case("a word instead of a number", xml("<xmin>5", "<xmin>left"), "stops",
+         "object 1 (cat) has xmin 'left', expected a number", "label_malformed",
          "Annotations/a.xml"),
     Case("an infinite number", xml("<xmax>20", "<xmax>1e999"), "stops",
-         "object 1 (cat) has xmax inf, which is not finite", "label_malformed",
+         "object 1 (cat) has xmax inf, expected a finite number", "label_malformed",
          "Annotations/a.xml"),
     Case("a polygon of two points",
          xml("<bndbox><xmin>5</xmin><ymin>11</ymin><xmax>20</xmax><ymax>30</ymax></bndbox>",
@@ -829,10 +830,10 @@ XML = [
          xml("<bndbox><xmin>5</xmin><ymin>11</ymin><xmax>20</xmax><ymax>30</ymax></bndbox>",
              "<polygon><x1>5</x1><y1>11</y1><x2>9</x2><y2>15</y2><x3>20</x3><y3>30</y3></polygon>"),
          "trains", "by its extent", ""),
-    Case("corners exchanged", xml("<xmin>5</xmin><ymin>11</ymin><xmax>20</xmax>",
+    Case("swapped corners", xml("<xmin>5</xmin><ymin>11</ymin><xmax>20</xmax>",
          "<xmin>20</xmin><ymin>11</ymin><xmax>5</xmax>"), "stops",
          "boxes of negative width or height", "box_negative", "annotation 1 of images/a.png"),
-    Case("a box that ends before it begins", xml("<xmax>20", "<xmax>4"), "leaves out",
+    Case("a box whose xmax is xmin - 1", xml("<xmax>20", "<xmax>4"), "leaves out",
          "boxes of zero width or height (1)", "box_empty", "annotation 1 of images/a.png", 11),
     Case("a box that begins at pixel 0", xml("<xmin>5", "<xmin>0"), "trains", "clipped; logged",
          "box_at_pixel_zero", "Annotations/a.xml, object 1 (cat)"),
@@ -841,10 +842,10 @@ XML = [
     Case("an xml's box outside the image", xml("<xmin>5</xmin><ymin>11</ymin><xmax>20</xmax>",
          "<xmin>70</xmin><ymin>11</ymin><xmax>90</xmax>"), "leaves out",
          "boxes outside their image (1)", "box_outside", "annotation 1 of images/a.png", 11),
-    Case("another size than the xml says", xml("<width>64", "<width>128"), "stops",
+    Case("another size than in the xml", xml("<width>64", "<width>128"), "stops",
          "is 64 x 48 pixels, but 128 x 48 according to the annotations", "image_size_wrong"),
     Case("an object marked difficult", xml("<object>", "<object><difficult>1</difficult>"),
-         "trains", "and neither right nor wrong in evaluation; logged", "object_difficult",
+         "trains", "ignored in evaluation; logged", "object_difficult",
          "annotation 1 of images/a.png"),
     Case("an xml without objects", lambda c, r: (r / "Annotations/a.xml").write_text(
          "<annotation><filename>a.png</filename></annotation>"), "leaves out", "", "image_dropped",
@@ -856,24 +857,24 @@ LVIS = [
          "entry 0 of 'images' has no 'file_name'", "field_missing", "entry 0"),
     Case("a coco_url that is null", put("images", 0, "coco_url", None), "stops",
          "entry 0 of 'images' has no 'file_name'", "field_missing", "entry 0"),
-    Case("a coco_url that is none", put("images", 0, "coco_url", "http://[half"), "stops",
+    Case("an invalid coco_url", put("images", 0, "coco_url", "http://[half"), "stops",
          "entry 0 of 'images' has no 'file_name'", "field_missing", "entry 0"),
     Case("an empty coco_url", put("images", 0, "coco_url", ""), "stops",
-         "images whose file_name is not text, or empty", "file_name_malformed", "image 1"),
+         "images whose file_name is empty or not text", "file_name_malformed", "image 1"),
     Case("an image without neg_category_ids", drop("images", 0, "neg_category_ids"), "stops",
-         "neg_category_ids or not_exhaustive_category_ids is no list",
+         "neg_category_ids or not_exhaustive_category_ids is not a list",
          "category_lists_malformed"),
     Case("neg_category_ids is null", put("images", 0, "neg_category_ids", None), "stops",
-         "neg_category_ids or not_exhaustive_category_ids is no list",
+         "neg_category_ids or not_exhaustive_category_ids is not a list",
          "category_lists_malformed", "a.png), neg_category_ids None"),
-    Case("not_exhaustive_category_ids of a category that is not in the file",
+    Case("not_exhaustive_category_ids with an unknown category",
          put("images", 0, "not_exhaustive_category_ids", [7]), "stops",
-         "neg_category_ids or not_exhaustive_category_ids is no list",
+         "neg_category_ids or not_exhaustive_category_ids is not a list",
          "category_lists_malformed"),
     Case("a negative id of an image", lambda c, r: any(
          x.update({key: -1}) for entries, key in (("images", "id"), ("annotations", "image_id"))
          for x in c[entries] if x[key] == 1), "stops",
-         "images whose id is not a whole number from 0 on", "lvis_id", "image -1 (images/a.png)"),
+         "image ids that are not whole numbers >= 0", "lvis_id", "image -1 (images/a.png)"),
     Case("a category without frequency", drop("categories", 0, "frequency"), "stops",
          "categories whose frequency is not r, c or f", "frequency_malformed", "category 1 (cat)"),
     Case("a frequency in words", put("categories", 0, "frequency", "rare"), "stops",
@@ -895,25 +896,3 @@ SECTIONS = {
     "LVIS's fields": LVIS,
 }
 CASES = [case for cases in SECTIONS.values() for case in cases]
-
-
-def table(cases: list[Case]) -> str:
-    """Markdown."""
-    from atss.labels.findings import KINDS
-
-    lines = ["| input | training | `check_dataset.py` |", "|---|---|---|"]
-    for case in cases:
-        training = {
-            "stops": f'stops: "{case.sentence}"',
-            "leaves out": "leaves it out" + (f', logged: "{case.sentence}"' * bool(case.sentence)),
-            "trains": f"trains: {case.sentence}",
-        }[case.training]
-        report = f"{KINDS[case.kind].level} `{case.kind}`" if case.kind else "nothing"
-        report = "exits with 2" if case.kind is None else report
-        lines.append(f"| {case.name} | {training} | {report} |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    for heading, cases in SECTIONS.items():
-        print(f"## {heading}\n\n{table(cases)}")

@@ -1,4 +1,4 @@
-"""What several tests need: where real data lie, a tiny data set, a tiny model."""
+"""Fixtures and configs of several tests: real data, a tiny data set, a tiny model."""
 
 import json
 import os
@@ -21,17 +21,21 @@ from processes import reset_signals
 from atss import GroundTruth, add_atss_config
 from atss.assigners import Matching, MaxIoU, use_engine
 from atss.assigners.engine import table_limit
+from atss.config import config_names
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("golden")
-# A thin ResNet-50, which takes a fourth of a ResNet-18's time.
+# Files of configs/ that are only a part of a config.
+PARTS = ("Base-ATSS", "small", "ablation", "digits", "fine_tune", "fine_tune_coco")
+CONFIGS = [name for name in config_names() if name not in PARTS]
+# A thin ResNet-50, which takes a quarter of the time of a ResNet-18.
 THIN = {
     "MODEL.RESNETS.DEPTH": 50,
     "MODEL.RESNETS.STEM_OUT_CHANNELS": 16,
     "MODEL.RESNETS.WIDTH_PER_GROUP": 8,
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 32,
 }
-# A network of 0.06 million weights, for tests of what is around it.
+# A network of 0.06 million weights, for tests of the training around it.
 TINY = THIN | {
     "MODEL.RESNETS.OUT_FEATURES": ["res2"],
     "MODEL.FPN.IN_FEATURES": ["res2"],
@@ -39,7 +43,8 @@ TINY = THIN | {
     "MODEL.ATSS.IN_FEATURES": ["p2", "p3", "p4"],
     "MODEL.ATSS.NUM_CONVS": 1,
 }
-# What makes it one of 5 million, for tests of what depends on the size of checkpoints.
+NARROW = ("MODEL.FPN.OUT_CHANNELS", 32, *(x for item in THIN.items() for x in item))
+# TINY with 5 million weights, for tests that depend on the size of checkpoints.
 LARGER = {
     "MODEL.RESNETS.WIDTH_PER_GROUP": 64,
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 128,
@@ -47,8 +52,8 @@ LARGER = {
     "MODEL.FPN.IN_FEATURES": ["res4"],
     "MODEL.ATSS.IN_FEATURES": ["p4", "p5", "p6"],
 }
-# What GroupNorm needs: its 32 groups of one channel each would leave no gradient to a bias.
-OF_64_CHANNELS = {
+# TINY with GroupNorm: of 32 channels, each group would hold one, and its bias had no gradient.
+WIDE_FOR_GN = {
     "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
     "MODEL.RESNETS.WIDTH_PER_GROUP": 64,
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
@@ -57,10 +62,12 @@ OF_64_CHANNELS = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests are of CPUs, also where there is a GPU, but for those that `make test-gpu` runs."""
+    """Hide GPUs from all tests but those of `make test-gpu`."""
     reset_signals()
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("-m gpu needs a GPU, and torch finds none")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -69,8 +76,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def make_cfg(*opts: object, config: str = "") -> CfgNode:
-    """A config for the CPU, independent of any data set; the small one with a thin backbone where
-    none is named."""
+    """Return a config for the CPU, without data sets and weights.
+
+    Args:
+        opts: keys and values over it.
+        config: a file in configs/; if empty, the small config with a thin backbone.
+    """
     cfg = get_cfg()
     add_atss_config(cfg)
     cfg.merge_from_file(str(ROOT / "configs" / (config or "ATSS_R_18_FPN_small.yaml")))
@@ -86,7 +97,7 @@ def make_cfg(*opts: object, config: str = "") -> CfgNode:
 
 
 def make_gt(boxes, image_index=None, num_images=1, classes=None) -> GroundTruth:
-    """GroundTruth from lists."""
+    """Return a GroundTruth of lists."""
     boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     zeros = torch.zeros(len(boxes), dtype=torch.long)
     image_index = zeros if image_index is None else torch.as_tensor(image_index)
@@ -95,7 +106,7 @@ def make_gt(boxes, image_index=None, num_images=1, classes=None) -> GroundTruth:
 
 
 def make_input(boxes=(), classes=(), hw=(96, 128), seed=0) -> dict:
-    """One training image in Detectron2's format."""
+    """Return one training image in Detectron2's format."""
     generator = torch.Generator().manual_seed(seed)
     instances = Instances(hw)
     instances.gt_boxes = Boxes(torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4))
@@ -106,7 +117,7 @@ def make_input(boxes=(), classes=(), hw=(96, 128), seed=0) -> dict:
 
 @pytest.fixture
 def both_engines(monkeypatch) -> None:
-    """Every call of a rule runs on lists and on tables, which must agree."""
+    """Run each call of a rule on lists and on tables, and compare the assignments."""
 
     def compared(call):
         @wraps(call)
@@ -114,10 +125,10 @@ def both_engines(monkeypatch) -> None:
             with use_engine("lists"):
                 expected = call(rule, anchors, gt, predictions)
             with use_engine("tables", table_limit()):
-                found = call(rule, anchors, gt, predictions)
-            assert torch.equal(found.gt_index, expected.gt_index)
-            assert (found.score is None) == (expected.score is None)
-            assert found.score is None or torch.equal(found.score, expected.score)
+                other = call(rule, anchors, gt, predictions)
+            assert torch.equal(other.gt_index, expected.gt_index)
+            assert (other.score is None) == (expected.score is None)
+            assert other.score is None or torch.equal(other.score, expected.score)
             return expected
 
         return on_both
@@ -128,14 +139,14 @@ def both_engines(monkeypatch) -> None:
 
 @pytest.fixture
 def new_setuptools(monkeypatch):
-    """As beside setuptools 82 or newer, which have no pkg_resources."""
+    """Hide pkg_resources, which setuptools 82 and newer do not have."""
     monkeypatch.setitem(sys.modules, "pkg_resources", None)
     for name in [x for x in sys.modules if x.startswith("detectron2.model_zoo")]:
         monkeypatch.delitem(sys.modules, name)
 
 
 def photograph(seed, size=(120, 90)):
-    """Smooth noise, as different from others as photographs are."""
+    """Return smooth noise: for each seed another image, as different as photographs."""
     generator = np.random.default_rng(seed)
     pixels = generator.integers(0, 256, (90, 120, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(3))
@@ -144,8 +155,8 @@ def photograph(seed, size=(120, 90)):
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_setup() -> Iterator[None]:
-    """Detectron2's setup writes and parses the whole config for each key that it looks up: a third
-    of a short training."""
+    """Look up keys directly: Detectron2's setup writes and parses the whole config for each key,
+    which takes a third of a short training."""
 
     def look_up(cfg: CfgNode, *keys: str, default: object = None) -> object:
         for key in keys:
@@ -162,16 +173,16 @@ def quick_setup() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real images; tests that need it are skipped where it is absent."""
+    """The folder of real images; skips the test if it does not exist."""
     path = Path(os.environ.get("ATSS_TEST_DATA", ROOT.parent / "shared" / "data"))
     if not path.is_dir():
-        pytest.skip(f"no real images at {path}; ATSS_TEST_DATA names their folder")
+        pytest.skip(f"no real images at {path}: set ATSS_TEST_DATA to their folder")
     return path
 
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory) -> Iterator[None]:
-    """Labels that a test reads are kept in a temporary folder."""
+    """Cache labels in a temporary folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FVCORE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -179,7 +190,7 @@ def own_cache(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_catalogs() -> Iterator[None]:
-    """Data sets that a test registers are gone after it."""
+    """Remove data sets that a test registers."""
     before = set(DatasetCatalog.list())
     yield
     for name in set(DatasetCatalog.list()) - before:
@@ -189,7 +200,7 @@ def own_catalogs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def squares(tmp_path_factory) -> Path:
-    """A COCO-format data set of bright squares on noise: 8 images, 2 classes, one image empty."""
+    """A data set in COCO's format: squares on noise in 8 images, 2 classes, one image empty."""
     root = tmp_path_factory.mktemp("squares")
     (root / "images").mkdir()
     rng = np.random.default_rng(0)
@@ -221,7 +232,7 @@ def squares(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A port of this machine that is not in use."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -1,21 +1,20 @@
 #!/usr/bin/env python3
-"""Proves a refactoring: two commits compute the same, bit for bit, on every config.
+"""Compares what two commits compute, bit for bit, on every config: proves a refactoring.
 
     tests/equality.py OLD                  # a commit against the working tree
     tests/equality.py OLD NEW              # two commits
     tests/equality.py OLD --only atss_k3   # configs whose names contain it
     tests/equality.py OLD --rules          # every rule on 200 random scenes
 
-Each commit is checked out beside the other and run in this environment, on one thread, in
-float32: two images of 96 x 128 pixels with five objects, the weights that the seed draws, configs
-as they are but for ResNet-101 and ResNeXt-101, which get the depth of 50. Compared are the names,
-shapes and values of the state dict, the losses, all gradients and the detections (of one view), by
-SHA-256; the LazyConfig likewise. Exits with 1 if anything differs.
+Both commits run in this environment, on one thread, in float32: two images of 96 x 128 pixels with
+five objects and random weights of a fixed seed. ResNet-101 and ResNeXt-101 get the depth 50; else
+configs are unchanged. Compared by SHA-256: names, shapes and values of the state dict, losses, all
+gradients and the detections of one view; the LazyConfig likewise. Exits with 1 if anything differs.
 
 With --rules, the rules of tests/rule_scenes.py are called with each of their arguments on each
 scene, in the new commit with every engine of ``use_engine``. Compared are the object of each anchor
-and its score, bit for bit. An anchor that goes to another of two identical objects, which have one
-box, class and image, differs too, and is also counted apart.
+and its score, bit for bit. An anchor that is assigned to another of two identical objects (same
+box, class and image) differs, and is also counted separately.
 """
 
 import argparse
@@ -32,14 +31,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
 from benchmarks.commits import checked_out, environment  # noqa: E402
 
-# Engines of rules, by what use_engine is called with: pieces of so few pairs that most scenes have
-# several.
+# Arguments of use_engine. The limit is so low that most scenes have several pieces.
 ENGINES = {
     "lists": {},
     "tables": {},
     "tables in pieces": {"limit": 1 << 11},
 }
-# Recipes, and the files that they are laid over to make a model.
+# Recipes over a row.
 RECIPES = {
     "tables/atss_box+ablation": ("tables/atss_box.yaml", "ablation.yaml"),
     "tables/ssc_point+ablation": ("tables/ssc_point.yaml", "ablation.yaml"),
@@ -70,28 +68,28 @@ def images() -> list[dict]:
 
 
 def compute(model) -> dict[str, str]:
-    """{what: SHA-256} of everything that a model computes."""
+    """Return {name: SHA-256} of weights, losses, gradients and detections of a model."""
     import torch
 
-    found = {f"weights: {name}": digest(x) for name, x in model.state_dict().items()}
+    digests = {f"weights: {name}": digest(x) for name, x in model.state_dict().items()}
     model.train()
     losses = model(images())
     sum(losses.values()).backward()
-    found |= {f"loss: {name}": digest(x) for name, x in losses.items()}
+    digests |= {f"loss: {name}": digest(x) for name, x in losses.items()}
     gradients = ((n, p.grad) for n, p in model.named_parameters() if p.grad is not None)
-    found |= {f"gradient: {name}": digest(x) for name, x in gradients}
+    digests |= {f"gradient: {name}": digest(x) for name, x in gradients}
     model.eval()
     with torch.no_grad():
         for i, result in enumerate(model(images())):
             detected = result["instances"]
             for name in ("pred_boxes", "scores", "pred_classes"):
                 value = detected.get(name)
-                found[f"detections {i}: {name}"] = digest(getattr(value, "tensor", value))
-    return found
+                digests[f"detections {i}: {name}"] = digest(getattr(value, "tensor", value))
+    return digests
 
 
 def models(only: str) -> Iterator[tuple[str, object]]:
-    """Name and model of every config of the commit whose package is imported."""
+    """Yield name and model of each config of the commit whose package is imported."""
     import torch
     from detectron2.config import LazyConfig, instantiate
     from detectron2.modeling import build_model
@@ -102,12 +100,12 @@ def models(only: str) -> Iterator[tuple[str, object]]:
     assert Path(atss.__file__).is_relative_to(Path.cwd()), atss.__file__
     configs = Path.cwd() / "configs"
     files = {str(f.relative_to(configs)): (f,) for f in sorted(configs.rglob("*.yaml"))}
-    files |= {name: tuple(configs / f for f in some) for name, some in RECIPES.items()}
-    for name, some in files.items():
-        alone = len(some) == 1 and "_BASE_" not in some[0].read_text()
+    files |= {name: tuple(configs / x for x in parts) for name, parts in RECIPES.items()}
+    for name, parts in files.items():
+        alone = len(parts) == 1 and "_BASE_" not in parts[0].read_text()
         if only not in name or (alone and name != "Base-ATSS.yaml"):
             continue
-        cfg = load_config(*some)
+        cfg = load_config(*parts)
         cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "DATASETS.TRAIN", ()])
         cfg.merge_from_list(["DATASETS.TEST", (), "MODEL.ATSS.NUM_CLASSES", 3])
         cfg.merge_from_list(["MODEL.ATSS.PRECISION", "fp32", "MODEL.ATSS.SCORE_THRESH_TEST", 0.0])
@@ -122,8 +120,12 @@ def models(only: str) -> Iterator[tuple[str, object]]:
 
 
 def call_rules(only: str, num_scenes: int) -> dict:
-    """{engine: {rule and arguments: [(N, R) objects and scores, or the error, of each scene]}}, and
-    what identifies the scenes and their identical objects."""
+    """Call every rule on every scene.
+
+    Returns:
+        {engine: {rule and arguments: [(N, R) objects and scores, or the error, of each scene]}},
+        and under "scenes" traits, digest and identical objects of each scene.
+    """
     import rule_scenes
 
     from atss import assigners
@@ -158,14 +160,15 @@ def _call(rule: str, arguments: dict, scene):
 
 
 def _inputs(scene) -> str:
-    """Identifies a scene."""
-    output = scene.predictions.output
-    tensors = scene.anchors.boxes, scene.gt.boxes, output.classes, output.box_regression
+    """Return the digest of a scene."""
+    # By position: the names of the fields differ between commits.
+    classes, box_regression, *_ = scene.predictions.output
+    tensors = scene.anchors.boxes, scene.gt.boxes, classes, box_regression
     return "".join(map(digest, tensors))
 
 
 def _alike(gt):
-    """(G,) a number for each object, the same for identical ones."""
+    """Return a (G,) number for each object, the same for identical objects."""
     import torch
 
     key = torch.cat([gt.boxes, gt.classes[:, None], gt.image_index[:, None]], dim=1)
@@ -188,7 +191,7 @@ def dump(target: str, args: argparse.Namespace) -> None:
 
 
 def run(folder: Path, target: Path, args: argparse.Namespace) -> dict:
-    """What the commit in a folder computes."""
+    """Return the digests, or assignments, of the commit in a folder."""
     command = [sys.executable, "-W", "ignore", __file__, "--dump", str(target), "--only", args.only]
     if args.rules:
         command += ["--rules", "--scenes", str(args.scenes)]
@@ -207,8 +210,8 @@ def main() -> int:
     parser.add_argument("commits", nargs="*", metavar="COMMIT")
     parser.add_argument("--only", default="", help="part of a config's name, or of a rule's")
     parser.add_argument("--rules", action="store_true", help="rules alone, on random scenes")
-    parser.add_argument("--scenes", type=int, default=200, help="how many")
-    parser.add_argument("--dump", help=argparse.SUPPRESS)  # what each commit is run with
+    parser.add_argument("--scenes", type=int, default=200, help="number of them")
+    parser.add_argument("--dump", help=argparse.SUPPRESS)  # of each commit's process
     args = parser.parse_args()
     if args.dump:
         dump(args.dump, args)
@@ -224,12 +227,12 @@ def main() -> int:
 
 
 def compare_rules(old: dict, new: dict) -> int:
-    """Prints a table of rules and engines, and the scenes that differ."""
+    """Print a table of rules and engines, and the scenes that differ."""
     from benchmarks.timing import table
 
     scenes, engines = old.pop("scenes"), list(new)
     for (*one, _), (*other, _) in zip(scenes, new.pop("scenes"), strict=True):
-        assert one == other, "the commits were given different scenes"
+        assert one == other, "the commits have different scenes"
     rows: dict[tuple[str, str], list] = {}
     examples: dict[tuple[str, str], list[str]] = {}
     for engine in engines[1:]:
@@ -248,19 +251,23 @@ def compare_rules(old: dict, new: dict) -> int:
     header = ["rule", "engine", "calls", "of them differ", "anchors", "of them differ"]
     header += ["between identical objects", "scores that differ", "by up to"]
     print(table(header, [[*key, *row[:6], f"{row[6]:.3g}"] for key, row in rows.items()]))
-    for some in examples.values():
-        print(*some[:3], sep="\n")
+    for lines in examples.values():
+        print(*lines[:3], sep="\n")
     differing = sum(map(len, examples.values()))
     print(f"{len(scenes)} scenes: {differing} calls differ")
     return 1 if differing or not rows else 0
 
 
 def differences(old, new, alike) -> tuple[int, int, int, int, float, str]:
-    """Of one call: anchors, those that differ, those of them that go to an identical object, scores
-    that differ, by how much at most, and the error if only one of the calls has one.
+    """Compare the results of one call in two commits.
 
     Args:
-        alike: (G,) a number for each object, the same for identical ones.
+        alike: (G,) a number for each object, the same for identical objects.
+
+    Returns:
+        the number of anchors, of those that differ, of those among them that are assigned to an
+        identical object, of scores that differ, the largest difference of scores, and the error if
+        only one of the calls has raised one.
     """
     import torch
 
@@ -286,11 +293,11 @@ def differences(old, new, alike) -> tuple[int, int, int, int, float, str]:
 def compare(old: dict, new: dict) -> int:
     differing = len(old.keys() ^ new.keys())
     for name in sorted(old.keys() ^ new.keys()):
-        print(f"{name}: in one of them only")
+        print(f"{name}: in one commit only")
     tensors = 0
     for name in sorted(old.keys() & new.keys()):
         a, b = old[name], new[name]
-        wrong = [what for what in sorted(a.keys() | b.keys()) if a.get(what) != b.get(what)]
+        wrong = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
         differing += bool(wrong)
         tensors += len(a | b)
         if wrong:

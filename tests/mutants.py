@@ -4,13 +4,14 @@
     python tests/mutants.py --report    # only the figures and survivors so far
 
 Everything is imported and collected once. A mutant is a process forked from there, in which the
-changed function's code object replaces the original one; the tests that reach the changed
+code object of the changed function replaces the original one; the tests that reach the changed
 statement run in it, the quickest first, until one fails. Processes that tests start by
 tests/processes.py are forked from it and have the mutant, too. Not mutated: constants of modules
-and classes, defaults of arguments, decorators; unseen: what runs at import or in a new interpreter.
+and classes, defaults of arguments, decorators. Not detected: mutants of code that runs only at
+import or in a new interpreter.
 
-tests/survivors.txt lists the survivors, with the reason for each. Results so far are in
-output/mutants/; a function that has changed since is tested again.
+tests/survivors.txt lists the survivors, with a reason for each. Results are in output/mutants/; a
+function that has changed since is tested again.
 """
 
 import argparse
@@ -45,19 +46,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "projects" / "ATSS" / "atss"
 OUTPUT = ROOT / "output" / "mutants"
 JUDGED = OUTPUT / "judged.jsonl"
-# All mutants of these modules, then a sample of the others but assigners, then all of these.
+# First all mutants of WHOLE, then a sample of the others, then all of LATER.
 WHOLE = ["engine/all_gather.py", "modeling/criterion.py", "data/samplers.py"]
 LATER = ["losses.py", "modeling/terms.py", "checkpoints/checkpointer.py"]
 SAMPLE = "a sample of the others"
-# Exit codes that nothing else gives.
+# Exit codes that pytest does not use.
 SURVIVED, NOT_PLANTED = 77, 78
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of Linux's prctl
 TERMINAL = os.dup(1)
 
 
 class Reached:
-    """Which statements a test reaches, with those of fixtures that it shares with other tests, and
-    its seconds.
+    """Measures the statements and seconds of each test, with those of its fixtures.
 
     Args:
         hits: (statements,) in memory that forked processes share.
@@ -94,7 +94,7 @@ class Reached:
 
 
 class Mutants:
-    """A plugin of pytest, whose loop over tests is one over mutants."""
+    """A plugin of pytest, which replaces the loop over tests by one over mutants."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
@@ -174,7 +174,7 @@ class Mutants:
         try:
             return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         finally:
-            # Also what a test that was cut off has left, which is now a child of this process.
+            # A test that was cut off may have left processes, which are children of this one now.
             children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
             while left := children.read_text().split():
                 for x in map(int, left):
@@ -183,7 +183,7 @@ class Mutants:
             shutil.rmtree(folder, ignore_errors=True)
 
     def measure(self) -> None:
-        """Which tests reach each statement; they are run once for each state of the package."""
+        """Find the tests that reach each statement; once for each state of the package."""
         lines: dict[tuple[Path, int], int] = {}
         marked = {path: Marks(path, lines).visit(parse(path)) for path in modules()}
         state = "".join(ast.dump(x) for x in marked.values())
@@ -209,7 +209,7 @@ class Mutants:
             seconds = time.monotonic() - start
             say(f"{path.name}: {len(files[path])} tests, {seconds:.0f} s, exit code {code}")
 
-        # One after the other: the memory is one.
+        # One after another: they share the memory.
         for path in files:
             measure_file(path)
         self.seconds: dict[str, float] = {}
@@ -227,8 +227,8 @@ class Mutants:
 
     def judge(self, mutant: Mutant) -> None:
         """Run the tests that reach a mutant: first those that have killed others, then those of the
-        module's own file, then the quickest."""
-        own = f"{PurePath(mutant.key.split('.py')[0]).parent}/test_{mutant.path.name}::"
+        file named after the module, then the quickest."""
+        own = f"{PurePath(mutant.key.split('.py')[0]).parent / 'test_'}{mutant.path.name}::"
         reaching = sorted(
             self.tests[mutant.path, mutant.line],
             key=lambda x: (
@@ -258,8 +258,8 @@ class Mutants:
                     return 1
             return SURVIVED
 
-        # Tests that start processes get one in which no other has left threads: a lock that one of
-        # those holds would be held for ever in what they fork.
+        # Tests that start processes run in one without threads of other tests: a lock that a thread
+        # holds stays locked in forked processes.
         groups = defaultdict(list)
         for x in tests:
             starts = {"FORKED", "Script"} & vars(self.items[x].module).keys()
@@ -327,15 +327,15 @@ def modules() -> list[Path]:
 
 
 def chosen(options: argparse.Namespace) -> Iterator[tuple[str, Mutant]]:
-    """Mutants with what they are counted under. A sample are those whose digests are least, so that
-    a change to the code alters few of it."""
+    """Yield mutants with the group in which they are counted. Drawn are those with the smallest
+    digests, so that a change to the code alters few of them."""
 
     def of(name: str) -> Iterator[Mutant]:
         return mutants_of(PACKAGE / name, name)
 
     for name in options.whole or WHOLE:
         yield from ((name, x) for x in of(name))
-    others = [str(x.relative_to(PACKAGE)) for x in modules() if x.parent.name != "assigners"]
+    others = [str(x.relative_to(PACKAGE)) for x in modules()]
     others = [x for x in others if x not in WHOLE] if options.draw else []
     keys = sorted(
         (x.key for name in others for x in of(name)), key=lambda x: sha(f"{options.seed} {x}")
@@ -348,7 +348,7 @@ def chosen(options: argparse.Namespace) -> Iterator[tuple[str, Mutant]]:
 
 
 def reasons() -> dict[str, str]:
-    """{mutant: why it survives} of the list: a mutant in a line, its reason indented below."""
+    """Return {mutant: reason} of the list: a mutant in a line, its reason indented below."""
     found, key = {}, ""
     for line in (ROOT / "tests" / "survivors.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("    "):
@@ -380,20 +380,23 @@ def report(options: argparse.Namespace) -> int:
     print(f"{'':26}" + "".join(f"{x:>12}" for x in ("mutants", *kinds)))
     for name, count in counts.items():
         print(f"{name:26}{count.total():12}" + "".join(f"{count[x]:12}" for x in kinds))
-    for key in () if options.whole else why:
-        print(f"listed, but no survivor: {key}")
+    if not options.whole:
+        names = [str(x.relative_to(PACKAGE)) for x in modules()]
+        mutants = {x.key for name in names for x in mutants_of(PACKAGE / name, name)}
+        for key in why:
+            print(f"listed, but no {'survivor' if key in mutants else 'mutant'}: {key}")
     return unexplained
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("whole", nargs="*", help="modules in place of the usual ones")
-    parser.add_argument("--draw", type=int, default=300, help="number of mutants of the others")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--seconds", type=float, default=30, help="of tests at most, per mutant")
+    parser.add_argument("whole", nargs="*", help="modules instead of the default ones")
+    parser.add_argument("--draw", type=int, default=300, help="number of mutants of other modules")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
+    parser.add_argument("--seconds", type=float, default=30, help="limit for the tests of a mutant")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
-    parser.add_argument("--again", action="store_true", help="unexplained survivors, too")
-    parser.add_argument("--report", action="store_true", help="only the figures so far")
+    parser.add_argument("--again", action="store_true", help="test unexplained survivors again")
+    parser.add_argument("--report", action="store_true", help="print the figures so far")
     options = parser.parse_args()
     if not options.report:
         shutil.rmtree(OUTPUT / "tmp", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Small changes to a module's source: what tests/mutants.py plants."""
+"""Small changes to the source of a module, for tests/mutants.py."""
 
 import ast
 import hashlib
@@ -19,9 +19,9 @@ SWAPS = {
 NAMES = {"min": "max", "any": "all", "amin": "amax", "argmin": "argmax", "floor": "ceil"}
 NAMES |= {"minimum": "maximum", "zeros_like": "ones_like"}
 NAMES |= {new: old for old, new in NAMES.items()}
-# Their calls are not replaced by themselves, which would only raise.
+# A call of such a module is not replaced by the module, which would only raise an error.
 MODULES = {"torch", "math", "np", "os", "json", "F", "nn", "comm", "distributed", "box_ops", "self"}
-# The words of messages are not mutated.
+# The text of messages is not mutated.
 MESSAGES = {"warning", "info", "warn", "print", "log", "error", "getLogger"}
 
 
@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
         key: the function and the change, independent of lines above it.
         line: of the changed statement.
         digest: of the original function.
-        tree: the module's; it has the change until the next mutant is asked for.
+        tree: of the module; it has the change until the next mutant is generated.
     """
 
     key: str
@@ -43,10 +43,10 @@ class Mutant(NamedTuple):
 
 
 def mutants_of(path: Path, name: str) -> Iterator[Mutant]:
-    """All mutants of what a module's functions and methods evaluate.
+    """Yield all mutants of the functions and methods of a module.
 
     Args:
-        name: the module's, in the keys.
+        name: of the module, in the keys.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
     seen = Counter[str]()
@@ -70,7 +70,7 @@ def mutants_of(path: Path, name: str) -> Iterator[Mutant]:
 
 
 def plant(path: Path, tree: ast.Module, functions: Iterable[FunctionType]) -> bool:
-    """Give functions the code that a tree of their module has for them; whether that differs."""
+    """Replace the code of functions by that in their module's tree; return whether any differs."""
     new = defaultdict(list)
     for code in _codes(compile(tree, str(path), "exec")):
         new[code.co_qualname, code.co_firstlineno].append(code)
@@ -124,8 +124,8 @@ def _functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.Funct
 
 
 def _sites(node: ast.AST, statement: ast.stmt | None = None) -> Iterator[tuple]:
-    """(parent, field, position, node, its statement) of what is evaluated, without types and the
-    words of messages."""
+    """Yield (parent, field, position, node, its statement) of each node that is evaluated, but for
+    types and the text of messages."""
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list", "pattern"):
             continue
@@ -146,7 +146,7 @@ def _sites(node: ast.AST, statement: ast.stmt | None = None) -> Iterator[tuple]:
 
 
 def _variants(node: ast.AST, parent: ast.AST) -> Iterator[ast.AST]:
-    """Changes to one expression or statement itself, not to its children."""
+    """Yield changes to one expression or statement, not to its children."""
 
     def change(**fields: object) -> ast.AST:
         return type(node)(**(dict(ast.iter_fields(node)) | fields))

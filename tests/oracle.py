@@ -7,8 +7,8 @@ from scipy.optimize import linear_sum_assignment
 def random_boxes(
     rng: np.random.Generator, count: int, hw: tuple[int, int], step: float | None = None
 ) -> np.ndarray:
-    """(count, 4) float32 boxes of all sizes and shapes; some stick out of the canvas, some lie
-    outside. On multiples of ``step`` pixels, if given, so that distances and overlaps tie."""
+    """Return (count, 4) float32 boxes of all sizes and shapes, also beyond the canvas; on multiples
+    of ``step`` pixels, if given, so that distances and overlaps tie."""
     height, width = hw
     centre = rng.uniform(-0.1, 1.1, (count, 2)) * (width, height)
     size = np.exp(rng.uniform(np.log(2), np.log(1.5 * max(hw)), (count, 2)))
@@ -26,7 +26,7 @@ def pairwise_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def locations(anchors) -> np.ndarray:
-    """(R, 2) centres of the anchors, from the grids: those of float32 boxes are rounded."""
+    """Return the (R, 2) centres of anchors from the grids: centres of float32 boxes are rounded."""
     centres = []
     for stride, (height, width) in zip(anchors.strides, anchors.sizes, strict=True):
         rows, columns = np.mgrid[:height, :width]
@@ -153,13 +153,13 @@ def tal(anchors, gt, classes, logits, boxes, k=13, alpha=1.0, beta=6.0, before=F
     return owner, score
 
 
-def dynamic_k(cost, overlap, takes_part, top_k):
-    """(R,) index or -1: SimOTA's and RTMDet's matching of the anchors that take part."""
-    chosen = np.zeros_like(takes_part[None] & (cost > -1))
+def dynamic_k(cost, overlap, eligible, top_k):
+    """(R,) index or -1: SimOTA's and RTMDet's matching of eligible anchors."""
+    chosen = np.zeros_like(eligible[None] & (cost > -1))
     for g in range(len(cost)):
-        k = max(1, int(np.sort(np.where(takes_part, overlap[g], 0))[::-1][:top_k].sum()))
-        order = np.argsort(np.where(takes_part, cost[g], np.inf), kind="stable")[:k]
-        chosen[g, order[takes_part[order]]] = True
+        k = max(1, int(np.sort(np.where(eligible, overlap[g], 0))[::-1][:top_k].sum()))
+        order = np.argsort(np.where(eligible, cost[g], np.inf), kind="stable")[:k]
+        chosen[g, order[eligible[order]]] = True
     owner = chosen.argmax(axis=0)
     several = chosen.sum(axis=0) > 1
     owner[several] = cost[:, several].argmin(axis=0)
@@ -207,8 +207,8 @@ def ota(
     regularisation=0.1,
     iterations=50,
 ):
-    """(R,) index or -1, and (R,) score: the whole plan, with a row for the background, in which
-    what is no candidate costs a million; of the objects that have a candidate."""
+    """(R,) index or -1, and (R,) score: by the whole plan of objects with candidates, with a row
+    for the background; a pair that is not a candidate costs a million."""
     points, overlap = locations(anchors), SIMILARITIES[like](gt, boxes)
     central = (centre_distance(points, gt) < radius * strides(anchors)[None, :, None]).all(axis=2)
     right = (inside_distance(points, gt) > 0.01) & central
@@ -329,7 +329,7 @@ def ddod(anchors, gt, classes, logits, boxes, k=9, alpha=0.8):
 
 
 def poto_qualities(anchors, gt, classes, logits, boxes, alpha=0.8, radius=1.5, like="iou"):
-    """(G, R) what each anchor says of each object, -1 where it may not be that object's."""
+    """(G, R) quality of each anchor for each object, -1 if it is not a candidate."""
     points = locations(anchors)
     quality = sigmoid(logits)[:, classes].T ** (1 - alpha) * SIMILARITIES[like](gt, boxes) ** alpha
     near = centre_distance(points, gt).max(axis=2) < radius * strides(anchors)
@@ -337,5 +337,5 @@ def poto_qualities(anchors, gt, classes, logits, boxes, alpha=0.8, radius=1.5, l
 
 
 def best_total(quality: np.ndarray) -> float:
-    """What (G, R) qualities add up to in the best matching of all objects."""
+    """Return the largest sum of (G, R) qualities over all matchings of objects."""
     return quality[linear_sum_assignment(quality, maximize=True)].sum()

@@ -1,4 +1,4 @@
-"""Checkpoints as other projects save them, made without these projects."""
+"""Checkpoints in the formats of other projects, made without these projects."""
 
 import argparse
 import io
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-# As mmengine's, whose instances are pickled together with the class's own methods.
+# mmengine's class; its instances are pickled together with methods of the class.
 _LOGS = ModuleType("mmengine.logging.history_buffer")
 exec(
     """
@@ -36,7 +36,7 @@ HistoryBuffer = _LOGS.HistoryBuffer
 
 
 def saved(content, **how):
-    """The bytes that torch.save writes."""
+    """Return the bytes that torch.save writes."""
     buffer = io.BytesIO()
     names = ("mmengine", "mmengine.logging", _LOGS.__name__)
     with patch.dict(sys.modules, dict.fromkeys(names, _LOGS)):
@@ -45,7 +45,7 @@ def saved(content, **how):
 
 
 def mmdet(weights, config=""):
-    """epoch_12.pth of mmdet 3, as it is left by a training."""
+    """Return the content of epoch_12.pth after a training by mmdet 3."""
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.01, momentum=0.9)
     losses = HistoryBuffer(np.array([0.9, 0.7]), np.array([1, 1]))
     info = {"iter": 12, "best_score": np.float64(0.5), "last_ckpt": PurePosixPath("epoch_11.pth")}
@@ -63,7 +63,7 @@ def mmdet(weights, config=""):
 
 
 def lightning(weights):
-    """A .ckpt of Lightning, whose module has the model as ``self.model``."""
+    """Return the content of a .ckpt of Lightning, whose module has the model as ``self.model``."""
     args = argparse.Namespace(data=PureWindowsPath("C:\\data"), lr=np.float32(0.1))
     return {
         "epoch": 3,
@@ -75,7 +75,7 @@ def lightning(weights):
 
 
 def wrapped(model):
-    """{what was saved: its content} of the same model."""
+    """Return {format: content} of checkpoints of one model."""
     weights = model.state_dict()
     return {
         "compiled": torch.compile(model).state_dict(),

@@ -1,17 +1,26 @@
-"""The code of pages, run as it stands there."""
+"""The code of documentation pages, run."""
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from conftest import ROOT
+import torch
+from conftest import ROOT, make_input
+from detectron2.modeling import build_model
+from torch import nn
 
+from atss import load_config
 from atss.config.branches import kinds
 
 
 @contextmanager
 def run_page(page: str) -> Iterator[tuple[dict, list[str]]]:
-    """Run the Python of a page: its names and its yamls. What it registers goes afterwards."""
+    """Run the Python of a page; remove the parts that it registers afterwards.
+
+    Yields:
+        the names that the code defines, and the text of each yaml of the page.
+    """
     text = (ROOT / page).read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
     before = [(kind, dict(kind.entries)) for kind in kinds()]
@@ -24,3 +33,19 @@ def run_page(page: str) -> Iterator[tuple[dict, list[str]]]:
     finally:
         for kind, entries in before:
             kind.entries = entries
+
+
+def train(config: Path, code: str) -> nn.Module:
+    """Return the model of a page's yaml, after the losses of one step.
+
+    Args:
+        config: where the yaml is written.
+        code: the text of the yaml.
+    """
+    config.write_text(code.replace("configs/", f"{ROOT}/configs/"))
+    opts = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "")
+    opts += ("DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.ATSS.NUM_CLASSES", 3)
+    model = build_model(load_config(config, opts=opts)).train()
+    losses = model([make_input([[20, 20, 90, 80]], [0])])
+    assert torch.isfinite(sum(losses.values()))
+    return model

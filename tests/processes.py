@@ -1,5 +1,4 @@
-"""Processes of tests, without an import of torch in each, which takes four seconds: they are forked
-from a process that has imported everything and done nothing."""
+"""Processes for tests, forked from one that has imported torch, which takes four seconds."""
 
 import multiprocessing
 import os
@@ -14,12 +13,11 @@ from pathlib import Path
 from threading import Timer
 
 FORKED = multiprocessing.get_context("forkserver")
-# By name: before another process has forked from it.
 FORKED.set_forkserver_preload(["atss.engine.run", "pytest"])
 
 
 def reset_signals() -> None:
-    """Undo what this process inherits from one that runs in the background, or under nohup."""
+    """Restore the default handlers of signals, which nohup and background jobs ignore."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,7 +26,7 @@ def reset_signals() -> None:
 def _run(argv: list[str], environment: dict[str, str], folder: str, output: Connection) -> None:
     os.setsid()
     reset_signals()
-    # Which loaders of data use: that of a script that a person starts, on Linux.
+    # The start method of DataLoader in a script on Linux.
     multiprocessing.set_start_method("fork", force=True)
     os.chdir(folder)
     os.environ.clear()
@@ -36,7 +34,7 @@ def _run(argv: list[str], environment: dict[str, str], folder: str, output: Conn
     for number in (1, 2):
         os.dup2(output.fileno(), number)
     output.close()
-    # A line at a time, so that both are in order.
+    # Line by line, so that both are in order.
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     warnings.simplefilter("ignore")
@@ -45,10 +43,10 @@ def _run(argv: list[str], environment: dict[str, str], folder: str, output: Conn
 
 
 class Script:
-    """A script of Python that runs in a session of its own.
+    """A Python script in a process and session of its own.
 
     Attributes:
-        lines: what it writes to stdout and stderr, as a text file.
+        lines: its stdout and stderr, as a text file.
     """
 
     def __init__(self, argv: Sequence[object], folder: Path | str = ".", **environment: object):
@@ -64,11 +62,11 @@ class Script:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; the negative number of the signal that ended it."""
+        """None while it runs; the negative number of a signal that ended it."""
         return self.process.exitcode
 
     def communicate(self, timeout: float = 300) -> tuple[str, int]:
-        """What is left of ``lines``, and the exit code; after so many seconds it is killed."""
+        """Return the rest of ``lines`` and the exit code; kill it after ``timeout`` seconds."""
         timer = Timer(timeout, self.kill)
         timer.start()
         with self.lines:
@@ -78,7 +76,7 @@ class Script:
         return text, self.process.exitcode
 
     def kill(self) -> None:
-        """With its session."""
+        """Kill the processes of its session."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.process.join()

@@ -1,7 +1,6 @@
-"""Deterministic weights by name, so that a golden file needs to store outputs only.
+"""Deterministic weights from the names of parameters, so that golden files store outputs only.
 
-`weights(shapes)` gives every tensor of a state dict from its key and shape alone. NumPy's legacy
-RandomState is used because its streams are frozen across NumPy versions.
+RandomState is used because its streams are the same in all versions of NumPy.
 """
 
 import zlib
@@ -11,7 +10,7 @@ import numpy as np
 
 
 def tensor(key: str, shape) -> np.ndarray:
-    """float32 array for one state-dict entry (int64 zero for counters)."""
+    """Return the float32 array of one entry of a state dict (int64 zero for counters)."""
     return _tensor(key, tuple(shape)).copy()
 
 

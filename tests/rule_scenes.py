@@ -1,7 +1,7 @@
-"""Random scenes and arguments for every rule: what ``tests/equality.py --rules`` runs.
+"""Random scenes and arguments of every rule, for ``tests/equality.py --rules``.
 
-Two commits must build the same scenes, so nothing is used of the package but what has to stay:
-anchors, the structures that a rule is called with, and the names of rules.
+Two commits must build the same scenes, so only stable parts of the package are used: anchors, the
+structures of a rule's arguments, and the names of rules.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from atss import Anchors, GroundTruth, HeadOutput, assigners
 from atss.structures import Predictions
 
 NUM_CLASSES = 4
-# Scene number n has trait n modulo their number, and each of the others by chance.
+# Scene n has trait n modulo their number, and each other trait with a probability of CHANCE.
 TRAITS = (
     "plain",
     "crowded",
@@ -39,7 +39,7 @@ RANGES = (64, 128, 256, 512)
 
 
 class Scene(NamedTuple):
-    """What a rule is called with, and its traits."""
+    """Arguments of a rule, and the traits of the scene."""
 
     traits: tuple[str, ...]
     anchors: Anchors
@@ -48,7 +48,7 @@ class Scene(NamedTuple):
 
 
 def closeness(a: Tensor, b: Tensor) -> Tensor:
-    """A similarity that is a plain function: of the distance between centres."""
+    """Return a similarity of the distance between centres; a plain function."""
     return 1 / (1 + (a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]).norm(dim=-1) / 32)
 
 
@@ -160,11 +160,11 @@ ARGUMENTS: dict[str, list[dict]] = {
 
 
 def make_rule(name: str, arguments: dict, num_levels: int = 5):
-    """A rule of the commit whose package is imported. DDOD was ATSS with an alpha."""
+    """Make a rule of the imported package. In older commits DDOD is ATSS with an alpha."""
     arguments = dict(arguments)
-    likes = {"nwd": assigners.NWD(), "simd": assigners.SimD(), "function": closeness}
+    similarities = {"nwd": assigners.NWD(), "simd": assigners.SimD(), "function": closeness}
     if "similarity" in arguments:
-        arguments["similarity"] = likes[arguments["similarity"]]
+        arguments["similarity"] = similarities[arguments["similarity"]]
     if name == "SpatialScale":
         arguments["ranges"] = arguments.get("ranges", RANGES)[: num_levels - 1]
     if name == "DDOD" and not hasattr(assigners, "DDOD"):
@@ -173,7 +173,7 @@ def make_rule(name: str, arguments: dict, num_levels: int = 5):
 
 
 def make_scene(number: int) -> Scene:
-    """The scene of a number, the same on every machine with the same torch."""
+    """Make the scene of a number, the same on every machine with the same torch."""
     generator = torch.Generator().manual_seed(number)
 
     def rand(*shape: int) -> Tensor:
@@ -202,7 +202,7 @@ def _anchors(traits: set[str], canvas_hw: tuple[int, int], scale: float) -> Anch
 
 
 def _objects(traits: set[str], anchors: Anchors, canvas: Tensor, rand) -> GroundTruth:
-    """Objects on a canvas of (width, height)."""
+    """Make objects on a canvas of (width, height)."""
     num_images = 3 if traits & {"several images", "empty images"} else 1
     most = 60 if "crowded" in traits else 6
     largest = 400 if "large canvas" in traits else 160
@@ -240,19 +240,19 @@ def _objects(traits: set[str], anchors: Anchors, canvas: Tensor, rand) -> Ground
 
 
 def _predictions(traits: set[str], anchors: Anchors, gt: GroundTruth, rand) -> Predictions:
-    """Mostly of an object that holds the anchor, else the anchor itself."""
+    """Predict for most anchors an object that contains it, else the anchor itself."""
     shape = gt.num_images, len(anchors.boxes)
     points = (anchors.boxes[:, :2] + anchors.boxes[:, 2:]) / 2
-    # Normal, but for a 12th uniform number that nobody would see.
+    # Almost normal: the sum of six uniform numbers.
     logits = 2 * (rand(*shape, NUM_CLASSES, 6).sum(dim=-1) - 3) / 0.7 - 2
     boxes = anchors.boxes.repeat(gt.num_images, 1, 1)
     for image in range(gt.num_images):
-        own = (gt.image_index == image).nonzero().squeeze(1)
-        if not len(own):
+        ids = (gt.image_index == image).nonzero().squeeze(1)
+        if not len(ids):
             continue
-        held = (points[:, None] > gt.boxes[own, :2]) & (points[:, None] < gt.boxes[own, 2:])
-        preference = rand(shape[1], len(own)) + held.all(dim=-1)
-        owner = own[preference.argmax(dim=1)]
+        held = (points[:, None] > gt.boxes[ids, :2]) & (points[:, None] < gt.boxes[ids, 2:])
+        preference = rand(shape[1], len(ids)) + held.all(dim=-1)
+        owner = ids[preference.argmax(dim=1)]
         near = rand(shape[1], 1) < 0.7
         boxes[image] = torch.where(near, gt.boxes[owner], boxes[image])
         index = torch.arange(shape[1])
@@ -271,6 +271,6 @@ def _predictions(traits: set[str], anchors: Anchors, gt: GroundTruth, rand) -> P
         odd = wrong[(3 * rand(*logits.shape)).long()]
         logits = torch.where(rand(*logits.shape) < 0.03, odd, logits)
     probabilities = "probabilities" in traits
-    if probabilities:  # some of them 0 and 1
+    if probabilities:  # some are 0 and 1
         logits = ((3 * logits).sigmoid() * 100).round() / 100
     return Predictions(HeadOutput(logits, boxes, None, probabilities), boxes)

@@ -13,7 +13,7 @@ from atss.anchors import GridAnchorGenerator
 @pytest.mark.parametrize(
     ("scales", "ratios"), [((8.0,), (1.0,)), ((4.0, 5.04, 6.35), (0.5, 1.0, 2.0))]
 )
-def test_grid_equals_detectron2s_generator(scales, ratios, offset):
+def test_grid_equals_detectron2(scales, ratios, offset):
     strides, hw = (8, 16, 32, 64, 128), (100, 333)
     theirs = DefaultAnchorGenerator(
         sizes=[[scale * stride for scale in scales] for stride in strides],
@@ -43,8 +43,8 @@ def test_one_square_anchor_of_eight_strides():
     assert anchors.boxes[4].tolist() == [12 - 32, 12 - 32, 12 + 32, 12 + 32]
 
 
-def test_generator_keeps_few_grids_with_several_threads_too():
-    """Eight threads ask for more canvas sizes than are kept, over and over."""
+def test_generator_caches_few_grids_in_several_threads():
+    """Eight threads with more canvas sizes than the cache has."""
     generator = GridAnchorGenerator(strides=(8,))
     features = [[torch.zeros(1, 1, 2, width)] for width in range(1, 60)]
 
@@ -54,14 +54,14 @@ def test_generator_keeps_few_grids_with_several_threads_too():
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(8)))
-    kept = generator.grid(features[0])
-    assert generator.grid(features[0]) is kept
+    cached = generator.grid(features[0])
+    assert generator.grid(features[0]) is cached
     for x in features[1:]:
         generator.grid(x)
-    assert generator.grid(features[0]) is not kept  # 58 others came between
+    assert generator.grid(features[0]) is not cached  # after 58 others
 
 
-def test_generator_hands_out_boxes_of_the_callers_own():
+def test_generator_returns_copies_of_boxes():
     generator, features = GridAnchorGenerator(strides=(8, 16)), [torch.zeros(1, 1, 2, 3)] * 2
     before = [x.tensor.clone() for x in generator(features)]
     for boxes in generator(features):
@@ -70,7 +70,7 @@ def test_generator_hands_out_boxes_of_the_callers_own():
         assert torch.equal(boxes.tensor, expected)
 
 
-def test_a_grid_of_inference_mode_serves_training():
+def test_grid_of_inference_mode_can_be_trained_with():
     generator, features = GridAnchorGenerator(strides=(8,)), [torch.zeros(1, 1, 3, 5)]
     with torch.inference_mode():
         assert len(generator.grid(features).stride) == 15

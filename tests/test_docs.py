@@ -1,17 +1,14 @@
-"""The pages' code runs as it stands there."""
+"""The code of the pages runs, and the files that they name exist."""
 
 import os
 import re
 
 import pytest
 import torch
-from conftest import ROOT, make_input
-from detectron2.modeling import build_model
-from pages import run_page
+from conftest import ROOT
+from pages import run_page, train
 
-from atss import load_config
-
-# What the page has made and printed.
+# Conditions on the names that the code of each page defines.
 MADE = {
     "own_assigner": lambda x: (
         x["assignment"].positives_per_object(2).tolist() == [9, 9]
@@ -24,13 +21,13 @@ MADE = {
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_a_part_of_ones_own_works_and_trains_by_its_yaml(name, tmp_path):
+def test_own_part_of_a_page_trains_by_its_yaml(name, tmp_path):
     with run_page(f"docs/{name}.md") as (names, codes):
         assert MADE[name](names)
         assert len(codes) == (2 if name == "own_assigner" else 1)
         models = [train(tmp_path / f"my_config_{i}.yaml", code) for i, code in enumerate(codes)]
     model = models[0]
-    own = {
+    trained = {
         "own_assigner": lambda: (
             model.branches["main"].at(0).assigner.top_k == 5
             and models[1].branches["main"].at(0).assigner.margin == 1.0
@@ -39,22 +36,11 @@ def test_a_part_of_ones_own_works_and_trains_by_its_yaml(name, tmp_path):
         "own_class_loss": lambda: model.branches["main"].at(0).criterion.cls_loss.epsilon == 0.5,
         "own_head": lambda: model.head.cls_score.in_channels == 96,
     }
-    assert own[name]()
+    assert trained[name]()
 
 
-def train(config, code):
-    """The model of a page's yaml, after a step's losses."""
-    config.write_text(code.replace("configs/", f"{ROOT}/configs/"))
-    opts = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "")
-    opts += ("DATASETS.TRAIN", "()", "DATASETS.TEST", "()", "MODEL.ATSS.NUM_CLASSES", 3)
-    model = build_model(load_config(config, opts=opts)).train()
-    losses = model([make_input([[20, 20, 90, 80]], [0])])
-    assert torch.isfinite(sum(losses.values()))
-    return model
-
-
-def test_every_file_that_a_page_names_exists():
-    own = (
+def test_every_file_named_on_a_page_exists():
+    pages = (
         "README.md",
         "MODEL_ZOO.md",
         "CONTRIBUTING.md",
@@ -62,7 +48,7 @@ def test_every_file_that_a_page_names_exists():
         "projects/ATSS/README.md",
     )
     named = re.compile(r"(?<![\w/])(?:tools|configs|docs|tests|projects)/[\w/.-]+\.\w+")
-    for file in (*(ROOT / page for page in own), *ROOT.glob("docs/*.md")):
+    for file in (*(ROOT / page for page in pages), *ROOT.glob("docs/*.md")):
         for name in named.findall(file.read_text()):
             assert (ROOT / name).is_file(), f"{file.name} names {name}"
             if name.startswith("tools/"):

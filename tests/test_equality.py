@@ -7,34 +7,34 @@ from atss.geometry import iou
 
 
 @pytest.fixture(scope="module")
-def found():
+def calls():
     return equality.call_rules("MaxIoU", len(rule_scenes.TRAITS))
 
 
-def copied(found):
-    """Twice, of one engine."""
+def copied(calls):
+    """Return two copies, with the results of one engine."""
     return [
-        {"scenes": found["scenes"], "lists": {name: list(x) for name, x in found["lists"].items()}}
+        {"scenes": calls["scenes"], "lists": {name: list(x) for name, x in calls["lists"].items()}}
         for _ in range(2)
     ]
 
 
-def test_scenes_of_rules_have_every_trait(found):
-    assert {x for traits, *_ in found["scenes"] for x in traits.split(" + ")} == {
+def test_every_trait_has_a_scene(calls):
+    assert {x for traits, *_ in calls["scenes"] for x in traits.split(" + ")} == {
         *rule_scenes.TRAITS
     }
-    assert not any(isinstance(x, str) for calls in found["lists"].values() for x in calls)
-    assert len({inputs for _, inputs, _ in found["scenes"]}) == len(found["scenes"])
-    assert equality.call_rules("none", 3)["scenes"][2][1] == found["scenes"][2][1]
+    assert not any(isinstance(x, str) for results in calls["lists"].values() for x in results)
+    assert len({inputs for _, inputs, _ in calls["scenes"]}) == len(calls["scenes"])
+    assert equality.call_rules("none", 3)["scenes"][2][1] == calls["scenes"][2][1]
 
 
-def test_equal_rules_are_equal(found, capsys):
-    assert equality.compare_rules(*copied(found)) == 0
+def test_equal_rules_are_equal(calls, capsys):
+    assert equality.compare_rules(*copied(calls)) == 0
     assert f"{len(rule_scenes.TRAITS)} scenes: 0 calls differ" in capsys.readouterr().out
 
 
-def test_one_anchor_that_differs_is_found(found, capsys):
-    old, new = copied(found)
+def test_one_different_anchor_is_reported(calls, capsys):
+    old, new = copied(calls)
     gt_index, score = new["lists"]["MaxIoU"][1]
     other = gt_index.clone()
     other[0, 5] += 1
@@ -44,7 +44,7 @@ def test_one_anchor_that_differs_is_found(found, capsys):
 
 
 @pytest.mark.parametrize(
-    ("new", "wanted"),
+    ("new", "expected"),
     [
         ((torch.tensor([[0, 1, -1]]), torch.tensor([[0.5, 1.0, 0.0]])), (3, 0, 0, 0, 0.0, "")),
         ((torch.tensor([[2, 1, -1]]), torch.tensor([[0.5, 1.0, 0.0]])), (3, 1, 1, 0, 0.0, "")),
@@ -54,10 +54,10 @@ def test_one_anchor_that_differs_is_found(found, capsys):
         ("ValueError: x", (3, 3, 0, 0, 0.0, "ValueError: x")),
     ],
 )
-def test_differences_of_a_call(new, wanted):
+def test_differences_of_a_call(new, expected):
     """Objects 0 and 2 are identical."""
     old = torch.tensor([[0, 1, -1]]), torch.tensor([[0.5, 1.0, 0.0]])
-    assert equality.differences(old, new, torch.tensor([0, 1, 0])) == wanted
+    assert equality.differences(old, new, torch.tensor([0, 1, 0])) == expected
 
 
 def sides(boxes):
@@ -74,7 +74,7 @@ def scenes():
     return [rule_scenes.make_scene(i) for i in range(4 * len(rule_scenes.TRAITS))]
 
 
-# What most scenes of a trait have, and most others have not.
+# True for most scenes of a trait and false for most others.
 HAVE = {
     "crowded": lambda s: len(s.gt) > 20,
     "several images": lambda s: (s.gt.image_index.diff() < 0).any(),
@@ -97,10 +97,10 @@ HAVE = {
 
 
 @pytest.mark.parametrize("trait", rule_scenes.TRAITS[1:])
-def test_traits_of_scenes_are_what_they_are_called(trait, scenes):
+def test_scenes_have_the_traits_that_they_name(trait, scenes):
     shares = []
-    for wanted in (True, False):
-        some = [bool(HAVE[trait](s)) for s in scenes if (trait in s.traits) == wanted]
-        shares.append(sum(some) / len(some))
+    for named in (True, False):
+        having = [bool(HAVE[trait](s)) for s in scenes if (trait in s.traits) == named]
+        shares.append(sum(having) / len(having))
     assert shares[0] >= 0.5, shares
     assert shares[1] < 0.5, shares

@@ -20,7 +20,7 @@ def test_iou_equals_torchvision():
     torch.testing.assert_close(iou(a[:, None], b[None]), box_iou(a, b))
 
 
-def test_empty_boxes_overlap_nothing():
+def test_iou_of_empty_boxes_is_zero():
     point, box = torch.tensor([5.0, 5, 5, 5]), torch.tensor([0.0, 0, 9, 9])
     assert iou(point, point) == 0
     assert iou(point, box) == 0
@@ -28,7 +28,7 @@ def test_empty_boxes_overlap_nothing():
 
 
 def test_centerness_is_zero_outside():
-    """Where one pair of distances has a negative product, and where both have."""
+    """Also if both pairs of distances have a negative product."""
     box = torch.tensor([10.0, 20, 30, 60])
     points = torch.tensor([[5.0, 40], [20, 70], [5, 70]])
     assert centerness(side_distances(points, box)).tolist() == [0, 0, 0]

@@ -37,7 +37,7 @@ def test_focal_loss_by_hand(target, expected):
     torch.testing.assert_close(loss, torch.tensor(expected), atol=1e-6, rtol=0)
 
 
-def test_focal_loss_is_finite_far_out():
+def test_focal_loss_is_finite_for_large_logits():
     logits = torch.tensor([1e4, -1e4], requires_grad=True)
     for target in (0.0, 1.0):
         loss = focal(logits, torch.full((2,), target))
@@ -59,8 +59,8 @@ def test_focal_loss_is_finite_far_out():
         (cross_entropy, 0.8, 1.034513),  # -0.8 ln 0.3 - 0.2 ln 0.7
     ],
 )
-def test_losses_of_quality_by_hand(loss, target, expected):
-    """p = 0.3, which a head may give as a logit or as a probability."""
+def test_quality_losses_by_hand(loss, target, expected):
+    """p = 0.3, as a logit and as a probability."""
     p, target = torch.tensor(0.3), torch.tensor(target)
     if isinstance(loss, Matchability) and target > 0:
         target = loss.target_of(target)
@@ -70,33 +70,33 @@ def test_losses_of_quality_by_hand(loss, target, expected):
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=0)
 
 
-def test_where_losses_of_quality_pull():
-    """A logit's gradient at p = 0.3. Only matchability does not learn through its weights, and
-    learns from a box that hardly overlaps as from any other."""
+def test_gradients_of_quality_losses():
+    """Gradient of a logit at p = 0.3. Only matchability's weights are detached and do not depend on
+    the target of positives."""
     p = 0.3
 
-    def pull(loss, target):
+    def gradient(loss, target):
         logit = torch.tensor(math.log(p / (1 - p)), dtype=torch.float64, requires_grad=True)
         target = torch.tensor(target, dtype=torch.float64)
         return torch.autograd.grad(of_logits(loss, logit, target), logit)[0].item()
 
     slope, entropy = p * (1 - p), -math.log(1 - p)
-    assert pull(Matchability(1.5), 0.0) == pytest.approx(p**1.5 * p)
-    assert pull(Matchability(1.5), 0.05) == pytest.approx(p - 0.05)
-    assert pull(Varifocal(0.75, 2.0), 0.05) == pytest.approx(0.05 * (p - 0.05))
-    assert pull(Varifocal(0.75, 2.0), 0.0) == pytest.approx(
+    assert gradient(Matchability(1.5), 0.0) == pytest.approx(p**1.5 * p)
+    assert gradient(Matchability(1.5), 0.05) == pytest.approx(p - 0.05)
+    assert gradient(Varifocal(0.75, 2.0), 0.05) == pytest.approx(0.05 * (p - 0.05))
+    assert gradient(Varifocal(0.75, 2.0), 0.0) == pytest.approx(
         0.75 * (2 * p * slope * entropy + p**2 * p)
     )
     q = 0.8
     entropy = -q * math.log(p) - (1 - q) * math.log(1 - p)
-    assert pull(QualityFocal(2.0), q) == pytest.approx(
+    assert gradient(QualityFocal(2.0), q) == pytest.approx(
         -2 * (q - p) * slope * entropy + (q - p) ** 2 * (p - q)
     )
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("make", [QualityFocal, Matchability, lambda g: Varifocal(gamma=g)])
-def test_losses_of_quality_are_finite_far_out(make, power):
+def test_quality_losses_are_finite_for_large_logits(make, power):
     logits = torch.tensor([1e4, -1e4, 0.0], requires_grad=True)
     for target in (0.0, 0.5, 1.0):
         loss = of_logits(make(power), logits, torch.full((3,), target))
@@ -106,8 +106,8 @@ def test_losses_of_quality_are_finite_far_out(make, power):
 
 
 def test_distribution_focal_loss_by_hand():
-    """Logits of 17 bins, 2 for the third and 1 for the fourth: a target of 3.3 is 70 % the third's;
-    of equal logits, whatever the target, ln 17."""
+    """17 bins with logits 2 for bin 3 and 1 for bin 4, of which a target of 3.3 has 70 % and 30 %;
+    ln 17 for equal logits and any target."""
     logits = torch.zeros(17)
     for target in (0.0, 3.3, 15.9, 16.0):
         loss = distribution_focal_loss(logits, torch.tensor(target))
@@ -121,7 +121,7 @@ def test_distribution_focal_loss_by_hand():
     torch.testing.assert_close(last, -logits.log_softmax(0)[16])
 
 
-def test_distribution_focal_loss_has_its_minimum_between_the_two_bins():
+def test_minimum_of_distribution_focal_loss():
     logits = torch.zeros(3, 17, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0.25, 7.5, 15.9], dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: distribution_focal_loss(x, targets), logits)
@@ -130,13 +130,13 @@ def test_distribution_focal_loss_has_its_minimum_between_the_two_bins():
         shares = torch.full((17,), 1e-12, dtype=torch.float64)
         shares[low], shares[low + 1] = low + 1 - target, target - low
         best = shares.log().requires_grad_()
-        (pull,) = torch.autograd.grad(distribution_focal_loss(best, target), best)
-        assert pull.abs().max() < 1e-9
+        (slope,) = torch.autograd.grad(distribution_focal_loss(best, target), best)
+        assert slope.abs().max() < 1e-9
 
 
 def test_nwd_loss_by_hand():
-    """Boxes of one size, 10 px apart: 1 - exp(-10 / 12.8); where they are the same it is 0, and so
-    is its gradient, though a root has none there."""
+    """Boxes of one size, 10 px apart: 1 - exp(-10 / 12.8). For equal boxes the loss and its
+    gradient are 0, although the square root has none there."""
     a, b = torch.tensor([0.0, 0, 6, 6]), torch.tensor([10.0, 0, 16, 6])
     torch.testing.assert_close(nwd_loss(a, b, 12.8), torch.tensor(1 - 0.457834), atol=1e-6, rtol=0)
     same = a.clone().requires_grad_()

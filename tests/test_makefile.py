@@ -1,4 +1,4 @@
-"""What make does, with stand-ins for what would take minutes."""
+"""The Makefile, with stand-ins for commands that take minutes."""
 
 import shutil
 import subprocess
@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 def test_env_in_a_folder_with_a_space_in_its_name(tmp_path):
     folder = tmp_path / "my projects"
     binaries = folder / ".venv" / "bin"
@@ -15,11 +15,11 @@ def test_env_in_a_folder_with_a_space_in_its_name(tmp_path):
     for name in ("requirements.txt", "requirements-detectron2.txt", "setup.py", "pyproject.toml"):
         (folder / name).touch()
     shutil.copy(ROOT / "Makefile", folder)
-    for name, does in (
+    for name, command in (
         ("python", 'echo "$PWD/.venv/lib"'),
         ("pip", "printf '%s\\n' \"$@\" >> arguments"),
     ):
-        (binaries / name).write_text(f"#!/bin/sh\n{does}\n")
+        (binaries / name).write_text(f"#!/bin/sh\n{command}\n")
         (binaries / name).chmod(0o755)
     subprocess.run(["make", "-C", folder, "env", "PYTHON=true", "DETECTRON2="], check=True)
     arguments = (folder / "arguments").read_text().splitlines()

@@ -15,7 +15,7 @@ from atss.checkpoints import DETECTORS
 from atss.config import files
 
 
-def test_configs_by_name():
+def test_get_config_by_name():
     cfg = model_zoo.get_config("tables/atss_k3")
     assert cfg.MODEL.ATSS.ASSIGNERS.ATSS.TOP_K == 3
     assert model_zoo.get_config_file("ATSS_R_50_FPN_1x.yaml").endswith("ATSS_R_50_FPN_1x.yaml")
@@ -25,7 +25,7 @@ def test_configs_by_name():
         model_zoo.get_config("ATSS_R_51")
 
 
-def test_configs_of_the_zoo_are_named_from_anywhere(tmp_path, monkeypatch):
+def test_zoo_configs_load_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fine.yaml").write_text("_BASE_: [tables/atss_k17.yaml, fine_tune]\n")
     cfg = load_config("fine.yaml")
@@ -33,7 +33,7 @@ def test_configs_of_the_zoo_are_named_from_anywhere(tmp_path, monkeypatch):
     assert cfg.MODEL.BACKBONE.NAME == "build_timm_fpn_backbone"
     for name in ("ATSS_R_18_FPN_small", "ATSS_R_18_FPN_small.yaml", Path("ATSS_R_18_FPN_small")):
         assert load_config(name) == model_zoo.get_config("ATSS_R_18_FPN_small")
-    # A file of that name is meant.
+    # A file of that name precedes the zoo.
     (tmp_path / "fine_tune.yaml").write_text("SEED: 7\n")
     (tmp_path / "own.yaml").write_text("_BASE_: [ATSS_R_50_FPN_1x, fine_tune.yaml]\n")
     cfg = load_config("own.yaml")
@@ -41,8 +41,8 @@ def test_configs_of_the_zoo_are_named_from_anywhere(tmp_path, monkeypatch):
     assert cfg.MODEL.BACKBONE.NAME == "build_atss_resnet_fpn_backbone"
 
 
-def test_a_training_names_the_file_of_the_zoo(squares, tmp_path):
-    """Detectron2's setup opens it, too."""
+def test_training_replaces_the_name_by_the_file(squares, tmp_path):
+    """Detectron2's setup also opens args.config_file."""
     where = f"zoo={squares}/annotations.json:{squares}/images"
     opts = ["DATASETS.TRAIN", "('zoo',)", "DATASETS.TEST", "()", "OUTPUT_DIR", str(tmp_path)]
     argv = ["--config-file", "ATSS_R_18_FPN_small", "--register", where, *opts]
@@ -51,7 +51,7 @@ def test_a_training_names_the_file_of_the_zoo(squares, tmp_path):
     assert args.config_file == model_zoo.get_config_file("ATSS_R_18_FPN_small")
 
 
-def test_published_weights_are_those_of_the_page():
+def test_published_weights_equal_the_page():
     page = (ROOT / "MODEL_ZOO.md").read_text()
     listed = re.findall(r"^\| `(\w+)` \| `(\S+\.pth)`.* \| ([\d.]+) \|$", page, re.MULTILINE)
     assert [(x.detector, x.file, str(x.ap)) for x in model_zoo.PUBLISHED] == listed
@@ -71,7 +71,7 @@ def test_models_with_and_without_weights(tmp_path, monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_without_a_gpu_models_are_on_the_cpu(monkeypatch):
+def test_model_is_on_the_cpu_without_a_gpu(monkeypatch):
     small = model_zoo.get_config("ATSS_R_18_FPN_small")
     small.MODEL.ATSS.NUM_CLASSES, small.MODEL.FPN.OUT_CHANNELS = 3, 64
     small.DATASETS.TRAIN = small.DATASETS.TEST = ()
@@ -81,8 +81,8 @@ def test_without_a_gpu_models_are_on_the_cpu(monkeypatch):
     assert model_zoo.get("ATSS_R_18_FPN_small").device.type == "cpu"
 
 
-def test_all_folders_that_are_installed_are_packages():
-    """Without an __init__.py, Python does not find what an editable install maps elsewhere."""
+def test_installed_folders_are_packages():
+    """An editable install maps folders, which Python finds only with an __init__.py."""
     folders = re.search(r"package_dir=({.*?})", (ROOT / "setup.py").read_text())[1]
     folders = ast.literal_eval(folders)
     assert folders.pop("") == "projects/ATSS"
@@ -91,8 +91,8 @@ def test_all_folders_that_are_installed_are_packages():
         assert (ROOT / folder / "__init__.py").is_file()
 
 
-def test_every_tool_of_a_wheel_answers(tmp_path):
-    """Without the checkout, and after nothing but `import atss`."""
+def test_every_tool_of_a_wheel_prints_its_help(tmp_path):
+    """Without the checkout, after `import atss` only."""
     build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True)
     script = """
@@ -111,20 +111,21 @@ for module in pkgutil.walk_packages(atss.__path__, "atss."):
 """
     done = subprocess.run(
         [sys.executable, "-P", "-W", "ignore", "-c", script],
-        **{"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(tmp_path)}},
-        **{"capture_output": True, "text": True},
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     package, config, *helps = done.stdout.splitlines()
-    assert (package, config) == (
-        *(f"{tmp_path}/atss/__init__.py", f"{tmp_path}/atss/configs/ATSS_R_18_FPN_small.yaml"),
-    )
-    tools = {path.stem for path in ROOT.glob("tools/*.py")} - {"__init__", "benchmark", "check_gpu"}
+    assert package == f"{tmp_path}/atss/__init__.py"
+    assert config == f"{tmp_path}/atss/configs/ATSS_R_18_FPN_small.yaml"
+    tools = {path.stem for path in ROOT.glob("tools/*.py")} - {"__init__", "benchmark"}
     assert {x.removeprefix("atss.tools.") for x in helps if x.startswith("atss.tools.")} == tools
 
 
-def test_an_installation_at_the_root(monkeypatch):
-    """pip install --target /app: there is no folder of the project above the package."""
+def test_config_folder_of_an_installation_at_the_root(monkeypatch):
+    """As with pip install --target /app: no project folder above the package."""
     for package, found in (("/app/atss", "/app/atss/configs"), ("/p/q/r/s/atss", "/p/q/configs")):
         monkeypatch.setattr(files, "__file__", f"{package}/config/files.py")
         monkeypatch.setattr(Path, "resolve", lambda self: self)

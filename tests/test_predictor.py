@@ -1,4 +1,5 @@
-"""A detector from its config and weights. Drawing and films: tests/tools/test_demo.py."""
+"""Predictor: a detector from its config and weights. Drawing and videos:
+tests/tools/test_demo.py."""
 
 import re
 from collections import deque
@@ -30,7 +31,7 @@ PICTURE = Image.fromarray(PIXELS[:, :, ::-1])
 
 @pytest.fixture(scope="module")
 def predictor(tmp_path_factory):
-    """Finds something on any image."""
+    """A model that detects something on any image."""
     file = tmp_path_factory.mktemp("predictor") / "model.pth"
     torch.save({"model": build_model(make_cfg(*TINY)).state_dict()}, file)
     return Predictor(make_cfg(*TINY, "MODEL.ATSS.SCORE_THRESH_TEST", 0.0), file)
@@ -43,13 +44,13 @@ def read_only(image):
 
 
 def with_alpha(*values):
-    """Random alpha: it changes what is found if it is used."""
+    """Add a random alpha, which would change detections if it were used."""
     alpha = np.random.default_rng(1).integers(0, 255, (48, 64, 1), np.uint8)
     return np.concatenate([*values, alpha], axis=2)
 
 
 def as_file(picture, name):
-    """What saves a picture in a folder, and gives its name."""
+    """Return a function that saves a picture in a folder and returns its name."""
 
     def save(folder):
         picture.save(folder / name)
@@ -101,13 +102,13 @@ def test_several_images_give_a_list(predictor, monkeypatch, several):
     assert type(found) is list
     assert len(found) == 2
     assert_same(*found)
-    monkeypatch.setattr(predictor, "model", None)  # Detectron2's models take no empty batch
+    monkeypatch.setattr(predictor, "model", None)  # Detectron2's models refuse an empty batch
     assert predictor(several([])) == []
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("exif", ["turned", "broken"])
-def test_pillow_images_are_turned_as_files_are(predictor, tmp_path, ending, exif):
+def test_pil_images_are_turned_as_files(predictor, tmp_path, ending, exif):
     data = Image.Exif()
     data[0x0112] = 6
     file = tmp_path / f"a.{ending}"
@@ -143,8 +144,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_no_image_is_refused(predictor, kind):
-    """In one sentence, alone and in a list, where it is counted."""
+def test_other_objects_are_refused(predictor, kind):
+    """In one message, alone and in a list, with its index."""
     image, error, sentence = REFUSED[kind]
     for door in (predictor, predictor.at_anchors):
         for given, name in ((image, "the image"), ([PIXELS, image], "image 1")):
@@ -161,7 +162,7 @@ def test_files_are_refused_by_their_names(predictor, tmp_path):
 
 
 def test_damage_in_a_pillow_image_is_an_error(predictor, tmp_path):
-    """Detectron2 passes over it in search of an EXIF, and the rest of the image is black."""
+    """Detectron2 ignores it when it looks for an EXIF, and the rest of the image is black."""
     PICTURE.save(tmp_path / "a.png")
     content = bytearray((tmp_path / "a.png").read_bytes())
     content[len(content) // 2] ^= 255
@@ -183,7 +184,7 @@ def test_no_resizing_makes_no_image_thin(weights, tmp_path):
 
 
 @pytest.mark.parametrize("order", ["BGR", "RGB", "L", "YUV-BT.601"])
-def test_images_are_bgr_whatever_the_model_wants(tmp_path, order):
+def test_images_are_bgr_for_rgb_models_too(tmp_path, order):
     opts = (*TINY, "INPUT.FORMAT", order)
     if order == "L":
         opts += ("MODEL.PIXEL_MEAN", [100.0], "MODEL.PIXEL_STD", [1.0])
@@ -200,7 +201,7 @@ def test_images_are_bgr_whatever_the_model_wants(tmp_path, order):
 
 
 def test_boxes_are_in_pixels_of_each_image(weights):
-    """Of any size; what comes out is NumPy, the best first."""
+    """For images of any size; results are NumPy, best first."""
     predictor = Predictor(make_cfg(*TINY, "MODEL.ATSS.SCORE_THRESH_TEST", 0.0), weights)
     image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
     small, large = predictor([image, image.repeat(2, axis=0).repeat(2, axis=1)])
@@ -214,21 +215,21 @@ def test_boxes_are_in_pixels_of_each_image(weights):
     assert len(kept.boxes) == len(kept.classes) == (small.scores >= small.scores[3]).sum()
 
 
-def test_weights_that_do_not_exist_are_named():
+def test_missing_weights_are_named():
     with pytest.raises(WeightsError, match=r"the weights nowhere\.pth do not exist"):
         Predictor(make_cfg(*TINY), "nowhere.pth")
 
 
-def test_weights_of_other_classes_are_warned_of(tmp_path, caplog):
+def test_weights_of_other_classes_warn(tmp_path, caplog):
     content = {"model": build_model(make_cfg(*TINY)).state_dict(), "class_names": ["a", "b", "c"]}
     torch.save(content, tmp_path / "model.pth")
     cfg = make_cfg(*TINY, "MODEL.ATSS.CLASS_NAMES", ["a", "c", "b"])
     assert Predictor(cfg, str(tmp_path / "model.pth")).names == ["a", "c", "b"]
-    assert "Class 1 is 'b' to the weights" in caplog.text
+    assert "Class 1 is 'b' in the weights" in caplog.text
 
 
-def test_a_rule_that_is_not_known_here_is_not_needed(weights, tmp_path):
-    """Nor phases, or other branches: what they had in the weights is left over."""
+def test_unknown_rules_are_not_needed(weights, tmp_path):
+    """Nor are phases and other branches, whose weights are ignored."""
     cfg = make_cfg(*TINY, "MODEL.ATSS.BRANCHES", ["extra"], "MODEL.ATSS.PHASES", [["extra", 5]])
     cfg.MODEL.ATSS.BRANCH.extra = type(cfg)({"OWN_HEAD": True, "ASSIGNER": "Gone"})
     cfg.MODEL.ATSS.ASSIGNER = "Gone"
@@ -240,7 +241,7 @@ def test_a_rule_that_is_not_known_here_is_not_needed(weights, tmp_path):
     assert np.array_equal(found.boxes, plain.boxes)
 
 
-def test_the_branch_for_inference_is_built(tmp_path):
+def test_inference_branch_is_built(tmp_path):
     cfg = make_cfg(*TINY, "MODEL.ATSS.BRANCHES", ["one"], "MODEL.ATSS.INFERENCE", "one")
     cfg.MODEL.ATSS.BRANCH.one = type(cfg)({"OWN_HEAD": True, "QUALITY": "", "NUM_CONVS": 2})
     torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
@@ -249,7 +250,7 @@ def test_the_branch_for_inference_is_built(tmp_path):
 
 
 @pytest.mark.parametrize("lacks", ["head.cls_score.weight", "backbone.fpn_lateral3.weight"])
-def test_weights_that_fit_in_part_are_refused(weights, tmp_path, lacks):
+def test_incomplete_weights_are_refused(weights, tmp_path, lacks):
     content = torch.load(weights)
     del content["model"][lacks]
     torch.save(content, tmp_path / "part.pth")
@@ -259,7 +260,7 @@ def test_weights_that_fit_in_part_are_refused(weights, tmp_path, lacks):
         Predictor(make_cfg(*TINY), tmp_path / "part.pth")
 
 
-def test_what_norms_have_measured_is_needed_too(tmp_path):
+def test_statistics_of_norms_are_needed(tmp_path):
     opts = (*TINY, "MODEL.RESNETS.NORM", "FrozenBN")
     content = {"model": build_model(make_cfg(*opts)).state_dict()}
     del content["model"]["backbone.bottom_up.stem.conv1.norm.running_var"]
@@ -268,7 +269,7 @@ def test_what_norms_have_measured_is_needed_too(tmp_path):
         Predictor(make_cfg(*opts), tmp_path / "part.pth")
 
 
-def test_overlays_that_inference_needs_are_kept(tmp_path):
+def test_overlays_for_inference_are_kept(tmp_path):
     @dataclass(frozen=True)
     class Twice:
         first: object = "nms"
@@ -291,6 +292,6 @@ def test_overlays_that_inference_needs_are_kept(tmp_path):
     assert model.postprocess.suppression.first.threshold == 0.3
 
 
-def test_no_weights_are_refused():
-    with pytest.raises(WeightsError, match=r"MODEL.WEIGHTS names no weights to detect with"):
+def test_empty_weights_are_refused():
+    with pytest.raises(WeightsError, match=r"MODEL.WEIGHTS is empty: detection needs weights"):
         Predictor(make_cfg(*TINY), "")

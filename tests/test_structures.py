@@ -13,8 +13,8 @@ from atss.modeling.criterion import Criterion
 def test_ground_truth_gathers_instances():
     boxes = torch.tensor([[0.0, 0, 5, 5], [1, 1, 7, 7], [2, 2, 9, 9]])
     instances = [Instances((10, 10)) for _ in range(3)]
-    for x, own in zip(instances, (boxes[:2], boxes[:0], boxes[2:]), strict=True):
-        x.gt_boxes, x.gt_classes = Boxes(own), torch.arange(len(own))
+    for x, image_boxes in zip(instances, (boxes[:2], boxes[:0], boxes[2:]), strict=True):
+        x.gt_boxes, x.gt_classes = Boxes(image_boxes), torch.arange(len(image_boxes))
     gt = GroundTruth.from_instances(instances)
     assert torch.equal(gt.boxes, boxes)
     assert gt.classes.tolist() == [0, 1, 0]
@@ -41,8 +41,7 @@ RULES["ranges"] = partial(SpatialScale, ranges=(64,))
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32])
 @pytest.mark.parametrize("rule", RULES)
-def test_objects_of_any_dtype_are_taken_alike(rule, dtype):
-    """By every rule, and by the criterion."""
+def test_objects_of_any_dtype_give_the_same_losses(rule, dtype):
     anchors = Anchors.grid((64, 96), strides=(8, 16))
     boxes = torch.tensor([[4.0, 6, 40, 50], [30, 10, 90, 60]])
     generator = torch.Generator().manual_seed(0)
@@ -50,18 +49,19 @@ def test_objects_of_any_dtype_are_taken_alike(rule, dtype):
     logits = torch.randn(*shape, 3, generator=generator)
     deltas = torch.randn(*shape, 4, generator=generator)
     output = HeadOutput(logits, deltas, logits[..., 0])
-    seen = Predictions(output, anchors.boxes + deltas)
+    predictions = Predictions(output, anchors.boxes + deltas)
     found = []
-    for of, whole in ((torch.float32, torch.int64), (dtype, torch.int32)):
-        classes, image_index = torch.tensor([2, 1], dtype=whole), torch.zeros(2, dtype=whole)
-        gt = GroundTruth(boxes.to(of), classes, image_index, 1)
-        assignment = RULES[rule]()(anchors, gt, seen)
-        losses = Criterion()(output, seen.boxes, anchors, gt, assignment)
+    for float_type, int_type in ((torch.float32, torch.int64), (dtype, torch.int32)):
+        classes = torch.tensor([2, 1], dtype=int_type)
+        image_index = torch.zeros(2, dtype=int_type)
+        gt = GroundTruth(boxes.to(float_type), classes, image_index, 1)
+        assignment = RULES[rule]()(anchors, gt, predictions)
+        losses = Criterion()(output, predictions.boxes, anchors, gt, assignment)
         found.append((assignment.gt_index, torch.stack([*losses.values()])))
     assert (found[0][0] >= 0).any()
-    for ours, theirs in zip(*found, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs)
+    for expected, actual in zip(*found, strict=True):
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
 
 
 def test_positives_per_object():

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Trains rows of the paper's tables on a small data set, and compares them seed by seed.
+"""Train rows of the paper's tables on a small data set, and compare them seed by seed.
 
     tools/ablation.py                                # the primary rows, three seeds: about an hour
     tools/ablation.py --rows atss_k3 atss_box --seeds 5 --output output/k
     tools/ablation.py --rows all
 
-A row is a config in configs/tables/ under configs/ablation.yaml. Within a seed all rows see the
-same images in the same order and begin with the same weights. Run again after an interruption it
-goes on with the first run that is not complete.
+A row is a config in configs/tables/, overridden by configs/ablation.yaml. With one seed all rows
+have the same images in the same order and the same initial weights. After an interruption the same
+command continues with the first incomplete run.
 """
 
 import argparse
@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 from atss.analysis.experiments import PRIMARY, claims, compare_rows, write_table
-from atss.analysis.files import try_to_write
 from atss.analysis.plots import plot_experiments
-from atss.engine.launch import one_sentence
+from atss.engine.explain import exit_with_message
+from atss.errors import check_writable
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -37,13 +37,13 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_intermixed_args(argv)
     log = logging.getLogger("detectron2")
-    log.setLevel(logging.INFO)  # else the trainer sets up a log
-    log.addHandler(logging.NullHandler())  # else Python prints what ends in a sentence here
+    log.setLevel(logging.INFO)  # otherwise the trainer sets up a log
+    log.addHandler(logging.NullHandler())  # otherwise Python prints errors twice
     try:
-        try_to_write("--output", args.output / "table.md", args.output / "plot.png")
+        check_writable("--output", args.output / "table.md", args.output / "plot.png")
     except OSError as error:
         sys.exit(f"error: {error}")
-    with one_sentence(str(args.output)):
+    with exit_with_message(str(args.output)):
         results = compare_rows(args.rows, args.seeds, args.output, args.opts)
     write_table(results, args.output / "table.md")
     plot_experiments(results, claims(results), args.output / "plot.png")

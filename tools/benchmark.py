@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""Measures what the project claims to be fast at.
+"""Measures time and memory of training, inference, assignment and loading.
 
     tools/benchmark.py model                     a training step, inference, and their parts
     tools/benchmark.py model --against all       beside every peer that is installed
     tools/benchmark.py configs                   a training step of each of ATSS's successors
     tools/benchmark.py batching                  inference of 8 images, together and one by one
     tools/benchmark.py assignment                the assigner beside dense ones
-    tools/benchmark.py rules                     those that look at predictions, beside mmdet's
-    tools/benchmark.py operators                 what a host starts on a GPU, counted on a CPU
-    tools/benchmark.py scaling                   how assignment grows; draws scaling.png
-    tools/benchmark.py data                      what loading images costs
+    tools/benchmark.py rules                     rules that look at predictions, beside mmdet's
+    tools/benchmark.py operators                 operators that start on a GPU, counted on a CPU
+    tools/benchmark.py scaling                   the growth of assignment; draws scaling.png
+    tools/benchmark.py data                      the time of loading images
     tools/benchmark.py labels                    registering 100,000 images, by format
     tools/benchmark.py against COMMIT            the working tree beside a commit
 
-Everything that is compared is measured in one run, in turn. Ratios are medians of those of each
-turn, but where two precisions or canvases are compared; intervals hold the median with 95 %
-confidence. Peers are Detectron2's and torchvision's detectors, and mmdet's
-where it is installed: pip install -e '.[peers]'
+Compared functions are measured in one run, in turn. A ratio is the median of the ratios of each
+turn, except between two precisions or canvases; an interval contains the median with 95 %
+confidence. Peers are the detectors of Detectron2 and torchvision, and of mmdet if it is
+installed: pip install -e '.[peers]'
 """
 
 import argparse
@@ -31,31 +31,31 @@ from benchmarks.peers import PEERS, installed
 from benchmarks.timing import Seconds, table
 
 from atss import load_config, model_zoo
-from atss.analysis.files import try_to_write
 from atss.config import config_names
 from atss.engine.launch import keep_freed_memory
 from atss.engine.run import import_modules
+from atss.errors import check_writable
 
 DEFAULT_CONFIG = "ATSS_R_50_FPN_1x.yaml"
 
 
 def measure_model(args: argparse.Namespace) -> dict:
-    """Ours beside the peers, for every precision and layout asked for."""
+    """Measure our detector beside peers, in each precision and memory layout."""
     peers = [name for name in PEERS if installed(name)] if args.against == ["all"] else args.against
     names = [model.OURS, *peers]
     report = {}
     for case in _cases(args):
         print(f"\n## {case.title}: {case.batch} x {case.height}x{case.width}, {case.boxes} boxes")
         compared = model.beside_peers(names, case, args.runs)
-        for what, seconds in compared.items():
-            _print_comparison(what, seconds, case.batch)
+        for task, seconds in compared.items():
+            _print_comparison(task, seconds, case.batch)
         memory = {name: model.peak_memory(name, case) for name in names} if args.memory else {}
         if memory:
             print("\npeak memory of training\n")
             print(table(["", "MiB"], [[name, f"{mib:.0f}"] for name, mib in memory.items()]))
         parts = model.parts(case, args.runs)
-        for what, seconds in parts.items():
-            _print_parts(what, seconds)
+        for task, seconds in parts.items():
+            _print_parts(task, seconds)
         floor = model.floor(case)
         _print_floor(floor)
         report[case.title] = {
@@ -68,23 +68,23 @@ def measure_model(args: argparse.Namespace) -> dict:
     return report
 
 
-def _print_comparison(what: str, seconds: dict[str, Seconds], batch: int) -> None:
+def _print_comparison(task: str, seconds: dict[str, Seconds], batch: int) -> None:
     ours = seconds[model.OURS]
     rows = [
         [name, _interval(s), f"{batch / s.median:.2f}", _interval(ours.over(s))]
         for name, s in seconds.items()
     ]
-    print(f"\n{what}\n")
+    print(f"\n{task}\n")
     print(table(["", "seconds (95 %)", "images/s", "ours / this (95 %)"], rows))
 
 
-def _print_parts(what: str, seconds: dict[str, Seconds]) -> None:
+def _print_parts(task: str, seconds: dict[str, Seconds]) -> None:
     whole = sum(s.median for s in seconds.values())
     rows = [
         [name, f"{s.median * 1e3:.2f}", f"{100 * s.median / whole:.2f} %"]
         for name, s in seconds.items()
     ]
-    print(f"\nparts of our {what}\n")
+    print(f"\nparts of our {task}\n")
     print(table(["", "ms", "share"], rows))
 
 
@@ -100,7 +100,7 @@ def _print_floor(floor: dict[str, float]) -> None:
 
 
 def _print_across(report: dict) -> None:
-    """What mixing precisions gives: our last variant's step against everyone's first."""
+    """Print our step in the last variant against all steps in the first."""
     if len(report) < 2:
         return
     first, *_, last = report
@@ -111,7 +111,7 @@ def _print_across(report: dict) -> None:
 
 
 def measure_configs(args: argparse.Namespace) -> dict:
-    """Several configs beside one."""
+    """Measure several configs beside one."""
     files = args.beside or [x for x in config_names() if x.startswith("successors/")]
     report = {}
     for case in _cases(args):
@@ -131,7 +131,7 @@ def measure_configs(args: argparse.Namespace) -> dict:
 
 
 def measure_batching(args: argparse.Namespace) -> dict:
-    """Inference of a batch against that of its images one by one."""
+    """Measure inference of a batch against inference of its images one by one."""
     report = {}
     for case in _cases(args):
         seconds, difference = model.batching(case, args.runs)
@@ -165,8 +165,8 @@ def _interval(s: Seconds) -> str:
 
 def _plain(seconds: dict[str, dict[str, Seconds]]) -> dict:
     return {
-        what: {n: {"median": s.median, "values": s.values} for n, s in by_name.items()}
-        for what, by_name in seconds.items()
+        task: {n: {"median": s.median, "values": s.values} for n, s in by_name.items()}
+        for task, by_name in seconds.items()
     }
 
 
@@ -179,7 +179,7 @@ def measure_rules(args: argparse.Namespace) -> dict:
 
 
 def count_operators(args: argparse.Namespace) -> dict:
-    """Of every rule, and of a training step beside Detectron2's."""
+    """Count operators of every rule, and of a training step beside Detectron2's."""
     import_modules(args.imports)
     images, side, boxes = 2, 128, 7
     case = model.Case(
@@ -222,18 +222,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--runs", type=int, default=7, help="counted calls of each function")
-    shared.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    shared.add_argument("--json", metavar="FILE", help="also write the figures to a file")
     shared.add_argument(
         "--keep-freed-memory",
         action="store_true",
-        help="with the allocator set as train_net.py sets it on CPUs, for everyone",
+        help="set the allocator for all as train_net.py does on CPUs",
     )
     configured = argparse.ArgumentParser(add_help=False)
     configured.add_argument(
         "--config-file", default=model_zoo.get_config_file(DEFAULT_CONFIG), metavar="FILE"
     )
     configured.add_argument(
-        "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over the config"
+        "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: changes to the config"
     )
     commands = parser.add_subparsers(required=True, metavar="WHAT")
 
@@ -243,7 +243,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["fp32", "bf16-channels_last"],
         metavar="VARIANT",
-        help="fp32, bf16 or fp16, each with -channels_last or without",
+        help="fp32, bf16 or fp16, with or without -channels_last",
     )
     modelled.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     modelled.add_argument("--size", type=int, nargs=2, default=(800, 1088), metavar="PIXELS")
@@ -256,15 +256,15 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         choices=[*PEERS, "all"],
         metavar="PEER",
-        help=f"of {', '.join(PEERS)}, or all that are installed",
+        help=f"{', '.join(PEERS)}, or all that are installed",
     )
     command.add_argument("--batch", type=int, default=1, help="images")
-    command.add_argument("--memory", action="store_true", help="measure peak memory, too")
+    command.add_argument("--memory", action="store_true", help="also measure peak memory")
 
     command = commands.add_parser("configs", parents=[modelled])
     command.set_defaults(measure=measure_configs)
     command.add_argument(
-        "--beside", nargs="+", metavar="FILE", help="configs; those of successors/ by default"
+        "--beside", nargs="+", metavar="FILE", help="configs; by default successors/"
     )
     command.add_argument("--batch", type=int, default=1, help="images")
     command = commands.add_parser("batching", parents=[modelled])
@@ -275,13 +275,13 @@ def make_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("rules", parents=[shared])
     command.set_defaults(measure=measure_rules)
     command.add_argument(
-        "--crowd", action="store_true", help="memory for 75,000 objects, too, which takes minutes"
+        "--crowd", action="store_true", help="also measure memory for 75,000 objects: minutes"
     )
     command = commands.add_parser("operators", parents=[shared, configured])
     command.set_defaults(measure=count_operators)
     command.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
     command.add_argument(
-        "--compile", action="store_true", help="with MODEL.ATSS.COMPILE, too, which takes minutes"
+        "--compile", action="store_true", help="also with MODEL.ATSS.COMPILE: minutes"
     )
     command = commands.add_parser("scaling", parents=[shared])
     command.set_defaults(measure=measure_scaling)
@@ -300,7 +300,7 @@ def make_parser() -> argparse.ArgumentParser:
         "commits",
         nargs="+",
         metavar="COMMIT",
-        help="before, and after: the working tree if left out",
+        help="before and after; by default after is the working tree",
     )
     command.add_argument(
         "--parts",
@@ -310,7 +310,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="rules alone, training steps, memory of 1,000 objects by engine and of 75,000",
     )
     command.add_argument(
-        "--only", nargs="+", default=[""], help="parts of names, of rules and configs"
+        "--only", nargs="+", default=[""], help="parts of names of rules and configs"
     )
     command.add_argument("--objects", type=int, nargs="+", default=[7, 100, 1000])
     command.add_argument(
@@ -319,12 +319,12 @@ def make_parser() -> argparse.ArgumentParser:
         nargs=2,
         default=(128, 160),
         metavar="PIXELS",
-        help="canvas of training steps; on a small one assignment has a larger share",
+        help="canvas of training steps; the share of assignment is larger on a small one",
     )
     command.add_argument("--threads", type=int, help="of each process")
     command.add_argument("--rounds", type=int, default=3, help="pairs of processes")
     command.add_argument(
-        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="over the configs"
+        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="changes to the configs"
     )
     return parser
 
@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.json:
         try:
-            try_to_write("--json", Path(args.json))
+            check_writable("--json", Path(args.json))
         except OSError as error:
             sys.exit(f"error: {error}")
     if args.keep_freed_memory:

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Says what is wrong with a data set, before it costs days of training.
+"""Check a data set before training.
 
     tools/check_dataset.py train.json images --config-file configs/ATSS_R_18_FPN_small.yaml
     tools/check_dataset.py train.json images --json report.json --deep
     tools/check_dataset.py data.yaml train --against data.yaml:val
     tools/check_dataset.py VOC2007:trainval
 
-Looks at the annotations, at the header of every image, and at whether the anchors of the config
-suit the objects. Exits with 0 where there are no errors, with 1 where there are some, and with 2
-where the annotations, the folder or the config cannot be read.
+Checks the annotations, the header of every image, and whether the anchors of the config suit the
+objects. Exit status: 0 without errors, 1 with errors, 2 if the annotations, the folder or the
+config cannot be read.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from atss import load_config
-from atss.analysis.files import try_to_write
 from atss.analysis.statistics import match
 from atss.config import build_sampling, get_config_file
 from atss.data.datasets import split_source
-from atss.engine.run import NoSuchModule, import_modules
+from atss.engine.run import import_modules
+from atss.errors import UserError, check_writable
 from atss.labels.check import check, format_report
 from atss.labels.classes import refuse_unknown
 from atss.labels.copies import find_in_others
@@ -34,6 +34,7 @@ from atss.labels.formats import add_arguments, read_labels, reading_of
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,8 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config-file",
         default=get_config_file("ATSS_R_50_FPN_1x"),
-        help="whose anchors, image sizes and filters are checked (default: ATSS_R_50_FPN_1x, not "
-        "the recipe for fine-tuning)",
+        help="config with the anchors, image sizes and filters to check (default: "
+        "ATSS_R_50_FPN_1x, not the recipe for fine-tuning)",
     )
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
     parser.add_argument(
@@ -56,48 +57,45 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="ANNOTATIONS:IMAGES",
-        help="another split, none of whose images should be here (repeatable)",
+        help="another split, to find images that both contain (repeatable)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every finding in full")
-    parser.add_argument("--deep", action="store_true", help="decode every image, which takes long")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all cases of all findings")
+    parser.add_argument("--deep", action="store_true", help="decode every image (slow)")
     parser.add_argument(
-        "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over the config"
+        "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: changes of the config"
     )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Return the exit status."""
     args = make_parser().parse_intermixed_args(argv)
     progress = partial(tqdm, disable=None, leave=False)  # on a terminal only
-    try:
-        import_modules(args.imports)
-    except NoSuchModule as error:  # a bug in the module keeps its traceback
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     opts, source = args.opts, args.source
     try:
+        import_modules(args.imports)
         if opts and (os.path.exists(source) or ":" not in source):
             annotations, images, *opts = source, *opts
         else:
             annotations, images = split_source(source)
         if args.json:
             if args.json.exists() and args.json.samefile(annotations):
-                raise ValueError(f"--json {args.json} would replace the annotations")
-            try_to_write("--json", args.json)
+                raise UserError(f"--json {args.json} would replace the annotations")
+            check_writable("--json", args.json)
         cfg = load_config(args.config_file, opts=opts)
         sizes = [(size, cfg.INPUT.MAX_SIZE_TRAIN) for size in cfg.INPUT.MIN_SIZE_TRAIN]
-        asked = partial(match, sampling=build_sampling(cfg), sizes=sizes, progress=progress)
+        fit = partial(match, sampling=build_sampling(cfg), sizes=sizes, progress=progress)
         labels = read_labels(annotations, images, reading := reading_of(args))
         refuse_unknown(reading.classes, labels.found, labels.names)
         others = [read_labels(*split_source(other, "--against"), reading) for other in args.against]
         if others:
             shared = find_in_others(labels, others, progress)
             labels = replace(labels, findings=[*labels.findings, *shared])
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    report = check(labels, sizes, filter_empty, asked, args.deep, progress)
+    report = check(labels, sizes, filter_empty, fit, args.deep, progress)
     print(format_report(report))
     if args.json:
         args.json.write_text(json.dumps(report.to_dict(), indent=1))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Converts published weights, and writes the config that they need beside them.
+"""Convert published weights, and write their config beside them.
 
     tools/convert_checkpoint.py --from official ATSS_R_50_FPN_1x.pth converted.pth
     tools/convert_checkpoint.py --from mmdet gfl_r50_fpn_1x_coco.pth converted.pth
@@ -7,14 +7,13 @@
 
     tools/convert_checkpoint.py --to mmdet output/model_final.pth for_mmdet.pth
 
-"official" is the authors' code. Of mmdet, weights of the detectors below are known: their names
-tell which these are, or the config that is in the file, or --detector. Nothing in a file is
-executed. Where anything is missing, unexpected or of another shape, it is listed, and nothing is
-written; an OUT that exists is not replaced.
-Anchors, box code and thresholds are taken to be those of mmdet's own config of the detector.
+"official" is the authors' code. mmdet's detectors are listed below: the names of the weights decide
+between them, or the config in the file, or --detector. Nothing in a file is executed. Names that
+are missing, unexpected or of another shape are listed, and nothing is written. An existing OUT is
+not replaced. Anchors, box code and thresholds are assumed to be mmdet's defaults.
 
-For mmdet, train with MODEL.ATSS.TOWER_BIAS False: its towers have no biases. What its config has to
-say for these weights is printed, and written beside them.
+For mmdet, train with MODEL.ATSS.TOWER_BIAS False: its towers have no biases. The settings of
+mmdet's config for these weights are printed, and written beside them.
 """
 
 import argparse
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from atss import load_config
 from atss.checkpoints import DETECTORS, convert_file, convert_file_to_mmdet
+from atss.errors import UserError
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -35,12 +35,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--regression",
         choices=("box", "point"),
-        help="what the authors' weights regress, which they do not tell; box by default",
+        help="reference of the authors' regression, which weights do not reveal; box by default",
     )
     parser.add_argument(
         "--detector",
         choices=sorted(DETECTORS),
-        help="which detector weights --from mmdet are of; found out where the file tells",
+        help="detector of weights --from mmdet, if the file does not decide",
     )
     parser.add_argument(
         "--config-file",
@@ -63,24 +63,26 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--detector is for --from mmdet")
     try:
         if args.output.suffix != ".pth":
-            raise ValueError(f"OUT must end in .pth, not {args.output.name}")
+            raise UserError(f"OUT must end in .pth, got {args.output.name}")
         if args.output.resolve() == args.input.resolve():
-            raise ValueError("OUT must not be IN")
+            raise UserError("OUT must not be IN")
         if args.source:
             regression = args.regression or "box"
-            paths, config = (args.input, args.output), args.output.with_suffix(".yaml")
-            cfg, detector = convert_file(*paths, args.source, regression, args.detector)
-            print(f"Written: {args.output}, weights of {detector}, and its config: {config}")
+            cfg, detector = convert_file(
+                args.input, args.output, args.source, regression, args.detector
+            )
+            config_file = args.output.with_suffix(".yaml")
+            print(f"Written: {args.output}, weights of {detector}, and its config: {config_file}")
             if cfg.DATASETS.TEST:
-                print("Eighty classes: taken for COCO's, whose names are written with the weights.")
+                print("Eighty classes: assumed to be COCO's, whose names are written, too.")
             else:
-                print("Weights do not tell whose classes: name data sets by --register.")
+                print("The classes have no names: add data sets with --register.")
         else:
             cfg = load_config(args.config_file or args.input.with_name("config.yaml"))
             config = convert_file_to_mmdet(args.input, args.output, cfg)
             settings = args.output.with_suffix(".py")
             print(f"Written: {args.output}, and {settings} for mmdet's config:\n\n{config}")
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws detections on images and videos, also of folders and subfolders, and writes them as json.
+"""Draw detections on images and videos, also of folders and subfolders, and write them as json.
 
     tools/demo.py --config-file output/cells/config.yaml --weights output/cells/model_final.pth \\
         --input new_images photo.jpg film.mp4 --output output/pictures
@@ -11,10 +11,10 @@ import logging
 import sys
 from pathlib import Path
 
-from atss.analysis.files import try_to_write
 from atss.analysis.pictures import annotate, targets
-from atss.engine.run import NoSuchModule, import_modules
+from atss.engine.run import import_modules
 from atss.engine.watch import EXIT_INTERRUPTED
+from atss.errors import UserError, check_range, check_writable
 from atss.labels.folders import SUFFIXES
 from atss.predictor import Predictor
 from atss_runner.media import find_media
@@ -47,41 +47,36 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING)
+    records: list[dict] = []
+    num_images, target = 0, args.output / "detections.json"
     try:
         import_modules(args.imports)
-    except NoSuchModule as error:  # a bug in the module keeps its traceback
-        sys.exit(f"error: {error}")
-    records: list[dict] = []
-    seen, target = 0, args.output / "detections.json"
-    try:
-        if args.batch < 1:
-            raise ValueError(f"--batch must be 1 or more, not {args.batch}")
-        if not 0 <= args.score_threshold <= 1:
-            raise ValueError(f"--score-threshold must be from 0 to 1, not {args.score_threshold}")
+        check_range("--batch", args.batch, 1)
+        check_range("--score-threshold", args.score_threshold, 0, 1)
         inputs, skipped = find_media(args.input, SUFFIXES, args.output)
         for problem in skipped:
             print(f"skipped: {problem}", file=sys.stderr)
         if not inputs:
-            raise ValueError("--input names no image and no video")
+            raise UserError("--input contains no image and no video")
         places = targets(inputs, args.output)
-        try_to_write("--output", target, *places.values())
+        check_writable("--output", target, *places.values())
         predictor = Predictor(args.config_file, args.weights, args.opts)
         try:
-            for found in annotate(predictor, places, args.score_threshold, args.batch):
-                records += found
-                seen += 1
-        finally:  # what was found until something went wrong, or ctrl-C
-            if seen:
+            for detections in annotate(predictor, places, args.score_threshold, args.batch):
+                records += detections
+                num_images += 1
+        finally:  # also after an error or ctrl-C
+            if num_images:
                 unfinished = target.with_name("detections.json.unfinished")
                 unfinished.write_text(json.dumps(records))
                 unfinished.replace(target)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        holds = f": {target} holds {len(records)} detections of {seen} images or frames"
-        print(f"stopped{holds if seen else ''}", file=sys.stderr)
+        counts = f": {target} contains {len(records)} detections of {num_images} images or frames"
+        print(f"stopped{counts if num_images else ''}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    if not seen:
+    if not num_images:
         sys.exit("error: none of the inputs could be read")
     print(f"{len(records)} detections: pictures and detections.json are in {args.output}")
 

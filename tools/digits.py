@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""`make demo`: trains ATSS on handwritten digits over photographs, evaluates, and draws what came
-out, in some minutes on two CPU cores. Run again after an interruption it goes on.
+"""`make demo`: train ATSS on handwritten digits over photographs, evaluate it, and draw the
+detections, in some minutes on two CPU cores. After an interruption the same command resumes.
 
-    tools/digits.py --data output/digits    # writes 300 such images, to try commands on, no more
+    tools/digits.py --data output/digits    # only write 300 such images, to try commands on
 """
 
 import argparse
@@ -12,8 +12,9 @@ from pathlib import Path
 from atss.analysis.demo import train_on_digits
 from atss.analysis.digits import DEMO, FEW, make_digits
 from atss.config import get_config_file
-from atss.engine.launch import one_sentence
+from atss.engine.explain import exit_with_message
 from atss.engine.watch import EXIT_INTERRUPTED
+from atss.errors import UserError
 
 ROOT = Path("output/demo")
 CONFIG = get_config_file("demo")
@@ -30,13 +31,13 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     try:
-        with one_sentence(str(args.data or ROOT)):
+        with exit_with_message(str(args.data or ROOT)):
             if args.data:
                 write_few(args.data)
                 return
             results = train_on_digits(ROOT, str(CONFIG), DEMO)
     except KeyboardInterrupt:
-        print(f"stopped{'' if args.data else ': the same command goes on'}", file=sys.stderr)
+        print(f"stopped{'' if args.data else ': the same command resumes'}", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     print(f"\nAP on {DEMO.images['test']} held-out images:")
     for name in ("AP", "AP50", "AP75", "APs", "APm", "APl"):
@@ -45,13 +46,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write_few(folder: Path) -> None:
-    """Writes a data set as somebody's own might be.
+    """Write a data set such as a user might have.
 
     Raises:
-        ValueError: where the folder is there already.
+        UserError: if the folder exists.
     """
     if folder.exists():
-        raise ValueError(f"--data {folder} is there already: nothing was written")
+        raise UserError(f"--data {folder} already exists: choose another folder")
     make_digits(folder, FEW)
     counts = ", ".join(f"{split}.json ({count} images)" for split, count in FEW.images.items())
     print(f"Written into {folder}: {counts}, and their images in folders of the same names")

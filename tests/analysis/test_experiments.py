@@ -38,7 +38,7 @@ def run(tmp_path, monkeypatch, capsys):
     return call
 
 
-def test_trains_what_is_missing_and_compares(run, tmp_path):
+def test_trains_missing_runs_and_compares(run, tmp_path):
     rows = ("--rows", "iou_box", "atss_box", "--seeds", "2")
     first = run(*rows, *SHORT)
     assert first.count("AP") > 4
@@ -52,11 +52,11 @@ def test_trains_what_is_missing_and_compares(run, tmp_path):
     assert "3 runs are in" in run(*rows, *SHORT)
     again = json.loads(result.read_text())["metrics"]
     assert [again[k] for k in experiments.METRICS] == [metrics[k] for k in experiments.METRICS]
-    with pytest.raises(SystemExit, match="holds a run of another config"):
+    with pytest.raises(SystemExit, match="has a run of another config"):
         run(*rows, *SHORT, "SOLVER.BASE_LR", "0.5")
 
 
-def test_what_cannot_be_used_is_said_before_anything_is_trained(run, tmp_path, monkeypatch):
+def test_errors_come_before_training(run, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "train", None)
     out = tmp_path / "out"
     out.write_text("")
@@ -74,12 +74,12 @@ def test_what_cannot_be_used_is_said_before_anything_is_trained(run, tmp_path, m
         run("--rows", "atss_box")
 
 
-def test_names_the_rows_that_there_are(run):
+def test_unknown_row_lists_all(run):
     with pytest.raises(SystemExit, match=r"unknown row 'atss_k99': choose from .*atss_k9?"):
         run("--rows", "atss_k99")
 
 
-def test_rows_of_a_seed_begin_with_the_same_weights():
+def test_rows_of_a_seed_have_equal_initial_weights():
     def weights(row, seed):
         seed_all_rng(seed)
         model = build_model(make_cfg(config=f"tables/{row}.yaml"))
@@ -111,7 +111,7 @@ def test_paired_interval_by_hand():
     assert half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
 
 
-def test_every_claim_is_about_rows():
+def test_claims_name_existing_rows():
     for _, row, other in experiments.CLAIMS:
         assert row in experiments.known_rows()
         assert other in experiments.known_rows()

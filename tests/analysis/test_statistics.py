@@ -34,13 +34,13 @@ def annotation(x, y, w, h, **more):
     return {"image_id": 1, "category_id": 1, "bbox": [x, y, w, h], **more}
 
 
-def test_counts_by_rule_and_sorts_by_kind(tmp_path, capsys):
+def test_counts_by_rule_and_group(tmp_path, capsys):
     boxes = [(0, 0, 20, 20), (100, 100, 50, 50), (200, 100, 300, 90)]
     objects = run(tmp_path, [annotation(*b) for b in boxes])
     assert [float(o["area"]) for o in objects] == [400, 2500, 27000]
     assert [float(o["border"]) for o in objects] == [0, 100, 100]
     assert float(objects[2]["aspect"]) == pytest.approx(300 / 90)
-    # 800 / 480 is exact, so that sizes on the canvas are.
+    # 800 / 480 is exact, so that sizes on the canvas are exact.
     assert float(objects[1]["side"]) == pytest.approx(50 * 800 / 480, rel=1e-3)
     for o in objects:
         assert 0 < int(o["ATSS"]) <= 45
@@ -52,7 +52,7 @@ def test_counts_by_rule_and_sorts_by_kind(tmp_path, capsys):
     assert (tmp_path / "out" / "plot.png").is_file()
 
 
-def test_rules_and_arguments_are_chosen(tmp_path):
+def test_rules_and_options_are_chosen(tmp_path):
     opts = (
         "--rules",
         "SpatialScale",
@@ -66,12 +66,12 @@ def test_rules_and_arguments_are_chosen(tmp_path):
     assert "mean" not in only
 
 
-def test_crowds_are_left_out_and_nothing_left_is_said(tmp_path):
+def test_crowds_are_left_out_and_no_objects_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="has no objects"):
         run(tmp_path, [annotation(0, 0, 20, 20, iscrowd=1)])
 
 
-def test_what_training_leaves_out_is_not_counted(tmp_path):
+def test_dropped_objects_are_not_counted(tmp_path):
     left_out = [
         annotation(0, 0, 20, 20, iscrowd=1),
         annotation(100, 100, 0, 50),
@@ -99,7 +99,7 @@ def test_unknown_rule_and_unreadable_file(tmp_path):
         tool.main(["--annotations", str(tmp_path / "absent.json")])
 
 
-def test_an_output_that_cannot_be_written_is_said_first(tmp_path, monkeypatch):
+def test_unwritable_output_is_refused_first(tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "compare", None)
     (tmp_path / "out").write_text("")
     with pytest.raises(SystemExit, match=r"error: cannot write --output .*out/table.md: File exi"):
@@ -107,7 +107,7 @@ def test_an_output_that_cannot_be_written_is_said_first(tmp_path, monkeypatch):
 
 
 def test_several_configs_are_compared_on_their_own_anchors(tmp_path):
-    """Nine anchors: 45 candidates under Algorithm 1, nine times as many under the later rule."""
+    """Nine anchors: 45 candidates with Algorithm 1, nine times as many with the later rule."""
     rows = [str(ROOT / "configs/tables" / f"{r}.yaml") for r in ("atss_A9", "atss_A9_locations")]
     (only,) = run(tmp_path, [annotation(100, 100, 80, 80)], "--config-file", *rows)
     assert 0 < int(only["atss_A9"]) <= 45 < int(only["atss_A9_locations"]) <= 405
@@ -119,13 +119,13 @@ def test_several_configs_are_compared_on_their_own_anchors(tmp_path):
     many = [str(f) for f in sorted((ROOT / "configs/tables").glob("atss_k*.yaml"))]
     run(tmp_path, [annotation(100, 100, 80, 80)], "--config-file", *many)
     assert "| atss_k19 | " in (tmp_path / "out" / "table.md").read_text()
-    with pytest.raises(SystemExit, match="--rules is for one config"):
+    with pytest.raises(SystemExit, match="--rules needs a single --config-file, got 2"):
         run(tmp_path, [annotation(0, 0, 9, 9)], "--rules", "ATSS", "--config-file", *rows)
 
 
 @pytest.fixture
 def model(tmp_path):
-    """Config and weights of a small model of one class, and an image to show it."""
+    """Config and weights of a small model of one class, and an image."""
     cfg = make_cfg("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ATSS.NUM_CONVS", 0)
     cfg.merge_from_list(["MODEL.ATSS.NUM_CLASSES", 1, "MODEL.ATSS.CLASS_NAMES", ["thing"]])
     cfg.merge_from_list(["INPUT.MIN_SIZE_TEST", 240, "INPUT.MAX_SIZE_TEST", 320])
@@ -137,23 +137,23 @@ def model(tmp_path):
     return ["--config-file", str(tmp_path / "config.yaml"), "--images", str(tmp_path)]
 
 
-def test_rules_look_at_the_predictions_of_a_model(tmp_path, model):
+def test_rules_get_predictions_of_a_model(tmp_path, model):
     boxes = [annotation(100, 100, 80, 80), annotation(300, 50, 200, 300)]
     weights = ["--weights", str(tmp_path / "model.pth")]
     found = run(tmp_path, boxes, *model, *weights)
     for rule in ("ATSS", "PAA", "OTA", "SimOTA", "SoftLabel", "TAL"):
         assert sum(int(o[rule]) for o in found) > 0, rule
     assert all(int(o["TAL"]) <= 13 for o in found)
-    # Without it they are left out, or asked for in vain.
+    # Without weights these rules are left out, or refused.
     assert "TAL" not in run(tmp_path, boxes, *model)[0]
-    with pytest.raises(SystemExit, match="TAL looks at what a model predicts: --weights names"):
+    with pytest.raises(SystemExit, match="TAL needs a model's predictions: set --weights"):
         run(tmp_path, boxes, *model, "--rules", "ATSS", "TAL")
 
 
 def test_weights_of_other_classes_are_refused(tmp_path, model):
     text = (tmp_path / "config.yaml").read_text().replace("- thing", "- other")
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(SystemExit, match=r"is of other classes .* \['other'\] .* \['thing'\]"):
+    with pytest.raises(SystemExit, match=r"has other classes .* \['other'\].* \['thing'\]"):
         run(tmp_path, [annotation(0, 0, 90, 90)], *model, "--weights", str(tmp_path / "model.pth"))
 
 
@@ -179,8 +179,8 @@ def test_constants_of_similarities_by_brute_force(tmp_path, capsys):
     assert f"nwd.CONSTANT {found['CONSTANT']:.3g}, simd.M {m:.3g}, simd.N {n:.3g}" in printed
 
 
-def test_a_check_says_when_objects_are_tiny():
-    """Of 16 x 9 pixels on an image that comes in half its size: half a side of 12."""
+def test_check_reports_tiny_objects():
+    """Objects of 16 x 9 pixels (mean side 12) on an image that is resized to half."""
     images = [{"id": 1, "file_name": "a.jpg", "width": 640, "height": 480}]
     content = {"images": images, "categories": [{"id": 1, "name": "thing"}]}
     content["annotations"] = [annotation(40 * i + 12, 122, 16, 9, id=i + 1) for i in range(15)]
@@ -189,32 +189,32 @@ def test_a_check_says_when_objects_are_tiny():
         ("TAL", r"below 6\.0 .* input\. "),
     ):
         sampling = build_sampling(make_cfg("MODEL.ATSS.ASSIGNER", rule))
-        asked = partial(match, sampling=sampling, sizes=[(240, 640)])
-        said = format_report(check(Labels(content, ""), [(240, 640)], False, asked))
-        assert re.search(f"Tiny objects: half of them have sides {expected}", said)
-        assert "and those of testing, 5.3 times as large make that 32;" in said
-    asked = partial(match, sampling=sampling, sizes=[(240, 640), (960, 1280)])
+        matcher = partial(match, sampling=sampling, sizes=[(240, 640)])
+        report = format_report(check(Labels(content, ""), [(240, 640)], False, matcher))
+        assert re.search(f"Tiny objects: half of them have sides {expected}", report)
+        assert "5.3 times as large, that becomes 32;" in report
+    matcher = partial(match, sampling=sampling, sizes=[(240, 640), (960, 1280)])
     assert "Tiny" not in format_report(
-        check(Labels(content, ""), [(240, 640), (960, 1280)], False, asked)
+        check(Labels(content, ""), [(240, 640), (960, 1280)], False, matcher)
     )
 
 
-def test_a_check_asks_no_rule_that_looks_at_predictions():
+def test_check_skips_rules_that_need_predictions():
     images = [{"id": 1, "file_name": "a.jpg", "width": 640, "height": 480}]
     content = {"images": images, "categories": [{"id": 1, "name": "thing"}]}
     content["annotations"] = [annotation(0, 0, 1, 1, id=1), annotation(9, 9, 99, 99, id=2)]
     for rule, expected in (("ATSS", True), ("SimOTA", False)):
         sampling = build_sampling(make_cfg("MODEL.ATSS.ASSIGNER", rule))
 
-        def asked(content, objects, sampling=sampling):
+        def matcher(content, objects, sampling=sampling):
             return match(content, objects, sampling, [(480, 640)])
 
-        fit = asked(content, find_in_json(content)[1])
+        fit = matcher(content, find_in_json(content)[1])
         assert (fit.positives is not None) == expected
         assert (fit.best_iou > 0).all()
-        report = check(Labels(content, ""), [(480, 640)], False, asked)
+        report = check(Labels(content, ""), [(480, 640)], False, matcher)
         kinds = {finding.kind for finding in report.findings}
         assert "object_poorly_matched" in kinds
         assert ("object_without_positive" in kinds) == expected
         assert ("positives_per_object" in report.to_dict()) == expected
-        assert ("hang on what the model predicts" in format_report(report)) != expected
+        assert ("depends on predictions" in format_report(report)) != expected

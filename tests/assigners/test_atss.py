@@ -40,7 +40,7 @@ def test_reference_vectors(case):
         ((128, 128), 4, (4.0, 6.0), (0.5, 1.0, 2.0)),
     ],
 )
-def test_equals_float64_brute_force_ties_included(hw, k, scales, ratios, offset, step):
+def test_equals_brute_force_including_ties(hw, k, scales, ratios, offset, step):
     anchors = Anchors.grid(hw, scales=scales, ratios=ratios, offset=offset)
     rng = np.random.default_rng(k)
     boxes = [oracle.random_boxes(rng, count, hw, step) for count in (40, 0, 7, 40)]
@@ -48,17 +48,17 @@ def test_equals_float64_brute_force_ties_included(hw, k, scales, ratios, offset,
     rule = ATSS(k, count="locations")
     assigned = rule(anchors, make_gt(np.concatenate(boxes), image_index, 4)).gt_index.numpy()
     first = 0
-    for image, own in zip(assigned, boxes, strict=True):
-        expected = oracle.atss(anchors, own, k, "locations")
+    for image, objects in zip(assigned, boxes, strict=True):
+        expected = oracle.atss(anchors, objects, k, "locations")
         np.testing.assert_array_equal(image, np.where(expected >= 0, expected + first, -1))
-        first += len(own)
+        first += len(objects)
 
 
 @pytest.mark.parametrize("k", [9, 4, 1])
 @pytest.mark.parametrize("ratios", [(1.0,), (0.5, 2.0), (0.5, 1.0, 2.0)])
 def test_k_counts_anchors(k, ratios):
-    """Algorithm 1, line 4: k anchors per level, whatever A. Where k is no multiple of A, the last
-    location gives the first of its anchors only."""
+    """Algorithm 1, line 4: k anchors per level for any A. If k is not a multiple of A, only the
+    first anchors of the last location are candidates."""
     anchors = Anchors.grid((128, 128), ratios=ratios)
     boxes = oracle.random_boxes(np.random.default_rng(k), 60, (128, 128), 1)
     gt_index = ATSS(k)(anchors, make_gt(boxes)).gt_index[0].numpy()
@@ -86,9 +86,9 @@ def test_nearest_locations_equal_a_full_sort(k):
 def test_by_hand():
     """One level of 4 x 4 locations, stride 8, anchors of 16 pixels, one object of 16 pixels.
 
-    The object is the anchor of location (1, 1). Of the 3 x 3 candidates around it that one has
-    IoU 1, its four neighbours share half of it (1/3), the four diagonal ones a quarter (1/7).
-    mean + std = 0.3228 + 0.2682 = 0.591, so that only the one is positive.
+    The object is the anchor of location (1, 1). IoUs of the 3 x 3 candidates: 1 for that one, 1/3
+    for its four neighbours, 1/7 for the four diagonal ones. mean + std = 0.3228 + 0.2682 = 0.591,
+    so only that one is positive.
     """
     anchors = Anchors.grid((32, 32), strides=(8,), scales=(2.0,))
     gt_index = ATSS(9)(anchors, make_gt([[4, 4, 20, 20]])).gt_index
@@ -98,27 +98,27 @@ def test_by_hand():
 
 
 def test_centre_must_lie_inside():
-    """A tall thin object between two columns: the anchors overlap it, no centre is inside."""
+    """Anchors overlap a tall thin object between two columns, but no centre is inside."""
     anchors = Anchors.grid((64, 64), strides=(8,), scales=(2.0,))
     assert (ATSS(9)(anchors, make_gt([[7, 0, 9, 64]])).gt_index == BACKGROUND).all()
     assert (ATSS(9)(anchors, make_gt([[11, 0, 13, 64]])).gt_index >= 0).any()
 
 
-@pytest.mark.parametrize("measure", [iou, lambda a, b: iou(a, b) - 1], ids=["iou", "negative"])
-def test_equal_overlaps_leave_positives(measure):
-    """All nine candidates lie inside the object, so all overlap it equally, and the threshold is
-    that IoU: rounding must not lose the object (">=" in line 12). Own measures may be negative."""
+@pytest.mark.parametrize("similarity", [iou, lambda a, b: iou(a, b) - 1], ids=["iou", "negative"])
+def test_equal_overlaps_leave_positives(similarity):
+    """All nine candidates lie inside the object, so the threshold is their common IoU, and rounding
+    must not drop them (">=" in line 12). A user's similarity may be negative."""
     anchors = Anchors.grid((256, 256), strides=(8,), scales=(1.7,))
     rng = np.random.default_rng(0)
     centre = rng.uniform(100, 150, (200, 1)).astype(np.float32)
     half = rng.uniform(60, 90, (200, 1)).astype(np.float32)
     boxes = np.concatenate([centre - half, centre - half, centre + half, centre + half], axis=1)
     for i in range(len(boxes)):
-        found = ATSS(9, similarity=measure)(anchors, make_gt(boxes[i])).gt_index
+        found = ATSS(9, similarity=similarity)(anchors, make_gt(boxes[i])).gt_index
         assert (found == 0).sum() == 9
 
 
-def test_conflicts_go_to_the_higher_overlap_then_to_the_lower_index():
+def test_conflicts_go_to_higher_iou_then_to_lower_index():
     anchors = Anchors.grid((64, 64), strides=(8,), scales=(2.0,))
     wide, exact = [10, 10, 35, 35], [12, 12, 28, 28]  # the anchor of location (2, 2) is `exact`
     for boxes, winner in (([wide, exact], 1), ([exact, wide], 0), ([exact, exact], 0)):
@@ -172,6 +172,6 @@ def test_refuses_k_below_one():
         ATSS(top_k=0)
 
 
-def test_refuses_to_count_what_it_does_not_know():
+def test_refuses_an_unknown_count():
     with pytest.raises(ValueError, match="count is 'levels': choose from"):
         ATSS(count="levels")

@@ -71,7 +71,7 @@ def test_equals_brute_force(low_quality, in_box, ratios):
 @pytest.mark.parametrize("claimed", ["best", "claimant"])
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_brute_force_by_any_similarity(like, claimed, seed):
-    """Also of objects of a pixel, of the whole canvas, and far beyond it."""
+    """Objects of a pixel, of the whole canvas, and far outside."""
     hw = (160, 350)
     anchors = Anchors.grid(hw, scales=(1.0, 4.0))
     rng = np.random.default_rng(seed)
@@ -93,9 +93,9 @@ def test_equals_brute_force_by_any_similarity(like, claimed, seed):
 
 
 @pytest.mark.parametrize("in_box", [False, True])
-def test_equals_brute_force_where_most_pairs_are_left_out(in_box):
-    """Objects from one pixel to the canvas, on whole pixels: what the sizes rule out is not looked
-    at, and the anchors that tiny objects claim may belong to huge ones."""
+def test_equals_brute_force_with_few_candidates(in_box):
+    """Objects from one pixel to the canvas, on whole pixels: most pairs are no candidates, and the
+    anchors that tiny objects claim may belong to huge ones."""
     hw = (512, 640)
     anchors = Anchors.grid(hw)
     rng = np.random.default_rng(1)
@@ -109,7 +109,7 @@ def test_equals_brute_force_where_most_pairs_are_left_out(in_box):
 
 
 def test_few_pairs_of_huge_objects_are_compared(monkeypatch):
-    """They overlap every anchor of a large canvas."""
+    """The objects overlap every anchor of a large canvas."""
     compared, near = [], BoxIndex.near
 
     def counted(*args):
@@ -134,7 +134,7 @@ def test_refuses_thresholds_out_of_order():
         MaxIoU(background_below=0.6)
 
 
-def test_thresholds_belong_to_what_is_above_them():
+def test_thresholds_are_inclusive():
     """Anchors of 16 px; half of the one at (12, 12) has IoU 1/2 with it, a quarter of it 1/4."""
     anchors = Anchors.grid((32, 32), strides=(8,), scales=(2.0,))
     rule = MaxIoU(background_below=0.25, low_quality_matches=False)
@@ -143,8 +143,8 @@ def test_thresholds_belong_to_what_is_above_them():
 
 
 @pytest.mark.parametrize("piece", [7, 1 << 18])
-def test_first_of_equal_objects_has_the_anchors(piece, monkeypatch):
-    """However the pairs are cut into pieces."""
+def test_first_of_equal_objects_gets_the_anchors(piece, monkeypatch):
+    """With any size of pieces."""
     monkeypatch.setattr("atss.assigners.lists.PIECE", piece)
     with use_engine("auto", limit=piece):
         gt_index = MaxIoU()(Anchors.grid((64, 64)), make_gt([[0, 0, 50, 50]] * 3)).gt_index
@@ -153,7 +153,7 @@ def test_first_of_equal_objects_has_the_anchors(piece, monkeypatch):
 
 
 @pytest.mark.parametrize(("inside", "expected"), [(0.02, 0), (0.005, IGNORE)])
-def test_a_centre_is_inside_from_a_hundredth_of_a_pixel_on(inside, expected):
+def test_centre_is_inside_above_a_hundredth_of_a_pixel(inside, expected):
     """The anchor of 16 px at (12, 12), an object that covers a little more than its right half."""
     anchors = Anchors.grid((32, 32), strides=(8,), scales=(2.0,))
     gt = make_gt([[12 - inside, 4, 20, 20]])

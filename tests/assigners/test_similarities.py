@@ -1,4 +1,4 @@
-"""How like each other boxes are: by hand, as far as they reach, and in the rules that use them."""
+"""Similarities by hand, their bounds of distances, and the rules that use them."""
 
 import numpy as np
 import oracle
@@ -32,31 +32,31 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_nothing_is_more_similar_than_it_reaches(name):
-    """Of boxes of all sizes, some without area or the wrong way round."""
+def test_similar_boxes_are_within_max_distance(name):
+    """Boxes of all sizes, some without area or inverted."""
     generator = torch.Generator().manual_seed(0)
     middle = 25 * torch.randn(2, 20000, 2, generator=generator, dtype=torch.float64)
     size = 3 ** (4 * torch.rand(2, 20000, 2, generator=generator, dtype=torch.float64)) - 2
     a, b = torch.cat([middle - size / 2, middle + size / 2], dim=-1)
     similarity = ALL[name](a, b)
     assert ((similarity >= 0) & (similarity <= 1)).all()
-    scale, distance = ALL[name].reach(similarity)
-    together = (a[:, 2:] - a[:, :2]).clamp(min=0) + (b[:, 2:] - b[:, :2]).clamp(min=0)
+    scale, distance = ALL[name].max_distance(similarity)
+    sides = (a[:, 2:] - a[:, :2]).clamp(min=0) + (b[:, 2:] - b[:, :2]).clamp(min=0)
     apart = ((a[:, :2] + a[:, 2:]) - (b[:, :2] + b[:, 2:])).abs() / 2
-    known = similarity > 0
-    assert known.sum() > 500
-    assert (apart <= scale * together / 2 + distance + 1e-9)[known].all()
+    positive = similarity > 0
+    assert positive.sum() > 500
+    assert (apart <= scale * sides / 2 + distance + 1e-9)[positive].all()
     if name == "iou":
-        twins = a[known] + torch.tensor([5.0, 0, 5, 0])  # boxes of one size, along one axis
-        overlap = IoU()(a[known], twins)
-        sides = (a[known][:, 2] - a[known][:, 0]).clamp(min=0)
-        reach = IoU().reach(overlap)[0][:, 0] * sides
-        assert (reach >= 5 - 1e-9)[overlap > 0].all()
+        twins = a[positive] + torch.tensor([5.0, 0, 5, 0])  # boxes of one size, along one axis
+        overlap = IoU()(a[positive], twins)
+        sides = (a[positive][:, 2] - a[positive][:, 0]).clamp(min=0)
+        distance = IoU().max_distance(overlap)[0][:, 0] * sides
+        assert (distance >= 5 - 1e-9)[overlap > 0].all()
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("seed", range(3))
-def test_rules_that_measure_by_them(name, seed):
+def test_atss_by_each_similarity(name, seed):
     hw = (160, 350)
     anchors = Anchors.grid(hw)
     rng = np.random.default_rng(seed)
@@ -80,11 +80,13 @@ def test_atss_selects_few_of_an_objects_candidates(similarity, side):
     assert 1 <= (found == 0).sum() <= 18
 
 
-def test_they_are_named_and_set_in_configs():
+def test_configs_name_and_configure_similarities():
     rule = build_assigner(
         make_cfg(
-            *("MODEL.ATSS.ASSIGNERS.ATSS.SIMILARITY", "nwd"),
-            *("MODEL.ATSS.SIMILARITIES.nwd.CONSTANT", 20.0),
+            "MODEL.ATSS.ASSIGNERS.ATSS.SIMILARITY",
+            "nwd",
+            "MODEL.ATSS.SIMILARITIES.nwd.CONSTANT",
+            20.0,
         )
     )
     assert rule.similarity == NWD(20.0)
@@ -93,7 +95,9 @@ def test_they_are_named_and_set_in_configs():
     ):
         build_assigner(
             make_cfg(
-                *("MODEL.ATSS.ASSIGNERS.ATSS.SIMILARITY", "nwd"),
-                *("MODEL.ATSS.SIMILARITIES.nwd.CONSTANT", -1.0),
+                "MODEL.ATSS.ASSIGNERS.ATSS.SIMILARITY",
+                "nwd",
+                "MODEL.ATSS.SIMILARITIES.nwd.CONSTANT",
+                -1.0,
             )
         )

@@ -16,8 +16,8 @@ RANGES = (64, 128, 256, 512)
 @pytest.mark.parametrize("case", ["typical", "crowded", "borders"])
 @pytest.mark.parametrize(("name", "radius"), [("plain", 0), ("center_sampling", 1.5)])
 def test_reference_vectors(case, name, radius):
-    """mmdet's, made with strides 4 to 64 on levels of the size that strides 8 to 128 have; inside
-    begins at 0 there, and at 0.01 px by default here."""
+    """From mmdet, made with strides 4 to 64 on levels of the sizes for strides 8 to 128, and a
+    margin of 0."""
     height, width = REFERENCE[f"{case}/image_size"]
     sizes = [(-(-height // s), -(-width // s)) for s in (8, 16, 32, 64, 128)]
     anchors = Anchors.on_levels(sizes, (4, 8, 16, 32, 64))
@@ -48,8 +48,8 @@ def brute_force(anchors, gt, radius, top_k):
                 start += count
             positive &= near
         area = np.prod(box[2:] - box[:2])
-        mine = positive & (area < smallest)
-        owner[mine], smallest[mine] = g, area
+        wins = positive & (area < smallest)
+        owner[wins], smallest[wins] = g, area
     return owner
 
 
@@ -78,7 +78,7 @@ def test_no_object():
     assert gt_index.shape[0] == 2
 
 
-def test_of_two_objects_the_smaller_wins_of_equal_ones_the_first():
+def test_conflicts_go_to_smaller_then_to_first_object():
     anchors = Anchors.grid((64, 64))
     small, large = [16, 16, 40, 40], [8, 8, 56, 56]
     assert SpatialScale()(anchors, make_gt([large, small])).gt_index[0, 3 * 8 + 3] == 1
@@ -89,7 +89,7 @@ def test_of_two_objects_the_smaller_wins_of_equal_ones_the_first():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"ranges": (128, 64)}, "ranges must rise from above 0, not"),
+        ({"ranges": (128, 64)}, "ranges must increase and be above 0, got"),
         ({"radius": -1}, "radius must be >= 0, got -1"),
         ({"top_k": -1}, "top_k must be >= 0, got -1"),
     ],
@@ -104,12 +104,12 @@ def test_refuses_ranges_of_other_levels():
         SpatialScale()(Anchors.grid((64, 64), strides=(8,)), make_gt([]))
 
 
-def test_torch_dtype_of_the_result():
+def test_gt_index_is_int64():
     gt_index = SpatialScale()(Anchors.grid((64, 64)), make_gt([[0, 0, 40, 40]])).gt_index
     assert gt_index.dtype == torch.int64
 
 
-def test_on_the_border_is_outside():
+def test_location_on_the_border_is_outside():
     """The location at (12, 12), on the left side of the object."""
     anchors = Anchors.grid((64, 64))
     gt_index = SpatialScale(margin=0)(anchors, make_gt([[12, 4, 60, 60]])).gt_index

@@ -1,4 +1,4 @@
-"""Whatever happens while a checkpoint is written, there is one to resume from."""
+"""At any moment of writing a checkpoint, a complete one exists to resume from."""
 
 import os
 import stat
@@ -38,14 +38,14 @@ def save(checkpointer, *iterations):
 
 
 def resume(checkpointer):
-    """(iteration, weight) that a new process resumes from."""
+    """Return (iteration, weight) that a new process resumes from."""
     new = TrainingCheckpointer(nn.Linear(1, 1), checkpointer.save_dir, trainer=Progress())
     new.resume_or_load("", resume=True)
     return new.checkpointables["trainer"].iteration, new.model.weight.item()
 
 
 def stop_within(monkeypatch, name, error):
-    """torch.save writes half, or os.replace nothing, and stops with the error."""
+    """Stop torch.save after half a file, or os.replace before it starts, with the error."""
     whole = torch.save
 
     def half(data, file):
@@ -61,7 +61,7 @@ def stop_within(monkeypatch, name, error):
 
 
 @pytest.mark.parametrize("where", ["save", "replace"])
-def test_a_stop_within_the_write_leaves_the_one_before(checkpointer, monkeypatch, where):
+def test_stop_during_write_keeps_last_checkpoint(checkpointer, monkeypatch, where):
     save(checkpointer, 2)
     with monkeypatch.context() as patch:
         stop_within(patch, where, KeyboardInterrupt())
@@ -75,8 +75,8 @@ def test_a_stop_within_the_write_leaves_the_one_before(checkpointer, monkeypatch
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_only_a_resumption_counts_on(tmp_path, resume):
-    """What a training has counted is not part of the weights that another begins from."""
+def test_only_resuming_keeps_counts(tmp_path, resume):
+    """Counts of a training are not weights."""
 
     def model():
         shared = Balance(3)
@@ -91,22 +91,22 @@ def test_only_a_resumption_counts_on(tmp_path, resume):
     assert new.model["second"].counts.tolist() == [7 * resume] * 3
 
 
-def test_what_a_kill_left_is_overwritten(checkpointer, tmp_path):
+def test_unfinished_file_is_overwritten(checkpointer, tmp_path):
     (tmp_path / f"{checkpointer.UNFINISHED}_{os.getpid()}").write_bytes(b"x" * 100_000)
     save(checkpointer, 2)
     assert resume(checkpointer) == (2, 2.0)
     assert set(os.listdir(tmp_path)) == {"model_0000002.pth", "last_checkpoint"}
 
 
-def test_a_write_that_fails_gives_its_room_back(checkpointer, monkeypatch, tmp_path):
+def test_failed_write_frees_the_disk(checkpointer, monkeypatch, tmp_path):
     stop_within(monkeypatch, "save", OSError(28, "No space left on device"))
     with pytest.raises(OSError, match="No space left"):
         save(checkpointer, 2)
     assert not os.listdir(tmp_path)
 
 
-def test_the_name_follows_when_the_file_is_complete(checkpointer, monkeypatch, tmp_path):
-    """A kill between the two writes loses nothing either: the older one is named."""
+def test_last_checkpoint_is_written_after_the_file(checkpointer, monkeypatch, tmp_path):
+    """A kill between the two writes leaves the older name."""
     save(checkpointer, 2)
     monkeypatch.setattr(checkpointer, "tag_last_checkpoint", lambda name: None)
     save(checkpointer, 5)
@@ -114,9 +114,8 @@ def test_the_name_follows_when_the_file_is_complete(checkpointer, monkeypatch, t
     assert resume(checkpointer) == (2, 2.0)
 
 
-def test_files_and_names_reach_the_disk_in_order(checkpointer, tmp_path, monkeypatch):
-    """The whole file before it gets its name; its name, which the folder holds, before
-    last_checkpoint has it."""
+def test_files_are_synced_before_names(checkpointer, tmp_path, monkeypatch):
+    """The file before its name, and its name before last_checkpoint."""
     steps = []
     fsync, replace = os.fsync, os.replace
 
@@ -135,7 +134,7 @@ def test_files_and_names_reach_the_disk_in_order(checkpointer, tmp_path, monkeyp
     assert steps == [x for pair in zip(sizes, names, strict=True) for x in (*pair, "folder")]
 
 
-def test_the_last_ones_are_kept_over_restarts(checkpointer, tmp_path):
+def test_last_checkpoints_are_kept_over_restarts(checkpointer, tmp_path):
     (tmp_path / "model_best.pth").touch()
     (tmp_path / "model_0090000.pth").touch()  # of a longer run
     save(checkpointer, 2, 5)
@@ -152,16 +151,16 @@ def test_the_last_ones_are_kept_over_restarts(checkpointer, tmp_path):
     assert resume(checkpointer) == (11, 11.0)
 
 
-def test_all_are_kept_by_default_and_less_than_none_is_refused(tmp_path):
+def test_all_are_kept_by_default_and_negative_is_refused(tmp_path):
     checkpointer = TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path), trainer=Progress())
     save(checkpointer, 2, 5, 8)
     assert len(os.listdir(tmp_path)) == 4
-    with pytest.raises(ValueError, match=r"CHECKPOINTS_TO_KEEP must be 0 \(all\) or more, not -1"):
+    with pytest.raises(ValueError, match=r"TO_KEEP must be >= 0 \(0 keeps all\), got -1"):
         TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path), keep=-1)
 
 
 def test_numpy_numbers_beside_the_states_are_read(checkpointer, caplog):
-    """As a metric that a user's hook saves."""
+    """Such as a metric that a user's hook saves."""
     save(checkpointer, 2)
     checkpointer.save("model_best", metric=np.float64(0.5))
     assert resume(checkpointer) == (2, 2.0)
@@ -173,22 +172,22 @@ def cut(file):
 
 
 def spoil(file):
-    """Replaces the weight, 5, by 0."""
+    """Replace the weight, 5, by 0."""
     content = file.read_bytes()
     assert content.count(np.float32(5).tobytes()) == 1
     file.write_bytes(content.replace(np.float32(5).tobytes(), bytes(4)))
 
 
 @pytest.mark.parametrize("damage", [cut, os.remove, lambda file: file.write_bytes(b""), spoil])
-def test_resumes_from_the_newest_that_can_be_read(checkpointer, tmp_path, caplog, damage):
+def test_resumes_from_newest_readable_checkpoint(checkpointer, tmp_path, caplog, damage):
     save(checkpointer, 2, 5)
     damage(tmp_path / "model_0000005.pth")
     assert resume(checkpointer) == (2, 2.0)
-    assert "model_0000005.pth is missing or cannot be read: going on from" in caplog.text
+    assert "model_0000005.pth is missing or cannot be read: resuming from" in caplog.text
 
 
 @pytest.mark.parametrize("content", [None, "", "gone.pth"])
-def test_resumes_without_a_true_last_checkpoint(checkpointer, tmp_path, content):
+def test_resumes_with_a_wrong_last_checkpoint(checkpointer, tmp_path, content):
     save(checkpointer, 2, 5)
     (tmp_path / "last_checkpoint").unlink()
     if content is not None:
@@ -196,8 +195,8 @@ def test_resumes_without_a_true_last_checkpoint(checkpointer, tmp_path, content)
     assert resume(checkpointer) == (5, 5.0)
 
 
-def test_without_last_checkpoint_progress_decides_not_the_name(checkpointer, tmp_path):
-    """As where a short run was prolonged."""
+def test_without_last_checkpoint_progress_decides(checkpointer, tmp_path):
+    """As after a longer run."""
     save(checkpointer, 2)
     checkpointer.save("model_final", iteration=2)
     save(checkpointer, 5)
@@ -206,7 +205,7 @@ def test_without_last_checkpoint_progress_decides_not_the_name(checkpointer, tmp
 
 
 def test_images_count_more_than_iterations(checkpointer, tmp_path, monkeypatch):
-    """A larger batch counts fewer iterations."""
+    """With a larger batch, iterations are fewer."""
     for seen, iteration in ((12, 5), (20, 3)):
         state = {"iteration": iteration, "images_seen": seen}
         monkeypatch.setattr(Progress, "state_dict", lambda self, state=state: state)
@@ -215,8 +214,8 @@ def test_images_count_more_than_iterations(checkpointer, tmp_path, monkeypatch):
     assert resume(checkpointer) == (3, 3.0)
 
 
-def test_a_file_is_verified_once(checkpointer, monkeypatch):
-    """A resumption asks for it several times, and it may have gigabytes."""
+def test_file_is_verified_once(checkpointer, monkeypatch):
+    """A resumption loads it several times, and it may have gigabytes."""
     save(checkpointer, 2)
     names = []
     verify = zipfile.ZipFile.testzip

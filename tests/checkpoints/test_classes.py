@@ -1,4 +1,4 @@
-"""From weights of some classes to a model of others: rows follow names."""
+"""Weights of some classes in a model of others: rows follow names."""
 
 import logging
 import math
@@ -41,7 +41,7 @@ class Progress:
 
 
 def trained(**kwargs):
-    """A model of the old classes, none of whose rows is like another."""
+    """A model of the old classes with distinct rows."""
     model = Model(len(OLD), **kwargs, seed=0)
     for x in model.parameters():
         nn.init.normal_(x)
@@ -49,21 +49,21 @@ def trained(**kwargs):
 
 
 def saved(model, folder, names=OLD):
-    """The file that a training of these classes leaves."""
+    """The checkpoint of a training of these classes."""
     checkpointer = TrainingCheckpointer(model, str(folder), class_names=names, trainer=Progress())
     checkpointer.save("model_final")
     return str(folder / "model_final.pth")
 
 
 def begin(file, names, **kwargs):
-    """A model of other classes that begins from the file, and what it was before."""
+    """Return a model of other classes that begins from the file, and its initial state."""
     model, fresh = Model(len(names), **kwargs), Model(len(names), **kwargs)
     TrainingCheckpointer(model, "", class_names=names).resume_or_load(file, resume=False)
     return model, fresh
 
 
 def logits(model):
-    """(N, H, W, A, K), on random features."""
+    """Return (N, H, W, A, K) on random features."""
     features = torch.randn(1, 8, 4, 5, generator=torch.Generator().manual_seed(2))
     head = model.head
     with torch.no_grad():
@@ -83,14 +83,14 @@ def caplog(caplog):
         (["Traffic Light"], [" traffic_light "], {0: 0}),
         (["t-shirt"], ["T shirt"], {0: 0}),
         (["tshirt", "car"], ["t shirt", "cart"], {}),
-        (["A", "a"], ["a", "A"], {0: 1, 1: 0}),  # letters are other classes than small letters
+        (["A", "a"], ["a", "A"], {0: 1, 1: 0}),  # case distinguishes classes
         (["A"], ["a", "A"], {1: 0}),
         (["x", "x"], ["x", "y", "x", "x"], {0: 0, 2: 1}),
         (["-1", "1"], ["1", "-1"], {0: 1, 1: 0}),
         ([], ["a"], {}),
     ],
 )
-def test_which_names_are_equal(theirs, ours, places):
+def test_equal_names(theirs, ours, places):
     assert equal_names(theirs, ours) == places
 
 
@@ -100,14 +100,14 @@ def test_which_names_are_equal(theirs, ours, places):
     [
         ["cell", "Zebra", "person", "tile", "a", "b", "c"],
         ["dog", "zebra", "traffic_light", "person"],  # as many, in another order
-        ["person", "horse", "zebra", "cell"],  # as many, others among them
+        ["person", "horse", "zebra", "cell"],  # as many, some others
         ["tile", "cell"],
         OLD,
     ],
 )
 def test_rows_follow_names(tmp_path, names, num_anchors):
-    """What the new model says of a class is what the old one said, at every anchor; of others it
-    says what a new layer does."""
+    """Logits of common classes are the old model's at every anchor, those of others a new
+    layer's."""
     old = trained(num_anchors=num_anchors)
     model, fresh = begin(saved(old, tmp_path), names, num_anchors=num_anchors)
     before, now = logits(old), logits(model)
@@ -127,33 +127,33 @@ def test_rows_follow_names(tmp_path, names, num_anchors):
             assert torch.equal(value, old.state_dict()[name]), name
 
 
-def test_the_log_says_which_classes_are_known(tmp_path, caplog):
+def test_log_lists_common_and_new_classes(tmp_path, caplog):
     file = saved(trained(), tmp_path)
     begin(file, ["cell", "dog", "person"])
-    assert "Classes known to the weights: dog, person (2 of 3); new: cell" in caplog.text
+    assert "Classes in the weights: dog, person (2 of 3); new: cell" in caplog.text
     assert "Skip loading" not in caplog.text
     begin(file, ["tile", "cell"])
-    assert "Classes known to the weights: none (0 of 2); new: tile, cell" in caplog.text
+    assert "Classes in the weights: none (0 of 2); new: tile, cell" in caplog.text
     begin(file, OLD[::-1])
     last = caplog.records[-1].getMessage()
-    assert last == "Classes known to the weights: dog, zebra, traffic light, person (4 of 4)"
+    assert last == "Classes in the weights: dog, zebra, traffic light, person (4 of 4)"
 
 
 @pytest.mark.parametrize("known", ["neither", "ours", "theirs"])
-def test_without_names_rows_are_taken_by_place(tmp_path, caplog, known):
-    """As of all checkpoints of before."""
+def test_without_names_rows_keep_their_positions(tmp_path, caplog, known):
+    """As in all older checkpoints."""
     old = trained()
     file = saved(old, tmp_path, OLD if known == "theirs" else [])
     ours = ["a", "b", "c", "d"] if known == "ours" else []
     model = Model(4)
     TrainingCheckpointer(model, "", class_names=ours).resume_or_load(file, resume=False)
     assert torch.equal(model.head.cls_score.weight, old.head.cls_score.weight)
-    who = "This run does" if known == "theirs" else "The weights do"
-    assert f"{who} not name classes: the class layer is taken over as it is" in caplog.text
+    who = "This run has" if known == "theirs" else "The weights have"
+    assert f"{who} no class names: the class layer is loaded unchanged" in caplog.text
 
 
 def test_rows_follow_names_behind_a_prefix(tmp_path):
-    """As of a model that was saved while it was distributed."""
+    """As in a model that was saved inside DistributedDataParallel."""
     old = trained()
     wrapped = nn.DataParallel(old).state_dict()
     torch.save({"model": wrapped, "class_names": OLD}, tmp_path / "old.pth")
@@ -162,7 +162,7 @@ def test_rows_follow_names_behind_a_prefix(tmp_path):
     assert torch.equal(weight, old.head.cls_score.weight.unflatten(0, (3, 4))[:, [3, 0]])
 
 
-def test_without_names_and_of_another_number_the_layer_begins_anew(tmp_path, caplog):
+def test_without_names_another_number_keeps_random_layer(tmp_path, caplog):
     old = trained()
     file = tmp_path / "old.pth"
     torch.save({"model": old.state_dict()}, file)
@@ -170,8 +170,8 @@ def test_without_names_and_of_another_number_the_layer_begins_anew(tmp_path, cap
     assert torch.equal(model.head.cls_score.weight, fresh.head.cls_score.weight)
     assert torch.equal(model.head.bbox_pred.weight, old.head.bbox_pred.weight)
     assert (
-        "The weights do not name classes, and head.cls_score.weight is (12, 8, 3, 3), which does "
-        "not fit: the class layer begins anew" in caplog.text
+        "The weights have no class names, and head.cls_score.weight is (12, 8, 3, 3), which does "
+        "not fit: its layer stays random" in caplog.text
     )
 
 
@@ -189,19 +189,19 @@ def test_rows_of_other_anchors_or_sizes_are_left_out(tmp_path, caplog, theirs, o
     for name in ("weight", "bias"):
         found, before = (getattr(x.head.cls_score, name) for x in (model, fresh))
         assert torch.equal(found, before)
-    assert "The weights name 4 classes, and head.cls_score.weight is (" in caplog.text
-    assert "Classes known" not in caplog.text
+    assert "The weights have 4 class names, and head.cls_score.weight is (" in caplog.text
+    assert "Classes in the weights" not in caplog.text
 
 
-def test_weights_without_a_class_layer_say_nothing_of_classes(tmp_path, caplog):
+def test_weights_without_class_layer_log_nothing(tmp_path, caplog):
     state = {k: v for k, v in Model(2).state_dict().items() if "cls_score" not in k}
     torch.save({"model": state}, tmp_path / "backbone.pth")
     begin(str(tmp_path / "backbone.pth"), ["person", "cell"])
-    assert "name classes" not in caplog.text
+    assert "class names" not in caplog.text
 
 
-def test_resuming_takes_everything_as_it_is(tmp_path, caplog):
-    """Rows by place, and the states; that names have changed since is said."""
+def test_resuming_loads_everything_unchanged(tmp_path, caplog):
+    """Rows by position, and states; other names are warned of."""
     old = trained()
     saved(old, tmp_path)
     model, progress = Model(4, seed=5), Progress()
@@ -211,38 +211,40 @@ def test_resuming_takes_everything_as_it_is(tmp_path, caplog):
     for name, value in model.state_dict().items():
         assert torch.equal(value, old.state_dict()[name]), name
     assert progress.loaded == {"iteration": 7}
-    assert "Class 0 is 'person' to the weights" in caplog.text
+    assert "Class 0 is 'person' in the weights" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "warning"),
     [
-        (["person", "dog", "zebra", "Traffic-Light"], "Class 1 is 'traffic light' to the weights"),
-        (["person", "traffic light", "zebra", "cat"], "Class 3 is 'dog' to the weights"),
+        (["person", "dog", "zebra", "Traffic-Light"], "Class 1 is 'traffic light' in the weights"),
+        (["person", "traffic light", "zebra", "cat"], "Class 3 is 'dog' in the weights"),
         (["Person", "traffic_light", "zebra", "dog "], None),
         ([], None),
-        (["person", "zebra"], None),  # of another number, which the weights do not fit
+        (["person", "zebra"], None),  # of another number, which does not fit the weights
         (["person", "traffic light", "zebra", "cat", "dog"], None),
     ],
 )
-def test_evaluation_of_other_classes_is_warned_of(tmp_path, caplog, names, said):
+def test_evaluation_of_other_classes_warns(tmp_path, caplog, names, warning):
     old, model = trained(), Model(4)
     file = saved(old, tmp_path)
     SafeCheckpointer(model, class_names=names).resume_or_load(file, resume=False)
     assert torch.equal(model.head.cls_score.weight, old.head.cls_score.weight)
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert len(warnings) == (said is not None)
-    if said:
-        assert warnings[0].startswith(f"{said} {file}, but {names[int(said[6])]!r} here")
+    assert len(warnings) == (warning is not None)
+    if warning:
+        assert warnings[0].startswith(
+            f"{warning} {file}, but {names[int(warning[6])]!r} in this run"
+        )
 
 
-def test_a_checkpoint_holds_the_names_as_data(tmp_path):
+def test_checkpoint_contains_names(tmp_path):
     content = torch.load(saved(trained(), tmp_path), weights_only=True)
     assert content["class_names"] == OLD
 
 
 @pytest.mark.parametrize("names", ["person", {"0": "person"}, [1, 2]])
-def test_names_that_are_none_are_refused(tmp_path, names):
+def test_malformed_names_are_refused(tmp_path, names):
     file = tmp_path / "odd.pth"
     torch.save({"model": Model(1).state_dict(), "class_names": names}, file)
     with pytest.raises(WeightsError, match=r"odd\.pth has class_names that are no list of names"):
@@ -250,7 +252,7 @@ def test_names_that_are_none_are_refused(tmp_path, names):
 
 
 @pytest.mark.parametrize(("config", "count"), [("atss_box", 1), ("atss_A9", 9)])
-def test_the_layers_of_a_whole_model(config, count):
+def test_class_tensors_of_a_whole_model(config, count):
     cfg = make_cfg(config=f"tables/{config}.yaml")
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Published weights: what the authors' code and mmdet compute with the same numbers."""
+"""Published weights give the outputs of the authors' code and of mmdet."""
 
 import json
 import pickle
@@ -14,6 +14,7 @@ import pytest
 import recipe
 import torch
 from conftest import GOLDEN, ROOT, make_cfg, make_input
+from detections import compare
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from PIL import Image
@@ -33,7 +34,7 @@ from atss.weights import WeightsError
 
 OFFICIAL_SHAPES = json.loads((GOLDEN / "official_atss_r50_shapes.json").read_text())
 MMDET_SHAPES = json.loads((GOLDEN / "mmdet_atss_r50_shapes.json").read_text())
-# Whose names tell nothing.
+# Without class names.
 SMALL = "ATSS_R_18_FPN_small.yaml"
 DETECTOR = {"official": None, "mmdet": "atss"}
 MAP = json.loads((GOLDEN / "checkpoint_map_d2.json").read_text())
@@ -45,13 +46,13 @@ def tensors(shapes):
 
 @pytest.fixture(scope="module")
 def weights():
-    """Made-up weights as either code saves them."""
+    """Random weights in the format of either code."""
     return {"official": tensors(OFFICIAL_SHAPES), "mmdet": tensors(MMDET_SHAPES)}
 
 
 @pytest.fixture(scope="module", params=["box", "point"])
 def official(request, weights):
-    """The authors' model with made-up weights, converted: model, input, what theirs computed."""
+    """The authors' model with random weights, converted: model, input, the authors' results."""
     suffix = "" if request.param == "box" else "_point"
     reference = np.load(GOLDEN / f"official_atss_r50{suffix}.npz")
     state = dict(weights["official"])
@@ -63,7 +64,7 @@ def official(request, weights):
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg).eval()
     model.load_state_dict(converted)
-    # Their boxes hold their last pixel.
+    # Legacy boxes contain their last pixel.
     boxes = reference["gt_boxes"] + np.array([0, 0, 1, 1], np.float32)
     example = make_input(boxes, reference["gt_labels"] - 1, (160, 224))
     example["image"] = torch.from_numpy(reference["image"])
@@ -77,13 +78,13 @@ def outputs(model, example):
         return model.head([features[name] for name in model.head_in_features])
 
 
-def test_head_outputs_are_the_authors(official):
+def test_head_outputs_equal_the_authors(official):
     model, example, reference, regression = official
     output = outputs(model, example)
     if regression == "point":
         output = output._replace(
             box_regression=output.box_regression.relu()
-        )  # ours rectifies when it decodes
+        )  # our ReLU is in decoding
     for name, ours in zip(("cls", "box", "ctr"), output[:3], strict=True):
         maps = [reference[f"{name}_{level}"] for level in range(5)]
         expected = np.concatenate([x.reshape(x.shape[-3], -1).T for x in maps])
@@ -91,9 +92,10 @@ def test_head_outputs_are_the_authors(official):
         assert np.abs(ours - expected).max() <= 1e-3 * np.abs(expected).max()
 
 
-def test_losses_equal_the_authors_formulas_on_continuous_boxes(official, monkeypatch):
-    """Theirs are of legacy boxes, without the last pixel in GIoU and centerness; the reference is
-    the same network and formulas on boxes that are half a pixel larger on each side."""
+def test_losses_equal_the_authors_on_continuous_boxes(official, monkeypatch):
+    """The authors' losses are of legacy boxes, without the last pixel in GIoU and centerness; the
+    reference is the same network and formulas on boxes that are half a pixel larger on each
+    side."""
     model, _, reference, _ = official
     boxes = reference["gt_boxes"] + np.array([-0.5, -0.5, 0.5, 0.5], np.float32)
     example = make_input(boxes, reference["gt_labels"] - 1, (160, 224))
@@ -111,8 +113,9 @@ def test_losses_equal_the_authors_formulas_on_continuous_boxes(official, monkeyp
 
 
 @pytest.mark.parametrize("which", ["det", "low"])
-def test_detections_are_the_authors(official, which):
-    """As sets, theirs are not sorted. "low" has fewer than 100, so that the filter decides."""
+def test_detections_equal_the_authors(official, which):
+    """As sets: the authors' are not sorted. "low" has fewer than 100, so that the filter
+    decides."""
     model, example, reference, _ = official
     shift = float(reference["low_shift"]) if which == "low" else 0.0
     with torch.no_grad():
@@ -126,20 +129,9 @@ def test_detections_are_the_authors(official, which):
     )
 
 
-def compare(boxes, scores, classes, their_boxes, their_scores, their_classes):
-    """Each detection has its own equal in the other set."""
-    assert len(boxes) == len(their_boxes)
-    free = np.ones(len(boxes), bool)
-    for box, score, k in zip(their_boxes, their_scores, their_classes, strict=True):
-        near = (np.abs(boxes - box).max(axis=1) <= 0.05) & (np.abs(scores - score) <= 1e-3)
-        match = np.flatnonzero(near & (classes == k) & free)
-        assert len(match), f"no detection of class {k} at {box}"
-        free[match[0]] = False
-
-
 def test_boxes_keep_their_last_pixel_when_resized(official):
-    """Of an image half as large as the input: a box (x1, x2), last pixel included, is
-    (x1 / 2, (x2 - 1) / 2 + 1) there."""
+    """On an image half as large as the input, a box (x1, x2) with its last pixel becomes (x1 / 2,
+    (x2 - 1) / 2 + 1)."""
     model, example, _, _ = official
     with torch.no_grad():
         same = model([example])[0]["instances"].pred_boxes.tensor
@@ -153,7 +145,7 @@ def test_boxes_keep_their_last_pixel_when_resized(official):
 
 @pytest.mark.parametrize("original", [(160, 112), (80, 224)], ids=["narrower", "lower"])
 def test_each_side_keeps_its_own_last_pixel(official, original):
-    """Of an image half as wide, or half as high, as the input."""
+    """On an image half as wide, or half as high, as the input."""
     model, example, _, _ = official
     height, width = original
     with torch.no_grad():
@@ -166,9 +158,8 @@ def test_each_side_keeps_its_own_last_pixel(official, original):
     torch.testing.assert_close(other.pred_boxes.tensor, expected)
 
 
-def test_mmdets_detections_from_a_file_through_the_converter(weights, tmp_path):
-    """The image is read as training and evaluation read it, in the order of channels that the
-    config says."""
+def test_mmdets_detections_through_the_tool(weights, tmp_path):
+    """The image is read as in training and evaluation, with the config's order of channels."""
     reference = np.load(GOLDEN / "mmdet_atss_r50.npz")
     state = dict(weights["mmdet"])
     state["bbox_head.atss_cls.bias"] = state["bbox_head.atss_cls.bias"] - 2
@@ -220,9 +211,9 @@ def test_to_mmdet_and_back(weights):
         to_mmdet(convert(weights["official"], "official"), cfg)
 
 
-def test_a_model_trained_here_becomes_mmdets(tmp_path, capsys):
-    """Names and shapes are those of mmdet's own R-50, and what its config has to say is told:
-    nothing of this is mmdet's default."""
+def test_trained_model_becomes_mmdets(tmp_path, capsys):
+    """Names and shapes equal those of mmdet's R-50, and the config has all settings that are not
+    mmdet's defaults."""
     opts = ("MODEL.ATSS.TOWER_BIAS", False, "MODEL.ATSS.NUM_CLASSES", 80)
     cfg = make_cfg(*opts, config="ATSS_R_50_FPN_1x.yaml")
     model = build_model(cfg)
@@ -252,7 +243,7 @@ def test_a_model_trained_here_becomes_mmdets(tmp_path, capsys):
 
 
 def test_lower_levels_become_mmdets():
-    """An FPN on res2 to res4: mmdet counts its levels from zero, and calls P5 and P6 its third and
+    """An FPN on res2 to res4: mmdet counts its levels from zero, and P5 and P6 are its third and
     fourth."""
     levels = ["res2", "res3", "res4"]
     opts = ("MODEL.FPN.IN_FEATURES", levels, "MODEL.RESNETS.OUT_FEATURES", levels)
@@ -274,7 +265,7 @@ def test_lower_levels_become_mmdets():
     assert model["model"]["bbox_head"]["anchor_generator"]["strides"] == [4, 8, 16, 32, 64]
 
 
-def test_what_mmdet_cannot_do_is_said():
+def test_unsupported_configs_are_refused():
     opts = ("MODEL.ATSS.TOWER_BIAS", False, "MODEL.FPN.NORM", "", "MODEL.ATSS.NUM_CONVS", 1)
     cfg = make_cfg(*opts, config=SMALL)
     state = build_model(cfg).state_dict()
@@ -288,10 +279,14 @@ def test_what_mmdet_cannot_do_is_said():
     with pytest.raises(ConversionError, match=r"missing: head\.cls_subnet\.3\.weight"):
         to_mmdet(state, make_cfg(*opts[:-1], 2, config=SMALL))  # another run's config
     for key, value in (
-        *(("ATSS.REGRESSION", "point"), ("ATSS.LEGACY_PIXELS", True), ("ATSS.NORM", "BN")),
-        *(("FPN.FUSE_TYPE", "avg"), ("RESNETS.RES5_DILATION", 2), ("FPN.NORM", "BN")),
+        ("ATSS.REGRESSION", "point"),
+        ("ATSS.LEGACY_PIXELS", True),
+        ("ATSS.NORM", "BN"),
+        ("FPN.FUSE_TYPE", "avg"),
+        ("RESNETS.RES5_DILATION", 2),
+        ("FPN.NORM", "BN"),
     ):
-        with pytest.raises(ConversionError, match=rf"nothing like MODEL\.{key} {value!r}"):
+        with pytest.raises(ConversionError, match=rf"only MODEL\.{key} .*, got {value!r}"):
             mmdet_config(make_cfg(*opts, f"MODEL.{key}", value, config=SMALL), state)
     with pytest.raises(ConversionError, match="one anchor per location"):
         mmdet_config(make_cfg(config="tables/atss_A9.yaml"), state)
@@ -322,8 +317,9 @@ def deformable(weights, source):
 
 
 @pytest.mark.parametrize("source", ["official", "mmdet"])
-def test_strides_lie_where_each_code_has_them(weights, source):
-    """The authors' plain ResNets stride in the 1 x 1 convolution, everybody else in the 3 x 3."""
+def test_strides_are_in_each_codes_layer(weights, source):
+    """The authors' plain ResNets have the stride in the 1 x 1 convolution, other codes in the 3 x
+    3."""
 
     def strides(state):
         cfg = config_for(
@@ -365,11 +361,11 @@ def test_deformable_weights(weights, source):
     )
     assert "backbone.bottom_up.res3.0.conv2_offset.weight" in converted
     if source == "mmdet":  # its ATSS has no towers with a deformable last convolution
-        with pytest.raises(ConversionError, match=r"DEFORM_TOWER 'v2': only ''"):
+        with pytest.raises(ConversionError, match="DEFORM_TOWER '', got 'v2'"):
             to_mmdet(converted, cfg)
 
 
-def test_what_does_not_fit_is_listed(weights):
+def test_misfits_are_listed(weights):
     state = dict(weights["official"])
     del state["backbone.fpn.fpn_inner2.bias"]
     state["rpn.head.centerness.bias"] = torch.zeros(7)
@@ -380,11 +376,11 @@ def test_what_does_not_fit_is_listed(weights):
     assert lines == [
         "  unexpected: rpn.head.surprise",
         "  missing: backbone.fpn_lateral3.bias",
-        "  wrong shape: head.ctrness.bias is (7,), not (1,)",
+        "  wrong shape: head.ctrness.bias must be (1,), got (7,)",
     ]
-    with pytest.raises(ConversionError, match="as in none of mmdet's"):
+    with pytest.raises(ConversionError, match="unknown predictors"):
         convert(weights["official"], "mmdet")
-    with pytest.raises(ConversionError, match="no weights of a detector"):
+    with pytest.raises(ConversionError, match="only detectors with a ResNet"):
         convert(weights["mmdet"], "official")
 
 
@@ -394,7 +390,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("kind", ["code", "truncated", "text", "absent", "no tensors"])
-def test_files_that_are_no_weights_stop_with_a_sentence(tmp_path, monkeypatch, kind):
+def test_files_without_weights_are_refused(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "weights.pth"
     if kind == "code":
@@ -413,7 +409,7 @@ def test_files_that_are_no_weights_stop_with_a_sentence(tmp_path, monkeypatch, k
 
 
 def load_into(model, file):
-    """As MODEL.WEIGHTS is loaded; what did not match."""
+    """Load weights as MODEL.WEIGHTS, and return the names that did not match."""
 
     class Recording(SafeCheckpointer):
         def _load_model(self, checkpoint):
@@ -425,8 +421,9 @@ def load_into(model, file):
     return checkpointer.left
 
 
-def test_the_checkpointer_loads_what_was_converted(weights, tmp_path, caplog):
-    """With as many classes all of it; with others, all but the class layer, and the log says so."""
+def test_checkpointer_loads_converted_weights(weights, tmp_path, caplog):
+    """With as many classes everything loads; with others, all but the class layer, which is
+    logged."""
     converted = convert(weights["official"], "official")
     torch.save({"model": converted}, tmp_path / "converted.pth")
     cfg = config_for(converted, "official")
@@ -448,7 +445,7 @@ def test_the_checkpointer_loads_what_was_converted(weights, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(("count", "first"), [(80, ["person", "bicycle"]), (3, [])])
-def test_eighty_classes_are_named_as_cocos(weights, tmp_path, count, first):
+def test_eighty_classes_have_cocos_names(weights, tmp_path, count, first):
     state = {k: v[:count] if "atss_cls" in k else v for k, v in weights["mmdet"].items()}
     torch.save({"state_dict": state}, tmp_path / "theirs.pth")
     paths = [str(tmp_path / name) for name in ("theirs.pth", "ours.pth")]
@@ -458,7 +455,7 @@ def test_eighty_classes_are_named_as_cocos(weights, tmp_path, count, first):
     assert len(names) == (count if first else 0)
 
 
-def test_the_tool_writes_weights_and_their_config(weights, tmp_path, capsys):
+def test_tool_writes_weights_and_config(weights, tmp_path, capsys):
     torch.save({"model": weights["official"], "iteration": 3}, tmp_path / "theirs.pth")
     out = tmp_path / "new" / "ours.pth"
     paths = [str(tmp_path / "theirs.pth"), str(out)]
@@ -488,15 +485,15 @@ def test_the_tool_writes_weights_and_their_config(weights, tmp_path, capsys):
     assert set(load(back)) == set(weights["mmdet"])
 
 
-def test_the_config_finds_its_weights_from_any_folder(weights, tmp_path, monkeypatch):
+def test_config_finds_weights_from_any_folder(weights, tmp_path, monkeypatch):
     torch.save({"model": weights["official"]}, tmp_path / "theirs.pth")
     monkeypatch.chdir(tmp_path)
     convert_checkpoint.main(["--from", "official", "theirs.pth", "new/ours.pth"])
     assert str(tmp_path / "new" / "ours.pth") == load_config("new/ours.yaml").MODEL.WEIGHTS
 
 
-def test_the_recipe_for_tuning_goes_over_what_was_written(weights, tmp_path):
-    """It trains these weights, in their pixels, on any classes."""
+def test_fine_tuning_recipe_overrides_written_config(weights, tmp_path):
+    """It trains these weights, with their preprocessing, on any classes."""
     torch.save({"model": weights["official"]}, tmp_path / "theirs.pth")
     paths = [str(tmp_path / name) for name in ("theirs.pth", "ours.pth")]
     convert_checkpoint.main(["--from", "official", *paths])
@@ -511,7 +508,7 @@ def test_the_recipe_for_tuning_goes_over_what_was_written(weights, tmp_path):
     assert given.INPUT.FORMAT == cfg.INPUT.FORMAT
 
 
-def test_the_tool_writes_nothing_where_weights_do_not_fit(weights, tmp_path):
+def test_tool_writes_nothing_if_weights_do_not_fit(weights, tmp_path):
     state = {k: v for k, v in weights["official"].items() if "centerness" not in k}
     torch.save({"model": state}, tmp_path / "theirs.pth")
     for argv, sentence in (
@@ -527,8 +524,8 @@ def test_the_tool_writes_nothing_where_weights_do_not_fit(weights, tmp_path):
 
 
 def test_imagenet_weights_of_detectron2s_catalogue(tmp_path):
-    """A file with the names of MSRA/R-50.pkl (Caffe2's) fills the backbone: what is left to begin
-    anew is FPN, the levels above it, and the head."""
+    """A file with the names of MSRA/R-50.pkl (Caffe2's) fills the backbone; FPN, the levels above
+    it and the head stay random."""
     cfg = make_cfg(config="ATSS_R_50_FPN_1x.yaml")
     model = build_model(cfg)
     blobs = {}
@@ -558,7 +555,7 @@ def test_imagenet_weights_of_detectron2s_catalogue(tmp_path):
     torch.testing.assert_close(filled.norm.bias, torch.from_numpy(expected))
 
 
-def test_a_conversion_that_cannot_be_written_leaves_nothing(weights, tmp_path, monkeypatch):
+def test_failed_write_leaves_nothing(weights, tmp_path, monkeypatch):
     torch.save({"model": weights["official"]}, tmp_path / "theirs.pth")
     argv = ["--from", "official", str(tmp_path / "theirs.pth")]
 
@@ -584,7 +581,7 @@ def test_a_conversion_that_cannot_be_written_leaves_nothing(weights, tmp_path, m
 @pytest.mark.parametrize("way", [["--from", "official"], ["--from", "mmdet"], ["--to", "mmdet"]])
 @pytest.mark.parametrize("there", [".pth", "settings"])
 def test_no_output_is_replaced(way, there, tmp_path):
-    """That is said before IN is looked for."""
+    """Checked before IN is read."""
     ending = {"--from": ".yaml", "--to": ".py"}[way[0]] if there == "settings" else there
     file = tmp_path / f"out{ending}"
     file.write_text("mine")

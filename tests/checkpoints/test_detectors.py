@@ -1,5 +1,5 @@
-"""mmdet's detectors with made-up weights, from its files through the converter to our models: what
-mmdet 3.3.0 computes with them, and the way back."""
+"""mmdet's detectors with random weights, converted: outputs equal those of mmdet 3.3.0, and weights
+convert back."""
 
 import json
 import runpy
@@ -15,9 +15,9 @@ import recipe
 import torch
 from benchmarks.peers import import_mmdet
 from conftest import GOLDEN, make_cfg, make_input
+from detections import compare
 from detectron2.modeling import build_model
 from PIL import Image
-from test_convert import compare
 from torch import nn
 from torchvision.ops import DeformConv2d, deform_conv2d
 
@@ -34,8 +34,8 @@ from atss.checkpoints.detectors import DETECTORS, detector_of
 from atss.checkpoints.names import mmdet_rules, rename
 
 SHAPES = json.loads((GOLDEN / "mmdet_successors_r50_shapes.json").read_text())
-# Heads whose output is another than ours: (classes, numbers, ...) as mmdet has them.
-SAID = {"vfnet": lambda found: (found["fine"].classes, found["fine"].box_regression.exp())}
+# Heads whose output differs from ours: (classes, box regression, ...) as in mmdet.
+OUTPUTS = {"vfnet": lambda found: (found["fine"].classes, found["fine"].box_regression.exp())}
 LOSSES = {
     "loss_box_reg": "loss_bbox",
     "loss_overlap": "loss_iou",
@@ -47,7 +47,8 @@ TEXT = "model = dict(type='{0}', bbox_head=dict(\n    type='{0}Head', num_classe
 
 
 def weights_of(detector):
-    """As its reference has them: but for the key, the same numbers for each."""
+    """Return the weights of the reference: except for the key, the same numbers for each
+    detector."""
     state = {k: torch.from_numpy(v) for k, v in recipe.weights(SHAPES[detector]).items()}
     theirs = DETECTORS[detector].predictors["cls_score"]
     state[f"bbox_head.{theirs}.bias"] -= 2
@@ -55,7 +56,7 @@ def weights_of(detector):
 
 
 def reference_of(name):
-    """What mmdet computed, by what it is."""
+    """Return mmdet's results by name."""
     found = np.load(GOLDEN / "mmdet_successors_r50.npz")
     prefix = f"{name}/"
     return {k.removeprefix(prefix): found[k] for k in found if k.startswith(prefix)}
@@ -63,8 +64,8 @@ def reference_of(name):
 
 @pytest.fixture(scope="module", params=SHAPES)
 def converted(request, tmp_path_factory):
-    """From a file, by the tool, which finds out whose weights these are: the folder with ours.pth
-    and ours.yaml; the model; what mmdet computed; its name."""
+    """Convert a file with the tool, which finds the detector: the folder with ours.pth and
+    ours.yaml; the model; mmdet's results; the detector."""
     detector, folder = request.param, tmp_path_factory.mktemp("converted")
     text = TEXT.format(DETECTORS[detector].head.removesuffix("Head"))
     if detector.startswith("tood"):
@@ -91,8 +92,8 @@ def test_head_outputs_equal_mmdets(converted):
         images = model.preprocess_image([example])
         features = model.backbone(images.tensor)
         output = model.head([features[name] for name in model.head_in_features])
-    said = SAID.get(detector, lambda found: found[:3])(output)
-    ours = [x for x in said if x is not None]
+    parts = OUTPUTS.get(detector, lambda found: found[:3])(output)
+    ours = [x for x in parts if x is not None]
     kinds = {k.split("_")[0] for k in reference if k.startswith("out")}
     assert len(ours) == len(kinds)
     for j, x in enumerate(ours):
@@ -128,8 +129,8 @@ def test_losses_and_gradients_equal_mmdets(converted):
     assert_learns_as(model, example, reference, detector)
 
 
-def test_what_teaches_before_task_alignment_is_mmdets(converted):
-    """TOOD's first epochs, which the config of its weights has no more."""
+def test_warm_up_losses_equal_mmdets(converted):
+    """TOOD's first epochs, which the config of its weights lacks."""
     folder, _, example, _, detector = converted
     reference = reference_of(f"{detector}_first")
     if not reference:
@@ -155,7 +156,7 @@ def test_detections_equal_mmdets(converted):
 
 
 def test_back_to_mmdet(converted, tmp_path):
-    """The same numbers under the same names, and a config from which their kind can be told."""
+    """Same numbers under the same names, and a config that identifies the detector."""
     folder, _, _, _, detector = converted
     argv = ["--to", "mmdet", "--config-file", str(folder / "ours.yaml")]
     convert_checkpoint.main([*argv, str(folder / "ours.pth"), str(tmp_path / "back.pth")])
@@ -178,7 +179,7 @@ def test_back_to_mmdet(converted, tmp_path):
     )
 
 
-def test_the_demo_draws_what_they_find(converted, tmp_path):
+def test_demo_draws_their_detections(converted, tmp_path):
     folder, _, example, reference, _ = converted
     Image.fromarray(example["image"].numpy().transpose(1, 2, 0)).save(tmp_path / "image.png")
     argv = ["--config-file", str(folder / "ours.yaml"), "--weights", str(folder / "ours.pth")]
@@ -190,7 +191,7 @@ def test_the_demo_draws_what_they_find(converted, tmp_path):
     np.testing.assert_allclose(scores, np.sort(reference["det_scores"])[::-1], atol=1e-3)
 
 
-def test_names_tell_the_detector_or_the_config_in_the_file_does():
+def test_detector_follows_from_names_or_config():
     assert detector_of(SHAPES["gfl"]) == "gfl"
     assert detector_of(SHAPES["gfl"], TEXT.format("ATSS")) == "gfl"
     assert detector_of(SHAPES["paa"], TEXT.format("PAA")) == "paa"
@@ -204,13 +205,11 @@ def test_names_tell_the_detector_or_the_config_in_the_file_does():
         with pytest.raises(ConversionError, match=r"atss and paa have the same names, .*--dete"):
             detector_of(SHAPES["paa"], text)
     strange = [x.replace("atss_centerness", "atss_mask") for x in SHAPES["paa"]]
-    with pytest.raises(
-        ConversionError, match=r"\['atss_cls', 'atss_mask', 'atss_reg'\], as in none"
-    ):
+    with pytest.raises(ConversionError, match=r"unknown predictors \['atss_cls', 'atss_mask', 'at"):
         detector_of(strange, TEXT.format("ATSS"))
 
 
-def test_one_detectors_weights_are_not_anothers(tmp_path):
+def test_weights_of_another_detector_are_refused(tmp_path):
     def convert_as(detector, *given, config=""):
         content = {"state_dict": weights_of(detector), "meta": {"config": config}}  # as of mmdet 2
         torch.save(content, tmp_path / "in.pth")
@@ -222,11 +221,11 @@ def test_one_detectors_weights_are_not_anothers(tmp_path):
         return cfg.MODEL.ATSS
 
     for detector, given in (("gfl", "atss"), ("gfl", "paa"), ("paa", "gfl")):
-        with pytest.raises(SystemExit, match=f"these are weights of mmdet's .*, not of {given}"):
+        with pytest.raises(SystemExit, match=f"expected weights of {given}, got names of mmdet's"):
             convert_as(detector, "--detector", given)
-    with pytest.raises(SystemExit, match=r"config in the file says .* mmdet's atss, not paa"):
+    with pytest.raises(SystemExit, match="expected weights of paa, got mmdet's atss in the file"):
         convert_as("paa", "--detector", "paa", config=TEXT.format("ATSS"))
-    with pytest.raises(SystemExit, match="say it by --detector"):
+    with pytest.raises(SystemExit, match="choose one with --detector"):
         convert_as("paa")
     assert [x.name for x in tmp_path.iterdir()] == ["in.pth"]
     for given, config in ((("--detector", "paa"), ""), ((), TEXT.format("PAA"))):
@@ -241,14 +240,14 @@ def test_one_detectors_weights_are_not_anothers(tmp_path):
 
 
 def config_for_mmdet(cfg, classes=80):
-    """What is printed, as Python; the weights tell the number of classes alone."""
+    """Evaluate the printed Python; the number of classes comes from the weights."""
     found = {}
     exec(mmdet_config(cfg, {"head.cls_score.bias": torch.zeros(classes)}), found)
     return found["model"]
 
 
 def test_config_for_mmdet_has_every_value():
-    """Of a model in which no two values are alike."""
+    """For a model in which no two values are equal."""
     opts = ("MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0], "MODEL.PIXEL_STD", [4.0, 5.0, 6.0])
     opts += ("INPUT.FORMAT", "RGB", "MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, False, True])
     opts += ("MODEL.RESNETS.DEFORM_NUM_GROUPS", 2, "MODEL.FPN.OUT_CHANNELS", 128)
@@ -312,7 +311,7 @@ def test_config_for_mmdet_has_every_value():
     }
 
 
-# What mmdet 3.3.0's own configs of these detectors have, where they are not alike.
+# Values of mmdet 3.3.0's configs of these detectors that differ between them.
 STDS = {"bbox_coder": {"target_stds": [0.1, 0.1, 0.2, 0.2]}}
 OF_VFNET_HEAD = {
     "type": "VFNetHead",
@@ -346,8 +345,8 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("row", PUBLISHED)
-def test_configs_for_mmdet_are_its_own(row):
-    """All of head and backbone: of mmdet's published weights, pixels, strides and anchors."""
+def test_configs_for_mmdet_equal_its_own(row):
+    """Head and backbone, and pixels, strides and anchors, of mmdet's published weights."""
     opts = ("INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53])
     opts += ("MODEL.PIXEL_STD", [58.395, 57.12, 57.375], "MODEL.ANCHOR_GENERATOR.OFFSET", 0.0)
     opts += ("MODEL.RESNETS.STRIDE_IN_1X1", False)
@@ -370,9 +369,9 @@ def test_configs_for_mmdet_are_its_own(row):
 
 
 class Deformable(DeformConv2d):
-    """mmcv's DCN and, with masks, DCNv2, of which its light edition has none."""
+    """mmcv's DCN and, with masks, DCNv2, which mmcv-lite lacks."""
 
-    transposed, output_padding = False, (0, 0)  # which mmcv asks of a convolution
+    transposed, output_padding = False, (0, 0)  # mmcv requires it of a convolution
 
     def __init__(self, *args, deform_groups=1, masks=False, padding=1, **kwargs):
         super().__init__(*args, padding=padding, **kwargs)
@@ -404,7 +403,7 @@ def mmdets(monkeypatch):
     return MODELS
 
 
-# What mmdet calls its own config of each detector.
+# mmdet's config of each detector.
 NAMED = {
     "atss": "atss/atss_r50_fpn_1x_coco",
     "paa": "paa/paa_r50_fpn_1x_coco",
@@ -419,9 +418,9 @@ NAMED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("detector", NAMED)
 @pytest.mark.parametrize("levels", ["res2 res3 res4", "res3 res4 res5"])
-def test_mmdet_builds_what_is_printed(mmdets, detector, levels):
-    """Its own config of the detector, changed to what is printed, detects what ours does: with
-    pixels, anchors, box weights, stages and thresholds that are nobody's defaults."""
+def test_mmdet_builds_the_printed_config(mmdets, detector, levels):
+    """mmdet's config of the detector with the printed changes detects as our model does: with
+    pixels, anchors, box weights, stages and thresholds that are no defaults."""
     from mmdet.structures import DetDataSample
     from mmengine.hub import get_config
     from mmengine.registry import DefaultScope
@@ -474,7 +473,7 @@ def test_mmdet_builds_what_is_printed(mmdets, detector, levels):
 
 
 def test_levels_of_vfnet_become_mmdets():
-    """Its strides and ranges stand in arguments of its own."""
+    """Its strides and ranges are arguments of their own."""
     levels = ["res2", "res3", "res4", "res5"]
     opts = ("MODEL.FPN.IN_FEATURES", levels, "MODEL.RESNETS.OUT_FEATURES", levels)
     opts += ("MODEL.ATSS.IN_FEATURES", [f"p{i}" for i in range(2, 8)])
@@ -491,7 +490,7 @@ def test_levels_of_vfnet_become_mmdets():
 
 
 @pytest.mark.parametrize("name", ["VFNet_dcnv2_R_50_FPN_2x", "TOOD_dcnv2_R_101_FPN_2x"])
-def test_deformable_layers_of_heads_go_there_and_back(name):
+def test_deformable_layers_convert_both_ways(name):
     cfg = make_cfg(
         *("MODEL.ATSS.TOWER_BIAS", False, "MODEL.ATSS.NUM_CLASSES", 80),
         config=f"successors/{name}.yaml",
@@ -510,7 +509,7 @@ def test_deformable_layers_of_heads_go_there_and_back(name):
     assert wanted.RESNETS.DEFORM_ON_PER_STAGE == cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE
 
 
-def test_in_python_too_somebody_has_to_say_which():
+def test_ambiguous_weights_need_a_detector():
     state = weights_of("paa")
     ours = convert(state, "mmdet", "paa")
     for call in (
@@ -521,16 +520,16 @@ def test_in_python_too_somebody_has_to_say_which():
         lambda: config_for(ours, "official", detector="paa"),
         lambda: convert(state, "official", "paa"),
     ):
-        with pytest.raises(ConversionError, match=r"--detector|\['atss'|mmdet's weights alone"):
+        with pytest.raises(ConversionError, match=r"--detector|\['atss'|mmdet's weights only"):
             call()
 
 
-def test_what_mmdet_can_do_as_well(converted):
-    """Without score voting PAA is still mmdet's; with the threshold on another score it is not."""
+def test_alternatives_that_mmdet_supports(converted):
+    """PAA without score voting is mmdet's; with the threshold on another score it is not."""
     folder, _, _, _, detector = converted
     weights, cfg = load(folder / "ours.pth"), load_config(folder / "ours.yaml")
     cfg.MODEL.ATSS.SUPPRESSION = "nms"
-    cfg.MODEL.ATSS.QUALITY = "centerness"  # which inference does not look at
+    cfg.MODEL.ATSS.QUALITY = "centerness"  # unused in inference
     found = {}
     exec(mmdet_config(cfg, weights), found)
     head = found["model"]["bbox_head"]
@@ -539,23 +538,23 @@ def test_what_mmdet_can_do_as_well(converted):
     assert head.get("reg_max") == (16 if detector == "gfl" else None)
     if detector == "paa":
         cfg.MODEL.ATSS.SCORE = "product"
-        with pytest.raises(ConversionError, match=r"PAAHead has nothing like .*SCORE 'product'"):
+        with pytest.raises(ConversionError, match=r"PAAHead has only .*SCORE .*, got 'product'"):
             mmdet_config(cfg, weights)
 
 
 def test_options_of_the_other_direction_are_refused(capsys):
-    for argv, said in (
+    for argv, message in (
         (["--from", "official", "--detector", "gfl"], "--detector is for --from mmdet"),
         (["--to", "mmdet", "--detector", "gfl"], "--detector is for --from mmdet"),
         (["--from", "mmdet", "--regression", "point"], "--regression is for --from official"),
     ):
         with pytest.raises(SystemExit):
             convert_checkpoint.main([*argv, "in.pth", "out.pth"])
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
-def test_distributions_may_reach_another_distance():
-    """mmdet's reg_max is not in the names, but in the shapes."""
+def test_reg_max_follows_from_shapes():
+    """mmdet's reg_max is in the shapes, not in the names."""
     state = weights_of("gfl")
     for kind in ("weight", "bias"):
         state[f"bbox_head.gfl_reg.{kind}"] = state[f"bbox_head.gfl_reg.{kind}"][:36]

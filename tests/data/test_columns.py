@@ -1,4 +1,4 @@
-"""Labels are read once, and again if they, or how they are read, have changed."""
+"""Labels are read once, and again if they or the way of reading change."""
 
 import json
 import os
@@ -19,21 +19,22 @@ from atss.labels.formats import Reading
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """The folder of labels, which does not exist yet."""
+    """The folder of the cache, which does not exist yet."""
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache/atss_labels"
 
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Annotations that were read, in their order."""
+    """Annotations that were read, in order."""
     done, read = [], datasets.read_labels
     monkeypatch.setattr(datasets, "read_labels", lambda *x: done.append(x[0]) or read(*x))
     return done
 
 
 def write(form, folder):
-    """annotations:images of four images in a format; the files of labels lie in the folder."""
+    """Return annotations:images of four images in a format, with the files of labels in the
+    folder."""
     content = broken.make_data(folder)
     if form == "json":
         (folder / "a.json").write_text(json.dumps(content))
@@ -55,7 +56,7 @@ CHANGES = {"json": ("16, 20", "15, 20"), "voc": (">cat<", ">dog<")}
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_second_open_reads_nothing(form, tmp_path, reads, monkeypatch):
-    """By its times, or, of a file that has just been written, by its content."""
+    """By its times, or by the content of a recently written file."""
     source = write(form, tmp_path / "data")
     for recent in (3600, -3600):
         monkeypatch.setattr(columns, "RECENT", recent)
@@ -79,7 +80,7 @@ def test_copy_of_a_json_is_found_by_its_content(tmp_path, reads):
 @pytest.mark.parametrize("recent", [3600, -3600])
 @pytest.mark.parametrize("form", FORMATS)
 def test_changed_labels_are_read_again(form, recent, tmp_path, monkeypatch):
-    """In place, at the same length and with the time of modification that they had."""
+    """In place, with the same length and time of modification."""
     monkeypatch.setattr(columns, "RECENT", recent)
     source = write(form, tmp_path / "data")
     datasets.register(f"a={source}")
@@ -98,7 +99,7 @@ def test_changed_labels_are_read_again(form, recent, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_change_within_one_tick_of_the_clock(form, tmp_path, monkeypatch):
-    """Of a file system that gives both writings one time."""
+    """In a file system that gives both writes one time."""
     source, now, stat = write(form, tmp_path / "data"), time.time_ns(), os.stat
 
     def coarse(path, **options):
@@ -134,7 +135,7 @@ def test_new_and_removed_files_are_noticed(form, tmp_path):
 
 
 @pytest.mark.parametrize("by", ["classes", "first pixel", "split", "code"])
-def test_labels_are_read_for_each_way_of_reading(by, tmp_path, reads, monkeypatch):
+def test_each_reading_has_its_columns(by, tmp_path, reads, monkeypatch):
     form = {"first pixel": "voc", "split": "yaml"}.get(by, "json")
     source = write(form, tmp_path / "data")
     datasets.register(f"a={source}")
@@ -148,7 +149,7 @@ def test_labels_are_read_for_each_way_of_reading(by, tmp_path, reads, monkeypatc
 
 
 def test_backslashes_are_read_as_the_folder_has_them(tmp_path):
-    """Of one json, with two folders of images."""
+    """With two folders of images for one json."""
     labels, images = write("json", tmp_path / "data").split(":")
     content = json.loads(Path(labels).read_text())
     content["images"][0]["file_name"] = "x\\a.png"
@@ -160,7 +161,7 @@ def test_backslashes_are_read_as_the_folder_has_them(tmp_path):
     assert found == [f"{images}/x\\a.png", f"{tmp_path}/other/x/a.png"]
 
 
-def test_killed_writer_leaves_nothing_that_is_read(cache, tmp_path, reads, monkeypatch):
+def test_killed_writer_leaves_nothing_to_read(cache, tmp_path, reads, monkeypatch):
     source = write("json", tmp_path / "data")
     with monkeypatch.context() as patch:
         patch.setattr(columns.shutil, "rmtree", lambda *_, **__: None)
@@ -171,14 +172,14 @@ def test_killed_writer_leaves_nothing_that_is_read(cache, tmp_path, reads, monke
     datasets.register(f"a={source}")
     assert len(reads) == 2
     assert len(DatasetCatalog.get("a")) == 4
-    # It goes when another one is written, a day later.
+    # Removed a day later, by the next write.
     day_before = time.time() - 1.1 * 86400
     os.utime(unfinished, (day_before, day_before))
     datasets.register(f"b={write('voc', tmp_path / 'other')}")
     assert not unfinished.exists()
 
 
-def test_folders_that_are_opened_stay(cache, tmp_path):
+def test_opened_folders_stay(cache, tmp_path):
     sources = [write("json", tmp_path / "a"), write("voc", tmp_path / "b")]
     long_ago = time.time() - 31 * 86400
     for name, source in zip("ab", sources, strict=True):
@@ -208,7 +209,7 @@ def test_damaged_columns_are_written_again(file, cache, tmp_path, reads):
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_two_processes_at_once(locks, cache, tmp_path, reads, monkeypatch):
-    """One waits while the other reads or, on a file system without locks, reads for itself."""
+    """One waits while the other reads or, without locks, reads, too."""
     source = write("json", tmp_path / "data")
     read, others = datasets.read_labels, []
 
@@ -242,7 +243,7 @@ def test_two_processes_at_once(locks, cache, tmp_path, reads, monkeypatch):
     assert len([x for x in cache.iterdir() if x.is_dir()]) == 1
 
 
-def test_labels_that_change_while_they_are_read(tmp_path, monkeypatch):
+def test_labels_changed_during_reading_are_refused(tmp_path, monkeypatch):
     source, read = write("json", tmp_path / "data"), datasets.read_labels
     file = tmp_path / "data/a.json"
 
@@ -259,7 +260,7 @@ def test_labels_that_change_while_they_are_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_labels_that_are_no_longer_recent_once_they_are_read(form, tmp_path, monkeypatch):
+def test_labels_may_age_during_reading(form, tmp_path, monkeypatch):
     source, read = write(form, tmp_path / "data"), datasets.read_labels
     later = time.time_ns() + 10**10
 
@@ -273,7 +274,7 @@ def test_labels_that_are_no_longer_recent_once_they_are_read(form, tmp_path, mon
 
 
 @pytest.mark.parametrize("text", ["", "/", "..", "{tmp_path}/other", "\xff"])
-def test_a_key_that_is_no_digest_names_no_folder(text, cache, tmp_path, reads):
+def test_malformed_key_is_ignored(text, cache, tmp_path, reads):
     """It may be damaged, or another user's."""
     kept = tmp_path / "other" / "kept"
     kept.parent.mkdir()
@@ -287,26 +288,26 @@ def test_a_key_that_is_no_digest_names_no_folder(text, cache, tmp_path, reads):
     assert kept.exists()
 
 
-def test_folder_that_cannot_be_written(cache, tmp_path, monkeypatch, caplog):
+def test_unwritable_cache_is_replaced(cache, tmp_path, monkeypatch, caplog):
     cache.parent.mkdir()
     cache.write_text("")
     datasets.register(f"a={write('json', tmp_path / 'data')}")
-    assert f"{cache} cannot be written: this process keeps labels in" in caplog.text
+    assert f"cannot write {cache}: this process keeps labels in" in caplog.text
     assert len(DatasetCatalog.get("a")) == 4
 
 
-def test_disk_without_room_for_labels(cache, tmp_path, monkeypatch):
+def test_full_disk_is_named(cache, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(columns.np, "save", full)
-    sentence = f"cannot write the labels of .*a.json into {cache}: No space left on device "
-    with pytest.raises(ValueError, match=sentence + r"\(FVCORE_CACHE names another"):
+    message = f"cannot write the labels of .*a.json into {cache}: No space left on device; set FV"
+    with pytest.raises(ValueError, match=message):
         datasets.register(f"a={write('json', tmp_path / 'data')}")
     assert not list(cache.glob(f"{columns.UNFINISHED}*"))
 
 
-def test_columns_are_mapped_again_in_another_process(tmp_path):
+def test_pickled_columns_are_mapped_again(tmp_path):
     """And not copied to it."""
     datasets.register(f"a={write('json', tmp_path / 'data')}")
     packed = pickle.dumps(DatasetCatalog["a"])
@@ -315,8 +316,8 @@ def test_columns_are_mapped_again_in_another_process(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["text ids", "large ids", "fractions", "empty", "surrogate"])
-def test_records_are_those_of_the_json(change, tmp_path):
-    """Whatever ids and numbers it has."""
+def test_records_equal_detectron2s(change, tmp_path):
+    """For any ids and numbers."""
     source = write("json", tmp_path / "data")
     file = tmp_path / "data/a.json"
     content = json.loads(file.read_text())

@@ -2,22 +2,19 @@
 
 import json
 
-import numpy as np
 import pytest
-import torch
-from conftest import ROOT, make_cfg
+from conftest import ROOT
+from detections import truth_as_detections
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 
 import atss.engine.run as way_in
 from atss.data import datasets
-from atss.engine.evaluation import build_evaluator
 
 
 @pytest.fixture
 def exchanged(squares, tmp_path):
-    """The squares, whose categories have exchanged their ids."""
+    """The squares, with the ids of their categories exchanged."""
     content = json.loads((squares / "annotations.json").read_text())
     for entry in content["categories"]:
         entry["id"] = 11 - entry["id"]
@@ -45,29 +42,8 @@ def arguments(squares, exchanged, *argv):
     return way_in.make_parser().parse_args([*config, *specs, *argv])
 
 
-def truth_as_detections(name: str, classes: list[str], folder, only: str = "") -> dict:
-    """The evaluator's results of perfect detections by a model whose classes are these, or of one
-    class alone."""
-    names = MetadataCatalog.get(name).thing_classes
-    evaluator = build_evaluator(make_cfg("OUTPUT_DIR", str(folder)), name)
-    evaluator.reset()
-    for record in DatasetCatalog.get(name):
-        found = Instances((record["height"], record["width"]))
-        boxes = np.array([x["bbox"] for x in record["annotations"]], dtype=np.float32)
-        boxes = boxes.reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        found.pred_boxes = Boxes(torch.from_numpy(boxes))
-        found.scores = torch.ones(len(boxes))
-        said = [names[x["category_id"]] for x in record["annotations"]]
-        found.pred_classes = torch.tensor([classes.index(x) for x in said], dtype=torch.long)
-        if only:
-            found = found[[i for i, x in enumerate(said) if x == only]]
-        evaluator.process([record], [{"instances": found}])
-    return evaluator.evaluate()["bbox"]
-
-
 def test_classes_in_another_order_keep_their_names(squares, exchanged, tmp_path):
-    """Of a validation file with exchanged ids, what is right counts as right."""
+    """With exchanged ids in the validation file, correct detections count."""
     sets = ("DATASETS.TRAIN", "('plain',)", "DATASETS.TEST", "('exchanged',)")
     options = (*sets, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "run"))
     cfg = way_in.prepare(arguments(squares, exchanged, *options))
@@ -81,7 +57,7 @@ def test_classes_in_another_order_keep_their_names(squares, exchanged, tmp_path)
         assert (results["AP-blue"], results["AP-orange"]) == aps
 
 
-def test_a_runs_own_names_count_in_evaluation(squares, exchanged, tmp_path):
+def test_evaluation_uses_the_runs_names(squares, exchanged, tmp_path):
     sets = ("DATASETS.TRAIN", "('plain',)", "DATASETS.TEST", "('exchanged',)")
     options = (*sets, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "run"))
     options = ("--eval-only", *options, "MODEL.ATSS.CLASS_NAMES", "['orange', 'blue']")
@@ -96,7 +72,7 @@ def test_other_classes_are_refused(squares, exchanged, tmp_path):
     exchanged.write_text(exchanged.read_text().replace("orange", "red"))
     sets = ("DATASETS.TRAIN", "('plain',)", "DATASETS.TEST", "('exchanged',)")
     options = (*sets, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path / "run"))
-    sentence = "data set exchanged has the classes 'red', 'blue', but the data set or weights"
+    sentence = "data set exchanged has the classes 'red', 'blue', but the other data sets or"
     with pytest.raises(ValueError, match=sentence):
         way_in.prepare(arguments(squares, exchanged, *options))
 
@@ -111,7 +87,7 @@ def test_names_may_differ_in_case(squares, exchanged):
 
 
 @pytest.mark.parametrize(
-    ("own", "classes", "places"),
+    ("names", "classes", "permutation"),
     [
         (["a", "b"], ["b", "a"], [1, 0]),
         (["a", "b", "A", "B"], ["A", "B", "a", "b"], [2, 3, 0, 1]),
@@ -121,18 +97,18 @@ def test_names_may_differ_in_case(squares, exchanged):
         (["a", "a"], ["a", "b"], None),
     ],
 )
-def test_classes_are_those_of_the_same_name(own, classes, places):
-    assert datasets._places(own, classes) == places
+def test_classes_match_by_name(names, classes, permutation):
+    assert datasets._permutation(names, classes) == permutation
 
 
 @pytest.mark.parametrize(
     ("metadata", "sentence"),
     [
-        ({}, "has evaluator_type None in its metadata; coco, lvis and pascal_voc are known"),
-        ({"evaluator_type": "coco"}, "has no thing_classes in its metadata, without which"),
+        ({}, "has evaluator_type None in its metadata: choose from"),
+        ({"evaluator_type": "coco"}, "has no thing_classes in its metadata: evaluation needs"),
     ],
 )
-def test_sets_of_others_that_cannot_be_evaluated_are_said_first(
+def test_sets_that_cannot_be_evaluated_are_refused(
     squares, exchanged, tmp_path, metadata, sentence
 ):
     DatasetCatalog.register("foreign", lambda: [])
@@ -147,8 +123,8 @@ def test_sets_of_others_that_cannot_be_evaluated_are_said_first(
         MetadataCatalog.remove("foreign")
 
 
-def test_a_colon_in_the_name_of_a_folder(squares, tmp_path):
-    """Of the annotations' or of the images'."""
+def test_colon_in_a_folders_name(squares, tmp_path):
+    """In that of the annotations or of the images."""
     folder = tmp_path / "a:b"
     folder.mkdir()
     (folder / "images:1").symlink_to(squares / "images")
@@ -163,12 +139,12 @@ def test_a_colon_in_the_name_of_a_folder(squares, tmp_path):
         datasets.register(f"colons={folder}/some.json:{folder}/images:2")
 
 
-def test_sets_that_others_registered_are_not_renumbered(squares):
+def test_sets_of_other_code_are_not_renumbered(squares):
     DatasetCatalog.register("foreign", lambda: [])
     MetadataCatalog.get("foreign").thing_classes = ["b", "a"]
     try:
         datasets.follow("foreign", ["b", "a"])
-        with pytest.raises(ValueError, match="in another order: register it by --register"):
+        with pytest.raises(ValueError, match=r"expected the order .*: register it by --register"):
             datasets.follow("foreign", ["a", "b"])
     finally:
         DatasetCatalog.remove("foreign")
@@ -176,8 +152,8 @@ def test_sets_that_others_registered_are_not_renumbered(squares):
 
 
 @pytest.mark.parametrize("area", [None, 0, float("nan"), "large", ...])
-def test_where_an_area_cannot_be_used_that_of_the_box_is(squares, tmp_path, area):
-    """Of one object, of 16 to 48 pixels a side; others keep the areas that they have."""
+def test_unusable_area_is_replaced_by_the_boxs(squares, tmp_path, area):
+    """For one object, of 16 to 48 pixels a side; others keep their areas."""
     content = json.loads((squares / "annotations.json").read_text())
     first, *others = content["annotations"]
     for entry in others:
@@ -189,7 +165,7 @@ def test_where_an_area_cannot_be_used_that_of_the_box_is(squares, tmp_path, area
     datasets.register(f"areas={tmp_path}/areas.json:{squares}/images")
     try:
         metadata = MetadataCatalog.get("areas")
-        assert "annotations whose area is missing, or no pos" in metadata.remarks["area_unusable"]
+        assert "annotations without a positive area" in metadata.remarks["area_unusable"]
         results = truth_as_detections("areas", ["blue", "orange"], tmp_path)
         truth = COCO(metadata.json_file)
     finally:

@@ -1,6 +1,7 @@
-"""One image: opened once, wherever it lies."""
+"""Images: opened once, also at addresses."""
 
 import json
+import traceback
 from pathlib import Path
 
 import fsspec
@@ -9,13 +10,15 @@ import pytest
 import torch
 from conftest import make_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from atss.data import Mapper, datasets
 from atss.data.images import read_image
-from atss.data.loader import build_train_loader, seeded
+from atss.data.loader import WatchedLoader, build_train_loader, seeded
+from atss.errors import UserError
 from atss.labels.headers import ORIENTATION
 
 SIZE = (60, 40)
@@ -23,7 +26,7 @@ SIZE = (60, 40)
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Names of the files that were opened, in their order."""
+    """Names of the opened files, in order."""
     names, original = [], PathManager.open
     monkeypatch.setattr(PathManager, "open", lambda x, *y: names.append(str(x)) or original(x, *y))
     return names
@@ -43,7 +46,7 @@ def save(path, mode="RGB", orientation=1):
 )
 @pytest.mark.parametrize("is_train", [True, False])
 @pytest.mark.parametrize("image_format", ["BGR", "L", "YUV-BT.601"])
-def test_mapper_gives_what_detectron2s_gives(
+def test_mapper_equals_detectron2s(
     name, mode, orientation, is_train, image_format, tmp_path, opened
 ):
     """And opens the file once."""
@@ -55,10 +58,10 @@ def test_mapper_gives_what_detectron2s_gives(
     cfg = make_cfg("INPUT.FORMAT", image_format, "INPUT.CROP.ENABLED", True)
     if image_format == "L":
         cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [0.0], [1.0]
-    own_mapper = Mapper(cfg, is_train)
+    mapper = Mapper(cfg, is_train)
     opened.clear()
     with seeded(1):
-        own = own_mapper(record)
+        own = mapper(record)
     assert opened == [file]
     with seeded(1):
         theirs = DatasetMapper(cfg, is_train)(record)
@@ -93,9 +96,49 @@ def test_prediction_opens_a_file_once(tmp_path, opened):
     assert opened == [file]
 
 
+class Failing(T.Augmentation):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def get_transform(self, image):
+        raise self.error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("record", "error", "kind", "message"),
+    [
+        ({"file_name": "{}/no.png"}, None, OSError, "cannot read the image {}/no.png: "),
+        ({"width": 9, "height": 9}, None, UserError, "the image {}/a.png is 60 x 40 pixels, but"),
+        (
+            {"sem_seg_file_name": "{}/no.png"},
+            None,
+            OSError,
+            "cannot read the image {}/no.png: ",
+        ),
+        ({}, UserError("no box"), UserError, "the image {}/a.png cannot be mapped: no box"),
+        ({}, OSError("no disk"), OSError, "the image {}/a.png cannot be mapped: no disk"),
+        ({}, ValueError("a bug"), ValueError, "in mapping {}/a.png"),
+    ],
+)
+def test_errors_name_the_file(record, error, kind, message, workers, tmp_path, monkeypatch):
+    """In the last line, also from a loading process."""
+    values = {"file_name": save(tmp_path / "a.png")} | record
+    record = {k: x.format(tmp_path) if isinstance(x, str) else x for k, x in values.items()}
+    mapper = Mapper(make_cfg(), is_train=True)
+    if error:
+        monkeypatch.setattr(mapper, "augmentations", T.AugmentationList([Failing(error)]))
+    loader = WatchedLoader([record], num_workers=workers, collate_fn=lambda x: mapper(x[0]))
+    with pytest.raises(kind) as caught:
+        next(iter(loader))
+    last = "".join(traceback.format_exception(caught.value)).strip().splitlines()[-1]
+    assert message.format(tmp_path) in last
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_images_at_addresses(workers, tmp_path, opened):
-    """Of a file system that fsspec has, and Detectron2 has not."""
+    """In a file system of fsspec that Detectron2 has not."""
     system = fsspec.filesystem("memory")
     for i in range(2):
         system.pipe(f"/pictures/{i}.png", Path(save(tmp_path / f"{i}.png")).read_bytes())

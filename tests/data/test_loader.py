@@ -1,4 +1,4 @@
-"""What a process trains on follows from seed and iteration alone."""
+"""Training images and random numbers follow from seed and iteration."""
 
 import json
 import math
@@ -23,14 +23,14 @@ from atss.data.loader import LOADER_DIED, WatchedLoader, build_train_loader, see
 from atss.data.mapper import Mapper, without_augmentation
 from atss.data.samplers import format_report, repeat_factors
 from atss.engine import Trainer
-from atss.engine.launch import explain
+from atss.engine.explain import explain
 
 IMAGES = 10
 
 
 @pytest.fixture
 def records():
-    """Registered as data set "tiny": 10 images, 7 of them wide, 1 with a class of its own."""
+    """Data set "tiny": 10 images, 7 of them wide, 1 with a class of its own."""
     name = "tiny"
     images = [
         {
@@ -50,7 +50,7 @@ def records():
 
 
 def draw(record):
-    """A mapper that says which image it got, and what it drew from each of the generators."""
+    """A mapper that returns the image's id and a number of each generator."""
     draws = (random.random(), np.random.rand(), torch.rand(()).item())
     return {"id": record["image_id"], "wide": record["width"] > record["height"], "draws": draws}
 
@@ -67,7 +67,7 @@ def take(loader, count):
 
 @pytest.fixture
 def be(monkeypatch):
-    """be(rank, processes): whom Detectron2 takes this process for."""
+    """be(rank, processes): replace Detectron2's rank and number of processes."""
 
     def set_rank(rank, processes):
         monkeypatch.setattr(comm, "get_rank", lambda: rank)
@@ -77,7 +77,7 @@ def be(monkeypatch):
     return set_rank
 
 
-def test_every_epoch_is_a_permutation_dealt_among_the_processes(records, be):
+def test_epochs_are_permutations_dealt_to_processes(records, be):
     streams = []
     for rank in range(2):
         be(rank, 2)
@@ -94,7 +94,7 @@ def test_every_epoch_is_a_permutation_dealt_among_the_processes(records, be):
     assert [image for batch in alone for image in batch] == stream
 
 
-def test_a_batch_is_of_one_group_and_no_image_is_lost(records):
+def test_batches_have_one_group_and_no_image_is_lost(records):
     batches = take(make_loader(), 50)
     assert all(len({image["wide"] for image in batch}) == 1 for batch in batches)
     assert {batch[0]["wide"] for batch in batches} == {True, False}
@@ -107,7 +107,7 @@ def test_a_batch_is_of_one_group_and_no_image_is_lost(records):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_skip_leads_to_the_same_batches(records, be, rank, workers):
+def test_skip_leads_to_the_same_batches(records, be, rank, workers):
     be(rank, 2)
     whole = take(make_loader(), 30)
     loader = make_loader("DATALOADER.NUM_WORKERS", workers)
@@ -115,8 +115,8 @@ def test_a_skip_leads_to_the_same_batches(records, be, rank, workers):
     assert take(loader, 17) == whole[13:]
 
 
-def test_other_processes_go_on_in_the_stream(records, be):
-    """Three, then two that take the thirteenth batch of four in place of three."""
+def test_other_processes_continue_the_stream(records, be):
+    """One process, then two, which begin after the thirteenth batch of three."""
     opts = ("DATALOADER.ASPECT_RATIO_GROUPING", False)
     be(0, 1)
     order = [image for batch in take(make_loader(*opts), 20) for image in batch]
@@ -129,7 +129,7 @@ def test_other_processes_go_on_in_the_stream(records, be):
     assert sorted(rest, key=order.index) == order[43:63]
 
 
-def test_nothing_that_is_skipped_is_mapped(records):
+def test_skipped_images_are_not_mapped(records):
     mapped = []
     loader = make_loader(mapper=lambda record: mapped.append(record) or record)
     loader.skip(1000, 3)
@@ -137,12 +137,12 @@ def test_nothing_that_is_skipped_is_mapped(records):
     assert len(mapped) == 4
 
 
-def test_draws_follow_from_seed_and_position(records):
+def test_random_numbers_follow_from_seed_and_position(records):
     plain = take(make_loader(), 30)
     assert take(make_loader(), 30) == plain
     assert take(make_loader("SEED", 4), 30) != plain
-    for which in range(3):
-        draws = [image["draws"][which] for batch in plain for image in batch]
+    for i in range(3):
+        draws = [image["draws"][i] for batch in plain for image in batch]
         assert len(set(draws)) == 120, "two images drew the same"
 
 
@@ -152,7 +152,7 @@ def test_squares_are_not_wide(records):
     assert make_loader().groups[:3].tolist() == [True, False, False]
 
 
-def test_generators_go_on_after_a_mapper_that_fails(records):
+def test_generators_are_restored_after_an_error(records):
     def fail(record):
         draw(record)
         raise KeyError(record["image_id"])
@@ -171,7 +171,7 @@ def seed_all(seed):
     torch.manual_seed(seed)
 
 
-def test_generators_of_the_process_are_left_alone(records):
+def test_generators_of_the_process_are_untouched(records):
     def draw_all():
         return draw(records[0])["draws"]
 
@@ -183,7 +183,7 @@ def test_generators_of_the_process_are_left_alone(records):
         assert draw_all() == expected
 
 
-def test_rare_classes_come_more_often_where_asked(records):
+def test_rare_classes_are_repeated(records):
     name = "RepeatFactorTrainingSampler"
     opts = ("DATALOADER.SAMPLER_TRAIN", name, "DATALOADER.REPEAT_THRESHOLD", 0.9)
     batches = take(make_loader(*opts, "DATALOADER.ASPECT_RATIO_GROUPING", False), 30)
@@ -196,14 +196,17 @@ def test_rare_classes_come_more_often_where_asked(records):
 
 @pytest.fixture
 def many():
-    """Registered as "many" (300 images: half with class 0, 3 % with 1, 1 % with 2 beside 0, the
-    others empty or with a crowd of 2), and as "few" (20 with class 1)."""
+    """ "many" (300 images: half with class 0, 3 % with 1, 1 % with 2 beside 0, the others empty or
+    with a crowd of 2), and "few" (20 with class 1)."""
     classes = [[0]] * 147 + [[0, 2]] * 3 + [[1]] * 9 + [[]] * 141
 
     def images(of, first):
         return [
             {
-                **{"file_name": f"{i}.png", "image_id": i, "width": 9, "height": 9},
+                "file_name": f"{i}.png",
+                "image_id": i,
+                "width": 9,
+                "height": 9,
                 "annotations": [{"category_id": c, "iscrowd": 0} for c in found]
                 + [{"category_id": 2, "iscrowd": 1}] * (not found and i % 2),
             }
@@ -235,20 +238,25 @@ IMBALANCED = {
 
 def imbalanced(name, *opts):
     return make_loader(
-        *("DATALOADER.SAMPLER_TRAIN", name, *IMBALANCED[name]),
-        *("DATALOADER.ASPECT_RATIO_GROUPING", False, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False),
+        "DATALOADER.SAMPLER_TRAIN",
+        name,
+        *IMBALANCED[name],
+        "DATALOADER.ASPECT_RATIO_GROUPING",
+        False,
+        "DATALOADER.FILTER_EMPTY_ANNOTATIONS",
+        False,
         *opts,
     )
 
 
 def count_of(loader, count):
-    """How often each image is among the first of the loader's stream."""
+    """Count each image among the first of the loader's stream."""
     return np.bincount(list(islice(loader.sampler(3), count)))
 
 
 @pytest.mark.parametrize("name", IMBALANCED)
-def test_images_come_as_often_as_the_formula_says(many, name):
-    """f of class 1 is 9 of 300, of class 2 it is 3 of 300, to which crowds do not add."""
+def test_images_come_as_often_as_by_formula(many, name):
+    """f of class 1 is 9 of 300, of class 2 it is 3 of 300: crowds do not count."""
     rare, beside = math.sqrt(0.1 / 0.03), math.sqrt(0.1 / 0.01)
     by_class = [1.0] * 147 + [beside] * 3 + [rare] * 9 + [1.0] * 141
     expected = {
@@ -258,15 +266,15 @@ def test_images_come_as_often_as_the_formula_says(many, name):
     }[name]
     passes = 400
     counts = count_of(imbalanced(name), int(passes * sum(expected)))
-    # Each pass has as many of an image as its factor, rounded up or down by chance: less than 1/2
-    # of deviation, of 400 passes less than 0.025 on average; four of these.
+    # Each pass rounds the factor at random: a deviation below 1/2, in the mean of 400 passes below
+    # 0.025; four of these.
     np.testing.assert_allclose(counts / passes, expected, atol=0.1)
 
 
 @pytest.mark.parametrize("names", [("many", "few"), ("few", "many")])
 @pytest.mark.parametrize("filter_empty", [True, False])
-def test_factors_are_of_the_images_that_are_left(many, names, filter_empty):
-    """Images without objects, which may be left out, are of the first set or of the second."""
+def test_factors_skip_filtered_images(many, names, filter_empty):
+    """The first or the second set has images without objects, which may be left out."""
     many["few"] += many["many"][-5:]
     cfg = make_cfg("DATASETS.TRAIN", names, "DATALOADER.REPEAT_THRESHOLD", 0.1)
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = [["few", 2.5], ["many", 1.5]]
@@ -284,15 +292,15 @@ def test_factors_of_a_single_class(many):
     assert repeat_factors(cfg, datasets.open_records(("few",), False)).tolist() == [2.0] * 20
 
 
-def test_the_table_of_classes(many):
-    """The rarest first, by the number of images and not by how often a pass sees them."""
+def test_table_of_classes(many):
+    """Rarest first, by the number of images and not by repetition."""
     for image, c in zip(many["few"], (0, 2, 2), strict=False):
         image["annotations"] = [{"category_id": c}]
     factors = torch.tensor([2.5] + [1.0] * 19)
     table = format_report(datasets.open_records(("few",), False), factors, {1: "one", 3: "three"})
     assert table.splitlines() == [
-        "A pass sees 21.5 images, of 20",
-        "   images  seen a pass  factor  class",
+        "21.5 images per pass, 20 distinct",
+        "   images     per pass  factor  class",
         "        0          0.0    0.00  three",
         "        1          2.5    2.50  class 0",
         "        2          2.0    1.00  class 2",
@@ -302,8 +310,8 @@ def test_the_table_of_classes(many):
 
 @pytest.mark.parametrize("name", ["TrainingSampler", *IMBALANCED])
 @pytest.mark.parametrize("filter_empty", [True, False])
-def test_batches_of_a_registered_set_are_those_of_its_records(tmp_path, name, filter_empty, caplog):
-    """Of a json, and of a function that returns a list."""
+def test_registered_and_listed_sets_give_equal_batches(tmp_path, name, filter_empty, caplog):
+    """From a json, and from a function that returns a list."""
     rng = random.Random(0)
     images = [{"id": 2 * i, "file_name": f"{i}.png"} for i in range(60)]
     annotations = []
@@ -333,7 +341,8 @@ def test_batches_of_a_registered_set_are_those_of_its_records(tmp_path, name, fi
         with caplog.at_level("INFO", logger="atss.data.loader"):
             built = make_loader(*opts, *more, mapper=lambda x: {**x, **draw(x)})
         batches = take(built, 40)
-        runs.append((batches, built.groups.tolist(), caplog.messages))
+        messages = [x.getMessage() for x in caplog.records if x.name == "atss.data.loader"]
+        runs.append((batches, built.groups.tolist(), messages))
     weighs_sets = name.startswith("Weighted")  # one name for both has one factor
     assert runs[0] == runs[2]
     assert weighs_sets or runs[0] == runs[1]
@@ -343,7 +352,7 @@ def test_batches_of_a_registered_set_are_those_of_its_records(tmp_path, name, fi
 
 
 @pytest.mark.parametrize("name", IMBALANCED)
-def test_weighted_streams_are_resumed_dealt_and_mapped_alike(many, name, be):
+def test_weighted_streams_resume_and_are_dealt(many, name, be):
     alone = [image for batch in take(imbalanced(name), 60) for image in batch]
     loader = imbalanced(name, "DATALOADER.NUM_WORKERS", 2)
     loader.skip(23, 3)
@@ -357,7 +366,7 @@ def test_weighted_streams_are_resumed_dealt_and_mapped_alike(many, name, be):
 
 
 def test_factors_below_1_and_without_the_root(many):
-    """The least of both together is 1, and what the threshold asks for is met in full."""
+    """The least product is 1, and the threshold is met exactly."""
     few = ("DATASETS.TRAIN_REPEAT_FACTOR", [["few", 0.25]], "DATALOADER.REPEAT_SQRT", False)
     counts = count_of(imbalanced("WeightedCategoryTrainingSampler", *few), 80_000)
     per_image = counts / counts[300:].mean()
@@ -367,7 +376,7 @@ def test_factors_below_1_and_without_the_root(many):
     assert np.ptp(counts[300:]) <= 1  # once in every pass, and not by chance
 
 
-def test_of_many_classes_the_log_shows_the_ends(many, caplog):
+def test_log_abridges_many_classes(many, caplog):
     for record in many["many"]:
         record["annotations"] = [{"category_id": record["image_id"] % 30, "iscrowd": 0}]
     MetadataCatalog.pop("many")
@@ -377,49 +386,50 @@ def test_of_many_classes_the_log_shows_the_ends(many, caplog):
     assert caplog.text.count("  class ") == 20
 
 
-def test_the_log_says_how_often_classes_are_seen(many, caplog):
+def test_log_lists_repeats_of_classes(many, caplog):
     with caplog.at_level("INFO", logger="atss.data.loader"):
         imbalanced("WeightedCategoryTrainingSampler")
-    said = caplog.text
-    assert "A pass sees 363.9 images, of 320" in said
-    assert "        3          9.5    3.16  beside\n" in said
-    assert "       29         66.4    2.29  rare\n" in said
-    assert "      150        156.5    1.04  common\n" in said
+    text = caplog.text
+    assert "363.9 images per pass, 320 distinct" in text
+    assert "        3          9.5    3.16  beside\n" in text
+    assert "       29         66.4    2.29  rare\n" in text
+    assert "      150        156.5    1.04  common\n" in text
 
 
 @pytest.mark.parametrize(
     ("opts", "sentence"),
     [
-        (("DATALOADER.REPEAT_THRESHOLD", 0.0), "with which .* repeats nothing"),
+        (("DATALOADER.REPEAT_THRESHOLD", 0.0), "REPEAT_THRESHOLD must be > 0, got 0.0: "),
         (("DATASETS.TRAIN_REPEAT_FACTOR", []), "needs DATASETS.TRAIN_REPEAT_FACTOR"),
         (
             ("DATASETS.TRAIN_REPEAT_FACTOR", [["other", 2.0]]),
-            "has \\['other', 2.0\\], where one of",
+            "has \\['other', 2.0\\]: expected a pair of one of",
         ),
-        (("DATASETS.TRAIN_REPEAT_FACTOR", [["few"]]), "has \\['few'\\], where one of"),
-        (("DATASETS.TRAIN_REPEAT_FACTOR", [["few", 0]]), "has 0 for few, where a positive number"),
+        (("DATASETS.TRAIN_REPEAT_FACTOR", [["few"]]), "has \\['few'\\]: expected a pair of one of"),
+        (("DATASETS.TRAIN_REPEAT_FACTOR", [["few", 0]]), "of few must be a number > 0, got 0"),
         (
             ("DATASETS.TRAIN_REPEAT_FACTOR", [["few", math.inf]]),
-            "has inf for few, where a positive",
+            "of few must be a number > 0, got inf",
         ),
-        (("DATASETS.TRAIN_REPEAT_FACTOR", [["few", "x"]]), "has 'x' for few, where a positive"),
+        (("DATASETS.TRAIN_REPEAT_FACTOR", [["few", "x"]]), "of few must be a number > 0, got 'x'"),
     ],
 )
-def test_weights_that_say_nothing_are_refused(many, opts, sentence):
+def test_useless_weights_are_refused(many, opts, sentence):
     with pytest.raises(ValueError, match=sentence):
         imbalanced("WeightedCategoryTrainingSampler", *opts)
 
 
-def test_empty_images_are_left_out_unless_wanted(records):
+def test_filter_of_empty_images(records):
     records[2]["annotations"] = []
     for kept, opts in ((9, ()), (10, ("DATALOADER.FILTER_EMPTY_ANNOTATIONS", False))):
         batches = take(make_loader(*opts), 20)
         assert len({image["id"] for batch in batches for image in batch}) == kept
 
 
-def test_what_cannot_be_is_said(records, be):
+def test_impossible_loaders_are_refused(records, be):
     with pytest.raises(
-        ValueError, match="unknown SAMPLER_TRAIN 'Best': choose from \\['TrainingSampler'"
+        ValueError,
+        match=r"unknown DATALOADER\.SAMPLER_TRAIN 'Best': choose from \['TrainingSampler'",
     ):
         make_loader("DATALOADER.SAMPLER_TRAIN", "Best")
     be(0, 3)
@@ -433,7 +443,7 @@ def test_what_cannot_be_is_said(records, be):
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-def test_evaluation_sees_every_image_once_and_sizes_together(
+def test_evaluation_sees_images_once_and_sizes_together(
     processes, records, tmp_path, be, monkeypatch
 ):
     rng = random.Random(0)
@@ -451,11 +461,11 @@ def test_evaluation_sees_every_image_once_and_sizes_together(
             seen += [x["image_id"] for x in batch]
             mixed += len({x["height"] for x in batch}) > 1
     assert sorted(seen) == list(range(IMAGES))
-    assert mixed <= processes  # where one size ends and the next begins
+    assert mixed <= processes  # one batch between two sizes
 
 
 def test_augmentation_ends_at_an_iteration_of_all_processes(records, be):
-    """Whatever the number of processes and workers, and after a resume."""
+    """For any number of processes and workers, and after a resume."""
     cfg = ("INPUT.AUGMENT_UNTIL", 0.9, "SOLVER.MAX_ITER", 20)
     for rank, processes in ((0, 1), (0, 2), (1, 2)):
         be(rank, processes)
@@ -469,8 +479,8 @@ def test_augmentation_ends_at_an_iteration_of_all_processes(records, be):
         assert (any(before), all(after)) == (False, True)
 
 
-def test_augmentation_does_not_end_unless_asked(records):
-    """Where images wait for others of their group, positions run beyond the last iteration."""
+def test_augmentation_does_not_end_by_default(records):
+    """With groups, positions run beyond the last iteration."""
     loader = make_loader("SOLVER.MAX_ITER", 19, late=lambda x: "late")
     assert "late" not in [image for batch in take(loader, 19) for image in batch]
 
@@ -492,7 +502,7 @@ def test_boxes_stay_on_their_objects_under_scale_jitter(tmp_path):
             assert bright.sum() <= 1.1 * (y1 - y0) * (x1 - x0)
 
 
-def test_augmentations_are_those_of_the_config(records):
+def test_augmentations_follow_the_config(records):
     opts = ("INPUT.COLOR_JITTER", 0.25, "INPUT.CROP.ENABLED", True, "INPUT.FORMAT", "RGB")
     cfg = make_cfg("INPUT.MIN_SIZE_TRAIN", (64,), *opts)
     pixels = np.full((60, 80, 3), (200, 100, 50), np.uint8)
@@ -522,19 +532,19 @@ def test_augmentations_are_those_of_the_config(records):
     jittered.INPUT.MIN_SIZE_TRAIN = (64,)
     squares = seen(jittered)
     assert {image.shape for image in squares} == {(48, 48, 3)}
-    # Padded where it is made small; filled where it is made large.
+    # Padded if it is made small; filled if it is made large.
     shares = [(image == 128).all(axis=2).mean() for image in squares]
     assert min(shares) == 0
     assert max(shares) > 0.6
     assert {im.shape for im in seen(without_augmentation(jittered))} == {(64, 85, 3)}
-    # Evaluation sees images as they are.
+    # Evaluation only resizes.
     assert [type(a) for a in Mapper(cfg, is_train=False).augmentations.augs] == [
         T.ResizeShortestEdge
     ]
 
 
-def test_what_the_mapper_leaves_out_is_replaced_alike_every_time(records):
-    """Detectron2's mappers give None for an image to leave out."""
+def test_replacements_of_left_out_images_are_reproducible(records):
+    """Detectron2's mappers return None to leave out an image."""
 
     def picky(record):
         return None if record["image_id"] % 2 else draw(record)
@@ -551,17 +561,17 @@ def test_what_the_mapper_leaves_out_is_replaced_alike_every_time(records):
     assert take(resumed, 6) == runs[0][4:]
 
 
-def test_a_mapper_that_leaves_out_everything_is_said(records):
+def test_mapper_that_leaves_out_everything_is_refused(records):
     with pytest.raises(ValueError, match=r"leaves out 1000 images in a row, .*\.png last"):
         take(make_loader(mapper=lambda record: None), 1)
 
 
-def test_a_seed_is_drawn_where_none_is_given(records):
+def test_negative_seed_is_random(records):
     first, second = (take(make_loader("SEED", -1), 2) for _ in range(2))
     assert first != second
 
 
-def test_objects_of_no_class_are_refused(records):
+def test_objects_without_class_are_refused(records):
     records[3]["annotations"][0]["category_id"] = 2
     with pytest.raises(ValueError, match="data set tiny has an object of category_id 2, but 2 cla"):
         make_loader()
@@ -587,7 +597,7 @@ def test_log_counts_objects(records, caplog):
 
 @pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_keys_of_loading_reach_torch(records, monkeypatch, workers, device):
+def test_dataloader_keys_reach_torch(records, monkeypatch, workers, device):
     built = []
     monkeypatch.setattr(WatchedLoader, "__init__", lambda _, *__, **x: built.append(x))
     opts = (
@@ -612,7 +622,7 @@ def test_keys_of_loading_reach_torch(records, monkeypatch, workers, device):
     assert len(built) == 2
 
 
-def test_loading_processes_of_evaluations_stay(records):
+def test_workers_of_evaluations_persist(records):
     opts = ("DATALOADER.NUM_WORKERS", 1, "DATALOADER.PERSISTENT_WORKERS", True)
     first = Trainer.build_test_loader(make_cfg(*opts), "tiny")
     averaged = make_cfg(*opts, "OUTPUT_DIR", "elsewhere")
@@ -624,7 +634,7 @@ def test_loading_processes_of_evaluations_stay(records):
 
 
 class Pids(torch.utils.data.Dataset):
-    """Gives the process that loads; on the way it does something at item 2."""
+    """Returns the id of the loading process; item 2 calls a function."""
 
     def __init__(self, trouble=lambda: None):
         self.trouble = trouble
@@ -639,7 +649,7 @@ class Pids(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("stay", [True, False])
-def test_processes_that_stay_load_again(stay):
+def test_persistent_workers_load_again(stay):
     watched = WatchedLoader(Pids(), num_workers=1, persistent_workers=stay, timeout=60)
     first, second = ({x.item() for x in watched} for _ in range(2))
     assert len(first) == 1
@@ -657,7 +667,7 @@ def test_processes_that_stay_load_again(stay):
     ],
 )
 @pytest.mark.filterwarnings("ignore:'pin_memory'")
-def test_loading_process_that_hangs_or_dies(trouble, sentence, pinned):
+def test_worker_that_hangs_or_dies(trouble, sentence, pinned):
     is_hang = sentence != LOADER_DIED
     options = {"num_workers": 2, "timeout": 0.5 if is_hang else 60, "pin_memory": pinned}
     with pytest.raises((OSError, RuntimeError)) as caught:
@@ -665,8 +675,8 @@ def test_loading_process_that_hangs_or_dies(trouble, sentence, pinned):
     assert explain(caught.value, ".").startswith(sentence)
 
 
-def test_loading_process_that_dies_while_the_model_computes():
-    """torch raises an error wherever the training is then."""
+def test_worker_that_dies_while_the_model_computes():
+    """torch raises an error at any point of the training."""
     batches = iter(WatchedLoader(Pids(), num_workers=1, timeout=60))
     pid = next(batches).item()
 
@@ -679,6 +689,6 @@ def test_loading_process_that_dies_while_the_model_computes():
     assert explain(caught.value, ".") == LOADER_DIED
 
 
-def test_fault_in_a_loading_process_stays_what_it_is():
+def test_error_in_a_worker_keeps_its_type():
     with pytest.raises(ZeroDivisionError):
         list(WatchedLoader(Pids(lambda: 1 / 0), num_workers=1, timeout=60))

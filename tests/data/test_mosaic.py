@@ -1,4 +1,4 @@
-"""Mosaic: pictures and boxes move together, partners follow from the position."""
+"""Mosaics: pictures and boxes move together, partners follow from the position."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from atss.engine import Trainer
 
 
 def marked(value: int, hw=(96, 128), at=(40, 30)) -> dict:
-    """A dark picture with a square, whose box is its object; the class is its brightness."""
+    """A dark picture with a square, whose box is its object; its brightness is its class."""
     x, y = at
     piece = make_input([[x, y, x + 32, y + 32]], [value], hw=hw)
     piece["image"] = torch.full((3, *hw), 10, dtype=torch.uint8)
@@ -22,7 +22,7 @@ def marked(value: int, hw=(96, 128), at=(40, 30)) -> dict:
 
 @pytest.mark.parametrize("part", range(4))
 def test_boxes_lie_on_their_objects(part):
-    """Of the part with the only bright square: what is bright is in the box, and fills it."""
+    """In the part with the only bright square, the box contains exactly the bright pixels."""
     x, y = torch.meshgrid(torch.arange(128) + 0.5, torch.arange(96) + 0.5, indexing="xy")
     for seed in range(10):
         with seeded(seed):
@@ -40,13 +40,13 @@ def test_boxes_lie_on_their_objects(part):
         assert box[1] >= 33 if part >= 2 else box[3] <= 63
 
 
-def test_what_is_nearly_gone_is_no_object():
+def test_nearly_cropped_objects_are_dropped():
     made = 0
     for seed in range(50):
         with seeded(seed):
             objects = put_together([marked(200, at=(0, 0)) for _ in range(4)])["instances"]
         made += len(objects)
-        # No side of an object is below a third of what it is in the image.
+        # Each side of an object is at least a third of its side in the image.
         assert (objects.gt_boxes.area() >= 0.1 * 11**2).all()
     assert 100 < made < 195
 
@@ -59,7 +59,7 @@ def test_pieces_without_objects_and_of_other_sizes():
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
-def test_as_often_as_asked_for(probability):
+def test_probability(probability):
     records = list(range(10))
     mapped = []
     mosaic = Mosaic(lambda r: mapped.append(r) or marked(100 + r), records, probability)
@@ -73,7 +73,7 @@ def test_as_often_as_asked_for(probability):
 
 
 def test_batches_follow_from_the_position(squares):
-    """A resumed run sees the mosaics that it would have seen; the last tenth has none."""
+    """A resumed run has the same mosaics; the last tenth has none."""
     register(f"mosaics={squares}/annotations.json:{squares}/images")
     cfg = make_cfg("DATASETS.TRAIN", ("mosaics",), "INPUT.MOSAIC", 1.0, "SEED", 5)
     opts = ("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 10)
@@ -90,7 +90,7 @@ def test_batches_follow_from_the_position(squares):
         for x, y in zip(a, b, strict=True):
             assert torch.equal(x["image"], y["image"])
             assert torch.equal(x["instances"].gt_boxes.tensor, y["instances"].gt_boxes.tensor)
-    # Three squares at most are in a picture of the set.
+    # A picture of the set has at most three squares.
     counts = [max(len(x["instances"]) for x in batch) for batch in whole]
     assert max(counts[:9]) > 3
     assert counts[9] <= 3

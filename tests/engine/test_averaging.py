@@ -1,5 +1,4 @@
-"""Averaged weights: the formula, when it is applied, that a resumed run goes on with its bits, and
-that evaluations see them."""
+"""Averaged weights: formula, checkpoints, resumption, evaluation."""
 
 import json
 from types import SimpleNamespace
@@ -7,32 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.engine import HookBase
-from test_interruption import arguments, assert_equal, final, train
 from torch import nn
+from trainings import assert_equal, final, run
 
 from atss.engine import Trainer
 from atss.engine.averaging import Averaging
 
-OPTS = {
-    "DATASETS.TRAIN": ("short",),
-    "DATASETS.TEST": ("short",),
-    "MODEL.ATSS.SCORE_THRESH_TEST": 0.0,
-    "INPUT.MIN_SIZE_TEST": 64,
-    "SOLVER.MAX_ITER": 6,
-    "SOLVER.CHECKPOINT_PERIOD": 2,
-    "SOLVER.CHECKPOINTS_TO_KEEP": 0,
-    "SOLVER.EMA_DECAY": 0.4,
-}
-
-
-def run(squares, output, *options, stop_after=None, **opts):
-    """Losses by iteration of a short training on the squares, in this process."""
-    register = f"short={squares}/annotations.json:{squares}/images"
-    return train(arguments(register, output, *options, **OPTS | opts), stop_after)
-
 
 def by_hand(history, decay):
-    """The average of state dicts, each of one step."""
+    """Return the average of state dicts, one per step."""
     average = {name: x.clone() for name, x in history[0].items()}
     for n, latest in enumerate(history[1:], start=1):
         kept = min(decay, (1 + n) / (10 + n))
@@ -45,9 +27,9 @@ def copy(model):
     return {name: x.detach().clone() for name, x in model.state_dict().items()}
 
 
-def test_the_formula():
-    """Parameters, frozen ones, BatchNorm's statistics and its counter; a tensor that is replaced,
-    as PreciseBN does. From n = 4 on the decay is less than the ramp."""
+def test_formula():
+    """Parameters, frozen ones, BatchNorm's statistics and counter; PreciseBN replaces a tensor.
+    From n = 4 on the decay is below the ramp."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model[2].requires_grad_(False)
@@ -71,7 +53,7 @@ def test_the_formula():
     assert not torch.equal(averaging.model[0].weight, model[0].weight)
 
 
-def test_a_checkpoint_holds_the_average_of_its_own_step(squares, tmp_path, monkeypatch):
+def test_checkpoint_contains_the_average_of_its_step(squares, tmp_path, monkeypatch):
     history = []
 
     class Recorder(HookBase):
@@ -99,8 +81,8 @@ def test_resumes_bit_for_bit(squares, tmp_path, stopped_after):
     assert_equal(final(tmp_path / "parts"), final(tmp_path / "whole"))
 
 
-def test_averages_a_run_that_began_without(squares, tmp_path, monkeypatch):
-    """From the weights of the checkpoint on, also in the evaluation that is made up for."""
+def test_average_starts_in_a_resumed_run(squares, tmp_path, monkeypatch):
+    """From the weights of the checkpoint, also in its evaluation."""
     run(squares, tmp_path, **{"SOLVER.EMA_DECAY": 0.0, "SOLVER.MAX_ITER": 2})
     before = final(tmp_path)
     assert "Averaging" not in before["trainer"]["hooks"]
@@ -113,14 +95,14 @@ def test_averages_a_run_that_began_without(squares, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "test", classmethod(remember))
     run(squares, tmp_path, "--resume", stop_after=2, **{"TEST.EVAL_PERIOD": 2})
     log = (tmp_path / "log.txt").read_text()
-    assert "the average begins with its weights, at iteration 2" in log
+    assert "the average starts with its weights, at iteration 2" in log
     assert [folder for folder, _ in seen] == [str(tmp_path), str(tmp_path / "ema")]
     for _, weights in seen:
         assert_equal(weights, dict(before["model"]))
 
 
-def test_without_nothing_changes(squares, tmp_path):
-    """As Detectron2's own trainer leaves a run that is not evaluated."""
+def test_no_average_without_decay(squares, tmp_path):
+    """As Detectron2's trainer without evaluations."""
     run(squares, tmp_path, **{"DATASETS.TEST": (), "SOLVER.EMA_DECAY": 0.0})
     names = {path.name for path in tmp_path.iterdir()}
     assert {name for name in names if name.endswith(".pth")} == {
@@ -130,8 +112,8 @@ def test_without_nothing_changes(squares, tmp_path):
     assert set(final(tmp_path)["trainer"]["hooks"]) == {"LRScheduler"}
 
 
-def test_every_evaluation_is_of_both(squares, tmp_path, monkeypatch):
-    """Raw and averaged; more often than the log is written. The model trains on as it was."""
+def test_evaluations_are_of_raw_and_averaged_weights(squares, tmp_path, monkeypatch):
+    """Evaluations are more frequent than the log. The model stays in training mode."""
     test, modes = Trainer.test.__func__, []
 
     def check(cls, cfg, model):
@@ -143,7 +125,7 @@ def test_every_evaluation_is_of_both(squares, tmp_path, monkeypatch):
     run(squares, tmp_path, **{"TEST.EVAL_PERIOD": 2})
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     evaluated = {line["iteration"]: line for line in lines if "bbox/AP" in line}
-    assert set(evaluated) == {1, 3, 6}  # Detectron2 counts on after the last one
+    assert set(evaluated) == {1, 3, 6}  # Detectron2 increments the last one
     for line in evaluated.values():
         assert {"bbox_EMA/AP", "bbox_EMA/AP50", "bbox/AP50"} <= line.keys()
     assert any(line["bbox/AP"] != line["bbox_EMA/AP"] for line in evaluated.values())

@@ -1,5 +1,4 @@
-"""The best weights and the early end: found by the right numbers, and the same however often a run
-is interrupted."""
+"""The best weights and early stopping, also over interruptions."""
 
 import json
 import math
@@ -13,9 +12,8 @@ import torch
 from conftest import LARGER, make_cfg
 from detectron2.engine import hooks
 from detectron2.utils.events import EventWriter, get_event_storage
-from test_averaging import run
-from test_interruption import arguments, assert_equal, final
 from torch import nn
+from trainings import arguments, assert_equal, final, run
 
 import atss.engine.run as way_in
 from atss.checkpoints import TrainingCheckpointer
@@ -38,15 +36,14 @@ def log(output):
 
 
 def metrics(output):
-    """{iteration: line} of the evaluations."""
+    """Return {iteration: line} of the evaluations."""
     lines = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     return {line["iteration"]: line for line in lines if "bbox/AP" in line}
 
 
 @pytest.fixture
 def by_weights(monkeypatch):
-    """Evaluations without images: any numbers, but the same for the same weights. Gives the list
-    of what was evaluated."""
+    """Replace evaluations by a function of the weights. Return the list of evaluated weights."""
     seen = []
 
     def test(cls, cfg, model):
@@ -59,7 +56,7 @@ def by_weights(monkeypatch):
 
 
 def scripted(monkeypatch, *values):
-    """Evaluations give these APs, one after the other. Gives the list of those left."""
+    """Replace the APs of evaluations by a list. Return the remaining list."""
     left = list(values)
     monkeypatch.setattr(
         Trainer, "test", classmethod(lambda *_: {"bbox": {"AP": left.pop(0), "AP50": 0.0}})
@@ -68,7 +65,7 @@ def scripted(monkeypatch, *values):
 
 
 # ------------------------------------------------------------------------------------------------
-# Which are best
+# The best record
 # ------------------------------------------------------------------------------------------------
 
 
@@ -78,14 +75,14 @@ def keeper(tmp_path):
 
 
 def evaluated(*values, metric="AP"):
-    """A model whose weight is the value, with that result."""
+    """Return models whose weights and results are the values."""
     models = [nn.Linear(1, 1) for _ in values]
     for model, value in zip(models, values, strict=True):
         nn.init.constant_(model.weight, value)
     return [(m, {"bbox": {metric: v, "APs": -v}}) for m, v in zip(models, values, strict=True)]
 
 
-def test_greater_is_better_and_the_first_stays(keeper, tmp_path):
+def test_greatest_value_is_best_and_ties_keep_the_first(keeper, tmp_path):
     kept = []
     for i, values in enumerate([(1, 2), (3, 3), (3, 3), (0, 1), (4, 5)]):
         keeper.update(evaluated(*values), 10 * i)
@@ -99,20 +96,21 @@ def test_greater_is_better_and_the_first_stays(keeper, tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_no_number_is_never_best(keeper, tmp_path, value):
+def test_nan_and_infinity_are_never_best(keeper, tmp_path, value):
     keeper.update(evaluated(value, value), 0)
     assert not (tmp_path / "model_best.pth").exists()
     keeper.update(evaluated(-1.0, value), 1)
     assert best(tmp_path)["value"] == -1.0
     keeper.update(evaluated(value), 2)
     assert best(tmp_path)["iteration"] == 1
-    assert keeper.standing.since == 1
+    assert keeper.record.since == 1
 
 
-def test_a_metric_that_there_is_not(keeper):
+def test_unknown_metric_is_refused(keeper):
     results = {"bbox": {"AP50": 1.0, "APl": 2.0, "AP-orange": 3.0}}
     with pytest.raises(
-        ValueError, match=r"does not give: choose from \['bbox/AP50', 'bbox/APl'\]$"
+        ValueError,
+        match=r"^unknown TEST.BEST_METRIC 'bbox/AP': choose from \['bbox/AP50', 'bbox/APl'\]$",
     ):
         keeper.update([(nn.Linear(1, 1), results)], 0)
 
@@ -121,8 +119,7 @@ def results(ap):
     return {"bbox": {"AP": ap}}
 
 
-def test_patience_begins_with_the_first_number(tmp_path):
-    """Nothing is detected at first, so that there is nothing to become better than."""
+def test_patience_starts_with_the_first_number(tmp_path):
     model = nn.Linear(1, 1)
     keeper = Best("bbox/AP", 2, TrainingCheckpointer(model, str(tmp_path)))
     exhausted = []
@@ -132,8 +129,8 @@ def test_patience_begins_with_the_first_number(tmp_path):
     assert exhausted == [False] * 5 + [True]
 
 
-def test_where_nothing_is_measured_nothing_is_best(tmp_path):
-    """Of data without annotations, detections are written for a server."""
+def test_evaluation_without_metrics_saves_no_best(tmp_path):
+    """Detections on data without annotations are only written."""
     keeper = Best("bbox/AP", 1, TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path)))
     keeper.update([(nn.Linear(1, 1), {})], 0)
     assert not keeper.exhausted
@@ -141,7 +138,7 @@ def test_where_nothing_is_measured_nothing_is_best(tmp_path):
 
 
 class Nothing:
-    """Stands for the trainer."""
+    """A stand-in for the trainer."""
 
     def state_dict(self):
         return {"iteration": 5}
@@ -151,7 +148,7 @@ class Nothing:
 
 
 def resumed(folder, standing=None, metric="bbox/AP", data=("a",)):
-    """Of a run that goes on from the checkpoint in the folder."""
+    """Return the hook of a run resumed from the checkpoint in a folder."""
     checkpointer = TrainingCheckpointer(nn.Linear(1, 1), str(folder), trainer=Nothing())
     checkpointer.resume_or_load("", resume=True)
     keeper = Best(metric, 0, checkpointer, data)
@@ -163,7 +160,7 @@ def resumed(folder, standing=None, metric="bbox/AP", data=("a",)):
 
 @pytest.fixture
 def trained(tmp_path):
-    """That wrote a checkpoint in iteration 5, before its evaluation."""
+    """Return the hook of a run with a checkpoint of iteration 5, before its evaluation."""
     model = nn.Linear(1, 1)
     checkpointer = TrainingCheckpointer(model, str(tmp_path), trainer=Nothing())
     keeper = Best("bbox/AP", 0, checkpointer, ("a",))
@@ -173,27 +170,26 @@ def trained(tmp_path):
 
 
 @pytest.mark.parametrize("iteration", [5, 8])
-def test_what_was_better_after_the_checkpoint_stays_the_best(trained, tmp_path, iteration):
+def test_better_weights_after_the_checkpoint_are_adopted(trained, tmp_path, iteration):
     before = trained.state_dict()
     trained.update(evaluated(50.0), iteration)
     after = resumed(tmp_path, before)
     after.update(evaluated(40.0), 5)
     assert (best(tmp_path)["value"], best(tmp_path)["iteration"]) == (50.0, iteration)
     for other in (resumed(tmp_path, metric="bbox/AP50"), resumed(tmp_path, data=("b",))):
-        assert other.standing.iteration == -1
+        assert other.record.iteration == -1
 
 
-def test_what_was_better_in_another_run_is_no_best(trained, tmp_path):
-    """A checkpoint that is newer than the file knows the file's weights if they are of its run."""
+def test_best_weights_of_another_run_are_not_adopted(trained, tmp_path):
+    """The file is older than the checkpoint, which does not contain its record."""
     os.utime(tmp_path / "model_best.pth", (1, 1))
-    assert resumed(tmp_path).standing.iteration == -1
+    assert resumed(tmp_path).record.iteration == -1
 
 
-def test_last_weights_in_place_of_the_best_are_no_best(trained, tmp_path):
-    """Patience begins with a number."""
+def test_last_weights_without_a_number_are_not_adopted(trained, tmp_path):
     about = {"metric": "bbox/AP", "data": "a", "value": -math.inf, "iteration": 5}
     trained.checkpointer.save_weights("model_best", nn.Linear(1, 1), **about, averaged=False)
-    assert resumed(tmp_path).standing.iteration == -1
+    assert resumed(tmp_path).record.iteration == -1
 
 
 def remove(file):
@@ -206,40 +202,40 @@ def zero(file):
 
 
 @pytest.mark.parametrize("damage", [remove, zero])
-def test_best_weights_that_are_lost_are_sought_anew(trained, tmp_path, caplog, damage):
+def test_lost_best_weights_start_a_new_search(trained, tmp_path, caplog, damage):
     trained.update(evaluated(70.0), 5)
     damage(tmp_path / "model_best.pth")
     after = resumed(tmp_path, trained.state_dict())
     assert "model_best.pth" in caplog.text
-    assert "the best weights are sought anew" in caplog.text
+    assert "the search for the best starts anew" in caplog.text
     after.update(evaluated(1.0), 9)
     assert best(tmp_path)["value"] == 1.0
 
 
-def test_iterations_of_another_batch_size_keep_their_order(keeper):
-    """Ten become five: the evaluation of the last is not counted twice, others are."""
+def test_renumbered_iterations_keep_their_order(keeper):
+    """Ten iterations become five. The evaluation of the last one does not count twice."""
     keeper.patience = 2
     for i, value in ((0, 5.0), (7, 9.0), (9, 1.0)):
         keeper.update(evaluated(value), i)
     keeper.renumber(10, 5)
-    assert (keeper.standing.iteration, keeper.standing.evaluated) == (3, 4)
+    assert (keeper.record.iteration, keeper.record.evaluated) == (3, 4)
     keeper.update(evaluated(1.0), 4)
     assert not keeper.exhausted
     keeper.update(evaluated(1.0), 5)
     assert keeper.exhausted
 
 
-def test_other_test_sets_begin_anew(tmp_path, caplog):
+def test_other_test_sets_start_a_new_search(tmp_path, caplog):
     model = nn.Linear(1, 1)
     first = Best("bbox/AP", 0, TrainingCheckpointer(model, str(tmp_path)), ("a",))
     first.update([(model, results(50.0))], 5)
     other = Best("bbox/AP", 0, TrainingCheckpointer(model, str(tmp_path)), ("b",))
     other.load_state_dict(first.state_dict())
-    assert other.standing.iteration == -1
-    assert "Until now the best weights were by bbox/AP on a" in caplog.text
+    assert other.record.iteration == -1
+    assert "The checkpoint has the best weights by bbox/AP on a" in caplog.text
 
 
-def test_several_test_sets(tmp_path):
+def test_metric_of_one_of_several_test_sets(tmp_path):
     keeper = Best("b/bbox/AP", 0, TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path)))
     results = {"a": {"bbox": {"AP": 9.0}}, "b": {"bbox": {"AP": 4.0}}}
     keeper.update([(nn.Linear(1, 1), results)], 0)
@@ -247,12 +243,12 @@ def test_several_test_sets(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# In a training
+# Whole trainings
 # ------------------------------------------------------------------------------------------------
 
 
-def test_the_file_gives_the_value_again(squares, tmp_path):
-    """By --eval-only, and the predictor loads it."""
+def test_saved_best_weights_give_the_same_value(squares, tmp_path):
+    """With --eval-only; the predictor loads them, too."""
     run(squares, tmp_path, **EVALUATED, **{"TEST.BEST_METRIC": "bbox/AP50"})
     found = best(tmp_path)
     values = [line[f"bbox{x}/AP50"] for line in metrics(tmp_path).values() for x in ("", "_EMA")]
@@ -261,7 +257,7 @@ def test_the_file_gives_the_value_again(squares, tmp_path):
     kind = "averaged weights (EMA)" if found["averaged"] else "weights"
     assert (
         f"The best weights are in {tmp_path}/model_best.pth (bbox/AP50 {found['value']:.3f}, with "
-        f"the {kind} of iteration {found['iteration']}), to be given as MODEL.WEIGHTS"
+        f"the {kind} of iteration {found['iteration']}): pass this file as MODEL.WEIGHTS"
     ) in log(tmp_path).splitlines()[-1]
     register = f"short={squares}/annotations.json:{squares}/images"
     opts = {"MODEL.WEIGHTS": tmp_path / "model_best.pth", "DATASETS.TEST": ("short",)}
@@ -275,8 +271,8 @@ def test_the_file_gives_the_value_again(squares, tmp_path):
 
 
 @pytest.mark.parametrize("checkpoints", [2, 3])
-def test_an_interruption_changes_nothing(squares, tmp_path, by_weights, checkpoints):
-    """Resumed after iteration 3, whose evaluation its checkpoint does not know, or after 2."""
+def test_interrupted_run_has_the_same_best(squares, tmp_path, by_weights, checkpoints):
+    """Resumed after iteration 3, before its evaluation, or after 2."""
     opts = EVALUATED | {"SOLVER.MAX_ITER": 8, "SOLVER.CHECKPOINT_PERIOD": checkpoints}
     run(squares, tmp_path / "whole", **opts)
     run(squares, tmp_path / "parts", stop_after=4, **opts)
@@ -292,9 +288,9 @@ def test_an_interruption_changes_nothing(squares, tmp_path, by_weights, checkpoi
 
 
 @pytest.mark.parametrize(("peak", "checkpoints"), [(1, 2), (3, 2), (3, 3), (5, 2)], ids=str)
-def test_the_best_is_known_over_interruptions(squares, tmp_path, monkeypatch, peak, checkpoints):
-    """It is of the evaluation before the stop, of that at the checkpoint, or of one after it. What
-    is evaluated again has another value, as on a GPU."""
+def test_best_survives_an_interruption(squares, tmp_path, monkeypatch, peak, checkpoints):
+    """The best evaluation is before the stop, at the checkpoint, or later. A repeated evaluation
+    gives another value, as on a GPU."""
     values = {1: 20.0, 3: 20.0, 5: 20.0, 7: 20.0} | {peak: 50.0}
 
     def test(self, cfg, model):
@@ -311,7 +307,7 @@ def test_the_best_is_known_over_interruptions(squares, tmp_path, monkeypatch, pe
     assert (found["value"], found["iteration"]) == (50.0, peak)
 
 
-def test_it_is_no_checkpoint(squares, tmp_path, by_weights, monkeypatch):
+def test_best_weights_are_not_resumed_from(squares, tmp_path, by_weights, monkeypatch):
     tagged, tag = [], TrainingCheckpointer.tag_last_checkpoint
     monkeypatch.setattr(
         TrainingCheckpointer,
@@ -327,7 +323,7 @@ def test_it_is_no_checkpoint(squares, tmp_path, by_weights, monkeypatch):
 
 
 def test_broken_weights_are_not_evaluated(squares, tmp_path, monkeypatch):
-    """Of an iteration without a checkpoint, which could count as the best."""
+    """They could count as the best."""
     step = Trainer.run_step
 
     def spoil(self):
@@ -337,14 +333,14 @@ def test_broken_weights_are_not_evaluated(squares, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "run_step", spoil)
     left = scripted(monkeypatch, 50.0)
-    with pytest.raises(FloatingPointError, match="iteration 1 made weights that are not finite"):
+    with pytest.raises(FloatingPointError, match="weights are NaN or infinite after iteration 1"):
         run(squares, tmp_path, **EVALUATED | {"SOLVER.CHECKPOINT_PERIOD": 5})
     assert left == [50.0]
     assert not (tmp_path / "model_best.pth").exists()
 
 
-def test_an_evaluation_is_written_once(squares, tmp_path, by_weights, monkeypatch):
-    """Also in iterations in which all is written."""
+def test_evaluation_is_written_once(squares, tmp_path, by_weights, monkeypatch):
+    """Also in iterations in which all metrics are written."""
     written = []
 
     class Writer(EventWriter):
@@ -361,30 +357,30 @@ def test_an_evaluation_is_written_once(squares, tmp_path, by_weights, monkeypatc
     monkeypatch.setattr(Trainer, "build_hooks", every_third)
     monkeypatch.setattr(Trainer, "build_writers", lambda self: [Writer()])
     run(squares, tmp_path, **EVALUATED | {"SOLVER.MAX_ITER": 8, "SOLVER.EMA_DECAY": 0.0})
-    # Evaluated in 1, 3, 5 and at the end, 8; written in 2, 5, in the last and at the end.
+    # Evaluated in 1, 3, 5 and at the end (8); written in 2, 5, 7 and at the end.
     assert written == [1, 2, 3, 5, 7, 8]
 
 
-def test_another_metric_begins_anew(squares, tmp_path, by_weights):
+def test_other_metric_starts_a_new_search(squares, tmp_path, by_weights):
     run(squares, tmp_path, stop_after=4, **EVALUATED)
     run(squares, tmp_path, "--resume", **EVALUATED | {"TEST.BEST_METRIC": "bbox/AP50"})
-    assert "Until now the best weights were by bbox/AP on " in log(tmp_path)
+    assert "The checkpoint has the best weights by bbox/AP on " in log(tmp_path)
     assert best(tmp_path)["metric"] == "bbox/AP50"
     lines = [line for iteration, line in metrics(tmp_path).items() if iteration >= 3]
     values = [line[f"bbox{x}/AP50"] for line in lines for x in ("", "_EMA")]
     assert best(tmp_path)["value"] == max(values)
 
 
-def test_none_without_a_metric(squares, tmp_path, by_weights):
+def test_no_best_weights_without_a_metric(squares, tmp_path, by_weights):
     run(squares, tmp_path, **EVALUATED | {"TEST.BEST_METRIC": ""})
     assert len(by_weights) == 6
     assert not (tmp_path / "model_best.pth").exists()
     last = log(tmp_path).splitlines()[-1]
-    assert f"The last weights are in {tmp_path}/model_final.pth, to be given as MODEL" in last
+    assert f"The last weights are in {tmp_path}/model_final.pth: pass this file as MODEL" in last
 
 
-def test_without_a_number_the_last_weights_are_kept(squares, tmp_path, monkeypatch):
-    """A first try finds nothing yet. In a longer run any number replaces them."""
+def test_last_weights_are_saved_without_a_number(squares, tmp_path, monkeypatch):
+    """Any number in a longer run replaces them."""
     opts = EVALUATED | {"SOLVER.EMA_DECAY": 0.0, "SOLVER.MAX_ITER": 2, "TEST.EVAL_PERIOD": 5}
     scripted(monkeypatch, math.nan)
     run(squares, tmp_path, **opts)
@@ -392,13 +388,13 @@ def test_without_a_number_the_last_weights_are_kept(squares, tmp_path, monkeypat
     assert_equal(found["model"], final(tmp_path)["model"])
     assert (found["value"], found["iteration"]) == (-math.inf, 1)
     assert "The best weights are in" in last
-    assert "(bbox/AP in no evaluation a number, the last weights, of iteration 1)" in last
+    assert "(bbox/AP NaN in every evaluation, the last weights, of iteration 1)" in last
     scripted(monkeypatch, math.nan, 0.0)
     run(squares, tmp_path, "--resume", **opts | {"SOLVER.MAX_ITER": 6})
     assert (best(tmp_path)["value"], best(tmp_path)["iteration"]) == (0.0, 5)
 
 
-def test_sigterm_ends_an_evaluation_that_is_made_up_for(squares, tmp_path, by_weights, monkeypatch):
+def test_sigterm_ends_the_evaluation_of_a_resumed_run(squares, tmp_path, by_weights, monkeypatch):
     run(squares, tmp_path, stop_after=2, **EVALUATED)
     name = (tmp_path / "last_checkpoint").read_text()
     monkeypatch.setattr(Trainer, "test", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
@@ -408,7 +404,7 @@ def test_sigterm_ends_an_evaluation_that_is_made_up_for(squares, tmp_path, by_we
     assert (tmp_path / "last_checkpoint").read_text() == name == "model_0000001.pth"
 
 
-def test_sigterm_in_the_last_iteration_leaves_its_evaluation_to_the_resumed(
+def test_sigterm_in_last_iteration_defers_its_evaluation(
     squares, tmp_path, by_weights, monkeypatch
 ):
     step = Trainer.run_step
@@ -429,7 +425,7 @@ def test_sigterm_in_the_last_iteration_leaves_its_evaluation_to_the_resumed(
 
 
 # ------------------------------------------------------------------------------------------------
-# The early end
+# Early stopping
 # ------------------------------------------------------------------------------------------------
 
 EARLY = {
@@ -440,30 +436,30 @@ EARLY = {
 }
 
 
-def test_ends_after_so_many_without_a_better_one(squares, tmp_path, monkeypatch):
+def test_training_ends_when_patience_is_exhausted(squares, tmp_path, monkeypatch):
     left = scripted(monkeypatch, 1.0, 3.0, 2.0, 4.0, 4.0, math.nan, 9.0)
     losses = run(squares, tmp_path, **EARLY | {"SOLVER.MAX_ITER": 50})
     assert list(losses) == [0, 1, 2, 3, 4, 5]
-    assert left == [9.0]  # nothing is evaluated twice
+    assert left == [9.0]  # no second evaluation
     assert best(tmp_path)["iteration"] == 3
     assert final(tmp_path)["iteration"] == final(tmp_path)["trainer"]["iteration"] == 5
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
-    said = log(tmp_path)
+    text = log(tmp_path)
     assert (
         "Training ends early, with iteration 5: 2 evaluations gave no better bbox/AP than 4.000, "
         "with the weights of iteration 3 (TEST.PATIENCE 2)"
-    ) in said
-    assert "The best weights are in" in said
-    assert "Exception during training" not in said
+    ) in text
+    assert "The best weights are in" in text
+    assert "Exception during training" not in text
     assert set(metrics(tmp_path)) == {0, 1, 2, 3, 4, 5}
 
 
-def test_what_ended_early_does_not_go_on(squares, tmp_path, monkeypatch):
+def test_run_that_ended_early_does_not_continue(squares, tmp_path, monkeypatch):
     opts = EARLY | {"SOLVER.MAX_ITER": 50}
     scripted(monkeypatch, 5.0, 4.0, 3.0)
     run(squares, tmp_path, **opts)
     before, best_before = final(tmp_path), best(tmp_path)
-    left = scripted(monkeypatch, 9.0, 9.0)  # evaluated again, which does not count again
+    left = scripted(monkeypatch, 9.0, 9.0)  # a repeated evaluation does not count again
     assert run(squares, tmp_path, "--resume", **opts) == {}
     assert left == [9.0]
     assert_equal(final(tmp_path), before)
@@ -475,12 +471,12 @@ def test_what_ended_early_does_not_go_on(squares, tmp_path, monkeypatch):
 
 
 class Stop(BaseException):
-    """As a kill."""
+    """Stop like a kill."""
 
 
 @pytest.mark.parametrize("stopped", ["evaluate", "_end_early"])
-def test_ends_alike_when_interrupted(squares, tmp_path, monkeypatch, stopped):
-    """Before the evaluation that ends it, or just after: the checkpoint there does not know."""
+def test_interrupted_run_ends_in_the_same_iteration(squares, tmp_path, monkeypatch, stopped):
+    """Interrupted before the evaluation that ends the run, or just after it."""
     opts = EARLY | {"SOLVER.MAX_ITER": 50, "TEST.EVAL_PERIOD": 2}
     scripted(monkeypatch, 3.0, 2.0, 1.0)
     assert list(run(squares, tmp_path / "whole", **opts)) == [0, 1, 2, 3, 4, 5]
@@ -506,9 +502,9 @@ def test_ends_alike_when_interrupted(squares, tmp_path, monkeypatch, stopped):
 @pytest.mark.parametrize(
     ("first", "iterations", "stop_after", "then"),
     [
-        # The best is of the end of a run that is prolonged.
+        # The best is of the last iteration of a run that is prolonged.
         ([20.0, 10.0, 50.0], 5, None, [30.0, 30.0, 30.0]),
-        # It is of iteration 3, whose evaluation is made again, after the checkpoint of iteration 2.
+        # The best is of iteration 3, whose evaluation is repeated after the checkpoint of 2.
         ([20.0, 50.0], 50, 4, [40.0, 30.0, 30.0, 30.0]),
     ],
 )
@@ -525,7 +521,7 @@ def test_patience_counts_from_the_best(
     assert best(tmp_path)["value"] == 50.0
 
 
-def test_an_early_end_is_tested_with_several_sizes_too(squares, tmp_path, monkeypatch):
+def test_early_end_is_tested_at_several_scales(squares, tmp_path, monkeypatch):
     opts = EARLY | {"TEST.PATIENCE": 1, "TEST.AUG.ENABLED": True, "TEST.AUG.MIN_SIZES": (64,)}
     opts |= {"MODEL.ATSS.TTA.SIZE_RANGES": [[0, 1000]]}
     scripted(monkeypatch, 2.0, 1.0, 3.0)
@@ -544,12 +540,12 @@ def test_an_early_end_is_tested_with_several_sizes_too(squares, tmp_path, monkey
         ({"SOLVER.EMA_DECAY": 1.0}, "SOLVER.EMA_DECAY must be between 0 and 0.999999, got 1.0"),
     ],
 )
-def test_what_is_refused_before_training(squares, tmp_path, opts, sentence):
+def test_impossible_settings_are_refused_before_training(squares, tmp_path, opts, sentence):
     with pytest.raises(ValueError, match=sentence):
         run(squares, tmp_path, **{"SOLVER.EMA_DECAY": 0.0} | opts)
 
 
-def test_of_several_test_sets_the_first_counts_unless_named():
+def test_first_of_several_test_sets_decides():
     cfg = make_cfg("DATASETS.TEST", ("a", "b"), "TEST.EVAL_PERIOD", 2)
     assert best_metric(cfg) == "a/bbox/AP"
     cfg.TEST.BEST_METRIC = "b/bbox/AP50"
@@ -560,8 +556,7 @@ def test_of_several_test_sets_the_first_counts_unless_named():
 
 
 @pytest.mark.parametrize("optimizer", MOMENTS)
-def test_room_for_averages_and_the_best(squares, tmp_path, monkeypatch, optimizer):
-    """What the check asks for, against the files that are written."""
+def test_free_space_counts_averages_and_best_weights(squares, tmp_path, monkeypatch, optimizer):
     opts = LARGER | {"SOLVER.MAX_ITER": 2, "SOLVER.OPTIMIZER": optimizer}
     run(squares, tmp_path / "out", **EVALUATED | opts)
     files = ("final", "final", "best", "final_EMA")  # for two checkpoints

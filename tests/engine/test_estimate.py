@@ -1,11 +1,11 @@
-"""The line on time and memory that a newcomer looks for."""
+"""Estimate of time and memory in the log."""
 
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_averaging import run
+from trainings import run
 
 from atss.engine import estimate
 from atss.engine.estimate import TrainingEstimate, peak_memory
@@ -13,20 +13,20 @@ from atss.engine.estimate import TrainingEstimate, peak_memory
 RAW = {"SOLVER.EMA_DECAY": 0.0, "DATASETS.TEST": ()}
 
 
-def told(output):
+def estimates(output):
     return re.findall(r"One iteration takes.*", (output / "log.txt").read_text())
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Stands for the time: moves on when told."""
+    """Replace the clock by one that a test advances."""
     now = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: now.seconds))
     return now
 
 
-class Said(list):
-    """Stands for the log."""
+class Lines(list):
+    """A stand-in for the log."""
 
     def info(self, text, *values):
         self.append(text % values)
@@ -35,8 +35,8 @@ class Said(list):
 
 
 @pytest.fixture
-def said(monkeypatch):
-    lines = Said()
+def lines(monkeypatch):
+    lines = Lines()
     monkeypatch.setattr(estimate, "logging", SimpleNamespace(getLogger=lambda name: lines))
     return lines
 
@@ -63,41 +63,41 @@ def iterate(hook, clock, *seconds):
         hook.trainer.iter += 1
 
 
-def test_the_first_iterations_do_not_count(clock, said):
+def test_first_iterations_do_not_count(clock, lines):
     hook = TrainingEstimate()
     hook.trainer = trainer(start=1000, max_iter=2020, period=50)
     iterate(hook, clock, 60.0, 30.0, 10.0, *[2.0] * 30)
-    (line,) = said
+    (line,) = lines
     assert line.startswith(
-        "One iteration takes 2.00 s: one pass over the 1000 training images 0:08:20, the 1000 "
-        "iterations to go 0:33:20, and the evaluations besides. Memory needed until now: "
+        "One iteration takes 2.00 s, one pass over the 1000 training images 0:08:20, the 1000 "
+        "remaining iterations 0:33:20 plus evaluations. Peak memory: "
     )
 
 
-def test_a_run_of_two_iterations(clock, said):
+def test_run_of_two_iterations(clock, lines):
     hook = TrainingEstimate()
     hook.trainer = trainer(start=0, max_iter=2)
     iterate(hook, clock, 5.0, 3.0)
-    (line,) = said
-    assert line.startswith("One iteration takes 4.00 s: one pass over the 1000 training images 0:")
-    assert "the 0 iterations to go 0:00:00. Memory" in line
+    (line,) = lines
+    assert line.startswith("One iteration takes 4.00 s, one pass over the 1000 training images 0:")
+    assert "the 0 remaining iterations 0:00:00. Peak memory" in line
 
 
 @pytest.mark.parametrize("used", ["8.9 of 10.0 GB (89 %)", "9.1 of 10.0 GB (91 %)"])
-def test_little_memory_is_told_with_what_to_do(clock, said, monkeypatch, used):
+def test_low_memory_warning_names_keys_to_lower(clock, lines, monkeypatch, used):
     monkeypatch.setattr(estimate, "peak_memory", lambda device: (float(used[:3]) * 1e9, 10e9))
     hook = TrainingEstimate()
     hook.trainer = trainer(start=0, max_iter=1)
     iterate(hook, clock, 1.0)
-    assert said[0].endswith(f"Memory needed until now: {used}")
+    assert lines[0].endswith(f"Peak memory: {used}")
     warned = used.startswith("9")
-    assert len(said) == 1 + warned
+    assert len(lines) == 1 + warned
     for key in ("SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "INPUT.MIN_SIZE_TRAIN", "PRECISION"):
-        assert (key in said[-1]) == warned
+        assert (key in lines[-1]) == warned
 
 
-def test_the_machine(monkeypatch):
-    """Memory that is written to is counted, in bytes, once for each process of the machine."""
+def test_peak_memory_of_the_machine(monkeypatch):
+    """Written memory counts, in bytes, once for each process of the machine."""
     before, total = peak_memory(torch.device("cpu"))
     torch.ones(int(before) + 300 * 2**20, dtype=torch.uint8)
     after, _ = peak_memory(torch.device("cpu"))
@@ -106,7 +106,7 @@ def test_the_machine(monkeypatch):
     assert peak_memory(torch.device("cpu"))[0] == 3 * after
 
 
-def test_the_gpu(monkeypatch):
+def test_peak_memory_of_a_gpu(monkeypatch):
     gpu = torch.device("cuda:1")
     properties = {gpu: SimpleNamespace(total_memory=8)}
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", {gpu: 6}.__getitem__)
@@ -114,25 +114,26 @@ def test_the_gpu(monkeypatch):
     assert peak_memory(gpu) == (6, 8)
 
 
-def test_in_a_training(squares, tmp_path):
-    """Of 7 images, those with objects; once, also when resumed; how long an evaluation takes."""
+def test_estimate_is_logged_once_per_training(squares, tmp_path):
+    """7 images have objects. A resumed run logs it once; an evaluation logs its duration."""
     run(squares, tmp_path, stop_after=2, **RAW)
-    assert told(tmp_path) == []
+    assert estimates(tmp_path) == []
     opts = {"DATASETS.TEST": ("short",), "TEST.EVAL_PERIOD": 2}
     run(squares, tmp_path, "--resume", **RAW | opts)
-    (line,) = told(tmp_path)
+    (line,) = estimates(tmp_path)
     assert "one pass over the 7 training images" in line
-    assert "and the evaluations besides" in line
+    assert "plus evaluations" in line
     log = (tmp_path / "log.txt").read_text()
     assert len(re.findall(r"One evaluation takes \d+:\d\d:\d\d", log)) == 1
 
 
 @pytest.mark.parametrize(
-    ("said", "limited"), [("1000000\n", True), ("max\n", False), (None, False), (f"{2**62}", False)]
+    ("content", "limited"),
+    [("1000000\n", True), ("max\n", False), (None, False), (f"{2**62}", False)],
 )
-def test_memory_of_a_container_is_what_it_is_given(tmp_path, monkeypatch, said, limited):
-    if said is not None:
-        (tmp_path / "limit").write_text(said)
+def test_container_limit_is_the_total_memory(tmp_path, monkeypatch, content, limited):
+    if content is not None:
+        (tmp_path / "limit").write_text(content)
     monkeypatch.setattr(estimate, "CONTAINER_LIMITS", (tmp_path / "limit",))
     _, total = peak_memory(torch.device("cpu"))
     assert (total == 1e6) == limited

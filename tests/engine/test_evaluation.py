@@ -1,4 +1,4 @@
-"""What evaluation counts: perfect detections of every kind of file get AP 100."""
+"""Evaluation: perfect detections of every format give AP 100."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ SIDE = 100  # of images that are made here
 
 @pytest.fixture
 def register():
-    """Registers a source as "data", for one test."""
+    """Register a source as "data", for one test."""
     yield lambda source: datasets.register(f"data={source}")
     if "data" in DatasetCatalog:
         DatasetCatalog.remove("data")
@@ -37,11 +37,11 @@ def register():
 
 
 def evaluate(content: dict, folder: Path, *opts: object, keep=lambda annotation: True) -> dict:
-    """Results on the data set "data" of a detector that finds the objects of a file.
+    """Return results on the data set "data" for detections of a file's objects.
 
     Args:
-        content: of the file, in COCO's format; boxes as they stand there.
-        keep: which of them are found.
+        content: the file, in COCO's format, with its original boxes.
+        keep: selects the objects that are detected.
     """
     cfg = make_cfg("OUTPUT_DIR", str(folder), *opts)
     names = MetadataCatalog.get("data").thing_classes
@@ -65,7 +65,7 @@ def evaluate(content: dict, folder: Path, *opts: object, keep=lambda annotation:
 
 
 def make_content(count: int = 6, objects: int = 5, seed: int = 0) -> dict:
-    """Images, their objects, which do not overlap, and three classes."""
+    """Make images, objects that do not overlap, and three classes."""
     rng = random.Random(seed)
     images = [
         {"id": i + 1, "file_name": f"{i}.png", "width": SIDE, "height": SIDE} for i in range(count)
@@ -89,7 +89,7 @@ def renumber(content: dict, key: str, field: str, new: dict) -> None:
 
 
 def make_odd(seed: int) -> dict:
-    """Sound objects with odd ids, and boxes that training drops or clips."""
+    """Make valid objects with odd ids, and boxes that training drops or clips."""
     rng = random.Random(seed)
     content = make_content(rng.randint(2, 8), rng.randint(1, 5), seed)
     for key, field in (("images", "image_id"), ("categories", "category_id")):
@@ -112,7 +112,7 @@ def make_odd(seed: int) -> dict:
 
 
 def write(content: dict, folder: Path) -> str:
-    """The source of a json; no image is read."""
+    """Return the source of a json; no image is read."""
     (folder / "images").mkdir(exist_ok=True)
     (folder / "labels.json").write_text(json.dumps(content))
     return f"{folder}/labels.json:{folder}/images"
@@ -126,7 +126,7 @@ def test_perfect_detections_of_odd_files(register, tmp_path, seed):
 
 
 def yolo_copy(content: dict, images: Path, folder: Path) -> str:
-    """The same labels in YOLO's layout."""
+    """Write the same labels in YOLO's layout."""
     numbers = {c["id"]: i for i, c in enumerate(content["categories"])}
     lines = defaultdict(list)
     sizes = {x["id"]: (x["width"], x["height"]) for x in content["images"]}
@@ -146,7 +146,7 @@ def yolo_copy(content: dict, images: Path, folder: Path) -> str:
 
 
 def voc_copy(content: dict, images: Path, folder: Path) -> str:
-    """The same labels in Pascal VOC's xml."""
+    """Write the same labels in Pascal VOC's xml."""
     names = {c["id"]: c["name"] for c in content["categories"]}
     objects = defaultdict(list)
     for a in content["annotations"]:
@@ -219,8 +219,8 @@ def test_perfect_detections_of_files_that_failed(register, real_data, tmp_path):
         MetadataCatalog.remove("data")
 
 
-def test_image_ids_beyond_int64_are_told_apart(register, tmp_path):
-    """Detections on every second image: half of the objects of each class, AP about 50."""
+def test_image_ids_beyond_int64_are_distinguished(register, tmp_path):
+    """Detections on every second image give an AP of about 50."""
     content = make_content(count=10)
     renumber(content, "images", "image_id", {i: i if i % 2 else 2**63 + i for i in range(1, 11)})
     for annotation in content["annotations"]:
@@ -233,9 +233,9 @@ def test_image_ids_beyond_int64_are_told_apart(register, tmp_path):
 
 @pytest.mark.parametrize("count_difficult", [False, True])
 @pytest.mark.parametrize("found", ["all", "without difficult", "difficult twice"])
-def test_difficult_objects_count_neither_way(register, tmp_path, count_difficult, found):
-    """Pascal VOC's rule by default: detections of difficult objects, however many, are neither
-    right nor wrong, and detections of something else near them are wrong."""
+def test_detections_of_difficult_objects_are_ignored(register, tmp_path, count_difficult, found):
+    """Pascal VOC's rule by default: any number of detections of difficult objects is neither right
+    nor wrong; other detections near them are wrong."""
     content = make_content()
     hard = content["annotations"][::3]
     for annotation in hard:
@@ -253,8 +253,8 @@ def test_difficult_objects_count_neither_way(register, tmp_path, count_difficult
     assert perfect == (found == "all" or not count_difficult)
 
 
-def test_box_inside_a_difficult_one_is_wrong(register, tmp_path):
-    """A crowd would take it: what counts is the IoU."""
+def test_small_box_inside_a_difficult_object_is_wrong(register, tmp_path):
+    """The IoU decides, unlike for a crowd."""
     content = make_content(count=1, objects=2)
     for annotation in content["annotations"]:
         annotation |= {"category_id": 1, "bbox": [10, 10, 60, 60]}
@@ -266,7 +266,7 @@ def test_box_inside_a_difficult_one_is_wrong(register, tmp_path):
     assert results["AP"] == pytest.approx(50)
 
 
-def test_clipped_object_is_found_by_what_is_inside(register, tmp_path):
+def test_clipped_object_matches_its_visible_part(register, tmp_path):
     content = make_content(count=2, objects=1)
     whole, inside = [60, 60, 80, 80], [60, 60, 40, 40]
     for annotation in content["annotations"]:
@@ -278,9 +278,9 @@ def test_clipped_object_is_found_by_what_is_inside(register, tmp_path):
     assert DatasetCatalog.get("data")[0]["annotations"][0]["bbox"] == inside
 
 
-def test_objects_of_other_registrations_are_judged_alike(tmp_path, caplog):
-    """A json that Detectron2's own function registers: what training drops does not count, and the
-    log says how much it is."""
+def test_dropped_objects_of_other_registrations(tmp_path, caplog):
+    """A json that Detectron2's own function registers: objects that training drops do not count,
+    and the log has their number."""
     content = make_odd(4)
     for annotation in content["annotations"]:
         annotation |= {"area": 50.0, "iscrowd": 0}
@@ -299,7 +299,7 @@ def test_objects_of_other_registrations_are_judged_alike(tmp_path, caplog):
 
 
 def test_data_without_classes_in_a_json(tmp_path):
-    """Records alone, which Detectron2 writes as a json."""
+    """Detectron2 writes the records as a json."""
     objects = [{"bbox": [5, 5, 20, 20], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1}]
     record = {"file_name": "a.png", "image_id": 0, "height": SIDE, "width": SIDE}
     DatasetCatalog.register("data", lambda: [{**record, "annotations": objects}])
@@ -315,7 +315,7 @@ def test_data_without_classes_in_a_json(tmp_path):
 
 @pytest.mark.parametrize("fault", ["crowd of no image", "class of no model", "nameless class"])
 def test_faulty_json_of_other_registrations(tmp_path, fault):
-    """What Detectron2's own evaluator takes is evaluated, id 0 included."""
+    """Faults that Detectron2's evaluator accepts, also id 0."""
     content = make_content()
     for i, annotation in enumerate(content["annotations"]):
         annotation |= {"id": i, "area": 50.0, "iscrowd": 0}
@@ -372,8 +372,8 @@ def test_results_keep_the_ids_of_the_file(register, tmp_path):
     assert {x["category_id"] for x in results} <= {x["id"] for x in content["categories"]}
 
 
-def test_masks_and_key_points_are_detectron2s(register, tmp_path):
-    """Records of a sound json equal those of Detectron2's own reader."""
+def test_masks_and_keypoints_equal_detectron2s(register, tmp_path):
+    """Records of a valid json equal those of Detectron2's reader."""
     content = make_content(count=1, objects=3)
     polygon = [1.0, 1, 9, 1, 9, 9]
     shapes = ([polygon, [1, 2, 3, 4]], {"size": [SIDE, SIDE], "counts": [50, 9, 9941]}, [polygon])
@@ -400,7 +400,7 @@ def test_unusable_segmentations_leave_their_boxes(register, tmp_path):
 
 
 def test_changed_file_is_read_again(register, tmp_path):
-    """In a notebook: a class is added, and the file registered under its name again."""
+    """In a notebook: a class is added, and the file registered again."""
     content = make_content()
     register(write(content, tmp_path))
     content["categories"].append({"id": 9, "name": "new"})
@@ -434,8 +434,8 @@ def test_mask_models_skip_objects_without_masks(tmp_path):
     assert len(Mapper(cfg, is_train=True)(record)["instances"]) == 1
 
 
-def test_processes_wait_for_an_evaluation_outside_collectives(monkeypatch, tmp_path):
-    """Detectron2 gathers the detections, and then the first process evaluates."""
+def test_processes_wait_outside_collectives(monkeypatch, tmp_path):
+    """Detectron2 gathers the detections, then the first process evaluates."""
     calls = []
     monkeypatch.setattr("atss.engine.evaluation.wait_for_all", lambda: calls.append("wait"))
 

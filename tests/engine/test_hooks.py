@@ -1,4 +1,4 @@
-"""What stops a training: losses or weights that are not finite, SIGTERM, the disk."""
+"""Hooks that stop a training: NaN losses and weights, signals, a full disk."""
 
 import os
 import resource
@@ -12,7 +12,7 @@ from conftest import LARGER, ROOT, make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.utils.events import EventStorage
-from test_train_net import SMALL
+from trainings import SMALL
 
 import atss.engine.run as way_in
 from atss.data.mapper import Mapper
@@ -24,7 +24,7 @@ from atss.engine.watch import EXIT_PREEMPTED, Watch
 
 @pytest.fixture
 def start(squares, tmp_path):
-    """train_net.py on the squares, in this process: start(*options, KEY=VALUE)."""
+    """start(*options, KEY=VALUE): train on the squares, in this process."""
 
     def run(*options, **opts):
         values = {
@@ -48,7 +48,7 @@ def start(squares, tmp_path):
 
 @pytest.fixture
 def at(monkeypatch):
-    """at(iteration, act): calls act(trainer) before that iteration."""
+    """at(iteration, act): call act(trainer) before an iteration."""
 
     def add(iteration, act):
         class Act(HookBase):
@@ -63,7 +63,7 @@ def at(monkeypatch):
 
 
 def last(tmp_path) -> tuple[str, int]:
-    """The last checkpoint's name, and the iteration that it holds."""
+    """Return the last checkpoint's name and iteration."""
     name = (tmp_path / "out/last_checkpoint").read_text()
     return name, torch.load(tmp_path / "out" / name, weights_only=False)["iteration"]
 
@@ -72,7 +72,7 @@ def sigterm(*_):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_sigterm_saves_the_iteration_under_way_and_exits_with_its_code(start, at, tmp_path):
+def test_sigterm_saves_the_iteration_and_exits_with_75(start, at, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     at(2, sigterm)
     with pytest.raises(SystemExit) as stop:
@@ -100,8 +100,8 @@ def test_other_signals_save_too(start, at, tmp_path, name, code, capfd):
     assert ("a second ctrl-C ends at once" in capfd.readouterr().err) == (name == "SIGINT")
 
 
-def test_an_ignored_signal_stays_ignored(start, at, tmp_path, monkeypatch):
-    """As SIGHUP under nohup."""
+def test_ignored_signal_stays_ignored(start, at, tmp_path, monkeypatch):
+    """For example SIGHUP under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         at(2, lambda _: signal.raise_signal(signal.SIGHUP))
@@ -111,8 +111,8 @@ def test_an_ignored_signal_stays_ignored(start, at, tmp_path, monkeypatch):
     assert last(tmp_path) == ("model_final.pth", 5)
 
 
-def test_a_signal_just_before_the_checkpoint_counts_ends_the_run(start, monkeypatch, tmp_path):
-    """It came after the processes had asked each other, and no evaluation must be waited for."""
+def test_signal_before_mark_saved_ends_the_run(start, monkeypatch, tmp_path):
+    """It came after the all-gather; no evaluation delays the exit."""
     mark_saved = Watch.mark_saved
 
     def signalled(self):
@@ -125,7 +125,7 @@ def test_a_signal_just_before_the_checkpoint_counts_ends_the_run(start, monkeypa
     assert last(tmp_path) == ("model_0000001.pth", 1)
 
 
-def test_a_process_sends_losses_its_wait_and_its_signal():
+def test_process_sends_losses_wait_and_signal():
     exchange, losses = ScalarAllGather(lambda: 15), {"a": torch.ones(1, requires_grad=True)}
     losses["b"] = losses["c"] = torch.tensor(2.0)
     for waited in (0.0, 0.25):
@@ -134,12 +134,12 @@ def test_a_process_sends_losses_its_wait_and_its_signal():
         exchange.receive()
         assert exchange.rows == [[1.0, 2.0, 2.0, waited, 15.0]]
         assert exchange.losses(0) == {"a": 1.0, "b": 2.0, "c": 2.0}
-        assert exchange.asked == 15
+        assert exchange.stop_signal == 15
         with EventStorage():
             exchange.write(0.25)
 
 
-def test_a_process_receives_what_all_send(monkeypatch):
+def test_process_receives_the_rows_of_all(monkeypatch):
     def all_gather(rows, own):
         for i, row in enumerate(rows):
             row.copy_(own + i)
@@ -152,8 +152,8 @@ def test_a_process_receives_what_all_send(monkeypatch):
     assert exchange.rows == [[2, 0, 0], [3, 1, 1]]
 
 
-def test_the_longest_wait_for_images_is_logged(monkeypatch):
-    """Its own of this iteration, and that of the iteration before for the others."""
+def test_longest_wait_for_images_is_logged(monkeypatch):
+    """This process's wait of this iteration, others' waits of the iteration before."""
     exchange = ScalarAllGather(lambda: 0)
     exchange.names, exchange.rows = ["loss"], [[1.0, 0.875, 0], [3.0, 0.75, 0], [2.0, 0.25, 0]]
     with EventStorage() as storage:
@@ -167,17 +167,17 @@ def test_the_longest_wait_for_images_is_logged(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("asked", "decides"),
+    ("numbers", "decides"),
     [([0, 0], 0), ([0, 15], 15), ([10, 0], 10), ([15, 2], 2), ([2, 15], 2)],
 )
-def test_the_signal_of_any_process_decides(asked, decides):
-    """Ctrl-C before others, which a launcher passes on."""
+def test_signal_of_any_process_decides(numbers, decides):
+    """Ctrl-C decides over other signals, which a launcher relays."""
     exchange = ScalarAllGather(lambda: 0)
-    exchange.rows = [[1.0, 0.0, float(number)] for number in asked]
-    assert exchange.asked == decides
+    exchange.rows = [[1.0, 0.0, float(number)] for number in numbers]
+    assert exchange.stop_signal == decides
 
 
-def test_an_iteration_is_profiled(start, tmp_path):
+def test_iterations_are_profiled(start, tmp_path):
     start(**{"SOLVER.PROFILE": "[1, 2]", "SOLVER.MAX_ITER": 4})
     folders = sorted(x.name for x in (tmp_path / "out/log").iterdir())
     assert folders == ["profiler-tensorboard-iter1", "profiler-tensorboard-iter2"]
@@ -186,8 +186,8 @@ def test_an_iteration_is_profiled(start, tmp_path):
             start(**{"SOLVER.PROFILE": wrong})
 
 
-def test_sigterm_reaches_a_run_step_of_ones_own(start, at, monkeypatch, tmp_path):
-    """That calls neither the trainer's hooks nor its log."""
+def test_sigterm_stops_a_custom_run_step(start, at, monkeypatch, tmp_path):
+    """The step calls neither the trainer's hooks nor its log."""
 
     def run_step(self):
         losses = self.model(next(self._trainer._data_loader_iter))
@@ -202,7 +202,7 @@ def test_sigterm_reaches_a_run_step_of_ones_own(start, at, monkeypatch, tmp_path
     assert last(tmp_path) == ("model_0000002.pth", 2)
 
 
-def test_sigterm_in_the_last_iteration_leaves_a_finished_training(start, at, tmp_path):
+def test_sigterm_in_last_iteration_saves_the_final_model(start, at, tmp_path):
     at(5, sigterm)
     with pytest.raises(SystemExit) as stop:
         start()
@@ -210,7 +210,7 @@ def test_sigterm_in_the_last_iteration_leaves_a_finished_training(start, at, tmp
     assert last(tmp_path) == ("model_final.pth", 5)
 
 
-def test_sigterm_ends_an_evaluation_whose_checkpoint_is_written(start, monkeypatch, tmp_path):
+def test_sigterm_ends_an_evaluation_after_a_checkpoint(start, monkeypatch, tmp_path):
     monkeypatch.setattr(Trainer, "test", sigterm)
     with pytest.raises(SystemExit) as stop:
         start(**{"TEST.EVAL_PERIOD": 2})
@@ -218,7 +218,7 @@ def test_sigterm_ends_an_evaluation_whose_checkpoint_is_written(start, monkeypat
     assert last(tmp_path) == ("model_0000001.pth", 1)
 
 
-def test_sigterm_in_an_evaluation_without_a_checkpoint_waits_for_one(start, monkeypatch, tmp_path):
+def test_sigterm_in_an_evaluation_waits_for_a_checkpoint(start, monkeypatch, tmp_path):
     monkeypatch.setattr(Trainer, "test", lambda *_: sigterm() or {})
     with pytest.raises(SystemExit) as stop:
         start(**{"TEST.EVAL_PERIOD": 1, "SOLVER.CHECKPOINT_PERIOD": 4})
@@ -226,8 +226,7 @@ def test_sigterm_in_an_evaluation_without_a_checkpoint_waits_for_one(start, monk
     assert last(tmp_path) == ("model_0000001.pth", 1)
 
 
-def test_sigterm_after_the_last_iteration_does_not_evaluate_first(start, monkeypatch, tmp_path):
-    """Between the last iteration and what follows it."""
+def test_sigterm_after_last_iteration_skips_evaluation(start, monkeypatch, tmp_path):
     evaluated = []
     monkeypatch.setattr(Trainer, "test", lambda *_: evaluated.append(1) or {})
     after_train = Trainer.after_train
@@ -248,9 +247,9 @@ def test_sigterm_after_the_last_iteration_does_not_evaluate_first(start, monkeyp
     assert evaluated
 
 
-def test_a_loss_that_is_not_finite_is_told_with_its_images(start, monkeypatch, tmp_path):
-    """From iteration 4 on all images are infinitely bright. The checkpoint of iteration 3 has not
-    shown that it is good."""
+def test_nan_loss_is_reported_with_its_images(start, monkeypatch, tmp_path):
+    """Images are infinite from iteration 4 on. The checkpoint of iteration 3 has given no finite
+    losses yet."""
     seen = []
 
     class Blinding(Mapper):
@@ -265,7 +264,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_images(start, monkeypatch, t
     with pytest.raises(SystemExit) as stop:
         start()
     sentence = stop.value.code
-    assert sentence.startswith("error: at iteration 4 loss_cls is nan")
+    assert sentence.startswith("error: loss_cls is NaN")
     for name in seen[8:10]:
         assert name in sentence
     assert sentence.endswith(f"the last good checkpoint is {tmp_path}/out/model_0000001.pth")
@@ -273,15 +272,15 @@ def test_a_loss_that_is_not_finite_is_told_with_its_images(start, monkeypatch, t
     assert last(tmp_path) == ("model_0000003.pth", 3)
 
 
-def test_weights_that_are_not_finite_are_not_saved(start, at, tmp_path):
-    """The gradients of iteration 3 are infinite, though its losses are not."""
+def test_infinite_weights_are_not_saved(start, at, tmp_path):
+    """The gradients of iteration 3 are infinite, its losses are finite."""
 
     def poison(trainer):
         trainer.model.head.cls_score.weight.register_hook(lambda gradient: gradient + torch.inf)
 
     at(3, poison)
     with pytest.raises(
-        SystemExit, match="error: iteration 3 made weights that are not finite"
+        SystemExit, match="error: weights are NaN or infinite after iteration 3"
     ) as e:
         start()
     assert str(e.value).endswith(f"the last good checkpoint is {tmp_path}/out/model_0000001.pth")
@@ -289,9 +288,9 @@ def test_weights_that_are_not_finite_are_not_saved(start, at, tmp_path):
     assert not (tmp_path / "out/model_0000003.pth").exists()
 
 
-def test_a_checkpoint_of_another_run_is_not_called_good(start, at, tmp_path):
-    """Neither in a new run, nor in one that goes on from an earlier iteration; its own, of which it
-    goes on, is."""
+def test_checkpoint_of_another_run_is_not_good(start, at, tmp_path):
+    """Neither in a new run nor in one resumed from an earlier iteration. The checkpoint from which
+    a run is resumed is good."""
     keep_all = {"SOLVER.CHECKPOINTS_TO_KEEP": 0}
     start(**keep_all)
     out = tmp_path / "out"
@@ -303,7 +302,7 @@ def test_a_checkpoint_of_another_run_is_not_called_good(start, at, tmp_path):
 
     at(5, poison)
     never = {"SOLVER.CHECKPOINT_PERIOD": 100, **keep_all}
-    with pytest.raises(SystemExit, match=r"there is no checkpoint of this run from before it$"):
+    with pytest.raises(SystemExit, match=r"this run has no earlier checkpoint$"):
         start(**never)
     (out / "last_checkpoint").write_text("model_0000001.pth")
     with pytest.raises(SystemExit, match=r"good checkpoint is .*/model_0000001\.pth$"):
@@ -313,12 +312,12 @@ def test_a_checkpoint_of_another_run_is_not_called_good(start, at, tmp_path):
         start("--resume", **keep_all)
 
 
-def test_a_learning_rate_that_explodes(start):
-    with pytest.raises(SystemExit, match=r"error: (at )?iteration \d .* (nan|inf|not finite)"):
+def test_exploding_learning_rate_is_reported(start):
+    with pytest.raises(SystemExit, match=r"error: .* (NaN|inf|infinite) (at|after) iteration \d"):
         start(**{"SOLVER.BASE_LR": 1e30})
 
 
-def test_a_full_disk_is_told_before_training(start, monkeypatch, tmp_path):
+def test_full_disk_is_reported_before_training(start, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     with pytest.raises(
         SystemExit, match=rf"error: OUTPUT_DIR {tmp_path}/out has 1 MB free, but 3 "
@@ -327,8 +326,7 @@ def test_a_full_disk_is_told_before_training(start, monkeypatch, tmp_path):
     assert not list((tmp_path / "out").glob("model_*"))
 
 
-def test_room_for_a_checkpoint_is_its_size(start, monkeypatch, tmp_path):
-    """What the check asks for, against the file that is written."""
+def test_free_space_check_uses_the_checkpoint_size(start, monkeypatch, tmp_path):
     disk = SimpleNamespace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
     with pytest.raises(SystemExit, match=r"3 checkpoints take (\d+) MB") as stop:
@@ -346,16 +344,16 @@ def test_room_for_a_checkpoint_is_its_size(start, monkeypatch, tmp_path):
         (2, [], 3),
         (2, ["model_0000001", "model_0000003"], 1),
         (2, ["model_0000003"], 2),
-        # More than are kept give their room only when the first new one is written.
+        # Excess checkpoints are deleted only after a new one is written.
         (2, [f"model_000000{i}" for i in range(5)], 1),
-        # Of another run, which stay.
+        # Files of another run stay.
         (2, ["model_0000001", "model_0000010", "other"], 2),
         (0, ["model_0000001", "model_0000003"], 2),
         (0, ["model_0000003", "model_final"], 1),
     ],
 )
-def test_files_that_are_replaced_need_no_room(monkeypatch, tmp_path, keep, there, free):
-    """As after a preemption; in checkpoints."""
+def test_replaced_files_need_no_free_space(monkeypatch, tmp_path, keep, there, free):
+    """Sizes are in checkpoints."""
     model = torch.nn.Linear(1000, 1000)
     size = 8_008_000  # weights and momenta
     for name in there:
@@ -371,7 +369,7 @@ def test_files_that_are_replaced_need_no_room(monkeypatch, tmp_path, keep, there
         way_in.check_free_space(cfg, model)
 
 
-def test_a_write_that_fails_later_names_the_folder(start, at, tmp_path):
+def test_failed_write_names_the_folder(start, at, tmp_path):
     """Files may grow to 1 MB from iteration 3 on."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     at(3, lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard)))
@@ -385,7 +383,7 @@ def test_a_write_that_fails_later_names_the_folder(start, at, tmp_path):
 
 
 @pytest.mark.parametrize("below", ["", "/deeper"])
-def test_a_folder_that_cannot_be_written(start, tmp_path, below):
+def test_unwritable_folder_is_refused(start, tmp_path, below):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(
         ValueError, match=rf"^cannot write into OUTPUT_DIR {tmp_path}/out{below}: Not a"

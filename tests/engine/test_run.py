@@ -1,16 +1,18 @@
-"""Folders of runs: whose they are, what stays in them, and what is looked at before a run."""
+"""Preparation of runs: folders, checks, and data sets in the config."""
 
 import json
 import shutil
 import socket
+import sys
 from contextlib import nullcontext
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, make_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from fsspec.registry import known_implementations
 from processes import FORKED
+from trainings import forget
 
 import atss.engine.run as way_in
 from atss import load_config
@@ -41,16 +43,9 @@ def arguments(squares, tmp_path):
     forget(*set(DatasetCatalog.list()) - names)
 
 
-def forget(*names):
-    """Takes data sets out of the catalogs, as in a new process."""
-    for name in names:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
-
-
 @pytest.fixture
 def variant(squares, tmp_path):
-    """variant(name, change): the option that registers the squares after a change of their json."""
+    """variant(name, change): the option that registers the squares with a changed json."""
 
     def make(name, change):
         content = json.loads((squares / "annotations.json").read_text())
@@ -77,42 +72,44 @@ def at_addresses(content):
 
 @pytest.fixture(autouse=True)
 def launched(monkeypatch):
-    """What start() would have run, and how often."""
+    """Return the configs that start() would have run."""
     runs = []
     monkeypatch.setattr(way_in, "launch", lambda run, args, cfg: runs.append(cfg))
     return runs
 
 
-def said_by(args) -> str:
+def error_of(args) -> str:
     with pytest.raises(SystemExit) as caught:
         way_in.start(args)
     return str(caught.value)
 
 
-def test_a_new_training_does_not_replace_another(arguments, launched, tmp_path):
+def test_new_training_does_not_replace_another(arguments, launched, tmp_path):
     way_in.start(arguments())
     (tmp_path / "out" / "last_checkpoint").write_text("model_final.pth")
-    sentence = said_by(arguments())
-    assert sentence.startswith(f"error: OUTPUT_DIR {tmp_path}/out holds a training already: --res")
+    sentence = error_of(arguments())
+    assert sentence.startswith(
+        f"error: OUTPUT_DIR {tmp_path}/out already contains a run: pass --res"
+    )
     way_in.start(arguments("--resume"))
     way_in.start(arguments("--eval-only"))
     assert len(launched) == 3
 
 
 def hold(folder, connection):
-    """Locks the folder until there is a message."""
+    """Lock the folder until a message comes."""
     lock = way_in.lock_folder(folder)
     connection.send("locked")
     connection.recv()
     lock.close()
 
 
-def test_no_arguments_at_all():
+def test_config_file_is_required():
     args = way_in.make_parser().parse_args([])
-    assert said_by(args).startswith("error: --config-file is missing")
+    assert error_of(args).startswith("error: --config-file is missing")
 
 
-def test_coco_may_not_be_there(monkeypatch, tmp_path):
+def test_missing_annotations_of_coco_are_named(monkeypatch, tmp_path):
     known = vars(MetadataCatalog.get("coco_2017_train"))
     monkeypatch.setitem(known, "json_file", str(tmp_path / "train.json"))
     args = way_in.make_parser().parse_args(
@@ -123,7 +120,7 @@ def test_coco_may_not_be_there(monkeypatch, tmp_path):
         way_in.prepare(args)
 
 
-def test_two_runs_cannot_share_a_folder(arguments, launched, tmp_path):
+def test_folder_is_locked_by_a_run(arguments, launched, tmp_path):
     (tmp_path / "out").mkdir()
     left = tmp_path / "out" / f"{TrainingCheckpointer.UNFINISHED}_123"
     left.touch()
@@ -131,19 +128,19 @@ def test_two_runs_cannot_share_a_folder(arguments, launched, tmp_path):
     other = FORKED.Process(target=hold, args=(str(tmp_path / "out"), there), daemon=True)
     other.start()
     assert here.recv() == "locked"
-    assert not left.exists()  # of a run that was killed
-    refused = said_by(arguments())
+    assert not left.exists()  # a killed run left it
+    refused = error_of(arguments())
     assert f"{tmp_path}/out is in use by process {other.pid} on {socket.gethostname()}: " in refused
     assert refused.endswith(f"if that machine is gone, remove {tmp_path}/out/lock")
     way_in.start(arguments("--eval-only"))
     here.send("end")
     other.join()
     way_in.start(arguments())
-    way_in.start(arguments())  # the one before has ended
+    way_in.start(arguments())  # the first one has ended
     assert len(launched) == 3
 
 
-def test_an_evaluation_or_failed_resumption_leaves_the_config(arguments, tmp_path, monkeypatch):
+def test_evaluation_and_failed_resumption_keep_config_yaml(arguments, tmp_path, monkeypatch):
     config = tmp_path / "out" / "config.yaml"
     config.parent.mkdir()
     config.write_text("of the training")
@@ -168,20 +165,20 @@ def test_an_evaluation_or_failed_resumption_leaves_the_config(arguments, tmp_pat
 
 
 @pytest.mark.parametrize(("key", "count"), [("TRAIN", 7), ("TEST", 8)])
-def test_missing_images_are_named_first(arguments, squares, launched, tmp_path, key, count):
+def test_missing_images_are_named_before_a_run(arguments, squares, launched, tmp_path, key, count):
     """An image without objects is evaluated, but not trained on."""
     spec = f"bare={squares}/annotations.json:{tmp_path}"
     args = arguments("--register", spec, **{f"DATASETS.{key}": "('bare',)"})
-    assert said_by(args) == (
+    assert error_of(args) == (
         f"error: data set bare: {count} of {count} images do not exist, such as {tmp_path}/0.png"
     )
     assert not launched
 
 
 @pytest.mark.parametrize("key", ["TRAIN", "TEST"])
-def test_addresses_of_images_are_named_first(arguments, variant, key):
+def test_addresses_of_images_are_refused(arguments, variant, key):
     args = arguments(*variant("web", at_addresses), **{f"DATASETS.{key}": "('web',)"})
-    sentence = said_by(args)
+    sentence = error_of(args)
     assert sentence.startswith("error: data set web: ")
     assert "/https://example.org/0.png; addresses are not fetched: download the im" in sentence
 
@@ -195,8 +192,8 @@ def test_addresses_of_images_are_named_first(arguments, variant, key):
         ("zzz://x/a.png", "the image zzz://x/a.png cannot be opened: it needs package zzzfs"),
     ],
 )
-def test_a_scheme_needs_a_handler(address, sentence):
-    """Detectron2's PathManager fetches https; fsspec knows others, if their package is there."""
+def test_address_scheme_needs_a_handler(address, sentence):
+    """Detectron2's PathManager fetches https; fsspec has others, if their package is installed."""
     known = {"class": "zzzfs.FileSystem", "err": "it needs package zzzfs"}
     known_implementations["zzz"] = known
     DatasetCatalog.register("remote", lambda: [{"file_name": address}])
@@ -208,8 +205,8 @@ def test_a_scheme_needs_a_handler(address, sentence):
         del known_implementations["zzz"]
 
 
-def test_images_are_looked_for_once_per_machine(arguments, monkeypatch):
-    """Under torchrun by the first process of each, after all have come."""
+def test_images_are_checked_once_per_machine(arguments, monkeypatch):
+    """Under torchrun by the first process of a machine, after all have started."""
     looked_for = []
     monkeypatch.setattr(datasets, "refuse_missing_images", lambda *x: looked_for.append(x[0]))
     monkeypatch.setattr(way_in, "_set_up", lambda *_: 1 / 0)
@@ -233,19 +230,19 @@ def test_images_are_looked_for_once_per_machine(arguments, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [without_annotations, crowds_alone])
-def test_a_test_set_with_objects_decides(arguments, variant, change):
-    """If none has objects, a recipe's PATIENCE is no error, one on the command line is."""
+def test_best_metric_is_of_a_test_set_with_objects(arguments, variant, change):
+    """If none has objects, PATIENCE is an error only on the command line."""
     bare, opts = variant("bare", change), {"TEST.EVAL_PERIOD": 2, "TEST.EVAL_EPOCHS": 0}
     both = {"DATASETS.TEST": "('bare', 'squares')"}
     assert best_metric(way_in.prepare(arguments(*bare, **opts, **both))) == "squares/bbox/AP"
     alone = {"DATASETS.TEST": "('bare',)"}
     assert best_metric(way_in.prepare(arguments(*bare, **opts, **alone))) == ""
     for key, value in (("PATIENCE", 3), ("BEST_METRIC", "bbox/AP50")):
-        sentence = said_by(arguments(*bare, **opts, **alone, **{f"TEST.{key}": value}))
-        wanted = f"error: TEST.{key} {value} needs objects in DATASETS.TEST: bare has none"
-        assert sentence == wanted
+        sentence = error_of(arguments(*bare, **opts, **alone, **{f"TEST.{key}": value}))
+        expected = f"error: TEST.{key} {value} needs objects in DATASETS.TEST: bare has none"
+        assert sentence == expected
     named = {"TEST.BEST_METRIC": "bare/bbox/AP"}
-    sentence = said_by(arguments(*bare, **opts, **both, **named))
+    sentence = error_of(arguments(*bare, **opts, **both, **named))
     assert sentence == "error: TEST.BEST_METRIC is 'bare/bbox/AP', but data set bare has no objects"
 
 
@@ -258,7 +255,7 @@ def test_a_test_set_with_objects_decides(arguments, variant, change):
         ([{}], True),
     ],
 )
-def test_objects_of_a_data_set_without_register(annotations, found):
+def test_has_objects_without_register(annotations, found):
     DatasetCatalog.register("plain", lambda: [{}, {"annotations": annotations}])
     try:
         assert datasets.has_objects("plain") == found
@@ -267,22 +264,22 @@ def test_objects_of_a_data_set_without_register(annotations, found):
 
 
 @pytest.mark.parametrize("objects", [without_annotations, None])
-def test_a_recipes_patience_without_test_sets_is_silent(arguments, variant, tmp_path, objects):
-    """No test set, or one without objects; PATIENCE stands in the file."""
+def test_patience_of_a_recipe_needs_no_test_set(arguments, variant, tmp_path, objects):
+    """No test set, or one without objects; a yaml sets PATIENCE."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"_BASE_: {ROOT}/configs/ATSS_R_18_FPN_small.yaml\nTEST: {{PATIENCE: 3}}\n")
     bare = variant("bare", objects) if objects else ()
     test = "('bare',)" if objects else "()"
     opts = {"DATASETS.TEST": test, "TEST.EVAL_EPOCHS": 1.0}
     way_in.prepare(arguments("--config-file", str(recipe), *bare, **opts))
-    sentence = said_by(arguments(**{"DATASETS.TEST": "()", "TEST.PATIENCE": 3}))
+    sentence = error_of(arguments(**{"DATASETS.TEST": "()", "TEST.PATIENCE": 3}))
     assert sentence.startswith("error: TEST.PATIENCE 3 ends training by its evaluations")
 
 
 @pytest.mark.parametrize("metric", ["AP", "segm/AP", "bbox_EMA/AP", "squares/bbox/AP"])
-def test_an_unknown_metric_is_named_first(arguments, metric):
+def test_unknown_metric_is_refused_before_a_run(arguments, metric):
     opts = {"TEST.EVAL_PERIOD": 2, "TEST.EVAL_EPOCHS": 0}
-    sentence = said_by(arguments(**opts, **{"TEST.BEST_METRIC": metric}))
+    sentence = error_of(arguments(**opts, **{"TEST.BEST_METRIC": metric}))
     assert sentence.startswith(
         f"error: unknown TEST.BEST_METRIC {metric!r}: choose from ['bbox/AP', 'bbo"
     )
@@ -290,7 +287,7 @@ def test_an_unknown_metric_is_named_first(arguments, metric):
         way_in.prepare(arguments(**opts, **{"TEST.BEST_METRIC": known}))
     forget("squares")
     one = arguments("--classes", "blue", **opts, **{"TEST.BEST_METRIC": "bbox/AP-blue"})
-    assert said_by(one).startswith(
+    assert error_of(one).startswith(
         "error: unknown TEST.BEST_METRIC 'bbox/AP-blue': choose from ['bbox/"
     )
 
@@ -303,39 +300,39 @@ def test_an_unknown_metric_is_named_first(arguments, metric):
         ("[['bbox', 'mAP', 38.0, 1.0]]", "TEST.EXPECTED_RESULTS takes [task, metric, value, tol"),
     ],
 )
-def test_expected_results_are_looked_at_first(arguments, expected, sentence):
-    assert said_by(arguments(**{"TEST.EXPECTED_RESULTS": expected})).startswith(
+def test_malformed_expected_results_are_refused(arguments, expected, sentence):
+    assert error_of(arguments(**{"TEST.EXPECTED_RESULTS": expected})).startswith(
         f"error: {sentence}"
     )
 
 
-def test_expected_results_are_of_one_data_set(arguments, squares):
-    """Of several, Detectron2 would look for the task among the names of the data sets."""
+def test_expected_results_need_one_test_set(arguments, squares):
+    """With several, Detectron2 would look up the task among data sets."""
     other = ("--register", f"other={squares}/annotations.json:{squares}/images")
     opts = {"DATASETS.TEST": "('squares', 'other')"}
     expected = {"TEST.EXPECTED_RESULTS": "[['bbox', 'AP', 38.0, 1.0]]"}
-    sentence = said_by(arguments(*other, **opts, **expected))
-    assert sentence == "error: TEST.EXPECTED_RESULTS needs one data set in DATASETS.TEST, not 2"
+    sentence = error_of(arguments(*other, **opts, **expected))
+    assert sentence == "error: TEST.EXPECTED_RESULTS needs one data set in DATASETS.TEST, got 2"
 
 
 @pytest.mark.parametrize("place", ["inference", "ema/inference/squares"])
-def test_folders_of_results_are_written_into_first(arguments, tmp_path, place):
-    """A file of that name stands for a folder of another user."""
+def test_unwritable_folder_of_results_is_refused(arguments, tmp_path, place):
+    """A file has the folder's name."""
     file = tmp_path / "out" / place
     file.parent.mkdir(parents=True)
     file.touch()
-    assert said_by(arguments()) == f"error: cannot write into OUTPUT_DIR {file}: Not a directory"
+    assert error_of(arguments()) == f"error: cannot write into OUTPUT_DIR {file}: Not a directory"
 
 
 # ------------------------------------------------------------------------------------------------
-# What a config remembers
+# Data sets in the config
 # ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def trained(squares, tmp_path, monkeypatch):
-    """A project with a copy of the squares and the config that a run leaves, from a command with
-    relative paths. Gives its folder."""
+    """Return the folder of a project with a copy of the squares and the config of a run, from a
+    command with relative paths."""
     project = tmp_path / "project"
     shutil.copytree(squares, project / "data")
     (project / "data/d.yaml").write_text("train: images\nval: images\nnames: [blue]\n")
@@ -356,8 +353,8 @@ def recalled(config, *options):
     return way_in.prepare(args), args
 
 
-def test_a_config_remembers_its_data_sets(trained, tmp_path, monkeypatch):
-    """Also after data and runs have moved together; only what is used is read again."""
+def test_config_registers_its_data_sets(trained, tmp_path, monkeypatch):
+    """Also after data and runs have moved together; only used data sets are read."""
     config = yaml.safe_load((trained / "runs/1/config.yaml").read_text())["DATASETS"]
     paths = "../../data/annotations.json:../../data/images"
     assert config["REGISTER"] == [f"a={paths}", f"b={paths}"]
@@ -372,8 +369,8 @@ def test_a_config_remembers_its_data_sets(trained, tmp_path, monkeypatch):
     assert "a" in DatasetCatalog
 
 
-def test_the_command_line_wins(trained, tmp_path, squares):
-    """Data that are gone are not asked for, and a class that a test set lacks is no error."""
+def test_command_line_has_precedence(trained, tmp_path, squares):
+    """Data of the config may be missing, and a test set may lack a class."""
     shutil.rmtree(trained / "data")
     config = trained / "runs/1/config.yaml"
     content = json.loads((squares / "annotations.json").read_text())
@@ -403,8 +400,8 @@ def test_the_command_line_wins(trained, tmp_path, squares):
         ("{root}/x:y.json:s3://some/images", "../data/x:y.json:s3://some/images"),
     ],
 )
-def test_paths_are_relative_if_they_can_be(tmp_path, source, place):
-    """Also that of a name with a colon; a split is no path."""
+def test_paths_become_relative_if_possible(tmp_path, source, place):
+    """Also a name with a colon; a split is not a path."""
     root = tmp_path / "data"
     (root / "images").mkdir(parents=True)
     (root / "x:y.json").touch()
@@ -419,8 +416,8 @@ def test_paths_are_relative_if_they_can_be(tmp_path, source, place):
     assert list(cfg.DATASETS.REGISTER) == [spec]
 
 
-def test_the_small_config_writes_checkpoints(arguments):
-    """After each pass over the images: of 8, in batches of 4, without the one that is empty."""
+def test_small_config_saves_every_epoch(arguments):
+    """Batches of 4 from 7 images with objects."""
     cfg = way_in.prepare(arguments())
     assert (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_TO_KEEP) == (2, 2)
     assert (
@@ -428,7 +425,7 @@ def test_the_small_config_writes_checkpoints(arguments):
     )
 
 
-def test_processes_that_see_other_checkpoints(monkeypatch, tmp_path):
+def test_processes_must_share_the_checkpoint(monkeypatch, tmp_path):
     file = tmp_path / "model_0000001.pth"
     file.write_bytes(b"12345")
     monkeypatch.setattr(way_in.comm, "all_gather", lambda mine: [mine, mine])
@@ -440,3 +437,78 @@ def test_processes_that_see_other_checkpoints(monkeypatch, tmp_path):
         assert str(error.value).endswith(
             " and ".join(sorted([f"{file} (5 bytes)", other or "none"]))
         )
+
+
+# ------------------------------------------------------------------------------------------------
+# Modules and loader processes
+# ------------------------------------------------------------------------------------------------
+
+
+def test_default_workers_are_limited_by_cores(monkeypatch):
+    """A number other than Detectron2's default stays."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    cases = ((4, 1, 4), (4, 2, 3), (4, 8, 1), (2, 8, 2), (0, 1, 0), (16, 1, 16))
+    for workers, processes, expected in cases:
+        cfg = make_cfg("DATALOADER.NUM_WORKERS", workers)
+        way_in.fit_workers(cfg, processes)
+        assert expected == cfg.DATALOADER.NUM_WORKERS
+
+
+def start_with(module):
+    argv = ["--import", module, "--config-file", "x.yaml"]
+    way_in.start(way_in.make_parser().parse_args(argv))
+
+
+def test_missing_import_of_a_module_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lacks_one.py").write_text("import no_such_module")
+    with pytest.raises(SystemExit, match="error: --import lacks_one: No module named 'no_such"):
+        start_with("lacks_one")
+
+
+@pytest.mark.parametrize("place", ["./{}.py", "{}.py", "rules/{}.py", "~/{}.py", "../here/{}.py"])
+def test_file_is_imported_under_its_name(monkeypatch, tmp_path, place):
+    """It can import the modules beside it, and runs once per process."""
+    here = tmp_path / "here"
+    folder = here / "rules" if place.startswith("rules") else here
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name, beside = f"own_{abs(hash(place))}", f"beside_{abs(hash(place))}"
+    (folder / f"{beside}.py").write_text("loads = []")
+    (folder / f"{name}.py").write_text(f"from {beside} import loads\nloads.append(1)\n")
+    for _ in range(2):
+        way_in.import_modules([place.format(name)])
+    assert sys.modules[name].loads == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("./gone.py", "--import ./gone.py: no such file"),
+        ("rules/gone", "--import rules/gone: no such file"),
+        (".gone", "--import .gone: no such file"),
+        ("", "--import : no such file"),
+        ("gone.module", "--import gone.module: No module named 'gone'"),
+        ("json.py", "--import json.py: <module 'json' from .*> has the same name: rename the file"),
+    ],
+)
+def test_unknown_module_is_named(monkeypatch, tmp_path, name, sentence):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "json.py").touch()
+    with pytest.raises(SystemExit, match=f"^error: {sentence}"):
+        start_with(name)
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [("1 / 0", ZeroDivisionError), ("open('gone.json')", RuntimeError)]
+)
+def test_bug_in_a_module_keeps_its_traceback(monkeypatch, tmp_path, code, error):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    name = f"buggy_{error.__name__}"
+    (tmp_path / f"{name}.py").write_text(code)
+    with pytest.raises(error):
+        start_with(name)

@@ -1,4 +1,4 @@
-"""Which rate and which decay each parameter gets; passes become iterations."""
+"""Learning rate and weight decay of each parameter; epochs become iterations."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ RECIPE = "ATSS_lite0_FPN_fine_tune.yaml"
 
 
 def settings(optimizer, model) -> dict[str, tuple[float, float]]:
-    """Name -> (rate, decay)."""
+    """Return name -> (rate, decay)."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
         names[parameter]: (group["lr"], group["weight_decay"])
@@ -28,7 +28,7 @@ def model():
     return build_model(make_cfg(config=RECIPE))
 
 
-def test_the_recipes_rates_and_decays(model):
+def test_rates_and_decays_of_the_recipe(model):
     optimizer = build_optimizer(make_cfg(config=RECIPE), model)
     assert isinstance(optimizer, torch.optim.AdamW)
     found = settings(optimizer, model)
@@ -41,13 +41,13 @@ def test_the_recipes_rates_and_decays(model):
     assert found["backbone.fpn_lateral3.weight"] == (0.001, 0.05)
 
 
-def test_scales_decay_as_weights_unless_told(model):
+def test_scales_decay_as_weights_by_default(model):
     cfg = make_cfg("SOLVER.WEIGHT_DECAY_SCALE", None, config=RECIPE)
     found = settings(build_optimizer(cfg, model), model)
     assert {decay for name, (_, decay) in found.items() if name.endswith(".scale")} == {0.05}
 
 
-def test_the_papers_optimizer_is_detectron2s():
+def test_optimizer_of_the_paper_equals_detectron2s():
     cfg = make_cfg()
     model = build_model(cfg)
     ours, theirs = build_optimizer(cfg, model), detectron2s(cfg, model)
@@ -66,13 +66,13 @@ def test_the_papers_optimizer_is_detectron2s():
         (("SOLVER.BIAS_LR_FACTOR", 2.0), r"BACKBONE_LR_FACTOR and SOLVER\.BIAS_LR_FACTOR cannot"),
     ],
 )
-def test_what_cannot_be_is_refused(model, opts, sentence):
+def test_impossible_settings_are_refused(model, opts, sentence):
     with pytest.raises(ValueError, match=sentence):
         build_optimizer(make_cfg(*opts, config=RECIPE), model)
 
 
-def test_a_backbone_without_a_bottom_up_has_no_rate_of_its_own():
-    with pytest.raises(ValueError, match=r"needs a backbone under an FPN, with parameters in back"):
+def test_backbone_factor_needs_an_fpn():
+    with pytest.raises(ValueError, match=r"needs a backbone under an FPN, but this model has no"):
         build_optimizer(make_cfg(config=RECIPE), torch.nn.Linear(2, 2))
 
 
@@ -83,7 +83,7 @@ def test_a_backbone_without_a_bottom_up_has_no_rate_of_its_own():
         (448, ("SOLVER.EPOCHS", 12.0, "TEST.EVAL_EPOCHS", 2.0), (672, 5000, 112)),
         (449, ("SOLVER.EPOCHS", 1.0), (57, 5000, 0)),
         (448, ("SOLVER.CHECKPOINT_EPOCHS", 0.5), (90, 28, 0)),
-        # 20 images: at least 600 iterations, evaluated as often.
+        # 20 images: at least 600 iterations, with equally many evaluations.
         (
             20,
             ("SOLVER.EPOCHS", 12.0, "SOLVER.MIN_ITER", 600, "TEST.EVAL_EPOCHS", 2.0),
@@ -100,11 +100,11 @@ def test_a_backbone_without_a_bottom_up_has_no_rate_of_its_own():
     ],
 )
 def test_epochs_become_iterations(monkeypatch, images, opts, wanted):
-    asked = []
+    calls = []
     monkeypatch.setattr(
         datasets,
         "open_records",
-        lambda names, filter_empty: asked.append((names, filter_empty)) or [{}] * images,
+        lambda names, filter_empty: calls.append((names, filter_empty)) or [{}] * images,
     )
     cfg = make_cfg("DATASETS.TRAIN", ("x",), "SOLVER.MAX_ITER", 90, "SOLVER.IMS_PER_BATCH", 8)
     cfg.merge_from_list(["DATALOADER.FILTER_EMPTY_ANNOTATIONS", False])
@@ -112,11 +112,11 @@ def test_epochs_become_iterations(monkeypatch, images, opts, wanted):
     complete_schedule(cfg)
     found = cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
     assert found == wanted
-    assert asked == ([(("x",), False)] if opts else [])
+    assert calls == ([(("x",), False)] if opts else [])
 
 
-def test_iterations_that_are_typed_count(monkeypatch):
-    """The recipe's epochs would make a trial of ten iterations one of six hundred."""
+def test_iterations_of_the_command_line_replace_epochs(monkeypatch):
+    """A trial of ten iterations must not become the recipe's six hundred."""
     monkeypatch.setattr(datasets, "open_records", lambda *_, **__: [{}] * 80)
     opts = ("SOLVER.EPOCHS", 10.0, "SOLVER.MAX_ITER", 7, "TEST.EVAL_EPOCHS", 1.0)
     for given, wanted in ((["SOLVER.MAX_ITER"], 7), (["SOLVER.MAX_ITER", "SOLVER.EPOCHS"], 200)):
@@ -133,20 +133,20 @@ def test_negative_epochs_are_refused():
 @pytest.mark.parametrize(
     ("images", "opts", "done", "seen", "wanted"),
     [
-        # 66 images: 17 iterations. 44 are left, which are 11.
+        # 66 images are 17 iterations; the 44 remaining images are 11.
         (11, ("SOLVER.EPOCHS", 6.0), 11, 22, 6),
         (11, ("SOLVER.EPOCHS", 6.0), 7, 70, 17),
-        # 600 are the least; so many are left as the log has said, however many images that are.
+        # At least 600 iterations: the remaining number does not depend on the images.
         (20, ("SOLVER.EPOCHS", 12.0, "SOLVER.MIN_ITER", 600), 300, 2400, 300),
-        # 1344 iterations for 5376 images, of which 3376 are left; in larger batches 600 are more.
+        # 1344 iterations for 5376 images, 3376 of which are left.
         (448, ("SOLVER.EPOCHS", 12.0, "SOLVER.MIN_ITER", 600), 1000, 2000, 500),
         (448, ("SOLVER.EPOCHS", 12.0, "SOLVER.MIN_ITER", 2000), 1000, 2000, 1000),
-        # Iterations that are given, and those that half as many processes make.
+        # MAX_ITER without EPOCHS, also scaled to the number of processes.
         (11, ("SOLVER.MAX_ITER", 100), 40, 80, 40),
         (11, ("SOLVER.MAX_ITER", 100, "SOLVER.REFERENCE_WORLD_SIZE", 1), 40, 320, 80),
     ],
 )
-def test_another_batch_size_enters_the_schedule(monkeypatch, images, opts, done, seen, wanted):
+def test_other_batch_size_enters_the_schedule(monkeypatch, images, opts, done, seen, wanted):
     monkeypatch.setattr(datasets, "open_records", lambda *_, **__: [{}] * images)
     cfg = make_cfg("SOLVER.IMS_PER_BATCH", 4, "SOLVER.CHECKPOINT_EPOCHS", 0.0, *opts)
     complete_schedule(cfg)

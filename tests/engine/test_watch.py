@@ -18,11 +18,11 @@ from atss.engine.hooks import Preemption
 
 
 def member(rank, folder, port, pipes, collective, silence, act):
-    """One of two processes; what it prints is in the file of its rank.
+    """Run one of two processes, which prints into the file of its rank.
 
     Args:
-        collective: seconds that it waits in one.
-        silence: seconds after which it takes the other for lost.
+        collective: time limit of collectives, in seconds.
+        silence: seconds of silence after which the other process counts as lost.
     """
     reset_signals()
     for number in (1, 2):
@@ -42,8 +42,8 @@ def member(rank, folder, port, pipes, collective, silence, act):
 
 @pytest.fixture
 def run_two(tmp_path, free_port):
-    """run_two(act, then): two processes call act(rank, pipes), and this one then(processes,
-    pipes) after both have begun. Returns the exit codes, and what each has printed."""
+    """run_two(act, then): two processes call act(rank, pipes), then this one calls then(processes,
+    pipes). Return their exit codes and outputs."""
     started = []
 
     def run(act, then=lambda *_: None, collective=60, silence=60):
@@ -66,7 +66,7 @@ def run_two(tmp_path, free_port):
 
 
 class Begun:
-    """Calls a function after all three processes have come."""
+    """Function that is called after all three processes have started."""
 
     def __init__(self, act, barrier):
         self.act, self.barrier = act, barrier
@@ -77,7 +77,7 @@ class Begun:
 
 
 def wait_in_collective(rank, pipes):
-    """The first process waits for one that never comes, as for a long evaluation."""
+    """Wait for a process that never comes, in the first process."""
     if rank == 0:
         comm.all_gather(0)
     else:
@@ -86,11 +86,11 @@ def wait_in_collective(rank, pipes):
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGINT"])
-def test_a_signal_to_one_ends_both_wherever_they_wait(run_two, rank, name, tmp_path):
+def test_signal_to_one_process_ends_both(run_two, rank, name, tmp_path):
     number = getattr(signal, name)
     codes, printed = run_two(wait_in_collective, lambda x, _: os.kill(x[rank].pid, number))
     assert codes == [130 if name == "SIGINT" else 75] * 2, printed
-    assert printed == [f"{name}: stopped: {tmp_path} holds no checkpoint yet\n", ""]
+    assert printed == [f"{name}: stopped: {tmp_path} contains no checkpoint yet\n", ""]
 
 
 def train(rank, pipes):
@@ -98,11 +98,11 @@ def train(rank, pipes):
     signal.sigwait([signal.SIGRTMIN])
 
 
-def test_a_second_ctrl_c_ends_at_once(run_two):
+def test_second_ctrl_c_ends_at_once(run_two):
     def interrupt_twice(processes, _):
-        for process in reversed(processes):  # without the first, the other ends
+        for process in reversed(processes):  # the first process last: its end ends the other
             os.kill(process.pid, signal.SIGINT)
-            os.kill(process.pid, signal.SIGINT)  # a launcher passes the first one on
+            os.kill(process.pid, signal.SIGINT)  # a launcher relays the first one
             process.join(0.5)
             assert process.exitcode is None
             os.kill(process.pid, signal.SIGINT)
@@ -112,7 +112,7 @@ def test_a_second_ctrl_c_ends_at_once(run_two):
     assert codes == [130, 130]
     assert printed[0] == (
         "Stopping after this iteration; a second ctrl-C ends at once.\n"
-        "stopped: what was trained since the last checkpoint is lost\n"
+        "stopped: training since the last checkpoint is lost\n"
     )
 
 
@@ -131,7 +131,7 @@ def meet_a_bug(rank, pipes):
 @pytest.mark.parametrize(
     ("act", "reason"), [(fail, "a loss is nan"), (meet_a_bug, "KeyError: 'a bug'")]
 )
-def test_the_first_process_tells_why_another_failed(run_two, act, reason):
+def test_first_process_prints_the_failure_of_another(run_two, act, reason):
     codes, printed = run_two(act)
     assert codes == [1, 1]
     assert re.search(rf"^error: process 1 \(on .+\): {reason}$", printed[0])
@@ -141,7 +141,7 @@ def test_the_first_process_tells_why_another_failed(run_two, act, reason):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stopped_process_is_named(run_two, rank):
+def test_stopped_process_is_named(run_two, rank):
     def stop(processes, _):
         os.kill(processes[rank].pid, signal.SIGSTOP)
         processes[1 - rank].join()
@@ -159,7 +159,7 @@ def test_a_stopped_process_is_named(run_two, rank):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("act", [train, wait_in_collective])
-def test_a_killed_process_ends_the_other(run_two, rank, act):
+def test_killed_process_ends_the_other(run_two, rank, act):
     codes, printed = run_two(act, lambda x, _: x[rank].kill(), silence=2)
     assert sorted(codes) == [-9, 1]
     assert re.search("error: .*(no sign of life|does not answer|has ended)", printed[1 - rank])
@@ -171,20 +171,20 @@ def evaluate_for_long(rank, pipes):
     watch.wait_for_all()
 
 
-def test_an_evaluation_is_waited_for_longer_than_a_collective(run_two):
+def test_evaluation_may_exceed_the_collective_timeout(run_two):
     codes, printed = run_two(evaluate_for_long, collective=1)
     assert codes == [0, 0], printed
 
 
 def leave(rank, pipes):
-    """The second one when the test says so."""
+    """Leave, in the second process after a message."""
     if rank == 1:
         pipes[1].recv()
-    Preemption()._leave(signal.SIGTERM, 7)
+    Preemption().leave_together(signal.SIGTERM, 7)
 
 
 def test_processes_leave_together(run_two):
-    """A launcher ends the others when the first has left."""
+    """A launcher ends all processes once one has left."""
 
     def first_waits(processes, pipes):
         processes[0].join(0.5)
@@ -207,7 +207,7 @@ def differ(rank, pipes):
     refuse_differences(facts_of_data(("data",), records))
 
 
-def test_processes_with_other_data_or_weights(run_two):
+def test_different_data_are_refused_and_weights_shared(run_two):
     codes, printed = run_two(differ)
     assert codes == [1, 1]
     sentence = (
@@ -218,7 +218,7 @@ def test_processes_with_other_data_or_weights(run_two):
 
 
 def enter_late(rank, pipes):
-    """As the first process of a user's script, which prepares something alone."""
+    """Enter a watch late in the second process, as a user's script may."""
     watch.current().close()
     if rank == 1:
         with watch.Watch() as other:
@@ -228,30 +228,30 @@ def enter_late(rank, pipes):
 
 
 @pytest.mark.slow
-def test_a_process_is_not_judged_before_its_first_sign_of_life(run_two):
+def test_process_may_join_late(run_two):
     codes, printed = run_two(enter_late, silence=2)
     assert codes == [0, 0], printed
 
 
-def test_a_signal_that_was_caught_on_its_way_stops_again():
-    """As in __del__, whose exceptions Python ignores."""
+def test_signal_after_a_caught_exception_stops_again():
+    """For example in __del__, whose exceptions Python ignores."""
     with watch.Watch() as alone:
         for _ in range(2):
             with pytest.raises(SystemExit, match="75"):
-                alone._receive(signal.SIGTERM)
+                alone.receive(signal.SIGTERM)
         with pytest.raises(SystemExit, match="75"):
-            alone._receive(signal.SIGINT)  # the first ctrl-C, and no second one
+            alone.receive(signal.SIGINT)  # the first ctrl-C, and no second one
 
 
 @pytest.mark.parametrize(
-    ("asked", "code", "left"), [(15, 75, True), (2, 130, True), (0, None, False)]
+    ("number", "code", "left"), [(15, 75, True), (2, 130, True), (0, None, False)]
 )
-def test_what_becomes_of_a_signals_exception_does_not_matter(tmp_path, asked, code, left):
-    """torch's writer raises another one."""
+def test_replaced_exception_of_a_signal_keeps_the_exit_code(tmp_path, number, code, left):
+    """torch's writer raises another exception."""
 
     def write(*_):
         alone = watch.current()
-        alone.asked, alone.left = asked, left
+        alone.stop_signal, alone.left = number, left
         raise RuntimeError("unexpected pos 192 vs 64")
 
     args, cfg = SimpleNamespace(eval_only=False), SimpleNamespace(OUTPUT_DIR=str(tmp_path))

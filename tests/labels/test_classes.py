@@ -1,4 +1,4 @@
-"""--classes: chosen, merged and ordered by name, in every format."""
+"""--classes: choose, merge and order classes, in every format."""
 
 import json
 import re
@@ -7,8 +7,8 @@ import broken
 import check_dataset
 import pytest
 from conftest import ROOT, make_cfg
+from detections import truth_as_detections
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from test_datasets import truth_as_detections
 
 import atss.engine.run as way_in
 from atss.engine.evaluation import build_evaluator
@@ -55,7 +55,7 @@ def register(*specs, classes=None):
         ("b=b", {"b": ["b"]}),
     ],
 )
-def test_names_of_classes(text, chosen):
+def test_parse(text, chosen):
     assert parse(text) == chosen
     assert list(parse(text)) == list(chosen)
 
@@ -64,14 +64,14 @@ def test_names_of_classes(text, chosen):
     ("text", "sentence"),
     [
         ("", "--classes names no class"),
-        ("a,,b", "--classes takes NAME,NAME=OTHER,..., not 'a,,b'"),
-        ("a=", "--classes takes NAME,NAME=OTHER,..., not 'a='"),
-        ("=a", "--classes takes NAME,NAME=OTHER,..., not '=a'"),
-        ("a,b=a", "--classes has 'a' count as both a and b"),
-        ("x=c,y=c", "--classes has 'c' count as both x and y"),
+        ("a,,b", "--classes takes NAME,NAME=OTHER,..., got 'a,,b'"),
+        ("a=", "--classes takes NAME,NAME=OTHER,..., got 'a='"),
+        ("=a", "--classes takes NAME,NAME=OTHER,..., got '=a'"),
+        ("a,b=a", "--classes: 'a' counts as both a and b"),
+        ("x=c,y=c", "--classes: 'c' counts as both x and y"),
     ],
 )
-def test_what_cannot_be_read(text, sentence):
+def test_invalid_classes_are_refused(text, sentence):
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
         parse(text)
 
@@ -88,7 +88,7 @@ def test_what_cannot_be_read(text, sentence):
         ("cat=dog", ["cat"], [12]),
     ],
 )
-def test_every_format(form, sources, classes, names, counts):
+def test_registered_classes_in_every_format(form, sources, classes, names, counts):
     register(f"first={sources[form]}", classes=classes)
     metadata = MetadataCatalog.get("first")
     assert metadata.thing_classes == names
@@ -96,21 +96,20 @@ def test_every_format(form, sources, classes, names, counts):
     assert len(records) == 4
     found = [a["category_id"] for record in records for a in record["annotations"]]
     assert [found.count(i) for i in range(len(names))] == counts
-    left_out = f"classes that --classes leaves out (1): cat ({12 - sum(counts)} objects)"
-    expected = left_out if sum(counts) < 12 else None
+    remark = f"classes that --classes leaves out (1): cat ({12 - sum(counts)} objects)"
+    expected = remark if sum(counts) < 12 else None
     assert metadata.remarks.get("class_left_out") == expected
 
 
 @pytest.mark.parametrize("form", ["coco", "lvis", "yolo", "voc"])
-def test_evaluation_is_of_the_chosen_classes(form, sources, tmp_path):
+def test_evaluation_uses_the_chosen_classes(form, sources, tmp_path):
     register(f"first={sources[form]}", classes="dog,animal=cat")
     assert truth_as_detections("first", ["dog", "animal"], tmp_path)["AP"] == pytest.approx(100)
     half = truth_as_detections("first", ["dog", "animal"], tmp_path, only="dog")
     assert half["AP"] == pytest.approx(50)
 
 
-def test_one_registration_for_all_sets(sources, tmp_path):
-    """Their own orders do not matter, nor that a set lacks a class."""
+def test_sets_of_different_classes_get_the_same_numbers(sources, tmp_path):
     content = broken.make_data(tmp_path / "other")
     content["categories"] = [{"id": 2, "name": "cat"}]
     content["annotations"] = [a | {"category_id": 2} for a in content["annotations"]]
@@ -122,9 +121,9 @@ def test_one_registration_for_all_sets(sources, tmp_path):
     assert {a["category_id"] for r in DatasetCatalog.get("second") for a in r["annotations"]} == {1}
 
 
-def test_a_name_that_no_set_has(sources):
+def test_unknown_class_is_refused(sources):
     spec = f"first={sources['coco']}"
-    sentence = "--classes names 'cow', which no data set has; there are 'cat', 'dog'"
+    sentence = "--classes: no data set has 'cow': choose from ['cat', 'dog']"
     for classes in ("cow,cat", "cat=cow"):
         with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
             register(spec, classes=classes)
@@ -132,14 +131,14 @@ def test_a_name_that_no_set_has(sources):
         MetadataCatalog.remove("first")
 
 
-def test_registered_again_with_other_classes(sources):
+def test_registering_again_replaces_the_classes(sources):
     for classes in ("cat,dog", "cat,dog", "dog", "dog,cat"):
         register(f"first={sources['coco']}", classes=classes)
         assert MetadataCatalog.get("first").thing_classes == classes.split(",")
 
 
-def test_without_annotations_detections_are_written(tmp_path):
-    """As for a test server, and not evaluated against nothing; any name will do."""
+def test_a_set_without_annotations_is_not_evaluated(tmp_path):
+    """Detections are still written, as for a test server. The name may contain a slash."""
     content = broken.make_data(tmp_path)
     del content["annotations"]
     (tmp_path / "a.json").write_text(json.dumps(content))
@@ -152,7 +151,7 @@ def test_without_annotations_detections_are_written(tmp_path):
         MetadataCatalog.pop("my/first", None)
 
 
-def test_pixels_of_voc_count_from_0_where_asked(sources, capsys):
+def test_first_pixel_0_is_used_for_voc(sources, capsys):
     argv = ["--config-file", str(ROOT / "configs/ATSS_R_18_FPN_small.yaml")]
     argv += ["--register", f"first={sources['voc']}", "--first-pixel", "0"]
     way_in.register(way_in.make_parser().parse_args(argv))
@@ -160,19 +159,19 @@ def test_pixels_of_voc_count_from_0_where_asked(sources, capsys):
     assert box == [5, 11, 15, 19]  # 1-based: [4, 10, 16, 20]
 
 
-def test_check_dataset(sources, capsys):
+def test_check_dataset_with_classes(sources, capsys):
     paths = sources["voc"].rsplit(":", 1)
     config = ["--config-file", str(ROOT / "configs/ATSS_R_18_FPN_small.yaml")]
     assert check_dataset.main([*paths, "--classes", "dog", *config]) == 0
-    said = capsys.readouterr().out
-    assert "1  classes that --classes leaves out\n             cat (8 objects)\n" in said
-    assert "        4          4  dog" in said
+    out = capsys.readouterr().out
+    assert "1  classes that --classes leaves out\n             cat (8 objects)\n" in out
+    assert "        4          4  dog" in out
     assert check_dataset.main([*paths, "--classes", "cow", *config]) == 2
-    assert "--classes names 'cow'" in capsys.readouterr().err
+    assert "--classes: no data set has 'cow'" in capsys.readouterr().err
 
 
-def test_lists_of_lvis_follow(tmp_path):
-    """A class is known to be absent where all that count as it are."""
+def test_lvis_lists_get_the_new_ids(tmp_path):
+    """A merged class is absent if all its members are."""
     content = broken.make_data(tmp_path)
     broken.to_lvis(content)
     content["categories"].append({"id": 3, "name": "cow", "frequency": "c"})
@@ -193,15 +192,15 @@ def test_lists_of_lvis_follow(tmp_path):
     ("absent", "partly", "marked", "expected"),
     [
         ([1, 2], [], [], ([1], [])),
-        ([2], [], [1], ([], [])),  # of the one nothing is left out, of the other nothing there
-        ([], [], [1], ([], [1])),  # nobody knows of the other
+        ([2], [], [1], ([], [])),  # one is fully marked, the other absent
+        ([], [], [1], ([], [1])),  # the other is unknown
         ([], [], [1, 2], ([], [])),
         ([2], [1], [1], ([], [1])),
         ([], [], [], ([], [])),
         ([1], [], [], ([], [])),
     ],
 )
-def test_what_is_known_of_merged_classes(absent, partly, marked, expected):
+def test_lvis_lists_of_merged_classes(absent, partly, marked, expected):
     content = {
         "categories": [
             {"id": 1, "name": "cat", "frequency": "r"},
@@ -217,19 +216,19 @@ def test_what_is_known_of_merged_classes(absent, partly, marked, expected):
         assert chosen["categories"] == [{"id": 1, "name": "pet", "frequency": "f"}]
 
 
-def test_what_is_malformed_stays_so(tmp_path):
+def test_malformed_entries_are_still_reported(tmp_path):
     content = broken.make_data(tmp_path)
     content["annotations"][0]["category_id"] = 77
     content["annotations"][1]["category_id"] = [1]
     (tmp_path / "a.json").write_text(json.dumps(content))
     source = f"first={tmp_path}/a.json:{tmp_path}/images"
-    sentence = "annotations of categories that are not in the file (2): annotation 1 of a.png"
+    sentence = "annotations with an unknown category_id (2): annotation 1 of a.png"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         register(source, classes="cat,dog")
     content["annotations"] = content["annotations"][2:]
     twice = content | {"categories": [*content["categories"], {"id": 1, "name": "cow"}]}
     (tmp_path / "a.json").write_text(json.dumps(twice))
-    with pytest.raises(ValueError, match="categories that share an id"):
+    with pytest.raises(ValueError, match="duplicate category ids"):
         register(source, classes="cat,dog")
     for image in content["images"]:
         image |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
@@ -237,7 +236,7 @@ def test_what_is_malformed_stays_so(tmp_path):
         category["frequency"] = "f"
     content["images"][0]["id"] = [1]
     (tmp_path / "a.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="ids that are no whole numbers"):
+    with pytest.raises(ValueError, match="ids that are not whole numbers"):
         register(source, classes="cat,dog")
     del content["categories"][0]["name"]
     (tmp_path / "a.json").write_text(json.dumps(content))
@@ -245,8 +244,8 @@ def test_what_is_malformed_stays_so(tmp_path):
         register(source, classes="cat,dog")
 
 
-def test_blanks_around_a_name_do_not_count(tmp_path):
-    """They cannot be given: --classes strips them."""
+def test_blanks_around_a_name_are_ignored(tmp_path):
+    """--classes cannot contain them."""
     content = broken.make_data(tmp_path)
     content["categories"][1]["name"] = "cat "
     chosen, left_out, found = choose(content, parse("cat"))
@@ -254,7 +253,7 @@ def test_blanks_around_a_name_do_not_count(tmp_path):
     assert (len(chosen["annotations"]), left_out, found) == (12, [], {"cat"})
 
 
-def test_reading_leaves_the_source_as_it_was(sources):
+def test_reading_does_not_change_the_source(sources):
     annotations, images = sources["coco"].rsplit(":", 1)
     before = read_labels(annotations, images).content
     read_labels(annotations, images, Reading(parse("dog")))

@@ -1,4 +1,4 @@
-"""Images that are there more than once."""
+"""Copies of images, and photographs of one scene."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def test_different_images_are_no_copies(files):
     assert find_copies(files)[1:] == ([], [])
 
 
-def test_equal_bytes_and_resized_copies(files, tmp_path):
+def test_equal_and_resized_files_are_copies(files, tmp_path):
     (tmp_path / "same.png").write_bytes((tmp_path / "3.png").read_bytes())
     photograph(3, (60, 45)).save(tmp_path / "small.jpg", quality=70)
     photograph(7, (200, 150)).save(tmp_path / "large.jpg", quality=90)
@@ -34,7 +34,7 @@ def test_equal_bytes_and_resized_copies(files, tmp_path):
     assert find_copies([more[1], *files[:4]])[1:] == 2 * ([[0, 4]],)
 
 
-def test_mirrored_and_brighter_copies(files, tmp_path):
+def test_mirrored_and_brighter_images_are_copies(files, tmp_path):
     photograph(3).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
     photograph(7).point(lambda x: min(1.3 * x, 255)).save(tmp_path / "bright.png")
     photograph(9).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(tmp_path / "upside_down.png")
@@ -50,14 +50,14 @@ def test_mirrored_and_brighter_copies(files, tmp_path):
         (2, "a2bbaa69a33df17f1faf9918a2bee36b2561c82bc8245c08db0245b039dbc754"),
     ],
 )
-def test_bits_of_imagehash(tmp_path, seed, expected):
+def test_hash_equals_imagehash(tmp_path, seed, expected):
     """By imagehash 4.3.2: np.packbits(phash(image, hash_size=16).hash.ravel())."""
     photograph(seed).save(tmp_path / "x.png")
     assert copies._hash(str(tmp_path / "x.png")).tobytes().hex() == expected
 
 
-def test_what_cannot_be_compared_is_no_copy(files, tmp_path):
-    """Missing, empty and broken files, and those of one colour, whose hashes are equal."""
+def test_unreadable_and_plain_images_are_no_copies(files, tmp_path):
+    """Images of one colour would have equal hashes."""
     for i in range(2):
         (tmp_path / f"broken{i}.png").write_text("no image" * (i + 1))
         (tmp_path / f"empty{i}.png").write_text("")
@@ -72,8 +72,8 @@ def pack(bits):
 
 
 @pytest.mark.parametrize("pairs", [copies.PAIRS, 100])  # in one chunk, in many
-def test_pairs_of_hashes_are_those_of_all(monkeypatch, pairs):
-    """Against a look at every pair, near the thresholds, as they are and mirrored."""
+def test_near_pairs_equal_those_of_brute_force(monkeypatch, pairs):
+    """With distances at the thresholds, plain and mirrored."""
     monkeypatch.setattr(copies, "PAIRS", pairs)
     generator = np.random.default_rng(0)
     base = generator.integers(0, 2, (6, 16, 16)).astype(bool)
@@ -98,8 +98,8 @@ def test_pairs_of_hashes_are_those_of_all(monkeypatch, pairs):
         assert join_groups(len(hashes), groups) == join_groups(len(hashes), near)
 
 
-def test_a_camera_that_sees_nothing_move():
-    """Each image is near to some others, and all of them are one group."""
+def test_a_chain_of_near_images_is_one_group():
+    """As from a fixed camera."""
     generator = np.random.default_rng(0)
     hashes = [np.zeros(256, dtype=bool)]
     for _ in range(3000):
@@ -109,14 +109,14 @@ def test_a_camera_that_sees_nothing_move():
     assert copies._near(list(map(pack, hashes)))[0] == [list(range(3001))]
 
 
-def test_coco_has_no_copies(real_data):
+def test_no_copies_in_coco(real_data):
     files = sorted(map(str, (real_data / "coco").glob("*2017/*.jpg")))
     assert len(files) > 200
     assert find_copies(files)[1:] == ([], [])
 
 
-def test_scenes_of_aquarium(real_data):
-    """Photographs that follow one another: 17 scenes, 7 of them in several splits."""
+def test_scenes_in_aquarium(real_data):
+    """17 scenes of consecutive photographs, 7 of them in several splits."""
     files = sorted(map(str, (real_data / "aquarium").glob("*/images/*.jpg")))
     assert len(files) == 638
     _, found, scenes = find_copies(files)
@@ -134,7 +134,7 @@ def test_groups_are_joined():
     assert join_groups(4, [[0, 1], [2, 3]], [[1, 2]]) == [[0, 1, 2, 3]]
 
 
-def test_check_dataset_names_what_another_split_has(tmp_path, capsys):
+def test_check_dataset_reports_images_of_other_splits(tmp_path, capsys):
     for split, seeds in (("train", (0, 1, 2)), ("val", (3, 4, 5))):
         (tmp_path / split / "images").mkdir(parents=True)
         (tmp_path / split / "labels").mkdir()
@@ -149,16 +149,16 @@ def test_check_dataset_names_what_another_split_has(tmp_path, capsys):
     assert "another split" not in capsys.readouterr().out
     photograph(1, (60, 45)).save(tmp_path / "val/images/9.jpg")
     assert check_dataset.main(argv) == 0
-    said = capsys.readouterr().out
-    assert "1  images that another split has too, by their bytes, resized or mirrored" in said
-    assert f"train/images/1.png, which is {tmp_path}/val/images/9.jpg" in said
+    out = capsys.readouterr().out
+    assert "1  images that another split contains too (equal bytes, resized or mirrored)" in out
+    assert f"train/images/1.png, which is {tmp_path}/val/images/9.jpg" in out
     Image.open(tmp_path / "train/images/2.png").crop((4, 3, 118, 88)).save(
         tmp_path / "val/images/8.png"
     )
     assert check_dataset.main(argv) == 0
-    said = capsys.readouterr().out
-    assert "1  images that look like one of another split, as photographs of one scene do" in said
-    assert f"train/images/2.png, which looks like {tmp_path}/val/images/8.png" in said
+    out = capsys.readouterr().out
+    assert "1  images of the same scene as an image of another split" in out
+    assert f"train/images/2.png, which looks like {tmp_path}/val/images/8.png" in out
     (tmp_path / "empty").mkdir()
     (tmp_path / "val.json").write_text(
         '{"images": [{"id": 1, "file_name": "1.png", "width": 9, "height": 9}], "annotations": [], '

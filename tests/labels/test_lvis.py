@@ -1,4 +1,4 @@
-"""LVIS's json: evaluated by LVIS's rules, trained on like others. What is refused: broken.py."""
+"""LVIS's json: registered and evaluated. broken.py has the cases that are refused."""
 
 import json
 import sys
@@ -6,10 +6,10 @@ import sys
 import broken
 import pytest
 import torch
+from detections import truth_as_detections
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
-from test_datasets import truth_as_detections
 
 from atss.data.datasets import register
 from atss.engine.evaluation import build_evaluator, provide_lvis
@@ -37,7 +37,7 @@ def test_file_names_are_the_ends_of_urls(content, tmp_path):
     assert MetadataCatalog.get("pets").evaluator_type == "lvis"
 
 
-def test_aps_of_rare_and_frequent_classes(content, tmp_path):
+def test_ap_of_rare_and_frequent_classes(content, tmp_path):
     content["categories"][0]["frequency"] = "f"
     registered(content, tmp_path)
     whole = truth_as_detections("pets", ["cat", "dog"], tmp_path)
@@ -47,8 +47,8 @@ def test_aps_of_rare_and_frequent_classes(content, tmp_path):
 
 
 @pytest.mark.parametrize(("absent", "ap"), [([2], 75), ([], 100)])
-def test_only_classes_known_to_be_absent_count_against_a_detection(content, tmp_path, absent, ap):
-    """A dog where dogs are neither marked nor known to be absent is not counted."""
+def test_false_positives_count_only_for_absent_classes(content, tmp_path, absent, ap):
+    """A detected dog is ignored if dogs are neither marked nor known to be absent."""
     for annotation in content["annotations"]:
         annotation["category_id"] = 1 if annotation["image_id"] < 4 else 2
     for image in content["images"]:
@@ -64,7 +64,7 @@ def test_only_classes_known_to_be_absent_count_against_a_detection(content, tmp_
 
 
 def evaluate_with_more_dogs(records, folder):
-    """Perfect detections, and before them in score three dogs on the first image."""
+    """Evaluate perfect detections, and three dogs of higher score on the first image."""
     cfg = get_cfg()
     cfg.OUTPUT_DIR = str(folder)
     evaluator = build_evaluator(cfg, "pets")
@@ -77,13 +77,14 @@ def evaluate_with_more_dogs(records, folder):
         if record["image_id"] == 1:
             boxes, classes = torch.cat([boxes, boxes]), torch.cat([classes, torch.ones(3).long()])
             scores = torch.cat([scores, torch.full((3,), 0.9)])
-        found = Instances((record["height"], record["width"]))
-        found.pred_boxes, found.pred_classes, found.scores = Boxes(boxes), classes, scores
-        evaluator.process([record], [{"instances": found}])
+        detections = Instances((record["height"], record["width"]))
+        detections.pred_boxes, detections.pred_classes = Boxes(boxes), classes
+        detections.scores = scores
+        evaluator.process([record], [{"instances": detections}])
     return evaluator.evaluate()["bbox"]
 
 
-def test_without_hotcoco_one_sentence_says_so(monkeypatch):
+def test_missing_hotcoco_gives_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "hotcoco", None)
     with pytest.raises(ValueError, match=r"needs hotcoco .*: pip install hotcoco$"):
         provide_lvis()

@@ -1,4 +1,4 @@
-"""Folders of Pascal VOC's xml: read, and equal to the other formats. What is refused: broken.py."""
+"""Folders of Pascal VOC's xml: pairs, splits and objects. broken.py has more that are refused."""
 
 import json
 from pathlib import Path
@@ -28,8 +28,7 @@ def box(*corners, name="cat", more=""):
 
 @pytest.fixture
 def data(tmp_path):
-    """Writes files: data({name: text}), where the text of an image may be empty; gives the
-    folder."""
+    """data({name: text}) writes files, with pixels for an image, and returns the folder."""
 
     def write(files):
         for name, text in files.items():
@@ -88,30 +87,29 @@ def test_a_list_names_a_split(data, list_file, content):
     assert kinds_of(folder, "train") == {}
 
 
-def test_a_list_of_another_name_lies_in_the_folder(data, tmp_path, monkeypatch):
-    """Not where the command was given, where another may lie."""
+def test_a_list_is_relative_to_the_folder_first(data, tmp_path, monkeypatch):
     folder = data(devkit(*"ab") | {"lists/x.txt": "a", "elsewhere/lists/x.txt": "b"})
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert files_of(folder, "lists/x.txt") == ["JPEGImages/a.jpg"]
 
 
-def test_names_that_end_like_marks(data):
+def test_file_names_that_end_like_marks(data):
     files = {f"{name}.png": "" for name in ("img 1", "img", "x1", "y 01")}
     files |= {f"{name}.xml": xml(box(1, 1, 9, 9)) for name in ("img 1", "img", "x1", "y 01")}
     folder = data(files | {"train.txt": "img 1\nx1\ny 01"})
     assert files_of(folder, "train") == ["img 1.png", "x1.png", "y 01.png"]
 
 
-@pytest.mark.parametrize("there", ["val", "valid", "validation"])
-@pytest.mark.parametrize("asked", ["val", "valid", "validation"])
-def test_the_validation_split_by_any_of_its_names(data, tmp_path, there, asked):
-    folder = data({f"{there}/a.jpg": "", f"{there}/a.xml": xml(), "b.jpg": "", "b.xml": xml()})
-    assert files_of(folder, asked) == [f"{there}/a.jpg"]
-    data({f"ImageSets/Main/{there}.txt": "b"})
-    assert files_of(folder, asked) == ["b.jpg"]
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+@pytest.mark.parametrize("split", ["val", "valid", "validation"])
+def test_validation_split_has_three_names(data, tmp_path, name, split):
+    folder = data({f"{name}/a.jpg": "", f"{name}/a.xml": xml(), "b.jpg": "", "b.xml": xml()})
+    assert files_of(folder, split) == [f"{name}/a.jpg"]
+    data({f"ImageSets/Main/{name}.txt": "b"})
+    assert files_of(folder, split) == ["b.jpg"]
 
 
-def test_a_split_that_is_asked_for_by_its_own_name(data):
+def test_the_given_name_of_a_split_comes_first(data):
     folder = data(
         {f"{x}/{x}.jpg": "" for x in VALIDATION} | {f"{x}/{x}.xml": xml() for x in VALIDATION}
     )
@@ -120,19 +118,19 @@ def test_a_split_that_is_asked_for_by_its_own_name(data):
         read_voc(folder, "test")
 
 
-def test_a_file_with_a_backslash_in_its_name(data):
+def test_a_backslash_in_a_file_name_is_kept(data):
     folder = data({r"x\b.jpg": "", r"x\b.xml": xml(), "train.txt": r"x\b.jpg"})
     assert files_of(folder, "train") == [r"x\b.jpg"]
 
 
-def test_a_folder_with_xml_is_pascal_vocs(data):
-    """Whatever lists of classes it has besides: labelImg writes both formats into one folder."""
+def test_a_folder_with_xml_and_classes_txt_is_voc(data):
+    """labelImg writes both formats into one folder."""
     files = {"a.png": "", "a.xml": xml(box(11, 21, 30, 40)), "a.txt": "0 .5 .5 .1 .1"}
     labels = read_labels(data(files | {"classes.txt": "dog"}), ".")
     assert [a["bbox"] for a in labels.content["annotations"]] == [[10, 20, 20, 20]]
 
 
-def test_masks_are_no_images(data):
+def test_folders_without_xml_are_left_out(data):
     folder = data(devkit(*"ab") | {"JPEGImages/c.jpg": ""})
     names = ["JPEGImages/a.jpg", "JPEGImages/b.jpg", "JPEGImages/c.jpg"]
     assert files_of(folder, ".") == names
@@ -143,12 +141,15 @@ def test_masks_are_no_images(data):
 
 
 def test_a_folder_is_a_split(data):
-    """As Roboflow writes them; classes are those of all splits."""
+    """Roboflow's layout. Classes are those of all splits."""
     folder = data(
         {
-            **{"train/a.jpg": "", "train/a.xml": xml(box(1, 1, 9, 9, name="dog"))},
-            **{"valid/a.jpg": "", "valid/a.xml": xml(box(1, 1, 8, 8))},
-            **{"valid/deep/b.jpg": "", "valid/deep/b.xml": xml()},
+            "train/a.jpg": "",
+            "train/a.xml": xml(box(1, 1, 9, 9, name="dog")),
+            "valid/a.jpg": "",
+            "valid/a.xml": xml(box(1, 1, 8, 8)),
+            "valid/deep/b.jpg": "",
+            "valid/deep/b.xml": xml(),
         }
     )
     content, findings = read_voc(folder, "valid")
@@ -162,7 +163,7 @@ def test_a_folder_is_a_split(data):
             read_voc(folder + "/train", outside)
 
 
-def test_a_folder_of_labels_and_the_images_that_correspond(data):
+def test_corresponding_folders_are_one_split(data):
     files = {f"images/{k}/{n}.png": "" for k in ("train", "valid") for n in "ab"}
     files |= {f"labels/{k}/a.xml": xml(box(1, 1, 9, 9)) for k in ("train", "valid")}
     folder = data(files)
@@ -173,7 +174,7 @@ def test_a_folder_of_labels_and_the_images_that_correspond(data):
         read_voc(data({"images/test/a.png": ""}), "images/test")
 
 
-def test_a_list_means_what_lies_beside_it(data):
+def test_a_list_prefers_files_in_its_folder(data):
     files = {f"{k}/JPEGImages/a.jpg": "" for k in ("VOC2007", "VOC2012")}
     files |= {f"{k}/Annotations/a.xml": xml(box(1, 1, 9, 9)) for k in ("VOC2007", "VOC2012")}
     folder = data(files | {"VOC2012/ImageSets/Main/train.txt": "a", "all.txt": "a"})
@@ -185,22 +186,21 @@ def test_a_list_means_what_lies_beside_it(data):
     }
 
 
-def test_a_list_names_labels_or_images(data):
-    """Whatever the label is called, and each image once."""
+def test_a_list_names_xml_files_or_images(data):
     files = {"photo.png": "", "x.xml": xml(box(1, 1, 9, 9), name="photo.png")}
-    files |= {"b.jpg": "", "b.jpg.xml": xml(box(1, 1, 9, 9))}
+    files |= {"b.jpg": "", "b.jpg.xml": xml(box(1, 1, 9, 9), name="b.jpg")}
     folder = data(files | {"train.txt": "photo\nphoto.png\nx\nb\nb.jpg"})
     assert files_of(folder, "train") == ["photo.png", "b.jpg"]
     assert len(boxes_of(folder, "train")) == 2
 
 
-def test_a_link_that_leads_back_is_no_second_folder(data, tmp_path):
+def test_a_cyclic_link_is_followed_once(data, tmp_path):
     folder = data({"a.png": "", "a.xml": xml(box(1, 1, 9, 9))})
     (tmp_path / "latest").symlink_to(tmp_path)
     assert files_of(folder, ".") == ["a.png"]
 
 
-def test_a_link_to_a_split_is_that_split(data, tmp_path):
+def test_a_link_to_a_folder_is_that_split(data, tmp_path):
     folder = data({"train/a.jpg": "", "train/a.xml": xml(), "far/b.jpg": "", "far/b.xml": xml()})
     (tmp_path / "current").symlink_to("train")
     (tmp_path / "train" / "more").symlink_to(tmp_path / "far")
@@ -212,7 +212,7 @@ def test_a_link_to_a_split_is_that_split(data, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# The image of a label
+# Pairs of an xml and an image
 # ------------------------------------------------------------------------------------------------
 
 
@@ -221,93 +221,137 @@ def test_a_link_to_a_split_is_that_split(data, tmp_path):
     [
         ({"a.png": ""}, "a.png"),
         ({"a.JPG": ""}, "a.JPG"),
-        ({"images/a.png": "", "a.png": ""}, "a.png"),
+        ({"images/a.png": "", "a.png": ""}, "a.png"),  # the same folder comes first
         ({"images/a.png": ""}, "images/a.png"),
-        ({"x/a.png": "", "a.png": ""}, "a.png"),  # beside it
-        ({"a.jpg": "", "a.png": ""}, "a.png"),  # the one that is named
-        ({"b.png": "", "c.png": ""}, None),
+        ({"x/a.png": "", "a.png": ""}, "a.png"),
+        ({"a.jpg": "", "a.png": ""}, "a.png"),  # <filename> decides between equal stems
+        ({"b.jpg": "", "a.jpg": ""}, "a.jpg"),  # the stem comes first
     ],
 )
-def test_the_image_of_a_label(data, files, expected):
+def test_image_of_the_same_stem(data, files, expected):
     folder = data(files | {"a.xml": xml(name="somewhere\\else\\a.png")})
-    without = kinds_of(folder).get("label_missing", [])
-    labelled = [file for file in files_of(folder, ".") if file not in without]
-    assert labelled == [expected] * (expected is not None)
+    unlabelled = kinds_of(folder).get("label_missing", [])
+    assert [file for file in files_of(folder, ".") if file not in unlabelled] == [expected]
 
 
-def test_the_image_that_a_label_names(data):
+def test_image_of_the_filename(data):
     folder = data({"a.xml": xml(name="photo.png"), "photo.png": ""})
     assert files_of(folder, ".") == ["photo.png"]
     assert kinds_of(folder) == {}
 
 
+# Layouts that exporters write: {file: text}, split -> image.
+LABEL_IMG = {"a.jpg": "", "a.xml": xml(name="a.jpg"), "b.PNG": "", "b.xml": xml(name="b.PNG")}
+CVAT = {"Annotations/set/a.xml": xml(), "JPEGImages/set/a.jpg": ""}
+CVAT |= {"ImageSets/Main/default.txt": "set/a", "labelmap.txt": "# label:color_rgb:parts:actions"}
+LABEL_STUDIO = {"Annotations/a.xml": xml(name="a"), "images/a.jpg": ""}
+ROBOFLOW = {"train/a_jpg.rf.1f.jpg": "", "train/a_jpg.rf.1f.xml": xml(name="a_jpg.rf.1f.jpg")}
+ROBOFLOW |= {"valid/b.jpg": "", "valid/b.xml": xml(), "README.dataset.txt": ""}
+OXFORD_PETS = {"annotations/xmls/a.xml": xml(), "images/a.jpg": "", "annotations/trimaps/a.png": ""}
+
+
 @pytest.mark.parametrize(
-    ("files", "expected"),
+    ("files", "split", "expected"),
     [
-        # An image of the same name in another split is no other split's label's.
-        ({"train/a.jpg": "", "train/a.xml": xml(), "valid/a.xml": xml()}, None),
-        # Nor the one that the label names, where it has one of its own name.
+        (LABEL_IMG, ".", ["a.jpg", "b.PNG"]),
+        (CVAT, "default", ["JPEGImages/set/a.jpg"]),
+        (LABEL_STUDIO, ".", ["images/a.jpg"]),
+        (ROBOFLOW, "train", ["train/a_jpg.rf.1f.jpg"]),
+        (ROBOFLOW, "val", ["valid/b.jpg"]),
+        (OXFORD_PETS, ".", ["images/a.jpg"]),
+    ],
+)
+def test_layouts_of_exporters_are_read(data, files, split, expected):
+    folder = data(files)
+    assert files_of(folder, split) == expected
+    assert kinds_of(folder, split).keys() <= {"folder_without_labels"}
+
+
+MOVE = "move {} beside it, or images into JPEGImages and xml files into Annotations"
+
+
+@pytest.mark.parametrize(
+    ("files", "refusal"),
+    [
+        # No image at all.
+        ({"a.xml": xml()}, "no image a.* for a.xml"),
+        ({"a.xml": xml(name="x.png")}, "no image a.* or 'x.png' for a.xml"),
+        # Folders of other names.
         (
-            {"train/a.jpg": "", "valid/a.png": "", "valid/a.xml": xml(name="a.jpg")},
-            "valid/a.png",
+            {"marks/a.xml": xml(), "pics/a.png": ""},
+            f"no image a.* for marks/a.xml in its folder: {MOVE.format('pics/a.png')}",
         ),
-        # Nor one without a label, if its own folder has others with theirs.
         (
-            {"valid/b.jpg": "", "valid/b.xml": xml(), "valid/a.xml": xml(name="a.jpg")}
-            | {"train/a.jpg": ""},
-            "valid/b.jpg",
+            {"marks/a.xml": xml(name="x.png"), "pics/x.png": ""},
+            f"no image a.* or 'x.png' for marks/a.xml in its folder: {MOVE.format('pics/x.png')}",
         ),
-        # Nor one that is another label's by name.
+        # Subfolders on one side.
         (
-            {"valid/a.xml": xml(name="b.png"), "valid/b.xml": xml(), "valid/b.png": ""},
-            "valid/b.png",
+            {"labels/a.xml": xml(), "images/new/a.png": ""},
+            f"no image a.* for labels/a.xml in its folder: {MOVE.format('images/new/a.png')}",
+        ),
+        # An image of the same name in another split.
+        (
+            {"train/a.png": "", "train/a.xml": xml(), "valid/a.xml": xml()},
+            f"no image a.* for valid/a.xml in its folder: {MOVE.format('train/a.png')}",
+        ),
+        # The suffix of the image in the name of the xml, without <filename>.
+        ({"a.jpg.xml": xml(), "a.jpg": ""}, f"{MOVE.format('a.jpg')}"),
+    ],
+)
+def test_xml_without_an_image_is_refused(data, files, refusal):
+    folder = data(files)
+    (place,) = kinds_of(folder)["file_unreadable"]
+    assert place.endswith(refusal)
+    labelled = {x for x in files if x.endswith(".xml") and f" for {x}" not in place}
+    assert files_of(folder, ".") == [x.replace(".xml", ".png") for x in sorted(labelled)]
+
+
+@pytest.mark.parametrize(
+    ("files", "places"),
+    [
+        # Two images of one xml.
+        ({"a.xml": xml(), "a.jpg": "", "a.png": ""}, ["a.xml: a.jpg or a.png"]),
+        (
+            {"labels/a.xml": xml(), "images/a.png": "", "JPEGImages/a.png": ""},
+            ["labels/a.xml: JPEGImages/a.png or images/a.png"],
+        ),
+        # Two xml files of one image.
+        (
+            {"a.xml": xml(name="c.png"), "b.xml": xml(name="c.png"), "c.png": ""},
+            ["a.xml and b.xml: c.png"] * 2,
+        ),
+        (
+            {"a.xml": xml(), "z.xml": xml(name="a.png"), "a.png": ""},
+            ["a.xml and z.xml: a.png"] * 2,
         ),
     ],
 )
-def test_no_image_of_another_label(data, files, expected):
-    files = {"train/z.jpg": "", "train/z.xml": xml()} | files
-    folder = data(files)
-    assert files_of(folder, "valid") == [expected] * (expected is not None)
-    kinds = kinds_of(folder, "valid")
-    missing = kinds.get("file_unreadable", []) + kinds.get("label_ambiguous", [])
-    labels = sum(x.startswith("valid") and x.endswith("xml") for x in files)
-    assert len(missing) == labels - (expected is not None)
+def test_ambiguous_pairs_are_refused(data, files, places):
+    assert kinds_of(data(files))["label_ambiguous"] == places
 
 
-def test_two_labels_of_one_image(data):
-    folder = data({"a.xml": xml(name="c.png"), "b.xml": xml(name="c.png"), "c.png": ""})
-    kinds = kinds_of(folder)
-    assert kinds["label_ambiguous"] == ["a.xml and b.xml: c.png"] * 2
+def test_filename_of_another_image_is_reported(data):
+    files = {"train/a.png": "", "train/b.png": "", "train/b.xml": xml()}
+    folder = data(files | {"train/a.xml": xml(name="b.png")})
+    assert files_of(folder, "train") == ["train/a.png", "train/b.png"]
+    assert kinds_of(folder) == {"label_of_another_image": ["train/a.xml: b.png"]}
 
 
-def test_labels_and_images_in_folders_of_any_name(data):
-    """Some by their own names, some by those that they say."""
-    files = {"pics/a.png": "", "pics/b.png": "", "marks/a.xml": xml()}
-    folder = data(files | {"marks/z.xml": xml(name="b.png")})
-    assert files_of(folder, "marks") == ["pics/a.png", "pics/b.png"]
-    elsewhere = ["marks/a.xml: pics/a.png", "marks/z.xml: pics/b.png"]
-    assert kinds_of(folder, "marks") == {"image_elsewhere": elsewhere}
-
-
-def test_an_image_that_a_second_label_names(data):
-    folder = data({"a.xml": xml(), "z.xml": xml(name="a.png"), "a.png": ""})
-    assert kinds_of(folder) == {"label_ambiguous": ["a.xml and z.xml: a.png"]}
-
-
-def test_names_with_two_suffixes(data):
+def test_stems_with_a_dot(data):
     label = xml(box(1, 1, 9, 9), name="photo.jpg.png")
     folder = data({"photo.jpg.png": "", "photo.png": "", "photo.jpg.xml": label})
     assert files_of(folder, ".") == ["photo.jpg.png", "photo.png"]
     assert kinds_of(folder) == {"label_missing": ["photo.png"]}
 
 
-def test_the_folder_that_corresponds(data):
+def test_corresponding_folders_of_two_devkits(data):
     files = {f"{k}/JPEGImages/a.jpg": "" for k in ("VOC2007", "VOC2012")}
     files |= {f"{k}/Annotations/a.xml": xml(box(1, 1, 9, 9)) for k in ("VOC2007", "VOC2012")}
     assert files_of(data(files), ".") == ["VOC2007/JPEGImages/a.jpg", "VOC2012/JPEGImages/a.jpg"]
 
 
-def test_a_label_without_a_size_asks_the_image(data):
+def test_a_missing_size_is_that_of_the_image(data):
     for size in ("", "<width>0</width><height>0</height>", "<width>x</width><height>7</height>"):
         content, findings = read_voc(data(ONE | {"a.xml": xml(box(1, 1, 9, 9), size=size)}), ".")
         assert (content["images"][0]["width"], content["images"][0]["height"]) == (WIDTH, HEIGHT)
@@ -319,19 +363,19 @@ def test_a_label_without_a_size_asks_the_image(data):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_pixels_are_counted_from_1_or_corners_from_0(data):
+def test_first_pixel_1_and_0(data):
     folder = data(ONE | {"a.xml": xml(box(11, 21, 30, 40))})
     assert boxes_of(folder) == [[10, 20, 20, 20]]
     assert boxes_of(folder, first_pixel=0) == [[11, 21, 19, 19]]
 
 
-def test_a_box_at_pixel_0_is_odd_where_pixels_begin_at_1(data):
+def test_a_box_at_pixel_0_is_reported(data):
     folder = data(ONE | {"a.xml": xml(box(0, 21, 30, 40), box(1, 1, 2, 2))})
     assert kinds_of(folder) == {"box_at_pixel_zero": ["a.xml, object 1 (cat)"]}
     assert read_voc(folder, ".", first_pixel=0)[1] == []
 
 
-def test_parts_are_no_objects(data):
+def test_parts_of_objects_are_ignored(data):
     part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
     content, findings = read_voc(data(ONE | {"a.xml": xml(box(11, 21, 30, 40, more=part))}), ".")
     assert [a["bbox"] for a in content["annotations"]] == [[10, 20, 20, 20]]
@@ -346,7 +390,7 @@ def test_parts_are_no_objects(data):
         "<pt><x>12</x><y>5</y></pt><pt><x>3</x><y>8</y></pt><pt><x>7.5</x><y>30</y></pt>",
     ],
 )
-def test_a_polygon_is_its_extent(data, polygon):
+def test_the_box_of_a_polygon_is_its_extent(data, polygon):
     shape = f"<object><name>cat</name><polygon>{polygon}</polygon></object>"
     folder = data(ONE | {"a.xml": xml(shape)})
     assert boxes_of(folder) == [[2, 4, 10, 26]]
@@ -374,7 +418,7 @@ def test_an_external_entity_is_not_read(data, tmp_path):
 
 
 def random_data(root):
-    """Like that of broken.py, with boxes at random whole pixels, some at the border."""
+    """The data of broken.py with boxes at random whole pixels, some at the border."""
     content = broken.make_data(root)
     generator = np.random.default_rng(0)
     for annotation in content["annotations"]:
@@ -386,7 +430,7 @@ def random_data(root):
 
 
 def plain(labels):
-    """{image: [(class, box)]}, and sizes, whatever the ids."""
+    """Return {image: [(class, box)]}, sizes and class names, without ids."""
     content = labels.content
     names = {c["id"]: c["name"] for c in content["categories"]}
     objects = {
@@ -401,7 +445,7 @@ def plain(labels):
     return objects, sizes, list(names.values())
 
 
-def test_every_format_says_the_same(tmp_path):
+def test_every_format_gives_the_same_content(tmp_path):
     content = random_data(tmp_path)
     yaml = broken.write_yolo(content, tmp_path)
     folder = broken.write_voc(content, tmp_path)
@@ -420,7 +464,7 @@ def test_every_format_says_the_same(tmp_path):
         objects, same_sizes, same_names = plain(labels)
         assert (same_sizes, same_names) == (sizes, names)
         assert objects.keys() == expected.keys()
-        for image, found in objects.items():
-            assert [name for name, _ in found] == [name for name, _ in expected[image]]
-            ours, theirs = ([box for _, box in x] for x in (found, expected[image]))
-            np.testing.assert_allclose(ours, theirs, atol=0.01)
+        for image, pairs in objects.items():
+            assert [name for name, _ in pairs] == [name for name, _ in expected[image]]
+            boxes, expected_boxes = ([box for _, box in x] for x in (pairs, expected[image]))
+            np.testing.assert_allclose(boxes, expected_boxes, atol=0.01)

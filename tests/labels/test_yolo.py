@@ -1,4 +1,4 @@
-"""Data sets in YOLO's layout: read, registered, trained on. What is refused: broken.py."""
+"""YOLO's layout: read, registered, trained on. broken.py has the cases that are refused."""
 
 import json
 import re
@@ -27,7 +27,7 @@ YAML = "{train: train/images, names: [cat, dog]}"
 
 @pytest.fixture
 def data(tmp_path):
-    """Writes files: data({name: text}), where the text of an image may be empty; gives the yaml."""
+    """data({name: text}) writes files, with pixels for an image, and returns the yaml."""
 
     def write(files, yaml=YAML):
         for name, text in {**files, "data.yaml": yaml}.items():
@@ -44,7 +44,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def registered():
-    """Registers for the time of a test."""
+    """register; the data sets are removed after the test."""
     names = set(DatasetCatalog.list())
     yield register
     for name in set(DatasetCatalog.list()) - names:
@@ -53,7 +53,7 @@ def registered():
 
 
 def one(label):
-    """Files of one image with this label."""
+    """Files of one image."""
     return {"train/images/a.png": "", "train/labels/a.txt": label}
 
 
@@ -84,33 +84,33 @@ def kinds_of(yaml_file):
         ("[7, 8]", {0: "7", 1: "8"}),
     ],
 )
-def test_names(data, names, expected):
+def test_class_names(data, names, expected):
     content, _ = read_yolo(data(one(BOX), f"{{train: train, names: {names}}}"), "train")
     assert {c["id"]: c["name"] for c in content["categories"]} == expected
     assert list(expected) == [c["id"] for c in content["categories"]]
 
 
 @pytest.mark.parametrize("key", ["val", "valid", "validation"])
-@pytest.mark.parametrize("asked", ["val", "valid", "validation"])
-def test_the_validation_split_by_any_of_its_names(data, key, asked):
+@pytest.mark.parametrize("split", ["val", "valid", "validation"])
+def test_validation_split_has_three_names(data, key, split):
     yaml_file = data(one(BOX), f"{{train: nowhere, {key}: train/images, names: [cat]}}")
-    assert files_of(yaml_file, asked) == ["train/images/a.png"]
+    assert files_of(yaml_file, split) == ["train/images/a.png"]
 
 
-def test_a_split_that_is_asked_for_by_its_own_key(data):
+def test_the_given_name_of_a_split_comes_first(data):
     files = one(BOX) | {"b/images/b.png": "", "b/labels/b.txt": ""}
     yaml_file = data(files, "{val: train, valid: b, extra: b, names: [cat]}")
     assert files_of(yaml_file, "valid") == files_of(yaml_file, "extra") == ["b/images/b.png"]
 
 
-def test_a_missing_split_names_those_there_are(data):
+def test_missing_split_lists_the_choices(data):
     yaml = "{path: ., nc: 1, names: [cat], download: a, train: t, val: v, test: }"
     yaml_file = data({}, yaml)
     for split in ("test", "names", "download"):
-        sentence = f"{yaml_file}: it has no split {split!r}, only 'train', 'val'"
+        sentence = f"{yaml_file}: it has no split {split!r}: choose from ['train', 'val']"
         with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
             read_yolo(yaml_file, split)
-    with pytest.raises(ValueError, match="'train', nor any other"):
+    with pytest.raises(ValueError, match=r"no split 'train': choose from \[\]"):
         read_yolo(data({}, "names: [cat]"), "train")
 
 
@@ -119,7 +119,7 @@ def test_a_missing_split_names_those_there_are(data):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_searched_in_depth_for_images_in_any_case(data):
+def test_images_are_found_in_subfolders_and_in_any_case(data):
     names = ("b/z.png", "b/c/A.JPG", "a.jpg")
     files = {f"train/images/{name}": "" for name in names}
     files |= {
@@ -130,7 +130,7 @@ def test_a_folder_is_searched_in_depth_for_images_in_any_case(data):
     assert files_of(data(files)) == [f"train/images/{n}" for n in ("a.jpg", "b/c/A.JPG", "b/z.png")]
 
 
-def test_a_list_begins_in_its_folder_or_below_path(data, tmp_path):
+def test_lines_of_lists_are_relative_to_list_or_path(data, tmp_path):
     files = {f"set/images/{name}.png": "" for name in "abcd"}
     files |= {"set/labels/a.txt": BOX, "set/sub/e.png": "", "set/e.png": ""}
     lines = [
@@ -148,7 +148,7 @@ def test_a_list_begins_in_its_folder_or_below_path(data, tmp_path):
     assert files_of(yaml_file) == expected
 
 
-def test_several_entries_give_an_image_once(data):
+def test_an_image_of_several_entries_is_read_once(data):
     files = {f"train/images/{name}.png": "" for name in "ba"} | {"train/labels/b.txt": BOX}
     files |= {"list.txt": "./train/images/../images/a.png\n./train/images/a.png"}
     yaml_file = data(files, "{train: [list.txt, train/images, ./train/], names: [cat]}")
@@ -166,15 +166,13 @@ def test_several_entries_give_an_image_once(data):
         "{path: /nowhere/of/a/colleague, train: train/images}",
     ],
 )
-def test_where_a_folder_is_looked_for(data, tmp_path, yaml):
+def test_folders_are_found_with_wrong_paths(data, tmp_path, yaml):
     yaml = yaml.replace("{here}", tmp_path.name).replace("{root}", str(tmp_path))
     yaml_file = data(one(BOX), yaml.replace("}", ", names: [cat]}"))
     assert files_of(yaml_file) == ["train/images/a.png"]
 
 
-def test_path_begins_in_the_folder_of_the_yaml_before_that_of_the_command(
-    data, tmp_path, monkeypatch
-):
+def test_path_is_relative_to_the_yaml_first(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = {"set/train/a.png": "", "set/train/a.txt": "", "here/set/train/b.png": ""}
     data(
@@ -186,11 +184,11 @@ def test_path_begins_in_the_folder_of_the_yaml_before_that_of_the_command(
     assert files_of("here/data.yaml") == [f"{tmp_path}/set/train/a.png"]
 
 
-def test_a_folder_that_is_nowhere_names_what_was_tried(data, tmp_path, monkeypatch):
+def test_missing_folder_lists_the_places_tried(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     yaml_file = data(one(BOX), "{path: set, train: ../gone, names: [cat]}")
     tried = [f"{tmp_path}/gone", f"{tmp_path}/set/gone", f"{tmp_path.parent}/gone"]
-    sentence = f"names '../gone', which does not exist; tried {', '.join(tried)}"
+    sentence = f"'../gone' of 'train' does not exist; tried {', '.join(tried)}"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         read_yolo(yaml_file, "train")
 
@@ -202,13 +200,13 @@ def test_images_of_other_formats(data, suffix):
     assert (len(content["images"]), len(content["annotations"]), findings) == (1, 1, [])
 
 
-def test_a_link_that_leads_back_gives_an_image_once(data, tmp_path):
+def test_a_cyclic_link_is_followed_once(data, tmp_path):
     yaml_file = data(one(BOX))
     (tmp_path / "train/images/latest").symlink_to(tmp_path / "train/images")
     assert files_of(yaml_file) == ["train/images/a.png"]
 
 
-def test_a_name_too_long_for_a_file_is_no_crash(data):
+def test_a_name_too_long_for_a_file_is_reported(data):
     yaml_file = data(one(BOX) | {"list.txt": "x" * 300}, "{train: list.txt, names: [cat]}")
     assert kinds_of(yaml_file).keys() == {"file_unreadable"}
 
@@ -223,13 +221,13 @@ def test_a_name_too_long_for_a_file_is_no_crash(data):
         ("pictures/a.png", "pictures/a.txt"),
     ],
 )
-def test_where_a_label_lies(data, image, label):
+def test_label_folders(data, image, label):
     yaml = f"{{train: {image.rpartition('/')[0]}, names: [cat]}}"
     assert boxes_of(data({image: "", label: BOX}, yaml)) == [(0, [40, 15, 20, 10])]
 
 
-def test_captions_beside_images_are_no_labels(data):
-    """If labels have a folder; spaces at the end of a line do not make two labels of one."""
+def test_captions_beside_images_are_ignored(data):
+    """If some labels are in a labels folder. Equal labels may differ in blanks."""
     files = {"images/a.png": "", "images/a.txt": "a cat", "labels/a.txt": BOX}
     files |= {"images/b.png": "", "images/b.txt": "nothing here"}
     files |= {"images/c.png": "", "images/c.txt": f"{BOX} \n", "labels/c.txt": BOX}
@@ -241,16 +239,17 @@ def test_captions_beside_images_are_no_labels(data):
     }
 
 
-def test_labels_nowhere(data, tmp_path):
+def test_no_label_file_at_all_is_refused(data, tmp_path):
     files = {"images/a.png": "", "images/b.png": "", "annotations/a.txt": BOX}
     sentence = (
-        "data.yaml: no image of 'train' has a label file: that of images/a.png was looked for "
+        "data.yaml: no image of 'train' has a label file: tried labels/a.txt and images/a.txt for "
+        "images/a.png"
     )
-    with pytest.raises(ValueError, match=f"{re.escape(sentence)}at labels/a.txt and images/a.txt$"):
+    with pytest.raises(ValueError, match=f"{re.escape(sentence)}$"):
         read_yolo(data(files, "{train: images, names: [cat]}"), "train")
 
 
-def test_images_without_objects_stay(data):
+def test_images_without_objects_are_kept(data):
     files = one(BOX) | {"train/images/b.png": "", "train/images/c.png": ""}
     content, findings = read_yolo(data(files | {"train/labels/c.txt": ""}), "train")
     assert [image["file_name"][-5] for image in content["images"]] == ["a", "b", "c"]
@@ -258,22 +257,19 @@ def test_images_without_objects_stay(data):
     assert [(f.kind, f.examples()) for f in findings] == [("label_missing", ["train/images/b.png"])]
 
 
-def test_files_without_an_image_are_named(data):
-    """By their content: lost objects are an error, and a list of names is no label."""
+def test_labels_without_an_image_and_other_texts(data):
+    """A label without an image is an error; a list of names is not a label."""
     files = {"b/gone.txt": f"\n{BOX}", "empty.txt": "", "words.txt": "7\n8", "notes.json": "{}"}
     files |= {"classes.txt": "cat", ".cache": "", "list.txt": "a b c d e"}
     files = {f"train/labels/{name}": text for name, text in files.items()}
-    found = kinds_of(data(one(BOX) | files | {"train/images/a.xcf": ""}))
-    assert found["file_unreadable"].examples() == [
-        "the image of train/labels/b/gone.txt is not there"
-    ]
+    kinds = kinds_of(data(one(BOX) | files | {"train/images/a.xcf": ""}))
+    assert kinds["file_unreadable"].examples() == ["no image for train/labels/b/gone.txt"]
     unused = ["images/a.xcf", *(f"labels/{x}" for x in ("empty.txt", "list.txt", "notes.json"))]
-    assert found["file_unused"].examples() == [f"train/{x}" for x in [*unused, "labels/words.txt"]]
-    assert len(found) == 2
+    assert kinds["file_unused"].examples() == [f"train/{x}" for x in [*unused, "labels/words.txt"]]
+    assert len(kinds) == 2
 
 
-def test_a_list_names_what_is_used(data):
-    """Neither what lies beside its images, nor labels of others."""
+def test_files_that_a_list_does_not_name_are_ignored(data):
     files = one(BOX) | {"train/images/a.jpg": "", "train/labels/gone.txt": BOX, "list.txt": ""}
     yaml_file = data(files | {"list.txt": "train/images/a.png"}, "{train: list.txt, names: [cat]}")
     assert files_of(yaml_file) == ["train/images/a.png"]
@@ -282,7 +278,7 @@ def test_a_list_names_what_is_used(data):
 
 @pytest.mark.parametrize("label", ["train/labels/a.txt", "train/images/a.txt"])
 def test_one_label_of_two_images_is_ambiguous(data, label):
-    """Unless it has no objects, or both labels of an image are equal."""
+    """Unless it has no objects; two equal labels of one image are accepted."""
     files = {"train/images/a.png": "", "train/images/a.jpg": "", "train/images/b.png": ""}
     files |= {"train/images/b.txt": BOX, "train/labels/b.txt": BOX}
     both = f"{label}: train/images/a.jpg or train/images/a.png"
@@ -302,19 +298,19 @@ def test_one_label_of_two_images_is_ambiguous(data, label):
         ("1.0 0.5 0.4 2e-1 .2", (1, [40, 15, 20, 10])),
         ("0 0.1 0.2 0.5 0.6 0.3 0.9", (0, [10, 10, 40, 35])),
         ("0 0.5 0.2 0.7 0.4 0.5 0.6 0.3 0.4", (0, [30, 10, 40, 20])),
-        # The centre and the size are not clipped: the corners are.
+        # Corners are clipped, not the centre and the size.
         ("0 0.05 0.5 0.2 1.2", (0, [0, 0, 15, 50])),
         ("0 1.1 1.0 0.4 0.2", (0, [90, 45, 10, 5])),
         ("0 -0.1 -0.1 0.5 1.2 1.3 0.5", (0, [0, 0, 100, 50])),
     ],
 )
-def test_a_line(data, line, expected):
+def test_box_of_a_line(data, line, expected):
     assert boxes_of(data(one(line))) == [expected]
 
 
 @pytest.mark.parametrize("shape", [[2, 2], [2, 3], [3, 2], [1, 2]])
-def test_a_box_with_the_key_points_that_are_declared(data, shape):
-    """Whatever they are: nobody reads them. A box may stand without."""
+def test_declared_key_points_are_ignored(data, shape):
+    """They may be NaN. A box may have none."""
     points = " nan" * (shape[0] * shape[1])
     yaml = f"{{train: train, kpt_shape: {shape}, names: [cat]}}"
     assert boxes_of(data(one(f"{BOX}{points}\n{BOX}"), yaml)) == [(0, [40, 15, 20, 10])] * 2
@@ -322,31 +318,36 @@ def test_a_box_with_the_key_points_that_are_declared(data, shape):
 
 
 @pytest.mark.parametrize("shape", ["[17]", "[0, 3]", "[17, 4]", "{a: 1}", "['17', 3]", "[true, 2]"])
-def test_a_malformed_shape_of_key_points(data, shape):
+def test_invalid_kpt_shape_is_refused(data, shape):
     yaml_file = data(one(BOX), f"{{train: train, kpt_shape: {shape}, names: [cat]}}")
-    with pytest.raises(ValueError, match=r"its 'kpt_shape' is .*, where the number of key points"):
+    with pytest.raises(ValueError, match=r"'kpt_shape' must be \[number of key points, 2 or 3\]"):
         read_yolo(yaml_file, "train")
 
 
-def test_boxes_and_polygons_in_one_file_with_a_mark_blank_lines_and_carriage_returns(data):
+def test_boxes_and_polygons_in_a_file_from_windows(data):
+    """With a byte-order mark, blank lines and carriage returns."""
     polygon = "1 0.1 0.2 0.5 0.6 0.3 0.9"
     content, _ = read_yolo(data(one(f"\ufeff{BOX}\r\n\r\n  \r\n{polygon}\r\n{BOX}")), "train")
     first, second, third = content["annotations"]
     assert first == {
-        **{"id": 1, "image_id": 1, "category_id": 0},
-        **{"bbox": [40, 15, 20, 10], "area": 200, "iscrowd": 0},
+        "id": 1,
+        "image_id": 1,
+        "category_id": 0,
+        "bbox": [40, 15, 20, 10],
+        "area": 200,
+        "iscrowd": 0,
     }
     assert (second["category_id"], second["bbox"]) == (1, [10, 10, 40, 35])
     assert (third["id"], third["bbox"]) == (3, first["bbox"])
 
 
-def test_only_what_reaches_more_than_a_pixel_beyond_is_said_to_be_clipped(data):
-    by_rounding, farther = "0 0.95 0.5 0.110 0.2", "0 0.95 0.5 0.130 0.2"
-    found = kinds_of(data(one(f"{by_rounding}\n{farther}")))
-    assert found["box_partly_outside"].examples() == ["train/labels/a.txt line 2"]
+def test_only_boxes_more_than_a_pixel_outside_are_reported(data):
+    near, far = "0 0.95 0.5 0.110 0.2", "0 0.95 0.5 0.130 0.2"
+    kinds = kinds_of(data(one(f"{near}\n{far}")))
+    assert kinds["box_partly_outside"].examples() == ["train/labels/a.txt line 2"]
 
 
-def test_a_far_line_is_one_in_pixels(data):
+def test_coordinates_far_outside_are_in_pixels(data):
     near, far = "0 0.5 0.5 2.0 2.0", "0 0.5 0.5 2.1 1.0"
     assert "label_units" not in kinds_of(data(one(near)))
     assert kinds_of(data(one(far)))["label_units"].examples() == [
@@ -354,10 +355,10 @@ def test_a_far_line_is_one_in_pixels(data):
     ]
 
 
-def test_what_is_wrong_with_many_lines_is_said_at_once(data):
+def test_all_malformed_lines_are_reported_together(data):
     files = one(f"{BOX}\n0 1 2\n0 1 2\n7 0.5 0.4 0.2 0.2")
     files |= {"train/images/b.png": "", "train/labels/b.txt": "0 1 2\n0 1 2\n8 .1 .1 .1 .1"}
-    with pytest.raises(ValueError, match=r"data\.yaml has labels that are neither") as error:
+    with pytest.raises(ValueError, match=r"data\.yaml has invalid labels") as error:
         register(f"broken={data(files)}:train")
     assert "(4): train/labels/a.txt line 2 has 3 numbers, " in str(error.value)
     assert "train/labels/b.txt line 1 has" in str(error.value)
@@ -367,7 +368,7 @@ def test_what_is_wrong_with_many_lines_is_said_at_once(data):
     assert unknown == ["train/labels/a.txt line 4, class 7", "train/labels/b.txt line 3, class 8"]
 
 
-def test_shares_are_of_the_image_as_it_is_turned(data, tmp_path):
+def test_boxes_are_relative_to_the_rotated_image(data, tmp_path):
     yaml_file = data(one(BOX))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -378,30 +379,45 @@ def test_shares_are_of_the_image_as_it_is_turned(data, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# What labelling tools export
+# Exports of labelling tools
 # ------------------------------------------------------------------------------------------------
 
 CVAT = {
     "obj.data": "classes = 2\ntrain = data/train.txt\nvalid = data/valid.txt\n"
     "names = data/obj.names\nbackup = backup/\n",
     "obj.names": "cat\ndog\n",
-    **{"train.txt": "data/obj_train_data/a.png\n", "valid.txt": "data/obj_valid_data/b.png\n"},
-    **{"obj_train_data/a.png": "", "obj_train_data/a.txt": BOX},
-    **{"obj_valid_data/b.png": "", "obj_valid_data/b.txt": BOX},
+    "train.txt": "data/obj_train_data/a.png\n",
+    "valid.txt": "data/obj_valid_data/b.png\n",
+    "obj_train_data/a.png": "",
+    "obj_train_data/a.txt": BOX,
+    "obj_valid_data/b.png": "",
+    "obj_valid_data/b.txt": BOX,
 }
 LABEL_STUDIO = {
-    **{"classes.txt": "cat\ndog", "notes.json": "{}", "images/a.png": "", "labels/a.txt": BOX},
+    "classes.txt": "cat\ndog",
+    "notes.json": "{}",
+    "images/a.png": "",
+    "labels/a.txt": BOX,
 }
 LABEL_IMG = {
-    **{"train/a.png": "", "train/a.txt": BOX, "train/classes.txt": "cat\ndog\n"},
-    **{"valid/b.png": "", "valid/b.txt": BOX, "valid/classes.txt": "\ufeffcat\r\n"},
+    "train/a.png": "",
+    "train/a.txt": BOX,
+    "train/classes.txt": "cat\ndog\n",
+    "valid/b.png": "",
+    "valid/b.txt": BOX,
+    "valid/classes.txt": "\ufeffcat\r\n",
 }
 ROBOFLOW = {
-    **{"train/a.png": "", "train/a.txt": BOX, "train/_darknet.labels": "cat\ndog\n"},
-    **{"README.roboflow.txt": "Roboflow", "README.dataset.txt": "0 1"},
+    "train/a.png": "",
+    "train/a.txt": BOX,
+    "train/_darknet.labels": "cat\ndog\n",
+    "README.roboflow.txt": "Roboflow",
+    "README.dataset.txt": "0 1",
 }
 ULTRALYTICS = {
-    **{"classes.txt": "cat\ndog", "images/train/a.png": "", "labels/train/a.txt": BOX},
+    "classes.txt": "cat\ndog",
+    "images/train/a.png": "",
+    "labels/train/a.txt": BOX,
     "labels/train.cache": "",
 }
 
@@ -421,7 +437,7 @@ ULTRALYTICS = {
         (ULTRALYTICS, ".", "train", "images/train/a.png"),
     ],
 )
-def test_exports_without_a_yaml(data, tmp_path, files, source, split, expected):
+def test_exports_without_a_yaml_are_read(data, tmp_path, files, source, split, expected):
     data(files)
     (tmp_path / "data.yaml").unlink()
     labels = read_labels(str(tmp_path / source), split)
@@ -438,34 +454,43 @@ def test_exports_without_a_yaml(data, tmp_path, files, source, split, expected):
         (CVAT | {"obj.data": "train = train.txt"}, "obj.data", "train", "it has no 'names'"),
         (
             CVAT | {"obj.names": "cat"},
-            *("obj.data", "train", "its 'classes' is 2, but data/obj.names has 1"),
+            "obj.data",
+            "train",
+            "'classes' is 2, but data/obj.names has 1",
         ),
-        (CVAT | {"obj.names": " \n"}, "obj.data", "train", "its 'classes' is 2, but"),
-        (CVAT, "obj.data", "test", "it has no split 'test', only 'train', 'valid'"),
-        (CVAT | {"obj.data": "names = x.names"}, "obj.data", "train", "names 'x.names', which"),
+        (CVAT | {"obj.names": " \n"}, "obj.data", "train", "'classes' is 2, but"),
+        (CVAT, "obj.data", "test", "no split 'test': choose from ['train', 'valid']"),
+        (
+            CVAT | {"obj.data": "names = x.names"},
+            "obj.data",
+            "train",
+            "'x.names' of 'names' does not exist",
+        ),
         (LABEL_STUDIO, ".", "train", "it has no split 'train'; tried"),
-        (LABEL_STUDIO | {"classes.txt": " \n"}, ".", ".", "its 'names' is empty"),
+        (LABEL_STUDIO | {"classes.txt": " \n"}, ".", ".", "'names' is empty"),
         (
             LABEL_IMG | {"valid/classes.txt": "dog\n"},
-            *(".", "train", "valid/classes.txt and train/classes.txt name different classes"),
+            ".",
+            "train",
+            "valid/classes.txt and train/classes.txt have different class names",
         ),
         (one(BOX), ".", "train", "and none of classes.txt, obj.names, _darknet.labels of YOLO's"),
     ],
 )
-def test_exports_that_cannot_be_read(data, tmp_path, files, source, split, sentence):
+def test_invalid_exports_are_refused(data, tmp_path, files, source, split, sentence):
     data(files)
     with pytest.raises(ValueError, match=re.escape(sentence)):
         read_labels(str(tmp_path / source), split)
 
 
 @pytest.mark.parametrize("line", ["data/images/a.png", r"images\a.png", r".\images\a.png"])
-def test_lines_of_lists_as_cvat_and_windows_write_them(data, line):
+def test_lines_of_lists_from_cvat_and_windows(data, line):
     files = {"images/a.png": "", "labels/a.txt": BOX, "train.txt": line}
     yaml_file = data(files, "{path: ./, train: train.txt, names: {0: cat}}")
     assert files_of(yaml_file) == ["images/a.png"]
 
 
-def test_a_file_with_a_backslash_in_its_name_comes_first(data):
+def test_a_backslash_in_a_file_name_is_kept(data):
     files = {r"images\a.png": "", r"images\a.txt": BOX, "images/a.png": ""}
     yaml_file = data(files | {"train.txt": r"images\a.png"}, "{train: train.txt, names: [cat]}")
     assert files_of(yaml_file) == [r"images\a.png"]
@@ -475,7 +500,7 @@ def test_a_file_with_a_backslash_in_its_name_comes_first(data):
     ("folder", "train"),
     [(r"c:\Dev\set", ".\\images\\"), (r"set\deep", "images"), ("", r"..\images")],
 )
-def test_folders_of_windows(data, folder, train):
+def test_folders_from_windows(data, folder, train):
     inside = "set/deep/" if "deep" in folder else ""
     files = {f"{inside}images/a.png": "", f"{inside}labels/a.txt": BOX}
     yaml_file = data(files, json.dumps({"path": folder, "train": train, "names": ["cat"]}))
@@ -488,7 +513,7 @@ def test_folders_of_windows(data, folder, train):
 
 
 def three_images(data):
-    """One with two objects, one without, one with one; ids of classes have a gap."""
+    """Images with two objects, none and one; class ids have a gap."""
     files = {f"train/images/{name}.png": "" for name in "abc"}
     files |= {
         "train/labels/a.txt": f"{BOX}\n5 0.2 0.5 0.1 0.4",
@@ -497,14 +522,16 @@ def three_images(data):
     return data(files, "{train: train, names: {9: cow, 5: dog, 0: cat}}")
 
 
-def test_records(data, registered, tmp_path):
+def test_records_of_a_registered_set(data, registered, tmp_path):
     name = registered(f"pets={three_images(data)}:train")
     a, b, c = DatasetCatalog.get(name)
     assert a["file_name"] == str(tmp_path / "train/images/a.png")
     assert (a["width"], a["height"], a["image_id"]) == (WIDTH, HEIGHT, 1)
     assert a["annotations"][1] == {
-        **{"bbox": [15, 15, 10, 20], "bbox_mode": BoxMode.XYWH_ABS},
-        **{"category_id": 1, "iscrowd": 0},
+        "bbox": [15, 15, 10, 20],
+        "bbox_mode": BoxMode.XYWH_ABS,
+        "category_id": 1,
+        "iscrowd": 0,
     }
     assert b["annotations"] == []
     assert c["annotations"][0]["category_id"] == 2
@@ -516,14 +543,14 @@ def test_records(data, registered, tmp_path):
     assert len(DatasetCatalog.get(name)[0]["annotations"]) == 2
 
 
-def test_relative_to_the_folder_of_the_command(data, registered, tmp_path, monkeypatch):
+def test_relative_paths_start_in_the_working_directory(data, registered, tmp_path, monkeypatch):
     three_images(data)
     monkeypatch.chdir(tmp_path)
     registered("pets=data.yaml:train")
     assert DatasetCatalog.get("pets")[0]["file_name"] == "train/images/a.png"
 
 
-def test_a_name_is_taken_once(data, registered):
+def test_a_name_is_registered_once(data, registered):
     yaml_file = three_images(data)
     for _ in range(2):
         assert registered(f"pets={yaml_file}:train") == "pets"
@@ -532,7 +559,7 @@ def test_a_name_is_taken_once(data, registered):
 
 
 def ground_truth(record):
-    """Its objects as a detector gives them."""
+    """The objects as detections."""
     instances = Instances((record["height"], record["width"]))
     boxes = [
         BoxMode.convert(a["bbox"], BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
@@ -554,7 +581,7 @@ def evaluate(name, output_dir):
 
 
 def test_ground_truth_has_an_ap_of_100(data, registered, tmp_path):
-    """Whatever an earlier run has left in the folder; images without objects count."""
+    """Results of an earlier run in the folder are ignored; images without objects count."""
     old = tmp_path / "out/inference/pets/pets_coco_format.json"
     old.parent.mkdir(parents=True)
     old.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
@@ -569,17 +596,19 @@ def test_ground_truth_has_an_ap_of_100(data, registered, tmp_path):
     assert sum(len(batch) for batch in loader) == 3
 
 
-def test_trains_and_evaluates(data, registered, tmp_path):
+def test_training_and_evaluation(data, registered, tmp_path):
     register_train = f"--register=pets={three_images(data)}:train"
     options = {
-        **{"DATASETS.TRAIN": ("pets",), "DATASETS.TEST": ("pets",), "MODEL.WEIGHTS": ""},
+        "DATASETS.TRAIN": ("pets",),
+        "DATASETS.TEST": ("pets",),
+        "MODEL.WEIGHTS": "",
         **TINY | {"DATALOADER.NUM_WORKERS": 0},
-        **{"INPUT.MIN_SIZE_TRAIN": (64,), "INPUT.MIN_SIZE_TEST": 64, "SOLVER.IMS_PER_BATCH": 2},
-        **{
-            "SOLVER.MAX_ITER": 2,
-            "MODEL.ATSS.SCORE_THRESH_TEST": 0.0,
-            "OUTPUT_DIR": tmp_path / "out",
-        },
+        "INPUT.MIN_SIZE_TRAIN": (64,),
+        "INPUT.MIN_SIZE_TEST": 64,
+        "SOLVER.IMS_PER_BATCH": 2,
+        "SOLVER.MAX_ITER": 2,
+        "MODEL.ATSS.SCORE_THRESH_TEST": 0.0,
+        "OUTPUT_DIR": tmp_path / "out",
     }
 
     def run(*arguments, **opts):
@@ -593,7 +622,9 @@ def test_trains_and_evaluates(data, registered, tmp_path):
     config = (tmp_path / "out/config.yaml").read_text()
     assert re.search(r"CLASS_NAMES:\s+- cat\s+- dog\s+- cow\n", config)
     log = (tmp_path / "out/log.txt").read_text()
-    assert "Data set pets has images without a label file, taken to be without objects (1)" in log
+    assert (
+        "Data set pets has images without a label file, used as images without objects (1)" in log
+    )
     results = run("--eval-only", **{"MODEL.WEIGHTS": tmp_path / "out/model_final.pth"})
     assert set(results["bbox"]) >= {"AP", "AP-cat", "AP-dog", "AP-cow"}
 
@@ -606,7 +637,7 @@ def test_trains_and_evaluates(data, registered, tmp_path):
 @pytest.mark.parametrize(
     ("split", "images", "objects"), [("train", 448, 3324), ("val", 127, 909), ("test", 63, 584)]
 )
-def test_aquarium(real_data, split, images, objects):
+def test_aquarium_is_read(real_data, split, images, objects):
     content, findings = read_yolo(str(real_data / "aquarium/data.yaml"), split)
     assert (len(content["images"]), len(content["annotations"])) == (images, objects)
     names = [c["name"] for c in content["categories"]]
@@ -616,7 +647,7 @@ def test_aquarium(real_data, split, images, objects):
         image = next(i for i in content["images"] if i["file_name"] == "valid/images/IMG_2277.jpg")
         boxes = [a["bbox"] for a in content["annotations"] if a["image_id"] == image["id"]]
         assert (image["width"], image["height"]) == (480, 640)
-        # By hand, of 0.578125 0.392578 0.072917 0.253906 and 0.190755 0.102051 0.381510 0.170898.
+        # By hand from 0.578125 0.392578 0.072917 0.253906 and 0.190755 0.102051 0.381510 0.170898.
         assert boxes[0] == pytest.approx([260, 170, 35, 162.5], abs=1e-3)
         assert boxes[1] == pytest.approx([0, 10.62528, 183.1248, 109.37472], abs=1e-3)
 
@@ -625,7 +656,7 @@ def test_aquarium_is_checked(real_data, tmp_path, capsys):
     report = tmp_path / "report.json"
     argv = [str(real_data / "aquarium/data.yaml"), "test", "--json", str(report)]
     assert check_dataset.main(argv) == 0
-    found = json.loads(report.read_text())
-    assert (found["images"], found["annotations"]) == (63, 584)
-    assert {f["kind"]: f["count"] for f in found["findings"]}["box_empty"] == 2
+    content = json.loads(report.read_text())
+    assert (content["images"], content["annotations"]) == (63, 584)
+    assert {f["kind"]: f["count"] for f in content["findings"]}["box_empty"] == 2
     assert "63 images, 584 annotations" in capsys.readouterr().out

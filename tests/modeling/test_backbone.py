@@ -9,7 +9,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone
 from detectron2.modeling.backbone import FPN, Backbone, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
-from test_foreach import Operators
+from dispatch import Operators
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +32,7 @@ from atss.modeling.backbone import (
         (["res2", "res3", "res4"], "p2 p3 p4 p5 p6", (4, 8, 16, 32, 64)),
     ],
 )
-def test_levels_grow_out_of_the_last(in_features, names, strides):
+def test_top_levels_are_computed_from_the_last_level(in_features, names, strides):
     cfg = make_cfg("MODEL.FPN.IN_FEATURES", in_features, "MODEL.FPN.OUT_CHANNELS", 16)
     cfg.MODEL.RESNETS.OUT_FEATURES = in_features
     backbone = build_backbone(cfg).eval()
@@ -51,7 +51,7 @@ def test_levels_grow_out_of_the_last(in_features, names, strides):
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
-def test_maps_of_one_column_in_bfloat16(width):
+def test_one_column_maps_are_exact_in_bfloat16(width):
     """Of torch's kernel for some processors they are made of what is left in memory."""
     top = P6P7FromP5(256, relu_before_p7=False)
     p5 = torch.randn(2, 256, 6, width).to(torch.bfloat16)
@@ -75,7 +75,7 @@ def test_maps_of_one_column_in_bfloat16(width):
 
 
 @pytest.mark.parametrize("stride_in_1x1", [True, False])
-def test_folded_norms_change_nothing_but_rounding(stride_in_1x1):
+def test_folded_norms_equal_norms_up_to_rounding(stride_in_1x1):
     cfg = make_cfg("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.NORM", "FrozenBN")
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 256
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = stride_in_1x1
@@ -116,7 +116,7 @@ def test_only_frozen_norms_are_folded():
 @pytest.mark.parametrize(
     "levels", ["p3", "p4", "p5", "p3 p4 p5", "p3 p6", "p6", "p7", "p4 p7", "p3 p4 p5 p6 p7"]
 )
-def test_what_no_level_reads_takes_no_gradient(top, levels):
+def test_unused_fpn_convolutions_are_frozen(top, levels):
     """All that gets one, and no more."""
     levels = levels.split()
     if top is None and max(levels) > "p5":
@@ -136,7 +136,7 @@ def test_what_no_level_reads_takes_no_gradient(top, levels):
             assert x.requires_grad == (gradient is not None), name
 
 
-def test_detectron2s_fpn_without_its_finest_level():
+def test_detectron2_fpn_without_its_finest_level():
     cfg = make_cfg("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
     cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.ATSS.IN_FEATURES = ["p3", "p4", "p5", "p6"]
@@ -164,7 +164,7 @@ def test_a_folded_norm_follows_its_statistics():
     torch.testing.assert_close(copy.deepcopy(conv.float())(x), 4 * plain)
 
 
-def test_what_was_folded_to_detect_can_be_trained_with():
+def test_training_after_inference_with_folded_norms():
     conv, x = folded_conv(), torch.randn(2, 3, 4, 4)
     with torch.inference_mode():
         conv(x)
@@ -215,7 +215,7 @@ def grouped(monkeypatch):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])
-def test_norms_folded_in_groups_are_those_folded_alone(precision, memory_format, monkeypatch):
+def test_norms_folded_by_stage_equal_norms_folded_alone(precision, memory_format, monkeypatch):
     def result(groups):
         monkeypatch.setattr(foreach, "ONE_BY_ONE", set() if groups else {"cpu"})
         fpn = thin_fpn().to(memory_format=memory_format)
@@ -239,7 +239,7 @@ def test_norms_folded_in_groups_are_those_folded_alone(precision, memory_format,
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_folded_norms_of_blocks_that_are_computed_again(reentrant, grouped):
+def test_folded_norms_with_activation_checkpointing(reentrant, grouped):
     """As activation checkpointing does, in the backward pass."""
     x = torch.randn(1, 3, 64, 64).double()
     expected = gradients(thin_fpn().double(), lambda fpn: fpn(x))
@@ -253,7 +253,7 @@ def test_folded_norms_of_blocks_that_are_computed_again(reentrant, grouped):
         torch.testing.assert_close(found[name], y)
 
 
-def test_passes_of_one_backbone_do_not_meet(grouped):
+def test_concurrent_passes_do_not_share_folded_weights(grouped):
     """One within another, in a thread beside it, twice, and after one that failed."""
     x = torch.randn(1, 3, 64, 64)
     expected = gradients(thin_fpn(), lambda fpn: fpn(x), lambda fpn: fpn(x))
@@ -271,14 +271,14 @@ def test_passes_of_one_backbone_do_not_meet(grouped):
     with pytest.raises(ZeroDivisionError):
         fpn(x)
     failing.remove()
-    assert backbone._folded.get() is None
+    assert backbone._folded_weights.get() is None
     hook = fpn.bottom_up.res4[1].register_forward_pre_hook(disturb)
     found = gradients(fpn, lambda fpn: fpn(x), lambda fpn: fpn(x))
     for name, y in expected.items():
         assert torch.equal(found[name], y), name
 
 
-def test_a_folded_backbone_is_saved_and_copied_whole(grouped, tmp_path):
+def test_a_folded_backbone_is_saved_and_copied(grouped, tmp_path):
     x = torch.randn(1, 3, 64, 64)
     fpn = thin_fpn()
     expected = fpn(x)
@@ -297,7 +297,7 @@ def test_inference_holds_the_folded_weights_of_one_stage(grouped):
     fpn, held = thin_fpn(), []
 
     def note(module, inputs):
-        held.append(sum(y.numel() for y in backbone._folded.get()._weights.values()))
+        held.append(sum(y.numel() for y in backbone._folded_weights.get()._weights.values()))
 
     stages = [getattr(fpn.bottom_up, name) for name in ("res3", "res4", "res5")]
     for stage in stages:

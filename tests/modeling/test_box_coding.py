@@ -31,7 +31,7 @@ def test_by_hand():
     torch.testing.assert_close(BoxDeltas().encode(box, anchor, STRIDE), deltas)
 
 
-def test_equals_detectron2s():
+def test_deltas_equal_detectron2():
     weights = (10.0, 10.0, 5.0, 5.0)
     boxes, anchors = random_boxes(0), random_boxes(1)
     theirs = Box2BoxTransform(weights)
@@ -64,7 +64,7 @@ def test_points_by_hand():
 
 @pytest.mark.parametrize("ratio", [0.25, 2.0])
 @pytest.mark.parametrize("scale", [5.0, 8.0])
-def test_points_count_in_strides_whatever_the_anchor(scale, ratio):
+def test_points_depend_on_stride_not_on_anchor_size(scale, ratio):
     anchors = Anchors.grid((16, 16), strides=(8,), scales=(scale,), ratios=(ratio,))
     box = PointDistances().decode(torch.ones(4), anchors.boxes[0], anchors.stride[0])
     torch.testing.assert_close(box, torch.tensor([-4.0, -4, 12, 12]))
@@ -113,7 +113,7 @@ def test_corners_by_hand():
     assert torch.equal(Corners().decode(numbers, anchor, STRIDE), box)
 
 
-def test_legacy_pixels_move_what_is_decoded():
+def test_legacy_pixels_shift_decoded_boxes():
     """Deltas know the last pixel, half of it on each side; distances do not."""
     anchor = torch.tensor([4.0, 24, 36, 56])
     for code, moved in ((BoxDeltas(), [0.5] * 4), (PointDistances(), [0.0, 0, 1, 1])):
@@ -123,12 +123,12 @@ def test_legacy_pixels_move_what_is_decoded():
         assert (found - plain).tolist() == moved
 
 
-def test_legacy_pixels_are_not_of_distributions():
+def test_legacy_pixels_refuse_distributions():
     with pytest.raises(ValueError, match="LEGACY_PIXELS True is for weights of the authors' code"):
         LegacyPixels(Distribution())
 
 
-def test_refuses_weights_that_cannot_be():
+def test_refuses_invalid_weights():
     with pytest.raises(ValueError, match="weights must be between 1e-06 and 1e"):
         BoxDeltas((1, 1, 0, 1))
     with pytest.raises(ValueError, match="weights must be four numbers"):

@@ -115,13 +115,13 @@ def test_equals_the_formulas_spelled_out():
         assert value.item() == pytest.approx(expected[name], rel=1e-5)
 
 
-def test_without_a_quality_branch_boxes_weigh_alike():
+def test_box_weights_are_one_without_quality():
     losses = losses_of(random_output(quality=False))
     assert losses.keys() == {"loss_cls", "loss_box_reg"}
 
 
 @pytest.mark.parametrize("gt", [make_gt([], num_images=2), GT], ids=["no object", "no positive"])
-def test_nothing_positive_gives_zero_losses_with_gradients(gt):
+def test_no_positives_give_zero_losses_with_gradients(gt):
     output = random_output()
     losses = losses_of(output, gt, torch.full((2, 4), BACKGROUND))
     assert losses["loss_box_reg"] == losses["loss_centerness"] == 0
@@ -221,8 +221,8 @@ def test_two_processes_equal_one_on_the_union(free_port):
                 torch.testing.assert_close(torch.tensor(gradient)[0] / 2, x[rank])
 
 
-def test_nothing_is_learnt_through_what_is_to_be_said():
-    """Targets and weights are what the model says now: no gradient goes that way."""
+def test_targets_are_detached():
+    """Targets and weights depend on predictions, without gradient."""
     output = random_output()
     boxes = BoxDeltas().decode(output.box_regression, ANCHORS.boxes, ANCHORS.stride)
     losses = Criterion(**CRITERIA[1])(output, boxes, ANCHORS, GT, Assignment(GT_INDEX))
@@ -288,7 +288,7 @@ def test_generalised_focal_losses_spelled_out():
     assert losses["loss_dfl"] == pytest.approx(0.25 * 0.6 * dfl / 4, rel=1e-6)
 
 
-def test_matchability_asks_for_a_power_of_the_overlap():
+def test_matchability_target_is_a_power_of_the_iou():
     """An IoU of 1 / 2 becomes a target of 0.5^1.5; a normaliser of targets counts the overlap."""
     p = (0.2, 0.6)
     _, losses = of_one_positive(
@@ -305,7 +305,7 @@ def test_matchability_asks_for_a_power_of_the_overlap():
 
 
 @pytest.mark.parametrize("gamma", [0.0, 8.0])
-def test_only_positives_are_to_say_a_power(gamma):
+def test_target_of_applies_to_positives_only(gamma):
     """The power 0 of a negative's 0 is 1; a high one of a small overlap is 0, as of negatives."""
     output = random_output()
     classes = output.classes.detach().requires_grad_()
@@ -322,8 +322,8 @@ def test_only_positives_are_to_say_a_power(gamma):
     torch.testing.assert_close(pull * 3, expected, atol=1e-6, rtol=1e-4)
 
 
-def test_probabilities_that_are_no_numbers_are_losses_that_are_none():
-    """The trainer says where such a loss came from; torch would refuse to make it."""
+def test_nan_probability_gives_nan_loss():
+    """The trainer reports the loss; torch's cross entropy would raise an error."""
     classes = torch.full((2, 4, 3), 0.5)
     classes[0, 1, 2] = torch.nan
     classes.requires_grad_()
@@ -335,8 +335,8 @@ def test_probabilities_that_are_no_numbers_are_losses_that_are_none():
     assert classes.grad[0, 1, 2].isnan()
 
 
-def test_a_box_that_misses_its_object_is_a_positive_all_the_same():
-    """To varifocal, of next to nothing; not a negative that says too much."""
+def test_a_positive_with_iou_zero_stays_positive():
+    """Varifocal treats it as a positive with a small target, not as a negative."""
     p = (0.2, 0.6)
     _, losses = of_one_positive(
         *(p, [1.0] * 4, PointDistances(), (100, 0, 116, 8)),
@@ -363,7 +363,7 @@ def test_plain_retinanets_box_loss():
     assert "loss_centerness" not in losses
 
 
-def test_deltas_of_negatives_do_not_matter():
+def test_deltas_of_negatives_have_no_effect():
     """However far out they are."""
     output = random_output(quality=False)
     wild = output.box_regression.detach().clone()
@@ -376,8 +376,8 @@ def test_deltas_of_negatives_do_not_matter():
     )
 
 
-def test_the_box_loss_is_a_mean_weighted_by_centerness():
-    """One positive, far from its object's centre: what it weighs cancels, however little it is."""
+def test_box_loss_is_a_centerness_weighted_mean():
+    """The weight of a single positive cancels, however small it is."""
     output = random_output()
     index = torch.full((2, 4), BACKGROUND)
     index[0, 0] = 0
@@ -388,7 +388,7 @@ def test_the_box_loss_is_a_mean_weighted_by_centerness():
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
-def test_infinite_outputs_that_do_not_count_change_nothing(value):
+def test_infinite_outputs_of_ignored_anchors_have_no_effect(value):
     """Logits of ignored anchors, centerness of those without an object: multiplied by zero they
     would be no number."""
 
@@ -428,16 +428,16 @@ def test_soft_class_targets_are_refused():
         build_branches(make_cfg("MODEL.ATSS.CLS_TARGET", "score"), {"code": BoxDeltas()})
 
 
-def test_a_score_that_a_rule_does_not_give_is_refused():
+def test_score_target_without_scores_is_refused():
     output = random_output()
     boxes = BoxDeltas().decode(output.box_regression, ANCHORS.boxes, ANCHORS.stride)
     criterion = Criterion(cls_loss=QualityFocal(), cls_target=score)
-    with pytest.raises(ValueError, match="score of a rule that gives none"):
+    with pytest.raises(ValueError, match="needs an assigner with scores"):
         criterion(output, boxes, ANCHORS, GT, Assignment(GT_INDEX))
 
 
 class Shapes(TorchDispatchMode):
-    """Of all tensors that are made."""
+    """Count the elements of all tensors that are created."""
 
     def __init__(self):
         super().__init__()
@@ -450,7 +450,7 @@ class Shapes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("cls_loss", [None, QualityFocal()])
-def test_without_a_class_loss_no_class_is_copied(cls_loss):
+def test_classes_are_not_copied_without_a_class_loss(cls_loss):
     output = random_output()
     boxes = BoxDeltas().decode(output.box_regression, ANCHORS.boxes, ANCHORS.stride)
     with Shapes() as shapes:
@@ -511,7 +511,7 @@ MMDETS = {
 
 
 @pytest.mark.parametrize("head", MMDETS)
-def test_losses_gradients_and_detections_equal_mmdets(head):
+def test_losses_gradients_and_detections_equal_mmdet(head):
     """mmdet 3.3.0's heads on given outputs, with anchors from offset 0: what configs say becomes
     their losses, and their detections. It is the fifth iteration."""
     reference = np.load(GOLDEN / "successor_losses.npz")
@@ -569,7 +569,7 @@ def test_losses_gradients_and_detections_equal_mmdets(head):
 
 
 def matched_of(output, assignment):
-    """What a criterion hands its parts."""
+    """Return the arguments that a criterion passes to its parts."""
     seen = []
 
     def look(matched):
@@ -581,7 +581,7 @@ def matched_of(output, assignment):
     return seen[0]
 
 
-def test_what_parts_see():
+def test_fields_of_matched():
     matched = matched_of(random_output(), Assignment(GT_INDEX, torch.full((2, 4), 0.25)))
     assert torch.equal(matched.target_boxes[0, 1], GT.boxes[1])
     assert torch.equal(matched.target_boxes[0, 2], ANCHORS.boxes[2])
@@ -593,10 +593,10 @@ def test_what_parts_see():
     assert score(matched)[0].tolist() == [0.25, 0.25, 0, 0]
 
 
-def test_probabilities_are_no_logits():
+def test_probabilities_equal_their_logits():
     output = random_output()
-    said = output._replace(classes=output.classes.sigmoid(), probabilities=True)
-    for (name, a), b in zip(losses_of(output).items(), losses_of(said).values(), strict=True):
+    same = output._replace(classes=output.classes.sigmoid(), probabilities=True)
+    for (name, a), b in zip(losses_of(output).items(), losses_of(same).values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
 
 
@@ -608,7 +608,7 @@ def losses_with(assignment=None, **parts):
     return {name: x.item() for name, x in losses.items()}
 
 
-def test_bounds_and_weights_are_values():
+def test_lower_bounds_and_weights():
     """Three positives in two images."""
     plain = losses_with()
     bounded = losses_with(least=6.0)
@@ -645,7 +645,7 @@ def two_alike(monkeypatch):
         ({"least": 2.0, "least_per_image": True}, 4),  # of the four images of both
     ],
 )
-def test_bounds_are_of_all_processes(two_alike, parts, divided_by):
+def test_lower_bounds_apply_to_all_processes(two_alike, parts, divided_by):
     """Three positives in each: max(6, least) / 2. Box weights are all 1, and so 3 in each, too."""
     alone = losses_with(box_weight=one_for_all)
     bounds = {**parts, "box_least": 2.0 * divided_by}
@@ -655,7 +655,7 @@ def test_bounds_are_of_all_processes(two_alike, parts, divided_by):
 
 
 @pytest.mark.parametrize("per_image", [False, True])
-def test_losses_without_gradient_are_of_one_process(monkeypatch, per_image):
+def test_losses_without_gradient_use_one_process(monkeypatch, per_image):
     """The others need not measure anything now."""
     parts = {"least": 2.0, "least_per_image": per_image, "box_least": 4.0}
     alone = losses_with(**parts)
@@ -665,7 +665,7 @@ def test_losses_without_gradient_are_of_one_process(monkeypatch, per_image):
         assert losses_with(**parts) == alone
 
 
-def test_every_loss_of_an_anchor_has_the_weight_of_its_level():
+def test_level_weight_multiplies_all_losses():
     """Linear in the weights; the last anchor has no object and so no loss but that of classes."""
     each = [losses_with(level_weight=lambda matched, r=r: torch.eye(4)[r]) for r in range(4)]
     weights = (0.5, 2.0, 3.0, 7.0)
@@ -680,7 +680,7 @@ def test_every_loss_of_an_anchor_has_the_weight_of_its_level():
         assert (shares[3] == 0) == (name != "loss_cls")
 
 
-def test_terms_act_together_each_with_its_weight():
+def test_box_terms_have_their_own_weights():
     plain = losses_with()
     both = losses_with(box_terms={"giou": GIoULoss(weight=1.0), "again": GIoULoss(weight=0.25)})
     assert both["loss_box_reg"] == pytest.approx(plain["loss_box_reg"] / 2)
@@ -688,18 +688,18 @@ def test_terms_act_together_each_with_its_weight():
 
 
 def levels_matched(*positives):
-    """What a level weight sees of anchors on levels of 4, 1 and 1."""
+    """Return matched anchors on levels of 4, 1 and 1."""
     anchors = Anchors.grid((16, 16), strides=(8, 16, 32), scales=(2.0,))
     positive = torch.tensor([positives], dtype=torch.bool)
     return SimpleNamespace(anchors=anchors, positive=positive)
 
 
-def test_levels_with_few_positives_weigh_more():
+def test_levels_with_few_positives_have_larger_weights():
     """Since the training began: the one with most weighs 1, the one with fewest 2."""
     balance = Balance(3)
     weights = balance(levels_matched(1, 1, 1, 1, 0, 1))  # 4, 0 and 1
     torch.testing.assert_close(weights, torch.tensor([1.0] * 4 + [2.0, 1.75]))
-    with torch.no_grad():  # somebody looks
+    with torch.no_grad():  # as in validation
         balance(levels_matched(1, 1, 1, 1, 1, 1))
     weights = balance(levels_matched(0, 0, 0, 0, 1, 1))  # 4, 1 and 2
     torch.testing.assert_close(weights, torch.tensor([1.0] * 4 + [2.0, 2 - 1 / 3]))
@@ -709,7 +709,7 @@ def test_levels_with_few_positives_weigh_more():
     assert Balance(3)(levels_matched(*[0] * 6)).tolist() == [2.0] * 6  # none yet
 
 
-def test_levels_weigh_by_the_positives_of_all_processes(monkeypatch):
+def test_level_weights_count_all_processes(monkeypatch):
     """4, 0 and 1 here, 0, 1 and 5 in the other: 4, 1 and 6."""
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
     other = torch.tensor([0, 1, 5])
@@ -722,7 +722,7 @@ def test_levels_weigh_by_the_positives_of_all_processes(monkeypatch):
         assert torch.equal(balance(levels_matched(*[0] * 6)), weights)
 
 
-def test_branches_share_what_a_level_weight_counts():
+def test_branches_share_the_counts_of_a_level_weight():
     """As in mmdet's DDOD: positives of classes, then those of boxes too."""
     cfg = make_cfg("MODEL.ATSS.LEVEL_WEIGHT", "balance", config="successors/DDOD_R_50_FPN_1x.yaml")
     known = {"num_levels": 5, "num_classes": 3, "code": BoxDeltas()}
@@ -732,7 +732,7 @@ def test_branches_share_what_a_level_weight_counts():
 
 
 @pytest.mark.parametrize(("arguments", "constant"), [({}, 12.8), ({"constant": 8.0}, 8.0)])
-def test_boxes_may_be_compared_by_nwd(arguments, constant):
+def test_nwd_loss_in_a_criterion(arguments, constant):
     """2 (1 - NWD), and nothing else about them changes. The default is AI-TOD's mean side."""
     output = random_output()
     boxes = BoxDeltas().decode(output.box_regression, ANCHORS.boxes, ANCHORS.stride)
@@ -749,7 +749,7 @@ def test_boxes_may_be_compared_by_nwd(arguments, constant):
     assert found["loss_box_reg"] == pytest.approx(2 * expected / 3, rel=1e-5)
 
 
-def test_the_box_weight_may_be_another_than_the_quality():
+def test_box_weight_other_than_quality():
     plain, one = losses_with(), losses_with(box_weight=one_for_all)
     assert one["loss_box_reg"] != pytest.approx(plain["loss_box_reg"], rel=1e-3)
     assert one["loss_centerness"] == plain["loss_centerness"]
@@ -760,22 +760,22 @@ def test_the_box_weight_may_be_another_than_the_quality():
     assert by_score["loss_box_reg"] == pytest.approx(one["loss_box_reg"])
 
 
-def test_a_criterion_may_lack_classes_or_boxes_but_not_all():
+def test_a_criterion_needs_one_loss():
     assert losses_with(cls_loss=None).keys() == {"loss_box_reg", "loss_centerness"}
     assert losses_with(box_terms={}).keys() == {"loss_cls", "loss_centerness"}
     with pytest.raises(ValueError, match="a branch has no loss"):
         losses_with(cls_loss=None, box_terms={}, quality=None)
 
 
-def test_a_box_term_without_a_weight_counts_once():
+def test_box_term_without_weight_has_weight_one():
     once = losses_with(box_terms={"function": lambda matched: GIoULoss()(matched)})
     assert GIoULoss().weight == 2
     assert losses_with()["loss_box_reg"] == pytest.approx(2 * once["loss_box_reg"])
 
 
 @pytest.mark.parametrize("name", ["cls", "box_reg", "centerness"])
-def test_a_box_term_has_a_name_of_its_own(name):
-    with pytest.raises(ValueError, match=f"a box term cannot be called '{name}'"):
+def test_box_term_names_must_be_unique(name):
+    with pytest.raises(ValueError, match=f"box loss '{name}' has the name of another loss"):
         Criterion(box_terms={"giou": GIoULoss(), name: GIoULoss()})
 
 
@@ -783,7 +783,7 @@ def test_a_box_term_has_a_name_of_its_own(name):
     ("name", "bound", "beyond"),
     [("quality_weight", 1e6, 1.5e6), ("least", 1e-12, 5e-13), ("box_least", 1e-12, 5e-13)],
 )
-def test_bounds_of_a_number(name, bound, beyond):
+def test_arguments_out_of_range_are_refused(name, bound, beyond):
     Criterion(**{name: bound})
-    with pytest.raises(ValueError, match=f"^{name} must be from .* not {beyond}"):
+    with pytest.raises(ValueError, match=f"^{name} must be .*, got {beyond}"):
         Criterion(**{name: beyond})

@@ -45,7 +45,7 @@ def slow(x, offset, mask, weight, stride, groups):
 
 @pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize(("stride", "groups"), [(1, 1), (2, 2)])
-def test_equals_the_papers_sums(modulated, stride, groups):
+def test_equals_the_formula_of_the_paper(modulated, stride, groups):
     """Forward and gradients of everything, in float64."""
     generator = torch.Generator().manual_seed(0)
 
@@ -78,7 +78,7 @@ def test_equals_the_papers_sums(modulated, stride, groups):
 )
 @pytest.mark.parametrize("spread", [0.0, 1.5, 1e4])
 @pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])
-def test_on_cpus_it_is_torchvisions_operator(
+def test_cpu_code_equals_torchvision(
     hw, kernel, geometry, groups, offset_groups, spread, modulated
 ):
     """Whatever the geometry; where taps lie on whole pixels, on the border and far away, too."""
@@ -111,7 +111,7 @@ def test_on_cpus_it_is_torchvisions_operator(
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("offset", [torch.nan, torch.inf, -torch.inf])
-def test_offsets_that_are_not_finite(offset, axis):
+def test_nan_and_infinite_offsets(offset, axis):
     """NaN is not hidden, so that the trainer can say where it came from, nor does it end the
     process, as in torchvision's operator on CPUs; what is infinitely far is beyond the map."""
     generator = torch.Generator().manual_seed(0)
@@ -136,7 +136,7 @@ def test_an_empty_batch_stays_empty():
 
 
 @pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])
-def test_begins_as_a_plain_convolution(modulated):
+def test_starts_as_a_plain_convolution(modulated):
     layer = DeformConvLayer(8, modulated)
     x = torch.randn(2, 8, 6, 7)
     plain = nn.functional.conv2d(x, layer.conv.weight, padding=1) * (0.5 if modulated else 1)
@@ -155,7 +155,7 @@ def test_autocast_keeps_positions_exact():
 
 
 @pytest.mark.parametrize("modulated", [False, True], ids=["v1", "v2"])
-def test_backbone_has_detectron2s_names_and_shapes(modulated):
+def test_backbone_has_names_and_shapes_of_detectron2(modulated):
     """The blocks are Detectron2's, so that its checkpoints load; only their operator is swapped."""
     opts = (
         *("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256),
@@ -233,7 +233,7 @@ def test_offsets_are_frozen_with_their_block():
     assert all(p.requires_grad for p in bottom_up.res4.parameters())
 
 
-def test_small_resnets_have_no_bottlenecks_to_deform():
+def test_resnets_without_bottlenecks_are_refused():
     opts = ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, False, False, True])
     with pytest.raises(ValueError, match=r"needs bottlenecks.*res5 is made of BasicBlock"):
         build_backbone(make_cfg(*opts, config="ATSS_R_18_FPN_small.yaml"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import recipe
 import torch
-from conftest import GOLDEN, OF_64_CHANNELS, ROOT, THIN, make_cfg, make_input
+from conftest import GOLDEN, ROOT, THIN, WIDE_FOR_GN, make_cfg, make_input
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import DefaultPredictor
@@ -26,7 +26,7 @@ from atss.modeling.terms import score
 
 # GroupNorm: with BatchNorm the images of a training batch would depend on each other.
 TINY = (
-    *("MODEL.ATSS.NUM_CONVS", 1, *(x for item in OF_64_CHANNELS.items() for x in item)),
+    *("MODEL.ATSS.NUM_CONVS", 1, *(x for item in WIDE_FOR_GN.items() for x in item)),
     *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN"),
 )
 BOX = [[20, 20, 90, 80]]
@@ -55,7 +55,7 @@ def mmdet():
     return model, example, reference, names
 
 
-def test_head_outputs_equal_mmdets(mmdet):
+def test_head_outputs_equal_mmdet(mmdet):
     model, example, reference, _ = mmdet
     with torch.no_grad():
         images = model.preprocess_image([example])
@@ -68,7 +68,7 @@ def test_head_outputs_equal_mmdets(mmdet):
         assert np.abs(ours - expected).max() <= 1e-3 * np.abs(expected).max()
 
 
-def test_losses_and_gradients_equal_mmdets(mmdet):
+def test_losses_and_gradients_equal_mmdet(mmdet):
     model, example, reference, names = mmdet
     model.train()
     losses = model([example])
@@ -129,7 +129,7 @@ def test_levels_may_be_smaller_than_k():
     assert all(torch.isfinite(x) for x in losses.values())
 
 
-def test_detections_are_in_the_frame_of_the_original_image():
+def test_detections_are_in_pixels_of_the_original_image():
     model = tiny("MODEL.ATSS.SCORE_THRESH_TEST", 0.0).eval()
     example = make_input()
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_bf16_is_close_to_fp32(outside):
         assert value.item() == pytest.approx(expected[name].item(), rel=0.02)
 
 
-def test_channels_last_changes_the_layout_alone():
+def test_channels_last_changes_only_the_layout():
     example = make_input(BOX, [0])
     expected = tiny().train()([example])
     model = tiny("MODEL.ATSS.CHANNELS_LAST", True).train()
@@ -196,7 +196,7 @@ def test_objects_without_a_positive_are_logged_by_size(box, size, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_rules_look_at_is_what_training_predicts(precision):
+def test_predict_equals_the_predictions_of_training(precision):
     """Without a step in between, of images that share a canvas; and in evaluation, too, the towers
     have the config's precision."""
     model, seen, dtypes = tiny("MODEL.ATSS.PRECISION", precision).train(), [], []
@@ -230,7 +230,7 @@ def test_default_predictor(tmp_path):
     assert len(instances) == 100
 
 
-def test_a_retinanet_of_detectron2s_zoo_initialises_backbone_and_fpn(tmp_path):
+def test_detectron2_retinanet_initialises_backbone_and_fpn(tmp_path):
     """By the names of its weights; the head and P6, which differ, begin anew."""
     cfg = make_cfg(*TINY, "MODEL.META_ARCHITECTURE", "RetinaNet")
     cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
@@ -270,7 +270,7 @@ def test_lazy_config_builds_the_same_model(new_setuptools):
         torch.testing.assert_close(value, theirs.train()([example])[name])
 
 
-def test_a_batch_of_several_sizes_detects_what_single_images_do():
+def test_a_batch_of_several_sizes_equals_single_images():
     model = tiny("MODEL.ATSS.SCORE_THRESH_TEST", 0.0).eval()
     sizes = [(96, 128), (64, 128), (90, 125), (128, 96), (64, 127)]
     examples = [make_input(hw=hw, seed=i) for i, hw in enumerate(sizes)]
@@ -289,8 +289,8 @@ def test_a_batch_of_several_sizes_detects_what_single_images_do():
         torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, atol=1e-3, rtol=0)
 
 
-def test_rules_see_predictions_without_their_gradient():
-    """A rule that weighs by what the model says must not train through it."""
+def test_assigners_get_detached_predictions():
+    """An assigner that uses predictions must not train the model through them."""
     model, seen = tiny().train(), []
 
     def rule(anchors, gt, predictions):
@@ -329,7 +329,7 @@ def test_survives_pickling(row):
     pickle.dumps(build_tta(make_cfg(*opts), model))
 
 
-def test_branches_of_one_output_decode_it_once(monkeypatch):
+def test_an_output_of_two_branches_is_decoded_once(monkeypatch):
     """One with a head of its own has another output."""
     model, decoded = tiny().train(), []
     boxes = Criterion(cls_loss=None, quality=None)
@@ -354,6 +354,6 @@ def test_a_branch_without_an_assignment_is_named():
     model = tiny().train()
     phase = Phase(None, Criterion(), assignment_of="boxes")
     model.branches = nn.ModuleDict({"main": model.branches["main"], "boxes": Branch(phase)})
-    sentence = "branch 'boxes' takes the assignment of 'boxes'; those with one are ['main']"
+    sentence = "branch 'boxes' takes the assignment of 'boxes': choose from ['main']"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         model([make_input(BOX, [0])])

@@ -72,10 +72,10 @@ def convolved(conv, x, offset, mask, stride):
 
 
 def lines(attention, x):
-    """Of a (C, H, W) map."""
+    """Apply the task-aware attention to a (C, H, W) map."""
     hidden = (attention.hidden.weight @ x.mean(dim=(1, 2)) + attention.hidden.bias).clip(0)
-    said = hard_sigmoid(attention.lines.weight @ hidden + attention.lines.bias)
-    a1, b1, a2, b2 = said.view(4, -1)
+    lines = hard_sigmoid(attention.lines.weight @ hidden + attention.lines.bias)
+    a1, b1, a2, b2 = lines.view(4, -1)
     a1, a2 = 2 * (a1 - 0.5) + 1, 2 * (a2 - 0.5)
     first, second = (
         a[:, None, None] * x + (b - 0.5)[:, None, None] for a, b in ((a1, b1), (a2, b2))
@@ -84,7 +84,7 @@ def lines(attention, x):
 
 
 def spelled_out(block, features):
-    """What a block makes of (C, H, W) maps, by the paper's formulas."""
+    """Return a block's output for (C, H, W) maps, by the paper's formulas."""
     found = []
     for level, x in enumerate(features):
         moved = block.offset(x[None])[0]
@@ -100,8 +100,8 @@ def spelled_out(block, features):
         gate = block.scale_attention
         gated = []
         for y in maps:
-            said = (gate.weight.view(-1) @ y.mean(dim=(1, 2)) + gate.bias).clip(0)
-            gated.append(y * hard_sigmoid(said))
+            logit = (gate.weight.view(-1) @ y.mean(dim=(1, 2)) + gate.bias).clip(0)
+            gated.append(y * hard_sigmoid(logit))
         found.append(lines(block.task_attention, sum(gated) / len(gated)))
     return found
 
@@ -114,7 +114,7 @@ def spelled_out(block, features):
         [(4, 5)],  # alone
     ],
 )
-def test_a_block_is_its_formulas(sizes):
+def test_block_equals_its_formulas(sizes):
     block = randomised(DynamicBlock(C, len(sizes)))
     features = levels(*sizes)
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_a_block_is_its_formulas(sizes):
                 torch.testing.assert_close(ours[image], theirs, rtol=1e-9, atol=1e-9)
 
 
-def test_levels_see_what_their_neighbours_were():
+def test_levels_use_the_input_of_their_neighbours():
     """And none farther away, until the next block."""
     block = randomised(DynamicBlock(C, 3))
     features = levels((8, 8), (4, 4), (2, 2))
@@ -137,7 +137,7 @@ def test_levels_see_what_their_neighbours_were():
     assert changed == [True, True, False]
 
 
-def test_task_attention_begins_as_nearly_a_relu():
+def test_task_attention_starts_nearly_as_a_relu():
     tower = build_model(make_cfg(*TOWER)).head.tower
     attention, x = tower.blocks[0].task_attention, torch.randn(2, 64, 4, 4)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_task_attention_begins_as_nearly_a_relu():
 
 @pytest.mark.parametrize("which", ["block", "task"])
 def test_gradients(which):
-    """Of the input, and of biases, which stand for what they are added to."""
+    """Of the input and of the biases."""
     module = randomised(DynamicBlock(16, 2) if which == "block" else TaskAttention(16), 0.2)
     features = levels((2, 3), (1, 2), n=1, channels=16)
     given = [x.requires_grad_() for x in features]
@@ -168,7 +168,7 @@ def test_the_operator_refuses_offsets_of_another_size():
         deform_conv2d(x, offset, torch.zeros(4, 4, 3, 3), padding=1)
 
 
-def test_resizing_keeps_corners():
+def test_resizing_aligns_corners():
     x = torch.randn(1, 2, 3, 5)
     for size in ((6, 10), (2, 2), (3, 5)):
         found = resized(x, size)
@@ -186,7 +186,7 @@ TOWER = (
 )
 
 
-def test_both_tasks_read_the_same_features_which_learn():
+def test_both_tasks_train_the_shared_tower():
     torch.manual_seed(0)
     model = build_model(make_cfg(*TOWER)).train()
     losses = model([make_input([[20, 20, 90, 80]], [0])])
@@ -199,14 +199,14 @@ def test_both_tasks_read_the_same_features_which_learn():
     assert cls is box
 
 
-def test_alone_a_level_has_no_neighbours():
+def test_a_single_level_has_no_neighbours():
     """Nor weights for them, which nothing would teach."""
     tower = DynamicTower(16, 1, 2)
     sum(x.square().sum() for x in tower([torch.randn(1, 16, 3, 4)])).backward()
     assert all(p.grad is not None for p in tower.parameters())
 
 
-def test_in_bf16_it_stays_near():
+def test_bf16_is_close_to_fp32():
     """Under autocast, as the recipe has it on processors that are fast at it."""
     torch.manual_seed(0)
     tower = DynamicTower(16, 2, 2).eval()
@@ -221,7 +221,7 @@ def test_in_bf16_it_stays_near():
         assert (a - b.float()).abs().max() < 0.05 * a.abs().max()
 
 
-def test_begins_with_offsets_of_zero_and_weights_of_a_hundredth():
+def test_initial_offsets_and_weights():
     tower = build_model(make_cfg(*TOWER)).head.tower
     assert len(tower.blocks) == 2
     for block in tower.blocks:
@@ -231,19 +231,21 @@ def test_begins_with_offsets_of_zero_and_weights_of_a_hundredth():
             assert conv.weight.std().item() == pytest.approx(0.01, rel=0.05)
 
 
-def test_a_block_has_as_many_parameters_as_the_papers():
+def test_parameter_count_equals_the_paper():
     """1.917 million at 256 channels."""
     assert sum(p.numel() for p in DynamicBlock(256, 5).parameters()) == 1_916_508
 
 
-def test_what_a_tower_cannot_be():
+def test_invalid_towers_are_refused():
     with pytest.raises(
-        ValueError, match=r"16 groups, which 40 do not fill: MODEL.FPN.OUT_CHANNELS"
+        ValueError, match=r"MODEL.FPN.OUT_CHANNELS must be a multiple of 16, got 40"
     ):
         build_model(make_cfg(*TOWER, "MODEL.FPN.OUT_CHANNELS", 40, "MODEL.ATSS.NORM", ""))
-    with pytest.raises(ValueError, match="has none to be deformable"):
+    with pytest.raises(ValueError, match="needs a tower of at least one convolution"):
         build_model(make_cfg(*TOWER, "MODEL.ATSS.DEFORM_TOWER", "v2"))
     with pytest.raises(ValueError, match=r"TOWERS.dynamic.NUM_BLOCKS must be >= 1, got 0"):
         build_model(make_cfg(*TOWER[:-1], 0))
-    with pytest.raises(ValueError, match=r"unknown HEADS.ATSSHead.TOWER 'static': choose from"):
+    with pytest.raises(
+        ValueError, match=r"unknown MODEL.ATSS.HEADS.ATSSHead.TOWER 'static': choose from"
+    ):
         build_model(make_cfg("MODEL.ATSS.HEADS.ATSSHead.TOWER", "static"))

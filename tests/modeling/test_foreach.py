@@ -1,25 +1,11 @@
 """One operator for many tensors gives the gradients that one for each would give, bit for bit."""
 
-from collections import Counter
-
 import pytest
 import torch
+from dispatch import Operators
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from atss.modeling.foreach import RepeatAll, ScaleAll, cast_all
-
-
-class Operators(TorchDispatchMode):
-    """Counts those that compute, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count[func._schema.name.removeprefix("aten::")] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def tensors(n: int, seed: int = 0) -> list[Tensor]:
@@ -28,7 +14,7 @@ def tensors(n: int, seed: int = 0) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_gradients_of_aliases_are_added_in_autograds_order(dtype):
+def test_alias_gradients_are_added_in_autograd_order(dtype):
     """The sum of 1, 3, 1e8 and -1e8 depends on it."""
     own, plain = tensors(2), tensors(2)
     factors = [[torch.tensor(x) for x in (1.0, 3.0, 1e8, -1e8)] for _ in own]
@@ -47,7 +33,7 @@ def test_gradients_of_aliases_are_added_in_autograds_order(dtype):
     assert operators.count["_foreach_add"] + operators.count["_foreach_add_"] == 3
 
 
-def test_what_is_not_used_gets_no_gradient():
+def test_unused_aliases_get_no_gradient():
     a, b, c = tensors(3)
     aliases = RepeatAll.apply(3, [None] * 3, a, b, c)
     (aliases[0].sum() + 2 * aliases[6].sum() + aliases[4].sum()).backward()
@@ -73,7 +59,7 @@ def test_incoming_gradients_are_not_changed():
     assert gradient.eq(1).all()
 
 
-def test_gradients_have_gradients():
+def test_second_order_gradients():
     a, b = tensors(2)
     repeated = RepeatAll.apply(3, [None] * 2, *ScaleAll.apply([torch.tensor(2.0)] * 2, a, b))
     loss = sum(x.pow(3).sum() for x in repeated)
@@ -84,7 +70,7 @@ def test_gradients_have_gradients():
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_products_are_in_the_precision_of_autocast(precision):
+def test_products_have_the_dtype_of_autocast(precision):
     (x,), (y,), constant = tensors(1), tensors(1), torch.full((1, 1), 0.3)
     with torch.autocast("cpu", dtype=precision):
         (product,) = ScaleAll.apply([constant], x)

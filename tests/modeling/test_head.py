@@ -25,7 +25,7 @@ def test_flattening_is_by_level_row_column_anchor():
     assert torch.equal(flat[1, place], level[1, anchor * 3 : anchor * 3 + 3, row, column])
 
 
-def test_a_batch_is_its_images():
+def test_a_batch_equals_its_images():
     head = ATSSHead(**HEAD)
     assert head(features(0)).classes.shape == (0, 2 * (12 + 4), 3)
     batch = [torch.cat(pair) for pair in zip(features(1, 1), features(1, 2), strict=True)]
@@ -76,7 +76,7 @@ def test_no_norm_means_no_norm():
     assert [type(layer).__name__ for layer in head.cls_subnet] == ["Conv2d", "ReLU"]
 
 
-def test_centerness_grows_from_the_tower_that_is_named():
+def test_centerness_is_predicted_from_the_chosen_tower():
     maps = features(1)
     for tower in ("box", "cls"):
         head = ATSSHead(**HEAD, centerness=tower)
@@ -125,7 +125,7 @@ def test_quality_from_distributions_by_hand():
     assert torch.autograd.gradcheck(quality, numbers.requires_grad_())
 
 
-def test_quality_from_distributions_multiplies_class_probabilities():
+def test_distribution_quality_multiplies_class_probabilities():
     """In float32 whatever the towers compute in, with a gradient to the distributions."""
     torch.manual_seed(0)
     head, maps = ATSSHead(**HEAD, **OF_DISTRIBUTIONS), features(2)
@@ -150,13 +150,15 @@ def test_quality_from_distributions_multiplies_class_probabilities():
 
 
 @pytest.mark.parametrize("bins", [0, 3])
-def test_refuses_quality_from_what_is_no_distribution(bins):
-    with pytest.raises(ValueError, match="'distribution' wants a box code of distributions"):
+def test_refuses_distribution_quality_without_distributions(bins):
+    with pytest.raises(
+        ValueError, match=r"is 'distribution': set MODEL\.ATSS\.REGRESSION distribution"
+    ):
         ATSSHead(**HEAD | OF_DISTRIBUTIONS | {"bins": bins})
 
 
 def test_refuses_boxes_that_do_not_count_from_the_anchor():
-    with pytest.raises(ValueError, match=r"ATSSHead does not work here: .*Corners"):
+    with pytest.raises(ValueError, match=r"ATSSHead cannot be used: .*Corners"):
         build_model(make_cfg("MODEL.ATSS.REGRESSION", "corners"))
 
 
@@ -192,12 +194,12 @@ def test_last_convolution_of_each_tower_may_be_deformable(version):
 def test_refuses_an_unknown_version():
     with pytest.raises(ValueError, match="deform is 'v3': choose from"):
         ATSSHead(**HEAD, deform="v3")
-    with pytest.raises(ValueError, match="tower without convolutions"):
+    with pytest.raises(ValueError, match="needs a tower of at least one convolution"):
         ATSSHead(**{**HEAD, "num_convs": 0}, deform="v1")
 
 
 @pytest.mark.parametrize("tower", ["box", "cls"])
-def test_predictors_run_together_as_they_would_alone(tower):
+def test_fused_predictors_equal_separate_ones(tower):
     torch.manual_seed(0)
     head = ATSSHead(
         in_channels=32, num_levels=1, num_classes=3, num_convs=1, centerness=tower
@@ -228,8 +230,8 @@ def test_towers_without_biases(deform):
 
 
 @pytest.mark.parametrize("norm", ["BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N"])
-def test_statistics_over_a_batch_are_of_a_level(norm):
-    """Levels that differ: what was measured in training is what evaluation meets."""
+def test_batch_norms_are_separate_for_each_level(norm):
+    """Statistics of a level in training are used for the same level in evaluation."""
     torch.manual_seed(0)
     head = ATSSHead(**HEAD | {"norm": norm})
     maps = [scale * x for scale, x in zip((1, 20), features(2), strict=True)]
@@ -238,7 +240,7 @@ def test_statistics_over_a_batch_are_of_a_level(norm):
         for _ in range(150):
             trained = head.train()(maps)
         evaluated = head.eval()(maps)
-    # Of the running variance, n / (n - 1) of the batch's; the coarse level has 8 pixels.
+    # The running variance is n / (n - 1) of the batch's; the coarse level has 8 pixels.
     torch.testing.assert_close(
         evaluated.box_regression[:, :24], trained.box_regression[:, :24], rtol=0.1, atol=1
     )
@@ -248,13 +250,13 @@ def test_statistics_over_a_batch_are_of_a_level(norm):
     assert trained.box_regression.abs().mean() > 5
 
 
-def test_group_norm_knows_no_levels():
+def test_group_norm_is_shared_by_levels():
     head = ATSSHead(**HEAD)
     assert [*head.cls_subnet[1].state_dict()] == ["weight", "bias"]
 
 
 @pytest.mark.parametrize("norm", ["BN", "naiveSyncBN", "naiveSyncBN_N"])
-def test_norms_of_levels_know_the_other_processes(norm, tmp_path):
+def test_sync_norms_of_levels_use_all_processes(norm, tmp_path):
     """And a forward pass that failed leaves nothing behind."""
     meeting = f"file://{tmp_path}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)

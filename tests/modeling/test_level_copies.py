@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
-from test_foreach import Operators
+from dispatch import Operators
 from torch import nn
 
 from atss import GridAnchorGenerator
@@ -99,7 +99,7 @@ def grouped(monkeypatch):
     monkeypatch.setattr(foreach, "ONE_BY_ONE", set())
 
 
-def test_copies_have_the_hooks_and_buffers_of_the_layers(grouped):
+def test_copies_share_hooks_and_buffers(grouped):
     shared, x = layers(), torch.randn(2, 3, 4, 4)
     seen, gradients = [], []
     shared[0].register_forward_hook(lambda module, inputs, output: seen.append(output.sum()))
@@ -114,7 +114,7 @@ def test_copies_have_the_hooks_and_buffers_of_the_layers(grouped):
     assert [*shared.state_dict()] == [*layers().state_dict()]
 
 
-def test_aliases_are_of_what_is_trained(grouped):
+def test_only_trained_parameters_have_aliases(grouped):
     shared = layers()
     shared[0].weight.requires_grad_(False)
     (copied,), _ = for_levels(2, shared)
@@ -123,7 +123,7 @@ def test_aliases_are_of_what_is_trained(grouped):
     assert copied[0].bias.data_ptr() == shared[0].bias.data_ptr()
 
 
-def test_no_copies_without_gradients_to_add(grouped, monkeypatch):
+def test_no_copies_without_gradients(grouped, monkeypatch):
     shared = layers()
 
     def copied(levels=2):

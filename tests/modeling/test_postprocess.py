@@ -36,7 +36,7 @@ def test_the_threshold_itself_does_not_pass():
     assert len(detect(output_of({(0, 0): 1e-3}), score_thresh=0.5)) == 1
 
 
-def test_boxes_beyond_the_border_take_nobodys_place():
+def test_empty_clipped_boxes_are_dropped():
     """The anchors of the last column lie right of an image 40 pixels wide, with better scores."""
     beyond = {(anchor, k): 3.0 for anchor in (3, 7, 11, 15) for k in range(3)}
     real = {(0, 0): 1.0, (5, 1): 2.0}
@@ -80,7 +80,7 @@ def test_ranks_by_class_probability_alone():
     torch.testing.assert_close(best.scores[0], expected)
 
 
-def test_the_threshold_may_be_on_the_score():
+def test_threshold_on_score():
     """Class probability 0.04 does not pass 0.05, its root with a quality of 1 does."""
     logit = torch.logit(torch.tensor(0.04)).item()
     output = output_of({(3, 1): logit}, quality=20.0)
@@ -95,7 +95,7 @@ def test_the_threshold_may_be_on_the_score():
     assert len(detect(output, score=product, threshold_on_score=True)) == 0
 
 
-def test_anchors_may_be_ranked_by_their_best_class():
+def test_anchors_ranked_by_their_best_class():
     """Two pairs of the best anchor, and none of the second best, of one place on each level."""
     output = output_of({(0, 0): 3.0, (0, 1): 1.0, (1, 2): 2.0, (17, 0): 0.5})
     pairs = detect(output, topk_candidates=1)
@@ -112,7 +112,7 @@ def test_anchors_may_be_ranked_by_their_best_class():
     assert sorted(best.pred_classes.tolist()) == [0, 0, 1]
 
 
-def test_probabilities_are_no_logits():
+def test_probabilities_equal_their_logits():
     output = output_of({(0, 0): 2.0})
     said = output._replace(classes=output.classes.sigmoid(), probabilities=True)
     a, b = detect(output), detect(said)
@@ -132,13 +132,13 @@ def test_clips_to_the_image_before_suppression():
     ]
 
 
-def test_nothing_found_is_an_empty_result():
+def test_no_candidates_give_an_empty_result():
     result = detect(output_of({}))
     assert len(result) == 0
     assert result.pred_boxes.tensor.shape == (0, 4)
 
 
-def test_boxes_may_go_on_where_the_image_ends():
+def test_boxes_without_clipping():
     """Before suppression and after resizing; what has no end is dropped."""
     anchors = Anchors.grid((16, 16), strides=(8,), scales=(2.0,))
     numbers = torch.tensor([[-2.0, 0, 1, 1], [0, 0, 1, 1], [0, 0, torch.inf, 1], [1, 1, 2, 3]])

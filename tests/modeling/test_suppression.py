@@ -33,7 +33,7 @@ def test_suppression_is_exact_for_high_classes():
     assert torch.equal(found.boxes, boxes[[0, 2, 3, 4]])
 
 
-def test_suppression_keeps_classes_apart_left_of_the_image_too():
+def test_suppression_with_negative_coordinates():
     """Boxes that are not clipped may end before 0: a shift by the greatest coordinate alone would
     lay the second class on the first."""
     boxes = torch.tensor([[0.0, 0, 10, 10], [-11, -11, -1, -1], [-11, -11, -1, -1.5]])
@@ -41,7 +41,7 @@ def test_suppression_keeps_classes_apart_left_of_the_image_too():
     assert torch.equal(NMS(0.6)(boxes, scores, classes, 9).boxes, boxes[:2])
 
 
-def test_all_keep_to_the_limit_best_first():
+def test_suppressions_return_the_best_up_to_the_limit():
     corner = torch.arange(40.0)[:, None] * torch.tensor([20.0, 0])
     boxes = torch.cat([corner, corner + 10], dim=1)
     scores, classes = (
@@ -91,7 +91,7 @@ def test_score_voting_equals_its_formula_box_by_box():
         torch.testing.assert_close(found.boxes[i].double(), mean / total, atol=1e-4, rtol=1e-5)
 
 
-def test_a_voter_overlaps_by_more_than_the_least():
+def test_votes_need_more_than_the_minimum_overlap():
     """IoU 1 / 2 does not vote where the least is 1 / 2."""
     boxes = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 4]])
     scores, classes = torch.tensor([0.9, 0.8]), torch.zeros(2, dtype=torch.long)
@@ -101,7 +101,7 @@ def test_a_voter_overlaps_by_more_than_the_least():
     assert found.boxes[0, 3] < 8
 
 
-def test_a_box_for_which_nobody_votes_stays():
+def test_a_box_without_votes_stays():
     """It has no area, or only voters of score 0: their mean is none."""
     boxes = torch.tensor([[5.0, 5, 5, 9], [20, 0, 28, 8]])
     scores, classes = torch.tensor([0.9, 0.0]), torch.zeros(2, dtype=torch.long)
@@ -109,21 +109,21 @@ def test_a_box_for_which_nobody_votes_stays():
     assert torch.equal(found.boxes, boxes)
 
 
-def test_memory_is_bounded_and_nothing_else_changes(monkeypatch):
-    """Of many boxes classes are taken one by one, and votes are counted in pieces."""
+def test_bounded_memory_gives_equal_results(monkeypatch):
+    """With many boxes, classes are processed one by one and votes are counted in pieces."""
     generator = torch.Generator().manual_seed(2)
     corner = torch.rand(300, 2, generator=generator) * 200
     boxes = torch.cat([corner, corner + 40 + torch.rand(300, 2, generator=generator) * 60], dim=1)
     scores = (torch.rand(300, generator=generator) * 20).round() / 20  # many alike
     classes = torch.arange(300) % 7
     expected = ScoreVote(0.5)(boxes, scores, classes, 50)
-    monkeypatch.setattr(NMS, "TOGETHER", 100)
+    monkeypatch.setattr(NMS, "MAX_BOXES", 100)
     monkeypatch.setattr(ScoreVote, "PAIRS", 1000)
     found = ScoreVote(0.5)(boxes, scores, classes, 50)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
 
 
-def test_score_voting_of_nothing():
+def test_score_voting_without_boxes():
     found = ScoreVote()(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long), 10)
     assert [len(x) for x in found] == [0, 0, 0]

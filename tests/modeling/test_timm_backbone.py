@@ -1,4 +1,4 @@
-"""Backbones of timm: maps, weights, what stays as it is; what is said where something is absent."""
+"""Backbones of timm: maps, weights, frozen parts, messages."""
 
 import argparse
 import io
@@ -40,7 +40,7 @@ def lite0() -> dict[str, torch.Tensor]:
 
 
 def random_weights(name: str) -> dict[str, torch.Tensor]:
-    """Of the whole model, none of them what it begins with."""
+    """Random weights of the whole model."""
     torch.manual_seed(1)
     state = timm.create_model(name).state_dict()
     return {k: torch.rand_like(v) + 0.5 if v.is_floating_point() else v for k, v in state.items()}
@@ -69,8 +69,8 @@ def test_maps_of_every_family(name):
     assert backbone.size_divisibility == 32
 
 
-def test_an_nhwc_family_gives_maps_of_the_image():
-    """A swin's maps have their axes in the right order: what is on the left stays there."""
+def test_nhwc_maps_have_the_right_axes():
+    """The left of a Swin's map is the left of the image."""
     backbone = TimmBackbone("swin_tiny_patch4_window7_224").eval()
     left, right = torch.zeros(1, 3, 64, 448), torch.zeros(1, 3, 64, 448)
     left[..., :32] = 3.0
@@ -84,7 +84,7 @@ def test_an_nhwc_family_gives_maps_of_the_image():
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_100", "resnet18"])
-def test_weights_of_a_file_are_those_of_the_model(name, tmp_path):
+def test_weights_of_a_file_are_loaded(name, tmp_path):
     weights = random_weights(name)
     file = tmp_path / "w.safetensors"
     safetensors_torch.save_file(weights, file)
@@ -102,7 +102,7 @@ def test_weights_of_a_file_are_those_of_the_model(name, tmp_path):
     assert torch.equal(stem, stem_of_whole)
 
 
-def test_a_packages_weights_are_taken_without_a_hub(lite0, real_data):
+def test_weights_of_a_package_need_no_hub(lite0, real_data):
     """Its names differ from timm's, its order does not: jellyfish are jellyfish (class 107)."""
     model = timm.create_model("tf_efficientnet_lite0").eval()
     model.load_state_dict(lite0)
@@ -119,12 +119,14 @@ def test_a_packages_weights_are_taken_without_a_hub(lite0, real_data):
 
 def test_a_missing_weight_is_named(lite0):
     without = {k: v for k, v in lite0.items() if k != "blocks.3.1.bn2.running_var"}
-    with pytest.raises(ValueError, match=r"1 are not in the file, such as blocks\.3\.1\.bn2\.run"):
+    with pytest.raises(
+        ValueError, match=r"1 of .* are not in the file, such as blocks\.3\.1\.bn2\.run"
+    ):
         TimmBackbone("tf_efficientnet_lite0", weights=without)
 
 
 def test_weights_of_other_names_are_refused(lite0):
-    """timm would say nothing, and train from scratch."""
+    """timm would ignore them and train from scratch."""
     foreign = {f"encoder.{k}": v for k, v in random_weights("resnet18").items()}
     with pytest.raises(ValueError, match="are not in the file, such as"):
         TimmBackbone("tf_efficientnet_lite0", weights=foreign)
@@ -135,9 +137,9 @@ class Evil:
         return (print, ("executed",))
 
 
-def test_files_are_read_without_executing_anything(tmp_path, capfd):
+def test_files_are_read_without_executing_code(tmp_path, capfd):
     torch.save({"conv_stem.weight": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match=r"evil\.pth holds more than weights \(it asks for print"):
+    with pytest.raises(ValueError, match=r"evil\.pth contains more than weights \(it asks for p"):
         pretrained.read_pretrained(str(tmp_path / "evil.pth"))
     assert "executed" not in capfd.readouterr().out
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0")
@@ -146,7 +148,7 @@ def test_files_are_read_without_executing_anything(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
-def test_a_checkpoint_of_timms_training_is_read(prefix, tmp_path):
+def test_a_checkpoint_of_timm_training_is_read(prefix, tmp_path):
     weights = random_weights("resnet18")
     args = argparse.Namespace(model="resnet18", output=Path("output"))
     theirs = {f"{prefix}{name}": x for name, x in weights.items()}
@@ -157,18 +159,18 @@ def test_a_checkpoint_of_timms_training_is_read(prefix, tmp_path):
         assert torch.equal(x, weights[name]), name
 
 
-def test_without_a_network_one_sentence(monkeypatch):
+def test_without_network_the_error_names_the_key(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"timm/resnet18\.a1_in1k are not on this machine and can"):
         pretrained.find_pretrained("resnet18.a1_in1k")
 
 
-def test_hf_hub_offline_asks_nobody(monkeypatch):
+def test_hf_hub_offline_makes_no_request(monkeypatch):
     asked = []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(urllib.request, "urlopen", lambda *x, **how: asked.append(x))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", asked.append)
-    with pytest.raises(ValueError, match=r"cannot be fetched from \S+ \(HF_HUB_OFFLINE is"):
+    with pytest.raises(ValueError, match=r"cannot be downloaded from \S+ \(HF_HUB_OFFLINE is"):
         pretrained.find_pretrained("resnet18.a1_in1k")
     assert not asked
 
@@ -176,16 +178,16 @@ def test_hf_hub_offline_asks_nobody(monkeypatch):
 def test_a_missing_file_and_an_unknown_model_are_named():
     with pytest.raises(ValueError, match=r"MODEL\.TIMM\.WEIGHTS nowhere\.pth does not exist"):
         pretrained.find_pretrained("resnet18", "nowhere.pth")
-    with pytest.raises(ValueError, match=r"'resnet_18', which timm does not know; did you mean"):
+    with pytest.raises(ValueError, match=r"'resnet_18': timm has no such model; did you mean"):
         TimmBackbone("resnet_18")
 
 
 def test_a_plain_vit_is_refused():
-    with pytest.raises(ValueError, match=r"maps of strides \[16\], none of \[8, 32\]: choose a mo"):
+    with pytest.raises(ValueError, match=r"maps of strides \[16\], not of \[8, 32\]: choose a mo"):
         TimmBackbone("vit_tiny_patch16_224")
 
 
-def test_timm_is_asked_for(monkeypatch):
+def test_missing_timm_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match=r"needs timm: pip install 'atss-detectron2\[timm\]'"):
         TimmBackbone("resnet18")
@@ -203,7 +205,7 @@ def test_statistics_are_kept_or_measured(lite0, kept):
     assert backbone.net.bn1.weight.grad is not None
 
 
-def test_what_comes_before_a_stride_is_frozen(lite0):
+def test_layers_before_a_stride_are_frozen(lite0):
     backbone = TimmBackbone("tf_efficientnet_lite0", weights=lite0, freeze_at=2)
     frozen = {n for n, p in backbone.net.named_parameters() if not p.requires_grad}
     starts = ("conv_stem", "bn1", "blocks.0", "blocks.1")
@@ -212,7 +214,7 @@ def test_what_comes_before_a_stride_is_frozen(lite0):
     backbone(torch.randn(2, 3, 64, 64))
     assert all(map(torch.equal, before[0], statistics(backbone.net.blocks[1])))
     assert not any(map(torch.equal, before[1], statistics(backbone.net.blocks[2])))
-    with pytest.raises(ValueError, match=r"FREEZE_AT 1 asks for the map of stride 2, but those"):
+    with pytest.raises(ValueError, match=r"FREEZE_AT 1 needs a map of stride 2, but the maps"):
         TimmBackbone("convnext_atto", freeze_at=1)
 
 
@@ -245,7 +247,7 @@ def test_random_weights_are_trained_whatever_the_config_says(caplog):
     assert "begins with random weights" in caplog.text
 
 
-def test_pixels_are_timms():
+def test_pixel_mean_and_std_are_from_timm():
     assert pixels_of("resnet18")[0] == "RGB"
     assert pixels_of("resnet18")[1] == pytest.approx([123.675, 116.28, 103.53])
     cfg = load_config(f"configs/{RECIPE}", opts=["MODEL.TIMM.NAME", "resnet18"])
@@ -255,7 +257,9 @@ def test_pixels_are_timms():
 
 def test_other_pixels_are_refused():
     cfg = make_cfg("INPUT.FORMAT", "BGR", config=RECIPE)
-    with pytest.raises(ValueError, match=r"MODEL\.TIMM\.PIXELS wants INPUT\.FORMAT RGB, MODEL\.PI"):
+    with pytest.raises(
+        ValueError, match=r"MODEL\.TIMM\.PIXELS True requires INPUT\.FORMAT RGB, MODEL\.PI"
+    ):
         build_backbone(cfg)
     cfg.MODEL.TIMM.PIXELS = False
     build_backbone(cfg)
@@ -263,17 +267,17 @@ def test_other_pixels_are_refused():
 
 def test_maps_are_named_by_strides():
     cfg = make_cfg("MODEL.FPN.IN_FEATURES", ["res3", "s16"], config=RECIPE)
-    with pytest.raises(ValueError, match=r"names \['res3'\]; maps of timm are named by strides"):
+    with pytest.raises(ValueError, match=r"names \['res3'\]: name maps of timm by stride"):
         build_backbone(cfg)
 
 
-def test_nobody_is_alarmed_by_a_classifier_that_is_not_needed(lite0, caplog):
+def test_unused_classifier_weights_give_no_warning(lite0, caplog):
     TimmBackbone("tf_efficientnet_lite0", weights=lite0)
     assert "conv_head" not in caplog.text
 
 
-def test_a_hub_that_answers_anything_is_asked_for_weights(monkeypatch):
-    """The root of a mirror may say 404."""
+def test_a_hub_that_answers_404_is_used(monkeypatch):
+    """The root of a mirror may answer 404."""
 
     def answer(url, timeout):
         raise urllib.error.HTTPError(url, 404, "Not Found", {}, io.BytesIO())
@@ -286,12 +290,12 @@ def test_a_hub_that_answers_anything_is_asked_for_weights(monkeypatch):
     assert credit == "weights timm/resnet18.a1_in1k, licence apache-2.0"
 
 
-def test_each_weight_vouches_for_one():
-    """Statistics that nobody has trained are all alike."""
+def test_each_weight_matches_one_tensor():
+    """Untrained statistics are all equal."""
     torch.manual_seed(0)
     fresh = timm.create_model("resnet18").state_dict()
     without = {k: v for k, v in fresh.items() if k != "layer2.0.bn1.running_var"}
-    with pytest.raises(ValueError, match="1 are not in the file"):
+    with pytest.raises(ValueError, match=r"1 of .* are not in the file"):
         TimmBackbone("resnet18", weights=without)
 
 
@@ -299,16 +303,19 @@ def test_each_weight_vouches_for_one():
     ("name", "sentence"),
     [
         ("resnet18.typo", r"Invalid pretrained tag .*choose from \[.*'a1_in1k'"),
-        ("inception_v4", r"of an image of 352 x 352, inception_v4 makes maps of \[\(41, 41\)"),
-        ("maxvit_tiny_tf_224", r"does not take images of any size, such as 352 x 352: height"),
+        (
+            "inception_v4",
+            r"maps of inception_v4 for an image of 352 x 352 must .* got \[\(41, 41\)",
+        ),
+        ("maxvit_tiny_tf_224", r"does not accept all image sizes, such as 352 x 352: height"),
     ],
 )
-def test_what_would_fail_in_training_is_refused_before(name, sentence):
+def test_unsuitable_models_are_refused(name, sentence):
     with pytest.raises(ValueError, match=sentence):
         TimmBackbone(name)
 
 
-def test_what_no_map_depends_on_is_not_trained():
+def test_unused_parameters_are_frozen():
     """Processes would wait for its gradients."""
     backbone = TimmBackbone("hrnet_w18_small")
     sum(x.sum() for x in backbone(torch.randn(2, 3, 64, 64)).values()).backward()
@@ -321,7 +328,7 @@ def test_what_no_map_depends_on_is_not_trained():
     ("name", "share"),
     [("tf_efficientnet_lite0", 0.24), ("hrnet_w18_small", 0.65)],
 )
-def test_what_no_map_depends_on_is_left_out(name, share):
+def test_unused_modules_are_removed(name, share):
     """Maps stay as they are to the last bit, and older checkpoints, which hold it, are loaded."""
     reductions = timm.create_model(name, features_only=True).feature_info.reduction()
     indices = [reductions.index(stride) for stride in (8, 16)]
@@ -360,17 +367,17 @@ class DoubledMaps(torch.nn.Module):
         return [self.doubling(self.stem(image))]
 
 
-def test_a_module_stays_if_a_map_depends_on_its_output():
+def test_a_module_that_a_map_depends_on_stays():
     """Even if no map depends on its parameters."""
     with torch.device("meta"):
         net = DoubledMaps()
     needed = timm_backbone._try(net, "doubled maps", [8])
     assert needed == {"stem.weight", "stem.bias"}
-    assert timm_backbone._leave_out(net, needed, "doubled maps", [8]) == ["unused"]
+    assert timm_backbone._prune(net, needed, "doubled maps", [8]) == ["unused"]
 
 
 def test_weights_of_a_detector_with_another_backbone_are_refused(tmp_path):
-    """What stays as it is loaded would stay random."""
+    """Frozen parts without weights would stay random."""
     other = ("MODEL.TIMM.NAME", "resnet18", "MODEL.TIMM.PRETRAINED", False)
     cfg = make_cfg(*other, "MODEL.TIMM.PIXELS", False, config=RECIPE)
     torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "resnet.pth")
@@ -381,6 +388,6 @@ def test_weights_of_a_detector_with_another_backbone_are_refused(tmp_path):
 
 
 def test_pixels_that_were_typed_are_not_overwritten():
-    with pytest.raises(ValueError, match=r"MODEL\.TIMM\.PIXELS wants INPUT\.FORMAT RGB"):
+    with pytest.raises(ValueError, match=r"MODEL\.TIMM\.PIXELS True requires INPUT\.FORMAT RGB"):
         load_config(f"configs/{RECIPE}", opts=["INPUT.FORMAT", "BGR"])
     load_config(f"configs/{RECIPE}", opts=["INPUT.FORMAT", "RGB"])

@@ -17,7 +17,7 @@ LAST_PIXEL = torch.tensor([0.0, 0, 1, 1])
 
 @pytest.mark.parametrize("prefix", ["", "edge_"])
 @pytest.mark.parametrize("name", ["vote", "soft_vote", "nms"])
-def test_merges_are_the_authors(name, prefix):
+def test_merges_equal_the_authors_code(name, prefix):
     boxes, scores, classes = (
         torch.from_numpy(REFERENCE[f"{prefix}{part}"]) for part in ("boxes", "scores", "labels")
     )
@@ -40,12 +40,12 @@ def test_merges_are_the_authors(name, prefix):
         free[match[0]] = False
 
 
-def test_nothing_merges_to_nothing():
+def test_merging_without_boxes():
     empty = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long)
     assert [len(x) for x in SoftVote()(*empty, 10)] == [0, 0, 0]
 
 
-def test_a_group_whose_scores_are_all_zero_is_its_mean():
+def test_a_group_with_zero_scores_becomes_its_mean():
     boxes, nothing = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10]]), torch.zeros(2)
     found, scores, _ = Vote()(boxes, nothing, torch.zeros(2, dtype=torch.long), 10)
     assert found.tolist() == [[0.5, 0, 10.5, 10]]
@@ -68,7 +68,7 @@ def test_votes_at_equality(make):
 
 @pytest.mark.parametrize("make", [Vote, SoftVote])
 @pytest.mark.parametrize("bad", [[5.0, 5, 5, 9], [5.0, 9, 8, 5], [torch.nan] * 4])
-def test_a_box_that_overlaps_nothing_is_a_group(make, bad):
+def test_a_box_without_overlap_is_a_group(make, bad):
     """Not even itself, where it has no area: it is not looked at for ever."""
     groups = []
 
@@ -125,7 +125,7 @@ def example():
     return {"image": image, "height": 200, "width": 400}
 
 
-def test_views_are_resized_mirrored_and_brought_back():
+def test_views_are_mapped_back_to_the_image():
     model = Bright()
     found = tta(model)([example()])[0]["instances"]
     # Each twice, the second time mirrored; the last capped at its long side.
@@ -135,16 +135,16 @@ def test_views_are_resized_mirrored_and_brought_back():
     torch.testing.assert_close(found.pred_boxes.tensor, expected, atol=2.0, rtol=0)
 
 
-def test_a_mirrored_view_is_brought_back_to_the_pixel():
+def test_a_mirrored_view_is_mapped_back_exactly():
     image = example()["image"].permute(1, 2, 0).numpy()
     wrapped = tta(Bright())
     for flip in (False, True):
-        boxes, _, _ = wrapped._view(image, *wrapped.views[0], flip)
+        boxes, _, _ = wrapped._detect(image, *wrapped.views[0], flip)
         assert boxes.tolist() == [[20, 30, 80, 70]]
 
 
 @pytest.mark.parametrize("other", [100, 200])
-def test_views_smaller_than_the_plain_one_have_its_cap(other):
+def test_small_views_have_the_cap_of_the_plain_view(other):
     """Ten times as wide as high: the cap decides. The others have TEST.AUG.MAX_SIZE, one of the
     plain one's size, too (the authors' code: "if scale < 800")."""
     model, long = Bright(), torch.zeros(3, 20, 200, dtype=torch.uint8)
@@ -154,27 +154,27 @@ def test_views_smaller_than_the_plain_one_have_its_cap(other):
 
 
 @pytest.mark.parametrize(("least", "greatest", "counts"), [(40, 99, 0), (1, 40, 0), (39, 41, 1)])
-def test_both_ends_of_a_views_range_are_outside(least, greatest, counts):
+def test_size_ranges_exclude_both_ends(least, greatest, counts):
     """A square of 40 pixels on the plain view's size."""
     image = np.zeros((100, 100, 3), np.uint8)
     image[30:70, 30:70] = 255
-    boxes, _, _ = tta(Bright())._view(image, 100, 400, least, greatest, False)
+    boxes, _, _ = tta(Bright())._detect(image, 100, 400, least, greatest, False)
     assert len(boxes) == counts
 
 
 @pytest.mark.parametrize(
     ("least", "greatest", "counts"), [(7.5, 8, 1), (6.9, 7.3, 0), (8.2, 8.7, 0)]
 )
-def test_a_views_size_is_of_both_its_sides(least, greatest, counts):
+def test_size_ranges_use_both_sides(least, greatest, counts):
     """5 x 100 pixels become 3 x 50: a box of 5 x 40 is one of 3 x 20, whose root is 7.75."""
     image = np.zeros((5, 100, 3), np.uint8)
     image[:, 20:60] = 255
-    boxes, _, _ = tta(Bright())._view(image, 100, 50, least, greatest, False)
+    boxes, _, _ = tta(Bright())._detect(image, 100, 50, least, greatest, False)
     assert len(boxes) == counts
 
 
 @pytest.mark.parametrize("order", ["BGR", "RGB"])
-def test_files_are_read_in_the_models_order_of_channels(tmp_path, order):
+def test_files_are_read_in_the_model_channel_order(tmp_path, order):
     """A file that is red alone."""
     Image.fromarray(np.full((50, 50, 3), (255, 140, 0), np.uint8)).save(tmp_path / "a.png")
     model = Bright()
@@ -182,16 +182,16 @@ def test_files_are_read_in_the_models_order_of_channels(tmp_path, order):
     assert model.channels == ([0, 140, 255] if order == "BGR" else [255, 140, 0])
 
 
-def test_sizes_out_of_a_views_range_do_not_count():
+def test_boxes_out_of_a_view_range_are_dropped():
     """The rectangle measures sqrt(60 * 40) = 49 px on the plain view, 24 and 73 on the others."""
     ranges = ("MODEL.ATSS.TTA.SIZE_RANGES", [[30, 10000], [0, 70]], "MODEL.ATSS.TTA.MERGE", "nms")
     wrapped = tta(Bright(), *ranges, "MODEL.ATSS.NMS_THRESH_TEST", 0.9999)
     image = example()["image"].permute(1, 2, 0).numpy()
-    views = [wrapped._view(image, *view, False) for view in wrapped.views]
+    views = [wrapped._detect(image, *view, False) for view in wrapped.views]
     assert [len(boxes) for boxes, _, _ in views] == [1, 0, 0]
 
 
-def test_reads_the_file_where_there_is_one(tmp_path):
+def test_reads_file_name_if_given(tmp_path):
     given = example()
     Image.fromarray(given["image"].permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
     small = {"image": given["image"][:, ::2, ::2], "file_name": str(tmp_path / "a.png")}
@@ -200,7 +200,7 @@ def test_reads_the_file_where_there_is_one(tmp_path):
     assert model.seen[0] == (100, 200)
 
 
-def test_a_detector_with_a_view_like_the_plain_one_finds_what_it_finds_alone():
+def test_one_plain_view_equals_the_detector():
     torch.manual_seed(0)
     cfg = make_cfg(
         *("INPUT.MIN_SIZE_TEST", 96, "TEST.AUG.MIN_SIZES", (), "TEST.AUG.FLIP", False),
@@ -223,6 +223,6 @@ def test_a_detector_with_a_view_like_the_plain_one_finds_what_it_finds_alone():
         (("MODEL.ATSS.TTA.MERGE", "mean"), "unknown MODEL.ATSS.TTA.MERGE 'mean': choose from"),
     ],
 )
-def test_impossible_configs_stop_with_a_sentence(opts, sentence):
+def test_invalid_tta_configs_are_refused(opts, sentence):
     with pytest.raises(ValueError, match=sentence):
         tta(Bright(), *opts)

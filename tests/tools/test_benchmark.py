@@ -13,7 +13,7 @@ from benchmarks import against, commits, model, operators, rules
 from benchmarks.assignment import dense_atss, random_objects
 from benchmarks.data import loading
 from benchmarks.model import Case, build, inference, random_batch, training_step
-from benchmarks.operators import Counts, PretendedGPU
+from benchmarks.operators import Counts, SimulatedGPU
 from benchmarks.scenes import random_scene
 from benchmarks.timing import Seconds, in_turn, table
 from conftest import make_cfg
@@ -30,14 +30,14 @@ def case(precision="fp32", channels_last=False):
     return Case(precision, channels_last, 1, 64, 96, 2, "cpu", CONFIG)
 
 
-def test_the_interval_is_of_order_statistics():
+def test_interval_is_two_order_statistics():
     assert Seconds((3.0, 1.0, 2.0)).interval == (1.0, 3.0)
     # Binomial(11, 1/2): at most one below with probability 0.6 %, at most two with 3.3 %.
     assert Seconds(tuple(map(float, range(11)))).interval == (1.0, 9.0)
     assert Seconds((4.0, 1.0, 2.0)).median == 2.0
 
 
-def test_ratios_are_of_the_same_turn():
+def test_ratios_compare_the_same_turn():
     slow_in_the_second_turn = Seconds((1.0, 4.0)), Seconds((2.0, 8.0))
     assert slow_in_the_second_turn[0].over(slow_in_the_second_turn[1]).values == (0.5, 0.5)
 
@@ -51,7 +51,7 @@ def test_functions_are_called_in_turn():
     assert changes == 1 + 2 * 3  # the first calls of both, then three turns of both
 
 
-def test_the_baseline_assigns_alike():
+def test_dense_atss_assigns_equally():
     anchors, gt = Anchors.grid((256, 320)), random_objects(20, (256, 320))
     assert torch.equal(ATSS()(anchors, gt).gt_index, dense_atss(anchors, gt))
 
@@ -62,29 +62,29 @@ def test_peers_train_the_same_parameters_as_ours(name, new_setuptools):
         model = build(which, case()).model
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    # Ours has five numbers more, the levels' scales.
+    # Ours has five more parameters, the scales of the levels.
     assert trained(name) == trained("ours") - 5
 
 
-def test_torchvision_detects_on_images_as_they_are():
-    peer, seen = build("torchvision-fcos", case()), []
-    peer.model.backbone.register_forward_hook(lambda module, x, y: seen.append(x[0].shape[2:]))
+def test_torchvision_does_not_resize_images():
+    peer, sizes = build("torchvision-fcos", case()), []
+    peer.model.backbone.register_forward_hook(lambda module, x, y: sizes.append(x[0].shape[2:]))
     inference(peer, random_batch(case()))()
-    assert seen == [(64, 96)]
+    assert sizes == [(64, 96)]
 
 
-def test_peers_run_in_bf16_too():
+def test_peers_run_in_bf16():
     peer = build("detectron2-fcos", case("bf16", True))
     weight = peer.model.backbone.bottom_up.res3[0].conv2.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
-    seen = []
+    dtypes = []
     conv = peer.model.head.cls_score
-    conv.register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+    conv.register_forward_hook(lambda module, x, y: dtypes.append(y.dtype))
     training_step(peer, random_batch(case()))()
-    assert set(seen) == {torch.bfloat16}
+    assert set(dtypes) == {torch.bfloat16}
 
 
-def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+def test_command_writes_the_printed_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(model, "SIDE", 64)
     monkeypatch.setattr(model, "COPIED", 2**16)
     report = tmp_path / "report.json"
@@ -101,8 +101,8 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert "post-processing" in measured["parts"]["inference"]
 
 
-def test_configs_are_measured_beside_one(tmp_path, monkeypatch, capsys):
-    """In their last phase, which of TAL's is not the first."""
+def test_configs_are_measured_in_their_last_phase(tmp_path, monkeypatch, capsys):
+    """TAL is only in the last phase of its config."""
     rules = []
     call = TAL.__call__
     monkeypatch.setattr(TAL, "__call__", lambda *args: rules.append(TAL) or call(*args))
@@ -120,10 +120,10 @@ def test_configs_are_measured_beside_one(tmp_path, monkeypatch, capsys):
     assert rules
     counts = [x["parameters"] for x in measured.values()]
     assert counts[0] - counts[1] == 256 * 9 + 1  # without centerness
-    assert counts[2] - counts[1] == 64 * (256 * 9 + 1)  # 68 numbers in place of 4
+    assert counts[2] - counts[1] == 64 * (256 * 9 + 1)  # 68 channels instead of 4
 
 
-def test_the_successors_are_measured_beside_a_name(monkeypatch):
+def test_successors_are_measured_by_default(monkeypatch):
     measured = []
     monkeypatch.setattr(
         benchmark.model, "beside_configs", lambda x, *_: measured.extend(x) or 1 / 0
@@ -145,9 +145,9 @@ def test_loading_is_measured_with_the_trainers_loader(squares, capsys):
     assert "images/s" in capsys.readouterr().out
 
 
-def test_scenes_of_the_rules_predict_the_smallest_object_that_holds_an_anchor():
-    """But for a tenth; and PAA's mixtures are fitted to what it pools."""
-    anchors, gt, seen = random_scene(12, 2)
+def test_anchors_of_scenes_predict_the_smallest_object():
+    """With noise of a tenth; the values of PAA's mixtures are sorted."""
+    anchors, gt, predictions = random_scene(12, 2)
     points = anchors.points.float()
     for image in range(2):
         boxes = gt.boxes[gt.image_index == image]
@@ -155,18 +155,19 @@ def test_scenes_of_the_rules_predict_the_smallest_object_that_holds_an_anchor():
         size = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
         smallest = torch.where(inside, size, torch.inf).argmin(dim=1)
         held = inside.any(dim=1)
-        wanted = torch.where(held[:, None], boxes[smallest], anchors.boxes)
-        off = (seen.boxes[image] - wanted) / (wanted[:, 2:] - wanted[:, :2]).repeat(1, 2)
+        expected = torch.where(held[:, None], boxes[smallest], anchors.boxes)
+        sides = (expected[:, 2:] - expected[:, :2]).repeat(1, 2)
+        off = (predictions.boxes[image] - expected) / sides
         assert held.any()
         assert off.std().item() == pytest.approx(0.1, abs=0.005)
         assert off.abs().max() < 1
-    values = rules.paa_costs(anchors, gt, seen)
+    values = rules.paa_costs(anchors, gt, predictions)
     assert values.shape[0] <= 12
     assert (values[:, 1:] >= values[:, :-1]).all()
 
 
 X = torch.arange(-3.0, 3)
-# {what: (function of a device and X there, operators, waits, copies to the host, to the GPU)}
+# {name: (function of a device and X on it, operators, waits, copies to the host, to the GPU)}
 STARTED = {
     "sum": (lambda gpu, x: x.sum(), 1, 0, 0, 0),
     "views": (lambda gpu, x: x.view(2, 3).T[:1].detach(), 0, 0, 0, 0),
@@ -195,8 +196,8 @@ STARTED = {
 @pytest.mark.parametrize(
     ("function", "counts"), [(f, x) for f, *x in STARTED.values()], ids=STARTED
 )
-def test_a_pretended_gpu_counts_operators_waits_and_copies(function, counts):
-    with PretendedGPU() as gpu:
+def test_simulated_gpu_counts_operators_waits_and_copies(function, counts):
+    with SimulatedGPU() as gpu:
         x = X.to("cuda")
         gpu.lap("copy")
         result = function("cuda", x)
@@ -206,8 +207,8 @@ def test_a_pretended_gpu_counts_operators_waits_and_copies(function, counts):
     assert torch.equal(result, function("cpu", X))
 
 
-def test_a_pretended_gpu_raises_where_one_would_wait_or_fail():
-    with PretendedGPU(may_wait=False):
+def test_simulated_gpu_raises_at_waits_and_mixed_devices():
+    with SimulatedGPU(may_wait=False):
         x = X.to("cuda")
         with pytest.raises(RuntimeError, match="nonzero"):
             x.nonzero()
@@ -215,9 +216,9 @@ def test_a_pretended_gpu_raises_where_one_would_wait_or_fail():
             x + torch.ones(6)
 
 
-def test_autocast_of_a_pretended_gpu_is_cudas():
-    """Its GroupNorm is float32, that of CPUs is not."""
-    with PretendedGPU(), torch.autocast("cuda", torch.bfloat16):
+def test_autocast_of_simulated_gpu_is_cudas():
+    """GroupNorm is float32, unlike on CPUs."""
+    with SimulatedGPU(), torch.autocast("cuda", torch.bfloat16):
         x = torch.ones(1, 4, 3, 3, device="cuda")
         low = torch.nn.functional.conv2d(x, x)
         assert low.dtype == torch.bfloat16
@@ -240,7 +241,7 @@ def test_operators_are_printed_as_tables(monkeypatch, tmp_path, capsys):
     assert measured["steps"]["bf16"]["ours"]["backbone"]["operators"] == 2
 
 
-def test_a_compiled_tail_counts_with_its_kernels(monkeypatch, capsys):
+def test_compiled_tail_counts_as_its_kernels(monkeypatch, capsys):
     counts = {part: Counts(2) for part in operators.PARTS}
     monkeypatch.setattr(operators, "BESIDE", ("ours",))
     monkeypatch.setattr(operators, "count_step", lambda name, case: counts)
@@ -250,9 +251,9 @@ def test_a_compiled_tail_counts_with_its_kernels(monkeypatch, capsys):
     assert "ours, compiled" in capsys.readouterr().out
 
 
-def test_a_worker_answers_line_by_line(monkeypatch, capsys):
-    questions = [["call", "ATSS", 3], ["again"], ["call", "DDOD", 3], ["again"]]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(map(json.dumps, questions))))
+def test_worker_answers_line_by_line(monkeypatch, capsys):
+    requests = [["call", "ATSS", 3], ["again"], ["call", "DDOD", 3], ["again"]]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(map(json.dumps, requests))))
     against.serve(str(Path(atss.__file__).parent))
     repeats, seconds, *_ = answers = [json.loads(x) for x in capsys.readouterr().out.splitlines()]
     assert len(answers) == 4
@@ -260,7 +261,7 @@ def test_a_worker_answers_line_by_line(monkeypatch, capsys):
     assert 0 < seconds < 0.2
 
 
-def test_an_unknown_commit_is_one_sentence():
+def test_unknown_commit_is_refused():
     with (
         pytest.raises(ValueError, match="git cannot check out 'no-such-commit'"),
         commits.checked_out("no-such-commit"),
@@ -269,30 +270,30 @@ def test_an_unknown_commit_is_one_sentence():
 
 
 def test_commits_take_turns(monkeypatch, capsys):
-    """The second takes 3 / 2 of the first's seconds; each turn begins with the other one."""
-    asked = []
+    """The second takes 3 / 2 of the seconds of the first; they begin a turn alternately."""
+    requests = []
 
     class Worker(contextlib.nullcontext):
         def __init__(self, folder, options):
             super().__init__(self)
             self.seconds = {"old": 2.0, "new": 3.0}[folder.name]
 
-        def ask(self, what, *arguments):
-            asked.append((self.seconds, what, *arguments))
+        def ask(self, request, *arguments):
+            requests.append((self.seconds, request, *arguments))
             return self.seconds
 
     monkeypatch.setattr(against, "Worker", Worker)
     monkeypatch.setattr(against, "checked_out", lambda x: contextlib.nullcontext(Path(x)))
     options = against.Options(runs=3, rounds=2, names=["SimOTA"], objects=[7], canvas_hw=(64, 96))
     report = against.against(["old", "new"], ["calls", "steps", "lists"], options)
-    calls = [x for x in asked if x[1:] in (("call", "SimOTA", 7), ("again",))][:8]
+    calls = [x for x in requests if x[1:] in (("call", "SimOTA", 7), ("again",))][:8]
     assert [x[0] for x in calls] == [2, 3, 3, 2, 2, 3, 3, 2]
     file = "configs/successors/SimOTA_R_50_FPN_1x.yaml"
-    assert (2, "step", f"old/{file}", 7, 64, 96, []) in asked
-    assert (3, "memory", "SimOTA", 1000, 1, "lists") in asked
+    assert (2, "step", f"old/{file}", 7, 64, 96, []) in requests
+    assert (3, "memory", "SimOTA", 1000, 1, "lists") in requests
     assert capsys.readouterr().out.count("| 1.500          | 1.500 to 1.500 |") == 2
     assert report["lists"] == {"SimOTA": {"before": 2.0, "after": 3.0}}
 
 
-def test_a_table_reads_as_markdown():
+def test_table_is_markdown():
     assert table(["a", "bb"], [[1, 2]]).splitlines() == ["| a | bb |", "|---|----|", "| 1 | 2  |"]

@@ -28,7 +28,7 @@ from atss_runner import media
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A config and weights as train_net.py leaves them (the weights are random)."""
+    """A config and random weights as train_net.py writes them."""
     folder = tmp_path_factory.mktemp("trained")
     cfg = make_cfg("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.NUM_CONVS", 1)
     cfg.INPUT.MIN_SIZE_TEST = 96
@@ -54,7 +54,7 @@ def run(trained, tmp_path):
 
 
 def test_draws_a_folder_and_an_image(run, squares, tmp_path):
-    records = run(squares / "images", squares / "images" / "0.png")  # once, though named twice
+    records = run(squares / "images", squares / "images" / "0.png")  # named twice
     names = sorted(p.name for p in (tmp_path / "out").glob("*.png"))
     assert names == [f"{i}.png" for i in range(8)]
     first = [r for r in records if r["file_name"] == str(squares / "images" / "0.png")]
@@ -76,7 +76,7 @@ def test_detections_have_the_ids_of_the_data(run, squares):
     assert len(truth.loadRes(records).anns) == len(records) > 0
 
 
-def test_images_of_one_name_have_pictures_of_their_own(run, squares, tmp_path):
+def test_images_of_one_name_have_numbered_pictures(run, squares, tmp_path):
     for name in ("a/0.png", "a/0_1.png", "b/0.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(squares / "images" / "0.png", tmp_path / name)
@@ -95,9 +95,7 @@ def test_no_input_is_replaced(run, squares, tmp_path):
     assert not (tmp_path / "detections.json").exists()
 
 
-def test_what_was_found_is_written_when_something_goes_wrong(
-    run, squares, tmp_path, monkeypatch, capsys
-):
+def test_detections_are_written_after_an_error(run, squares, tmp_path, monkeypatch, capsys):
     drawn = []
 
     def write(path, picture):
@@ -125,14 +123,14 @@ def test_what_was_found_is_written_when_something_goes_wrong(
             run(squares / "images")
         return capsys.readouterr().err
 
-    assert re.search(r"detections.json holds .* of 3 images or frames\n$", stopped(4))
+    assert re.search(r"detections.json contains .* of 3 images or frames\n$", stopped(4))
     assert stopped(1).endswith("stopped\n")
     with pytest.raises(SystemExit, match="error: the weights nowhere do not exist"):
         run(squares / "images", weights="nowhere")
     assert (tmp_path / "out" / "detections.json").read_text() == "[1]"
 
 
-def test_ids_are_numbers_where_all_names_are():
+def test_ids_are_numbers_if_all_names_are():
     def ids(*names):
         return list(image_ids([Path(x) for x in names]).values())
 
@@ -143,14 +141,15 @@ def test_ids_are_numbers_where_all_names_are():
     assert ids("a/1.jpg", "b/1.jpg") == ["a/1.jpg", "b/1.jpg"]
 
 
-def test_the_output_is_tried_first(run, squares, tmp_path):
+def test_unwritable_output_is_refused_first(run, squares, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match=r"cannot write --output .*file/.*json: File exists"):
         run(squares / "images", output=tmp_path / "file")
 
 
-def test_images_that_training_refuses_are_not_detected_on(run, tmp_path, capsys):
-    """16 bits would be white; damage in the middle of a PNG, grey; what is thin has no pixel."""
+def test_images_that_training_refuses_are_skipped(run, tmp_path, capsys):
+    """Images of 16 bits would be white, a PNG damaged in its middle grey, a thin one has no
+    pixel."""
     Image.fromarray(np.full((20, 20), 40000, np.uint16)).save(tmp_path / "deep.png")
     noise = np.random.default_rng(0).integers(0, 255, (96, 96, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "damaged.png")
@@ -160,13 +159,13 @@ def test_images_that_training_refuses_are_not_detected_on(run, tmp_path, capsys)
     Image.fromarray(np.zeros((1, 5000, 3), np.uint8)).save(tmp_path / "thin.png")
     with pytest.raises(SystemExit, match="error: none of the inputs could be read"):
         run(*(tmp_path / f"{name}.png" for name in ("deep", "damaged", "thin")))
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     for sentence in (
         "deep.png has more than 8 bits per channel",
         "cannot read the image .*damaged.png: ",
         "thin.png is 5000 x 1 pixels, too thin",
     ):
-        assert re.search(sentence, said), sentence
+        assert re.search(sentence, output), sentence
 
 
 def test_several_images_at_once_equal_one_by_one(trained, squares):
@@ -182,7 +181,7 @@ def test_several_images_at_once_equal_one_by_one(trained, squares):
 
 @pytest.fixture
 def film(tmp_path):
-    """Four frames of 128 x 96, of noise."""
+    """Four frames of noise, 128 x 96."""
     rng = np.random.default_rng(0)
     video = tmp_path / "film.avi"
     writer = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"MJPG"), 5, (128, 96))
@@ -203,7 +202,7 @@ def test_reads_a_video(run, film, tmp_path, capsys):
     assert "incomplete" not in capsys.readouterr().err
 
 
-def test_frames_of_another_size_are_in_the_film(run, film, tmp_path, monkeypatch):
+def test_frames_of_another_size_are_resized(run, film, tmp_path, monkeypatch):
     frames = frames_of(film)
     frames[2] = frames[2].repeat(2, axis=0)
     with monkeypatch.context() as patch:
@@ -213,18 +212,22 @@ def test_frames_of_another_size_are_in_the_film(run, film, tmp_path, monkeypatch
     assert [x.shape for x in frames_of(tmp_path / "out" / "film.mp4")] == [(96, 128, 3)] * 4
 
 
-def test_a_film_that_breaks_off_is_named(run, film, capsys):
+def test_truncated_video_is_named(run, film, capsys):
     content = film.read_bytes()
     film.write_bytes(content[: len(content) * 6 // 10])
     frames = {r["frame"] for r in run(film)}
     assert frames < set(range(4))
-    counts = f"its header says 4 frames, {len(frames)} could be read"
+    counts = f"4 frames by its header, {len(frames)} could be read"
     assert f"incomplete: {film}: {counts}\n" in capsys.readouterr().err
 
 
 BAD = {
-    "an image of text": ("bad.png", b"no image", "cannot read the image .*bad.png: it is no image"),
-    "another kind": ("notes.txt", b"text", "cannot read the image .*notes.txt: it is no image"),
+    "an image of text": (
+        "bad.png",
+        b"no image",
+        "cannot read the image .*bad.png: it is not an image",
+    ),
+    "another kind": ("notes.txt", b"text", "cannot read the image .*notes.txt: it is not an image"),
     "an empty film": ("film.mp4", b"", "cannot open the film .*film.mp4: it is empty"),
     "a film of text": ("film.mp4", b"text", "cannot open the film .*film.mp4: it is damaged"),
     "nothing": ("nowhere.png", None, ".*nowhere.png does not exist"),
@@ -232,7 +235,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_input_is_skipped_and_named(run, squares, tmp_path, capsys, kind):
+def test_bad_input_is_skipped_and_named(run, squares, tmp_path, capsys, kind):
     name, content, sentence = BAD[kind]
     bad = tmp_path / name
     if content is not None:
@@ -246,8 +249,8 @@ def test_a_bad_input_is_skipped_and_named(run, squares, tmp_path, capsys, kind):
 
 
 @pytest.mark.parametrize("size", [(4000, 1), (9000, 40)])
-def test_films_of_such_a_size_are_skipped(run, squares, film, monkeypatch, capsys, size):
-    """The first is too thin to be detected on; the second, too wide for the codec."""
+def test_videos_of_extreme_sizes_are_skipped(run, squares, film, monkeypatch, capsys, size):
+    """The first is too thin to be resized, the second too wide for the codec."""
     frame = np.zeros((*size[::-1], 3), np.uint8)
     monkeypatch.setattr(media.Film, "__iter__", lambda self: iter([frame]))
     run(film, squares / "images" / "1.png")
@@ -255,8 +258,8 @@ def test_films_of_such_a_size_are_skipped(run, squares, film, monkeypatch, capsy
     assert re.search(f"skipped: .*{sentence[size[0]]}", capsys.readouterr().err)
 
 
-def test_subfolders_are_read_and_kept_apart(run, squares, tmp_path, capsys):
-    """By all endings of training; a second run does not take the first one's results for inputs."""
+def test_subfolders_have_their_own_results(run, squares, tmp_path, capsys):
+    """With all endings of training; a second run ignores the first one's results."""
     folder = tmp_path / "photos"
     names = {"day1/a.png": "png", "day2/a.png": "png", "a.jfif": "jpeg", "b.gif": "gif"}
     for name, kind in names.items():
@@ -270,10 +273,10 @@ def test_subfolders_are_read_and_kept_apart(run, squares, tmp_path, capsys):
         assert drawn == {"day1/a.png", "day2/a.png", "a.png", "b.png"}
         assert {r["file_name"] for r in records} == {str(folder / name) for name in names}
         assert len({r["image_id"] for r in records}) == 4
-        said = capsys.readouterr().err
-        assert "neither images nor videos by their endings in" in said
-        assert "(1): day1/a.txt\n" in said
-        assert re.search("skipped: cannot read the image .*c.heic: it is empty", said)
+        output = capsys.readouterr().err
+        assert "without the ending of an image or a video" in output
+        assert "(1): day1/a.txt\n" in output
+        assert re.search("skipped: cannot read the image .*c.heic: it is empty", output)
 
 
 def test_images_of_training_are_found(tmp_path):
@@ -285,20 +288,23 @@ def test_images_of_training_are_found(tmp_path):
 
 
 @pytest.mark.parametrize("threshold", ["nan", "1.5", "40", "-0.1"])
-def test_a_threshold_is_a_probability(run, squares, threshold):
-    said = f"error: --score-threshold must be between 0 and 1, got {float(threshold)}"
-    with pytest.raises(SystemExit, match=f"^{re.escape(said)}$"):
+def test_threshold_is_a_probability(run, squares, threshold):
+    message = f"error: --score-threshold must be between 0 and 1, got {float(threshold)}"
+    with pytest.raises(SystemExit, match=f"^{re.escape(message)}$"):
         run(squares / "images", threshold=threshold)
 
 
-def test_parts_of_ones_own_are_imported(tmp_path, monkeypatch):
-    """The module of this test is found in the folder of the command, and stops the tool."""
+def test_user_modules_are_imported(tmp_path, monkeypatch):
+    """The module is in the folder of the command, and stops the tool."""
     (tmp_path / "part_of_ones_own.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     argv = ["--config-file", "x", "--weights", "x", "--input", "x", "--output", "x"]
-    for module, said in (("part_of_ones_own", "imported"), ("nowhere", "error: --import nowhere:")):
-        with pytest.raises(SystemExit, match=said):
+    for module, message in (
+        ("part_of_ones_own", "imported"),
+        ("nowhere", "error: --import nowhere:"),
+    ):
+        with pytest.raises(SystemExit, match=message):
             demo.main([*argv, "--import", module])
 
 
@@ -328,7 +334,7 @@ def test_digits_are_fixed_tight_and_apart(tmp_path):
     assert (tmp_path / "one" / "train.json").stat().st_mtime_ns == made
 
 
-def test_digits_can_be_had_without_a_training(tmp_path, monkeypatch, capsys):
+def test_digits_are_written_without_training(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     few = replace(digits.FEW, images={"train": 4, "val": 2, "test": 1})
     monkeypatch.setattr(digits_tool, "FEW", few)
@@ -340,11 +346,11 @@ def test_digits_can_be_had_without_a_training(tmp_path, monkeypatch, capsys):
     )
     for split, count in few.images.items():
         assert len(list((tmp_path / "digits" / split).glob("*.png"))) == count
-    with pytest.raises(SystemExit, match="is there already: nothing was written"):
+    with pytest.raises(SystemExit, match="already exists: choose another folder"):
         digits_tool.main(argv)
 
 
-def test_make_demo_says_one_sentence_of_what_a_worker_met(monkeypatch):
+def test_make_demo_prints_a_workers_message(monkeypatch):
     def fail(*_):
         raise OSError(
             "Caught OSError in DataLoader worker process 0.\nTraceback\nOSError: no a.png"
@@ -355,9 +361,9 @@ def test_make_demo_says_one_sentence_of_what_a_worker_met(monkeypatch):
         digits_tool.main([])
 
 
-def test_make_demo_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
-    """The whole of it with 12 images and 4 iterations; a second run finds it done, a third that
-    lost its last checkpoint goes on from the one before."""
+def test_make_demo_trains_draws_and_resumes(tmp_path, monkeypatch, capsys):
+    """With 12 images and 4 iterations. A second run finds it complete; a third that lost its last
+    checkpoint resumes from the one before."""
     pytest.importorskip("sklearn")
     config = tmp_path / "demo.yaml"
     config.write_text(
@@ -373,18 +379,18 @@ def test_make_demo_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(digits_tool, "CONFIG", config)
     monkeypatch.setattr(digits_tool, "ROOT", root)
 
-    def said():
+    def run_demo():
         digits_tool.main([])
         for name in ("digits_train", "digits_test"):
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
         return capsys.readouterr().out
 
-    first = said()
+    first = run_demo()
     assert "Starting a new demo of 4 iterations" in first
     assert "AP50" in first
     for name in ("detections.png", "training.png", "metrics.json"):
         assert (root / name).is_file()
-    assert "is trained already" in said()
+    assert "is trained: evaluating it again" in run_demo()
     (root / "last_checkpoint").write_text("model_0000001.pth")
-    assert "going on at iteration 2" in said()
+    assert "at iteration 2" in run_demo()

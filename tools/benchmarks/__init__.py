@@ -1,1 +1,1 @@
-"""The measurements of tools/benchmark.py."""
+"""Measurements of tools/benchmark.py."""

@@ -1,8 +1,8 @@
-"""Two commits beside each other: rules alone, training steps, and memory.
+"""Two commits compared: rules alone, training steps, and memory.
 
-Each commit's package runs in a process of its own, both with the tools of the working tree, and
-they are asked in turn. So this file and what it imports must run with both packages. With one
-thread each, seconds are the processor's, which others on the machine lengthen less.
+The package of each commit runs in its own process, with the tools of the working tree, and the
+processes work in turn. So this file and its imports must run with both packages. With one thread
+each, seconds are processor time, which depends less on other processes.
 """
 
 import json
@@ -28,7 +28,7 @@ from .rules import RULES, extra_mebibytes, make_rule
 from .scenes import random_scene
 from .timing import Seconds, enough_calls, table
 
-# Objects, images and engine of what is asked for memory.
+# Objects, images and engine of each measurement of memory.
 MEMORY = {
     "lists": (1000, 1, "lists"),
     "tables": (1000, 1, "tables"),
@@ -39,18 +39,17 @@ FOLDER = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked of both.
+    """The measurements of both commits.
 
     Attributes:
         runs: turns of each pair of processes.
-        rounds: pairs of processes, one after the other: where a process has its memory makes it
-            faster or slower than another with the same code, by some percent for as long as it
-            lives.
-        names: a rule or config takes part if its name contains one of them.
-        objects: on an image, each number a table.
+        rounds: pairs of processes, one after another: two processes with the same code differ by
+            some percent for their whole life, because their memory lies elsewhere.
+        names: only rules and configs whose names contain one of these.
+        objects: numbers of objects on an image; a table for each.
         canvas_hw: of training steps.
-        opts: over the configs.
-        threads: of each process; None as the machine has it.
+        opts: changes to the configs.
+        threads: of each process; None: torch's default.
         keep_freed_memory: see :func:`~atss.engine.launch.keep_freed_memory`.
     """
 
@@ -64,11 +63,11 @@ class Options:
     keep_freed_memory: bool = False
 
     def of(self, names: Iterable[str]) -> list[str]:
-        return [x for x in names if any(some in x for some in self.names)]
+        return [x for x in names if any(part in x for part in self.names)]
 
 
 class Worker:
-    """A process with the package of a commit, which answers what :func:`serve` is asked."""
+    """A process with the package of a commit, which runs :func:`serve`."""
 
     def __init__(self, folder: Path, options: Options):
         self.configs = folder / "configs"
@@ -87,43 +86,44 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.communicate()  # the end of its questions is its own
+        self.process.communicate()  # it ends with its input
 
-    def ask(self, what: str, *arguments: object) -> float:
-        """
+    def ask(self, request: str, *arguments: object) -> float:
+        """Send a request and return the answer.
+
         Raises:
-            RuntimeError: the process stopped, with a traceback of its own.
+            RuntimeError: if the process has stopped, after printing a traceback.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        with suppress(BrokenPipeError):  # its answer is missing, too
-            print(json.dumps([what, *arguments]), file=self.process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # the empty answer below shows it
+            print(json.dumps([request, *arguments]), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"{what} {arguments} failed with {self.configs.parent}")
+            raise RuntimeError(f"{request} {arguments} failed with {self.configs.parent}")
         return json.loads(answer)
 
 
 def serve(folder: str) -> None:
-    """Answers one line for each line of the standard input: after "call" or "step" the number of
-    calls that take a tenth of a second, to "again" the mean seconds of so many, to "memory" MiB.
-    All are JSON."""
+    """Answer each line of the standard input by a line, both in JSON: "call" and "step" by the
+    number of calls that take a tenth of a second, "again" by their mean seconds, "memory" by MiB.
+    """
     assert Path(atss.__file__).is_relative_to(folder), atss.__file__
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     function: Callable[[], object] = nullcontext
     repeats = 1
     for line in sys.stdin:
-        what, *arguments = json.loads(line)
-        with redirect_stdout(sys.stderr):  # only answers belong there
-            if what == "again":
+        request, *arguments = json.loads(line)
+        with redirect_stdout(sys.stderr):  # stdout has only answers
+            if request == "again":
                 start = clock()
                 for _ in range(repeats):
                     function()
                 answer = (clock() - start) / repeats
-            elif what == "memory":
+            elif request == "memory":
                 answer = _memory(*arguments)
             else:
-                function = {"call": _call, "step": _step}[what](*arguments)
+                function = {"call": _call, "step": _step}[request](*arguments)
                 answer = repeats = enough_calls(function, CPU)
         print(json.dumps(answer), flush=True)
 
@@ -134,7 +134,7 @@ def _call(rule: str, objects: int) -> Callable[[], object]:
 
 
 def _step(file: str, objects: int, height: int, width: int, opts: list[str]) -> Callable:
-    """Of the last phase of a training."""
+    """Return a step of the last phase of a training."""
     case = Case("fp32", False, 1, height, width, objects, "cpu", file, tuple(opts))
     torch.manual_seed(0)
     last = load_config(file, opts=opts).SOLVER.MAX_ITER - 1
@@ -142,7 +142,7 @@ def _step(file: str, objects: int, height: int, width: int, opts: list[str]) -> 
 
 
 def _memory(rule: str, objects: int, num_images: int, engine: str) -> float | None:
-    """MiB of one call; None where the commit has no such engine."""
+    """Return MiB of one call; None if the commit does not have the engine."""
     if hasattr(assigners, "use_engine"):
         with assigners.use_engine(engine):
             return extra_mebibytes(rule, objects, num_images)
@@ -150,15 +150,15 @@ def _memory(rule: str, objects: int, num_images: int, engine: str) -> float | No
 
 
 def configs() -> list[str]:
-    """A config of each rule, and those of the successors; without the two that differ from others
-    in backbone and head alone."""
+    """Return a config of each rule, and the successors but for the two that differ from others only
+    in backbone and head."""
     others = ["ATSS_R_50_FPN_1x", "tables/retinanet_A1", "tables/ssc_point"]
-    own = (x for x in config_names() if x.startswith("successors/"))
-    return [*others, *(x for x in own if "dcnv2" not in x)]
+    successors = (x for x in config_names() if x.startswith("successors/"))
+    return [*others, *(x for x in successors if "dcnv2" not in x)]
 
 
 def against(commits: Sequence[str | None], parts: Sequence[str], options: Options) -> dict:
-    """Prints tables of both commits, the second over the first; returns their figures.
+    """Print tables of both commits, the second over the first; return their values.
 
     Args:
         commits: two; None is the working tree.
@@ -169,32 +169,32 @@ def against(commits: Sequence[str | None], parts: Sequence[str], options: Option
         folders = [stack.enter_context(checked_out(x)) for x in commits]
         height, width = options.canvas_hw
         for count in options.objects if "calls" in parts else ():
-            asked = {x: [("call", x, count)] * 2 for x in options.of(RULES)}
+            requests = {x: [("call", x, count)] * 2 for x in options.of(RULES)}
             title = f"a rule alone, one image of 800 x 1344, {count} objects"
-            report[title] = _beside(title, folders, asked, options)
+            report[title] = _beside(title, folders, requests, options)
         for count in options.objects if "steps" in parts else ():
             tail = (count, height, width, list(options.opts))
-            asked = {
+            requests = {
                 x: [("step", str(folder / "configs" / f"{x}.yaml"), *tail) for folder in folders]
                 for x in options.of(configs())
             }
             title = f"a training step, one image of {height} x {width}, {count} objects"
-            report[title] = _beside(title, folders, asked, options)
+            report[title] = _beside(title, folders, requests, options)
         for part in MEMORY:
             if part in parts:
                 report[part] = _memories(part, folders, options)
     return report
 
 
-def _beside(title: str, folders: Sequence[Path], asked: dict, options: Options) -> dict:
-    """A table of what both are asked, by name."""
-    values: dict[str, list[list[float]]] = {name: [[], []] for name in asked}
+def _beside(title: str, folders: Sequence[Path], requests: dict, options: Options) -> dict:
+    """Print a table of the requests to both, by name."""
+    values: dict[str, list[list[float]]] = {name: [[], []] for name in requests}
     for _ in range(options.rounds):
         with ExitStack() as stack:
             workers = [stack.enter_context(Worker(x, options)) for x in folders]
-            for name, requests in asked.items():
+            for name, pair in requests.items():
                 print(f"{title}: {name}", file=sys.stderr, flush=True)
-                for worker, request in zip(workers, requests, strict=True):
+                for worker, request in zip(workers, pair, strict=True):
                     worker.ask(*request)
                 for turn in range(options.runs):
                     for i in (0, 1) if turn % 2 else (1, 0):
@@ -214,14 +214,14 @@ def _beside(title: str, folders: Sequence[Path], asked: dict, options: Options) 
 def _memories(part: str, folders: Sequence[Path], options: Options) -> dict:
     rows, report = [], {}
     for rule in options.of(RULES):
-        found = []
+        peaks = []
         for folder in folders:
-            with Worker(folder, options) as worker:  # whose peak is of this call alone
-                found.append(worker.ask("memory", rule, *MEMORY[part]))
-        report[rule] = dict(zip(("before", "after"), found, strict=True))
-        known = all(x is not None for x in found)
-        ratio = f"{found[1] / max(found[0], 1):.2f}" if known else ""
-        rows.append([rule, *("" if x is None else f"{x:.0f}" for x in found), ratio])
+            with Worker(folder, options) as worker:  # its peak memory is that of this call
+                peaks.append(worker.ask("memory", rule, *MEMORY[part]))
+        report[rule] = dict(zip(("before", "after"), peaks, strict=True))
+        complete = all(x is not None for x in peaks)
+        ratio = f"{peaks[1] / max(peaks[0], 1):.2f}" if complete else ""
+        rows.append([rule, *("" if x is None else f"{x:.0f}" for x in peaks), ratio])
     objects, images, engine = MEMORY[part]
     print(f"\npeak memory of a call, {objects:,} objects, images: {images}, engine: {engine}\n")
     print(table(["", "before [MiB]", "after [MiB]", "after / before"], rows), flush=True)

@@ -1,4 +1,4 @@
-"""The assigner beside dense implementations, and how its cost grows."""
+"""ATSS beside dense implementations, and the growth of its time."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,16 +17,16 @@ SMALL, LARGE = (800, 1344), (2160, 3840)
 
 
 def dense_atss(anchors: Anchors, gt: GroundTruth, k: int = 9) -> torch.Tensor:
-    """Algorithm 1 written down plainly on (R, G) matrices, image by image. Returns gt_index."""
+    """Return gt_index by Algorithm 1 on dense (R, G) matrices, image by image."""
     result = []
     centre = (anchors.boxes[:, :2] + anchors.boxes[:, 2:]) / 2
     for image in range(gt.num_images):
-        own = (gt.image_index == image).nonzero().squeeze(1)
-        boxes = gt.boxes[own]
+        of_image = (gt.image_index == image).nonzero().squeeze(1)
+        boxes = gt.boxes[of_image]
         owner = torch.full((len(anchors.boxes),), -1)
         if len(boxes):
             overlap = box_iou(anchors.boxes, boxes)
-            # Not torch.cdist: it expands the square, and loses the digits that order neighbours.
+            # torch.cdist expands the square, and loses the digits that order neighbours.
             difference = centre[:, None] - (boxes[:, :2] + boxes[:, 2:]) / 2
             distance = difference.square().sum(dim=2).sqrt()
             first, candidates = 0, []
@@ -43,16 +43,16 @@ def dense_atss(anchors: Anchors, gt: GroundTruth, k: int = 9) -> torch.Tensor:
             chosen = torch.full_like(overlap, -1)
             chosen.scatter_(0, candidates, torch.where(positive, values, -1))
             best, winner = chosen.max(dim=1)
-            owner = torch.where(best >= 0, own[winner], -1)
+            owner = torch.where(best >= 0, of_image[winner], -1)
         result.append(owner)
     return torch.stack(result)
 
 
 def mmdet_atss() -> Callable[[Anchors, GroundTruth], torch.Tensor]:
-    """mmdet's assigner, for one image.
+    """Return mmdet's assigner, for one image.
 
     Raises:
-        ImportError: where it is not installed.
+        ImportError: if mmdet is not installed.
     """
     import_mmdet()
     from mmdet.models.task_modules.assigners import ATSSAssigner
@@ -69,27 +69,27 @@ def mmdet_atss() -> Callable[[Anchors, GroundTruth], torch.Tensor]:
 
 
 def random_objects(count: int, canvas_hw: tuple[int, int], num_images: int = 1) -> GroundTruth:
-    """Boxes of 8 to 512 pixels, sizes log-uniform, anywhere on the canvas; fixed seed."""
+    """Return boxes of 8 to 512 pixels, log-uniform in size, uniform on the canvas; fixed seed."""
     generator = torch.Generator().manual_seed(0)
     height, width = canvas_hw
     centre = torch.rand(count, 2, generator=generator) * torch.tensor([width, height])
     size = 8 * 64 ** torch.rand(count, 2, generator=generator)
     boxes = torch.cat([centre - size / 2, centre + size / 2], dim=1)
-    image_index = torch.arange(count) * num_images // count  # image by image, as they come
+    image_index = torch.arange(count) * num_images // count  # sorted by image, as in training
     return GroundTruth(boxes, torch.zeros(count, dtype=torch.long), image_index, num_images)
 
 
 def extra_mebibytes(count: int, canvas_hw: tuple[int, int], num_images: int) -> float:
-    """By how much one call raises the peak memory of this process, output included."""
+    """Return the increase of this process's peak memory by one call, with its output."""
     anchors, gt = Anchors.grid(canvas_hw), random_objects(count, canvas_hw, num_images)
-    ATSS()(anchors, random_objects(1, canvas_hw))  # what the library itself loads
+    ATSS()(anchors, random_objects(1, canvas_hw))  # loads libraries
     before = peak_mebibytes()
     ATSS()(anchors, gt)
     return peak_mebibytes() - before
 
 
 def beside_dense(runs: int, against_mmdet: bool) -> dict:
-    """Prints a table of milliseconds and ratios; returns what stands in it."""
+    """Print a table of milliseconds and ratios; return its values."""
     others = {"dense": dense_atss} | ({"mmdet": mmdet_atss()} if against_mmdet else {})
     rows, report = [], []
     for count, canvas_hw in ((7, SMALL), (100, SMALL), (1000, SMALL), (1000, LARGE)):
@@ -131,7 +131,7 @@ def beside_dense(runs: int, against_mmdet: bool) -> dict:
 
 
 def scaling(runs: int, folder: Path) -> dict:
-    """Milliseconds against boxes, image size and batch, printed and drawn to ``scaling.png``."""
+    """Print milliseconds by boxes, image size and batch, and draw them to ``scaling.png``."""
 
     def milliseconds(count: int, side: int, batch: int, dense: bool) -> dict[str, float]:
         anchors = Anchors.grid((side, side))
@@ -174,8 +174,8 @@ def _draw(studies: dict, path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(studies), figsize=(12, 3.6), sharey=True)
     for axis, (title, points) in zip(axes, studies.items(), strict=True):
         for name, style in (("ours", "o-"), ("dense", "s--")):
-            known = {v: times[name] for v, times in points.items() if name in times}
-            axis.plot(list(known), list(known.values()), style, label=name)
+            curve = {v: times[name] for v, times in points.items() if name in times}
+            axis.plot(list(curve), list(curve.values()), style, label=name)
         axis.set(xscale="log", yscale="log", xlabel=title)
         ticks = list(points) if len(points) < 8 else list(points)[::2]
         axis.set_xticks(ticks, [f"{v:,}" for v in ticks])

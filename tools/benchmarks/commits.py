@@ -1,4 +1,4 @@
-"""Other commits beside the working tree, for what compares two."""
+"""Check out other commits beside the working tree, to compare two."""
 
 import os
 import subprocess
@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @contextmanager
 def checked_out(commit: str | None) -> Iterator[Path]:
-    """The folder of a commit's files, for a while; of the working tree if it is None.
+    """Yield a temporary folder with the files of a commit; None: the working tree.
 
     Raises:
-        ValueError: git cannot check it out.
+        ValueError: if git cannot check it out.
     """
     if commit is None:
         yield ROOT
@@ -33,6 +33,6 @@ def checked_out(commit: str | None) -> Iterator[Path]:
 
 
 def environment(folder: Path, threads: int | None = None) -> dict[str, str]:
-    """Of a process that imports the package of a folder."""
+    """Return the environment of a process that imports the package of a folder."""
     path = {"PYTHONPATH": str(folder / "projects/ATSS")}
     return os.environ | path | ({"OMP_NUM_THREADS": str(threads)} if threads else {})

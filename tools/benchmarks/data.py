@@ -1,4 +1,4 @@
-"""What loading an image costs, and how many a second the loader gives."""
+"""The time of loading an image, and images per second of the loader."""
 
 import time
 from itertools import islice
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def loading(cfg: CfgNode, images: int, workers: tuple[int, ...]) -> dict:
-    """Milliseconds per image by part, and images per second by number of worker processes."""
+    """Measure milliseconds per image by part, and images per second by number of workers."""
     records = get_detection_dataset_dicts(cfg.DATASETS.TRAIN)[:images]
     mapper = Mapper(cfg, is_train=True)
 
@@ -41,7 +41,7 @@ def loading(cfg: CfgNode, images: int, workers: tuple[int, ...]) -> dict:
         cfg.DATALOADER.NUM_WORKERS = number
         cfg.SEED = 0
         batches = iter(Trainer.build_train_loader(cfg))
-        for _ in islice(batches, 2 + number):  # the workers start, and fill their queues
+        for _ in islice(batches, 2 + number):  # workers start and fill their queues
             pass
         count = max(images // cfg.SOLVER.IMS_PER_BATCH, 1)
         start = time.perf_counter()

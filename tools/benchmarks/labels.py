@@ -1,4 +1,4 @@
-"""What registering a large data set costs, by the format of its labels."""
+"""Time and memory of registering a large data set, by format of its labels."""
 
 import json
 import multiprocessing
@@ -20,15 +20,15 @@ CLASSES = ("cat", "dog", "cow")
 
 
 def registration(images: int, boxes: int) -> dict:
-    """Seconds and MiB of each format, in a process of its own, files in the cache.
+    """Measure seconds and MiB of each format, in its own process, with the files in the cache.
 
     Args:
-        images: in the data set.
-        boxes: on each of them.
+        images: number of images.
+        boxes: number of boxes on each image.
     """
     report = {}
     with tempfile.TemporaryDirectory(prefix="atss_labels_") as folder:
-        # A process begins with the peak of the one that has made it: this one stays small.
+        # A process inherits the peak memory of its parent, so this one must stay small.
         sources = _apart(_write, Path(folder), images, boxes)
         for form, source in sources.items():
             report[form] = _apart(_register, source)
@@ -57,7 +57,7 @@ def _peak() -> float:
 
 
 def _write(root: Path, images: int, boxes: int) -> dict[str, str]:
-    """The same objects in every format; all images are links to one file."""
+    """Write the same objects in every format; all images are links to one file."""
     generator = np.random.default_rng(0)
     corners = generator.integers(0, SIDE // 2, (images, boxes, 2))
     sides = generator.integers(4, SIDE // 2, (images, boxes, 2))
@@ -68,12 +68,12 @@ def _write(root: Path, images: int, boxes: int) -> dict[str, str]:
     Image.new("RGB", (SIDE, SIDE)).save(picture)
     content: dict = {"images": [], "annotations": []}
     content["categories"] = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
-    for i, of_image in enumerate(objects):
+    for i, boxes_of_image in enumerate(objects):
         name = f"{i:08d}.png"
         os.symlink(picture, root / "images" / name)
         content["images"].append({"id": i, "file_name": name, "width": SIDE, "height": SIDE})
         lines, elements = [], []
-        for j, (x, y, w, h) in enumerate(of_image):
+        for j, (x, y, w, h) in enumerate(boxes_of_image):
             c = j % len(CLASSES)
             entry = {"id": i * boxes + j + 1, "image_id": i, "category_id": c + 1, "area": w * h}
             content["annotations"].append(entry | {"bbox": [x, y, w, h], "iscrowd": 0})

@@ -21,14 +21,14 @@ from .peers import DTYPES, NUM_CLASSES, PEERS, Peer, in_precision
 from .timing import Seconds, Stopwatch, in_fresh_process, in_turn, parts_in_turn, peak_mebibytes
 
 OURS = "ours"
-# What tells how fast a machine is: the side of a matrix that is multiplied, and bytes copied.
+# For the speed of a machine: the side of a multiplied matrix, and the number of copied bytes.
 SIDE, COPIED = 4096, 2**28
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: precision "fp32", "bf16" or "fp16", the layout of feature maps, and the
-    images. Everyone's model gets the same."""
+    """A measurement: precision ("fp32", "bf16" or "fp16"), layout of feature maps, and images. They
+    are the same for all models."""
 
     precision: str
     channels_last: bool
@@ -47,7 +47,7 @@ class Case:
 
 
 def random_batch(case: Case) -> list[dict]:
-    """Noise with boxes of 8 to 512 pixels, in Detectron2's format; fixed seed."""
+    """Return noise with boxes of 8 to 512 pixels, in Detectron2's format; fixed seed."""
     generator = torch.Generator().manual_seed(0)
     corner = torch.tensor([case.width, case.height] * 2)
     batch = []
@@ -64,7 +64,7 @@ def random_batch(case: Case) -> list[dict]:
 
 
 def build_ours(case: Case) -> Peer:
-    """The detector of a config, in the precision and layout of the case."""
+    """Return the detector of a config, in the precision and layout of the case."""
     options = [
         *("MODEL.DEVICE", case.device, "MODEL.ATSS.NUM_CLASSES", NUM_CLASSES),
         *("MODEL.ATSS.PRECISION", case.precision),
@@ -77,7 +77,7 @@ def build_ours(case: Case) -> Peer:
 
 
 def build(name: str, case: Case) -> Peer:
-    """Ours or one of PEERS, on the device of the case."""
+    """Return our detector or one of PEERS, on the device of the case."""
     torch.manual_seed(0)
     if name == OURS:
         return build_ours(case)
@@ -88,11 +88,11 @@ def build(name: str, case: Case) -> Peer:
 
 
 def training_step(peer: Peer, batch: list[dict], iteration: int = 1) -> Callable[[], None]:
-    """Forward, backward and a step of SGD; the learning rate is zero, so that all steps are of the
-    same weights.
+    """Return a training step: forward, backward and SGD with a learning rate of zero, so that the
+    weights stay the same.
 
     Args:
-        iteration: of the training, for what changes in its course.
+        iteration: of the training, which decides the phase.
     """
     prepared = peer.prepare(batch)
     optimizer = sgd(peer.model)
@@ -109,7 +109,7 @@ def training_step(peer: Peer, batch: list[dict], iteration: int = 1) -> Callable
 
 
 def inference(peer: Peer, batch: list[dict]) -> Callable[[], None]:
-    """From images to detections."""
+    """Return a function from images to detections."""
     prepared = peer.prepare(batch)
 
     def detect() -> None:
@@ -121,17 +121,17 @@ def inference(peer: Peer, batch: list[dict]) -> Callable[[], None]:
 
 
 def sgd(model: nn.Module, foreach: bool | None = None) -> torch.optim.Optimizer:
-    """Of a learning rate of zero.
+    """Return SGD with a learning rate of zero.
 
     Args:
-        foreach: as torch's; None: on a GPU alone.
+        foreach: see torch; None: only on a GPU.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.SGD(parameters, lr=0.0, momentum=0.9, foreach=foreach)
 
 
 def beside_peers(names: Sequence[str], case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
-    """{"training step" or "inference": {name: seconds per batch}}, all models in turn."""
+    """Return {"training step" or "inference": {name: seconds per batch}}, all models in turn."""
     device, batch = torch.device(case.device), random_batch(case)
     models = {name: build(name, case) for name in names}
     steps = {name: training_step(peer, batch) for name, peer in models.items()}
@@ -143,8 +143,8 @@ def beside_peers(names: Sequence[str], case: Case, runs: int) -> dict[str, dict[
 
 
 def beside_configs(files: Sequence[str], case: Case, runs: int) -> dict[str, tuple[Seconds, int]]:
-    """{config: a training step of its last phase, in turn with the others', and parameters}, that
-    of the case first."""
+    """Return {config: (seconds of a training step of its last phase, number of parameters)}, all
+    configs in turn, that of the case first."""
     device, batch = torch.device(case.device), random_batch(case)
     steps, parameters = {}, {}
     for file in (case.config_file, *files):
@@ -158,7 +158,7 @@ def beside_configs(files: Sequence[str], case: Case, runs: int) -> dict[str, tup
 
 
 def parts(case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
-    """The parts of our step and of our inference."""
+    """Measure the parts of our training step and of our inference."""
     device, batch = torch.device(case.device), random_batch(case)
     model = build_ours(case).model
     optimizer = sgd(model)
@@ -188,9 +188,9 @@ def parts(case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
         gt = GroundTruth.from_instances(instances).to(device)
         boxes = model.box_coder.decode(output.box_regression, anchors.boxes, anchors.stride)
         watch.lap("decoding")
-        seen = Predictions(output.map(torch.Tensor.detach), boxes.detach())
+        detached = Predictions(output.map(torch.Tensor.detach), boxes.detach())
         branch = model.branches[model.inference].phases[-1]
-        assignment = branch.assigner(anchors, gt, seen)
+        assignment = branch.assigner(anchors, gt, detached)
         watch.lap("assignment")
         losses = branch.criterion(output, boxes, anchors, gt, assignment)
         watch.lap("criterion")
@@ -198,8 +198,8 @@ def parts(case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
         sum(losses.values()).backward()
         watch.lap("criterion, backward")
         pairs = zip(predictions[:3], output[:3], strict=True)
-        tensors, given = zip(*((a, b) for a, b in pairs if a is not None), strict=True)
-        torch.autograd.backward(tensors, [x.grad for x in given])
+        tensors, leaves = zip(*((a, b) for a, b in pairs if a is not None), strict=True)
+        torch.autograd.backward(tensors, [x.grad for x in leaves])
         watch.lap("head and backbone, backward")
         optimizer.step()
         watch.lap("optimizer")
@@ -208,8 +208,8 @@ def parts(case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
     def detect(watch: Stopwatch) -> None:
         model.eval()
         images, features, predictions = network(watch)
-        # An untrained head finds nothing. Lowered so that 1,000 (anchor, class) pairs of an image
-        # pass the threshold, as on a crowded image.
+        # No score of an untrained head passes the threshold, so it is lowered until 1,000 (anchor,
+        # class) pairs of an image pass, as on a crowded image.
         passing = predictions.map(torch.Tensor.float).probability()
         if model.postprocess.threshold_on_score and predictions.quality is not None:
             quality = predictions.quality.float().sigmoid()[..., None].expand_as(passing)
@@ -227,8 +227,8 @@ def parts(case: Case, runs: int) -> dict[str, dict[str, Seconds]]:
 
 
 def batching(case: Case, runs: int) -> tuple[dict[str, Seconds], str]:
-    """Seconds per image of a batch together and one by one, and how the detections differ. The
-    threshold is that of an untrained head, so that there are detections to compare."""
+    """Return seconds per image of a batch together and one by one, and the difference of the
+    detections. The threshold is low enough for an untrained head."""
     model = build_ours(case).model.eval()
     model.postprocess.score_thresh = 0.0101
     batch = random_batch(case)
@@ -268,9 +268,9 @@ class _Traffic(TorchDispatchMode):
 
 
 def floor(case: Case) -> dict[str, float]:
-    """What our step has to do, and how fast this machine does such things: operations of its
-    convolutions, bytes that its operators read and write one by one, the rate of a large matrix
-    product in the same precision, and the bandwidth of copying."""
+    """Return a lower bound of our step's time on this machine, by parts: operations of its
+    convolutions, bytes that its operators read and write, the rate of a large matrix product in the
+    same precision, and the bandwidth of a copy."""
     device = torch.device(case.device)
     step = training_step(build_ours(case), random_batch(case))
     step()
@@ -291,8 +291,8 @@ def floor(case: Case) -> dict[str, float]:
 
 
 def peak_memory(name: str, case: Case) -> float:
-    """MiB at the highest moment of two training steps: on a GPU what is allocated, on a CPU the
-    resident memory of a fresh process."""
+    """Return the peak MiB of two training steps: on a GPU allocated memory, on a CPU the resident
+    memory of a new process."""
     if case.device.startswith("cuda"):
         return _gpu_mebibytes(name, case)
     return in_fresh_process(_cpu_mebibytes, name, case)

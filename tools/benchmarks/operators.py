@@ -1,7 +1,7 @@
-"""Operators that a step starts on a GPU, and how often the host waits for one: counted on a CPU.
+"""Operators that a step starts on a GPU, and waits of the host: counted on a CPU.
 
-With few images a GPU is faster than the host that starts its operators, so these counts decide how
-long a step takes.
+With few images a GPU is faster than the host that starts its operators, so these counts determine
+the time of a step.
 """
 
 import re
@@ -36,7 +36,7 @@ from atss.modeling.criterion import divide
 
 from .model import OURS, Case, build, random_batch, sgd
 from .peers import Peer
-from .scenes import NUM_CLASSES, Seen, random_scene
+from .scenes import NUM_CLASSES, Scene, random_scene
 from .timing import table
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -44,7 +44,7 @@ ENGINES = ("tables", "lists")
 OBJECTS = (14, 200, 2000)
 BESIDE = (OURS, "detectron2-retinanet", "detectron2-fcos")
 TAIL = "decoding, assignment, criterion"
-# Ours divides the losses apart; for peers this is in the parts beside it.
+# Only our detector divides the losses in a separate step.
 FORWARD = ("images", "backbone", "head", TAIL, "division of losses")
 BACKWARD = (
     "division, backward",
@@ -58,12 +58,12 @@ PARTS = (*FORWARD, *BACKWARD)
 
 @dataclass
 class Counts:
-    """What was counted since the last lap.
+    """Counts since the last lap.
 
     Attributes:
-        operators: started, without views.
-        waits: operators after which the host knows a value or a shape that depends on values, and
-            copies that are not asked to be non-blocking.
+        operators: number of operators, without views.
+        waits: operators that return a value, or a shape that depends on values, to the host, and
+            copies that are not non-blocking.
         to_host, to_gpu: copies of tensors.
     """
 
@@ -80,10 +80,10 @@ class Counts:
 
 
 class Counter(TorchDispatchMode):
-    """A count of the operators of all tensors.
+    """Counts the operators of all tensors.
 
     Attributes:
-        now: since the last lap.
+        now: counts since the last lap.
         laps: {part: counts} of the parts that :meth:`lap` ended.
     """
 
@@ -100,16 +100,16 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class PretendedGPU(Counter):
-    """A device "cuda" on any machine, and a count of what it is given to do.
+class SimulatedGPU(Counter):
+    """A simulated device "cuda" that counts its operators, waits and copies.
 
-    Its tensors are FakeTensors, which raise if devices are mixed, or if the host would have to know
-    a value. Each has a real tensor of the CPU beside it, so values are right. Tensors of the host
-    are real, and their operators are not counted. It has no backward pass: torch's builds for CUDA
-    refuse one without a GPU.
+    Its tensors are FakeTensors, which raise an error if devices are mixed or if the host reads a
+    value. Each has a real tensor on the CPU beside it, so values are right. Tensors of the host are
+    real, and their operators are not counted. A backward pass is impossible: torch's builds for
+    CUDA refuse one without a GPU.
 
     Args:
-        may_wait: count waits; False: raise torch's error at the first value that the host asks for.
+        may_wait: count waits; False: raise torch's error at the first one.
     """
 
     def __init__(self, may_wait: bool = True) -> None:
@@ -118,12 +118,12 @@ class PretendedGPU(Counter):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.entered = ExitStack()
 
-    def __enter__(self) -> "PretendedGPU":
+    def __enter__(self) -> "SimulatedGPU":
         enter = self.entered.enter_context
-        # torch.autocast refuses a GPU that is not there.
+        # torch.autocast refuses to run without a GPU.
         enter(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False))
         enter(mock.patch("torch.cuda.is_bf16_supported", return_value=True))
-        # cuDNN's operators have no values on a CPU; those in their place are as many.
+        # cuDNN's operators have no values on a CPU; without cuDNN the number of operators is equal.
         enter(torch.backends.cudnn.flags(enabled=False))
         enter(self.fake)
         return super().__enter__()
@@ -140,7 +140,7 @@ class PretendedGPU(Counter):
         if not on_gpu and device == CPU:
             with unset_fake_temporarily():
                 return function(*args, **kwargs)
-        if function.namespace == "prim":  # asks for the device
+        if function.namespace == "prim":  # reads the device
             return function(*args, **kwargs)
         self.now.operators += not function.is_view
         with unset_fake_temporarily():
@@ -164,7 +164,7 @@ class PretendedGPU(Counter):
     def _count_copies(self, function, args, kwargs, tensors, result) -> None:
         copies = function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
         to_host = any(isinstance(x, Tensor) and x.device == CPU for x in tree_leaves(result))
-        # A number of the host is an argument of a kernel.
+        # A scalar tensor of the host is an argument of a kernel, not a copy.
         from_host = [x for x in tensors if not isinstance(x, FakeTensor) and (copies or x.dim())]
         to_gpu = bool(from_host) and not to_host
         self.now.to_host += to_host
@@ -181,8 +181,8 @@ class PretendedGPU(Counter):
 
 
 def _sets_where_true(function: Callable, args: tuple) -> bool:
-    """Whether it is x[mask] = values, for which a GPU looks for what is true. A fake one does not;
-    and of a single value both make a masked_fill."""
+    """Return whether it is x[mask] = values, for which a GPU searches the true elements, but a
+    FakeTensor does not. A single value becomes a masked_fill on both."""
     put = torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default
     masks = function in put and any(x is not None and x.dtype == torch.bool for x in args[1])
     return masks and args[2].numel() > 1
@@ -193,7 +193,7 @@ def _value(x: object) -> object:
 
 
 def _with_value(result: object, value: object) -> object:
-    """A result of the GPU with its value beside it; one of the host itself."""
+    """Return a result on the GPU with its value beside it, or a result on the host."""
     if not isinstance(result, FakeTensor) or result.device == CPU:
         return value
     result.value = value
@@ -206,33 +206,33 @@ def _with_value(result: object, value: object) -> object:
 
 
 def registered_rules() -> Iterator[tuple[str, Callable]]:
-    """Every rule by its name, with the arguments that it has by default."""
+    """Yield the name of every rule and the rule with its default arguments."""
     cfg = get_cfg()
     add_atss_config(cfg)
     node = cfg.MODEL.ATSS
     for node.ASSIGNER, _ in ASSIGNER_REGISTRY:
-        known = {"num_levels": len(node.IN_FEATURES), "num_classes": NUM_CLASSES}
-        yield node.ASSIGNER, ASSIGNER_REGISTRY.build(node, **known)
+        injected = {"num_levels": len(node.IN_FEATURES), "num_classes": NUM_CLASSES}
+        yield node.ASSIGNER, ASSIGNER_REGISTRY.build(node, **injected)
 
 
-def on_gpu(scene: Seen) -> Seen:
-    """A scene of the host, copied to the GPU that is pretended."""
-    anchors, gt, seen = scene
-    output = seen.output.map(lambda x: x.to(GPU))
+def on_gpu(scene: Scene) -> Scene:
+    """Copy a scene to the simulated GPU."""
+    anchors, gt, predictions = scene
+    output = predictions.output.map(lambda x: x.to(GPU))
     anchors = replace(anchors, boxes=anchors.boxes.to(GPU))
-    return anchors, gt.to(GPU), Predictions(output, seen.boxes.to(GPU))
+    return anchors, gt.to(GPU), Predictions(output, predictions.boxes.to(GPU))
 
 
 def count_rule(
-    rule: Callable, scene: Seen, engine: str, may_wait: bool = True, **limit: int
+    rule: Callable, scene: Scene, engine: str, may_wait: bool = True, **limit: int
 ) -> tuple[Counts, Assignment]:
-    """One call on the GPU, of anchors that have been used before, and its result on the host."""
-    with PretendedGPU(may_wait) as gpu, use_engine(engine, **limit):
-        anchors, gt, seen = on_gpu(scene)
+    """Return counts of one call on the GPU, with anchors of an earlier call, and its result."""
+    with SimulatedGPU(may_wait) as gpu, use_engine(engine, **limit):
+        anchors, gt, predictions = on_gpu(scene)
         few = replace(gt, **{x: getattr(gt, x)[:2] for x in ("boxes", "classes", "image_index")})
-        rule(anchors, few, seen)
-        gpu.lap("what is kept with the anchors")
-        assignment = rule(anchors, gt, seen)
+        rule(anchors, few, predictions)
+        gpu.lap("first call")
+        assignment = rule(anchors, gt, predictions)
         gpu.lap("call")
         on_host = Assignment(*(x if x is None else x.cpu() for x in vars(assignment).values()))
     return gpu.laps["call"], on_host
@@ -267,9 +267,8 @@ def _cell(counts: Mapping[str, int]) -> str:
 def count_step(name: str, case: Case) -> dict[str, Counts]:
     """Counts of the parts of a training step, of our detector or of a peer.
 
-    The forward pass is counted on the GPU that is pretended. Backward pass and optimizer are
-    counted on the CPU, with the casts of CUDA's autocast, whose GroupNorm is float32, and grouped
-    as on a GPU.
+    The forward pass is counted on the simulated GPU. Backward pass and optimizer are counted on the
+    CPU, with the casts of CUDA's autocast, whose GroupNorm is float32, and grouped as on a GPU.
     """
     peer, batch = build(name, case), random_batch(case)
     optimizer = sgd(peer.model, foreach=True)
@@ -277,7 +276,7 @@ def count_step(name: str, case: Case) -> dict[str, Counts]:
     with grouped, mock.patch.object(F, "group_norm", _group_norm_of_cuda):
         for _ in range(2):
             counter = _step(peer, batch, optimizer)
-    with PretendedGPU() as gpu:
+    with SimulatedGPU() as gpu:
         peer.model.to(GPU)
         for _ in range(2):
             gpu.laps.clear()
@@ -292,7 +291,7 @@ def _group_norm_of_cuda(x: Tensor, *args: object, call: Callable = F.group_norm)
 
 
 def _step(peer: Peer, batch: list[dict], optimizer: torch.optim.Optimizer) -> Counter:
-    """Of a step on the CPU, with laps of the parts of its backward pass, and of the optimizer."""
+    """Count a step on the CPU, with laps of the parts of its backward pass and the optimizer."""
     peer.model.train()
     optimizer.zero_grad()
     counter, outputs = Counter(), {}
@@ -302,8 +301,8 @@ def _step(peer: Peer, batch: list[dict], optimizer: torch.optim.Optimizer) -> Co
             module, keep = peer.model.get_submodule(part), partial(_keep, outputs, part)
             hooks.enter_context(module.register_forward_hook(keep))
         losses = peer.losses(batch)
-        # The engine runs the later of two operators first, so the gradient of any output of a part
-        # is complete after all that follows the part, and before the part itself.
+        # Autograd runs the later of two operators first, so the gradient of any output of a part is
+        # complete after the backward pass of all later parts, and before that of the part.
         for outs, lap in zip(
             (totals, outputs["head"], outputs["backbone"]), BACKWARD[:3], strict=True
         ):
@@ -329,7 +328,7 @@ def _first(counter: Counter, lap: str, gradient: Tensor) -> None:
 
 @contextmanager
 def _laps_of_division(counter: Counter) -> Iterator[list[Tensor]]:
-    """Ends the lap of the tail where our detector divides its losses; yields what it divides."""
+    """End the lap of the tail when our detector divides its losses; yield the undivided losses."""
     totals: list[Tensor] = []
 
     def divide_apart(quotients: dict) -> dict:
@@ -355,11 +354,11 @@ def _laps_of_forward(model: nn.Module, counter: Counter) -> Iterator[None]:
 
 
 def count_kernels(case: Case) -> Counts:
-    """Kernels that torch.compile makes of decoding, assignment and criterion, forward and backward,
-    and the operators among them that it leaves as they are; counted on the CPU, in minutes.
+    """Count the kernels of decoding, assignment and criterion under torch.compile, forward and
+    backward, and the operators that it does not compile; on the CPU, in minutes.
 
     Raises:
-        ValueError: if it makes none.
+        ValueError: if torch.compile makes no kernels.
     """
     peer = build(OURS, replace(case, options=(*case.options, "MODEL.ATSS.COMPILE", "tail")))
     codes: list[str] = []
@@ -380,7 +379,7 @@ def print_steps(case: Case, compiled: bool) -> dict:
     counts}}}.
 
     Args:
-        compiled: count ours with MODEL.ATSS.COMPILE "tail", too.
+        compiled: also count ours with MODEL.ATSS.COMPILE "tail".
     """
     kernels = count_kernels(case) if compiled else None
     report = {}

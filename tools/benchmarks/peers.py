@@ -1,8 +1,8 @@
-"""Other projects' detectors, as far as they are installed, for tools/benchmark.py to measure beside
-ours: R-50 with FPN, the stem and the first stage frozen, all batch norms frozen, 80 classes.
+"""Detectors of other projects, for tools/benchmark.py: R-50 with FPN, stem and first stage frozen,
+all batch norms frozen, 80 classes.
 
-Each takes the same images and boxes, and runs in the same precision and memory layout: backbone,
-neck and head under autocast, all else in float32, as ours does.
+All have the same images, boxes, precision and memory layout as ours: backbone, neck and head under
+autocast, the rest in float32.
 """
 
 import importlib.abc
@@ -22,21 +22,20 @@ from torchvision.models import detection
 from torchvision.ops import FrozenBatchNorm2d, batched_nms
 
 NUM_CLASSES = 80
-# None leaves everything in float32.
+# None: float32.
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class Peer:
-    """A detector behind one interface.
+    """The interface of a detector.
 
     Attributes:
-        model: what is trained.
-        wide: the names of its parts that run under autocast.
-        prepare: Detectron2's list of dicts -> the arguments of ``losses`` and ``detect``, once,
-            outside what is timed.
-        losses: prepared batch -> losses by name, of a model in training mode.
-        detect: prepared batch -> detections, of a model in evaluation mode.
+        model: the trained module.
+        wide: names of its parts that run under autocast.
+        prepare: Detectron2's list of dicts -> the argument of ``losses`` and ``detect``; not timed.
+        losses: prepared batch -> losses by name, in training mode.
+        detect: prepared batch -> detections, in evaluation mode.
     """
 
     model: nn.Module
@@ -47,7 +46,7 @@ class Peer:
 
 
 def in_precision(peer: Peer, dtype: torch.dtype | None, channels_last: bool) -> None:
-    """Applies what MODEL.ATSS.PRECISION and CHANNELS_LAST mean for ours, in place."""
+    """Apply precision and memory layout as MODEL.ATSS.PRECISION and CHANNELS_LAST do, in place."""
     if channels_last:
         peer.model.to(memory_format=torch.channels_last)
     for name in peer.wide if dtype is not None else ():
@@ -82,7 +81,7 @@ def _detectron2(config: str) -> Peer:
     import detectron2
     from detectron2.config import LazyConfig, instantiate
 
-    # Not by detectron2.model_zoo: it imports pkg_resources, which setuptools 82 removed.
+    # detectron2.model_zoo imports pkg_resources, which setuptools 82 removed.
     file = Path(detectron2.__file__).parent / "model_zoo" / "configs" / config
     model = instantiate(LazyConfig.load(str(file)).model)
     return Peer(model, ("backbone", "head"), lambda batch: batch, model, model)
@@ -95,7 +94,7 @@ def _detectron2(config: str) -> Peer:
 
 def _torchvision(build: Callable[..., nn.Module]) -> Peer:
     model = build(weights=None, weights_backbone=None, num_classes=NUM_CLASSES)
-    # Images come in their final size. torchvision's own _skip_resize is for training alone.
+    # Images have their final size. torchvision's _skip_resize works in training only.
     model.transform.resize = lambda image, target: (image, target)
     _freeze_norms(model.backbone)
     for name in ("conv1", "layer1"):
@@ -129,8 +128,8 @@ def _freeze_norms(module: nn.Module) -> None:
 
 
 class _MissingOperators(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Lets mmdet be imported with mmcv-lite, which has no compiled operators: ``mmcv.ops`` gives
-    torchvision's suppression, and an empty class for whatever else is asked of it."""
+    """Makes mmdet importable with mmcv-lite, which has no compiled operators: ``mmcv.ops`` has
+    torchvision's suppression, and an empty class for each other name."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname == "mmcv.ops" or fullname.startswith("mmcv.ops."):
@@ -153,9 +152,10 @@ class _MissingOperators(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def import_mmdet() -> None:
-    """
+    """Import mmdet.
+
     Raises:
-        ImportError: where it is not installed.
+        ImportError: if it is not installed.
     """
     complete = importlib.util.find_spec("mmcv._ext")  # of mmcv, not of mmcv-lite
     if complete is None and not any(isinstance(x, _MissingOperators) for x in sys.meta_path):
@@ -177,7 +177,7 @@ def _mmdet(config: str) -> Peer:
     cfg = get_config(f"mmdet::{config}").model
     cfg.backbone.init_cfg = None  # no download
     model = MODELS.build(cfg)
-    logging.disable()  # a page of names
+    logging.disable()  # it logs each name
     model.init_weights()
     logging.disable(logging.NOTSET)
 
@@ -223,7 +223,7 @@ PEERS: dict[str, Callable[[], Peer]] = {
 
 
 def installed(name: str) -> bool:
-    """Whether a peer can be measured here; only mmdet may be missing."""
+    """Return whether a peer is installed; only mmdet may be missing."""
     if not name.startswith("mmdet"):
         return True
     try:

@@ -1,4 +1,4 @@
-"""The rules that look at predictions, beside mmdet's, and how their cost grows."""
+"""Rules that look at predictions, beside mmdet's, and the growth of their time."""
 
 import warnings
 from collections.abc import Callable
@@ -17,23 +17,23 @@ from .peers import import_mmdet
 from .scenes import NUM_CLASSES, random_scene
 from .timing import in_fresh_process, in_turn, peak_mebibytes, resident_mebibytes, table
 
-# Those beside mmdet's, and all.
+# Rules that are compared with each other, and all rules.
 LOOKING = ("ATSS", "TAL", "SimOTA", "SoftLabel", "OTA", "PAA")
 RULES = (*LOOKING, "DDOD", "POTO", "MaxIoU", "SpatialScale")
 
 
 def make_rule(name: str) -> Callable:
-    """A rule with its defaults. DDOD was ATSS with an alpha until it had a name."""
+    """Return a rule with its defaults. In older commits DDOD is ATSS with an alpha."""
     if name == "DDOD" and not hasattr(assigners, name):
         return assigners.ATSS(alpha=0.8)
     return getattr(assigners, name)()
 
 
-def mmdets(anchors: Anchors, gt: GroundTruth, seen: Predictions) -> dict[str, Callable]:
-    """mmdet's assigners on one image, by the names of ours.
+def mmdets(anchors: Anchors, gt: GroundTruth, predictions: Predictions) -> dict[str, Callable]:
+    """Return calls of mmdet's assigners on one image, by the names of ours.
 
     Raises:
-        ImportError: where it is not installed.
+        ImportError: if mmdet is not installed.
     """
     import_mmdet()
     from mmdet.models.task_modules.assigners import (
@@ -46,7 +46,7 @@ def mmdets(anchors: Anchors, gt: GroundTruth, seen: Predictions) -> dict[str, Ca
     centre = (anchors.boxes[:, :2] + anchors.boxes[:, 2:]) / 2
     points = torch.cat([centre, anchors.stride[:, None].expand(-1, 2)], dim=1)
     objects = InstanceData(bboxes=gt.boxes, labels=gt.classes)
-    logits, boxes = seen.output.classes[0], seen.boxes[0]
+    logits, boxes = predictions.output.classes[0], predictions.boxes[0]
     kinds = {
         "TAL": (TaskAlignedAssigner(topk=13), anchors.boxes, logits.sigmoid()),
         "SimOTA": (SimOTAAssigner(), points, logits.sigmoid()),
@@ -61,7 +61,7 @@ def mmdets(anchors: Anchors, gt: GroundTruth, seen: Predictions) -> dict[str, Ca
 
 
 def sklearns_mixture(values: np.ndarray) -> None:
-    """What PAA's mixture does, object by object, as PAA's authors and mmdet do it."""
+    """Fit PAA's mixtures object by object, as PAA's authors and mmdet do."""
     from sklearn.mixture import GaussianMixture
 
     for row in values:
@@ -80,11 +80,11 @@ def sklearns_mixture(values: np.ndarray) -> None:
 
 
 def extra_mebibytes(name: str, count: int, num_images: int) -> float:
-    """By how much one call raises the peak memory of this process."""
+    """Return the increase of this process's peak memory by one call."""
     rule = make_rule(name)
-    rule(*random_scene(3))  # what the library itself loads
+    rule(*random_scene(3))  # loads libraries
     scene = random_scene(count, num_images)
-    # So that what the scene was made with does not hide what the rule needs.
+    # Freed memory of making the scene would hide that of the rule.
     ballast = torch.ones(max(0, int((peak_mebibytes() - resident_mebibytes()) * 2**18)))
     before = peak_mebibytes()
     rule(*scene)
@@ -93,8 +93,8 @@ def extra_mebibytes(name: str, count: int, num_images: int) -> float:
 
 
 def beside_mmdet(runs: int, against_mmdet: bool, crowd: bool) -> dict:
-    """Prints tables of milliseconds, ratios and memory; returns what stands in them."""
-    # Here, because against.py runs this file with packages of other commits.
+    """Print tables of milliseconds, ratios and memory; return their values."""
+    # Imported here because against.py runs this file with packages of other commits.
     from atss.assigners.mixture import mixture
 
     rules = {name: make_rule(name) for name in LOOKING}
@@ -106,7 +106,7 @@ def beside_mmdet(runs: int, against_mmdet: bool, crowd: bool) -> dict:
         seconds = in_turn(functions, runs, CPU)
         report["ms"][count] = {name: s.median * 1e3 for name, s in seconds.items()}
         rows.append([count, *(f"{s.median * 1e3:.1f}" for s in seconds.values())])
-    print("\nmilliseconds, one image of 800 x 1344 with so many objects\n")
+    print("\nmilliseconds, one image of 800 x 1344 by number of objects\n")
     print(table(["objects", *rules], rows))
     ms = report["ms"]
     growth = {name: ms[5000][name] / ms[1000][name] for name in rules}
@@ -116,7 +116,7 @@ def beside_mmdet(runs: int, against_mmdet: bool, crowd: bool) -> dict:
     for count in (100, 1000) if against_mmdet else ():
         scene = random_scene(count)
         theirs = mmdets(*scene)
-        # At 1,000 objects mmdet's others want more than 23 GB.
+        # At 1,000 objects the other rules of mmdet need more than 23 GB.
         for name in theirs if count == 100 else ["TAL"]:
             rule = rules[name]
             functions = {"ours": lambda r=rule, s=scene: r(*s), "mmdet": theirs[name]}
@@ -155,13 +155,13 @@ def beside_mmdet(runs: int, against_mmdet: bool, crowd: bool) -> dict:
     return report
 
 
-def paa_costs(anchors: Anchors, gt: GroundTruth, seen: Predictions) -> torch.Tensor:
-    """(G, M) in rising order, infinite where a row ends: what PAA fits its mixtures to, the costs
-    of the 9 cheapest candidates of each object and level."""
+def paa_costs(anchors: Anchors, gt: GroundTruth, predictions: Predictions) -> torch.Tensor:
+    """Return the (G, M) values to which PAA fits its mixtures: the costs of the 9 cheapest
+    candidates of each object and level, ascending, padded by infinity."""
     first = assigners.MaxIoU(0.1, 0.1, claims_go_to="claimant")(anchors, gt).gt_index
     image, index = (first >= 0).nonzero(as_tuple=True)
     owner, level = first[image, index], anchors.level_of(index)
-    output = seen.output.map(lambda x: x[image, index].double())
+    output = predictions.output.map(lambda x: x[image, index].double())
     targets = one_hot(gt.classes[owner], NUM_CLASSES).double()
     cost = Focal()(output.probability(), output.cross_entropy(targets), targets).sum(dim=1)
     cost += 1.3 * giou_loss(output.box_regression, gt.boxes[owner].double())

@@ -1,4 +1,4 @@
-"""Objects, and what a model that has learnt something predicts for them."""
+"""Random objects, and predictions as of a partly trained model."""
 
 import torch
 from torch import Tensor
@@ -10,12 +10,14 @@ from atss.structures import Predictions
 from .assignment import SMALL, random_objects
 
 NUM_CLASSES = 20
-Seen = tuple[Anchors, GroundTruth, Predictions]
+Scene = tuple[Anchors, GroundTruth, Predictions]
 
 
-def random_scene(count: int, num_images: int = 1, canvas_hw: tuple[int, int] = SMALL) -> Seen:
-    """Objects of random_objects in 20 classes. Each anchor predicts the smallest object that it
-    lies in, or its own box, every side moved by a tenth (standard deviation) of the box's."""
+def random_scene(count: int, num_images: int = 1, canvas_hw: tuple[int, int] = SMALL) -> Scene:
+    """Return objects of random_objects in 20 classes with predictions.
+
+    Each anchor predicts the smallest object that contains its centre, or its own box; each side is
+    moved by a tenth (standard deviation) of the box's side."""
     anchors, gt = Anchors.grid(canvas_hw), random_objects(count, canvas_hw, num_images)
     generator = torch.Generator().manual_seed(1)
     classes = torch.randint(NUM_CLASSES, (count,), generator=generator)
@@ -31,11 +33,11 @@ def random_scene(count: int, num_images: int = 1, canvas_hw: tuple[int, int] = S
 
 
 def _smallest_around(anchors: Anchors, objects: Tensor) -> Tensor:
-    """(R, 4) smallest object that the centre of each anchor lies in, or the anchor's own box."""
+    """Return the (R, 4) smallest objects that contain the anchors' centres, or the anchors."""
     boxes, smallest = anchors.boxes.clone(), torch.full((len(anchors.boxes),), torch.inf)
-    for some in objects.split(256) if len(objects) else ():  # bounds memory
-        inside = nearest_side(anchors.points[:, None], some.double()) > 0
-        size, which = torch.where(inside, area(some.double()).float(), torch.inf).min(dim=1)
+    for part in objects.split(256) if len(objects) else ():  # bounds memory
+        inside = nearest_side(anchors.points[:, None], part.double()) > 0
+        size, which = torch.where(inside, area(part.double()).float(), torch.inf).min(dim=1)
         smaller = size < smallest
-        boxes[smaller], smallest[smaller] = some[which[smaller]], size[smaller]
+        boxes[smaller], smallest[smaller] = part[which[smaller]], size[smaller]
     return boxes

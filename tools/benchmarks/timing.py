@@ -1,4 +1,4 @@
-"""Seconds and bytes: calls in turn, medians with intervals, peak memory."""
+"""Time and memory: calls in turn, medians with intervals, peak memory."""
 
 import math
 import multiprocessing
@@ -14,18 +14,18 @@ from scipy.stats import binom
 
 
 class Stopwatch:
-    """Notes moments by name: on a GPU with events, since the host runs ahead of it."""
+    """Measures the parts of a function; on a GPU by events, because the host runs ahead of it."""
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
         self.moments = [("start", self._now())]
 
     def lap(self, name: str) -> None:
-        """Ends a part."""
+        """End a part."""
         self.moments.append((name, self._now()))
 
     def laps(self) -> dict[str, float]:
-        """Seconds of each part; waits for the GPU."""
+        """Wait for the GPU, and return the seconds of each part."""
         if self.on_gpu:
             torch.cuda.synchronize()
         pairs = zip(self.moments, self.moments[1:], strict=False)
@@ -44,7 +44,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Repeated measurements of one thing."""
+    """Repeated measurements of one function."""
 
     values: tuple[float, ...]
 
@@ -54,22 +54,24 @@ class Seconds:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of at least 95 % confidence that the median lies within: two order statistics, by the
-        binomial distribution; of fewer than six values the extremes, at less confidence."""
+        """Two order statistics that enclose the median with at least 95 % confidence (binomial
+        distribution); for fewer than six values the extremes, with less confidence."""
         ordered = sorted(self.values)
         outside = max(int(binom.ppf(0.025, len(ordered), 0.5)) - 1, 0)
         return ordered[outside], ordered[-1 - outside]
 
     def over(self, other: "Seconds") -> "Seconds":
-        """The ratios to another's, turn by turn: what slows the machine for a while slows both."""
+        """Return the ratios to others turn by turn: a slow phase of the machine slows both."""
         return Seconds(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
 
 
 def in_turn(
     functions: dict[str, Callable[[], object]], runs: int, device: torch.device
 ) -> dict[str, Seconds]:
-    """Times several functions, in turn so that a change of the machine's mood meets all. What takes
-    less than a tenth of a second is called several times a turn, and counts with the mean."""
+    """Time several functions in turn, so that slow phases of the machine affect all of them.
+
+    A function that takes less than a tenth of a second is called several times a turn; its value is
+    the mean."""
     repeats = {}
     for name, function in functions.items():
         repeats[name] = enough_calls(function, device)
@@ -81,13 +83,13 @@ def in_turn(
 
 
 def enough_calls(function: Callable[[], object], device: torch.device) -> int:
-    """How many calls take a tenth of a second, after a first one."""
+    """Return the number of calls that take a tenth of a second, after a first call."""
     function()
     return max(1, math.ceil(0.1 / mean_seconds(function, 1, device)))
 
 
 def mean_seconds(function: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Of one call, of so many."""
+    """Return the mean seconds of a call."""
     watch = Stopwatch(device)
     for _ in range(repeats):
         function()
@@ -98,7 +100,7 @@ def mean_seconds(function: Callable[[], object], repeats: int, device: torch.dev
 def parts_in_turn(
     function: Callable[[Stopwatch], None], runs: int, device: torch.device
 ) -> dict[str, Seconds]:
-    """Times the laps that a function takes."""
+    """Time the parts of a function."""
     function(Stopwatch(device))
     laps = []
     for _ in range(runs):
@@ -109,29 +111,29 @@ def parts_in_turn(
 
 
 def peak_mebibytes() -> float:
-    """Peak resident memory of this process so far (Linux)."""
+    """Return the peak resident memory of this process (Linux)."""
     return _mebibytes("VmHWM")
 
 
 def resident_mebibytes() -> float:
-    """Resident memory of this process now (Linux)."""
+    """Return the present resident memory of this process (Linux)."""
     return _mebibytes("VmRSS")
 
 
-def _mebibytes(what: str) -> float:
+def _mebibytes(field: str) -> float:
     status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{what}:\s+(\d+) kB", status).group(1)) / 1024
+    return int(re.search(rf"{field}:\s+(\d+) kB", status).group(1)) / 1024
 
 
 def in_fresh_process(function: Callable[..., float], *args) -> float:
-    """What a function returns in a new process, whose peak memory is its own."""
+    """Call a function in a new process, so that peak memory is that of the call."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(function, args)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table that reads well on a terminal and in Markdown."""
+    """Return a Markdown table with aligned columns."""
     text = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*text, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in text]

@@ -1,6 +1,7 @@
-"""ATSS and its relatives on Detectron2 (arXiv 1912.02424). Importing registers everything."""
+"""ATSS (arXiv 1912.02424) and related detectors on Detectron2. The import registers all parts."""
 
 import warnings
+from typing import TYPE_CHECKING, Any
 
 try:
     import detectron2
@@ -12,7 +13,7 @@ except ImportError as error:
     ) from error
 
 with warnings.catch_warnings():
-    # It compiles losses when it is imported, in a way of which torch warns.
+    # Detectron2 compiles losses with torch.jit.script at import, which torch deprecates.
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
     import detectron2.modeling  # noqa: F401
 
@@ -30,7 +31,11 @@ from .structures import (
     Predictions,
 )
 
-__version__ = "0.2.0"
+if TYPE_CHECKING:
+    from .cli import train
+    from .predictor import Predictor
+
+__version__ = "0.3.0"
 __all__ = [
     "BACKGROUND",
     "IGNORE",
@@ -41,8 +46,23 @@ __all__ = [
     "GroundTruth",
     "HeadOutput",
     "Predictions",
+    "Predictor",
     "add_atss_config",
     "assigners",
     "load_config",
     "model_zoo",
+    "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Training and prediction import Detectron2's engine, which nothing else needs.
+    if name == "train":
+        from .cli import train
+
+        return train
+    if name == "Predictor":
+        from .predictor import Predictor
+
+        return Predictor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

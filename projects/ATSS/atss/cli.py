@@ -11,14 +11,17 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from detectron2.config import get_cfg
 
-from .engine.run import make_parser, start
+from .engine.run import hold_folder, make_parser, prepare, run, start
 from .errors import UserError
 from .labels import formats
+from .predictor import WEIGHTS, find_weights
 
 RECIPE = "ATSS_lite0_FPN_fine_tune"
 # Command -> the module of atss.tools, and a line for the list of commands.
@@ -32,7 +35,6 @@ COMMANDS = {
     "demo": ("digits", "train on a small generated data set, in minutes"),
     "bench": ("benchmark", "measure speed (needs a checkout of the project)"),
 }
-BEST_FIRST = ("model_best.pth", "model_final.pth")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -150,6 +152,45 @@ def train_arguments(args: argparse.Namespace) -> list[str]:
     return [*words, "OUTPUT_DIR", args.output]
 
 
+def train(
+    output: str | Path,
+    data: str | None = None,
+    *,
+    train: str | None = None,
+    val: str | None = None,
+    config: str | Path | None = None,
+    resume: bool = False,
+    opts: Sequence[Any] = (),
+) -> dict | None:
+    """Train from Python, in this process, as ``atss train`` does.
+
+        atss.train("out", "data.yaml", opts=["SOLVER.EPOCHS", 30])
+        detections = atss.Predictor("out")("photo.jpg")
+
+    Args:
+        output: folder for weights, logs and config.yaml.
+        data: data.yaml, obj.data or a folder, with splits train and val.
+        train, val: labels.json:images, data.yaml:split or folder:split; val "none" for none.
+        config: a name of the model zoo or a yaml file; by default the recipe for fine-tuning.
+        resume: continue the training in ``output``.
+        opts: KEY VALUE pairs over the config.
+    Returns:
+        the metrics of the last evaluation.
+
+    Raises:
+        UserError: naming what is wrong.
+    """
+    words = ["--output", str(output), *(["--resume"] * resume)]
+    named = {"data": data, "train": train, "val": val, "config": config}
+    words += [f"--{name}={value}" for name, value in named.items() if value is not None]
+    options = train_arguments(make_train_parser().parse_args(words))
+    args = make_parser().parse_intermixed_args([*options, *map(str, opts)])
+    with ExitStack() as held:
+        cfg = prepare(args)
+        hold_folder(args, cfg, held)
+        return run(args, cfg)
+
+
 def make_predict_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="atss predict",
@@ -163,7 +204,7 @@ def make_predict_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a training; with --weights a config also")
     add("inputs", nargs="+", metavar="INPUT", help="images, videos, or folders of them")
-    add("--weights", metavar="FILE", help=f"default: {' or '.join(BEST_FIRST)} in RUN")
+    add("--weights", metavar="FILE", help=f"default: {' or '.join(WEIGHTS)} in RUN")
     add("--output", metavar="FOLDER", help="for the results (default: RUN/predictions)")
     add("--score-threshold", default="0.4", help="least score that is drawn (default: 0.4)")
     add("--batch", default="4", metavar="N", help="images at a time (default: 4)")
@@ -181,7 +222,7 @@ def predict_arguments(args: argparse.Namespace) -> list[str]:
     config, weights, output = args.run, args.weights, args.output
     run = Path(args.run)
     if run.is_dir():
-        config, weights = str(run / "config.yaml"), weights or find_best(run)
+        config, weights = str(run / "config.yaml"), weights or str(find_weights(run))
         output = output or str(run / "predictions")
     if not weights:
         raise UserError(
@@ -193,18 +234,6 @@ def predict_arguments(args: argparse.Namespace) -> list[str]:
     words += ["--score-threshold", args.score_threshold, "--batch", args.batch]
     words += [f"--import={x}" for x in args.imports]
     return [*words, "--input", *args.inputs]
-
-
-def find_best(run: Path) -> str:
-    """The best weights in the folder of a training.
-
-    Raises:
-        UserError: if it has none.
-    """
-    for name in BEST_FIRST:
-        if (run / name).is_file():
-            return str(run / name)
-    raise UserError(f"{run} contains neither {' nor '.join(BEST_FIRST)}: pass --weights FILE")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Names of older versions, which work until 0.4.0 with a DeprecationWarning.
 
-Classes warn of their old attributes themselves, with :func:`warn`.
+Classes call :func:`warn` for their old attributes.
 """
 
 import importlib
@@ -13,8 +13,9 @@ from types import ModuleType
 from typing import Any
 
 _SELECT = "the method select, as docs/own_assigner.md shows, with atss.assigners"
-# Old name -> new name; after a blank what to write instead, if that is not the new name.
+# Old name -> new name. Text after a blank replaces the new name in the warning.
 NAMES = {
+    "atss.analysis.files.try_to_write": "atss.errors.check_writable",
     "atss.analysis.pictures.draw": "atss.analysis.pictures.draw_detections",
     "atss.assigners.cuts.Cheapest": (
         f"atss.assigners.legacy.Cheapest {_SELECT}.matching.select_cheapest"
@@ -22,7 +23,7 @@ NAMES = {
     "atss.assigners.cuts.DynamicK": f"atss.assigners.legacy.DynamicK {_SELECT}.sim_ota.dynamic_k",
     "atss.assigners.matching.class_cost": "atss.assigners.pairs.class_cost",
     "atss.assigners.matching.overlap": (
-        "atss.assigners.legacy.overlap a method that returns pairs.overlap"
+        "atss.assigners.legacy.overlap a method that returns pairs.similarity"
     ),
     "atss.assigners.pairs.INSIDE_MARGIN": "atss.assigners.locations.INSIDE_MARGIN",
     "atss.assigners.pairs.all_anchors": "atss.assigners.locations.all_anchors",
@@ -41,15 +42,30 @@ NAMES = {
     "atss.data.columns.Registered": "atss.data.records.Registered",
     "atss.data.formats.read": "atss.labels.formats.read_labels",
     "atss.data.images.naming": "atss.data.images.blame_file",
-    "atss.data.images.problems": "atss.labels.headers.problems",
+    "atss.data.images.provide": "atss.data.images.register_handler",
     "atss.data.images.read": "atss.data.images.read_image",
-    "atss.data.images.read_header": "atss.labels.headers.read_header",
-    "atss.data.images.verify": "atss.labels.headers.verify",
     "atss.data.samplers.page": "atss.data.samplers.format_report",
     "atss.data.splits.page": "atss.labels.splits.format_report",
+    "atss.engine.agreement.OF_A_MACHINE": "atss.engine.agreement.MACHINE_KEYS",
     "atss.engine.best.Standing": "atss.engine.best.BestRecord",
+    "atss.engine.evaluation.Awaited": "atss.engine.evaluation.PatientEvaluator",
     "atss.engine.exchange.Exchange": "atss.engine.all_gather.ScalarAllGather",
+    "atss.engine.hooks.AllLeave": "atss.engine.hooks.GroupExit",
+    "atss.engine.launch.NO_SHARED_MEMORY": "atss.engine.explain.SHARED_MEMORY_FULL",
+    "atss.engine.launch.abridge_terminal": "atss.engine.terminal.abridge_terminal",
+    "atss.engine.launch.check_host": "atss.engine.environment.check_host",
+    "atss.engine.launch.explain": "atss.engine.explain.explain",
+    "atss.engine.launch.keep_tracebacks_to_the_file": (
+        "atss.engine.terminal.hide_explained_tracebacks"
+    ),
+    "atss.engine.launch.local_size": "atss.engine.environment.local_size",
+    "atss.engine.launch.one_sentence": "atss.engine.explain.exit_with_message",
     "atss.engine.outlook.Outlook": "atss.engine.estimate.TrainingEstimate",
+    "atss.engine.run.NoSuchModule": "atss.errors.UserError",
+    "atss.engine.run.check_best": "atss.engine.checks.check_best",
+    "atss.engine.run.check_expected": "atss.engine.checks.check_expected",
+    "atss.engine.run.check_images": "atss.engine.checks.check_data",
+    "atss.engine.watch.first_of": "atss.engine.signals.first_of",
     "atss.losses.CLS_LOSSES": "atss.modeling.registry.CLS_LOSSES",
     "atss.modeling.DistributionFocal": "atss.modeling.terms.DistributionFocalLoss",
     "atss.modeling.GIoU": "atss.modeling.terms.GIoULoss",
@@ -57,6 +73,7 @@ NAMES = {
     "atss.modeling.NWD": "atss.modeling.terms.NWDLoss",
     "atss.modeling.SmoothL1": "atss.modeling.terms.SmoothL1Loss",
     "atss.modeling.head.Together": "atss.modeling.head.FusedConvs",
+    "atss.modeling.head.through": "atss.modeling.head.run_tower",
     "atss.modeling.terms.DistributionFocal": "atss.modeling.terms.DistributionFocalLoss",
     "atss.modeling.terms.GIoU": "atss.modeling.terms.GIoULoss",
     "atss.modeling.terms.IoU": "atss.modeling.terms.IoULoss",
@@ -68,11 +85,17 @@ NAMES = {
     "atss.parts.within": "atss.errors.check_range",
     "atss.weights.read": "atss.weights.load_weights",
 }
-# Old module -> new module, which has the names that are not in NAMES.
+# Old module -> new module, for names that are not in NAMES.
 MODULES = {
+    "atss.analysis.files": "atss.errors",
     "atss.assigners.cuts": "atss.assigners.legacy",
     "atss.assigners.scene": "atss.assigners.lists",
+    "atss.config.classes": "atss.config.derive",
+    "atss.config.pixels": "atss.config.derive",
     "atss.config.read": "atss.config.files",
+    "atss.config.sampling": "atss.config.build",
+    "atss.config.schedule": "atss.config.derive",
+    "atss.config.tta": "atss.config.build",
     "atss.data.check": "atss.labels.check",
     "atss.data.choice": "atss.labels.classes",
     "atss.data.coco_json": "atss.labels.coco",
@@ -91,30 +114,49 @@ MODULES = {
 }
 
 
-def renamed_names(module: str) -> Callable[[str], Any]:
-    """Make the ``__getattr__`` of a module that names have left."""
+def renamed_names(module: str, new_module: str = "") -> Callable[[str], Any]:
+    """Make the ``__getattr__`` of a module that names have left.
+
+    Args:
+        new_module: the module with the names that are not in NAMES.
+    """
 
     def find(name: str) -> Any:
         old = f"{module}.{name}"
-        if old not in NAMES:
+        target, _, instead = NAMES.get(old, new_module and f"{new_module}.{name}").partition(" ")
+        if not target:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        target, _, instead = NAMES[old].partition(" ")
-        warn(old, instead or target)
         place, _, new = target.rpartition(".")
-        return getattr(importlib.import_module(place), new)
+        value = getattr(importlib.import_module(place), new)
+        if not name.startswith("__"):  # the import system asks for those
+            warn(old, instead or target)
+        return value
 
     return find
 
 
+def renamed_attribute(old: str, new: str) -> property:
+    """Make a property that returns another attribute with a warning.
+
+    Args:
+        old, new: names, which begin with that of the class.
+    """
+
+    def get(instance: Any) -> Any:
+        warn(old, new)
+        return getattr(instance, new.rpartition(".")[2])
+
+    return property(get)
+
+
 def warn(name: str, instead: str) -> None:
-    """Warn about a name. The warning shows the line that calls the caller."""
+    """Warn that a name is deprecated, at the line that uses it: two frames above this function."""
     message = f"{name} is deprecated and goes with version 0.4.0: use {instead}"
     warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
 class OldModules(MetaPathFinder, Loader):
-    """Imports the modules of MODULES. Their names are looked up in NAMES, then in the new module,
-    each with a warning."""
+    """Import hook for the modules of MODULES."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -125,16 +167,7 @@ class OldModules(MetaPathFinder, Loader):
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        old, new = module.__name__, MODULES[module.__name__]
-
-        def find(name: str) -> Any:
-            if f"{old}.{name}" in NAMES:
-                return renamed_names(old)(name)
-            value = getattr(importlib.import_module(new), name)
-            if not name.startswith("__"):  # those are the import system's questions
-                warn(f"{old}.{name}", f"{new}.{name}")
-            return value
-
+        find = renamed_names(module.__name__, MODULES[module.__name__])
         module.__getattr__ = find  # type: ignore[method-assign]
 
 

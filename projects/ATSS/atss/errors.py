@@ -1,24 +1,28 @@
-"""Errors whose message is all that a user needs, and checks of arguments that raise them."""
+"""Errors that a user can fix, and checks of arguments that raise them."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """An error that the user can fix: a wrong config, wrong data or a wrong command.
+    """Error that the user can fix in config, data or command.
 
-    The commands print its message without a traceback. Every other error is a bug and keeps its
-    traceback.
+    Commands print its message without a traceback; any other error is a bug and keeps it.
     """
 
 
 class WrongValue(UserError):
-    """An argument has a value that is not allowed.
+    """Error for an argument whose value is not allowed.
 
     Args:
-        argument: its name. A config replaces it by its key.
-        complaint: the rest of the sentence.
+        argument: its name; :mod:`atss.registry` replaces it by the config key.
+        complaint: the rest of the message.
     """
 
     def __init__(self, argument: str, complaint: str):
@@ -30,7 +34,7 @@ def check_range(argument: str, value: Any, low: float, high: float = math.inf) -
     """Check that a number, or each number of a sequence, is between two bounds.
 
     Raises:
-        WrongValue: if one is out of range or no number, or the sequence is empty.
+        WrongValue: if a value is out of range or not a number, or the sequence is empty.
     """
     values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     for x in values:
@@ -49,3 +53,45 @@ def check_choice(argument: str, value: Any, choices: Sequence[Any]) -> None:
     """
     if value not in choices:
         raise WrongValue(argument, f"is {value!r}: choose from {[*choices]}")
+
+
+def arg(
+    default: T, *, low: float = -math.inf, high: float = math.inf, choices: Sequence[Any] = ()
+) -> T:
+    """Declare a dataclass field with a default and bounds or choices, for :class:`Checked`."""
+    check = partial(check_range, low=low, high=high)
+    if choices:
+        check = partial(check_choice, choices=choices)
+    return field(default=default, metadata={"check": check})
+
+
+class Checked:
+    """Base of dataclasses that checks fields declared with :func:`arg`. An override of
+    ``__post_init__`` calls that of its base first."""
+
+    def __post_init__(self) -> None:
+        for name, declared in getattr(self, "__dataclass_fields__", {}).items():
+            if "check" in declared.metadata:
+                declared.metadata["check"](name, getattr(self, name))
+
+
+def check_writable(option: str, *files: Path) -> None:
+    """Check that files can be written, before anything is computed: create their folders, and open
+    each file without changing it.
+
+    Args:
+        option: of the command line that names them.
+
+    Raises:
+        OSError: naming the option and the file.
+    """
+    for file in files:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            exists = file.exists()
+            with file.open("a"):
+                pass
+            if not exists:
+                file.unlink()
+        except OSError as error:
+            raise OSError(f"cannot write {option} {file}: {error.strerror}") from error

@@ -1,6 +1,6 @@
-"""Pure functions on boxes (..., 4) and points (..., 2). Leading dimensions broadcast.
+"""Pure functions of boxes (..., 4) and points (..., 2), whose leading dimensions broadcast.
 
-Boxes are (x1, y1, x2, y2), continuous; any unit, as long as it is one.
+Boxes are (x1, y1, x2, y2), continuous, in one unit of any length.
 """
 
 import torch
@@ -8,31 +8,31 @@ from torch import Tensor
 
 
 def centres(boxes: Tensor) -> Tensor:
-    """(..., 4) boxes -> (..., 2) centre points (x, y)."""
+    """Return the (..., 2) centres (x, y) of boxes."""
     return (boxes[..., :2] + boxes[..., 2:]) / 2
 
 
 def side_distances(points: Tensor, boxes: Tensor) -> Tensor:
-    """(..., 4) distances from a point to the left, top, right and bottom side of a box; negative
-    where the point lies beyond that side."""
+    """Return the (..., 4) distances from points to the left, top, right and bottom sides of boxes;
+    negative beyond that side."""
     return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
 
 
 def nearest_side(points: Tensor, boxes: Tensor) -> Tensor:
-    """(...) distance from a point to the nearest side of a box; negative where it lies outside."""
+    """Return the (...) distance from points to the nearest sides of boxes; negative outside."""
     (x, y), (x1, y1, x2, y2) = points.unbind(-1), boxes.unbind(-1)
     horizontal, vertical = torch.minimum(x - x1, x2 - x), torch.minimum(y - y1, y2 - y)
     return torch.minimum(horizontal, vertical)
 
 
 def area(boxes: Tensor) -> Tensor:
-    """(...) area; zero where a side is negative."""
+    """Return the (...) areas; 0 if a side is negative."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     return (x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)
 
 
 def intersection_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(...) areas of the intersection and of the union of two boxes."""
+    """Return the (...) areas of the intersections and of the unions of two boxes."""
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.unbind(-1), b.unbind(-1)
     width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
     height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
@@ -41,33 +41,30 @@ def intersection_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """(...) intersection over union; zero where both boxes are empty."""
+    """Return the (...) intersection over union; 0 if both boxes are empty."""
     intersection, union = intersection_union(a, b)
     return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
 def normalised_wasserstein(a: Tensor, b: Tensor, constant: float) -> Tensor:
-    """(...) similarity of two boxes as Gaussians (NWD, arXiv 2110.13389): with
-    differences d of centres and of sides, exp(-sqrt(dx^2 + dy^2 + (dw^2 + dh^2) / 4) / constant).
-
-    Args:
-        constant: in the boxes' unit.
-    """
-    apart = centres(a) - centres(b)
+    """Return the (...) normalised Wasserstein distance (NWD, arXiv 2110.13389): with differences d
+    of centres and of sides, exp(-sqrt(dx^2 + dy^2 + (dw^2 + dh^2) / 4) / constant). The constant is
+    in the boxes' unit."""
+    offset = centres(a) - centres(b)
     sides = (_sizes(a) - _sizes(b)) / 2
-    squared = (apart.square() + sides.square()).sum(-1)
-    # The root of 0 has no slope.
+    squared = (offset.square() + sides.square()).sum(-1)
+    # The square root has no gradient at 0.
     return (-squared.clamp(min=torch.finfo(squared.dtype).tiny).sqrt() / constant).exp()
 
 
 def similarity_distance(a: Tensor, b: Tensor, m: float, n: float) -> Tensor:
-    """(...) similarity of two boxes (SimD, arXiv 2407.02394): exp(-place - shape), each the length
-    of a vector of differences, of centres and of sides, over the sum of both boxes' sides, its x
-    times m and its y times n."""
+    """Return the (...) similarity distance (SimD, arXiv 2407.02394): exp(-location - shape), the
+    lengths of the differences of centres and of sides, each divided by the sum of both boxes' sides
+    and multiplied by m along x and n along y."""
     size_a, size_b = _sizes(a), _sizes(b)
-    together = (size_a + size_b).clamp(min=torch.finfo(a.dtype).tiny)
-    dx, dy = ((centres(a) - centres(b)) / together).unbind(-1)
-    dw, dh = ((size_a - size_b) / together).unbind(-1)
+    total = (size_a + size_b).clamp(min=torch.finfo(a.dtype).tiny)
+    dx, dy = ((centres(a) - centres(b)) / total).unbind(-1)
+    dw, dh = ((size_a - size_b) / total).unbind(-1)
     return (-torch.hypot(m * dx, n * dy) - torch.hypot(m * dw, n * dh)).exp()
 
 
@@ -76,12 +73,11 @@ def _sizes(boxes: Tensor) -> Tensor:
 
 
 def centerness(distances: Tensor) -> Tensor:
-    """How central a point is in its box (FCOS, arXiv 1904.01355, equation 3):
-    sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)), 1 in the middle, 0 on the border and
-    outside, where rules that do not ask for points inside may choose some.
+    """Return the centerness of points (FCOS, arXiv 1904.01355, equation 3):
+    sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)), 0 outside, where some rules have positives.
 
     Args:
-        distances: (..., 4) as from :func:`side_distances`, of a box with area.
+        distances: (..., 4) from :func:`side_distances`, of a box with area.
     """
     left, top, right, bottom = distances.clamp(min=0).unbind(-1)
     horizontal = torch.minimum(left, right) / torch.maximum(left, right)

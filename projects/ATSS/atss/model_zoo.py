@@ -1,4 +1,4 @@
-"""Configs and models by name, as Detectron2's model_zoo has them."""
+"""Configs and models by name, like Detectron2's model_zoo."""
 
 from typing import NamedTuple
 
@@ -13,12 +13,12 @@ __all__ = ["PUBLISHED", "Published", "get", "get_config", "get_config_file"]
 
 
 class Published(NamedTuple):
-    """Weights that mmdet publishes, for tools/convert_checkpoint.py.
+    """Weights in mmdet's model zoo, for tools/convert_checkpoint.py.
 
     Attributes:
-        detector: as of ``--detector``.
-        file: name in mmdet's model zoo.
-        ap: on COCO, as mmdet publishes it.
+        detector: value of ``--detector``.
+        file: name of the file.
+        ap: AP on COCO that mmdet publishes.
     """
 
     detector: str
@@ -45,16 +45,16 @@ PUBLISHED = (
 
 
 def get(name: str, weights: str | None = None, device: str | None = None) -> nn.Module:
-    """A model in evaluation mode.
+    """Build a model in evaluation mode.
 
     Args:
-        name: as in :func:`get_config_file`.
-        weights: a path or address; by default random, or of the backbone alone where the config
-            names some of timm's.
-        device: by default that of the config, or the CPU where there is no GPU.
+        name: of a config, as in :func:`get_config_file`.
+        weights: path or URL. By default the weights are random, but for a timm backbone whose
+            config names pretrained ones.
+        device: by default MODEL.DEVICE, or the CPU if no GPU is available.
 
     Raises:
-        ValueError: for an unknown name, or weights that cannot be read or fit nowhere.
+        UserError: for an unknown name, or weights that cannot be read or do not match the model.
     """
     cfg = get_config(name)
     if device is not None:
@@ -62,7 +62,7 @@ def get(name: str, weights: str | None = None, device: str | None = None) -> nn.
     else:
         use_available_device(cfg)
     if weights is not None:
-        cfg.MODEL.WEIGHTS = weights  # so that a backbone's own are not looked for
+        cfg.MODEL.WEIGHTS = weights  # a timm backbone then loads no weights of its own
     model = build_model(cfg).eval()
     if weights is not None:
         SafeCheckpointer(model).load(weights)

@@ -1,4 +1,4 @@
-"""A trained detector from its config and weights: images in, NumPy out."""
+"""Detection with a trained model: images in, NumPy arrays out."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,8 @@ from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from PIL import Image
+
+from atss_runner.media import draw_boxes
 
 from .checkpoints import SafeCheckpointer
 from .config import (
@@ -30,16 +32,18 @@ from .errors import UserError
 from .labels.headers import HIGH_DEPTH, too_thin
 from .structures import Predictions
 
+# Of a training, the best first.
+WEIGHTS = ("model_best.pth", "model_final.pth")
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
 
 class Detections(NamedTuple):
-    """What was found on one image, best first.
+    """Detections on one image, highest score first.
 
     Attributes:
         boxes: (M, 4) float32 (x1, y1, x2, y2) in pixels of the image.
         scores: (M,) float32.
-        classes: (M,) int64, positions in ``Predictor.names``.
+        classes: (M,) int64, indices into ``Predictor.names``.
     """
 
     boxes: np.ndarray
@@ -47,36 +51,66 @@ class Detections(NamedTuple):
     classes: np.ndarray
 
     def above(self, threshold: float) -> "Detections":
-        """Those whose score is at least so much."""
+        """Return the detections with at least this score."""
         return Detections(*(x[self.scores >= threshold] for x in self))
 
 
+def draw_detections(image: np.ndarray, found: Detections, names: Sequence[str]) -> np.ndarray:
+    """Return a copy of a BGR image with boxes, class names and scores."""
+    labels = [
+        f"{names[k] if names else k} {score:.0%}"
+        for k, score in zip(found.classes, found.scores, strict=True)
+    ]
+    return draw_boxes(image, found.boxes, found.classes, labels)
+
+
+def find_weights(run: str | Path) -> Path:
+    """Return the best weights in the folder of a training.
+
+    Raises:
+        UserError: if it has none.
+    """
+    for name in WEIGHTS:
+        if Path(run, name).is_file():
+            return Path(run, name)
+    raise UserError(f"{run} contains neither {' nor '.join(WEIGHTS)}")
+
+
 class Predictor:
-    """Detects on images of any sizes, several at a time.
+    """A detector for images of any size, several at a time.
 
     Args:
-        config: a file, such as the config.yaml that a training leaves, a name of the model zoo, or
-            a config.
-        weights: a checkpoint, such as model_final.pth. Nothing in it is executed.
+        config: the folder of a training, a config file, a name of the model zoo, or a config.
+        weights: a checkpoint, such as model_final.pth; None for the best of the folder. Nothing in
+            it is executed.
         opts: KEY VALUE pairs over the config.
 
     Attributes:
-        names: of the classes; empty where neither config nor data tell.
-        ids: of the classes in the data that they were learnt from; empty where they are not known.
-        size: (shorter side, longest side) to which images are resized.
+        names: of the classes; may be empty.
+        ids: of the classes in the training data; may be empty.
+        size: (shorter side, longest side) of resized images.
 
     Raises:
-        ValueError: naming the file or the key, where config or weights cannot be used.
+        UserError: naming the file or the key.
     """
 
-    def __init__(self, config: str | Path | CfgNode, weights: str | Path, opts: Sequence[Any] = ()):
+    def __init__(
+        self,
+        config: str | Path | CfgNode,
+        weights: str | Path | None = None,
+        opts: Sequence[Any] = (),
+    ):
+        if isinstance(config, str | Path) and Path(config).is_dir():
+            config, weights = Path(config, "config.yaml"), weights or find_weights(config)
+        if weights is None:
+            raise UserError(f"weights are missing: {config} is not the folder of a training")
         cfg = config.clone() if isinstance(config, CfgNode) else load_config(config)
         cfg.defrost()
         merge_options(cfg, opts)
         use_available_device(cfg)
         lookup(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
         self.names = class_names(cfg)
-        cfg.MODEL.WEIGHTS = str(weights)  # so that a backbone's own are not looked for
+        cfg.MODEL.WEIGHTS = str(weights)  # without it a timm backbone loads its own
         if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
             cfg = for_inference(cfg)
         self.model = build_model(cfg).eval()
@@ -93,52 +127,60 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, images):
-        """
-        Args:
-            images: one image, or a sequence or an iterator of images, which are detected on
-                together. An image is a path, read as training reads it; a PIL image, turned as its
-                EXIF says; or a uint8 array as of OpenCV: (H, W, 3) BGR, (H, W, 4) BGRA, whose alpha
-                is ignored, and (H, W) or (H, W, 1) grey.
+        """Detect on one image (one result) or several (a list).
 
-        Returns:
-            the detections of one image; of several, a list.
+        Args:
+            images: an image, or a sequence or an iterator of images. An image is a path, read as in
+                training; a PIL image, turned by its EXIF orientation; or a uint8 array as in
+                OpenCV: (H, W, 3) BGR, (H, W, 4) BGRA, whose alpha is ignored, (H, W) or (H, W, 1)
+                grey.
 
         Raises:
-            TypeError, ValueError: naming type, shape and dtype of what is not such an image, or
-                the size of an image that is too thin to be resized.
-            OSError: naming the file that cannot be read.
+            TypeError, ValueError: naming type, shape and dtype of other objects.
+            UserError: if an image is too thin to be resized, or a PIL image is damaged.
+            OSError: naming a file that cannot be read.
         """
         inputs = self._inputs(images)
         outputs = [x["instances"].to("cpu") for x in self.model(inputs)] if inputs else []
-        found = [
+        detections = [
             Detections(x.pred_boxes.tensor.numpy(), x.scores.numpy(), x.pred_classes.numpy())
             for x in outputs
         ]
-        return found if _are_several(images) else found[0]
+        return detections if _are_several(images) else detections[0]
+
+    def show(self, image: ImageLike, threshold: float = 0.4) -> Image.Image:
+        """Return a picture of an image with its detections, which notebooks display.
+
+        Args:
+            threshold: smallest score that is drawn.
+        """
+        pixels = _as_bgr(image, "the image", self.size)
+        drawn = draw_detections(pixels, self(image).above(threshold), self.names)
+        return Image.fromarray(np.ascontiguousarray(drawn[:, :, ::-1]))
 
     def at_anchors(
         self, images: ImageLike | Sequence[ImageLike] | Iterator[ImageLike]
     ) -> Predictions:
-        """What the model says at every anchor, for rules to look at; on the CPU.
+        """Return the predictions at every anchor, for assigners, on the CPU.
 
         Args:
-            images: as above, one or more; resized, they share a canvas.
+            images: as above; resized, they share a canvas.
 
         Raises:
-            TypeError, ValueError, OSError: as above, and where there is no image.
+            TypeError, ValueError, OSError: as above, and if there is no image.
         """
         inputs = self._inputs(images)
         if not inputs:
-            raise UserError("at_anchors needs an image, got none")
+            raise ValueError("at_anchors needs an image, got none")
         output, boxes = self.model.predict(inputs)
         return Predictions(output.map(torch.Tensor.cpu), boxes.cpu())
 
     def _inputs(self, images: Any) -> list[dict]:
-        named = [("the image", images)]
+        named_images = [("the image", images)]
         if _are_several(images):
-            named = [(f"image {i}", image) for i, image in enumerate(images)]
+            named_images = [(f"image {i}", image) for i, image in enumerate(images)]
         inputs = []
-        for name, image in named:
+        for name, image in named_images:
             image = _as_bgr(image, name, self.size)
             height, width = image.shape[:2]
             as_pillow = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
@@ -150,28 +192,22 @@ class Predictor:
 
 
 def _are_several(images: Any) -> bool:
-    """Whether they are a sequence or an iterator of images, and not one image."""
     return isinstance(images, Sequence | Iterator) and not isinstance(images, str | bytes)
 
 
 def _as_bgr(image: Any, name: str, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8.
-
-    Args:
-        name: begins the sentences about it.
-        size: (shorter side, longest side) to which it is to be resized.
-    """
+    """Return (H, W, 3) uint8 BGR. Messages begin with ``name``; ``size`` is the Predictor's."""
     if isinstance(image, str | os.PathLike):
         return read_image(os.fspath(image), [size])
     if isinstance(image, Image.Image):
-        image = _of_pillow(image, name)
+        image = _pil_to_bgr(image, name)
     is_uint8 = isinstance(image, np.ndarray) and image.dtype == np.uint8
     channels = ((), (1,), (3,), (4,))
     if not (is_uint8 and image.ndim > 1 and image.shape[2:] in channels and image.size):
-        kind = [f", {x} {getattr(image, x)}" for x in ("shape", "dtype") if hasattr(image, x)]
+        details = [f", {x} {getattr(image, x)}" for x in ("shape", "dtype") if hasattr(image, x)]
         raise (ValueError if is_uint8 else TypeError)(
-            f"{name} has type {type(image).__name__}{''.join(kind)}: expected a path, a PIL image, "
-            "a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a list of these"
+            f"{name} has type {type(image).__name__}{''.join(details)}: expected a path, a PIL "
+            "image, a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a list of these"
         )
     if thin := too_thin(image.shape[1::-1], [size]):
         raise UserError(f"{name} {thin}")
@@ -179,13 +215,13 @@ def _as_bgr(image: Any, name: str, size: tuple[int, int]) -> np.ndarray:
     return image[:, :, :3] if image.shape[2] > 1 else image.repeat(3, axis=2)
 
 
-def _of_pillow(image: Image.Image, name: str) -> np.ndarray:
+def _pil_to_bgr(image: Image.Image, name: str) -> np.ndarray:
     if image.mode in HIGH_DEPTH:
         raise TypeError(
             f"{name} has more than 8 bits per channel (PIL mode {image.mode}): convert it to 8 bits"
         )
     try:
-        image.load()  # so that damage is an error: the search for an EXIF passes over it
+        image.load()  # raises an error on damage, which the search for an EXIF ignores
         return convert_PIL_to_numpy(_apply_exif_orientation(image), "BGR")
     except Exception as error:  # Pillow raises errors of many types
         raise UserError(f"cannot read {name}, a PIL image of mode {image.mode}: {error}") from error

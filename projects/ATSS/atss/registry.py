@@ -1,49 +1,161 @@
-"""Parts that a config names: registered once, their signatures are the keys.
+"""Parts that a config names, and the config keys of their arguments.
 
-Under MODEL.ATSS, ``<KEY>`` names a part of a kind, and ``<KEY>S.<name>`` holds its arguments in
-capitals. An argument may have a key that other parts share, ``keys``, which holds where the part's
-own does not say otherwise. What is known only while building (channels, the box code) is injected
-by the name of the parameter: ``known``. An argument may be a part itself, ``parts``: its key names
-it, or an overlay of MODEL.ATSS.BRANCH that holds the same keys with other values.
-
-A part without arguments is a function; one with arguments is a class, which is built. A ValueError
-in building becomes a sentence that names the key; any other error is a bug in the part and keeps
-its traceback.
+Below MODEL.ATSS, ``<KEY>`` names a part and ``<KEY>S.<name>`` contains its arguments in capitals,
+with the defaults of its signature. A part without arguments is a function, a part with arguments a
+class. A ValueError of the class gets the name of the key; any other error is a bug of the part.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from yacs.config import CfgNode
 
 from .errors import UserError, WrongValue
 
 NODE = "MODEL.ATSS"
-# Follows the names that are known.
+# Follows a list of the registered names.
 OWN_PARTS = "; --import registers parts of your own"
 
 
-class Entry(NamedTuple):
-    target: Callable
-    keys: Mapping[str, str]  # parameter -> key under the node, with dots where it lies deeper
-    parts: Mapping[str, Registry]  # parameter -> the kind of part that it is
-    legacy: Mapping[str, str]  # argument that it had -> the part that has it now
+class Part:
+    """A function or class, and the config keys of its arguments.
+
+    Args:
+        target: the function or class.
+        injected: parameters that the builder passes (channels, the box code), in place of a key.
+        group, name: its own keys are below MODEL.ATSS.<group>.<name>.
+        keys: {parameter: shared key below MODEL.ATSS}, which an own key overrides.
+        parts: {parameter: registry} of arguments that are parts. The key names a part, or an
+            overlay MODEL.ATSS.BRANCH.<name> that names one and sets its arguments.
+        legacy: {key of a former argument: part that has it now}. A config with the key means that
+            part, with the other arguments of this one.
+
+    Attributes:
+        parameters: by name; with those of a base class if ``**kwargs`` passes them on.
+        defaults: {argument with a key: default}, for a part its name.
+    """
+
+    def __init__(
+        self,
+        target: Callable,
+        injected: Sequence[str] = (),
+        group: str = "",
+        name: str = "",
+        *,
+        keys: Mapping[str, str] | None = None,
+        parts: Mapping[str, Registry] | None = None,
+        legacy: Mapping[str, str] | None = None,
+    ):
+        self.target, self.injected, self.group, self.name = target, tuple(injected), group, name
+        self.keys, self.parts, self.legacy = keys or {}, parts or {}, legacy or {}
+        self.parameters = _parameters(target)
+        self.defaults = {
+            x: self.parts[x].name_of(p.default) if x in self.parts else p.default
+            for x, p in self.parameters.items()
+            if x not in self.injected and p.default is not p.empty
+        }
+
+    def key_of(self, argument: str) -> str:
+        """Return the full key of an argument."""
+        own_key = f"{self.group}.{self.name}.{argument.upper()}"
+        return f"{NODE}.{self.keys.get(argument, own_key)}"
+
+    def arguments(self, node: CfgNode) -> dict[str, Any]:
+        """Return {argument: value} of the keys in MODEL.ATSS.
+
+        Raises:
+            UserError: for an unknown key in the part's group.
+        """
+        values = {x: lookup_key(node, key) for x, key in self.keys.items()}
+        values = {x: value for x, value in values.items() if value is not None}
+        settable = [x for x in self.parameters if x not in self.injected]
+        for key, value in node.get(self.group, {}).get(self.name, {}).items():
+            if key in self.legacy:
+                continue
+            if key.lower() not in settable:
+                raise UserError(
+                    f"{NODE}.{self.group}.{self.name}.{key} is no argument of {self.name}: choose "
+                    f"from {[x.upper() for x in settable]}"
+                )
+            values[key.lower()] = value
+        return values
+
+    def nested(self, node: CfgNode) -> dict[str, tuple[Registry, CfgNode]]:
+        """Return {argument: (its registry, MODEL.ATSS that names it)} of arguments that are parts.
+
+        Raises:
+            UserError: if a name is neither a part nor an overlay, or that of this part.
+        """
+        found, values = {}, self.defaults | self.arguments(node)
+        for argument, kind in self.parts.items():
+            if self.keys.get(argument) == kind.key:  # the node itself names it
+                found[argument] = kind, node
+                continue
+            key, value = self.key_of(argument), values.get(argument, "")
+            if value == "":
+                continue
+            is_part, is_overlay = value in kind.entries, value in node.BRANCH
+            if not (is_part or is_overlay):
+                choices = sorted([*kind.entries, *node.BRANCH])
+                raise UserError(f"unknown {key} {value!r}: choose from {choices}{kind.hint(value)}")
+            if is_part and is_overlay:
+                raise UserError(f"{key} {value!r} names a part and an overlay in {NODE}.BRANCH")
+            inner = overlay(node, value) if is_overlay else node.clone()
+            inner.defrost()
+            if is_part:
+                inner[kind.key] = value
+            elif kind.key not in node.BRANCH[value]:
+                raise UserError(f"{key} is {value!r}: {NODE}.BRANCH.{value} sets no {kind.key}")
+            if kind.entries.get(inner[kind.key]) is self:
+                raise UserError(f"{key} {value!r} is {self.name} itself")
+            found[argument] = kind, inner
+        return found
+
+    def build(self, node: CfgNode, injected: Mapping[str, Any], label: str = "") -> Any:
+        """Build a class; return a function. ``label`` is the part's key and name, for messages.
+
+        Raises:
+            UserError: naming the key of a wrong argument.
+        """
+        if not inspect.isclass(self.target):
+            return self.target
+        given = {x: injected[x] for x in self.injected if x in injected and x in self.parameters}
+        arguments = self.arguments(node)
+        arguments |= {x: None for x in self.parts if arguments.get(x) == ""}
+        for argument, (kind, inner) in self.nested(node).items():
+            if argument not in given:
+                arguments[argument] = kind.build(inner, **injected)
+        arguments |= given
+        required = {x for x, p in self.parameters.items() if p.default is p.empty}
+        if missing := sorted(required - {*arguments}):
+            raise UserError(
+                f"{label} requires {', '.join(missing)}, which is neither a key nor among the "
+                f"values of the detector: {sorted({*self.injected} & {*injected})}"
+            )
+        try:
+            return self.target(**arguments)
+        except WrongValue as error:
+            key, shared = self.key_of(error.argument), self.keys.get(error.argument)
+            if shared and error.argument in self.parts:
+                key = f"{key} {lookup_key(node, shared)}"
+            raise UserError(f"{key} {error.complaint}") from error
+        except ValueError as error:
+            raise UserError(f"{label} cannot be used: {error}" if label else str(error)) from error
 
 
 class Registry:
     """The parts of one kind.
 
     Args:
-        key: that names the part.
-        injected: parameters that the builder sets, so that they are no keys.
-        group: the node of arguments, where it is not the key in the plural.
-        optional: "" names none.
-        several: the key may name some that act together, as in "giou + dfl".
-        gone: name of a part that there was -> the page that holds its code. Arguments of it, which
-            a finished run's config has, are read and ignored.
+        key: names the part.
+        injected: see :class:`Part`.
+        group: node of the arguments; by default the plural of the key.
+        optional: whether the key may be "", for no part.
+        several: whether the key may name several parts, as in "giou + dfl".
+        removed: {former part: page with its code}, whose arguments are ignored.
     """
 
     def __init__(
@@ -53,135 +165,116 @@ class Registry:
         group: str = "",
         optional: bool = False,
         several: bool = False,
-        gone: Mapping[str, str] | None = None,
+        removed: Mapping[str, str] | None = None,
     ):
-        self.gone = gone or {}
         self.key, self.injected, self.group = key, tuple(injected), group or f"{key}S"
-        self.optional, self.several = optional, several
-        self.entries: dict[str, Entry] = {}
+        self.optional, self.several, self.removed = optional, several, removed or {}
+        self.entries: dict[str, Part] = {}
 
     def __iter__(self) -> Iterator[tuple[str, Callable]]:
-        return ((name, entry.target) for name, entry in self.entries.items())
+        return ((name, part.target) for name, part in self.entries.items())
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
     def get(self, name: str) -> Callable:
-        """What is registered under a name."""
+        """Return the function or class of a name."""
         return self.entries[name].target
 
-    def register(
-        self,
-        target: Callable | None = None,
-        *,
-        name: str = "",
-        keys: Mapping[str, str] | None = None,
-        parts: Mapping[str, Registry] | None = None,
-        legacy: Mapping[str, str] | None = None,
-    ) -> Any:
-        """As a decorator, with parentheses or without, or called; ``name`` is the target's own by
-        default.
+    def register(self, target: Callable | None = None, *, name: str = "", **options: Any) -> Any:
+        """Register a function or class, also as a decorator with or without parentheses.
 
         Args:
-            legacy: key of an argument that the part no longer has -> the part that has it. A config
-                in which it is not None means that part, with this one's other arguments.
+            name: by default the target's.
+            options: ``keys``, ``parts`` and ``legacy`` of :class:`Part`.
 
         Raises:
-            ValueError: where the name is taken, or a function has arguments to be set.
+            UserError: for a registered name, or a function with arguments.
         """
         if target is None:
-            return lambda x: self.register(x, name=name, keys=keys, parts=parts, legacy=legacy)
+            return lambda x: self.register(x, name=name, **options)
         name = name or target.__name__
         if name in self.entries:
-            raise UserError(f"{self.key} {name} is registered already")
+            raise UserError(f"{self.key} {name} is already registered")
         if not inspect.isclass(target):
             for p in inspect.signature(target).parameters.values():
                 if p.default is not p.empty or p.kind is p.KEYWORD_ONLY or p.name in self.injected:
                     raise UserError(
                         f"{self.key} {name} is a function with an argument {p.name}: a part with "
-                        "arguments is a class"
+                        "arguments must be a class"
                     )
-        self.entries[name] = Entry(target, keys or {}, parts or {}, legacy or {})
+        self.entries[name] = Part(target, self.injected, self.group, name, **options)
         return target
 
     def add(self, **targets: Callable) -> None:
-        """Registers some by their names."""
+        """Register several parts by their names."""
         for name, target in targets.items():
             self.register(target, name=name)
 
     def add_keys(self, node: CfgNode, default: str | None = None) -> None:
-        """The keys of all parts with the defaults of their signatures. The groups stay open for
-        parts that are registered later.
+        """Add the keys of all parts to MODEL.ATSS, which has the shared keys.
 
         Args:
-            node: which has the keys that parts share.
-            default: the part that is named by default; None where parts of this kind are only named
-                by arguments of others.
+            default: the default part; None for a kind that only arguments of parts name.
 
         Raises:
-            ValueError: where a shared key is not there, or has another default.
+            ValueError: if a shared key has another default.
         """
         if default is not None:
             node[self.key] = default
-        # yacs wants one class throughout.
+        # Open for parts that are registered later; yacs requires one class throughout.
         group = node[self.group] = type(node)(new_allowed=True)
-        for name, entry in self.entries.items():
-            own = type(node)(new_allowed=True)
-            for p in self._parameters(name):
-                if p.name in self.injected or p.default is p.empty:
-                    continue
-                if p.name not in entry.keys:
-                    kind = entry.parts.get(p.name)
-                    own[p.name.upper()] = kind.name_of(p.default) if kind else p.default
-                    continue
-                shared = lookup_key(node, entry.keys[p.name])
-                if shared != p.default:
-                    raise UserError(
-                        f"{self.key} {name} wants {p.default!r} as the default of "
-                        f"{NODE}.{entry.keys[p.name]}, which is {shared!r}"
+        for name, part in self.entries.items():
+            own_keys = type(node)(new_allowed=True)
+            for argument, value in part.defaults.items():
+                if argument not in part.keys:
+                    own_keys[argument.upper()] = value
+                elif (shared := lookup_key(node, part.keys[argument])) not in (None, value):
+                    raise ValueError(
+                        f"{part.key_of(argument)} must be {value!r}, the default of {self.key} "
+                        f"{name}, got {shared!r}"
                     )
-            if own:
-                group[name] = own
+            if own_keys:
+                group[name] = own_keys
 
     def name_of(self, part: Any) -> str:
-        """The name of a part that is a default; "" for None."""
+        """Return the name of a part; "" for None."""
         if part is None or isinstance(part, str):
             return part or ""
-        return next(name for name, target in self if part is target or type(part) is target)
+        return next(name for name, x in self.entries.items() if x.target in (part, type(part)))
 
-    def build(self, node: CfgNode, key: str = "", **known: Any) -> Any:
-        """The part that the node names, None for none; those that it names by their names, where
-        there may be several.
-
-        Args:
-            key: that names it, where it is not the kind's own.
-            known: what parameters of these names get.
-
-        Raises:
-            ValueError: naming the key that is at fault, in full.
-        """
-        key = key or self.key
-        names = self._named(node, key)
-        built = {name: self._build(*self._current(node, name), key, known) for name in names}
+    def build(self, node: CfgNode, key: str = "", **injected: Any) -> Any:
+        """Build the part that MODEL.ATSS names, by default with the registry's key: None for "",
+        {name: part} if it may name several."""
+        key, built = key or self.key, {}
+        for name in self._names(node, key):
+            source, part = self._follow_legacy(node, name)
+            built[name] = part.build(source, injected, f"{NODE}.{key} {part.name}")
         return built if self.several else next(iter(built.values()), None)
 
     def chosen(self, node: CfgNode, key: str = "") -> Iterator[tuple[Registry, str]]:
-        """Kind and name of every part that is named here, parts of parts with them."""
-        for name in self._named(node, key or self.key):
+        """Yield registry and name of each part that MODEL.ATSS names, and of their parts."""
+        for name in self._names(node, key or self.key):
             yield self, name
-            for kind, inner in self._inner(node, name).values():
+            for kind, inner in self.entries[name].nested(node).values():
                 yield from kind.chosen(inner)
 
-    def shared_keys(self) -> set[str]:
-        """Keys that parts of this kind share."""
-        return {key for entry in self.entries.values() for key in entry.keys.values()}
+    def all_keys(self) -> set[str]:
+        """Return the keys of these parts and of their arguments."""
+        shared = (key for part in self.entries.values() for key in part.keys.values())
+        return {self.key, self.group, *shared}
 
-    def _named(self, node: CfgNode, key: str) -> list[str]:
-        """The parts that a key names.
+    def argument(self, node: CfgNode, argument: str) -> Any:
+        """Return the value of an argument of the part that MODEL.ATSS names."""
+        part = self.entries[lookup_key(node, self.key)]
+        return (part.defaults | part.arguments(node))[argument]
 
-        Raises:
-            ValueError: for one that is not known, none, or one twice.
-        """
+    def hint(self, name: str) -> str:
+        """Return the end of a message about an unknown name."""
+        page = self.removed.get(name)
+        return f"; {page} has the code of {name}" if page else OWN_PARTS
+
+    def _names(self, node: CfgNode, key: str) -> list[str]:
         value = lookup_key(node, key)
         if self.optional and value == "":
             return []
@@ -190,168 +283,72 @@ class Registry:
             if name not in self.entries:
                 raise UserError(
                     f"unknown {NODE}.{key} {value!r}: choose from {sorted(self.entries)}"
-                    f"{self._hint(name)}"
+                    f"{self.hint(name)}"
                 )
             if names.count(name) > 1:
                 raise UserError(f"{NODE}.{key} {value!r} names {name} twice")
         return names
 
-    def _hint(self, name: str) -> str:
-        return f"; {self.gone[name]} has the code of {name}" if name in self.gone else OWN_PARTS
-
-    def _current(self, node: CfgNode, name: str) -> tuple[CfgNode, str]:
-        """The part that a name means, and the node with its arguments."""
-        given = node.get(self.group, {}).get(name, {})
+    def _follow_legacy(self, node: CfgNode, name: str) -> tuple[CfgNode, Part]:
+        """Return MODEL.ATSS and the part of a name; for a legacy key, a copy and its new part."""
+        group = node.get(self.group, {})
+        values = group.get(name, {})
         for argument, other in self.entries[name].legacy.items():
-            if given.get(argument) is not None:
-                own = node[self.group].get(other, {})
-                if any(own.get(k, x) != x for k, x in self._defaults(other).items()):
-                    written = f"{NODE}.{self.group}.{name}.{argument}"
-                    raise UserError(
-                        f"{written} is an older key of {other}, whose arguments are set as well: "
-                        f"leave it out and name {NODE}.{self.key} {other}"
-                    )
-                node = node.clone()
-                node.defrost()
-                node[self.group][other] = given
-                return node, other
-        return node, name
-
-    def _defaults(self, name: str) -> dict[str, Any]:
-        """Keys of a part's arguments with the values that configs have by default."""
-        kinds = self.entries[name].parts
-        return {
-            p.name.upper(): kinds[p.name].name_of(p.default) if p.name in kinds else p.default
-            for p in self._parameters(name)
-            if p.default is not p.empty
-        }
-
-    def _build(self, node: CfgNode, name: str, key: str, known: Mapping[str, Any]) -> Any:
-        target = self.entries[name].target
-        if not inspect.isclass(target):
-            return target
-        parameters = {p.name: p for p in self._parameters(name)}
-        arguments = self._given(node, name)
-        arguments |= {p: known[p] for p in parameters if p in self.injected and p in known}
-        arguments |= {p: None for p in self.entries[name].parts if arguments.get(p) == ""}
-        for p, (kind, inner) in self._inner(node, name).items():
-            arguments[p] = kind.build(inner, **known)
-        lacks = [p for p, x in parameters.items() if x.default is x.empty and p not in arguments]
-        if lacks:
-            raise UserError(
-                f"{NODE}.{key} {name} wants {', '.join(lacks)}, which neither the config says nor "
-                f"the detector: it knows {sorted({*self.injected} & {*known})}"
-            )
-        try:
-            return target(**arguments)
-        except WrongValue as error:
-            raise UserError(f"{self._key_of(name, error.argument)} {error.complaint}") from error
-        except ValueError as error:
-            raise UserError(f"{NODE}.{key} {name} does not work here: {error}") from error
-
-    def _given(self, node: CfgNode, name: str) -> dict[str, Any]:
-        """The arguments that the config says of a part.
-
-        Raises:
-            ValueError: for one that it does not take.
-        """
-        keys, legacy = self.entries[name].keys, self.entries[name].legacy
-        takes = [p.name for p in self._parameters(name) if p.name not in self.injected]
-        given = {p: lookup_key(node, key) for p, key in keys.items()}
-        for written, value in node.get(self.group, {}).get(name, {}).items():
-            if written in legacy:
+            if values.get(argument) is None:
                 continue
-            if written.lower() not in takes:
+            set_too, defaults = group.get(other, {}), self.entries[other].defaults
+            if any(set_too.get(x.upper(), default) != default for x, default in defaults.items()):
                 raise UserError(
-                    f"{NODE}.{self.group}.{name}.{written} is no argument of {name}; it takes "
-                    f"{[x.upper() for x in takes]}"
+                    f"{NODE}.{self.group}.{name}.{argument} is an older key of {other}, whose "
+                    f"arguments are set as well: remove it and set {NODE}.{self.key} to {other}"
                 )
-            given[written.lower()] = value
-        return given
+            node = node.clone()
+            node.defrost()
+            node[self.group][other] = values
+            return node, self.entries[other]
+        return node, self.entries[name]
 
-    def _inner(self, node: CfgNode, name: str) -> dict[str, tuple[Registry, CfgNode]]:
-        """Kind and node of each part that is an argument of a part.
 
-        Raises:
-            ValueError: for a name that is neither a part nor an overlay, or one that leads back.
-        """
-        entry, found = self.entries[name], {}
-        given = self._given(node, name)
-        defaults = {p.name: p.default for p in self._parameters(name)}
-        for p, kind in entry.parts.items():
-            inner = given.get(p, kind.name_of(defaults[p]))
-            where = self._key_of(name, p)
-            if inner == "":
-                continue
-            if inner not in kind and inner not in node.BRANCH:
-                known = sorted([*kind.entries, *node.BRANCH])
-                raise UserError(
-                    f"unknown {where} {inner!r}: choose from {known}{kind._hint(inner)}"
-                )
-            if inner in kind and inner in node.BRANCH:
-                raise UserError(f"{where} is {inner!r}, a part and an overlay of {NODE}.BRANCH")
-            copy = overlay(node, inner) if inner in node.BRANCH else node.clone()
-            copy.defrost()
-            if inner in kind:
-                copy[kind.key] = inner
-            elif kind.key not in node.BRANCH[inner]:
-                raise UserError(
-                    f"{where} is {inner!r}, but {NODE}.BRANCH.{inner} names no {kind.key}"
-                )
-            if kind is self and copy[kind.key] == name:
-                raise UserError(f"{where} is {inner!r}, which is {name} again")
-            found[p] = kind, copy
-        return found
-
-    def _key_of(self, name: str, argument: str) -> str:
-        keys = self.entries[name].keys
-        return f"{NODE}.{keys.get(argument, f'{self.group}.{name}.{argument.upper()}')}"
-
-    def _parameters(self, name: str) -> Iterator[inspect.Parameter]:
-        """What configs can set or builders inject; where a class hands on ``**arguments``, those of
-        the class that it extends, too."""
-        target, seen = self.entries[name].target, set()
-        if not inspect.isclass(target):
-            return
-        for cls in target.__mro__:
-            if "__init__" not in vars(cls):
-                continue
-            parameters = list(inspect.signature(cls).parameters.values())
-            for p in parameters:
-                if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in seen:
-                    seen.add(p.name)
-                    yield p
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-                return
+def _parameters(target: Callable) -> dict[str, inspect.Parameter]:
+    found: dict[str, inspect.Parameter] = {}
+    for cls in inspect.getmro(target) if inspect.isclass(target) else ():
+        if "__init__" not in vars(cls):
+            continue
+        signature = inspect.signature(cls).parameters.values()
+        for p in signature:
+            if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                found.setdefault(p.name, p)
+        if not any(p.kind is p.VAR_KEYWORD for p in signature):
+            break
+    return found
 
 
 def lookup_key(node: CfgNode, key: str) -> Any:
-    """The value of a key, with dots where it lies deeper."""
+    """Return the value of a key, which may contain dots."""
     for name in key.split("."):
         node = node[name]
     return node
 
 
 def overlay(node: CfgNode, name: str) -> CfgNode:
-    """A copy of the node with what BRANCH.<name> says over it.
+    """Return a copy of MODEL.ATSS with the values of MODEL.ATSS.BRANCH.<name>.
 
     Raises:
-        ValueError: for an unknown overlay, or naming a key in it that there is not.
+        UserError: for an unknown overlay or key.
     """
-    where = f"{NODE}.BRANCH.{name}"
     if name not in node.BRANCH:
-        raise UserError(f"{NODE}.BRANCH has no {name!r}; it has {sorted(node.BRANCH)}")
-    over, copy = node.BRANCH[name], node.clone()
-    if not isinstance(over, CfgNode):
-        raise UserError(f"{where} must hold keys of {NODE}, not {over!r}")
-    for key, value in over.items():
+        raise UserError(f"unknown {NODE}.BRANCH {name!r}: choose from {sorted(node.BRANCH)}")
+    where, values, copy = f"{NODE}.BRANCH.{name}", node.BRANCH[name], node.clone()
+    if not isinstance(values, CfgNode):
+        raise UserError(f"{where} must contain keys of {NODE}, got {values!r}")
+    for key, value in values.items():
         if key not in node:
-            raise UserError(f"{where}.{key}: there is no key {NODE}.{key}")
+            raise UserError(f"unknown key {where}.{key}: {NODE} has no {key}")
         if isinstance(value, CfgNode) != isinstance(node[key], CfgNode):
-            raise UserError(f"{where}.{key} must be as {NODE}.{key}, not {value!r}")
+            raise UserError(f"{where}.{key} must be as {NODE}.{key}, got {value!r}")
     copy.defrost()
     try:
-        copy.merge_from_other_cfg(over)
+        copy.merge_from_other_cfg(values)
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"{where}: {str(error.args[0]).partition(chr(10))[0]}") from error
     return copy

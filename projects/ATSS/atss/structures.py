@@ -1,12 +1,11 @@
-"""The data that the parts hand to one another, and the one legend of shape letters.
-
-Shape letters, used in every docstring and comment of this package:
+"""Data structures that heads, assigners and the criterion share, and the shape letters of all
+docstrings and comments:
 
     N  images in the batch               G  ground truths of the WHOLE batch
     R  anchors over all levels           K  classes
-    L  pyramid levels                    k  anchors taken, of each level or of each object
+    L  pyramid levels                    k  anchors per level or per object
     A  anchors per location              P  candidate pairs (ground truth, anchor)
-    g  some of the G, or rows of them    C  candidates of each object, M  of no fixed number
+    g  a subset of the G ground truths   C  candidates of each object, M  any number
 
 (...) is any shape, the same throughout a docstring.
 
@@ -19,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .anchors import Anchors
+from .caching import cached_property
 from .deprecated import warn
 from .errors import UserError
 
@@ -48,24 +48,10 @@ BACKGROUND = -1
 IGNORE = -2
 
 
-class cached_property:
-    """functools' without the lock of Python 3.11, at which torch.compile breaks the graph."""
-
-    def __init__(self, compute: Callable[[Any], Any]):
-        self.compute, self.name = compute, compute.__name__
-        self.__doc__ = compute.__doc__
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        if instance is None:
-            return self
-        value = instance.__dict__[self.name] = self.compute(instance)
-        return value
-
-
 @dataclass(frozen=True)
 class GroundTruth:
-    """The objects of a whole batch, ragged: no padding, no mask. Boxes of another dtype become
-    float32, as anchors and predictions are, and whole numbers int64.
+    """Objects of a batch, without padding. Boxes are converted to float32, which anchors and
+    predictions have, and integers to int64.
 
     Attributes:
         boxes: (G, 4) float32.
@@ -81,18 +67,16 @@ class GroundTruth:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "boxes", self.boxes.float())
-        for name in ("classes", "image_index"):
-            object.__setattr__(self, name, getattr(self, name).long())
         count = len(self.boxes)
         if self.boxes.shape != (count, 4):
-            raise UserError(f"boxes must be (G, 4), got {tuple(self.boxes.shape)}")
+            raise ValueError(f"boxes must be (G, 4), got {tuple(self.boxes.shape)}")
         for name in ("classes", "image_index"):
-            if getattr(self, name).shape != (count,):
-                shape = tuple(getattr(self, name).shape)
-                raise UserError(
-                    f"{name} must be ({count},) as there are {count} boxes, got {shape}"
-                )
-        # Only where looking is free: on a GPU it would make the host wait.
+            values = getattr(self, name).long()
+            object.__setattr__(self, name, values)
+            if values.shape != (count,):
+                shape = tuple(values.shape)
+                raise ValueError(f"{name} must be ({count},) for {count} boxes, got {shape}")
+        # Only on a CPU: on a GPU the host would have to wait.
         if self.boxes.device.type == "cpu" and count:
             finite = torch.isfinite(self.boxes).all(dim=1)
             if not finite.all():
@@ -100,13 +84,13 @@ class GroundTruth:
                 raise UserError(f"box {bad} is not finite: {self.boxes[bad].tolist()}")
             low, high = int(self.image_index.min()), int(self.image_index.max())
             if low < 0 or high >= self.num_images:
-                raise UserError(
+                raise ValueError(
                     f"image_index runs from {low} to {high}, but there are {self.num_images} images"
                 )
 
     @classmethod
     def from_instances(cls, instances: Sequence[Instances]) -> GroundTruth:
-        """Gathers ``gt_boxes`` and ``gt_classes`` of one Detectron2 Instances per image."""
+        """Gather ``gt_boxes`` and ``gt_classes`` of one Detectron2 Instances per image."""
         boxes = [x.gt_boxes.tensor for x in instances]
         image_index = [x.new_full((len(x),), i, dtype=torch.long) for i, x in enumerate(boxes)]
         return cls(
@@ -117,7 +101,7 @@ class GroundTruth:
         )
 
     def to(self, device: torch.device) -> GroundTruth:
-        """The same there. The host does not wait for what a GPU still has to do."""
+        """Copy to a device; the host does not wait for the copy."""
         boxes, classes, image_index = (
             x.to(device, non_blocking=True) for x in (self.boxes, self.classes, self.image_index)
         )
@@ -128,13 +112,13 @@ class GroundTruth:
 
 
 class HeadOutput(NamedTuple):
-    """What the head predicts for every anchor, levels flattened.
+    """Predictions of a head for every anchor, levels flattened.
 
     Attributes:
-        classes: (N, R, K) logits, or probabilities where it says so; None where other outputs of
-            the head have them.
+        classes: (N, R, K) logits, or probabilities; None if another output of the head has them.
         box_regression: (N, R, D) encoded boxes, see :mod:`atss.modeling.box_coding`.
-        quality: (N, R) logits of the quality branch, or None where the head has none.
+        quality: (N, R) logits of the quality branch (key CENTERNESS, log ``loss_centerness``, state
+            dict ``ctrness``); None if the head has none.
         probabilities: whether classes are probabilities.
     """
 
@@ -150,11 +134,11 @@ class HeadOutput(NamedTuple):
         return self.box_regression
 
     def at(self, index: int | slice) -> HeadOutput:
-        """Of some images, or of one without N; of that, of some anchors."""
+        """Index the batch dimension, which an int drops; without one, index the anchors."""
         return self.map(lambda x: x[index])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> HeadOutput:
-        """What a function makes of each tensor."""
+        """Apply a function to each tensor."""
         return HeadOutput(
             None if self.classes is None else function(self.classes),
             function(self.box_regression),
@@ -163,37 +147,37 @@ class HeadOutput(NamedTuple):
         )
 
     def probability(self) -> Tensor:
-        """(N, R, K) of the classes."""
+        """Return the (N, R, K) class probabilities."""
         if self.classes is None:
             raise UserError("an output without classes detects nothing")
         return self.classes if self.probabilities else self.classes.sigmoid()
 
     def confidence(self) -> Tensor:
-        """(N, R) highest class probability."""
+        """Return the (N, R) highest class probability."""
         if self.classes is None:
             raise UserError("an output without classes has no confidence")
         best = self.classes.amax(dim=-1)
         return best if self.probabilities else best.sigmoid()
 
     def cross_entropy(self, targets: Tensor) -> Tensor:
-        """(N, R, K) of the classes with targets in [0, 1]."""
+        """Return the (N, R, K) binary cross entropy of classes and targets in [0, 1]; NaN for a
+        probability that is NaN."""
         assert self.classes is not None
         if self.probabilities:
-            # torch's refuses what is no number, of which nobody could say where it came from.
-            wrong = self.classes.isnan()
-            found = F.binary_cross_entropy(
-                torch.where(wrong, 0, self.classes), targets, reduction="none"
-            )
-            return torch.where(wrong, self.classes, found)
+            # torch refuses NaN by a message that names no loss; a NaN loss is logged by its name.
+            is_nan = self.classes.isnan()
+            classes = torch.where(is_nan, 0, self.classes)
+            losses = F.binary_cross_entropy(classes, targets, reduction="none")
+            return torch.where(is_nan, self.classes, losses)
         return F.binary_cross_entropy_with_logits(self.classes, targets, reduction="none")
 
 
 class Predictions(NamedTuple):
-    """What the model says now. Rules that look at it get it detached.
+    """A model's current predictions. Assigners get them detached.
 
     Attributes:
-        output: the head's.
-        boxes: (N, R, 4), its numbers decoded.
+        output: of the head.
+        boxes: (N, R, 4) decoded boxes.
     """
 
     output: HeadOutput
@@ -202,12 +186,12 @@ class Predictions(NamedTuple):
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which ground truth each anchor of each image learns.
+    """The ground truth that each anchor of each image is trained for.
 
     Attributes:
         gt_index: (N, R) int64 into the G ground truths of the batch, or BACKGROUND, or IGNORE.
-        score: (N, R) float32 in [0, 1], how well each positive suits its ground truth, for class
-            targets and box weights that ask for it; None where the rule only says yes or no.
+        score: (N, R) float32 in [0, 1], how well each positive suits its ground truth; None if the
+            rule has no scores.
     """
 
     gt_index: Tensor
@@ -225,17 +209,17 @@ class Assignment:
         return self.gt_index >= 0
 
     def positives_per_object(self, num_objects: int) -> Tensor:
-        """(G,) int64: how many anchors each ground truth got."""
+        """Count the positives of each ground truth: (G,) int64."""
         index = self.gt_index.flatten()
         counts = index.new_zeros(num_objects + 1)
-        # Anchors without a ground truth are counted in a last slot, which is dropped.
+        # Other anchors are counted in a last slot, which is dropped.
         slot = torch.where(index >= 0, index, num_objects)
         return counts.scatter_add_(0, slot, torch.ones_like(index))[:num_objects]
 
 
 class Assigner(Protocol):
-    """A rule that chooses training samples. One that needs predictions has an attribute
-    ``looks_at_predictions``, which is true."""
+    """A rule that chooses training samples. One that needs predictions has a true attribute
+    ``looks_at_predictions``."""
 
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
@@ -245,7 +229,7 @@ class Assigner(Protocol):
         Args:
             anchors: R anchors, the same for all images.
             gt: G objects of N images.
-            predictions: of the images, detached; None if there is no model.
+            predictions: of the images, detached; None without a model.
         Returns:
             the assignment, (N, R).
         """
@@ -254,20 +238,21 @@ class Assigner(Protocol):
 
 @dataclass(frozen=True)
 class Matched:
-    """What the parts of a criterion see of all anchors and their objects.
+    """All anchors with their predictions and targets: the input of a criterion's terms.
 
-    What does not count is replaced, since it may be infinite: classes of ignored anchors, and
-    numbers and quality away from positives, are 0; away from positives both boxes are the anchor.
+    Values that do not count may be infinite and are replaced: classes of ignored anchors, and
+    box_regression and quality of those that are not positive, by 0; both boxes of these by the
+    anchor.
 
     Attributes:
-        whole_output: the head's, in which nothing is replaced.
+        whole_output: of the head, without replacements.
         counts: (N, R) bool: the anchor is not ignored.
-        boxes: (N, R, 4), its numbers decoded.
-        anchors: R anchors, with the stride of each.
+        boxes: (N, R, 4) decoded.
+        anchors: R anchors.
         target_classes: (N, R) int64 in [0, K).
         target_boxes: (N, R, 4).
         positive: (N, R) bool.
-        score: (N, R) float32, the rule's, or None where it gives none.
+        score: (N, R) float32, of the rule; None if it has none.
     """
 
     whole_output: HeadOutput
@@ -281,13 +266,13 @@ class Matched:
 
     @cached_property
     def output(self) -> HeadOutput:
-        """The head's. Made when it is asked for first: a copy of all classes takes longer than the
-        losses of a branch that has none of them."""
-        # Not multiplied by zero: it may be infinite.
-        classes, numbers, quality, probabilities = self.whole_output
+        """Output of the head, with replacements; computed at first use, because a copy of all
+        classes takes longer than the losses of a branch without a class loss."""
+        # torch.where, because 0 * infinity is NaN.
+        classes, box_regression, quality, probabilities = self.whole_output
         return HeadOutput(
             None if classes is None else torch.where(self.counts[..., None], classes, 0),
-            torch.where(self.positive[..., None], numbers, 0),
+            torch.where(self.positive[..., None], box_regression, 0),
             None if quality is None else torch.where(self.positive, quality, 0),
             probabilities,
         )

@@ -1,3 +1,4 @@
-"""What is asked of data, rules and results; loaded when it is named, because matplotlib is slow."""
+"""Analysis of data sets, assigners and results. Modules are imported on demand, because matplotlib
+is slow."""
 
-__all__ = ["demo", "experiments", "files", "pictures", "plots", "statistics"]
+__all__ = ["canvases", "demo", "digits", "experiments", "pictures", "plots", "statistics"]

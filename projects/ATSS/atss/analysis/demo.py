@@ -1,4 +1,4 @@
-"""The whole of a training on a small data set that needs no download, with its pictures."""
+"""A training on a small data set that needs no download, with pictures of the results."""
 
 import logging
 from pathlib import Path
@@ -7,33 +7,27 @@ from detectron2.data import DatasetCatalog
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from ..analysis.digits import Recipe, make_digits
 from ..engine import Trainer
-from ..engine.launch import keep_tracebacks_to_the_file
 from ..engine.run import make_parser, prepare
+from ..engine.terminal import hide_explained_tracebacks
 from ..predictor import Predictor
+from .digits import Recipe, make_digits
 from .pictures import beside_truth
 from .plots import plot_examples, plot_metrics
 
-# Loggers that tell more than a newcomer wants to read.
+# Loggers that are silent in the demo.
 QUIET = ("detectron2.engine.defaults", "detectron2.data", "fvcore", "detectron2.evaluation.testing")
 
 
 def train_on_digits(
     root: Path, config: str, recipe: Recipe, score: float = 0.4
 ) -> dict[str, float]:
-    """Draws the data, trains, or goes on where an interrupted training was, evaluates, and leaves
-    config, weights, metrics.json, detections.png and training.png in a folder.
+    """Draw the data, train or resume, evaluate, and write config, weights, metrics and pictures.
+    Return AP, AP50 and so on, in percent.
 
     Args:
-        root: the folder.
         config: a file whose data sets are digits_train and digits_test.
-        score: least score of the detections that are drawn.
-    Returns:
-        AP, AP50 and so on, in percent.
-
-    Raises:
-        ValueError, OSError: as :func:`atss.engine.run.prepare`.
+        score: least score of detections in detections.png.
     """
     data = root / "data"
     root.mkdir(parents=True, exist_ok=True)
@@ -42,7 +36,7 @@ def train_on_digits(
     args = make_parser().parse_args(["--config-file", config, *register, "OUTPUT_DIR", str(root)])
     cfg = prepare(args)
     setup_logger(str(root))
-    keep_tracebacks_to_the_file(str(root))
+    hide_explained_tracebacks(str(root))
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     seed_all_rng(cfg.SEED)
@@ -51,9 +45,9 @@ def train_on_digits(
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=True)
     if trainer.start_iter >= trainer.max_iter:
-        print(f"The demo in {root} is trained already: evaluating it again.")
+        print(f"The demo in {root} is trained: evaluating it again.")
     elif trainer.start_iter:
-        print(f"An interrupted demo is in {root}: going on at iteration {trainer.start_iter}.")
+        print(f"Resuming the demo in {root} at iteration {trainer.start_iter}.")
     else:
         print(f"Starting a new demo of {trainer.max_iter} iterations in {root}.")
     trainer.train()

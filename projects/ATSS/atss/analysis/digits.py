@@ -1,9 +1,9 @@
-"""Small real detection data sets that need no download: handwritten digits on photographs.
+"""Handwritten digits on photographs: small real detection data sets that need no download.
 
-Both ship inside scikit-learn: 1,797 digits of 8 x 8 pixels (UCI) and two photographs. Canvases are
-crops of a photograph darkened to 60 %, from its left half for training and from its right half for
-other splits; digits 0 to 1399 of the set are for training, the others for these; boxes are tight
-around the ink. The recipes are fixed, so that an AP on them means something.
+scikit-learn contains both: 1,797 digits of 8 x 8 pixels (UCI) and two photographs. A canvas is a
+crop of a photograph, darkened to 60 %. Training has the left halves and digits 0 to 1399, other
+splits the rest. Boxes are tight around the ink. The recipes never change, so that APs are
+comparable.
 """
 
 import json
@@ -18,23 +18,23 @@ from tqdm import tqdm
 from ..errors import UserError
 
 FIRST_TEST_DIGIT = 1400
-# Ink: where a digit covers at least this share of a pixel.
+# Least share of a pixel that a digit covers, to count as ink.
 INK = 0.3
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What distinguishes one data set of digits from another.
+    """Parameters of a data set of digits.
 
     Attributes:
         images: number of images of each split.
         side: of the square canvases, in pixels.
-        digits: least and greatest number of digits tried per image.
-        longer: least and greatest longer side of a digit in pixels, log-uniform in between.
-        log_aspect: width / height is exp of a uniform number up to this far from 0.
-        overlap: greatest IoU with a digit drawn before; digits beyond it are left out.
-        large_first: whether smaller digits are drawn over larger ones.
-        classes: names; a digit's class is its value, or the only one there is.
+        digits: range of the number of digits tried per image.
+        longer: range of a digit's longer side in pixels, log-uniform.
+        log_aspect: log(width / height) is uniform up to this absolute value.
+        overlap: digits with a greater IoU with an earlier one are left out.
+        large_first: draw smaller digits over larger ones.
+        classes: names; a digit's class is its value, or the only class.
     """
 
     images: dict[str, int]
@@ -59,14 +59,13 @@ DEMO = Recipe(
     classes=tuple("0123456789"),
 )
 
-# `tools/digits.py --data`: as many as photographs of one's own may be, and their three splits.
+# `tools/digits.py --data`: as large as a first data set of a user, in three splits.
 FEW = replace(DEMO, images={"train": 200, "val": 50, "test": 50})
 
-# `tools/ablation.py`: samples are hard to choose here. Sides over more than a decade, so that every
-# object has levels that suit it and levels that do not; sides up to 2.7 : 1, which no square anchor
-# overlaps well; crowds in which smaller digits lie on larger ones, so that several objects want an
-# anchor. One class, because telling digits apart takes long to learn and has nothing to do with
-# which anchors learn it. Fixed before any rule was trained on it.
+# `tools/ablation.py`: hard for assigners. Sides span more than a decade, so that objects suit some
+# levels and not others; aspects up to 2.7 : 1, which no square anchor overlaps well; smaller digits
+# on larger ones, so that objects compete for anchors. One class, because distinguishing digits
+# takes long to learn and does not depend on the assigner. Fixed before any training on it.
 ABLATION = Recipe(
     images={"train": 1200, "test": 200},
     side=128,
@@ -80,29 +79,27 @@ ABLATION = Recipe(
 
 
 def make_digits(root: Path, recipe: Recipe) -> None:
-    """Writes ``train.json``, the folder ``train``, and so on for each split, under ``root``; does
-    nothing where they are complete already.
+    """Write ``train.json``, the folder ``train``, and so on for each split, unless they exist.
 
     Raises:
-        ValueError: where the folder is there, but not all of its files; without scikit-learn.
+        UserError: if the folder is incomplete, or scikit-learn is missing.
     """
     if root.is_dir():
         for split, count in recipe.images.items():
-            there = len(list((root / split).glob("*.png")))
-            lacks = f"{there} of {count} images in {split}" if there != count else ""
+            files = len(list((root / split).glob("*.png")))
+            problem = f"{files} of {count} images in {split}" if files != count else ""
             if not (root / f"{split}.json").is_file():
-                lacks = f"no {split}.json"
-            if lacks:
+                problem = f"no {split}.json"
+            if problem:
                 raise UserError(
-                    f"{root} is not complete: it has {lacks}; remove the folder, and it is drawn "
-                    "anew"
+                    f"{root} is not complete: it has {problem}; remove the folder to draw it again"
                 )
         return
     try:
         from sklearn.datasets import load_digits, load_sample_images
     except ImportError as error:
         raise UserError(
-            "digits come with scikit-learn, which is not installed: pip install scikit-learn"
+            "the digits are part of scikit-learn, which is missing: pip install scikit-learn"
         ) from error
 
     digits = load_digits()
@@ -133,7 +130,7 @@ def make_digits(root: Path, recipe: Recipe) -> None:
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(recipe.classes)]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (unfinished / f"{split}.json").write_text(json.dumps(content))
-    unfinished.rename(root)  # only what is complete gets the name
+    unfinished.rename(root)
 
 
 def _draw(
@@ -143,7 +140,7 @@ def _draw(
     glyphs: np.ndarray,
     labels: np.ndarray,
 ) -> tuple[np.ndarray, list[tuple[int, tuple[int, ...]]]]:
-    """One canvas (side, side, 3), and (label, (x, y, width, height)) of each digit on it."""
+    """Draw a canvas, (side, side, 3), with (label, (x, y, width, height)) of each digit."""
     side = recipe.side
     ground = grounds[rng.integers(len(grounds))]
     top = rng.integers(ground.shape[0] - side + 1)
@@ -152,34 +149,33 @@ def _draw(
     least, greatest = recipe.longer
     tries = []
     for _ in range(rng.integers(recipe.digits[0], recipe.digits[1] + 1)):
-        which = rng.integers(len(glyphs))
+        index = rng.integers(len(glyphs))
         longer = least * (greatest / least) ** rng.uniform()
         aspect = np.exp(rng.uniform(-recipe.log_aspect, recipe.log_aspect))  # width / height
         width = max(1, round(longer * min(1, aspect)))
         height = max(1, round(longer / max(1, aspect)))
         x, y = rng.integers(side - width + 1), rng.integers(side - height + 1)
-        tries.append((which, x, y, width, height, rng.integers(100, 256, size=3)))
+        tries.append((index, x, y, width, height, rng.integers(100, 256, size=3)))
     if recipe.large_first:
         tries.sort(key=lambda t: -t[3] * t[4])
 
     drawn: list[np.ndarray] = []
     objects = []
-    for which, x, y, width, height, colour in tries:
+    for index, x, y, width, height, colour in tries:
         corners = np.array([x, y, x + width, y + height])
         if any(_iou(corners, other) > recipe.overlap for other in drawn):
             continue
         drawn.append(corners)
-        glyph = Image.fromarray(glyphs[which].astype(np.float32))
+        glyph = Image.fromarray(glyphs[index].astype(np.float32))
         cover = np.asarray(glyph.resize((width, height), Image.Resampling.BICUBIC)).clip(0, 1)
         place = (slice(y, y + height), slice(x, x + width))
         canvas[place] += cover[..., None] * (colour - canvas[place])
         rows, columns = (np.flatnonzero((cover > INK).any(axis=axis)) for axis in (1, 0))
         box = (x + columns[0], y + rows[0], np.ptp(columns) + 1, np.ptp(rows) + 1)
-        objects.append((int(labels[which]), tuple(int(v) for v in box)))
+        objects.append((int(labels[index]), tuple(int(v) for v in box)))
     return canvas.round().astype(np.uint8), objects
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two boxes (x1, y1, x2, y2)."""
     sides = (np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])).clip(min=0)
     return sides.prod() / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - sides.prod())

@@ -1,4 +1,4 @@
-"""Trains rows of the paper's tables on a small data set, and compares them seed by seed."""
+"""Rows of the paper's tables, trained on a small data set and compared seed by seed."""
 
 import contextlib
 import json
@@ -17,7 +17,6 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 from tqdm import tqdm
 
-from ..analysis.digits import ABLATION, make_digits
 from ..config import (
     complete_classes,
     config_names,
@@ -29,13 +28,16 @@ from ..data.datasets import register
 from ..engine import Trainer
 from ..engine.writers import strict
 from ..errors import UserError
+from .digits import ABLATION, make_digits
 
-# Chosen before any result was seen.
+# Chosen before the first result.
+# fmt: off
 PRIMARY = (
-    *("retinanet_A1", "iou_box", "iou_point", "ssc_box", "ssc_point", "ssc_lite_point"),
-    *("atss_box", "atss_point", "atss_k3", "atss_k17", "iou_A9", "atss_A9"),
+    "retinanet_A1", "iou_box", "iou_point", "ssc_box", "ssc_point", "ssc_lite_point",
+    "atss_box", "atss_point", "atss_k3", "atss_k17", "iou_A9", "atss_A9",
 )
-# What is compared, of the rows that were trained: (statement, row, row that it is compared with).
+# fmt: on
+# (statement, row, row to compare it with).
 CLAIMS = (
     ("Table 1: all improvements over none", "iou_box", "retinanet_A1"),
     ("Table 2: spatial and scale over IoU, boxes", "ssc_box", "iou_box"),
@@ -63,7 +65,6 @@ def known_rows() -> list[str]:
 
 
 def row_config(row: str, seed: int, output: Path, opts: list[str]) -> CfgNode:
-    """The config of one run."""
     cfg = load_config(get_config_file(f"tables/{row}"), get_config_file("ablation"), opts=opts)
     use_available_device(cfg)
     complete_classes(cfg)
@@ -75,8 +76,8 @@ def row_config(row: str, seed: int, output: Path, opts: list[str]) -> CfgNode:
 
 @torch.no_grad()
 def pair_weights(model: nn.Module, seed: int) -> None:
-    """Draws the head's weights anew, part by part, so that what a row leaves out of a head does not
-    change the rest of it. (The backbone comes before the head, and equals anyway.)"""
+    """Initialise each part of the head with the seed, so that rows whose heads lack a part share
+    the others. (The backbone comes first, and is equal anyway.)"""
     for name, part in model.get_submodule("head").named_children():
         generator = torch.Generator().manual_seed(seed)
         for module in part.modules() if name != "scales" else ():
@@ -86,7 +87,7 @@ def pair_weights(model: nn.Module, seed: int) -> None:
 
 
 def train(cfg: CfgNode, progress: tqdm) -> dict[str, float]:
-    """One run, silent but for the progress: its metrics."""
+    """Train and evaluate one run, with a progress bar only, and return its metrics."""
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     start = time.perf_counter()
     seed_all_rng(cfg.SEED)
@@ -101,44 +102,40 @@ def train(cfg: CfgNode, progress: tqdm) -> dict[str, float]:
 
 
 def run_all(rows: list[str], seeds: int, output: Path, opts: list[str]) -> dict:
-    """Trains what is not there yet; {row: {seed: metrics}}.
+    """Train the runs without a result, and return {row: {seed: metrics}}.
 
     Raises:
-        ValueError: where results of another config, or damaged ones, lie in the output folder.
+        UserError: if the folder contains results of another config, or damaged ones.
     """
-    wanted = []
+    missing = []
     results: dict[str, dict] = {row: {} for row in rows}
     for seed in range(1, seeds + 1):
         for row in rows:
             folder = output / row / f"seed{seed}"
             cfg = row_config(row, seed, folder, opts)
-            done = folder / "result.json"
-            if not done.is_file():
-                wanted.append((row, seed, cfg, done))
+            target = folder / "result.json"
+            if not target.is_file():
+                missing.append((row, seed, cfg, target))
                 continue
-            result = _read_result(done)
+            result = _read_result(target)
             if result["config"] != cfg.dump():
-                raise UserError(f"{folder} holds a run of another config: choose another --output")
+                raise UserError(f"{folder} has a run of another config: choose another --output")
             results[row][seed] = result["metrics"]
-    if len(wanted) < seeds * len(rows):
-        print(f"{seeds * len(rows) - len(wanted)} runs are in {output}; {len(wanted)} to go.")
-    total = sum(cfg.SOLVER.MAX_ITER for _, _, cfg, _ in wanted)
-    with tqdm(total=total, unit="iteration", disable=not wanted) as progress:
-        for number, (row, seed, cfg, done) in enumerate(wanted, start=1):
-            progress.set_description(f"run {number} of {len(wanted)}: {row}, seed {seed}")
+    if len(missing) < seeds * len(rows):
+        print(f"{seeds * len(rows) - len(missing)} runs are in {output}; {len(missing)} to go.")
+    total = sum(cfg.SOLVER.MAX_ITER for _, _, cfg, _ in missing)
+    with tqdm(total=total, unit="iteration", disable=not missing) as progress:
+        for number, (row, seed, cfg, target) in enumerate(missing, start=1):
+            progress.set_description(f"run {number} of {len(missing)}: {row}, seed {seed}")
             metrics = results[row][seed] = train(cfg, progress)
-            unfinished = done.with_suffix(".unfinished")
+            unfinished = target.with_suffix(".unfinished")
             unfinished.write_text(json.dumps({"config": cfg.dump(), "metrics": strict(metrics)}))
-            unfinished.rename(done)
+            unfinished.rename(target)
             progress.write(f"{row}, seed {seed}: AP {metrics['AP']:.1f}", file=sys.stdout)
     return results
 
 
 def _read_result(file: Path) -> dict:
-    """
-    Raises:
-        ValueError: naming a file that is no result.
-    """
     try:
         result = json.loads(file.read_text())
         metrics = {k: result["metrics"][k] for k in METRICS}
@@ -150,8 +147,8 @@ def _read_result(file: Path) -> dict:
 
 
 def paired(results: dict, row: str, other: str) -> tuple[np.ndarray, float]:
-    """AP of a row minus that of another, seed by seed, and half the width of the 95 % interval of
-    the mean (Student's t; not a number for one seed)."""
+    """Return differences of AP by seed, and half the 95 % interval of their mean (Student's t; NaN
+    for one seed)."""
     seeds = sorted(set(results[row]) & set(results[other]))
     difference = np.array([results[row][s]["AP"] - results[other][s]["AP"] for s in seeds])
     if len(seeds) < 2:
@@ -163,20 +160,19 @@ def paired(results: dict, row: str, other: str) -> tuple[np.ndarray, float]:
 
 
 def claims(results: dict) -> list[tuple[str, np.ndarray, float]]:
-    """Those of CLAIMS whose rows were trained: (statement, differences, half interval)."""
-    known = [c for c in CLAIMS if c[1] in results and c[2] in results]
-    return [(statement, *paired(results, row, other)) for statement, row, other in known]
+    """Return (statement, differences, half interval) of the CLAIMS whose rows were trained."""
+    trained = [c for c in CLAIMS if c[1] in results and c[2] in results]
+    return [(statement, *paired(results, row, other)) for statement, row, other in trained]
 
 
 def paper_ap(row: str) -> str:
-    """The AP that stands in the comment of a row's config; "" for a row that is not the paper's."""
+    """Return the paper's AP from the comment in a row's config, or ""."""
     comment = Path(get_config_file(f"tables/{row}")).read_text().replace("\n# ", " ")
     printed = re.search(r"the paper's AP ([\d.]+\d)", comment)
     return printed.group(1) if printed else ""
 
 
 def write_table(results: dict, target: Path) -> None:
-    """Markdown: rows, then differences."""
     seeds = max(len(runs) for runs in results.values())
     lines = [
         f"Means over {seeds} seed(s) on the 200 test images of `atss.analysis.digits.ABLATION`.",
@@ -202,19 +198,16 @@ def write_table(results: dict, target: Path) -> None:
 
 
 def compare_rows(rows: Sequence[str], seeds: int, output: Path, opts: list[str]) -> dict:
-    """Makes the data set and trains what is not there yet; as :func:`run_all`.
-
-    Args:
-        rows: names of configs in configs/tables/, or "all" alone.
+    """Draw the data set, and train rows, or "all": see :func:`run_all`.
 
     Raises:
-        ValueError: for an unknown row, or where results of another config lie in the folder.
+        UserError: for an unknown row, or as :func:`run_all`.
     """
-    known = known_rows()
-    rows = known if list(rows) == ["all"] else list(dict.fromkeys(rows))
+    choices = known_rows()
+    rows = choices if list(rows) == ["all"] else list(dict.fromkeys(rows))
     for row in rows:
-        if row not in known:
-            raise UserError(f"unknown row {row!r}: choose from {', '.join(known)}")
+        if row not in choices:
+            raise UserError(f"unknown row {row!r}: choose from {choices}")
     data = output / "data"
     make_digits(data, ABLATION)
     for split in ("train", "test"):

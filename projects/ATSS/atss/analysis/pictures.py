@@ -1,4 +1,4 @@
-"""Detections on images and films: drawn, and as records."""
+"""Detections drawn on images and videos, and as COCO records."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from ..data.images import read_image
 from ..deprecated import renamed_names
 from ..errors import UserError
 from ..labels.headers import too_thin
-from ..predictor import Detections, Predictor
+from ..predictor import Detections, Predictor, draw_detections
 
 __getattr__ = renamed_names(__name__)
 
@@ -23,38 +23,30 @@ __getattr__ = renamed_names(__name__)
 def annotate(
     predictor: Predictor, places: Mapping[Path, Path], threshold: float, batch: int = 4
 ) -> Iterator[list[dict]]:
-    """Draws what is found on images and videos.
+    """Draw detections, and yield the records of each image or frame, with "file_name" and, for a
+    video, "frame". Unreadable inputs are listed on standard error.
 
     Args:
-        places: {input: where it is drawn}, from :func:`targets`, in folders that exist. An input
-            that cannot be read is named on standard error and skipped.
-        threshold: least score that is drawn and recorded.
-        batch: images at a time.
-    Yields:
-        for each image or frame that was read, detections as of :func:`as_records`, with
-        "file_name", and "frame" for a video.
+        places: {input: picture to write}, from :func:`targets`, in folders that exist.
+        threshold: least score of detections.
 
     Raises:
-        OSError: where a picture cannot be written.
+        OSError: if a picture cannot be written.
     """
     images = [path for path in places if not media.is_video(path)]
     if images:
-        yield from _images(predictor, images, places, threshold, batch)
+        yield from _annotate_images(predictor, images, places, threshold, batch)
     for path in filter(media.is_video, places):
-        yield from _video(predictor, path, places[path], threshold, batch)
+        yield from _annotate_video(predictor, path, places[path], threshold, batch)
 
 
 def targets(inputs: Mapping[Path, Path], output: Path) -> dict[Path, Path]:
-    """Where the pictures and films of inputs are written: under their names, numbered where several
-    have one.
-
-    Args:
-        inputs: {file: its name}, from :func:`atss_runner.media.find_media`.
+    """Return {input: picture or video to write}, numbered if several inputs have one name.
 
     Raises:
-        ValueError: where that would replace an input.
+        UserError: if a target would replace an input.
     """
-    found: dict[Path, Path] = {}
+    targets_of: dict[Path, Path] = {}
     files, taken = {path.resolve() for path in inputs}, set()
     for path, name in inputs.items():
         ending = ".mp4" if media.is_video(path) else ".png"
@@ -64,67 +56,58 @@ def targets(inputs: Mapping[Path, Path], output: Path) -> dict[Path, Path]:
         if target.resolve() in files:
             raise UserError(f"{target} would replace an input: choose another --output")
         taken.add(target)
-        found[path] = target
-    return found
+        targets_of[path] = target
+    return targets_of
 
 
 def image_ids(paths: Sequence[Path]) -> dict[Path, int | str]:
-    """The numbers that all names are, without their endings, as COCO's; else the names, or the
-    paths if names are not unique: a guess, because images do not tell their ids in a json."""
+    """Guess the ids of images in a json: the numbers in their names, if all are distinct numbers,
+    as in COCO; else their names, or paths if names repeat."""
     stems = [path.stem.lstrip("0") or "0" for path in paths]
     if all(x.isascii() and x.isdecimal() for x in stems) and len({*stems}) == len(stems):
         return {path: int(stem) for path, stem in zip(paths, stems, strict=True)}
-    are_apart = len({path.name for path in paths}) == len(paths)
-    return {path: path.name if are_apart else str(path) for path in paths}
-
-
-def draw_detections(image: np.ndarray, found: Detections, names: Sequence[str]) -> np.ndarray:
-    """The BGR image with boxes, class names and scores on it."""
-    labels = [
-        f"{names[k] if names else k} {score:.0%}"
-        for k, score in zip(found.classes, found.scores, strict=True)
-    ]
-    return media.draw_boxes(image, found.boxes, found.classes, labels)
+    are_unique = len({path.name for path in paths}) == len(paths)
+    return {path: path.name if are_unique else str(path) for path in paths}
 
 
 def beside_truth(
     predictor: Predictor, records: Sequence[dict], threshold: float
 ) -> tuple[list[np.ndarray], list[list], list[list]]:
-    """What :func:`atss.analysis.plots.plot_examples` draws of records in Detectron2's format: the
-    images, BGR, and of each the objects and what is found, boxes (x1, y1, x2, y2) with labels."""
+    """Return the first three arguments of :func:`atss.analysis.plots.plot_examples` for records in
+    Detectron2's format."""
     images = [read_image(record["file_name"]) for record in records]
-    truth, found = [], []
-    for record, detected in zip(records, predictor(images), strict=True):
+    truth, predicted = [], []
+    for record, detections in zip(records, predictor(images), strict=True):
         objects = [(a["bbox"], str(a["category_id"])) for a in record["annotations"]]
         truth.append([((x, y, x + w, y + h), text) for (x, y, w, h), text in objects])
-        best = zip(*detected.above(threshold), strict=True)
-        found.append([(box, f"{k} {score:.2f}") for box, score, k in best])
-    return images, truth, found
+        best = zip(*detections.above(threshold), strict=True)
+        predicted.append([(box, f"{k} {score:.2f}") for box, score, k in best])
+    return images, truth, predicted
 
 
 def as_records(
-    found: Detections, ids: Sequence[int], names: Sequence[str], **where: object
+    detections: Detections, ids: Sequence[int], names: Sequence[str], **fields: object
 ) -> list:
-    """In COCO's form, which ``COCO.loadRes`` takes.
+    """Return detections in COCO's format of results (``COCO.loadRes``).
 
     Args:
-        ids: of the classes in the data that they were learnt from; empty: they are counted from 1.
-        names: of the classes; empty where they are not known.
-        where: what else each record holds.
+        ids: of the classes in the training data; if empty, classes count from 1.
+        names: of the classes; may be empty.
+        fields: further fields of each record.
     """
     return [
         {
-            **where,
+            **fields,
             "category_id": ids[k] if len(ids) else int(k) + 1,
             **({"category_name": names[k]} if len(names) else {}),
             "bbox": [round(float(v), 2) for v in (x1, y1, x2 - x1, y2 - y1)],
             "score": round(float(score), 4),
         }
-        for (x1, y1, x2, y2), score, k in zip(*found, strict=True)
+        for (x1, y1, x2, y2), score, k in zip(*detections, strict=True)
     ]
 
 
-def _images(
+def _annotate_images(
     predictor: Predictor,
     paths: Sequence[Path],
     places: Mapping[Path, Path],
@@ -140,19 +123,19 @@ def _images(
 
     ids = image_ids(paths)
     with tqdm(total=len(paths), unit="image") as progress:
-        for some in media.batches(readable(), batch):
-            results = predictor([image for _, image in some])
-            for (path, image), found in zip(some, results, strict=True):
-                shown = found.above(threshold)
+        for batch_images in media.batches(readable(), batch):
+            results = predictor([image for _, image in batch_images])
+            for (path, image), detections in zip(batch_images, results, strict=True):
+                shown = detections.above(threshold)
                 drawn = draw_detections(image, shown, predictor.names)
                 if not cv2.imwrite(str(places[path]), drawn):
                     raise OSError(f"cannot write the picture {places[path]}")
-                where = {"image_id": ids[path], "file_name": str(path)}
-                yield as_records(shown, predictor.ids, predictor.names, **where)
-            progress.update(len(some))
+                fields = {"image_id": ids[path], "file_name": str(path)}
+                yield as_records(shown, predictor.ids, predictor.names, **fields)
+            progress.update(len(batch_images))
 
 
-def _video(
+def _annotate_video(
     predictor: Predictor, path: Path, target: Path, threshold: float, batch: int
 ) -> Iterator[list[dict]]:
     try:
@@ -176,21 +159,21 @@ def _video(
     number = 0
     with tqdm(total=film.count, unit="frame", desc=path.name) as progress:
         try:
-            for some in media.batches(chain([first], frames), batch):
-                for frame, found in zip(some, predictor(some), strict=True):
-                    shown = found.above(threshold)
-                    # A writer drops frames of another size than the first, without a word.
+            for batch_frames in media.batches(chain([first], frames), batch):
+                for frame, detections in zip(batch_frames, predictor(batch_frames), strict=True):
+                    shown = detections.above(threshold)
+                    # OpenCV silently drops frames of another size than the first.
                     writer.write(cv2.resize(draw_detections(frame, shown, predictor.names), size))
-                    where = {"file_name": str(path), "frame": number}
-                    yield as_records(shown, predictor.ids, predictor.names, **where)
+                    fields = {"file_name": str(path), "frame": number}
+                    yield as_records(shown, predictor.ids, predictor.names, **fields)
                     number += 1
-                progress.update(len(some))
+                progress.update(len(batch_frames))
         finally:
             writer.release()
     if film.count and number < film.count:
-        counts = f"its header says {film.count} frames, {number} could be read"
+        counts = f"{film.count} frames by its header, {number} could be read"
         print(f"incomplete: {path}: {counts}", file=sys.stderr)
 
 
 def _skip(problem: object) -> None:
-    tqdm.write(f"skipped: {problem}", file=sys.stderr)  # on a line of its own beside a bar
+    tqdm.write(f"skipped: {problem}", file=sys.stderr)  # without breaking a progress bar

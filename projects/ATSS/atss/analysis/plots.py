@@ -1,7 +1,7 @@
-"""Everything that matplotlib draws."""
+"""Plots with matplotlib."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,14 +10,18 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-# (x1, y1, x2, y2) in pixels, and what is written beside it.
+from .explain import Explanation
+
+# (x1, y1, x2, y2) in pixels, and a label.
 Boxes = Iterable[tuple[Sequence[float], str]]
+# Colours that colour-blind people can tell apart (Okabe and Ito).
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 # Ticks of the statistics.
 COUNTS, SHAPES = (0, 1, 2, 5, 10, 20, 50, 100), (1, 2, 3, 5, 10)
 
 
 def plot_metrics(metrics_file: Path, target: Path) -> None:
-    """Losses and AP over iterations, from the trainer's metrics.json."""
+    """Plot losses and AP over iterations."""
     records = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     names = {"loss_cls": "class", "loss_box_reg": "box"}
@@ -27,7 +31,7 @@ def plot_metrics(metrics_file: Path, target: Path) -> None:
     curves = {names.get(key, key.replace("loss_", "")): key for key in sorted(losses, key=len)}
     for axis, lines in ((left, curves), (right, {"AP": "bbox/AP", "AP50": "bbox/AP50"})):
         for label, key in lines.items():
-            # A resumed run writes some iterations twice: the last word counts.
+            # A resumed run writes some iterations twice: the last line counts.
             points = {r["iteration"]: r[key] for r in records if key in r}
             marker = "o" if axis is right else None
             axis.plot(
@@ -46,28 +50,30 @@ def plot_metrics(metrics_file: Path, target: Path) -> None:
 
 
 def plot_examples(
-    images: Sequence[np.ndarray], truth: Sequence[Boxes], found: Sequence[Boxes], target: Path
+    images: Sequence[np.ndarray], truth: Sequence[Boxes], predicted: Sequence[Boxes], target: Path
 ) -> None:
-    """Images with ground truth left and detections right, two pairs a row.
+    """Plot images with ground truth left and detections right, two pairs a row.
 
     Args:
         images: (H, W, 3) BGR, an even number.
-        truth, found: of each image, boxes (x1, y1, x2, y2) in pixels with their labels.
+        truth, predicted: boxes (x1, y1, x2, y2) in pixels, with labels.
     """
     figure, axes = plt.subplots(len(images) // 2, 4, figsize=(12, 1.55 * len(images)))
     axes = axes.reshape(-1, 2)
-    for pair, image, *boxes in zip(axes, images, truth, found, strict=True):
-        for panel, some, colour, style in zip(
+    for pair, image, *boxes in zip(axes, images, truth, predicted, strict=True):
+        for panel, labelled_boxes, colour, style in zip(
             pair, boxes, ("lime", "orange"), ("-", "--"), strict=True
         ):
             panel.imshow(np.ascontiguousarray(image[:, :, ::-1]))
             panel.set_axis_off()
-            for (x1, y1, x2, y2), text in some:
+            for (x1, y1, x2, y2), text in labelled_boxes:
                 outline = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, lw=1.6)
                 outline.set(edgecolor=colour, linestyle=style)
                 panel.add_patch(outline)
                 panel.text(
-                    *(x1, max(y1 - 2, 8), text.replace("$", r"\$")),
+                    x1,
+                    max(y1 - 2, 8),
+                    text.replace("$", r"\$"),
                     color="black",
                     fontsize=8,
                     va="bottom",
@@ -84,7 +90,7 @@ def plot_examples(
 def plot_experiments(
     results: dict, compared: Sequence[tuple[str, np.ndarray, float]], target: Path
 ) -> None:
-    """Left every run's AP by row, right the paired differences with their intervals."""
+    """Plot AP by row and seed, and paired differences with their intervals."""
     height = 1.2 + 0.32 * max(len(results), len(compared))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), layout="constrained")
     for y, runs in enumerate(results.values()):
@@ -108,22 +114,22 @@ def plot_experiments(
 
 
 def plot_statistics(objects: list[dict], rules: list[str], top: int | None, target: Path) -> None:
-    """Positives over the object's size and over its shape; mean, std and threshold over size."""
+    """Plot positives over size and shape, and candidates' IoUs over size."""
     with_threshold = "mean" in objects[0]
     figure, axes = plt.subplots(
         1, 3 if with_threshold else 2, figsize=(15 if with_threshold else 10, 4.2)
     )
     value = {key: np.array([o[key] for o in objects]) for key in objects[0]}
 
-    def curve(axis, by: np.ndarray, edges: np.ndarray, what: np.ndarray, label: str) -> None:
-        place = np.digitize(by, edges)
-        counts = np.bincount(place, minlength=len(edges))
-        fewest = min(3, counts.max())  # a mean of less says little
-        bins = [i for i in range(1, len(edges)) if counts[i] >= fewest]
+    def curve(axis, x: np.ndarray, edges: np.ndarray, y: np.ndarray, label: str) -> None:
+        bin_index = np.digitize(x, edges)
+        counts = np.bincount(bin_index, minlength=len(edges))
+        min_count = min(3, counts.max())  # means of fewer objects scatter
+        bins = [i for i in range(1, len(edges)) if counts[i] >= min_count]
         middle = [np.sqrt(edges[i - 1] * edges[i]) for i in bins]
-        quartiles = [np.percentile(what[place == i], (25, 75)) for i in bins]
-        (drawn,) = axis.plot(middle, [what[place == i].mean() for i in bins], "o-", ms=4)
-        drawn.set_label(label)
+        quartiles = [np.percentile(y[bin_index == i], (25, 75)) for i in bins]
+        (line,) = axis.plot(middle, [y[bin_index == i].mean() for i in bins], "o-", ms=4)
+        line.set_label(label)
         if quartiles:
             axis.fill_between(middle, *zip(*quartiles, strict=True), alpha=0.15, lw=0)
 
@@ -155,4 +161,58 @@ def plot_statistics(objects: list[dict], rules: list[str], top: int | None, targ
         axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(target, dpi=100)
+    plt.close(figure)
+
+
+def plot_assignments(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    centres: np.ndarray,
+    strides: np.ndarray,
+    rules: Mapping[str, Explanation],
+    target: Path,
+) -> None:
+    """One image under several rules side by side: objects in their colours, positives as dots whose
+    size is that of their level, candidates that are no positives hollow, lost anchors crossed.
+
+    Args:
+        image: (H, W, 3) BGR.
+        boxes: (G, 4) objects in pixels of the image.
+        centres: (R, 2) of the anchors.
+        strides: (R,) of the anchors.
+    """
+    height, width = image.shape[:2]
+    columns = min(len(rules), 3)
+    rows = -(-len(rules) // columns)
+    size = (5.6 * columns, (5.6 * height / width + 0.35) * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    diameter = 3.0 + 1.6 * np.log2(strides / strides.min())
+    colours = np.array([COLOURS[i % len(COLOURS)] for i in range(len(boxes))])
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (name, found) in zip(axes.flat, rules.items(), strict=False):
+        axis.imshow(image[:, :, ::-1], alpha=0.75)
+        axis.set_xlim(0, width)
+        axis.set_ylim(height, 0)
+        for (x1, y1, x2, y2), colour in zip(boxes, colours, strict=True):
+            outline = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, lw=2, ec=colour)
+            axis.add_patch(outline)
+        positive = np.flatnonzero(found.gt_index >= 0)
+        owner = found.gt_index[positive]
+        chosen = found.gt_index[found.candidates[:, 1]] == found.candidates[:, 0]
+        owners, rest = found.candidates[~chosen].T
+        axis.scatter(*centres[rest].T, s=diameter[rest] ** 2, lw=0.7, fc="none", ec=colours[owners])
+        axis.scatter(
+            *centres[positive].T, s=diameter[positive] ** 2, lw=0.6, c=colours[owner], ec="black"
+        )
+        owners, crossed = found.lost.T
+        axis.scatter(
+            *centres[crossed].T, s=2 * diameter[crossed] ** 2, lw=1.6, marker="x", c=colours[owners]
+        )
+        counts = np.bincount(owner, minlength=len(boxes))
+        each = (
+            ", ".join(map(str, counts)) if len(counts) <= 8 else f"{counts.min()} to {counts.max()}"
+        )
+        axis.set_title(f"{name}: positives {each}", fontsize=11)
+    figure.savefig(target, dpi=100, bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)

@@ -1,11 +1,6 @@
-"""How training samples are chosen: one rule per file, all through one call.
-
-    assigner(anchors: Anchors, gt: GroundTruth, predictions: Predictions | None) -> Assignment
-
-A rule is a class that takes its parameters as keyword arguments, an
-:class:`~atss.structures.Assigner`. Registered, it can be named in a config:
-``MODEL.ATSS.ASSIGNER`` chooses it, ``MODEL.ATSS.ASSIGNERS.<name>`` holds its arguments.
-"""
+"""Rules that choose training samples, one per file: each is an
+:class:`~atss.structures.Assigner`, which ``MODEL.ATSS.ASSIGNER`` names and
+``MODEL.ATSS.ASSIGNERS.<name>`` configures."""
 
 from .atss import ATSS
 from .ddod import DDOD

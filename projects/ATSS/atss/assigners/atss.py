@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..errors import check_choice, check_range
+from ..errors import Checked, arg
 from ..geometry import centres, nearest_side
 from ..structures import Assignment, GroundTruth, Predictions
 from .conflicts import assign_best
@@ -17,112 +17,96 @@ from .similarities import IOU
 
 
 @dataclass(frozen=True)
-class ATSS:
-    """Positive are the anchors that overlap an object more than its candidates usually do.
-
-    The candidates of an object are the ``top_k`` anchors per level nearest to its centre, however
-    many a location has. Its threshold is mean + standard deviation of their IoUs with it. The cost
-    depends on the number of objects, not on the size of the image.
+class ATSS(Checked):
+    """Adaptive training sample selection. The candidates of an object are the ``top_k`` anchors per
+    level nearest to its centre; positive are those inside it whose IoU is at least the mean plus
+    the standard deviation of all.
 
     Args:
-        top_k: k, the rule's one parameter (paper, Table 4).
-        count: what k counts: "anchors" (Algorithm 1, line 4, and the authors' code when the paper's
-            figures were made; of equally distant ones the lower index is nearer), or "locations",
-            each with all its A anchors (their code since its last commit, of 2020-04-22). With one
-            anchor per location they agree.
-        similarity: of anchors and objects; a function of (..., 4) boxes will do.
+        top_k: k, the only parameter of the rule (paper, Table 4).
+        count: unit of k: "anchors" (Algorithm 1, line 4, and the authors' code when the paper's
+            figures were made; of equally distant ones the lower index is nearer), or "locations"
+            with all their A anchors (their code since its last commit, of 2020-04-22).
+        similarity: of anchors and objects; also a function of (..., 4) boxes.
     """
 
-    # If all candidates overlap an object equally, their standard deviation is zero but for
-    # rounding, which must not decide that it has no positive at all. Relative: corners of anchors
-    # are float32, so that the IoU of an anchor of 32 pixels 1,333 pixels from the origin is wrong
-    # by up to 8e-6 of itself; an NWD may be 1e-12.
+    # The standard deviation of equal IoUs is 0 but for rounding, which must not leave the object
+    # without positives. Relative, because the corners of anchors are float32: the IoU of an anchor
+    # of 32 px at 1,333 px from the origin has a relative error of up to 8e-6; an NWD may be 1e-12.
     TOLERANCE: ClassVar[float] = 1e-5
-    # Objects handled at a time: bounds memory, and keeps it in the processor's cache.
+    # Objects at a time: bounds memory, and fits the processor's cache.
     CHUNK: ClassVar[int] = 2048
 
-    top_k: int = 9
-    count: str = "anchors"
+    top_k: int = arg(9, low=1)
+    count: str = arg("anchors", choices=("anchors", "locations"))
     similarity: Any = IOU
-
-    def __post_init__(self) -> None:
-        check_range("top_k", self.top_k, 1)
-        check_choice("count", self.count, ("anchors", "locations"))
 
     @torch.no_grad()
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
         """See :class:`~atss.structures.Assigner`."""
-        pairs = (self.candidates(anchors, boxes) for boxes in gt.boxes.split(self.CHUNK))
-        return Assignment(assign_best(gt, *join(pairs), len(anchors.boxes)))
+        pieces = (self.candidates(anchors, boxes) for boxes in gt.boxes.split(self.CHUNK))
+        return Assignment(assign_best(gt, *join(pieces), len(anchors.boxes)))
 
     def candidates(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the candidates of each object.
+        """Find the candidates of (G, 4) objects.
 
-        Args:
-            gt_boxes: (G, 4).
         Returns:
             (C, G) int64 into R, and (C, G) float64 IoU, -inf if not positive. C is k * A * L, or
             k * L if k counts anchors.
         """
         objects = gt_boxes.double()
         index, valid, boxes = self.nearest(anchors, objects)
-        overlap = exact(self.similarity)(boxes, objects) * valid  # line 7
-        positive = above_mean_and_std(overlap, valid, self.TOLERANCE)  # lines 8 to 10
-        inside = nearest_side(centres(boxes), objects) > INSIDE_MARGIN
-        return index, overlap.masked_fill_(~(positive & inside), -torch.inf)  # line 12
+        iou = exact(self.similarity)(boxes, objects) * valid  # line 7
+        return index, self.keep_positives(iou, valid, boxes, objects)
 
     def statistics(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and the standard deviation whose sum is each object's threshold.
-
-        Args:
-            gt_boxes: (G, 4).
-        Returns:
-            (G,) float64 each, of its candidates' IoUs.
-        """
+        """Return (G,) float64 mean and standard deviation of the IoUs of each object's candidates,
+        for (G, 4) boxes."""
         objects = gt_boxes.double()
         _, valid, boxes = self.nearest(anchors, objects)
         return mean_and_std(exact(self.similarity)(boxes, objects) * valid, valid)
 
     def nearest(self, anchors: Anchors, objects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Lines 2 to 6: (C, G) index and validity of the candidates, (C, G, 4) their boxes."""
+        """Return (C, G) index and validity of the candidates and their (C, G, 4) boxes (lines 2 to
+        6)."""
         top_k = self.top_k
         if self.count == "anchors":
             top_k = -(-top_k // anchors.num_anchors)
         location, valid = nearest_locations(anchors, centres(objects), top_k)
         index, valid = all_anchors(anchors, location, valid)
-        if self.count == "anchors":  # of the farthest location perhaps not all
-            cut = self.top_k * len(anchors.strides)
-            index, valid = index[:cut], valid[:cut]
+        if self.count == "anchors":  # only some anchors of the farthest location
+            num_candidates = self.top_k * len(anchors.strides)
+            index, valid = index[:num_candidates], valid[:num_candidates]
         boxes = anchors.sides.gather(1, index.flatten().expand(4, -1))
         return index, valid, boxes.view(4, *index.shape).movedim(0, -1)
 
+    def keep_positives(self, iou: Tensor, valid: Tensor, boxes: Tensor, objects: Tensor) -> Tensor:
+        """Return the (C, G) IoUs of positives, -inf for other candidates (lines 8 to 12)."""
+        mean, std = mean_and_std(iou, valid)
+        threshold = mean + std
+        positive = (iou >= threshold - self.TOLERANCE * threshold.abs()) & valid
+        inside = nearest_side(centres(boxes), objects) > INSIDE_MARGIN
+        return iou.masked_fill(~(positive & inside), -torch.inf)
+
 
 def exact(similarity: Any) -> Any:
-    """The similarity for rules that know their candidates: even the lowest rank them."""
+    """Return the similarity for rules that do not search by it: even the smallest rank."""
     return getattr(similarity, "exact", similarity)
 
 
-def join(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(C, g) indices and affinities of pieces of the objects -> (C, G)."""
-    index, affinity = zip(*pairs, strict=True)
-    if len(index) == 1:
-        return index[0], affinity[0]
-    return torch.cat(index, dim=1), torch.cat(affinity, dim=1)
+def join(pieces: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Concatenate (C, g) indices and affinities of pieces of the objects: (C, G)."""
+    index, affinity = (
+        x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in zip(*pieces, strict=True)
+    )
+    return index, affinity
 
 
-def above_mean_and_std(overlap: Tensor, valid: Tensor, tolerance: float) -> Tensor:
-    """(C, G) bool: valid candidates whose overlap is at least mean + standard deviation of their
-    object's, but for a relative tolerance."""
-    mean, std = mean_and_std(overlap, valid)
-    threshold = mean + std
-    return (overlap >= threshold - tolerance * threshold.abs()) & valid
-
-
-def mean_and_std(overlap: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """(G,) mean and unbiased standard deviation of (C, G) overlaps, zero if not valid."""
+def mean_and_std(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the (G,) mean and unbiased standard deviation of (C, G) values, 0 if not valid."""
     count = valid.sum(dim=0)
-    mean = overlap.sum(dim=0) / count
-    squares = ((overlap - mean) * valid).square_().sum(dim=0)
+    mean = values.sum(dim=0) / count
+    squares = ((values - mean) * valid).square_().sum(dim=0)
     return mean, (squares / (count - 1).clamp(min=1)).sqrt()

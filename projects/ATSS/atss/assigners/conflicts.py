@@ -1,6 +1,4 @@
-"""Conflicts: several objects choose one anchor, and one of them gets it."""
-
-from __future__ import annotations
+"""Conflicts: several objects select one anchor, which goes to one of them."""
 
 from typing import Any
 
@@ -9,99 +7,89 @@ from torch import Tensor
 
 from ..structures import BACKGROUND, GroundTruth
 
-# Higher than the index of any object, and lower than any rank but -inf.
-NOBODY = torch.iinfo(torch.int64).max
+# Above the index of every object, and below every rank but -inf.
+NO_OBJECT = torch.iinfo(torch.int64).max
 LOWEST = torch.finfo(torch.float64).min
 
 
 def keep_best(
     best: Tensor, owner: Tensor, slot: Tensor, claimant: Tensor, rank: Tensor, first: bool
 ) -> None:
-    """Give anchors, in place, to the claimants of highest rank; of equal ranks the lower object
-    gets it. A batch in pieces calls it once a piece.
+    """Give anchors, in place, to the claimants of highest rank; of equal ranks to the lower object.
 
     Args:
-        best, owner: (S, ...) highest rank and object of each anchor so far; at first LOWEST and
-            NOBODY.
-        slot: (M, ...) int64 into dimension 0 of these.
-        claimant: (M, ...) int64 objects.
+        best, owner: (S, ...) highest rank and object so far; at first LOWEST and NO_OBJECT.
+        slot, claimant: (M, ...) int64 into dimension 0 of these, and objects.
         rank: (M, ...) float64; -inf claims nothing.
-        first: whether nothing has been given yet.
+        first: whether this is the first call.
     """
     before = None if first else best.gather(0, slot)
     best.scatter_reduce_(0, slot, rank, "amax")
     now = best.gather(0, slot)
     if before is not None:
         # An anchor whose rank rises loses its owner. All its pairs write the same value.
-        owner.scatter_(0, slot, owner.gather(0, slot).masked_fill_(now > before, NOBODY))
-    owner.scatter_reduce_(0, slot, claimant.masked_fill(rank != now, NOBODY), "amin")
+        owner.scatter_(0, slot, owner.gather(0, slot).masked_fill_(now > before, NO_OBJECT))
+    owner.scatter_reduce_(0, slot, claimant.masked_fill(rank != now, NO_OBJECT), "amin")
 
 
 class Conflicts:
-    """Who gets each anchor of each image, for pairs in pieces.
-
-    Args:
-        gt: G objects of N images.
-        num_anchors: R.
-        counted: whether an anchor that one object chooses goes to it whatever the others' ranks; if
-            several choose it, to the one of highest rank of all that compete.
+    """The owner of each anchor of each image, from pairs that come in pieces.
 
     Attributes:
         best: (N * R,) float64 highest rank.
-        owner: (N * R,) int64 object of highest rank, or NOBODY.
+        owner: (N * R,) int64 object of highest rank, or NO_OBJECT.
+        claims, claimant: (N * R,) int64 number of claims, and the lowest object that claims.
     """
 
-    def __init__(self, gt: GroundTruth, num_anchors: int, counted: bool = False):
+    def __init__(self, gt: GroundTruth, num_anchors: int):
         self.shape = gt.num_images, num_anchors
         slots = gt.num_images * num_anchors
         self.best = gt.boxes.new_full((slots,), LOWEST, dtype=torch.float64)
-        self.owner = gt.image_index.new_full((slots,), NOBODY)
-        self.claims = torch.zeros_like(self.owner) if counted else None
-        self.claimant = torch.full_like(self.owner, NOBODY) if counted else None
+        self.owner = gt.image_index.new_full((slots,), NO_OBJECT)
+        self.claims: Any = None
+        self.claimant: Any = None
         self.first = True
 
     def compete(self, pairs: Any, rank: Tensor) -> None:
-        """Let (...) pairs compete for their anchors; with a rank of -inf they do not."""
+        """Let (...) pairs compete for their anchors, unless their rank is -inf."""
         slot = pairs.address
         owner, rank = (x.expand(pairs.shape).reshape(slot.shape) for x in (pairs.owner, rank))
         best, owners = pairs.view(self.best), pairs.view(self.owner)
         keep_best(best, owners, slot, owner, rank, self.first)
         self.first = False
 
-    def claim(self, pairs: Any, chosen: Tensor) -> None:
-        """Count the (...) pairs that are chosen."""
-        assert self.claims is not None
-        assert self.claimant is not None
+    def claim(self, pairs: Any, selected: Tensor) -> None:
+        """Let the (...) selected pairs claim their anchors: an anchor with one claim goes to its
+        claimant, whatever the ranks of others."""
+        if self.claims is None:
+            self.claims = torch.zeros_like(self.owner)
+            self.claimant = torch.full_like(self.owner, NO_OBJECT)
         slot, claimant = pairs.address, pairs.owner.expand(pairs.shape)
-        claimant = claimant.masked_fill(~chosen, NOBODY).view(slot.shape)
-        pairs.view(self.claims).scatter_add_(0, slot, chosen.long().view(slot.shape))
+        claimant = claimant.masked_fill(~selected, NO_OBJECT).view(slot.shape)
+        pairs.view(self.claims).scatter_add_(0, slot, selected.long().view(slot.shape))
         pairs.view(self.claimant).scatter_reduce_(0, slot, claimant, "amin")
 
-    def above(self, cost: float) -> Tensor:
-        """(s,) int64 anchors that several objects choose and that cost their owners so much or
-        more."""
-        assert self.claims is not None
+    def above_bound(self, cost: float) -> Tensor:
+        """Return (s,) int64 anchors that several objects claim at a cost of ``cost`` or more."""
         return ((self.claims > 1) & (self.best <= -cost)).nonzero().squeeze(1)
 
     def settle(self) -> Tensor:
-        """(N, R) int64 into G, or BACKGROUND."""
+        """Return (N, R) int64 into G, or BACKGROUND."""
         owner = self.owner
-        if self.claims is not None and self.claimant is not None:
+        if self.claims is not None:
             owner = torch.where(self.claims > 1, owner, self.claimant)
-        return owner.masked_fill(owner == NOBODY, BACKGROUND).view(self.shape)
+        return owner.masked_fill(owner == NO_OBJECT, BACKGROUND).view(self.shape)
 
 
 def assign_best(gt: GroundTruth, index: Tensor, affinity: Tensor, num_anchors: int) -> Tensor:
-    """Give each anchor of each image to its pair of highest affinity (paper, section 4.1: of
-    several objects the one with the highest IoU); of equal affinities the lower object gets it.
+    """Return (N, R) int64 into G, or BACKGROUND: the object of highest affinity of each anchor
+    (paper, section 4.1: of highest IoU); of equal affinities the lower object.
 
     Args:
         gt: G objects of N images.
         index: (C, G) int64 into R, the candidates of each object, each at most once.
         affinity: (C, G) float64; -inf if the anchor is not positive for the object.
         num_anchors: R.
-    Returns:
-        (N, R) int64 into G, or BACKGROUND.
     """
     conflicts = Conflicts(gt, num_anchors)
     slot = (gt.image_index * num_anchors + index).flatten()

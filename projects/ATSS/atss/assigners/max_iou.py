@@ -1,4 +1,4 @@
-"""RetinaNet's rule: thresholds on the overlap with the best object."""
+"""RetinaNet's rule: thresholds on the IoU with the best object."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..errors import UserError, check_choice
+from ..errors import Checked, UserError, arg
 from ..geometry import centres, nearest_side
 from ..structures import BACKGROUND, IGNORE, Assignment, GroundTruth, Predictions
-from .box_index import BoxIndex
+from .box_index import BoxIndex, index_anchors
 from .conflicts import Conflicts
 from .engine import uses_tables
 from .lists import ListPairs, Lists
@@ -21,21 +21,18 @@ from .tables import Tables
 
 
 @dataclass(frozen=True)
-class MaxIoU:
-    """Thresholds on the IoU of an anchor with the object that it overlaps most: positive from one
-    on, background below another, ignored in between (RetinaNet, arXiv 1708.02002, section 4).
-
-    With low-quality matches the anchors that overlap an object most, all of them if several do
-    equally, become positive too, each for its own best object (as Detectron2's Matcher has it).
-    Unlike there, an object that overlaps no anchor claims none.
+class MaxIoU(Checked):
+    """Thresholds on the IoU of an anchor with its best object: positive from one on, background
+    below another, ignored in between (RetinaNet, arXiv 1708.02002, section 4).
 
     Args:
         background_below, positive_from: IoU thresholds.
-        low_quality_matches: whether an object's best anchors are positive in any case.
-        in_box: whether positives whose centre lies outside their object are ignored instead (paper,
-            Table 1, "In GT Box").
-        claims_go_to: whom an object's best anchors learn: "best", their own best object, or
-            "claimant", that object, and of several the last (mmdet).
+        low_quality_matches: whether the anchors of highest IoU with an object are positive in any
+            case (as in Detectron2's Matcher, except for an object that overlaps no anchor).
+        in_box: whether positives whose centre lies outside their object are ignored (paper, Table
+            1, "In GT Box").
+        claims_go_to: object of a low-quality match: "best", the anchor's own best object, or
+            "claimant", the object whose best anchor it is, of several the last (mmdet).
         similarity: of anchors and objects.
     """
 
@@ -43,11 +40,11 @@ class MaxIoU:
     positive_from: float = 0.5
     low_quality_matches: bool = True
     in_box: bool = False
-    claims_go_to: str = "best"
+    claims_go_to: str = arg("best", choices=("best", "claimant"))
     similarity: Similarity = IOU
 
     def __post_init__(self) -> None:
-        check_choice("claims_go_to", self.claims_go_to, ("best", "claimant"))
+        super().__post_init__()
         if not 0 < self.background_below <= self.positive_from:
             raise UserError(
                 "MaxIoU needs 0 < background_below <= positive_from, got "
@@ -72,12 +69,12 @@ class MaxIoU:
         return Assignment(gt_index)
 
     def search(self, anchors: Anchors, gt: GroundTruth) -> tuple[Tensor, Tensor, Tensor]:
-        """Find the object that each anchor overlaps most, and the anchors that each object does.
+        """Find the best object of each anchor, and the best anchors of each object.
 
         Returns:
-            (N * R,) float64 overlap with the best object and (N * R,) int64 object, both exact if
-            that is ``background_below`` or more, or if an object claims the anchor; and (N * R,)
-            int64 last object that claims the anchor, or -1.
+            (N * R,) float64 IoU with the best object and (N * R,) int64 object, both exact if the
+            IoU is ``background_below`` or more or the anchor is claimed; and (N * R,) int64 last
+            object that claims the anchor as its best, or -1.
         """
         conflicts = Conflicts(gt, len(anchors.boxes))
         claimant = torch.full_like(conflicts.owner, -1)
@@ -86,45 +83,41 @@ class MaxIoU:
         if isinstance(batch, Tables):
             pieces: Iterator[Any] = batch.tables()
         else:
-            index = anchors.kept("box index", lambda: BoxIndex.of_anchors(anchors))
-            same = torch.zeros_like(gt.image_index)
-            pieces = self._near(batch, index, same, self._least(batch))
+            first_image = torch.zeros_like(gt.image_index)
+            pieces = self._near(batch, index_anchors(anchors), first_image, self._least(batch))
         for pairs in pieces:
-            overlap = pairs.anchor_overlap * batch.nonempty[pairs.owner]
-            conflicts.compete(pairs, overlap)
+            iou = pairs.anchor_similarity * batch.nonempty[pairs.owner]
+            conflicts.compete(pairs, iou)
             if self.low_quality_matches:
-                claimed = (overlap == pairs.highest_of_object(overlap)) & (overlap > 0)
+                claimed = (iou == pairs.highest_of_object(iou)) & (iou > 0)
                 claims = pairs.owner.expand(pairs.shape).masked_fill(~claimed, -1)
                 pairs.view(claimant).scatter_reduce_(0, pairs.address, claims, "amax")
         if isinstance(batch, Lists) and self.claims_go_to == "best":
-            # An object that a list left out may overlap a claimed anchor more than its claimant.
-            unsure = (claimant >= 0) & (conflicts.best < self.background_below)
-            if unsure.any():
-                least = conflicts.best[unsure].amin().expand(len(gt))
-                index = BoxIndex.of_anchors(anchors, unsure.view(batch.shape))
+            # The best object of a claimed anchor may have left it out of its list.
+            uncertain = (claimant >= 0) & (conflicts.best < self.background_below)
+            if uncertain.any():
+                least = conflicts.best[uncertain].amin().expand(len(gt))
+                usable = uncertain.view(batch.shape)
+                index = BoxIndex(anchors, anchors.boxes.expand(*usable.shape, 4), usable)
                 for pairs in self._near(batch, index, gt.image_index, least):
-                    conflicts.compete(pairs, pairs.anchor_overlap)
+                    conflicts.compete(pairs, pairs.anchor_similarity)
         return conflicts.best, conflicts.owner, claimant
 
     def _least(self, batch: Lists) -> Tensor:
-        """(G,) lowest overlap that matters: ``background_below``, or the overlap with the object's
-        best anchor, which is the one of its shape nearest to the object's centre."""
+        """Return the (G,) least relevant IoU: ``background_below``, or that of the object's best
+        anchor, which is the nearest to its centre among those of one shape."""
         objects, anchors = batch.objects, batch.anchors
         least = torch.full_like(objects[:, 0], self.background_below)
         if not self.low_quality_matches:
             return least
         index, valid = all_anchors(anchors, *nearest_locations(anchors, centres(objects), 1))
-        overlap = self.similarity(anchors.boxes[index].double(), objects) * valid
-        return least.minimum(overlap.amax(dim=0))
+        iou = self.similarity(anchors.boxes[index].double(), objects) * valid
+        return least.minimum(iou.amax(dim=0))
 
     def _near(
         self, batch: Lists, index: BoxIndex, image: Tensor, least: Tensor
     ) -> Iterator[ListPairs]:
-        """Pieces of the pairs that overlap by (G,) ``least``.
-
-        Args:
-            image: (G,) int64 into the images of the index.
-        """
+        """Yield pieces of the pairs of at least (G,) ``least`` IoU, by (G,) images of the index."""
         for ids in batch.pieces(batch.all_objects, batch.shape[1]):
             owner, anchor = index.near(self.similarity, batch.gt.boxes[ids], image[ids], least[ids])
             yield ListPairs(batch, ids[owner], anchor)

@@ -1,4 +1,4 @@
-"""A mixture of two Gaussians, fitted to many rows at once."""
+"""Mixtures of two Gaussians, fitted to many rows at once."""
 
 import math
 
@@ -6,97 +6,94 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Log densities that differ by less are equal.
+# Log densities with a smaller difference are equal.
 TIE = 1e-6
 
 
-def good_ones(values: Tensor, take: str) -> Tensor:
-    """(S, M) bool: the values of each row that a mixture of two Gaussians finds good.
+def select_cheap(values: Tensor, take: str) -> Tensor:
+    """Return (S, M) bool: values up to the peak of the lower of two Gaussians.
 
     Args:
         values: (S, M) in rising order, then infinity.
-        take: "component" or "all", see :class:`~atss.assigners.PAA`.
+        take: see :class:`~atss.assigners.PAA`.
     """
     count = (values < torch.inf).sum(dim=1)
-    good = torch.zeros_like(values, dtype=torch.bool)
-    some = count > 0
-    if not some.any():
-        return good
+    selected = torch.zeros_like(values, dtype=torch.bool)
+    nonempty = count > 0
+    if not nonempty.any():
+        return selected
     width = int(count.max())
-    values, lonely = values[some, :width], count[some] < 2
+    values, single = values[nonempty, :width], count[nonempty] < 2
     component, density = mixture(values)
     if take == "all":
-        lonely = lonely | ~component.any(dim=1)
+        single = single | ~component.any(dim=1)
     density = density.masked_fill(~component, -torch.inf)
-    # Two values alone in a component are equally dense: the first, whatever rounding says.
-    highest = density >= density.amax(dim=1, keepdim=True) - TIE
-    up_to_peak = torch.arange(width) <= highest.int().argmax(dim=1, keepdim=True)
+    # Two values of a component have equal densities: the first is the peak, despite rounding.
+    peak = density >= density.amax(dim=1, keepdim=True) - TIE
+    up_to_peak = torch.arange(width) <= peak.int().argmax(dim=1, keepdim=True)
     if take == "all":
-        good[some, :width] = (up_to_peak | lonely[:, None]) & (values < torch.inf)
+        selected[nonempty, :width] = (up_to_peak | single[:, None]) & (values < torch.inf)
     else:
-        good[some, :width] = up_to_peak & component & ~lonely[:, None]
-    return good
+        selected[nonempty, :width] = up_to_peak & component & ~single[:, None]
+    return selected
 
 
 def mixture(
     values: Tensor, tolerance: float = 1e-3, floor: float = 1e-6, iterations: int = 100
 ) -> tuple[Tensor, Tensor]:
-    """Two Gaussians fitted to each row by expectation maximisation, from its least and its greatest
-    value, with variances of 1. Each row stops by itself.
+    """Fit two Gaussians to each row by expectation maximisation, from its lowest and its highest
+    value and variances of 1. Each row stops by itself.
 
     Args:
-        values: (S, M) in rising order, one or more in each row, infinite where it ends.
-        tolerance: a row stops where its mean log likelihood changes by less.
+        values: (S, M) in rising order, at least one in each row, then infinity.
+        tolerance: least change of a row's mean log likelihood.
         floor: added to variances.
     Returns:
-        (S, M) bool: which the first Gaussian is likelier to have made; and (S, M) log densities,
-        -inf where a row ends.
+        (S, M) bool: the first Gaussian is more likely; and (S, M) log densities.
     """
-    there = (values < torch.inf).to(values.dtype)
-    count = there.sum(dim=1, keepdim=True)
+    exists = (values < torch.inf).to(values.dtype)
+    count = exists.sum(dim=1, keepdim=True)
     last = values.gather(1, count.long() - 1)
     middle = (values[:, :1] + last) / 2
-    # What rows have is counted from their middles, so that squares lose no digits.
-    x = torch.where(there > 0, values - middle, 0)
+    # Values are relative to the middle of their row, so that squares lose no digits.
+    x = torch.where(exists > 0, values - middle, 0)
     mean = torch.cat([values[:, :1], last], dim=1) - middle  # (S, 2)
     fitted = torch.stack([torch.full_like(mean, 0.5), mean, torch.ones_like(mean)])
     tiny = 10 * torch.finfo(x.dtype).eps
 
-    rows, now = torch.arange(len(x), device=x.device), fitted
-    known, at, powers, size = there, x, torch.stack([there, x, x * x], dim=2), count.squeeze(1)
-    before = x.new_full((len(x),), -torch.inf)
+    # Below: of the rows that have not stopped.
+    rows, before = torch.arange(len(x), device=x.device), x.new_full((len(x),), -torch.inf)
+    mask, row_x, powers = exists, x, torch.stack([exists, x, x * x], dim=2)
+    current, size = fitted, count.squeeze(1)
     for _ in range(iterations):
-        first, second = _log_densities(at, now)
-        share = (first - second).sigmoid() * known
-        likelihood = ((second + F.softplus(first - second)) * known).sum(dim=1) / size
-        # (S, 2) each: of each component the sum of shares, of x and of x^2.
-        sums, of_x, of_squares = (torch.stack([share, known - share], dim=1) @ powers).unbind(-1)
+        first, second = _log_densities(row_x, current)
+        share = (first - second).sigmoid() * mask
+        likelihood = ((second + F.softplus(first - second)) * mask).sum(dim=1) / size
+        # (S, 2) each: per component the sums of shares, of x and of x^2.
+        sums, sums_x, sums_squares = (torch.stack([share, mask - share], dim=1) @ powers).unbind(-1)
         sums = sums + tiny
-        mean = of_x / sums
-        # Rounding may leave less than nothing, beside an outlier.
-        variance = (of_squares / sums - mean.square()).clamp(min=0) + floor
-        now = torch.stack([sums / sums.sum(dim=1, keepdim=True), mean, variance])
-        goes_on = (likelihood - before).abs() >= tolerance
+        mean = sums_x / sums
+        # Rounding may make it negative beside an outlier.
+        variance = (sums_squares / sums - mean.square()).clamp(min=0) + floor
+        current = torch.stack([sums / sums.sum(dim=1, keepdim=True), mean, variance])
+        active = (likelihood - before).abs() >= tolerance
         before = likelihood
-        if not goes_on.all():
-            fitted[:, rows] = now
-            kept = (v[goes_on] for v in (rows, known, at, powers, size, before))
-            rows, known, at, powers, size, before = kept
-            now = now[:, goes_on]
+        if not active.all():
+            fitted[:, rows] = current
+            state = rows, mask, row_x, powers, size, before
+            rows, mask, row_x, powers, size, before = (v[active] for v in state)
+            current = current[:, active]
             if not len(rows):
                 break
-    fitted[:, rows] = now
+    fitted[:, rows] = current
     first, second = _log_densities(x, fitted)
-    density = torch.where(there > 0, torch.logaddexp(first, second), -torch.inf)
-    return (first >= second) & (there > 0), density
+    density = torch.where(exists > 0, torch.logaddexp(first, second), -torch.inf)
+    return (first >= second) & (exists > 0), density
 
 
 def _log_densities(x: Tensor, fitted: Tensor) -> tuple[Tensor, Tensor]:
-    """(S, M) each: of (S, M) values under both components, with their weights.
-
-    Args:
-        fitted: (3, S, 2) weights, means, variances.
-    """
+    """Return the (S, M) weighted log densities of (S, M) values under each component, by (3, S, 2)
+    weights, means and variances."""
     weight, mean, variance = fitted.movedim(2, 1)[..., None].unbind()  # (2, S, 1) each
     constant = weight.log() - (2 * math.pi * variance).log() / 2
     first, second = constant - (x - mean).square() / (2 * variance)

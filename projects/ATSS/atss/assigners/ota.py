@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import check_range
+from ..errors import arg
 from ..losses import Focal
 from .lists import ListPairs, Lists
 from .locations import INSIDE_MARGIN
@@ -23,58 +23,49 @@ FOCAL = Focal()
 
 @dataclass(frozen=True)
 class OTA(Matching):
-    """Optimal transport assignment (arXiv 2103.14259): the plan that serves all objects of an image
-    and the background at the least cost.
+    """Optimal transport assignment (arXiv 2103.14259): the cheapest plan that supplies the anchors
+    of an image with labels from its objects and the background.
 
-    A pair costs the focal loss of its classes and ``iou_weight`` times -ln IoU; its anchor lies
-    inside the object and near its centre. An object supplies as many labels as its best overlaps
-    add up to. An object without such an anchor gets none; the authors give it every anchor at a
-    cost of 1e6, where float32 cannot rank them. Score: the IoU.
+    A pair costs the focal loss of its classes plus ``iou_weight`` times -ln IoU, if its anchor lies
+    inside the object and near its centre. An object without such an anchor has no positives; the
+    authors' code gives it every anchor at a cost of 1e6, where float32 cannot rank them. Score: the
+    IoU.
 
     Args:
-        top_k: overlaps that are added for the number of labels of an object.
-        radius: how near to the centre, in strides along both axes.
-        iou_weight: of -ln IoU.
-        regularisation, iterations: of Sinkhorn's algorithm.
-        similarity: of predicted boxes and objects, in place of the IoU.
+        top_k: number of highest IoUs whose sum is the supply of an object.
+        radius: largest distance from the centre, in strides along both axes.
+        regularisation, iterations: see :func:`.sinkhorn.transport`.
     """
 
-    # Least IoU of which the logarithm is taken, as in the authors' code.
+    # Least IoU in the logarithm, as in the authors' code.
     LEAST_IOU: ClassVar[float] = torch.finfo(torch.float32).eps
     together: ClassVar[bool] = True
 
-    top_k: int = 20
-    radius: float = 2.5
-    iou_weight: float = 1.5
-    regularisation: float = 0.1
-    iterations: int = 50
+    top_k: int = arg(20, low=1)
+    radius: float = arg(2.5, low=1e-6)
+    iou_weight: float = arg(1.5, low=0)
+    regularisation: float = arg(0.1, low=1e-3)
+    iterations: int = arg(50, low=1)
     similarity: Similarity = IOU
-
-    def __post_init__(self) -> None:
-        check_range("top_k", self.top_k, 1)
-        check_range("radius", self.radius, 1e-6)
-        check_range("iou_weight", self.iou_weight, 0)
-        check_range("regularisation", self.regularisation, 1e-3)
-        check_range("iterations", self.iterations, 1)
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
         pairs = batch.central(ids, self.radius)
-        return pairs.at(pairs.inside(INSIDE_MARGIN) & pairs.around(self.radius))
+        return pairs.at(pairs.is_central(self.radius, INSIDE_MARGIN))
 
     def tables(self, batch: Tables) -> Iterable[Any]:
         return [batch.window(self.radius)]
 
     def cost(self, pairs: CandidatePairs) -> Tensor:
-        central = pairs.inside(INSIDE_MARGIN) & pairs.around(self.radius)
-        classes = class_cost(pairs, FOCAL, torch.ones_like(pairs.overlap))
-        boxes = -pairs.overlap.clamp(min=self.LEAST_IOU).log()
+        central = pairs.is_central(self.radius, INSIDE_MARGIN)
+        classes = class_cost(pairs, FOCAL, torch.ones_like(pairs.similarity))
+        boxes = -pairs.similarity.clamp(min=self.LEAST_IOU).log()
         return torch.where(central, classes + self.iou_weight * boxes, torch.inf)
 
     def select(self, pairs: Any, cost: Tensor) -> Tensor:
         possible = cost < torch.inf
-        overlaps = pairs.rows(torch.where(possible, pairs.overlap, 0), 0)
-        supply = dynamic_k(overlaps.topk(min(self.top_k, overlaps.shape[1])).values)
-        chosen = transport(
+        ious = pairs.rows(torch.where(possible, pairs.similarity, 0), 0)
+        supply = dynamic_k(ious.topk(min(self.top_k, ious.shape[1])).values)
+        selected = transport(
             pairs.rows(cost, torch.inf),
             supply,
             pairs.batch.gt.image_index[pairs.row_ids],
@@ -83,10 +74,10 @@ class OTA(Matching):
             self.regularisation,
             self.iterations,
         )
-        return pairs.from_rows(chosen)
+        return pairs.from_rows(selected)
 
     def rank(self, pairs: CandidatePairs) -> Tensor:
-        return pairs.overlap  # an anchor is selected by one object at most
+        return pairs.similarity  # does not matter: no two objects select one anchor
 
     def score(self, pairs: CandidatePairs) -> Tensor:
-        return pairs.overlap
+        return pairs.similarity

@@ -1,40 +1,38 @@
-"""A batch of images, and its candidate pairs of objects and anchors: what costs, ranks and scores
-are functions of. What decides is float64, so that it does not depend on rounding."""
+"""Candidate pairs of objects and anchors: the input of costs, ranks and scores. Values that decide
+are float64, so that rounding does not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..anchors import Anchors
-from ..deprecated import renamed_names
+from ..caching import cached, cached_property
+from ..deprecated import renamed_attribute, renamed_names
 from ..errors import UserError
 from ..geometry import area, centres, nearest_side
-from ..structures import GroundTruth, HeadOutput, Predictions, cached_property
+from ..structures import GroundTruth, HeadOutput, Predictions
 from .engine import table_limit
 from .similarities import IOU, Similarity
 
 __getattr__ = renamed_names(__name__)
-# (probability, cross entropy, targets) -> elementwise, as in atss.losses.
+# (probability, cross entropy, targets) -> elementwise losses, as in atss.losses.
 ClassLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class AssignmentBatch:
-    """Anchors, objects and predictions of N images, and what rules compute of them once.
+    """Arguments of a rule, and values derived from them.
 
     Attributes:
-        anchors: R anchors.
-        gt: G objects of N images.
-        predictions: of the images; None for rules that look at anchors alone.
+        anchors, gt, predictions: see :class:`~atss.structures.Assigner`.
         similarity: of predicted boxes and objects.
-        eligible_radius: None: every anchor may be chosen. A number: those inside any object of
-            their image, or less than so many strides from its centre along both axes.
+        eligible_radius: None: every anchor may be selected. A number: anchors inside any object of
+            their image, or less than this many strides from its centre along both axes.
     """
 
     anchors: Anchors
@@ -42,13 +40,6 @@ class AssignmentBatch:
     predictions: Predictions | None
     similarity: Similarity = IOU
     eligible_radius: float | None = None
-    _computed: dict[Hashable, Any] = field(default_factory=dict)
-
-    def once(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        """Compute a value when it is asked for first, and keep it."""
-        if key not in self._computed:
-            self._computed[key] = compute()
-        return self._computed[key]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,7 +48,7 @@ class AssignmentBatch:
 
     @cached_property
     def objects(self) -> Tensor:
-        """(G, 4) float64 boxes."""
+        """(G, 4) float64."""
         return self.gt.boxes.double()
 
     @cached_property
@@ -67,7 +58,7 @@ class AssignmentBatch:
 
     @cached_property
     def nonempty(self) -> Tensor:
-        """(G,) bool: objects with an area. No box code can describe the others to a head."""
+        """(G,) bool: objects with an area. No box code can encode others."""
         return self.areas > 0
 
     @property
@@ -77,73 +68,53 @@ class AssignmentBatch:
         return self.predictions.boxes
 
     @cached_property
-    def columns(self) -> Tensor:
-        """(4, N, R) predicted boxes, in memory x1 of all, then y1 of all."""
-        return self.boxes.movedim(-1, 0).contiguous()
-
-    @cached_property
     def finite(self) -> Tensor:
         """(N, R) bool: predicted boxes without NaN and infinity."""
         return self.boxes.isfinite().all(dim=-1)
 
-    def anchors_at(self, location: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
-        """(g, C) locations and whether they exist -> (g, C * A) of their A anchors."""
-        many = self.anchors.num_anchors
-        if many > 1:
-            each = torch.arange(many, device=location.device)
-            location = (location[..., None] * many + each).flatten(1)
-            exists = exists.repeat_interleave(many, dim=1)
-        return location, exists
-
-    @cached_property
+    @property
     def output(self) -> HeadOutput:
-        """The head's."""
         assert self.predictions is not None
         return self.predictions.output
 
     @cached_property
     def classes(self) -> Tensor:
-        """(N * R, K) predicted: logits, or probabilities."""
+        """(N * R, K) predicted classes: logits, or probabilities."""
         if self.output.classes is None:
-            raise UserError("a rule looks at the classes of an output that has none")
+            raise UserError("the assigner needs predicted classes, which this output does not have")
         return self.output.classes.flatten(0, 1)
 
     def class_loss(self, loss: ClassLoss, classes: Tensor, targets: Tensor) -> Tensor:
-        """Elementwise class loss of predicted classes, in their dtype."""
-        predicted = HeadOutput(classes, targets, None, self.output.probabilities)
-        return loss(predicted.probability(), predicted.cross_entropy(targets), targets)
+        """Return the elementwise loss, in the dtype of the classes."""
+        output = HeadOutput(classes, targets, None, self.output.probabilities)
+        return loss(output.probability(), output.cross_entropy(targets), targets)
 
-    def sum_over_classes(self, loss: ClassLoss, classes: Tensor) -> Tensor:
-        """(M,) float64 class loss of (M, K) predictions without an object, all classes added up. It
-        is the same in all pairs of an anchor, so its terms need be no more than float32."""
+    def background_loss(self, loss: ClassLoss, classes: Tensor) -> Tensor:
+        """Return (M,) float64: the loss of (M, K) classes without an object, summed over classes.
+        All pairs of an anchor share it, so float32 suffices for its terms."""
         count, classes = len(classes), classes.float()
         if classes.device.type == "cpu":
-            # The last few of each thread's elements take other instructions, which round otherwise,
-            # so that equal predictions would have unequal losses.
+            # The last elements of each thread are computed by other instructions, which round
+            # differently, so that equal predictions would have unequal losses.
             classes = F.pad(classes, (0, 0, 0, -count % (64 * torch.get_num_threads())))
         zero = classes.new_zeros(()).expand_as(classes)
         return self.class_loss(loss, classes, zero)[:count].sum(dim=1, dtype=torch.float64)
 
+    @cached
     def background(self, loss: ClassLoss) -> Tensor:
-        """(N, R) float64 class loss of anchors without an object, all classes added up."""
-        return self.once(("background", loss), lambda: self._background(loss))
-
-    def _background(self, loss: ClassLoss) -> Tensor:
+        """Return (N, R) float64: :meth:`background_loss` of all anchors."""
         # A few images at a time bound memory.
         step = max(1, 2 * table_limit() // (self.shape[1] * self.classes.shape[1])) * self.shape[1]
-        parts = [self.sum_over_classes(loss, x) for x in self.classes.split(step)]
+        parts = [self.background_loss(loss, x) for x in self.classes.split(step)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(self.shape)
 
 
 @dataclass(frozen=True)
 class CandidatePairs:
-    """Pairs of objects and anchors.
-
-    Shapes are written (...): (P,) in a list, (g, R) in a table of g objects, (N, R) of matches.
-    A rule's costs, ranks and scores are elementwise over pairs, so they run on all of them.
+    """Pairs of objects and anchors, of shape (...): (P,) in a list, (g, R) in a table of g objects,
+    (N, R) for matches. Elementwise functions fit all shapes.
 
     Attributes:
-        batch: of the images.
         owner, index: int64 objects, into G, and anchors, into R, which broadcast to (...).
     """
 
@@ -172,12 +143,13 @@ class CandidatePairs:
         return self.batch.anchors.stride[self.index].double()
 
     @cached_property
-    def overlap(self) -> Tensor:
-        """(...) float64 similarity of predicted boxes and objects; 0 if it is not finite."""
+    def similarity(self) -> Tensor:
+        """(...) float64 similarity of predicted boxes and objects, by default their IoU; 0 if it is
+        not finite."""
         return self.batch.similarity(self.boxes, self.objects).nan_to_num(0)
 
     @property
-    def anchor_overlap(self) -> Tensor:
+    def anchor_similarity(self) -> Tensor:
         """(...) float64 similarity of anchors and objects."""
         return self.batch.similarity(self.batch.anchors.boxes[self.index].double(), self.objects)
 
@@ -192,32 +164,30 @@ class CandidatePairs:
         classes = self.classes.double()
         return (classes if self.batch.output.probabilities else classes.sigmoid()).nan_to_num(0)
 
+    @cached
     def inside(self, margin: float = 0.0) -> Tensor:
-        """(...) bool: the anchor's centre lies in the object, by more than ``margin`` pixels."""
-        return self._once(
-            ("inside", margin), lambda: nearest_side(self.points, self.objects) > margin
-        )
+        """Return (...) bool: the anchor's centre is in the object, by more than ``margin`` px."""
+        return nearest_side(self.points, self.objects) > margin
 
-    def around(self, radius: float) -> Tensor:
-        """(...) bool: the anchor's centre lies less than ``radius`` strides from the object's,
-        along both axes."""
-        return self._once(("around", radius), lambda: self._offset < radius * self.strides)
+    @cached
+    def is_near_centre(self, radius: float) -> Tensor:
+        """Return (...) bool: the anchor's centre is less than ``radius`` strides from that of the
+        object along both axes."""
+        offset = (self.points - centres(self.objects)).abs().amax(dim=-1)
+        return offset < radius * self.strides
 
-    @property
-    def _offset(self) -> Tensor:
-        return (self.points - centres(self.objects)).abs().amax(dim=-1)
-
-    def _once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        computed = self.__dict__.setdefault("_computed", {})
-        if key not in computed:
-            computed[key] = compute()
-        return computed[key]
+    def is_central(self, radius: float, margin: float = 0.0) -> Tensor:
+        """Return (...) bool: :meth:`inside` the object and near its centre."""
+        return self.inside(margin) & self.is_near_centre(radius)
 
     def background_loss(self, loss: ClassLoss) -> Tensor:
-        """(...) float64 class loss of the anchor without an object, all classes added up."""
+        """Return (...) float64: the anchors' :meth:`AssignmentBatch.background_loss`."""
         return self.per_anchor(self.batch.background(loss))
 
-    # What follows is for the frame. Rows are the pairs of an object each.
+    overlap = renamed_attribute("pairs.overlap", "pairs.similarity")
+    around = renamed_attribute("pairs.around", "pairs.is_near_centre")
+
+    # Below: for Matching. Rows are the pairs of one object each.
 
     @cached_property
     def slot(self) -> Tensor:
@@ -235,40 +205,36 @@ class CandidatePairs:
         return self.slot.flatten()
 
     def view(self, per_slot: Tensor) -> Tensor:
-        """(N * R,) values, as :attr:`address` finds them."""
+        """View (N * R,) values so that :attr:`address` indexes them."""
         return per_slot
 
     def per_anchor(self, values: Tensor) -> Tensor:
-        """(N, R) -> (...)"""
+        """Gather (N, R) values: (...)."""
         return values.flatten()[self.slot]
 
     def rows(self, values: Tensor, fill: float) -> Tensor:
-        """(...) -> (g, M): the values of each object, then ``fill``."""
+        """Arrange (...) values as (g, M): those of each object, then ``fill``."""
         return values
 
     def from_rows(self, table: Tensor) -> Tensor:
-        """(g, M) -> (...)"""
+        """Invert :meth:`rows`: (g, M) to (...)."""
         return table
 
     @property
     def row_ids(self) -> Tensor:
-        """(g,) int64 the object of each row."""
+        """(g,) int64 object of each row."""
         return self.owner[:, 0]
 
 
 def alignment(pairs: CandidatePairs, alpha: float, beta: float) -> Tensor:
-    """(...) p^alpha * IoU^beta of the prediction for the object (TOOD, arXiv 2108.07755, section
-    3.2), with the rule's similarity for the IoU."""
-    return pairs.probability**alpha * pairs.overlap**beta
+    """Return (...) p^alpha * IoU^beta of the prediction for the object (TOOD, arXiv 2108.07755,
+    section 3.2), with the rule's similarity as the IoU."""
+    return pairs.probability**alpha * pairs.similarity**beta
 
 
 def class_cost(pairs: CandidatePairs, loss: ClassLoss, targets: Tensor) -> Tensor:
-    """(...) class loss, all classes added up, if the object's class has the target and others 0:
-    the loss of an anchor without an object, but for one class.
-
-    Args:
-        targets: (...) float64.
-    """
+    """Return the (...) class loss, summed over classes, with (...) float64 targets for the object's
+    class and 0 for others: the background loss with one class replaced."""
     batch, classes = pairs.batch, pairs.classes.double()
     positive = batch.class_loss(loss, classes, targets)
     negative = batch.class_loss(loss, classes, torch.zeros_like(targets))

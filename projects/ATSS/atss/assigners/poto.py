@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import UserError, check_range
+from ..errors import UserError, arg
 from .lists import ListPairs, Lists
 from .matching import Matching
 from .pairs import CandidatePairs, alignment
@@ -19,71 +19,67 @@ from .tables import Tables
 
 @dataclass(frozen=True)
 class POTO(Matching):
-    """One anchor for each object, so that detection needs no suppression (arXiv 2012.03544): of all
-    ways to give each an anchor of its own, the one in which p^(1 - alpha) * IoU^alpha, added up, is
-    highest.
+    """One anchor per object, for detection without NMS (arXiv 2012.03544): the bipartite matching
+    of highest total p^(1 - alpha) * IoU^alpha, among anchors inside their object and near its
+    centre. Score: the IoU.
 
-    An object's anchor lies inside it and near its centre. An object that finds none free gets
-    none; in the authors' code it gets one elsewhere, whose box then has sides of negative length.
-    SciPy matches on the host: a GPU waits for one copy there and one back. Score: the IoU.
+    An object without a free anchor has none; in the authors' code it has one elsewhere, with
+    negative distances to the target's sides. SciPy matches on the host: a GPU waits for one copy to
+    it and one back.
 
     Args:
-        alpha: weight of the IoU against the class probability.
-        radius: how near to the centre, in strides along both axes; a large one is the whole object.
-        similarity: of predicted boxes and objects, in place of the IoU.
+        radius: largest distance from the centre, in strides along both axes.
 
     Raises:
-        ValueError: if SciPy is not installed.
+        UserError: if SciPy is not installed.
     """
 
     # Cost of an object without an anchor, in the authors' code.
     UNMATCHED: ClassVar[float] = 1.0
     together: ClassVar[bool] = True
 
-    alpha: float = 0.8
-    radius: float = 1.5
+    alpha: float = arg(0.8, low=0, high=1)
+    radius: float = arg(1.5, low=1e-6)
     similarity: Similarity = IOU
 
     def __post_init__(self) -> None:
-        check_range("alpha", self.alpha, 0, 1)
-        check_range("radius", self.radius, 1e-6)
+        super().__post_init__()
         if importlib.util.find_spec("scipy") is None:
-            raise UserError("it matches by SciPy, which is not installed: pip install scipy")
+            raise UserError("POTO needs SciPy, which is not installed: pip install scipy")
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
         pairs = batch.central(ids, self.radius)
-        return pairs.at(pairs.inside() & pairs.around(self.radius))
+        return pairs.at(pairs.is_central(self.radius))
 
     def tables(self, batch: Tables) -> Iterable[Any]:
         return [batch.window(self.radius)]
 
     def cost(self, pairs: CandidatePairs) -> Tensor:
-        central = pairs.inside() & pairs.around(self.radius)
-        return torch.where(central, -alignment(pairs, 1 - self.alpha, self.alpha), torch.inf)
+        quality = alignment(pairs, 1 - self.alpha, self.alpha)
+        return torch.where(pairs.is_central(self.radius), -quality, torch.inf)
 
     def select(self, pairs: Any, cost: Tensor) -> Tensor:
         costs = pairs.rows(cost, torch.inf)
-        # One copy to the host. Slots are whole numbers below 2^53.
+        # One copy to the host. Slots are integers below 2^53, exact in float64.
         host, slots = torch.stack([costs, pairs.rows(pairs.slot, 0).double()]).cpu().numpy()
         matched = torch.from_numpy(match_one_each(host, slots, self.UNMATCHED))
         matched = matched.to(costs.device, non_blocking=True)
-        place = torch.arange(costs.shape[1], device=costs.device)
-        return pairs.from_rows(place == matched[:, None])
+        column = torch.arange(costs.shape[1], device=costs.device)
+        return pairs.from_rows(column == matched[:, None])
 
     def rank(self, pairs: CandidatePairs) -> Tensor:
-        return pairs.overlap  # an anchor is selected by one object at most
+        return pairs.similarity  # does not matter: no two objects select one anchor
 
     def score(self, pairs: CandidatePairs) -> Tensor:
-        return pairs.overlap
+        return pairs.similarity
 
 
 def match_one_each(cost: np.ndarray, slot: np.ndarray, unmatched: float) -> np.ndarray:
-    """Match each row with one slot at most, and each slot with one row, at the least cost.
+    """Match each row with at most one slot, and each slot with at most one row, at the least cost.
 
     Args:
-        cost: (g, M) of pairs.
-        slot: (g, M) whole numbers: the anchor of each pair. Images share none, so they are matched
-            together.
+        cost, slot: (g, M) of pairs, and their anchors as integers. Images share no slots, so all
+            are matched at once.
         unmatched: cost of a row without a slot.
     Returns:
         (g,) int64 column of the pair of each row, or -1.
@@ -97,11 +93,11 @@ def match_one_each(cost: np.ndarray, slot: np.ndarray, unmatched: float) -> np.n
         return matched
     rows, row_of = np.unique(row, return_inverse=True)
     slots, slot_of = np.unique(slot[row, column], return_inverse=True)
-    # Beside the slots each row has a column of its own: to stay unmatched.
+    # Each row has one more slot: to stay unmatched.
     each = np.arange(len(rows))
     weights = np.concatenate([cost[row, column], np.full(len(rows), unmatched)])
     place = np.concatenate([row_of, each]), np.concatenate([slot_of, len(slots) + each])
-    # A sparse matrix does not hold zeros. Older releases need indices of 32 bits.
+    # A sparse matrix does not store zeros. Older releases need indices of 32 bits.
     weights = weights - weights.min() + 1
     graph = csr_array((weights, tuple(x.astype(np.int32) for x in place)))
     _, partner = min_weight_full_bipartite_matching(graph)

@@ -1,4 +1,4 @@
-"""The rules and similarities that a config can name."""
+"""The rules and similarities that a config names."""
 
 from ..registry import Registry
 from .atss import ATSS
@@ -12,17 +12,15 @@ from .similarities import NWD, IoU, SimD
 from .spatial_scale import SpatialScale
 from .tal import TAL
 
-# Of two boxes (..., 4) each -> (...).
 SIMILARITIES = Registry("SIMILARITY", group="SIMILARITIES")
-for similarity in (IoU, NWD, SimD):
-    SIMILARITIES.register(similarity, name=similarity.__name__.lower())
+SIMILARITIES.add(iou=IoU, nwd=NWD, simd=SimD)
 
 ASSIGNER_REGISTRY = Registry(
-    "ASSIGNER", injected=("num_levels", "num_classes"), gone={"TopK": "docs/own_assigner.md"}
+    "ASSIGNER", injected=("num_levels", "num_classes"), removed={"TopK": "docs/own_assigner.md"}
 )
-BY_SIMILARITY = {"similarity": SIMILARITIES}
-ASSIGNER_REGISTRY.register(ATSS, parts=BY_SIMILARITY, legacy={"ALPHA": "DDOD"})
-ASSIGNER_REGISTRY.register(MaxIoU, parts=BY_SIMILARITY)
+SIMILARITY = {"similarity": SIMILARITIES}
+ASSIGNER_REGISTRY.register(ATSS, parts=SIMILARITY, legacy={"ALPHA": "DDOD"})
+ASSIGNER_REGISTRY.register(MaxIoU, parts=SIMILARITY)
 ASSIGNER_REGISTRY.register(SpatialScale)
 for rule in (DDOD, PAA, OTA, SimOTA, SoftLabel, TAL, POTO):
-    ASSIGNER_REGISTRY.register(rule, parts=BY_SIMILARITY)
+    ASSIGNER_REGISTRY.register(rule, parts=SIMILARITY)

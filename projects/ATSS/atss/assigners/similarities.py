@@ -1,4 +1,4 @@
-"""How like each other two boxes are: from 0 to 1, and falling as they move apart along an axis."""
+"""Similarities of two boxes: from 0 to 1, and falling as the boxes move apart along an axis."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,24 +6,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import check_range
+from ..deprecated import renamed_attribute
+from ..errors import Checked, arg
 from ..geometry import iou, normalised_wasserstein, similarity_distance
 
-# A search takes smaller similarities for 0, so that it can bound the distance of its candidates.
-FAINT = 1e-12
+# Smaller similarities count as 0, so that a search can bound the distance of its candidates.
+SMALLEST = 1e-12
 
 
 class Similarity(Protocol):
-    """What rules ask of a similarity. A plain function of boxes does for those that know their
-    candidates by themselves: ATSS and DDOD."""
+    """A similarity of boxes. ATSS and DDOD also accept a function, because they do not search."""
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Of two boxes (..., 4) each -> (...)."""
+        """Return the (...) similarities of (..., 4) and (..., 4) boxes."""
         ...
 
-    def reach(self, least: Tensor) -> tuple[Tensor, Tensor]:
-        """How far apart two boxes can be that are as similar as (...) or more: along an axis, their
-        centres are no farther apart than scale * (a + b) / 2 + distance, of sides a and b.
+    def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
+        """Bound the distance of two boxes of (...) or more similarity: along an axis, the centres
+        of boxes with sides a and b are at most scale * (a + b) / 2 + distance apart.
 
         Returns:
             (..., 2) scale, along x and y; (..., 1) distance.
@@ -36,84 +36,77 @@ class IoU:
     """Intersection over union."""
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Of two boxes (..., 4) each -> (...)."""
         return iou(a, b)
 
-    def reach(self, least: Tensor) -> tuple[Tensor, Tensor]:
-        """They share ``least`` of the longer side, and so of the mean of both."""
-        scale = 1 - least.clamp(min=0, max=1)[..., None]
-        return scale.expand(*least.shape, 2), torch.zeros_like(scale)
+    def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
+        """Use that boxes share at least ``similarity`` of the longer side, and of the mean side."""
+        scale = 1 - similarity.clamp(min=0, max=1)[..., None]
+        return scale.expand(*similarity.shape, 2), torch.zeros_like(scale)
+
+    reach = renamed_attribute("IoU.reach", "IoU.max_distance")
 
 
 IOU = IoU()
 
 
-@dataclass(frozen=True)
-class NWD:
-    """Normalised Wasserstein distance (arXiv 2110.13389): of boxes of a few pixels, which overlap
-    wholly or not at all, it still tells how far they are from each other. Not scale-invariant.
+class _Exponential:
+    """A similarity that is never 0.
 
-    Args:
-        constant: pixels of the network's input, in which the similarity of boxes of one size falls
-            to 1 / e. The authors take the mean side of an object: of AI-TOD, 12.8.
+    ``exact`` is for rules that do not search by similarity: they rank even the smallest.
     """
 
-    constant: float = 12.8
-
-    def __post_init__(self) -> None:
-        check_range("constant", self.constant, 1e-3, 1e6)
+    def exact(self, a: Tensor, b: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Of two boxes (..., 4) each -> (...)."""
-        return _without_faint(self.exact(a, b))
+        similarity = self.exact(a, b)
+        return torch.where(similarity < SMALLEST, 0, similarity)
+
+    def exponent(self, similarity: Tensor) -> Tensor:
+        """Return -ln of a similarity, at most that of SMALLEST."""
+        return -similarity.clamp(min=SMALLEST, max=1).log()
+
+    reach = renamed_attribute("Similarity.reach", "Similarity.max_distance")
+
+
+@dataclass(frozen=True)
+class NWD(_Exponential, Checked):
+    """Normalised Wasserstein distance (arXiv 2110.13389): also ranks tiny boxes that do not
+    overlap. Not scale-invariant.
+
+    Args:
+        constant: distance of boxes of one size at a similarity of 1 / e, in pixels of the network's
+            input. The authors use the mean side of an object: 12.8 for AI-TOD.
+    """
+
+    constant: float = arg(12.8, low=1e-3, high=1e6)
 
     def exact(self, a: Tensor, b: Tensor) -> Tensor:
-        """The same, however little it is: for rules that know their candidates by themselves."""
         return normalised_wasserstein(a, b, self.constant)
 
-    def reach(self, least: Tensor) -> tuple[Tensor, Tensor]:
-        """As far as boxes of one size."""
-        distance = self.constant * _steps(least)[..., None]
-        return torch.zeros_like(distance).expand(*least.shape, 2), distance
+    def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
+        """Use that boxes of one size are the farthest apart."""
+        distance = self.constant * self.exponent(similarity)[..., None]
+        return torch.zeros_like(distance).expand(*similarity.shape, 2), distance
 
 
 @dataclass(frozen=True)
-class SimD:
-    """Similarity distance (arXiv 2407.02394): like NWD for tiny objects, but relative to the sizes
-    of both boxes, and so scale-invariant.
+class SimD(_Exponential, Checked):
+    """Similarity distance (arXiv 2407.02394): a scale-invariant NWD.
 
     Args:
-        m, n: how steeply it falls along x and along y. The authors take the mean over all objects
-            and anchors of the data of |dx| / (w + w_anchor), and of the same for y and h; the
-            defaults are those of their code.
+        m, n: weights of x and y. The authors use the mean over all objects and anchors of a data
+            set of |dx| / (w + w_anchor), and of the same for y and h; defaults as in their code.
     """
 
-    m: float = 6.13
-    n: float = 4.59
-
-    def __post_init__(self) -> None:
-        check_range("m", self.m, 1e-3, 1e6)
-        check_range("n", self.n, 1e-3, 1e6)
-
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Of two boxes (..., 4) each -> (...)."""
-        return _without_faint(self.exact(a, b))
+    m: float = arg(6.13, low=1e-3, high=1e6)
+    n: float = arg(4.59, low=1e-3, high=1e6)
 
     def exact(self, a: Tensor, b: Tensor) -> Tensor:
-        """The same, however little it is: for rules that know their candidates by themselves."""
         return similarity_distance(a, b, self.m, self.n)
 
-    def reach(self, least: Tensor) -> tuple[Tensor, Tensor]:
-        """As far as boxes of their sizes."""
-        steps = 2 * _steps(least)
-        scale = torch.stack([steps / self.m, steps / self.n], dim=-1)
+    def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
+        """Use that boxes of one size are the farthest apart."""
+        exponent = 2 * self.exponent(similarity)
+        scale = torch.stack([exponent / self.m, exponent / self.n], dim=-1)
         return scale, torch.zeros_like(scale[..., :1])
-
-
-def _without_faint(similarity: Tensor) -> Tensor:
-    return torch.where(similarity < FAINT, 0, similarity)
-
-
-def _steps(least: Tensor) -> Tensor:
-    """-ln of it, which is no more than -ln of what counts as 0."""
-    return -least.clamp(min=FAINT, max=1).log()

@@ -6,23 +6,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .conflicts import LOWEST, NOBODY, keep_best
+from .conflicts import LOWEST, NO_OBJECT, keep_best
 
-# As in the authors' code each row supplies, and each anchor demands, so much more.
+# Added to each supply and each demand, as in the authors' code.
 SURPLUS = 1e-8
-# In place of the cost of a pair that is none, and of the sum of a row without pairs.
+# Cost of impossible pairs, and least sum of a row.
 NEVER, TINY = 1e30, 1e-300
-# Parts that agree to one step of so many are equal.
+# Parts that differ by less than a step of 1 / STEPS are equal.
 STEPS = 2.0**32
-# Iterations until shares are computed from logarithms again.
+# Iterations between those with logarithms.
 RENEW = 10
 
 
 class Columns(NamedTuple):
-    """The anchors that take part in a transport: C of each image, all others are in no pair.
+    """Anchors of a transport: C of each image, which include all that have pairs.
 
     Attributes:
-        column: (g, M) int64 the anchor of each pair, into the N * C.
+        column: (g, M) int64 anchor of each pair, into the N * C.
         background: (N, C) float64 cost of having no object.
     """
 
@@ -39,90 +39,87 @@ def transport(
     regularisation: float,
     iterations: int,
 ) -> Tensor:
-    """Serve all objects and the background of each image at the least cost: objects and background
-    supply labels, each anchor demands one (OTA, arXiv 2103.14259, algorithm 1).
+    """Transport labels from objects and background to the anchors of each image by Sinkhorn's
+    algorithm (OTA, arXiv 2103.14259, algorithm 1).
 
-    An iteration scales the shares of each anchor, so that they add up to its demand, and then those
-    of each row, so that they add up to its supply. It changes a sum by a factor between 1e-8 / R
-    and G R, so within RENEW iterations no share that counts overflows or vanishes; the first
-    iteration, of which that is not true, and every RENEW-th after it are computed with logarithms.
+    The plan is exp(u + v - cost / regularisation) with logarithmic factors u of rows (objects and
+    background) and v of anchors. An iteration scales columns to the demand of 1, then rows to their
+    supply, by factors between 1e-8 / R and G R, so within RENEW iterations no relevant entry
+    overflows or vanishes. The first iteration, for which this does not hold, and every RENEW-th
+    after it are computed with logarithms.
 
     Args:
-        cost: (g, M) float64 of pairs; infinite for none. Rows in the order of objects.
+        cost: (g, M) float64 of pairs, infinite if impossible.
         supply: (g,) number of labels of each object.
-        image: (g,) int64 of each object.
+        image: (g,) int64 of each object, which are in rising order.
         columns: the anchors.
         num_anchors: R of each image.
-        regularisation: of the entropy.
-        iterations: of Sinkhorn's algorithm.
+        regularisation: weight of the entropy.
     Returns:
-        (g, M) bool: pairs that get the largest part of their anchor, relative to the largest part
-        that their object gives to any; of equal parts the lower object has it, and rather any
-        object than the background.
+        (g, M) bool: pairs with the largest entry of their anchor, relative to the largest of their
+        row; of equal ones the lower object, and an object rather than the background.
     """
     column, background = columns
     if not background.numel():
         return cost < torch.inf  # no pair is possible
-    flat, shape = column.flatten(), background.shape
-    others = num_anchors - shape[1]
+    index, shape = column.flatten(), background.shape
+    num_others = num_anchors - shape[1]  # anchors without pairs, of each image
     possible = cost < torch.inf
-    served = possible.any(dim=1, keepdim=True)
-    supply = supply.to(cost.dtype)[:, None] * served
-    rest = supply.new_full((len(background), 1), num_anchors)
-    rest = rest.index_add(0, image, supply, alpha=-1).clamp(min=0)
-    # One share is the demand of an anchor.
-    supply, rest = ((x + SURPLUS) / (1 + SURPLUS) for x in (supply, rest))
-    supply = supply * served
+    has_pairs = possible.any(dim=1, keepdim=True)
+    supply = supply.to(cost.dtype)[:, None] * has_pairs
+    supply_bg = supply.new_full((len(background), 1), num_anchors)
+    supply_bg = supply_bg.index_add(0, image, supply, alpha=-1).clamp(min=0)
+    # The unit is the demand of an anchor.
+    supply, supply_bg = ((x + SURPLUS) / (1 + SURPLUS) for x in (supply, supply_bg))
+    supply = supply * has_pairs
 
-    paid = (cost / regularisation).masked_fill(~possible, NEVER)
-    unpaid = background / regularisation
-    # Logarithms of the factors of objects, background and anchors.
-    of_object, of_rest = torch.zeros_like(supply), torch.zeros_like(rest)
-    of_anchor = unpaid.flatten().scatter_reduce(0, flat, paid.flatten(), "amin")
-    given, kept = (of_anchor[column] - paid).exp(), (of_anchor.view(shape) - unpaid).exp()
+    cost = (cost / regularisation).masked_fill(~possible, NEVER)
+    cost_bg = background / regularisation
+    u_bg = torch.zeros_like(supply_bg)
+    v = cost_bg.flatten().scatter_reduce(0, index, cost.flatten(), "amin")
+    plan, plan_bg = (v[column] - cost).exp(), (v.view(shape) - cost_bg).exp()
     for start in range(0, iterations, RENEW):
-        total = kept.flatten().scatter_add(0, flat, given.flatten())
-        of_anchor = of_anchor - total.log()
-        given, kept = of_anchor[column] - paid, of_anchor.view(shape) - unpaid
-        of_object = supply.log() - given.logsumexp(dim=1, keepdim=True)
-        sum_kept = kept.logsumexp(dim=1, keepdim=True)
-        if others:  # an anchor of no pair has one share, the background's
-            sum_kept = torch.logaddexp(sum_kept, math.log(others) - of_rest)
-        before, of_rest = of_rest, rest.log() - sum_kept
-        given, kept = (of_object + given).exp(), (of_rest + kept).exp()
+        total = plan_bg.flatten().scatter_add(0, index, plan.flatten())
+        v = v - total.log()
+        plan, plan_bg = v[column] - cost, v.view(shape) - cost_bg
+        u = supply.log() - plan.logsumexp(dim=1, keepdim=True)
+        sum_bg = plan_bg.logsumexp(dim=1, keepdim=True)
+        if num_others:  # the background supplies each of them whole
+            sum_bg = torch.logaddexp(sum_bg, math.log(num_others) - u_bg)
+        before, u_bg = u_bg, supply_bg.log() - sum_bg
+        plan, plan_bg = (u + plan).exp(), (u_bg + plan_bg).exp()
 
-        by_object, by_rest = torch.ones_like(supply), torch.ones_like(rest)
-        by_anchor = torch.ones_like(of_anchor)
-        before = (before - of_rest).exp()
-        for _ in range(min(RENEW, iterations - start) - 1):
-            total = (kept * by_rest).flatten()
-            total = total.scatter_add(0, flat, (given * by_object).flatten())
-            by_anchor = total.reciprocal()
-            sum_given = (given * by_anchor[column]).sum(dim=1, keepdim=True)
-            sum_kept = (kept * by_anchor.view(shape)).sum(dim=1, keepdim=True)
-            if others:
-                sum_kept = sum_kept + others / by_rest
-            by_object = supply / sum_given.clamp(min=TINY)
-            before, by_rest = by_rest, rest / sum_kept
-        of_object, of_rest, of_anchor = (
-            x + y.log()
-            for x, y in zip(
-                (of_object, of_rest, of_anchor), (by_object, by_rest, by_anchor), strict=True
-            )
+        # Factors since the logarithms, of objects, background and anchors.
+        rows, row_bg, scale = (
+            torch.ones_like(supply),
+            torch.ones_like(supply_bg),
+            torch.ones_like(v),
         )
-        given = given * by_object * by_anchor[column]
-        kept = kept * by_rest * by_anchor.view(shape)
+        before = (before - u_bg).exp()
+        for _ in range(min(RENEW, iterations - start) - 1):
+            total = (plan_bg * row_bg).flatten()
+            total = total.scatter_add(0, index, (plan * rows).flatten())
+            scale = total.reciprocal()
+            sums = (plan * scale[column]).sum(dim=1, keepdim=True)
+            sum_bg = (plan_bg * scale.view(shape)).sum(dim=1, keepdim=True)
+            if num_others:
+                sum_bg = sum_bg + num_others / row_bg
+            rows = supply / sums.clamp(min=TINY)
+            before, row_bg = row_bg, supply_bg / sum_bg
+        u_bg, v = u_bg + row_bg.log(), v + scale.log()
+        plan = plan * rows * scale[column]
+        plan_bg = plan_bg * row_bg * scale.view(shape)
 
-    most_kept = kept.amax(dim=1, keepdim=True)
-    if others:
-        most_kept = torch.maximum(most_kept, by_rest / before)
-    # In steps, because rounding must not decide between equal parts.
-    given = (given / given.amax(dim=1, keepdim=True) * STEPS).round()
-    kept = (kept / most_kept * STEPS).round()
-    best = given.new_full((kept.numel(),), LOWEST)
-    owner = torch.full_like(best, NOBODY, dtype=torch.int64)
+    largest_bg = plan_bg.amax(dim=1, keepdim=True)
+    if num_others:
+        largest_bg = torch.maximum(largest_bg, row_bg / before)
+    # Steps, because rounding must not decide between equal entries.
+    part = (plan / plan.amax(dim=1, keepdim=True) * STEPS).round()
+    part_bg = (plan_bg / largest_bg * STEPS).round()
+    best = part.new_full((part_bg.numel(),), LOWEST)
+    owner = torch.full_like(best, NO_OBJECT, dtype=torch.int64)
     row = torch.arange(len(cost), device=cost.device)[:, None]
-    rank = given.masked_fill(~possible, -torch.inf).flatten()
-    keep_best(best, owner, flat, row.expand_as(cost).flatten(), rank, True)
-    owner = owner.masked_fill(best < kept.flatten(), NOBODY)
+    rank = part.masked_fill(~possible, -torch.inf).flatten()
+    keep_best(best, owner, index, row.expand_as(cost).flatten(), rank, True)
+    owner = owner.masked_fill(best < part_bg.flatten(), NO_OBJECT)
     return possible & (owner[column] == row)

@@ -1,4 +1,4 @@
-"""FCOS's rule: points inside an object, on the level made for objects of its size."""
+"""FCOS's rule: points inside an object, on the level for objects of its size."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..errors import UserError, WrongValue, check_range
+from ..errors import UserError, WrongValue, arg
 from ..geometry import centres, side_distances
 from ..structures import Assignment, GroundTruth, Predictions
 from .conflicts import assign_best
@@ -21,44 +21,41 @@ from .pairs import AssignmentBatch, CandidatePairs
 
 @dataclass(frozen=True)
 class SpatialScale(Matching):
-    """Positive are the locations inside an object whose distance to its farthest side lies in the
-    range of their level (FCOS, arXiv 1904.01355, section 3.2; the "spatial and scale constraint" of
-    the paper's section 3.3). Of several objects a location goes to the smallest.
-
-    All A anchors of a location share its object.
+    """The spatial and scale constraint of FCOS (arXiv 1904.01355, section 3.2; paper, section 3.3):
+    locations inside an object are positive if the distance to its farthest side lies in the range
+    of their level. Conflicts: the smallest object. The A anchors of a location share its object.
 
     Args:
-        ranges: upper end of each level's range in pixels, but for the last level, which has none.
+        ranges: upper ends of the levels' ranges in pixels, except for the last, which has none.
             Both ends belong to a range, as in the references.
-        radius: centre sampling: only locations within this many strides of the object's centre,
-            along both axes; 0 for all.
-        top_k: only this many locations per level, the nearest to the object's centre (the paper's
-            FCOS "with center sampling" in Table 3 has 9); 0 for all.
-        margin: a location is inside from more than this many pixels on. The authors of ATSS have
-            0.01; mmdet, and they for FCOS itself, 0.
-        num_levels: of the detector, if it is known.
+        radius: centre sampling: largest distance from the object's centre, in strides along both
+            axes; 0 for any.
+        top_k: locations per level, the nearest to the object's centre (9 for the paper's FCOS "with
+            center sampling" in Table 3); 0 for all.
+        margin: pixels from the nearest side, above which a location is inside: 0.01 in the code of
+            ATSS, 0 in mmdet and FCOS.
+        num_levels: of the detector, to check the number of ranges.
     """
 
     looks_at_predictions: ClassVar[bool] = False
 
     ranges: Sequence[float] = (64, 128, 256, 512)
-    radius: float = 0.0
-    top_k: int = 0
+    radius: float = arg(0.0, low=0)
+    top_k: int = arg(0, low=0)
     margin: float = 0.01
     num_levels: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "ranges", tuple(self.ranges))
         if list(self.ranges) != sorted(self.ranges) or min(self.ranges, default=1) <= 0:
-            raise WrongValue("ranges", f"must rise from above 0, not {list(self.ranges)}")
+            raise WrongValue("ranges", f"must increase and be above 0, got {list(self.ranges)}")
         if self.num_levels not in (None, len(self.ranges) + 1):
             raise WrongValue(
                 "ranges",
                 f"is for {len(self.ranges) + 1} levels, but MODEL.ATSS.IN_FEATURES has "
                 f"{self.num_levels}",
             )
-        check_range("radius", self.radius, 0)
-        check_range("top_k", self.top_k, 0)
 
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
@@ -66,7 +63,7 @@ class SpatialScale(Matching):
         """See :class:`~atss.structures.Assigner`; only the anchors' locations matter.
 
         Raises:
-            ValueError: if there are not as many levels as ranges.
+            UserError: if the number of levels is not that of the ranges.
         """
         if len(self.ranges) + 1 != len(anchors.strides):
             raise UserError(
@@ -83,19 +80,19 @@ class SpatialScale(Matching):
         return Assignment(assign_best(gt, index, affinity, len(anchors.boxes)))
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
-        """Locations near enough to the centres of objects of a size that suits their level."""
+        """List the pairs near the centre, on the levels for the object's size."""
         low, high = batch.objects.new_tensor([(-1.0, *self.ranges), (*self.ranges, math.inf)])
         boxes = batch.objects[ids]
         longest = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True)
-        # The farthest side is at least half as far as the sides are long, and at most as far.
-        suits = (longest >= low) & (longest <= 2 * high + 1)
+        # The farthest side is between half the longest side and the longest side away.
+        fits = (longest >= low) & (longest <= 2 * high + 1)
         radius = high / batch.anchors.lattice[:, 0]
         if self.radius:
             radius = radius.clamp(max=self.radius)
-        return batch.central(ids, torch.where(suits, radius, -torch.inf)[..., None])
+        return batch.central(ids, torch.where(fits, radius, -torch.inf)[..., None])
 
     def cost(self, pairs: CandidatePairs) -> Tensor:
-        """The object's area, if the location is positive for it."""
+        """Return the object's area if the location is positive for it."""
         anchors = pairs.batch.anchors
         low = anchors.of_levels((-1.0, *self.ranges))[pairs.index]
         high = anchors.of_levels((*self.ranges, math.inf))[pairs.index]
@@ -103,7 +100,7 @@ class SpatialScale(Matching):
         farthest = distances.amax(dim=-1)
         positive = (distances.amin(dim=-1) > self.margin) & (farthest >= low) & (farthest <= high)
         if self.radius:
-            positive = positive & pairs.around(self.radius)
+            positive = positive & pairs.is_near_centre(self.radius)
         areas = pairs.batch.areas[pairs.owner].expand(pairs.shape)
         return areas.masked_fill(~positive, torch.inf)
 

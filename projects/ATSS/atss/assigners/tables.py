@@ -1,4 +1,4 @@
-"""Tables of candidate pairs, for GPUs: few operators, and the host knows all shapes."""
+"""Tables of candidate pairs, for GPUs: few operators, whose shapes the host knows."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..caching import cached_property
 from ..geometry import centres
-from ..structures import cached_property
 from .engine import table_limit
+from .locations import anchors_at
 from .pairs import AssignmentBatch, CandidatePairs, ClassLoss
 from .sinkhorn import Columns
 
 
 @dataclass(frozen=True)
 class Rows(CandidatePairs):
-    """(g, C) pairs: an object in each row.
+    """(g, C) pairs: one object per row.
 
     Attributes:
         owner: (g, 1).
-        exists: (g, C) bool: the pair is one; None: all are.
+        exists: (g, C) bool: False for padding; None for no padding.
     """
 
     batch: Tables
@@ -30,36 +31,34 @@ class Rows(CandidatePairs):
 
     @cached_property
     def possible(self) -> Tensor:
-        """(g, C) bool: an object with an area, and an eligible anchor whose prediction is
-        finite."""
+        """(g, C) bool: an object with an area and an eligible anchor with a finite prediction."""
         possible = self.batch.nonempty[self.owner]
         if self.batch.usable is not None:
             possible = possible & self.per_anchor(self.batch.usable)
         return possible if self.exists is None else possible & self.exists
 
     def highest_of_object(self, values: Tensor) -> Tensor:
-        """(g, 1) the highest of the (g, C) values of each row."""
+        """Return (g, 1): the highest of the (g, C) values of each row."""
         return values.amax(dim=1, keepdim=True)
 
-    def highest_overlaps(self, k: int) -> Tensor:
-        """(g, k or R) the highest similarities of each row's object with any eligible anchor."""
-        overlap = self.overlap.masked_fill(~self.possible, 0)
-        return overlap.topk(min(k, overlap.shape[1])).values
+    def highest_similarities(self, k: int) -> Tensor:
+        """Return (g, k or R): the highest similarities of each object with eligible anchors."""
+        similarity = self.similarity.masked_fill(~self.possible, 0)
+        return similarity.topk(min(k, similarity.shape[1])).values
 
-    def columns(self, loss: ClassLoss, chosen: Tensor) -> Columns:
-        """All anchors, for a transport. Background losses that are not finite become 0: their
-        anchors are in no pair."""
+    def columns(self, loss: ClassLoss, selected: Tensor) -> Columns:
+        """Return all anchors. Background losses that are not finite become 0: their anchors have no
+        pairs."""
         background = self.batch.background(loss).nan_to_num(0, posinf=0)
         return Columns(self.slot, background)
 
 
 @dataclass(frozen=True)
 class Table(Rows):
-    """(g, R): objects, and all anchors of their images. Every row has R pairs, so nothing is
-    padded.
+    """(g, R) pairs of consecutive objects with all anchors of their images, without padding.
 
     Attributes:
-        owner: (g, 1) neighbours.
+        owner: (g, 1).
         index: (1, R).
         first: the first object.
     """
@@ -68,11 +67,10 @@ class Table(Rows):
 
     @property
     def image(self) -> Tensor:
-        """(g,) of each object."""
+        """(g,) image of each object."""
         return self.batch.gt.image_index[self.first : self.first + len(self.owner)]
 
     def per_anchor(self, values: Tensor) -> Tensor:
-        """(N, R) -> (g, R)"""
         return values.index_select(0, self.image)
 
     @property
@@ -81,28 +79,27 @@ class Table(Rows):
         return self.image[:, None].expand(self.shape)
 
     def view(self, per_slot: Tensor) -> Tensor:
-        """(N * R,) -> (N, R)"""
         return per_slot.view(self.batch.shape)
 
     @property
     def boxes(self) -> Tensor:  # type: ignore[override]
-        """(g, R, 4), in memory x1 of all, then y1 of all; not kept, because they are large."""
+        """(g, R, 4), in memory x1 of all, then y1 of all; not cached, because they are large."""
         return self.batch.columns.index_select(1, self.image).double().movedim(0, -1)
 
     @cached_property
     def classes(self) -> Tensor:
-        """(g, R)"""
         per_class = self.batch.classes.view(*self.batch.shape, -1).transpose(1, 2)
         return per_class[self.image, self.batch.gt.classes[self.owner[:, 0]]]
 
 
 @dataclass(frozen=True)
 class Matches(CandidatePairs):
-    """(N, R): every anchor of every image with its object, if it has one.
+    """(N, R) pairs: every anchor of every image with its object.
 
     Attributes:
-        exists: (N, R) bool: it has one. Others have the first object.
-        table: of all objects, whose similarities and probabilities need not be computed again.
+        exists: (N, R) bool: the anchor has an object. Others have the first object as a
+            placeholder.
+        table: of all objects, whose similarities and probabilities are reused.
     """
 
     batch: Tables
@@ -111,7 +108,6 @@ class Matches(CandidatePairs):
 
     @cached_property
     def slot(self) -> Tensor:
-        """(N, R)"""
         return torch.arange(self.exists.numel(), device=self.exists.device).view_as(self.exists)
 
     @cached_property
@@ -120,15 +116,14 @@ class Matches(CandidatePairs):
         return self.exists & self.batch.finite
 
     @cached_property
-    def overlap(self) -> Tensor:
-        """(N, R); 0 of an anchor without an object."""
-        overlap = self._from_table("overlap")
-        overlap = super().overlap if overlap is None else overlap
-        return overlap.masked_fill(~self.exists, 0)
+    def similarity(self) -> Tensor:
+        """(N, R); 0 for an anchor without an object."""
+        similarity = self._from_table("similarity")
+        similarity = super().similarity if similarity is None else similarity
+        return similarity.masked_fill(~self.exists, 0)
 
     @cached_property
     def probability(self) -> Tensor:
-        """(N, R)"""
         probability = self._from_table("probability")
         return super().probability if probability is None else probability
 
@@ -140,74 +135,76 @@ class Matches(CandidatePairs):
 
 @dataclass(frozen=True)
 class Tables(AssignmentBatch):
-    """A batch whose pairs stand in tables."""
+    """A batch whose pairs are tables."""
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """(4, N, R) predicted boxes, in memory x1 of all, then y1 of all."""
+        return self.boxes.movedim(-1, 0).contiguous()
+
+    @cached_property
+    def whole(self) -> Table:
+        """Table of all objects, with its cached values."""
+        return self.table(0, len(self.gt))
 
     def tables(self) -> Iterator[Table]:
-        """Tables of all objects, each of at most so many pairs as :func:`use_engine` allows. If one
-        holds all, it is kept with its cached values."""
+        """Yield tables of all objects, none larger than :func:`use_engine` allows."""
         count = len(self.gt)
         step = max(1, table_limit() // self.shape[1])
         if count <= step:
-            yield self.once(Table, lambda: self.table(0, count))
+            yield self.whole
             return
         for first in range(0, count, step):
             yield self.table(first, min(first + step, count))
 
     def table(self, first: int, stop: int) -> Table:
-        """A table of the objects from the first on, without the last."""
+        """Return the table of the objects from ``first`` to ``stop`` - 1."""
         owner = torch.arange(first, stop, device=self.gt.boxes.device)[:, None]
         index = torch.arange(self.shape[1], device=owner.device)[None]
         return Table(self, owner, index, first=first)
 
     def window(self, radius: float) -> Rows:
-        """Objects with the anchors whose centres lie less than ``radius`` strides from theirs along
-        both axes, and a few more; with all anchors, if that is no more."""
+        """Return objects with the anchors whose centres lie less than ``radius`` strides from
+        theirs along both axes, and a few more; with all anchors, if these are no more."""
         anchors = self.anchors
         n = int(2 * radius) + 1
         if n * n * len(anchors.strides) >= self.shape[1] // anchors.num_anchors:
             return self.table(0, len(self.gt))
         stride, width, height, first = anchors.lattice.unbind(1)
         count = torch.stack([width, height], dim=1)[..., None]  # (L, 2, 1)
-        at = centres(self.objects)[:, None] / stride[:, None]  # (G, L, 2)
-        start = (at - (anchors.offset + n / 2)).ceil()
-        place = start[..., None] + torch.arange(n, dtype=at.dtype, device=at.device)
-        exists = (place >= 0) & (place < count)  # (G, L, 2, n)
+        position = centres(self.objects)[:, None] / stride[:, None]  # (G, L, 2)
+        start = (position - (anchors.offset + n / 2)).ceil()
+        cell = start[..., None] + torch.arange(n, dtype=stride.dtype, device=stride.device)
+        exists = (cell >= 0) & (cell < count)  # (G, L, 2, n)
         exists = (exists[:, :, 1, :, None] & exists[:, :, 0, None]).flatten(1)
-        row = place[:, :, 1] * width[:, None] + first[:, None]  # (G, L, n)
-        location = (row[..., None] + place[:, :, 0, None]).flatten(1)
-        index, exists = self.anchors_at(location.masked_fill(~exists, 0).long(), exists)
+        row = cell[:, :, 1] * width[:, None] + first[:, None]  # (G, L, n)
+        location = (row[..., None] + cell[:, :, 0, None]).flatten(1)
+        index = anchors_at(anchors, location.masked_fill(~exists, 0).long())
+        exists = exists[..., None].expand_as(index)
         owner = torch.arange(len(self.gt), device=index.device)[:, None]
-        return Rows(self, owner, index, exists)
+        return Rows(self, owner, index.flatten(1), exists.flatten(1))
 
     def matches(self, gt_index: Tensor) -> Matches:
-        """Every anchor with its object.
-
-        Args:
-            gt_index: (N, R) int64 into G; less than 0 for none.
-        """
+        """Return every anchor with its object, by (N, R) gt_index."""
         index = torch.arange(self.shape[1], device=gt_index.device)[None]
-        table = self._computed.get(Table)
+        table = self.__dict__.get("whole")
         return Matches(self, gt_index.clamp(min=0), index, gt_index >= 0, table)
 
     @cached_property
     def usable(self) -> Tensor | None:
-        """(N, R) bool: eligible anchors whose predicted boxes are finite; None: all."""
+        """(N, R) bool: eligible anchors with finite predicted boxes; None for all."""
         if self.predictions is None or self.eligible_radius is None:
             return None if self.predictions is None else self.finite
         eligible = torch.zeros(self.shape, dtype=torch.int8, device=self.gt.boxes.device)
         for table in self.tables():
-            near = table.inside()
+            near = table.inside(0.0)
             if self.eligible_radius > 0:
-                near = near | table.around(self.eligible_radius)
+                near = near | table.is_near_centre(self.eligible_radius)
             near = near & self.nonempty[table.owner]
             eligible.scatter_reduce_(0, table.address, near.to(torch.int8), "amax")
         return self.finite & eligible.bool()
 
     def scores(self, gt_index: Tensor, score: Callable[[Any], Tensor]) -> Tensor:
-        """(N, R) float32 ``score`` of the matches, 0 elsewhere.
-
-        Args:
-            gt_index: (N, R) int64 into G, or BACKGROUND.
-        """
+        """See :meth:`Lists.scores`."""
         matches = self.matches(gt_index)
         return score(matches).float().masked_fill(~matches.exists, 0)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import check_choice, check_range
+from ..errors import arg
 from .lists import ListPairs, Lists
 from .locations import INSIDE_MARGIN
 from .matching import Matching, select_cheapest
@@ -18,44 +18,35 @@ EPS = 1e-7
 
 @dataclass(frozen=True)
 class TAL(Matching):
-    """Task alignment learning (TOOD, arXiv 2108.07755, section 3.2): an object selects the anchors
-    that predict both its class and its box best.
+    """Task alignment learning (TOOD, arXiv 2108.07755, section 3.2): an object selects its
+    ``top_k`` anchors of highest p^alpha * IoU^beta; those inside it are positive.
 
-    These are the ``top_k`` anchors of highest p^alpha * IoU^beta over all levels, if their centres
-    lie inside it. Conflicts: the highest IoU. Score: that metric, scaled so that the best anchor of
-    an object has the highest IoU of its anchors.
+    Conflicts: the highest IoU. Score: that metric, scaled to a maximum of the object's highest IoU.
 
     Args:
-        top_k: of each object.
-        alpha, beta: powers of the class probability and of the IoU of the predicted box.
-        inside: when anchors outside the object are left out: "after" its top k are taken (mmdet),
-            or "before" (PP-YOLOE, YOLOv8).
-        similarity: of predicted boxes and objects, in place of the IoU.
+        top_k: anchors per object, of all levels.
+        alpha, beta: exponents of the class probability and of the IoU of the predicted box.
+        inside: whether anchors outside the object are dropped "after" the selection (mmdet) or
+            "before" (PP-YOLOE, YOLOv8).
     """
 
-    top_k: int = 13
-    alpha: float = 1.0
-    beta: float = 6.0
-    inside: str = "after"
+    top_k: int = arg(13, low=1)
+    alpha: float = arg(1.0, low=0)
+    beta: float = arg(6.0, low=0.1)  # an object selects no pair without overlap
+    inside: str = arg("after", choices=("after", "before"))
     similarity: Similarity = IOU
 
-    def __post_init__(self) -> None:
-        check_range("top_k", self.top_k, 1)
-        check_range("alpha", self.alpha, 0)
-        check_range("beta", self.beta, 0.1)  # an object selects no pair without overlap
-        check_choice("inside", self.inside, ("after", "before"))
-
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
-        """Pairs that overlap enough to be among the top k: to exceed the k-th metric of the central
-        anchors, a pair must overlap as much as it would have to with a probability of 1."""
-        central = batch.around(ids, 1.5)
+        """List the pairs that can be among the top k: even with a probability of 1, the metric of
+        others is below the k-th highest of the object's central anchors."""
+        central = batch.near_centre(ids, 1.5)
         if self.inside == "before":
             central = central.at(central.inside(INSIDE_MARGIN))
         last = central.kth_highest(self.metric(central), self.top_k)[ids]
         return batch.near(ids, last ** (1 / self.beta))
 
     def metric(self, pairs: CandidatePairs) -> Tensor:
-        """(...) p^alpha * IoU^beta."""
+        """Return (...) p^alpha * IoU^beta."""
         return alignment(pairs, self.alpha, self.beta)
 
     def cost(self, pairs: CandidatePairs) -> Tensor:
@@ -69,13 +60,13 @@ class TAL(Matching):
         return select_cheapest(pairs, cost, self.top_k) & pairs.inside(INSIDE_MARGIN)
 
     def rank(self, pairs: CandidatePairs) -> Tensor:
-        return pairs.overlap
+        return pairs.similarity
 
     def score(self, pairs: CandidatePairs) -> Tensor:
         metric, owner = self.metric(pairs), pairs.owner
         zero = torch.zeros_like(pairs.batch.objects[:, 0])
         highest, best = (
             zero.scatter_reduce(0, owner.flatten(), x.flatten(), "amax")[owner]
-            for x in (metric, pairs.overlap)
+            for x in (metric, pairs.similarity)
         )
         return metric / (highest + EPS) * best

@@ -1,5 +1,4 @@
-"""Weights: read without executing anything, written so that a kill loses nothing, converted from
-other projects' names."""
+"""Checkpoints: loaded without execution, written atomically, converted."""
 
 from ..weights import WeightsError
 from .checkpointer import SafeCheckpointer, TrainingCheckpointer

@@ -1,4 +1,4 @@
-"""Checkpoints that execute nothing when they are loaded, and survive a kill at any moment."""
+"""Checkpointers that execute nothing in a file, and survive a kill at any time."""
 
 import os
 import re
@@ -16,23 +16,21 @@ from ..errors import UserError
 from ..weights import WeightsError, find_weights, fit_names, load_weights, verify_download
 from .classes import KEY, names_in, take_rows, warn_of_others
 
-# By Detectron2's PeriodicCheckpointer.
+# Names of Detectron2's PeriodicCheckpointer.
 NUMBERED = re.compile(r"model_(\d{7,})\.pth")
 
 
 class SafeCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, but nothing that a file asks for is executed (its own opens every
-    .pkl with a bare pickle), downloads are checked, and what is wrong is said in a sentence. That
-    weights are of other classes is logged.
+    """Detectron2's checkpointer without code execution (Detectron2 unpickles every .pkl). It checks
+    downloads and warns about weights of other classes.
 
     Args:
-        model, save_dir, checkpointables: as there.
-        class_names: of the model; empty where they are not known.
-        whole: all weights of the model have to be there, as what it detects with.
+        class_names: of the model; empty if unknown.
+        whole: require all weights of the model, as detection does.
     """
 
-    # Weights of other projects, whose names have to be matched with ours, by the end of the file's
-    # name: the key that they stand under, the end of the names that are left out, whose they are.
+    # Weights of other projects, whose names Detectron2 matches with the model's:
+    # {end of the file's name: (key of the weights, end of names to leave out, author)}.
     FOREIGN: ClassVar = {
         ".pkl": ("blobs", "_momentum", "Caffe2"),
         ".pyth": ("model_state", "num_batches_tracked", "pycls"),
@@ -52,13 +50,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.class_names = list(class_names)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict:
-        """As there.
-
-        Raises:
-            WeightsError: where there is no such file, it holds no weights, or none that fit.
-        """
         if self.whole and not path:
-            raise WeightsError("MODEL.WEIGHTS names no weights to detect with")
+            raise WeightsError("MODEL.WEIGHTS is empty: detection needs weights")
         if path:
             address = path.partition("?")[0]
             try:
@@ -79,7 +72,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         else:
             loaded = load_weights(filename)
             if not isinstance(loaded, dict):
-                raise WeightsError(f"{filename} holds no weights")
+                raise WeightsError(f"{filename} contains no weights")
             if not {"model", "__author__"} <= loaded.keys():
                 key, left_out, author = self.FOREIGN[suffix]
                 content = find_weights(loaded.get(key, loaded), filename)
@@ -96,25 +89,25 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict) -> Any:
         self._match_classes(names_in(checkpoint, self._loading), checkpoint["model"])
         first = next(iter(checkpoint["model"]), "none")
-        left = super()._load_model(checkpoint)
+        result = super()._load_model(checkpoint)
         names = [name for name, _ in self.model.named_parameters()]
-        if set(names) <= set(left.missing_keys):
+        if set(names) <= set(result.missing_keys):
             raise WeightsError(
-                f"nothing in {self._loading} fits the model: it has names such as {first}, the "
-                f"model {names[0]}; weights of the authors' code or of mmdet have to be converted "
-                "by tools/convert_checkpoint.py"
+                f"no weights in {self._loading} fit the model: it has names such as {first}, the "
+                f"model {names[0]}; convert weights of the authors' code or of mmdet with "
+                "tools/convert_checkpoint.py"
             )
-        lacking = {*left.missing_keys, *(x[0] for x in left.incorrect_shapes)}
-        self._refuse_random_parts(lacking)
-        if self.whole and (names := sorted(self._needed() & lacking)):
+        missing = {*result.missing_keys, *(x[0] for x in result.incorrect_shapes)}
+        self._refuse_random_parts(missing)
+        if self.whole and (names := sorted(self._needed() & missing)):
             raise WeightsError(
                 f"{self._loading} has no weights for {len(names)} parts of the model, such as "
-                f"{names[0]}: they are of another model, or of a backbone alone"
+                f"{names[0]}: they are of another model, or of a backbone only"
             )
-        return left
+        return result
 
     def _needed(self) -> set[str]:
-        """Names of weights, and of what norms have measured. Other buffers may come and go."""
+        """Return the names of parameters and of norms' statistics; other buffers are optional."""
         needed = {name for name, _ in self.model.named_parameters()}
         for path, module in self.model.named_modules():
             if isinstance(module, _NormBase | FrozenBatchNorm2d):
@@ -122,53 +115,50 @@ class SafeCheckpointer(DetectionCheckpointer):
         return {name for name in needed if not name.endswith("num_batches_tracked")}
 
     def _refuse_random_parts(self, missing: set[str]) -> None:
-        """Of what stays as it is loaded, as modules say in their attribute ``relies_on_weights``,
-        all has to be there."""
+        """Require all weights of frozen modules, marked by ``relies_on_weights``."""
         for path, module in self.model.named_modules():
             if not getattr(module, "relies_on_weights", False):
                 continue
-            lacking = [name for name in missing if name.startswith(f"{path}.")]
-            if lacking := sorted(x for x in lacking if not x.endswith("num_batches_tracked")):
+            names = [name for name in missing if name.startswith(f"{path}.")]
+            if names := sorted(x for x in names if not x.endswith("num_batches_tracked")):
                 raise WeightsError(
-                    f"{self._loading} has no weights for {len(lacking)} parts of the backbone, "
-                    f"such as {lacking[0]}, which would stay random: give MODEL.WEIGHTS of a "
-                    "detector with the same MODEL.TIMM.NAME and MODEL.FPN.IN_FEATURES, or none"
+                    f"{self._loading} has no weights for {len(names)} parts of the backbone, such "
+                    f"as {names[0]}, which would stay random: set MODEL.WEIGHTS to a detector with "
+                    "the same MODEL.TIMM.NAME and MODEL.FPN.IN_FEATURES, or leave it empty"
                 )
 
     def _match_classes(self, names: list[str], weights: dict[str, Any]) -> None:
-        """What the names of classes that the weights know mean for them."""
         warn_of_others(names, self.class_names, self._loading)
 
 
 class TrainingCheckpointer(SafeCheckpointer):
-    """A safe one, which writes every file under another name first, removes old ones, and resumes
-    from the newest complete one where ``last_checkpoint`` leads nowhere. Where a training begins
-    from weights of other classes, the class layer takes over the rows of those that both have.
+    """A SafeCheckpointer that replaces files atomically, removes old ones, and resumes from the
+    newest complete one if ``last_checkpoint`` is unusable. If a training begins from weights of
+    other classes, the class layer takes the rows of common classes.
 
     Args:
-        model, save_dir, class_names, checkpointables: as there. The folder is a local or mounted
-            one.
-        keep: how many of the files that are numbered by iteration stay; 0 for all. Those of later
-            iterations, which another run left there, are not touched.
+        save_dir: a local or mounted folder.
+        keep: number of checkpoints numbered by iteration that stay; 0 for all. Those of later
+            iterations, from another run, are not removed.
 
     Attributes:
-        resumed: when the checkpoint was written that this run goes on from, in ns; None without.
+        resumed: time in ns at which the resumed checkpoint was written, or None.
     """
 
-    # Of each process its own, should two write into one folder.
+    # The process id follows: two processes may write into one folder.
     UNFINISHED = "unfinished_checkpoint"
 
     def __init__(self, model: nn.Module, save_dir: str, *, keep: int = 0, **others: Any):
         super().__init__(model, save_dir, **others)
         if keep < 0:
-            raise UserError(f"SOLVER.CHECKPOINTS_TO_KEEP must be 0 (all) or more, not {keep}")
+            raise UserError(f"SOLVER.CHECKPOINTS_TO_KEEP must be >= 0 (0 keeps all), got {keep}")
         self.keep = keep
         self.resumed: int | None = None
-        self._found = {file: _stamp(file) for file in self._numbered().values()}
+        self._older = {file: _stamp(file) for file in self._numbered().values()}
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Writes ``<name>.pth`` with the names of the classes and ``kwargs`` beside the states, and
-        then that it is the last."""
+        """Write ``<name>.pth`` with states, class names and ``kwargs``, then
+        ``last_checkpoint``."""
         if not (self.save_dir and self.save_to_disk):
             return
         parts = {"model": self.model, **self.checkpointables}
@@ -181,34 +171,33 @@ class TrainingCheckpointer(SafeCheckpointer):
             self._remove_old(int(match[1]))
 
     def save_weights(self, name: str, model: nn.Module, **kwargs: Any) -> None:
-        """Writes ``<name>.pth`` with the weights of a model and ``kwargs``; nothing that a run
-        could resume from."""
+        """Write ``<name>.pth`` with weights and ``kwargs``, from which no run resumes."""
         if not (self.save_dir and self.save_to_disk):
             return
         data = {"model": model.state_dict(), KEY: self.class_names} | kwargs
         self._write(f"{name}.pth", lambda file: torch.save(data, file))
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
-        """As there. Where not all states are asked for, this is no resumption: a training begins.
+        """Load a checkpoint. With ``checkpointables`` a training begins, otherwise one is resumed.
 
         Raises:
-            WeightsError: as there; where a resumption would be of another model.
+            WeightsError: as above, or if a resumed checkpoint is of another model.
         """
         self._begins = checkpointables is not None
         loaded = super().load(path, checkpointables)
         if not self._begins:
             self.resumed = _stamp(path)
-            done = loaded.get("iteration", -1)
+            last = loaded.get("iteration", -1)
             for number, file in self._numbered().items():
-                if number <= done:
-                    self._found.pop(file, None)
+                if number <= last:
+                    self._older.pop(file, None)
         return loaded
 
     def files_of_this_run(self) -> dict[int, str]:
-        """Those that are numbered by iteration, {iteration: path}: what this run has written, or
-        what it goes on from; not what another run left in the folder."""
+        """Return {iteration: path} of the numbered checkpoints that this run wrote or resumes;
+        others may lie in the folder."""
         files = self._numbered()
-        return {n: x for n, x in files.items() if self._found.get(x) != _stamp(x)}
+        return {n: x for n, x in files.items() if self._older.get(x) != _stamp(x)}
 
     def _numbered(self) -> dict[int, str]:
         names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
@@ -224,61 +213,53 @@ class TrainingCheckpointer(SafeCheckpointer):
     def _load_model(self, checkpoint: dict) -> Any:
         if self._begins:
             self._forget_counts(checkpoint["model"])
-        left = super()._load_model(checkpoint)
+        result = super()._load_model(checkpoint)
         if self._begins:
-            return left
-        other = sorted(
-            self._needed() & {*left.missing_keys, *(x[0] for x in left.incorrect_shapes)}
-        )
-        if other:
-            shapes = {name: (tuple(was), tuple(now)) for name, was, now in left.incorrect_shapes}
-            was, now = shapes.get(other[0], ("missing", "a weight"))
+            return result
+        shapes = {name: (tuple(old), tuple(new)) for name, old, new in result.incorrect_shapes}
+        names = sorted(self._needed() & {*result.missing_keys, *shapes})
+        if names:
+            old, new = shapes.get(names[0], ("missing", "a weight"))
             raise WeightsError(
-                f"{self._loading} is of another model than the config's: {len(other)} weights "
-                f"differ, such as {other[0]}, which is {was} there and {now} here; --resume needs "
-                "the config of the run that it goes on with"
+                f"{self._loading} is of another model than the config's: {len(names)} weights "
+                f"differ, such as {names[0]}, which is {old} in the checkpoint and {new} in the "
+                "model; --resume needs the config of the run that it continues"
             )
-        return left
+        return result
 
     def _forget_counts(self, weights: dict[str, Any]) -> None:
-        """Replace the buffers that modules list in ``of_a_training``, counts of the training that
-        made the weights, by those of the new model."""
+        """Reset the buffers that modules list in ``of_a_training`` to the new model's."""
         for path, module in self.model.named_modules(remove_duplicate=False):
             for name in getattr(module, "of_a_training", ()):
                 weights[f"{path}.{name}"] = module.get_buffer(name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Detectron2's, all or nothing."""
         self._write("last_checkpoint", lambda file: file.write(last_filename_basename.encode()))
 
     def has_checkpoint(self) -> bool:
-        """Whether there is one to resume from."""
         return bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
-        """The one to resume from: what ``last_checkpoint`` names where that can be read, else the
-        one that has seen most images; "" where there is none.
+        """Return the readable ``last_checkpoint``, else the checkpoint that has seen most images,
+        or "".
 
         Raises:
-            OSError: where ``last_checkpoint`` names one, but none can be read.
+            OSError: if ``last_checkpoint`` exists but no checkpoint is readable.
         """
-        named = super().get_checkpoint_file()
-        if named and progress(named):
-            return named
+        last = super().get_checkpoint_file()
+        if last and progress(last):
+            return last
         files = self.get_all_checkpoint_files() if os.path.isdir(self.save_dir) else []
         complete = {file: done for file in files if (done := progress(file))}
         if complete:
             newest = max(complete, key=complete.__getitem__)
-            self.logger.warning(
-                "%s is missing or cannot be read: going on from %s",
-                named or os.path.join(self.save_dir, "last_checkpoint"),
-                newest,
-            )
+            unusable = last or os.path.join(self.save_dir, "last_checkpoint")
+            self.logger.warning(f"{unusable} is missing or cannot be read: resuming from {newest}")
             return newest
-        if named:
+        if last:
             raise OSError(
-                f"{named} is missing or cannot be read, and no other checkpoint is complete: put "
-                f"it back, or remove last_checkpoint from {self.save_dir} to begin anew"
+                f"{last} is missing or cannot be read, and no other checkpoint is complete: "
+                f"restore it, or remove last_checkpoint from {self.save_dir} to start again"
             )
         return ""
 
@@ -289,13 +270,13 @@ class TrainingCheckpointer(SafeCheckpointer):
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-        except BaseException:  # a full disk needs the room
+        except BaseException:  # free the space on a full disk
             with suppress(OSError):
                 os.remove(unfinished)
             raise
         os.replace(unfinished, os.path.join(self.save_dir, name))
-        # Names are the folder's content: without this a power cut may lose the one, but keep the
-        # name of last_checkpoint. Not every system has it.
+        # Without it a power cut may lose this file but keep the later last_checkpoint. Not every
+        # system can sync a folder.
         with suppress(OSError):
             folder = os.open(self.save_dir, os.O_RDONLY)
             try:
@@ -310,7 +291,7 @@ class TrainingCheckpointer(SafeCheckpointer):
 
 
 def _stamp(file: str) -> int | None:
-    """When a file was written, in ns; None where the first process has just removed it."""
+    """Return when a file was written, in ns, or None if another process has removed it."""
     try:
         return os.stat(file).st_mtime_ns
     except FileNotFoundError:
@@ -318,10 +299,10 @@ def _stamp(file: str) -> int | None:
 
 
 def progress(file: str) -> tuple[int, int] | None:
-    """Images seen, which older checkpoints do not have, and the last iteration before a complete
-    checkpoint was written; None for any other file."""
+    """Return (images seen, last iteration) of a complete checkpoint, else None. Old checkpoints
+    count 0 images."""
     try:
-        # Mapped, so that weights are not read; a file that was cut has lost its table of contents.
+        # mmap: weights are not read. A truncated file has lost its table of contents.
         trainer = load_weights(file, mmap=True)["trainer"]
         return trainer.get("images_seen", 0), trainer["iteration"]
     except (WeightsError, LookupError, TypeError, AttributeError):

@@ -1,4 +1,4 @@
-"""Classes have names: the rows of a class layer follow these, not their places."""
+"""Classes of checkpoints: rows of a class layer are matched by name."""
 
 import logging
 from collections import defaultdict
@@ -13,15 +13,15 @@ from ..weights import WeightsError
 
 logger = logging.getLogger(__name__)
 
-# In a checkpoint, beside the weights; an empty list where they are not known.
+# Key of a checkpoint for its class names; an empty list if unknown.
 KEY = "class_names"
 
 
 def names_in(checkpoint: Mapping[str, Any], path: str | Path) -> list[str]:
-    """The names of the classes that a checkpoint knows; [] where it does not say.
+    """Return the class names of a checkpoint, or [].
 
     Raises:
-        WeightsError: where they are no names.
+        WeightsError: if they are no list of names.
     """
     names = checkpoint.get(KEY, [])
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
@@ -30,107 +30,98 @@ def names_in(checkpoint: Mapping[str, Any], path: str | Path) -> list[str]:
 
 
 def equal_names(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
-    """{place in ours: place in theirs} of the classes that both have.
+    """Match two lists of names: {index in ``ours``: index in ``theirs``}.
 
-    Names that differ in case, in blanks around them, or in blanks, "_" and "-" within are equal,
-    unless there is one that is spelled alike. Of a name that stands several times, the first is the
-    first there, and so on.
+    Exact spellings match first; then case, outer blanks, and the difference between blanks, "_" and
+    "-" are ignored. Equal names match in their order.
     """
-    places: dict[int, int] = {}
-    for spelling in (str, _loosely):
-        free = defaultdict(list)
+    matches: dict[int, int] = {}
+    for spelling in (str, _normalise):
+        unmatched = defaultdict(list)
         for i, name in enumerate(theirs):
-            if i not in places.values():
-                free[spelling(name)].append(i)
+            if i not in matches.values():
+                unmatched[spelling(name)].append(i)
         for i, name in enumerate(ours):
-            if i not in places and free[spelling(name)]:
-                places[i] = free[spelling(name)].pop(0)
-    return places
+            if i not in matches and unmatched[spelling(name)]:
+                matches[i] = unmatched[spelling(name)].pop(0)
+    return matches
 
 
-def _loosely(name: str) -> str:
+def _normalise(name: str) -> str:
     return name.strip().casefold().translate(str.maketrans("_-", "  "))
 
 
 def class_tensors(model: nn.Module) -> dict[str, int]:
-    """{name of a tensor in the state dict: A} of the layers that have rows of classes, as heads say
-    in their attribute ``class_layers``: {name of a layer: A}. A row is that of anchor a and class k
-    where its number is a * K + k."""
-    found = {}
+    """Return {tensor of the state dict: A} of the layers with rows of classes, from the attribute
+    ``class_layers`` of heads, {layer: A}. Row a * K + k belongs to anchor a and class k."""
+    tensors = {}
     for path, module in model.named_modules():
         for layer, num_anchors in getattr(module, "class_layers", {}).items():
             for name in module.get_submodule(layer).state_dict():
-                found[f"{path}.{layer}.{name}".removeprefix(".")] = num_anchors
-    return found
+                tensors[f"{path}.{layer}.{name}".removeprefix(".")] = num_anchors
+    return tensors
 
 
 def warn_of_others(theirs: Sequence[str], ours: Sequence[str], path: str) -> None:
-    """Says where as many classes are not the same ones: nothing else would show it."""
-    places = equal_names(theirs, ours)
-    others = [i for i in range(len(ours)) if places.get(i) != i]
-    if len(theirs) == len(ours) and others:
-        first = others[0]
+    """Warn if weights have as many classes but not the same, which shapes do not reveal."""
+    matches = equal_names(theirs, ours)
+    differing = [i for i in range(len(ours)) if matches.get(i) != i]
+    if len(theirs) == len(ours) and differing:
+        k = differing[0]
         logger.warning(
-            "Class %d is %r to the weights %s, but %r here (%d of %d differ): what is found of it "
-            "is called by the wrong name",
-            *(first, theirs[first], path, ours[first], len(others), len(ours)),
+            f"Class {k} is {theirs[k]!r} in the weights {path}, but {ours[k]!r} in this run "
+            f"({len(differing)} of {len(ours)} classes differ): detections get wrong names"
         )
 
 
 def take_rows(
     weights: dict[str, Any], theirs: Sequence[str], model: nn.Module, ours: Sequence[str]
 ) -> None:
-    """Makes the class layers of weights, in place, those of a model with other classes: they keep
-    the rows of classes that both have, and the other rows are as the model has them. The log says
-    which classes these are.
+    """Adapt the class layers of weights, in place, to a model with other classes: rows of common
+    classes are kept, other rows are the model's, and the log lists both.
 
-    Where either does not name its classes, nothing is changed. Where the layers have not a row for
-    each anchor and name, or rows of another size, they are taken out.
+    Without names on either side nothing changes. Layers without one row for each anchor and name,
+    or with rows of another size, are removed.
 
     Args:
-        weights: a state dict.
-        theirs, ours: names of the classes, of the weights and of the model.
+        theirs, ours: class names of the weights and of the model.
     """
     state = model.state_dict()
     layers = {name: count for name, count in class_tensors(model).items() if name in weights}
     if not layers:
         return
     if not (theirs and ours):
-        wrong = [name for name in layers if weights[name].shape != state[name].shape]
-        said = f"{'This run does' if theirs else 'The weights do'} not name classes"
-        if wrong:
-            _say_anew(said, wrong[0], weights)
+        misfits = [name for name in layers if weights[name].shape != state[name].shape]
+        reason = f"{'This run has' if theirs else 'The weights have'} no class names"
+        if misfits:
+            _warn_of_misfit(reason, misfits[0], weights)
         else:
-            logger.warning("%s: the class layer is taken over as it is, row by row", said)
+            logger.warning("%s: the class layer is loaded unchanged, row by row", reason)
         return
 
     rows = {name: state[name].clone() for name in layers}
-    wrong = []
+    misfits = []
     for name, num_anchors in layers.items():
         shape = (num_anchors * len(theirs), *rows[name].shape[1:])
         if weights[name].shape != shape or len(rows[name]) != num_anchors * len(ours):
-            wrong.append(name)
-    if wrong:
-        _say_anew(f"The weights name {len(theirs)} classes", wrong[0], weights)
+            misfits.append(name)
+    if misfits:
+        _warn_of_misfit(f"The weights have {len(theirs)} class names", misfits[0], weights)
         for name in layers:
             del weights[name]
         return
-    places = equal_names(theirs, ours)
+    matches = equal_names(theirs, ours)
     for name, num_anchors in layers.items():
-        known = torch.as_tensor(weights[name]).to(rows[name]).unflatten(0, (num_anchors, -1))
-        by_anchor = rows[name].unflatten(0, (num_anchors, -1))
-        by_anchor[:, list(places)] = known[:, list(places.values())]
+        old = torch.as_tensor(weights[name]).to(rows[name]).unflatten(0, (num_anchors, -1))
+        new = rows[name].unflatten(0, (num_anchors, -1))
+        new[:, list(matches)] = old[:, list(matches.values())]
     weights.update(rows)
-    said = ", ".join(ours[i] for i in sorted(places)) or "none"
-    new = ", ".join(name for i, name in enumerate(ours) if i not in places)
-    logger.info(
-        "Classes known to the weights: %s (%d of %d)%s",
-        *(said, len(places), len(ours), f"; new: {new}" if new else ""),
-    )
+    common = ", ".join(ours[i] for i in sorted(matches)) or "none"
+    added = ", ".join(name for i, name in enumerate(ours) if i not in matches)
+    suffix = f"; new: {added}" if added else ""
+    logger.info(f"Classes in the weights: {common} ({len(matches)} of {len(ours)}){suffix}")
 
 
-def _say_anew(said: str, name: str, weights: Mapping[str, Any]) -> None:
-    logger.warning(
-        "%s, and %s is %s, which does not fit: the class layer begins anew",
-        *(said, name, tuple(weights[name].shape)),
-    )
+def _warn_of_misfit(reason: str, name: str, weights: Mapping[str, Any]) -> None:
+    shape = tuple(weights[name].shape)
+    logger.warning(f"{reason}, and {name} is {shape}, which does not fit: its layer stays random")

@@ -1,4 +1,4 @@
-"""From our weights to mmdet's, and what its config has to say for them."""
+"""Conversion of our weights to mmdet."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,36 +8,37 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
+from ..config.build import head_depth
 from ..config.checks import flatten
 from ..config.files import get_config
 from .convert import check_against, is_tower_bias, load, refuse_to_replace, shapes_of, write
 from .detectors import DETECTORS, ConversionError, levels_of
 from .names import rename, to_mmdet_rules
 
-# What mmdet's detectors, its FPN and its ResNets do of these keys is what the row of the detector
-# says, or what it says that they can do also.
+# Keys for which mmdet supports only the values of a detector's row and of its ``also``.
+# fmt: off
 FIXED = (
-    *(f"MODEL.ATSS.{x}" for x in ("HEAD", "REGRESSION", "NORM", "CENTERNESS", "LEVEL_SCALE")),
-    *(f"MODEL.ATSS.{x}" for x in ("DEFORM_TOWER", "LEGACY_PIXELS", "SUPPRESSION", "SCORE")),
-    *("MODEL.ATSS.THRESHOLD_ON_SCORE", "MODEL.ATSS.RANK_ANCHORS", "MODEL.ATSS.CLIP_BOXES"),
-    *(f"MODEL.ATSS.HEADS.TOODHead.{x}" for x in ("INNER", "EXPONENTIAL", "NUM_CONVS")),
-    *("MODEL.ATSS.HEADS.ATSSHead.DEFORM_AT", "MODEL.ATSS.HEADS.ATSSHead.TOWER"),
-    "MODEL.ATSS.HEADS.VFNetHead.REACH",
-    *("MODEL.BACKBONE.NAME", "MODEL.FPN.FUSE_TYPE", "MODEL.FPN.NORM"),
-    *("MODEL.RESNETS.RES5_DILATION", "MODEL.RESNETS.STEM_OUT_CHANNELS"),
+    "MODEL.ATSS.HEAD", "MODEL.ATSS.REGRESSION", "MODEL.ATSS.NORM", "MODEL.ATSS.CENTERNESS",
+    "MODEL.ATSS.LEVEL_SCALE", "MODEL.ATSS.DEFORM_TOWER", "MODEL.ATSS.LEGACY_PIXELS",
+    "MODEL.ATSS.SUPPRESSION", "MODEL.ATSS.SCORE", "MODEL.ATSS.THRESHOLD_ON_SCORE",
+    "MODEL.ATSS.RANK_ANCHORS", "MODEL.ATSS.CLIP_BOXES",
+    "MODEL.ATSS.HEADS.TOODHead.INNER", "MODEL.ATSS.HEADS.TOODHead.EXPONENTIAL",
+    "MODEL.ATSS.HEADS.ATSSHead.DEFORM_AT",
+    "MODEL.ATSS.HEADS.ATSSHead.TOWER", "MODEL.ATSS.HEADS.VFNetHead.INITIAL_DISTANCE",
+    "MODEL.BACKBONE.NAME", "MODEL.FPN.FUSE_TYPE", "MODEL.FPN.NORM",
+    "MODEL.RESNETS.RES5_DILATION", "MODEL.RESNETS.STEM_OUT_CHANNELS",
 )
+# fmt: on
 
 
 def to_mmdet(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
-    """Our weights under mmdet's names, whole.
+    """Return weights under mmdet's names.
 
     Args:
         state_dict: of a model of ``cfg``, with any number of classes.
-        cfg: of the run that the weights come from.
 
     Raises:
-        ConversionError: where mmdet cannot do what the config says, or the weights are not those of
-            such a model.
+        ConversionError: if mmdet does not support the config, or the weights do not fit it.
     """
     theirs = DETECTORS[detector_for(cfg)]
     for name, value in state_dict.items():
@@ -48,11 +49,11 @@ def to_mmdet(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor
             )
     check_against(state_dict, [], shapes_of(_with_classes_of(cfg, state_dict)))
     levels = levels_of(cfg)
-    # What counts in training has no place there.
-    some = [k for k, x in state_dict.items() if not is_tower_bias(k) and x.is_floating_point()]
-    names, unknown = rename(some, to_mmdet_rules(levels[0], len(levels) - 2, theirs.predictors))
+    # mmdet has no counts of a training.
+    kept = [k for k, x in state_dict.items() if not is_tower_bias(k) and x.is_floating_point()]
+    names, unknown = rename(kept, to_mmdet_rules(levels[0], len(levels) - 2, theirs.predictors))
     if unknown:
-        raise ConversionError(f"mmdet's {theirs.head} has no place for {', '.join(unknown)}")
+        raise ConversionError(f"mmdet's {theirs.head} has no parameters for {', '.join(unknown)}")
     converted = {new: state_dict[old] for old, new in names.items()}
     for name in list(converted):
         if name.endswith(".scale"):
@@ -64,26 +65,23 @@ def to_mmdet(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor
 
 
 def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
-    """What mmdet's own config of the detector (atss_r50_fpn_1x_coco of mmdet 3, for example) has to
-    be changed to for weights of :func:`to_mmdet`, as Python.
-
-    Args:
-        cfg, state_dict: as there.
+    """Return the changes to mmdet's own config of the detector (such as atss_r50_fpn_1x_coco of
+    mmdet 3) as Python code.
 
     Raises:
-        ConversionError: where mmdet cannot do what the config says.
+        ConversionError: if mmdet does not support the config.
     """
     theirs = DETECTORS[detector_for(cfg)]
     node, resnet = cfg.MODEL.ATSS, cfg.MODEL.RESNETS
     levels = levels_of(cfg)
-    count = levels[-1] - 3  # stages, from res2 on
+    num_stages = levels[-1] - 3  # from res2 on
     backbone = {
         "type": "ResNet" if resnet.NUM_GROUPS == 1 else "ResNeXt",
         "depth": resnet.DEPTH,
-        "num_stages": count,
-        "strides": (1, *[2] * (count - 1)),
-        "dilations": (1,) * count,
-        "out_indices": tuple(range(count)),
+        "num_stages": num_stages,
+        "strides": (1, *[2] * (num_stages - 1)),
+        "dilations": (1,) * num_stages,
+        "out_indices": tuple(range(num_stages)),
         "style": "caffe" if resnet.STRIDE_IN_1X1 else "pytorch",
         "init_cfg": None,
     }
@@ -92,8 +90,8 @@ def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
     if any(resnet.DEFORM_ON_PER_STAGE):
         kind, groups = "DCNv2" if resnet.DEFORM_MODULATED else "DCN", resnet.DEFORM_NUM_GROUPS
         backbone["dcn"] = {"type": kind, "deform_groups": groups, "fallback_on_stride": False}
-        backbone["stage_with_dcn"] = tuple(resnet.DEFORM_ON_PER_STAGE[:count])
-    channels = [resnet.RES2_OUT_CHANNELS * 2**i for i in range(count)]
+        backbone["stage_with_dcn"] = tuple(resnet.DEFORM_ON_PER_STAGE[:num_stages])
+    channels = [resnet.RES2_OUT_CHANNELS * 2**i for i in range(num_stages)]
     strides = [2**level for level in levels]
     model = {
         "data_preprocessor": {
@@ -115,7 +113,7 @@ def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
             "num_classes": len(state_dict["head.cls_score.bias"]),
             "in_channels": cfg.MODEL.FPN.OUT_CHANNELS,
             "feat_channels": cfg.MODEL.FPN.OUT_CHANNELS,
-            "stacked_convs": node.NUM_CONVS,
+            "stacked_convs": head_depth(cfg),
             "anchor_generator": {
                 "type": "AnchorGenerator",
                 "ratios": list(node.ANCHOR_RATIOS),
@@ -124,7 +122,7 @@ def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
                 "strides": strides,
                 "center_offset": cfg.MODEL.ANCHOR_GENERATOR.OFFSET,
             },
-            **theirs.says,
+            **theirs.arguments,
             **theirs.settings(cfg),
         },
         "test_cfg": {
@@ -138,11 +136,11 @@ def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
 
 
 def convert_file_to_mmdet(path: Path, target: Path, cfg: CfgNode) -> str:
-    """Converts a checkpoint of ours for mmdet, and writes beside it, as .py, what mmdet's config
-    has to say, which is returned. Where anything does not fit, nothing is written.
+    """Convert a checkpoint of ours, write mmdet's settings beside it, as .py, and return them.
 
     Raises:
-        WeightsError: saying what.
+        WeightsError: if the weights cannot be converted.
+        UserError, OSError: if a file exists, or cannot be written.
     """
     refuse_to_replace(target, target.with_suffix(".py"))
     weights = load(path)
@@ -153,10 +151,10 @@ def convert_file_to_mmdet(path: Path, target: Path, cfg: CfgNode) -> str:
 
 
 def detector_for(cfg: CfgNode) -> str:
-    """Which of mmdet's detectors a config's model is: the one that it is most like.
+    """Return mmdet's detector that differs least from a config.
 
     Raises:
-        ConversionError: naming the key of what mmdet's cannot do.
+        ConversionError: naming a key that mmdet does not support.
     """
     values, differ = dict(flatten(cfg)), {}
     for name, theirs in DETECTORS.items():
@@ -169,22 +167,24 @@ def detector_for(cfg: CfgNode) -> str:
     detector = min(differ, key=lambda name: len(differ[name]))
     for key, needed in differ[detector].items():
         raise ConversionError(
-            f"mmdet's {DETECTORS[detector].head} has nothing like {key} {values[key]!r}: only "
-            f"{needed!r}"
+            f"mmdet's {DETECTORS[detector].head} has only {key} {needed!r}, got {values[key]!r}"
         )
+    depth = head_depth(cfg)
+    if DETECTORS[detector].head == "TOODHead" and depth != 6:
+        raise ConversionError(f"mmdet's TOODHead has only MODEL.ATSS.NUM_CONVS 6, got {depth}")
     if cfg.MODEL.RESNETS.NUM_GROUPS == 1 and cfg.MODEL.RESNETS.WIDTH_PER_GROUP != 64:
         raise ConversionError(
-            "mmdet's ResNet has nothing like MODEL.RESNETS.WIDTH_PER_GROUP: only 64"
+            "mmdet's ResNet has only MODEL.RESNETS.WIDTH_PER_GROUP 64, got "
+            f"{cfg.MODEL.RESNETS.WIDTH_PER_GROUP}"
         )
     if len(cfg.MODEL.ATSS.ANCHOR_SCALES) * len(cfg.MODEL.ATSS.ANCHOR_RATIOS) > 1:
-        raise ConversionError("only models with one anchor per location are converted for mmdet")
+        raise ConversionError("only models with one anchor per location can be converted for mmdet")
     if len(cfg.MODEL.ATSS.IN_FEATURES) != len(levels_of(cfg)):
-        raise ConversionError("mmdet uses all levels of its FPN, MODEL.ATSS.IN_FEATURES not")
+        raise ConversionError("MODEL.ATSS.IN_FEATURES must have all levels of the FPN for mmdet")
     return detector
 
 
 def _with_classes_of(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> CfgNode:
-    """The config with as many classes as the weights have, whatever the data."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()

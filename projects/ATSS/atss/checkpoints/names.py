@@ -1,7 +1,7 @@
-"""Names of parameters in the authors' code, in mmdet and here, as patterns.
+"""Parameter names of the authors' code, of mmdet and of this project, as patterns.
 
-Each table is a list of (pattern, replacement), tried in order on the whole name; a replacement is a
-template, or a function of the match; None drops the entry.
+A table is a list of (pattern, replacement). The first pattern that matches the whole name counts;
+its replacement is a template, a function of the match, or None to drop the entry.
 """
 
 import re
@@ -17,11 +17,11 @@ def _plus_one(text: str) -> int:
 
 
 def _resnet(root: str, offset: str, plain: str) -> list[Rule]:
-    """The stages of a ResNet.
+    """Return the rules for the stages of a ResNet.
 
     Args:
-        root: pattern of the module that holds them.
-        offset, plain: how a deformable convolution calls the one that finds offsets, and itself.
+        root: pattern of their module.
+        offset, plain: names of a deformable convolution's offset predictor, and of itself.
     """
     stage = rf"{root}\.layer(\d)\.(\d+)\."
 
@@ -64,7 +64,7 @@ OFFICIAL: list[Rule] = [
     (r"rpn\.head\.scales\.(\d)\.scale", r"head.scales.\1.scale"),
 ]
 
-# Towers of mmdet count modules of convolution and norm; ours count layers, three to a module.
+# mmdet counts modules of a tower (convolution, norm, ReLU); we count these layers.
 _MMDET: list[Rule] = [
     (r"backbone\.conv1\.(\w+)", r"backbone.bottom_up.stem.conv1.\1"),
     (r"backbone\.bn1\.num_batches_tracked", None),
@@ -100,11 +100,7 @@ _MMDET: list[Rule] = [
 
 
 def mmdet_rules(predictors: Mapping[str, str]) -> list[Rule]:
-    """The table from mmdet.
-
-    Args:
-        predictors: {our layer of the head: its layer of the head}.
-    """
+    """Return the table from mmdet. ``predictors``: {our layer of the head: mmdet's}."""
     return [
         *_MMDET,
         *(
@@ -123,12 +119,12 @@ def _layer(tail: str) -> Callable[[re.Match], str]:
 
 
 def to_mmdet_rules(lowest: int, laterals: int, predictors: Mapping[str, str]) -> list[Rule]:
-    """The table back to mmdet, whose FPN counts its levels from zero.
+    """Return the table to mmdet, whose FPN counts its levels from zero.
 
     Args:
-        lowest: the lowest of our levels, 3 for P3.
-        laterals: how many of them are made of the backbone's.
-        predictors: {our layer of the head: its layer of the head}.
+        lowest: number of the lowest level, 3 for P3.
+        laterals: number of levels made from stages of the backbone.
+        predictors: {our layer of the head: mmdet's}.
     """
     return [
         (r"backbone\.bottom_up\.stem\.conv1\.(weight)", r"backbone.conv1.\1"),
@@ -146,7 +142,7 @@ def to_mmdet_rules(lowest: int, laterals: int, predictors: Mapping[str, str]) ->
             r"backbone\.fpn_output(\d)\.(\w+)",
             lambda m: f"neck.fpn_convs.{int(m[1]) - lowest}.conv.{m[2]}",
         ),
-        # The first of the two is called p6 whatever its level.
+        # The first of the two is named p6 at any level.
         (
             r"backbone\.top_block\.p([67])\.(\w+)",
             lambda m: f"neck.fpn_convs.{int(m[1]) - 6 + laterals}.conv.{m[2]}",
@@ -173,11 +169,7 @@ def to_mmdet_rules(lowest: int, laterals: int, predictors: Mapping[str, str]) ->
 
 
 def rename(names: list[str], rules: list[Rule]) -> tuple[dict[str, str], list[str]]:
-    """Applies a table.
-
-    Returns:
-        {old name: new name}, without what is dropped; and the names that no pattern knows.
-    """
+    """Apply a table: {old name: new name}, without dropped names, and names without a match."""
     new, unknown = {}, []
     for name in names:
         for pattern, replacement in rules:

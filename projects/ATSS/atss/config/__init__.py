@@ -1,28 +1,39 @@
-"""From config files to parts: the keys, reading them, building."""
+"""From config files to parts: the keys, the files, derived values, building."""
 
+from .backbones import (
+    begins_pretrained,
+    build_atss_resnet_fpn_backbone,
+    build_timm_fpn_backbone,
+)
 from .branches import build_branches, build_criterion, for_inference, prune
 from .build import (
     ATSSDetector,
     GridAnchorGenerator,
-    autocast_dtype,
-    begins_pretrained,
+    Sampling,
     build_assigner,
-    build_atss_resnet_fpn_backbone,
     build_box_coder,
     build_postprocess,
-    build_timm_fpn_backbone,
+    build_sampling,
+    build_tta,
+    candidates_per_object,
     check_model,
-    images_per_test_batch,
-    one_image_at_a_time,
-    use_available_device,
+    with_rule,
 )
-from .classes import (
+from .derive import (
     class_ids,
     class_names,
     complete_classes,
+    complete_schedule,
+    enter_schedule,
     follow_classes,
     resolve_num_classes,
     set_num_classes,
+)
+from .execution import (
+    autocast_dtype,
+    images_per_test_batch,
+    one_image_at_a_time,
+    use_available_device,
 )
 from .files import (
     config_names,
@@ -33,9 +44,6 @@ from .files import (
     merge_options,
 )
 from .keys import add_atss_config
-from .sampling import Sampling, build_sampling, candidates_per_object, with_rule
-from .schedule import complete_schedule, enter_schedule
-from .tta import build_tta
 
 __all__ = [
     "ATSSDetector",

@@ -1,7 +1,7 @@
-"""Builds what learns: branches, their phases, rules and criteria; which parts a config names."""
+"""Builds branches with their phases, rules and criteria; prunes configs."""
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
@@ -13,12 +13,10 @@ from ..errors import UserError
 from ..modeling.branch import Branch, Phase
 from ..modeling.criterion import Criterion
 from ..registry import OWN_PARTS, Registry, overlay
-from .checks import rename_errors
 from .keys import add_atss_config
 
-# What a branch is, beside parts: the keys, with the values that they have where a branch of
-# MODEL.ATSS.BRANCHES does not say otherwise.
-OF_BRANCHES = {
+# Keys of a branch that name no parts. A branch of MODEL.ATSS.BRANCHES begins with these values.
+BRANCH_KEYS = {
     "OUTPUT": "",
     "OWN_HEAD": False,
     "HEAD_OF": "",
@@ -26,25 +24,17 @@ OF_BRANCHES = {
     "ASSIGNMENT_OF": "",
     "PHASES": [],
 }
-OF_CRITERIA = (
-    "QUALITY_LOSS_WEIGHT",
-    "NORMALISER_MIN",
-    "NORMALISER_PER_IMAGE",
-    "BOX_NORMALISER_MIN",
-)
-KINDS_OF_PHASES = (
-    *(ASSIGNER_REGISTRY, SIMILARITIES, modeling.CLS_LOSSES, modeling.CLS_TARGETS),
-    *(modeling.BOX_LOSSES, modeling.BOX_WEIGHTS, modeling.QUALITIES, modeling.NORMALISERS),
-    modeling.LEVEL_WEIGHTS,
-)
-KINDS_OF_HEADS = (modeling.HEAD_REGISTRY, modeling.TOWERS)
 
 
-def build_branches(cfg: CfgNode, known: dict[str, Any]) -> dict[str, Branch]:
-    """The branch of the plain keys, "main", and those of MODEL.ATSS.BRANCHES.
+def build_branches(cfg: CfgNode, injected: Mapping[str, Any]) -> dict[str, Branch]:
+    """Build the branch of the plain keys, "main", and those of MODEL.ATSS.BRANCHES.
+
+    Args:
+        injected: values for parameters of parts. Without "in_channels", which only a backbone has,
+            a branch's own head is a placeholder.
 
     Raises:
-        ValueError: naming the branch, or the key.
+        UserError: naming the branch or the key.
     """
     node = cfg.MODEL.ATSS
     for key in ("OWN_HEAD", "HEAD_OF"):
@@ -52,69 +42,68 @@ def build_branches(cfg: CfgNode, known: dict[str, Any]) -> dict[str, Branch]:
             raise UserError(
                 f"MODEL.ATSS.{key} is for branches of MODEL.ATSS.BRANCHES: main has the detector's"
             )
-    branches = {"main": _build_branch(node, {**known, "cfg": cfg})}
-    # A level weight may count: branches that do not name one of their own share that of main.
-    known = {
-        **known,
-        "level_weight": branches["main"].at(cfg.SOLVER.MAX_ITER).criterion.level_weight,
-    }
+    branches = {"main": _build_branch(node, {**injected, "cfg": cfg})}
+    # A level weight may count positives: branches share that of main, unless they set their own.
+    last = branches["main"].at(cfg.SOLVER.MAX_ITER)
+    injected = {**injected, "level_weight": last.criterion.level_weight}
     plain = node.clone()
     plain.defrost()
-    for key, value in OF_BRANCHES.items():
+    for key, value in BRANCH_KEYS.items():
         plain[key] = value
+    heads = modeling.HEAD_REGISTRY.all_keys() | modeling.TOWERS.all_keys()
     for name in node.BRANCHES:
         if not isinstance(name, str) or name in branches or hasattr(nn.ModuleDict, name):
-            raise UserError(f"MODEL.ATSS.BRANCHES holds {name!r}, which is no new name")
-        allowed = {*OF_BRANCHES, *OF_CRITERIA, *_keys_of(*KINDS_OF_HEADS, *KINDS_OF_PHASES)}
-        allowed &= {*node}
-        over = _overlay(plain, name, allowed, "a branch")
-        own = cfg.clone()
-        own.defrost()
-        own.MODEL.ATSS = over
+            raise UserError(f"MODEL.ATSS.BRANCHES: {name!r} is not a name, or already in use")
+        allowed = {*BRANCH_KEYS, *heads, *_training_keys()} & {*node}
+        branch_cfg = cfg.clone()
+        branch_cfg.defrost()
+        branch_cfg.MODEL.ATSS = over = _overlay(plain, name, allowed, "a branch")
         try:
-            branches[name] = _build_branch(over, {**known, "cfg": own}, node.BRANCH[name])
+            branches[name] = _build_branch(
+                over, {**injected, "cfg": branch_cfg}, own_keys=node.BRANCH[name]
+            )
         except ValueError as error:
             raise UserError(f"branch {name}: {error}") from error
     owners = sorted(name for name, branch in branches.items() if branch.head is not None)
     for name, branch in branches.items():
         if branch.head_of not in ("", *owners):
             raise UserError(
-                f"branch {name}: MODEL.ATSS.HEAD_OF is {branch.head_of!r}; those with a head of "
-                f"their own are {owners}"
+                f"branch {name}: unknown MODEL.ATSS.HEAD_OF {branch.head_of!r}: choose from the "
+                f"branches with OWN_HEAD, {owners}"
             )
-        for giver in {phase.assignment_of for phase in branch.phases} - {""}:
-            if giver not in branches or giver == name:
-                raise UserError(
-                    f"branch {name}: MODEL.ATSS.ASSIGNMENT_OF is {giver!r}; the others are "
-                    f"{sorted({*branches} - {name})}"
-                )
+        others = sorted({*branches} - {name})
+        for source in {phase.assignment_of for phase in branch.phases} - {"", *others}:
+            raise UserError(
+                f"branch {name}: unknown MODEL.ATSS.ASSIGNMENT_OF {source!r}: choose from {others}"
+            )
     if node.INFERENCE not in branches:
         raise UserError(
-            f"MODEL.ATSS.INFERENCE is {node.INFERENCE!r}; the branches are {sorted(branches)}"
+            f"unknown MODEL.ATSS.INFERENCE {node.INFERENCE!r}: choose from {sorted(branches)}"
         )
     return branches
 
 
-def _build_branch(node: CfgNode, known: dict[str, Any], own: Collection[str] = ()) -> Branch:
-    """What a node of MODEL.ATSS says of a branch, and an overlay by the keys in ``own``."""
-    last = _build_phase(node, known, own)
-    known = {**known, "level_weight": last.criterion.level_weight}
+def _build_branch(
+    node: CfgNode, injected: Mapping[str, Any], own_keys: Collection[str] = ()
+) -> Branch:
+    """Build the branch of MODEL.ATSS, or of an overlay that sets ``own_keys``."""
+    last = _build_phase(node, injected, own_keys)
+    injected = {**injected, "level_weight": last.criterion.level_weight}
     phases = []
     for entry in node.PHASES:
-        name, until = _phase_of(entry, known["cfg"].SOLVER.MAX_ITER)
-        over = _overlay(
-            node, name, {"ASSIGNMENT_OF", *OF_CRITERIA, *_keys_of(*KINDS_OF_PHASES)}, "a phase"
-        )
+        name, until = _parse_phase(entry, injected["cfg"].SOLVER.MAX_ITER)
+        over = _overlay(node, name, {"ASSIGNMENT_OF", *_training_keys()}, "a phase")
         try:
-            phases.append(_build_phase(over, known, node.BRANCH[name], until))
+            phases.append(_build_phase(over, injected, node.BRANCH[name], until))
         except ValueError as error:
             raise UserError(f"phase {name}: {error}") from error
     head = None
     if node.OWN_HEAD:
-        # Where rules alone are asked for, something in its place.
-        head = modeling.HEAD_REGISTRY.build(node, **known) if "head" in known else nn.Identity()
+        is_whole = "in_channels" in injected
+        head = modeling.HEAD_REGISTRY.build(node, **injected) if is_whole else nn.Identity()
     return Branch(
-        *(*phases, last),
+        *phases,
+        last,
         output=node.OUTPUT,
         head=head,
         head_of=node.HEAD_OF,
@@ -122,9 +111,8 @@ def _build_branch(node: CfgNode, known: dict[str, Any], own: Collection[str] = (
     )
 
 
-def _phase_of(entry: Any, max_iter: int) -> tuple[str, float]:
-    """Name and end of an entry of MODEL.ATSS.PHASES: a whole number of iterations, or a share of
-    the training."""
+def _parse_phase(entry: Any, max_iter: int) -> tuple[str, float]:
+    """Return name and end, in iterations, of an entry of MODEL.ATSS.PHASES."""
     if isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str):
         name, until = entry
         if isinstance(until, float) and 0 < until < 1:
@@ -132,86 +120,61 @@ def _phase_of(entry: Any, max_iter: int) -> tuple[str, float]:
         if isinstance(until, int) and not isinstance(until, bool) and until > 0:
             return name, until
     raise UserError(
-        "MODEL.ATSS.PHASES holds pairs of a name in MODEL.ATSS.BRANCH and the iteration, or a "
-        f"share of the training between 0 and 1, at which it ends, not {entry!r}"
+        "MODEL.ATSS.PHASES must contain pairs of a name in MODEL.ATSS.BRANCH and the iteration, or "
+        f"the share of the training between 0 and 1, at which the phase ends, got {entry!r}"
     )
 
 
 def _build_phase(
-    node: CfgNode, known: dict[str, Any], own: Collection[str], until: float = math.inf
+    node: CfgNode,
+    injected: Mapping[str, Any],
+    own_keys: Collection[str],
+    until: float = math.inf,
 ) -> Phase:
-    known = dict(known)
-    if {"LEVEL_WEIGHT", "LEVEL_WEIGHTS"} & {*own}:
-        del known["level_weight"]
-    criterion = build_criterion(node, known)
+    if {"LEVEL_WEIGHT", "LEVEL_WEIGHTS"} & {*own_keys}:  # not the shared one
+        injected = {k: x for k, x in injected.items() if k != "level_weight"}
+    criterion = modeling.CRITERION.build(node, injected)
     if node.ASSIGNMENT_OF:
         return Phase(None, criterion, assignment_of=node.ASSIGNMENT_OF, until=until)
-    return Phase(ASSIGNER_REGISTRY.build(node, **known), criterion, until=until)
+    return Phase(ASSIGNER_REGISTRY.build(node, **injected), criterion, until=until)
 
 
-def _keys_of(*some: Registry) -> set[str]:
-    """The keys of kinds of parts, and of their arguments."""
-    shared = (kind.shared_keys() for kind in some)
-    return {x for kind in some for x in (kind.key, kind.group)}.union(*shared)
+def build_criterion(node: CfgNode, injected: Mapping[str, Any]) -> Criterion:
+    """Build the losses of MODEL.ATSS or an overlay. An injected "level_weight" is shared."""
+    return modeling.CRITERION.build(node, injected)
 
 
-def _overlay(node: CfgNode, name: str, allowed: Collection[str], what: str) -> CfgNode:
-    """The node with what BRANCH.<name> says over it.
+def _training_keys() -> set[str]:
+    """Return the keys of rules and criteria."""
+    kinds = (ASSIGNER_REGISTRY, SIMILARITIES, *modeling.CRITERION.parts.values())
+    return set(modeling.CRITERION.keys.values()).union(*(kind.all_keys() for kind in kinds))
+
+
+def _overlay(node: CfgNode, name: str, allowed: Collection[str], user: str) -> CfgNode:
+    """Return :func:`overlay`.
 
     Raises:
-        ValueError: for a key that would not be looked at, or a part that nobody knows.
+        UserError: for a key that is not allowed, because the branch or phase would ignore it.
     """
     over = overlay(node, name)
     for key in node.BRANCH[name]:
         if key not in allowed:
             raise UserError(
-                f"MODEL.ATSS.BRANCH.{name}.{key}: {what} has none of its own; what it may have is "
+                f"MODEL.ATSS.BRANCH.{name}.{key} cannot be set for {user}: choose from "
                 f"{sorted(allowed)}"
             )
     return over
 
 
-def build_criterion(node: CfgNode, known: dict[str, Any]) -> Criterion:
-    """What becomes of an assignment.
-
-    Args:
-        node: MODEL.ATSS, or an overlay of it.
-        known: what parts may ask for; with "level_weight", where it is shared.
-    """
-    level_weight = known.get("level_weight")
-    if "level_weight" not in known:
-        level_weight = modeling.LEVEL_WEIGHTS.build(node, **known)
-    with rename_errors(
-        cls_target=f"MODEL.ATSS.CLS_TARGET {node.CLS_TARGET}",
-        quality_weight="MODEL.ATSS.QUALITY_LOSS_WEIGHT",
-        least="MODEL.ATSS.NORMALISER_MIN",
-        box_least="MODEL.ATSS.BOX_NORMALISER_MIN",
-    ):
-        return Criterion(
-            cls_loss=modeling.CLS_LOSSES.build(node, **known),
-            cls_target=modeling.CLS_TARGETS.build(node, **known),
-            box_terms=modeling.BOX_LOSSES.build(node, **known),
-            box_weight=modeling.BOX_WEIGHTS.build(node, **known),
-            quality=modeling.QUALITIES.build(node, **known),
-            quality_name=node.QUALITY,
-            quality_weight=node.QUALITY_LOSS_WEIGHT,
-            normaliser=modeling.NORMALISERS.build(node, **known),
-            least=node.NORMALISER_MIN,
-            least_per_image=node.NORMALISER_PER_IMAGE,
-            box_least=node.BOX_NORMALISER_MIN,
-            level_weight=level_weight,
-        )
-
-
 def kinds() -> list[Registry]:
-    """Every kind of part that a config can name."""
-    found = [*vars(assigners).values(), *vars(modeling).values()]
-    return [x for x in found if isinstance(x, Registry)]
+    """Return all registries."""
+    exported = [*vars(assigners).values(), *vars(modeling).values()]
+    return [x for x in exported if isinstance(x, Registry)]
 
 
 def prune(cfg: CfgNode) -> None:
-    """Leaves, in place, the arguments of the parts that the config names, and no others: what a run
-    says of itself can be read where parts that it did not use are not known."""
+    """Delete, in place, the arguments of parts that the config does not name. The config.yaml of a
+    run then loads without the imports that registered them."""
     node = cfg.MODEL.ATSS
     nodes = [node, *(overlay(node, name) for name in node.BRANCH)]
     chosen = {(kind.group, name) for x in nodes for kind, name in _chosen(x)}
@@ -231,15 +194,15 @@ def _chosen(node: CfgNode) -> Iterator[tuple[Registry, str]]:
 
 
 def for_inference(cfg: CfgNode) -> CfgNode:
-    """A copy without what only training has a use for: rules, criteria, phases, and branches that
-    do not detect. A model that an own rule has trained detects where that is not known."""
+    """Return a copy with default rules, criteria and phases, and the detecting branch only. A model
+    then detects without the import that registered its rule."""
     cfg, fresh = cfg.clone(), get_cfg()
     add_atss_config(fresh)
     cfg.defrost()
-    node, usual = cfg.MODEL.ATSS, fresh.MODEL.ATSS
-    training = {"ASSIGNMENT_OF", "PHASES", *OF_CRITERIA, *_keys_of(*KINDS_OF_PHASES)}
-    for key in training & {*usual}:
-        node[key] = usual[key]
+    node, defaults = cfg.MODEL.ATSS, fresh.MODEL.ATSS
+    training = {"ASSIGNMENT_OF", "PHASES", *_training_keys()}
+    for key in training & {*defaults}:
+        node[key] = defaults[key]
     detects, over = {node.INFERENCE}, node.BRANCH.get(node.INFERENCE)
     if isinstance(over, CfgNode):
         detects.add(over.get("HEAD_OF"))
@@ -254,23 +217,19 @@ def for_inference(cfg: CfgNode) -> CfgNode:
 
 
 def check_groups(node: CfgNode) -> None:
-    """That arguments are of parts that there are, and no legacy key stands beside the name of the
-    part that has it now; those in overlays too.
-
-    Args:
-        node: MODEL.ATSS.
+    """Check MODEL.ATSS and its overlays.
 
     Raises:
-        ValueError: naming the group.
+        UserError: for arguments of an unknown part, or a legacy key whose new part is named.
     """
     overlays = {f"BRANCH.{name}.": x for name, x in node.BRANCH.items() if isinstance(x, CfgNode)}
-    for where, some in {"": node, **overlays}.items():
+    for where, values in {"": node, **overlays}.items():
         for kind in kinds():
-            chosen = some.get(kind.key, node.get(kind.key))
-            for name, arguments in some.get(kind.group, {}).items():
-                if name not in kind and name not in kind.gone:
+            chosen = values.get(kind.key, node.get(kind.key))
+            for name, arguments in values.get(kind.group, {}).items():
+                if name not in kind and name not in kind.removed:
                     raise UserError(
-                        f"MODEL.ATSS.{where}{kind.group}.{name} is of no {kind.key}: choose from "
+                        f"unknown {kind.key} MODEL.ATSS.{where}{kind.group}.{name}: choose from "
                         f"{sorted(kind.entries)}{OWN_PARTS}"
                     )
                 legacy = kind.entries[name].legacy if name in kind else {}

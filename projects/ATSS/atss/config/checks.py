@@ -1,4 +1,4 @@
-"""What can be wrong with the values of a config, in one sentence each that names the key."""
+"""Checks of config values, whose messages name the key."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,8 +14,8 @@ from ..registry import OWN_PARTS
 
 __getattr__ = renamed_names(__name__)
 
-# Least and greatest value of a key, or of each of its values, of which there must be some. Of our
-# own keys, what they are handed to checks it.
+# (minimum, maximum) of a key, or of each value of a list, which must not be empty. The parts check
+# the keys of this project.
 LIMITS: dict[str, tuple[float, float]] = {
     "DATALOADER.NUM_WORKERS": (0, math.inf),
     "DATALOADER.PREFETCH_FACTOR": (1, math.inf),
@@ -24,6 +24,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "INPUT.MIN_SIZE_TEST": (0, math.inf),
     "MODEL.FPN.OUT_CHANNELS": (1, math.inf),
     "MODEL.PIXEL_STD": (1e-6, 1e6),
+    "TEST.DETECTIONS_PER_IMAGE": (1, math.inf),
 }
 CHOICES = {
     "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601"),
@@ -33,28 +34,21 @@ CHOICES = {
 
 
 def check_values(cfg: CfgNode, limits: Mapping[str, tuple[float, float]] = LIMITS) -> None:
-    """That numbers lie within their limits, and names are known.
+    """Check limits of numbers and choices of names.
 
     Raises:
-        ValueError: naming the key.
+        UserError: naming the key.
     """
-    known = dict(flatten(cfg))
-    try:
-        for key, (low, high) in limits.items():
-            check_range(key, known[key], low, high)
-        for key, choices in CHOICES.items():
-            check_choice(key, known[key], choices)
-    except WrongValue as error:
-        raise UserError(str(error)) from error
+    values = dict(flatten(cfg))
+    for key, (low, high) in limits.items():
+        check_range(key, values[key], low, high)
+    for key, choices in CHOICES.items():
+        check_choice(key, values[key], choices)
 
 
 @contextmanager
 def rename_errors(**keys: str) -> Iterator[None]:
-    """Says of a wrong argument which key it comes from.
-
-    Args:
-        keys: {argument: key}.
-    """
+    """Replace the argument in a WrongValue by its key; ``keys`` is {argument: key}."""
     try:
         yield
     except WrongValue as error:
@@ -62,32 +56,32 @@ def rename_errors(**keys: str) -> Iterator[None]:
         raise UserError(f"{key} {error.complaint}") from error
 
 
-def lookup(known: Mapping[str, Any] | Iterable[tuple[str, Any]], name: str, key: str) -> Any:
-    """The entry of a dictionary or registry that a key of the config names.
+def lookup(entries: Mapping[str, Any] | Iterable[tuple[str, Any]], name: str, key: str) -> Any:
+    """Return the entry that a config key names.
 
     Raises:
-        ValueError: naming the key, and what is known.
+        UserError: naming the key and the choices.
     """
-    entries = dict(known)
-    if name not in entries:
-        own_parts = "" if isinstance(known, Mapping) else OWN_PARTS
-        raise UserError(f"unknown {key} {name!r}: choose from {sorted(entries)}{own_parts}")
-    return entries[name]
+    choices = dict(entries)
+    if name not in choices:
+        own_parts = "" if isinstance(entries, Mapping) else OWN_PARTS
+        raise UserError(f"unknown {key} {name!r}: choose from {sorted(choices)}{own_parts}")
+    return choices[name]
 
 
 @contextmanager
 def building(key: str, name: str) -> Iterator[None]:
-    """Says of an error that comes up in building a part which key chose it."""
+    """Add key and name of a part to an error in building it."""
     try:
         yield
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{key} {name} does not work here: {kind}{reason}") from error
+        raise UserError(f"{key} {name} cannot be used: {kind}{reason}") from error
 
 
 def flatten(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(KEY, value) of all groups and keys."""
+    """Yield (KEY, value) of all groups and keys."""
     for name, value in node.items():
         yield f"{prefix}{name}", value
         if isinstance(value, CfgNode):

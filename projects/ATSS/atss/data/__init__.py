@@ -1,4 +1,4 @@
-"""Images and annotations: loading them by position, and what can be wrong with them."""
+"""Data sets registered from label files, and the batches of a training."""
 
 from .datasets import register
 from .loader import TrainLoader, build_train_loader

@@ -1,9 +1,8 @@
-"""Labels that were read and checked, in files that all processes map into memory: read once per
-machine, and again only if they have changed.
+"""Cache of checked labels, in files that all processes map into memory. Labels are read once per
+machine, and again if they change.
 
-Each data set is a folder below FVCORE_CACHE, named by a digest of what was read and how: a line of
-json for each image, which keeps all that the labels contain, and NumPy columns of what is computed
-over all images.
+A data set is a folder below FVCORE_CACHE, named by a digest of its labels and of how they were
+read: a line of json for each image, and the arrays of COLUMNS.
 """
 
 import atexit
@@ -34,37 +33,38 @@ from ..labels.formats import Reading, sources
 __getattr__ = renamed_names(__name__)
 
 COLUMNS = ("sizes", "counts", "classes", "ends")
-# A file that changed less than so many seconds ago can change again within one tick of its file
-# system's clock: its content is compared, not its time.
+# Seconds. A file that changed later can change again within one tick of its file system's clock:
+# its content is compared, not its time.
 RECENT = 2
-# Days after which a folder that no process has opened since is removed, and one that was not
-# finished.
-KEPT, UNFINISHED_KEPT = 30, 1
+# Days after which a folder is removed: since it was last opened, or if it was never finished.
+MAX_AGE, MAX_AGE_UNFINISHED = 30, 1
 UNFINISHED = "unfinished-"
 KEY = re.compile("[0-9a-f]{64}")
-# What opening a folder raises that is not there, or damaged.
+# Raised when opening a folder that does not exist or is damaged.
 NOT_COMPLETE = (OSError, ValueError, EOFError)
 
 
 class Columns(Sequence[dict]):
-    """N images with their annotations, of which M are objects that training learns (no crowds).
+    """N images with their annotations, among them M objects that are no crowds.
 
     Attributes:
-        about: what else is known of the data set.
+        about: metadata, and the json without images and annotations.
         sizes: (N, 2) int32 width and height in pixels.
-        counts: (N,) int32 number of objects of each image.
-        classes: (M,) int32 position of each object's category among those sorted by id.
+        counts: (N,) int32 objects of each image.
+        classes: (M,) int32 index of each object's category, by id.
+        ends: (N,) int64 end of each image's line, in bytes.
     """
 
     sizes: np.ndarray
     counts: np.ndarray
     classes: np.ndarray
-    ends: np.ndarray  # (N,) int64 of each image's line, in bytes
+    ends: np.ndarray
 
     def __init__(self, folder: str):
-        """
+        """Map the files of a folder.
+
         Raises:
-            OSError, ValueError, EOFError: if the folder is not there, or not complete.
+            OSError, ValueError, EOFError: if the folder is missing or incomplete.
         """
         self.folder = folder
         self.about: dict = json.loads(Path(folder, "about.json").read_bytes())
@@ -73,16 +73,16 @@ class Columns(Sequence[dict]):
             setattr(self, name, column)
         self._lines = np.memmap(os.path.join(folder, "images.jsonl"), np.uint8, "r")
         if len(self._lines) != self.ends[-1]:
-            raise UserError(f"{folder} is not complete")
+            raise ValueError(f"{folder} is not complete")
 
     def __reduce__(self) -> tuple:
-        return Columns, (self.folder,)  # another process maps the files, and copies nothing
+        return Columns, (self.folder,)  # another process maps the files instead of copying them
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __getitem__(self, i: int) -> dict:  # type: ignore[override]
-        """An image of the json, its "annotations" among its fields."""
+        """Return an image of the json, with its "annotations"."""
         start = self.ends[i - 1] if i else 0
         return json.loads(self._lines[start : self.ends[i]].tobytes())
 
@@ -90,18 +90,18 @@ class Columns(Sequence[dict]):
         return json.loads(Path(self.folder, "names.json").read_bytes())
 
     def content(self) -> dict:
-        """What :func:`~atss.labels.coco.learnable` gave."""
+        """Return the content: see :func:`~atss.labels.coco.learnable`."""
         images = [self[i] for i in range(len(self))]
         annotations = [x for image in images for x in image.pop("annotations")]
         annotations.sort(key=lambda x: x["id"])
         return {**self.about["content"], "images": images, "annotations": annotations}
 
     def provide_json(self) -> str:
-        """The path of a json of the content, which one process of the machine writes."""
+        """Return the path of a json of the content, written when first needed."""
         path = os.path.join(self.folder, "labels.json")
         if not os.path.exists(path):
             content = self.content()
-            if not content["annotations"]:  # detections are written for a server to evaluate
+            if not content["annotations"]:  # a test set, whose labels a server has
                 del content["annotations"]
             unfinished = f"{path}.{uuid4().hex}"
             with open(unfinished, "w") as file:
@@ -111,45 +111,44 @@ class Columns(Sequence[dict]):
 
 
 def open_columns(
-    annotations: str, images: str, reading: Reading, read: Callable[[], tuple[dict, dict]]
+    annotations: str, images: str, reading: Reading, reader: Callable[[], tuple[dict, dict]]
 ) -> Columns:
-    """The columns of labels, which are read if these files have not been read before.
+    """Open labels in the cache, or read and write them.
 
     Args:
-        annotations, images, reading: as of :func:`~atss.labels.formats.read_labels`.
-        read: returns content as of :func:`~atss.labels.coco.learnable`, and ``about``.
+        annotations, images, reading: see :func:`~atss.labels.formats.read_labels`.
+        reader: returns content (see :func:`~atss.labels.coco.learnable`) and ``about``.
 
     Raises:
-        ValueError: as ``read``; if the labels change while they are read; or naming the folder, if
-            they cannot be written.
+        UserError: as ``reader``; if labels change meanwhile; if the cache is not writable.
     """
     folder = cache_folder()
     changed_before = time.time_ns() - RECENT * 10**9
     try:
         key = _find_key(folder, annotations, images, reading, changed_before)
     except (OSError, ValueError):
-        read()  # has a sentence for it
+        reader()  # raises a UserError
         raise
     path = os.path.join(folder, key)
     with suppress(*NOT_COMPLETE):
         return _open(path)
     with ExitStack() as stack:
-        with suppress(LockException, OSError):  # without locks each process reads for itself
+        with suppress(LockException, OSError):  # without locks every process reads the labels
             stack.enter_context(file_lock(path))
         with suppress(*NOT_COMPLETE):
-            return _open(path)  # which another process has written meanwhile
-        content, about = read()
+            return _open(path)  # another process may have written it meanwhile
+        content, about = reader()
         if _find_key(folder, annotations, images, reading, changed_before) != key:
             raise UserError(f"{annotations}: the labels changed while they were read")
         with suppress(*NOT_COMPLETE):
             return _open(path)  # as above, on a file system without locks
         try:
-            shutil.rmtree(path, ignore_errors=True)  # if it is there, it is damaged
+            shutil.rmtree(path, ignore_errors=True)  # damaged
             _write(folder, key, content, about)
         except OSError as error:
             raise UserError(
-                f"cannot write the labels of {annotations} into {folder}: {error.strerror} "
-                "(FVCORE_CACHE names another folder)"
+                f"cannot write the labels of {annotations} into {folder}: {error.strerror}; "
+                "set FVCORE_CACHE to another folder"
             ) from error
         return _open(path)
 
@@ -157,13 +156,13 @@ def open_columns(
 def _open(path: str) -> Columns:
     columns = Columns(path)
     with suppress(OSError):
-        os.utime(path)  # the time at which it was opened last
+        os.utime(path)  # _remove_old compares the time
     return columns
 
 
 def cache_folder() -> str:
-    """Where labels are kept: below FVCORE_CACHE, which is ~/.torch/iopath_cache by default. A
-    temporary folder, for this process alone, if that cannot be written."""
+    """Return the cache below FVCORE_CACHE (default ~/.torch/iopath_cache), or this process's
+    temporary folder if it is not writable."""
     folder = os.path.join(get_cache_dir(), "atss_labels")
     with suppress(OSError):
         os.makedirs(folder, exist_ok=True)
@@ -173,18 +172,18 @@ def cache_folder() -> str:
 
 
 @cache
-def _temporary_folder(instead_of: str) -> str:
+def _temporary_folder(read_only: str) -> str:
     folder = tempfile.mkdtemp(prefix="atss_labels_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     logging.getLogger(__name__).warning(
-        "%s cannot be written: this process keeps labels in %s (FVCORE_CACHE names another folder)",
-        *(instead_of, folder),
+        f"cannot write {read_only}: this process keeps labels in {folder}; set FVCORE_CACHE to "
+        "another folder"
     )
     return folder
 
 
 def _write(folder: str, key: str, content: dict, about: dict) -> None:
-    """Under a name of its own until it is complete: a writer that is killed leaves nothing that is
+    """Write into a temporary folder, then rename it, so that a killed writer leaves nothing to
     read."""
     unfinished = _name_unfinished(folder)
     os.mkdir(unfinished)
@@ -216,9 +215,9 @@ def _write_files(folder: str, content: dict, about: dict) -> None:
             annotations = annotations_of[image["id"]]
             file.write(json.dumps({**image, "annotations": annotations}).encode() + b"\n")
             ends.append(file.tell())
-            own = [position[x["category_id"]] for x in annotations if not x["iscrowd"]]
-            counts.append(len(own))
-            classes += own
+            objects = [position[x["category_id"]] for x in annotations if not x["iscrowd"]]
+            counts.append(len(objects))
+            classes += objects
     sizes = [(image["width"], image["height"]) for image in images]
     rest = {k: x for k, x in content.items() if k not in ("images", "annotations")}
     for name, values in zip(COLUMNS, (sizes, counts, classes, ends), strict=True):
@@ -231,7 +230,7 @@ def _write_files(folder: str, content: dict, about: dict) -> None:
 
 def _remove_old(folder: str) -> None:
     for entry in os.scandir(folder):
-        days = UNFINISHED_KEPT if entry.name.startswith(UNFINISHED) else KEPT
+        days = MAX_AGE_UNFINISHED if entry.name.startswith(UNFINISHED) else MAX_AGE
         with suppress(OSError):  # another process may remove it as well
             if entry.stat().st_mtime < time.time() - days * 86400:
                 remove = shutil.rmtree if entry.is_dir() else os.remove
@@ -241,30 +240,23 @@ def _remove_old(folder: str) -> None:
 def _find_key(
     folder: str, annotations: str, images: str, reading: Reading, changed_before: int
 ) -> str:
-    """A digest of the labels, of how they are read, and of the code that reads them. That of a json
-    is of its content, kept beside the file's times; that of a folder is of the times of its files.
-
-    Args:
-        changed_before: as of :func:`_mark`.
-
-    Raises:
-        OSError, ValueError: if there is nothing to read.
-    """
+    """Return a digest of labels, reading and code. A json counts by its content, and an index file
+    maps its times to that digest; a folder counts by the times of its files."""
     texts, files = sources(annotations, images)
-    how = [_code(), repr(reading), *texts]
+    context = [_code(), repr(reading), *texts]
     marks = [_mark(file, changed_before) for file in files]
     if texts:
-        return _digest([*how, *marks])
+        return _digest([*context, *marks])
     image_dir = os.path.abspath(images)
-    index = os.path.join(folder, f"{_digest([*how, image_dir, *marks])}.key")
+    index = os.path.join(folder, f"{_digest([*context, image_dir, *marks])}.key")
     with suppress(OSError, ValueError):
         os.utime(index)
         key = Path(index).read_text()
-        if KEY.fullmatch(key):  # nothing else becomes a path, in a folder that others may write
+        if KEY.fullmatch(key):  # it becomes a path, and other users may write into the folder
             return key
     content, has_backslashes = _digest_of_file(annotations)
-    # Backslashes in names of images are read as the folder of images has them.
-    key = _digest([*how, content, image_dir if has_backslashes else ""])
+    # Backslashes in file names are read as the folder of images needs it.
+    key = _digest([*context, content, image_dir if has_backslashes else ""])
     unfinished = _name_unfinished(folder)
     with open(unfinished, "w") as file:
         file.write(key)
@@ -276,8 +268,10 @@ def _find_key(
 
 @cache
 def _code() -> str:
-    """A digest of this folder's modules."""
-    return _digest(x.read_text() for x in sorted(Path(__file__).parent.glob("*.py")))
+    """Return a digest of the modules in labels/, which read labels, and in data/."""
+    data = Path(__file__).parent
+    files = [*data.glob("*.py"), *(data.parent / "labels").glob("*.py")]
+    return _digest(x.read_text() for x in sorted(files))
 
 
 def _digest(texts: Iterable[str]) -> str:
@@ -288,11 +282,8 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def _mark(file: str, changed_before: int) -> str:
-    """What differs once a file has changed.
-
-    Args:
-        changed_before: nanoseconds since 1970; of what is younger the content is compared.
-    """
+    """Return a text that changes with a file. The content of files changed after
+    ``changed_before``, in ns since 1970, counts."""
     try:
         x = os.stat(file)
     except OSError:
@@ -303,15 +294,10 @@ def _mark(file: str, changed_before: int) -> str:
 
 
 def _digest_of_file(path: str) -> tuple[str, bool]:
-    """That of its content, and whether this has backslashes, as json writes them."""
+    """Return a digest of a json's content, and whether it contains backslashes."""
     with open(path, "rb") as file:
         if not os.path.getsize(path):
             return _digest([]), False
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            found = max(content.find(b"\\\\"), content.find(b"\\u005c"), content.find(b"\\u005C"))
-            return sha256(content).hexdigest(), found >= 0
-
-
-# ------------------------------------------------------------------------------------------------
-# In Detectron2's format
-# ------------------------------------------------------------------------------------------------
+            escapes = (b"\\\\", b"\\u005c", b"\\u005C")
+            return sha256(content).hexdigest(), any(content.find(x) >= 0 for x in escapes)

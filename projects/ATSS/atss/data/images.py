@@ -1,7 +1,7 @@
-"""Looks at one image file by its header: what training would make of it. Reads it."""
+"""Image files: reading one, checking that files exist, and addresses of remote ones."""
 
-import traceback
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from io import BytesIO
@@ -9,25 +9,17 @@ from typing import IO
 
 import fsspec
 import numpy as np
-from detectron2.data.detection_utils import (
-    _apply_exif_orientation,
-    convert_PIL_to_numpy,
-)
-from detectron2.data.detection_utils import (
-    read_image as read_image_d2,
-)
+from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL_to_numpy
 from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
 
 from ..deprecated import renamed_names
 from ..errors import UserError
 from ..labels.findings import ERROR, KINDS
+from ..labels.formats import ADDRESS
 from ..labels.headers import problems, read_header, verify
 
 __getattr__ = renamed_names(__name__)
-
-# Modules that call what reads a file.
-READERS = (__name__, f"{__package__}.mapper")
 
 
 def read_image(
@@ -36,22 +28,23 @@ def read_image(
     labelled: tuple[int, int] | None = None,
     image_format: str = "BGR",
 ) -> np.ndarray:
-    """(H, W, C) image, turned as EXIF says; its file is opened once. What training, evaluation or
-    prediction would read wrongly is refused.
+    """Read an image, turned by its EXIF orientation, as (H, W, C). The file is opened once.
 
     Args:
-        labelled, sizes: as of :func:`problems`.
+        labelled, sizes: see :func:`~atss.labels.headers.problems`.
         image_format: INPUT.FORMAT. "BGR" gives three channels of uint8.
 
     Raises:
-        ValueError, OSError: with a sentence that names the file.
+        OSError: naming a file that cannot be read.
+        UserError: naming a file that training or evaluation would read wrongly.
     """
-    with blame_file(file_name):
-        with _open(file_name) as file:
+    with blame_unreadable(file_name):
+        register_handler(file_name)
+        with PathManager.open(file_name, "rb") as file:
             content = BytesIO(file.read())
         header = read_header(content)
         if header.format == "PNG":
-            # Detectron2 meets damage first where it looks for an EXIF, and passes over it.
+            # Detectron2 first meets damage when it looks for an EXIF, and ignores it.
             verify(content)
         for kind, problem in problems(header, labelled, sizes):
             if KINDS[kind].level == ERROR:
@@ -61,31 +54,70 @@ def read_image(
 
 
 @contextmanager
-def blame_file(file_name: str) -> Iterator[None]:
-    """Has whatever goes wrong in reading and mapping an image name its file."""
+def blame_unreadable(file_name: str) -> Iterator[None]:
+    """Turn errors but UserErrors into an OSError that names the file."""
     try:
         yield
-    except Exception as error:  # Pillow raises errors of many types where a file is damaged
-        if isinstance(error, ValueError) and file_name in str(error):
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises errors of many types if a file is damaged
+        raise OSError(f"cannot read the image {file_name}: {error}") from error
+
+
+@contextmanager
+def blame_file(file_name: str) -> Iterator[None]:
+    """Name the image in errors of its mapping: in the message of UserErrors and OSErrors, of which
+    users see the message only, else in a note."""
+    try:
+        yield
+    except Exception as error:
+        if file_name in str(error):
             raise
-        if _is_of_reading(error):
-            raise OSError(f"cannot read the image {file_name}: {error}") from error
-        if isinstance(error, ValueError):
-            raise UserError(f"the image {file_name} cannot be mapped: {error}") from error
-        error.add_note(f"in mapping {file_name}")  # a bug, of an augmentation for example
+        for kind in (UserError, OSError):
+            if isinstance(error, kind):
+                raise kind(f"the image {file_name} cannot be mapped: {error}") from error
+        error.add_note(f"in mapping {file_name}")
         raise
 
 
-def _is_of_reading(error: Exception) -> bool:
-    """Whether it came out of what reads the file, called from here or by Detectron2's mapper and
-    not by an augmentation, which may read others."""
-    reading = {x.__code__ for x in (read_image_d2, read_image)}
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code in reading:
-            return True
-        if frame.f_globals["__name__"] not in READERS:
-            return False
-    return False
+def find_missing(files: Iterable[str]) -> Iterator[str]:
+    """Yield the files that do not exist. Each folder is listed once, each scheme of addresses tried
+    once."""
+    can_open: dict[str, bool] = {}
+    listed: dict[str, set[str]] = {}
+    for file in files:  # a million within a second
+        if "://" in file and (scheme := ADDRESS.match(file)):
+            if scheme[0] not in can_open:
+                can_open[scheme[0]] = _can_open(file)
+            if not can_open[scheme[0]]:
+                yield file
+            continue
+        folder, _, name = file.rpartition("/")
+        if folder not in listed:
+            listed[folder] = _files_in(folder)
+        # File systems may ignore case, and one path has several spellings.
+        if name not in listed[folder] and not os.path.isfile(file):
+            yield file
+
+
+def _files_in(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {x.name for x in entries if x.is_file()}
+    except OSError:
+        return set()
+
+
+def _can_open(address: str) -> bool:
+    """Return whether a handler opens an address. Without one, the PathManager looks for a local
+    file."""
+    register_handler(address)
+    try:
+        return PathManager.isfile(address)
+    except NotImplementedError:  # the handler of https has no isfile
+        return True
+    except Exception as error:  # handlers raise errors of many types
+        raise UserError(f"the image {address} cannot be opened: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------
@@ -93,12 +125,8 @@ def _is_of_reading(error: Exception) -> bool:
 # ------------------------------------------------------------------------------------------------
 
 
-class _OfFsspec(PathHandler):
-    """A file system of fsspec, such as that of s3fs.
-
-    Args:
-        prefix: of its addresses, such as ``s3://``.
-    """
+class _FsspecHandler(PathHandler):
+    """A file system of fsspec for addresses with a prefix such as ``s3://``."""
 
     def __init__(self, prefix: str):
         super().__init__()
@@ -115,19 +143,14 @@ class _OfFsspec(PathHandler):
         return system.isfile(place)
 
 
-def provide(address: str) -> None:
-    """Have Detectron2's PathManager open an address by fsspec, if nothing else does."""
+def register_handler(address: str) -> None:
+    """Let Detectron2's PathManager open an address with fsspec, unless it has a handler."""
     scheme, separator, _ = address.partition("://")
     if separator and scheme in fsspec.available_protocols():
-        _provide(f"{scheme}://")
+        _register_prefix(f"{scheme}://")
 
 
 @cache
-def _provide(prefix: str) -> None:
+def _register_prefix(prefix: str) -> None:
     with suppress(KeyError):  # another handler is registered
-        PathManager.register_handler(_OfFsspec(prefix), allow_override=False)
-
-
-def _open(file_name: str) -> IO:
-    provide(file_name)
-    return PathManager.open(file_name, "rb")
+        PathManager.register_handler(_FsspecHandler(prefix), allow_override=False)

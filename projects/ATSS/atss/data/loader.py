@@ -1,10 +1,10 @@
-"""Training batches as a function of seed and iteration, so that an interrupted run goes on with the
-images, crops and flips that it would have seen.
+"""Training batches as a function of seed and iteration: an interrupted run continues with the same
+images, crops and flips.
 
-Detectron2's samplers give an endless stream of indices, which the processes deal among themselves.
-Here every image carries its position in that stream: batches are formed from positions before any
-image is read, and what is drawn while an image is mapped follows from seed and position, whichever
-worker maps it. To resume is then to skip batches that nobody has made.
+Detectron2's samplers give an endless stream of image indices, dealt to the processes. Here each
+image has a position in it. Batches are formed from positions before images are read, and mapping
+draws random numbers by seed and position, in any worker. So resuming skips batches without loading
+them.
 """
 
 import logging
@@ -30,20 +30,17 @@ from .records import Records
 from .samplers import abridge, format_report, make_sampler, repeat_factors
 
 LOADER_DIED = (
-    "a process that loads images has died, or was killed as if memory had run out: lower "
+    "a process that loads images has died or was killed, perhaps because memory ran out: lower "
     "DATALOADER.NUM_WORKERS or DATALOADER.PREFETCH_FACTOR"
 )
 
 
 class WatchedLoader(DataLoader):
-    """torch's, which ends with a sentence if a process that loads images hangs or dies; torch's own
-    timeout does not notice one that stops while it hands over a batch.
+    """A DataLoader that raises an OSError if a worker hangs or dies. torch's timeout misses workers
+    that hang while they hand over a batch.
 
     Args:
-        timeout: seconds to wait for a batch, after which these processes are killed; 0 for any.
-
-    Raises:
-        OSError: with the sentence, in iterating.
+        timeout: seconds to wait for a batch before workers are killed; 0 for no limit.
     """
 
     def __init__(self, *args: Any, timeout: float = 0, **options: Any):
@@ -68,7 +65,7 @@ class WatchedLoader(DataLoader):
                 worker.kill()
 
         def count_down() -> None:
-            # In short steps: time in which all of this is stopped, as by ctrl-Z, does not count.
+            # In short steps, so that time does not count while the process is stopped (ctrl-Z).
             step = min(self.limit, 1)
             for _ in range(math.ceil(self.limit / step)):
                 if arrived.wait(step):
@@ -81,13 +78,13 @@ class WatchedLoader(DataLoader):
             threading.Thread(target=count_down, daemon=True).start()
         try:
             return next(iterator)
-        except (OSError, EOFError, RuntimeError):  # the end of a pipe may be the first sign
+        except (OSError, EOFError, RuntimeError):  # a broken pipe may be noticed first
             if not is_late.is_set() and all(x.is_alive() for x in workers):
                 raise
         finally:
             arrived.set()
-        # The others may wait for a lock that the dead one holds. torch raises an error once it
-        # learns of an end, wherever this process is.
+        # Other workers may wait for a lock of the dead one. torch's signal handler may raise a
+        # RuntimeError at any point here.
         with suppress(RuntimeError):
             kill()
             for worker in workers:
@@ -95,25 +92,22 @@ class WatchedLoader(DataLoader):
         if is_late.is_set():
             raise OSError(
                 f"no batch came for {self.limit:g} s (DATALOADER.TIMEOUT) from the processes that "
-                "load images: do their disk and network answer?"
+                "load images: check their disk and network"
             )
         raise OSError(LOADER_DIED)
 
 
 class TrainLoader:
-    """Endless batches of this process, lists of mapped images.
+    """Endless batches of this process: lists of mapped images.
 
     Args:
-        records: images in Detectron2's format.
-        mapper: makes of a record what the model takes.
-        late_mapper: does it from position ``late_from`` on.
-        sampler: from a seed to one of Detectron2's samplers.
-        batch_size: images of one batch of this process.
-        groups: (number of images,) of each: a batch is of one group, but for what comes in place of
-            images that are left out.
-        seed: of the order of images and of what is drawn while they are mapped.
-        options: of torch's DataLoader, on which the batches do not depend: num_workers, the
-            processes that map images, and others.
+        sampler: a function from a seed to one of Detectron2's samplers.
+        batch_size: images of a batch of this process.
+        groups: (number of images,); a batch has images of one group, except for replacements of
+            images that the mapper leaves out.
+        seed: of image order and mapping.
+        late_mapper: replaces ``mapper`` from position ``late_from`` on.
+        options: of torch's DataLoader, which do not change the batches.
     """
 
     def __init__(
@@ -141,15 +135,14 @@ class TrainLoader:
         self.start = self.first = self.ahead = 0
 
     def skip(self, batches: int, seed: int, origin: tuple[int, int] = (0, 0)) -> None:
-        """Iteration will begin after so many batches of the stream of that seed.
+        """Begin after this many batches of the stream of a seed.
 
         Args:
-            origin: (batches, images) from before the batch size or the number of processes became
-                what it is. Other batches are formed from the stream's next images on.
+            origin: (batches, images) at the last change of batch size or number of processes.
         """
         before, self.first = origin
         self.start, self.seed = batches - before, seed
-        # late_from counts iterations, all of this batch size; positions count images.
+        # late_from assumes this batch size from the start; positions count images.
         self.ahead = self.first - before * self.batch_size * comm.get_world_size()
 
     def __iter__(self) -> Iterator[list[dict]]:
@@ -164,7 +157,7 @@ class TrainLoader:
             ),
             batch_sampler=islice(batches, self.start, None),
             collate_fn=list,
-            # Without its own, it draws from the one that the model may draw from.
+            # Otherwise the DataLoader draws from the global generator, as the model may.
             generator=torch.Generator(),
             **self.options,
         )
@@ -176,17 +169,17 @@ def build_train_loader(
     mapper: Callable[[dict], dict],
     late_mapper: Callable[[dict], dict] | None = None,
 ) -> TrainLoader:
-    """What DATASETS.TRAIN, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH and SEED ask for; a negative
-    SEED for one drawn for all processes.
+    """Build the loader of DATASETS.TRAIN, DATALOADER, INPUT, SOLVER.IMS_PER_BATCH and SEED. A
+    negative SEED becomes a random one, equal in all processes.
 
     Args:
-        mapper: until INPUT.AUGMENT_UNTIL; gives None, as Detectron2's may, for an image to leave
-            out.
-        late_mapper: from then on, where it is another.
+        mapper: until INPUT.AUGMENT_UNTIL. It may return None to leave out an image, as in
+            Detectron2.
+        late_mapper: from then on; by default ``mapper``.
 
     Raises:
-        ValueError: as :func:`~atss.data.samplers.repeat_factors`, for a batch that the processes
-            cannot share evenly, or an image without width and height, where they are needed.
+        UserError: as :func:`~atss.data.samplers.repeat_factors`; if processes cannot share a batch
+            evenly; if an image lacks a size for grouping.
     """
     images, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
     if images < 1 or images % processes:
@@ -213,19 +206,19 @@ def build_train_loader(
         groups=groups,
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         late_mapper=late_mapper,
-        # Where images wait for others of their group, positions run ahead of the iterations.
+        # Approximate: with groups, positions run ahead of the iterations.
         late_from=until * cfg.SOLVER.MAX_ITER * images if until < 1 else math.inf,
         **loader_options(cfg),
     )
 
 
 def loader_options(cfg: CfgNode) -> dict[str, Any]:
-    """What DATALOADER asks of torch's DataLoader, in training and evaluation."""
+    """Return the arguments of torch's DataLoader that DATALOADER sets."""
     node = cfg.DATALOADER
-    # Without a GPU torch warns, and pins nothing.
-    pinned = node.PIN_MEMORY and cfg.MODEL.DEVICE.startswith("cuda")
-    options = {"num_workers": node.NUM_WORKERS, "pin_memory": pinned}
-    if node.NUM_WORKERS:  # torch refuses the rest for images that the process itself loads
+    # Without a GPU torch warns.
+    pin_memory = node.PIN_MEMORY and cfg.MODEL.DEVICE.startswith("cuda")
+    options = {"num_workers": node.NUM_WORKERS, "pin_memory": pin_memory}
+    if node.NUM_WORKERS:  # torch refuses these options without workers
         options["timeout"] = node.TIMEOUT
         options["prefetch_factor"] = node.PREFETCH_FACTOR
         options["persistent_workers"] = node.PERSISTENT_WORKERS
@@ -237,10 +230,9 @@ def _log(text: str) -> None:
 
 
 def _count_objects(records: Records, names: Mapping[int, str]) -> str:
-    """Images and objects to train on, for the log."""
     left_out = sum(map(len, records.sets)) - len(records)
     count = Counter(dict.fromkeys(names, 0))
-    for part in records.sets:  # what is left out has none
+    for part in records.sets:  # images that are left out have no objects
         numbers, counts = np.unique(part.classes, return_counts=True)
         count.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
     order = sorted(count, key=lambda c: (count[c], names.get(c, "")))
@@ -250,10 +242,10 @@ def _count_objects(records: Records, names: Mapping[int, str]) -> str:
 
 
 def is_wide(records: Records) -> np.ndarray:
-    """(number of images,) bool: whether an image is wider than high.
+    """Return whether images are wider than high, (number of images,) bool.
 
     Raises:
-        ValueError: naming an image that does not say.
+        UserError: naming an image without width and height.
     """
     sizes = records.sizes
     for i in np.flatnonzero((sizes < 0).any(axis=1)).tolist():
@@ -270,8 +262,8 @@ def make_batches(
     groups: Sequence[bool] | np.ndarray,
     first: int = 0,
 ) -> Iterator[list[tuple[int, int]]]:
-    """Batches of this process, each of (position, index) whose images are of one group. Positions
-    count the images of all processes, those before ``first`` are passed over."""
+    """Form batches of this process from (position, index) of one group. Positions count images of
+    all processes; those before ``first`` are skipped."""
     rank, processes = comm.get_rank(), comm.get_world_size()
     waiting: dict[bool, list[tuple[int, int]]] = defaultdict(list)
     for turn, index in enumerate(sampler):
@@ -286,12 +278,8 @@ def make_batches(
 
 
 class InPlaceOfNone:
-    """A mapper that takes another record, of whatever group, where one gives None. What it draws
-    comes from NumPy's generator, as all that is drawn in mapping.
-
-    Raises:
-        ValueError: where TRIES records in a row give None.
-    """
+    """A mapper that replaces images for which a mapper returns None by random ones. It raises a
+    UserError after TRIES in a row."""
 
     TRIES = 1000
 
@@ -311,7 +299,8 @@ class InPlaceOfNone:
 
 
 class MappedByPosition(Dataset):
-    """Maps the image of a (position, index). Its indices have no end: give it a sampler."""
+    """Images by (position, index), mapped with random numbers of their position. It has no
+    length."""
 
     def __init__(
         self,
@@ -327,22 +316,21 @@ class MappedByPosition(Dataset):
         self.late_mapper = late_mapper
         self.late_from = late_from
 
-    def __getitem__(self, where: tuple[int, int]) -> dict:
-        position, index = where
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        position, index = key
         mapper = self.mapper if position < self.late_from else self.late_mapper
         with seeded(derive_seed(self.seed, position)):
             return mapper(self.records[index])
 
 
 def derive_seed(seed: int, *key: int) -> int:
-    """A seed of 32 bits for each ``key``, unrelated to those of other keys and seeds."""
+    """Return a seed of 32 bits, independent for each seed and ``key``."""
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0])
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's generators begin at ``seed``, and go on afterwards as if
-    nothing had been drawn. Of torch's, that of the CPU."""
+    """Seed Python's, NumPy's and torch's CPU generators, and restore their states afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=()):
         random.seed(seed)

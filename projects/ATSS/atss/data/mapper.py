@@ -1,4 +1,4 @@
-"""Loads one image with its objects; what is wrong with them is said here, with the file's name."""
+"""Detectron2's mapper, with errors that name the file."""
 
 import copy
 
@@ -10,22 +10,23 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
 from ..errors import UserError
-from .images import blame_file, read_image
+from .images import blame_file, blame_unreadable, read_image
 
 
 class Mapper(DatasetMapper):
-    """Detectron2's mapper, which names the file that it cannot use, and why.
+    """Detectron2's DatasetMapper, which opens a file once and names it in errors.
 
-    It refuses what would be silently wrong: boxes that are not finite, which Detectron2 drops, and
-    images of 16 bits, which become white. Boxes without area or outside the image are dropped.
+    It refuses boxes that are not finite, which Detectron2 drops, and images of 16 bits, which would
+    turn white. Boxes without area or outside the image are dropped.
 
     Raises:
-        ValueError, OSError: with a sentence that names the file.
+        UserError: if labels or pixels cannot be used.
+        OSError: if the file cannot be read.
     """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
-        """As there, and INPUT.SCALE_JITTER and COLOR_JITTER."""
+        """Add INPUT.SCALE_JITTER and INPUT.COLOR_JITTER."""
         arguments = super().from_config(cfg, is_train)
         if is_train and cfg.INPUT.SCALE_JITTER:
             side = cfg.INPUT.SCALE_JITTER_SIZE
@@ -42,34 +43,41 @@ class Mapper(DatasetMapper):
         return arguments
 
     def __call__(self, dataset_dict: dict) -> dict:
-        """Detectron2's, which opens an image once."""
         name = dataset_dict["file_name"]
         for annotation in dataset_dict.get("annotations", ()):
             if not np.isfinite(annotation["bbox"]).all():
                 raise UserError(f"{name} has a box that is not finite: {annotation['bbox']}")
         mapped = copy.deepcopy(dataset_dict)
-        if self.use_instance_mask:  # it cannot learn an object without a mask
+        if self.use_instance_mask:  # Detectron2 fails on objects without a mask
             objects = mapped.get("annotations", ())
             mapped["annotations"] = [x for x in objects if "segmentation" in x]
         labelled = None
         if "width" in mapped and "height" in mapped:
             labelled = mapped["width"], mapped["height"]
-        image = read_image(name, labelled=labelled, image_format=self.image_format)
+        image = read_image(name, self._resizes(), labelled, self.image_format)
+        sem_seg = None
+        if sem_seg_file := mapped.pop("sem_seg_file_name", None):
+            with blame_unreadable(sem_seg_file):
+                sem_seg = utils.read_image(sem_seg_file, "L").squeeze(2)
         with blame_file(name):
-            self._map(mapped, image)
+            self._map(mapped, image, sem_seg)
         mapped["image"] = single(mapped["image"])
         return mapped
 
-    def _map(self, mapped: dict, image: np.ndarray) -> None:
-        """Augment an image, of (H, W, C), and what belongs to it, in place."""
+    def _resizes(self) -> list[tuple[int, int]]:
+        """Return (shorter side, longest side) to which images may be resized."""
+        augmentations = self.augmentations.augs
+        resizes = [x for x in augmentations if isinstance(x, T.ResizeShortestEdge)]
+        return [(side, x.max_size) for x in resizes for side in x.short_edge_length]
+
+    def _map(self, mapped: dict, image: np.ndarray, sem_seg: np.ndarray | None) -> None:
+        """Augment image, (H, W, C), classes of pixels, (H, W), and annotations."""
         utils.check_image_size(mapped, image)
-        of_pixels = mapped.pop("sem_seg_file_name", None)
-        classes = utils.read_image(of_pixels, "L").squeeze(2) if of_pixels else None
-        augmented = T.AugInput(image, sem_seg=classes)
+        augmented = T.AugInput(image, sem_seg=sem_seg)
         transforms = self.augmentations(augmented)
         size = augmented.image.shape[:2]
         mapped["image"] = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
-        if of_pixels:
+        if sem_seg is not None:
             mapped["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype("long"))
         if self.proposal_topk is not None:
             utils.transform_proposals(mapped, size, transforms, proposal_topk=self.proposal_topk)
@@ -80,12 +88,12 @@ class Mapper(DatasetMapper):
 
 
 def single(image: torch.Tensor) -> torch.Tensor:
-    """What Detectron2 reads as float64, as YUV, in float32, in which models are."""
+    """Convert float64 images, as Detectron2 reads YUV, to float32."""
     return image.float() if image.dtype == torch.float64 else image
 
 
 def without_augmentation(cfg: CfgNode) -> CfgNode:
-    """The config of the end of a training: crops and colours are off, sizes and flips stay."""
+    """Return the config without crops and colours, for the end of a training."""
     plain = cfg.clone()
     plain.defrost()
     plain.INPUT.CROP.ENABLED = False

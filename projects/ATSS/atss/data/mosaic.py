@@ -8,23 +8,21 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torch.nn import functional as F
 
-# Where the four meet, in shares of the image's height and width.
+# Range of the point in which the four images meet, relative to height and width.
 CENTER = (0.35, 0.65)
-# The most by which a piece is larger than its part of the image, so that some of it is left out.
-ENLARGED = 1.5
-# Of an object of which less of its area is left than this, nothing is left.
-LEAST_AREA = 0.1
+# Largest ratio of a resized image to its part of the mosaic; the rest is cropped.
+MAX_SCALE = 1.5
+# Objects that keep less than this share of their area are dropped.
+MIN_AREA = 0.1
 
 
 class Mosaic:
-    """A mapper that now and then puts four mapped images together, as large as the first of them.
+    """A mapper that sometimes joins four mapped images into one of the first one's size.
 
-    What it draws comes from NumPy's generator, as all that is drawn in mapping: under
-    :class:`~atss.data.loader.TrainLoader` it follows from seed and position.
+    It draws from NumPy's generator, which :class:`~atss.data.loader.TrainLoader` seeds by position.
 
     Args:
-        mapper: of a record.
-        records: those among which the other three are drawn.
+        records: of the other three images.
         probability: of a mosaic.
     """
 
@@ -42,8 +40,8 @@ class Mosaic:
 
 
 def put_together(mapped: Sequence[dict]) -> dict:
-    """The first of four mapped images, with the upper left, upper right, lower left and lower right
-    part of its picture taken by one of them each. Objects have boxes and classes, nothing else."""
+    """Fill the first of four mapped images: upper left, upper right, lower left, lower right.
+    Objects keep boxes and classes only."""
     height, width = mapped[0]["image"].shape[1:]
     y = round(height * np.random.uniform(*CENTER))
     x = round(width * np.random.uniform(*CENTER))
@@ -62,13 +60,13 @@ def put_together(mapped: Sequence[dict]) -> dict:
 
 
 def _window(piece: dict, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A random window of that size, of the picture made a little larger than the window.
+    """Crop a random window from an image resized to slightly more.
 
     Returns:
-        (C, height, width) pixels, (M, 4) boxes in it, (N,) bool: which objects these are.
+        (C, height, width) pixels; (M, 4) boxes in it; (N,) bool, which objects they are.
     """
     image = piece["image"]
-    scale = max(height / image.shape[1], width / image.shape[2]) * np.random.uniform(1, ENLARGED)
+    scale = max(height / image.shape[1], width / image.shape[2]) * np.random.uniform(1, MAX_SCALE)
     size = [max(round(image.shape[1] * scale), height), max(round(image.shape[2] * scale), width)]
     resized = F.interpolate(
         image[None].float(), size=size, mode="bilinear", align_corners=False, antialias=True
@@ -80,7 +78,7 @@ def _window(piece: dict, height: int, width: int) -> tuple[Tensor, Tensor, Tenso
     boxes = boxes * boxes.new_tensor(2 * scales) - boxes.new_tensor(2 * [left, top])
     clipped = Boxes(boxes.clone())
     clipped.clip((height, width))
-    kept = clipped.area() >= LEAST_AREA * Boxes(boxes).area()
+    kept = clipped.area() >= MIN_AREA * Boxes(boxes).area()
     pixels = resized[:, top : top + height, left : left + width]
     if not image.is_floating_point():
         pixels = pixels.round().clamp(0, 255)

@@ -1,4 +1,4 @@
-"""The images of a training or evaluation, by position, with their labels."""
+"""Records of images in Detectron2's format, by position."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -8,17 +8,17 @@ from detectron2.data import DatasetFromList
 from detectron2.structures import BoxMode
 from pycocotools.mask import frPyObjects
 
-from ..labels.coco import is_polygon
+from ..labels.values import is_polygon
 from .columns import Columns
 
 
 class Registered(Sequence[dict]):
-    """A data set of --register, whose records are made when they are asked for. Called, as
-    Detectron2's DatasetCatalog does, it returns all of them.
+    """A data set of --register, whose records are made on access. A call returns all records, as
+    Detectron2's DatasetCatalog expects.
 
     Attributes:
-        sizes, counts: as of :class:`Columns`.
-        number: of each category's id.
+        sizes, counts: see :class:`~atss.data.columns.Columns`.
+        number: {category id: class}.
     """
 
     def __init__(self, columns: Columns, image_dir: str, number: Mapping):
@@ -54,12 +54,12 @@ class Registered(Sequence[dict]):
 
     @property
     def classes(self) -> np.ndarray:
-        """(M,) number of each object's class."""
+        """(M,) class of each object."""
         numbers = np.array([self.number[i] for i in sorted(self.number)], dtype=np.int32)
         return numbers[self.columns.classes]
 
     def file_names(self) -> list[str]:
-        folder = os.path.join(self.image_dir, "")  # joined once: there may be a million
+        folder = os.path.join(self.image_dir, "")  # once: os.path.join is slow for a million
         names = self.columns.file_names()
         return [x if x.startswith(os.sep) else folder + x for x in names]
 
@@ -67,7 +67,7 @@ class Registered(Sequence[dict]):
 def _shapes(
     segmentation: list | dict | None = None, keypoints: list | None = None, **_: object
 ) -> dict:
-    """What models of masks and of key points learn besides, as Detectron2's mapper takes it."""
+    """Return segmentation and keypoints as Detectron2's mapper takes them."""
     shapes: dict = {}
     if isinstance(segmentation, dict):
         packed = isinstance(segmentation["counts"], str)
@@ -75,19 +75,18 @@ def _shapes(
         shapes["segmentation"] = segmentation if packed else frPyObjects(segmentation, *frame)
     elif segmentation:
         shapes["segmentation"] = [polygon for polygon in segmentation if is_polygon(polygon)]
-    if keypoints:  # COCO's are indices of pixels; every third number is a visibility
+    if keypoints:  # COCO has indices of pixels; every third number is a visibility
         shapes["keypoints"] = [x + 0.5 * (i % 3 < 2) for i, x in enumerate(keypoints)]
     return shapes
 
 
 class Listed(Sequence[dict]):
-    """A data set that another function registered: its records, packed so that processes that load
-    images share them.
+    """A data set of the user's code: its records, packed so that loading processes share them.
 
     Attributes:
         sizes: (N, 2) width and height in pixels, -1 if a record has none.
-        counts: (N,) number of objects of each image that are no crowds, M in all.
-        classes: (M,) number of each object's class.
+        counts: (N,) objects of each image that are no crowds, M in all.
+        classes: (M,) class of each of these objects.
     """
 
     def __init__(self, records: Sequence[dict]):
@@ -98,7 +97,7 @@ class Listed(Sequence[dict]):
         sizes = [(record.get("width", -1), record.get("height", -1)) for record in records]
         self.sizes = np.array(sizes).reshape(-1, 2)
         self.counts = np.array([len(x) for x in objects], dtype=np.int64)
-        classes = [x.get("category_id", -1) for found in objects for x in found]
+        classes = [x.get("category_id", -1) for of_image in objects for x in of_image]
         self.classes = np.array(classes, dtype=np.int64)
         self._names = [os.fspath(x["file_name"]) for x in records if "file_name" in x]
         self._packed = DatasetFromList(records, copy=False) if len(records) else records
@@ -114,56 +113,55 @@ class Listed(Sequence[dict]):
 
 
 class Records(Sequence[dict]):
-    """Images of data sets one after another, in Detectron2's format; or some of them.
+    """Images of data sets, one set after another, or a selection of them.
 
     Args:
-        sets: the data sets, of N images together.
-        chosen: (K,) int64 positions of the images among the N; by default all.
+        sets: the data sets, N images together.
+        selection: (K,) int64 positions among the N; None for all.
     """
 
-    def __init__(self, sets: Sequence[Registered | Listed], chosen: np.ndarray | None = None):
+    def __init__(self, sets: Sequence[Registered | Listed], selection: np.ndarray | None = None):
         self.sets = sets
         self._starts = np.cumsum([0, *map(len, sets)])
-        self.chosen = np.arange(self._starts[-1]) if chosen is None else chosen
+        self.selection = np.arange(self._starts[-1]) if selection is None else selection
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.selection)
 
     def __getitem__(self, i: int) -> dict:  # type: ignore[override]
-        position = int(self.chosen[i])
-        which = int(np.searchsorted(self._starts, position, side="right")) - 1
-        return self.sets[which][position - int(self._starts[which])]
+        position = int(self.selection[i])
+        index = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return self.sets[index][position - int(self._starts[index])]
 
     def choose(self, positions: np.ndarray) -> "Records":
-        """Those at some positions, or of a mask, in their order."""
-        return Records(self.sets, self.chosen[positions])
+        """Return the images at these positions, or under this mask."""
+        return Records(self.sets, self.selection[positions])
 
     @property
     def sizes(self) -> np.ndarray:
         """(K, 2) width and height in pixels, -1 if a record has none."""
-        return np.concatenate([x.sizes for x in self.sets])[self.chosen]
+        return np.concatenate([x.sizes for x in self.sets])[self.selection]
 
     @property
     def counts(self) -> np.ndarray:
-        """(K,) number of objects of each image that are no crowds."""
-        return np.concatenate([x.counts for x in self.sets])[self.chosen]
+        """(K,) objects of each image that are no crowds."""
+        return np.concatenate([x.counts for x in self.sets])[self.selection]
 
     def objects(self) -> tuple[np.ndarray, np.ndarray]:
-        """Position of the image, and class, of objects that are no crowds: (M,) each, by image."""
+        """Return image position and class of objects that are no crowds, (M,) each."""
         counts = np.concatenate([x.counts for x in self.sets])
-        place = np.full(len(counts), -1)
-        place[self.chosen] = np.arange(len(self))
-        image = np.repeat(place, counts)
-        is_chosen = image >= 0
+        positions = np.full(len(counts), -1)
+        positions[self.selection] = np.arange(len(self))
+        image = np.repeat(positions, counts)
+        is_selected = image >= 0
         classes = np.concatenate([x.classes for x in self.sets])
-        return image[is_chosen], classes[is_chosen]
+        return image[is_selected], classes[is_selected]
 
     def split(self) -> list["Records"]:
-        """Those of each data set."""
-        which = np.searchsorted(self._starts, self.chosen, side="right")
-        return [self.choose(which == i) for i in range(1, len(self._starts))]
+        index = np.searchsorted(self._starts, self.selection, side="right")
+        return [self.choose(index == i) for i in range(1, len(self._starts))]
 
     def file_names(self) -> list[str]:
-        """Of all images whose record has one."""
+        """Return the file names of images that have one."""
         names = [name for x in self.sets for name in x.file_names()]
-        return [names[i] for i in self.chosen] if len(names) == self._starts[-1] else names
+        return [names[i] for i in self.selection] if len(names) == self._starts[-1] else names

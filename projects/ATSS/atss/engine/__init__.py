@@ -1,4 +1,4 @@
-"""Training and evaluation: what Detectron2's own engine does not do."""
+"""Training and evaluation."""
 
 from .trainer import Trainer
 

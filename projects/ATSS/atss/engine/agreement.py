@@ -1,8 +1,5 @@
-"""What the processes of a training have to agree on: config, data and weights.
-
-If one machine has a stale copy of a file, its processes would train on something else, or wait in a
-collective that the others never enter.
-"""
+"""Agreement of the processes of a training on config, data and weights, which a stale file on one
+machine would break."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -13,10 +10,13 @@ from torch import Tensor, distributed, nn
 
 from ..config import autocast_dtype
 from ..data.datasets import classes_of
+from ..deprecated import renamed_names
 from ..errors import UserError
 
-# Paths, and what follows from a machine's processors.
-OF_A_MACHINE = (
+__getattr__ = renamed_names(__name__)
+
+# Paths, and values that follow from a machine's processors.
+MACHINE_KEYS = (
     "DATALOADER.NUM_WORKERS",
     "DATASETS.REGISTER",
     "MODEL.DEVICE",
@@ -27,13 +27,10 @@ OF_A_MACHINE = (
 
 
 def refuse_differences(facts: Mapping[str, object]) -> None:
-    """Compare what each process of the group knows. All of them call this.
-
-    Args:
-        facts: values by name, the same names everywhere.
+    """Compare values by name over all processes, which all call this.
 
     Raises:
-        ValueError: in all processes, naming a value that differs, and two processes.
+        UserError: in all processes, naming a value that differs and two processes.
     """
     gathered = comm.all_gather({name: str(value) for name, value in facts.items()})
     for rank, other in enumerate(gathered):
@@ -47,8 +44,7 @@ def refuse_differences(facts: Mapping[str, object]) -> None:
 
 
 def facts_of_config(cfg: CfgNode) -> dict[str, object]:
-    """Every key of a config but those of OF_A_MACHINE, and the precision that PRECISION auto has
-    become on this machine."""
+    """Return the keys of a config except MACHINE_KEYS, and the precision of PRECISION auto here."""
     flat: dict[str, object] = {"MODEL.ATSS.PRECISION on this machine": autocast_dtype(cfg)}
 
     def collect(node: CfgNode, prefix: str) -> None:
@@ -56,7 +52,7 @@ def facts_of_config(cfg: CfgNode) -> dict[str, object]:
             name = f"{prefix}{key}"
             if isinstance(value, CfgNode):
                 collect(value, f"{name}.")
-            elif name not in OF_A_MACHINE:
+            elif name not in MACHINE_KEYS:
                 flat[name] = value
 
     collect(cfg, "")
@@ -64,34 +60,33 @@ def facts_of_config(cfg: CfgNode) -> dict[str, object]:
 
 
 def facts_of_data(names: Sequence[str], records: Sequence[dict]) -> dict[str, object]:
-    """Number, first and last of the images, and the classes, of data sets that are used together.
+    """Return number, first and last of the images, and the classes, of several data sets.
 
     Args:
-        records: their images, in Detectron2's format.
+        records: in Detectron2's format.
     """
-    of = " and ".join(names)
+    data = " and ".join(names)
     ends = {"first": 0, "last": -1} if records else {}
     return {
-        f"the number of images of {of}": len(records),
-        **{f"the {end} image of {of}": _describe(records[i]) for end, i in ends.items()},
+        f"the number of images of {data}": len(records),
+        **{f"the {end} image of {data}": _describe(records[i]) for end, i in ends.items()},
         **{f"the list of classes of {name}": classes_of(name) for name in names},
     }
 
 
 def _describe(record: dict) -> str:
-    """Without the path, which may differ from machine to machine."""
+    """Leave out the path, which may differ between machines."""
     return f"{record.get('image_id')!r} with {len(record.get('annotations', ()))} objects"
 
 
 def share_weights(model: nn.Module) -> None:
-    """Give all processes the weights and buffers of the first. DDP does so when it is made, which
-    is before weights are loaded."""
+    """Broadcast weights and buffers from the first process; DDP did before weights were loaded."""
     share((*model.parameters(), *model.buffers()))
 
 
 @torch.no_grad()
 def share(tensors: Iterable[Tensor]) -> None:
-    """Give all processes the values of the first."""
+    """Broadcast tensors from the first process, in place."""
     if comm.get_world_size() > 1:
         for tensor in tensors:
             distributed.broadcast(tensor, 0)

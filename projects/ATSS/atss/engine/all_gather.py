@@ -1,4 +1,4 @@
-"""What the processes of a training tell each other in each iteration."""
+"""The scalars that the processes of a training exchange in each iteration."""
 
 from collections.abc import Callable
 
@@ -7,62 +7,59 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, distributed
 
-from .watch import first_of
+from .signals import first_of
 
 
 class ScalarAllGather:
-    """Losses, and which signal asks to stop: one small collective on the device, between
-    forward and backward pass. The host reads it once it has launched the backward pass, so that a
-    GPU is at work while the host looks, decides and writes.
+    """All-gather of losses, waiting times and stop signals: one small collective between forward
+    and backward pass. The host reads it after it has launched the backward pass, so that a GPU
+    stays busy meanwhile.
 
     Args:
-        get_asked: returns the signal that asked this process to stop, 0 for none.
+        get_stop_signal: returns the signal that this process received, 0 for none.
     """
 
-    def __init__(self, get_asked: Callable[[], int]):
-        self.get_asked = get_asked
+    def __init__(self, get_stop_signal: Callable[[], int]):
+        self.get_stop_signal = get_stop_signal
         self.waited = 0.0
         self.names: list[str] = []
         self.rows: list[list[float]] = []
 
     def send(self, losses: dict[str, Tensor]) -> None:
-        """Scalars of this process, of the same names in all."""
+        """Start the all-gather of scalars, which have the same names in all processes."""
         self.names = [*losses]
         values = torch.stack([x.detach().reshape(()) for x in losses.values()])
-        more = [torch.full_like(values[:1], x) for x in (self.waited, self.get_asked())]
-        own = torch.cat([values, *more])
-        rows = own.new_empty(comm.get_world_size(), len(own))
+        more = [torch.full_like(values[:1], x) for x in (self.waited, self.get_stop_signal())]
+        row = torch.cat([values, *more])
+        rows = row.new_empty(comm.get_world_size(), len(row))
         if len(rows) > 1:
-            distributed.all_gather([*rows.unbind()], own)
+            distributed.all_gather([*rows.unbind()], row)
         else:
-            rows = own[None]
+            rows = row[None]
         self.sent = rows.to("cpu", non_blocking=True)
         self.arrived = None
         if rows.is_cuda:
             self.arrived = torch.cuda.Event()
-            # Of the device that copies, which need not be the current one.
+            # On the device that copies, which may differ from the current one.
             self.arrived.record(torch.cuda.current_stream(rows.device))
 
     def receive(self) -> None:
-        """Waits for what was sent, and for no more."""
+        """Wait for the result of :meth:`send`, but not for later work of the device."""
         if self.arrived is not None:
             self.arrived.synchronize()
         self.rows = self.sent.tolist()
 
     @property
-    def asked(self) -> int:
-        """The signal that decides, of all processes, when this iteration's forward pass had
-        ended."""
+    def stop_signal(self) -> int:
+        """The deciding signal of all processes before the end of the forward pass; 0 for none."""
         return first_of(int(row[-1]) for row in self.rows)
 
     def losses(self, rank: int) -> dict[str, float]:
-        """Of one process."""
         return dict(zip(self.names, self.rows[rank], strict=False))
 
     def write(self, data_time: float) -> None:
-        """Into the log, as Detectron2 does: losses in the mean over the processes, and the longest
-        wait for images, which of the others is that of the iteration before. Only the main process
-        writes.
+        """Log mean losses and the longest wait for images, in the main process. The waits of other
+        processes are those of the iteration before.
 
         Args:
             data_time: seconds for which this process has waited for images.
@@ -74,5 +71,5 @@ class ScalarAllGather:
         means = [sum(column) / len(self.rows) for column in columns]
         losses = dict(zip(self.names, means, strict=False))
         longest = max([data_time, *(row[-2] for row in self.rows[1:])])
-        told = {"data_time": longest, **losses, "total_loss": sum(losses.values())}
-        get_event_storage().put_scalars(**told)
+        scalars = {"data_time": longest, **losses, "total_loss": sum(losses.values())}
+        get_event_storage().put_scalars(**scalars)

@@ -1,4 +1,4 @@
-"""Averaged weights (EMA): those of many iterations together often detect better than the last."""
+"""Exponential moving average (EMA) of the weights."""
 
 import copy
 import itertools
@@ -13,26 +13,23 @@ from .agreement import share
 
 
 class Averaging(HookBase):
-    """Averages what is learned and the statistics of BatchNorm after every step. The n-th update,
-    from 1 on, keeps min(decay, (1 + n) / (10 + n)) of the average, so that in a short run it is not
-    mostly of the first weights; update 0 copies.
-
-    The last ones are left as model_final_EMA.pth. Goes before PeriodicCheckpointer, so that what
-    that saves is of the same step.
+    """EMA of weights and BatchNorm's statistics, saved as model_final_EMA.pth. Update 0 copies;
+    update n keeps min(decay, (1 + n) / (10 + n)) of the average, so that the first weights do not
+    dominate in a short run. It goes before PeriodicCheckpointer, which saves the average.
 
     Args:
-        model: not within DistributedDataParallel, and without hooks that are the training's alone.
+        model: without DistributedDataParallel, and without hooks that only training needs.
         decay: in [0, 1).
 
     Attributes:
-        model: a copy, in evaluation mode, with the averages.
-        updates: so many made it.
+        model: the averages, in evaluation mode.
+        updates: the number of updates.
     """
 
     FILE = "model_final_EMA"
 
-    # torch's AveragedModel would do the same, but reads its counter in every step where device and
-    # host must wait for each other.
+    # torch's AveragedModel reads its counter in every step, for which the host must wait for the
+    # device.
     def __init__(self, model: nn.Module, decay: float):
         self.source = model
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
@@ -45,7 +42,7 @@ class Averaging(HookBase):
         self.model.load_state_dict(self.source.state_dict())
         if self.trainer.start_iter > 0:
             logging.getLogger(__name__).info(
-                "The checkpoint has no averaged weights: the average begins with its weights, at "
+                "The checkpoint has no averaged weights: the average starts with its weights, at "
                 "iteration %d",
                 self.trainer.start_iter,
             )
@@ -54,7 +51,7 @@ class Averaging(HookBase):
     def after_step(self) -> None:
         n = self.updates
         kept = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
-        # Looked up anew, because PreciseBN puts other tensors in the place of its statistics.
+        # Listed in every step, because PreciseBN replaces the tensors of its statistics.
         pairs = [*zip(_tensors(self.model), _tensors(self.source), strict=True)]
         averaged, latest = zip(*(x for x in pairs if x[0].is_floating_point()), strict=True)
         torch._foreach_lerp_(averaged, latest, 1 - kept)
@@ -77,8 +74,7 @@ class Averaging(HookBase):
 
 
 def share_statistics(model: nn.Module) -> None:
-    """Gives all processes the running statistics of the first, which checkpoints hold: each has
-    measured its own."""
+    """Broadcast running statistics, which differ between processes, from the first one."""
     share(x for x in model.buffers() if x.is_floating_point())
 
 

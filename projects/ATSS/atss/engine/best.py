@@ -1,6 +1,6 @@
-"""Evaluations during training, and what follows from them: the best weights, an early end.
+"""Evaluations during training, the best weights, and early stopping.
 
-Results exist in the main process alone; what follows is decided there and told to all.
+Only the main process has results. It decides, and broadcasts the decision.
 """
 
 import logging
@@ -21,29 +21,27 @@ from torch import nn
 
 from ..checkpoints import TrainingCheckpointer
 from ..data.datasets import classes_of, has_objects
-from ..deprecated import renamed_names
+from ..deprecated import renamed_names, warn
 from ..errors import UserError
 from ..weights import WeightsError, load_weights
 
 __getattr__ = renamed_names(__name__)
 
-# By evaluator_type.
+# Metrics by evaluator_type.
 COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 METRICS = {"coco": COCO, "lvis": (*COCO, "APr", "APc", "APf"), "pascal_voc": COCO[:3]}
-# Of a standing, what stands beside the weights.
+# Fields of a BestRecord that are saved with the weights.
 ABOUT = ("metric", "data", "value", "iteration", "averaged")
 
 
 class Evaluation(hooks.EvalHook):
-    """Detectron2's, in a run that may have been interrupted or end early.
-
-    A checkpoint is written before the evaluation of its iteration, so that a run that is to stop
-    has saved early. Resumed from there, the evaluation is made up for before the first step.
+    """EvalHook for runs that stop early. The checkpoint of an iteration precedes its evaluation, so
+    that a signal can end the evaluation; the resumed run makes it first.
 
     Args:
-        period: in iterations; 0 for at the end alone.
-        evaluate: gives the results by task.
-        writer: what writes them, in the main process.
+        period: in iterations; 0 evaluates only at the end.
+        evaluate: returns the results by task.
+        writer: writes the results, in the main process.
     """
 
     def __init__(
@@ -74,11 +72,11 @@ class Evaluation(hooks.EvalHook):
             self._write()
 
     def after_train(self) -> None:
-        # Detectron2's evaluates also where the last iteration failed.
+        # Detectron2's hook evaluates also if the last iteration failed.
         ended = self.trainer.iter >= self.trainer.max_iter and not self.trainer.preemption.left
         if ended and self.last != evaluated_iteration(self.trainer):
             self._do_eval()
-        del self._func  # which holds the trainer
+        del self._func  # a reference to the trainer
 
     def _do_eval(self) -> None:
         start = time.perf_counter()
@@ -89,7 +87,7 @@ class Evaluation(hooks.EvalHook):
         self.last = evaluated_iteration(self.trainer)
 
     def _write(self) -> None:
-        """PeriodicWriter alone would lose all but the last evaluation of 20 iterations."""
+        """Write now: PeriodicWriter keeps only the last evaluation of 20 iterations."""
         for writer in self.writer._writers if self.writer else ():
             if not isinstance(writer, CommonMetricPrinter):
                 writer.write()
@@ -97,15 +95,16 @@ class Evaluation(hooks.EvalHook):
 
 @dataclass(frozen=True)
 class BestRecord:
-    """What is known of the best weights after some evaluations.
+    """The best weights so far.
 
     Attributes:
-        metric: that decides; greater is better.
-        data: the test sets, by name.
-        value: the best, of the weights of ``iteration``; -inf, and -1, where there are none.
-        averaged: whether it is that of the averaged weights.
+        metric: greater is better.
+        data: names of the test sets.
+        value: the best value; -inf before the first.
+        iteration: iteration of the best weights; -1 before the first.
+        averaged: whether the best weights are averaged ones.
         evaluated: iteration of the last evaluation.
-        since: evaluations that did not have a better one, since the first best.
+        since: evaluations since the best.
     """
 
     metric: str
@@ -118,11 +117,11 @@ class BestRecord:
 
 
 class Best(HookBase):
-    """Keeps the best weights of all evaluations as model_best.pth.
+    """Hook that keeps the best weights of all evaluations as model_best.pth.
 
     Args:
-        metric: such as "bbox/AP", or "name/bbox/AP" where there are several test sets.
-        patience: training is to end after so many evaluations without a better one; 0 for never.
+        metric: such as "bbox/AP", or "name/bbox/AP" with several test sets.
+        patience: evaluations without a better value after which training ends; 0 for no limit.
         checkpointer: writes the file.
         test_sets: their names.
     """
@@ -136,155 +135,154 @@ class Best(HookBase):
         checkpointer: TrainingCheckpointer,
         test_sets: Sequence[str] = (),
     ):
-        self.standing = BestRecord(metric, ", ".join(test_sets))
+        self.record = BestRecord(metric, ", ".join(test_sets))
         self.patience = patience
         self.checkpointer = checkpointer
 
     @property
+    def standing(self) -> BestRecord:
+        warn("Best.standing", "Best.record")
+        return self.record
+
+    @property
     def exhausted(self) -> bool:
-        return 0 < self.patience <= self.standing.since
+        return 0 < self.patience <= self.record.since
 
     def update(self, evaluated: list[tuple[nn.Module, dict]], iteration: int) -> None:
-        """
+        """Compare the results of an iteration with the best.
+
         Args:
-            evaluated: models of an iteration with their results, the averaged one last.
+            evaluated: models with their results, the averaged model last.
 
         Raises:
-            ValueError: in all processes, where the results do not have the metric.
+            UserError: in all processes, if the results do not have the metric.
         """
-        if iteration == self.standing.evaluated:  # at the end of a run that ended early, resumed
+        if iteration == self.record.evaluated:  # a run that ended early is resumed
             return
-        found = self._compare(evaluated, iteration) if comm.is_main_process() else None
-        found = comm.all_gather(found)[0]
-        if isinstance(found, str):
-            raise UserError(found)
-        self.standing = found
+        outcome = self._compare(evaluated, iteration) if comm.is_main_process() else None
+        outcome = comm.all_gather(outcome)[0]
+        if isinstance(outcome, str):
+            raise UserError(outcome)
+        self.record = outcome
 
     def _compare(self, evaluated: list[tuple[nn.Module, dict]], iteration: int) -> BestRecord | str:
-        """Where the best stand now, or what is wrong. Writes the file."""
-        metric, best = self.standing.metric, None
-        had_one = self.standing.iteration >= 0
-        # An evaluation up to that of the best is made again, after an interruption.
-        since = self.standing.since + (had_one and iteration > self.standing.iteration)
-        standing = replace(self.standing, evaluated=iteration, since=since)
+        """Save better weights. Return the new record, or a message."""
+        metric, best = self.record.metric, None
+        had_one = self.record.iteration >= 0
+        # After an interruption, evaluations up to the best one are repeated and do not count.
+        since = self.record.since + (had_one and iteration > self.record.iteration)
+        record = replace(self.record, evaluated=iteration, since=since)
         for averaged, (model, results) in enumerate(evaluated):
             values = flatten_results_dict(results)
             if metric not in values:
-                # Those of single classes are left out.
-                known = [name for name in values if "-" not in name.rpartition("/")[2]]
-                if not known:  # without annotations, detections are written and nothing is measured
+                # Without the metrics of single classes.
+                names = [name for name in values if "-" not in name.rpartition("/")[2]]
+                if not names:  # without annotations, detections are only written
                     continue
-                return (
-                    f"TEST.BEST_METRIC is {metric!r}, which the evaluation does not give; known "
-                    f"are {sorted(known)}"
-                )
+                return f"unknown TEST.BEST_METRIC {metric!r}: choose from {sorted(names)}"
             value = float(values[metric])
-            if math.isfinite(value) and value > standing.value:
+            if math.isfinite(value) and value > record.value:
                 best = model
-                standing = replace(
-                    standing, value=value, iteration=iteration, averaged=bool(averaged), since=0
+                record = replace(
+                    record, value=value, iteration=iteration, averaged=bool(averaged), since=0
                 )
         logger = logging.getLogger(__name__)
         if best is None:
             if had_one:
-                logger.info("No better %s for %d evaluations", metric, standing.since)
-            return standing
-        logger.info("The best %s so far: %s", metric, _describe(standing))
-        self._save(best, standing)
-        return standing
+                logger.info("No better %s for %d evaluations", metric, record.since)
+            return record
+        logger.info("The best %s so far: %s", metric, _describe(record))
+        self._save(best, record)
+        return record
 
-    def _save(self, model: nn.Module, standing: BestRecord) -> None:
-        about = {x: getattr(standing, x) for x in ABOUT}
+    def _save(self, model: nn.Module, record: BestRecord) -> None:
+        about = {x: getattr(record, x) for x in ABOUT}
         self.checkpointer.save_weights(self.FILE, model, **about)
 
     def adopt(self) -> None:
-        """Of a run that goes on: takes over weights of the file that the checkpoint does not know,
-        as those of an evaluation after it."""
-        self.standing = comm.all_gather(self._adopt())[0]
+        """Adopt the file's weights in a resumed run, if they are newer than the checkpoint."""
+        self.record = comm.all_gather(self._adopt())[0]
 
     def _adopt(self) -> BestRecord:
-        standing = self.standing
+        record = self.record
         if not comm.is_main_process():
-            return standing
+            return record
         path = os.path.join(self.checkpointer.save_dir, f"{self.FILE}.pth")
         try:
             content = load_weights(path, mmap=True)
             about = {name: content[name] for name in ABOUT}
         except (WeightsError, LookupError, TypeError) as error:
-            if standing.iteration < 0:
-                return standing
+            if record.iteration < 0:
+                return record
             logging.getLogger(__name__).warning(
-                "%s was the best (%s): the best weights are sought anew: %s",
-                *(path, _describe(standing), error),
+                f"Cannot use the best weights {path} ({_describe(record)}), the search for the "
+                f"best starts anew: {error}"
             )
-            return replace(BestRecord(standing.metric, standing.data), evaluated=standing.evaluated)
-        same = all(about[name] == getattr(standing, name) for name in ("metric", "data"))
-        known = all(about[name] == getattr(standing, name) for name in ABOUT)
-        # One that is older and not the checkpoint's is of another run.
+            return replace(BestRecord(record.metric, record.data), evaluated=record.evaluated)
+        same = all(about[name] == getattr(record, name) for name in ("metric", "data"))
+        recorded = all(about[name] == getattr(record, name) for name in ABOUT)
+        # A file that is older than the checkpoint and not in it is from another run.
         resumed = self.checkpointer.resumed
         newer = resumed is not None and os.stat(path).st_mtime_ns >= resumed
-        if same and newer and not known and about["value"] > -math.inf:
-            return replace(standing, **about, since=0)
-        return standing
+        if same and newer and not recorded and about["value"] > -math.inf:
+            return replace(record, **about, since=0)
+        return record
 
     def renumber(self, done: int, now: int) -> None:
-        """Of a run that has counted ``done`` iterations, which from here on count as ``now``."""
+        """Rescale iteration numbers: ``done`` iterations count as ``now`` from here on."""
 
-        def other(iteration: int) -> int:
+        def rescale(iteration: int) -> int:
             return max((iteration + 1) * now // done - 1, min(iteration, 0))
 
-        best, evaluated = self.standing.iteration, self.standing.evaluated
-        self.standing = replace(self.standing, iteration=other(best), evaluated=other(evaluated))
+        best, evaluated = self.record.iteration, self.record.evaluated
+        self.record = replace(self.record, iteration=rescale(best), evaluated=rescale(evaluated))
 
     def reason_to_stop(self) -> str:
         return (
-            f"{self.standing.since} evaluations gave no better {self.standing.metric} than "
-            f"{_describe(self.standing)} (TEST.PATIENCE {self.patience})"
+            f"{self.record.since} evaluations gave no better {self.record.metric} than "
+            f"{_describe(self.record)} (TEST.PATIENCE {self.patience})"
         )
 
     def after_train(self) -> None:
-        """After evaluations that gave no number, as if nothing is detected yet: the last weights
-        are kept, which any number will replace."""
+        """Save the last weights if no evaluation gave a number."""
         ended = self.trainer.iter >= self.trainer.max_iter and not self.trainer.preemption.left
-        if not ended or self.standing.iteration >= 0:
+        if not ended or self.record.iteration >= 0:
             return
         logging.getLogger(__name__).warning(
-            "%s was a number in no evaluation: the last weights count as the best",
-            self.standing.metric,
+            "%s was NaN in every evaluation: the last weights count as the best",
+            self.record.metric,
         )
-        self.standing = replace(self.standing, iteration=evaluated_iteration(self.trainer))
-        self._save(self.checkpointer.model, self.standing)
+        self.record = replace(self.record, iteration=evaluated_iteration(self.trainer))
+        self._save(self.checkpointer.model, self.record)
 
     def describe(self) -> str:
-        """Names the file of the best weights, and their value."""
         path = os.path.join(self.checkpointer.save_dir, f"{self.FILE}.pth")
-        return f"The best weights are in {path} ({self.standing.metric} {_describe(self.standing)})"
+        return f"The best weights are in {path} ({self.record.metric} {_describe(self.record)})"
 
     def state_dict(self) -> dict:
-        return asdict(self.standing)
+        return asdict(self.record)
 
     def load_state_dict(self, state: dict) -> None:
-        loaded, standing = BestRecord(**state), self.standing
-        if (loaded.metric, loaded.data) == (standing.metric, standing.data):
-            self.standing = loaded
+        loaded, record = BestRecord(**state), self.record
+        if (loaded.metric, loaded.data) == (record.metric, record.data):
+            self.record = loaded
         else:
             logging.getLogger(__name__).warning(
-                "Until now the best weights were by %s on %s: those by %s on %s are from here on",
-                *(loaded.metric, loaded.data, standing.metric, standing.data),
+                f"The checkpoint has the best weights by {loaded.metric} on {loaded.data}: the "
+                f"search starts anew by {record.metric} on {record.data}"
             )
 
 
-def _describe(standing: BestRecord) -> str:
-    kind = "averaged weights (EMA)" if standing.averaged else "weights"
-    if standing.value == -math.inf:
-        return f"in no evaluation a number, the last {kind}, of iteration {standing.iteration}"
-    return f"{standing.value:.3f}, with the {kind} of iteration {standing.iteration}"
+def _describe(record: BestRecord) -> str:
+    kind = "averaged weights (EMA)" if record.averaged else "weights"
+    if record.value == -math.inf:
+        return f"NaN in every evaluation, the last {kind}, of iteration {record.iteration}"
+    return f"{record.value:.3f}, with the {kind} of iteration {record.iteration}"
 
 
 def best_metric(cfg: CfgNode) -> str:
-    """The metric of the best weights, under its whole name: of several test sets that of the first
-    with objects. "" if the config does not ask for them, evaluates only at the end, or no test set
-    has objects."""
+    """Return the metric that decides about the best weights; with several test sets, that of the
+    first with objects. "" without metric, objects, or evaluations during training."""
     metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
     if not (metric and cfg.TEST.EVAL_PERIOD > 0):
         return ""
@@ -295,16 +293,16 @@ def best_metric(cfg: CfgNode) -> str:
 
 
 def known_metrics(name: str) -> list[str]:
-    """What an evaluation on a data set gives, but for single classes."""
+    """Return the metrics of a data set, without those of single classes."""
     kind = MetadataCatalog.get(name).get("evaluator_type")
     return [f"bbox/{x}" for x in METRICS.get(kind, ())]
 
 
 def check_metric(cfg: CfgNode) -> None:
-    """Check that evaluations will give the metric of the best weights.
+    """Check that evaluations give TEST.BEST_METRIC.
 
     Raises:
-        ValueError: naming what there is.
+        UserError: naming the possible metrics.
     """
     metric, names = best_metric(cfg), cfg.DATASETS.TEST
     if not metric:
@@ -317,17 +315,16 @@ def check_metric(cfg: CfgNode) -> None:
         raise UserError(f"TEST.BEST_METRIC is {metric!r}, but data set {name} has no objects")
     known, classes = known_metrics(name), classes_of(name) or ()
     if MetadataCatalog.get(name).get("evaluator_type") != "coco" or len(classes) == 1:
-        classes = ()  # are not evaluated apart
+        classes = ()  # no metrics of single classes
     if known and plain not in (*known, *(f"bbox/AP-{x}" for x in classes)):
         raise UserError(f"unknown TEST.BEST_METRIC {cfg.TEST.BEST_METRIC!r}: choose from {known}")
 
 
 def _data_set_of(metric: str, names: Sequence[str]) -> str:
-    """The test set that a whole name of a metric begins with, "" for none."""
+    """Return the test set in the full name of a metric; "" for none."""
     return max((name for name in names if metric.startswith(f"{name}/")), key=len, default="")
 
 
 def evaluated_iteration(trainer: TrainerBase) -> int:
-    """That which made the weights, numbered as checkpoints are. After the last one Detectron2 has
-    counted on, also where there was none to make."""
+    """Return the iteration that made the weights: Detectron2 increments it at the end."""
     return min(trainer.storage.iter, max(trainer.max_iter, trainer.start_iter) - 1)

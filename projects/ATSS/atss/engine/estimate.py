@@ -1,4 +1,4 @@
-"""What a run will take: a line in the log, early, on time and memory."""
+"""Estimate of a training's time and memory: a line in the log after the first iterations."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ LESS_MEMORY = (
 )
 
 
-# Of a Linux container, by the two versions of control groups.
+# The memory limit of a Linux container, in the two versions of control groups.
 CONTAINER_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -30,11 +30,10 @@ CONTAINER_LIMITS = (
 
 
 class TrainingEstimate(HookBase):
-    """Says once, after the first iterations, how long training will take, and how much of the
-    memory it needs. For the main process; goes before PeriodicCheckpointer, whose time does not
-    count."""
+    """Hook that logs time and memory of the training once, after the first iterations. For the main
+    process, before PeriodicCheckpointer, whose time does not count."""
 
-    # The first iterations, in which loading and compiling begin, tell little.
+    # The first iterations are slower: loading and compiling start.
     WARM_UP = 3
     ITERATIONS = 20
 
@@ -54,33 +53,32 @@ class TrainingEstimate(HookBase):
             return
         seconds = statistics.median(self.seconds[self.WARM_UP :] or self.seconds)
         one_pass = ""
-        if hasattr(trainer.data_loader, "records"):  # not of a loader of somebody's own
+        if hasattr(trainer.data_loader, "records"):  # a user's own loader may have none
             images = len(trainer.data_loader.records)
-            took = _duration(seconds * images / trainer.cfg.SOLVER.IMS_PER_BATCH)
-            one_pass = f"one pass over the {images} training images {took}, "
+            epoch = _duration(seconds * images / trainer.cfg.SOLVER.IMS_PER_BATCH)
+            one_pass = f"one pass over the {images} training images {epoch}, "
         evaluates = trainer.cfg.TEST.EVAL_PERIOD and trainer.cfg.DATASETS.TEST
         used, total = peak_memory(next(trainer.model.parameters()).device)
         logger = logging.getLogger(__name__)
         logger.info(
-            "One iteration takes %.2f s: %sthe %d iterations to go %s%s. Memory needed until now: "
+            "One iteration takes %.2f s, %sthe %d remaining iterations %s%s. Peak memory: "
             "%.1f of %.1f GB (%.0f %%)",
             seconds,
             one_pass,
             left,
             _duration(seconds * left),
-            ", and the evaluations besides" if evaluates else "",
+            " plus evaluations" if evaluates else "",
             used / 1e9,
             total / 1e9,
             100 * used / total,
         )
         if used > 0.9 * total:
-            logger.warning("Only little memory is left; where it runs out: %s", LESS_MEMORY)
+            logger.warning("Memory is almost full; if it runs out: %s", LESS_MEMORY)
 
 
 def peak_memory(device: torch.device) -> tuple[float, float]:
-    """Bytes that were in use at most, and that there are: of the GPU, or of the machine or the
-    container, of which each process of it is taken to use as much. Processes that load data are not
-    counted."""
+    """Return the peak of used memory and the total, in bytes, of the GPU, or of the machine or
+    container if all its processes use equally much. Loader processes do not count."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return torch.cuda.max_memory_reserved(device), total
@@ -88,7 +86,7 @@ def peak_memory(device: torch.device) -> tuple[float, float]:
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit * comm.get_local_size()
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for file in CONTAINER_LIMITS:
-        with suppress(OSError, ValueError):  # not there, or "max"
+        with suppress(OSError, ValueError):  # no such file, or "max"
             total = min(total, int(file.read_text()))
     return used, total
 

@@ -1,4 +1,4 @@
-"""What evaluation needs of a data set: its loader and its evaluator."""
+"""Loaders and evaluators of test sets."""
 
 import json
 import os
@@ -25,30 +25,29 @@ from ..config import images_per_test_batch
 from ..data.datasets import classes_of, columns_of, open_records, provide_json
 from ..data.loader import WatchedLoader, loader_options
 from ..data.mapper import Mapper
+from ..deprecated import renamed_names
 from ..errors import UserError
 from ..labels.coco import SHORTEST, find_in_json, is_difficult, learnable
 from .agreement import facts_of_data, refuse_differences
 from .watch import current, wait_for_all
 
+__getattr__ = renamed_names(__name__)
+
 
 class BoxEvaluator(COCOEvaluator):
-    """Detectron2's evaluator of boxes, for the objects that training learns (:func:`learnable`).
+    """COCOEvaluator of boxes, for the objects that training uses (:func:`learnable`).
 
-    It numbers images, classes and objects itself: pycocotools takes an object with id 0 for "not
-    found", and compares ids above 2^63 as float64. On an image of which objects were clipped or
-    left out, detections are clipped, and left out if nothing remains.
+    It renumbers images, classes and objects: pycocotools takes id 0 of an object for "not found",
+    and compares ids above 2^63 as float64. Detections are clipped like the objects of an image.
 
     Args:
-        count_difficult: False: Pascal VOC's rule for objects marked difficult, to which detections
-            are neither right nor wrong. True: they count as others do.
-
-    Raises:
-        ValueError: as :func:`check_metadata`.
+        count_difficult: whether objects marked difficult count like others, or detections of them
+            are neither right nor wrong (Pascal VOC).
     """
 
     def __init__(self, dataset_name: str, output_dir: str, count_difficult: bool = False):
         provide_json(dataset_name)
-        # Of data that came in no json Detectron2 writes one there: not to be trusted the next time.
+        # Detectron2 writes a json there for data without one, which may be outdated the next time.
         super().__init__(dataset_name, ("bbox",), output_dir=output_dir, allow_cached_coco=False)
         content: dict = {"annotations": [], **self._coco_api.dataset}
         # A data set of --register was checked when it was registered.
@@ -56,17 +55,16 @@ class BoxEvaluator(COCOEvaluator):
         if objects is not None:  # None also for malformed fields: all annotations count
             count = len(content["annotations"])
             content = learnable(content, objects)
-            if left_out := count - len(content["annotations"]):
+            if dropped := count - len(content["annotations"]):
                 self._logger.warning(
-                    "Data set %s: %d of %d annotations do not count: they have no area, or lie "
-                    "outside their image, and training does not learn them",
-                    *(dataset_name, left_out, count),
+                    f"Data set {dataset_name}: {dropped} of {count} annotations do not count: they "
+                    "have no area or lie outside their image, and training drops them"
                 )
         images = content["images"]
-        # Contiguous number of each id of a class; a json that Detectron2 wrote has these for ids.
+        # Contiguous number by category id; in a json that Detectron2 wrote, ids are these numbers.
         numbers = {c["id"]: c["id"] for c in content["categories"]}
         numbers = self._metadata.get("thing_dataset_id_to_contiguous_id", numbers)
-        classes = [c for c in content["categories"] if c["id"] in numbers]  # that the model knows
+        classes = [c for c in content["categories"] if c["id"] in numbers]
         self.category_ids = {number: category_id for category_id, number in numbers.items()}
         self.image_numbers = {x["id"]: i for i, x in enumerate(images, start=1)}
         self.trimmed = {x["id"]: (x["width"], x["height"]) for x in images if "trimmed" in x}
@@ -92,14 +90,14 @@ class BoxEvaluator(COCOEvaluator):
     def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None) -> None:
         detections = [x for prediction in predictions for x in prediction["instances"]]
         with open(os.path.join(self._output_dir, "coco_instances_results.json"), "w") as file:
-            json.dump([self._for_people(x) for x in detections], file)
+            json.dump([self._with_original_ids(x) for x in detections], file)
         if not self._do_evaluation:
             self._logger.info("Annotations are not available for evaluation.")
             return
         evaluation = None
         if numbered := list(filter(None, map(self._numbered, detections))):
-            found = self._coco_api.loadRes(numbered)
-            evaluation = _DifficultIgnored(self._coco_api, found, "bbox")
+            results = self._coco_api.loadRes(numbered)
+            evaluation = _DifficultIgnored(self._coco_api, results, "bbox")
             if img_ids is not None:
                 evaluation.params.imgIds = [self.image_numbers[x] for x in img_ids]
             evaluation.evaluate()
@@ -108,11 +106,11 @@ class BoxEvaluator(COCOEvaluator):
         names = self._metadata.get("thing_classes")
         self._results["bbox"] = self._derive_coco_results(evaluation, "bbox", class_names=names)
 
-    def _for_people(self, detection: dict) -> dict:
-        """With the ids of the data set's file."""
+    def _with_original_ids(self, detection: dict) -> dict:
         return {**detection, "category_id": self.category_ids[detection["category_id"]]}
 
     def _numbered(self, detection: dict) -> dict | None:
+        """Clip and renumber a detection; None if nothing remains."""
         image_id, box = detection["image_id"], detection["bbox"]
         if image_id in self.trimmed:
             x, y, w, h = box
@@ -127,8 +125,7 @@ class BoxEvaluator(COCOEvaluator):
 
 
 class _DifficultIgnored(COCOeval):
-    """pycocotools', with Pascal VOC's rule for objects marked difficult: by their IoU like others,
-    but any number of detections may match one, and these count neither way."""
+    """COCO evaluation in which any number of detections may match a difficult object."""
 
     def _prepare(self) -> None:
         super()._prepare()
@@ -140,14 +137,13 @@ class _DifficultIgnored(COCOeval):
     def computeIoU(self, imgId: int, catId: int) -> Any:
         overlaps = super().computeIoU(imgId, catId)
         for x in self._gts[imgId, catId]:
-            if x["difficult"]:  # what pycocotools lets any number of detections match
+            if x["difficult"]:  # pycocotools lets any number of detections match a crowd
                 x["iscrowd"] = 1
         return overlaps
 
 
-class Awaited(DatasetEvaluator):
-    """An evaluator of several processes. The first evaluates while the others wait, however long
-    that takes.
+class PatientEvaluator(DatasetEvaluator):
+    """Evaluator that evaluates in the first process while the others wait without a time limit.
 
     Args:
         evaluator: of the same data set in each process.
@@ -170,33 +166,33 @@ class Awaited(DatasetEvaluator):
         return results
 
 
-# By data set, what the loader of its last evaluation was made of, and the loader.
-_kept: dict[str, tuple[tuple, DataLoader]] = {}
+# By data set: the arguments of the loader of its last evaluation, and the loader.
+_persistent: dict[str, tuple[tuple, DataLoader]] = {}
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """That of the evaluation before, with DATALOADER.PERSISTENT_WORKERS, or a new one."""
+    """Build a loader, or return that of the last evaluation (DATALOADER.PERSISTENT_WORKERS)."""
     if not cfg.DATALOADER.PERSISTENT_WORKERS:
         return _new_test_loader(cfg, dataset_name)
-    # Averaged weights are evaluated into a folder of their own.
-    parts = DatasetCatalog.data.get(dataset_name), str({**cfg, "OUTPUT_DIR": ""})
-    if dataset_name not in _kept or _kept[dataset_name][0] != parts:
-        _kept[dataset_name] = parts, _new_test_loader(cfg, dataset_name)
-    return _kept[dataset_name][1]
+    # Averaged weights are evaluated with the same loader and another OUTPUT_DIR.
+    arguments = DatasetCatalog.data.get(dataset_name), str({**cfg, "OUTPUT_DIR": ""})
+    if dataset_name not in _persistent or _persistent[dataset_name][0] != arguments:
+        _persistent[dataset_name] = arguments, _new_test_loader(cfg, dataset_name)
+    return _persistent[dataset_name][1]
 
 
 def _new_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """Images for this process with our mapper, in batches of MODEL.ATSS.IMS_PER_BATCH_TEST. Images
-    of one size follow one another, because only those make a batch. All processes call this.
+    """Build a loader of this process's images, sorted by size for batches of one size. All
+    processes call this.
 
     Raises:
-        ValueError: if they have other images.
+        UserError: if processes have different images.
     """
     records = open_records([dataset_name])
     refuse_differences(facts_of_data((dataset_name,), records))
     width, height = records.sizes.T
     order = np.lexsort((width, height))
-    # Detectron2 gives each process a contiguous part: each gets images of all sizes.
+    # Detectron2 gives each process a contiguous part: deal, so that each has images of all sizes.
     world_size = comm.get_world_size()
     order = np.concatenate([order[rank::world_size] for rank in range(world_size)])
     return WatchedLoader(
@@ -209,12 +205,8 @@ def _new_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    """By the evaluator_type in the data set's metadata. A data set without annotations gets its
-    results written in COCO's format, for a server to evaluate.
-
-    Raises:
-        ValueError: as :func:`check_metadata`.
-    """
+    """Build an evaluator by the metadata's evaluator_type. Results without annotations are only
+    written, in COCO's format."""
     check_metadata(dataset_name)
     output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
     kind = MetadataCatalog.get(dataset_name).evaluator_type
@@ -227,11 +219,10 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
 
 
 def provide_lvis() -> None:
-    """Has Detectron2 evaluate by LVIS's rules with hotcoco: the package ``lvis``, of 2020, fails on
-    NumPy 2.
+    """Replace the package ``lvis`` (2020), which fails on NumPy 2, by hotcoco.
 
     Raises:
-        ValueError: where it is not installed.
+        UserError: if hotcoco is not installed.
     """
     try:
         import hotcoco
@@ -243,11 +234,10 @@ def provide_lvis() -> None:
 
 
 def check_metadata(dataset_name: str) -> None:
-    """Whether a data set can be evaluated.
+    """Check that a data set can be evaluated.
 
     Raises:
-        ValueError: where its metadata have no names of classes, or no evaluator_type that is known,
-            or what evaluates it is not installed.
+        UserError: if class names, a known evaluator_type or a package are missing.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind == "lvis":
@@ -255,10 +245,10 @@ def check_metadata(dataset_name: str) -> None:
     if kind not in ("coco", "lvis", "pascal_voc"):
         raise UserError(
             f"data set {dataset_name} of DATASETS.TEST has evaluator_type {kind!r} in its "
-            "metadata; coco, lvis and pascal_voc are known"
+            "metadata: choose from ['coco', 'lvis', 'pascal_voc']"
         )
     if classes_of(dataset_name) is None:
         raise UserError(
-            f"data set {dataset_name} of DATASETS.TEST has no thing_classes in its metadata, "
-            "without which it cannot be evaluated"
+            f"data set {dataset_name} of DATASETS.TEST has no thing_classes in its metadata: "
+            "evaluation needs class names"
         )

@@ -1,25 +1,30 @@
-"""What stops a training: losses or weights that are not finite, and a signal.
+"""Hooks that stop a training: losses or weights that are not finite, and signals.
 
-Whatever one process meets, all of them learn of it and stop in the same iteration: one that left
-alone would leave the others waiting for it in the next collective.
+All processes stop in the same iteration: one that left alone would block the others.
 """
 
 import logging
 import math
 import signal
+from typing import NoReturn
 
 import torch
-from detectron2.engine import HookBase, TrainerBase
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase, TrainerBase, hooks
 from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..checkpoints.checkpointer import TrainingCheckpointer
+from ..deprecated import renamed_names
 from .all_gather import ScalarAllGather
-from .watch import current, exit_code, first_of
+from .signals import exit_code, first_of
+from .watch import current
+
+__getattr__ = renamed_names(__name__)
 
 
-class AllLeave(SystemExit):
-    """Leaves Python in all processes, in the same place."""
+class GroupExit(SystemExit):
+    """Exit of all processes of a group."""
 
     def __init__(self, exit_code: int):
         super().__init__(exit_code)
@@ -27,15 +32,13 @@ class AllLeave(SystemExit):
 
 
 class FiniteLosses(HookBase):
-    """Stops at a loss that is NaN or infinite, before the optimizer can step on it.
-
-    For the trainer that makes the steps (SimpleTrainer or AMPTrainer). Inf in the gradients alone
-    is the gradient scaler's business.
+    """Hook that raises if a loss is NaN or infinite, before the optimizer steps. Infinite gradients
+    of finite losses are left to the gradient scaler.
 
     Args:
-        model: what that trainer calls.
-        exchange: by which the processes learn of each other's losses.
-        checkpointer: knows the checkpoints that the message can name.
+        model: the model that the trainer calls.
+        exchange: gathers the losses of all processes.
+        checkpointer: has the checkpoints to name.
     """
 
     def __init__(
@@ -46,15 +49,15 @@ class FiniteLosses(HookBase):
         self.checkpointer = checkpointer
 
     def _send(self, model: nn.Module, inputs: tuple[list[dict]], losses: dict) -> None:
-        if model.training and torch.is_grad_enabled():  # not to measure statistics, say
+        if model.training and torch.is_grad_enabled():  # not when PreciseBN measures statistics
             self.images = [str(x.get("file_name", x.get("image_id"))) for x in inputs[0]]
             self.exchange.send(losses)
 
     def after_backward(self) -> None:
         """
         Raises:
-            FloatingPointError: in all processes, with the iteration, the losses, the images of the
-                processes in which they are not finite, and the last good checkpoint.
+            FloatingPointError: in all processes, with losses, iteration, images and the last good
+                checkpoint.
         """
         self.exchange.receive()
         broken = {}
@@ -65,38 +68,30 @@ class FiniteLosses(HookBase):
         if not broken:
             return
         images = comm.all_gather(self.images)
-        said = ", ".join(f"{name} is {value}" for name, value in broken[min(broken)].items())
-        named = ", ".join(image for rank in broken for image in images[rank])
+        first = broken[min(broken)].items()
+        texts = [f"{name} is {'NaN' if math.isnan(x) else x}" for name, x in first]
+        names = ", ".join(image for rank in broken for image in images[rank])
         raise FloatingPointError(
-            f"at iteration {self.trainer.iter} {said}, on the images {named}; "
+            f"{', '.join(texts)} at iteration {self.trainer.iter}, on the images {names}; "
             + _last_good(self.checkpointer, self.trainer.iter - 1)
         )
 
 
 class FiniteWeights(HookBase):
-    """Stops before weights that are not finite are saved; goes before PeriodicCheckpointer."""
+    """Hook that raises before PeriodicCheckpointer saves weights that are not finite."""
 
     def after_step(self) -> None:
-        """
-        Raises:
-            FloatingPointError: in all processes, with the iteration and the last good checkpoint.
-        """
         if _saves_now(self.trainer):
             refuse_broken_weights(self.trainer)
 
 
 class Preemption(HookBase):
-    """After a signal (:mod:`.watch`): a checkpoint of the iteration that is under way, then exit
-    code 75, or 130 after ctrl-C.
-
-    Goes between PeriodicCheckpointer and Evaluation. One process that gets the signal is enough;
-    the others learn of it in the exchange of this iteration, or of the next. While an evaluation
-    runs whose iteration has its checkpoint, the processes exit at once.
-    """
+    """Hook that saves a checkpoint after a signal to any process, then exits with code 75, or 130
+    after ctrl-C. During an evaluation after a checkpoint, a signal ends the run at once."""
 
     def __init__(self) -> None:
         self.watch = current()
-        self.exchange = ScalarAllGather(lambda: self.watch.asked)
+        self.exchange = ScalarAllGather(lambda: self.watch.stop_signal)
 
     @property
     def left(self) -> bool:
@@ -108,64 +103,75 @@ class Preemption(HookBase):
 
     def after_step(self) -> None:
         saved = _saves_now(self.trainer)
-        asked = self.exchange.asked
-        # An evaluation may follow, which is long, or nothing; and a user's own run_step may
-        # exchange nothing.
+        number = self.exchange.stop_signal
+        # A long evaluation may follow, or the end; and a user's own run_step may gather nothing.
         period = self.trainer.cfg.TEST.EVAL_PERIOD
         evaluates = period and (self.trainer.iter + 1) % period == 0
-        if not asked and (saved or evaluates or len(self.exchange.rows) < 2):
-            asked = first_of(comm.all_gather(self.watch.asked))
+        if not number and (saved or evaluates or len(self.exchange.rows) < 2):
+            number = first_of(comm.all_gather(self.watch.stop_signal))
         iteration = self.trainer.iter
-        if asked:
+        if number:
             if not saved:
                 refuse_broken_weights(self.trainer)
                 self.trainer.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
-            self._leave(asked, iteration)
+            self.leave_together(number, iteration)
         if saved:
             self.watch.mark_saved()
 
     def after_last_checkpoint(self, iteration: int) -> None:
-        """Leave after a checkpoint that a hook has written, if one process got a signal."""
-        if asked := first_of(comm.all_gather(self.watch.asked)):
-            self._leave(asked, iteration)
+        """Exit after a checkpoint that another hook has written, if a process got a signal."""
+        if number := first_of(comm.all_gather(self.watch.stop_signal)):
+            self.leave_together(number, iteration)
         self.watch.mark_saved()
 
-    def _leave(self, asked: int, iteration: int) -> None:
+    def leave_together(self, number: int, iteration: int) -> NoReturn:
+        """Exit once all processes are here: a launcher ends all if one has left.
+
+        Raises:
+            GroupExit: with the exit code of the signal.
+        """
         self.watch.left = True
-        # A launcher ends all processes when one has left.
         comm.synchronize()
         logging.getLogger(__name__).info(
-            "%s: stopped after iteration %d; --resume goes on from there",
-            signal.Signals(asked).name,
+            "%s: stopped after iteration %d; --resume continues from there",
+            signal.Signals(number).name,
             iteration,
         )
-        raise AllLeave(exit_code(asked))
+        raise GroupExit(exit_code(number))
+
+
+def build_profiler(cfg: CfgNode) -> HookBase | None:
+    """Build the hook that records the iterations of SOLVER.PROFILE for TensorBoard."""
+    if not cfg.SOLVER.PROFILE or not comm.is_main_process():
+        return None
+    first, last = cfg.SOLVER.PROFILE
+    return hooks.TorchProfiler(lambda trainer: first <= trainer.iter <= last, cfg.OUTPUT_DIR)
 
 
 def refuse_broken_weights(trainer: TrainerBase) -> None:
     """
     Raises:
-        FloatingPointError: where a weight is NaN or infinite.
+        FloatingPointError: if a weight is NaN or infinite.
     """
     finite: list[Tensor] = [torch.isfinite(x).all() for x in trainer.model.parameters()]
     if not torch.stack(finite).all():
         raise FloatingPointError(
-            f"iteration {trainer.iter} made weights that are not finite, which are not saved; "
+            f"weights are NaN or infinite after iteration {trainer.iter} and were not saved; "
             + _last_good(trainer.checkpointer, trainer.iter)
         )
 
 
 def _saves_now(trainer: TrainerBase) -> bool:
-    """Whether PeriodicCheckpointer saves in this iteration."""
+    """Return whether PeriodicCheckpointer saves in this iteration."""
     done = trainer.iter + 1
     return done % trainer.cfg.SOLVER.CHECKPOINT_PERIOD == 0 or done == trainer.max_iter
 
 
 def _last_good(checkpointer: TrainingCheckpointer, iteration: int) -> str:
-    """Names this run's newest checkpoint of an iteration before this one. Its weights have given
-    finite losses since, which those of the iteration just before a failure have not."""
+    """Name this run's newest checkpoint before an iteration: its weights have given finite losses
+    since, unlike those just before a failure."""
     files = checkpointer.files_of_this_run()
     good = [number for number in files if number < iteration]
     if not good:
-        return "there is no checkpoint of this run from before it"
+        return "this run has no earlier checkpoint"
     return f"the last good checkpoint is {files[max(good)]}"

@@ -1,4 +1,4 @@
-"""The optimizer: which rate and which decay each parameter gets."""
+"""The optimizer, and the learning rate and weight decay of each parameter."""
 
 import logging
 
@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from ..errors import UserError
 
 BACKBONE = "backbone.bottom_up."
-# Numbers that an optimizer remembers of each weight.
+# Moments that an optimizer keeps for each weight.
 MOMENTS = {"SGD": 1, "AdamW": 2}
-# Entries of an optimizer's groups that the config sets: the name in messages, and the keys.
+# Entries of an optimizer's groups that the config sets: name in messages, keys.
 SETTINGS = {
     "initial_lr": ("learning rate", "SOLVER.BASE_LR, BIAS_LR_FACTOR, BACKBONE_LR_FACTOR"),
     "weight_decay": (
@@ -27,10 +27,10 @@ SETTINGS = {
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
-    """Detectron2's, with SOLVER.OPTIMIZER, BACKBONE_LR_FACTOR and WEIGHT_DECAY_SCALE.
+    """Build SGD or AdamW, with BACKBONE_LR_FACTOR and WEIGHT_DECAY_SCALE.
 
     Raises:
-        ValueError: naming the key.
+        UserError: naming the key.
     """
     solver = cfg.SOLVER
     optimizers = {
@@ -62,68 +62,66 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
 
 
 def carry_over(
-    optimizer: Optimizer, names: list[str], state: dict, names_then: list[str] | None
+    optimizer: Optimizer, names: list[str], state: dict, saved_names: list[str] | None
 ) -> dict:
-    """The state of a checkpoint's optimizer, such as momenta, for this optimizer, whose settings
-    stay. The log names those that the checkpoint has otherwise.
+    """Return a checkpoint's optimizer state, such as momenta, in the order of this optimizer, with
+    its settings. The log names settings that differ.
 
     Args:
-        names: of the optimizer's parameters, in the order of its groups.
-        state: of the checkpoint's optimizer.
-        names_then: of its parameters, in the same way; None in older checkpoints.
+        names: parameters in the order of the optimizer's groups.
+        state: state of the checkpoint's optimizer.
+        saved_names: its parameters; None in older checkpoints.
 
     Raises:
-        ValueError: naming what differs, if the state is of another kind of optimizer, or of other
-            parameters: torch would meet it in a bug of its own, or begin anew silently.
+        UserError: if the checkpoint's optimizer is of another kind or trains other parameters.
     """
-    own, groups = optimizer.state_dict()["param_groups"], state["param_groups"]
-    adaptive, was_adaptive = ("betas" in x[0] for x in (own, groups))
+    groups, saved_groups = optimizer.state_dict()["param_groups"], state["param_groups"]
+    adaptive, was_adaptive = ("betas" in x[0] for x in (groups, saved_groups))
     if adaptive != was_adaptive:
+        kinds = {True: "AdamW", False: "SGD"}
         raise UserError(
-            f"SOLVER.OPTIMIZER is {'AdamW' if adaptive else 'SGD'}, but the checkpoint that "
-            "--resume goes on with is of the other"
+            f"SOLVER.OPTIMIZER is {kinds[adaptive]}, but the checkpoint of --resume has "
+            f"{kinds[was_adaptive]}"
         )
-    was, now = ([len(group["params"]) for group in x] for x in (groups, own))
-    if names_then is None and was != now:
+    saved_sizes, sizes = ([len(group["params"]) for group in x] for x in (saved_groups, groups))
+    if saved_names is None and saved_sizes != sizes:
         raise UserError(
-            f"the optimizer of the checkpoint has groups of {was} parameters, but the config's "
-            f"has {now}: --resume needs the MODEL and SOLVER of the run that it goes on with"
+            f"the checkpoint's optimizer has groups of {saved_sizes} parameters, but the config's "
+            f"has {sizes}: --resume needs the MODEL and SOLVER of the interrupted run"
         )
-    names_then = names if names_then is None else names_then
-    if others := sorted({*names} ^ {*names_then}):
-        owner = "config" if others[0] in names else "checkpoint"
+    saved_names = names if saved_names is None else saved_names
+    if differing := sorted({*names} ^ {*saved_names}):
+        owner = "config" if differing[0] in names else "checkpoint"
         raise UserError(
-            f"{len(others)} parameters are trained by the checkpoint's optimizer or the config's "
-            f"alone, such as {others[0]} by the {owner}'s: --resume needs the MODEL and SOLVER of "
-            "the run that it goes on with"
+            f"{len(differing)} parameters are trained by the checkpoint's optimizer or the "
+            f"config's alone, such as {differing[0]} by the {owner}'s: --resume needs the MODEL "
+            "and SOLVER of the interrupted run"
         )
-    places = {name: place for place, name in enumerate(names_then)}
+    places = {name: place for place, name in enumerate(saved_names)}
     order = [places[name] for name in names]
-    different = []
+    changes = []
     for key, (name, keys) in SETTINGS.items():
-        then, new = ([x.get(key) for x in of for _ in x["params"]] for of in (groups, own))
-        if [then[place] for place in order] != new:
-            before, after = (", ".join(map(str, sorted({*x}))) for x in (then, new))
-            different.append(f"{name} now {after}, was {before} (from {keys})")
-    if different:
-        logging.getLogger(__name__).info("--resume follows the config: %s", "; ".join(different))
-    rates = [group["lr"] for group in groups for _ in group["params"]]
-    for group in own:
+        was, now = (
+            [x.get(key) for x in owner for _ in x["params"]] for owner in (saved_groups, groups)
+        )
+        if [was[place] for place in order] != now:
+            before, after = (", ".join(map(str, sorted({*x}))) for x in (was, now))
+            changes.append(f"{name} now {after}, was {before} (from {keys})")
+    if changes:
+        logging.getLogger(__name__).info("--resume follows the config: %s", "; ".join(changes))
+    rates = [group["lr"] for group in saved_groups for _ in group["params"]]
+    for group in groups:
         group["lr"] = rates[order[group["params"][0]]]
-    numbers = state["state"]
+    moments = state["state"]
     return {
-        "state": {new: numbers[then] for new, then in enumerate(order) if then in numbers},
-        "param_groups": own,
+        "state": {new: moments[old] for new, old in enumerate(order) if old in moments},
+        "param_groups": groups,
     }
 
 
 def follow_schedule(scheduler: LRMultiplier, done: int, last: int) -> None:
-    """Sets the rates to those of the config's schedule.
-
-    Args:
-        done: so many iterations have been made.
-        last: so many there are.
-    """
+    """Set the learning rates, in place, to the config's schedule after ``done`` of ``last``
+    iterations."""
     groups = scheduler.optimizer.param_groups
     scheduler.base_lrs = [group["initial_lr"] for group in groups]
     scheduler.last_epoch = min(done, last)
@@ -132,7 +130,7 @@ def follow_schedule(scheduler: LRMultiplier, done: int, last: int) -> None:
 
 
 def _backbone_factor(solver: CfgNode, model: nn.Module):
-    """Of a parameter's name, or None where all rates are alike."""
+    """Return a function from a parameter's name to its factor; None if all are 1."""
     factor = solver.BACKBONE_LR_FACTOR
     if factor == 1.0:
         return None
@@ -143,15 +141,14 @@ def _backbone_factor(solver: CfgNode, model: nn.Module):
         )
     if not any(name.startswith(BACKBONE) for name, _ in model.named_parameters()):
         raise UserError(
-            "SOLVER.BACKBONE_LR_FACTOR needs a backbone under an FPN, with parameters in "
-            f"{BACKBONE[:-1]}, which this model has none of"
+            "SOLVER.BACKBONE_LR_FACTOR needs a backbone under an FPN, but this model has no "
+            f"parameters in {BACKBONE[:-1]}"
         )
     return lambda name: factor if name.startswith(BACKBONE) else 1.0
 
 
 def _scales(model: nn.Module, decay: float | None) -> dict[str, dict[str, float]]:
-    """Numbers and vectors that are neither weights nor biases, by the last part of their names, as
-    Detectron2 takes them."""
+    """Return overrides for scalars and vectors that are neither weights nor biases."""
     if decay is None:
         return {}
     names = (name.rpartition(".")[2] for name, x in model.named_parameters() if x.ndim <= 1)

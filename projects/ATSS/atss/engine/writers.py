@@ -1,4 +1,4 @@
-"""Results as strict json, which has no NaN and no infinity: null stands in their place."""
+"""Results as strict json: null in place of NaN and infinity."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from detectron2.utils.events import JSONWriter, get_event_storage
 
 
 def strict(value: Any) -> Any:
-    """A copy of dictionaries, lists and numbers with None in place of what is not finite."""
+    """Copy dictionaries, lists and numbers, with None for numbers that are not finite."""
     if isinstance(value, dict):
         return {key: strict(x) for key, x in value.items()}
     if isinstance(value, list | tuple):
@@ -19,8 +19,7 @@ def strict(value: Any) -> Any:
 
 
 class StrictJSONWriter(JSONWriter):
-    """Detectron2's, which writes NaN as it stands: the AP of a class without objects, for
-    example."""
+    """JSONWriter without NaN, such as the AP of a class without objects."""
 
     _last_write: int
 

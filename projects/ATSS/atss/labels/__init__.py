@@ -1,1 +1,1 @@
-"""Labels: reading every format into COCO's content, checking, choosing classes, splitting."""
+"""Labels: read every format into COCO's, check them, choose classes, make splits."""

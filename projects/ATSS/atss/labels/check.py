@@ -1,5 +1,5 @@
-"""Checks a data set before it costs days of training: its annotations and its image files. Whether
-its objects suit the anchors of a config, whoever calls it can let it ask."""
+"""Check of a data set before training: annotations, image files, and the fit of objects and
+anchors."""
 
 import os
 from collections import defaultdict
@@ -11,37 +11,37 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .coco import Objects, find_in_json, is_empty, is_length, place_of
-from .findings import DROPPED, ERROR, LEVELS, NOTE, WARNING, Finding
+from .coco import Objects, find_in_json
+from .findings import DROPPED, ERROR, LEVELS, NOTE, WARNING, Finding, place_of
 from .folders import THREADS
 from .formats import Labels
 from .headers import problems, read_header, verify
+from .values import is_empty, is_length
 
-# An object is poorly matched where no anchor overlaps it by this IoU: then the best one has more
-# than ten times its area, or covers less than a tenth of it, or lies across.
+# Best IoU below which an object is poorly matched: the best anchor has more than ten times its
+# area, covers less than a tenth of it, or has another shape.
 POOR_IOU = 0.1
-# Objects of which half have shorter sides, in pixels of the network's input, are tiny (AI-TOD's
-# word), and how long they ought to be.
+# Median side, in pixels of the network's input, below which objects are tiny (AI-TOD's term), and
+# the recommended one.
 TINY, FAIR = 16.0, 32.0
 
 EXAMPLES = 3
-# The most frequent, and as many of the rarest.
+# Number of the most frequent classes shown, and of the rarest.
 CLASSES = 10
 HEADINGS = {
-    ERROR: "Errors: training or evaluation stops there, or would be silently wrong",
-    DROPPED: "What training leaves out",
+    ERROR: "Errors: training or evaluation stops, or would be silently wrong",
+    DROPPED: "Left out of training",
     WARNING: "Worth a look",
     NOTE: "Good to know",
 }
 
 
 class Fit(NamedTuple):
-    """How the M objects that training uses fare with the anchors of a config.
+    """The match of M objects used in training and the anchors of a config.
 
     Attributes:
-        best_iou: (M,) with the best anchor.
-        positives: (M,) that the rule gives each, on the size of INPUT that gives it most; None
-            where that hangs on predictions.
+        best_iou: (M,) IoU with the best anchor.
+        positives: (M,) positive anchors at the best input size; None if they depend on predictions.
         side: (M,) square root of the area, in pixels of the largest input.
     """
 
@@ -55,13 +55,12 @@ Match = Callable[[dict, Objects], Fit]
 
 @dataclass(frozen=True)
 class Report:
-    """What a check has found.
+    """The result of a check.
 
     Attributes:
-        images, annotations: how many there are.
-        findings: the gravest first.
-        classes: name, objects and images with such an object, of each class; of what training uses.
-        fit: of the objects and the anchors; None where not looked at.
+        findings: errors first.
+        classes: (name, number of objects used in training, number of their images) of each class.
+        fit: None if not checked.
     """
 
     images: int
@@ -76,13 +75,13 @@ class Report:
         return sum(finding.level == ERROR for finding in self.findings)
 
     def to_dict(self) -> dict:
-        """For a json; every case of every finding by name."""
+        """Return the content of a json, with all cases."""
         counts = {"images": self.images, "annotations": self.annotations, "errors": self.errors}
         findings = [
             {
                 "kind": f.kind,
                 "level": f.level,
-                "what": f.what,
+                "what": f.title,
                 "count": len(f.positions),
                 "where": f.examples(),
             }
@@ -111,40 +110,35 @@ def check(
     deep: bool = False,
     progress: Callable[..., Iterable] = lambda items, **_: items,
 ) -> Report:
-    """Everything that is to be said of a data set.
+    """Check a data set.
 
     Args:
-        labels: of the data set.
-        sizes: (shorter side, longest side) to which images are resized; of a range, its ends.
+        sizes: (shorter side, longest side) of the resized images; the ends of a range.
         filter_empty: whether training leaves out images without annotations.
-        match: how objects fare with anchors, where that is to be looked at.
-        deep: decode every image; else only those that do not end as their format ends.
-        progress: wraps what takes long, as tqdm does.
+        match: matches objects and anchors; None to skip this.
+        deep: decode every image, instead of only those without the end marker of their format.
+        progress: wraps long loops, as tqdm does.
     """
     content, image_dir = labels.content, labels.image_dir
     findings, objects = find_in_json(content)
     findings = [*labels.findings, *findings]
-    sound = all(finding.level != ERROR for finding in findings)
+    has_errors = any(finding.level == ERROR for finding in findings)
     findings += find_in_files(content, image_dir, sizes, deep, progress)
     classes: list[tuple[str, int, int]] = []
     fit = None
     if objects is not None:
         classes = _classes(content, objects)
         findings += _find_in_objects(content, objects, filter_empty, findings)
-    if sound and objects is not None and match is not None:
+    if not has_errors and objects is not None and match is not None:
         used = np.flatnonzero(objects.used)
         fit = match(content, objects)
         place = place_of(content, "annotations")
-        for kind, where, detail in (
-            (
-                "object_without_positive",
-                fit.positives == 0 if fit.positives is not None else None,
-                "",
-            ),
-            ("object_poorly_matched", fit.best_iou < POOR_IOU, f" {POOR_IOU}"),
-        ):
-            if where is not None and where.any():
-                findings.append(Finding(kind, used[where], place, detail))
+        unmatched = np.zeros(len(used), bool) if fit.positives is None else fit.positives == 0
+        poor = fit.best_iou < POOR_IOU
+        if unmatched.any():
+            findings.append(Finding("object_without_positive", used[unmatched], place))
+        if poor.any():
+            findings.append(Finding("object_poorly_matched", used[poor], place, f" {POOR_IOU}"))
     findings.sort(key=lambda finding: LEVELS.index(finding.level))
     counts = len(content["images"]), len(content["annotations"])
     return Report(*counts, findings, classes, fit)
@@ -157,36 +151,37 @@ def find_in_files(
     deep: bool,
     progress: Callable[..., Iterable],
 ) -> list[Finding]:
-    """What is wrong with the image files, each looked at once."""
+    """Find the faults of the image files."""
     images = [e for e in content["images"] if not is_empty(e.get("file_name"))]
-    look = partial(_look, image_dir=image_dir, sizes=sizes, deep=deep)
-    found: dict[str, dict[int, str]] = defaultdict(dict)
+    check_file = partial(_check_file, image_dir=image_dir, sizes=sizes, deep=deep)
+    places: dict[str, dict[int, str]] = defaultdict(dict)
     with ThreadPoolExecutor(THREADS) as pool:
-        looks = progress(pool.map(look, images), total=len(images), unit="image", desc="images")
-        for i, problems_of_image in enumerate(looks):
+        results = pool.map(check_file, images)
+        done = progress(results, total=len(images), unit="image", desc="images")
+        for i, problems_of_image in enumerate(done):
             for kind, problem in problems_of_image:
-                found[kind][i] = f"{images[i]['file_name']} {problem}"
-    return [Finding(kind, sorted(where), where.__getitem__) for kind, where in found.items()]
+                places[kind][i] = f"{images[i]['file_name']} {problem}"
+    return [Finding(kind, sorted(cases), cases.__getitem__) for kind, cases in places.items()]
 
 
-def _look(
+def _check_file(
     entry: dict, image_dir: str, sizes: Sequence[tuple[int, int]], deep: bool
 ) -> list[tuple[str, str]]:
-    """Kind and sentence's end of each problem of an image."""
+    """Return the kind and the end of a sentence for each problem."""
     path = os.path.join(image_dir, entry["file_name"])
     try:
         header = read_header(path)
     except OSError as error:
         return [("file_unreadable", f"cannot be read: {error}")]
     labelled: tuple[Any, Any] = (entry.get("width"), entry.get("height"))
-    found = list(problems(header, labelled if all(map(is_length, labelled)) else None, sizes))
+    faults = list(problems(header, labelled if all(map(is_length, labelled)) else None, sizes))
     if deep or not header.complete:
         try:
             verify(path)
             read_header(path, decode=True)
         except OSError as error:
-            found.append(("file_truncated", f"cannot be decoded: {error}"))
-    return found
+            faults.append(("file_truncated", f"cannot be decoded: {error}"))
+    return faults
 
 
 def _classes(content: dict, objects: Objects) -> list[tuple[str, int, int]]:
@@ -201,19 +196,19 @@ def _classes(content: dict, objects: Objects) -> list[tuple[str, int, int]]:
 def _find_in_objects(
     content: dict, objects: Objects, filter_empty: bool, findings: Sequence[Finding]
 ) -> list[Finding]:
-    """No objects at all, objects there twice, classes without any, images without any."""
-    found = []
+    """Find duplicate objects, and classes and images without objects."""
+    more = []
 
     def add(kind: str, key: str, positions: Sequence[int] | np.ndarray) -> None:
         if len(positions):
-            found.append(Finding(kind, positions, place_of(content, key)))
+            more.append(Finding(kind, positions, place_of(content, key)))
 
     used = np.flatnonzero(objects.used)
     if not len(used) and all(finding.level != ERROR for finding in findings):
         add("nothing_to_learn", "annotations", range(len(content["annotations"])))
-    what = np.column_stack([objects.image, objects.category, objects.boxes])[used]
-    order = np.lexsort(what.T)
-    same = (what[order][1:] == what[order][:-1]).all(axis=1)
+    rows = np.column_stack([objects.image, objects.category, objects.boxes])[used]
+    order = np.lexsort(rows.T)
+    same = (rows[order][1:] == rows[order][:-1]).all(axis=1)
     add("object_twice", "annotations", np.sort(used[order[1:][same]]))
 
     categories = sorted(
@@ -232,11 +227,11 @@ def _find_in_objects(
     else:
         add("image_dropped", "images", np.flatnonzero(dropped))
         add("image_without_objects", "images", np.flatnonzero(~with_objects & ~dropped))
-    return found
+    return more
 
 
 def format_report(report: Report) -> str:
-    """The report for people."""
+    """Format a report for the terminal."""
     lines = [f"{report.images:,} images, {report.annotations:,} annotations"]
     for level in LEVELS:
         findings = [f for f in report.findings if f.level == level]
@@ -244,7 +239,7 @@ def format_report(report: Report) -> str:
             lines += ["", HEADINGS[level]]
         for finding in findings:
             count = len(finding.positions)
-            lines.append(f"{count:>9,}  {finding.what}")
+            lines.append(f"{count:>9,}  {finding.title}")
             lines += [f"{'':13}{example}" for example in finding.examples(EXAMPLES)]
             if count > EXAMPLES:
                 lines.append(f"{'':13}and {count - EXAMPLES:,} more")
@@ -265,7 +260,7 @@ def format_report(report: Report) -> str:
             + (
                 f"{summary['positives_per_object']:.1f} positives per object"
                 if "positives_per_object" in summary
-                else "its positives hang on what the model predicts"
+                else "the number of positives depends on predictions"
             ),
         ]
         if summary["median_side"] < TINY:
@@ -278,12 +273,11 @@ def format_report(report: Report) -> str:
 
 
 def _about_tiny(side: float, without: float | None) -> str:
-    """What to do about objects of which half have shorter sides, in pixels of the network's input,
-    and of which a share is without a positive."""
-    found = "" if without is None else f", and {without:.1%} get no positive"
+    """Return advice for a median side, and for a share of objects without a positive."""
+    share = "" if without is None else f", and {without:.1%} get no positive"
     return (
         f"Tiny objects: half of them have sides below {side:.1f} pixels of the network's input"
-        f"{found}. INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN, and those of testing, "
-        f"{FAIR / side:.1f} times as large make that {FAIR:.0f}; docs/assignment_statistics.md, "
-        '"Similarities for tiny objects".'
+        f"{share}. With INPUT.MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, MIN_SIZE_TEST and MAX_SIZE_TEST "
+        f"{FAIR / side:.1f} times as large, that becomes {FAIR:.0f}; "
+        'docs/assignment_statistics.md, "Similarities for tiny objects".'
     )

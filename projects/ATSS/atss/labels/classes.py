@@ -1,4 +1,4 @@
-"""Which classes of a data set are used, in which order, and what counts as which: --classes."""
+"""``--classes``: choose, order and merge classes."""
 
 import csv
 from collections import Counter, defaultdict
@@ -7,27 +7,26 @@ from collections.abc import Mapping, Sequence
 from ..errors import UserError
 from .findings import Finding
 
-# Lists of ids of categories that LVIS's images have.
+# LVIS's fields of an image, lists of category ids.
 ABSENT, PARTLY_MARKED = "neg_category_ids", "not_exhaustive_category_ids"
-# How rare a category of LVIS is: on at most 10 images, on at most 100, on more.
+# LVIS's frequencies: rare (at most 10 images), common (at most 100), frequent.
 FREQUENCIES = "rcf"
 
 
 def parse(text: str) -> dict[str, list[str]]:
-    """``a,b=c``: the classes a and b in this order, c's objects counting as b's, with those of b
-    where the data have it. A name with a comma stands in double quotes.
+    """Parse ``a,b=c``: the classes a and b, with c merged into b. Names with a comma are quoted.
 
     Returns:
-        each class, and the names in the data that count as it.
+        {class: names in the data that count as it}.
 
     Raises:
-        ValueError: with a sentence that names what is wrong.
+        UserError: if the text is invalid, or a name counts as two classes.
     """
     chosen: dict[str, list[str]] = {}
     for item in next(csv.reader([text], skipinitialspace=True), []):
         name, equals, other = (x.strip() for x in item.partition("="))
         if not name or (equals and not other):
-            raise UserError(f"--classes takes NAME,NAME=OTHER,..., not {text!r}")
+            raise UserError(f"--classes takes NAME,NAME=OTHER,..., got {text!r}")
         names = chosen.setdefault(name, [name])
         if equals and other not in names:
             names.append(other)
@@ -36,29 +35,30 @@ def parse(text: str) -> dict[str, list[str]]:
     counts = Counter(name for names in chosen.values() for name in names)
     for name, count in counts.items():
         if count > 1:
-            twice = [new for new, names in chosen.items() if name in names]
-            raise UserError(f"--classes has {name!r} count as both {' and '.join(twice)}")
+            both = [new for new, names in chosen.items() if name in names]
+            raise UserError(f"--classes: {name!r} counts as both {' and '.join(both)}")
     return chosen
 
 
 def choose(
     content: dict, chosen: Mapping[str, Sequence[str]]
 ) -> tuple[dict, list[Finding], set[str]]:
-    """Content in COCO's format with these classes, which get the ids 1, 2, ... in their order.
+    """Keep the chosen classes, with the ids 1, 2, ... in their order.
 
     Args:
-        content: whatever its entries are: what is malformed stays so.
-        chosen: as of :func:`parse`.
+        content: in COCO's format; malformed entries stay malformed, and are reported later.
+        chosen: as from :func:`parse`.
+
     Returns:
-        the content; what was left out; the names in the data of which something was found.
+        the content; a finding of the classes left out; the chosen names that the data have.
     """
     named = [c for c in content["categories"] if isinstance(c.get("name"), str) and _is_id(c)]
-    if len({c["id"] for c in named}) < len(content["categories"]):  # an error, by whatever reads it
+    if len({c["id"] for c in named}) < len(content["categories"]):  # find_in_json reports it
         return content, [], {name for names in chosen.values() for name in names}
     number = {new: i for i, new in enumerate(chosen, start=1)}
     new_of = {name: number[new] for new, names in chosen.items() for name in names}
     ids = {c["id"]: new_of.get(c["name"].strip()) for c in named}
-    # What else a category has is that of the one that counts as it and is the commonest in LVIS.
+    # Merged categories get the other fields of the most frequent one.
     by_rarity = sorted(named, key=lambda c: FREQUENCIES.find(str(c.get("frequency"))))
     commonest = {ids[c["id"]]: c for c in by_rarity}
     categories = [{**commonest.get(i, {}), "id": i, "name": new} for new, i in number.items()]
@@ -73,13 +73,13 @@ def choose(
                     continue
                 annotation = {**annotation, "category_id": ids[old]}
             else:
-                annotation = {**annotation, "category_id": None}  # an unknown one, still
+                annotation = {**annotation, "category_id": None}  # stays unknown
         annotations.append(annotation)
     marked: dict[object, set] = defaultdict(set)
     for annotation in content["annotations"]:
         if isinstance(annotation.get("image_id"), int | str):
             marked[annotation["image_id"]].add(str(annotation.get("category_id")))
-    images = [_seen(image, ids, marked) for image in content["images"]]
+    images = [_renumber_lists(image, ids, marked) for image in content["images"]]
     places = [f"{c['name']} ({left_out[c['id']]} objects)" for c in named if ids[c["id"]] is None]
     findings = [Finding("class_left_out", range(len(places)), places.__getitem__)] if places else []
     found = {c["name"].strip() for c in named} & set(new_of)
@@ -91,10 +91,11 @@ def _is_id(category: dict) -> bool:
     return isinstance(category.get("id"), int | str)
 
 
-def _seen(image: dict, ids: Mapping[int | str, int | None], marked: Mapping[object, set]) -> dict:
-    """An image of LVIS whose lists of classes have the new ids. A class is absent where all that
-    count as it are; where one of them is marked, and another partly, or nobody knows, it is partly
-    marked."""
+def _renumber_lists(
+    image: dict, ids: Mapping[int | str, int | None], marked: Mapping[object, set]
+) -> dict:
+    """Give LVIS's lists the new ids. A merged class is absent if all its members are, partly marked
+    if a member is, or if one is marked and another unknown."""
     lists = [image.get(ABSENT), image.get(PARTLY_MARKED)]
     if not all(isinstance(x, list) and all(isinstance(i, int) for i in x) for x in lists):
         return image
@@ -107,32 +108,31 @@ def _seen(image: dict, ids: Mapping[int | str, int | None], marked: Mapping[obje
             members[new].append(old)
     new_lists: dict[str, list[int]] = {ABSENT: [], PARTLY_MARKED: []}
     for new, olds in members.items():
-        seen = [old for old in olds if str(old) in marked_here]
-        unknown = [old for old in olds if old not in absent and old not in seen]
+        present = [old for old in olds if str(old) in marked_here]
+        unknown = [old for old in olds if old not in absent and old not in present]
         if all(old in absent for old in olds):
             new_lists[ABSENT].append(new)
-        elif partly.intersection(olds) or (seen and unknown):
+        elif partly.intersection(olds) or (present and unknown):
             new_lists[PARTLY_MARKED].append(new)
     return {**image, **{key: sorted(x) for key, x in new_lists.items()}}
 
 
 def refuse_unknown(
-    chosen: Mapping[str, Sequence[str]], found: set[str], there: Sequence[str]
+    chosen: Mapping[str, Sequence[str]], found: set[str], names_in_data: Sequence[str]
 ) -> None:
-    """A misspelt name would be a class without objects.
+    """Refuse names that no data set has, which would be classes without objects.
 
     Args:
-        found: as of :func:`choose`, of all data sets together.
-        there: the names that they have.
+        found: as from :func:`choose`, of all data sets together.
 
     Raises:
-        ValueError: naming what --classes names and no data set has.
+        UserError: naming the first of them.
     """
     for new, names in chosen.items():
-        # A class that others count as need not be one of the data's.
+        # A class into which others are merged may be new.
         missing = [name for name in names if name not in found and (name != new or len(names) == 1)]
         if missing:
-            known = ", ".join(map(repr, there[:10])) + (", ..." if len(there) > 10 else "")
+            choices = [*map(repr, names_in_data[:10]), *["..."] * (len(names_in_data) > 10)]
             raise UserError(
-                f"--classes names {missing[0]!r}, which no data set has; there are {known}"
+                f"--classes: no data set has {missing[0]!r}: choose from [{', '.join(choices)}]"
             )

@@ -1,4 +1,4 @@
-"""The formats in which labels come: which one it is, and what was read of it."""
+"""Formats of labels: detect and read them."""
 
 import argparse
 import os
@@ -21,11 +21,11 @@ ADDRESS = re.compile(r"[A-Za-z][\w+.-]+://")
 
 @dataclass(frozen=True)
 class Reading:
-    """How labels are read.
+    """Options of :func:`read_labels`.
 
     Attributes:
-        classes: chosen ones, as of :func:`~atss.labels.classes.parse`; empty for all, as they are.
-        first_pixel: of Pascal VOC's, as of :func:`~atss.labels.voc.read_voc`.
+        classes: as from :func:`~atss.labels.classes.parse`; empty for all.
+        first_pixel: for Pascal VOC's xml, as in :func:`~atss.labels.voc.read_voc`.
     """
 
     classes: Mapping[str, Sequence[str]]
@@ -36,26 +36,26 @@ AS_IT_IS = Reading({})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How labels are read, for a tool to ask."""
+    """Add the options of :class:`Reading` to a command."""
     parser.add_argument(
         "--classes",
         metavar="A,B=C,...",
-        help="these classes alone, in this order; C's objects count as B's",
+        help="use only these classes, in this order; objects of C count as B",
     )
     parser.add_argument(
         "--first-pixel",
         type=int,
         choices=(0, 1),
-        help="of Pascal VOC's xml: 1 where pixels are counted as there, 0 where coordinates are "
-        f"those of corners (default: {FIRST_PIXEL})",
+        help="for Pascal VOC's xml: 1 if pixels are counted from 1, 0 if coordinates are corners "
+        f"that begin at 0 (default: {FIRST_PIXEL})",
     )
 
 
 def reading_of(args: argparse.Namespace) -> Reading:
-    """What arguments of :func:`add_arguments` say.
+    """Return the options of :func:`add_arguments`.
 
     Raises:
-        ValueError: with a sentence that says what is wrong.
+        UserError: if ``--classes`` is invalid.
     """
     first_pixel = FIRST_PIXEL if args.first_pixel is None else args.first_pixel
     return Reading({} if args.classes is None else parse(args.classes), first_pixel)
@@ -66,12 +66,12 @@ class Labels:
     """The labels of a split.
 
     Attributes:
-        content: as of :func:`~atss.labels.coco.read_coco`.
+        content: in COCO's format, as from :func:`~atss.labels.coco.read_coco`.
         image_dir: the folder in which its file names begin.
-        findings: what was found besides, which the content does not show.
+        findings: faults that the content does not show.
         evaluator: Detectron2's evaluator_type.
-        names: in the data, of classes.
-        found: those of the chosen ones that the data have.
+        names: all class names in the data.
+        found: the names in ``Reading.classes`` that the data have.
     """
 
     content: dict
@@ -83,14 +83,15 @@ class Labels:
 
 
 def read_labels(annotations: str, images: str, reading: Reading = AS_IT_IS) -> Labels:
-    """
+    """Read the labels of a split.
+
     Args:
-        annotations, images: a json in COCO's or LVIS's format and its folder of images; in YOLO's
-            layout a yaml, an obj.data or a folder without xml files but with one of NAMES_FILES,
-            and its split; or a folder of Pascal VOC's xml and its split.
+        annotations, images: a json in COCO's or LVIS's format and its image folder; in YOLO's
+            layout a yaml, an obj.data or a folder with one of NAMES_FILES, and its split; or a
+            folder of Pascal VOC's xml and its split.
 
     Raises:
-        ValueError: with a sentence that names what cannot be read.
+        UserError: naming the file that cannot be read.
     """
     evaluator = "coco"
     findings: list[Finding] = []
@@ -116,10 +117,10 @@ def read_labels(annotations: str, images: str, reading: Reading = AS_IT_IS) -> L
 
 
 def image_dir_of(annotations: str, images: str) -> str:
-    """The folder in which file names of images begin; that of a json may be an address.
+    """Return the folder in which file names begin; that of a json may be a URL.
 
     Raises:
-        ValueError: if it does not exist.
+        UserError: if it does not exist.
     """
     if os.path.isdir(annotations):
         return annotations
@@ -131,18 +132,11 @@ def image_dir_of(annotations: str, images: str) -> str:
 
 
 def sources(annotations: str, images: str) -> tuple[list[str], list[str]]:
-    """What labels are read from: texts (none of a json), and files. If these are as they were, so
-    are the labels.
-
-    Args:
-        annotations, images: as of :func:`read`.
-
-    Raises:
-        ValueError: as :func:`read`.
-    """
+    """Return the texts (none for a json) and files that determine the labels of
+    :func:`read_labels`."""
     if _is_yolo(annotations):
-        config, found = files_of_yolo(annotations, images)
-        return [images, repr(config)], [os.path.abspath(annotations), *map(str, found)]
+        config, files = files_of_yolo(annotations, images)
+        return [images, repr(config)], [os.path.abspath(annotations), *map(str, files)]
     if os.path.isdir(annotations):
         root = Path(os.path.abspath(annotations))
         lists = [os.path.abspath(images)] if images.lower().endswith(".txt") else []
@@ -155,7 +149,6 @@ def _is_yaml(annotations: str) -> bool:
 
 
 def _is_yolo(annotations: str) -> bool:
-    """Whether labels are YOLO's: of a data.yaml or obj.data, or a folder that has them."""
     if not os.path.isdir(annotations):
         return _is_yaml(annotations)
     folder = Path(annotations)
@@ -168,7 +161,7 @@ def _is_yolo(annotations: str) -> bool:
     images = {x.stem for x in files if x.suffix.lower() in SUFFIXES}
     if stems[".xml"] and (both := (stems[".txt"] & images) - stems[".xml"]):
         raise UserError(
-            f"{folder} has labels of two formats: Pascal VOC's xml, and YOLO's such as "
-            f"{min(both)}.txt: give each a folder of its own"
+            f"{folder} has labels of two formats, Pascal VOC's xml and YOLO's such as "
+            f"{min(both)}.txt: put each format into its own folder"
         )
     return not stems[".xml"]

@@ -1,4 +1,4 @@
-"""The header of an image file: size, mode and orientation, read without decoding the pixels."""
+"""Headers of image files, read without decoding the pixels."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from typing import IO, cast
 import fsspec
 from PIL import Image
 
-# EXIF's tag, and the orientations that exchange width and height.
+# EXIF's tag, and the orientations that swap width and height.
 ORIENTATION = 0x0112
 TURNED = (5, 6, 7, 8)
 # Modes of Pillow with more than 8 bits per channel.
@@ -19,16 +19,15 @@ HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its image.
+    """The header of an image file.
 
     Attributes:
-        format: Pillow's name of it, such as "JPEG".
-        size: (width, height) as training sees it, after the orientation.
+        format: Pillow's name, such as "JPEG".
+        size: (width, height) after the orientation, as in training.
         mode: Pillow's.
-        orientation: EXIF's, 1 where there is none.
-        transparent: has an alpha channel, or a transparent colour.
-        animated: has more than one picture.
-        complete: ends as its format ends. False where that is unknown.
+        orientation: EXIF's, 1 by default.
+        transparent: whether it has an alpha channel or a transparent colour.
+        complete: whether the file ends with its format's end marker; False if unknown.
     """
 
     format: str | None
@@ -41,10 +40,10 @@ class Header:
 
 
 def read_header(source: str | BytesIO, decode: bool = False) -> Header:
-    """Opens an image, by its file's name or content, without decoding it, unless asked to.
+    """Read the header of an image, given by name or content; with ``decode`` also the pixels.
 
     Raises:
-        OSError: saying why it cannot be read, as the end of a sentence that names it.
+        OSError: the end of a sentence that names the file.
     """
     with _opened(source) as (file, image):
         if decode:
@@ -62,7 +61,7 @@ def read_header(source: str | BytesIO, decode: bool = False) -> Header:
 
 
 def verify(source: str | BytesIO) -> None:
-    """Compares the checksums of a format that has them, as PNG, without decoding.
+    """Compare the checksums in a file, such as a PNG's, without decoding.
 
     Raises:
         OSError: as :func:`read_header`.
@@ -82,21 +81,21 @@ def _opened(source: str | BytesIO) -> Iterator[tuple[IO, Image.Image]]:
             empty = os.path.isfile(source) and not os.path.getsize(source)
         else:
             empty = not source.getbuffer().nbytes
-        problem = "it is empty" if empty else "it is no image, or of an unknown format"
+        problem = "it is empty" if empty else "it is not an image, or of an unknown format"
         raise OSError(problem) from error
-    except Exception as error:  # damaged files make Pillow raise errors of many types
+    except Exception as error:  # damaged files make Pillow raise many types
         raise OSError(getattr(error, "strerror", None) or str(error)) from error
 
 
 def problems(
     header: Header, labelled: tuple[int, int] | None, sizes: Sequence[tuple[int, int]] = ()
 ) -> Iterator[tuple[str, str]]:
-    """What is to be said of an image that can be opened.
+    """Find the problems of an image that can be opened.
 
     Args:
-        header: of its file.
-        labelled: its (width, height) according to the annotations; None where they do not say.
+        labelled: (width, height) in the annotations, if any.
         sizes: (shorter side, longest side) to which training resizes.
+
     Yields:
         a key of KINDS, and the end of a sentence that begins with the file's name.
     """
@@ -111,7 +110,7 @@ def problems(
     if header.mode in HIGH_DEPTH:
         yield (
             "image_high_depth",
-            f"has more than 8 bits per channel (mode {header.mode}), which would be cut off at "
+            f"has more than 8 bits per channel (mode {header.mode}), which would be clipped at "
             "255: convert it to 8 bits",
         )
     if thin := too_thin(header.size, sizes):
@@ -141,11 +140,11 @@ def problems(
 
 
 def too_thin(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> str:
-    """The end of a sentence about an image that resizing leaves without a pixel; else nothing.
+    """Return the end of a sentence if resizing would leave no pixel, else "".
 
     Args:
-        size: (width, height) of the image.
-        sizes: (shorter side, longest side) to which it is resized; a shorter side of 0: it is not.
+        size: (width, height).
+        sizes: (shorter side, longest side) of the result; no resizing if the shorter one is 0.
     """
     for short, longest in sizes:
         if short and _shorter_side(size, short, longest) < 1:
@@ -160,19 +159,18 @@ def _shorter_side(size: tuple[int, int], short: int, longest: int) -> int:
 
 
 def _orientation(image: Image.Image, decoded: bool) -> int:
-    # Pillow decodes a PNG in search of an EXIF behind its pixels, which is rare.
+    # Pillow decodes a PNG to look for an EXIF behind the pixels, which is rare.
     if image.format == "PNG" and not decoded and "exif" not in image.info:
         return 1
     try:
         orientation = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # Detectron2 takes a broken EXIF for none, too
+    except Exception:  # Detectron2 ignores a broken EXIF too
         return 1
     return orientation if orientation in range(1, 9) else 1
 
 
 def _complete(file: IO, image_format: str | None) -> bool:
-    """Whether the file's last bytes are the format's last bytes: cheap, and wrong only where
-    something was appended to a complete file."""
+    """Whether the file ends with its format's end marker, and nothing was appended."""
     length = file.seek(0, os.SEEK_END)
     file.seek(max(0, length - 12))
     tail = file.read()

@@ -1,22 +1,21 @@
-"""What LVIS's json has that COCO's has not, and the other way round."""
+"""Differences between LVIS's json and COCO's."""
 
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from .classes import ABSENT, FREQUENCIES, PARTLY_MARKED
-from .coco import show
-from .findings import Finding
+from .findings import Finding, show
 
 
 def is_lvis(content: dict) -> bool:
-    """Whether content in COCO's format is LVIS's: its images say which classes are known to be
-    absent, and of which not all objects are marked (arXiv 1908.03195, section 2)."""
+    """Whether images list the classes known to be absent, or those not marked in full (arXiv
+    1908.03195, section 2)."""
     return any(ABSENT in image or PARTLY_MARKED in image for image in content["images"])
 
 
 def complete(content: dict) -> dict:
-    """LVIS's content with what COCO's has: the file name, which is folder and name at the end of an
-    image's URL, such as train2017/000000391895.jpg, and objects that are no crowds."""
+    """Add COCO's ``iscrowd``, 0, and ``file_name``, the end of the image's URL:
+    train2017/000000391895.jpg."""
     images = [_with_file_name(image) for image in content["images"]]
     annotations = [{"iscrowd": 0, **annotation} for annotation in content["annotations"]]
     return {**content, "images": images, "annotations": annotations}
@@ -28,23 +27,23 @@ def _with_file_name(image: dict) -> dict:
         return image
     try:
         path = PurePosixPath(urlsplit(url).path)
-    except ValueError:  # such as of half a bracket
+    except ValueError:  # half a bracket, for example
         return image
     return {**image, "file_name": "/".join(path.parts[-2:])}
 
 
 def find(content: dict) -> list[Finding]:
-    """What is wrong with fields that LVIS alone has, and that its evaluation reads."""
+    """Find the faults of the fields that only LVIS's evaluation reads."""
     ids = {c["id"] for c in content["categories"] if isinstance(c.get("id"), int)}
 
-    def sound(value: object) -> bool:
+    def is_id_list(value: object) -> bool:
         return isinstance(value, list) and all(type(i) is int and i in ids for i in value)
 
     images = [
         f"image {image.get('id')} ({image.get('file_name')}), "
         + ", ".join(f"{key} {show(image.get(key))}" for key in (ABSENT, PARTLY_MARKED))
         for image in content["images"]
-        if not (sound(image.get(ABSENT)) and sound(image.get(PARTLY_MARKED)))
+        if not (is_id_list(image.get(ABSENT)) and is_id_list(image.get(PARTLY_MARKED)))
     ]
     categories = [
         f"category {category.get('id')} ({category.get('name')}), "
@@ -53,14 +52,14 @@ def find(content: dict) -> list[Finding]:
         if category.get("frequency") not in tuple(FREQUENCIES)
     ]
     texts = all(isinstance(image.get("id"), str) for image in content["images"])
-    odd_ids = [
+    bad_ids = [
         f"image {image.get('id')} ({image.get('file_name')})"
         for image in content["images"]
         if texts or (type(image.get("id")) is int and not 0 <= image["id"] < 2**63)
     ]
-    found = (
+    places = (
         ("category_lists_malformed", images),
         ("frequency_malformed", categories),
-        ("lvis_id", odd_ids),
+        ("lvis_id", bad_ids),
     )
-    return [Finding(kind, range(len(p)), p.__getitem__) for kind, p in found if p]
+    return [Finding(kind, range(len(p)), p.__getitem__) for kind, p in places if p]

@@ -1,4 +1,4 @@
-"""Joins data sets, and divides one into splits, in COCO's format."""
+"""Joining data sets in COCO's format, and dividing one into splits."""
 
 import math
 import os
@@ -11,30 +11,31 @@ from ..errors import UserError
 from .classes import ABSENT, PARTLY_MARKED
 from .formats import Labels
 
-# The first rows of the page, of images, and how many classes' errors theirs weigh: --split asks for
-# shares of images, and there may be hundreds of classes.
+# The first rows of the table count images. Each weighs as much as that many classes, because
+# --split sets shares of images, and a data set may have hundreds of classes.
 IMAGE_ROWS = 3
 IMAGES_WEIGHT = 10
-# A split's part of a row is marked if it differs from the share by more than two points.
+# Deviation from the share above which a number of the table is marked.
 MARKED = 0.02
-# Rounds of exchanges. An exchange reads every number of every group, so that the more
-# there are, the fewer are tried: many groups are even without.
+# Rounds of exchanges. The cost of an exchange grows with the number of groups, so that fewer are
+# tried if there are many, which are balanced without them.
 PASSES = 5
 EXCHANGE_WORK = 20_000_000
-LEAST_GAIN = 1e-9
+MIN_GAIN = 1e-9
 
 
 def join(sets: Sequence[Labels]) -> tuple[dict, str]:
-    """One content of several, and the folder in which its file names begin. Classes are one by
-    their name; ids of images and annotations are new where there are several sets.
+    """Join data sets, and merge classes of one name. Several sets get new ids.
+
+    Returns:
+        the content, and the folder in which its file names begin.
 
     Raises:
-        ValueError: where LVIS's json is among others, whose images are marked in full.
+        UserError: if only some sets are LVIS's, whose images are not fully annotated.
     """
-    kinds = {labels.evaluator for labels in sets}
-    if len(kinds) > 1:
+    if len({labels.evaluator for labels in sets}) > 1:
         raise UserError(
-            "LVIS's json, whose images are not marked in full, cannot be joined with others"
+            "LVIS's json, whose images are not fully annotated, cannot be joined with other formats"
         )
     folder = os.path.commonpath([os.path.abspath(labels.image_dir) for labels in sets])
     if len(sets) == 1:
@@ -63,10 +64,10 @@ def join(sets: Sequence[Labels]) -> tuple[dict, str]:
 
 
 def parse_shares(texts: Sequence[str]) -> dict[str, float]:
-    """``train=0.8 val=0.2``: a share of each split.
+    """Parse ``train=0.8 val=0.2`` into {split: share}.
 
     Raises:
-        ValueError: with a sentence that says what is wrong.
+        UserError: if a text is invalid, or the shares do not sum to 1.
     """
     shares: dict[str, float] = {}
     for text in texts:
@@ -77,47 +78,44 @@ def parse_shares(texts: Sequence[str]) -> dict[str, float]:
             shares[name] = math.nan
         if not re.fullmatch(r"\w[\w.-]*", name) or not 0 < shares[name] < 1:
             raise UserError(
-                f"--split takes NAME=SHARE ..., such as train=0.8 val=0.2, not {text!r}"
+                f"--split takes NAME=SHARE ..., such as train=0.8 val=0.2, got {text!r}"
             )
     if len(shares) < len(texts) or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
         total = sum(shares.values())
-        raise UserError(f"the shares of --split make {total:g} of different splits, in place of 1")
+        raise UserError(f"the shares of --split must sum to 1 over different splits, got {total:g}")
     return shares
 
 
 def group_by_name(file_names: Sequence[str], pattern: str) -> list[str | None]:
-    """What of each name belongs together: what the pattern's first group finds, or the whole of it;
-    None where it finds nothing.
+    """Return the match of the pattern, or of its first group, in each name; None without a match.
 
     Raises:
-        ValueError: where it is no pattern.
+        UserError: if the pattern is no regular expression.
     """
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         raise UserError(f"--group {pattern!r} is no regular expression: {error}") from error
-    found = [compiled.search(name) for name in file_names]
-    return [x and (x[1] if compiled.groups else x[0]) for x in found]
+    matches = [compiled.search(name) for name in file_names]
+    return [x and (x[1] if compiled.groups else x[0]) for x in matches]
 
 
 def divide(
     content: dict, groups: Sequence[Sequence[int]], shares: Sequence[float], seed: int
 ) -> np.ndarray:
-    """Deal images into splits such that each split has its share of every row of :func:`page`.
+    """Divide images so that each split has its share of every row of :func:`format_report`.
 
-    Groups are dealt from the heaviest to the lightest, each to the split where the error grows
-    least. Then pairs of groups are exchanged while the error falls. The error is Pearson's
-    chi-squared, summed over rows: the squared difference between what a split has and its
-    share, divided by that share. No split is empty if there are as many groups as splits.
+    Groups are dealt from the heaviest to the lightest, each to the split whose error grows least.
+    Then pairs of groups are exchanged while the error falls: Pearson's chi-squared, summed over
+    rows. No split is empty if there are as many groups as splits.
 
     Args:
-        content: in COCO's format, with at least one image.
-        groups: of positions of images that stay together, each image in one.
-        shares: of the splits, 1 in all.
+        groups: positions of images that stay together; each image is in one group.
+        shares: of the splits; they sum to 1.
         seed: decides between equal groups.
 
     Returns:
-        (number of images,) the index of the split of each image.
+        (number of images,) the index of each image's split.
     """
     names, row, image = _rows(content)
     group_of = np.empty(len(content["images"]), dtype=np.int64)
@@ -130,7 +128,7 @@ def divide(
     value[row < IMAGE_ROWS] *= IMAGES_WEIGHT**0.5
     square = np.bincount(group, value**2)
     start = np.searchsorted(group, np.arange(len(groups) + 1))
-    own = [slice(start[g], start[g + 1]) for g in range(len(groups))]
+    rows_of = [slice(start[g], start[g + 1]) for g in range(len(groups))]
     share = np.array(shares)
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(groups))
@@ -140,13 +138,13 @@ def divide(
     dealt = np.zeros(len(shares), dtype=np.int64)  # groups
 
     def put(g: int, split: int, sign: int = 1) -> None:
-        load[row[own[g]], split] += sign * value[own[g]]
+        load[row[rows_of[g]], split] += sign * value[rows_of[g]]
         dealt[split] += sign
         split_of[g] = split
 
     def cost(g: int) -> np.ndarray:
-        """(splits,) by how much the error grows if the group, now in none, is put into each."""
-        return (2 * value[own[g]] @ load[row[own[g]]] + square[g]) / share
+        """Return (splits,) the growth of the error if a group without a split is put into each."""
+        return (2 * value[rows_of[g]] @ load[row[rows_of[g]]] + square[g]) / share
 
     for left, g in zip(range(len(groups), 0, -1), order, strict=True):
         unfit = (dealt > 0) & (left <= (dealt == 0).sum())
@@ -157,7 +155,7 @@ def divide(
             old = split_of[g]
             put(g, old, -1)
             growth = cost(g)
-            best = (-LEAST_GAIN, g, old)
+            best = (-MIN_GAIN, g, old)
             for new in set(range(len(shares))) - {old}:
                 put(g, new)
                 ratio = load[:, old] / share[old] - load[:, new] / share[new]
@@ -178,29 +176,28 @@ def divide(
 
 
 def part(content: dict, inside: Sequence[bool]) -> dict:
-    """The images of a split with their objects, and all classes."""
-    images = [image for image, there in zip(content["images"], inside, strict=True) if there]
+    """Return the images of a split with their objects, and all classes."""
+    images = [image for image, chosen in zip(content["images"], inside, strict=True) if chosen]
     ids = {image["id"] for image in images}
     annotations = [a for a in content["annotations"] if a["image_id"] in ids]
     return {**content, "images": images, "annotations": annotations}
 
 
 def format_report(content: dict, split_of: Sequence[int], shares: Mapping[str, float]) -> str:
-    """A table for people: images and objects of each split, with a mark at each number that is more
-    than ``MARKED`` away from its share.
+    """Format a table of the images and objects of each split, and mark numbers more than ``MARKED``
+    away from the share.
 
     Args:
-        split_of: the index of the split of each image.
-        shares: of the splits, by name.
+        split_of: the index of each image's split.
     """
     names, row, image = _rows(content)
     cells = row * len(shares) + np.asarray(split_of)[image]
     table = np.bincount(cells, minlength=len(names) * len(shares)).reshape(len(names), -1)
     lines = ["".join(f"{name:>18} " for name in shares)]
     for name, numbers in zip(names, table, strict=True):
-        found = numbers / max(numbers.sum(), 1)
-        off = (np.abs(found - list(shares.values())) > MARKED + 1e-9) & numbers.any()
-        texts = (f"{n:>9,} ({x:>5.1%})" for n, x in zip(numbers, found, strict=True))
+        parts = numbers / max(numbers.sum(), 1)
+        off = (np.abs(parts - list(shares.values())) > MARKED + 1e-9) & numbers.any()
+        texts = (f"{n:>9,} ({x:>5.1%})" for n, x in zip(numbers, parts, strict=True))
         marked = (f"{t:>18}{'*' if x else ' '}" for t, x in zip(texts, off, strict=True))
         lines.append("".join(marked) + f" {name}")
     if any("*" in line for line in lines[1:]):
@@ -209,11 +206,11 @@ def format_report(content: dict, split_of: Sequence[int], shares: Mapping[str, f
 
 
 def _rows(content: dict) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """What splits share: images, images without objects, crowded ones (the fullest tenth at most),
-    objects, and those of each class.
+    """Return the rows of the table: images, images without objects, crowded images (at most a
+    tenth), objects, and those of each class.
 
     Returns:
-        names of the R rows; and of N things that are counted, (N,) the row and (N,) the image.
+        names of the R rows; (N,) the row and (N,) the image of each of N counted items.
     """
     position = {image["id"]: i for i, image in enumerate(content["images"])}
     class_of = {category["id"]: i for i, category in enumerate(content["categories"])}

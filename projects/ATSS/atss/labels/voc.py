@@ -1,15 +1,16 @@
-"""Reads a split of a folder of Pascal VOC's xml, as labelImg, CVAT and others write it, into COCO's
-format: whatever is said of the one is then said of the other."""
+"""Reader of a folder of Pascal VOC's xml, as labelImg, CVAT, Label Studio and Roboflow write it,
+into COCO's format.
+
+The image of an xml is in the same folder, or in the corresponding one (Annotations and JPEGImages,
+labels/train and images/train). It has the same stem, or else the name in ``<filename>``.
+"""
 
 import os
-import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from math import isfinite
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 from ..errors import UserError
 from .findings import Finding
@@ -22,103 +23,65 @@ from .folders import (
     names_of,
     read_text,
     size_of,
-    why,
 )
+from .voc_xml import Label, read_label
 
-# Where VOC begins to count pixels; its boxes end with their last pixel, not behind it.
+# VOC counts pixels from 1, and a box contains its last pixel.
 FIRST_PIXEL = 1
-# Folders, in capitals or not, of which one holds the labels and the other the images.
+# Folders of labels and of images, in lower case: annotations/x corresponds to images/x.
 KINDS_OF_FOLDERS = {"annotations", "labels", "xml", "xmls", "jpegimages", "images"}
-# What the list of a class says behind an image: -1 has none, 0 difficult ones only, 1 has some.
+# In the list of one class, the mark behind an image: no objects, difficult objects only, objects.
 MARKS = ("-1", "0", "1")
 
 
-class Shape(NamedTuple):
-    """An object of a label.
-
-    Attributes:
-        name: of its class.
-        corners: (xmin, ymin, xmax, ymax) as they stand there.
-        difficult: marked so.
-        place: for people.
-    """
-
-    name: str
-    corners: tuple[float, float, float, float]
-    difficult: bool
-    place: str
-
-
-class Label(NamedTuple):
-    """What an xml says.
-
-    Attributes:
-        file_name: of its image, without folders; may be empty.
-        size: (width, height); None where it does not say.
-        shapes: objects that can be read.
-        problems: of the others, and of an xml that cannot be read, ends of sentences that name it.
-    """
-
-    file_name: str
-    size: tuple[int, int] | None
-    shapes: list[Shape]
-    problems: list[str]
-
-
 class Entry(NamedTuple):
-    """An image and its label; paths begin in the folder, None where there is none.
+    """An image and its xml, relative to the root; None if missing.
 
     Attributes:
-        odd: a kind of finding about how they belong together, empty for none.
-        text: what is said of it.
+        kind, place: a finding about the pair; else empty.
     """
 
     image: Path | None
     xml: Path | None
-    odd: str = ""
-    text: str = ""
+    kind: str = ""
+    place: str = ""
 
 
 def read_voc(folder: str, split: str, first_pixel: int = FIRST_PIXEL) -> tuple[dict, list[Finding]]:
-    """A split as content in COCO's format, like that of :func:`~atss.labels.coco.read_coco`.
+    """Read a split into COCO's format, like :func:`~atss.labels.coco.read_coco`.
 
-    Categories are all names in xml files below the folder, sorted, so that its splits have the same
-    ones. The box of a polygon is its extent. Boxes are not clipped; objects that are marked
-    difficult are objects like others. File names begin in the folder.
+    Categories are all names in xml files below the folder, sorted, the same for all its splits. The
+    box of a polygon is its extent. Boxes are not clipped. File names begin in the folder.
 
     Args:
-        folder: with labels in ``Annotations`` and images in ``JPEGImages``, or both side by side.
         split: a list of images, ``ImageSets/Main/<split>.txt`` or another .txt in the folder; or a
-            folder in it, ``.`` for itself, of which everything is read, but for folders of images
-            without a single label.
-        first_pixel: 1 where pixels are counted as VOC does; 0 where coordinates are those of
-            corners, as many tools write them.
+            subfolder, ``.`` for the folder itself. Image folders without any xml are left out.
+        first_pixel: 1 if pixels are counted as in VOC; 0 if coordinates are corners from 0 on.
+
     Returns:
-        the content, and what was found in images and labels: what cannot be read is not in the
-        content.
+        the content without files and objects that cannot be read, and the findings.
 
     Raises:
-        ValueError: with a sentence that names the folder, where nothing can be read.
+        UserError: if nothing can be read; the message names the folder.
     """
     root = Path(os.path.abspath(folder))
     try:
         if not root.is_dir():
-            raise UserError("it is no folder")
+            raise UserError("not a folder")
         files = files_below(root)
         xmls = [f for f in files if f.suffix.lower() == ".xml"]
         if not xmls:
-            tried = ", ".join(NAMES_FILES)
             raise UserError(
-                f"it has no xml files, and none of {tried} of YOLO's layout (of a data.yaml, give "
-                "its own path)"
+                f"it has no xml files, and none of {', '.join(NAMES_FILES)} of YOLO's layout (give "
+                "the path of a data.yaml itself)"
             )
         with ThreadPoolExecutor(THREADS) as pool:
-            labels = dict(zip(xmls, pool.map(lambda f: _read_label(root / f), xmls), strict=True))
+            labels = dict(zip(xmls, pool.map(lambda f: read_label(root / f), xmls), strict=True))
             result = Split(root)
             images = [f for f in files if f.suffix.lower() in SUFFIXES]
-            entries = _select(root, split, _match(labels, images), result)
-            unknown = [e.image for e in entries if e.image and not _labelled_size(e, labels)]
-            sizes = dict(zip(unknown, pool.map(lambda f: size_of(root / f), unknown), strict=True))
+            entries = _select(root, split, _pair(labels, images), result)
+            unsized = [e.image for e in entries if e.image and not _labelled_size(e, labels)]
+            sizes = dict(zip(unsized, pool.map(lambda f: size_of(root / f), unsized), strict=True))
         names = sorted({shape.name for label in labels.values() for shape in label.shapes})
         numbers = {name: i for i, name in enumerate(names, start=1)}
         for entry in entries:
@@ -140,118 +103,81 @@ def _add(
     first_pixel: int,
     split: Split,
 ) -> None:
-    """Adds an image and its objects to a split."""
     label = labels[entry.xml] if entry.xml else None
     if label:
-        split.found["label_malformed"] += [f"{entry.xml}: {x}" for x in label.problems]
-    if entry.odd:
-        split.found[entry.odd].append(entry.text)
-    if entry.image is None and not entry.odd:
-        named = f", which it calls {label.file_name!r}," if label and label.file_name else ""
-        split.found["file_unreadable"].append(f"the image of {entry.xml}{named} is not there")
+        split.places["label_malformed"] += [f"{entry.xml}: {x}" for x in label.problems]
+    if entry.kind:
+        split.places[entry.kind].append(entry.place)
     if entry.image is None:
         return
     size = _labelled_size(entry, labels) or sizes[entry.image]
     if isinstance(size, OSError):
-        split.found["file_unreadable"].append(f"{entry.image} cannot be read: {size}")
+        split.places["file_unreadable"].append(f"{entry.image} cannot be read: {size}")
         return
     split.add_image(split.folder / entry.image, size)
     if label is None:
-        split.found["label_missing"].append(str(entry.image))
+        split.places["label_missing"].append(str(entry.image))
         return
     for name, (x1, y1, x2, y2), difficult, place in label.shapes:
         if first_pixel and min(x1, y1) == 0:
-            split.found["box_at_pixel_zero"].append(f"{entry.xml}, {place}")
+            split.places["box_at_pixel_zero"].append(f"{entry.xml}, {place}")
         box = [x1 - first_pixel, y1 - first_pixel, x2 - x1 + first_pixel, y2 - y1 + first_pixel]
         split.add_object(numbers[name], box, **({"difficult": 1} if difficult else {}))
 
 
 # ------------------------------------------------------------------------------------------------
-# Which label each image has, and which a split
+# Pairs of an xml and an image, and splits
 # ------------------------------------------------------------------------------------------------
 
 
-def _match(labels: Mapping[Path, Label], images: Sequence[Path]) -> list[Entry]:
-    """Every label, with its image, and every image without a label.
-
-    The image of a label is the one that is called like it, else the one that it names, in its own
-    folder or the one that corresponds (images/train to labels/train). Only where no label of the
-    folder has one it is looked for elsewhere, of those that are no other label's.
-    """
-    near_stem, near_name, any_stem, any_name = (_index() for _ in range(4))
+def _pair(labels: Mapping[Path, Label], images: Sequence[Path]) -> list[Entry]:
+    """Return every xml with its image, then every image without an xml."""
+    by_stem, by_name = defaultdict(list), defaultdict(list)
     for image in images:
-        near_stem[_place(image), image.stem].append(image)
-        near_name[_place(image), image.name].append(image)
-        any_stem[image.stem].append(image)
-        any_name[image.name].append(image)
-    searches: list[tuple[bool, Callable[[Path, Label], list[Path]]]] = [
-        (True, lambda xml, label: near_stem.get((_place(xml), xml.stem), [])),
-        (True, lambda xml, label: near_stem.get((_place(xml), _stem(xml.stem)), [])),
-        (True, lambda xml, label: near_name.get((_place(xml), label.file_name), [])),
-        (False, lambda xml, label: any_stem.get(_stem(xml.stem), [])),
-        (False, lambda xml, label: any_name.get(label.file_name, [])),
-    ]
-    found: dict[Path, Entry] = {}
-    taken: dict[Path, Path] = {}
-    # Folders where labels have their images: what others lack there is lost, and not elsewhere.
-    complete: set[tuple[str, ...]] = set()
-    for is_near, search in searches:
-        claims = _index()
-        for xml, label in labels.items():
-            if xml not in found and (is_near or _place(xml) not in complete):
-                free = [image for image in search(xml, label) if image not in taken]
-                best = _best(free, xml, {xml.stem, label.file_name})
-                if len(best) > 1:
-                    names = " or ".join(map(str, best))
-                    found[xml] = Entry(None, xml, "label_ambiguous", f"{xml}: {names}")
-                elif best:
-                    claims[best[0]].append(xml)
-        for image, xmls in claims.items():
-            for xml in xmls:
-                found[xml] = Entry(image, xml)
-                if len(xmls) > 1:
-                    both = f"{' and '.join(map(str, xmls))}: {image}"
-                    found[xml] = Entry(None, xml, "label_ambiguous", both)
-                elif not is_near:
-                    found[xml] = Entry(image, xml, "image_elsewhere", f"{xml}: {image}")
-                elif near_name.get((_place(xml), labels[xml].file_name), [image]) != [image]:
-                    text = f"{xml}: {labels[xml].file_name}"
-                    found[xml] = Entry(image, xml, "label_of_another_image", text)
-        taken.update((image, xmls[0]) for image, xmls in claims.items())
-        if is_near:
-            complete.update(_place(xml) for xmls in claims.values() for xml in xmls)
+        by_stem[_place(image), image.stem].append(image)
+        by_name[_place(image), image.name].append(image)
+    anywhere = {key: image for image in images for key in (image.stem, image.name)}
+    entries: dict[Path, Entry] = {}
+    xmls_of = defaultdict(list)
     for xml, label in labels.items():
-        others = [x for x in near_name.get((_place(xml), label.file_name), []) if x in taken]
-        if xml not in found and others:
-            both = f"{taken[others[0]]} and {xml}: {others[0]}"
-            found[xml] = Entry(None, xml, "label_ambiguous", both)
-    without = (Entry(image, None) for image in images if image not in taken)
-    return [*(found.get(xml, Entry(None, xml)) for xml in labels), *without]
+        candidates = by_stem.get((_place(xml), xml.stem), [])
+        named = by_name.get((_place(xml), label.file_name), [])
+        if len(candidates) != 1:
+            candidates = [x for x in candidates if x in named] or candidates or named
+        candidates = [x for x in candidates if x.parent == xml.parent] or candidates
+        if len(candidates) == 1:
+            (image,) = candidates
+            xmls_of[image].append(xml)
+            entries[xml] = Entry(image, xml)
+            if named and image not in named:
+                place = f"{xml}: {label.file_name}"
+                entries[xml] = Entry(image, xml, "label_of_another_image", place)
+        elif candidates:
+            place = f"{xml}: {' or '.join(map(str, candidates))}"
+            entries[xml] = Entry(None, xml, "label_ambiguous", place)
+        else:
+            other = anywhere.get(xml.stem) or anywhere.get(label.file_name)
+            entries[xml] = Entry(None, xml, "file_unreadable", _no_image(xml, label, other))
+    for image, xmls in xmls_of.items():
+        if len(xmls) > 1:
+            place = f"{' and '.join(map(str, xmls))}: {image}"
+            entries.update({xml: Entry(None, xml, "label_ambiguous", place) for xml in xmls})
+    return [*entries.values(), *(Entry(image, None) for image in images if image not in xmls_of)]
 
 
-def _index() -> defaultdict:
-    return defaultdict(list)
-
-
-def _best(files: list[Path], to: Path, names: set[str]) -> list[Path]:
-    """Those of these names, if there are any, and of them those in the same folder."""
-    files = [x for x in files if x.name in names] or files
-    return [x for x in files if x.parent == to.parent] or files
+def _no_image(xml: Path, label: Label, other: Path | None) -> str:
+    named = f" or {label.file_name!r}" if label.file_name else ""
+    if other is None:
+        return f"no image {xml.stem}.*{named} for {xml}"
+    return (
+        f"no image {xml.stem}.*{named} for {xml} in its folder: move {other} beside it, or images "
+        "into JPEGImages and xml files into Annotations"
+    )
 
 
 def _place(file: Path) -> tuple[str, ...]:
-    """The folder of a file, that of labels and the one of their images being the same."""
-    return _plain(file.parent)
-
-
-def _plain(folder: Path) -> tuple[str, ...]:
-    return tuple("" if x.lower() in KINDS_OF_FOLDERS else x for x in folder.parts)
-
-
-def _stem(name: str) -> str:
-    """Of an image's or a label's name, whose suffix may be left out, and which may have a dot."""
-    path = Path(name)
-    return path.stem if path.suffix.lower() in {*SUFFIXES, ".xml"} else path.name
+    """Return the folder of a file without the parts in which corresponding folders differ."""
+    return tuple(x for x in file.parent.parts if x.lower() not in KINDS_OF_FOLDERS)
 
 
 def _select(root: Path, split: str, entries: list[Entry], result: Split) -> list[Entry]:
@@ -278,169 +204,74 @@ def _select(root: Path, split: str, entries: list[Entry], result: Split) -> list
 
 
 def _inside(folder: Path, entries: list[Entry], result: Split) -> list[Entry]:
-    """Those in a folder or, of an images/train, in the labels/train that corresponds."""
-    place = _plain(folder)
-
-    def belongs(file: Path | None) -> bool:
-        if file is None:
-            return False
-        corresponds = "" in place and _plain(file.parent)[: len(place)] == place
-        return corresponds or file.is_relative_to(folder)
-
-    chosen = [entry for entry in entries if belongs(entry.xml) or belongs(entry.image)]
+    """Return the entries of a folder, and of the folders of their other files: of labels/train for
+    images/train."""
+    folders = {
+        file.parent
+        for entry in entries
+        if any(x and x.is_relative_to(folder) for x in entry[:2])
+        for file in entry[:2]
+        if file
+    }
+    chosen = [entry for entry in entries if any(x and x.parent in folders for x in entry[:2])]
     if not any(entry.xml for entry in chosen):
         raise UserError(f"its folder {str(folder)!r} has no xml files")
-    with_labels = {entry.image.parent for entry in chosen if entry.xml and entry.image}
-    left_out: Counter[Path] = Counter()
-    kept = []
-    for entry in chosen:
-        if entry.xml or entry.image.parent in with_labels:  # type: ignore[union-attr]
-            kept.append(entry)
-        else:
-            left_out[entry.image.parent] += 1  # type: ignore[union-attr]
-    places = [f"{path} ({n} images)" for path, n in left_out.items()]
-    result.found["folder_without_labels"] += places
-    return kept
+    labelled = {entry.image.parent for entry in chosen if entry.xml and entry.image}
+    lone = [entry.image.parent for entry in chosen if entry.image and not entry.xml]
+    places = [f"{x} ({n} images)" for x, n in Counter(lone).items() if x not in labelled]
+    result.places["folder_without_labels"] += places
+    return [e for e in chosen if e.xml or (e.image and e.image.parent in labelled)]
 
 
 def _listed(list_file: Path, root: Path, entries: list[Entry], result: Split) -> list[Entry]:
-    """The images that a .txt names, one a line, with or without suffix and folders; those below the
-    list's own folder, or below that of its ImageSets, are meant first."""
+    """Return the entries that a list names, an image or xml a line, with or without suffix and
+    folders. Files beside the list (or beside its ImageSets) are preferred, then those with an xml,
+    then those of exactly this name."""
     try:
         lines = [line.strip() for line in read_text(list_file).splitlines()]
     except ValueError as error:
         raise UserError(f"the list {list_file}: {error}") from error
     if not any(lines):
         raise UserError(f"the list {list_file} names no image")
-    called = _index()
-    for number, entry in enumerate(entries):
-        stems = {_stem(x.name) for x in entry[:2] if x} | {x.stem for x in entry[:2] if x}
-        for stem in stems:
-            called[stem].append(number)
-    own = next((x.parent for x in list_file.parents if x.name == "ImageSets"), list_file.parent)
-    base = own.relative_to(root) if own.is_relative_to(root) else Path(".")
+    by_stem = defaultdict(list)
+    for i, entry in enumerate(entries):
+        for stem in {x.stem for x in entry[:2] if x}:
+            by_stem[stem].append(i)
+    home = next((x.parent for x in list_file.parents if x.name == "ImageSets"), list_file.parent)
+    base = home.relative_to(root) if home.is_relative_to(root) else Path(".")
     chosen: dict[int, None] = {}
     for line in dict.fromkeys(filter(None, lines)):
-        if _stem(line) not in called:  # a path from Windows, unless a file is called so
+        if _stem(line) not in by_stem:  # a path from Windows, unless a file has this name
             line = line.replace("\\", "/")
         *before, last = line.split()
-        marked = before and last in MARKS and _stem(line) not in called
+        marked = before and last in MARKS and _stem(line) not in by_stem
         name = Path(line.removesuffix(last).strip() if marked else line)
-        numbers = [i for i in called.get(_stem(name.name), []) if _ends_with(entries[i], name)]
-        for better in (
-            [i for i in numbers if any(x and x.is_relative_to(base) for x in entries[i][:2])],
-            [i for i in numbers if entries[i].xml],
-            [i for i in numbers if any(x and x.name == name.name for x in entries[i][:2])],
+        matches = [i for i in by_stem.get(_stem(name.name), []) if _ends_with(entries[i], name)]
+        for preferred in (
+            [i for i in matches if any(x and x.is_relative_to(base) for x in entries[i][:2])],
+            [i for i in matches if entries[i].xml],
+            [i for i in matches if any(x and x.name == name.name for x in entries[i][:2])],
         ):
-            numbers = [i for i in numbers if i in better] or numbers
-        where = f"{str(name)!r} in {list_file.name}"
-        if len(numbers) > 1:
-            places = " or ".join(str(entries[i].xml or entries[i].image) for i in numbers)
-            result.found["label_ambiguous"].append(f"{where}: {places}")
-        elif numbers:
-            chosen[numbers[0]] = None
+            matches = [i for i in matches if i in preferred] or matches
+        place = f"{str(name)!r} in {list_file.name}"
+        if len(matches) > 1:
+            files = " or ".join(str(entries[i].xml or entries[i].image) for i in matches)
+            result.places["label_ambiguous"].append(f"{place}: {files}")
+        elif matches:
+            chosen[matches[0]] = None
         else:
-            result.found["file_unreadable"].append(f"{where} is neither an image nor a label")
+            result.places["file_unreadable"].append(f"{place}: no such image or xml")
     return [entries[i] for i in chosen]
 
 
+def _stem(name: str) -> str:
+    """Return a name without folders and without the suffix of an image or xml."""
+    path = Path(name)
+    return path.stem if path.suffix.lower() in {*SUFFIXES, ".xml"} else path.name
+
+
 def _ends_with(entry: Entry, name: Path) -> bool:
-    """Whether the image or the label lies in the folders that a line names."""
+    """Whether the image or the xml lies in the folders of a line."""
     folders = name.parent.parts
-    places = [x.parent.parts for x in (entry.image, entry.xml) if x]
+    places = [x.parent.parts for x in entry[:2] if x]
     return not folders or any(x[len(x) - len(folders) :] == folders for x in places)
-
-
-# ------------------------------------------------------------------------------------------------
-# One xml
-# ------------------------------------------------------------------------------------------------
-
-
-class _WithoutDoctype(ElementTree.TreeBuilder):
-    """Refuses what can make an xml of a few lines fill the memory, or read other files."""
-
-    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise UserError("it has a DOCTYPE, which is not read")
-
-
-def _read_label(path: Path) -> Label:
-    try:
-        parser = ElementTree.XMLParser(target=_WithoutDoctype())
-        root = ElementTree.fromstring(path.read_bytes(), parser)
-    except ElementTree.ParseError as error:
-        return Label("", None, [], [f"it is no valid xml: {error}"])
-    except (OSError, ValueError, LookupError) as error:  # LookupError of an unknown encoding
-        return Label("", None, [], [why(error)])
-    if root.tag != "annotation":
-        problem = f"its root is {root.tag!r}, where 'annotation' belongs"
-        return Label("", None, [], [problem])
-    file_name = PureWindowsPath((root.findtext("filename") or "").strip()).name
-    shapes, problems = [], []
-    for number, element in enumerate(root.findall("object"), start=1):
-        try:
-            shapes.append(_shape(element, f"object {number}"))
-        except ValueError as error:
-            problems.append(f"object {number} {error}")
-    return Label(file_name, _size(root), shapes, problems)
-
-
-def _size(root: ElementTree.Element) -> tuple[int, int] | None:
-    try:
-        width, height = (_number(root.find("size"), side) for side in ("width", "height"))
-    except ValueError:
-        return None
-    whole = width == int(width) and height == int(height) and min(width, height) > 0
-    return (int(width), int(height)) if whole else None
-
-
-def _shape(element: ElementTree.Element, place: str) -> Shape:
-    """
-    Raises:
-        ValueError: as the end of a sentence that names the object.
-    """
-    name = (element.findtext("name") or "").strip()
-    if not name:
-        raise UserError("has no name")
-    boxes, polygon = element.findall("bndbox"), element.find("polygon")
-    if len(boxes) > 1:
-        raise UserError(f"({name}) has {len(boxes)} boxes")
-    try:
-        if boxes:
-            corners = tuple(_number(boxes[0], key) for key in ("xmin", "ymin", "xmax", "ymax"))
-        elif polygon is not None:
-            corners = _extent(polygon)
-        else:
-            raise UserError("has neither a bndbox nor a polygon")
-    except ValueError as error:
-        raise UserError(f"({name}) {error}") from error
-    difficult = (element.findtext("difficult") or "").strip() == "1"
-    return Shape(name, corners, difficult, f"{place} ({name})")  # type: ignore[arg-type]
-
-
-def _extent(polygon: ElementTree.Element) -> tuple[float, float, float, float]:
-    """Of points that are written <x1>, <y1>, <x2>, ... or <pt><x>, <y></pt>, ..."""
-    coordinates: dict[str, list[float]] = {"x": [], "y": []}
-    for element in polygon.iter():
-        if re.fullmatch(r"[xy]\d*", element.tag):
-            coordinates[element.tag[0]].append(_finite(element.tag, element.text))
-    xs, ys = coordinates.values()
-    if len(xs) < 3 or len(xs) != len(ys):
-        raise UserError(f"has a polygon of {len(xs)} x and {len(ys)} y")
-    return min(xs), min(ys), max(xs), max(ys)
-
-
-def _number(element: ElementTree.Element | None, key: str) -> float:
-    text = element.findtext(key) if element is not None else None
-    if text is None:
-        raise UserError(f"has no {key}")
-    return _finite(key, text)
-
-
-def _finite(key: str, text: str | None) -> float:
-    try:
-        number = float(text or "")
-    except ValueError as error:
-        raise UserError(f"has {key} {(text or '').strip()!r}, where a number belongs") from error
-    if not isfinite(number):
-        raise UserError(f"has {key} {number}, which is not finite")
-    return number

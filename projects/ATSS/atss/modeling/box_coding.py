@@ -1,4 +1,4 @@
-"""How the numbers that the head regresses describe a box."""
+"""Box codes: between boxes and the box regression that a head predicts for each anchor."""
 
 import math
 from typing import Any, Protocol
@@ -11,17 +11,17 @@ from ..geometry import centres, side_distances
 
 
 class BoxCode(Protocol):
-    """What every box code has.
+    """Protocol of box codes.
 
     Attributes:
-        channels: D, numbers that the head predicts for each anchor.
-        initial: the number that the head predicts before training.
-        uses_shape: whether it looks at the anchor's width and height, so that several anchors of a
-            location say different things.
-        relative: whether numbers count from the anchor, so that the same ones are another box
-            elsewhere, as convolutions want it.
-        comparable: whether numbers of the head may be compared with encoded boxes.
-        bins: of the distribution, as logits, that the numbers are for each side; 0: they are none.
+        channels: D, values that the head predicts for each anchor.
+        initial: value of the box regression before training.
+        uses_shape: whether decoding depends on the anchor's width and height.
+        relative: whether the box regression counts from the anchor, as convolutions predict it.
+        comparable: whether the box regression can be compared with encoded boxes (smooth L1).
+        form: "deltas", "log_distances" or "corners", for heads that decode or accept only these.
+        bins: of each side's distribution, if the box regression is logits, else 0.
+        inference_only: whether training with this code is refused.
         legacy: pixels to add to a box that weights of the authors' code predict.
     """
 
@@ -30,26 +30,33 @@ class BoxCode(Protocol):
     uses_shape: bool = False
     relative: bool = True
     comparable: bool = False
+    form: str = ""
     bins: int = 0
-    # Their coordinates name the centres of pixels, half a pixel before ours, and their boxes hold
-    # their last pixel, which their deltas count and their distances do not.
+    inference_only: bool = False
+    # The authors' coordinates name the centres of pixels, half a pixel before ours. Their boxes
+    # contain the last pixel, which their deltas count and their distances do not.
     legacy: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
 
     def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """(..., 4) boxes and (..., 4) anchors in pixels, (...) strides -> (..., E) numbers, of
-        which there may be fewer than channels."""
+        """Encode (..., 4) boxes, given (..., 4) anchors and (...) strides in pixels, as (..., E)
+        targets; E <= D."""
         ...
 
-    def decode(self, numbers: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """(..., D) numbers, (..., 4) anchors in pixels, (...) strides -> (..., 4) boxes in
-        pixels."""
+    def decode(self, box_regression: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
+        """Decode (..., D) box regression, given (..., 4) anchors and (...) strides in pixels, to
+        (..., 4) boxes."""
         ...
+
+    def after_resizing(self, instances: Any, input_hw: tuple[int, int]) -> None:
+        """Correct the detections of an image in place; ``input_hw`` is the network's input."""
+        return None
 
 
 class BoxDeltas(BoxCode):
     """Shift and scaling of the anchor box (R-CNN, arXiv 1311.2524, appendix C; "box" in the paper).
 
     dx = wx * (x - x_anchor) / w_anchor, dw = ww * ln(w / w_anchor), and the same for y and h.
+    Neither the boxes nor the anchors may be empty.
 
     Args:
         weights: (wx, wy, ww, wh).
@@ -57,6 +64,7 @@ class BoxDeltas(BoxCode):
 
     uses_shape = True
     comparable = True
+    form = "deltas"
     legacy = (0.5, 0.5, 0.5, 0.5)
     # Stops exp() from overflowing: a box may be 1000 / 16 times as large as its anchor.
     MAX_LOG_SCALE = math.log(1000 / 16)
@@ -64,21 +72,19 @@ class BoxDeltas(BoxCode):
     def __init__(self, weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)):
         check_range("weights", weights, 1e-6, 1e6)
         if len(weights) != 4:
-            raise WrongValue("weights", f"must be four numbers, not {weights}")
+            raise WrongValue("weights", f"must be four numbers, got {weights}")
         self.weights = tuple(weights)
 
     def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """(..., 4) boxes and anchors in pixels, neither empty -> (..., 4) deltas."""
         wx, wy, ww, wh = self.weights
         anchor_size = anchors[..., 2:] - anchors[..., :2]
         dx, dy = ((centres(boxes) - centres(anchors)) / anchor_size).unbind(-1)
         dw, dh = ((boxes[..., 2:] - boxes[..., :2]) / anchor_size).log().unbind(-1)
         return torch.stack([wx * dx, wy * dy, ww * dw, wh * dh], dim=-1)
 
-    def decode(self, numbers: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """(..., 4) deltas, (..., 4) anchors in pixels -> (..., 4) boxes in pixels."""
+    def decode(self, box_regression: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
         wx, wy, ww, wh = self.weights
-        dx, dy, dw, dh = numbers.unbind(-1)
+        dx, dy, dw, dh = box_regression.unbind(-1)
         x, y = centres(anchors).unbind(-1)
         w, h = (anchors[..., 2:] - anchors[..., :2]).unbind(-1)
         x = x + dx * (w / wx)
@@ -89,102 +95,87 @@ class BoxDeltas(BoxCode):
 
 
 class PointDistances(BoxCode):
-    """Distances from the anchor's centre to the four sides, in strides ("point" in the paper): all
-    that matters of the anchor is where it lies.
+    """Distances from the anchor's centre to the four sides, in strides ("point" in the paper).
 
-    Decoding rectifies. Before training every box is 8 strides wide and high.
+    Decoding applies a ReLU. Before training every box is 8 strides wide and high.
     """
 
     initial = 4.0
 
     def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """(..., 4) boxes and anchors in pixels, (...) strides -> (..., 4) distances in strides."""
         return side_distances(centres(anchors), boxes) / stride[..., None]
 
-    def decode(self, numbers: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """(..., 4) distances in strides -> (..., 4) boxes in pixels."""
-        return _box_around(centres(anchors), numbers.relu() * stride[..., None])
+    def decode(self, box_regression: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
+        return _box_around(centres(anchors), box_regression.relu() * stride[..., None])
 
 
 class LogDistances(BoxCode):
     """Logarithms of the distances in pixels from the anchor's centre to the four sides (FCOS, arXiv
-    1904.01355, section 3.1: exp(x), before it counted in strides)."""
+    1904.01355, section 3.1: exp(x)). Encoded boxes must contain the centre."""
 
+    form = "log_distances"
     # Stops exp() from overflowing.
     MAX_LOG = math.log(1 << 16)
 
     def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """(..., 4) boxes and anchors in pixels, the centres inside -> (..., 4) logarithms."""
         return side_distances(centres(anchors), boxes).log()
 
-    def decode(self, numbers: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """(..., 4) logarithms, (..., 4) anchors in pixels -> (..., 4) boxes in pixels."""
-        return _box_around(centres(anchors), numbers.clamp(max=self.MAX_LOG).exp())
+    def decode(self, box_regression: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
+        return _box_around(centres(anchors), box_regression.clamp(max=self.MAX_LOG).exp())
 
 
 class Distribution(nn.Module, BoxCode):
-    """Of each side, how likely it is 0, 1, ..., ``reg_max`` strides from the anchor's centre, as
-    logits (GFL, arXiv 2006.04388, section 3.2): it lies where it does on average.
-
-    Args:
-        reg_max: the farthest a side can be, in strides.
+    """Distribution of each side over 0, 1, ..., ``reg_max`` strides from the anchor's centre, as
+    logits (GFL, arXiv 2006.04388, section 3.2). Decoding takes its mean.
 
     Attributes:
-        project: (bins,) those distances, part of a model's weights as in mmdet.
+        project: (bins,) these distances, part of a model's weights as in mmdet.
     """
 
     project: Tensor
 
-    # How much nearer than that targets stay, as in the authors' code.
+    # Targets stay this far below ``reg_max``, as in the authors' code.
     MARGIN = 0.1
 
     def __init__(self, reg_max: int = 16):
         super().__init__()
         check_range("reg_max", reg_max, 1, 1024)
         if reg_max != int(reg_max):
-            raise WrongValue("reg_max", f"must be a whole number, not {reg_max!r}")
+            raise WrongValue("reg_max", f"must be a whole number, got {reg_max!r}")
         self.bins = int(reg_max) + 1
         self.channels = 4 * self.bins
         self.register_buffer("project", torch.arange(self.bins, dtype=torch.float32))
 
     def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """(..., 4) boxes and anchors in pixels, (...) strides -> (..., 4) distances in strides, as
-        far as bins reach."""
+        """Return (..., 4) distances in strides, clamped to the bins."""
         distances = side_distances(centres(anchors), boxes) / stride[..., None]
         return distances.clamp(min=0, max=self.bins - 1 - self.MARGIN)
 
-    def decode(self, numbers: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """(..., 4 * bins) logits, (..., 4) anchors in pixels -> (..., 4) boxes in pixels."""
-        shares = numbers.unflatten(-1, (4, self.bins)).softmax(-1)
-        distances = (shares * self.project.to(shares.dtype)).sum(-1)
+    def decode(self, box_regression: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
+        probabilities = box_regression.unflatten(-1, (4, self.bins)).softmax(-1)
+        distances = (probabilities * self.project.to(probabilities.dtype)).sum(-1)
         return _box_around(centres(anchors), distances * stride[..., None])
 
 
 class Corners(BoxCode):
-    """The box itself, in strides: for heads that decode, and move what they decoded, themselves."""
+    """The box itself, in strides, for heads that decode and refine their boxes (TOOD)."""
 
     comparable = True
     relative = False
+    form = "corners"
 
     def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """(..., 4) boxes in pixels, (...) strides -> (..., 4) boxes in strides."""
         return boxes / stride[..., None]
 
-    def decode(self, numbers: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """(..., 4) boxes in strides, (...) strides -> (..., 4) boxes in pixels."""
-        return numbers * stride[..., None]
+    def decode(self, box_regression: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
+        return box_regression * stride[..., None]
 
 
 class LegacyPixels(BoxCode):
-    """The boxes of everyone from numbers of the authors' weights, for inference: in training the
-    losses would learn other boxes than inference reports.
+    """Conversion of boxes of the authors' weights to our convention, only for inference: losses
+    would learn other boxes than inference reports."""
 
-    Args:
-        code: how the weights write boxes.
-
-    Raises:
-        ValueError: for distributions, which the authors' weights do not know.
-    """
+    inference_only = True
 
     def __init__(self, code: BoxCode):
         if code.bins:
@@ -196,23 +187,14 @@ class LegacyPixels(BoxCode):
         self.channels, self.initial, self.uses_shape = code.channels, code.initial, code.uses_shape
 
     def encode(self, boxes: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """As the code in it."""
         return self.code.encode(boxes, anchors, stride)
 
-    def decode(self, numbers: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """(..., D) numbers, (..., 4) anchors in pixels -> (..., 4) boxes in pixels."""
-        boxes = self.code.decode(numbers, anchors, stride)
+    def decode(self, box_regression: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
+        boxes = self.code.decode(box_regression, anchors, stride)
         return boxes + boxes.new_tensor(self.code.legacy)
 
-    @staticmethod
-    def after_resizing(instances: Any, input_hw: tuple[int, int]) -> None:
-        """The last pixel of a box is one pixel of the original image wide, whatever the size of the
-        input: resizing it with the box was wrong by the difference. In place.
-
-        Args:
-            instances: detections of one image, in its own pixels.
-            input_hw: (height, width) of the input.
-        """
+    def after_resizing(self, instances: Any, input_hw: tuple[int, int]) -> None:
+        """Undo the resizing of the last pixel, which is one pixel of the original image wide."""
         height, width = instances.image_size
         boxes = instances.pred_boxes.tensor
         boxes[:, 2] += 1 - width / input_hw[1]
@@ -221,5 +203,5 @@ class LegacyPixels(BoxCode):
 
 
 def _box_around(points: Tensor, distances: Tensor) -> Tensor:
-    """(..., 2) points and (..., 4) distances to left, top, right and bottom -> (..., 4) boxes."""
+    """Return (..., 4) boxes from (..., 2) points and (..., 4) distances to their sides."""
     return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)

@@ -1,4 +1,4 @@
-"""Outputs that learn: what a detector may have one or more of."""
+"""Branches: outputs of the heads, each with an assigner and a criterion of its own."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,18 +12,17 @@ from .box_coding import BoxCode
 from .criterion import Criterion, Quotient
 
 HeadOutputs = HeadOutput | Mapping[str, HeadOutput]
-# The branch whose head gives an output, "" for the detector's head; the output's name there.
+# (name of the branch whose head computes an output, "" for the detector's head; output's name).
 Source = tuple[str, str]
 
 
 class Phase(nn.Module):
-    """How a branch learns until an iteration.
+    """Assigner and criterion of a branch until an iteration.
 
     Args:
-        assigner: chooses its samples; None where it takes the assignment of another branch.
-        criterion: makes the losses.
-        assignment_of: the name of that branch.
-        until: the first iteration of the next phase.
+        assigner: None if the branch takes the assignment of another one.
+        assignment_of: name of that other branch.
+        until: first iteration of the next phase.
     """
 
     def __init__(
@@ -42,14 +41,14 @@ class Phase(nn.Module):
 
 
 class Branch(nn.Module):
-    """An output, and how it learns.
+    """An output of a head with the phases of its training.
 
     Args:
-        phases: with rising ends, of which the last has none.
-        output: the name of the output that it reads, where the head gives several.
-        head: its own, in place of the detector's: list of feature maps -> output.
-        head_of: the name of another branch, whose own head it reads.
-        detached: whether its own head sees features through which nothing is learnt.
+        phases: with increasing ends; the last phase has none.
+        output: name of its output, if the head computes several.
+        head: of this branch, in place of the detector's.
+        head_of: name of another branch, whose head computes the output.
+        detached: whether no gradient flows from ``head`` into the features.
     """
 
     def __init__(
@@ -63,42 +62,34 @@ class Branch(nn.Module):
         super().__init__()
         ends = [phase.until for phase in phases]
         if not ends or ends != sorted({*ends}) or ends[0] <= 0 or ends[-1] < math.inf:
-            raise UserError(f"phases must end at rising iterations, the last at none, not {ends}")
+            raise UserError(f"phases must end at rising iterations, the last at none, got {ends}")
         if detached and head is None:
-            raise UserError("detached features are for a head of the branch's own")
+            raise UserError("detached features need a branch with a head of its own")
         if head_of and head is not None:
-            raise UserError(f"a branch with a head of its own cannot have that of {head_of}")
+            raise UserError(f"a branch with a head of its own cannot use the head of {head_of}")
         self.phases = nn.ModuleList(phases)
         self.output, self.head, self.detached = output, head, detached
         self.head_of = head_of
 
     def at(self, iteration: int) -> Phase:
-        """The phase of an iteration."""
+        """Return the phase of an iteration."""
         return next(x for x in self.phases if isinstance(x, Phase) and iteration < x.until)
 
     def source(self, name: str) -> Source:
-        """Which output it reads, if ``name`` is its own name. Branches may read the same one."""
+        """Return the source of the output; ``name`` is the branch's own."""
         return self.head_of if self.head is None else name, self.output
 
     def own_outputs(self, features: Sequence[Tensor]) -> HeadOutputs:
-        """What its own head makes of features."""
+        """Return the outputs of the branch's own head."""
         assert self.head is not None
         return self.head([x.detach() for x in features] if self.detached else features)
 
     def select_output(self, outputs: HeadOutputs) -> HeadOutput:
-        """The one that it reads.
-
-        Args:
-            outputs: of its head, one or several by name.
-
-        Raises:
-            ValueError: where the head does not give it.
-        """
+        """Return the branch's output from those of its head."""
         named = outputs if isinstance(outputs, Mapping) else {"": outputs}
         if self.output not in named:
             raise UserError(
-                f"a branch reads the output {self.output!r} of its head, which gives "
-                f"{sorted(named)}"
+                f"unknown MODEL.ATSS.OUTPUT {self.output!r}: choose from {sorted(named)}"
             )
         return named[self.output]
 
@@ -111,17 +102,16 @@ def compute_quotients(
     anchors: Anchors,
     gt: GroundTruth,
 ) -> tuple[dict[str, dict[str, Quotient]], dict[str, Assignment]]:
-    """Decode -> assign -> losses of each branch: the tail of a training step, after the network.
+    """Decode, assign and compute the losses of each branch: a training step after the network.
 
-    A function of tensors and of what stays the same from step to step, so that torch.compile makes
-    one graph of it: phases are chosen before, losses are divided and logged after.
+    Its arguments are tensors, or stay the same from step to step: torch.compile makes one graph.
 
     Args:
-        phases: how each branch learns now, by its name.
-        sources: what each branch reads, by its name: a key of outputs.
-        outputs: of the heads; each is decoded once.
+        phases: {branch: current phase}.
+        sources: {branch: key in outputs}.
+
     Returns:
-        the losses of each branch, not yet divided, and the assignment of each that has a rule.
+        losses before their division, and assignments, by branch.
     """
     decoded = {source: decode(code, output, anchors) for source, output in outputs.items()}
     assignments = {}
@@ -139,6 +129,6 @@ def compute_quotients(
 
 
 def decode(code: BoxCode, output: HeadOutput, anchors: Anchors) -> Predictions:
-    """An output in float32, and its boxes."""
+    """Return the output in float32, with its boxes."""
     precise = output.map(Tensor.float)
     return Predictions(precise, code.decode(precise.box_regression, anchors.boxes, anchors.stride))

@@ -1,4 +1,4 @@
-"""From outputs and an assignment to the losses. All normalisers live here."""
+"""Criterion: from the head's output and an assignment to the losses. All normalisers are here."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,17 +14,15 @@ from ..losses import Focal
 from ..structures import IGNORE, Assignment, GroundTruth, HeadOutput, Matched
 from .terms import GIoULoss, central, one, positives
 
-PerAnchor = Callable[[Matched], Tensor]  # -> (N, R), or what can be multiplied by it
+PerAnchor = Callable[[Matched], Tensor]  # -> (N, R), or a shape that broadcasts to it
 FOCAL = Focal()
 
 
 class Quotient(NamedTuple):
-    """A loss before it is divided: ``total / max(amount, least)``.
+    """A loss before its division by max(``amount`` of all processes, ``least``).
 
     Attributes:
-        total: scalar sum over the batch of this process, weighted.
-        amount: scalar, what it is divided by; of all processes.
-        least: of all processes.
+        total, amount: scalars of this process: weighted sum over the batch, and normaliser.
     """
 
     total: Tensor
@@ -33,47 +31,44 @@ class Quotient(NamedTuple):
 
 
 class Criterion(nn.Module):
-    """Losses of a dense detector, for any rule that chooses the samples.
+    """Losses of a dense detector, for any assigner.
 
     With W processes, and sums over the batch of one process:
 
-        N = max(normaliser of all processes, least) / W       by default of the positives, least 1
-        w = box weight of each positive                       by default the quality target
+        N = max(normaliser of all processes, least) / W       default: positives, least 1
+        w = box weight of each positive                       default: quality target
         S = max(w of all processes, box_least) / W
 
         loss_cls       = sum of class losses / N
-        loss_box_reg   = weight * sum of w * box loss / S     of the first box term; of others
+        loss_box_reg   = weight * sum of w * box loss / S     first box term; the others are
                                                               loss_<name>
         loss_<quality> = quality_weight * sum of binary cross entropies on positives / N
 
-    DDP averages gradients over processes, so that W of them equal one on the union of their images.
-    (The authors of ATSS clamp N after dividing by W; that differs only with fewer positives than
-    processes.) A batch without objects is an ordinary batch. No host synchronisation: shapes do
-    not depend on the assignment.
+    DDP averages gradients over processes, so W processes equal one process on the union of their
+    images. (The authors of ATSS clamp N after dividing by W; that differs only with fewer positives
+    than processes.) Shapes do not depend on the assignment, so the host never waits for a GPU.
 
     Args:
-        cls_loss: (probability, cross entropy, targets), (N, R, K) each -> (N, R, K); None, or an
-            output without classes, for no loss of them. If it has a method ``target_of``, positives
-            are to say what that makes of class targets.
-        cls_target: what the class of a positive's object is to say, (N, R); other classes, and
-            negatives, are to say 0. It may be between 0 and 1, if it has no attribute
-            ``hard_targets`` that is true.
-        box_terms: {name: loss}, each Matched -> (N, R), with its ``weight`` if it has one.
-        box_weight: of each positive in the box terms; None for what its quality is to be, or 1
-            where the head predicts none.
-        quality: what the quality branch is to say, (N, R); None, or a head without the branch, for
-            no loss of it.
-        quality_name: in the name of its loss.
-        quality_weight: of its loss against the others.
-        normaliser: (matched, class targets) -> scalar, of class and quality losses.
-        least, least_per_image: its lower bound, for the batch or for each image of it.
+        cls_loss: (probability, cross entropy, targets), (N, R, K) each -> (N, R, K). None, or an
+            output without classes: no class loss. Its method ``target_of``, if defined, transforms
+            the class targets of positives.
+        cls_target: (N, R) target of the object's class at positives. It may be between 0 and 1,
+            unless the function has ``hard_targets = True``.
+        box_terms: {name: loss}, each Matched -> (N, R), with an optional attribute ``weight``.
+        box_weight: of each positive in the box terms. None: the quality target, or 1 without
+            quality.
+        quality: (N, R) target of the quality branch. None, or a head without the branch: no
+            quality loss.
+        quality_name, quality_weight: suffix of the quality loss's name, and its factor.
+        normaliser: (matched, class targets) -> scalar, for class and quality losses.
+        least: lower bound of the normaliser, for the batch or, with ``least_per_image``, for each
+            image.
         box_least: lower bound of the sum of box weights.
-        level_weight: Matched -> (R,), by which all losses of an anchor are multiplied; None for 1.
-            It may be a module with buffers, and that of another criterion, too.
+        level_weight: Matched -> (R,) factor of all losses of an anchor; None: 1. It may be a module
+            with buffers, and shared with another criterion.
 
     Raises:
-        ValueError: if the class target may be between 0 and 1, but the class loss has
-            ``hard_targets``.
+        UserError: if soft class targets meet a class loss with ``hard_targets``.
     """
 
     def __init__(
@@ -100,7 +95,7 @@ class Criterion(nn.Module):
         if getattr(cls_loss, "hard_targets", False) and not hard:
             raise WrongValue(
                 "cls_target",
-                "may be between 0 and 1, but the class loss is for targets 0 and 1: choose a "
+                "may be between 0 and 1, but the class loss takes only targets 0 and 1: choose a "
                 "MODEL.ATSS.CLS_LOSS such as quality_focal, or give a target of 0 and 1 the "
                 "attribute hard_targets = True",
             )
@@ -108,10 +103,10 @@ class Criterion(nn.Module):
         self.box_terms = {"giou": GIoULoss()} if box_terms is None else dict(box_terms)
         for name in self.box_terms:
             if name in ("cls", "box_reg", quality_name):
-                raise UserError(f"a box term cannot be called {name!r}: another loss is")
-        # Known as modules, for what they may hold.
-        held = {k: x for k, x in self.box_terms.items() if isinstance(x, nn.Module)}
-        self.term_modules = nn.ModuleDict(held)
+                raise UserError(f"box loss {name!r} has the name of another loss: rename it")
+        # Registers the buffers of terms that are modules.
+        modules = {k: x for k, x in self.box_terms.items() if isinstance(x, nn.Module)}
+        self.term_modules = nn.ModuleDict(modules)
         self.box_weight = box_weight
         self.quality, self.quality_name = quality, quality_name
         self.quality_weight = quality_weight
@@ -120,7 +115,7 @@ class Criterion(nn.Module):
         self.level_weight = level_weight
 
     def forward(self, *args: Any) -> dict[str, Tensor]:
-        """Scalar losses by name; arguments of :meth:`quotients`."""
+        """Return the scalar losses by name; arguments as for :meth:`quotients`."""
         return divide(self.quotients(*args))
 
     def quotients(
@@ -131,69 +126,88 @@ class Criterion(nn.Module):
         gt: GroundTruth,
         assignment: Assignment,
     ) -> dict[str, Quotient]:
-        """
+        """Return the losses by name, before their division.
+
         Args:
-            output: the head's, in float32.
-            boxes: (N, R, 4), its numbers decoded, in pixels.
-        Returns:
-            the losses by name, not yet divided.
+            output: in float32.
+            boxes: (N, R, 4) decoded boxes.
         """
-        counts = assignment.gt_index != IGNORE
-        matched = _match(output, boxes, anchors, gt, assignment, counts)
-        positive, found = matched.positive, {}
+        matched = _match(output, boxes, anchors, gt, assignment)
         level_weight = 1 if self.level_weight is None else self.level_weight(matched)
         cls_target = self.cls_target(matched)
         amount = self.normaliser(matched, cls_target)
-        images = gt.num_images * _processes() if self.least_per_image else 1
+        least = self.least * (gt.num_images * _num_processes() if self.least_per_image else 1)
+        losses: dict[str, Quotient] = {}
 
-        if self.cls_loss is not None and output.classes is not None:
-            target_of = getattr(self.cls_loss, "target_of", None)
-            said = cls_target
-            if target_of is not None:
-                said = torch.where(positive, target_of(cls_target), 0)
-            targets = torch.zeros_like(output.classes)
-            targets.scatter_(2, matched.target_classes[..., None], said[..., None])
-            entropy = matched.output.cross_entropy(targets)
-            cls_loss = self.cls_loss(matched.output.probability(), entropy, targets)
-            cls_loss = cls_loss.sum(dim=2) * counts * level_weight
-            found["loss_cls"] = Quotient(cls_loss.sum(), amount, self.least * images)
+        total = self._class_loss(matched, cls_target, level_weight)
+        if total is not None:
+            losses["loss_cls"] = Quotient(total, amount, least)
 
         quality_target = None
         if self.quality is not None and output.quality is not None:
             quality_target = self.quality(matched)
-        weight = positive.float()
+        weight = matched.positive.float()
         if self.box_weight is not None:
             weight = weight * self.box_weight(matched)
         elif quality_target is not None:
             weight = weight * quality_target
-        for i, (name, term) in enumerate(self.box_terms.items()):
-            total = getattr(term, "weight", 1.0) * (term(matched) * weight * level_weight).sum()
-            logged = "loss_box_reg" if i == 0 else f"loss_{name}"
-            found[logged] = Quotient(total, weight.sum(), self.box_least)
+        for name, total in self._box_losses(matched, weight, level_weight).items():
+            losses[name] = Quotient(total, weight.sum(), self.box_least)
 
         if output.quality is not None and quality_target is not None:
-            quality = torch.where(positive, output.quality, 0)
-            quality_loss = F.binary_cross_entropy_with_logits(
-                quality, quality_target, reduction="none"
-            )
-            total = self.quality_weight * (quality_loss * positive * level_weight).sum()
-            found[f"loss_{self.quality_name}"] = Quotient(total, amount, self.least * images)
-        if not found:
+            total = self._quality_loss(matched, output.quality, quality_target, level_weight)
+            losses[f"loss_{self.quality_name}"] = Quotient(total, amount, least)
+
+        if not losses:
             raise UserError("a branch has no loss: of classes, of boxes or of quality")
-        # What no loss reads has a gradient of zero all the same, for DDP on GPUs waits for it.
-        read = (self.cls_loss is not None, bool(self.box_terms), quality_target is not None)
-        for x, is_read in zip(output[:3], read, strict=True):
-            if x is not None and not is_read:
-                name, first = next(iter(found.items()))
-                found[name] = first._replace(total=first.total + x[:0].sum())
-        return found
+        # DDP on GPUs waits for every gradient: outputs without a loss get a gradient of zero.
+        used = (self.cls_loss is not None, bool(self.box_terms), quality_target is not None)
+        for x, is_used in zip(output[:3], used, strict=True):
+            if x is not None and not is_used:
+                name, first = next(iter(losses.items()))
+                losses[name] = first._replace(total=first.total + x[:0].sum())
+        return losses
+
+    def _class_loss(
+        self, matched: Matched, cls_target: Tensor, level_weight: Tensor | int
+    ) -> Tensor | None:
+        """Sum the class losses of all anchors that are not ignored."""
+        cls_loss, classes = self.cls_loss, matched.whole_output.classes
+        if cls_loss is None or classes is None:
+            return None
+        target_of = getattr(cls_loss, "target_of", None)
+        if target_of is not None:
+            cls_target = torch.where(matched.positive, target_of(cls_target), 0)
+        targets = torch.zeros_like(classes)
+        targets.scatter_(2, matched.target_classes[..., None], cls_target[..., None])
+        entropy = matched.output.cross_entropy(targets)
+        loss = cls_loss(matched.output.probability(), entropy, targets)
+        return (loss.sum(dim=2) * matched.counts * level_weight).sum()
+
+    def _box_losses(
+        self, matched: Matched, weight: Tensor, level_weight: Tensor | int
+    ) -> dict[str, Tensor]:
+        """Sum each box term over the positives, with (N, R) weights."""
+        totals = {}
+        for i, (name, term) in enumerate(self.box_terms.items()):
+            total = (term(matched) * weight * level_weight).sum()
+            logged = "loss_box_reg" if i == 0 else f"loss_{name}"
+            totals[logged] = getattr(term, "weight", 1.0) * total
+        return totals
+
+    def _quality_loss(
+        self, matched: Matched, logits: Tensor, target: Tensor, level_weight: Tensor | int
+    ) -> Tensor:
+        """Sum the binary cross entropies of the quality branch over the positives."""
+        logits = torch.where(matched.positive, logits, 0)
+        loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        return self.quality_weight * (loss * matched.positive * level_weight).sum()
 
 
 def divide(quotients: Mapping[str, Quotient]) -> dict[str, Tensor]:
-    """The losses, divided by what all processes have; one all-reduce for all of them. Without
-    gradient, as when somebody measures them on other images, by what this one has: others need not
-    do the same now."""
-    world_size = _processes()
+    """Return the losses, with one all-reduce for all normalisers. Without gradients, as in
+    validation, the normalisers of this process are used: other processes need not take part."""
+    world_size = _num_processes()
     amounts = torch.stack([x.amount.to(x.total.dtype) for x in quotients.values()])
     if world_size > 1:
         torch.distributed.all_reduce(amounts)
@@ -203,18 +217,12 @@ def divide(quotients: Mapping[str, Quotient]) -> dict[str, Tensor]:
     }
 
 
-def _processes() -> int:
-    """So many share the normalisers."""
+def _num_processes() -> int:
     return comm.get_world_size() if torch.is_grad_enabled() else 1
 
 
 def _match(
-    output: HeadOutput,
-    boxes: Tensor,
-    anchors: Anchors,
-    gt: GroundTruth,
-    assignment: Assignment,
-    counts: Tensor,
+    output: HeadOutput, boxes: Tensor, anchors: Anchors, gt: GroundTruth, assignment: Assignment
 ) -> Matched:
     positive, score = assignment.positive, assignment.score
     if len(gt):
@@ -226,7 +234,7 @@ def _match(
         target_classes = torch.zeros_like(assignment.gt_index)
     return Matched(
         whole_output=output,
-        counts=counts,
+        counts=assignment.gt_index != IGNORE,
         boxes=torch.where(positive[..., None], boxes, anchors.boxes),
         anchors=anchors,
         target_classes=target_classes,

@@ -1,5 +1,5 @@
-"""Deformable convolution on torchvision's operator, which needs no compiled part of Detectron2; on
-CPUs, where that uses one core, as a sum of samples."""
+"""Deformable convolution by torchvision's operator, which needs no compiled part of Detectron2. On
+CPUs, where that operator uses one core, it is computed by table look-ups."""
 
 from typing import Any, cast
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
 Steps = tuple[int, int]
-# Zeros before the first and after the last pixel: what lies farther away is as good as there.
+# Zeros before the first and after the last pixel. Taps beyond them are clamped to them.
 MARGIN = (2, 3)
 
 
@@ -23,42 +23,42 @@ def sampled_conv2d(
     dilation: Steps,
     mask: Tensor | None,
 ) -> Tensor:
-    """What torchvision's ``deform_conv2d`` computes of the same arguments. Each tap is a weighted
-    sum of four rows of a table, the pixels around it; one matrix product follows."""
+    """Compute torchvision's ``deform_conv2d``: taps are weighted sums of four rows of a table, the
+    pixels around them, and one matrix product follows."""
     n, channels, *sides = x.shape
     channels_out, per_group, *kernel = weight.shape
     size, taps = offset.shape[2:], kernel[0] * kernel[1]
     groups, offset_groups = channels // per_group, offset.shape[1] // (2 * taps)
-    maps = n * offset_groups  # each with offsets of its own
-    each = channels // offset_groups
-    moved = offset.reshape(maps, taps, 2, *size).permute(0, 3, 4, 1, 2)  # (maps, H', W', taps, 2)
+    maps = n * offset_groups  # groups of channels with their own offsets
+    depth = channels // offset_groups
+    offset = offset.reshape(maps, taps, 2, *size).permute(0, 3, 4, 1, 2)  # (maps, H', W', taps, 2)
 
-    # The pixel above and left of each tap, and how much of it and of the next the tap is.
-    corners, shares = [], []
+    # For each axis the last pixel before each tap, and the weights of it and of the next pixel.
+    corners, weights = [], []
     for axis, (along_tap, along_map) in enumerate((((-1, 1), (-1, 1, 1)), ((1, -1), (-1, 1)))):
         tap, place = (torch.arange(k[axis], dtype=x.dtype, device=x.device) for k in (kernel, size))
         tap = (tap * dilation[axis] - padding[axis]).view(along_tap).expand(*kernel).flatten()
-        at = moved[..., axis] + tap + (place * stride[axis]).view(along_map)
-        # Beyond the map lie zeros, of which MARGIN are there. NaN goes on in the shares.
+        at = offset[..., axis] + tap + (place * stride[axis]).view(along_map)
+        # A NaN remains in the weights.
         at = at.clamp(-MARGIN[0], sides[axis] + MARGIN[1] - 2)
         low = at.detach().nan_to_num().floor()
         corners.append(low.long() + MARGIN[0])
-        shares.append((1 - (at - low), at - low))
+        weights.append((1 - (at - low), at - low))
 
     height, width = (side + sum(MARGIN) for side in sides)
     first = torch.arange(maps, device=x.device).view(-1, 1, 1, 1) * height
     first = (first + corners[0]) * width + corners[1]
     index = torch.stack([first, first + 1, first + width, first + width + 1], dim=-1)
-    share = torch.stack([row * column for row in shares[0] for column in shares[1]], dim=-1)
+    factor = torch.stack([row * column for row in weights[0] for column in weights[1]], dim=-1)
     if mask is not None:
-        share = share * mask.reshape(maps, taps, *size).permute(0, 2, 3, 1)[..., None]
-    table = F.pad(x, (*MARGIN, *MARGIN)).reshape(maps, each, height * width)
+        factor = factor * mask.reshape(maps, taps, *size).permute(0, 2, 3, 1)[..., None]
+    table = F.pad(x, (*MARGIN, *MARGIN)).reshape(maps, depth, height * width)
     table = table.transpose(1, 2).flatten(0, 1)
-    index, share = index.reshape(-1, 4), share.reshape(-1, 4)
-    samples = F.embedding_bag(index, table, mode="sum", per_sample_weights=share)
+    index, factor = index.reshape(-1, 4), factor.reshape(-1, 4)
+    samples = F.embedding_bag(index, table, mode="sum", per_sample_weights=factor)
 
-    # (n, places, taps, C), and from there (n, groups, places, taps * C / groups).
-    samples = samples.view(n, offset_groups, size.numel(), taps, each).permute(0, 2, 3, 1, 4)
+    # (n, places, taps, C), then (n, groups, places, taps * C / groups).
+    samples = samples.view(n, offset_groups, size.numel(), taps, depth).permute(0, 2, 3, 1, 4)
     samples = samples.reshape(n, size.numel(), taps, groups, per_group).permute(0, 3, 1, 2, 4)
     kernels = weight.reshape(groups, -1, per_group, taps).permute(0, 3, 2, 1).flatten(1, 2)
     y = samples.reshape(n, groups, size.numel(), taps * per_group) @ kernels
@@ -74,16 +74,12 @@ def deform_conv(x: Tensor, *arguments: Any) -> Tensor:
 
 
 class DeformConv(nn.Module):
-    """A convolution whose taps are moved by offsets from elsewhere (arXiv 1703.06211) and,
-    in version 2, weighted by a mask (arXiv 1811.11168).
-
-    Called like Detectron2's DeformConv and ModulatedDeformConv, with parameters of the same names.
+    """Deformable convolution (arXiv 1703.06211), in version 2 with a mask (arXiv 1811.11168).
+    Parameter names are those of Detectron2's DeformConv and ModulatedDeformConv.
 
     Args:
         weight: (C_out, C_in / groups, h, w).
-        bias: (C_out,) or None.
-        stride, padding, dilation: in pixels.
-        norm: applied after the convolution, or None.
+        norm: applied after the convolution.
     """
 
     bias: nn.Parameter | None
@@ -104,15 +100,14 @@ class DeformConv(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """
+        """Return (N, C_out, H', W').
+
         Args:
             x: (N, C_in, H, W).
             offset: (N, 2 * taps * g, H', W') in pixels, (y, x) of each tap; g offset groups.
             mask: (N, taps * g, H', W') or None for version 1.
-        Returns:
-            (N, C_out, H', W').
         """
-        # The operator has no half precision on CPUs, and positions want more than eight bits.
+        # The operator has no half precision on CPUs, and positions need more than eight bits.
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide, offset, weight = x.to(dtype), offset.to(dtype), self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
@@ -124,14 +119,13 @@ class DeformConv(nn.Module):
 
 
 class DeformConvLayer(nn.Module):
-    """A deformable 3 x 3 convolution that finds its own offsets. They are zero at first, so that it
-    begins as a plain convolution (with taps of half weight in version 2).
+    """Deformable 3 x 3 convolution that predicts its offsets. They start at 0: a plain convolution,
+    with taps of half weight in version 2.
 
     Args:
         channels: in and out.
         modulated: version 2.
-        bias: whether the convolution has one.
-        groups: of channels, each with offsets and masks of its own.
+        groups: of channels, with their own offsets and masks.
     """
 
     def __init__(self, channels: int, modulated: bool = True, bias: bool = True, groups: int = 1):
@@ -147,13 +141,12 @@ class DeformConvLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        moved = self.offset(x)
+        offset = self.offset(x)
         if not self.modulated:
-            return self.conv(x, moved)
-        offsets = 2 * moved.shape[1] // 3
-        return self.conv(x, moved[:, :offsets], moved[:, offsets:].sigmoid())
+            return self.conv(x, offset)
+        split = 2 * offset.shape[1] // 3
+        return self.conv(x, offset[:, :split], offset[:, split:].sigmoid())
 
 
 def _pair(value: int | Steps) -> Steps:
-    """Of both axes."""
     return value if isinstance(value, tuple) else (value, value)

@@ -1,5 +1,5 @@
-"""The dynamic head's tower (arXiv 2106.08322): blocks in which levels, places and channels are
-attended to, one after the other."""
+"""Tower of the dynamic head (arXiv 2106.08322): blocks of spatial, scale-aware and task-aware
+attention."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,22 +16,18 @@ NORM_GROUPS = 16
 
 
 def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, C, H, W) to another size, bilinearly; corners stay corners."""
+    """Resize (N, C, H, W) bilinearly, with aligned corners."""
     if x.shape[2:] == size:
         return x
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
 class TaskAttention(nn.Module):
-    """Each channel through the larger of two straight lines, which depend on the means of all
-    channels (section 3.2, equation 5; dynamic ReLU, arXiv 2003.10027). At first, near enough a
-    ReLU.
-
-    Args:
-        channels: in and out.
+    """Dynamic ReLU: maximum of two linear functions of a channel, whose coefficients depend on the
+    means of all channels (section 3.2, equation 5; arXiv 2003.10027). It starts as nearly a ReLU.
     """
 
-    # By which the hidden layer is narrower.
+    # Channels over width of the hidden layer.
     REDUCTION = 4
 
     def __init__(self, channels: int):
@@ -40,32 +36,25 @@ class TaskAttention(nn.Module):
         self.lines = nn.Linear(channels // self.REDUCTION, 4 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
-        said = self.lines(self.hidden(x.mean(dim=(2, 3))).relu())
-        # Hard sigmoids less 1/2, which bfloat16 could not tell from 0: (N, C, 1, 1) each.
-        said = (said / 6).clamp(-0.5, 0.5)
-        slope, height, other_slope, other_height = said[..., None, None].chunk(4, dim=1)
+        lines = self.lines(self.hidden(x.mean(dim=(2, 3))).relu())
+        # Hard sigmoids minus 1/2, because bfloat16 rounds a small value plus 1/2 to 1/2.
+        lines = (lines / 6).clamp(-0.5, 0.5)
+        slope, height, other_slope, other_height = lines[..., None, None].chunk(4, dim=1)
         return torch.maximum(x * (2 * slope + 1) + height, x * (2 * other_slope) + other_height)
 
 
 class DynamicBlock(nn.Module):
-    """Of each level: deformable convolutions of it and of its neighbours at places that it says
-    itself (spatial-aware attention, equation 4), their mean weighted by how much each matters
+    """Block of the dynamic head. For each level: deformable convolutions of the level and of its
+    neighbours, with offsets of the level (spatial attention, equation 4), their gated mean
     (scale-aware, equation 3), and a task-aware activation.
 
-    The finer level is convolved in steps of two. The coarser one is convolved on its own grid, for
-    which those of offsets and masks are resampled, and what comes out is enlarged. Offsets are
-    pixels of the map that is read, whichever that is, as in the authors' code. (That hands the
-    operator those of the larger grid as they are: weights of theirs find something else here.)
-
-    Args:
-        channels: of each level, in and out.
-        num_levels: L.
+    The finer level is convolved with stride 2. The coarser level is convolved on its own grid, with
+    resized offsets and masks, and enlarged. Offsets are pixels of the convolved map. (The authors'
+    code does not resize them for the coarser level: their weights give other features here.)
     """
 
     def __init__(self, channels: int, num_levels: int):
         super().__init__()
-        # At first nothing is moved.
         self.offset = nn.Conv2d(channels, 27, 3, padding=1)
         self.same = self._conv(channels, 1)
         self.finer, self.coarser = (
@@ -83,58 +72,48 @@ class DynamicBlock(nn.Module):
         return DeformConv(weight, stride=stride, padding=1, norm=norm)
 
     def forward(self, levels: Sequence[Tensor]) -> list[Tensor]:
-        """L feature maps (N, C, H_l, W_l), fine to coarse -> as many of the same sizes."""
+        """L feature maps (N, C, H_l, W_l), fine to coarse -> L of the same sizes."""
         copies = for_levels(len(levels), self)
-        # A level uses the gate up to three times.
-        return [copies[i][0]._of_level(levels, i, self._gate) for i in range(len(levels))]
+        # Not the copies' gate: a level uses it up to three times, and copies allow one use.
+        return [copies[i][0]._fuse(levels, i, self._gate) for i in range(len(levels))]
 
-    def _of_level(
+    def _fuse(
         self, levels: Sequence[Tensor], level: int, gate: Callable[[Tensor], Tensor]
     ) -> Tensor:
         x = levels[level]
-        moved = self.offset(x)
-        offset, mask = moved[:, :18], moved[:, 18:].sigmoid()
-        found = [self.same(x, offset, mask)]
-        neighbours = ((self.finer, level - 1), (self.coarser, level + 1))
-        for conv, other in neighbours:
+        offset = self.offset(x)
+        offset, mask = offset[:, :18], offset[:, 18:].sigmoid()
+        features = [self.same(x, offset, mask)]
+        for conv, other in ((self.finer, level - 1), (self.coarser, level + 1)):
             if conv is not None and 0 <= other < len(levels):
-                found.append(self._of_other(conv, levels[other], offset, mask))
-        attended = torch.stack([y * gate(y) for y in found]).mean(dim=0)
-        return self.task_attention(attended)
+                features.append(self._convolve(conv, levels[other], offset, mask))
+        return self.task_attention(torch.stack([y * gate(y) for y in features]).mean(dim=0))
 
     @staticmethod
-    def _of_other(conv: DeformConv, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        """A neighbouring level, convolved and in the size of the offsets."""
+    def _convolve(conv: DeformConv, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         size = (-(-x.shape[2] // conv.stride[0]), -(-x.shape[3] // conv.stride[1]))
-        of_level = (offset.shape[2], offset.shape[3])
-        return resized(conv(x, resized(offset, size), resized(mask, size)), of_level)
+        level_size = (offset.shape[2], offset.shape[3])
+        return resized(conv(x, resized(offset, size), resized(mask, size)), level_size)
 
     def _gate(self, y: Tensor) -> Tensor:
-        """(N, 1, 1, 1), from a half to 1."""
+        """Return the scale-aware attention, (N, 1, 1, 1) from 0.5 to 1."""
         return F.hardsigmoid(self.scale_attention(y.mean(dim=(2, 3), keepdim=True)).relu())
 
 
 class DynamicTower(nn.Module):
-    """Blocks through which all levels go together.
-
-    Args:
-        in_channels: of every level, in and out.
-        num_levels: L.
-        num_blocks: one after the other.
-    """
+    """Sequence of dynamic blocks, which get all levels at once."""
 
     def __init__(self, in_channels: int, num_levels: int, num_blocks: int = 6):
         super().__init__()
         check_range("num_blocks", num_blocks, 1)
         if in_channels % NORM_GROUPS:
             raise UserError(
-                f"its norms want channels in {NORM_GROUPS} groups, which {in_channels} do not fill"
-                ": MODEL.FPN.OUT_CHANNELS"
+                f"MODEL.FPN.OUT_CHANNELS must be a multiple of {NORM_GROUPS}, got {in_channels}"
             )
         self.blocks = nn.Sequential(
             *(DynamicBlock(in_channels, num_levels) for _ in range(num_blocks))
         )
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """L feature maps (N, C, H_l, W_l), fine to coarse -> as many of the same sizes."""
+        """L feature maps (N, C, H_l, W_l), fine to coarse -> L of the same sizes."""
         return self.blocks(features)

@@ -1,6 +1,7 @@
-"""One operator for many small tensors, in place of one for each that autograd and autocast launch.
+"""Operators on lists of tensors, in place of one operator for each tensor.
 
-A training step of two images on a GPU takes as long as the host needs to launch its operators.
+A training step of two images on a GPU takes as long as the host needs to launch its operators, and
+autograd and autocast launch one for each parameter.
 """
 
 from collections import defaultdict
@@ -11,32 +12,31 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-# A CPU launches nothing, and fresh results are still in its caches: a step of R-50 on
-# two images of 128 x 128 pixels takes 1.05 to 1.2 of the time if weights and gradients must wait.
+# On CPUs a launch costs nothing, and one operator for each tensor finds its input in the cache:
+# with lists a step of R-50 on two images of 128 x 128 pixels takes 1.05 to 1.2 of the time.
 ONE_BY_ONE = {"cpu"}
 
 
 def is_traced() -> bool:
-    """Whether a compiler or tracer records the operators: compilers fuse them, and what is exported
-    knows no lists of tensors."""
+    """Return whether operators are compiled, which fuses them, or traced, which has no lists."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_grouped(device: torch.device) -> bool:
-    """Whether operators on many tensors at once are faster on this device."""
+    """Return whether operators on lists of tensors are used on this device."""
     return device.type not in ONE_BY_ONE and not is_traced()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the precision to which autocast casts ``x``, None if it leaves it as it is."""
-    kind = x.device.type
-    if x.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+    """Return the dtype to which autocast casts ``x``, None if it does not cast ``x``."""
+    device = x.device.type
+    if x.dtype != torch.float32 or not torch.is_autocast_enabled(device):
         return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(device)
 
 
 def cast_all(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> Sequence[Tensor]:
-    """Return the tensors in another precision; None: as they are."""
+    """Return the tensors in another dtype, or unchanged for None."""
     if dtype is None:
         return tensors
     cast = [torch.empty_like(x, dtype=dtype) for x in tensors]
@@ -45,76 +45,78 @@ def cast_all(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> Sequence[T
 
 
 class ScaleAll(Function):
-    """Products of tensors with constants, in the precision of autocast.
+    """Products of parameters and constants, in the dtype of autocast:
+    ``ScaleAll.apply(constants, *parameters)``.
 
-    ``ScaleAll.apply(constants, *tensors)`` takes as many constants as tensors, of as many
-    dimensions. The constants are not saved by ``save_for_backward``: activation checkpointing
-    compares the number of saved tensors, and groups differ if a block is computed again.
+    The constants are no saved tensors, because activation checkpointing compares the number of
+    saved tensors, which differs if a block is computed again in another group.
     """
 
     @staticmethod
-    def forward(ctx: Any, constants: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, constants: list[Tensor], *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.constants = constants
         ctx.set_materialize_grads(False)
-        products: Sequence[Tensor] = torch._foreach_mul(list(tensors), constants)
+        products: Sequence[Tensor] = torch._foreach_mul(list(parameters), constants)
         products = cast_all(products, autocast_dtype(products[0]))
-        learned = ctx.needs_input_grad[1:]
-        frozen = (x for x, needed in zip(products, learned, strict=True) if not needed)
+        trained = ctx.needs_input_grad[1:]
+        frozen = (x for x, is_trained in zip(products, trained, strict=True) if not is_trained)
         ctx.mark_non_differentiable(*frozen)
         return tuple(products)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         pairs = [(x, y) for x, y in zip(gradients, ctx.constants, strict=True) if x is not None]
-        # Of bfloat16 and float32 the product is float32.
+        # The product of bfloat16 and float32 is float32.
         products = iter(torch._foreach_mul(*map(list, zip(*pairs, strict=True))) if pairs else ())
         return None, *(None if x is None else next(products) for x in gradients)
 
 
 class RepeatAll(Function):
-    """Aliases of tensors, whose gradients are added for all tensors at once.
+    """Aliases of parameters, whose gradients are added for all parameters at once.
 
-    ``RepeatAll.apply(times, dtypes, *tensors)`` returns ``times`` aliases of P tensors, cast to P
-    dtypes (None: not cast): the first aliases of all tensors, then the second, and so on. Gradients
-    are added from the last alias to the first, in the dtype of the alias, as autograd adds those of
-    a tensor that is used in this order.
+    ``RepeatAll.apply(times, dtypes, *parameters)`` returns the first aliases of all parameters,
+    cast to dtypes (None: not cast), then the second, and so on. Gradients are added from the last
+    alias to the first, in the dtype of the alias, as autograd does for a parameter with several
+    uses.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, times: int, dtypes: Sequence[torch.dtype | None], *tensors: Tensor
+        ctx: Any, times: int, dtypes: Sequence[torch.dtype | None], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.dtypes = [x.dtype for x in tensors]
+        ctx.dtypes = [x.dtype for x in parameters]
         ctx.set_materialize_grads(False)
-        cast = list(tensors)
-        for dtype, places in _grouped(dtypes).items():
-            for i, x in zip(places, cast_all([tensors[i] for i in places], dtype), strict=True):
+        cast = list(parameters)
+        for dtype, indices in _indices_by_key(dtypes).items():
+            for i, x in zip(indices, cast_all([cast[i] for i in indices], dtype), strict=True):
                 cast[i] = x
         return tuple(x.detach() for _ in range(times) for x in cast)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        size = len(ctx.dtypes)
-        chains = [[x for x in gradients[i::size][::-1] if x is not None] for i in range(size)]
-        kinds = [(len(x), x[0].dtype, ctx.dtypes[i]) if x else None for i, x in enumerate(chains)]
-        result: list[Tensor | None] = [None] * size
-        for kind, places in _grouped(kinds).items():
-            if kind is None:
+        count = len(ctx.dtypes)
+        # The gradients of each parameter, from its last alias to its first.
+        chains = [[x for x in gradients[i::count][::-1] if x is not None] for i in range(count)]
+        keys = [(len(x), x[0].dtype, ctx.dtypes[i]) if x else None for i, x in enumerate(chains)]
+        result: list[Tensor | None] = [None] * count
+        for key, indices in _indices_by_key(keys).items():
+            if key is None:
                 continue
-            total, *others = zip(*(chains[i] for i in places), strict=True)
+            total, *others = zip(*(chains[i] for i in indices), strict=True)
             if others:
                 total = torch._foreach_add(total, others[0])
             for other in others[1:]:
                 torch._foreach_add_(total, other)
-            _, low, dtype = kind
-            for i, x in zip(places, cast_all(total, None if low == dtype else dtype), strict=True):
+            _, alias_dtype, dtype = key
+            cast = cast_all(total, None if alias_dtype == dtype else dtype)
+            for i, x in zip(indices, cast, strict=True):
                 result[i] = x
         return None, None, *result
 
 
-def _grouped(keys: Sequence[Any]) -> dict[Any, list[int]]:
-    """Return the positions of each key."""
-    places = defaultdict(list)
+def _indices_by_key(keys: Sequence[Any]) -> dict[Any, list[int]]:
+    """Return the indices at which each key occurs."""
+    indices = defaultdict(list)
     for i, key in enumerate(keys):
-        places[key].append(i)
-    return places
+        indices[key].append(i)
+    return indices

@@ -1,4 +1,9 @@
-"""Layers that all levels of a pyramid share, as copies with aliases of their parameters."""
+"""Layers shared by all pyramid levels, as one copy for each level.
+
+Autograd adds the gradients of five levels one at a time: 144 operators in a step of ATSS. The
+gradients of the copies' parameters, which are aliases, arrive together, and four operators add them
+in the same order (:class:`.foreach.RepeatAll`).
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
@@ -12,33 +17,27 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class PerLevel(nn.ModuleList):
-    """A module for each level, in place of one that the levels share."""
+    """Modules that levels do not share, one for each level."""
 
 
 def for_levels(
     num_levels: int, *modules: M, precise: Collection[nn.Module] = ()
 ) -> Sequence[tuple[M, ...]]:
-    """Return the modules once for each level, as copies whose parameters are aliases.
+    """Return copies of the modules for each level, with aliases of their parameters.
 
-    Autograd adds the gradients that five levels give to a parameter one at a time: 144 operators
-    in a step of ATSS, and a step of two images on a GPU takes as long as the host needs to launch
-    its operators. The gradients of aliases arrive together, and four operators add those of all
-    parameters in the same order. Until then all of them are held: five times the parameters.
-    Autocast casts a parameter once for all levels, but an alias for each; so the parameters of
-    convolutions and linear layers are cast here.
-
-    Copies live for one forward pass, and have the buffers and hooks of the modules. The modules
-    themselves are returned if no gradient is computed, on CPUs, and to compilers.
+    Copies live for one forward pass. The gradients of all aliases are kept until the last arrives:
+    five times the memory of the parameters. Autocast would cast each alias, so parameters of
+    convolutions and linear layers are cast here, once. Without gradients, on CPUs and for compilers
+    the modules themselves are returned.
 
     Args:
         num_levels: L.
-        modules: a level uses each of their parameters at most once; otherwise the order in which
-            gradients are added changes.
-        precise: convolutions and linear layers among them, or in them, that are called outside of
-            autocast.
+        modules: a level may use each of their parameters once, or gradients would be added in
+            another order than without copies.
+        precise: convolutions and linear layers in ``modules`` that are called without autocast.
 
     Returns:
-        L tuples of as many modules.
+        L tuples.
     """
     dtypes: dict[Tensor, torch.dtype | None] = {}
     if num_levels > 1 and torch.is_grad_enabled():
@@ -48,13 +47,13 @@ def for_levels(
         return [modules] * num_levels
     aliases = iter(RepeatAll.apply(num_levels, [*dtypes.values()], *dtypes))
     levels = [dict(zip(dtypes, aliases, strict=False)) for _ in range(num_levels)]
-    return [tuple(replace(module, own) for module in modules) for own in levels]
+    return [tuple(replace(module, alias) for module in modules) for alias in levels]
 
 
 def _collect(
     module: nn.Module, precise: Collection[nn.Module], dtypes: dict[Tensor, torch.dtype | None]
 ) -> None:
-    """Add each shared parameter that is trained, and the precision to which it is cast or None."""
+    """Add shared trained parameters to ``dtypes``, with the dtype of their aliases or None."""
     is_cast = isinstance(module, nn.Conv2d | nn.Linear) and module not in precise
     for x in module._parameters.values():
         if x is not None and x.requires_grad and is_grouped(x.device):
@@ -65,14 +64,18 @@ def _collect(
 
 
 def replace(module: M, tensors: Mapping[Tensor, Tensor]) -> M:
-    """Return a copy of the module with other tensors in place of some of its parameters, as torch's
-    DataParallel makes its replicas; the module itself if it has none of these."""
+    """Return a copy of the module with some parameters replaced, like a replica of DataParallel, or
+    the module itself if it has none of them.
+
+    Args:
+        tensors: {parameter: tensor in its place}.
+    """
     parameters = module._parameters.items()
-    own: Any = {k: tensors[x] for k, x in parameters if x is not None and x in tensors}
+    replaced: Any = {k: tensors[x] for k, x in parameters if x is not None and x in tensors}
     children = {k: x and replace(x, tensors) for k, x in module._modules.items()}
-    if not own and all(x is module._modules[k] for k, x in children.items()):
+    if not replaced and all(x is module._modules[k] for k, x in children.items()):
         return module
     copy = module.__new__(type(module))
-    changed = {"_parameters": {**module._parameters, **own}, "_modules": children}
+    changed = {"_parameters": {**module._parameters, **replaced}, "_modules": children}
     copy.__dict__ = module.__dict__ | changed
     return copy

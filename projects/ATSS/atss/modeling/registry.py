@@ -1,20 +1,21 @@
-"""The parts of a detector that a config can name, by kind. Rules are in assigners/registry.py.
+"""The parts of a detector that a config names, by kind. Rules are in assigners/registry.py.
 
-An argument of a part is a key below the part's group, except those in ``keys``: these share a key
-with other parts, or had it before the groups existed.
+An argument has a key below its part's group, except those in ``keys``: their keys are shared with
+other parts, or older than the groups.
 """
 
 from .. import losses
-from ..registry import Registry
+from ..registry import Part, Registry
 from . import box_coding, terms
+from .criterion import Criterion
 from .dyhead import DynamicTower
 from .head import ATSSHead
-from .postprocess import product, root
+from .postprocess import PostProcessor, product, root
 from .suppression import NMS, ScoreVote, SoftVote, Vote, keep_all
 from .tood_head import TOODHead
 from .vfnet_head import VFNetHead
 
-# Heads: list of (N, C, H_l, W_l) features -> HeadOutput, or several by name.
+# Heads: list of (N, C, H_l, W_l) features -> HeadOutput, or {name: HeadOutput}.
 BOX_CODES = Registry("REGRESSION")
 BOX_CODES.register(box_coding.BoxDeltas, name="box", keys={"weights": "BBOX_REG_WEIGHTS"})
 BOX_CODES.add(
@@ -26,19 +27,18 @@ BOX_CODES.add(
 
 FROM_SHAPES = ("in_channels", "num_levels", "num_classes", "num_anchors")
 FROM_BOX_CODE = ("code", "box_bias", "box_channels", "bins")
-# A module before the two towers of a head, which sees all levels.
+# Modules in place of the two towers of ATSSHead, which get all levels at once.
 TOWERS = Registry("TOWER", injected=FROM_SHAPES)
 TOWERS.add(dynamic=DynamicTower)
 
 HEAD_REGISTRY = Registry(
     "HEAD", injected=("cfg", "input_shape", "anchor_generator", *FROM_SHAPES, *FROM_BOX_CODE)
 )
-HEAD_KEYS = {x: x.upper() for x in ("norm", "tower_bias", "prior_prob")}
+HEAD_KEYS = {x: x.upper() for x in ("num_convs", "norm", "tower_bias", "prior_prob")}
 HEAD_REGISTRY.register(
     ATSSHead,
     keys={
         **HEAD_KEYS,
-        "num_convs": "NUM_CONVS",
         "centerness": "CENTERNESS",
         "level_scale": "LEVEL_SCALE",
         "deform": "DEFORM_TOWER",
@@ -89,6 +89,30 @@ NORMALISERS.add(positives=terms.positives, targets=terms.targets)
 LEVEL_WEIGHTS = Registry("LEVEL_WEIGHT", injected=("num_levels",), optional=True)
 LEVEL_WEIGHTS.add(balance=terms.Balance)
 
+CRITERION_PARTS = {
+    "cls_loss": CLS_LOSSES,
+    "cls_target": CLS_TARGETS,
+    "box_terms": BOX_LOSSES,
+    "box_weight": BOX_WEIGHTS,
+    "quality": QUALITIES,
+    "normaliser": NORMALISERS,
+    "level_weight": LEVEL_WEIGHTS,
+}
+# A branch may pass the level weight of another branch, because it may have buffers.
+CRITERION = Part(
+    Criterion,
+    injected=("level_weight",),
+    keys={
+        **{argument: kind.key for argument, kind in CRITERION_PARTS.items()},
+        "quality_name": "QUALITY",
+        "quality_weight": "QUALITY_LOSS_WEIGHT",
+        "least": "NORMALISER_MIN",
+        "least_per_image": "NORMALISER_PER_IMAGE",
+        "box_least": "BOX_NORMALISER_MIN",
+    },
+    parts=CRITERION_PARTS,
+)
+
 # Detections
 SCORES = Registry("SCORE")
 SCORES.add(sqrt=root, product=product)
@@ -102,3 +126,19 @@ SUPPRESSIONS.register(
     SoftVote, name="soft_vote", keys={**VOTE_KEYS, "min_score": "TTA.SOFT_SCORE_MIN"}
 )
 SUPPRESSIONS.add(none=keep_all)
+
+POSTPROCESSOR = Part(
+    PostProcessor,
+    injected=("max_detections",),
+    keys={
+        "score_thresh": "SCORE_THRESH_TEST",
+        "topk_candidates": "TOPK_CANDIDATES_TEST",
+        "score": "SCORE",
+        "suppression": "SUPPRESSION",
+        "threshold_on_score": "THRESHOLD_ON_SCORE",
+        "rank_by_class": "RANK_BY_CLASS",
+        "rank_anchors": "RANK_ANCHORS",
+        "clip": "CLIP_BOXES",
+    },
+    parts={"score": SCORES, "suppression": SUPPRESSIONS},
+)

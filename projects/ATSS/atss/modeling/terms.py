@@ -1,4 +1,4 @@
-"""What a criterion is made of: functions of what is matched, each chosen by name."""
+"""Parts of a criterion: functions of the matched anchors, each chosen by name."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..deprecated import renamed_names
-from ..errors import UserError, check_range
+from ..errors import Checked, UserError, arg
 from ..geometry import centerness, centres, iou, side_distances
 from ..losses import distribution_focal_loss, giou_loss, iou_loss, nwd_loss, smooth_l1_loss
 from ..structures import Matched
@@ -21,56 +21,53 @@ __getattr__ = renamed_names(__name__)
 
 
 def one(matched: Matched) -> Tensor:
-    """1 for each positive."""
+    """Return 1 for each positive."""
     return matched.positive.float()
 
 
 def score(matched: Matched) -> Tensor:
-    """What the rule says of each positive.
+    """Return the assigner's score of each positive.
 
     Raises:
-        ValueError: where the rule says nothing.
+        UserError: if the assigner has no scores.
     """
     if matched.score is None:
-        raise UserError("a class target or box weight is the score of a rule that gives none")
+        raise UserError("MODEL.ATSS.CLS_TARGET or BOX_WEIGHT score needs an assigner with scores")
     return matched.score
 
 
 def central(matched: Matched) -> Tensor:
-    """How central the anchor's centre is in its object (FCOS, arXiv 1904.01355, equation 3)."""
+    """Return the centerness of each anchor in its object (FCOS, arXiv 1904.01355, equation 3)."""
     distances = side_distances(centres(matched.anchors.boxes), matched.target_boxes)
     return centerness(distances)
 
 
 def overlap(matched: Matched) -> Tensor:
-    """IoU of each positive's box now and its object; more than 0, which class losses take for a
-    negative. Nothing is learnt through it."""
-    found = iou(matched.boxes.detach(), matched.target_boxes).clamp(min=1e-6)
-    return torch.where(matched.positive, found, 0)
+    """Return the IoU of each positive's predicted box and its object, detached. It is above 0,
+    because class losses treat a target of 0 as negative."""
+    ious = iou(matched.boxes.detach(), matched.target_boxes).clamp(min=1e-6)
+    return torch.where(matched.positive, ious, 0)
 
 
 def confidence(matched: Matched) -> Tensor:
-    """The highest class probability now (GFL's box weight). Nothing is learnt through it."""
+    """Return the highest class probability of each anchor, detached (GFL's box weight)."""
     return matched.output.confidence().detach()
 
 
 # ------------------------------------------------------------------------------------------------
-# Box terms: (N, R) losses, each with its weight against the other losses
+# Box terms: (N, R) losses with a weight
 # ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoxTerm:
-    """Args: weight: against the other losses."""
+class BoxTerm(Checked):
+    """A box loss. Args: weight: factor of the loss."""
 
-    weight: float = 2.0
-
-    def __post_init__(self) -> None:
-        check_range("weight", self.weight, 0, 1e6)
+    weight: float = arg(2.0, low=0, high=1e6)
 
 
 class GIoULoss(BoxTerm):
-    """Generalised IoU of boxes."""
+    """Generalised IoU loss of boxes."""
 
     def __call__(self, matched: Matched) -> Tensor:
         return giou_loss(matched.boxes, matched.target_boxes)
@@ -85,23 +82,21 @@ class IoULoss(BoxTerm):
 
 @dataclass(frozen=True, kw_only=True)
 class SmoothL1Loss(BoxTerm):
-    """Smooth L1 between numbers and encoded targets, the mean of four.
+    """Smooth L1 loss between the box regression and encoded targets, the mean of four.
 
     Args:
-        code: by which targets are encoded.
-        beta: where it turns from quadratic to linear.
+        beta: difference at which the loss turns from quadratic to linear.
     """
 
     code: BoxCode
-    beta: float = 0.11
+    beta: float = arg(0.11, low=0, high=1e6)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("beta", self.beta, 0, 1e6)
         if not self.code.comparable:
             raise UserError(
-                f"it compares numbers with encoded boxes, for which {type(self.code).__name__} is "
-                "not made: use a loss of boxes"
+                f"the box regression of {type(self.code).__name__} cannot be compared with encoded "
+                "boxes: use a loss of boxes such as giou"
             )
 
     def __call__(self, matched: Matched) -> Tensor:
@@ -112,17 +107,13 @@ class SmoothL1Loss(BoxTerm):
 
 @dataclass(frozen=True, kw_only=True)
 class NWDLoss(BoxTerm):
-    """Normalised Wasserstein distance of boxes, for objects of a few pixels.
+    """Normalised Wasserstein distance of boxes (for tiny objects).
 
     Args:
         constant: pixels of the network's input; see :class:`atss.assigners.NWD`.
     """
 
-    constant: float = 12.8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("constant", self.constant, 1e-3, 1e6)
+    constant: float = arg(12.8, low=1e-3, high=1e6)
 
     def __call__(self, matched: Matched) -> Tensor:
         return nwd_loss(matched.boxes, matched.target_boxes, self.constant)
@@ -130,20 +121,16 @@ class NWDLoss(BoxTerm):
 
 @dataclass(frozen=True, kw_only=True)
 class DistributionFocalLoss(BoxTerm):
-    """Distribution focal loss of the four sides, the mean of them (GFL, arXiv 2006.04388).
-
-    Args:
-        code: whose distributions they are.
-    """
+    """Distribution focal loss, the mean of four sides (GFL, arXiv 2006.04388)."""
 
     code: BoxCode
-    weight: float = 0.25
+    weight: float = arg(0.25, low=0, high=1e6)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.code.bins:
             raise UserError(
-                f"it is of distributions, which {type(self.code).__name__} does not make: use "
+                f"the box regression of {type(self.code).__name__} is no distribution: set "
                 "MODEL.ATSS.REGRESSION distribution"
             )
 
@@ -160,8 +147,8 @@ class DistributionFocalLoss(BoxTerm):
 
 
 class Balance(nn.Module):
-    """Levels that have had few positives since the training began weigh up to twice as much as the
-    one that has had most (DDOD, arXiv 2107.02963, section 3.4).
+    """Level weights from 2, for the level with the fewest positives since the training began, to 1,
+    for the level with the most (DDOD, arXiv 2107.02963, section 3.4).
 
     Args:
         num_levels: L.
@@ -171,7 +158,7 @@ class Balance(nn.Module):
     """
 
     counts: Tensor
-    # Buffers that a new training begins anew, whatever weights it begins from.
+    # Buffers that a new training resets, whatever weights it starts from.
     of_a_training = ("counts",)
 
     def __init__(self, num_levels: int):
@@ -180,13 +167,13 @@ class Balance(nn.Module):
 
     def forward(self, matched: Matched) -> Tensor:
         per_level = matched.anchors.per_level
-        if torch.is_grad_enabled():  # not when somebody measures losses on other images
-            found = torch.stack([x.sum() for x in matched.positive.split(per_level, dim=1)])
+        if torch.is_grad_enabled():  # not in measuring losses on other images
+            new = torch.stack([x.sum() for x in matched.positive.split(per_level, dim=1)])
             if comm.get_world_size() > 1:
-                torch.distributed.all_reduce(found)
-            self.counts += found
-        least, most = self.counts.aminmax()
-        weights = 2 - (self.counts - least) / (most - least + 1e-10)
+                torch.distributed.all_reduce(new)
+            self.counts += new
+        low, high = self.counts.aminmax()
+        weights = 2 - (self.counts - low) / (high - low + 1e-10)
         return torch.cat([x.expand(n) for x, n in zip(weights, per_level, strict=True)])
 
 
@@ -196,10 +183,10 @@ class Balance(nn.Module):
 
 
 def positives(matched: Matched, cls_target: Tensor) -> Tensor:
-    """How many anchors have an object."""
+    """Return the number of positives."""
     return matched.positive.sum()
 
 
 def targets(matched: Matched, cls_target: Tensor) -> Tensor:
-    """The sum of all class targets."""
+    """Return the sum of all class targets."""
     return cls_target.sum()

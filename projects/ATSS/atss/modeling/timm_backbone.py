@@ -1,5 +1,5 @@
-"""Backbones of timm as Detectron2's bottom-ups. timm, an extra of this package, is imported when
-one is asked for."""
+"""Backbones of timm as Detectron2's bottom-ups. timm, an optional dependency, is imported when a
+backbone is built."""
 
 import difflib
 import logging
@@ -18,27 +18,26 @@ from ..errors import UserError
 from ..weights import fit_names
 from .pretrained import require_loaded
 
-# Of trial images: what training meets, multiples of 32 and of nothing larger.
+# Sizes of trial images: multiples of 32, but of no larger number.
 TRIAL_SIZES = ((352, 352), (96, 160), (320, 448))
-# What lets models that were made for one size take any, in the words of their families.
+# Arguments that make models of one image size accept any; each family has another.
 ANY_SIZE: tuple[dict, ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
 
 
 class TimmBackbone(Backbone):
-    """Feature maps "s8", "s16", ... of a model of timm, named by their strides. Modules on which no
-    map depends are left out; if the others cannot run without one, it stays and is not trained.
+    """Bottom-up of a timm model with feature maps "s8", "s16", ..., named by their strides.
+
+    Modules that no map depends on are removed, or frozen if the model cannot run without them.
 
     Args:
-        name: of the model, with or without the tag of its weights, such as "resnet18.a1_in1k".
-        strides: of the maps, fine to coarse. Where several maps have one, the last of them counts.
-        weights: of the whole model, in the names of timm or of its authors; None for random ones.
-        freeze_at: what comes before the map of stride 2^freeze_at is not trained; 0: all is.
-        freeze_statistics: batch norms keep their means and variances in training, too; their scales
-            and shifts are trained.
+        name: such as "resnet18" or, with the tag of its weights, "resnet18.a1_in1k".
+        strides: of the maps, fine to coarse; the last map of each stride is used.
+        weights: of the whole model, with names of timm or of its authors; None: random.
+        freeze_at: layers before the map of stride 2^freeze_at are frozen; 0: none.
+        freeze_statistics: whether batch norms keep their means and variances in training.
 
     Raises:
-        ValueError: with a sentence, where timm is absent or has no such model, or the model makes
-            no such maps or only of images of one size, or a weight of it is missing.
+        UserError: if timm, the model, a map or a weight is missing, or an image size is refused.
     """
 
     def __init__(
@@ -53,15 +52,15 @@ class TimmBackbone(Backbone):
         super().__init__()
         with torch.device("meta"):
             trial = _create(name)
-        # The last map of each stride.
-        where = {made: i for i, made in enumerate(x["reduction"] for x in trial.feature_info.info)}
-        missing = [stride for stride in strides if stride not in where]
+        # Index of the last map of each stride.
+        index = {x["reduction"]: i for i, x in enumerate(trial.feature_info.info)}
+        missing = [stride for stride in strides if stride not in index]
         if missing:
             raise UserError(
-                f"{name} makes feature maps of strides {sorted(where)}, none of {missing}: choose "
-                "a model with stages"
+                f"{name} has feature maps of strides {sorted(index)}, not of {missing}: choose a "
+                "model with stages"
             )
-        options: dict[str, Any] = {"out_indices": [where[stride] for stride in strides]}
+        options: dict[str, Any] = {"out_indices": [index[stride] for stride in strides]}
         if weights is not None:
             with torch.device("meta"):
                 names = _require(name).create_model(name).state_dict().keys()
@@ -76,38 +75,38 @@ class TimmBackbone(Backbone):
         self._out_feature_strides = dict(zip(self._out_features, strides, strict=True))
         channels = self.net.feature_info.channels()
         self._out_feature_channels = dict(zip(self._out_features, channels, strict=True))
-        needed = _needed(name, tuple(options["out_indices"]), tuple(strides))
-        left_out = _left_out(name, tuple(options["out_indices"]), tuple(strides))
-        for path in left_out:
+        used = _find_used(name, tuple(options["out_indices"]), tuple(strides))
+        removed = _find_removable(name, tuple(options["out_indices"]), tuple(strides))
+        for path in removed:
             self.net.set_submodule(path, nn.Identity())
-        self._left_out = tuple(f"net.{path}." for path in left_out)
-        if freeze_at and 2**freeze_at not in where:
+        self._removed = tuple(f"net.{path}." for path in removed)
+        if freeze_at and 2**freeze_at not in index:
             raise UserError(
-                f"MODEL.BACKBONE.FREEZE_AT {freeze_at} asks for the map of stride {2**freeze_at}, "
-                f"but those of {name} have strides {sorted(where)}"
+                f"MODEL.BACKBONE.FREEZE_AT {freeze_at} needs a map of stride {2**freeze_at}, but "
+                f"the maps of {name} have strides {sorted(index)}"
             )
         frozen: Set[str] = frozenset()
         if freeze_at:
-            frozen = _needed(name, (where[2**freeze_at],), (2**freeze_at,))
+            frozen = _find_used(name, (index[2**freeze_at],), (2**freeze_at,))
         for parameter_name, parameter in self.net.named_parameters():
-            # What no map depends on would wait for gradients, and decay.
-            if parameter_name in frozen or parameter_name not in needed:
+            # Unused parameters would get weight decay, and DDP would wait for their gradients.
+            if parameter_name in frozen or parameter_name not in used:
                 parameter.requires_grad_(False)
         self.freeze_statistics = freeze_statistics
-        # For whoever loads weights.
+        # Read by the checkpointer.
         self.relies_on_weights = freeze_statistics or freeze_at > 0
         self.train()
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) -> by name (N, C, H / stride, W / stride)."""
+        """Return {name: (N, C, H / stride, W / stride)} from (N, 3, H, W)."""
         maps = self.net(image)
         if self.channels_come_last:
             maps = [x.permute(0, 3, 1, 2).contiguous() for x in maps]
         return dict(zip(self._out_features, maps, strict=True))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        """Checkpoints of version 0.2.0 hold weights of modules that are left out: ignore them."""
-        for key in [x for x in state_dict if x.removeprefix(prefix).startswith(self._left_out)]:
+        """Ignore weights of removed modules, which checkpoints of version 0.2.0 contain."""
+        for key in [x for x in state_dict if x.removeprefix(prefix).startswith(self._removed)]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -122,7 +121,7 @@ class TimmBackbone(Backbone):
         return max(self._out_feature_strides.values())
 
     def train(self, mode: bool = True) -> "TimmBackbone":
-        """Batch norms that keep their statistics stay in evaluation: all, or those not trained."""
+        """Keep batch norms with frozen statistics in evaluation mode: all, or the frozen ones."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, _BatchNorm) and (
@@ -133,23 +132,19 @@ class TimmBackbone(Backbone):
 
 
 def pixels_of(name: str) -> tuple[str, list[float], list[float]]:
-    """INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD as the weights of a model want them.
-
-    Raises:
-        ValueError: as :class:`TimmBackbone`.
-    """
-    known = _require(name).get_pretrained_cfg(name)
-    if known is None:
+    """Return INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD of a model's weights."""
+    config = _require(name).get_pretrained_cfg(name)
+    if config is None:
         raise UserError(
-            f"timm does not say what pixels {name} wants: set MODEL.TIMM.PIXELS False, and "
+            f"timm has no pixel mean and std of {name}: set MODEL.TIMM.PIXELS False, and "
             "INPUT.FORMAT, MODEL.PIXEL_MEAN and MODEL.PIXEL_STD"
         )
-    mean, std = ([255 * x for x in values] for values in (known.mean, known.std))
+    mean, std = ([255 * x for x in values] for values in (config.mean, config.std))
     return "RGB", mean, std
 
 
 def _require(name: str) -> Any:
-    """timm, if it is there and has the model."""
+    """Return the module timm, after checking that it has the model."""
     try:
         import timm
     except ImportError as error:
@@ -160,7 +155,7 @@ def _require(name: str) -> Any:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise UserError(f"MODEL.TIMM.NAME is {name!r}, which timm does not know{hint}")
+        raise UserError(f"unknown MODEL.TIMM.NAME {name!r}: timm has no such model{hint}")
     try:
         timm.get_pretrained_cfg(name)
     except RuntimeError as error:
@@ -176,15 +171,15 @@ def _create(name: str, **options: Any) -> Any:
         try:
             return timm.create_model(name, features_only=True, **any_size, **options)
         except TypeError as error:
-            refusal = error
+            type_error = error
         except (AttributeError, RuntimeError) as error:
-            raise UserError(f"{name} of timm gives no feature maps: {error}") from error
-    raise refusal
+            raise UserError(f"{name} of timm has no feature maps: {error}") from error
+    raise type_error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """timm warns of weights that a backbone has no use for: those of the classifier."""
+    """Suppress timm's warnings about the classifier's weights."""
     logger = logging.getLogger("timm")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -195,23 +190,21 @@ def _quiet() -> Iterator[None]:
 
 
 def _make_trial(name: str, indices: Sequence[int]) -> Any:
-    """A model that computes shapes and what depends on what, but no numbers."""
+    """Return the model on the device "meta", which computes shapes and gradients only."""
     with torch.device("meta"):
         return _create(name, out_indices=list(indices)).eval()
 
 
 # Both take a second for some models, and a command builds its model more than once.
 @cache
-def _needed(name: str, indices: tuple[int, ...], strides: tuple[int, ...]) -> frozenset[str]:
-    """As :func:`_try`, of a model of timm."""
+def _find_used(name: str, indices: tuple[int, ...], strides: tuple[int, ...]) -> frozenset[str]:
     return frozenset(_try(_make_trial(name, indices), name, strides))
 
 
 @cache
-def _left_out(name: str, indices: tuple[int, ...], strides: tuple[int, ...]) -> tuple[str, ...]:
-    """As :func:`_leave_out`, of a model of timm."""
-    trial = _make_trial(name, indices)
-    return tuple(_leave_out(trial, _needed(name, indices, strides), name, strides))
+def _find_removable(name: str, indices: tuple[int, ...], strides: tuple[int, ...]) -> list[str]:
+    used = _find_used(name, indices, strides)
+    return _prune(_make_trial(name, indices), used, name, strides)
 
 
 def _try(
@@ -220,11 +213,10 @@ def _try(
     strides: Sequence[int],
     sizes: Sequence[tuple[int, int]] = TRIAL_SIZES,
 ) -> set[str]:
-    """Names of the parameters that the maps depend on, whatever the family calls its stages.
+    """Return the names of the parameters that the maps depend on, found by backpropagation.
 
     Raises:
-        ValueError: where images of some size are not taken, or their maps not of the sizes that
-            the strides say.
+        UserError: if an image size is refused, or a map does not have its stride.
     """
     with torch.device("meta"), torch.enable_grad():
         for height, width in sizes:
@@ -232,16 +224,16 @@ def _try(
                 maps = trial(torch.empty(1, 3, height, width))
             except (AssertionError, IndexError, RuntimeError, ValueError) as error:
                 raise UserError(
-                    f"{name} does not take images of any size, such as {height} x {width}: "
+                    f"{name} does not accept all image sizes, such as {height} x {width}: "
                     f"{str(error).partition(chr(10))[0]}"
                 ) from error
             axes = (1, 2) if _channels_come_last(trial) else (2, 3)
-            found = [tuple(x.shape[axis] for axis in axes) for x in maps]
-            wanted = [(height // stride, width // stride) for stride in strides]
-            if found != wanted:
+            map_sizes = [tuple(x.shape[axis] for axis in axes) for x in maps]
+            expected = [(height // stride, width // stride) for stride in strides]
+            if map_sizes != expected:
                 raise UserError(
-                    f"of an image of {height} x {width}, {name} makes maps of {found}, where "
-                    f"strides {list(strides)} mean {wanted}"
+                    f"the feature maps of {name} for an image of {height} x {width} must be "
+                    f"{expected} at strides {list(strides)}, got {map_sizes}"
                 )
         names, parameters = zip(*trial.named_parameters(), strict=True)
         total = torch.stack([x.sum() for x in maps]).sum()
@@ -249,41 +241,35 @@ def _try(
     return {n for n, gradient in zip(names, gradients, strict=True) if gradient is not None}
 
 
-def _leave_out(trial: nn.Module, needed: Set[str], name: str, strides: Sequence[int]) -> list[str]:
-    """Replaces modules on which no map depends, in place.
-
-    Args:
-        needed: names of the parameters that the maps depend on.
-
-    Returns:
-        their paths; the model runs with ``nn.Identity`` in their places.
-    """
-    left_out = []
-    # From the last: one that feeds another has to fit it.
-    for path in reversed([*_without(needed, trial)]):
+def _prune(trial: nn.Module, used: Set[str], name: str, strides: Sequence[int]) -> list[str]:
+    """Replace modules that no map depends on, in place, and return their paths. The model runs with
+    ``nn.Identity`` in their places. ``used`` names the parameters that the maps depend on."""
+    removed = []
+    # From the last, because an earlier module may feed a later one and must fit it.
+    for path in reversed([*_unused_modules(used, trial)]):
         module = trial.get_submodule(path)
-        # Elementwise like nn.Identity, but with a parameter, which shows whether a map depends on
-        # what comes out.
+        # Elementwise like nn.Identity, but with a parameter, whose gradient shows whether a map
+        # depends on the module's output.
         trial.set_submodule(path, nn.PReLU(device="meta"))
         try:
-            depends = _try(trial, name, strides, TRIAL_SIZES[:1]) != needed
-        except Exception:  # The code around it expects more than a module that takes a tensor.
+            depends = _try(trial, name, strides, TRIAL_SIZES[:1]) != used
+        except Exception:  # The code around it needs more than a module that takes a tensor.
             depends = True
         if depends:
             trial.set_submodule(path, module)
         else:
-            left_out.append(path)
-    return left_out
+            removed.append(path)
+    return removed
 
 
-def _without(names: Set[str], module: nn.Module, path: str = "") -> Iterator[str]:
-    """Paths of the largest modules that have parameters, but none of these."""
+def _unused_modules(used: Set[str], module: nn.Module, path: str = "") -> Iterator[str]:
+    """Yield the paths of the largest modules with parameters of which none is used."""
     parameters = {name for name, _ in module.named_parameters(prefix=path)}
-    if parameters and names.isdisjoint(parameters):
+    if parameters and used.isdisjoint(parameters):
         yield path
     elif parameters:
         for name, child in module.named_children():
-            yield from _without(names, child, f"{path}.{name}" if path else name)
+            yield from _unused_modules(used, child, f"{path}.{name}" if path else name)
 
 
 def _channels_come_last(net: Any) -> bool:

@@ -1,5 +1,5 @@
-"""TOOD's head (arXiv 2108.07755, section 3.1): one stack of convolutions for both tasks, of whose
-layers each task takes its own mixture, and what both say is corrected once they have said it."""
+"""TOOD's head (arXiv 2108.07755, section 3.1): one stack of convolutions for both tasks, a mixture
+of its layers for each task, and an alignment of both predictions."""
 
 import math
 from collections.abc import Sequence
@@ -14,22 +14,19 @@ from ..errors import UserError, WrongValue, check_choice, check_range
 from ..structures import HeadOutput
 from .box_coding import BoxCode, BoxDeltas, Corners, LogDistances, PointDistances
 from .deform_conv import deform_conv
-from .head import NORMS, Scale, flatten_levels, initialise, make_tower, norm_and_relu, through
+from .head import NORMS, Scale, flatten_levels, initialise, make_tower, norm_and_relu, run_tower
 from .level_copies import PerLevel, for_levels
 
 POINT = PointDistances()
 
 
 class TaskDecomposition(nn.Module):
-    """The features of a task: layers of the stack weighted by attention, mixed into one.
+    """Features of a task: layers of the stack, weighted by attention and mixed by a convolution.
 
-    Args:
-        channels: of a layer.
-        num_layers: of the stack.
-        num_levels, norm, bias: as of :func:`~atss.modeling.head.make_tower`.
+    Arguments are as for :func:`~atss.modeling.head.make_tower`; the stack has ``num_layers``.
     """
 
-    # By which the hidden layer of the attention is narrower than a layer of the stack.
+    # Width of a layer of the stack over that of the attention's hidden layer.
     REDUCTION = 8
 
     def __init__(self, channels: int, num_layers: int, num_levels: int, norm: str, bias: bool):
@@ -42,38 +39,35 @@ class TaskDecomposition(nn.Module):
         self.after = nn.Sequential(*norm_and_relu(channels, num_levels, norm))
 
     def forward(self, stack: Tensor, mean: Tensor, level: int) -> Tensor:
-        """
+        """Return (N, C, H, W) features.
+
         Args:
             stack: (N, layers * C, H, W).
-            mean: (N, layers * C, 1, 1) of it over the map.
-        Returns:
-            (N, C, H, W).
+            mean: (N, layers * C, 1, 1), of the stack over the map.
         """
         attention = self.attention(mean).sigmoid()
         n, layers = attention.shape[:2]
-        # Weights of the convolution are fewer than features.
+        # The weights are scaled instead of the features, which are more.
         weight = self.mixture.weight.view(1, -1, layers, stack.shape[1] // layers)
         weight = (weight * attention.view(n, 1, layers, 1)).flatten(2)
         mixed = torch.bmm(weight.to(stack.dtype), stack.flatten(2)).unflatten(2, stack.shape[2:])
         if self.mixture.bias is not None:
             mixed = mixed + self.mixture.bias.to(mixed.dtype).view(-1, 1, 1)
-        return through(self.after, mixed, level)
+        return run_tower(self.after, mixed, level)
 
 
 def geometric_mean(a: Tensor, b: Tensor) -> Tensor:
-    """sqrt(sigmoid(a) * sigmoid(b)) of logits, with slopes that stay finite where it is near 0."""
+    """Return sqrt(sigmoid(a) * sigmoid(b)) of logits, with finite gradients near 0."""
     return ((F.logsigmoid(a) + F.logsigmoid(b)) / 2).exp()
 
 
 def sample_sides(boxes: Tensor, offsets: Tensor) -> Tensor:
-    """Each side of a box from near its location, between pixels of the map bilinearly; the box as
-    it was where sides then cross.
+    """Sample each side of (N, 4, H, W) boxes at an offset, bilinearly. Boxes with crossing sides
+    stay as they are.
 
     Args:
-        boxes: (N, 4, H, W), corners that lie where they lie: not relative to the location.
+        boxes: corners, not relative to the location.
         offsets: (N, 8, H, W) (y, x) for each side, in pixels of the map.
-    Returns:
-        (N, 4, H, W).
     """
     geometry = (1, 1), (0, 0), (1, 1)
     moved = deform_conv(boxes, offsets, boxes.new_ones(4, 1, 1, 1), None, *geometry, None)
@@ -82,30 +76,23 @@ def sample_sides(boxes: Tensor, offsets: Tensor) -> Tensor:
 
 
 class TOODHead(nn.Module):
-    """Class probabilities, and corners in strides (``corners``).
+    """Head that predicts class probabilities and corners (:class:`~.box_coding.Corners`).
+
+    Arguments and attributes that are not listed are as for :class:`~atss.modeling.ATSSHead`.
 
     Args:
-        in_channels: channels of every level.
-        num_levels: L.
-        num_classes: K.
-        anchor_generator: of one anchor per location, to which the inner code refers.
-        code: that reads its numbers.
-        inner: how boxes are predicted before they are corrected.
-        exponential: what the box predictor says are logarithms of distances, which only an inner
-            code of distances reads.
+        anchor_generator: one anchor per location, for the inner box code.
+        inner: box code of the boxes before the alignment.
+        exponential: whether the box predictor predicts logarithms of the distances of ``inner``.
         num_convs: convolutions of the stack.
-        num_deform: how many of them, from the first on, are deformable: version 2, four groups of
-            channels.
-        norm, tower_bias, prior_prob: as of :class:`~atss.modeling.ATSSHead`.
-
-    Attributes:
-        class_layers: as of :class:`~atss.modeling.ATSSHead`.
+        num_deform: how many of them, from the first, are deformable (version 2, four groups of
+            channels).
 
     Raises:
-        ValueError: for several anchors per location, or a code that does not read corners.
+        UserError: for several anchors per location, or box codes that do not fit.
     """
 
-    # Of a distance in strides.
+    # Stops exp() from overflowing; logarithm of a distance in strides.
     MAX_LOG = math.log(1 << 13)
 
     def __init__(
@@ -130,27 +117,24 @@ class TOODHead(nn.Module):
         check_range("prior_prob", prior_prob, 1e-9, 1 - 1e-9)
         check_choice("norm", norm, NORMS)
         if anchor_generator.num_anchors[0] > 1:
-            raise UserError("its anchors are one for each location")
-        if not isinstance(code, Corners | None):
-            raise UserError("its boxes are corners: set MODEL.ATSS.REGRESSION corners")
-        if inner.channels != 4 or isinstance(inner, Corners):
-            raise WrongValue("inner", f"is no {type(inner).__name__}: 'point' or 'box'")
-        if exponential and isinstance(inner, BoxDeltas | LogDistances):
-            raise WrongValue(
-                "exponential",
-                f"True is for distances, and {type(inner).__name__} are not: set it to False",
-            )
+            raise UserError("it takes one anchor per location (ANCHOR_SCALES, ANCHOR_RATIOS)")
+        if code is not None and code.form != Corners.form:
+            raise UserError("it predicts corners: set MODEL.ATSS.REGRESSION corners")
+        if inner.channels != 4 or inner.form == Corners.form:
+            raise WrongValue("inner", f"cannot be {type(inner).__name__}: choose 'point' or 'box'")
+        if exponential and inner.form in (BoxDeltas.form, LogDistances.form):
+            raise WrongValue("exponential", f"must be False with {type(inner).__name__}, got True")
         self.num_classes, self.inner, self.exponential = num_classes, inner, exponential
         self.anchor_generator = anchor_generator
         self.class_layers = {"cls_score": 1}
-        block = (in_channels, num_levels, 1, norm, tower_bias)
-        task = (in_channels, num_convs, num_levels, norm, tower_bias)
+        layer = (in_channels, num_levels, 1, norm, tower_bias)
         self.stack = nn.ModuleList(
-            make_tower(*block, {0: "v2"} if i < num_deform else None, deform_groups=4)
+            make_tower(*layer, {0: "v2"} if i < num_deform else None, deform_groups=4)
             for i in range(num_convs)
         )
         self.cls_decomposition, self.bbox_decomposition = (
-            TaskDecomposition(*task) for _ in range(2)
+            TaskDecomposition(in_channels, num_convs, num_levels, norm, tower_bias)
+            for _ in range(2)
         )
         self.cls_score = nn.Conv2d(in_channels, num_classes, 3, padding=1)
         self.bbox_pred = nn.Conv2d(in_channels, 4, 3, padding=1)
@@ -164,7 +148,7 @@ class TOODHead(nn.Module):
             for out in (1, 8)
         )
         initialise(self, prior_prob, self.cls_score, self.cls_alignment[-1])
-        # Attention is even at first, and sides stay where they are.
+        # Attention starts nearly even, offsets nearly 0.
         for module in (
             *self.cls_decomposition.attention.modules(),
             *self.bbox_decomposition.attention.modules(),
@@ -174,30 +158,31 @@ class TOODHead(nn.Module):
                 nn.init.normal_(module.weight, std=0.001)
 
     def forward(self, features: Sequence[Tensor]) -> HeadOutput:
-        """L feature maps (N, C, H_l, W_l) -> predictions for all R anchors."""
+        """Return the predictions for all R anchors, from L feature maps (N, C, H_l, W_l)."""
         mixtures = self.cls_decomposition.mixture, self.bbox_decomposition.mixture
         precise = (self.bbox_pred, self.bbox_alignment[-1], *mixtures)
         copies = for_levels(len(features), self, precise=precise)
-        found = [copies[level][0]._of_level(x, level) for level, x in enumerate(features)]
-        classes, numbers, offsets = zip(*found, strict=True)
+        predicted = [copies[level][0]._predict(x, level) for level, x in enumerate(features)]
+        classes, regressions, offsets = zip(*predicted, strict=True)
         with torch.autocast(features[0].device.type, enabled=False):
             anchors = self.anchor_generator.grid(features)
-            boxes = self.inner.decode(flatten_levels(numbers, 4), anchors.boxes, anchors.stride)
-            of_levels = (boxes / anchors.stride[:, None]).split(anchors.per_level, dim=1)
+            box_regression = flatten_levels(regressions, 4)
+            boxes = self.inner.decode(box_regression, anchors.boxes, anchors.stride)
+            per_level = (boxes / anchors.stride[:, None]).split(anchors.per_level, dim=1)
             corners = [
                 sample_sides(x.transpose(1, 2).unflatten(2, offset.shape[2:]), offset)
-                for x, offset in zip(of_levels, offsets, strict=True)
+                for x, offset in zip(per_level, offsets, strict=True)
             ]
         return HeadOutput(
             flatten_levels(classes, self.num_classes), flatten_levels(corners, 4), None, True
         )
 
-    def _of_level(self, x: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Class probabilities (N, K, H, W), numbers of the inner code (N, 4, H, W), and offsets of
-        the sides (N, 8, H, W), all in float32."""
+    def _predict(self, x: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return class probabilities (N, K, H, W), box regression of the inner code (N, 4, H, W)
+        and offsets of the sides (N, 8, H, W), all in float32."""
         layers = []
-        for block in self.stack:
-            x = through(cast(nn.Sequential, block), x, level)
+        for layer in self.stack:
+            x = run_tower(cast(nn.Sequential, layer), x, level)
             layers.append(x)
         stack = torch.cat(layers, dim=1)
         mean = stack.mean(dim=(2, 3), keepdim=True)
@@ -208,9 +193,8 @@ class TOODHead(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             dtype = self.bbox_pred.weight.dtype
             probabilities = geometric_mean(logits.to(dtype), alignment.to(dtype))
-            said = self.bbox_pred(box_feature.to(dtype))
-            # Stops exp() from overflowing.
-            said = said.clamp(max=self.MAX_LOG).exp() if self.exponential else said
-            numbers = self.scales[level](said)
+            sides = self.bbox_pred(box_feature.to(dtype))
+            sides = sides.clamp(max=self.MAX_LOG).exp() if self.exponential else sides
+            box_regression = self.scales[level](sides)
             offsets = self.bbox_alignment[-1](offset_feature.to(dtype))
-        return probabilities, numbers, offsets
+        return probabilities, box_regression, offsets

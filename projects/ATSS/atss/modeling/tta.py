@@ -1,4 +1,4 @@
-"""Multi-scale testing as published: 26 views of an image, filtered by size, merged by voting."""
+"""Multi-scale testing as published: 26 views of an image, filtered by size and merged by voting."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,21 +15,16 @@ from .suppression import ScoredBoxes
 
 
 class ATSSWithTTA(nn.Module):
-    """A detector that looks at several resized and mirrored views of each image.
+    """Test-time augmentation: merged detections of resized and mirrored views of each image.
 
-    Each view goes through the whole detector by itself, its own suppression included, so that
-    memory is that of the largest view. Of a view only boxes within its range of sizes count, small
-    ones on large views and the reverse.
+    The detector, with its suppression, runs on one view at a time, to limit memory.
 
     Args:
-        model: in evaluation mode.
-        plain: (short side, longest side) of the view that everything counts of.
-        sizes: (short side, longest side, least and greatest size) of the others: only boxes whose
-            area lies between the squares of the latter two, in pixels of the view, count.
-        flip: whether each view is mirrored too.
-        merge: a suppression.
-        max_detections: kept per image.
-        input_format: of the model, "BGR" or "RGB".
+        plain: (short side, longest side) of the view that contributes boxes of all sizes.
+        sizes: (short side, longest side, low, high) of the other views, which contribute boxes
+            with an area between low^2 and high^2, in pixels of the view.
+        flip: whether each view is also mirrored.
+        merge: a suppression of :mod:`.suppression`.
     """
 
     def __init__(
@@ -53,16 +48,16 @@ class ATSSWithTTA(nn.Module):
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """Detectron2's model format. An image is read from its "file_name", or else taken as it is;
-        detections are in the frame of "height" and "width", or of the image."""
-        return [{"instances": self._one(example)} for example in batched_inputs]
+        """Return detections in Detectron2's model format, of the file "file_name" or, without it,
+        of "image"."""
+        return [{"instances": self._merge_views(example)} for example in batched_inputs]
 
-    def _one(self, example: dict) -> Instances:
+    def _merge_views(self, example: dict) -> Instances:
         if "file_name" in example:
             image = read_image(example["file_name"], self.input_format)
         else:
             image = example["image"].permute(1, 2, 0).cpu().numpy()
-        views = [self._view(image, *view, flip) for view in self.views for flip in self.flips]
+        views = [self._detect(image, *view, flip) for view in self.views for flip in self.flips]
         boxes, scores, classes = (torch.cat(x) for x in zip(*views, strict=True))
         boxes, scores, classes = self.merge(boxes, scores, classes, self.max_detections)
         height, width = image.shape[:2]
@@ -76,10 +71,9 @@ class ATSSWithTTA(nn.Module):
             merged, example.get("height", height), example.get("width", width)
         )
 
-    def _view(
-        self, image: np.ndarray, short: int, longest: int, least: float, greatest: float, flip: bool
+    def _detect(
+        self, image: np.ndarray, short: int, longest: int, low: float, high: float, flip: bool
     ) -> ScoredBoxes:
-        """What the model finds on one view, in pixels of the image."""
         resize = T.ResizeShortestEdge([short, short], longest).get_transform(image)
         view = resize.apply_image(image)
         if flip:
@@ -88,12 +82,13 @@ class ATSSWithTTA(nn.Module):
         tensor = torch.as_tensor(np.ascontiguousarray(view.transpose(2, 0, 1)))
         if tensor.dtype == torch.float64:  # as Detectron2 reads YUV
             tensor = tensor.float()
-        found = self.model([{"image": tensor, "height": height, "width": width}])[0]["instances"]
-        boxes = found.pred_boxes.tensor
+        (output,) = self.model([{"image": tensor, "height": height, "width": width}])
+        detections = output["instances"]
+        boxes = detections.pred_boxes.tensor
         size = area(boxes) * (view_height / height) * (view_width / width)
-        counts = (size > least**2) & (size < greatest**2)
-        boxes = boxes[counts]
+        in_range = (size > low**2) & (size < high**2)
+        boxes = boxes[in_range]
         if flip:
             x1, y1, x2, y2 = boxes.unbind(1)
             boxes = torch.stack([width - x2, y1, width - x1, y2], dim=1)
-        return ScoredBoxes(boxes, found.scores[counts], found.pred_classes[counts])
+        return ScoredBoxes(boxes, detections.scores[in_range], detections.pred_classes[in_range])

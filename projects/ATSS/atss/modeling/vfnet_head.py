@@ -1,5 +1,5 @@
-"""VarifocalNet's head (arXiv 2008.13367, section 3.2): a first box, features at nine points of it,
-and from these the classes and a finer box."""
+"""VarifocalNet's head (arXiv 2008.13367, section 3.2): a coarse box, features at nine points of it,
+and from these features the classes and a fine box."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,22 +12,23 @@ from ..errors import UserError, check_choice, check_range
 from ..structures import HeadOutput
 from .box_coding import BoxCode, LogDistances
 from .deform_conv import DeformConv
-from .head import NORMS, Scale, flatten_levels, initialise, make_tower, through
+from .head import NORMS, Scale, flatten_levels, initialise, make_tower, run_tower
 from .level_copies import PerLevel, for_levels
 
 
 def star_offsets(distances: Tensor) -> Tensor:
-    """Where the taps of a 3 x 3 convolution go so that they lie on the location, the four corners
-    of its box, and its sides straight above, below and beside the location.
+    """Return offsets that move the taps of a 3 x 3 convolution to the location, the four corners of
+    its box, and the points of its sides straight above, below and beside the location.
 
     Args:
-        distances: (N, 4, H, W) to the left, top, right and bottom side, in pixels of the map.
+        distances: (N, 4, H, W) to left, top, right and bottom, in pixels of the map.
+
     Returns:
-        (N, 18, H, W) (y, x) of each tap, from where it lies in a plain convolution.
+        (N, 18, H, W): (y, x) of each tap.
     """
     left, top, right, bottom = distances.unbind(1)
-    here = torch.zeros_like(left)
-    columns, rows = (-left, here, right), (-top, here, bottom)
+    zero = torch.zeros_like(left)
+    columns, rows = (-left, zero, right), (-top, zero, bottom)
     points = [
         value
         for i, y in enumerate(rows)
@@ -38,26 +39,21 @@ def star_offsets(distances: Tensor) -> Tensor:
 
 
 class VFNetHead(nn.Module):
-    """Two outputs, for branches to read: "coarse", without classes, and "fine". Numbers are
-    logarithms of the distances in pixels from the anchor's centre to the sides (``log_point``).
+    """Head with two outputs for branches: "coarse", without classes, and "fine". The box regression
+    is logarithms of distances (:class:`~.box_coding.LogDistances`).
+
+    Arguments and attributes that are not listed are as for :class:`~atss.modeling.ATSSHead`.
 
     Args:
-        in_channels: channels of every level.
         input_shape: of each level, for its stride.
-        num_classes: K.
-        code: that reads its numbers.
-        num_convs: convolutions per tower; the one that the first box is predicted from is another.
-        norm, tower_bias, prior_prob: as of :class:`~atss.modeling.ATSSHead`.
-        deform: version of the deformable convolution that is the last of each tower; "" for none.
-        reach: strides to a side of the first box at initialisation.
-        through_points: how much of the gradient of the nine points goes to the first box.
-
-    Attributes:
-        class_layers: as of :class:`~atss.modeling.ATSSHead`.
+        num_convs: convolutions per tower, without the additional one of the coarse box.
+        deform: version of the last convolution of each tower, "v1" or "v2"; "": not deformable.
+        initial_distance: from the location to each side of the coarse box at initialisation, in
+            strides.
+        through_points: share of the gradient of the nine points that reaches the coarse box.
 
     Raises:
-        ValueError: for a code that does not read such logarithms, or towers of nothing that are to
-            be deformable.
+        UserError: for another code than logarithms of distances.
     """
 
     def __init__(
@@ -72,24 +68,23 @@ class VFNetHead(nn.Module):
         tower_bias: bool = True,
         prior_prob: float = 0.01,
         deform: str = "",
-        reach: float = 8.0,
+        initial_distance: float = 8.0,
         through_points: float = 0.1,
     ):
         super().__init__()
         check_range("num_convs", num_convs, 0)
         check_range("prior_prob", prior_prob, 1e-9, 1 - 1e-9)
-        check_range("reach", reach, 1e-3, 1e3)
+        check_range("initial_distance", initial_distance, 1e-3, 1e3)
         check_range("through_points", through_points, 0, 1)
         check_choice("norm", norm, NORMS)
         check_choice("deform", deform, ("v1", "v2", ""))
-        if not isinstance(code, LogDistances | None):
-            raise UserError(
-                "its boxes are logarithms of distances: set MODEL.ATSS.REGRESSION log_point"
-            )
+        if code is not None and code.form != LogDistances.form:
+            raise UserError("it predicts log distances: set MODEL.ATSS.REGRESSION log_point")
         if deform and not num_convs:
-            raise UserError("a tower without convolutions has none to be deformable")
+            raise UserError("MODEL.ATSS.DEFORM_TOWER needs a tower of at least one convolution")
         self.strides: list[int] = [x.stride for x in input_shape]  # type: ignore[misc]
-        self.num_classes, self.reach, self.through_points = num_classes, reach, through_points
+        self.num_classes, self.through_points = num_classes, through_points
+        self.initial_distance = initial_distance
         self.class_layers = {"cls_score": 1}
         levels = len(self.strides)
         tower = (in_channels, levels, num_convs, norm, tower_bias)
@@ -109,33 +104,33 @@ class VFNetHead(nn.Module):
         initialise(self, prior_prob, self.cls_score)
 
     def forward(self, features: Sequence[Tensor]) -> Mapping[str, HeadOutput]:
-        """L feature maps (N, C, H_l, W_l) -> predictions for all R anchors, by name."""
+        """Return the outputs by name for all R anchors, from L feature maps (N, C, H_l, W_l)."""
         copies = for_levels(len(features), self, precise=(self.bbox_pred, self.refine_pred))
-        found = [copies[level][0]._of_level(x, level) for level, x in enumerate(features)]
-        coarse, fine, classes = zip(*found, strict=True)
-        first = HeadOutput(None, flatten_levels(coarse, 4), None)
-        second = HeadOutput(
-            flatten_levels(classes, self.num_classes), flatten_levels(fine, 4), None
-        )
-        return {"coarse": first, "fine": second}
+        predicted = [copies[level][0]._predict(x, level) for level, x in enumerate(features)]
+        coarse, fine, classes = zip(*predicted, strict=True)
+        logits = flatten_levels(classes, self.num_classes)
+        return {
+            "coarse": HeadOutput(None, flatten_levels(coarse, 4), None),
+            "fine": HeadOutput(logits, flatten_levels(fine, 4), None),
+        }
 
-    def _of_level(self, x: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
-        """First and finer logarithms (N, 4, H, W), and class logits (N, K, H, W)."""
-        cls_feature = through(self.cls_subnet, x, level)
-        box_feature = through(self.bbox_subnet, x, level)
+    def _predict(self, x: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return coarse and fine box regression (N, 4, H, W) and class logits (N, K, H, W)."""
+        cls_feature = run_tower(self.cls_subnet, x, level)
+        box_feature = run_tower(self.bbox_subnet, x, level)
         stride = self.strides[level]
-        first = self._precise(self.bbox_pred, through(self.bbox_conv, box_feature, level))
-        coarse = self.scales[level](first) + math.log(self.reach * stride)
+        first = self._in_float32(self.bbox_pred, run_tower(self.bbox_conv, box_feature, level))
+        coarse = self.scales[level](first) + math.log(self.initial_distance * stride)
         distances = coarse.clamp(max=LogDistances.MAX_LOG).exp() / stride
         share = self.through_points
         offsets = star_offsets((1 - share) * distances.detach() + share * distances)
-        change = self._precise(self.refine_pred, self.refine_conv(box_feature, offsets).relu())
+        change = self._in_float32(self.refine_pred, self.refine_conv(box_feature, offsets).relu())
         fine = self.refine_scales[level](change) + coarse.detach()
         classes = self.cls_score(self.cls_conv(cls_feature, offsets).relu())
         return coarse, fine, classes
 
     @staticmethod
-    def _precise(predictor: nn.Conv2d, x: Tensor) -> Tensor:
-        """In float32: what bfloat16 leaves of a logarithm moves a side by whole pixels."""
+    def _in_float32(predictor: nn.Conv2d, x: Tensor) -> Tensor:
+        """Predict without autocast: a logarithm in bfloat16 moves a side by whole pixels."""
         with torch.autocast(x.device.type, enabled=False):
             return predictor(x.to(predictor.weight.dtype))

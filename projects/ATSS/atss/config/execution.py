@@ -1,0 +1,86 @@
+"""How a model is executed: device, precision, compilation, images at a time."""
+
+import logging
+
+import torch
+from detectron2.config import CfgNode
+
+from ..errors import UserError, check_choice, check_range
+from ..modeling import ATSSDetector
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+
+
+def use_available_device(cfg: CfgNode) -> bool:
+    """Set MODEL.DEVICE to "cpu" if it is a GPU and none is available; return whether it was."""
+    absent = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    if absent:
+        cfg.MODEL.DEVICE = "cpu"
+    return absent
+
+
+def one_image_at_a_time(cfg: CfgNode) -> CfgNode:
+    """Return a copy for models that accept one image, as with test-time augmentation."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.ATSS.IMS_PER_BATCH_TEST = 1
+    return cfg
+
+
+def images_per_test_batch(cfg: CfgNode) -> int:
+    """Return the number of images that each process evaluates at a time."""
+    check_range("MODEL.ATSS.IMS_PER_BATCH_TEST", cfg.MODEL.ATSS.IMS_PER_BATCH_TEST, 1)
+    return cfg.MODEL.ATSS.IMS_PER_BATCH_TEST
+
+
+def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
+    """Return the dtype of MODEL.ATSS.PRECISION on MODEL.DEVICE; None for float32 without autocast.
+
+    Raises:
+        UserError: for an unknown name, or fp16 on a CPU.
+    """
+    precision, on_gpu = cfg.MODEL.ATSS.PRECISION, cfg.MODEL.DEVICE.startswith("cuda")
+    if precision == "auto":
+        return torch.bfloat16 if _fast_at_bf16(on_gpu) else None
+    if precision == "fp16" and not on_gpu:
+        raise UserError("MODEL.ATSS.PRECISION fp16 needs a GPU; on a CPU use bf16, fp32 or auto")
+    check_choice("MODEL.ATSS.PRECISION", precision, ("auto", *DTYPES))
+    return DTYPES[precision]
+
+
+def _fast_at_bf16(on_gpu: bool) -> bool:
+    if on_gpu:
+        return torch.cuda.get_device_capability() >= (8, 0)
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(flag, False) for flag in ("amx_bf16", "avx512_bf16"))
+
+
+def compiled_parts(cfg: CfgNode) -> str | None:
+    """Return MODEL.ATSS.COMPILE: "tail", "all" or None."""
+    value = cfg.MODEL.ATSS.COMPILE
+    if isinstance(value, bool):  # in configs up to 0.2
+        return "all" if value else None
+    check_choice("MODEL.ATSS.COMPILE", value, (None, "tail", "all"))
+    return value
+
+
+def compile_in_place(model: ATSSDetector, parts: str) -> None:
+    """Compile parts of a model with torch.compile, when they are first called. Names of parameters
+    do not change. If torch.compile fails, for example without a C++ compiler, log a warning.
+
+    Args:
+        parts: "tail" (decoding, assignment, criterion) or "all" (backbone and heads too).
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=model.device))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        logging.getLogger(__name__).warning(
+            "MODEL.ATSS.COMPILE: torch.compile failed, running uncompiled: %s", reason
+        )
+        return
+    model.compile_tail = True
+    if parts == "all":
+        own_heads = [x.head for x in model.branches.values() if x.head is not None]
+        for module in (model.backbone, model.head, *own_heads):
+            module.compile()

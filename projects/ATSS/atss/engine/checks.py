@@ -1,0 +1,198 @@
+"""Checks of the data, the config and the processes of a run, before it starts."""
+
+import argparse
+import math
+import os
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..data import datasets
+from ..errors import UserError
+from .best import best_metric, check_metric, known_metrics
+from .environment import check_host, is_started, local_size, shares_agent_store, world_size
+from .evaluation import check_metadata
+
+# Limits of Detectron2's keys: least and greatest value.
+TRAINING_LIMITS = {
+    "INPUT.AUGMENT_UNTIL": (0, 1),
+    "INPUT.COLOR_JITTER": (0, 1),
+    "INPUT.MIN_SIZE_TRAIN": (1, math.inf),
+    "INPUT.MAX_SIZE_TRAIN": (1, math.inf),
+    "INPUT.MOSAIC": (0, 1),
+    "INPUT.SCALE_JITTER_SIZE": (32, math.inf),
+    "SOLVER.BACKBONE_LR_FACTOR": (0, math.inf),
+    "SOLVER.BASE_LR": (0, math.inf),
+    "SOLVER.CHECKPOINT_PERIOD": (1, math.inf),
+    "SOLVER.COLLECTIVE_TIMEOUT": (0.1, math.inf),
+    "SOLVER.EMA_DECAY": (0, 0.999999),
+    "SOLVER.IMS_PER_BATCH": (1, math.inf),
+    "SOLVER.MAX_ITER": (1, math.inf),
+    "SOLVER.MIN_ITER": (0, math.inf),
+    "TEST.EVAL_PERIOD": (0, math.inf),
+    "TEST.PATIENCE": (0, math.inf),
+}
+
+
+def check_data(cfg: CfgNode, training: bool, images: bool = True) -> None:
+    """Check the data sets and, if ``images``, that their images exist.
+
+    Raises:
+        UserError: naming the data set, an image or the key.
+    """
+    used = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if training else cfg.DATASETS.TEST
+    for name in used:
+        if name not in DatasetCatalog:
+            raise UserError(
+                f"DATASETS names {name!r}, which neither Detectron2 nor --register has registered"
+            )
+        annotations = MetadataCatalog.get(name).get("json_file")
+        if annotations and "://" not in annotations and not os.path.exists(annotations):
+            key = "TRAIN" if training and name in cfg.DATASETS.TRAIN else "TEST"
+            raise UserError(
+                f"DATASETS.{key} names {name}, whose annotations {annotations} do not exist"
+            )
+    if (training and not cfg.DATASETS.TRAIN) or not used:
+        raise UserError(f"DATASETS.{'TRAIN' if training else 'TEST'} names no data set")
+    for name in cfg.DATASETS.TEST:
+        check_metadata(name)
+    if training:
+        datasets.refuse_unannotated(cfg.DATASETS.TRAIN)
+        if images:
+            filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+            datasets.refuse_missing_images(cfg.DATASETS.TRAIN, filter_empty)
+    if images:
+        datasets.refuse_missing_images(cfg.DATASETS.TEST)
+
+
+def check_config(cfg: CfgNode, training: bool, given: Collection[str] = ()) -> None:
+    """Check keys whose errors would show late, or not at all.
+
+    Args:
+        given: keys of the command line.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if training:
+        jitter = cfg.INPUT.SCALE_JITTER
+        if jitter and not (len(jitter) == 2 and 0 < jitter[0] <= jitter[1]):
+            raise UserError(
+                "INPUT.SCALE_JITTER must be two factors, such as [0.5, 2.0], or empty, got "
+                f"{jitter}"
+            )
+        profile = cfg.SOLVER.PROFILE
+        if profile and not (len(profile) == 2 and 0 <= profile[0] <= profile[1]):
+            raise UserError(
+                "SOLVER.PROFILE must be [first, last] iteration, such as [10, 12], or empty, got "
+                f"{profile}"
+            )
+        check_best(cfg, given)
+    check_expected(cfg, training)
+
+
+def check_best(cfg: CfgNode, given: Collection[str] = ()) -> None:
+    """Check that training has the evaluations that TEST.PATIENCE and TEST.BEST_METRIC need. A
+    PATIENCE that is not ``given`` may have no effect.
+
+    Raises:
+        UserError: naming the key.
+    """
+    check_metric(cfg)
+    if best_metric(cfg):
+        return
+    names = cfg.DATASETS.TEST
+    if names and not any(map(datasets.has_objects, names)):
+        for key, value in (("PATIENCE", cfg.TEST.PATIENCE), ("BEST_METRIC", cfg.TEST.BEST_METRIC)):
+            if value and f"TEST.{key}" in given:
+                sets = f"DATASETS.TEST: {', '.join(names)} has none"
+                raise UserError(f"TEST.{key} {value} needs objects in {sets}")
+    elif cfg.TEST.PATIENCE and (names or "TEST.PATIENCE" in given):
+        raise UserError(
+            f"TEST.PATIENCE {cfg.TEST.PATIENCE} ends training by its evaluations: it needs "
+            "TEST.EVAL_PERIOD, TEST.BEST_METRIC and DATASETS.TEST"
+        )
+
+
+def check_expected(cfg: CfgNode, training: bool) -> None:
+    """Check that the last evaluation gives TEST.EXPECTED_RESULTS.
+
+    Raises:
+        UserError: naming an entry of another form, task or metric.
+    """
+    expected, names = cfg.TEST.EXPECTED_RESULTS, cfg.DATASETS.TEST
+    if expected and len(names) != 1:
+        raise UserError(
+            f"TEST.EXPECTED_RESULTS needs one data set in DATASETS.TEST, got {len(names)}"
+        )
+    tasks = {"bbox", "bbox_EMA" if training and cfg.SOLVER.EMA_DECAY else "bbox"}
+    if not training and cfg.TEST.AUG.ENABLED:
+        tasks.add("bbox_TTA")
+    for entry in expected:
+        metrics = [x.rpartition("/")[2] for x in known_metrics(names[0])]
+        if not (
+            isinstance(entry, list | tuple)
+            and len(entry) == 4
+            and entry[0] in tasks
+            and (entry[1] in metrics or str(entry[1]).startswith("AP-"))
+            and all(isinstance(x, int | float) for x in entry[2:])
+        ):
+            raise UserError(
+                "TEST.EXPECTED_RESULTS takes [task, metric, value, tolerance] with a task of "
+                f"{sorted(tasks)} and a metric of {metrics}, got {entry}"
+            )
+
+
+def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Check the processes of a run. Set ``args.resume`` if torchrun has restarted this one.
+
+    Raises:
+        UserError: naming the option or variable.
+    """
+    for option in ("num_gpus", "num_machines"):
+        if getattr(args, option) < 1:
+            name = option.replace("_", "-")
+            raise UserError(f"--{name} must be >= 1, got {getattr(args, option)}")
+    count, images = world_size(args), cfg.SOLVER.IMS_PER_BATCH
+    if is_started() and args.num_gpus * args.num_machines > 1:
+        raise UserError("torchrun has started the processes: leave out --num-gpus, --num-machines")
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise UserError(
+            f"--num-machines {args.num_machines} needs --dist-url, such as tcp://10.0.0.1:29400: "
+            "the address of the first machine and a free port there"
+        )
+    if count > 1 and args.dist_url.startswith("tcp://"):
+        check_host("--dist-url", urlsplit(args.dist_url).hostname or "")
+    if not args.eval_only and not cfg.SOLVER.REFERENCE_WORLD_SIZE and images % count:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH must be divisible by {count}, the number of processes, got "
+            f"{images}"
+        )
+    on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
+    local = local_size(args)
+    gpus = torch.cuda.device_count() if on_gpu else local
+    # A scheduler may show each of its processes only one GPU.
+    if local > gpus and not (gpus == 1 and is_started()):
+        raise UserError(f"{local} processes on a machine with {gpus} GPUs")
+    if not (on_gpu or is_started()) and count > 1 and torch.cuda.is_available():
+        raise UserError("--num-gpus uses GPUs: for processes with MODEL.DEVICE cpu use torchrun")
+
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not args.eval_only:
+        args.resume = True
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    exported = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
+    if restarts and is_started() and count > local and shares_agent_store() and not exported:
+        raise UserError(
+            "torchrun's restarts on several machines need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, "
+            "exported before torchrun on each machine, and --rdzv-backend c10d: otherwise machines "
+            "with different restart counts wait for each other forever (docs/clusters.md)"
+        )
+    may_restart = restarts and not args.eval_only
+    if may_restart and not args.resume and os.path.exists(f"{cfg.OUTPUT_DIR}/last_checkpoint"):
+        raise UserError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR} already contains a run, from which a restart would "
+            "continue: pass --resume or choose another folder"
+        )

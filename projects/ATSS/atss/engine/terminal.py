@@ -1,0 +1,52 @@
+"""The terminal's share of the logs; log.txt has all of them."""
+
+import logging
+import sys
+
+from .explain import explain
+
+LOGS = ("detectron2", "fvcore", "atss")
+
+
+def hide_explained_tracebacks(output_dir: str) -> None:
+    """Hide tracebacks of errors that :func:`explain` explains, after the logs are set up."""
+
+    def is_printed(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return error is None or explain(error, output_dir) is None
+
+    for name in LOGS:
+        for handler in logging.getLogger(name).handlers:
+            if _is_terminal(handler):
+                handler.addFilter(is_printed)
+
+
+class _Abridged(logging.Formatter):
+    """Formatter that shortens records of more than PAGE lines, except results and errors."""
+
+    PAGE = 20
+
+    def __init__(self, whole: logging.Formatter):
+        super().__init__()
+        self.whole = whole
+
+    def format(self, record: logging.LogRecord) -> str:
+        lines = self.whole.format(record).splitlines()
+        is_result = record.name.startswith("detectron2.evaluation")
+        if len(lines) <= self.PAGE or is_result or record.levelno >= logging.ERROR:
+            return "\n".join(lines)
+        shown = 10 if record.levelno >= logging.WARNING else 1
+        return "\n".join([*lines[:shown], f"({len(lines) - shown} more lines: log.txt)"])
+
+
+def abridge_terminal() -> None:
+    """Shorten long records (environment, config, model), after the logs are set up."""
+    for name in LOGS:
+        for handler in logging.getLogger(name).handlers:
+            formatter = handler.formatter
+            if _is_terminal(handler) and formatter and not isinstance(formatter, _Abridged):
+                handler.setFormatter(_Abridged(formatter))
+
+
+def _is_terminal(handler: logging.Handler) -> bool:
+    return getattr(handler, "stream", None) is sys.stdout

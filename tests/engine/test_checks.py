@@ -1,0 +1,182 @@
+"""Checks of processes before they start."""
+
+import re
+
+import pytest
+import torch
+from conftest import make_cfg
+
+from atss.engine.checks import check_processes
+from atss.engine.environment import is_started
+from atss.engine.run import make_parser
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """torchrun(KEY=value): the environment of one of its two processes."""
+
+    def set_environment(**more):
+        environment = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}
+        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 1} | more
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+
+    return set_environment
+
+
+def arguments(*argv):
+    return make_parser().parse_args(argv)
+
+
+def test_batch_must_be_divisible_by_processes(torchrun):
+    cfg = make_cfg("SOLVER.IMS_PER_BATCH", 3)
+    check_processes(arguments(), cfg)
+    with pytest.raises(ValueError, match="must be divisible by 2, the number of processes, got 3"):
+        check_processes(arguments("--num-gpus", "2"), cfg)
+    torchrun()
+    with pytest.raises(ValueError, match="must be divisible by 2, the number of processes, got 3"):
+        check_processes(arguments(), cfg)
+    check_processes(arguments("--eval-only"), cfg)
+
+
+def test_torchrun_and_launch_do_not_mix(torchrun):
+    torchrun()
+    with pytest.raises(ValueError, match="leave out --num-gpus"):
+        check_processes(arguments("--num-gpus", "2"), make_cfg())
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="2 processes on a machine with 1 GPUs"):
+        check_processes(arguments("--num-gpus", "2"), make_cfg("MODEL.DEVICE", "cuda"))
+
+
+def test_num_gpus_needs_torchrun_on_the_cpu_of_a_gpu_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=r"MODEL.DEVICE cpu use torchrun"):
+        check_processes(arguments("--num-gpus", "2"), make_cfg())
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"])
+def test_missing_variable_of_a_group_is_refused(torchrun, monkeypatch, name):
+    torchrun()
+    monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match=rf"RANK.* are set, but not {name}: ") as error:
+        check_processes(arguments(), make_cfg())
+    assert "\n" not in str(error.value)
+
+
+def test_master_addr_alone_starts_no_group(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert not is_started()
+
+
+def test_several_machines_need_dist_url():
+    """On one machine a free port is found."""
+    with pytest.raises(ValueError, match="--num-machines 2 needs --dist-url, such as tcp://"):
+        check_processes(arguments("--num-machines", "2"), make_cfg())
+    check_processes(arguments("--num-machines", "2", "--dist-url", "tcp://127.0.0.1:1"), make_cfg())
+
+
+@pytest.mark.parametrize("option", ["--num-gpus", "--num-machines"])
+def test_number_of_processes_must_be_positive(option):
+    with pytest.raises(ValueError, match=f"^{option} must be >= 1, got 0$"):
+        check_processes(arguments(option, "0"), make_cfg())
+
+
+EXPORTED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+
+def test_restarts_on_several_machines_need_their_own_store(torchrun, monkeypatch):
+    torchrun(TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_USE_AGENT_STORE="True", WORLD_SIZE=4)
+    with pytest.raises(ValueError, match="need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, exported"):
+        check_processes(arguments(), make_cfg())
+    for more in ({"TORCHELASTIC_USE_AGENT_STORE": "False"}, {EXPORTED: 1}):  # static rendezvous
+        torchrun(TORCHELASTIC_MAX_RESTARTS=3, WORLD_SIZE=4, **more)
+        check_processes(arguments(), make_cfg())
+    monkeypatch.delenv(EXPORTED)
+    torchrun(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_MAX_RESTARTS=3)  # one machine
+    check_processes(arguments(), make_cfg())
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"RANK": 2}, "RANK must be between 0 and 1, got 2 (WORLD_SIZE is 2, LOCAL_WORLD_SIZE 2)"),
+        ({"RANK": "abc"}, "RANK must be a whole number, got 'abc'"),
+        ({"RANK": -1}, "RANK must be a whole number, got '-1'"),
+        (
+            {"LOCAL_WORLD_SIZE": 0},
+            "LOCAL_WORLD_SIZE must be between 1 and 2, got 0 (WORLD_SIZE is 2, LOCAL",
+        ),
+        (
+            {"LOCAL_WORLD_SIZE": 3},
+            "LOCAL_WORLD_SIZE must be between 1 and 2, got 3 (WORLD_SIZE is 2, LOCAL",
+        ),
+        (
+            {"LOCAL_RANK": 2},
+            "LOCAL_RANK must be between 0 and 1, got 2 (WORLD_SIZE is 2, LOCAL_WORLD",
+        ),
+        (
+            {"WORLD_SIZE": 0},
+            "WORLD_SIZE must be between 1 and inf, got 0 (WORLD_SIZE is 0, LOCAL_WORLD",
+        ),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT must be a whole number, got 'abc'"),
+        (
+            {"MASTER_PORT": 70000},
+            "MASTER_PORT must be between 1 and 65535, got 70000 (WORLD_SIZE is 2",
+        ),
+        (
+            {"MASTER_ADDR": "no.such.host.invalid"},
+            "MASTER_ADDR 'no.such.host.invalid' has no address: ",
+        ),
+        ({"LOCAL_RANK": 1}, "RANK 0 has LOCAL_RANK 1 of LOCAL_WORLD_SIZE 2: machines must start "),
+        ({"WORLD_SIZE": 3}, "RANK 0 has LOCAL_RANK 0 of LOCAL_WORLD_SIZE 2: machines must start "),
+    ],
+)
+def test_impossible_variables_are_named(torchrun, variables, sentence):
+    torchrun(**variables)
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}"):
+        check_processes(arguments(), make_cfg())
+
+
+def test_unknown_host_of_dist_url_is_named():
+    address = ("--num-gpus", "2", "--dist-url", "tcp://no.such.host.invalid:1")
+    with pytest.raises(ValueError, match=r"^--dist-url 'no.such.host.invalid' has no address"):
+        check_processes(arguments(*address), make_cfg())
+
+
+def test_scheduler_may_show_each_process_one_gpu(torchrun, monkeypatch):
+    """For example SLURM with --gpus-per-task=1."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    torchrun()
+    check_processes(arguments(), make_cfg("MODEL.DEVICE", "cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    torchrun(WORLD_SIZE=3, LOCAL_WORLD_SIZE=3)
+    with pytest.raises(ValueError, match="3 processes on a machine with 2 GPUs"):
+        check_processes(arguments(), make_cfg("MODEL.DEVICE", "cuda", "SOLVER.IMS_PER_BATCH", 3))
+
+
+def test_restart_resumes(torchrun, tmp_path):
+    cfg = make_cfg("OUTPUT_DIR", str(tmp_path))
+    args = arguments()
+    torchrun(TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_RESTART_COUNT=0)
+    check_processes(args, cfg)
+    assert not args.resume
+    torchrun(TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_RESTART_COUNT=1)
+    check_processes(args, cfg)
+    assert args.resume
+    evaluation = arguments("--eval-only")  # evaluates MODEL.WEIGHTS, not the last checkpoint
+    check_processes(evaluation, cfg)
+    assert not evaluation.resume
+
+
+def test_restarts_need_a_new_folder_or_resume(torchrun, tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    cfg = make_cfg("OUTPUT_DIR", str(tmp_path))
+    torchrun(TORCHELASTIC_MAX_RESTARTS=3, TORCHELASTIC_RESTART_COUNT=0)
+    with pytest.raises(ValueError, match=f"{tmp_path} already contains a run, .*: pass --resume"):
+        check_processes(arguments(), cfg)
+    check_processes(arguments("--resume"), cfg)
+    torchrun(TORCHELASTIC_MAX_RESTARTS=0)
+    check_processes(arguments(), cfg)

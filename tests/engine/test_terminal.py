@@ -1,0 +1,49 @@
+"""The terminal's share of the logs."""
+
+import io
+import logging
+import sys
+
+from atss.engine.terminal import abridge_terminal, hide_explained_tracebacks
+from atss.errors import UserError
+
+
+def test_terminal_has_tracebacks_of_bugs_only(tmp_path, capsys):
+    log, handler = logging.getLogger("detectron2"), logging.StreamHandler(sys.stdout)
+    log.addHandler(handler)
+    hide_explained_tracebacks(str(tmp_path))
+
+    def logged(error) -> str:
+        log.error("Exception during training:", exc_info=error)
+        return capsys.readouterr().out
+
+    try:
+        assert "too many values" in logged(ValueError("too many values to unpack"))
+        assert logged(UserError("SOLVER.MAX_ITER must be >= 1, got 0")) == ""
+    finally:
+        log.removeHandler(handler)
+
+
+def test_terminal_shortens_long_records(monkeypatch):
+    log, out = logging.getLogger("atss"), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    terminal, file = logging.StreamHandler(out), logging.StreamHandler(io.StringIO())
+    for handler in (terminal, file):
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+    whole = "\n".join(map(str, range(30)))
+    try:
+        for _ in range(2):
+            abridge_terminal()
+        log.setLevel(logging.INFO)
+        log.info(whole)
+        log.warning(whole)
+        log.error(whole)
+        log.info("short\nenough")
+    finally:
+        for handler in (terminal, file):
+            log.removeHandler(handler)
+    first = "\n".join(map(str, range(10)))
+    of_info, of_warning = "0\n(29 more lines: log.txt)", f"{first}\n(20 more lines: log.txt)"
+    assert out.getvalue() == f"{of_info}\n{of_warning}\n{whole}\nshort\nenough\n"
+    assert file.stream.getvalue() == f"{whole}\n" * 3 + "short\nenough\n"

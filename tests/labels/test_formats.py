@@ -1,0 +1,37 @@
+"""Detection of the format, and the imports of the readers."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from atss.labels.formats import read_labels, sources
+
+# Imports every module of labels/ in a package "atss" without its __init__.py, which imports torch.
+IMPORT_ALL = """
+import importlib, pkgutil, sys, types
+sys.modules |= {"torch": None, "torchvision": None, "detectron2": None, "fvcore": None}
+atss = sys.modules["atss"] = types.ModuleType("atss")
+atss.__path__ = [sys.argv[1]]
+for module in pkgutil.iter_modules([sys.argv[1] + "/labels"]):
+    importlib.import_module(f"atss.labels.{module.name}")
+    print(module.name)
+"""
+
+
+def test_labels_import_neither_torch_nor_detectron2():
+    package = ROOT / "projects" / "ATSS" / "atss"
+    command = [sys.executable, "-c", IMPORT_ALL, str(package)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    modules = {path.stem for path in (package / "labels").glob("*.py")} - {"__init__"}
+    assert set(result.stdout.split()) == modules
+
+
+def test_a_folder_with_two_formats_is_refused(tmp_path):
+    for name in ("classes.txt", "a.xml", "b.txt", "b.png"):
+        (tmp_path / name).touch()
+    for read in (read_labels, sources):
+        with pytest.raises(ValueError, match=r"labels of two formats, .* such as b\.txt: put each"):
+            read(str(tmp_path), ".")

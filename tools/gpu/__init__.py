@@ -1,1 +1,0 @@
-"""What tools/check_gpu.py checks."""
