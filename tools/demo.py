@@ -9,15 +9,19 @@ import argparse
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
-from atss.analysis.pictures import annotate, targets
+from tqdm import tqdm
+
+from atss.data.images import read_image
 from atss.engine.run import import_modules
 from atss.engine.watch import EXIT_INTERRUPTED
 from atss.errors import UserError, check_range, check_writable
-from atss.labels.folders import SUFFIXES
 from atss.predictor import Predictor
+from atss_runner.annotate import annotate, targets
 from atss_runner.media import find_media
+from atss_runner.suffixes import SUFFIXES
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -62,7 +66,11 @@ def main(argv: list[str] | None = None) -> None:
         check_writable("--output", target, *places.values())
         predictor = Predictor(args.config_file, args.weights, args.opts)
         try:
-            for detections in annotate(predictor, places, args.score_threshold, args.batch):
+            read = partial(read_image, sizes=[predictor.size])
+            options = {"read": read, "progress": tqdm}
+            for detections in annotate(
+                predictor, places, args.score_threshold, args.batch, **options
+            ):
                 records += detections
                 num_images += 1
         finally:  # also after an error or ctrl-C

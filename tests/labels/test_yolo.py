@@ -15,9 +15,9 @@ from PIL import Image
 import atss.engine.run as way_in
 from atss.data.datasets import register
 from atss.engine.evaluation import build_evaluator, build_test_loader
-from atss.labels.folders import SUFFIXES
 from atss.labels.formats import read_labels
 from atss.labels.yolo import read_yolo
+from atss_runner.suffixes import SUFFIXES
 
 WIDTH, HEIGHT = 100, 50
 # The box [40, 15, 20, 10].

@@ -20,10 +20,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from atss.analysis import digits
-from atss.analysis.pictures import image_ids
-from atss.labels.folders import SUFFIXES
 from atss.predictor import Predictor
 from atss_runner import media
+from atss_runner.annotate import image_ids
+from atss_runner.suffixes import SUFFIXES
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,11 @@ _SELECT = "the method select, as docs/own_assigner.md shows, with atss.assigners
 # Old name -> new name. Text after a blank replaces the new name in the warning.
 NAMES = {
     "atss.analysis.files.try_to_write": "atss.errors.check_writable",
-    "atss.analysis.pictures.draw": "atss.analysis.pictures.draw_detections",
+    "atss.analysis.pictures.annotate": "atss_runner.annotate.annotate",
+    "atss.analysis.pictures.as_records": "atss_runner.detections.as_records",
+    "atss.analysis.pictures.draw": "atss_runner.detections.draw_detections",
+    "atss.analysis.pictures.image_ids": "atss_runner.annotate.image_ids",
+    "atss.analysis.pictures.targets": "atss_runner.annotate.targets",
     "atss.assigners.cuts.Cheapest": (
         f"atss.assigners.legacy.Cheapest {_SELECT}.matching.select_cheapest"
     ),

@@ -19,10 +19,11 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from atss_runner.suffixes import SUFFIXES as IMAGE_SUFFIXES
+
 from . import __version__
 from .config import class_ids, class_names
 from .errors import UserError
-from .labels.folders import SUFFIXES as IMAGE_SUFFIXES
 from .modeling import ATSSDetector, suppression
 from .modeling.postprocess import product, root
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, overload
+from typing import Any, TypeAlias, overload
 
 import detectron2.data.transforms as T
 import numpy as np
@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from PIL import Image
 
-from atss_runner.media import draw_boxes
+from atss_runner.detections import Detections, draw_detections
 
 from .checkpoints import SafeCheckpointer
 from .config import (
@@ -35,33 +35,6 @@ from .structures import Predictions
 # Of a training, the best first.
 WEIGHTS = ("model_best.pth", "model_final.pth")
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
-
-
-class Detections(NamedTuple):
-    """Detections on one image, highest score first.
-
-    Attributes:
-        boxes: (M, 4) float32 (x1, y1, x2, y2) in pixels of the image.
-        scores: (M,) float32.
-        classes: (M,) int64, indices into ``Predictor.names``.
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    classes: np.ndarray
-
-    def above(self, threshold: float) -> "Detections":
-        """Return the detections with at least this score."""
-        return Detections(*(x[self.scores >= threshold] for x in self))
-
-
-def draw_detections(image: np.ndarray, found: Detections, names: Sequence[str]) -> np.ndarray:
-    """Return a copy of a BGR image with boxes, class names and scores."""
-    labels = [
-        f"{names[k] if names else k} {score:.0%}"
-        for k, score in zip(found.classes, found.scores, strict=True)
-    ]
-    return draw_boxes(image, found.boxes, found.classes, labels)
 
 
 def find_weights(run: str | Path) -> Path:

@@ -1,18 +1,31 @@
-"""What runs without torch and Detectron2: exported detectors, images, films."""
+"""Detection with an exported file, without torch and Detectron2."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .detector import Detector, FileError, load
-    from .postprocess import Detections
+    from .detections import Detections
+    from .detector import Detector, load
+    from .media import FileError
 
 __all__ = ["Detections", "Detector", "FileError", "load"]
 
 
-def __getattr__(name: str) -> Any:
-    # Pillow and an engine are needed by exported detectors alone, not by media.py.
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import detector, postprocess
+# Name -> module, imported when the name is asked for: media.py needs OpenCV, detector.py Pillow.
+_MODULES = {
+    "Detections": "detections",
+    "Detector": "detector",
+    "FileError": "media",
+    "load": "detector",
+}
+    "Detections": "detections",
+    "Detector": "detector",
+    "FileError": "media",
+    "load": "detector",
+}
 
-    return getattr(postprocess if name == "Detections" else detector, name)
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

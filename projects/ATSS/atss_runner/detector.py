@@ -16,16 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from .media import FileError
 from .postprocess import SUPPRESSIONS, detect
 
 SCHEMA = 1
 # Modes of Pillow with more than 8 bits per channel, which Pillow would cut off at 255.
 HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
-
-
-class FileError(ValueError):
-    """A file that is no detector, or an image that cannot be used."""
 
 
 class Detector:
@@ -76,7 +73,7 @@ class Detector:
         several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
         listed: Sequence[Any] = images if several else [images]  # type: ignore[assignment]
         # Images of one canvas run together; a larger canvas would change their borders.
-        arrays = [_as_rgb(x) for x in listed]
+        arrays = [read_rgb(x) for x in listed]
         groups = defaultdict(list)
         for i, array in enumerate(arrays):
             height, width = self.resized(*array.shape[:2])
@@ -117,7 +114,7 @@ class Detector:
 
     def pixels(self, image: ImageLike) -> np.ndarray:
         """Return the input of the network for one image, (1, 3, H, W)."""
-        array = _as_rgb(image)
+        array = read_rgb(image)
         height, width = self.resized(*array.shape[:2])
         return self._pixels([(array, height, width)], self.canvas(height, width))
 
@@ -207,7 +204,7 @@ def _open_openvino(path: str, threads: int) -> tuple[Any, dict[str, str]]:
     return lambda pixels: list(compiled(pixels).to_tuple()), properties
 
 
-def _as_rgb(image: Any) -> np.ndarray:
+def read_rgb(image: Any) -> np.ndarray:
     """(H, W, 3) uint8 RGB of a path, a PIL image, or an array as of OpenCV."""
     if isinstance(image, str | os.PathLike):
         try:

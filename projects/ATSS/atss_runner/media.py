@@ -25,6 +25,10 @@ FRAMES_PER_SECOND = 25.0  # of a video without a rate
 Item = TypeVar("Item")
 
 
+class FileError(OSError):
+    """A file that cannot be used; the message names it."""
+
+
 def find_media(
     names: Iterable[str | Path], images: Container[str], output: Path
 ) -> tuple[dict[Path, Path], list[str]]:

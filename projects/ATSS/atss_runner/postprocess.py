@@ -4,27 +4,11 @@ Shape letters: R anchors over all levels, K classes, M candidates or detections 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-
-class Detections(NamedTuple):
-    """The detections of one image, best first.
-
-    Attributes:
-        boxes: (M, 4) float32 (x1, y1, x2, y2) in pixels of the image.
-        scores: (M,) float32.
-        classes: (M,) int64, positions in ``Detector.names``.
-    """
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    classes: np.ndarray
-
-    def take(self, index: np.ndarray | slice) -> "Detections":
-        """Select detections by an index or a mask."""
-        return Detections(*(x[index] for x in self))
+from .detections import Detections
 
 
 def candidates(

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from atss_runner.suffixes import SUFFIXES
+
 from ..errors import UserError
 from . import lvis
 from .classes import choose, parse
 from .coco import read_coco
 from .findings import Finding
-from .folders import NAMES_FILES, SUFFIXES, files_below, with_slashes
+from .folders import NAMES_FILES, files_below, with_slashes
 from .voc import FIRST_PIXEL, read_voc
 from .yolo import files_of_yolo, read_yolo
 

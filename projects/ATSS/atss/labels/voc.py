@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from atss_runner.suffixes import SUFFIXES
+
 from ..errors import UserError
 from .findings import Finding
 from .folders import (
     NAMES_FILES,
-    SUFFIXES,
     THREADS,
     Split,
     files_below,

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import yaml
 
+from atss_runner.suffixes import SUFFIXES
+
 from ..errors import UserError
-from .folders import NAMES_FILES, SUFFIXES, files_below, names_of, read_text, with_slashes
+from .folders import NAMES_FILES, files_below, names_of, read_text, with_slashes
 
 # Keys of a data.yaml or obj.data other than splits.
 # fmt: off

@@ -1,0 +1,66 @@
+"""Draw the detections of an exported file on images and videos, and write them as json.
+
+python -m atss_runner model.onnx photos film.mp4 --output out
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from .annotate import annotate, targets
+from .detector import load, read_rgb
+from .media import FileError, find_media
+from .suffixes import SUFFIXES
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m atss_runner",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", help="a file of tools/export.py")
+    add("inputs", nargs="+", metavar="INPUT", help="images, videos, or folders of them")
+    add("--output", type=Path, required=True, help="folder for the results")
+    add("--score-threshold", type=float, default=0.4, help="least score (default: 0.4)")
+    add("--batch", type=int, default=4, help="images at a time (default: 4)")
+    add("--threads", type=int, default=0, help="of the engine (default: all cores)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    records: list[dict] = []
+    num_images = 0
+    try:
+        if args.batch < 1:
+            raise FileError(f"--batch must be >= 1, got {args.batch}")
+        inputs, skipped = find_media(args.inputs, SUFFIXES, args.output)
+        for problem in skipped:
+            print(f"skipped: {problem}", file=sys.stderr)
+        places = targets(inputs, args.output)
+        for place in places.values():
+            place.parent.mkdir(parents=True, exist_ok=True)
+        detector = load(args.model, args.threads)
+        options = (args.score_threshold, args.batch)
+        for detections in annotate(detector, places, *options, read=read_bgr):
+            records += detections
+            num_images += 1
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    if not num_images:
+        sys.exit("error: none of the inputs could be read")
+    (args.output / "detections.json").write_text(json.dumps(records))
+    print(f"{len(records)} detections: pictures and detections.json are in {args.output}")
+
+
+def read_bgr(path: str) -> np.ndarray:
+    return read_rgb(path)[:, :, ::-1]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Detections of one image: filtered, drawn, and as COCO records."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .media import draw_boxes
+
+
+class Detections(NamedTuple):
+    """Detections on one image, highest score first.
+
+    Attributes:
+        boxes: (M, 4) float32 (x1, y1, x2, y2) in pixels of the image.
+        scores: (M,) float32.
+        classes: (M,) int64, indices into the detector's names.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    classes: np.ndarray
+
+    def above(self, threshold: float) -> "Detections":
+        """Return the detections with at least this score."""
+        return self.take(self.scores >= threshold)
+
+    def take(self, index: "np.ndarray | slice") -> "Detections":
+        """Return the detections of an index or a mask."""
+        return Detections(*(x[index] for x in self))
+
+
+def draw_detections(image: np.ndarray, found: Detections, names: Sequence[str]) -> np.ndarray:
+    """Return a copy of a BGR image with boxes, class names and scores."""
+    labels = [
+        f"{names[k] if names else k} {score:.0%}"
+        for k, score in zip(found.classes, found.scores, strict=True)
+    ]
+    return draw_boxes(image, found.boxes, found.classes, labels)
+
+
+def as_records(
+    detections: Detections, ids: Sequence[int], names: Sequence[str], **fields: object
+) -> list:
+    """Return detections in COCO's format of results (``COCO.loadRes``).
+
+    Args:
+        ids: of the classes in the training data; if empty, classes count from 1.
+        names: of the classes; may be empty.
+        fields: further fields of each record.
+    """
+    return [
+        {
+            **fields,
+            "category_id": ids[k] if len(ids) else int(k) + 1,
+            **({"category_name": names[k]} if len(names) else {}),
+            "bbox": [round(float(v), 2) for v in (x1, y1, x2 - x1, y2 - y1)],
+            "score": round(float(score), 4),
+        }
+        for (x1, y1, x2, y2), score, k in zip(*detections, strict=True)
+    ]
