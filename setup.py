@@ -48,7 +48,7 @@ setup(
     entry_points={"console_scripts": ["atss = atss.cli:main"]},
     python_requires=">=3.11,<3.14",
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.7",
         "torchvision",
         "numpy",
         "fvcore>=0.1.5",
@@ -62,6 +62,8 @@ setup(
         ],
         # The site of `make docs`.
         "docs": ["mkdocs-material>=9.6,<10"],
+        # tools/export.py, and running its files.
+        "export": ["onnx", "onnxscript", "onnxruntime"],
         # Evaluation by LVIS's rules.
         "lvis": ["hotcoco"],
         # To be measured beside, by tools/benchmark.py.

@@ -10,14 +10,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Detections", "Detector", "FileError", "load"]
 
-
-# Name -> module, imported when the name is asked for: media.py needs OpenCV, detector.py Pillow.
+# Imported when the name is asked for: media.py needs OpenCV, detector.py Pillow.
 _MODULES = {
-    "Detections": "detections",
-    "Detector": "detector",
-    "FileError": "media",
-    "load": "detector",
-}
     "Detections": "detections",
     "Detector": "detector",
     "FileError": "media",
