@@ -42,7 +42,6 @@ class DDOD(ATSS):
         return Assignment(assign_best(gt, *join(pieces), len(anchors.boxes)))
 
     def aligned(self, batch: AssignmentBatch, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the candidates of (g,) objects: see :meth:`ATSS.candidates`."""
         objects = batch.objects[ids]
         index, valid, boxes = self.nearest(batch.anchors, objects)
         pairs = CandidatePairs(batch, ids.expand_as(index), index)
