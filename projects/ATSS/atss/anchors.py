@@ -94,7 +94,6 @@ class Anchors:
 
     @cached_property
     def per_level(self) -> list[int]:
-        """Number of anchors of each level."""
         return [height * width * self.num_anchors for height, width in self.sizes]
 
     @cached_property

@@ -1,4 +1,4 @@
-"""A picture of what several rules do with one image."""
+"""A picture of the anchors that several rules assign on one image."""
 
 from collections.abc import Sequence
 from pathlib import Path

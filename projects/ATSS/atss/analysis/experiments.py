@@ -165,7 +165,7 @@ def claims(results: dict) -> list[tuple[str, np.ndarray, float]]:
 
 
 def paper_ap(row: str) -> str:
-    """Return the paper's AP from the comment in a row's config, or ""."""
+    """Return the paper's AP from a row's comment, or ""."""
     comment = Path(get_config_file(f"tables/{row}")).read_text().replace("\n# ", " ")
     printed = re.search(r"the paper's AP ([\d.]+\d)", comment)
     return printed.group(1) if printed else ""

@@ -21,7 +21,6 @@ COUNTS, SHAPES = (0, 1, 2, 5, 10, 20, 50, 100), (1, 2, 3, 5, 10)
 
 
 def plot_metrics(metrics_file: Path, target: Path) -> None:
-    """Plot losses and AP over iterations."""
     records = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     names = {"loss_cls": "class", "loss_box_reg": "box"}
@@ -113,7 +112,6 @@ def plot_experiments(
 
 
 def plot_statistics(objects: list[dict], rules: list[str], top: int | None, target: Path) -> None:
-    """Plot positives over size and shape, and candidates' IoUs over size."""
     with_threshold = "mean" in objects[0]
     figure, axes = plt.subplots(
         1, 3 if with_threshold else 2, figsize=(15 if with_threshold else 10, 4.2)

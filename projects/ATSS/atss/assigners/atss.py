@@ -45,7 +45,6 @@ class ATSS(Checked):
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
-        """See :class:`~atss.structures.Assigner`."""
         pieces = (self.candidates(anchors, boxes) for boxes in gt.boxes.split(self.CHUNK))
         return Assignment(assign_best(gt, *join(pieces), len(anchors.boxes)))
 

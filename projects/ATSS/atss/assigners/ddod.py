@@ -33,7 +33,6 @@ class DDOD(ATSS):
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
-        """See :class:`~atss.assigners.Matching`."""
         if predictions is None:
             raise UserError(NO_PREDICTIONS.format("DDOD"))
         batch = AssignmentBatch(anchors, gt, predictions, exact(self.similarity))

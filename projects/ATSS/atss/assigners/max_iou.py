@@ -55,7 +55,6 @@ class MaxIoU(Checked):
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
-        """See :class:`~atss.structures.Assigner`."""
         best, owner, claimant = self.search(anchors, gt)
         gt_index = torch.where(best >= self.positive_from, owner, IGNORE)
         gt_index = gt_index.masked_fill_(best < self.background_below, BACKGROUND)

@@ -18,7 +18,7 @@ class Similarity(Protocol):
     """A similarity of boxes. ATSS and DDOD, which do not search, also accept a function."""
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the (...) similarities of (..., 4) and (..., 4) boxes."""
+        """Return the (...) similarities of (..., 4) boxes."""
         ...
 
     def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,6 @@ class SimD(_Exponential, Checked):
         return similarity_distance(a, b, self.m, self.n)
 
     def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """Use that boxes of one size are the farthest apart."""
         exponent = 2 * self.exponent(similarity)
         scale = torch.stack([exponent / self.m, exponent / self.n], dim=-1)
         return scale, torch.zeros_like(scale[..., :1])

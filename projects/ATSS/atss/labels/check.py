@@ -54,10 +54,12 @@ Match = Callable[[dict, Objects], Fit]
 
 @dataclass(frozen=True)
 class Report:
-    """Attributes:
-    findings: errors first.
-    classes: (name, objects used in training, their images) of each class.
-    fit: None if not checked.
+    """Result of a check.
+
+    Attributes:
+        findings: errors first.
+        classes: (name, objects used in training, their images) of each class.
+        fit: None if not checked.
     """
 
     images: int
@@ -68,7 +70,6 @@ class Report:
 
     @property
     def errors(self) -> int:
-        """Number of kinds of errors."""
         return sum(finding.level == ERROR for finding in self.findings)
 
     def to_dict(self) -> dict:
@@ -162,7 +163,6 @@ def find_in_files(
 def _check_file(
     entry: dict, image_dir: str, sizes: Sequence[tuple[int, int]], deep: bool
 ) -> list[tuple[str, str]]:
-    """Return kind and end of the sentence of each problem."""
     path = os.path.join(image_dir, entry["file_name"])
     try:
         header = read_header(path)
@@ -225,7 +225,6 @@ def _find_in_objects(
 
 
 def format_report(report: Report) -> str:
-    """Format a report for the terminal."""
     lines = [f"{report.images:,} images, {report.annotations:,} annotations"]
     for level in LEVELS:
         findings = [f for f in report.findings if f.level == level]

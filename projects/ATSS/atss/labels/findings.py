@@ -217,16 +217,13 @@ class Finding:
 
     @property
     def level(self) -> str:
-        """The kind's level."""
         return KINDS[self.kind].level
 
     @property
     def title(self) -> str:
-        """The kind's title with the detail."""
         return KINDS[self.kind].title + self.detail
 
     def examples(self, count: int | None = None) -> list[str]:
-        """Return the names of the first ``count`` cases, or all."""
         return [self.place(int(i)) for i in self.positions[:count]]
 
     def sentence(self, count: int = 3) -> str:
@@ -281,7 +278,6 @@ def _value(content: dict, entry: dict, field: str) -> str:
 
 
 def show(value: object) -> str:
-    """Return the repr of a value, shortened."""
     short = reprlib.Repr()
     short.maxlist = short.maxstring = 60  # enough for all key points of a person
     return short.repr(value)

@@ -40,7 +40,6 @@ class Split:
         self.places: Places = defaultdict(list)
 
     def add_image(self, image: Path, size: tuple[int, int]) -> None:
-        """Add an image of (width, height)."""
         entry = {"id": len(self.images) + 1, "file_name": name_in(self.folder, image)}
         self.images.append({**entry, "width": size[0], "height": size[1]})
 
@@ -122,5 +121,4 @@ def name_in(folder: Path, path: Path) -> str:
 
 
 def why(error: Exception) -> str:
-    """Return the reason of an error."""
     return getattr(error, "strerror", None) or str(error)

@@ -19,13 +19,15 @@ HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 @dataclass(frozen=True)
 class Header:
-    """Attributes:
-    format: Pillow's name, such as "JPEG".
-    size: (width, height) after the orientation, as in training.
-    mode: Pillow's.
-    orientation: EXIF's, 1 by default.
-    transparent: whether it has an alpha channel or a transparent colour.
-    complete: whether the file ends with its format's end marker; False if unknown.
+    """Header of an image file.
+
+    Attributes:
+        format: Pillow's name, such as "JPEG".
+        size: (width, height) after the orientation, as in training.
+        mode: Pillow's.
+        orientation: EXIF's, 1 by default.
+        transparent: whether it has an alpha channel or a transparent colour.
+        complete: whether the file ends with its format's end marker; False if unknown.
     """
 
     format: str | None
@@ -151,7 +153,6 @@ def too_thin(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> str:
 
 
 def _shorter_side(size: tuple[int, int], short: int, longest: int) -> int:
-    """Return the shorter side after Detectron2's ResizeShortestEdge."""
     longer = short / min(size) * max(size)
     return int(short * min(longest / longer, 1) + 0.5)
 

@@ -176,7 +176,6 @@ def divide(
 
 
 def part(content: dict, inside: Sequence[bool]) -> dict:
-    """Return a split's images with their objects, and all classes."""
     images = [image for image, chosen in zip(content["images"], inside, strict=True) if chosen]
     ids = {image["id"] for image in images}
     annotations = [a for a in content["annotations"] if a["image_id"] in ids]

@@ -21,12 +21,11 @@ def is_segmentation(value: object) -> bool:
 
 
 def is_polygon(value: object) -> bool:
-    """Return whether a value is a list of at least three points."""
     return isinstance(value, list) and len(value) % 2 == 0 and len(value) >= 6
 
 
 def _are_run_lengths(counts: object = None, size: object = None, **_: object) -> bool:
-    """Whether pycocotools can compress them."""
+    """Return whether pycocotools can compress them."""
     if not (isinstance(size, list) and len(size) == 2 and all(map(is_length, size))):
         return False
     if isinstance(counts, list):

@@ -131,7 +131,6 @@ def _add(
 
 
 def _pair(labels: Mapping[Path, Label], images: Sequence[Path]) -> list[Entry]:
-    """Return every xml with its image, then the other images."""
     by_stem, by_name = defaultdict(list), defaultdict(list)
     for image in images:
         by_stem[_place(image), image.stem].append(image)
@@ -264,7 +263,6 @@ def _listed(list_file: Path, root: Path, entries: list[Entry], result: Split) ->
 
 
 def _stem(name: str) -> str:
-    """Return a name without folders and suffix."""
     path = Path(name)
     return path.stem if path.suffix.lower() in {*SUFFIXES, ".xml"} else path.name
 

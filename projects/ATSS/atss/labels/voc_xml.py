@@ -26,11 +26,13 @@ class Shape(NamedTuple):
 
 
 class Label(NamedTuple):
-    """Attributes:
-    file_name: ``<filename>`` without folders; may be empty.
-    size: (width, height); None if missing or invalid.
-    shapes: the valid objects.
-    problems: other faults, as ends of sentences.
+    """Content of an xml.
+
+    Attributes:
+        file_name: ``<filename>`` without folders; may be empty.
+        size: (width, height); None if missing or invalid.
+        shapes: the valid objects.
+        problems: other faults, as ends of sentences.
     """
 
     file_name: str
@@ -47,7 +49,6 @@ class _WithoutDoctype(ElementTree.TreeBuilder):
 
 
 def read_label(path: Path) -> Label:
-    """Read an xml."""
     try:
         parser = ElementTree.XMLParser(target=_WithoutDoctype())
         root = ElementTree.fromstring(path.read_bytes(), parser)

@@ -46,7 +46,6 @@ def _read_yaml(yaml_file: Path) -> dict:
 
 
 def _read_darknet(data_file: Path) -> dict:
-    """Read lines ``key = value``, and the file of names."""
     lines = [line.partition("=") for line in read_text(data_file).splitlines()]
     config: dict = {key.strip(): value.strip() for key, equals, value in lines if equals}
     if "names" in config:
