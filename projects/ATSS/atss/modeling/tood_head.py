@@ -83,8 +83,8 @@ class TOODHead(nn.Module):
         inner: box code of the boxes before the alignment.
         exponential: whether the box predictor predicts logarithms of the distances of ``inner``.
         num_convs: convolutions of the stack.
-        num_deform: deformable ones among them, from the first (version 2, four groups of
-            channels).
+        num_deform: number of deformable convolutions, the first of the stack (version 2, four
+            groups of channels).
 
     Raises:
         UserError: for several anchors per location, or box codes that do not fit.

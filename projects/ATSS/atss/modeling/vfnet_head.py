@@ -39,9 +39,10 @@ def star_offsets(distances: Tensor) -> Tensor:
 
 
 class VFNetHead(nn.Module):
-    """Head with the outputs "coarse", without classes, and "fine". The box regression is logarithms
-    of distances (:class:`~.box_coding.LogDistances`). Other arguments and attributes are as for
-    :class:`~atss.modeling.ATSSHead`.
+    """Head with the outputs "coarse", without classes, and "fine". The box regression is
+    logarithms of distances (:class:`~.box_coding.LogDistances`).
+
+    Other arguments and attributes are as for :class:`~atss.modeling.ATSSHead`.
 
     Args:
         input_shape: of each level, for its stride.
