@@ -3,8 +3,7 @@
     atss train --data data.yaml --output out
     atss predict out photos
 
-Each command is a tool of ``tools/``, which takes the same options; ``train`` and ``predict`` have
-shorter ones.
+Other commands than ``train`` and ``predict`` take the options of their tool.
 """
 
 import argparse
@@ -77,7 +76,7 @@ def _tool(name: str) -> ModuleType:
 
 
 def split_pairs(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into KEY VALUE pairs of the config, wherever they are, and the rest."""
+    """Split a command line into KEY VALUE pairs, wherever they are, and the rest."""
     nodes = get_cfg()
     pairs: list[str] = []
     rest: list[str] = []
@@ -121,7 +120,7 @@ def make_train_parser() -> argparse.ArgumentParser:
 
 
 def train_arguments(args: argparse.Namespace) -> list[str]:
-    """The options of `tools/train_net.py` for those of :func:`make_train_parser`.
+    """Return the options of `tools/train_net.py`.
 
     Raises:
         UserError: if no training data is named.
@@ -178,7 +177,7 @@ def train(
         the metrics of the last evaluation.
 
     Raises:
-        UserError: naming what is wrong.
+        UserError: if data, config or folder are unusable.
     """
     words = ["--output", str(output), *(["--resume"] * resume)]
     named = {"data": data, "train": train, "val": val, "config": config}
@@ -214,7 +213,7 @@ def make_predict_parser() -> argparse.ArgumentParser:
 
 
 def predict_arguments(args: argparse.Namespace) -> list[str]:
-    """The options of `tools/demo.py` for those of :func:`make_predict_parser`.
+    """Return the options of `tools/demo.py`.
 
     Raises:
         UserError: if RUN has no weights.

@@ -28,7 +28,7 @@ def annotate(
 
     Args:
         places: {input: picture to write}, from :func:`targets`, in folders that exist.
-        threshold: least score of detections.
+        threshold: least score.
 
     Raises:
         OSError: if a picture cannot be written.
@@ -61,8 +61,8 @@ def targets(inputs: Mapping[Path, Path], output: Path) -> dict[Path, Path]:
 
 
 def image_ids(paths: Sequence[Path]) -> dict[Path, int | str]:
-    """Guess the ids of images in a json: the numbers in their names, if all are distinct numbers,
-    as in COCO; else their names, or paths if names repeat."""
+    """Guess image ids from file names: their numbers, if all are distinct, as in COCO; else the
+    names, or paths if names repeat."""
     stems = [path.stem.lstrip("0") or "0" for path in paths]
     if all(x.isascii() and x.isdecimal() for x in stems) and len({*stems}) == len(stems):
         return {path: int(stem) for path, stem in zip(paths, stems, strict=True)}
@@ -73,8 +73,6 @@ def image_ids(paths: Sequence[Path]) -> dict[Path, int | str]:
 def beside_truth(
     predictor: Predictor, records: Sequence[dict], threshold: float
 ) -> tuple[list[np.ndarray], list[list], list[list]]:
-    """Return the first three arguments of :func:`atss.analysis.plots.plot_examples` for records in
-    Detectron2's format."""
     images = [read_image(record["file_name"]) for record in records]
     truth, predicted = [], []
     for record, detections in zip(records, predictor(images), strict=True):
@@ -93,7 +91,7 @@ def as_records(
     Args:
         ids: of the classes in the training data; if empty, classes count from 1.
         names: of the classes; may be empty.
-        fields: further fields of each record.
+        fields: added to each record.
     """
     return [
         {

@@ -1,4 +1,4 @@
-"""The detector and its parts, each in its own file; ``registry`` has those that configs name."""
+"""The detector and its parts; ``registry`` has those that configs name."""
 
 from ..deprecated import renamed_names
 from ..losses import Focal, Matchability, QualityFocal, Varifocal

@@ -31,7 +31,7 @@ def root(probability: Tensor, quality: Tensor) -> Tensor:
 class PostProcessor(Checked):
     """Postprocessing of the head's output to detections of each image.
 
-    Candidates are pairs of anchor and class. Only those that are kept are decoded.
+    Candidates are pairs of anchor and class; boxes are decoded after their selection.
 
     Args:
         score_thresh: lower bound of a candidate's class probability.
@@ -105,7 +105,7 @@ class PostProcessor(Checked):
         return Instances((height, width), **detected.get_fields() | {"pred_boxes": boxes})
 
     def _candidates(self, output: HeadOutput, anchors: Anchors) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (M,) anchor indices, classes and scores of an image's candidates."""
+        """Return (M,) anchor indices, classes and scores of one image."""
         quality = None if output.quality is None else output.quality.sigmoid()
         kept, first = [], 0
         for count in anchors.per_level:

@@ -1,7 +1,7 @@
 """The parts of a detector that a config names, by kind. Rules are in assigners/registry.py.
 
-An argument has a key below its part's group, except those in ``keys``: their keys are shared with
-other parts, or older than the groups.
+Arguments have keys below their part's group. Those in ``keys`` have keys shared with other parts,
+or older than the groups.
 """
 
 from .. import losses
