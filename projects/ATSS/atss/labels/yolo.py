@@ -145,7 +145,7 @@ def _read_lines(
         elif min(numbers) < -FAR or max(numbers) > 1 + FAR:
             places["label_units"].append(f"{name} line {number}, {' '.join(fields[1:])}")
         else:
-            corners = _corners(numbers)
+            corners = _corners(numbers)  # their sides of the image are (w, h, w, h)
             clipped = [min(max(c, 0.0), 1.0) for c in corners]
             beyond = [abs(a - b) for a, b in zip(corners, clipped, strict=True)]
             if any(b * side > BEYOND for b, side in zip(beyond, size * 2, strict=True)):

@@ -199,6 +199,7 @@ class Criterion(nn.Module):
         self, matched: Matched, logits: Tensor, target: Tensor, level_weight: Tensor | int
     ) -> Tensor:
         """Sum the binary cross entropies of the quality branch over the positives."""
+        # Not matched.output.quality, which would copy the classes, too.
         logits = torch.where(matched.positive, logits, 0)
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return self.quality_weight * (loss * matched.positive * level_weight).sum()

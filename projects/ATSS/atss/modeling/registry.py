@@ -15,7 +15,7 @@ from .suppression import NMS, ScoreVote, SoftVote, Vote, keep_all
 from .tood_head import TOODHead
 from .vfnet_head import VFNetHead
 
-# Heads: list of (N, C, H_l, W_l) features -> HeadOutput, or {name: HeadOutput}.
+# Heads
 BOX_CODES = Registry("REGRESSION")
 BOX_CODES.register(box_coding.BoxDeltas, name="box", keys={"weights": "BBOX_REG_WEIGHTS"})
 # fmt: off
@@ -31,6 +31,7 @@ FROM_BOX_CODE = ("code", "box_bias", "box_channels", "bins")
 TOWERS = Registry("TOWER", injected=FROM_SHAPES)
 TOWERS.add(dynamic=DynamicTower)
 
+# List of (N, C, H_l, W_l) features -> HeadOutput, or {name: HeadOutput}.
 HEAD_REGISTRY = Registry(
     "HEAD", injected=("cfg", "input_shape", "anchor_generator", *FROM_SHAPES, *FROM_BOX_CODE)
 )
