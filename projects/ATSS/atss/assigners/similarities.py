@@ -22,8 +22,8 @@ class Similarity(Protocol):
         ...
 
     def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """Bound the distance of two boxes of at least a (...) similarity: along an axis, the centres
-        of boxes with sides a and b are at most scale * (a + b) / 2 + distance apart.
+        """Bound the distance of boxes of at least a (...) similarity: along an axis, the centres of
+        boxes with sides a and b are at most scale * (a + b) / 2 + distance apart.
 
         Returns:
             (..., 2) scale, along x and y; (..., 1) distance.

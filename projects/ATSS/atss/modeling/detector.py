@@ -282,7 +282,7 @@ class ATSSDetector(DenseDetector):
 
 def _compiled_tail(anchors: Anchors, gt: GroundTruth) -> Callable:
     """Return the compiled :func:`compute_quotients`."""
-    # The anchors' properties of functools are computed here. Otherwise torch.compile would make one
+    # Compute the anchors' cached properties (functools') here. Otherwise torch.compile would make a
     # graph for the first step of a canvas, which computes them, and another for the next steps.
     for name, value in vars(Anchors).items():
         if isinstance(value, cached_property):
