@@ -76,8 +76,7 @@ class SimOTA(DynamicMatching):
         return batch.central(ids, self.radius)
 
     def fallbacks(self) -> Sequence[tuple[float, Candidates]]:
-        """Bound the costs: other pairs have the penalty, and those that do not overlap also the
-        highest -ln IoU."""
+        """Bound other pairs' costs by the penalty; without overlap, also by the highest -ln IoU."""
         return (
             (self.PENALTY - self.iou_weight * math.log1p(EPS), Lists.near),
             (self.PENALTY - self.iou_weight * math.log(EPS), Lists.all_pairs),
@@ -119,8 +118,7 @@ class SoftLabel(DynamicMatching):
         return batch.near_centre(ids, self.radius + self.MARGIN)
 
     def fallbacks(self) -> Sequence[tuple[float, Candidates]]:
-        """Bound the costs: other pairs are far, and those that do not overlap have the highest -ln
-        IoU."""
+        """Bound other pairs' costs by their distance; without overlap, by the highest -ln IoU."""
         return (
             (10**self.MARGIN - self.iou_weight * math.log1p(EPS), Lists.near),
             (-self.iou_weight * math.log(EPS), Lists.all_pairs),

@@ -116,8 +116,7 @@ class ATSSDetector(DenseDetector):
         return [{"instances": self._resize_detections(*each)} for each in inputs]
 
     def _canvas_groups(self, batched_inputs: list[dict]) -> list[list[int]]:
-        """Return the indices of images by their padded size: padding an image further, to the
-        largest of a batch, would change its detections."""
+        """Return image indices by padded size: more padding would change an image's detections."""
         step = max(self.backbone.size_divisibility, 1)
         groups = defaultdict(list)
         for i, example in enumerate(batched_inputs):
