@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from .anchors import Anchors
 from .caching import cached_property
-from .deprecated import warn
+from .deprecated import renamed_attribute, warn
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class HeadOutput(NamedTuple):
         return self.box_regression
 
     def at(self, index: int | slice) -> HeadOutput:
-        """Index the batch dimension, which an int drops; without one, index the anchors."""
+        """Index the first dimension: images, which an int drops, or anchors of one image."""
         return self.map(lambda x: x[index])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> HeadOutput:
@@ -233,22 +233,22 @@ class Assigner(Protocol):
 class Matched:
     """All anchors with their predictions and targets: the input of a criterion's terms.
 
-    Values that do not count may be infinite and are replaced: classes of ignored anchors, and
-    box_regression and quality of those that are not positive, by 0; both boxes of these by the
-    anchor.
+    Unused predictions may be infinite, so ``output`` has 0 in place of the classes of ignored
+    anchors, and of box_regression and quality of anchors that are not positive.
 
     Attributes:
         whole_output: of the head, without replacements.
-        counts: (N, R) bool: the anchor is not ignored.
-        boxes: (N, R, 4) decoded.
+        not_ignored: (N, R) bool.
+        boxes: (N, R, 4) decoded; the anchor unless positive.
+        anchors: R anchors.
         target_classes: (N, R) int64 in [0, K).
-        target_boxes: (N, R, 4).
+        target_boxes: (N, R, 4); the anchor unless positive.
         positive: (N, R) bool.
         score: (N, R) float32 of the rule, or None.
     """
 
     whole_output: HeadOutput
-    counts: Tensor
+    not_ignored: Tensor
     boxes: Tensor
     anchors: Anchors
     target_classes: Tensor
@@ -263,8 +263,10 @@ class Matched:
         # torch.where, because 0 * infinity is NaN.
         classes, box_regression, quality, probabilities = self.whole_output
         return HeadOutput(
-            None if classes is None else torch.where(self.counts[..., None], classes, 0),
+            None if classes is None else torch.where(self.not_ignored[..., None], classes, 0),
             torch.where(self.positive[..., None], box_regression, 0),
             None if quality is None else torch.where(self.positive, quality, 0),
             probabilities,
         )
+
+    counts = renamed_attribute("Matched.counts", "Matched.not_ignored")

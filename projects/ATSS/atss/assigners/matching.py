@@ -39,8 +39,8 @@ class Matching(FunctionRule, Checked):
         lists_only: whether the methods need (P,) pairs.
         rank: method: pairs -> (...). None: an anchor that several objects select goes to the
             cheapest of all its pairs, even of an object that did not select it.
-        score: method: pairs -> (...) in [0, 1]; None for no scores. Its pairs are the matches; in a
-            table (N, R) all anchors, of which those without an object do not count.
+        score: method: pairs -> (...) in [0, 1]; None for no scores. Its pairs are the matches; a
+            table (N, R) also has anchors without an object, whose score is not used.
     """
 
     looks_at_predictions: ClassVar[bool] = True
@@ -99,7 +99,7 @@ class Matching(FunctionRule, Checked):
             batch = Tables(*args)
             for pairs in self.tables(batch):
                 cost = self._costs(pairs)
-                self._claim(conflicts, pairs, cost, self.select(pairs, cost))
+                self._enter(conflicts, pairs, cost, self.select(pairs, cost))
         else:
             batch = Lists(*args)
             self._match_lists(batch, conflicts)
@@ -111,8 +111,8 @@ class Matching(FunctionRule, Checked):
         cost = self.cost(pairs)
         return cost.masked_fill(cost.isnan() | ~pairs.possible, torch.inf)
 
-    def _claim(self, conflicts: Conflicts, pairs: Any, cost: Tensor, selected: Tensor) -> None:
-        if self.rank is None:
+    def _enter(self, conflicts: Conflicts, pairs: Any, cost: Tensor, selected: Tensor) -> None:
+        if self.rank is None:  # pairs that are not selected compete, too
             conflicts.claim(pairs, selected)
             conflicts.compete(pairs, -cost)
         else:
@@ -144,14 +144,13 @@ class Matching(FunctionRule, Checked):
             cost = self._costs(pairs)
             selected = self.select(pairs, cost)
             if fallbacks:
-                num_wanted = self.num_wanted(batch)
-                owner = pairs.owner[selected & (cost < bound)]
-                count = torch.zeros_like(num_wanted).scatter_add_(0, owner, torch.ones_like(owner))
-                settled = (count >= num_wanted) | (bound == torch.inf)
+                below = pairs.owner[selected & (cost < bound)]
+                count = torch.bincount(below, minlength=len(batch.gt))
+                settled = (count >= self.num_wanted(batch)) | (bound == torch.inf)
                 ids = ids[~settled[ids]]
                 kept = settled[pairs.owner]
                 pairs, cost, selected = pairs.at(kept), cost[kept], selected[kept]
-            self._claim(conflicts, pairs, cost, selected)
+            self._enter(conflicts, pairs, cost, selected)
             if not len(ids):
                 break
 

@@ -22,7 +22,7 @@ class Similarity(Protocol):
         ...
 
     def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """Bound the distance of boxes of at least (...) similarity: along an axis, the centres of
+        """Bound the distance of boxes of at least a (...) similarity: along an axis, the centres of
         boxes with sides a and b are at most scale * (a + b) / 2 + distance apart.
 
         Returns:
@@ -39,7 +39,7 @@ class IoU:
         return iou(a, b)
 
     def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """Use that the boxes share at least ``similarity`` of the longer and of the mean side."""
+        """Use that boxes share at least ``similarity`` of their mean side along both axes."""
         scale = 1 - similarity.clamp(min=0, max=1)[..., None]
         return scale.expand(*similarity.shape, 2), torch.zeros_like(scale)
 

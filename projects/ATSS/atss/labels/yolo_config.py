@@ -134,7 +134,7 @@ def find_images(config: dict, split: str, folder: Path) -> tuple[list[Path], set
     path = config.get("path") or ""
     if not isinstance(path, str):
         raise UserError(f"'path' must be a folder, got {path!r}")
-    # Relative to the yaml; without `path`, if the images were moved; as YOLO's tools resolve it.
+    # By the config's `path`; beside the config, if the images were moved; as YOLO's tools find it.
     bases = (folder / with_slashes(path, folder), folder, Path.cwd() / path)
     images: set[Path] = set()
     files: set[Path] = set()

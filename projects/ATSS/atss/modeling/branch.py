@@ -75,7 +75,7 @@ class Branch(nn.Module):
         return next(x for x in self.phases if isinstance(x, Phase) and iteration < x.until)
 
     def source(self, name: str) -> Source:
-        """Return the source of the output; ``name`` is the branch's."""
+        """Return the source of the output, given the branch's name."""
         return self.head_of if self.head is None else name, self.output
 
     def own_outputs(self, features: Sequence[Tensor]) -> HeadOutputs:

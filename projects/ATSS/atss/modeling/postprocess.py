@@ -90,10 +90,7 @@ class PostProcessor(Checked):
         candidates = ScoredBoxes(boxes.tensor, scores, classes).take(valid)
         kept = self.suppression(*candidates, self.max_detections)
         return Instances(
-            image_size,
-            pred_boxes=Boxes(kept.boxes),
-            scores=kept.scores,
-            pred_classes=kept.classes,
+            image_size, pred_boxes=Boxes(kept.boxes), scores=kept.scores, pred_classes=kept.classes
         )
 
     def in_original(self, detected: Instances, height: int, width: int) -> Instances:

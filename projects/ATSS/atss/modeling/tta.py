@@ -60,10 +60,7 @@ class ATSSWithTTA(nn.Module):
         boxes, scores, classes = self.merge(boxes, scores, classes, self.max_detections)
         height, width = image.shape[:2]
         merged = Instances(
-            (height, width),
-            pred_boxes=Boxes(boxes),
-            scores=scores,
-            pred_classes=classes,
+            (height, width), pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes
         )
         return detector_postprocess(
             merged, example.get("height", height), example.get("width", width)
