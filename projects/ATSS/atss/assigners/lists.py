@@ -75,8 +75,8 @@ class ListPairs(CandidatePairs):
         return self.batch.highest_similarities(k)[self.row_ids]
 
     def highest_of_object(self, values: Tensor) -> Tensor:
-        """Return (P,): the highest of the (P,) values of each pair's object, or 0."""
-        highest = values.new_zeros(len(self.batch.gt))
+        """Return (P,): the highest of the (P,) values of each pair's object."""
+        highest = values.new_full((len(self.batch.gt),), -torch.inf)
         return highest.scatter_reduce_(0, self.owner, values, "amax")[self.owner]
 
     def kth_highest(self, values: Tensor, k: int) -> Tensor:
