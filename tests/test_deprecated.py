@@ -17,6 +17,7 @@ from atss.assigners.lists import Lists
 from atss.assigners.pairs import class_cost
 from atss.assigners.sim_ota import DynamicMatching
 from atss.losses import cross_entropy
+from atss.structures import Matched
 
 # Results of version 0.2 for each rule of its page: positives, the sum of place * (object + 1), and
 # the sum of scores.
@@ -153,6 +154,9 @@ def test_old_attributes_are_the_new_ones():
         with pytest.warns(DeprecationWarning, match=r"\.reach .* use \w+\.max_distance"):
             bound = similarity.reach(least)
         assert all(torch.equal(*x) for x in zip(bound, similarity.max_distance(least), strict=True))
+    matched = Matched(*range(8))
+    with pytest.warns(DeprecationWarning, match=r"Matched.counts .* use Matched.not_ignored"):
+        assert matched.counts == matched.not_ignored == 1
 
 
 def test_similarity_with_reach_finds_the_same_pairs():

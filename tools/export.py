@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Export a trained detector to one file that runs without torch and Detectron2.
 
-    tools/export.py --config-file out/config.yaml --weights out/model_best.pth --output model.onnx
+    atss export out --output model.onnx                   # or: tools/export.py out --output ...
     python -m atss_runner model.onnx photos --output pictures
 
 The file takes any batch and any size. It is compared with the detector at three other shapes; if
@@ -16,12 +16,12 @@ from pathlib import Path
 from detectron2.modeling import build_model
 
 from atss.analysis.exported import evaluate
-from atss.analysis.files import try_to_write
 from atss.checkpoints import SafeCheckpointer
 from atss.config import class_names, for_inference, load_config
 from atss.engine.run import import_modules
-from atss.errors import UserError
+from atss.errors import UserError, check_writable
 from atss.export import convert_precision, export_onnx
+from atss.predictor import find_weights
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -31,8 +31,8 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--config-file", required=True)
-    add("--weights", required=True)
+    add("run", metavar="RUN", help="folder of a training, or with --weights a config")
+    add("--weights", metavar="FILE", help="default: the best of RUN")
     add("--output", type=Path, required=True, metavar="FILE.onnx")
     add("--precision", choices=PRECISIONS, default="fp32")
     add("--calibrate", metavar="FOLDER", help="with int8: images like those of the application")
@@ -48,13 +48,19 @@ def main(argv: list[str] | None = None) -> None:
     try:
         check(args)
         import_modules(args.imports)
-        try_to_write("--output", args.output)
-        cfg = load_config(args.config_file, opts=[*args.opts, "MODEL.DEVICE", "cpu"])
+        check_writable("--output", args.output)
+        run, weights = Path(args.run), args.weights
+        config = run / "config.yaml" if run.is_dir() else args.run
+        if run.is_dir() and weights is None:
+            weights = str(find_weights(run))
+        if weights is None:
+            raise UserError(f"{args.run} is not the folder of a training: pass it, or --weights")
+        cfg = load_config(config, opts=[*args.opts, "MODEL.DEVICE", "cpu"])
         names = class_names(cfg)
-        cfg.MODEL.WEIGHTS = args.weights
+        cfg.MODEL.WEIGHTS = weights
         cfg = for_inference(cfg)
         model = build_model(cfg).eval()
-        SafeCheckpointer(model, class_names=names, whole=True).load(args.weights)
+        SafeCheckpointer(model, class_names=names, whole=True).load(weights)
         parities = export_onnx(model, cfg, args.output)
         print_parity(parities)
         before = evaluate(args.output, args.evaluate)["AP"] if args.evaluate else None

@@ -1,5 +1,7 @@
 """Rules that need predictions: reference vectors, brute force in float64, and by hand."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import oracle
 import pytest
@@ -16,6 +18,7 @@ from atss.assigners import (
     POTO,
     TAL,
     IoU,
+    Matching,
     SimD,
     SimOTA,
     SoftLabel,
@@ -25,6 +28,7 @@ from atss.assigners.lists import Lists
 from atss.assigners.mixture import mixture
 from atss.assigners.sim_ota import dynamic_k
 from atss.assigners.tables import Tables
+from atss.geometry import nearest_side
 from atss.losses import Focal, QualityFocal, cross_entropy
 from atss.structures import Predictions
 
@@ -568,3 +572,42 @@ def test_refuses_arguments_out_of_range():
     ):
         with pytest.raises(ValueError, match=sentence):
             rule(**{argument: value})
+
+
+@dataclass(frozen=True)
+class Careless(Matching):
+    """Selects all pairs, with costs and ranks of float32 and infinite costs outside the object."""
+
+    def cost(self, pairs):
+        least = -pairs.highest_of_object(-pairs.similarity)
+        cost = torch.where(pairs.inside(), 1 + least, torch.inf)
+        return cost.float()
+
+    def select(self, pairs, cost):
+        return torch.ones_like(cost, dtype=torch.bool)
+
+    def rank(self, pairs):
+        return pairs.similarity.float()
+
+
+def test_pairs_of_infinite_cost_are_never_selected():
+    anchors, gt, scores, boxes = load_case("typical")
+    found = {}
+    for engine in ("lists", "tables"):
+        with use_engine(engine):
+            found[engine] = Careless()(anchors, gt, predict(scores, boxes, True)).gt_index[0]
+    assert torch.equal(found["lists"], found["tables"])
+    positive = found["lists"] >= 0
+    inside = nearest_side(anchors.points[:, None], gt.boxes.double()) > 0
+    assert positive.any()
+    assert inside[positive, found["lists"][positive]].all()
+
+
+def test_rule_without_cost_is_named():
+    @dataclass(frozen=True)
+    class Empty(Matching):
+        pass
+
+    anchors, gt, scores, boxes = load_case("typical")
+    with pytest.raises(NotImplementedError, match="Empty must define the methods cost and select"):
+        Empty()(anchors, gt, predict(scores, boxes, True))

@@ -21,6 +21,7 @@ TOOLS = {
     "demo": ["--config-file", "nowhere", "--weights", "x", "--input", "nowhere", "--output", "out"],
     "digits": ["--data", "."],
     "explore": ["--register", "x=nowhere:nowhere", "--image", "a.png"],
+    "export": ["nowhere", "--output", "x.onnx"],
     "train_net": ["--config-file", "nowhere"],
 }
 # The function that ctrl-C interrupts, for tools that handle it; Python exits with 130 otherwise.

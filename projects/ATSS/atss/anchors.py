@@ -24,8 +24,8 @@ class Anchors:
 
     Attributes:
         boxes: (R, 4) float32.
-        strides: pixels between neighbouring locations of each level.
-        sizes: (height, width) of each level, in locations.
+        strides: pixels between neighbouring locations, by level.
+        sizes: (height, width) in locations, by level.
         offset: position of the first centre, in strides.
         num_anchors: A.
     """
@@ -87,14 +87,13 @@ class Anchors:
         offset: float = 0.5,
         device: torch.device | str | None = None,
     ) -> Anchors:
-        """Generate anchors for a canvas of (height, width) pixels, on FPN's levels of
-        ceil(height / stride) x ceil(width / stride). Other arguments: see :meth:`on_levels`."""
+        """Generate anchors for a canvas of (height, width) pixels, on FPN's levels of ceil(height /
+        stride) x ceil(width / stride), by :meth:`on_levels`."""
         sizes = [tuple(-(-side // stride) for side in canvas_hw) for stride in strides]
         return cls.on_levels(sizes, strides, scales, ratios, offset, device)
 
     @cached_property
     def per_level(self) -> list[int]:
-        """Number of anchors of each level; they sum to R."""
         return [height * width * self.num_anchors for height, width in self.sizes]
 
     @cached_property
@@ -104,7 +103,7 @@ class Anchors:
 
     @cached
     def of_levels(self, values: tuple[float, ...]) -> Tensor:
-        """Return (R,) float32: the value of each anchor's level."""
+        """Return (R,) float32 the value of each anchor's level."""
         levels = zip(self.per_level, values, strict=True)
         # Training cannot use tensors that inference mode has made.
         with torch.inference_mode(False), torch.no_grad():
@@ -125,19 +124,18 @@ class Anchors:
 
     @cached_property
     def sides(self) -> Tensor:
-        """(4, R) float64 boxes: x1 of all, then y1 of all, which is faster to compute with than box
-        after box."""
+        """(4, R) float64 x1 of all boxes, then y1 of all and so on: faster than box after box."""
         return self.boxes.T.to(torch.float64, memory_format=torch.contiguous_format)
 
     def level_of(self, index: Tensor) -> Tensor:
-        """Return the (...) int64 levels of (...) anchors, int64 into R."""
+        """Return the (...) int64 levels of (...) anchor indices."""
         first = self.lattice[:, 3].long() * self.num_anchors
         return torch.searchsorted(first.contiguous(), index, right=True) - 1
 
     @cached_property
     def lattice(self) -> Tensor:
-        """(L, 4) float64: stride, width, height, and the index of the first location among the
-        locations of all levels."""
+        """(L, 4) float64: stride, width, height, and index of the first location over all
+        levels."""
         first, rows = 0, []
         for stride, (height, width) in zip(self.strides, self.sizes, strict=True):
             rows.append((stride, width, height, first))
@@ -152,8 +150,8 @@ _LOCK = Lock()
 
 
 class GridAnchorGenerator(nn.Module):
-    """Generator of anchors on regular grids: Detectron2's interface of anchor generators
-    (``forward``, ``num_anchors``, ``box_dim``), and :meth:`grid`.
+    """Generator of anchors on regular grids, with Detectron2's interface (``forward``,
+    ``num_anchors``, ``box_dim``) and :meth:`grid`.
 
     Args:
         strides, scales, ratios: see :meth:`Anchors.on_levels`.
@@ -207,6 +205,6 @@ class GridAnchorGenerator(nn.Module):
             return self._grids[key]
 
     def forward(self, features: Sequence[Tensor]) -> list[Boxes]:
-        """Return one Boxes per level: a copy, for Detectron2's interface."""
+        """Return a copy of the boxes of each level."""
         anchors = self.grid(features)
         return [Boxes(boxes.clone()) for boxes in anchors.boxes.split(anchors.per_level)]

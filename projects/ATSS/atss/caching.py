@@ -23,7 +23,7 @@ class cached_property:
 
 
 def cached(compute: F) -> F:
-    """Cache a method's values by its arguments, in the ``_cache`` of the object."""
+    """Cache a method's values by arguments, in the object's ``_cache``."""
 
     @wraps(compute)
     def get(instance: Any, *args: Any) -> Any:

@@ -3,8 +3,7 @@
     atss train --data data.yaml --output out
     atss predict out photos
 
-Each command is a tool of ``tools/``, which takes the same options; ``train`` and ``predict`` have
-shorter ones.
+Other commands than ``train`` and ``predict`` take the options of their tool.
 """
 
 import argparse
@@ -28,6 +27,7 @@ RECIPE = "ATSS_lite0_FPN_fine_tune"
 COMMANDS = {
     "train": ("train_net", "train on your images and labels"),
     "predict": ("demo", "draw the detections of a trained detector on images and videos"),
+    "export": ("export", "write a trained detector to one ONNX file"),
     "check": ("check_dataset", "find errors in images and labels"),
     "convert": ("convert_dataset", "join and split data sets, and write them as COCO json"),
     "convert-weights": ("convert_checkpoint", "convert weights from and to mmdet"),
@@ -77,7 +77,7 @@ def _tool(name: str) -> ModuleType:
 
 
 def split_pairs(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into KEY VALUE pairs of the config, wherever they are, and the rest."""
+    """Split a command line into KEY VALUE pairs, wherever they are, and the rest."""
     nodes = get_cfg()
     pairs: list[str] = []
     rest: list[str] = []
@@ -121,7 +121,7 @@ def make_train_parser() -> argparse.ArgumentParser:
 
 
 def train_arguments(args: argparse.Namespace) -> list[str]:
-    """The options of `tools/train_net.py` for those of :func:`make_train_parser`.
+    """Return the options of `tools/train_net.py`.
 
     Raises:
         UserError: if no training data is named.
@@ -178,7 +178,7 @@ def train(
         the metrics of the last evaluation.
 
     Raises:
-        UserError: naming what is wrong.
+        UserError: if data, config or folder are unusable.
     """
     words = ["--output", str(output), *(["--resume"] * resume)]
     named = {"data": data, "train": train, "val": val, "config": config}
@@ -214,7 +214,7 @@ def make_predict_parser() -> argparse.ArgumentParser:
 
 
 def predict_arguments(args: argparse.Namespace) -> list[str]:
-    """The options of `tools/demo.py` for those of :func:`make_predict_parser`.
+    """Return the options of `tools/demo.py`.
 
     Raises:
         UserError: if RUN has no weights.

@@ -1,7 +1,4 @@
-"""Names of older versions, which work until 0.4.0 with a DeprecationWarning.
-
-Classes call :func:`warn` for their old attributes.
-"""
+"""Names of older versions, which work until 0.4.0 with a DeprecationWarning."""
 
 import importlib
 import sys
@@ -122,7 +119,7 @@ def renamed_names(module: str, new_module: str = "") -> Callable[[str], Any]:
     """Make the ``__getattr__`` of a module that names have left.
 
     Args:
-        new_module: the module with the names that are not in NAMES.
+        new_module: has the names that are not in NAMES.
     """
 
     def find(name: str) -> Any:
@@ -140,11 +137,8 @@ def renamed_names(module: str, new_module: str = "") -> Callable[[str], Any]:
 
 
 def renamed_attribute(old: str, new: str) -> property:
-    """Make a property that returns another attribute with a warning.
-
-    Args:
-        old, new: names, which begin with that of the class.
-    """
+    """Make a property that returns another attribute with a warning. Both names begin with the
+    class's."""
 
     def get(instance: Any) -> Any:
         warn(old, new)
@@ -154,7 +148,7 @@ def renamed_attribute(old: str, new: str) -> property:
 
 
 def warn(name: str, instead: str) -> None:
-    """Warn that a name is deprecated, at the line that uses it: two frames above this function."""
+    """Warn at the line that uses a deprecated name: two frames above this function."""
     message = f"{name} is deprecated and goes with version 0.4.0: use {instead}"
     warnings.warn(message, DeprecationWarning, stacklevel=3)
 

@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and checks of arguments that raise them."""
+"""Errors that a user can fix, and checks that raise them."""
 
 import math
 from collections.abc import Sequence
@@ -11,17 +11,15 @@ T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """Error that the user can fix in config, data or command.
-
-    Commands print its message without a traceback; any other error is a bug and keeps it.
-    """
+    """Error that the user can fix in config, data or command. Commands print its message without a
+    traceback; any other error is a bug and keeps it."""
 
 
 class WrongValue(UserError):
     """Error for an argument whose value is not allowed.
 
     Args:
-        argument: its name; :mod:`atss.registry` replaces it by the config key.
+        argument: :mod:`atss.registry` replaces it by the config key.
         complaint: the rest of the message.
     """
 
@@ -34,7 +32,7 @@ def check_range(argument: str, value: Any, low: float, high: float = math.inf) -
     """Check that a number, or each number of a sequence, is between two bounds.
 
     Raises:
-        WrongValue: if a value is out of range or not a number, or the sequence is empty.
+        WrongValue: also if a value is no number, or the sequence is empty.
     """
     values = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     for x in values:
@@ -46,11 +44,7 @@ def check_range(argument: str, value: Any, low: float, high: float = math.inf) -
 
 
 def check_choice(argument: str, value: Any, choices: Sequence[Any]) -> None:
-    """Check that a value is one of several.
-
-    Raises:
-        WrongValue: if it is not.
-    """
+    """Raise WrongValue if a value is not among the choices."""
     if value not in choices:
         raise WrongValue(argument, f"is {value!r}: choose from {[*choices]}")
 
@@ -66,7 +60,7 @@ def arg(
 
 
 class Checked:
-    """Base of dataclasses that checks fields declared with :func:`arg`. An override of
+    """Base of dataclasses that checks fields declared with :func:`arg`. An overriding
     ``__post_init__`` calls that of its base first."""
 
     def __post_init__(self) -> None:
@@ -76,8 +70,7 @@ class Checked:
 
 
 def check_writable(option: str, *files: Path) -> None:
-    """Check that files can be written, before anything is computed: create their folders, and open
-    each file without changing it.
+    """Create the folders of files, and open each file without changing it.
 
     Args:
         option: of the command line that names them.

@@ -208,7 +208,7 @@ def metadata(detector: ATSSDetector, cfg: CfgNode) -> dict[str, Any]:
         "rank_anchors": post.rank_anchors,
         "clip": post.clip,
         "suppression": {"name": name, **arguments},
-        "legacy_pixels": bool(cfg.MODEL.ATSS.LEGACY_PIXELS),
+        "legacy_pixels": detector.box_coder.inference_only,
     }
 
 

@@ -1,25 +1,23 @@
-"""Pure functions of boxes (..., 4) and points (..., 2), whose leading dimensions broadcast.
-
-Boxes are (x1, y1, x2, y2), continuous, in one unit of any length.
-"""
+"""Functions of boxes (x1, y1, x2, y2) and points, (..., 4) and (..., 2), whose leading dimensions
+broadcast. Boxes are continuous, in any one unit."""
 
 import torch
 from torch import Tensor
 
 
 def centres(boxes: Tensor) -> Tensor:
-    """Return the (..., 2) centres (x, y) of boxes."""
+    """Return the (..., 2) centres of boxes."""
     return (boxes[..., :2] + boxes[..., 2:]) / 2
 
 
 def side_distances(points: Tensor, boxes: Tensor) -> Tensor:
-    """Return the (..., 4) distances from points to the left, top, right and bottom sides of boxes;
-    negative beyond that side."""
+    """Return the (..., 4) distances from points to the left, top, right and bottom sides; negative
+    beyond that side."""
     return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], dim=-1)
 
 
 def nearest_side(points: Tensor, boxes: Tensor) -> Tensor:
-    """Return the (...) distance from points to the nearest sides of boxes; negative outside."""
+    """Return the (...) distance from points to the nearest side; negative outside."""
     (x, y), (x1, y1, x2, y2) = points.unbind(-1), boxes.unbind(-1)
     horizontal, vertical = torch.minimum(x - x1, x2 - x), torch.minimum(y - y1, y2 - y)
     return torch.minimum(horizontal, vertical)
@@ -32,7 +30,7 @@ def area(boxes: Tensor) -> Tensor:
 
 
 def intersection_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (...) areas of the intersections and of the unions of two boxes."""
+    """Return the (...) areas of intersection and union of two boxes."""
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a.unbind(-1), b.unbind(-1)
     width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
     height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
@@ -47,9 +45,9 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def normalised_wasserstein(a: Tensor, b: Tensor, constant: float) -> Tensor:
-    """Return the (...) normalised Wasserstein distance (NWD, arXiv 2110.13389): with differences d
-    of centres and of sides, exp(-sqrt(dx^2 + dy^2 + (dw^2 + dh^2) / 4) / constant). The constant is
-    in the boxes' unit."""
+    """Return the (...) normalised Wasserstein distance (NWD, arXiv 2110.13389), exp(-sqrt(dx^2 +
+    dy^2 + (dw^2 + dh^2) / 4) / constant) with differences d of centres and of sides; the constant
+    is in the boxes' unit."""
     offset = centres(a) - centres(b)
     sides = (_sizes(a) - _sizes(b)) / 2
     squared = (offset.square() + sides.square()).sum(-1)
@@ -58,7 +56,7 @@ def normalised_wasserstein(a: Tensor, b: Tensor, constant: float) -> Tensor:
 
 
 def similarity_distance(a: Tensor, b: Tensor, m: float, n: float) -> Tensor:
-    """Return the (...) similarity distance (SimD, arXiv 2407.02394): exp(-location - shape), the
+    """Return the (...) similarity distance (SimD, arXiv 2407.02394), exp(-location - shape): the
     lengths of the differences of centres and of sides, each divided by the sum of both boxes' sides
     and multiplied by m along x and n along y."""
     size_a, size_b = _sizes(a), _sizes(b)
@@ -73,12 +71,9 @@ def _sizes(boxes: Tensor) -> Tensor:
 
 
 def centerness(distances: Tensor) -> Tensor:
-    """Return the centerness of points (FCOS, arXiv 1904.01355, equation 3):
-    sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)), 0 outside, where some rules have positives.
-
-    Args:
-        distances: (..., 4) from :func:`side_distances`, of a box with area.
-    """
+    """Return the (...) centerness of points (FCOS, arXiv 1904.01355, equation 3), sqrt(min(l, r) /
+    max(l, r) * min(t, b) / max(t, b)), 0 outside, from (..., 4) distances of
+    :func:`side_distances`. The box has an area."""
     left, top, right, bottom = distances.clamp(min=0).unbind(-1)
     horizontal = torch.minimum(left, right) / torch.maximum(left, right)
     vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom)

@@ -16,8 +16,7 @@ __getattr__ = renamed_names(__name__)
 
 @dataclass(frozen=True)
 class Focal(Checked):
-    """Focal loss (arXiv 1708.02002, equation 5), for targets 0 and 1. Like every class loss, it
-    serves heads with logits and heads with probabilities.
+    """Focal loss (arXiv 1708.02002, equation 5), for targets 0 and 1.
 
     Args:
         alpha: weight of positives; negatives have 1 - alpha.
@@ -30,19 +29,15 @@ class Focal(Checked):
     hard_targets: ClassVar[bool] = True
 
     def __call__(self, probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of each element.
-
-        Args:
-            probability, targets: (...).
-            entropy: (...) their binary cross entropy.
-        """
+        """Return the (...) losses, from (...) probabilities, their binary cross entropy, and
+        targets."""
         error = probability + targets - 2 * probability * targets  # 1 - p for positives, else p
         balance = (1 - self.alpha) + (2 * self.alpha - 1) * targets
         return balance * _power(error, self.gamma) * entropy
 
 
 def cross_entropy(probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross entropy itself, for targets in [0, 1]; see :class:`Focal`."""
+    """Return the cross entropy itself, for targets in [0, 1]."""
     return entropy
 
 
@@ -54,20 +49,18 @@ class QualityFocal(Checked):
     gamma: float = arg(2.0, low=0, high=1e3)
 
     def __call__(self, probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
-        """See :class:`Focal`."""
         return _power((targets - probability).abs(), self.gamma) * entropy
 
 
 @dataclass(frozen=True)
 class Varifocal(Checked):
-    """Varifocal loss (VarifocalNet, arXiv 2008.13367, equation 2) for targets in [0, 1]: the weight
-    of positives is their target, that of negatives alpha times their probability to the gamma."""
+    """Varifocal loss (VarifocalNet, arXiv 2008.13367, equation 2) for targets in [0, 1]: positives
+    weigh their target, negatives alpha times their probability to the gamma."""
 
     alpha: float = arg(0.75, low=0, high=1e3)
     gamma: float = arg(2.0, low=0, high=1e3)
 
     def __call__(self, probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
-        """See :class:`Focal`."""
         negative = self.alpha * _power(probability, self.gamma)
         return torch.where(targets > 0, targets, negative) * entropy
 
@@ -76,16 +69,15 @@ class Varifocal(Checked):
 class Matchability(Checked):
     """Matchability-aware loss (DEIM, arXiv 2412.04234, equation 4) for targets in [0, 1]: the
     target of positives is raised to the gamma and their weight is 1, so that positives with a low
-    IoU count in full; the weight of negatives is their probability to the gamma, detached."""
+    IoU count in full; negatives weigh their detached probability to the gamma."""
 
     gamma: float = arg(1.5, low=0, high=1e3)
 
     def target_of(self, cls_target: Tensor) -> Tensor:
-        """Transform the class targets of positives; the result is above 0."""
+        """Transform the class targets of positives, to values above 0."""
         return (cls_target**self.gamma).clamp(min=torch.finfo(cls_target.dtype).tiny)
 
     def __call__(self, probability: Tensor, entropy: Tensor, targets: Tensor) -> Tensor:
-        """See :class:`Focal`."""
         return torch.where(targets > 0, 1, probability.detach() ** self.gamma) * entropy
 
 
@@ -97,7 +89,7 @@ def _power(base: Tensor, exponent: float) -> Tensor:
 
 def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
     """Return the (...) losses 1 - generalised IoU (arXiv 1902.09630, algorithm 1) of (..., 4)
-    boxes, in [0, 2]; ``eps`` keeps the gradient finite if both are empty."""
+    boxes; ``eps`` keeps the gradient finite if both are empty."""
     intersection, union = intersection_union(boxes, targets)
     low = torch.minimum(boxes[..., :2], targets[..., :2])
     high = torch.maximum(boxes[..., 2:], targets[..., 2:])
@@ -108,21 +100,21 @@ def giou_loss(boxes: Tensor, targets: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
-    """Return the (...) losses -ln IoU (UnitBox, arXiv 1608.01471) of (..., 4) boxes in pixels, with
-    a square pixel added to both areas as in FCOS, so that separate boxes have a gradient."""
+    """Return the (...) losses -ln IoU (UnitBox, arXiv 1608.01471) of (..., 4) boxes in pixels. As
+    in FCOS, both areas get a square pixel, so that separate boxes have a gradient."""
     intersection, union = intersection_union(boxes, targets)
     return ((union + 1) / (intersection + 1)).log()
 
 
 def smooth_l1_loss(values: Tensor, targets: Tensor, beta: float = 0.11) -> Tensor:
-    """Return the loss of each element, quadratic below ``beta`` and linear above (Fast R-CNN, arXiv
+    """Return elementwise losses, quadratic below ``beta``, then linear (Fast R-CNN, arXiv
     1504.08083, equation 3)."""
     return F.smooth_l1_loss(values, targets, reduction="none", beta=beta)
 
 
 def nwd_loss(boxes: Tensor, targets: Tensor, constant: float) -> Tensor:
     """Return the (...) losses 1 - normalised Wasserstein distance (arXiv 2110.13389, equation 10)
-    of (..., 4) boxes, in [0, 1]; ``constant`` is in their unit."""
+    of (..., 4) boxes; ``constant`` is in their unit."""
     return 1 - normalised_wasserstein(boxes, targets, constant)
 
 

@@ -17,8 +17,7 @@ class Published(NamedTuple):
 
     Attributes:
         detector: value of ``--detector``.
-        file: name of the file.
-        ap: AP on COCO that mmdet publishes.
+        ap: AP on COCO by mmdet.
     """
 
     detector: str
@@ -49,8 +48,8 @@ def get(name: str, weights: str | None = None, device: str | None = None) -> nn.
 
     Args:
         name: of a config, as in :func:`get_config_file`.
-        weights: path or URL. By default the weights are random, but for a timm backbone whose
-            config names pretrained ones.
+        weights: path or URL. By default random, except pretrained weights of timm that the config
+            sets.
         device: by default MODEL.DEVICE, or the CPU if no GPU is available.
 
     Raises:

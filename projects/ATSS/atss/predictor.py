@@ -32,7 +32,7 @@ from .errors import UserError
 from .labels.headers import HIGH_DEPTH, too_thin
 from .structures import Predictions
 
-# Of a training, the best first.
+# Files of a training, best first.
 WEIGHTS = ("model_best.pth", "model_final.pth")
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -54,8 +54,7 @@ class Predictor:
 
     Args:
         config: the folder of a training, a config file, a name of the model zoo, or a config.
-        weights: a checkpoint, such as model_final.pth; None for the best of the folder. Nothing in
-            it is executed.
+        weights: a checkpoint; None for the best of the folder. Nothing in it is executed.
         opts: KEY VALUE pairs over the config.
 
     Attributes:
@@ -105,8 +104,7 @@ class Predictor:
         Args:
             images: an image, or a sequence or an iterator of images. An image is a path, read as in
                 training; a PIL image, turned by its EXIF orientation; or a uint8 array as in
-                OpenCV: (H, W, 3) BGR, (H, W, 4) BGRA, whose alpha is ignored, (H, W) or (H, W, 1)
-                grey.
+                OpenCV: (H, W, 3) BGR, (H, W, 4) BGRA (alpha is ignored), (H, W) or (H, W, 1) grey.
 
         Raises:
             TypeError, ValueError: naming type, shape and dtype of other objects.
@@ -122,7 +120,7 @@ class Predictor:
         return detections if _are_several(images) else detections[0]
 
     def show(self, image: ImageLike, threshold: float = 0.4) -> Image.Image:
-        """Return a picture of an image with its detections, which notebooks display.
+        """Return a picture of an image and its detections, which notebooks display.
 
         Args:
             threshold: smallest score that is drawn.
@@ -134,10 +132,8 @@ class Predictor:
     def at_anchors(
         self, images: ImageLike | Sequence[ImageLike] | Iterator[ImageLike]
     ) -> Predictions:
-        """Return the predictions at every anchor, for assigners, on the CPU.
-
-        Args:
-            images: as above; resized, they share a canvas.
+        """Return the predictions at every anchor, for assigners, on the CPU. Resized images share a
+        canvas.
 
         Raises:
             TypeError, ValueError, OSError: as above, and if there is no image.
@@ -169,7 +165,7 @@ def _are_several(images: Any) -> bool:
 
 
 def _as_bgr(image: Any, name: str, size: tuple[int, int]) -> np.ndarray:
-    """Return (H, W, 3) uint8 BGR. Messages begin with ``name``; ``size`` is the Predictor's."""
+    """Return (H, W, 3) uint8 BGR. Messages begin with ``name``."""
     if isinstance(image, str | os.PathLike):
         return read_image(os.fspath(image), [size])
     if isinstance(image, Image.Image):

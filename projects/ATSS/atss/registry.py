@@ -25,13 +25,12 @@ class Part:
 
     Args:
         target: the function or class.
-        injected: parameters that the builder passes (channels, the box code), in place of a key.
+        injected: parameters that the builder passes (channels, the box code), without a key.
         group, name: its own keys are below MODEL.ATSS.<group>.<name>.
         keys: {parameter: shared key below MODEL.ATSS}, which an own key overrides.
         parts: {parameter: registry} of arguments that are parts. The key names a part, or an
             overlay MODEL.ATSS.BRANCH.<name> that names one and sets its arguments.
-        legacy: {key of a former argument: part that has it now}. A config with the key means that
-            part, with the other arguments of this one.
+        legacy: {key of a former argument: the part it means, with the other arguments of this one}.
 
     Attributes:
         parameters: by name; with those of a base class if ``**kwargs`` passes them on.
@@ -59,7 +58,6 @@ class Part:
         }
 
     def key_of(self, argument: str) -> str:
-        """Return the full key of an argument."""
         own_key = f"{self.group}.{self.name}.{argument.upper()}"
         return f"{NODE}.{self.keys.get(argument, own_key)}"
 
@@ -67,7 +65,7 @@ class Part:
         """Return {argument: value} of the keys in MODEL.ATSS.
 
         Raises:
-            UserError: for an unknown key in the part's group.
+            UserError: for an unknown key of the part.
         """
         values = {x: lookup_key(node, key) for x, key in self.keys.items()}
         values = {x: value for x, value in values.items() if value is not None}
@@ -115,7 +113,7 @@ class Part:
         return found
 
     def build(self, node: CfgNode, injected: Mapping[str, Any], label: str = "") -> Any:
-        """Build a class; return a function. ``label`` is the part's key and name, for messages.
+        """Build a class; return a function. ``label`` is key and name, for messages.
 
         Raises:
             UserError: naming the key of a wrong argument.
@@ -153,9 +151,9 @@ class Registry:
         key: names the part.
         injected: see :class:`Part`.
         group: node of the arguments; by default the plural of the key.
-        optional: whether the key may be "", for no part.
+        optional: whether the key may be "".
         several: whether the key may name several parts, as in "giou + dfl".
-        removed: {former part: page with its code}, whose arguments are ignored.
+        removed: {former part: page with its code}; its arguments are ignored.
     """
 
     def __init__(
@@ -178,7 +176,6 @@ class Registry:
         return name in self.entries
 
     def get(self, name: str) -> Callable:
-        """Return the function or class of a name."""
         return self.entries[name].target
 
     def register(self, target: Callable | None = None, *, name: str = "", **options: Any) -> Any:
@@ -207,15 +204,12 @@ class Registry:
         return target
 
     def add(self, **targets: Callable) -> None:
-        """Register several parts by their names."""
         for name, target in targets.items():
             self.register(target, name=name)
 
     def add_keys(self, node: CfgNode, default: str | None = None) -> None:
-        """Add the keys of all parts to MODEL.ATSS, which has the shared keys.
-
-        Args:
-            default: the default part; None for a kind that only arguments of parts name.
+        """Add the keys of all parts to MODEL.ATSS, which has the shared keys. ``default`` is a
+        part; None if only arguments of parts name this kind.
 
         Raises:
             ValueError: if a shared key has another default.
@@ -238,14 +232,13 @@ class Registry:
                 group[name] = own_keys
 
     def name_of(self, part: Any) -> str:
-        """Return the name of a part; "" for None."""
         if part is None or isinstance(part, str):
             return part or ""
         return next(name for name, x in self.entries.items() if x.target in (part, type(part)))
 
     def build(self, node: CfgNode, key: str = "", **injected: Any) -> Any:
         """Build the part that MODEL.ATSS names, by default with the registry's key: None for "",
-        {name: part} if it may name several."""
+        {name: part} for several."""
         key, built = key or self.key, {}
         for name in self._names(node, key):
             source, part = self._follow_legacy(node, name)
@@ -253,24 +246,22 @@ class Registry:
         return built if self.several else next(iter(built.values()), None)
 
     def chosen(self, node: CfgNode, key: str = "") -> Iterator[tuple[Registry, str]]:
-        """Yield registry and name of each part that MODEL.ATSS names, and of their parts."""
+        """Yield registry and name of each part that MODEL.ATSS names, and of its parts."""
         for name in self._names(node, key or self.key):
             yield self, name
             for kind, inner in self.entries[name].nested(node).values():
                 yield from kind.chosen(inner)
 
     def all_keys(self) -> set[str]:
-        """Return the keys of these parts and of their arguments."""
         shared = (key for part in self.entries.values() for key in part.keys.values())
         return {self.key, self.group, *shared}
 
     def argument(self, node: CfgNode, argument: str) -> Any:
-        """Return the value of an argument of the part that MODEL.ATSS names."""
+        """Return an argument's value for the part that MODEL.ATSS names."""
         part = self.entries[lookup_key(node, self.key)]
         return (part.defaults | part.arguments(node))[argument]
 
     def hint(self, name: str) -> str:
-        """Return the end of a message about an unknown name."""
         page = self.removed.get(name)
         return f"; {page} has the code of {name}" if page else OWN_PARTS
 
@@ -290,7 +281,7 @@ class Registry:
         return names
 
     def _follow_legacy(self, node: CfgNode, name: str) -> tuple[CfgNode, Part]:
-        """Return MODEL.ATSS and the part of a name; for a legacy key, a copy and its new part."""
+        """Return MODEL.ATSS and the part; for a legacy key, a copy and the new part."""
         group = node.get(self.group, {})
         values = group.get(name, {})
         for argument, other in self.entries[name].legacy.items():
@@ -324,7 +315,6 @@ def _parameters(target: Callable) -> dict[str, inspect.Parameter]:
 
 
 def lookup_key(node: CfgNode, key: str) -> Any:
-    """Return the value of a key, which may contain dots."""
     for name in key.split("."):
         node = node[name]
     return node

@@ -1,5 +1,5 @@
-"""Data structures that heads, assigners and the criterion share, and the shape letters of all
-docstrings and comments:
+"""Data structures of heads, assigners and the criterion, and the shape letters of all docstrings
+and comments:
 
     N  images in the batch               G  ground truths of the WHOLE batch
     R  anchors over all levels           K  classes
@@ -10,8 +10,7 @@ docstrings and comments:
 (...) is any shape, the same throughout a docstring.
 
 Boxes are (x1, y1, x2, y2) in absolute pixels of the padded canvas, continuous: width is x2 - x1.
-Anchors are flattened by level, row, column, anchor; within a location by scale, then ratio
-(Detectron2's order).
+Anchors are flattened by level, row, column, scale, ratio (Detectron2's order).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 
 from .anchors import Anchors
 from .caching import cached_property
-from .deprecated import warn
+from .deprecated import renamed_attribute, warn
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -50,13 +49,13 @@ IGNORE = -2
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Objects of a batch, without padding. Boxes are converted to float32, which anchors and
-    predictions have, and integers to int64.
+    """Objects of a batch, without padding. Boxes become float32, as anchors and predictions, and
+    integers int64.
 
     Attributes:
-        boxes: (G, 4) float32.
-        classes: (G,) int64 in [0, K).
-        image_index: (G,) int64 in [0, N).
+        boxes: (G, 4).
+        classes: (G,) in [0, K).
+        image_index: (G,) in [0, N).
         num_images: N.
     """
 
@@ -90,7 +89,7 @@ class GroundTruth:
 
     @classmethod
     def from_instances(cls, instances: Sequence[Instances]) -> GroundTruth:
-        """Gather ``gt_boxes`` and ``gt_classes`` of one Detectron2 Instances per image."""
+        """Gather ``gt_boxes`` and ``gt_classes`` of one Instances per image."""
         boxes = [x.gt_boxes.tensor for x in instances]
         image_index = [x.new_full((len(x),), i, dtype=torch.long) for i, x in enumerate(boxes)]
         return cls(
@@ -101,7 +100,7 @@ class GroundTruth:
         )
 
     def to(self, device: torch.device) -> GroundTruth:
-        """Copy to a device; the host does not wait for the copy."""
+        """Copy to a device; the host does not wait."""
         boxes, classes, image_index = (
             x.to(device, non_blocking=True) for x in (self.boxes, self.classes, self.image_index)
         )
@@ -112,13 +111,13 @@ class GroundTruth:
 
 
 class HeadOutput(NamedTuple):
-    """Predictions of a head for every anchor, levels flattened.
+    """Predictions of a head for every anchor.
 
     Attributes:
         classes: (N, R, K) logits, or probabilities; None if another output of the head has them.
         box_regression: (N, R, D) encoded boxes, see :mod:`atss.modeling.box_coding`.
         quality: (N, R) logits of the quality branch (key CENTERNESS, log ``loss_centerness``, state
-            dict ``ctrness``); None if the head has none.
+            dict ``ctrness``) or None.
         probabilities: whether classes are probabilities.
     """
 
@@ -134,11 +133,10 @@ class HeadOutput(NamedTuple):
         return self.box_regression
 
     def at(self, index: int | slice) -> HeadOutput:
-        """Index the batch dimension, which an int drops; without one, index the anchors."""
+        """Index the first dimension: images, which an int drops, or anchors of one image."""
         return self.map(lambda x: x[index])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> HeadOutput:
-        """Apply a function to each tensor."""
         return HeadOutput(
             None if self.classes is None else function(self.classes),
             function(self.box_regression),
@@ -160,8 +158,8 @@ class HeadOutput(NamedTuple):
         return best if self.probabilities else best.sigmoid()
 
     def cross_entropy(self, targets: Tensor) -> Tensor:
-        """Return the (N, R, K) binary cross entropy of classes and targets in [0, 1]; NaN for a
-        probability that is NaN."""
+        """Return the (N, R, K) binary cross entropy of classes and targets in [0, 1]; NaN if the
+        probability is."""
         assert self.classes is not None
         if self.probabilities:
             # torch refuses NaN by a message that names no loss; a NaN loss is logged by its name.
@@ -173,10 +171,9 @@ class HeadOutput(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """A model's current predictions. Assigners get them detached.
+    """A model's predictions. Assigners get them detached.
 
     Attributes:
-        output: of the head.
         boxes: (N, R, 4) decoded boxes.
     """
 
@@ -190,8 +187,7 @@ class Assignment:
 
     Attributes:
         gt_index: (N, R) int64 into the G ground truths of the batch, or BACKGROUND, or IGNORE.
-        score: (N, R) float32 in [0, 1], how well each positive suits its ground truth; None if the
-            rule has no scores.
+        score: (N, R) float32 in [0, 1], how well positives suit their ground truth, or None.
     """
 
     gt_index: Tensor
@@ -218,20 +214,17 @@ class Assignment:
 
 
 class Assigner(Protocol):
-    """A rule that chooses training samples. One that needs predictions has a true attribute
-    ``looks_at_predictions``."""
+    """A rule that chooses training samples. If it needs predictions, its attribute
+    ``looks_at_predictions`` is True."""
 
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
-        """Assign the anchors of every image of the batch.
+        """Assign the R anchors of each of N images.
 
         Args:
-            anchors: R anchors, the same for all images.
-            gt: G objects of N images.
-            predictions: of the images, detached; None without a model.
-        Returns:
-            the assignment, (N, R).
+            gt: G objects.
+            predictions: detached; None without a model.
         """
         ...
 
@@ -240,23 +233,22 @@ class Assigner(Protocol):
 class Matched:
     """All anchors with their predictions and targets: the input of a criterion's terms.
 
-    Values that do not count may be infinite and are replaced: classes of ignored anchors, and
-    box_regression and quality of those that are not positive, by 0; both boxes of these by the
-    anchor.
+    Unused predictions may be infinite, so ``output`` has 0 in place of the classes of ignored
+    anchors, and of box_regression and quality of anchors that are not positive.
 
     Attributes:
         whole_output: of the head, without replacements.
-        counts: (N, R) bool: the anchor is not ignored.
-        boxes: (N, R, 4) decoded.
+        not_ignored: (N, R) bool.
+        boxes: (N, R, 4) decoded; the anchor unless positive.
         anchors: R anchors.
         target_classes: (N, R) int64 in [0, K).
-        target_boxes: (N, R, 4).
+        target_boxes: (N, R, 4); the anchor unless positive.
         positive: (N, R) bool.
-        score: (N, R) float32, of the rule; None if it has none.
+        score: (N, R) float32 of the rule, or None.
     """
 
     whole_output: HeadOutput
-    counts: Tensor
+    not_ignored: Tensor
     boxes: Tensor
     anchors: Anchors
     target_classes: Tensor
@@ -266,13 +258,15 @@ class Matched:
 
     @cached_property
     def output(self) -> HeadOutput:
-        """Output of the head, with replacements; computed at first use, because a copy of all
-        classes takes longer than the losses of a branch without a class loss."""
+        """Output of the head, with replacements, at first use: copying all classes takes longer
+        than the losses of a branch without a class loss."""
         # torch.where, because 0 * infinity is NaN.
         classes, box_regression, quality, probabilities = self.whole_output
         return HeadOutput(
-            None if classes is None else torch.where(self.counts[..., None], classes, 0),
+            None if classes is None else torch.where(self.not_ignored[..., None], classes, 0),
             torch.where(self.positive[..., None], box_regression, 0),
             None if quality is None else torch.where(self.positive, quality, 0),
             probabilities,
         )
+
+    counts = renamed_attribute("Matched.counts", "Matched.not_ignored")

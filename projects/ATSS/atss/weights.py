@@ -1,8 +1,8 @@
 """Weights, read without executing anything.
 
-A pickle is a program that calls functions by name. This reader knows functions that build arrays,
-in versions that do not trust the file about memory, and replaces paths, arguments and logs beside
-weights by empty objects.
+A pickle is a program that calls functions by name. This reader allows functions that build arrays,
+in versions that check memory sizes in the file, and replaces other objects beside weights by empty
+ones.
 """
 
 import copy
@@ -30,7 +30,7 @@ __getattr__ = renamed_names(__name__)
 
 
 class WeightsError(UserError):
-    """A file of weights that cannot be used."""
+    """Error for a file of weights that cannot be used."""
 
 
 # Keys of a checkpoint that may contain its weights.
@@ -43,8 +43,7 @@ def load_weights(path: str | Path, mmap: bool = False) -> Any:
     """Return the content of a file of weights, on the CPU.
 
     A .pkl is a pickle of arrays and plain Python types, as in Detectron2's model zoo; other files
-    are safetensors or of torch.save. Their checksums (CRC-32) are compared here, because torch.load
-    does not.
+    are safetensors or of torch.save, whose checksums (CRC-32) torch.load does not compare.
 
     Args:
         mmap: leave tensors of torch.save on the disk until they are used.
@@ -89,8 +88,8 @@ def load_weights(path: str | Path, mmap: bool = False) -> Any:
 
 @functools.cache
 def _wrong_checksum(path: str, modified: int, size: int) -> str | None:
-    """Return the first part of a file of torch.save with a wrong checksum, or None. Some files have
-    none. Cached: a resumption reads a checkpoint several times."""
+    """Return the first part with a wrong checksum in a file of torch.save, or None. Cached: a
+    resumption reads a checkpoint several times."""
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as file:
@@ -99,7 +98,7 @@ def _wrong_checksum(path: str, modified: int, size: int) -> str | None:
 
 def find_weights(content: Any, path: str | Path) -> dict[str, Tensor]:
     """Return the state dict in the content of a file: all of it, or the entry under one of KEYS.
-    Arrays are replaced in place: the dictionary has the versions of modules as an attribute.
+    Arrays are replaced in place: the dictionary has an attribute, the versions of modules.
 
     Raises:
         WeightsError: naming the first entry that is no tensor.
@@ -119,8 +118,7 @@ def find_weights(content: Any, path: str | Path) -> dict[str, Tensor]:
 
 
 def unwrapped(weights: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Yield the weights, then the weights without one, two, ... of PREFIXES that all names
-    share."""
+    """Yield the weights, then without one, two, ... of PREFIXES that all names share."""
     yield weights
     for prefix in PREFIXES:
         if weights and all(name.startswith(prefix) for name in weights):
@@ -130,13 +128,13 @@ def unwrapped(weights: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def fit_names(weights: dict[str, Tensor], names: Set[str]) -> dict[str, Tensor]:
-    """Return the weights without PREFIXES if then a name fits the model's ``names``."""
+    """Return the weights without PREFIXES if one of ``names`` then fits."""
     return next((x for x in unwrapped(weights) if names & x.keys()), weights)
 
 
 def verify_download(url: str, path: str | Path) -> None:
-    """Compare a file with the first eight digits of its SHA-256, if its name has them, as
-    torchvision's resnet50-0676ba61.pth.
+    """Compare a file with the digits of its SHA-256 in its name, as in torchvision's
+    resnet50-0676ba61.pth.
 
     Raises:
         WeightsError: if they differ.
@@ -155,11 +153,11 @@ def verify_download(url: str, path: str | Path) -> None:
 
 
 class _Refused(Exception):
-    """A file asks for something that is not allowed."""
+    """Error for content that is not allowed."""
 
 
 class _DType:
-    """Stands for numpy.dtype: numbers and text, no objects or records."""
+    """numpy.dtype of numbers and text, without objects or records."""
 
     def __init__(self, name: str, align: bool = False, copy: bool = False):
         self.dtype = np.dtype(str(name))
@@ -171,7 +169,7 @@ class _DType:
 
 
 class _Array(np.ndarray):
-    """An array whose dtype comes from a :class:`_DType` only."""
+    """Array whose dtype comes from a :class:`_DType`."""
 
     def __new__(cls, *_: Any) -> "_Array":
         return np.empty(0, np.uint8).view(cls)  # __setstate__ follows
@@ -184,7 +182,7 @@ class _Array(np.ndarray):
 
 
 class _Empty:
-    """Stands for an object beside the weights."""
+    """Object in place of one beside the weights."""
 
     def __init__(self, *_: Any):
         pass

@@ -103,7 +103,6 @@ def is_video(path: Path) -> bool:
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yield lists of up to ``size`` items."""
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch
@@ -138,7 +137,6 @@ class Film:
             yield frame
 
     def writer(self, path: Path, size: tuple[int, int]) -> cv2.VideoWriter:
-        """Return a writer for frames of this (width, height)."""
         return cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
 
 
@@ -151,7 +149,6 @@ def draw_boxes(
         image: (H, W, 3) uint8 BGR.
         boxes: (M, 4) (x1, y1, x2, y2) in pixels, best first and drawn last.
         classes: (M,) numbers, which choose colours.
-        labels: (M,) texts.
     """
     drawn = np.ascontiguousarray(image).copy()
     # Lines of 1 pixel and letters of 10 pixels at 640, and in proportion.

@@ -1,4 +1,3 @@
-"""Analysis of data sets, assigners and results. Modules are imported on demand, because matplotlib
-is slow."""
+"""Analysis of data sets, assigners and results. Import modules one by one: matplotlib is slow."""
 
 __all__ = ["canvases", "demo", "digits", "experiments", "pictures", "plots", "statistics"]

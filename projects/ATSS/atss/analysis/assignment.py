@@ -1,4 +1,4 @@
-"""A picture of what several rules do with one image."""
+"""A picture of the anchors that several rules assign on one image."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,12 +35,11 @@ def draw_assignment(
 
     Args:
         image: its file name, or the end of its path.
-        config: a file or a name of the model zoo; sets the anchors and the size of the image.
+        config: file or name; sets the anchors and the size of the image.
         weights: of a detector with this config, for rules that need predictions.
 
     Raises:
-        UserError: for an unknown image or rule, an image without objects, or a rule that needs
-            predictions without weights.
+        UserError: for an unknown image or rule, an image without objects, or missing weights.
     """
     record = find_record(dataset, image)
     cfg = load_config(config, opts=opts)
@@ -75,10 +74,10 @@ def draw_assignment(
 
 
 def find_record(dataset: str, image: str) -> dict:
-    """Find an image of a registered data set by the end of its path.
+    """Find an image by the end of its path.
 
     Raises:
-        UserError: if there is none, or more than one.
+        UserError: if no image, or more than one, has this end.
     """
     wanted = Path(image).parts
     records = [

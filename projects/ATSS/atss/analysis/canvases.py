@@ -27,7 +27,7 @@ def on_canvases(
 
     Args:
         sizes: (shorter side, longest side); every image comes once for each.
-        divisibility: canvases are padded to multiples of it.
+        divisibility: of the sides of canvases.
 
     Yields:
         (height, width) of the canvas; positions of the images in the json; (m,) positions among the
@@ -61,8 +61,7 @@ def _batches(
     divisibility: int,
     count: int,
 ) -> list[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
-    """Return (height, width) of the canvas, positions of the images and (n, 2) their scales, in
-    batches of ``count``."""
+    """Return canvas, positions of the images and (n, 2) their scales, by batch."""
     batches = []
     for short, longest in sizes:
         by_canvas = defaultdict(list)

@@ -26,8 +26,8 @@ def train_on_digits(
     Return AP, AP50 and so on, in percent.
 
     Args:
-        config: a file whose data sets are digits_train and digits_test.
-        score: least score of detections in detections.png.
+        config: a file with the data sets digits_train and digits_test.
+        score: least score in detections.png.
     """
     data = root / "data"
     root.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,8 @@
-"""Handwritten digits on photographs: small real detection data sets that need no download.
+"""Handwritten digits on photographs: small detection data sets that need no download.
 
 scikit-learn contains both: 1,797 digits of 8 x 8 pixels (UCI) and two photographs. A canvas is a
 crop of a photograph, darkened to 60 %. Training has the left halves and digits 0 to 1399, other
-splits the rest. Boxes are tight around the ink. The recipes never change, so that APs are
-comparable.
+splits the rest. Boxes are tight around the ink. The recipes never change: APs stay comparable.
 """
 
 import json
@@ -32,7 +31,7 @@ class Recipe:
         digits: range of the number of digits tried per image.
         longer: range of a digit's longer side in pixels, log-uniform.
         log_aspect: log(width / height) is uniform up to this absolute value.
-        overlap: digits with a greater IoU with an earlier one are left out.
+        overlap: greatest IoU with an earlier digit.
         large_first: draw smaller digits over larger ones.
         classes: names; a digit's class is its value, or the only class.
     """
@@ -79,7 +78,7 @@ ABLATION = Recipe(
 
 
 def make_digits(root: Path, recipe: Recipe) -> None:
-    """Write ``train.json``, the folder ``train``, and so on for each split, unless they exist.
+    """Write ``train.json``, the folder ``train`` and so on for each split, unless they exist.
 
     Raises:
         UserError: if the folder is incomplete, or scikit-learn is missing.

@@ -77,7 +77,7 @@ def row_config(row: str, seed: int, output: Path, opts: list[str]) -> CfgNode:
 @torch.no_grad()
 def pair_weights(model: nn.Module, seed: int) -> None:
     """Initialise each part of the head with the seed, so that rows whose heads lack a part share
-    the others. (The backbone comes first, and is equal anyway.)"""
+    the others. The backbone comes first and is equal anyway."""
     for name, part in model.get_submodule("head").named_children():
         generator = torch.Generator().manual_seed(seed)
         for module in part.modules() if name != "scales" else ():
@@ -87,7 +87,7 @@ def pair_weights(model: nn.Module, seed: int) -> None:
 
 
 def train(cfg: CfgNode, progress: tqdm) -> dict[str, float]:
-    """Train and evaluate one run, with a progress bar only, and return its metrics."""
+    """Train and evaluate one run, without log, and return its metrics."""
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     start = time.perf_counter()
     seed_all_rng(cfg.SEED)
@@ -160,13 +160,12 @@ def paired(results: dict, row: str, other: str) -> tuple[np.ndarray, float]:
 
 
 def claims(results: dict) -> list[tuple[str, np.ndarray, float]]:
-    """Return (statement, differences, half interval) of the CLAIMS whose rows were trained."""
     trained = [c for c in CLAIMS if c[1] in results and c[2] in results]
     return [(statement, *paired(results, row, other)) for statement, row, other in trained]
 
 
 def paper_ap(row: str) -> str:
-    """Return the paper's AP from the comment in a row's config, or ""."""
+    """Return the paper's AP from a row's comment, or ""."""
     comment = Path(get_config_file(f"tables/{row}")).read_text().replace("\n# ", " ")
     printed = re.search(r"the paper's AP ([\d.]+\d)", comment)
     return printed.group(1) if printed else ""
@@ -198,10 +197,10 @@ def write_table(results: dict, target: Path) -> None:
 
 
 def compare_rows(rows: Sequence[str], seeds: int, output: Path, opts: list[str]) -> dict:
-    """Draw the data set, and train rows, or "all": see :func:`run_all`.
+    """Draw the data set, and train rows, or "all", by :func:`run_all`.
 
     Raises:
-        UserError: for an unknown row, or as :func:`run_all`.
+        UserError: for an unknown row.
     """
     choices = known_rows()
     rows = choices if list(rows) == ["all"] else list(dict.fromkeys(rows))

@@ -1,4 +1,4 @@
-"""The anchors that a rule gives each object of an image, and those that it nearly gives."""
+"""The anchors that a rule assigns to each object of an image, and those it nearly assigns."""
 
 from dataclasses import dataclass
 
@@ -14,14 +14,14 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Explanation:
-    """The anchors of one image under one rule. Of R anchors and G objects.
+    """The R anchors of one image with G objects under one rule.
 
     Attributes:
-        gt_index: (R,) the object of each positive anchor, negative for the others.
-        lost: (M, 2) pairs (object, anchor): the anchor would be a positive of the object if there
-            were no other objects, and belongs to another one.
-        candidates: (M, 2) pairs (object, anchor) among which the rule chooses; empty if the rule
-            compares all anchors.
+        gt_index: (R,) object of each positive anchor, negative for the others.
+        lost: (M, 2) pairs (object, anchor): the anchor is a positive of the object only without the
+            other objects, one of which has it.
+        candidates: (M, 2) pairs (object, anchor) among which the rule chooses; empty if it compares
+            all anchors.
     """
 
     gt_index: np.ndarray
@@ -32,12 +32,7 @@ class Explanation:
 def explain(
     rule: Assigner, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
 ) -> Explanation:
-    """Assign the objects of one image together, and each of them alone.
-
-    Args:
-        gt: G objects of one image.
-        predictions: of this image, for rules that need them.
-    """
+    """Assign the objects of one image together, and each of them alone."""
     gt_index = rule(anchors, gt, predictions).gt_index[0]
     lost = []
     for ids in torch.arange(len(gt)).split(CHUNK) if len(gt) else ():

@@ -14,8 +14,6 @@ __getattr__ = renamed_names(__name__)
 def beside_truth(
     predictor: Predictor, records: Sequence[dict], threshold: float
 ) -> tuple[list[np.ndarray], list[list], list[list]]:
-    """Return the first three arguments of :func:`atss.analysis.plots.plot_examples` for records in
-    Detectron2's format."""
     images = [read_image(record["file_name"]) for record in records]
     truth, predicted = [], []
     for record, detections in zip(records, predictor(images), strict=True):

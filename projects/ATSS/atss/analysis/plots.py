@@ -21,7 +21,6 @@ COUNTS, SHAPES = (0, 1, 2, 5, 10, 20, 50, 100), (1, 2, 3, 5, 10)
 
 
 def plot_metrics(metrics_file: Path, target: Path) -> None:
-    """Plot losses and AP over iterations."""
     records = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     names = {"loss_cls": "class", "loss_box_reg": "box"}
@@ -56,7 +55,7 @@ def plot_examples(
 
     Args:
         images: (H, W, 3) BGR, an even number.
-        truth, predicted: boxes (x1, y1, x2, y2) in pixels, with labels.
+        truth, predicted: labelled boxes (x1, y1, x2, y2) in pixels.
     """
     figure, axes = plt.subplots(len(images) // 2, 4, figsize=(12, 1.55 * len(images)))
     axes = axes.reshape(-1, 2)
@@ -90,7 +89,6 @@ def plot_examples(
 def plot_experiments(
     results: dict, compared: Sequence[tuple[str, np.ndarray, float]], target: Path
 ) -> None:
-    """Plot AP by row and seed, and paired differences with their intervals."""
     height = 1.2 + 0.32 * max(len(results), len(compared))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, height), layout="constrained")
     for y, runs in enumerate(results.values()):
@@ -114,7 +112,6 @@ def plot_experiments(
 
 
 def plot_statistics(objects: list[dict], rules: list[str], top: int | None, target: Path) -> None:
-    """Plot positives over size and shape, and candidates' IoUs over size."""
     with_threshold = "mean" in objects[0]
     figure, axes = plt.subplots(
         1, 3 if with_threshold else 2, figsize=(15 if with_threshold else 10, 4.2)
@@ -172,8 +169,8 @@ def plot_assignments(
     rules: Mapping[str, Explanation],
     target: Path,
 ) -> None:
-    """One image under several rules side by side: objects in their colours, positives as dots whose
-    size is that of their level, candidates that are no positives hollow, lost anchors crossed.
+    """Plot an image under several rules side by side: objects in their colours, positives as dots
+    sized by level, other candidates hollow, lost anchors crossed.
 
     Args:
         image: (H, W, 3) BGR.

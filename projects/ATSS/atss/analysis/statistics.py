@@ -55,8 +55,8 @@ def match(
     sizes: Sequence[tuple[int, int]],
     progress: Progress = lambda items, **_: items,
 ) -> Fit:
-    """Match the used objects with the anchors, among the others of their images, without crops, at
-    the best of several sizes."""
+    """Match the used objects with the anchors, together with the others of their images, without
+    crops, at the best of several sizes."""
     has_positives = not looks_at_predictions(sampling.assigner)
     count = int(objects.used.sum())
     best_iou, side = np.zeros(count), np.zeros(count)
@@ -84,13 +84,9 @@ def measure(
     progress: Progress = lambda items, **_: items,
     predict: Predict | None = None,
 ) -> list[dict]:
-    """Return a record for each used object, in the order of the json: its properties, its positives
-    under each of ``samplings`` on images of ``size`` (shorter side, longest side), and mean and
-    standard deviation of its candidates' IoUs if exactly one assigner is ATSS.
-
-    Args:
-        predict: a model's predictions on images.
-    """
+    """Return a record for each used object, in the order of the json: properties, positives under
+    each of ``samplings`` on images of ``size`` (shorter side, longest side), and, if exactly one
+    assigner is ATSS, mean and standard deviation of the candidates' IoUs."""
     used = np.flatnonzero(objects.used)
     x, y, w, h = objects.boxes[used].T
     sides = np.array([(e["width"], e["height"]) for e in content["images"]], dtype=np.float64)
@@ -146,7 +142,8 @@ def compare(
         weights, image_dir: of a model of the one config, and its images.
 
     Returns:
-        the records of :func:`measure`; the names of their counts; k * L, or None if configs differ.
+        the records of :func:`measure`; the names of their counts; k * L, or None for several
+            configs.
 
     Raises:
         UserError: naming the config or the assigner.
@@ -222,7 +219,7 @@ def constants(
     progress: Progress = lambda items, **_: items,
 ) -> dict[str, float]:
     """Return NWD's CONSTANT, the mean side of an object on the canvas, and SimD's M and N, the mean
-    distance of centres of object and anchor along x and y, relative to the sum of their sides."""
+    distance of centres of object and anchor along x and y, relative to their sides' sum."""
     cfg = load_config(config_file, opts=opts)
     sampling, size = build_sampling(cfg), (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     sides, distances, pairs = 0.0, np.zeros(2), 0
@@ -238,8 +235,7 @@ def constants(
 
 
 def _relative_distances(anchors: Anchors, boxes: torch.Tensor) -> np.ndarray:
-    """Return the sums over all pairs of |dx| / (w + w_anchor) and |dy| / (h + h_anchor), (2,).
-    Anchors of a column share x, of a row y."""
+    """Return the sums over all pairs of |dx| / (w + w_anchor) and |dy| / (h + h_anchor), (2,)."""
     boxes, total = boxes.double(), np.zeros(2)
     middle, side = centres(boxes), boxes[:, 2:] - boxes[:, :2]
     of_levels = anchors.boxes.double().split(anchors.per_level)
@@ -254,7 +250,7 @@ def _relative_distances(anchors: Anchors, boxes: torch.Tensor) -> np.ndarray:
 
 
 def groups(objects: list[dict]) -> dict[str, list[dict]]:
-    """Return {label: objects} of GROUPS, all objects first, without empty groups."""
+    """Return the objects of each of GROUPS that is not empty, all objects first."""
     by_label = {"all": objects}
     for group, (key, bins) in GROUPS.items():
         for label, low, high in bins:
@@ -263,13 +259,11 @@ def groups(objects: list[dict]) -> dict[str, list[dict]]:
 
 
 def positives(objects: list[dict], column: str) -> str:
-    """Format the mean count, and in brackets the share of zeros."""
     counts = np.array([o[column] for o in objects])
     return f"{counts.mean():.1f} ({(counts == 0).mean():.1%})"
 
 
 def table(objects: list[dict], columns: list[str], top: int | None) -> str:
-    """Format positives by group in Markdown; transposed if there are many columns."""
     lines = ["Positives per object, and in brackets the objects without any.", ""]
     if top is not None:
         lines[0] += f" 0.2 * k * L would be {0.2 * top:.1f}."
@@ -300,8 +294,8 @@ def write_csv(objects: list[dict], target: Path) -> None:
 
 
 def _best_iou(anchors: Anchors, boxes: torch.Tensor) -> np.ndarray:
-    """Return the greatest IoU of each box with an anchor, (G,). Per level it is at the nearest
-    location, because anchors of a level differ only in shape there."""
+    """Return (G,) the greatest IoU with an anchor. Anchors of a level differ only in shape, so the
+    nearest location has the level's."""
     boxes = boxes.double()
     index, valid = all_anchors(anchors, *nearest_locations(anchors, centres(boxes), 1))
     overlap = iou(anchors.boxes[index].double(), boxes) * valid

@@ -1,6 +1,5 @@
-"""Rules that choose training samples, one per file: each is an
-:class:`~atss.structures.Assigner`, which ``MODEL.ATSS.ASSIGNER`` names and
-``MODEL.ATSS.ASSIGNERS.<name>`` configures."""
+"""Rules that choose training samples, one per file. ``MODEL.ATSS.ASSIGNER`` names a rule,
+``MODEL.ATSS.ASSIGNERS.<name>`` configures it."""
 
 from .atss import ATSS
 from .ddod import DDOD

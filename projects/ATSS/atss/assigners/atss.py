@@ -18,15 +18,15 @@ from .similarities import IOU
 
 @dataclass(frozen=True)
 class ATSS(Checked):
-    """Adaptive training sample selection. The candidates of an object are the ``top_k`` anchors per
+    """Adaptive training sample selection. Candidates of an object are the ``top_k`` anchors per
     level nearest to its centre; positive are those inside it whose IoU is at least the mean plus
     the standard deviation of all.
 
     Args:
         top_k: k, the only parameter of the rule (paper, Table 4).
-        count: unit of k: "anchors" (Algorithm 1, line 4, and the authors' code when the paper's
-            figures were made; of equally distant ones the lower index is nearer), or "locations"
-            with all their A anchors (their code since its last commit, of 2020-04-22).
+        count: unit of k: "anchors" (Algorithm 1, line 4, and the code of the paper's figures; of
+            equally distant ones the lower index is nearer), or "locations" with all their A anchors
+            (the authors' code since 2020-04-22).
         similarity: of anchors and objects; also a function of (..., 4) boxes.
     """
 
@@ -45,7 +45,6 @@ class ATSS(Checked):
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
-        """See :class:`~atss.structures.Assigner`."""
         pieces = (self.candidates(anchors, boxes) for boxes in gt.boxes.split(self.CHUNK))
         return Assignment(assign_best(gt, *join(pieces), len(anchors.boxes)))
 
@@ -53,8 +52,8 @@ class ATSS(Checked):
         """Find the candidates of (G, 4) objects.
 
         Returns:
-            (C, G) int64 into R, and (C, G) float64 IoU, -inf if not positive. C is k * A * L, or
-            k * L if k counts anchors.
+            (C, G) int64 into R, and (C, G) float64 IoU, -inf if not positive. C is k * A * L, or k
+                * L if k counts anchors.
         """
         objects = gt_boxes.double()
         index, valid, boxes = self.nearest(anchors, objects)
@@ -62,15 +61,14 @@ class ATSS(Checked):
         return index, self.keep_positives(iou, valid, boxes, objects)
 
     def statistics(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (G,) float64 mean and standard deviation of the IoUs of each object's candidates,
-        for (G, 4) boxes."""
+        """Return (G,) float64 mean and standard deviation of the candidates' IoUs with (G, 4)
+        boxes."""
         objects = gt_boxes.double()
         _, valid, boxes = self.nearest(anchors, objects)
         return mean_and_std(exact(self.similarity)(boxes, objects) * valid, valid)
 
     def nearest(self, anchors: Anchors, objects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (C, G) index and validity of the candidates and their (C, G, 4) boxes (lines 2 to
-        6)."""
+        """Return (C, G) index, (C, G) validity and (C, G, 4) boxes of candidates (lines 2 to 6)."""
         top_k = self.top_k
         if self.count == "anchors":
             top_k = -(-top_k // anchors.num_anchors)
@@ -92,7 +90,7 @@ class ATSS(Checked):
 
 
 def exact(similarity: Any) -> Any:
-    """Return the similarity for rules that do not search by it: even the smallest rank."""
+    """Return the similarity for rules that do not search by it, which rank even the smallest."""
     return getattr(similarity, "exact", similarity)
 
 

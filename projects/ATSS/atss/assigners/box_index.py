@@ -58,7 +58,7 @@ class BoxIndex:
             similarity: of boxes and objects.
             objects: (g, 4) float32 boxes.
             image: (g,) int64 into N.
-            least: (g,) least similarity of most results. None: any above 0, and all anchors whose
+            least: (g,) least similarity, up to rounding. None: any above 0, all anchors whose
                 centres lie inside the object, and a few more.
         Returns:
             (P,) int64 objects, into g, and (P,) int64 anchors, in rising order.
@@ -87,15 +87,15 @@ class BoxIndex:
         middle, half = centres(objects), (objects[:, 2:] - objects[:, :2]).clamp(min=0) / 2
         scale, distance = bound
         radius = scale * half + distance + 1e-6 * (middle.abs() + half) + SLACK
-        low, low_centre, high, high_centre, longest = self._bounds.index_select(2, image)
+        low, low_centre, high, high_centre, half_side = self._bounds.index_select(2, image)
         part, excess = (x.T[..., None] for x in (scale.clamp(max=1), (scale - 1).clamp(min=0)))
-        low = torch.lerp(low_centre, low, part) - excess * longest
-        high = torch.lerp(high_centre, high, part) + excess * longest
+        low = torch.lerp(low_centre, low, part) - excess * half_side
+        high = torch.lerp(high_centre, high, part) + excess * half_side
         first, last = middle - radius, middle + radius
         touched = (low <= last.T[..., None]) & (high >= first.T[..., None])
         if inside:
             # This also accepts a block that is similar along one axis and inside along the other.
-            first, last = self._points
+            first, last = self._point_bounds
             high, low = (objects[:, 2:] + SLACK).T[..., None], (objects[:, :2] - SLACK).T[..., None]
             touched |= (first < high) & (last > low)
         return touched.all(dim=0)
@@ -121,7 +121,7 @@ class BoxIndex:
         return torch.stack([*least, *greatest, half.amax(dim=0)])
 
     @cached_property
-    def _points(self) -> tuple[Tensor, Tensor]:
+    def _point_bounds(self) -> tuple[Tensor, Tensor]:
         """(2, 1, B) least and greatest x and y of the anchors' centres in each block."""
         points = self.anchors.points.float()
         points = torch.cat([points, points[-1:].expand(-len(points) % BLOCK, 2)])

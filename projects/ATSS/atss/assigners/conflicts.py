@@ -7,9 +7,8 @@ from torch import Tensor
 
 from ..structures import BACKGROUND, GroundTruth
 
-# Above the index of every object, and below every rank but -inf.
-NO_OBJECT = torch.iinfo(torch.int64).max
-LOWEST = torch.finfo(torch.float64).min
+NO_OBJECT = torch.iinfo(torch.int64).max  # above the index of every object
+LOWEST = torch.finfo(torch.float64).min  # below every rank but -inf
 
 
 def keep_best(
@@ -19,8 +18,8 @@ def keep_best(
 
     Args:
         best, owner: (S, ...) highest rank and object so far; at first LOWEST and NO_OBJECT.
-        slot, claimant: (M, ...) int64 into dimension 0 of these, and objects.
-        rank: (M, ...) float64; -inf claims nothing.
+        slot: (M, ...) int64 into dimension 0 of these.
+        claimant, rank: (M, ...) int64 objects, and float64; -inf claims nothing.
         first: whether this is the first call.
     """
     before = None if first else best.gather(0, slot)
@@ -70,7 +69,7 @@ class Conflicts:
         pairs.view(self.claimant).scatter_reduce_(0, slot, claimant, "amin")
 
     def above_bound(self, cost: float) -> Tensor:
-        """Return (s,) int64 anchors that several objects claim at a cost of ``cost`` or more."""
+        """Return (M,) int64 anchors that several objects claim, none at a cost below ``cost``."""
         return ((self.claims > 1) & (self.best <= -cost)).nonzero().squeeze(1)
 
     def settle(self) -> Tensor:

@@ -33,7 +33,6 @@ class DDOD(ATSS):
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
-        """See :class:`~atss.assigners.Matching`."""
         if predictions is None:
             raise UserError(NO_PREDICTIONS.format("DDOD"))
         batch = AssignmentBatch(anchors, gt, predictions, exact(self.similarity))
@@ -42,7 +41,6 @@ class DDOD(ATSS):
         return Assignment(assign_best(gt, *join(pieces), len(anchors.boxes)))
 
     def aligned(self, batch: AssignmentBatch, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the candidates of (g,) objects: see :meth:`ATSS.candidates`."""
         objects = batch.objects[ids]
         index, valid, boxes = self.nearest(batch.anchors, objects)
         pairs = CandidatePairs(batch, ids.expand_as(index), index)

@@ -15,7 +15,7 @@ import torch
 from ..errors import check_choice, check_range
 
 ENGINES = ("auto", "lists", "tables")
-# Most pairs of a table of several objects, which take some 580 MiB: 234 objects of 800 x 1344 px.
+# Most pairs of a table of several objects, 234 in images of 800 x 1344 px. They take some 580 MiB.
 LIMIT = 5 << 20
 _chosen: ContextVar[tuple[str, int]] = ContextVar("engine", default=("auto", LIMIT))
 

@@ -1,7 +1,5 @@
-"""Rules of version 0.2, whose steps are functions. They go with version 0.4.0.
-
-The frame imports this module, so the functions import the frame when they are called.
-"""
+"""Rules of version 0.2, whose steps are functions, until version 0.4.0. Functions import the engine
+when called, because it imports this module."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ class FunctionRule:
 
     Args:
         cost, cut, functions: the methods ``cost``, ``select``, ``candidates``, ``rank`` and
-            ``score`` of today, and the attributes ``together`` and ``similarity``.
+            ``score``, and the attributes ``together`` and ``similarity``.
     """
 
     def __init__(self, *, cost: Callable, cut: Callable, **functions: Any):
@@ -66,7 +64,7 @@ def resolve(anchors: Anchors, gt: GroundTruth, index: Tensor, affinity: Tensor) 
 
 
 def max_distance(similarity: Any, least: Tensor) -> tuple[Tensor, Tensor]:
-    """Call ``max_distance`` of a similarity, or ``reach``, as version 0.2 named it."""
+    """Call a similarity's ``max_distance``, or ``reach``, its name in version 0.2."""
     if hasattr(similarity, "max_distance"):
         return similarity.max_distance(least)
     warn(f"{type(similarity).__name__}.reach", "the name max_distance")

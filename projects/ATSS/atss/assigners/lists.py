@@ -75,8 +75,8 @@ class ListPairs(CandidatePairs):
         return self.batch.highest_similarities(k)[self.row_ids]
 
     def highest_of_object(self, values: Tensor) -> Tensor:
-        """Return (P,): the highest of the (P,) values of each pair's object, or 0."""
-        highest = values.new_zeros(len(self.batch.gt))
+        """Return (P,): the highest of the (P,) values of each pair's object."""
+        highest = values.new_full((len(self.batch.gt),), -torch.inf)
         return highest.scatter_reduce_(0, self.owner, values, "amax")[self.owner]
 
     def kth_highest(self, values: Tensor, k: int) -> Tensor:
@@ -137,6 +137,7 @@ class Lists(AssignmentBatch):
         if inside:
             boxes = self.objects[ids, None]
             low, high = torch.maximum(boxes[..., :2], low), torch.minimum(boxes[..., 2:], high)
+        # The first is empty, because torch.cat refuses an empty list.
         pairs = [(ids[:0], ids[:0]), *anchors_between(self.anchors, low, high)]
         owner, index = (torch.cat(x) for x in zip(*pairs, strict=True))
         return self.pairs(ids[owner], index)
@@ -159,7 +160,7 @@ class Lists(AssignmentBatch):
         return BoxIndex(self.anchors, self.boxes, usable)
 
     def of_anchors(self, slots: Tensor) -> ListPairs:
-        """List pairs of (s,) anchors among the N * R with all objects of their images."""
+        """List pairs of (M,) anchors among the N * R with all objects of their images."""
         image = slots.div(self.shape[1], rounding_mode="floor")
         ids = self.all_objects[self.gt.image_index[self.all_objects].sort(stable=True).indices]
         count = torch.bincount(self.gt.image_index[ids], minlength=self.shape[0])
@@ -195,6 +196,7 @@ class Lists(AssignmentBatch):
 
     @cached
     def _background(self, loss: ClassLoss) -> Tensor:
+        # Filled by background_at; NaN until then.
         return self.objects.new_full((self.shape[0] * self.shape[1],), torch.nan)
 
     def scores(self, gt_index: Tensor, score: Callable[[Any], Tensor]) -> Tensor:

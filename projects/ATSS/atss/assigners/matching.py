@@ -21,6 +21,7 @@ from .similarities import IOU, Similarity
 from .tables import Tables
 
 __getattr__ = renamed_names(__name__)
+MISSING = "{} must define the methods cost and select; with fallbacks also num_wanted"
 NO_PREDICTIONS = "{} needs the predictions of a model, got none"
 Candidates = Callable[[Lists, Tensor], ListPairs]  # batch, (g,) int64 objects -> pairs
 
@@ -39,8 +40,8 @@ class Matching(FunctionRule, Checked):
         lists_only: whether the methods need (P,) pairs.
         rank: method: pairs -> (...). None: an anchor that several objects select goes to the
             cheapest of all its pairs, even of an object that did not select it.
-        score: method: pairs -> (...) in [0, 1]; None for no scores. Its pairs are the matches; in a
-            table (N, R) all anchors, of which those without an object do not count.
+        score: method: pairs -> (...) in [0, 1]; None for no scores. Its pairs are the matches; a
+            table (N, R) also has anchors without an object, whose score is not used.
     """
 
     looks_at_predictions: ClassVar[bool] = True
@@ -53,11 +54,11 @@ class Matching(FunctionRule, Checked):
 
     def cost(self, pairs: Any) -> Tensor:
         """Return the (...) cost of each pair; infinite if it cannot be selected."""
-        raise NotImplementedError
+        raise NotImplementedError(MISSING.format(type(self).__name__))
 
     def select(self, pairs: Any, cost: Tensor) -> Tensor:
         """Return (...) bool: the pairs that their objects select by their (...) costs."""
-        raise NotImplementedError
+        raise NotImplementedError(MISSING.format(type(self).__name__))
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
         """List the pairs that (g,) objects can select: by default those of any similarity and those
@@ -75,7 +76,7 @@ class Matching(FunctionRule, Checked):
 
     def num_wanted(self, batch: Lists) -> Tensor:
         """Return (G,) int64 pairs that objects select if they can; for rules with fallbacks."""
-        raise NotImplementedError
+        raise NotImplementedError(MISSING.format(type(self).__name__))
 
     @torch.no_grad()
     def __call__(
@@ -99,7 +100,7 @@ class Matching(FunctionRule, Checked):
             batch = Tables(*args)
             for pairs in self.tables(batch):
                 cost = self._costs(pairs)
-                self._claim(conflicts, pairs, cost, self.select(pairs, cost))
+                self._enter(conflicts, pairs, cost, self.select(pairs, cost))
         else:
             batch = Lists(*args)
             self._match_lists(batch, conflicts)
@@ -108,15 +109,16 @@ class Matching(FunctionRule, Checked):
 
     def _costs(self, pairs: Any) -> Tensor:
         """Return the (...) cost of each pair; infinite if it is NaN or the pair impossible."""
-        cost = self.cost(pairs)
+        cost = self.cost(pairs).double()
         return cost.masked_fill(cost.isnan() | ~pairs.possible, torch.inf)
 
-    def _claim(self, conflicts: Conflicts, pairs: Any, cost: Tensor, selected: Tensor) -> None:
-        if self.rank is None:
+    def _enter(self, conflicts: Conflicts, pairs: Any, cost: Tensor, selected: Tensor) -> None:
+        selected = selected & (cost < torch.inf)
+        if self.rank is None:  # pairs that are not selected compete, too
             conflicts.claim(pairs, selected)
             conflicts.compete(pairs, -cost)
         else:
-            rank = self.rank(pairs).expand(pairs.shape)
+            rank = self.rank(pairs).double().expand(pairs.shape)
             conflicts.compete(pairs, rank.masked_fill(~selected, -torch.inf))
 
     # Lengths of lists depend on the data: torch.compile would break the graph at each.
@@ -144,14 +146,13 @@ class Matching(FunctionRule, Checked):
             cost = self._costs(pairs)
             selected = self.select(pairs, cost)
             if fallbacks:
-                num_wanted = self.num_wanted(batch)
-                owner = pairs.owner[selected & (cost < bound)]
-                count = torch.zeros_like(num_wanted).scatter_add_(0, owner, torch.ones_like(owner))
-                settled = (count >= num_wanted) | (bound == torch.inf)
+                below = pairs.owner[selected & (cost < bound)]
+                count = torch.bincount(below, minlength=len(batch.gt))
+                settled = (count >= self.num_wanted(batch)) | (bound == torch.inf)
                 ids = ids[~settled[ids]]
                 kept = settled[pairs.owner]
                 pairs, cost, selected = pairs.at(kept), cost[kept], selected[kept]
-            self._claim(conflicts, pairs, cost, selected)
+            self._enter(conflicts, pairs, cost, selected)
             if not len(ids):
                 break
 

@@ -27,12 +27,12 @@ class MaxIoU(Checked):
 
     Args:
         background_below, positive_from: IoU thresholds.
-        low_quality_matches: whether the anchors of highest IoU with an object are positive in any
-            case (as in Detectron2's Matcher, except for an object that overlaps no anchor).
+        low_quality_matches: whether the anchors of highest IoU with an object are always positive
+            (as in Detectron2's Matcher, except for an object that overlaps no anchor).
         in_box: whether positives whose centre lies outside their object are ignored (paper, Table
             1, "In GT Box").
         claims_go_to: object of a low-quality match: "best", the anchor's own best object, or
-            "claimant", the object whose best anchor it is, of several the last (mmdet).
+            "claimant", the last object whose best anchor it is (mmdet).
         similarity: of anchors and objects.
     """
 
@@ -55,7 +55,6 @@ class MaxIoU(Checked):
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
-        """See :class:`~atss.structures.Assigner`."""
         best, owner, claimant = self.search(anchors, gt)
         gt_index = torch.where(best >= self.positive_from, owner, IGNORE)
         gt_index = gt_index.masked_fill_(best < self.background_below, BACKGROUND)
@@ -72,9 +71,9 @@ class MaxIoU(Checked):
         """Find the best object of each anchor, and the best anchors of each object.
 
         Returns:
-            (N * R,) float64 IoU with the best object and (N * R,) int64 object, both exact if the
-            IoU is ``background_below`` or more or the anchor is claimed; and (N * R,) int64 last
-            object that claims the anchor as its best, or -1.
+            (N * R,) float64 IoU with the best object and (N * R,) int64 object, exact if the IoU is
+                at least ``background_below`` or the anchor is claimed; (N * R,) int64 last object
+                that claims the anchor, or -1.
         """
         conflicts = Conflicts(gt, len(anchors.boxes))
         claimant = torch.full_like(conflicts.owner, -1)
@@ -104,8 +103,8 @@ class MaxIoU(Checked):
         return conflicts.best, conflicts.owner, claimant
 
     def _least(self, batch: Lists) -> Tensor:
-        """Return the (G,) least relevant IoU: ``background_below``, or that of the object's best
-        anchor, which is the nearest to its centre among those of one shape."""
+        """Return (G,) the least relevant IoU: ``background_below``, or that of the object's best
+        anchor, the nearest to its centre of one shape."""
         objects, anchors = batch.objects, batch.anchors
         least = torch.full_like(objects[:, 0], self.background_below)
         if not self.low_quality_matches:
@@ -117,7 +116,7 @@ class MaxIoU(Checked):
     def _near(
         self, batch: Lists, index: BoxIndex, image: Tensor, least: Tensor
     ) -> Iterator[ListPairs]:
-        """Yield pieces of the pairs of at least (G,) ``least`` IoU, by (G,) images of the index."""
+        """Yield pieces of the pairs with at least (G,) ``least`` IoU."""
         for ids in batch.pieces(batch.all_objects, batch.shape[1]):
             owner, anchor = index.near(self.similarity, batch.gt.boxes[ids], image[ids], least[ids])
             yield ListPairs(batch, ids[owner], anchor)

@@ -41,11 +41,11 @@ def select_cheap(values: Tensor, take: str) -> Tensor:
 def mixture(
     values: Tensor, tolerance: float = 1e-3, floor: float = 1e-6, iterations: int = 100
 ) -> tuple[Tensor, Tensor]:
-    """Fit two Gaussians to each row by expectation maximisation, from its lowest and its highest
-    value and variances of 1. Each row stops by itself.
+    """Fit two Gaussians to each row by expectation maximisation, from its lowest and highest value
+    and variances of 1. Each row stops by itself.
 
     Args:
-        values: (S, M) in rising order, at least one in each row, then infinity.
+        values: (S, M) in rising order, at least one, then infinity.
         tolerance: least change of a row's mean log likelihood.
         floor: added to variances.
     Returns:
@@ -92,8 +92,8 @@ def mixture(
 
 
 def _log_densities(x: Tensor, fitted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (S, M) weighted log densities of (S, M) values under each component, by (3, S, 2)
-    weights, means and variances."""
+    """Return (S, M) weighted log densities under each component, by (3, S, 2) weights, means and
+    variances."""
     weight, mean, variance = fitted.movedim(2, 1)[..., None].unbind()  # (2, S, 1) each
     constant = weight.log() - (2 * math.pi * variance).log() / 2
     first, second = constant - (x - mean).square() / (2 * variance)

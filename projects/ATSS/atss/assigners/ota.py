@@ -27,9 +27,9 @@ class OTA(Matching):
     of an image with labels from its objects and the background.
 
     A pair costs the focal loss of its classes plus ``iou_weight`` times -ln IoU, if its anchor lies
-    inside the object and near its centre. An object without such an anchor has no positives; the
-    authors' code gives it every anchor at a cost of 1e6, where float32 cannot rank them. Score: the
-    IoU.
+    inside the object and near its centre. Objects without such an anchor have no positives; the
+    authors' code gives them every anchor at a cost of 1e6, where float32 cannot rank them. Score:
+    the IoU.
 
     Args:
         top_k: number of highest IoUs whose sum is the supply of an object.

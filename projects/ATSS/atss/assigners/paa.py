@@ -27,9 +27,9 @@ class PAA(Matching):
     an object's candidates up to the cost at which the cheaper of two Gaussians, fitted to their
     costs, has its highest density.
 
-    An anchor is a candidate of its best object, if their IoU is at least ``iou_threshold``, or of
-    an object whose best anchor it is. A pair costs its focal and GIoU loss. The mixture is fitted
-    on the host: a GPU waits for one copy to it and one back.
+    An anchor is a candidate of its best object if their IoU is at least ``iou_threshold``, and of
+    objects whose best anchor it is. A pair costs its focal and GIoU loss. The mixture is fitted on
+    the host: a GPU waits for one copy each way.
 
     Args:
         top_k: cheapest candidates per level, to which the mixture is fitted.
@@ -86,7 +86,7 @@ class PAA(Matching):
 
         Returns:
             (G, L * top_k) costs in rising order, then infinity; and (G, L * top_k) int64 into the
-            flattened pairs, or their number for none.
+                flattened pairs, their number for none.
         """
         k, anchors, num_objects = self.top_k, pairs.batch.anchors, len(pairs.batch.gt)
         levels = len(anchors.strides)

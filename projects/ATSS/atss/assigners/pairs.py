@@ -86,7 +86,7 @@ class AssignmentBatch:
 
     def class_loss(self, loss: ClassLoss, classes: Tensor, targets: Tensor) -> Tensor:
         """Return the elementwise loss, in the dtype of the classes."""
-        output = HeadOutput(classes, targets, None, self.output.probabilities)
+        output = self.output._replace(classes=classes)
         return loss(output.probability(), output.cross_entropy(targets), targets)
 
     def background_loss(self, loss: ClassLoss, classes: Tensor) -> Tensor:
@@ -201,11 +201,11 @@ class CandidatePairs:
 
     @property
     def address(self) -> Tensor:
-        """(M, ...) int64 into dimension 0 of :meth:`view`."""
+        """(M, ...) int64 index of the pairs' anchors into dimension 0 of :meth:`view`."""
         return self.slot.flatten()
 
     def view(self, per_slot: Tensor) -> Tensor:
-        """View (N * R,) values so that :attr:`address` indexes them."""
+        """View (N * R,) values as (S, ...), for gather and scatter by :attr:`address`."""
         return per_slot
 
     def per_anchor(self, values: Tensor) -> Tensor:

@@ -23,9 +23,8 @@ class POTO(Matching):
     of highest total p^(1 - alpha) * IoU^alpha, among anchors inside their object and near its
     centre. Score: the IoU.
 
-    An object without a free anchor has none; in the authors' code it has one elsewhere, with
-    negative distances to the target's sides. SciPy matches on the host: a GPU waits for one copy to
-    it and one back.
+    An object without a free anchor has none; the authors' code gives it one elsewhere, with
+    negative distances to the sides. SciPy matches on the host: a GPU waits for one copy each way.
 
     Args:
         radius: largest distance from the centre, in strides along both axes.
@@ -78,8 +77,7 @@ def match_one_each(cost: np.ndarray, slot: np.ndarray, unmatched: float) -> np.n
     """Match each row with at most one slot, and each slot with at most one row, at the least cost.
 
     Args:
-        cost, slot: (g, M) of pairs, and their anchors as integers. Images share no slots, so all
-            are matched at once.
+        cost, slot: (g, M) of pairs, and their anchors as integers; images share no slots.
         unmatched: cost of a row without a slot.
     Returns:
         (g,) int64 column of the pair of each row, or -1.

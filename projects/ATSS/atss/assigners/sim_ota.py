@@ -76,8 +76,7 @@ class SimOTA(DynamicMatching):
         return batch.central(ids, self.radius)
 
     def fallbacks(self) -> Sequence[tuple[float, Candidates]]:
-        """Bound the costs of others: by the penalty; without overlap, also by the highest -ln
-        IoU."""
+        """Bound other pairs' costs by the penalty; without overlap, also by the highest -ln IoU."""
         return (
             (self.PENALTY - self.iou_weight * math.log1p(EPS), Lists.near),
             (self.PENALTY - self.iou_weight * math.log(EPS), Lists.all_pairs),
@@ -103,7 +102,7 @@ class SoftLabel(DynamicMatching):
         radius: distance from the centre, in strides, that costs 1.
     """
 
-    # Strides beyond the radius of the first candidates.
+    # The first candidates lie at most this many strides beyond the radius.
     MARGIN: ClassVar[float] = 0.75
     # Higher exponents make no difference, and exceed float64.
     MAX_EXPONENT: ClassVar[float] = 100.0
@@ -119,7 +118,7 @@ class SoftLabel(DynamicMatching):
         return batch.near_centre(ids, self.radius + self.MARGIN)
 
     def fallbacks(self) -> Sequence[tuple[float, Candidates]]:
-        """Bound the costs of others: by their distance; without overlap, by the highest -ln IoU."""
+        """Bound other pairs' costs by their distance; without overlap, by the highest -ln IoU."""
         return (
             (10**self.MARGIN - self.iou_weight * math.log1p(EPS), Lists.near),
             (-self.iou_weight * math.log(EPS), Lists.all_pairs),

@@ -15,15 +15,15 @@ SMALLEST = 1e-12
 
 
 class Similarity(Protocol):
-    """A similarity of boxes. ATSS and DDOD also accept a function, because they do not search."""
+    """A similarity of boxes. ATSS and DDOD, which do not search, also accept a function."""
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return the (...) similarities of (..., 4) and (..., 4) boxes."""
+        """Return the (...) similarities of (..., 4) boxes."""
         ...
 
     def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """Bound the distance of two boxes of (...) or more similarity: along an axis, the centres
-        of boxes with sides a and b are at most scale * (a + b) / 2 + distance apart.
+        """Bound the distance of boxes of at least a (...) similarity: along an axis, the centres of
+        boxes with sides a and b are at most scale * (a + b) / 2 + distance apart.
 
         Returns:
             (..., 2) scale, along x and y; (..., 1) distance.
@@ -39,7 +39,7 @@ class IoU:
         return iou(a, b)
 
     def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """Use that boxes share at least ``similarity`` of the longer side, and of the mean side."""
+        """Use that boxes share at least ``similarity`` of their mean side along both axes."""
         scale = 1 - similarity.clamp(min=0, max=1)[..., None]
         return scale.expand(*similarity.shape, 2), torch.zeros_like(scale)
 
@@ -50,10 +50,8 @@ IOU = IoU()
 
 
 class _Exponential:
-    """A similarity that is never 0.
-
-    ``exact`` is for rules that do not search by similarity: they rank even the smallest.
-    """
+    """A similarity that is never 0. ``exact`` is for rules that do not search, and rank even the
+    smallest."""
 
     def exact(self, a: Tensor, b: Tensor) -> Tensor:
         raise NotImplementedError
@@ -75,8 +73,8 @@ class NWD(_Exponential, Checked):
     overlap. Not scale-invariant.
 
     Args:
-        constant: distance of boxes of one size at a similarity of 1 / e, in pixels of the network's
-            input. The authors use the mean side of an object: 12.8 for AI-TOD.
+        constant: distance of boxes of one size at a similarity of 1 / e, in pixels of the input.
+            The authors use the mean side of an object: 12.8 for AI-TOD.
     """
 
     constant: float = arg(12.8, low=1e-3, high=1e6)
@@ -95,8 +93,8 @@ class SimD(_Exponential, Checked):
     """Similarity distance (arXiv 2407.02394): a scale-invariant NWD.
 
     Args:
-        m, n: weights of x and y. The authors use the mean over all objects and anchors of a data
-            set of |dx| / (w + w_anchor), and of the same for y and h; defaults as in their code.
+        m, n: weights of x and y, by default of the authors' code: the means over all objects and
+            anchors of a data set of |dx| / (w + w_anchor) and of |dy| / (h + h_anchor).
     """
 
     m: float = arg(6.13, low=1e-3, high=1e6)
@@ -106,7 +104,6 @@ class SimD(_Exponential, Checked):
         return similarity_distance(a, b, self.m, self.n)
 
     def max_distance(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
-        """Use that boxes of one size are the farthest apart."""
         exponent = 2 * self.exponent(similarity)
         scale = torch.stack([exponent / self.m, exponent / self.n], dim=-1)
         return scale, torch.zeros_like(scale[..., :1])

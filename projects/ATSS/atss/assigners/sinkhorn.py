@@ -19,7 +19,7 @@ RENEW = 10
 
 
 class Columns(NamedTuple):
-    """Anchors of a transport: C of each image, which include all that have pairs.
+    """Anchors of a transport: C of each image, among them all that have pairs.
 
     Attributes:
         column: (g, M) int64 anchor of each pair, into the N * C.
@@ -45,19 +45,18 @@ def transport(
     The plan is exp(u + v - cost / regularisation) with logarithmic factors u of rows (objects and
     background) and v of anchors. An iteration scales columns to the demand of 1, then rows to their
     supply, by factors between 1e-8 / R and G R, so within RENEW iterations no relevant entry
-    overflows or vanishes. The first iteration, for which this does not hold, and every RENEW-th
-    after it are computed with logarithms.
+    overflows or vanishes. The first iteration, an exception, and every RENEW-th after it are
+    computed with logarithms.
 
     Args:
         cost: (g, M) float64 of pairs, infinite if impossible.
         supply: (g,) number of labels of each object.
-        image: (g,) int64 of each object, which are in rising order.
-        columns: the anchors.
+        image: (g,) int64 of each object, in rising order.
         num_anchors: R of each image.
         regularisation: weight of the entropy.
     Returns:
         (g, M) bool: pairs with the largest entry of their anchor, relative to the largest of their
-        row; of equal ones the lower object, and an object rather than the background.
+            row; of equal ones the lower object, and an object rather than the background.
     """
     column, background = columns
     if not background.numel():

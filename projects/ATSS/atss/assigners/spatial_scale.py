@@ -26,14 +26,14 @@ class SpatialScale(Matching):
     of their level. Conflicts: the smallest object. The A anchors of a location share its object.
 
     Args:
-        ranges: upper ends of the levels' ranges in pixels, except for the last, which has none.
-            Both ends belong to a range, as in the references.
+        ranges: upper ends of the levels' ranges in pixels, none for the last. Both ends belong to a
+            range, as in the references.
         radius: centre sampling: largest distance from the object's centre, in strides along both
             axes; 0 for any.
-        top_k: locations per level, the nearest to the object's centre (9 for the paper's FCOS "with
+        top_k: locations per level nearest to the object's centre (9 for the paper's FCOS "with
             center sampling" in Table 3); 0 for all.
-        margin: pixels from the nearest side, above which a location is inside: 0.01 in the code of
-            ATSS, 0 in mmdet and FCOS.
+        margin: pixels from the nearest side, above which a location is inside: 0.01 in ATSS's code,
+            0 in mmdet and FCOS.
         num_levels: of the detector, to check the number of ranges.
     """
 
@@ -60,10 +60,8 @@ class SpatialScale(Matching):
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
-        """See :class:`~atss.structures.Assigner`; only the anchors' locations matter.
-
-        Raises:
-            UserError: if the number of levels is not that of the ranges.
+        """Raises:
+        UserError: if the number of levels is not that of the ranges.
         """
         if len(self.ranges) + 1 != len(anchors.strides):
             raise UserError(
@@ -80,7 +78,6 @@ class SpatialScale(Matching):
         return Assignment(assign_best(gt, index, affinity, len(anchors.boxes)))
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
-        """List the pairs near the centre, on the levels for the object's size."""
         low, high = batch.objects.new_tensor([(-1.0, *self.ranges), (*self.ranges, math.inf)])
         boxes = batch.objects[ids]
         longest = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1, keepdim=True)
@@ -92,7 +89,6 @@ class SpatialScale(Matching):
         return batch.central(ids, torch.where(fits, radius, -torch.inf)[..., None])
 
     def cost(self, pairs: CandidatePairs) -> Tensor:
-        """Return the object's area if the location is positive for it."""
         anchors = pairs.batch.anchors
         low = anchors.of_levels((-1.0, *self.ranges))[pairs.index]
         high = anchors.of_levels((*self.ranges, math.inf))[pairs.index]

@@ -84,7 +84,7 @@ class Table(Rows):
     @property
     def boxes(self) -> Tensor:  # type: ignore[override]
         """(g, R, 4), in memory x1 of all, then y1 of all; not cached, because they are large."""
-        return self.batch.columns.index_select(1, self.image).double().movedim(0, -1)
+        return self.batch.sides.index_select(1, self.image).double().movedim(0, -1)
 
     @cached_property
     def classes(self) -> Tensor:
@@ -138,7 +138,7 @@ class Tables(AssignmentBatch):
     """A batch whose pairs are tables."""
 
     @cached_property
-    def columns(self) -> Tensor:
+    def sides(self) -> Tensor:
         """(4, N, R) predicted boxes, in memory x1 of all, then y1 of all."""
         return self.boxes.movedim(-1, 0).contiguous()
 
@@ -192,7 +192,7 @@ class Tables(AssignmentBatch):
 
     @cached_property
     def usable(self) -> Tensor | None:
-        """(N, R) bool: eligible anchors with finite predicted boxes; None for all."""
+        """(N, R) bool: eligible anchors with finite predicted boxes; None without predictions."""
         if self.predictions is None or self.eligible_radius is None:
             return None if self.predictions is None else self.finite
         eligible = torch.zeros(self.shape, dtype=torch.int8, device=self.gt.boxes.device)

@@ -37,8 +37,8 @@ class TAL(Matching):
     similarity: Similarity = IOU
 
     def candidates(self, batch: Lists, ids: Tensor) -> ListPairs:
-        """List the pairs that can be among the top k: even with a probability of 1, the metric of
-        others is below the k-th highest of the object's central anchors."""
+        """List the pairs that can be among the top k: even with a probability of 1, others have a
+        lower metric than the k-th of the object's central anchors."""
         central = batch.near_centre(ids, 1.5)
         if self.inside == "before":
             central = central.at(central.inside(INSIDE_MARGIN))

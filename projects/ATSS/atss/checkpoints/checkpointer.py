@@ -1,4 +1,4 @@
-"""Checkpointers that execute nothing in a file, and survive a kill at any time."""
+"""Checkpointers that execute nothing in a file and survive a kill at any time."""
 
 import os
 import re
@@ -21,8 +21,8 @@ NUMBERED = re.compile(r"model_(\d{7,})\.pth")
 
 
 class SafeCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer without code execution (Detectron2 unpickles every .pkl). It checks
-    downloads and warns about weights of other classes.
+    """Detectron2's checkpointer, but it unpickles no code, checks downloads, and warns about
+    weights of other classes.
 
     Args:
         class_names: of the model; empty if unknown.
@@ -107,7 +107,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return result
 
     def _needed(self) -> set[str]:
-        """Return the names of parameters and of norms' statistics; other buffers are optional."""
+        """Return the names of parameters and norm statistics; other buffers are optional."""
         needed = {name for name, _ in self.model.named_parameters()}
         for path, module in self.model.named_modules():
             if isinstance(module, _NormBase | FrozenBatchNorm2d):
@@ -115,7 +115,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return {name for name in needed if not name.endswith("num_batches_tracked")}
 
     def _refuse_random_parts(self, missing: set[str]) -> None:
-        """Require all weights of frozen modules, marked by ``relies_on_weights``."""
+        """Require all weights of frozen modules with ``relies_on_weights``."""
         for path, module in self.model.named_modules():
             if not getattr(module, "relies_on_weights", False):
                 continue
@@ -138,8 +138,8 @@ class TrainingCheckpointer(SafeCheckpointer):
 
     Args:
         save_dir: a local or mounted folder.
-        keep: number of checkpoints numbered by iteration that stay; 0 for all. Those of later
-            iterations, from another run, are not removed.
+        keep: number of checkpoints numbered by iteration that stay; 0 for all. Later ones, from
+            another run, also stay.
 
     Attributes:
         resumed: time in ns at which the resumed checkpoint was written, or None.
@@ -157,8 +157,6 @@ class TrainingCheckpointer(SafeCheckpointer):
         self._older = {file: _stamp(file) for file in self._numbered().values()}
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``<name>.pth`` with states, class names and ``kwargs``, then
-        ``last_checkpoint``."""
         if not (self.save_dir and self.save_to_disk):
             return
         parts = {"model": self.model, **self.checkpointables}
@@ -171,14 +169,14 @@ class TrainingCheckpointer(SafeCheckpointer):
             self._remove_old(int(match[1]))
 
     def save_weights(self, name: str, model: nn.Module, **kwargs: Any) -> None:
-        """Write ``<name>.pth`` with weights and ``kwargs``, from which no run resumes."""
+        """Write ``<name>.pth``, not for resumption."""
         if not (self.save_dir and self.save_to_disk):
             return
         data = {"model": model.state_dict(), KEY: self.class_names} | kwargs
         self._write(f"{name}.pth", lambda file: torch.save(data, file))
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:
-        """Load a checkpoint. With ``checkpointables`` a training begins, otherwise one is resumed.
+        """Load a checkpoint: a training begins with ``checkpointables`` and resumes without.
 
         Raises:
             WeightsError: as above, or if a resumed checkpoint is of another model.
@@ -194,8 +192,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         return loaded
 
     def files_of_this_run(self) -> dict[int, str]:
-        """Return {iteration: path} of the numbered checkpoints that this run wrote or resumes;
-        others may lie in the folder."""
+        """Return {iteration: path} of the numbered checkpoints that this run wrote or resumes."""
         files = self._numbered()
         return {n: x for n, x in files.items() if self._older.get(x) != _stamp(x)}
 
@@ -228,7 +225,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         return result
 
     def _forget_counts(self, weights: dict[str, Any]) -> None:
-        """Reset the buffers that modules list in ``of_a_training`` to the new model's."""
+        """Reset the buffers in modules' ``of_a_training`` to the new model's."""
         for path, module in self.model.named_modules(remove_duplicate=False):
             for name in getattr(module, "of_a_training", ()):
                 weights[f"{path}.{name}"] = module.get_buffer(name)
@@ -291,7 +288,7 @@ class TrainingCheckpointer(SafeCheckpointer):
 
 
 def _stamp(file: str) -> int | None:
-    """Return when a file was written, in ns, or None if another process has removed it."""
+    """Return when a file was written, in ns; None if it was removed."""
     try:
         return os.stat(file).st_mtime_ns
     except FileNotFoundError:
@@ -299,8 +296,8 @@ def _stamp(file: str) -> int | None:
 
 
 def progress(file: str) -> tuple[int, int] | None:
-    """Return (images seen, last iteration) of a complete checkpoint, else None. Old checkpoints
-    count 0 images."""
+    """Return (images seen, last iteration) of a complete checkpoint, or None. Old checkpoints count
+    0 images."""
     try:
         # mmap: weights are not read. A truncated file has lost its table of contents.
         trainer = load_weights(file, mmap=True)["trainer"]

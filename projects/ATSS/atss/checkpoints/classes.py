@@ -32,8 +32,8 @@ def names_in(checkpoint: Mapping[str, Any], path: str | Path) -> list[str]:
 def equal_names(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
     """Match two lists of names: {index in ``ours``: index in ``theirs``}.
 
-    Exact spellings match first; then case, outer blanks, and the difference between blanks, "_" and
-    "-" are ignored. Equal names match in their order.
+    Exact spellings match first; then case, outer blanks, and differences between blanks, "_" and
+    "-" are ignored. Equal names match in order.
     """
     matches: dict[int, int] = {}
     for spelling in (str, _normalise):
@@ -52,8 +52,8 @@ def _normalise(name: str) -> str:
 
 
 def class_tensors(model: nn.Module) -> dict[str, int]:
-    """Return {tensor of the state dict: A} of the layers with rows of classes, from the attribute
-    ``class_layers`` of heads, {layer: A}. Row a * K + k belongs to anchor a and class k."""
+    """Return {tensor of the state dict: A} of the layers in heads' ``class_layers``. Row a * K + k
+    belongs to anchor a and class k."""
     tensors = {}
     for path, module in model.named_modules():
         for layer, num_anchors in getattr(module, "class_layers", {}).items():
@@ -63,7 +63,7 @@ def class_tensors(model: nn.Module) -> dict[str, int]:
 
 
 def warn_of_others(theirs: Sequence[str], ours: Sequence[str], path: str) -> None:
-    """Warn if weights have as many classes but not the same, which shapes do not reveal."""
+    """Warn of weights with as many but other classes, which shapes do not reveal."""
     matches = equal_names(theirs, ours)
     differing = [i for i in range(len(ours)) if matches.get(i) != i]
     if len(theirs) == len(ours) and differing:
@@ -78,13 +78,10 @@ def take_rows(
     weights: dict[str, Any], theirs: Sequence[str], model: nn.Module, ours: Sequence[str]
 ) -> None:
     """Adapt the class layers of weights, in place, to a model with other classes: rows of common
-    classes are kept, other rows are the model's, and the log lists both.
+    classes are kept, other rows are the model's; the log lists both.
 
     Without names on either side nothing changes. Layers without one row for each anchor and name,
     or with rows of another size, are removed.
-
-    Args:
-        theirs, ours: class names of the weights and of the model.
     """
     state = model.state_dict()
     layers = {name: count for name, count in class_tensors(model).items() if name in weights}

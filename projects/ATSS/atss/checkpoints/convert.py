@@ -1,4 +1,4 @@
-"""Conversion of weights of the authors' code or of mmdet."""
+"""Conversion of the authors' and mmdet's weights."""
 
 import re
 from collections.abc import Mapping
@@ -27,7 +27,6 @@ BATCH_NORM_EPS = 1e-5
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint of any project."""
     return find_weights(load_weights(path), path)
 
 
@@ -40,7 +39,7 @@ def _config_text(content: Any) -> str:
 def convert(
     state_dict: Mapping[str, Tensor], source: str, detector: str | None = None
 ) -> dict[str, Tensor]:
-    """Convert weights to our names and values, a state dict for :func:`config_for`.
+    """Convert weights to our names and values, for :func:`config_for`.
 
     Args:
         state_dict: of a model with one anchor per location.
@@ -155,8 +154,8 @@ def config_for(
 def convert_file(
     path: Path, target: Path, source: str, regression: str = "box", detector: str | None = None
 ) -> tuple[CfgNode, str]:
-    """Convert another project's checkpoint, and write its config beside it, as .yaml. Return the
-    config and the detector. Eighty classes get COCO's names.
+    """Convert another project's checkpoint, and write its config beside it, as .yaml. Return config
+    and detector. Eighty classes get COCO's names.
 
     Args:
         detector: for mmdet; None: the names of the weights decide, or the config in the file.
@@ -180,7 +179,6 @@ def convert_file(
 
 
 def refuse_to_replace(*files: Path) -> None:
-    """Raise a UserError if one of these files or folders exists."""
     for file in files:
         if file.exists():
             raise UserError(f"{file} already exists: choose another OUT")
@@ -206,7 +204,6 @@ def write(target: Path, content: dict, config_file: Path, config: str) -> None:
 
 
 def is_tower_bias(name: str) -> bool:
-    """Return whether a name is the bias of a convolution before a norm."""
     tower = re.fullmatch(r"head\.\w+_subnet\.(\d+)\.(conv\.)?bias", name)
     if tower:
         return int(tower[1]) % 3 == 0
@@ -216,7 +213,7 @@ def is_tower_bias(name: str) -> bool:
 
 
 def _name_deformable(converted: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename deformable layers of towers: in mmdet they have the weight themselves."""
+    """Rename deformable layers of towers, which in mmdet have the weight themselves."""
     renamed = {}
     for name, value in converted.items():
         parent, _, kind = name.rpartition(".")
@@ -232,7 +229,6 @@ def _blocks(state_dict: Mapping[str, Tensor], stage: int) -> int:
 
 
 def shapes_of(cfg: CfgNode) -> dict[str, Tensor]:
-    """Return the state dict of a config's model on the device "meta"."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"

@@ -29,7 +29,7 @@ class Detector:
         row: our config of the same detector.
         values: {key: value} over ``row`` for converted weights.
         also: {key: value} that mmdet supports besides those of ``row``.
-        arguments: {argument: value} of mmdet's head that distinguish it within its class.
+        arguments: {argument: value} that distinguish it within mmdet's class.
         from_weights: our weights -> {key: value} that only they reveal.
         settings: our config -> arguments of mmdet's head.
     """
@@ -184,7 +184,7 @@ _OTHER_PARTS = ("cls_convs", "reg_convs", "scales", "integral")
 
 
 def detector_of(names: Iterable[str], config: str = "", choice: str | None = None) -> str:
-    """Return the name of mmdet's detector that weights are of.
+    """Return the name of the mmdet detector with these weights.
 
     Args:
         names: of its state dict.

@@ -65,8 +65,8 @@ def to_mmdet(state_dict: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor
 
 
 def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
-    """Return the changes to mmdet's own config of the detector (such as atss_r50_fpn_1x_coco of
-    mmdet 3) as Python code.
+    """Return the changes to mmdet's own config (such as atss_r50_fpn_1x_coco of mmdet 3) as Python
+    code.
 
     Raises:
         ConversionError: if mmdet does not support the config.
@@ -136,7 +136,7 @@ def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
 
 
 def convert_file_to_mmdet(path: Path, target: Path, cfg: CfgNode) -> str:
-    """Convert a checkpoint of ours, write mmdet's settings beside it, as .py, and return them.
+    """Convert our checkpoint, write mmdet's settings beside it, as .py, and return them.
 
     Raises:
         WeightsError: if the weights cannot be converted.
@@ -151,7 +151,7 @@ def convert_file_to_mmdet(path: Path, target: Path, cfg: CfgNode) -> str:
 
 
 def detector_for(cfg: CfgNode) -> str:
-    """Return mmdet's detector that differs least from a config.
+    """Return the mmdet detector that differs least from a config.
 
     Raises:
         ConversionError: naming a key that mmdet does not support.

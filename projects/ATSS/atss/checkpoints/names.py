@@ -100,7 +100,6 @@ _MMDET: list[Rule] = [
 
 
 def mmdet_rules(predictors: Mapping[str, str]) -> list[Rule]:
-    """Return the table from mmdet. ``predictors``: {our layer of the head: mmdet's}."""
     return [
         *_MMDET,
         *(
@@ -123,7 +122,7 @@ def to_mmdet_rules(lowest: int, laterals: int, predictors: Mapping[str, str]) ->
 
     Args:
         lowest: number of the lowest level, 3 for P3.
-        laterals: number of levels made from stages of the backbone.
+        laterals: number of levels from stages of the backbone.
         predictors: {our layer of the head: mmdet's}.
     """
     return [

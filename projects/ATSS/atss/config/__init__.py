@@ -1,4 +1,4 @@
-"""From config files to parts: the keys, the files, derived values, building."""
+"""Config keys, config files, derived values, and building from configs."""
 
 from .backbones import (
     begins_pretrained,

@@ -37,8 +37,8 @@ def build_atss_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build a timm model with the same FPN, and with the weights of MODEL.TIMM unless
-    MODEL.WEIGHTS is set."""
+    """Build a timm model with the same FPN, and the weights of MODEL.TIMM unless MODEL.WEIGHTS is
+    set."""
     node, levels = cfg.MODEL.TIMM, cfg.MODEL.FPN.IN_FEATURES
     wrong = [x for x in levels if not re.fullmatch(r"s\d+", x)]
     if wrong:
@@ -79,6 +79,5 @@ def _under_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
 
 
 def begins_pretrained(cfg: CfgNode) -> bool:
-    """Return whether MODEL.TIMM sets weights of the backbone."""
     node = cfg.MODEL.TIMM
     return cfg.MODEL.BACKBONE.NAME == TIMM and bool(node.PRETRAINED or node.WEIGHTS)

@@ -30,8 +30,8 @@ def build_branches(cfg: CfgNode, injected: Mapping[str, Any]) -> dict[str, Branc
     """Build the branch of the plain keys, "main", and those of MODEL.ATSS.BRANCHES.
 
     Args:
-        injected: values for parameters of parts. Without "in_channels", which only a backbone has,
-            a branch's own head is a placeholder.
+        injected: values for parameters of parts. Without "in_channels", which a backbone sets, a
+            branch's own head is a placeholder.
 
     Raises:
         UserError: naming the branch or the key.
@@ -86,7 +86,6 @@ def build_branches(cfg: CfgNode, injected: Mapping[str, Any]) -> dict[str, Branc
 def _build_branch(
     node: CfgNode, injected: Mapping[str, Any], own_keys: Collection[str] = ()
 ) -> Branch:
-    """Build the branch of MODEL.ATSS, or of an overlay that sets ``own_keys``."""
     last = _build_phase(node, injected, own_keys)
     injected = {**injected, "level_weight": last.criterion.level_weight}
     phases = []
@@ -112,7 +111,7 @@ def _build_branch(
 
 
 def _parse_phase(entry: Any, max_iter: int) -> tuple[str, float]:
-    """Return name and end, in iterations, of an entry of MODEL.ATSS.PHASES."""
+    """Return name and last iteration of an entry of MODEL.ATSS.PHASES."""
     if isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str):
         name, until = entry
         if isinstance(until, float) and 0 < until < 1:
@@ -145,7 +144,6 @@ def build_criterion(node: CfgNode, injected: Mapping[str, Any]) -> Criterion:
 
 
 def _training_keys() -> set[str]:
-    """Return the keys of rules and criteria."""
     kinds = (ASSIGNER_REGISTRY, SIMILARITIES, *modeling.CRITERION.parts.values())
     return set(modeling.CRITERION.keys.values()).union(*(kind.all_keys() for kind in kinds))
 
@@ -154,7 +152,7 @@ def _overlay(node: CfgNode, name: str, allowed: Collection[str], user: str) -> C
     """Return :func:`overlay`.
 
     Raises:
-        UserError: for a key that is not allowed, because the branch or phase would ignore it.
+        UserError: for a key that the branch or phase would ignore.
     """
     over = overlay(node, name)
     for key in node.BRANCH[name]:
@@ -167,14 +165,13 @@ def _overlay(node: CfgNode, name: str, allowed: Collection[str], user: str) -> C
 
 
 def kinds() -> list[Registry]:
-    """Return all registries."""
     exported = [*vars(assigners).values(), *vars(modeling).values()]
     return [x for x in exported if isinstance(x, Registry)]
 
 
 def prune(cfg: CfgNode) -> None:
-    """Delete, in place, the arguments of parts that the config does not name. The config.yaml of a
-    run then loads without the imports that registered them."""
+    """Delete, in place, the arguments of parts that the config does not name, so that the
+    config.yaml of a run loads without their imports."""
     node = cfg.MODEL.ATSS
     nodes = [node, *(overlay(node, name) for name in node.BRANCH)]
     chosen = {(kind.group, name) for x in nodes for kind, name in _chosen(x)}
@@ -194,8 +191,8 @@ def _chosen(node: CfgNode) -> Iterator[tuple[Registry, str]]:
 
 
 def for_inference(cfg: CfgNode) -> CfgNode:
-    """Return a copy with default rules, criteria and phases, and the detecting branch only. A model
-    then detects without the import that registered its rule."""
+    """Return a copy with default rules, criteria and phases, and the detecting branch only, which
+    needs no import of its rule."""
     cfg, fresh = cfg.clone(), get_cfg()
     add_atss_config(fresh)
     cfg.defrost()
@@ -220,7 +217,7 @@ def check_groups(node: CfgNode) -> None:
     """Check MODEL.ATSS and its overlays.
 
     Raises:
-        UserError: for arguments of an unknown part, or a legacy key whose new part is named.
+        UserError: for arguments of an unknown part, or a legacy key beside its new part.
     """
     overlays = {f"BRANCH.{name}.": x for name, x in node.BRANCH.items() if isinstance(x, CfgNode)}
     for where, values in {"": node, **overlays}.items():

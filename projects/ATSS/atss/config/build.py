@@ -1,4 +1,4 @@
-"""Builds a model or single parts from a config. Detectron2's registries contain the factories."""
+"""Builds a model or parts from a config, as factories in Detectron2's registries."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +33,6 @@ from .execution import autocast_dtype, compile_in_place, compiled_parts, images_
 
 @META_ARCH_REGISTRY.register()
 def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
-    """Build the whole model."""
     check_values(cfg)
     node = cfg.MODEL.ATSS
     num_classes = resolve_num_classes(cfg)
@@ -98,19 +97,16 @@ def _injected(
 
 
 def head_depth(cfg: CfgNode) -> int:
-    """Return the number of convolutions of the head's towers or stack."""
     return modeling.HEAD_REGISTRY.argument(cfg.MODEL.ATSS, "num_convs")
 
 
 def build_postprocess(cfg: CfgNode) -> PostProcessor:
-    """Build filter, score and suppression of detections."""
     return modeling.POSTPROCESSOR.build(
         cfg.MODEL.ATSS, {"max_detections": cfg.TEST.DETECTIONS_PER_IMAGE}
     )
 
 
 def build_levels(cfg: CfgNode) -> tuple[Backbone, list[ShapeSpec]]:
-    """Return the backbone and the shapes of its levels MODEL.ATSS.IN_FEATURES."""
     node = cfg.MODEL.ATSS
     lookup(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
     with building("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME):
@@ -166,8 +162,8 @@ def build_box_coder(cfg: CfgNode, num_anchors: int) -> BoxCode:
     """Build the box code.
 
     Raises:
-        UserError: also if it ignores the shape of an anchor and a location has several anchors,
-            which would have equal targets.
+        UserError: also if it ignores the shape of several anchors per location, which would have
+            equal targets.
     """
     node = cfg.MODEL.ATSS
     code = modeling.BOX_CODES.build(node)
@@ -181,7 +177,6 @@ def build_box_coder(cfg: CfgNode, num_anchors: int) -> BoxCode:
 
 
 def build_assigner(cfg: CfgNode) -> Assigner:
-    """Build the rule."""
     return ASSIGNER_REGISTRY.build(cfg.MODEL.ATSS, num_levels=len(cfg.MODEL.ATSS.IN_FEATURES))
 
 
@@ -215,7 +210,6 @@ def check_model(cfg: CfgNode, training: bool) -> None:
 
 
 def build_tta(cfg: CfgNode, model: nn.Module) -> ATSSWithTTA:
-    """Build multi-scale testing from TEST.AUG and MODEL.ATSS.TTA."""
     return ATSSWithTTA(
         model,
         plain=(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
@@ -248,7 +242,6 @@ def build_views(cfg: CfgNode) -> list[tuple[int, int, float, float]]:
 
 
 def build_merge(cfg: CfgNode) -> Callable[..., ScoredBoxes]:
-    """Build the suppression that merges the boxes of views."""
     node = cfg.MODEL.ATSS
     check_range("MODEL.ATSS.TTA.MAX_DETECTIONS", node.TTA.MAX_DETECTIONS, 1)
     return modeling.SUPPRESSIONS.build(node, "TTA.MERGE")
@@ -265,8 +258,7 @@ class Sampling:
 
     Attributes:
         anchors: (height, width) of a canvas -> its anchors.
-        assigner: the rule.
-        divisibility: canvases are padded to multiples of it.
+        divisibility: of the sides of canvases.
     """
 
     anchors: Callable[[tuple[int, int]], anchors.Anchors]
@@ -275,7 +267,6 @@ class Sampling:
 
 
 def build_sampling(cfg: CfgNode) -> Sampling:
-    """Build anchors and rule of a config."""
     check_values(cfg)
     with torch.device("meta"):  # shapes without weights
         built, shapes = build_levels(cfg)
@@ -289,7 +280,6 @@ def build_sampling(cfg: CfgNode) -> Sampling:
 
 
 def with_rule(cfg: CfgNode, rule: str) -> CfgNode:
-    """Return a copy of the config with another rule."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.ATSS.ASSIGNER = rule
@@ -297,5 +287,5 @@ def with_rule(cfg: CfgNode, rule: str) -> CfgNode:
 
 
 def candidates_per_object(cfg: CfgNode) -> int:
-    """Return k * L of ATSS, whichever rule the config names."""
+    """Return k * L of ATSS, also with another rule."""
     return cfg.MODEL.ATSS.ASSIGNERS.ATSS.TOP_K * len(cfg.MODEL.ATSS.IN_FEATURES)

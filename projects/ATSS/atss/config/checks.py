@@ -57,7 +57,7 @@ def rename_errors(**keys: str) -> Iterator[None]:
 
 
 def lookup(entries: Mapping[str, Any] | Iterable[tuple[str, Any]], name: str, key: str) -> Any:
-    """Return the entry that a config key names.
+    """Return the entry that a key names.
 
     Raises:
         UserError: naming the key and the choices.
@@ -81,7 +81,6 @@ def building(key: str, name: str) -> Iterator[None]:
 
 
 def flatten(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (KEY, value) of all groups and keys."""
     for name, value in node.items():
         yield f"{prefix}{name}", value
         if isinstance(value, CfgNode):

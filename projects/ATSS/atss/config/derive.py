@@ -1,7 +1,5 @@
-"""Values that a config leaves to data, epochs or backbone: classes, iterations, pixels.
-
-``complete_*`` and ``set_*`` change the config in place.
-"""
+"""Config values that follow from data, epochs or backbone. ``complete_*`` and ``set_*`` work in
+place."""
 
 import math
 from collections.abc import Collection
@@ -26,7 +24,7 @@ EPOCHS = {
 
 
 def resolve_num_classes(cfg: CfgNode) -> int:
-    """Return MODEL.ATSS.NUM_CLASSES; if it is -1, the number of classes of the data sets.
+    """Return MODEL.ATSS.NUM_CLASSES; if it is -1, that of the data sets.
 
     Raises:
         UserError: if config and data sets differ, or none has a number.
@@ -67,7 +65,7 @@ def set_num_classes(cfg: CfgNode) -> None:
 
 def complete_classes(cfg: CfgNode, training: bool = True) -> None:
     """Set number, names and ids of the classes, and their order in all data sets. Without training,
-    the names in the config of a finished run precede those of the data sets.
+    the names in the config of a finished run have precedence over those of the data sets.
 
     Raises:
         UserError: as :func:`resolve_num_classes`, or if data sets have different classes.
@@ -83,8 +81,8 @@ def complete_classes(cfg: CfgNode, training: bool = True) -> None:
 
 
 def follow_classes(cfg: CfgNode) -> None:
-    """Number the classes of the data sets as MODEL.ATSS.CLASS_NAMES, in each process after it has
-    registered them.
+    """Number the classes of the data sets as MODEL.ATSS.CLASS_NAMES, in each process after
+    registration.
 
     Raises:
         UserError: if a data set has other classes.
@@ -94,14 +92,14 @@ def follow_classes(cfg: CfgNode) -> None:
 
 
 def class_ids(cfg: CfgNode) -> list[int]:
-    """Return MODEL.ATSS.CLASS_IDS, by default those of the first registered data set, or []."""
+    """Return MODEL.ATSS.CLASS_IDS, else those of the first registered data set, or []."""
     ids = list(cfg.MODEL.ATSS.CLASS_IDS)
     data_sets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     return ids or next(filter(None, map(ids_of, data_sets)), [])
 
 
 def class_names(cfg: CfgNode) -> list[str]:
-    """Return MODEL.ATSS.CLASS_NAMES, by default those of the first registered data set, or []."""
+    """Return MODEL.ATSS.CLASS_NAMES, else those of the first registered data set, or []."""
     names = list(cfg.MODEL.ATSS.CLASS_NAMES)
     data_sets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     return names or list(next(filter(None, map(classes_of, data_sets)), []))
@@ -171,11 +169,11 @@ def enter_schedule(cfg: CfgNode, done: int, seen: int) -> int:
 
 
 def complete_pixels(cfg: CfgNode, given: Collection[str] = ()) -> None:
-    """Set order, mean and deviation of the channels to those of the timm backbone, if
+    """Set the channels' order, mean and deviation to those of the timm backbone, if
     MODEL.TIMM.PIXELS is True.
 
     Raises:
-        UserError: if keys of the command line (``given``) have other values.
+        UserError: if keys of the command line (``given``) differ.
     """
     if _fills_pixels(cfg):
         if {"INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"} & set(given):
@@ -184,7 +182,8 @@ def complete_pixels(cfg: CfgNode, given: Collection[str] = ()) -> None:
 
 
 def check_pixels(cfg: CfgNode) -> None:
-    """Raise UserError if a timm backbone gets other pixel values, which would only lower the AP."""
+    """Raise UserError for other pixel values than the timm backbone's, which would only lower the
+    AP."""
     pixels = cfg.INPUT.FORMAT, list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)
     if _fills_pixels(cfg) and pixels != (target := pixels_of(cfg.MODEL.TIMM.NAME)):
         raise UserError(

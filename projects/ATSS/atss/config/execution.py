@@ -1,4 +1,4 @@
-"""How a model is executed: device, precision, compilation, images at a time."""
+"""Execution of a model: device, precision, compilation, batch."""
 
 import logging
 
@@ -12,7 +12,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
 def use_available_device(cfg: CfgNode) -> bool:
-    """Set MODEL.DEVICE to "cpu" if it is a GPU and none is available; return whether it was."""
+    """Set MODEL.DEVICE to "cpu" if no GPU is available; return whether it changed."""
     absent = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
     if absent:
         cfg.MODEL.DEVICE = "cpu"
@@ -20,7 +20,7 @@ def use_available_device(cfg: CfgNode) -> bool:
 
 
 def one_image_at_a_time(cfg: CfgNode) -> CfgNode:
-    """Return a copy for models that accept one image, as with test-time augmentation."""
+    """Return a copy for models that accept one image (test-time augmentation)."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.ATSS.IMS_PER_BATCH_TEST = 1
@@ -28,13 +28,12 @@ def one_image_at_a_time(cfg: CfgNode) -> CfgNode:
 
 
 def images_per_test_batch(cfg: CfgNode) -> int:
-    """Return the number of images that each process evaluates at a time."""
     check_range("MODEL.ATSS.IMS_PER_BATCH_TEST", cfg.MODEL.ATSS.IMS_PER_BATCH_TEST, 1)
     return cfg.MODEL.ATSS.IMS_PER_BATCH_TEST
 
 
 def autocast_dtype(cfg: CfgNode) -> torch.dtype | None:
-    """Return the dtype of MODEL.ATSS.PRECISION on MODEL.DEVICE; None for float32 without autocast.
+    """Return the dtype of MODEL.ATSS.PRECISION on MODEL.DEVICE; None without autocast.
 
     Raises:
         UserError: for an unknown name, or fp16 on a CPU.
@@ -65,8 +64,8 @@ def compiled_parts(cfg: CfgNode) -> str | None:
 
 
 def compile_in_place(model: ATSSDetector, parts: str) -> None:
-    """Compile parts of a model with torch.compile, when they are first called. Names of parameters
-    do not change. If torch.compile fails, for example without a C++ compiler, log a warning.
+    """Compile parts of a model with torch.compile at their first call, under the same parameter
+    names. If that fails, for example without a C++ compiler, log a warning.
 
     Args:
         parts: "tail" (decoding, assignment, criterion) or "all" (backbone and heads too).

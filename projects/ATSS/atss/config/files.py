@@ -1,4 +1,4 @@
-"""Loads configs: defaults, files, options of the command line. Messages name the file or key."""
+"""Loads configs: defaults, files, command line. Messages name the file or key."""
 
 import os
 import re
@@ -52,7 +52,7 @@ def load_config(*files: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
 
 
 def config_folder() -> Path:
-    """Return the folder of the configs: in an installed package, else in the checkout."""
+    """Return the folder of the configs, installed or in the checkout."""
     package = Path(__file__).resolve().parents[1]
     folders = [folder / "configs" for folder in (package, *package.parents[2:3])]
     for folder in folders:
@@ -62,16 +62,12 @@ def config_folder() -> Path:
 
 
 def config_names() -> list[str]:
-    """Return the names of all yaml configs."""
     root = config_folder()
     return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml"))
 
 
 def get_config_file(name: str) -> str:
-    """Return the path of a config.
-
-    Args:
-        name: as in MODEL_ZOO.md, such as "ATSS_R_50_FPN_1x" or "tables/atss_k3".
+    """Return the path of a config in MODEL_ZOO.md, such as "ATSS_R_50_FPN_1x" or "tables/atss_k3".
 
     Raises:
         UserError: for an unknown name.
@@ -83,7 +79,6 @@ def get_config_file(name: str) -> str:
 
 
 def get_config(name: str) -> CfgNode:
-    """Load a config by the name of :func:`get_config_file`, but no recipe."""
     return load_config(get_config_file(name))
 
 
@@ -103,7 +98,7 @@ def find_config(name: str, folder: str = "") -> str:
 
 
 def _merge_file(cfg: CfgNode, file: str, parents: tuple[str, ...] = ()) -> None:
-    """Merge a yaml file and its _BASE_ in place; ``parents`` lead to it by _BASE_."""
+    """Merge a yaml file and its _BASE_ in place; ``parents`` lead to it."""
     real = os.path.realpath(file)
     if real in parents:
         raise UserError(f"config {file}: _BASE_ leads back to the file itself")
@@ -134,7 +129,7 @@ def _blame_file(cfg: CfgNode, file: str) -> Iterator[None]:
 
 
 def _rename_old_keys(node: Any) -> None:
-    """Rename the keys of RENAMED_KEYS below MODEL.ATSS and its overlays, in place."""
+    """Rename RENAMED_KEYS below MODEL.ATSS and its overlays, in place."""
     if not isinstance(node, dict):
         return
     for old in RENAMED_KEYS.keys() & node.keys():
@@ -167,7 +162,6 @@ def _describe_recipe(file: str) -> str:
 
 
 def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
-    """Merge KEY VALUE pairs in place."""
     if len(options) % 2:
         text = " ".join(map(str, options))
         raise UserError(f"options of the config must be pairs KEY VALUE, got {text!r}")
@@ -201,7 +195,6 @@ def _refuse_empty(cfg: CfgNode, defaults: CfgNode) -> None:
 
 
 def _explain(cfg: CfgNode, error: Exception) -> str:
-    """Return the message of an error of yacs or yaml."""
     if isinstance(error, yaml.MarkedYAMLError):
         return f"line {error.problem_mark.line + 1} is not valid yaml: {error.problem}"
     text = str(error.args[0] if isinstance(error, KeyError) else error)
@@ -239,7 +232,7 @@ def _describe_group(key: str, group: CfgNode) -> str:
 
 
 def _refuse_duplicates(node: yaml.Node) -> None:
-    """Raise UserError for a key that a file sets twice: yaml would drop the first value."""
+    """Raise UserError for a key that a file sets twice: yaml drops the first value."""
     children = []
     if isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}

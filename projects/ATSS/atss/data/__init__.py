@@ -1,4 +1,4 @@
-"""Data sets registered from label files, and the batches of a training."""
+"""Data sets registered from labels, and batches of a training."""
 
 from .datasets import register
 from .loader import TrainLoader, build_train_loader

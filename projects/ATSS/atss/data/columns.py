@@ -1,4 +1,4 @@
-"""Cache of checked labels, in files that all processes map into memory. Labels are read once per
+"""Cache of checked labels, in files that all processes map into memory: labels are read once per
 machine, and again if they change.
 
 A data set is a folder below FVCORE_CACHE, named by a digest of its labels and of how they were
@@ -45,7 +45,7 @@ NOT_COMPLETE = (OSError, ValueError, EOFError)
 
 
 class Columns(Sequence[dict]):
-    """N images with their annotations, among them M objects that are no crowds.
+    """N images with annotations, among them M objects that are no crowds.
 
     Attributes:
         about: metadata, and the json without images and annotations.
@@ -82,7 +82,6 @@ class Columns(Sequence[dict]):
         return len(self.sizes)
 
     def __getitem__(self, i: int) -> dict:  # type: ignore[override]
-        """Return an image of the json, with its "annotations"."""
         start = self.ends[i - 1] if i else 0
         return json.loads(self._lines[start : self.ends[i]].tobytes())
 
@@ -90,14 +89,13 @@ class Columns(Sequence[dict]):
         return json.loads(Path(self.folder, "names.json").read_bytes())
 
     def content(self) -> dict:
-        """Return the content: see :func:`~atss.labels.coco.learnable`."""
         images = [self[i] for i in range(len(self))]
         annotations = [x for image in images for x in image.pop("annotations")]
         annotations.sort(key=lambda x: x["id"])
         return {**self.about["content"], "images": images, "annotations": annotations}
 
     def provide_json(self) -> str:
-        """Return the path of a json of the content, written when first needed."""
+        """Return the path of a json of the content, written at first use."""
         path = os.path.join(self.folder, "labels.json")
         if not os.path.exists(path):
             content = self.content()
@@ -183,8 +181,7 @@ def _temporary_folder(read_only: str) -> str:
 
 
 def _write(folder: str, key: str, content: dict, about: dict) -> None:
-    """Write into a temporary folder, then rename it, so that a killed writer leaves nothing to
-    read."""
+    """Write into a temporary folder, then rename it: a killed writer leaves nothing to read."""
     unfinished = _name_unfinished(folder)
     os.mkdir(unfinished)
     try:
@@ -240,8 +237,8 @@ def _remove_old(folder: str) -> None:
 def _find_key(
     folder: str, annotations: str, images: str, reading: Reading, changed_before: int
 ) -> str:
-    """Return a digest of labels, reading and code. A json counts by its content, and an index file
-    maps its times to that digest; a folder counts by the times of its files."""
+    """Return a digest of labels, reading and code. A json counts by its content, to which an index
+    file maps its times; a folder counts by the times of its files."""
     texts, files = sources(annotations, images)
     context = [_code(), repr(reading), *texts]
     marks = [_mark(file, changed_before) for file in files]
@@ -268,7 +265,6 @@ def _find_key(
 
 @cache
 def _code() -> str:
-    """Return a digest of the modules in labels/, which read labels, and in data/."""
     data = Path(__file__).parent
     files = [*data.glob("*.py"), *(data.parent / "labels").glob("*.py")]
     return _digest(x.read_text() for x in sorted(files))
@@ -282,8 +278,8 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def _mark(file: str, changed_before: int) -> str:
-    """Return a text that changes with a file. The content of files changed after
-    ``changed_before``, in ns since 1970, counts."""
+    """Return a text that changes with a file: its content, if it changed after ``changed_before``,
+    in ns since 1970."""
     try:
         x = os.stat(file)
     except OSError:
@@ -294,7 +290,7 @@ def _mark(file: str, changed_before: int) -> str:
 
 
 def _digest_of_file(path: str) -> tuple[str, bool]:
-    """Return a digest of a json's content, and whether it contains backslashes."""
+    """Return a digest of a json's content, and whether it has backslashes."""
     with open(path, "rb") as file:
         if not os.path.getsize(path):
             return _digest([]), False

@@ -42,7 +42,7 @@ def register(spec: str, reading: Reading = AS_IT_IS) -> str:
     ``NAME=folder:split`` with Detectron2, and return the name.
 
     Labels get the cheap checks of ``tools/check_dataset.py``: images are opened only for sizes that
-    labels lack. Labels are read again only if they changed.
+    labels lack. Only changed labels are read again.
 
     Raises:
         UserError: naming the argument or the file.
@@ -76,7 +76,6 @@ def register(spec: str, reading: Reading = AS_IT_IS) -> str:
 
 
 def _read(annotations: str, images: str, reading: Reading) -> tuple[dict, dict]:
-    """Return the labels for training and evaluation, and metadata."""
     labels = read_labels(annotations, images, reading)
     json_findings, objects = find_in_json(labels.content)
     findings = [*labels.findings, *json_findings]
@@ -98,8 +97,8 @@ def _read(annotations: str, images: str, reading: Reading) -> tuple[dict, dict]:
 
 
 def split_source(source: str, name: str = "a source") -> tuple[str, str]:
-    """Split ``annotations:images`` in two. If a name contains a colon, split behind an existing
-    file, or else behind a folder.
+    """Split ``annotations:images`` in two; with more colons, behind an existing file, or else a
+    folder.
 
     Args:
         name: of the argument, for the message.
@@ -122,7 +121,7 @@ def split_source(source: str, name: str = "a source") -> tuple[str, str]:
 
 
 def columns_of(name: str) -> Columns | None:
-    """Return the columns of a data set of :func:`register`, else None."""
+    """Return the columns of a data set of :func:`register`, or None."""
     images = DatasetCatalog.data.get(name)
     return images.columns if isinstance(images, Registered) else None
 
@@ -131,8 +130,7 @@ def open_records(names: Sequence[str], filter_empty: bool = False) -> Records:
     """Return the records of data sets, one set after another.
 
     Args:
-        filter_empty: leave out images without objects (crowds do not count), if they have
-            annotations.
+        filter_empty: leave out images without objects (crowds do not count) from annotated sets.
 
     Raises:
         UserError: naming data sets without images, with different classes, or with a class out of
@@ -173,7 +171,6 @@ def _open(name: str) -> Registered | Listed:
 
 
 def provide_json(name: str) -> None:
-    """Set the metadata "json_file", which Detectron2's evaluators read."""
     metadata, columns = MetadataCatalog.get(name), columns_of(name)
     if columns is not None and not metadata.get("json_file"):
         metadata.json_file = columns.provide_json()
@@ -188,8 +185,8 @@ def _register(name: str, images: Registered, metadata: dict) -> None:
 
 
 def follow(name: str, classes: Sequence[str]) -> None:
-    """Number the classes of a data set by their order in ``classes``, so that sets that list the
-    same classes in different orders can be used together.
+    """Number the classes of a data set by their order in ``classes``, to combine sets with
+    different orders.
 
     Raises:
         UserError: if the classes differ, or :func:`register` did not make the data set.
@@ -235,7 +232,6 @@ def _abridge(names: Sequence[str]) -> str:
 
 
 def log_remarks(names: Sequence[str]) -> None:
-    """Log which labels training drops, and their warnings."""
     for name in dict.fromkeys(names):
         for remark in MetadataCatalog.get(name).get("remarks", {}).values():
             logging.getLogger(__name__).warning("Data set %s has %s", name, remark)
@@ -265,7 +261,7 @@ def refuse_missing_images(names: Sequence[str], filter_empty: bool = False) -> N
 
 
 def has_objects(name: str) -> bool:
-    """Return whether evaluation measures any object; True if the set is not registered."""
+    """Return whether evaluation measures any object; True for unregistered sets."""
     if name not in DatasetCatalog:
         return True
     columns = columns_of(name)
@@ -295,13 +291,12 @@ def refuse_unannotated(names: Sequence[str]) -> None:
 
 
 def count_training_images(names: Sequence[str], filter_empty: bool) -> int:
-    """Return the number of images of an epoch; ``filter_empty`` leaves out those without
-    objects."""
+    """Return the images of an epoch; ``filter_empty`` leaves out those without objects."""
     return len(open_records(names, filter_empty))
 
 
 def ids_of(name: str) -> list[int]:
-    """Return the category ids of a data set by class, or [] if unknown."""
+    """Return the category ids of a data set by class, or []."""
     if classes_of(name) is None:
         return []
     number = MetadataCatalog.get(name).get(CLASS_OF_ID, {})
@@ -309,13 +304,11 @@ def ids_of(name: str) -> list[int]:
 
 
 def without_classes(names: Sequence[str]) -> list[str]:
-    """Return the registered data sets without names of classes."""
     return [name for name in names if name in DatasetCatalog and classes_of(name) is None]
 
 
 def classes_of(name: str) -> list[str] | None:
-    """Return the class names of a data set, or None. Its annotations are read if Detectron2 does
-    not have the names yet."""
+    """Return the class names of a data set, from its annotations if needed, or None."""
     if name not in DatasetCatalog:
         return None
     metadata = MetadataCatalog.get(name)

@@ -1,4 +1,4 @@
-"""Image files: reading one, checking that files exist, and addresses of remote ones."""
+"""Image files and addresses: reading, and checking that they exist."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -55,7 +55,7 @@ def read_image(
 
 @contextmanager
 def blame_unreadable(file_name: str) -> Iterator[None]:
-    """Turn errors but UserErrors into an OSError that names the file."""
+    """Turn errors but UserErrors into an OSError naming the file."""
     try:
         yield
     except UserError:
@@ -66,8 +66,8 @@ def blame_unreadable(file_name: str) -> Iterator[None]:
 
 @contextmanager
 def blame_file(file_name: str) -> Iterator[None]:
-    """Name the image in errors of its mapping: in the message of UserErrors and OSErrors, of which
-    users see the message only, else in a note."""
+    """Name the image in errors of its mapping: in messages of UserErrors and OSErrors, the only
+    part that users see, else in a note."""
     try:
         yield
     except Exception as error:
@@ -109,8 +109,7 @@ def _files_in(folder: str) -> set[str]:
 
 
 def _can_open(address: str) -> bool:
-    """Return whether a handler opens an address. Without one, the PathManager looks for a local
-    file."""
+    """Return whether a handler opens an address, not the PathManager as a local file."""
     register_handler(address)
     try:
         return PathManager.isfile(address)
@@ -126,7 +125,7 @@ def _can_open(address: str) -> bool:
 
 
 class _FsspecHandler(PathHandler):
-    """A file system of fsspec for addresses with a prefix such as ``s3://``."""
+    """File system of fsspec for addresses with a prefix such as ``s3://``."""
 
     def __init__(self, prefix: str):
         super().__init__()
@@ -144,7 +143,7 @@ class _FsspecHandler(PathHandler):
 
 
 def register_handler(address: str) -> None:
-    """Let Detectron2's PathManager open an address with fsspec, unless it has a handler."""
+    """Open addresses like this with fsspec, unless Detectron2's PathManager has a handler."""
     scheme, separator, _ = address.partition("://")
     if separator and scheme in fsspec.available_protocols():
         _register_prefix(f"{scheme}://")

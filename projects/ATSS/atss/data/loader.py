@@ -3,7 +3,7 @@ images, crops and flips.
 
 Detectron2's samplers give an endless stream of image indices, dealt to the processes. Here each
 image has a position in it. Batches are formed from positions before images are read, and mapping
-draws random numbers by seed and position, in any worker. So resuming skips batches without loading
+draws random numbers by seed and position, in any worker, so resuming skips batches without loading
 them.
 """
 
@@ -36,8 +36,8 @@ LOADER_DIED = (
 
 
 class WatchedLoader(DataLoader):
-    """A DataLoader that raises an OSError if a worker hangs or dies. torch's timeout misses workers
-    that hang while they hand over a batch.
+    """A DataLoader that raises an OSError if a worker hangs or dies, also while handing over a
+    batch, which torch's timeout misses.
 
     Args:
         timeout: seconds to wait for a batch before workers are killed; 0 for no limit.
@@ -103,11 +103,11 @@ class TrainLoader:
     Args:
         sampler: a function from a seed to one of Detectron2's samplers.
         batch_size: images of a batch of this process.
-        groups: (number of images,); a batch has images of one group, except for replacements of
-            images that the mapper leaves out.
+        groups: (number of images,); a batch has images of one group, except replacements of images
+            that the mapper leaves out.
         seed: of image order and mapping.
         late_mapper: replaces ``mapper`` from position ``late_from`` on.
-        options: of torch's DataLoader, which do not change the batches.
+        options: of torch's DataLoader, without effect on the batches.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class TrainLoader:
         self.start = self.first = self.ahead = 0
 
     def skip(self, batches: int, seed: int, origin: tuple[int, int] = (0, 0)) -> None:
-        """Begin after this many batches of the stream of a seed.
+        """Begin after this many batches of a seed's stream.
 
         Args:
             origin: (batches, images) at the last change of batch size or number of processes.
@@ -213,7 +213,6 @@ def build_train_loader(
 
 
 def loader_options(cfg: CfgNode) -> dict[str, Any]:
-    """Return the arguments of torch's DataLoader that DATALOADER sets."""
     node = cfg.DATALOADER
     # Without a GPU torch warns.
     pin_memory = node.PIN_MEMORY and cfg.MODEL.DEVICE.startswith("cuda")
@@ -262,8 +261,8 @@ def make_batches(
     groups: Sequence[bool] | np.ndarray,
     first: int = 0,
 ) -> Iterator[list[tuple[int, int]]]:
-    """Form batches of this process from (position, index) of one group. Positions count images of
-    all processes; those before ``first`` are skipped."""
+    """Form this process's batches of (position, index) of one group. Positions count images of all
+    processes, from ``first`` on."""
     rank, processes = comm.get_rank(), comm.get_world_size()
     waiting: dict[bool, list[tuple[int, int]]] = defaultdict(list)
     for turn, index in enumerate(sampler):
@@ -278,8 +277,8 @@ def make_batches(
 
 
 class InPlaceOfNone:
-    """A mapper that replaces images for which a mapper returns None by random ones. It raises a
-    UserError after TRIES in a row."""
+    """Mapper that replaces images for which another returns None by random ones; UserError after
+    TRIES in a row."""
 
     TRIES = 1000
 
@@ -299,7 +298,7 @@ class InPlaceOfNone:
 
 
 class MappedByPosition(Dataset):
-    """Images by (position, index), mapped with random numbers of their position. It has no
+    """Images by (position, index), mapped with random numbers of their position, without a
     length."""
 
     def __init__(
@@ -324,13 +323,13 @@ class MappedByPosition(Dataset):
 
 
 def derive_seed(seed: int, *key: int) -> int:
-    """Return a seed of 32 bits, independent for each seed and ``key``."""
+    """Return 32 bits, independent for each seed and ``key``."""
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0])
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators, and restore their states afterwards."""
+    """Seed Python's, NumPy's and torch's CPU generators, and restore them afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=()):
         random.seed(seed)

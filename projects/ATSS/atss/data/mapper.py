@@ -26,7 +26,6 @@ class Mapper(DatasetMapper):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
-        """Add INPUT.SCALE_JITTER and INPUT.COLOR_JITTER."""
         arguments = super().from_config(cfg, is_train)
         if is_train and cfg.INPUT.SCALE_JITTER:
             side = cfg.INPUT.SCALE_JITTER_SIZE
@@ -65,13 +64,13 @@ class Mapper(DatasetMapper):
         return mapped
 
     def _resizes(self) -> list[tuple[int, int]]:
-        """Return (shorter side, longest side) to which images may be resized."""
+        """Return (shorter side, longest side) of possible resizing."""
         augmentations = self.augmentations.augs
         resizes = [x for x in augmentations if isinstance(x, T.ResizeShortestEdge)]
         return [(side, x.max_size) for x in resizes for side in x.short_edge_length]
 
     def _map(self, mapped: dict, image: np.ndarray, sem_seg: np.ndarray | None) -> None:
-        """Augment image, (H, W, C), classes of pixels, (H, W), and annotations."""
+        """Augment image (H, W, C), classes of pixels (H, W), and annotations."""
         utils.check_image_size(mapped, image)
         augmented = T.AugInput(image, sem_seg=sem_seg)
         transforms = self.augmentations(augmented)
@@ -88,12 +87,11 @@ class Mapper(DatasetMapper):
 
 
 def single(image: torch.Tensor) -> torch.Tensor:
-    """Convert float64 images, as Detectron2 reads YUV, to float32."""
+    """Convert float64 images, which Detectron2 makes of YUV, to float32."""
     return image.float() if image.dtype == torch.float64 else image
 
 
 def without_augmentation(cfg: CfgNode) -> CfgNode:
-    """Return the config without crops and colours, for the end of a training."""
     plain = cfg.clone()
     plain.defrost()
     plain.INPUT.CROP.ENABLED = False

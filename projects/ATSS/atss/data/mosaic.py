@@ -17,9 +17,8 @@ MIN_AREA = 0.1
 
 
 class Mosaic:
-    """A mapper that sometimes joins four mapped images into one of the first one's size.
-
-    It draws from NumPy's generator, which :class:`~atss.data.loader.TrainLoader` seeds by position.
+    """A mapper that sometimes joins four mapped images into one of the first one's size. It draws
+    from NumPy's generator, which :class:`~atss.data.loader.TrainLoader` seeds by position.
 
     Args:
         records: of the other three images.
@@ -40,8 +39,8 @@ class Mosaic:
 
 
 def put_together(mapped: Sequence[dict]) -> dict:
-    """Fill the first of four mapped images: upper left, upper right, lower left, lower right.
-    Objects keep boxes and classes only."""
+    """Fill the first of four mapped images with the corners upper left, upper right, lower left,
+    lower right. Objects keep boxes and classes only."""
     height, width = mapped[0]["image"].shape[1:]
     y = round(height * np.random.uniform(*CENTER))
     x = round(width * np.random.uniform(*CENTER))

@@ -13,8 +13,8 @@ from .columns import Columns
 
 
 class Registered(Sequence[dict]):
-    """A data set of --register, whose records are made on access. A call returns all records, as
-    Detectron2's DatasetCatalog expects.
+    """A data set of --register, whose records are made on access. A call returns all records, for
+    Detectron2's DatasetCatalog.
 
     Attributes:
         sizes, counts: see :class:`~atss.data.columns.Columns`.
@@ -81,10 +81,10 @@ def _shapes(
 
 
 class Listed(Sequence[dict]):
-    """A data set of the user's code: its records, packed so that loading processes share them.
+    """A data set of the user's code: records, packed so that loading processes share them.
 
     Attributes:
-        sizes: (N, 2) width and height in pixels, -1 if a record has none.
+        sizes: (N, 2) width and height in pixels, -1 if unknown.
         counts: (N,) objects of each image that are no crowds, M in all.
         classes: (M,) class of each of these objects.
     """
@@ -113,10 +113,10 @@ class Listed(Sequence[dict]):
 
 
 class Records(Sequence[dict]):
-    """Images of data sets, one set after another, or a selection of them.
+    """Images of data sets, one set after another, or a selection.
 
     Args:
-        sets: the data sets, N images together.
+        sets: N images together.
         selection: (K,) int64 positions among the N; None for all.
     """
 
@@ -134,17 +134,16 @@ class Records(Sequence[dict]):
         return self.sets[index][position - int(self._starts[index])]
 
     def choose(self, positions: np.ndarray) -> "Records":
-        """Return the images at these positions, or under this mask."""
         return Records(self.sets, self.selection[positions])
 
     @property
     def sizes(self) -> np.ndarray:
-        """(K, 2) width and height in pixels, -1 if a record has none."""
+        """(K, 2) width and height in pixels, -1 if unknown."""
         return np.concatenate([x.sizes for x in self.sets])[self.selection]
 
     @property
     def counts(self) -> np.ndarray:
-        """(K,) objects of each image that are no crowds."""
+        """(K,) objects that are no crowds."""
         return np.concatenate([x.counts for x in self.sets])[self.selection]
 
     def objects(self) -> tuple[np.ndarray, np.ndarray]:
@@ -162,6 +161,5 @@ class Records(Sequence[dict]):
         return [self.choose(index == i) for i in range(1, len(self._starts))]
 
     def file_names(self) -> list[str]:
-        """Return the file names of images that have one."""
         names = [name for x in self.sets for name in x.file_names()]
         return [names[i] for i in self.selection] if len(names) == self._starts[-1] else names

@@ -1,4 +1,4 @@
-"""Samplers that repeat images of rare classes or of chosen data sets."""
+"""Samplers that repeat images of rare classes or chosen data sets."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ def repeat_factors(cfg: CfgNode, records: Records) -> Tensor | None:
     an image's classes c, with f(c) the share of images that contain c and t REPEAT_THRESHOLD (LVIS,
     arXiv 1908.03195, appendix B.2; no root without REPEAT_SQRT). By data set:
     DATASETS.TRAIN_REPEAT_FACTOR. By both: the product, with f(c) within each data set, divided by
-    the least. Unlike in Detectron2, crowds do not count: training ignores them.
+    the least. Crowds, which training ignores, do not count, unlike in Detectron2.
 
     Raises:
         UserError: if the sampler is unknown or would repeat nothing.
@@ -70,7 +70,7 @@ def _by_class(records: Records, threshold: float, root: bool) -> Tensor:
 
 
 def _classes_of_images(records: Records) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Return distinct pairs: image positions, indices into the list of classes, this list."""
+    """Return distinct pairs of image position and index into the list of classes, and this list."""
     image, object_class = records.objects()
     classes, class_index = np.unique(object_class, return_inverse=True)
     pairs = np.unique(image * len(classes) + class_index)
@@ -109,8 +109,8 @@ def make_sampler(size: int, factors: Tensor | None) -> Callable[[int], Sampler]:
 
 
 def format_report(records: Records, factors: Tensor, names: Mapping[int, str]) -> str:
-    """Format images of each class, how many a pass contains, and their ratio. Partners in mosaics
-    do not count."""
+    """Format images of each class, how many a pass contains, and their ratio, without partners in
+    mosaics."""
     image, class_index, classes = _classes_of_images(records)
     count = np.bincount(class_index, minlength=len(classes)).tolist()
     repeated = np.bincount(class_index, factors.double().numpy()[image], len(classes)).tolist()
@@ -126,7 +126,6 @@ def format_report(records: Records, factors: Tensor, names: Mapping[int, str]) -
 
 
 def abridge(rows: list[str], indent: int) -> list[str]:
-    """Keep the first and the last SHOWN rows."""
     if len(rows) > 2 * SHOWN:
         rows[SHOWN:-SHOWN] = [f"{'':{indent}}... {len(rows) - 2 * SHOWN} more classes ..."]
     return rows

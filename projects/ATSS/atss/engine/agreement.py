@@ -1,4 +1,4 @@
-"""Agreement of the processes of a training on config, data and weights, which a stale file on one
+"""Agreement of a training's processes on config, data and weights, which a stale file on one
 machine would break."""
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +27,7 @@ MACHINE_KEYS = (
 
 
 def refuse_differences(facts: Mapping[str, object]) -> None:
-    """Compare values by name over all processes, which all call this.
+    """Compare values by name over all processes.
 
     Raises:
         UserError: in all processes, naming a value that differs and two processes.
@@ -44,7 +44,7 @@ def refuse_differences(facts: Mapping[str, object]) -> None:
 
 
 def facts_of_config(cfg: CfgNode) -> dict[str, object]:
-    """Return the keys of a config except MACHINE_KEYS, and the precision of PRECISION auto here."""
+    """Return the keys of a config except MACHINE_KEYS, and the precision of "auto" here."""
     flat: dict[str, object] = {"MODEL.ATSS.PRECISION on this machine": autocast_dtype(cfg)}
 
     def collect(node: CfgNode, prefix: str) -> None:
@@ -60,11 +60,8 @@ def facts_of_config(cfg: CfgNode) -> dict[str, object]:
 
 
 def facts_of_data(names: Sequence[str], records: Sequence[dict]) -> dict[str, object]:
-    """Return number, first and last of the images, and the classes, of several data sets.
-
-    Args:
-        records: in Detectron2's format.
-    """
+    """Return number, first and last of the images (records of Detectron2), and the classes, of
+    several data sets."""
     data = " and ".join(names)
     ends = {"first": 0, "last": -1} if records else {}
     return {
@@ -80,13 +77,12 @@ def _describe(record: dict) -> str:
 
 
 def share_weights(model: nn.Module) -> None:
-    """Broadcast weights and buffers from the first process; DDP did before weights were loaded."""
+    """Broadcast weights and buffers from the first process: DDP did before they were loaded."""
     share((*model.parameters(), *model.buffers()))
 
 
 @torch.no_grad()
 def share(tensors: Iterable[Tensor]) -> None:
-    """Broadcast tensors from the first process, in place."""
     if comm.get_world_size() > 1:
         for tensor in tensors:
             distributed.broadcast(tensor, 0)

@@ -1,4 +1,4 @@
-"""The scalars that the processes of a training exchange in each iteration."""
+"""Scalars that the processes exchange in each iteration."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,11 @@ from .signals import first_of
 
 class ScalarAllGather:
     """All-gather of losses, waiting times and stop signals: one small collective between forward
-    and backward pass. The host reads it after it has launched the backward pass, so that a GPU
-    stays busy meanwhile.
+    and backward pass. The host reads it after it has launched the backward pass, which keeps a GPU
+    busy.
 
     Args:
-        get_stop_signal: returns the signal that this process received, 0 for none.
+        get_stop_signal: returns the signal that this process received, or 0.
     """
 
     def __init__(self, get_stop_signal: Callable[[], int]):
@@ -26,7 +26,7 @@ class ScalarAllGather:
         self.rows: list[list[float]] = []
 
     def send(self, losses: dict[str, Tensor]) -> None:
-        """Start the all-gather of scalars, which have the same names in all processes."""
+        """Start the all-gather of scalars of the same names in all processes."""
         self.names = [*losses]
         values = torch.stack([x.detach().reshape(()) for x in losses.values()])
         more = [torch.full_like(values[:1], x) for x in (self.waited, self.get_stop_signal())]
@@ -51,18 +51,18 @@ class ScalarAllGather:
 
     @property
     def stop_signal(self) -> int:
-        """The deciding signal of all processes before the end of the forward pass; 0 for none."""
+        """Deciding signal of all processes before the end of the forward pass, or 0."""
         return first_of(int(row[-1]) for row in self.rows)
 
     def losses(self, rank: int) -> dict[str, float]:
         return dict(zip(self.names, self.rows[rank], strict=False))
 
     def write(self, data_time: float) -> None:
-        """Log mean losses and the longest wait for images, in the main process. The waits of other
+        """Log mean losses and the longest wait for images, in the main process. Waits of other
         processes are those of the iteration before.
 
         Args:
-            data_time: seconds for which this process has waited for images.
+            data_time: seconds that this process has waited.
         """
         self.waited = data_time
         if not comm.is_main_process():

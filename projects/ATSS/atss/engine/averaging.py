@@ -18,12 +18,12 @@ class Averaging(HookBase):
     dominate in a short run. It goes before PeriodicCheckpointer, which saves the average.
 
     Args:
-        model: without DistributedDataParallel, and without hooks that only training needs.
+        model: without DistributedDataParallel and hooks of training.
         decay: in [0, 1).
 
     Attributes:
         model: the averages, in evaluation mode.
-        updates: the number of updates.
+        updates: their number.
     """
 
     FILE = "model_final_EMA"
@@ -74,7 +74,7 @@ class Averaging(HookBase):
 
 
 def share_statistics(model: nn.Module) -> None:
-    """Broadcast running statistics, which differ between processes, from the first one."""
+    """Broadcast running statistics from the first process, because they differ."""
     share(x for x in model.buffers() if x.is_floating_point())
 
 

@@ -1,6 +1,6 @@
 """Evaluations during training, the best weights, and early stopping.
 
-Only the main process has results. It decides, and broadcasts the decision.
+The main process, which alone has results, decides and broadcasts.
 """
 
 import logging
@@ -36,7 +36,7 @@ ABOUT = ("metric", "data", "value", "iteration", "averaged")
 
 class Evaluation(hooks.EvalHook):
     """EvalHook for runs that stop early. The checkpoint of an iteration precedes its evaluation, so
-    that a signal can end the evaluation; the resumed run makes it first.
+    that a signal can end it; the resumed run evaluates first.
 
     Args:
         period: in iterations; 0 evaluates only at the end.
@@ -100,9 +100,9 @@ class BestRecord:
     Attributes:
         metric: greater is better.
         data: names of the test sets.
-        value: the best value; -inf before the first.
-        iteration: iteration of the best weights; -1 before the first.
-        averaged: whether the best weights are averaged ones.
+        value: the best; -inf before the first.
+        iteration: of the best weights; -1 before the first.
+        averaged: whether the best weights are averages.
         evaluated: iteration of the last evaluation.
         since: evaluations since the best.
     """
@@ -121,8 +121,7 @@ class Best(HookBase):
 
     Args:
         metric: such as "bbox/AP", or "name/bbox/AP" with several test sets.
-        patience: evaluations without a better value after which training ends; 0 for no limit.
-        checkpointer: writes the file.
+        patience: evaluations without a better value that end the training; 0 for no limit.
         test_sets: their names.
     """
 
@@ -152,10 +151,10 @@ class Best(HookBase):
         """Compare the results of an iteration with the best.
 
         Args:
-            evaluated: models with their results, the averaged model last.
+            evaluated: models with their results, the averages last.
 
         Raises:
-            UserError: in all processes, if the results do not have the metric.
+            UserError: in all processes, if the metric is missing.
         """
         if iteration == self.record.evaluated:  # a run that ended early is resumed
             return
@@ -200,7 +199,7 @@ class Best(HookBase):
         self.checkpointer.save_weights(self.FILE, model, **about)
 
     def adopt(self) -> None:
-        """Adopt the file's weights in a resumed run, if they are newer than the checkpoint."""
+        """Adopt the file's weights in a resumed run, if newer than the checkpoint."""
         self.record = comm.all_gather(self._adopt())[0]
 
     def _adopt(self) -> BestRecord:
@@ -229,7 +228,7 @@ class Best(HookBase):
         return record
 
     def renumber(self, done: int, now: int) -> None:
-        """Rescale iteration numbers: ``done`` iterations count as ``now`` from here on."""
+        """Count ``done`` iterations as ``now`` from here on."""
 
         def rescale(iteration: int) -> int:
             return max((iteration + 1) * now // done - 1, min(iteration, 0))
@@ -244,7 +243,6 @@ class Best(HookBase):
         )
 
     def after_train(self) -> None:
-        """Save the last weights if no evaluation gave a number."""
         ended = self.trainer.iter >= self.trainer.max_iter and not self.trainer.preemption.left
         if not ended or self.record.iteration >= 0:
             return
@@ -281,8 +279,8 @@ def _describe(record: BestRecord) -> str:
 
 
 def best_metric(cfg: CfgNode) -> str:
-    """Return the metric that decides about the best weights; with several test sets, that of the
-    first with objects. "" without metric, objects, or evaluations during training."""
+    """Return the metric of the best weights; with several test sets, that of the first with
+    objects. "" without metric, objects, or evaluations during training."""
     metric, names = cfg.TEST.BEST_METRIC, cfg.DATASETS.TEST
     if not (metric and cfg.TEST.EVAL_PERIOD > 0):
         return ""
@@ -293,7 +291,6 @@ def best_metric(cfg: CfgNode) -> str:
 
 
 def known_metrics(name: str) -> list[str]:
-    """Return the metrics of a data set, without those of single classes."""
     kind = MetadataCatalog.get(name).get("evaluator_type")
     return [f"bbox/{x}" for x in METRICS.get(kind, ())]
 
@@ -321,7 +318,6 @@ def check_metric(cfg: CfgNode) -> None:
 
 
 def _data_set_of(metric: str, names: Sequence[str]) -> str:
-    """Return the test set in the full name of a metric; "" for none."""
     return max((name for name in names if metric.startswith(f"{name}/")), key=len, default="")
 
 

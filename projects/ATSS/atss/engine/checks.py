@@ -1,4 +1,4 @@
-"""Checks of the data, the config and the processes of a run, before it starts."""
+"""Checks of data, config and processes before a run."""
 
 import argparse
 import math
@@ -147,7 +147,7 @@ def check_expected(cfg: CfgNode, training: bool) -> None:
 
 
 def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Check the processes of a run. Set ``args.resume`` if torchrun has restarted this one.
+    """Check the processes of a run. Set ``args.resume`` after a restart by torchrun.
 
     Raises:
         UserError: naming the option or variable.

@@ -1,4 +1,4 @@
-"""The processes of a run: their number and ranks, from torchrun's variables or the command line."""
+"""Number and ranks of the processes, from torchrun's variables or the command line."""
 
 import argparse
 import math
@@ -14,7 +14,7 @@ MEETING = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def is_started() -> bool:
-    """Return whether torchrun, or a script in its place, has started this process.
+    """Return whether torchrun, or a script in its place, started this process.
 
     Raises:
         UserError: naming a variable that is missing or impossible.
@@ -73,15 +73,13 @@ def check_host(name: str, host: str) -> None:
 
 
 def world_size(args: argparse.Namespace) -> int:
-    """Return the number of processes on all machines."""
     return int(os.environ["WORLD_SIZE"]) if is_started() else args.num_gpus * args.num_machines
 
 
 def local_size(args: argparse.Namespace) -> int:
-    """Return the number of processes on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if is_started() else args.num_gpus
 
 
 def shares_agent_store() -> bool:
-    """Return whether the processes meet in torchrun's own store, which outlives a restart."""
+    """Return whether the processes meet in torchrun's store, which outlives a restart."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

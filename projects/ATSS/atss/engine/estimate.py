@@ -1,4 +1,4 @@
-"""Estimate of a training's time and memory: a line in the log after the first iterations."""
+"""Estimate of a training's time and memory, after the first iterations."""
 
 import logging
 import os
@@ -30,8 +30,8 @@ CONTAINER_LIMITS = (
 
 
 class TrainingEstimate(HookBase):
-    """Hook that logs time and memory of the training once, after the first iterations. For the main
-    process, before PeriodicCheckpointer, whose time does not count."""
+    """Hook that logs time and memory once, after the first iterations. For the main process, before
+    PeriodicCheckpointer, whose time does not count."""
 
     # The first iterations are slower: loading and compiling start.
     WARM_UP = 3
@@ -77,8 +77,8 @@ class TrainingEstimate(HookBase):
 
 
 def peak_memory(device: torch.device) -> tuple[float, float]:
-    """Return the peak of used memory and the total, in bytes, of the GPU, or of the machine or
-    container if all its processes use equally much. Loader processes do not count."""
+    """Return peak and total memory, in bytes, of the GPU, or of the machine or container if all its
+    processes use equally much. Loader processes do not count."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return torch.cuda.max_memory_reserved(device), total

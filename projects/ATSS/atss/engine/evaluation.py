@@ -38,11 +38,11 @@ class BoxEvaluator(COCOEvaluator):
     """COCOEvaluator of boxes, for the objects that training uses (:func:`learnable`).
 
     It renumbers images, classes and objects: pycocotools takes id 0 of an object for "not found",
-    and compares ids above 2^63 as float64. Detections are clipped like the objects of an image.
+    and compares ids above 2^63 as float64. Detections are clipped to the image.
 
     Args:
-        count_difficult: whether objects marked difficult count like others, or detections of them
-            are neither right nor wrong (Pascal VOC).
+        count_difficult: whether difficult objects count like others, or detections of them are
+            neither right nor wrong (Pascal VOC).
     """
 
     def __init__(self, dataset_name: str, output_dir: str, count_difficult: bool = False):
@@ -143,11 +143,7 @@ class _DifficultIgnored(COCOeval):
 
 
 class PatientEvaluator(DatasetEvaluator):
-    """Evaluator that evaluates in the first process while the others wait without a time limit.
-
-    Args:
-        evaluator: of the same data set in each process.
-    """
+    """Evaluator in the first process, for which the others wait without a limit."""
 
     def __init__(self, evaluator: DatasetEvaluator):
         self.evaluator = evaluator
@@ -171,7 +167,7 @@ _persistent: dict[str, tuple[tuple, DataLoader]] = {}
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """Build a loader, or return that of the last evaluation (DATALOADER.PERSISTENT_WORKERS)."""
+    """Build a loader, or reuse the last (DATALOADER.PERSISTENT_WORKERS)."""
     if not cfg.DATALOADER.PERSISTENT_WORKERS:
         return _new_test_loader(cfg, dataset_name)
     # Averaged weights are evaluated with the same loader and another OUTPUT_DIR.
@@ -182,8 +178,8 @@ def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
 
 
 def _new_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """Build a loader of this process's images, sorted by size for batches of one size. All
-    processes call this.
+    """Build a loader of this process's images, sorted by size for equal batches. All processes call
+    this.
 
     Raises:
         UserError: if processes have different images.
@@ -205,8 +201,8 @@ def _new_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    """Build an evaluator by the metadata's evaluator_type. Results without annotations are only
-    written, in COCO's format."""
+    """Build an evaluator by the metadata's evaluator_type. Without annotations, results are only
+    written."""
     check_metadata(dataset_name)
     output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
     kind = MetadataCatalog.get(dataset_name).evaluator_type

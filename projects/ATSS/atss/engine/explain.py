@@ -75,8 +75,8 @@ def _is_within(path: str, folder: str) -> bool:
 
 @contextmanager
 def exit_with_message(output_dir: str) -> Iterator[None]:
-    """Exit with ``error: ...`` and code 1 after an explained error. Its traceback goes to log.txt,
-    if the logs are set up."""
+    """Exit with ``error: ...`` and code 1 after an explained error, whose traceback goes to
+    log.txt."""
     try:
         yield
     except Exception as error:

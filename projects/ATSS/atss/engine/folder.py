@@ -1,4 +1,4 @@
-"""OUTPUT_DIR: checks before a run writes into it, and its lock."""
+"""OUTPUT_DIR: its checks and its lock."""
 
 import os
 import shutil
@@ -87,8 +87,8 @@ def lock_folder(path: str) -> IO | None:
 
 def check_free_space(cfg: CfgNode, model: nn.Module) -> None:
     """Check that OUTPUT_DIR has room for checkpoints, best weights and averages: one checkpoint
-    more than CHECKPOINTS_TO_KEEP, which is written before another is deleted, less the files that
-    will be replaced or deleted.
+    more than CHECKPOINTS_TO_KEEP, written before another is deleted, less the replaced and deleted
+    files.
 
     Raises:
         UserError: naming the folder and the sizes.

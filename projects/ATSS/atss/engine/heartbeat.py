@@ -1,7 +1,7 @@
 """Signs of life that the processes of a group exchange through its key-value store.
 
 A process in a collective runs no Python: it can neither handle a signal nor notice that another is
-gone. Two threads do: one talks to the store, which may block, the other receives signals and
+gone. Two threads can: one talks to the store, which may block, the other receives signals and
 measures silence.
 """
 
@@ -31,7 +31,7 @@ class Heartbeat:
     """Watch over the processes of a group. A single process has no threads.
 
     Attributes:
-        left: whether this process leaves, after a signal or because another one leaves.
+        left: whether this process leaves, after a signal or with another.
         heard: time of the last sign of life, by peer that has joined.
     """
 
@@ -53,11 +53,10 @@ class Heartbeat:
         self.pipe = (-1, -1)
 
     def receive(self, number: int) -> None:
-        """Handle a signal."""
         raise NotImplementedError
 
     def wait_for_all(self) -> None:
-        """Wait until all processes have called this, without a collective's time limit."""
+        """Wait until all processes call this, without a collective's time limit."""
         if self.size == 1:
             return
         self.meetings += 1
@@ -69,7 +68,7 @@ class Heartbeat:
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """Raise the limit of silence for code in C, which can keep the threads waiting."""
+        """Raise the limit of silence for C code that blocks the threads."""
         if self.size > 1:
             self.store.add(f"busy{self.rank}", 1)
             time.sleep(2 * self.BEAT)  # until the others have read it
@@ -78,11 +77,8 @@ class Heartbeat:
             self.store.add(f"busy{self.rank}", -1)
 
     def leave(self, code: int, reason: str = "") -> NoReturn:
-        """End all processes of the group, wherever they are.
-
-        Args:
-            reason: a sentence, which the first process prints if another one leaves.
-        """
+        """End all processes of the group. The first process prints ``reason`` if another one
+        leaves."""
         if not self.leaving.acquire(blocking=False):
             threading.Event().wait()  # for another thread, which ends the process
         message = json.dumps([code, reason])
@@ -92,7 +88,7 @@ class Heartbeat:
         end(code)
 
     def wait_for_reason(self) -> None:
-        """Wait for another process to announce why it leaves, which ends this one."""
+        """Wait until another process announces why it leaves, which ends this one."""
         time.sleep(3 * self.BEAT)
 
     def close(self) -> None:
@@ -163,7 +159,6 @@ class Heartbeat:
             store.add("gone", 1)
 
     def _talk(self) -> None:
-        """Exchange signs of life: the first process with all others, the others with the first."""
         try:
             store, beats, beat = self.store_of_talk, dict.fromkeys(self.peers, b""), 0
             while not self.closed.is_set():

@@ -54,10 +54,9 @@ class FiniteLosses(HookBase):
             self.exchange.send(losses)
 
     def after_backward(self) -> None:
-        """
-        Raises:
-            FloatingPointError: in all processes, with losses, iteration, images and the last good
-                checkpoint.
+        """Raises:
+        FloatingPointError: in all processes, with losses, iteration, images and the last good
+            checkpoint.
         """
         self.exchange.receive()
         broken = {}
@@ -119,7 +118,7 @@ class Preemption(HookBase):
             self.watch.mark_saved()
 
     def after_last_checkpoint(self, iteration: int) -> None:
-        """Exit after a checkpoint that another hook has written, if a process got a signal."""
+        """Exit if a process got a signal; another hook has written the checkpoint."""
         if number := first_of(comm.all_gather(self.watch.stop_signal)):
             self.leave_together(number, iteration)
         self.watch.mark_saved()
@@ -128,7 +127,7 @@ class Preemption(HookBase):
         """Exit once all processes are here: a launcher ends all if one has left.
 
         Raises:
-            GroupExit: with the exit code of the signal.
+            GroupExit: with the signal's exit code.
         """
         self.watch.left = True
         comm.synchronize()
@@ -141,7 +140,7 @@ class Preemption(HookBase):
 
 
 def build_profiler(cfg: CfgNode) -> HookBase | None:
-    """Build the hook that records the iterations of SOLVER.PROFILE for TensorBoard."""
+    """Build the hook that records SOLVER.PROFILE for TensorBoard."""
     if not cfg.SOLVER.PROFILE or not comm.is_main_process():
         return None
     first, last = cfg.SOLVER.PROFILE
@@ -162,14 +161,13 @@ def refuse_broken_weights(trainer: TrainerBase) -> None:
 
 
 def _saves_now(trainer: TrainerBase) -> bool:
-    """Return whether PeriodicCheckpointer saves in this iteration."""
     done = trainer.iter + 1
     return done % trainer.cfg.SOLVER.CHECKPOINT_PERIOD == 0 or done == trainer.max_iter
 
 
 def _last_good(checkpointer: TrainingCheckpointer, iteration: int) -> str:
     """Name this run's newest checkpoint before an iteration: its weights have given finite losses
-    since, unlike those just before a failure."""
+    since."""
     files = checkpointer.files_of_this_run()
     good = [number for number in files if number < iteration]
     if not good:

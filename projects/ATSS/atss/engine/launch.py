@@ -1,4 +1,4 @@
-"""Start of a training's processes, or entry into those that torchrun started, and their end."""
+"""Start of a training's processes, or entry into torchrun's, and their end."""
 
 import argparse
 import ctypes
@@ -69,8 +69,8 @@ def launch(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory on CPUs, where each new feature map would cause a page fault per
-    4 KiB. The process never shrinks."""
+    """Let glibc keep freed memory on CPUs, where new feature maps would cause a page fault per 4
+    KiB. The process never shrinks."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         m_mmap_max, m_trim_threshold, never = -4, -1, -1  # from malloc.h
@@ -79,12 +79,10 @@ def keep_freed_memory() -> None:
 
 
 def timeout(cfg: CfgNode) -> timedelta:
-    """Return the time limit of collectives."""
     return timedelta(minutes=cfg.SOLVER.COLLECTIVE_TIMEOUT)
 
 
 def _join(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Run one of the processes that torchrun started."""
     rank, world_size, local_rank, local_world_size = (int(os.environ[x]) for x in ENVIRONMENT)
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     if on_gpu:
@@ -146,7 +144,7 @@ def _run_alone(main: Main, args: argparse.Namespace, cfg: CfgNode) -> None:
 
 
 def _run_in_group(main: Main, args: argparse.Namespace, cfg: CfgNode) -> NoReturn:
-    """Run one process of several. Its end, also a failure, ends the others."""
+    """Run one process of several, whose end, also a failure, ends the others."""
     watch = current()
     watch.farewell = lambda: _stopped(cfg.OUTPUT_DIR, args.eval_only)
     with watch:
@@ -191,10 +189,10 @@ def _stopped(output_dir: str, evaluating: bool) -> str:
 
 
 class _SignalRelay:
-    """Relay of signals that stop a run to the processes that this one has started.
+    """Relay of stop signals to the processes that this one has started.
 
     Attributes:
-        number: the first signal; 0 before.
+        number: the first signal, or 0.
     """
 
     def __init__(self) -> None:

@@ -60,7 +60,7 @@ __getattr__ = renamed_names(__name__)
 
 def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
     """Make a parser of Detectron2's arguments, --register and --import. With
-    ``parse_intermixed_args``, KEY VALUE pairs may also come before options."""
+    ``parse_intermixed_args``, KEY VALUE pairs may precede options."""
     parser = argparse.ArgumentParser(
         epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -105,8 +105,8 @@ def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
 
 
 def prepare(args: argparse.Namespace) -> CfgNode:
-    """Return the config of a run, complete and checked. If torchrun has restarted this process,
-    ``args.resume`` is set.
+    """Return the config of a run, complete and checked. Set ``args.resume`` after a restart by
+    torchrun.
 
     Raises:
         UserError, OSError: if the run cannot start.
@@ -159,7 +159,7 @@ def fit_workers(cfg: CfgNode, processes: int) -> None:
 
 
 def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
-    """Train, or evaluate with --eval-only, in each process. Return results by task."""
+    """Train, or evaluate with --eval-only. Return results by task."""
     register(args)
     # Once per machine, after all processes have started: if one finds a fault, all end.
     if is_started() and int(os.environ["LOCAL_RANK"]) == 0:
@@ -213,7 +213,7 @@ def _train(args: argparse.Namespace, cfg: CfgNode, config: bytes) -> dict | None
 
 
 def _follow_weights(names: list[str], cfg: CfgNode) -> None:
-    """Let test sets number their classes as the weights do; the log warns of other classes."""
+    """Number the classes of test sets as the weights do; the log warns of other classes."""
     for name in cfg.DATASETS.TEST:
         try:
             datasets.follow(name, names)
@@ -222,7 +222,7 @@ def _follow_weights(names: list[str], cfg: CfgNode) -> None:
 
 
 def _start_from_checkpoint(args: argparse.Namespace, cfg: CfgNode) -> CfgNode:
-    """Set MODEL.WEIGHTS of a resumed run to its checkpoint, which has the pretrained backbone."""
+    """Set a resumed run's MODEL.WEIGHTS to its checkpoint, which includes the backbone."""
     if not (args.resume and begins_pretrained(cfg)):
         return cfg
     checkpoint = TrainingCheckpointer(nn.Module(), cfg.OUTPUT_DIR).get_checkpoint_file()
@@ -246,7 +246,7 @@ def start(args: argparse.Namespace) -> None:
 
 
 def hold_folder(args: argparse.Namespace, cfg: CfgNode, held: ExitStack) -> None:
-    """Keep other runs out of OUTPUT_DIR until ``held`` is closed, if this is a training.
+    """Lock OUTPUT_DIR for a training until ``held`` is closed.
 
     Raises:
         UserError: if the folder is in use, or contains a run that is not resumed.
@@ -264,8 +264,8 @@ def _is_first(args: argparse.Namespace) -> bool:
 
 
 def _set_up(args: argparse.Namespace, cfg: CfgNode) -> bytes:
-    """Set up Detectron2's logs and seeds. Evaluation and resumption keep config.yaml; its new
-    content is returned."""
+    """Set up logs and seeds. Return the new content of config.yaml, which evaluation and resumption
+    do not write."""
     path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
     rank, first = comm.get_rank(), comm.is_main_process()
     # Called as default_setup calls it, setup_logger returns the same loggers again.

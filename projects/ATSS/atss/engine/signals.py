@@ -1,4 +1,4 @@
-"""Signals that stop a run, its exit codes, and the end of a process."""
+"""Stop signals, exit codes, and the end of a process."""
 
 import logging
 import os
@@ -24,14 +24,12 @@ STOPPING = {
 
 
 def first_of(numbers: Iterable[int]) -> int:
-    """Return the signal that decides among several: SIGINT first, because a person sent it; 0 for
-    none."""
+    """Return the deciding signal of several: SIGINT first, because a person sent it; else 0."""
     received = {*numbers} - {0}
     return signal.SIGINT if signal.SIGINT in received else max(received, default=0)
 
 
 def exit_code(number: int) -> int:
-    """Return the exit code after a signal."""
     return EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_PREEMPTED
 
 
@@ -53,7 +51,7 @@ def end(code: int) -> NoReturn:
 
 
 def write_line(line: str) -> None:
-    """Print to stderr, also from a signal handler, which may interrupt another print."""
+    """Print to stderr, also from a signal handler that interrupts another print."""
     if line:
         with suppress(OSError):
             os.write(2, f"{line}\n".encode())

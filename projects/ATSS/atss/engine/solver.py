@@ -1,4 +1,4 @@
-"""The optimizer, and the learning rate and weight decay of each parameter."""
+"""The optimizer; learning rate and weight decay of each parameter."""
 
 import logging
 
@@ -64,8 +64,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
 def carry_over(
     optimizer: Optimizer, names: list[str], state: dict, saved_names: list[str] | None
 ) -> dict:
-    """Return a checkpoint's optimizer state, such as momenta, in the order of this optimizer, with
-    its settings. The log names settings that differ.
+    """Return a checkpoint's optimizer state, such as momenta, in the order and with the settings of
+    this optimizer. The log names settings that differ.
 
     Args:
         names: parameters in the order of the optimizer's groups.
@@ -120,8 +120,7 @@ def carry_over(
 
 
 def follow_schedule(scheduler: LRMultiplier, done: int, last: int) -> None:
-    """Set the learning rates, in place, to the config's schedule after ``done`` of ``last``
-    iterations."""
+    """Set the learning rates, in place, to the config's after ``done`` of ``last`` iterations."""
     groups = scheduler.optimizer.param_groups
     scheduler.base_lrs = [group["initial_lr"] for group in groups]
     scheduler.last_epoch = min(done, last)
@@ -130,7 +129,7 @@ def follow_schedule(scheduler: LRMultiplier, done: int, last: int) -> None:
 
 
 def _backbone_factor(solver: CfgNode, model: nn.Module):
-    """Return a function from a parameter's name to its factor; None if all are 1."""
+    """Return a function from a parameter's name to its factor, or None."""
     factor = solver.BACKBONE_LR_FACTOR
     if factor == 1.0:
         return None

@@ -1,4 +1,4 @@
-"""Data sets of --register in the config of a run, for --resume and --eval-only."""
+"""Data sets of --register in the config of a run."""
 
 import argparse
 import os
@@ -15,9 +15,9 @@ WITH_SPLITS = (".yaml", ".yml", ".data", ".names", ".txt")
 
 
 def recall(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Merge --register, --classes and --first-pixel with those of the config, in place in ``args``
-    and ``cfg``; the command line has precedence. Only data sets that the run uses are registered.
-    Paths, relative to the config file, become absolute.
+    """Merge --register, --classes and --first-pixel, which have precedence, with the config's, in
+    place in ``args`` and ``cfg``. Only data sets that the run uses are registered. Paths, relative
+    to the config file, become absolute.
 
     Raises:
         UserError: if DATASETS.REGISTER is not a list of strings.
@@ -43,7 +43,8 @@ def recall(args: argparse.Namespace, cfg: CfgNode) -> None:
 
 
 def shorten_paths(cfg: CfgNode) -> None:
-    """Make the paths of DATASETS.REGISTER relative to OUTPUT_DIR, in place; both can move then."""
+    """Make the paths of DATASETS.REGISTER relative to OUTPUT_DIR, in place, so that both can
+    move."""
     folder = os.path.realpath(cfg.OUTPUT_DIR)
     cfg.DATASETS.REGISTER = [_relative(x, folder) for x in cfg.DATASETS.REGISTER]
 

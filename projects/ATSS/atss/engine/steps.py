@@ -1,4 +1,4 @@
-"""Trainers that make the steps of a training, in float32 or float16."""
+"""Trainers that make the steps, in float32 or float16."""
 
 from detectron2.engine import AMPTrainer, SimpleTrainer
 

@@ -22,18 +22,14 @@ class Stream:
     images: int = 0
 
     def images_until(self, iteration: int) -> int:
-        """Return the number of images before an iteration."""
         return self.images + (iteration - self.iteration) * self.batch
 
 
 def skip_batches(
     loader: Iterable, batches: int, seed: int, origin: tuple[int, int] = (0, 0)
 ) -> None:
-    """Skip batches of a seed's stream, if the loader has the method ``skip``.
-
-    Args:
-        origin: iteration and images of :class:`Stream`.
-    """
+    """Skip batches of a seed's stream, if the loader has a method ``skip``. ``origin``: iteration
+    and images of :class:`Stream`."""
     if hasattr(loader, "skip"):
         loader.skip(batches, seed, *([origin] if any(origin) else []))
     elif batches:

@@ -1,4 +1,4 @@
-"""The terminal's share of the logs; log.txt has all of them."""
+"""The terminal's share of the logs; log.txt has all."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ LOGS = ("detectron2", "fvcore", "atss")
 
 
 def hide_explained_tracebacks(output_dir: str) -> None:
-    """Hide tracebacks of errors that :func:`explain` explains, after the logs are set up."""
+    """Hide tracebacks that :func:`explain` replaces, after the logs are set up."""
 
     def is_printed(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
@@ -22,7 +22,7 @@ def hide_explained_tracebacks(output_dir: str) -> None:
 
 
 class _Abridged(logging.Formatter):
-    """Formatter that shortens records of more than PAGE lines, except results and errors."""
+    """Formatter that shortens records above PAGE lines, except results and errors."""
 
     PAGE = 20
 

@@ -48,7 +48,7 @@ from .writers import StrictJSONWriter
 
 
 class EndedEarly(BaseException):
-    """Exit from Detectron2's loop over iterations, which logs an Exception as a failure."""
+    """Exit from Detectron2's loop, which logs an Exception as a failure."""
 
 
 class Trainer(DefaultTrainer):
@@ -126,7 +126,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
-        """Return Detectron2's hooks and ours, in the order in which they depend on each other."""
+        """Return Detectron2's hooks and ours in a working order."""
         built, test = super().build_hooks(), self.cfg.TEST
 
         def select(kind: type[HookBase]) -> list[HookBase]:
@@ -164,7 +164,7 @@ class Trainer(DefaultTrainer):
             share_weights(self.averaging.model)
 
     def build_writers(self) -> list[EventWriter]:
-        """Build Detectron2's writers, but metrics.json has null for values that are not finite."""
+        """Build Detectron2's writers, but metrics.json has null for NaN."""
         folder = self.cfg.OUTPUT_DIR
         return [
             CommonMetricPrinter(self.max_iter),
@@ -173,7 +173,6 @@ class Trainer(DefaultTrainer):
         ]
 
     def train(self) -> dict | None:
-        """Train until the end or a signal."""
         if self.start_iter >= self.max_iter:
             self.checkpointer.save("model_final", iteration=self.iter)
         with self.preemption.watch:
@@ -192,7 +191,7 @@ class Trainer(DefaultTrainer):
         return results
 
     def before_train(self) -> None:
-        """End at once if a resumed run had ended early, or exhausts patience now."""
+        """End if a resumed run had ended early, or exhausts patience now."""
         if self.best and self.start_iter > 0:
             self.best.adopt()
         super().before_train()
@@ -201,7 +200,6 @@ class Trainer(DefaultTrainer):
             self._end_early(self.best)
 
     def after_step(self) -> None:
-        """End early if patience is exhausted."""
         super().after_step()
         if self.best and self.best.exhausted:
             self._end_early(self.best)
@@ -217,7 +215,7 @@ class Trainer(DefaultTrainer):
         raise EndedEarly
 
     def evaluate(self) -> dict:
-        """Evaluate the weights and, with suffix _EMA, the averaged ones; keep the best."""
+        """Evaluate the weights and the averages (suffix _EMA); keep the best."""
         if self.best:
             refuse_broken_weights(self)  # they could count as the best
         # All processes evaluate the statistics that the first one saves.
@@ -241,7 +239,6 @@ class Trainer(DefaultTrainer):
         super().run_step()
 
     def state_dict(self) -> dict:
-        """Add the seed, the stream and the names of the optimizer's parameters."""
         return super().state_dict() | {
             "seed": self.seed,
             "images_seen": self.stream.images_until(self.iter + 1),
@@ -297,7 +294,6 @@ class Trainer(DefaultTrainer):
         self.stream = stream
 
     def _parameters(self) -> list[str]:
-        """Return the names of the optimizer's parameters, in the order of its groups."""
         names = {x: name for name, x in self.checkpointer.model.named_parameters()}
         trained = [x for group in self.optimizer.param_groups for x in group["params"]]
         return [names.get(x, f"parameter {i}") for i, x in enumerate(trained)]
@@ -323,7 +319,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_averages(cls, cfg: CfgNode, model: nn.Module) -> dict:
-        """Test averaged weights; files of results go to the folder ema."""
+        """Test averaged weights; results go to the folder ema."""
         logging.getLogger(__name__).info("Evaluating the averaged weights")
         cfg = cfg.clone()
         cfg.defrost()

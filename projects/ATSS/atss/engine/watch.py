@@ -22,7 +22,7 @@ class Watch(Heartbeat):
     saved it only sets ``stop_signal``, and the training saves and leaves.
 
     Attributes:
-        stop_signal: the first signal received; 0 for none.
+        stop_signal: the first signal received, or 0.
         unsaved: whether a signal has to wait for the next checkpoint.
         farewell: returns the line to print if a signal stops the process at once.
     """
@@ -67,8 +67,7 @@ class Watch(Heartbeat):
                 self._leave_group()
 
     def mark_saved(self) -> None:
-        """Note that the last iteration has its checkpoint: earlier and later signals end the
-        processes at once."""
+        """Note a checkpoint of the last iteration: earlier and later signals end the processes."""
         self.unsaved = False
         if self.stop_signal and not self.left:
             self._leave_at_once()
@@ -119,8 +118,8 @@ def wait_for_all() -> None:
 
 
 def _ignore_signals_in_loaders() -> None:
-    """Ignore signals to whole process groups: training continues until the iteration ends. Only
-    SIGTERM from the training process ends a loader process."""
+    """Ignore signals to whole process groups, because training continues until the iteration ends.
+    Only SIGTERM from the training process ends a loader process."""
     if not _entered:
         return
     signal.set_wakeup_fd(-1)

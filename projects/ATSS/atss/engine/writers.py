@@ -10,7 +10,7 @@ from detectron2.utils.events import JSONWriter, get_event_storage
 
 
 def strict(value: Any) -> Any:
-    """Copy dictionaries, lists and numbers, with None for numbers that are not finite."""
+    """Copy dictionaries, lists and numbers; those that are not finite become None."""
     if isinstance(value, dict):
         return {key: strict(x) for key, x in value.items()}
     if isinstance(value, list | tuple):

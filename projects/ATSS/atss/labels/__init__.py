@@ -1,1 +1,1 @@
-"""Labels: read every format into COCO's, check them, choose classes, make splits."""
+"""Labels: read every format into COCO's, check, choose classes, split."""

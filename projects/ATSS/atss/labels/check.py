@@ -1,5 +1,4 @@
-"""Check of a data set before training: annotations, image files, and the fit of objects and
-anchors."""
+"""Check of a data set before training: annotations, image files, fit of objects and anchors."""
 
 import os
 from collections import defaultdict
@@ -37,7 +36,7 @@ HEADINGS = {
 
 
 class Fit(NamedTuple):
-    """The match of M objects used in training and the anchors of a config.
+    """Match of M objects used in training and a config's anchors.
 
     Attributes:
         best_iou: (M,) IoU with the best anchor.
@@ -55,11 +54,11 @@ Match = Callable[[dict, Objects], Fit]
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a check.
+    """Result of a check.
 
     Attributes:
         findings: errors first.
-        classes: (name, number of objects used in training, number of their images) of each class.
+        classes: (name, objects used in training, their images) of each class.
         fit: None if not checked.
     """
 
@@ -71,11 +70,9 @@ class Report:
 
     @property
     def errors(self) -> int:
-        """Number of kinds of errors."""
         return sum(finding.level == ERROR for finding in self.findings)
 
     def to_dict(self) -> dict:
-        """Return the content of a json, with all cases."""
         counts = {"images": self.images, "annotations": self.annotations, "errors": self.errors}
         findings = [
             {
@@ -116,7 +113,7 @@ def check(
         sizes: (shorter side, longest side) of the resized images; the ends of a range.
         filter_empty: whether training leaves out images without annotations.
         match: matches objects and anchors; None to skip this.
-        deep: decode every image, instead of only those without the end marker of their format.
+        deep: decode every image, not only those without their format's end marker.
         progress: wraps long loops, as tqdm does.
     """
     content, image_dir = labels.content, labels.image_dir
@@ -151,7 +148,6 @@ def find_in_files(
     deep: bool,
     progress: Callable[..., Iterable],
 ) -> list[Finding]:
-    """Find the faults of the image files."""
     images = [e for e in content["images"] if not is_empty(e.get("file_name"))]
     check_file = partial(_check_file, image_dir=image_dir, sizes=sizes, deep=deep)
     places: dict[str, dict[int, str]] = defaultdict(dict)
@@ -167,7 +163,6 @@ def find_in_files(
 def _check_file(
     entry: dict, image_dir: str, sizes: Sequence[tuple[int, int]], deep: bool
 ) -> list[tuple[str, str]]:
-    """Return the kind and the end of a sentence for each problem."""
     path = os.path.join(image_dir, entry["file_name"])
     try:
         header = read_header(path)
@@ -196,7 +191,6 @@ def _classes(content: dict, objects: Objects) -> list[tuple[str, int, int]]:
 def _find_in_objects(
     content: dict, objects: Objects, filter_empty: bool, findings: Sequence[Finding]
 ) -> list[Finding]:
-    """Find duplicate objects, and classes and images without objects."""
     more = []
 
     def add(kind: str, key: str, positions: Sequence[int] | np.ndarray) -> None:
@@ -231,7 +225,6 @@ def _find_in_objects(
 
 
 def format_report(report: Report) -> str:
-    """Format a report for the terminal."""
     lines = [f"{report.images:,} images, {report.annotations:,} annotations"]
     for level in LEVELS:
         findings = [f for f in report.findings if f.level == level]
@@ -273,7 +266,7 @@ def format_report(report: Report) -> str:
 
 
 def _about_tiny(side: float, without: float | None) -> str:
-    """Return advice for a median side, and for a share of objects without a positive."""
+    """Return advice, by median side and share of objects without a positive."""
     share = "" if without is None else f", and {without:.1%} get no positive"
     return (
         f"Tiny objects: half of them have sides below {side:.1f} pixels of the network's input"

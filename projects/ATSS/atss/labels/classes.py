@@ -14,7 +14,7 @@ FREQUENCIES = "rcf"
 
 
 def parse(text: str) -> dict[str, list[str]]:
-    """Parse ``a,b=c``: the classes a and b, with c merged into b. Names with a comma are quoted.
+    """Parse ``a,b=c``: the classes a and b, with c merged into b; quoted names may contain a comma.
 
     Returns:
         {class: names in the data that count as it}.
@@ -46,11 +46,11 @@ def choose(
     """Keep the chosen classes, with the ids 1, 2, ... in their order.
 
     Args:
-        content: in COCO's format; malformed entries stay malformed, and are reported later.
+        content: in COCO's format; malformed entries stay, and are reported later.
         chosen: as from :func:`parse`.
 
     Returns:
-        the content; a finding of the classes left out; the chosen names that the data have.
+        the content; a finding of the classes left out; the chosen names in the data.
     """
     named = [c for c in content["categories"] if isinstance(c.get("name"), str) and _is_id(c)]
     if len({c["id"] for c in named}) < len(content["categories"]):  # find_in_json reports it
@@ -120,14 +120,8 @@ def _renumber_lists(
 def refuse_unknown(
     chosen: Mapping[str, Sequence[str]], found: set[str], names_in_data: Sequence[str]
 ) -> None:
-    """Refuse names that no data set has, which would be classes without objects.
-
-    Args:
-        found: as from :func:`choose`, of all data sets together.
-
-    Raises:
-        UserError: naming the first of them.
-    """
+    """Raise UserError for a name that no data set has: a class without objects. ``found`` is from
+    :func:`choose`, of all data sets."""
     for new, names in chosen.items():
         # A class into which others are merged may be new.
         missing = [name for name in names if name not in found and (name != new or len(names) == 1)]

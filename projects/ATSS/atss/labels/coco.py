@@ -1,5 +1,5 @@
-"""Reader and check of COCO's format. A million annotations take seconds, because only entries with
-unusual values are examined one by one."""
+"""Reader and check of COCO's format. Only entries with unusual values are examined one by one, so a
+million annotations take seconds."""
 
 import json
 import reprlib
@@ -43,8 +43,8 @@ class Objects:
     Attributes:
         image: (M,) int64 position in the json's images, -1 if unknown.
         category: (M,) int64 position among the categories sorted by id, -1 if unknown.
-        boxes: (M, 4) float64 (x, y, width, height) in pixels; NaN if malformed; clipped if used
-            and more than BEYOND outside the image.
+        boxes: (M, 4) float64 (x, y, width, height) in pixels; NaN if malformed; clipped if used and
+            more than BEYOND outside the image.
         crowd: (M,) bool.
         used: (M,) bool, whether training uses it.
     """
@@ -57,7 +57,7 @@ class Objects:
 
 
 def read_coco(json_file: str) -> dict:
-    """Read the lists "images", "categories" and "annotations" (empty if missing) of a json.
+    """Read "images", "categories" and "annotations" (empty if missing) of a json.
 
     Raises:
         UserError: if the file cannot be read or has another structure.
@@ -98,7 +98,7 @@ def _wrong_structure(content: object) -> str:
 
 
 def category_names(content: dict) -> list[str]:
-    """Return the names of the categories by id, the order in which Detectron2 numbers them."""
+    """Return the names of the categories by id, Detectron2's order."""
     return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
 
 
@@ -106,7 +106,7 @@ def find_in_json(content: dict) -> tuple[list[Finding], Objects | None]:
     """Find faults without opening images.
 
     Returns:
-        the findings, and the objects; None if required fields or ids are missing or invalid.
+        findings, and objects; None if required fields or ids are missing or invalid.
     """
     findings = _Findings(content)
     _find_in_fields(content, findings)
@@ -125,7 +125,6 @@ class _Findings:
     def add(
         self, kind: str, key: str, positions: Iterable[int], place: Callable | None = None
     ) -> None:
-        """Add a finding about these entries of the list ``key``, if any."""
         positions = list(positions)
         if positions:
             place = place or place_of(self.content, key, FAULTY_FIELDS.get(kind, ()))
@@ -133,7 +132,6 @@ class _Findings:
 
 
 def _find_in_fields(content: dict, findings: _Findings) -> None:
-    """Check required fields, ids, names and sizes."""
     for key, fields in FIELDS.items():
         places: dict[int, str] = {}
         for field in fields:
@@ -170,7 +168,6 @@ def _find_in_fields(content: dict, findings: _Findings) -> None:
 
 
 def _objects(content: dict, findings: _Findings) -> Objects:
-    """Return the annotations as arrays, and add the findings about them."""
     images, categories = content["images"], content["categories"]
     annotations = content["annotations"]
 
@@ -234,9 +231,6 @@ def learnable(content: dict, objects: Objects) -> dict:
     beyond their image are clipped. A missing area is that of the box. Segmentations and key points
     that Detectron2 cannot read, and annotations of unknown images or classes, are left out. Images
     with a clipped or dropped box are marked as "trimmed".
-
-    Args:
-        content, objects: as from :func:`find_in_json`.
     """
     kept: list[dict] = []
     whole = (objects.used | objects.crowd) & (objects.image >= 0) & (objects.category >= 0)
@@ -278,7 +272,6 @@ def _of_other_types(values: Sequence, types: set[type]) -> list[int]:
 
 
 def _repeated(values: Sequence) -> list[int]:
-    """Return the positions of values that occur more than once."""
     if len(set(values)) == len(values):
         return []
     counts = Counter(values)
@@ -286,7 +279,7 @@ def _repeated(values: Sequence) -> list[int]:
 
 
 def _similar_names(categories: Sequence[dict]) -> list[int]:
-    """Return the positions of names that differ only in case or blanks, similar ones adjacent."""
+    """Return positions of names that differ only in case or blanks, side by side."""
     plain = ["".join(c["name"].split()).casefold() for c in categories]
     names_of = defaultdict(set)
     for key, category in zip(plain, categories, strict=True):
@@ -295,7 +288,6 @@ def _similar_names(categories: Sequence[dict]) -> list[int]:
 
 
 def _look_up(entries: Sequence[dict], field: str, ids: Sequence) -> np.ndarray:
-    """Return (M,) positions among the ids, -1 if unknown."""
     position = {x: i for i, x in enumerate(ids)}
     values = [e[field] for e in entries]
     for i in _of_other_types(values, {int, str}):
@@ -304,7 +296,7 @@ def _look_up(entries: Sequence[dict], field: str, ids: Sequence) -> np.ndarray:
 
 
 def _boxes(values: list) -> tuple[np.ndarray, np.ndarray]:
-    """Return (M, 4) float64, NaN if malformed, and (M,) bool, whether malformed."""
+    """Return (M, 4) float64, and (M,) bool, whether malformed (NaN)."""
     try:
         boxes = np.array(values)
         if boxes.dtype.kind in "if" and boxes.shape == (len(values), 4):
@@ -319,7 +311,7 @@ def _boxes(values: list) -> tuple[np.ndarray, np.ndarray]:
 
 
 def with_areas(annotations: Sequence[dict]) -> list[dict]:
-    """Add missing areas, those of the boxes, and missing ``iscrowd``, 0."""
+    """Add missing areas, those of the boxes, and missing ``iscrowd``."""
     completed = []
     for entry in annotations:
         area = entry["area"] if is_area(entry.get("area")) else entry["bbox"][2] * entry["bbox"][3]

@@ -1,5 +1,5 @@
 """Copies of images (equal bytes, resized, compressed again or mirrored), and photographs of one
-scene: shared by two splits, they make the AP too high."""
+scene, which make the AP too high if two splits share them."""
 
 import hashlib
 import os
@@ -37,11 +37,7 @@ PAIRS = 2**22
 def find_copies(
     files: Sequence[str], progress: Callable[..., Iterable] = lambda items, **_: items
 ) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
-    """Group equal files, copies of one image, and photographs of one scene. Other files than images
-    are only compared by their bytes.
-
-    Args:
-        progress: wraps long loops, as tqdm does.
+    """Group files. Other files than images are only compared by their bytes.
 
     Returns:
         groups of positions: equal files; these and copies; these and photographs of one scene.
@@ -95,12 +91,11 @@ def find_in_others(
 
 
 def images_of(labels: Labels) -> list[dict]:
-    """Return the images with a file name."""
     return [e for e in labels.content["images"] if not is_empty(e.get("file_name"))]
 
 
 def by_key(keys: Iterable[Hashable]) -> list[list[int]]:
-    """Return groups of at least two positions of equal keys; None equals nothing."""
+    """Return groups of at least two positions of equal keys, without None."""
     positions: dict[Hashable, list[int]] = defaultdict(list)
     for i, key in enumerate(keys):
         if key is not None:
@@ -109,8 +104,8 @@ def by_key(keys: Iterable[Hashable]) -> list[list[int]]:
 
 
 def join_groups(size: int, *groupings: Iterable[Sequence[int]]) -> list[list[int]]:
-    """Return the connected components of 0 to size - 1, in the order of their first members;
-    positions that share a group are connected."""
+    """Return the connected components of 0 to size - 1, by first member; positions of a group are
+    connected."""
     parent = list(range(size))
 
     def first(i: int) -> int:
@@ -154,8 +149,8 @@ def _hash(file: str) -> np.ndarray | None:
 
 
 def _near(hashes: Sequence[np.ndarray | None]) -> list[list[list[int]]]:
-    """Return, for COPY and SCENE, groups of positions connected by at most so many differing bits,
-    plain or mirrored."""
+    """Return, for COPY and SCENE, groups connected by at most so many differing bits, plain or
+    mirrored."""
     hashed = np.array([i for i, x in enumerate(hashes) if x is not None], dtype=np.int64)
     words = np.array([x for x in hashes if x is not None]).reshape(len(hashed), -1)
     labels = {radius: np.arange(len(hashed)) for radius in (COPY, SCENE)}  # equal in a group

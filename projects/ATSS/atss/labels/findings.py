@@ -1,4 +1,4 @@
-"""Kinds of faults of a data set, and the names of their cases in messages."""
+"""Kinds of faults of a data set, and names of their cases."""
 
 import reprlib
 from collections.abc import Callable, Sequence
@@ -206,7 +206,7 @@ class Finding:
     Attributes:
         kind: a key of KINDS.
         positions: of the cases, in a list of the json or of places.
-        place: position -> name of the case in messages.
+        place: position -> name of the case.
         detail: appended to the title.
     """
 
@@ -217,20 +217,17 @@ class Finding:
 
     @property
     def level(self) -> str:
-        """The kind's level."""
         return KINDS[self.kind].level
 
     @property
     def title(self) -> str:
-        """The kind's title with the detail."""
         return KINDS[self.kind].title + self.detail
 
     def examples(self, count: int | None = None) -> list[str]:
-        """Return the names of the first ``count`` cases, or of all."""
         return [self.place(int(i)) for i in self.positions[:count]]
 
     def sentence(self, count: int = 3) -> str:
-        """Return the title, the number of cases and the first of them."""
+        """Return title, number of cases and the first of them."""
         more = len(self.positions) - count
         examples = ", ".join(self.examples(count)) + (f", and {more} more" if more > 0 else "")
         return f"{self.title} ({len(self.positions)}): {examples}"
@@ -240,7 +237,7 @@ def place_of(content: dict, key: str, fields: Sequence[str] = ()) -> Callable[[i
     """Return a function: position in the list ``key`` -> name such as "image 3 (a.jpg)".
 
     Args:
-        fields: shown with their values; by default the box of annotations.
+        fields: shown with their values; by default an annotation's box.
     """
     entries = content[key]
 
@@ -266,7 +263,7 @@ def place_of(content: dict, key: str, fields: Sequence[str] = ()) -> Callable[[i
 
 
 def _value(content: dict, entry: dict, field: str) -> str:
-    """Return a field with its value; for an id of the wrong type, with both types."""
+    """Return a field's value; for an id of the wrong type, with both types."""
     if field not in entry:
         return f"no {field}"
     value, shown = entry[field], f"{field} {show(entry[field])}"
@@ -281,7 +278,6 @@ def _value(content: dict, entry: dict, field: str) -> str:
 
 
 def show(value: object) -> str:
-    """Return the repr of a json's value, shortened."""
     short = reprlib.Repr()
     short.maxlist = short.maxstring = 60  # enough for all key points of a person
     return short.repr(value)

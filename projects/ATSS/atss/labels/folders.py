@@ -1,4 +1,4 @@
-"""Files and folders, for the formats with one label file per image."""
+"""Files and folders, for formats with one label file per image."""
 
 import os
 from collections import defaultdict
@@ -29,7 +29,6 @@ class Split:
         self.places: Places = defaultdict(list)
 
     def add_image(self, image: Path, size: tuple[int, int]) -> None:
-        """Add an image of (width, height)."""
         entry = {"id": len(self.images) + 1, "file_name": name_in(self.folder, image)}
         self.images.append({**entry, "width": size[0], "height": size[1]})
 
@@ -42,7 +41,7 @@ class Split:
         self.annotations.append({**ids, **fields, **more})
 
     def result(self, names: Mapping[int, str]) -> tuple[dict, list[Finding]]:
-        """Return the content, with categories {id: name}, and the findings."""
+        """Return content and findings; ``names`` is {category id: name}."""
         content = {"images": self.images, "annotations": self.annotations}
         content["categories"] = [{"id": i, "name": name} for i, name in names.items()]
         places = [(kind, cases) for kind, cases in self.places.items() if cases]
@@ -55,8 +54,8 @@ def names_of(split: str) -> tuple[str, ...]:
 
 
 def files_below(root: Path) -> list[Path]:
-    """Return the sorted paths of all files below a folder, relative to it, without hidden files.
-    Links to folders are followed last, and each folder is visited once: links may lead back."""
+    """Return the sorted relative paths of all files below a folder, without hidden ones. Links to
+    folders are followed last, and each folder is visited once: links may lead back."""
     paths: list[Path] = []
     visited: set[str] = set()
     pending = [str(root)]
@@ -79,7 +78,7 @@ def files_below(root: Path) -> list[Path]:
 
 
 def with_slashes(name: str, folder: Path) -> str:
-    """Return ``images\\a.png``, a path from Windows, as ``images/a.png`` if only that exists."""
+    r"""Return ``images\a.png``, from Windows, as ``images/a.png`` if only that exists."""
     slashed = name.replace("\\", "/")
     is_from_windows = name != slashed and not os.path.exists(folder / name)
     return slashed if is_from_windows and os.path.exists(folder / slashed) else name
@@ -100,7 +99,6 @@ def read_text(path: Path) -> str:
 
 
 def size_of(image: Path) -> tuple[int, int] | OSError:
-    """Return (width, height) after the EXIF orientation."""
     try:
         return read_header(str(image)).size
     except OSError as error:
@@ -108,10 +106,8 @@ def size_of(image: Path) -> tuple[int, int] | OSError:
 
 
 def name_in(folder: Path, path: Path) -> str:
-    """Return a path, relative if it is in the folder."""
     return str(path).removeprefix(f"{folder}{os.sep}")
 
 
 def why(error: Exception) -> str:
-    """Return the reason of an error."""
     return getattr(error, "strerror", None) or str(error)

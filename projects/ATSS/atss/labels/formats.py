@@ -38,7 +38,6 @@ AS_IT_IS = Reading({})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of :class:`Reading` to a command."""
     parser.add_argument(
         "--classes",
         metavar="A,B=C,...",
@@ -68,12 +67,12 @@ class Labels:
     """The labels of a split.
 
     Attributes:
-        content: in COCO's format, as from :func:`~atss.labels.coco.read_coco`.
-        image_dir: the folder in which its file names begin.
+        content: as from :func:`~atss.labels.coco.read_coco`.
+        image_dir: folder in which its file names begin.
         findings: faults that the content does not show.
         evaluator: Detectron2's evaluator_type.
         names: all class names in the data.
-        found: the names in ``Reading.classes`` that the data have.
+        found: those of ``Reading.classes``.
     """
 
     content: dict
@@ -88,9 +87,9 @@ def read_labels(annotations: str, images: str, reading: Reading = AS_IT_IS) -> L
     """Read the labels of a split.
 
     Args:
-        annotations, images: a json in COCO's or LVIS's format and its image folder; in YOLO's
-            layout a yaml, an obj.data or a folder with one of NAMES_FILES, and its split; or a
-            folder of Pascal VOC's xml and its split.
+        annotations, images: a json (COCO, LVIS) and its image folder; YOLO's yaml, obj.data or
+            folder with one of NAMES_FILES, and the split; or a folder of Pascal VOC's xml, and the
+            split.
 
     Raises:
         UserError: naming the file that cannot be read.
@@ -134,8 +133,7 @@ def image_dir_of(annotations: str, images: str) -> str:
 
 
 def sources(annotations: str, images: str) -> tuple[list[str], list[str]]:
-    """Return the texts (none for a json) and files that determine the labels of
-    :func:`read_labels`."""
+    """Return the texts (none for a json) and files that determine the labels."""
     if _is_yolo(annotations):
         config, files = files_of_yolo(annotations, images)
         return [images, repr(config)], [os.path.abspath(annotations), *map(str, files)]

@@ -1,4 +1,4 @@
-"""Headers of image files, read without decoding the pixels."""
+"""Headers of image files, read without decoding pixels."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 @dataclass(frozen=True)
 class Header:
-    """The header of an image file.
+    """Header of an image file.
 
     Attributes:
         format: Pillow's name, such as "JPEG".
@@ -40,7 +40,7 @@ class Header:
 
 
 def read_header(source: str | BytesIO, decode: bool = False) -> Header:
-    """Read the header of an image, given by name or content; with ``decode`` also the pixels.
+    """Read the header of a file or its content; with ``decode`` also the pixels.
 
     Raises:
         OSError: the end of a sentence that names the file.
@@ -90,7 +90,7 @@ def _opened(source: str | BytesIO) -> Iterator[tuple[IO, Image.Image]]:
 def problems(
     header: Header, labelled: tuple[int, int] | None, sizes: Sequence[tuple[int, int]] = ()
 ) -> Iterator[tuple[str, str]]:
-    """Find the problems of an image that can be opened.
+    """Find the problems of a readable image.
 
     Args:
         labelled: (width, height) in the annotations, if any.
@@ -153,7 +153,6 @@ def too_thin(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> str:
 
 
 def _shorter_side(size: tuple[int, int], short: int, longest: int) -> int:
-    """Return the shorter side after Detectron2's ResizeShortestEdge, in whole pixels."""
     longer = short / min(size) * max(size)
     return int(short * min(longest / longer, 1) + 0.5)
 
@@ -170,7 +169,7 @@ def _orientation(image: Image.Image, decoded: bool) -> int:
 
 
 def _complete(file: IO, image_format: str | None) -> bool:
-    """Whether the file ends with its format's end marker, and nothing was appended."""
+    """Return whether the format's end marker ends the file."""
     length = file.seek(0, os.SEEK_END)
     file.seek(max(0, length - 12))
     tail = file.read()

@@ -8,14 +8,13 @@ from .findings import Finding, show
 
 
 def is_lvis(content: dict) -> bool:
-    """Whether images list the classes known to be absent, or those not marked in full (arXiv
-    1908.03195, section 2)."""
+    """Return whether images list absent classes, or those not marked in full (arXiv 1908.03195,
+    section 2)."""
     return any(ABSENT in image or PARTLY_MARKED in image for image in content["images"])
 
 
 def complete(content: dict) -> dict:
-    """Add COCO's ``iscrowd``, 0, and ``file_name``, the end of the image's URL:
-    train2017/000000391895.jpg."""
+    """Add COCO's ``iscrowd``, 0, and ``file_name``, the end of the image's URL."""
     images = [_with_file_name(image) for image in content["images"]]
     annotations = [{"iscrowd": 0, **annotation} for annotation in content["annotations"]]
     return {**content, "images": images, "annotations": annotations}
@@ -33,7 +32,7 @@ def _with_file_name(image: dict) -> dict:
 
 
 def find(content: dict) -> list[Finding]:
-    """Find the faults of the fields that only LVIS's evaluation reads."""
+    """Find faults of fields that only LVIS's evaluation reads."""
     ids = {c["id"] for c in content["categories"] if isinstance(c.get("id"), int)}
 
     def is_id_list(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Joining data sets in COCO's format, and dividing one into splits."""
+"""Joining data sets in COCO's format, and dividing one."""
 
 import math
 import os
@@ -64,7 +64,7 @@ def join(sets: Sequence[Labels]) -> tuple[dict, str]:
 
 
 def parse_shares(texts: Sequence[str]) -> dict[str, float]:
-    """Parse ``train=0.8 val=0.2`` into {split: share}.
+    """Parse ``train=0.8 val=0.2``.
 
     Raises:
         UserError: if a text is invalid, or the shares do not sum to 1.
@@ -87,7 +87,7 @@ def parse_shares(texts: Sequence[str]) -> dict[str, float]:
 
 
 def group_by_name(file_names: Sequence[str], pattern: str) -> list[str | None]:
-    """Return the match of the pattern, or of its first group, in each name; None without a match.
+    """Return the match of the pattern, or of its first group, in each name, or None.
 
     Raises:
         UserError: if the pattern is no regular expression.
@@ -107,15 +107,15 @@ def divide(
 
     Groups are dealt from the heaviest to the lightest, each to the split whose error grows least.
     Then pairs of groups are exchanged while the error falls: Pearson's chi-squared, summed over
-    rows. No split is empty if there are as many groups as splits.
+    rows. With at least as many groups as splits, no split is empty.
 
     Args:
-        groups: positions of images that stay together; each image is in one group.
+        groups: positions of images that stay together; each image is in one.
         shares: of the splits; they sum to 1.
         seed: decides between equal groups.
 
     Returns:
-        (number of images,) the index of each image's split.
+        (number of images,) index of each image's split.
     """
     names, row, image = _rows(content)
     group_of = np.empty(len(content["images"]), dtype=np.int64)
@@ -143,7 +143,7 @@ def divide(
         split_of[g] = split
 
     def cost(g: int) -> np.ndarray:
-        """Return (splits,) the growth of the error if a group without a split is put into each."""
+        """Return (splits,) the growth of the error by putting a group into each."""
         return (2 * value[rows_of[g]] @ load[row[rows_of[g]]] + square[g]) / share
 
     for left, g in zip(range(len(groups), 0, -1), order, strict=True):
@@ -176,7 +176,6 @@ def divide(
 
 
 def part(content: dict, inside: Sequence[bool]) -> dict:
-    """Return the images of a split with their objects, and all classes."""
     images = [image for image, chosen in zip(content["images"], inside, strict=True) if chosen]
     ids = {image["id"] for image in images}
     annotations = [a for a in content["annotations"] if a["image_id"] in ids]
@@ -184,11 +183,11 @@ def part(content: dict, inside: Sequence[bool]) -> dict:
 
 
 def format_report(content: dict, split_of: Sequence[int], shares: Mapping[str, float]) -> str:
-    """Format a table of the images and objects of each split, and mark numbers more than ``MARKED``
+    """Format a table of images and objects of each split, and mark numbers more than ``MARKED``
     away from the share.
 
     Args:
-        split_of: the index of each image's split.
+        split_of: index of each image's split.
     """
     names, row, image = _rows(content)
     cells = row * len(shares) + np.asarray(split_of)[image]
@@ -206,11 +205,11 @@ def format_report(content: dict, split_of: Sequence[int], shares: Mapping[str, f
 
 
 def _rows(content: dict) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return the rows of the table: images, images without objects, crowded images (at most a
-    tenth), objects, and those of each class.
+    """Return the rows: images, images without objects, crowded images (at most a tenth), objects,
+    and those of each class.
 
     Returns:
-        names of the R rows; (N,) the row and (N,) the image of each of N counted items.
+        names of the R rows; (N,) row and (N,) image of each of N counted items.
     """
     position = {image["id"]: i for i, image in enumerate(content["images"])}
     class_of = {category["id"]: i for i, category in enumerate(content["categories"])}

@@ -1,5 +1,5 @@
-"""Reader of a folder of Pascal VOC's xml, as labelImg, CVAT, Label Studio and Roboflow write it,
-into COCO's format.
+"""Reader of folders of Pascal VOC's xml, from labelImg, CVAT, Label Studio or Roboflow, into COCO's
+format.
 
 The image of an xml is in the same folder, or in the corresponding one (Annotations and JPEGImages,
 labels/train and images/train). It has the same stem, or else the name in ``<filename>``.
@@ -49,7 +49,7 @@ class Entry(NamedTuple):
 
 
 def read_voc(folder: str, split: str, first_pixel: int = FIRST_PIXEL) -> tuple[dict, list[Finding]]:
-    """Read a split into COCO's format, like :func:`~atss.labels.coco.read_coco`.
+    """Read a split into COCO's format.
 
     Categories are all names in xml files below the folder, sorted, the same for all its splits. The
     box of a polygon is its extent. Boxes are not clipped. File names begin in the folder.
@@ -60,7 +60,7 @@ def read_voc(folder: str, split: str, first_pixel: int = FIRST_PIXEL) -> tuple[d
         first_pixel: 1 if pixels are counted as in VOC; 0 if coordinates are corners from 0 on.
 
     Returns:
-        the content without files and objects that cannot be read, and the findings.
+        the content without unreadable files and objects, and the findings.
 
     Raises:
         UserError: if nothing can be read; the message names the folder.
@@ -132,7 +132,6 @@ def _add(
 
 
 def _pair(labels: Mapping[Path, Label], images: Sequence[Path]) -> list[Entry]:
-    """Return every xml with its image, then every image without an xml."""
     by_stem, by_name = defaultdict(list), defaultdict(list)
     for image in images:
         by_stem[_place(image), image.stem].append(image)
@@ -177,7 +176,7 @@ def _no_image(xml: Path, label: Label, other: Path | None) -> str:
 
 
 def _place(file: Path) -> tuple[str, ...]:
-    """Return the folder of a file without the parts in which corresponding folders differ."""
+    """Return a file's folder without the parts in which corresponding folders differ."""
     return tuple(x for x in file.parent.parts if x.lower() not in KINDS_OF_FOLDERS)
 
 
@@ -205,8 +204,7 @@ def _select(root: Path, split: str, entries: list[Entry], result: Split) -> list
 
 
 def _inside(folder: Path, entries: list[Entry], result: Split) -> list[Entry]:
-    """Return the entries of a folder, and of the folders of their other files: of labels/train for
-    images/train."""
+    """Return the entries of a folder and of the corresponding folders."""
     folders = {
         file.parent
         for entry in entries
@@ -226,8 +224,8 @@ def _inside(folder: Path, entries: list[Entry], result: Split) -> list[Entry]:
 
 def _listed(list_file: Path, root: Path, entries: list[Entry], result: Split) -> list[Entry]:
     """Return the entries that a list names, an image or xml a line, with or without suffix and
-    folders. Files beside the list (or beside its ImageSets) are preferred, then those with an xml,
-    then those of exactly this name."""
+    folders. Files beside the list (or its ImageSets) are preferred, then those with an xml, then
+    those of exactly this name."""
     try:
         lines = [line.strip() for line in read_text(list_file).splitlines()]
     except ValueError as error:
@@ -266,13 +264,11 @@ def _listed(list_file: Path, root: Path, entries: list[Entry], result: Split) ->
 
 
 def _stem(name: str) -> str:
-    """Return a name without folders and without the suffix of an image or xml."""
     path = Path(name)
     return path.stem if path.suffix.lower() in {*SUFFIXES, ".xml"} else path.name
 
 
 def _ends_with(entry: Entry, name: Path) -> bool:
-    """Whether the image or the xml lies in the folders of a line."""
     folders = name.parent.parts
     places = [x.parent.parts for x in entry[:2] if x]
     return not folders or any(x[len(x) - len(folders) :] == folders for x in places)

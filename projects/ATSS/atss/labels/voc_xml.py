@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
 
 class Label(NamedTuple):
-    """The content of an xml.
+    """Content of an xml.
 
     Attributes:
         file_name: ``<filename>`` without folders; may be empty.
@@ -42,14 +42,13 @@ class Label(NamedTuple):
 
 
 class _WithoutDoctype(ElementTree.TreeBuilder):
-    """A builder that refuses DOCTYPEs: entities can fill the memory, or read other files."""
+    """Builder that refuses DOCTYPEs: entities can fill the memory, or read other files."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
         raise UserError("DOCTYPE is not supported")
 
 
 def read_label(path: Path) -> Label:
-    """Read an xml."""
     try:
         parser = ElementTree.XMLParser(target=_WithoutDoctype())
         root = ElementTree.fromstring(path.read_bytes(), parser)
@@ -82,7 +81,7 @@ def _shape(element: ElementTree.Element, place: str) -> Shape:
     """Read an object.
 
     Raises:
-        UserError: the end of a sentence that names the object.
+        UserError: the end of a sentence that names it.
     """
     name = (element.findtext("name") or "").strip()
     if not name:
@@ -104,7 +103,7 @@ def _shape(element: ElementTree.Element, place: str) -> Shape:
 
 
 def _extent(polygon: ElementTree.Element) -> tuple[float, float, float, float]:
-    """Return the box of points written <x1>, <y1>, <x2>, ... or <pt><x>, <y></pt>, ..."""
+    """Return the box of points <x1>, <y1>, <x2>, ... or <pt><x>, <y></pt>, ..."""
     coordinates: dict[str, list[float]] = {"x": [], "y": []}
     for element in polygon.iter():
         if re.fullmatch(r"[xy]\d*", element.tag):

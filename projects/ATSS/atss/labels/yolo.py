@@ -14,8 +14,8 @@ from .findings import Finding
 from .folders import NAMES_FILES, THREADS, Places, Split, name_in, read_text, size_of
 from .yolo_config import class_names, count_with_keypoints, find_images, label_files, read_config
 
-# Distance from the image, in its sides, above which a coordinate is not normalised. Objects may
-# reach beyond their image.
+# Coordinates farther from the image, in sides of the image, are not normalised; nearer ones belong
+# to objects that reach beyond it.
 FAR = 1.0
 
 
@@ -41,19 +41,19 @@ def read_yolo(source: str, split: str) -> tuple[dict, list[Finding]]:
     try:
         config = read_config(path, split)
         names = class_names(config)
-        with_keypoints = count_with_keypoints(config)
+        num_with_keypoints = count_with_keypoints(config)
         images, files = find_images(config, split, folder)
-        result, used_files = _read_images(images, folder, set(names), with_keypoints)
-        unlabelled = result.places["label_missing"]
-        if result.images and len(unlabelled) == len(result.images):
+        builder, used_files = _read_images(images, folder, set(names), num_with_keypoints)
+        unlabelled = builder.places["label_missing"]
+        if builder.images and len(unlabelled) == len(builder.images):
             tried = " and ".join(name_in(folder, x) for x in label_files(folder / unlabelled[0]))
             raise UserError(
                 f"no image of {split!r} has a label file: tried {tried} for {unlabelled[0]}"
             )
-        _find_unused(files.difference([path], images, used_files), with_keypoints, result)
+        _find_unused(files.difference([path], images, used_files), num_with_keypoints, builder)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
-    return result.result(names)
+    return builder.result(names)
 
 
 def files_of_yolo(source: str, split: str) -> tuple[dict, list[Path]]:
@@ -65,17 +65,17 @@ def files_of_yolo(source: str, split: str) -> tuple[dict, list[Path]]:
 
 
 def _read_images(
-    images: list[Path], folder: Path, ids: set[int], with_keypoints: int | None
+    images: list[Path], folder: Path, ids: set[int], num_with_keypoints: int | None
 ) -> tuple[Split, set[Path]]:
     """Return the split, and the label files used."""
     # If some labels lie in a labels folder, a text beside an image may be a caption.
     has_labels_folder = any(len(x) > 1 and os.path.exists(x[0]) for x in map(label_files, images))
-    read = partial(_read_label, has_labels_folder=has_labels_folder, with_keypoints=with_keypoints)
+    read = partial(_read_label, has_labels_folder, num_with_keypoints)
     with ThreadPoolExecutor(THREADS) as pool:
         sizes = list(pool.map(size_of, images))
         labels = list(pool.map(read, images))
     split = Split(folder)
-    images_of = defaultdict(list)
+    images_of = defaultdict(list)  # label file -> images that share it, such as a.jpg and a.png
     for image, (files, _) in zip(images, labels, strict=True):
         images_of[files[0] if files else None].append(name_in(folder, image))
     for image, (files, text), size in zip(images, labels, sizes, strict=True):
@@ -96,27 +96,27 @@ def _read_images(
                 names = " or ".join(images_of[files[0]])
                 split.places["label_ambiguous"].append(f"{name_of_label}: {names}")
         else:
-            lines = _read_lines(text, name_of_label, size, ids, with_keypoints, split.places)
+            lines = _read_lines(text, name_of_label, size, ids, num_with_keypoints, split.places)
             for category, box in lines:
                 split.add_object(category, box)
     return split, {file for files, _ in labels for file in files}
 
 
-def _find_unused(files: set[Path], with_keypoints: int | None, split: Split) -> None:
+def _find_unused(files: set[Path], num_with_keypoints: int | None, split: Split) -> None:
     """Find labels without an image, and other files."""
     for file in sorted(files):
         name = name_in(split.folder, file)
-        if _is_label(file, with_keypoints):
+        if _is_label(file, num_with_keypoints):
             split.places["file_unreadable"].append(f"no image for {name}")
         elif file.name not in NAMES_FILES:
             split.places["file_unused"].append(name)
 
 
-def _is_label(file: Path, with_keypoints: int | None) -> bool:
+def _is_label(file: Path, num_with_keypoints: int | None) -> bool:
     """Whether the file is a .txt whose first line is an object."""
     try:
         text = read_text(file) if file.suffix.lower() == ".txt" else ""
-        _parse(text.strip().partition("\n")[0].split(), with_keypoints)
+        _parse(text.strip().partition("\n")[0].split(), num_with_keypoints)
     except ValueError:
         return False
     return True
@@ -127,7 +127,7 @@ def _read_lines(
     name: str,
     size: tuple[int, int],
     ids: set[int],
-    with_keypoints: int | None,
+    num_with_keypoints: int | None,
     places: Places,
 ) -> Iterator[tuple[int, list[float]]]:
     """Yield the class and [x, y, width, height] in pixels of valid lines."""
@@ -136,7 +136,7 @@ def _read_lines(
         if not fields:
             continue
         try:
-            category, numbers = _parse(fields, with_keypoints)
+            category, numbers = _parse(fields, num_with_keypoints)
         except ValueError as error:
             places["label_malformed"].append(f"{name} line {number} {error}")
             continue
@@ -145,7 +145,7 @@ def _read_lines(
         elif min(numbers) < -FAR or max(numbers) > 1 + FAR:
             places["label_units"].append(f"{name} line {number}, {' '.join(fields[1:])}")
         else:
-            corners = _corners(numbers)
+            corners = _corners(numbers)  # their sides of the image are (w, h, w, h)
             clipped = [min(max(c, 0.0), 1.0) for c in corners]
             beyond = [abs(a - b) for a, b in zip(corners, clipped, strict=True)]
             if any(b * side > BEYOND for b, side in zip(beyond, size * 2, strict=True)):
@@ -154,13 +154,13 @@ def _read_lines(
             yield category, [x1, y1, x2 - x1, y2 - y1]
 
 
-def _parse(fields: list[str], with_keypoints: int | None) -> tuple[int, list[float]]:
+def _parse(fields: list[str], num_with_keypoints: int | None) -> tuple[int, list[float]]:
     """Parse the class and the normalised numbers of a line, without key points.
 
     Raises:
         UserError: the end of a sentence that names the line.
     """
-    if len(fields) == with_keypoints:
+    if len(fields) == num_with_keypoints:
         fields = fields[:5]
     numbers = []
     for field in fields:
@@ -171,10 +171,10 @@ def _parse(fields: list[str], with_keypoints: int | None) -> tuple[int, list[flo
         if not isfinite(numbers[-1]):
             raise UserError(f"has {field}, expected a finite number")
     count = len(numbers)
-    if count != 5 and (with_keypoints or count < 7 or count % 2 == 0):
+    if count != 5 and (num_with_keypoints or count < 7 or count % 2 == 0):
         others = "7, 9, 11 or more for a polygon"
-        if with_keypoints:
-            others = f"{with_keypoints} for a box with key points, by 'kpt_shape'"
+        if num_with_keypoints:
+            others = f"{num_with_keypoints} for a box with key points, by 'kpt_shape'"
         plural = "numbers" if count > 1 else "number"
         raise UserError(f"has {count} {plural}, expected 5 for a box or {others}")
     if numbers[0] != int(numbers[0]):
@@ -192,22 +192,21 @@ def _corners(numbers: list[float]) -> tuple[float, float, float, float]:
 
 
 def _read_label(
-    image: Path, has_labels_folder: bool, with_keypoints: int | None
+    has_labels_folder: bool, num_with_keypoints: int | None, image: Path
 ) -> tuple[list[Path], str | ValueError | None]:
-    """Return the label files of an image and their content, None if missing or different.
+    """Return an image's label files, and their content, an error, or None if missing or different.
 
     Args:
         has_labels_folder: ignore other texts beside the image, such as captions.
     """
-    first, *beside = label_files(image)
-    files = [x for x in (first, *beside) if os.path.exists(x)]
+    candidates = label_files(image)
+    files = [x for x in candidates if os.path.exists(x)]
     try:
         texts = [read_text(x) for x in files]
     except ValueError as error:
         return files, error
-    is_beside = bool(beside) and files[-1:] == beside
-    has_other_text = has_labels_folder and is_beside and texts[-1].strip()
-    if has_other_text and not _is_label(files[-1], with_keypoints):
+    is_beside = has_labels_folder and len(candidates) > 1 and files[-1:] == candidates[1:]
+    if is_beside and texts[-1].strip() and not _is_label(files[-1], num_with_keypoints):
         del files[-1], texts[-1]
     same = len({"\n".join(map(str.strip, x.strip().splitlines())) for x in texts}) == 1
     return files, texts[0] if same else None

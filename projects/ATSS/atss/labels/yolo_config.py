@@ -1,4 +1,4 @@
-"""Names, splits and lists of images of a data set in YOLO's layout."""
+"""Names, splits and image lists of YOLO's layout."""
 
 import os
 import reprlib
@@ -48,7 +48,6 @@ def _read_yaml(yaml_file: Path) -> dict:
 
 
 def _read_darknet(data_file: Path) -> dict:
-    """Read lines ``key = value``, and the file of names."""
     lines = [line.partition("=") for line in read_text(data_file).splitlines()]
     config: dict = {key.strip(): value.strip() for key, equals, value in lines if equals}
     if "names" in config:
@@ -107,7 +106,7 @@ def class_names(config: dict) -> dict[int, str]:
 
 
 def count_with_keypoints(config: dict) -> int | None:
-    """Return how many numbers a line with key points has; None without key points."""
+    """Return the count of numbers in a line with key points, or None."""
     shape = config.get("kpt_shape")
     if shape is None:
         return None
@@ -125,8 +124,8 @@ def count_with_keypoints(config: dict) -> int | None:
 
 
 def find_images(config: dict, split: str, folder: Path) -> tuple[list[Path], set[Path]]:
-    """Return the sorted absolute paths of a split's images, and those of all files in the folders
-    that it names and in their labels folders."""
+    """Return the sorted absolute paths of a split's images, and of all files in its folders and
+    their labels folders."""
     splits = [key for key in config if key not in OTHER_KEYS and config[key]]
     key = next((key for key in names_of(split) if key in splits), None)
     if key is None:
@@ -137,7 +136,7 @@ def find_images(config: dict, split: str, folder: Path) -> tuple[list[Path], set
     path = config.get("path") or ""
     if not isinstance(path, str):
         raise UserError(f"'path' must be a folder, got {path!r}")
-    # Relative to the yaml; without `path`, if the images were moved; as YOLO's tools resolve it.
+    # By the config's `path`; beside the config, if the images were moved; as YOLO's tools find it.
     bases = (folder / with_slashes(path, folder), folder, Path.cwd() / path)
     images: set[Path] = set()
     files: set[Path] = set()
@@ -182,7 +181,7 @@ def _find(key: str, entry: str, bases: Sequence[Path]) -> Path:
 
 def _candidates(entry: str, bases: Sequence[Path]) -> list[Path]:
     """Return the possible places of an entry, the likeliest first. For files beside the config,
-    Roboflow writes "../train/images" and CVAT "data/train.txt"; Windows writes backslashes."""
+    Roboflow writes "../train/images", CVAT "data/train.txt"; Windows writes backslashes."""
     slashed = entry.replace("\\", "/")
     entries = (entry, slashed, slashed.removeprefix("../"), slashed.removeprefix("data/"))
     tried = (os.path.normpath(base / e) for base in bases for e in dict.fromkeys(entries))
@@ -190,8 +189,8 @@ def _candidates(entry: str, bases: Sequence[Path]) -> list[Path]:
 
 
 def label_files(image: Path) -> list[Path]:
-    """Return the possible label files of an image: in "labels" instead of the last folder "images",
-    then beside the image."""
+    """Return the possible label files of an image: in "labels" for the last folder "images", then
+    beside the image."""
     beside = image.with_suffix(".txt")
     before, images, after = beside.as_posix().rpartition("/images/")
     return [Path(f"{before}/labels/{after}"), beside] if images else [beside]

@@ -24,8 +24,7 @@ class P6P7FromP5(nn.Module):
 
     Args:
         relu_before_p7: whether P7 is computed from P6 after a ReLU.
-        in_feature: input level. From P4 the new levels are P5 and P6, with unchanged parameter
-            names.
+        in_feature: input level; from P4 the new levels are P5 and P6, under the same names.
     """
 
     num_levels = 2
@@ -45,10 +44,10 @@ class P6P7FromP5(nn.Module):
 
 
 def _halve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return ``conv(x)`` of a 3 x 3 convolution with stride 2.
+    """Apply a 3 x 3 convolution with stride 2.
 
     If the output has one column, oneDNN's bfloat16 kernel for AMX (torch 2.14) reads beyond its
-    input. So the input is padded with zeros to two output columns, and the first is returned.
+    input. So the input is padded with zeros to two output columns, of which the first is returned.
     """
     width = x.shape[-1]
     bfloat16 = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
@@ -65,8 +64,8 @@ def build_fpn(
     fuse_type: str = "sum",
     relu_before_p7: bool = True,
 ) -> FPN:
-    """Return an FPN with two levels on top, P3 to P7 for features with strides 8, 16 and 32. Frozen
-    norms of the bottom-up are folded."""
+    """Return an FPN with two levels on top, P3 to P7 for strides 8, 16 and 32. Frozen norms of the
+    bottom-up are folded."""
     fold_frozen_norms(bottom_up)
     last = bottom_up.output_shape()[in_features[-1]].stride
     top_block = P6P7FromP5(out_channels, relu_before_p7, f"p{int(math.log2(last))}")
@@ -74,7 +73,7 @@ def build_fpn(
 
 
 def freeze_unused(backbone: Backbone, levels: Sequence[str]) -> None:
-    """Freeze, in place, the convolutions of an FPN that these levels do not depend on: DDP on GPUs
+    """Freeze, in place, the FPN's convolutions that these levels do not depend on: DDP on GPUs
     would wait for their gradients."""
     if not isinstance(backbone, FPN):
         return
@@ -96,8 +95,8 @@ def freeze_unused(backbone: Backbone, levels: Sequence[str]) -> None:
 
 
 class FrozenNormConv2d(Conv2d):
-    """Convolution with a frozen norm folded into its weights, because a norm reads and writes the
-    output twice more, forward and backward."""
+    """Convolution with a frozen norm folded into its weights: a norm reads and writes the output
+    twice more, forward and backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._folded()
@@ -125,11 +124,8 @@ class FoldedWeights:
 
     Each of R-50's 53 convolutions would launch a multiplication, its gradient and, under autocast,
     three casts. Here one operator computes the weights of a stage when its first convolution is
-    called. Each weight is returned once, so inference holds one stage. The gradients of a stage
-    arrive together, for DDP to exchange during the backward pass of the next stage.
-
-    Args:
-        groups: convolutions of each stage.
+    called. Each weight is returned once, so inference stores one stage. The gradients of a stage
+    arrive together; DDP exchanges them during the backward pass of the next stage.
     """
 
     def __init__(self, groups: Sequence[Sequence[FrozenNormConv2d]]):
@@ -160,13 +156,13 @@ class FoldedWeights:
         return self._weights.pop(conv), self._biases[conv]
 
 
-# Of the FPN whose forward pass is running.
+# Folded weights of the FPN whose forward pass is running.
 _folded_weights: ContextVar[FoldedWeights | None] = ContextVar("folded_weights", default=None)
 
 
 class FoldedFPN(FPN):
-    """FPN that on GPUs folds the frozen norms of each stage together (:class:`FoldedWeights`). On
-    CPUs each convolution folds its own norm."""
+    """FPN that folds the frozen norms of each stage together on GPUs (:class:`FoldedWeights`), one
+    by one on CPUs."""
 
     def __init__(self, bottom_up: Backbone, *args: Any, **kwargs: Any):
         super().__init__(bottom_up, *args, **kwargs)
@@ -187,7 +183,7 @@ class FoldedFPN(FPN):
 
 
 def fold_frozen_norms(module: nn.Module) -> None:
-    """Fold the frozen norms of all convolutions, in place. Parameters, buffers and names stay."""
+    """Fold the frozen norms of all convolutions, in place. Names stay."""
     for conv in module.modules():
         if type(conv) is Conv2d and conv.bias is None and isinstance(conv.norm, FrozenBatchNorm2d):
             conv.__class__ = FrozenNormConv2d
@@ -227,7 +223,7 @@ class DeformBottleneck(CNNBlockBase):
 def make_deformable(
     bottom_up: ResNet, stages: Sequence[bool], modulated: bool, offset_groups: int = 1
 ) -> ResNet:
-    """Make the bottlenecks of res2 to res5 deformable, in place, if the stage's flag is set.
+    """Make the bottlenecks of res2 to res5 deformable, in place, by the flags of the stages.
 
     Raises:
         UserError: if a stage has no bottlenecks (ResNet-18 and 34).

@@ -1,4 +1,4 @@
-"""Box codes: between boxes and the box regression that a head predicts for each anchor."""
+"""Box codes: between boxes and a head's box regression."""
 
 import math
 from typing import Any, Protocol
@@ -15,12 +15,12 @@ class BoxCode(Protocol):
 
     Attributes:
         channels: D, values that the head predicts for each anchor.
-        initial: value of the box regression before training.
+        initial: box regression before training.
         uses_shape: whether decoding depends on the anchor's width and height.
         relative: whether the box regression counts from the anchor, as convolutions predict it.
         comparable: whether the box regression can be compared with encoded boxes (smooth L1).
-        form: "deltas", "log_distances" or "corners", for heads that decode or accept only these.
-        bins: of each side's distribution, if the box regression is logits, else 0.
+        form: "deltas", "log_distances" or "corners", for heads that need one of these.
+        bins: of each side's distribution; 0 without distributions.
         inference_only: whether training with this code is refused.
         legacy: pixels to add to a box that weights of the authors' code predict.
     """
@@ -43,20 +43,18 @@ class BoxCode(Protocol):
         ...
 
     def decode(self, box_regression: Tensor, anchors: Tensor, stride: Tensor) -> Tensor:
-        """Decode (..., D) box regression, given (..., 4) anchors and (...) strides in pixels, to
-        (..., 4) boxes."""
+        """Decode (..., D) box regression to (..., 4) boxes, given the same."""
         ...
 
     def after_resizing(self, instances: Any, input_hw: tuple[int, int]) -> None:
-        """Correct the detections of an image in place; ``input_hw`` is the network's input."""
+        """Correct an image's detections in place; ``input_hw`` is the network's input."""
         return None
 
 
 class BoxDeltas(BoxCode):
-    """Shift and scaling of the anchor box (R-CNN, arXiv 1311.2524, appendix C; "box" in the paper).
-
-    dx = wx * (x - x_anchor) / w_anchor, dw = ww * ln(w / w_anchor), and the same for y and h.
-    Neither the boxes nor the anchors may be empty.
+    """Shift and scaling of the anchor box (R-CNN, arXiv 1311.2524, appendix C; "box" in the paper):
+    dx = wx * (x - x_anchor) / w_anchor, dw = ww * ln(w / w_anchor), and the same for y and h. Boxes
+    and anchors must not be empty.
 
     Args:
         weights: (wx, wy, ww, wh).
@@ -97,7 +95,7 @@ class BoxDeltas(BoxCode):
 class PointDistances(BoxCode):
     """Distances from the anchor's centre to the four sides, in strides ("point" in the paper).
 
-    Decoding applies a ReLU. Before training every box is 8 strides wide and high.
+    Decoding applies a ReLU. Before training boxes have sides of 8 strides.
     """
 
     initial = 4.0
@@ -172,7 +170,7 @@ class Corners(BoxCode):
 
 
 class LegacyPixels(BoxCode):
-    """Conversion of boxes of the authors' weights to our convention, only for inference: losses
+    """Conversion of boxes of the authors' weights to our convention, for inference only: losses
     would learn other boxes than inference reports."""
 
     inference_only = True
@@ -194,7 +192,7 @@ class LegacyPixels(BoxCode):
         return boxes + boxes.new_tensor(self.code.legacy)
 
     def after_resizing(self, instances: Any, input_hw: tuple[int, int]) -> None:
-        """Undo the resizing of the last pixel, which is one pixel of the original image wide."""
+        """Undo the resizing of the last pixel, one pixel of the original image."""
         height, width = instances.image_size
         boxes = instances.pred_boxes.tensor
         boxes[:, 2] += 1 - width / input_hw[1]
@@ -203,5 +201,5 @@ class LegacyPixels(BoxCode):
 
 
 def _box_around(points: Tensor, distances: Tensor) -> Tensor:
-    """Return (..., 4) boxes from (..., 2) points and (..., 4) distances to their sides."""
+    """Return (..., 4) boxes from (..., 2) points and (..., 4) distances."""
     return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)

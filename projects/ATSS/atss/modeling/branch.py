@@ -1,4 +1,4 @@
-"""Branches: outputs of the heads, each with an assigner and a criterion of its own."""
+"""Branches: outputs of the heads, each with an assigner and a criterion."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ class Phase(nn.Module):
     """Assigner and criterion of a branch until an iteration.
 
     Args:
-        assigner: None if the branch takes the assignment of another one.
-        assignment_of: name of that other branch.
+        assigner: None if the branch takes another one's assignment.
+        assignment_of: name of that branch.
         until: first iteration of the next phase.
     """
 
@@ -45,7 +45,7 @@ class Branch(nn.Module):
 
     Args:
         phases: with increasing ends; the last phase has none.
-        output: name of its output, if the head computes several.
+        output: its name, if the head computes several.
         head: of this branch, in place of the detector's.
         head_of: name of another branch, whose head computes the output.
         detached: whether no gradient flows from ``head`` into the features.
@@ -72,20 +72,17 @@ class Branch(nn.Module):
         self.head_of = head_of
 
     def at(self, iteration: int) -> Phase:
-        """Return the phase of an iteration."""
         return next(x for x in self.phases if isinstance(x, Phase) and iteration < x.until)
 
     def source(self, name: str) -> Source:
-        """Return the source of the output; ``name`` is the branch's own."""
+        """Return the source of the output, given the branch's name."""
         return self.head_of if self.head is None else name, self.output
 
     def own_outputs(self, features: Sequence[Tensor]) -> HeadOutputs:
-        """Return the outputs of the branch's own head."""
         assert self.head is not None
         return self.head([x.detach() for x in features] if self.detached else features)
 
     def select_output(self, outputs: HeadOutputs) -> HeadOutput:
-        """Return the branch's output from those of its head."""
         named = outputs if isinstance(outputs, Mapping) else {"": outputs}
         if self.output not in named:
             raise UserError(
@@ -104,7 +101,7 @@ def compute_quotients(
 ) -> tuple[dict[str, dict[str, Quotient]], dict[str, Assignment]]:
     """Decode, assign and compute the losses of each branch: a training step after the network.
 
-    Its arguments are tensors, or stay the same from step to step: torch.compile makes one graph.
+    Arguments are tensors, or the same in each step, so that torch.compile makes one graph.
 
     Args:
         phases: {branch: current phase}.

@@ -61,8 +61,7 @@ class Criterion(nn.Module):
             quality loss.
         quality_name, quality_weight: suffix of the quality loss's name, and its factor.
         normaliser: (matched, class targets) -> scalar, for class and quality losses.
-        least: lower bound of the normaliser, for the batch or, with ``least_per_image``, for each
-            image.
+        least: lower bound of the normaliser; with ``least_per_image`` times the number of images.
         box_least: lower bound of the sum of box weights.
         level_weight: Matched -> (R,) factor of all losses of an anchor; None: 1. It may be a module
             with buffers, and shared with another criterion.
@@ -161,8 +160,9 @@ class Criterion(nn.Module):
         if not losses:
             raise UserError("a branch has no loss: of classes, of boxes or of quality")
         # DDP on GPUs waits for every gradient: outputs without a loss get a gradient of zero.
+        predicted = (output.classes, output.box_regression, output.quality)
         used = (self.cls_loss is not None, bool(self.box_terms), quality_target is not None)
-        for x, is_used in zip(output[:3], used, strict=True):
+        for x, is_used in zip(predicted, used, strict=True):
             if x is not None and not is_used:
                 name, first = next(iter(losses.items()))
                 losses[name] = first._replace(total=first.total + x[:0].sum())
@@ -182,7 +182,7 @@ class Criterion(nn.Module):
         targets.scatter_(2, matched.target_classes[..., None], cls_target[..., None])
         entropy = matched.output.cross_entropy(targets)
         loss = cls_loss(matched.output.probability(), entropy, targets)
-        return (loss.sum(dim=2) * matched.counts * level_weight).sum()
+        return (loss.sum(dim=2) * matched.not_ignored * level_weight).sum()
 
     def _box_losses(
         self, matched: Matched, weight: Tensor, level_weight: Tensor | int
@@ -199,6 +199,7 @@ class Criterion(nn.Module):
         self, matched: Matched, logits: Tensor, target: Tensor, level_weight: Tensor | int
     ) -> Tensor:
         """Sum the binary cross entropies of the quality branch over the positives."""
+        # Not matched.output.quality, which would copy the classes, too.
         logits = torch.where(matched.positive, logits, 0)
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return self.quality_weight * (loss * matched.positive * level_weight).sum()
@@ -234,7 +235,7 @@ def _match(
         target_classes = torch.zeros_like(assignment.gt_index)
     return Matched(
         whole_output=output,
-        counts=assignment.gt_index != IGNORE,
+        not_ignored=assignment.gt_index != IGNORE,
         boxes=torch.where(positive[..., None], boxes, anchors.boxes),
         anchors=anchors,
         target_classes=target_classes,

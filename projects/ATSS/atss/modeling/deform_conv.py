@@ -1,5 +1,5 @@
-"""Deformable convolution by torchvision's operator, which needs no compiled part of Detectron2. On
-CPUs, where that operator uses one core, it is computed by table look-ups."""
+"""Deformable convolution by torchvision's operator, without compiled parts of Detectron2; on CPUs,
+where that operator uses one core, by table look-ups."""
 
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ def sampled_conv2d(
     mask: Tensor | None,
 ) -> Tensor:
     """Compute torchvision's ``deform_conv2d``: taps are weighted sums of four rows of a table, the
-    pixels around them, and one matrix product follows."""
+    pixels around them, then a matrix product."""
     n, channels, *sides = x.shape
     channels_out, per_group, *kernel = weight.shape
     size, taps = offset.shape[2:], kernel[0] * kernel[1]
@@ -74,8 +74,8 @@ def deform_conv(x: Tensor, *arguments: Any) -> Tensor:
 
 
 class DeformConv(nn.Module):
-    """Deformable convolution (arXiv 1703.06211), in version 2 with a mask (arXiv 1811.11168).
-    Parameter names are those of Detectron2's DeformConv and ModulatedDeformConv.
+    """Deformable convolution (arXiv 1703.06211), in version 2 with a mask (arXiv 1811.11168), with
+    Detectron2's parameter names.
 
     Args:
         weight: (C_out, C_in / groups, h, w).
@@ -105,7 +105,7 @@ class DeformConv(nn.Module):
         Args:
             x: (N, C_in, H, W).
             offset: (N, 2 * taps * g, H', W') in pixels, (y, x) of each tap; g offset groups.
-            mask: (N, taps * g, H', W') or None for version 1.
+            mask: (N, taps * g, H', W'), None in version 1.
         """
         # The operator has no half precision on CPUs, and positions need more than eight bits.
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -120,7 +120,7 @@ class DeformConv(nn.Module):
 
 class DeformConvLayer(nn.Module):
     """Deformable 3 x 3 convolution that predicts its offsets. They start at 0: a plain convolution,
-    with taps of half weight in version 2.
+    in version 2 with taps of half weight.
 
     Args:
         channels: in and out.
@@ -140,7 +140,6 @@ class DeformConvLayer(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C, H, W)."""
         offset = self.offset(x)
         if not self.modulated:
             return self.conv(x, offset)

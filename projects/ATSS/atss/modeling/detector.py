@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import cache, cached_property
 from typing import Any
 
@@ -108,19 +108,15 @@ class ATSSDetector(DenseDetector):
         # Copied before the network runs: afterwards the copy would wait for the GPU.
         gt = self._ground_truth(batched_inputs) if self.training else None
         branches = self.branches if self.training else [self.inference]
-        with self._autocast():
-            images = self.preprocess_image(batched_inputs)
-            features = self._features(images.tensor)
-            outputs = self._run_heads(features, branches)
-            if gt is not None:
-                return self.forward_training(images, features, outputs, gt)
-            detections = self.forward_inference(images, features, outputs)
+        images, features, outputs = self._run_network(batched_inputs, branches)
+        if gt is not None:
+            return self.forward_training(images, features, outputs, gt)
+        detections = self.forward_inference(images, features, outputs)
         inputs = zip(detections, images.image_sizes, batched_inputs, strict=True)
         return [{"instances": self._resize_detections(*each)} for each in inputs]
 
     def _canvas_groups(self, batched_inputs: list[dict]) -> list[list[int]]:
-        """Return the indices of the images that are padded to the same size. On a larger canvas an
-        image would have other borders, and other detections."""
+        """Return image indices by padded size: more padding would change an image's detections."""
         step = max(self.backbone.size_divisibility, 1)
         groups = defaultdict(list)
         for i, example in enumerate(batched_inputs):
@@ -140,19 +136,20 @@ class ATSSDetector(DenseDetector):
         gt = GroundTruth.from_instances([x["instances"] for x in batched_inputs])
         return gt.to(self.device)
 
-    def _autocast(self) -> AbstractContextManager:
-        if self.precision is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.precision)
-
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """As in Detectron2, but without waiting for the GPU."""
         images = (x["image"].to(self.device, non_blocking=True) for x in batched_inputs)
         return super().preprocess_image([{"image": image} for image in images])
 
-    def _features(self, images: Tensor) -> list[Tensor]:
-        maps = self.backbone(images)
-        return [maps[name] for name in self.head_in_features]
+    def _run_network(
+        self, batched_inputs: list[dict], branches: Iterable[str]
+    ) -> tuple[ImageList, list[Tensor], dict[str, HeadOutput]]:
+        """Return the images, their features and the outputs of these branches."""
+        with torch.autocast(self.device.type, self.precision) if self.precision else nullcontext():
+            images = self.preprocess_image(batched_inputs)
+            maps = self.backbone(images.tensor)
+            features = [maps[name] for name in self.head_in_features]
+            return images, features, self._run_heads(features, branches)
 
     def _run_heads(self, features: list[Tensor], names: Iterable[str]) -> dict[str, HeadOutput]:
         """Return the outputs of these branches. Each head runs once."""
@@ -183,13 +180,10 @@ class ATSSDetector(DenseDetector):
     def predict(self, batched_inputs: list[dict]) -> Predictions:
         """Return the predictions at all anchors of the branch that detects, as assigners get them.
         The images must share a canvas."""
-        with self._autocast():
-            images = self.preprocess_image(batched_inputs)
-            features = self._features(images.tensor)
-            outputs = self._run_heads(features, [self.inference])
-            with torch.autocast(self.device.type, enabled=False):
-                anchors = self.anchor_generator.grid(features)
-                return decode(self.box_coder, outputs[self.inference], anchors)
+        _, features, outputs = self._run_network(batched_inputs, [self.inference])
+        with torch.autocast(self.device.type, enabled=False):
+            anchors = self.anchor_generator.grid(features)
+            return decode(self.box_coder, outputs[self.inference], anchors)
 
     def raw(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Predict at every anchor from a tensor alone, for export.
@@ -201,7 +195,8 @@ class ATSSDetector(DenseDetector):
             boxes (N, R, 4) in pixels of the canvas, class probabilities (N, R, K) and, if the head
             predicts it, quality (N, R).
         """
-        features = self._features((pixels - self.pixel_mean) / self.pixel_std)
+        maps = self.backbone((pixels - self.pixel_mean) / self.pixel_std)
+        features = [maps[name] for name in self.head_in_features]
         outputs = self._run_heads(features, [self.inference])
         anchors = self.anchor_generator.grid(features)
         output, boxes = decode(self.box_coder, outputs[self.inference], anchors)
@@ -280,19 +275,17 @@ class ATSSDetector(DenseDetector):
     ) -> None:
         storage = get_event_storage()
         if storage.iter % self.LOG_PERIOD == 0 and len(gt):
+            side = area(gt.boxes.cpu()).sqrt()  # on the canvas
             for name, assignment in assignments.items():
-                prefix = "" if name == self.inference else f"{name}/"
+                group = "assignment" if name == self.inference else f"{name}/assignment"
                 counts = assignment.positives_per_object(len(gt)).cpu()
-                name = f"{prefix}assignment/objects_without_positive"
-                storage.put_scalar(
-                    f"{prefix}assignment/positives_per_object", counts.float().mean().item()
-                )
-                storage.put_scalar(name, (counts == 0).sum().item())
-                # By COCO's sizes, of boxes on the canvas.
-                side = area(gt.boxes.cpu()).sqrt()
+                storage.put_scalar(f"{group}/positives_per_object", counts.float().mean().item())
+                without = counts == 0
+                statistic = f"{group}/objects_without_positive"
+                storage.put_scalar(statistic, without.sum().item())
                 for size, (low, high) in SIZES.items():
-                    without = (counts == 0) & (side >= low) & (side < high)
-                    storage.put_scalar(f"{name}_{size}", without.sum().item())
+                    of_size = without & (side >= low) & (side < high)
+                    storage.put_scalar(f"{statistic}_{size}", of_size.sum().item())
         if self.vis_period > 0 and storage.iter % self.vis_period == 0:
             height, width = images.image_sizes[0]
             image = images.tensor[0, :, :height, :width] * self.pixel_std + self.pixel_mean
@@ -306,7 +299,7 @@ class ATSSDetector(DenseDetector):
 
 def _compiled_tail(anchors: Anchors, gt: GroundTruth) -> Callable:
     """Return the compiled :func:`compute_quotients`."""
-    # Cached properties of the anchors are computed here. Otherwise torch.compile would make one
+    # Compute the anchors' cached properties (functools') here. Otherwise torch.compile would make a
     # graph for the first step of a canvas, which computes them, and another for the next steps.
     for name, value in vars(Anchors).items():
         if isinstance(value, cached_property):

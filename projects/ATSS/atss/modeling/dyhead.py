@@ -24,8 +24,8 @@ def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 class TaskAttention(nn.Module):
     """Dynamic ReLU: maximum of two linear functions of a channel, whose coefficients depend on the
-    means of all channels (section 3.2, equation 5; arXiv 2003.10027). It starts as nearly a ReLU.
-    """
+    means of all channels (section 3.2, equation 5; arXiv 2003.10027). It starts as nearly a
+    ReLU."""
 
     # Channels over width of the hidden layer.
     REDUCTION = 4
@@ -50,7 +50,7 @@ class DynamicBlock(nn.Module):
 
     The finer level is convolved with stride 2. The coarser level is convolved on its own grid, with
     resized offsets and masks, and enlarged. Offsets are pixels of the convolved map. (The authors'
-    code does not resize them for the coarser level: their weights give other features here.)
+    code does not resize them for the coarser level, so their weights give other features here.)
     """
 
     def __init__(self, channels: int, num_levels: int):
@@ -115,5 +115,4 @@ class DynamicTower(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """L feature maps (N, C, H_l, W_l), fine to coarse -> L of the same sizes."""
         return self.blocks(features)

@@ -1,7 +1,7 @@
 """Operators on lists of tensors, in place of one operator for each tensor.
 
-A training step of two images on a GPU takes as long as the host needs to launch its operators, and
-autograd and autocast launch one for each parameter.
+A training step of two images on a GPU lasts as long as the launch of its operators; autograd and
+autocast launch one for each parameter.
 """
 
 from collections import defaultdict
@@ -18,17 +18,17 @@ ONE_BY_ONE = {"cpu"}
 
 
 def is_traced() -> bool:
-    """Return whether operators are compiled, which fuses them, or traced, which has no lists."""
+    """Return whether operators are compiled, which fuses them, or traced, without lists."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_grouped(device: torch.device) -> bool:
-    """Return whether operators on lists of tensors are used on this device."""
+    """Return whether this device uses operators on lists of tensors."""
     return device.type not in ONE_BY_ONE and not is_traced()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype to which autocast casts ``x``, None if it does not cast ``x``."""
+    """Return the dtype to which autocast casts ``x``, or None."""
     device = x.device.type
     if x.dtype != torch.float32 or not torch.is_autocast_enabled(device):
         return None
@@ -36,7 +36,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def cast_all(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> Sequence[Tensor]:
-    """Return the tensors in another dtype, or unchanged for None."""
+    """Cast tensors, unless the dtype is None."""
     if dtype is None:
         return tensors
     cast = [torch.empty_like(x, dtype=dtype) for x in tensors]
@@ -48,8 +48,8 @@ class ScaleAll(Function):
     """Products of parameters and constants, in the dtype of autocast:
     ``ScaleAll.apply(constants, *parameters)``.
 
-    The constants are no saved tensors, because activation checkpointing compares the number of
-    saved tensors, which differs if a block is computed again in another group.
+    Constants are no saved tensors: activation checkpointing compares their number, which differs if
+    a block is computed again in another group.
     """
 
     @staticmethod
@@ -76,8 +76,7 @@ class RepeatAll(Function):
 
     ``RepeatAll.apply(times, dtypes, *parameters)`` returns the first aliases of all parameters,
     cast to dtypes (None: not cast), then the second, and so on. Gradients are added from the last
-    alias to the first, in the dtype of the alias, as autograd does for a parameter with several
-    uses.
+    alias to the first, in the dtype of the alias, like those of a parameter with several uses.
     """
 
     @staticmethod
@@ -115,7 +114,6 @@ class RepeatAll(Function):
 
 
 def _indices_by_key(keys: Sequence[Any]) -> dict[Any, list[int]]:
-    """Return the indices at which each key occurs."""
     indices = defaultdict(list)
     for i, key in enumerate(keys):
         indices[key].append(i)

@@ -40,7 +40,7 @@ def flatten_levels(maps: Sequence[Tensor], dim: int) -> Tensor:
 
 
 class FusedConvs(nn.Module):
-    """Several 3 x 3 convolutions of one input as one convolution, made for each forward pass.
+    """Several 3 x 3 convolutions of one input as one, made for each forward pass.
 
     On CPUs the gradient of a convolution with 1 or 4 channels takes as long as with 80.
     """
@@ -69,7 +69,7 @@ def make_tower(
     Args:
         norm: one of NORMS; each level has its own batch norm.
         bias: whether convolutions have a bias before a norm.
-        deformable: {index of a convolution: version, "v1" or "v2"}.
+        deformable: {index of a convolution: "v1" or "v2"}.
         deform_groups: groups of channels with their own offsets.
     """
     layers: list[nn.Module] = []
@@ -84,7 +84,7 @@ def make_tower(
 
 
 def norm_and_relu(channels: int, num_levels: int, norm: str) -> list[nn.Module]:
-    """Return the layers after a convolution; arguments as for :func:`make_tower`."""
+    """Return the layers after a convolution of :func:`make_tower`."""
     relu = nn.ReLU(inplace=True)
     if norm in BATCH_NORMS:
         return [PerLevel(get_norm(norm, channels) for _ in range(num_levels)), relu]
@@ -92,7 +92,6 @@ def norm_and_relu(channels: int, num_levels: int, norm: str) -> list[nn.Module]:
 
 
 def run_tower(tower: nn.Sequential, x: Tensor, level: int) -> Tensor:
-    """Apply a tower to a level's features."""
     for layer in tower:
         x = (layer[level] if isinstance(layer, PerLevel) else layer)(x)
     return x
@@ -135,8 +134,8 @@ class ATSSHead(nn.Module):
     """RetinaNet's head with GroupNorm, centerness from the box tower and a learned scale on each
     level's regression (paper, section 3.2: "universal improvements"), each of them optional.
 
-    Under autocast the predictors of the box tower stay in float32, because a bfloat16 delta moves a
-    box on a coarse level by whole pixels.
+    Under autocast the box tower's predictors stay in float32: a bfloat16 delta moves a box on a
+    coarse level by whole pixels.
 
     Args:
         num_levels, num_classes, num_anchors, box_channels: L, K, A, D.
@@ -148,7 +147,7 @@ class ATSSHead(nn.Module):
             "distribution", which multiplies class probabilities (GFLv2); "", none.
         level_scale: whether each level's box regression has a learned scale.
         box_bias: box regression at initialisation.
-        bins: of each side's distribution; 0 if the box regression is none.
+        bins: of each side's distribution; 0 without distributions.
         code: decodes the box regression.
         deform: version of one deformable convolution in each tower, "v1" or "v2"; "" for none.
         deform_at: its position, "last" or "first" (DDOD).
@@ -228,14 +227,13 @@ class ATSSHead(nn.Module):
         nn.init.constant_(self.bbox_pred.get_parameter("bias"), box_bias)
 
     def towers(self, features: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield class and box features of each level."""
         levels = features if self.tower is None else self.tower(features)
         subnets = for_levels(len(levels), self.cls_subnet, self.bbox_subnet)
         for level, (x, (cls_subnet, bbox_subnet)) in enumerate(zip(levels, subnets, strict=True)):
             yield run_tower(cls_subnet, x, level), run_tower(bbox_subnet, x, level)
 
     def forward(self, features: Sequence[Tensor]) -> HeadOutput:
-        """Return the predictions for all R anchors, from L feature maps (N, C, H_l, W_l)."""
+        """Return the predictions for all R anchors, from L maps (N, C, H_l, W_l)."""
         cls_predictors, box_predictors = [self.cls_score], [self.bbox_pred]
         if self.ctrness is not None:
             (box_predictors if self.centerness == "box" else cls_predictors).append(self.ctrness)

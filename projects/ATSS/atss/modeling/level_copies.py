@@ -1,8 +1,8 @@
 """Layers shared by all pyramid levels, as one copy for each level.
 
-Autograd adds the gradients of five levels one at a time: 144 operators in a step of ATSS. The
-gradients of the copies' parameters, which are aliases, arrive together, and four operators add them
-in the same order (:class:`.foreach.RepeatAll`).
+Autograd adds the gradients of five levels one at a time: 144 operators in a step of ATSS. Gradients
+of the copies' parameters, which are aliases, arrive together, and four operators add them in the
+same order (:class:`.foreach.RepeatAll`).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -17,7 +17,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class PerLevel(nn.ModuleList):
-    """Modules that levels do not share, one for each level."""
+    """Modules that levels do not share, one for each."""
 
 
 def for_levels(
@@ -25,8 +25,8 @@ def for_levels(
 ) -> Sequence[tuple[M, ...]]:
     """Return copies of the modules for each level, with aliases of their parameters.
 
-    Copies live for one forward pass. The gradients of all aliases are kept until the last arrives:
-    five times the memory of the parameters. Autocast would cast each alias, so parameters of
+    Copies live for one forward pass. Gradients of all aliases are kept until the last arrives: five
+    times the memory of the parameters. Autocast would cast each alias, so parameters of
     convolutions and linear layers are cast here, once. Without gradients, on CPUs and for compilers
     the modules themselves are returned.
 
@@ -35,9 +35,6 @@ def for_levels(
         modules: a level may use each of their parameters once, or gradients would be added in
             another order than without copies.
         precise: convolutions and linear layers in ``modules`` that are called without autocast.
-
-    Returns:
-        L tuples.
     """
     dtypes: dict[Tensor, torch.dtype | None] = {}
     if num_levels > 1 and torch.is_grad_enabled():
@@ -64,12 +61,8 @@ def _collect(
 
 
 def replace(module: M, tensors: Mapping[Tensor, Tensor]) -> M:
-    """Return a copy of the module with some parameters replaced, like a replica of DataParallel, or
-    the module itself if it has none of them.
-
-    Args:
-        tensors: {parameter: tensor in its place}.
-    """
+    """Return a copy of the module with parameters replaced, by {parameter: tensor}, like a replica
+    of DataParallel, or the module itself if it has none of them."""
     parameters = module._parameters.items()
     replaced: Any = {k: tensors[x] for k, x in parameters if x is not None and x in tensors}
     children = {k: x and replace(x, tensors) for k, x in module._modules.items()}

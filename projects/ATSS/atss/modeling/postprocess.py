@@ -31,7 +31,7 @@ def root(probability: Tensor, quality: Tensor) -> Tensor:
 class PostProcessor(Checked):
     """Postprocessing of the head's output to detections of each image.
 
-    Candidates are pairs of anchor and class. Only those that are kept are decoded.
+    Candidates are pairs of anchor and class; boxes are decoded after their selection.
 
     Args:
         score_thresh: lower bound of a candidate's class probability.
@@ -90,10 +90,7 @@ class PostProcessor(Checked):
         candidates = ScoredBoxes(boxes.tensor, scores, classes).take(valid)
         kept = self.suppression(*candidates, self.max_detections)
         return Instances(
-            image_size,
-            pred_boxes=Boxes(kept.boxes),
-            scores=kept.scores,
-            pred_classes=kept.classes,
+            image_size, pred_boxes=Boxes(kept.boxes), scores=kept.scores, pred_classes=kept.classes
         )
 
     def in_original(self, detected: Instances, height: int, width: int) -> Instances:
@@ -105,7 +102,7 @@ class PostProcessor(Checked):
         return Instances((height, width), **detected.get_fields() | {"pred_boxes": boxes})
 
     def _candidates(self, output: HeadOutput, anchors: Anchors) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (M,) anchor indices, classes and scores of an image's candidates."""
+        """Return (M,) anchor indices, classes and scores of one image."""
         quality = None if output.quality is None else output.quality.sigmoid()
         kept, first = [], 0
         for count in anchors.per_level:

@@ -1,5 +1,5 @@
-"""Pretrained weights of timm's models, from a file, a package or timm's hub. Missing weights are an
-error here, because timm ignores them."""
+"""Pretrained weights of timm's models, from a file, a package or timm's hub. Missing weights, which
+timm ignores, are an error."""
 
 import hashlib
 import importlib
@@ -56,16 +56,16 @@ def find_pretrained(name: str, file: str = "") -> tuple[str, str]:
 
 
 def read_pretrained(path: str) -> dict[str, Tensor]:
-    """Return the state dict of a file, without executing code in it.
+    """Return the state dict of a file.
 
     Raises:
-        WeightsError: if the file contains no weights or is damaged.
+        WeightsError: if it contains no weights or is damaged.
     """
     return find_weights(load_weights(path), path)
 
 
 def load_pretrained(name: str, file: str = "") -> dict[str, Tensor]:
-    """Return a model's weights, with names that timm reads, and log their credit."""
+    """Return a model's weights under timm's names, and log their credit."""
     path, credit = find_pretrained(name, file)
     weights = read_pretrained(path)
     if not file and path.endswith(".pth"):
@@ -80,9 +80,8 @@ def load_pretrained(name: str, file: str = "") -> dict[str, Tensor]:
 
 
 def require_loaded(net: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
-    """Check that every floating-point tensor of the net was loaded.
-
-    Tensors are compared by their values: timm has several names for a tensor, and may reshape it.
+    """Check that every floating-point tensor of the net was loaded, by value: timm has several
+    names for a tensor, and may reshape it.
 
     Raises:
         UserError: naming a tensor that is not among the weights.

@@ -1,7 +1,7 @@
 """The parts of a detector that a config names, by kind. Rules are in assigners/registry.py.
 
-An argument has a key below its part's group, except those in ``keys``: their keys are shared with
-other parts, or older than the groups.
+Arguments have keys below their part's group. Those in ``keys`` have keys shared with other parts,
+or older than the groups.
 """
 
 from .. import losses
@@ -15,15 +15,15 @@ from .suppression import NMS, ScoreVote, SoftVote, Vote, keep_all
 from .tood_head import TOODHead
 from .vfnet_head import VFNetHead
 
-# Heads: list of (N, C, H_l, W_l) features -> HeadOutput, or {name: HeadOutput}.
+# Heads
 BOX_CODES = Registry("REGRESSION")
 BOX_CODES.register(box_coding.BoxDeltas, name="box", keys={"weights": "BBOX_REG_WEIGHTS"})
+# fmt: off
 BOX_CODES.add(
-    point=box_coding.PointDistances,
-    log_point=box_coding.LogDistances,
-    corners=box_coding.Corners,
-    distribution=box_coding.Distribution,
+    point=box_coding.PointDistances, log_point=box_coding.LogDistances,
+    corners=box_coding.Corners, distribution=box_coding.Distribution,
 )
+# fmt: on
 
 FROM_SHAPES = ("in_channels", "num_levels", "num_classes", "num_anchors")
 FROM_BOX_CODE = ("code", "box_bias", "box_channels", "bins")
@@ -31,21 +31,15 @@ FROM_BOX_CODE = ("code", "box_bias", "box_channels", "bins")
 TOWERS = Registry("TOWER", injected=FROM_SHAPES)
 TOWERS.add(dynamic=DynamicTower)
 
+# List of (N, C, H_l, W_l) features -> HeadOutput, or {name: HeadOutput}.
 HEAD_REGISTRY = Registry(
     "HEAD", injected=("cfg", "input_shape", "anchor_generator", *FROM_SHAPES, *FROM_BOX_CODE)
 )
 HEAD_KEYS = {x: x.upper() for x in ("num_convs", "norm", "tower_bias", "prior_prob")}
-HEAD_REGISTRY.register(
-    ATSSHead,
-    keys={
-        **HEAD_KEYS,
-        "centerness": "CENTERNESS",
-        "level_scale": "LEVEL_SCALE",
-        "deform": "DEFORM_TOWER",
-    },
-    parts={"tower": TOWERS},
-)
-HEAD_REGISTRY.register(VFNetHead, keys={**HEAD_KEYS, "deform": "DEFORM_TOWER"})
+DEFORM_KEYS = HEAD_KEYS | {"deform": "DEFORM_TOWER"}
+ATSS_KEYS = DEFORM_KEYS | {"centerness": "CENTERNESS", "level_scale": "LEVEL_SCALE"}
+HEAD_REGISTRY.register(ATSSHead, keys=ATSS_KEYS, parts={"tower": TOWERS})
+HEAD_REGISTRY.register(VFNetHead, keys=DEFORM_KEYS)
 HEAD_REGISTRY.register(TOODHead, keys=HEAD_KEYS, parts={"inner": BOX_CODES})
 
 # Losses
@@ -54,9 +48,7 @@ CLS_LOSSES.register(
     losses.Focal, name="focal", keys={"alpha": "FOCAL_LOSS_ALPHA", "gamma": "FOCAL_LOSS_GAMMA"}
 )
 CLS_LOSSES.add(
-    quality_focal=losses.QualityFocal,
-    varifocal=losses.Varifocal,
-    matchability=losses.Matchability,
+    quality_focal=losses.QualityFocal, varifocal=losses.Varifocal, matchability=losses.Matchability
 )
 
 CLS_TARGETS = Registry("CLS_TARGET")
@@ -75,13 +67,8 @@ BOX_LOSSES.register(terms.NWDLoss, name="nwd", keys=BOX_LOSS_KEYS)
 BOX_LOSSES.add(dfl=terms.DistributionFocalLoss)
 
 BOX_WEIGHTS = Registry("BOX_WEIGHT", optional=True)
-BOX_WEIGHTS.add(
-    one=terms.one,
-    score=terms.score,
-    centerness=terms.central,
-    overlap=terms.overlap,
-    confidence=terms.confidence,
-)
+BOX_WEIGHTS.add(one=terms.one, score=terms.score, centerness=terms.central)
+BOX_WEIGHTS.add(overlap=terms.overlap, confidence=terms.confidence)
 QUALITIES = Registry("QUALITY", group="QUALITIES", optional=True)
 QUALITIES.add(centerness=terms.central, overlap=terms.overlap)
 NORMALISERS = Registry("NORMALISER")
@@ -89,13 +76,10 @@ NORMALISERS.add(positives=terms.positives, targets=terms.targets)
 LEVEL_WEIGHTS = Registry("LEVEL_WEIGHT", injected=("num_levels",), optional=True)
 LEVEL_WEIGHTS.add(balance=terms.Balance)
 
+# fmt: off
 CRITERION_PARTS = {
-    "cls_loss": CLS_LOSSES,
-    "cls_target": CLS_TARGETS,
-    "box_terms": BOX_LOSSES,
-    "box_weight": BOX_WEIGHTS,
-    "quality": QUALITIES,
-    "normaliser": NORMALISERS,
+    "cls_loss": CLS_LOSSES, "cls_target": CLS_TARGETS, "box_terms": BOX_LOSSES,
+    "box_weight": BOX_WEIGHTS, "quality": QUALITIES, "normaliser": NORMALISERS,
     "level_weight": LEVEL_WEIGHTS,
 }
 # A branch may pass the level weight of another branch, because it may have buffers.
@@ -104,14 +88,13 @@ CRITERION = Part(
     injected=("level_weight",),
     keys={
         **{argument: kind.key for argument, kind in CRITERION_PARTS.items()},
-        "quality_name": "QUALITY",
-        "quality_weight": "QUALITY_LOSS_WEIGHT",
-        "least": "NORMALISER_MIN",
-        "least_per_image": "NORMALISER_PER_IMAGE",
+        "quality_name": "QUALITY", "quality_weight": "QUALITY_LOSS_WEIGHT",
+        "least": "NORMALISER_MIN", "least_per_image": "NORMALISER_PER_IMAGE",
         "box_least": "BOX_NORMALISER_MIN",
     },
     parts=CRITERION_PARTS,
 )
+# fmt: on
 
 # Detections
 SCORES = Registry("SCORE")
@@ -127,18 +110,15 @@ SUPPRESSIONS.register(
 )
 SUPPRESSIONS.add(none=keep_all)
 
+# fmt: off
 POSTPROCESSOR = Part(
     PostProcessor,
     injected=("max_detections",),
     keys={
-        "score_thresh": "SCORE_THRESH_TEST",
-        "topk_candidates": "TOPK_CANDIDATES_TEST",
-        "score": "SCORE",
-        "suppression": "SUPPRESSION",
-        "threshold_on_score": "THRESHOLD_ON_SCORE",
-        "rank_by_class": "RANK_BY_CLASS",
-        "rank_anchors": "RANK_ANCHORS",
-        "clip": "CLIP_BOXES",
+        "score_thresh": "SCORE_THRESH_TEST", "topk_candidates": "TOPK_CANDIDATES_TEST",
+        "score": "SCORE", "suppression": "SUPPRESSION", "threshold_on_score": "THRESHOLD_ON_SCORE",
+        "rank_by_class": "RANK_BY_CLASS", "rank_anchors": "RANK_ANCHORS", "clip": "CLIP_BOXES",
     },
     parts={"score": SCORES, "suppression": SUPPRESSIONS},
 )
+# fmt: on

@@ -1,7 +1,7 @@
 """Suppression of overlapping boxes.
 
 A suppression maps (boxes (M, 4), scores (M,), classes (M,), limit) to at most ``limit`` boxes,
-scores and classes, best first. It returns no indices, because votes move boxes.
+scores and classes, best first, without indices, because votes move boxes.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,13 @@ from ..geometry import iou
 
 
 class ScoredBoxes(NamedTuple):
-    """Attributes: boxes (M, 4), scores (M,), classes (M,)."""
+    """Boxes (M, 4), scores (M,) and classes (M,)."""
 
     boxes: Tensor
     scores: Tensor
     classes: Tensor
 
     def take(self, index: Tensor | slice) -> "ScoredBoxes":
-        """Select by an index or a mask."""
         return ScoredBoxes(*(x[index] for x in self))
 
 
@@ -37,8 +36,8 @@ def keep_all(boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> Scor
 class NMS(Checked):
     """Non-maximum suppression of all classes at once.
 
-    Boxes of different classes are shifted apart, in float64, because in float32 the shift would
-    change the IoUs of high classes.
+    Boxes of different classes are shifted apart, in float64: in float32 the shift would change the
+    IoUs of high classes.
 
     Args:
         threshold: a box is removed if its IoU with a better one of its class exceeds this.
@@ -144,7 +143,7 @@ class SoftVote(Vote):
     (Soft-NMS, arXiv 1704.04503).
 
     Args:
-        min_score: boxes with a lower new score are removed.
+        min_score: lower new scores are removed.
     """
 
     min_score: float = arg(0.05, low=0, high=1)

@@ -107,7 +107,7 @@ class SmoothL1Loss(BoxTerm):
 
 @dataclass(frozen=True, kw_only=True)
 class NWDLoss(BoxTerm):
-    """Normalised Wasserstein distance of boxes (for tiny objects).
+    """1 - normalised Wasserstein distance of boxes (for tiny objects).
 
     Args:
         constant: pixels of the network's input; see :class:`atss.assigners.NWD`.
@@ -167,7 +167,7 @@ class Balance(nn.Module):
 
     def forward(self, matched: Matched) -> Tensor:
         per_level = matched.anchors.per_level
-        if torch.is_grad_enabled():  # not in measuring losses on other images
+        if torch.is_grad_enabled():  # not in validation
             new = torch.stack([x.sum() for x in matched.positive.split(per_level, dim=1)])
             if comm.get_world_size() > 1:
                 torch.distributed.all_reduce(new)

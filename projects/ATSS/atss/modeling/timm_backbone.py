@@ -1,5 +1,4 @@
-"""Backbones of timm as Detectron2's bottom-ups. timm, an optional dependency, is imported when a
-backbone is built."""
+"""Backbones of timm, an optional dependency, as Detectron2's bottom-ups."""
 
 import difflib
 import logging
@@ -27,7 +26,7 @@ ANY_SIZE: tuple[dict, ...] = ({"strict_img_size": False}, {"dynamic_img_size": T
 class TimmBackbone(Backbone):
     """Bottom-up of a timm model with feature maps "s8", "s16", ..., named by their strides.
 
-    Modules that no map depends on are removed, or frozen if the model cannot run without them.
+    Modules that no map depends on are removed, or frozen if the model needs them to run.
 
     Args:
         name: such as "resnet18" or, with the tag of its weights, "resnet18.a1_in1k".
@@ -105,7 +104,7 @@ class TimmBackbone(Backbone):
         return dict(zip(self._out_features, maps, strict=True))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        """Ignore weights of removed modules, which checkpoints of version 0.2.0 contain."""
+        """Ignore weights of removed modules, which checkpoints of 0.2.0 contain."""
         for key in [x for x in state_dict if x.removeprefix(prefix).startswith(self._removed)]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -121,7 +120,7 @@ class TimmBackbone(Backbone):
         return max(self._out_feature_strides.values())
 
     def train(self, mode: bool = True) -> "TimmBackbone":
-        """Keep batch norms with frozen statistics in evaluation mode: all, or the frozen ones."""
+        """Keep batch norms with frozen statistics in evaluation mode."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, _BatchNorm) and (
@@ -144,7 +143,6 @@ def pixels_of(name: str) -> tuple[str, list[float], list[float]]:
 
 
 def _require(name: str) -> Any:
-    """Return the module timm, after checking that it has the model."""
     try:
         import timm
     except ImportError as error:
@@ -179,7 +177,6 @@ def _create(name: str, **options: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress timm's warnings about the classifier's weights."""
     logger = logging.getLogger("timm")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -190,7 +187,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _make_trial(name: str, indices: Sequence[int]) -> Any:
-    """Return the model on the device "meta", which computes shapes and gradients only."""
+    """Return the model on the device "meta", without values."""
     with torch.device("meta"):
         return _create(name, out_indices=list(indices)).eval()
 
@@ -213,7 +210,7 @@ def _try(
     strides: Sequence[int],
     sizes: Sequence[tuple[int, int]] = TRIAL_SIZES,
 ) -> set[str]:
-    """Return the names of the parameters that the maps depend on, found by backpropagation.
+    """Return the names of the parameters that the maps depend on, by backpropagation.
 
     Raises:
         UserError: if an image size is refused, or a map does not have its stride.
@@ -242,8 +239,8 @@ def _try(
 
 
 def _prune(trial: nn.Module, used: Set[str], name: str, strides: Sequence[int]) -> list[str]:
-    """Replace modules that no map depends on, in place, and return their paths. The model runs with
-    ``nn.Identity`` in their places. ``used`` names the parameters that the maps depend on."""
+    """Replace modules that no map depends on by ``nn.Identity``, in place, if the model still runs,
+    and return their paths. ``used`` names the other parameters."""
     removed = []
     # From the last, because an earlier module may feed a later one and must fit it.
     for path in reversed([*_unused_modules(used, trial)]):
@@ -263,7 +260,7 @@ def _prune(trial: nn.Module, used: Set[str], name: str, strides: Sequence[int]) 
 
 
 def _unused_modules(used: Set[str], module: nn.Module, path: str = "") -> Iterator[str]:
-    """Yield the paths of the largest modules with parameters of which none is used."""
+    """Yield paths of the largest modules whose parameters are all unused."""
     parameters = {name for name, _ in module.named_parameters(prefix=path)}
     if parameters and used.isdisjoint(parameters):
         yield path

@@ -1,5 +1,5 @@
 """TOOD's head (arXiv 2108.07755, section 3.1): one stack of convolutions for both tasks, a mixture
-of its layers for each task, and an alignment of both predictions."""
+of its layers for each, and an alignment of both predictions."""
 
 import math
 from collections.abc import Sequence
@@ -22,9 +22,7 @@ POINT = PointDistances()
 
 class TaskDecomposition(nn.Module):
     """Features of a task: layers of the stack, weighted by attention and mixed by a convolution.
-
-    Arguments are as for :func:`~atss.modeling.head.make_tower`; the stack has ``num_layers``.
-    """
+    Arguments are as for :func:`~atss.modeling.head.make_tower`."""
 
     # Width of a layer of the stack over that of the attention's hidden layer.
     REDUCTION = 8
@@ -57,13 +55,13 @@ class TaskDecomposition(nn.Module):
 
 
 def geometric_mean(a: Tensor, b: Tensor) -> Tensor:
-    """Return sqrt(sigmoid(a) * sigmoid(b)) of logits, with finite gradients near 0."""
+    """Return sqrt(sigmoid(a) * sigmoid(b)), with finite gradients near 0."""
     return ((F.logsigmoid(a) + F.logsigmoid(b)) / 2).exp()
 
 
 def sample_sides(boxes: Tensor, offsets: Tensor) -> Tensor:
     """Sample each side of (N, 4, H, W) boxes at an offset, bilinearly. Boxes with crossing sides
-    stay as they are.
+    are returned unchanged.
 
     Args:
         boxes: corners, not relative to the location.
@@ -78,15 +76,15 @@ def sample_sides(boxes: Tensor, offsets: Tensor) -> Tensor:
 class TOODHead(nn.Module):
     """Head that predicts class probabilities and corners (:class:`~.box_coding.Corners`).
 
-    Arguments and attributes that are not listed are as for :class:`~atss.modeling.ATSSHead`.
+    Other arguments and attributes are as for :class:`~atss.modeling.ATSSHead`.
 
     Args:
         anchor_generator: one anchor per location, for the inner box code.
         inner: box code of the boxes before the alignment.
         exponential: whether the box predictor predicts logarithms of the distances of ``inner``.
         num_convs: convolutions of the stack.
-        num_deform: how many of them, from the first, are deformable (version 2, four groups of
-            channels).
+        num_deform: number of deformable convolutions, the first of the stack (version 2, four
+            groups of channels).
 
     Raises:
         UserError: for several anchors per location, or box codes that do not fit.
@@ -158,7 +156,6 @@ class TOODHead(nn.Module):
                 nn.init.normal_(module.weight, std=0.001)
 
     def forward(self, features: Sequence[Tensor]) -> HeadOutput:
-        """Return the predictions for all R anchors, from L feature maps (N, C, H_l, W_l)."""
         mixtures = self.cls_decomposition.mixture, self.bbox_decomposition.mixture
         precise = (self.bbox_pred, self.bbox_alignment[-1], *mixtures)
         copies = for_levels(len(features), self, precise=precise)
@@ -178,8 +175,8 @@ class TOODHead(nn.Module):
         )
 
     def _predict(self, x: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return class probabilities (N, K, H, W), box regression of the inner code (N, 4, H, W)
-        and offsets of the sides (N, 8, H, W), all in float32."""
+        """Return float32 class probabilities (N, K, H, W), box regression of the inner code (N, 4,
+        H, W) and offsets of the sides (N, 8, H, W)."""
         layers = []
         for layer in self.stack:
             x = run_tower(cast(nn.Sequential, layer), x, level)

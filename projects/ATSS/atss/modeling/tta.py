@@ -15,14 +15,13 @@ from .suppression import ScoredBoxes
 
 
 class ATSSWithTTA(nn.Module):
-    """Test-time augmentation: merged detections of resized and mirrored views of each image.
-
-    The detector, with its suppression, runs on one view at a time, to limit memory.
+    """Test-time augmentation: merged detections of resized and mirrored views of each image, one
+    view at a time, to limit memory.
 
     Args:
         plain: (short side, longest side) of the view that contributes boxes of all sizes.
-        sizes: (short side, longest side, low, high) of the other views, which contribute boxes
-            with an area between low^2 and high^2, in pixels of the view.
+        sizes: (short side, longest side, low, high) of the other views, which contribute boxes with
+            an area between low^2 and high^2, in pixels of the view.
         flip: whether each view is also mirrored.
         merge: a suppression of :mod:`.suppression`.
     """
@@ -48,8 +47,7 @@ class ATSSWithTTA(nn.Module):
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """Return detections in Detectron2's model format, of the file "file_name" or, without it,
-        of "image"."""
+        """Return detections in Detectron2's format, of "file_name" or, without it, "image"."""
         return [{"instances": self._merge_views(example)} for example in batched_inputs]
 
     def _merge_views(self, example: dict) -> Instances:
@@ -62,10 +60,7 @@ class ATSSWithTTA(nn.Module):
         boxes, scores, classes = self.merge(boxes, scores, classes, self.max_detections)
         height, width = image.shape[:2]
         merged = Instances(
-            (height, width),
-            pred_boxes=Boxes(boxes),
-            scores=scores,
-            pred_classes=classes,
+            (height, width), pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes
         )
         return detector_postprocess(
             merged, example.get("height", height), example.get("width", width)

@@ -1,5 +1,5 @@
 """VarifocalNet's head (arXiv 2008.13367, section 3.2): a coarse box, features at nine points of it,
-and from these features the classes and a fine box."""
+and from these the classes and a fine box."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from .level_copies import PerLevel, for_levels
 
 def star_offsets(distances: Tensor) -> Tensor:
     """Return offsets that move the taps of a 3 x 3 convolution to the location, the four corners of
-    its box, and the points of its sides straight above, below and beside the location.
+    its box, and the points of its sides straight above, below and beside.
 
     Args:
         distances: (N, 4, H, W) to left, top, right and bottom, in pixels of the map.
@@ -39,10 +39,10 @@ def star_offsets(distances: Tensor) -> Tensor:
 
 
 class VFNetHead(nn.Module):
-    """Head with two outputs for branches: "coarse", without classes, and "fine". The box regression
-    is logarithms of distances (:class:`~.box_coding.LogDistances`).
+    """Head with the outputs "coarse", without classes, and "fine". The box regression is
+    logarithms of distances (:class:`~.box_coding.LogDistances`).
 
-    Arguments and attributes that are not listed are as for :class:`~atss.modeling.ATSSHead`.
+    Other arguments and attributes are as for :class:`~atss.modeling.ATSSHead`.
 
     Args:
         input_shape: of each level, for its stride.
@@ -104,7 +104,6 @@ class VFNetHead(nn.Module):
         initialise(self, prior_prob, self.cls_score)
 
     def forward(self, features: Sequence[Tensor]) -> Mapping[str, HeadOutput]:
-        """Return the outputs by name for all R anchors, from L feature maps (N, C, H_l, W_l)."""
         copies = for_levels(len(features), self, precise=(self.bbox_pred, self.refine_pred))
         predicted = [copies[level][0]._predict(x, level) for level, x in enumerate(features)]
         coarse, fine, classes = zip(*predicted, strict=True)
