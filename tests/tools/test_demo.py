@@ -254,8 +254,9 @@ def test_videos_of_extreme_sizes_are_skipped(run, squares, film, monkeypatch, ca
     frame = np.zeros((*size[::-1], 3), np.uint8)
     monkeypatch.setattr(media.Film, "__iter__", lambda self: iter([frame]))
     run(film, squares / "images" / "1.png")
-    sentence = {4000: "film.avi is 4000 x 1 pixels, too thin", 9000: "cannot write the film .*mp4"}
-    assert re.search(f"skipped: .*{sentence[size[0]]}", capsys.readouterr().err)
+    thin = "film.avi: .* is 4000 x 1 pixels, too thin"
+    message = {4000: thin, 9000: "cannot write the film .*mp4"}[size[0]]
+    assert re.search(f"skipped: .*{message}", capsys.readouterr().err)
 
 
 def test_subfolders_have_their_own_results(run, squares, tmp_path, capsys):
