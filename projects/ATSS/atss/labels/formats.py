@@ -140,12 +140,12 @@ def image_dir_of(annotations: str, images: str) -> str:
 
 
 class Sources(NamedTuple):
-    """What the labels of a split depend on: the key of their cache.
+    """Files and texts that determine the labels of a split, for the key of their cache.
 
     Attributes:
-        files: all files that are read or whose existence matters.
+        files: all files that are read or looked for.
         texts: other values, such as the split.
-        content_only: the labels depend on the content of the one file alone, not on its path.
+        content_only: whether the content of the one file alone determines the labels.
     """
 
     files: list[str]
