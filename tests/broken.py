@@ -1,6 +1,6 @@
 """Broken data sets, and the expected result of training and of tools/check_dataset.py.
 
-test_broken_input.py tests each case; broken_page.py writes them into docs/broken_input.md.
+labels/test_check.py tests each case; broken_page.py writes them into docs/broken_input.md.
 """
 
 import io

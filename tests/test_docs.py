@@ -2,11 +2,14 @@
 
 import os
 import re
+import shutil
 
 import pytest
 import torch
 from conftest import ROOT
 from pages import run_page, train
+
+from atss.labels.formats import read_labels
 
 # Conditions on the names that the code of each page defines.
 MADE = {
@@ -37,6 +40,16 @@ def test_own_part_of_a_page_trains_by_its_yaml(name, tmp_path):
         "own_head": lambda: model.head.cls_score.in_channels == 96,
     }
     assert trained[name]()
+
+
+def test_own_format_of_a_page_is_read():
+    with run_page("docs/own_format.md") as (names, _):
+        folder = names["folder"]
+        labels = read_labels(str(folder / "labels.json"), str(folder))
+    assert labels.names == ["cat", "dog"]
+    assert [x["bbox"] for x in labels.content["annotations"]] == [[4.0, 6.0, 16.0, 24.0]]
+    assert [x.kind for x in names["findings"]] == ["label_malformed"]
+    shutil.rmtree(folder)
 
 
 def test_every_file_named_on_a_page_exists():

@@ -3,6 +3,7 @@ import pytest
 import rule_scenes
 import torch
 
+from atss.assigners import ASSIGNER_REGISTRY
 from atss.geometry import iou
 
 
@@ -17,6 +18,10 @@ def copied(calls):
         {"scenes": calls["scenes"], "lists": {name: list(x) for name, x in calls["lists"].items()}}
         for _ in range(2)
     ]
+
+
+def test_every_rule_is_compared():
+    assert {name for name, _ in ASSIGNER_REGISTRY} == rule_scenes.ARGUMENTS.keys()
 
 
 def test_every_trait_has_a_scene(calls):

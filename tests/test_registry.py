@@ -123,6 +123,18 @@ def test_duplicate_names_and_function_arguments_are_errors():
         kind.register(with_argument)
 
 
+def test_dataclass_above_register_is_an_error():
+    kind = Registry("SHAPE")
+
+    @dataclass
+    @kind.register()
+    class Swapped(Checked):
+        power: float = 2.0
+
+    with pytest.raises(UserError, match=r"Swapped was .* @dataclass must be directly ab"):
+        kind.build(node_of(kind, "Swapped"))
+
+
 @pytest.mark.parametrize("parentheses", [False, True])
 def test_registers_as_a_decorator(parentheses):
     kind = Registry("SHAPE")

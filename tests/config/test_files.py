@@ -11,6 +11,8 @@ from atss import load_config
 from atss.assigners import ASSIGNER_REGISTRY, ATSS, DDOD, NWD, TAL, IoU
 from atss.config import build_assigner, build_branches, check_model, get_config, prune
 from atss.config.build import build_box_coder
+from atss.config.files import get_config_file
+from atss.errors import UserError
 
 ARGUMENTS = {
     "ATSS": {"TOP_K": 7, "COUNT": "anchors", "SIMILARITY": "iou", "ALPHA": None},
@@ -177,3 +179,23 @@ def test_own_configs_have_no_legacy_key():
     cfg = get_config("successors/DDOD_R_50_FPN_1x")
     assert cfg.MODEL.ATSS.ASSIGNER == "DDOD"
     assert cfg.MODEL.ATSS.ASSIGNERS.ATSS == {"TOP_K": 9, "COUNT": "anchors", "SIMILARITY": "iou"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["val=val.json:images"], r"KEY VALUE, got 'val=.*'; repeat --register before each NAME"),
+        (["a=a.json:images", "b=b.json:images"], "unknown key a=a.json:images; repeat --register"),
+        (["SOLVER.MAX_ITER"], "KEY VALUE, got 'SOLVER.MAX_ITER'$"),
+    ],
+)
+def test_data_set_among_options_names_register(options, message):
+    with pytest.raises(UserError, match=message):
+        load_config(get_config_file("ATSS_R_50_FPN_1x"), opts=options)
+
+
+def test_unknown_argument_lists_those_of_its_part():
+    key = "MODEL.ATSS.ASSIGNERS.SpatialScale.SIMILARITY"
+    choices = r"\['MARGIN', 'RADIUS', 'RANGES', 'TOP_K'\]"
+    with pytest.raises(UserError, match=rf"^unknown key {key}: choose from {choices}$"):
+        load_config(get_config_file("ATSS_R_50_FPN_1x"), opts=[key, "nwd"])

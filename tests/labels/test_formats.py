@@ -6,6 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+from atss.errors import UserError
 from atss.labels.formats import read_labels, sources
 
 # Imports every module of labels/ in a package "atss" without its __init__.py, which imports torch.
@@ -35,3 +36,18 @@ def test_a_folder_with_two_formats_is_refused(tmp_path):
     for read in (read_labels, sources):
         with pytest.raises(ValueError, match=r"labels of two formats, .* such as b\.txt: put each"):
             read(str(tmp_path), ".")
+
+
+@pytest.mark.parametrize("images", [".", "train"])
+def test_unknown_suffix_is_reported_with_the_formats(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.csv").write_text("file,x1,y1,x2,y2,class")
+    formats = r"choose \.json, \.yaml, \.yml, \.data or a folder"
+    with pytest.raises(UserError, match=rf"^x\.csv: unknown label format \.csv: {formats}$"):
+        read_labels("x.csv", images)
+
+
+def test_json_with_another_suffix_is_read(tmp_path):
+    file = tmp_path / "labels.coco"
+    file.write_text('{"images": [{"id": 1}], "categories": [{"id": 1, "name": "a"}]}')
+    assert read_labels(str(file), str(tmp_path)).names == ["a"]

@@ -65,8 +65,13 @@ class Part:
         """Return {argument: value} of the keys in MODEL.ATSS.
 
         Raises:
-            UserError: for an unknown key of the part.
+            UserError: for an unknown key of the part, or @dataclass above ``register``.
         """
+        if _parameters(self.target).keys() != self.parameters.keys():
+            raise UserError(
+                f"{self.name} was registered before @dataclass: @dataclass must be directly above "
+                "the class"
+            )
         values = {x: lookup_key(node, key) for x, key in self.keys.items()}
         values = {x: value for x, value in values.items() if value is not None}
         settable = [x for x in self.parameters if x not in self.injected]

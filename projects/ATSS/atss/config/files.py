@@ -13,6 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
+from ..registry import NODE
 from .checks import flatten
 from .derive import complete_pixels
 from .keys import RENAMED_KEYS, add_atss_config
@@ -24,6 +25,9 @@ LEGACY_ARGUMENTS = (
     "MODEL.ATSS.HEADS.TOODHead.NUM_CONVS",
     "MODEL.ATSS.HEADS.VFNetHead.NUM_CONVS",
 )
+# NAME=SOURCE among the options.
+DATA_SET = re.compile(r"\w+=[^=]+:[^=]+$")
+REPEAT_REGISTER = "; repeat --register before each NAME=SOURCE"
 
 
 def load_config(*files: str | Path, opts: Sequence[Any] = ()) -> CfgNode:
@@ -164,7 +168,8 @@ def _describe_recipe(file: str) -> str:
 def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
     if len(options) % 2:
         text = " ".join(map(str, options))
-        raise UserError(f"options of the config must be pairs KEY VALUE, got {text!r}")
+        hint = REPEAT_REGISTER if any(map(DATA_SET.match, text.split())) else ""
+        raise UserError(f"options of the config must be pairs KEY VALUE, got {text!r}{hint}")
     keys = dict(flatten(cfg))
     for key, value in zip(options[::2], options[1::2], strict=True):
         node, _, name = key.rpartition(".")
@@ -209,7 +214,9 @@ def _explain(cfg: CfgNode, error: Exception) -> str:
 
 
 def _describe_unknown(cfg: CfgNode, key: str) -> str:
-    keys = dict(flatten(cfg))
+    if DATA_SET.match(key):
+        return f"unknown key {key}{REPEAT_REGISTER}"
+    keys, part = dict(flatten(cfg)), key.rpartition(".")[0]
     named_parts = {value for value in keys.values() if isinstance(value, str)}
 
     def likeness(other: str) -> float:
@@ -223,6 +230,9 @@ def _describe_unknown(cfg: CfgNode, key: str) -> str:
         )
 
     nearest = max(keys, key=likeness)
+    is_argument = re.fullmatch(rf"{NODE}\.(?!BRANCH\.)\w+\.\w+", part) and part in keys
+    if is_argument and not nearest.startswith(f"{part}."):
+        return f"unknown key {key}: choose from {sorted(keys[part])}"
     hint = f"; did you mean {nearest}?" if likeness(nearest) > 1.5 else ""
     return f"unknown key {key}{hint}"
 

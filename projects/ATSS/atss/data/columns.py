@@ -239,10 +239,10 @@ def _find_key(
 ) -> str:
     """Return a digest of labels, reading and code. A json counts by its content, to which an index
     file maps its times; a folder counts by the times of its files."""
-    texts, files = sources(annotations, images)
+    files, texts, content_only = sources(annotations, images)
     context = [_code(), repr(reading), *texts]
     marks = [_mark(file, changed_before) for file in files]
-    if texts:
+    if not content_only:
         return _digest([*context, *marks])
     image_dir = os.path.abspath(images)
     index = os.path.join(folder, f"{_digest([*context, image_dir, *marks])}.key")

@@ -8,10 +8,8 @@ from detectron2.config import CfgNode
 
 from ..data.datasets import split_source
 from ..errors import UserError
+from ..labels.folders import YOLO_CONFIGS
 from ..labels.formats import ADDRESS
-
-# Suffixes of annotations that come with a split, not with a folder of images.
-WITH_SPLITS = (".yaml", ".yml", ".data", ".names", ".txt")
 
 
 def recall(args: argparse.Namespace, cfg: CfgNode) -> None:
@@ -77,4 +75,4 @@ def _relative_path(folder: str, path: str) -> str:
 
 
 def _has_splits(annotations: str) -> bool:
-    return os.path.isdir(annotations) or annotations.lower().endswith(WITH_SPLITS)
+    return os.path.isdir(annotations) or annotations.lower().endswith(YOLO_CONFIGS)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import UserError
 from .findings import FAULTY_FIELDS, Finding, place_of
+from .folders import refuse_unknown_format
 from .values import (
     SHAPES,
     are_keypoints,
@@ -68,6 +69,7 @@ def read_coco(json_file: str) -> dict:
     except OSError as error:
         raise UserError(f"cannot read the annotations {json_file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
+        refuse_unknown_format(json_file)
         raise UserError(f"{json_file} is not valid json: {error}") from error
     if problem := _wrong_structure(content):
         raise UserError(f"{json_file} is not in COCO's format: {problem}")

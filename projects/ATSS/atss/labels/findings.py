@@ -116,7 +116,7 @@ KINDS = {
     # --classes.
     "class_left_out": Kind(DROPPED, "classes that --classes leaves out"),
     # YOLO and Pascal VOC.
-    "label_malformed": Kind(ERROR, "invalid labels (neither a box nor a polygon)"),
+    "label_malformed": Kind(ERROR, "invalid labels"),
     "label_class_unknown": Kind(ERROR, "labels with a class id that has no name"),
     "label_units": Kind(
         ERROR,

@@ -9,6 +9,8 @@ from ..errors import UserError
 from .findings import Finding
 from .headers import read_header
 
+# Suffixes of YOLO's data.yaml and Darknet's obj.data, which name the splits.
+YOLO_CONFIGS = (".yaml", ".yml", ".data")
 # Class names of YOLO's labels, one a line: by Label Studio and labelImg, by CVAT, by Roboflow.
 NAMES_FILES = ("classes.txt", "obj.names", "_darknet.labels")
 # Names of one split.
@@ -46,6 +48,15 @@ class Split:
         content["categories"] = [{"id": i, "name": name} for i, name in names.items()]
         places = [(kind, cases) for kind, cases in self.places.items() if cases]
         return content, [Finding(k, range(len(c)), c.__getitem__) for k, c in places]
+
+
+def refuse_unknown_format(annotations: str) -> None:
+    """Raise UserError if a file has a suffix of no label format; no suffix counts as a json."""
+    suffix, allowed = Path(annotations).suffix.lower(), (".json", *YOLO_CONFIGS)
+    if os.path.isfile(annotations) and suffix not in ("", *allowed):
+        raise UserError(
+            f"{annotations}: unknown label format {suffix}: choose {', '.join(allowed)} or a folder"
+        )
 
 
 def names_of(split: str) -> tuple[str, ...]:

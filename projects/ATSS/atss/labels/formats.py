@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from atss_runner.suffixes import SUFFIXES
 
@@ -14,7 +15,7 @@ from . import lvis
 from .classes import choose, parse
 from .coco import read_coco
 from .findings import Finding
-from .folders import NAMES_FILES, files_below, with_slashes
+from .folders import NAMES_FILES, YOLO_CONFIGS, files_below, refuse_unknown_format, with_slashes
 from .voc import FIRST_PIXEL, read_voc
 from .yolo import files_of_yolo, read_yolo
 
@@ -128,24 +129,40 @@ def image_dir_of(annotations: str, images: str) -> str:
     if _is_yaml(annotations):
         return os.path.dirname(annotations)
     if not (ADDRESS.match(images) or Path(images).is_dir()):
+        refuse_unknown_format(annotations)
         raise UserError(f"the image folder {images} does not exist")
     return images
 
 
-def sources(annotations: str, images: str) -> tuple[list[str], list[str]]:
-    """Return the texts (none for a json) and files that determine the labels."""
+class Sources(NamedTuple):
+    """Files and texts that determine the labels of a split, for the key of their cache.
+
+    Attributes:
+        files: all files that are read or looked for.
+        texts: other values, such as the split.
+        content_only: whether the content of the one file alone determines the labels.
+    """
+
+    files: list[str]
+    texts: list[str]
+    content_only: bool = False
+
+
+def sources(annotations: str, images: str) -> Sources:
+    """Return the files and texts that determine the labels."""
     if _is_yolo(annotations):
         config, files = files_of_yolo(annotations, images)
-        return [images, repr(config)], [os.path.abspath(annotations), *map(str, files)]
+        return Sources([os.path.abspath(annotations), *map(str, files)], [images, repr(config)])
     if os.path.isdir(annotations):
         root = Path(os.path.abspath(annotations))
         lists = [os.path.abspath(images)] if images.lower().endswith(".txt") else []
-        return [images, str(root)], [*(str(root / x) for x in files_below(root)), *lists]
-    return [], [os.path.abspath(annotations)]
+        files_in_root = [str(root / x) for x in files_below(root)]
+        return Sources([*files_in_root, *lists], [images, str(root)])
+    return Sources([os.path.abspath(annotations)], [], content_only=True)
 
 
 def _is_yaml(annotations: str) -> bool:
-    return annotations.lower().endswith((".yaml", ".yml", ".data"))
+    return annotations.lower().endswith(YOLO_CONFIGS)
 
 
 def _is_yolo(annotations: str) -> bool:
