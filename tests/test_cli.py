@@ -44,10 +44,32 @@ def train(started, *words):
 
 
 def test_pairs_of_the_config_are_found_anywhere():
-    words = ["a.jpg", "SOLVER.MAX_ITER", "5", "--batch", "2", "SEED", "-1", "MODEL", "out.json"]
+    words = ["a.jpg", "SOLVER.MAX_ITER", "5", "--batch", "2", "SEED", "-1", "--x", "SOLVER.GAMMA"]
+    words += ["-1e-3", "MODEL.ATSS.ASSIGNERS.OTA.TOP_K", "3"]
     pairs, rest = cli.split_pairs(words)
-    assert pairs == ["SOLVER.MAX_ITER", "5", "SEED", "-1", "MODEL", "out.json"]
-    assert rest == ["a.jpg", "--batch", "2"]
+    assert pairs == ["SOLVER.MAX_ITER", "5", "SEED", "-1", "SOLVER.GAMMA", "-1e-3", *words[-2:]]
+    assert rest == ["a.jpg", "--batch", "2", "--x"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["TEST.json:TEST/images", "--output", "TEST.out.json"],
+        ["--output", "TEST", "--resume"],
+        ["out", "TEST", "photos"],
+        ["out", "INPUT.JPG", "b.jpg"],
+        ["SOLVER.EPOCHS", "--output", "out"],
+    ],
+)
+def test_files_named_like_groups_are_no_keys(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "INPUT.JPG").touch()
+    assert cli.split_pairs(words) == ([], words)
+
+
+def test_values_may_begin_with_a_dash(started):
+    args = train(started, "--data", "d.yaml", "--output", "o", "SOLVER.GAMMA", "-1e-3")
+    assert args.opts[-2:] == ["SOLVER.GAMMA", "-1e-3"]
 
 
 def test_train_takes_the_recipe_and_both_splits(started):
