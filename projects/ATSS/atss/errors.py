@@ -29,6 +29,9 @@ class WrongValue(UserError):
         super().__init__(f"{argument} {complaint}")
         self.argument, self.complaint = argument, complaint
 
+    def __reduce__(self) -> tuple:  # an exception is copied with the arguments of its base
+        return type(self), (self.argument, self.complaint)
+
 
 def with_message(error: Exception, message: str, own: bool = True) -> ValueError:
     """Return an error with another message.
