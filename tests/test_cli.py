@@ -190,3 +190,15 @@ def test_trains_and_predicts(squares, tmp_path):
     records = json.loads((tmp_path / "out/predictions/detections.json").read_text())
     assert {x["file_name"] for x in records} <= {str(x) for x in (tmp_path / "photos").iterdir()}
     assert records
+
+
+def test_python_trains_on_several_data_sets(squares, tmp_path):
+    """It returns the results of each last evaluation."""
+    opts = ["MODEL.DEVICE", "cpu", *PAIRS, "SOLVER.MAX_ITER", 1, "DATALOADER.NUM_WORKERS", 0]
+    opts += ["INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.MIN_SIZE_TEST", 64]
+    shutil.copy(squares / "annotations.json", tmp_path / "other.json")
+    for file in (squares / "annotations.json", tmp_path / "other.json"):
+        source = f"{file}:{squares / 'images'}"
+        names = {"train": source, "val": source, "config": "ATSS_R_18_FPN_small"}
+        results = cli.train(tmp_path / file.stem, **names, opts=opts)
+        assert "bbox" in results

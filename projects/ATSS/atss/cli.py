@@ -11,13 +11,14 @@ import argparse
 import importlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .engine.run import hold_folder, make_parser, prepare, run, start
 from .errors import UserError
@@ -199,10 +200,18 @@ def train(
     words += [f"--{name}={value}" for name, value in named.items() if value is not None]
     options = train_arguments(make_train_parser().parse_args(words))
     args = _parse(options, list(map(str, opts)))
+    registered = {*DatasetCatalog.list()}
     with ExitStack() as held:
+        held.callback(_forget_others, registered)  # the next call may have other data
         cfg = prepare(args)
         hold_folder(args, cfg, held)
         return run(args, cfg)
+
+
+def _forget_others(names: Container[str]) -> None:
+    for name in [x for x in DatasetCatalog.list() if x not in names]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
 
 
 def make_predict_parser() -> argparse.ArgumentParser:
