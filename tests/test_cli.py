@@ -44,10 +44,32 @@ def train(started, *words):
 
 
 def test_pairs_of_the_config_are_found_anywhere():
-    words = ["a.jpg", "SOLVER.MAX_ITER", "5", "--batch", "2", "SEED", "-1", "MODEL", "out.json"]
+    words = ["a.jpg", "SOLVER.MAX_ITER", "5", "--batch", "2", "SEED", "-1", "--x", "SOLVER.GAMMA"]
+    words += ["-1e-3", "MODEL.ATSS.ASSIGNERS.OTA.TOP_K", "3"]
     pairs, rest = cli.split_pairs(words)
-    assert pairs == ["SOLVER.MAX_ITER", "5", "SEED", "-1", "MODEL", "out.json"]
-    assert rest == ["a.jpg", "--batch", "2"]
+    assert pairs == ["SOLVER.MAX_ITER", "5", "SEED", "-1", "SOLVER.GAMMA", "-1e-3", *words[-2:]]
+    assert rest == ["a.jpg", "--batch", "2", "--x"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["TEST.json:TEST/images", "--output", "TEST.out.json"],
+        ["--output", "TEST", "--resume"],
+        ["out", "TEST", "photos"],
+        ["out", "INPUT.JPG", "b.jpg"],
+        ["SOLVER.EPOCHS", "--output", "out"],
+    ],
+)
+def test_files_named_like_groups_are_no_keys(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "INPUT.JPG").touch()
+    assert cli.split_pairs(words) == ([], words)
+
+
+def test_values_may_begin_with_a_dash(started):
+    args = train(started, "--data", "d.yaml", "--output", "o", "SOLVER.GAMMA", "-1e-3")
+    assert args.opts[-2:] == ["SOLVER.GAMMA", "-1e-3"]
 
 
 def test_train_takes_the_recipe_and_both_splits(started):
@@ -168,3 +190,15 @@ def test_trains_and_predicts(squares, tmp_path):
     records = json.loads((tmp_path / "out/predictions/detections.json").read_text())
     assert {x["file_name"] for x in records} <= {str(x) for x in (tmp_path / "photos").iterdir()}
     assert records
+
+
+def test_python_trains_on_several_data_sets(squares, tmp_path):
+    """It returns the results of each last evaluation."""
+    opts = ["MODEL.DEVICE", "cpu", *PAIRS, "SOLVER.MAX_ITER", 1, "DATALOADER.NUM_WORKERS", 0]
+    opts += ["INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.MIN_SIZE_TEST", 64]
+    shutil.copy(squares / "annotations.json", tmp_path / "other.json")
+    for file in (squares / "annotations.json", tmp_path / "other.json"):
+        source = f"{file}:{squares / 'images'}"
+        names = {"train": source, "val": source, "config": "ATSS_R_18_FPN_small"}
+        results = cli.train(tmp_path / file.stem, **names, opts=opts)
+        assert "bbox" in results

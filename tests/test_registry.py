@@ -287,3 +287,8 @@ def test_defaults_in_python_are_those_of_the_keys(part):
     shared = {x: lookup_key(node, key) for x, key in part.keys.items()}
     # The default None of the box terms is GIoU; an injected argument has no default.
     assert shared.items() - part.defaults.items() <= {("box_terms", "giou"), ("level_weight", "")}
+
+
+def test_wrong_value_can_be_pickled():
+    error = pickle.loads(pickle.dumps(WrongValue("top_k", "must be >= 1, got 0")))
+    assert (str(error), error.argument) == ("top_k must be >= 1, got 0", "top_k")

@@ -15,7 +15,7 @@ from pathlib import Path
 from atss.analysis.assignment import draw_assignment
 from atss.data import datasets
 from atss.engine.run import import_modules
-from atss.errors import UserError, check_writable
+from atss.errors import UserError, check_choice, check_writable
 from atss.labels.formats import add_arguments, reading_of
 
 
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_intermixed_args(argv)
     try:
         import_modules(args.imports)
+        check_choice("--output", args.output.suffix.lower(), (".png", ".jpg", ".pdf", ".svg"))
         check_writable("--output", args.output)
         name = datasets.register(args.register, reading_of(args))
         draw_assignment(

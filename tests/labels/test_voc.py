@@ -234,6 +234,20 @@ def test_image_of_the_same_stem(data, files, expected):
     assert [file for file in files_of(folder, ".") if file not in unlabelled] == [expected]
 
 
+@pytest.mark.parametrize("folders", ["annotations img", "annotation images", "label image"])
+def test_corresponding_folders_have_usual_names(data, folders):
+    labels, images = folders.split()
+    folder = data({f"{labels}/a.xml": xml(), f"{images}/a.png": ""})
+    assert files_of(folder, ".") == [f"{images}/a.png"]
+    assert kinds_of(folder) == {}
+
+
+def test_corresponding_folder_comes_before_the_folder_above(data):
+    folder = data({"annotations/a.xml": xml(), "images/a.png": "", "a.png": ""})
+    assert files_of(folder, ".") == ["images/a.png"]
+    assert kinds_of(folder).keys() == {"folder_without_labels"}
+
+
 def test_image_of_the_filename(data):
     folder = data({"a.xml": xml(name="photo.png"), "photo.png": ""})
     assert files_of(folder, ".") == ["photo.png"]

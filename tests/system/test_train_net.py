@@ -16,6 +16,7 @@ from conftest import GOLDEN, ROOT, TINY
 from detectron2.data import DatasetCatalog, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.utils.events import EventStorage, get_event_storage
 from processes import Script
 from trainings import SMALL, forget
@@ -421,20 +422,38 @@ def test_bug_of_an_own_backbone_keeps_its_traceback(command, monkeypatch):
         launch(way_in.run, args, way_in.prepare(args))
 
 
-def test_bug_in_building_an_own_rule_keeps_its_traceback(command):
+@pytest.mark.parametrize(
+    ("fail", "error"),
+    [(wrong_value, ValueError), (wrong_key, KeyError), (wrong_file, RuntimeError)],
+)
+def test_bug_in_building_an_own_rule_keeps_its_traceback(command, fail, error):
     class Buggy(ATSS):
         def __init__(self, top_k: int = 9):
             super().__init__(top_k)
-            wrong_key()
+            fail()
 
     ASSIGNER_REGISTRY.register(Buggy)
     try:
-        with pytest.raises(KeyError):
+        with pytest.raises(error) as raised:
             way_in.start(
                 way_in.make_parser().parse_args(command(**{"MODEL.ATSS.ASSIGNER": "Buggy"}))
             )
     finally:
         del ASSIGNER_REGISTRY.entries["Buggy"]
+    assert f"in {fail.__name__}" in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("fail", [wrong_value, wrong_key])
+def test_bug_in_building_an_own_backbone_keeps_its_traceback(command, fail):
+    BACKBONE_REGISTRY._do_register("buggy", lambda *_: fail())
+    try:
+        with pytest.raises(ValueError, match="NAME buggy cannot be used") as raised:
+            way_in.start(
+                way_in.make_parser().parse_args(command(**{"MODEL.BACKBONE.NAME": "buggy"}))
+            )
+    finally:
+        del BACKBONE_REGISTRY._obj_map["buggy"]
+    assert f"in {fail.__name__}" in "".join(traceback.format_exception(raised.value))
 
 
 def test_log_has_the_traceback_of_an_explained_error(command, tmp_path):

@@ -29,6 +29,7 @@ def test_draws_rules_beside_each_other(draw):
         (["--image", "99.png"], "squares has no image called 99.png"),
         (["--image", "0.png", "--rules", "Best"], r"unknown rule 'Best': choose from \['ATSS'"),
         (["--image", "0.png", "--rules", "ATSS", "TAL"], "TAL needs predictions: pass --weights"),
+        (["--image", "0.png", "--output", "a.txt"], r"--output is '\.txt': choose from \['\.png'"),
     ],
 )
 def test_mistakes_are_named(draw, words, sentence):

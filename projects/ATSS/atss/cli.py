@@ -8,14 +8,16 @@ Other commands than ``train`` and ``predict`` take the options of their tool.
 
 import argparse
 import importlib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .engine.run import hold_folder, make_parser, prepare, run, start
 from .errors import UserError
@@ -54,13 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name == "train":
             words = train_arguments(make_train_parser().parse_args(rest))
-            start(make_parser().parse_intermixed_args([*words, *pairs]))
+            start(_parse(words, pairs))
             return 0
         if name == "predict":
             rest = predict_arguments(make_predict_parser().parse_args(rest))
     except UserError as error:
         sys.exit(f"error: {error}")
     return _tool(name).main([*rest, *(["--", *pairs] if pairs else [])]) or 0
+
+
+def _parse(words: list[str], pairs: list[str]) -> argparse.Namespace:
+    """Parse the options of `tools/train_net.py`; values of pairs may begin with "-"."""
+    args = make_parser().parse_intermixed_args(words)
+    args.opts += pairs
+    return args
 
 
 def _tool(name: str) -> ModuleType:
@@ -77,16 +86,22 @@ def _tool(name: str) -> ModuleType:
 
 
 def split_pairs(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into KEY VALUE pairs, wherever they are, and the rest."""
+    """Split a command line into KEY VALUE pairs of the config, wherever they are, and the rest.
+
+    A file such as TEST.json or TEST.JPG and a folder such as TEST are no keys.
+    """
     nodes = get_cfg()
     pairs: list[str] = []
     rest: list[str] = []
-    words = iter(argv)
-    for word in words:
-        first, dot, _ = word.partition(".")
-        is_key = first in nodes and (bool(dot) or first.isupper())
-        if is_key and (value := next(words, None)) is not None:
-            pairs += [word, value]
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        first = word.partition(".")[0]
+        is_key = first in nodes and word == first and not isinstance(nodes[first], CfgNode)
+        if first in nodes and re.fullmatch(r"\w+(\.\w+)*\.[A-Z][A-Z0-9_]*", word):
+            is_key = not Path(word).exists()
+        if is_key and words and not words[0].startswith("--"):
+            pairs += [word, words.pop(0)]
         else:
             rest.append(word)
     return pairs, rest
@@ -184,11 +199,19 @@ def train(
     named = {"data": data, "train": train, "val": val, "config": config}
     words += [f"--{name}={value}" for name, value in named.items() if value is not None]
     options = train_arguments(make_train_parser().parse_args(words))
-    args = make_parser().parse_intermixed_args([*options, *map(str, opts)])
+    args = _parse(options, list(map(str, opts)))
+    registered = {*DatasetCatalog.list()}
     with ExitStack() as held:
+        held.callback(_forget_others, registered)  # the next call may have other data
         cfg = prepare(args)
         hold_folder(args, cfg, held)
         return run(args, cfg)
+
+
+def _forget_others(names: Container[str]) -> None:
+    for name in [x for x in DatasetCatalog.list() if x not in names]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
 
 
 def make_predict_parser() -> argparse.ArgumentParser:

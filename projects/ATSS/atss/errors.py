@@ -27,6 +27,19 @@ class WrongValue(UserError):
         super().__init__(f"{argument} {complaint}")
         self.argument, self.complaint = argument, complaint
 
+    def __reduce__(self) -> tuple:  # an exception is copied with the arguments of its base
+        return type(self), (self.argument, self.complaint)
+
+
+def with_message(error: Exception, message: str, own: bool = True) -> ValueError:
+    """Return an error with another message.
+
+    Args:
+        own: whether the user's own code may have raised it: then it stays a ValueError, whose
+            traceback is printed, unless it is a UserError.
+    """
+    return (ValueError if own and not isinstance(error, UserError) else UserError)(message)
+
 
 def check_range(argument: str, value: Any, low: float, high: float = math.inf) -> None:
     """Check that a number, or each number of a sequence, is between two bounds.

@@ -2,7 +2,8 @@
 
 Below MODEL.ATSS, ``<KEY>`` names a part and ``<KEY>S.<name>`` contains its arguments in capitals,
 with the defaults of its signature. A part without arguments is a function, a part with arguments a
-class. A ValueError of the class gets the name of the key; any other error is a bug of the part.
+class. A ValueError of the class gets the name of the key; any other error is a bug of the part. Of
+a user's own class, any error but a UserError may be a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from .errors import UserError, WrongValue
+from .errors import UserError, WrongValue, with_message
 
 NODE = "MODEL.ATSS"
 # Follows a list of the registered names.
 OWN_PARTS = "; --import registers parts of your own"
+
+
+def is_own(target: Callable) -> bool:
+    """Return whether a function or class is the user's own."""
+    return target.__module__.partition(".")[0] not in ("atss", "detectron2")
 
 
 class Part:
@@ -146,7 +152,12 @@ class Part:
                 key = f"{key} {lookup_key(node, shared)}"
             raise UserError(f"{key} {error.complaint}") from error
         except ValueError as error:
-            raise UserError(f"{label} cannot be used: {error}" if label else str(error)) from error
+            message = f"{label} cannot be used: {error}" if label else str(error)
+            raise with_message(error, message, is_own(self.target)) from error
+        except OSError as error:
+            if not is_own(self.target):
+                raise
+            raise RuntimeError(f"{label} failed") from error  # keeps its traceback
 
 
 class Registry:

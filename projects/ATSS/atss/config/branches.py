@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import assigners, modeling
 from ..assigners import ASSIGNER_REGISTRY, SIMILARITIES
-from ..errors import UserError
+from ..errors import UserError, with_message
 from ..modeling.branch import Branch, Phase
 from ..modeling.criterion import Criterion
 from ..registry import OWN_PARTS, Registry, overlay
@@ -63,7 +63,7 @@ def build_branches(cfg: CfgNode, injected: Mapping[str, Any]) -> dict[str, Branc
                 over, {**injected, "cfg": branch_cfg}, own_keys=node.BRANCH[name]
             )
         except ValueError as error:
-            raise UserError(f"branch {name}: {error}") from error
+            raise with_message(error, f"branch {name}: {error}") from error
     owners = sorted(name for name, branch in branches.items() if branch.head is not None)
     for name, branch in branches.items():
         if branch.head_of not in ("", *owners):
@@ -95,7 +95,7 @@ def _build_branch(
         try:
             phases.append(_build_phase(over, injected, node.BRANCH[name], until))
         except ValueError as error:
-            raise UserError(f"phase {name}: {error}") from error
+            raise with_message(error, f"phase {name}: {error}") from error
     head = None
     if node.OWN_HEAD:
         is_whole = "in_channels" in injected

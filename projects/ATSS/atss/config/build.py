@@ -23,6 +23,7 @@ from ..modeling.detector import LEGACY_PIXELS_IN_TRAINING
 from ..modeling.postprocess import PostProcessor
 from ..modeling.suppression import ScoredBoxes
 from ..modeling.tta import ATSSWithTTA
+from ..registry import is_own
 from ..structures import Assigner
 from .backbones import begins_pretrained
 from .branches import build_branches, check_groups
@@ -108,8 +109,8 @@ def build_postprocess(cfg: CfgNode) -> PostProcessor:
 
 def build_levels(cfg: CfgNode) -> tuple[Backbone, list[ShapeSpec]]:
     node = cfg.MODEL.ATSS
-    lookup(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
-    with building("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME):
+    target = lookup(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
+    with building("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, is_own(target)):
         built_backbone = build_backbone(cfg)
     shapes = built_backbone.output_shape()
     missing = [name for name in node.IN_FEATURES if name not in shapes]

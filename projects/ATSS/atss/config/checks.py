@@ -8,7 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ..deprecated import renamed_names
-from ..errors import UserError, WrongValue, check_choice, check_range
+from ..errors import UserError, WrongValue, check_choice, check_range, with_message
 from ..modeling.head import NORMS
 from ..registry import OWN_PARTS
 
@@ -70,14 +70,15 @@ def lookup(entries: Mapping[str, Any] | Iterable[tuple[str, Any]], name: str, ke
 
 
 @contextmanager
-def building(key: str, name: str) -> Iterator[None]:
-    """Add key and name of a part to an error in building it."""
+def building(key: str, name: str, own: bool = False) -> Iterator[None]:
+    """Add key and name of a part to an error in building it. An own part's errors but UserErrors
+    keep their tracebacks."""
     try:
         yield
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{key} {name} cannot be used: {kind}{reason}") from error
+        raise with_message(error, f"{key} {name} cannot be used: {kind}{reason}", own) from error
 
 
 def flatten(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -173,6 +173,7 @@ class Trainer(DefaultTrainer):
         ]
 
     def train(self) -> dict | None:
+        """Train until the end or a signal. Return the results of the last evaluation by task."""
         if self.start_iter >= self.max_iter:
             self.checkpointer.save("model_final", iteration=self.iter)
         with self.preemption.watch:
@@ -188,7 +189,8 @@ class Trainer(DefaultTrainer):
             weights = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")
             which = self.best.describe() if self.best else f"The last weights are in {weights}"
             logging.getLogger(__name__).info("%s: pass this file as MODEL.WEIGHTS", which)
-        return results
+        # Detectron2 returns them only with TEST.EXPECTED_RESULTS.
+        return results or getattr(self, "_last_eval_results", None)
 
     def before_train(self) -> None:
         """End if a resumed run had ended early, or exhausts patience now."""

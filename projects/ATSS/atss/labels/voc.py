@@ -30,7 +30,10 @@ from .voc_xml import Label, read_label
 # VOC counts pixels from 1, and a box contains its last pixel.
 FIRST_PIXEL = 1
 # Folders of labels and of images, in lower case: annotations/x corresponds to images/x.
-KINDS_OF_FOLDERS = {"annotations", "labels", "xml", "xmls", "jpegimages", "images"}
+KINDS_OF_FOLDERS = {
+    *("annotation", "annotations", "label", "labels", "xml", "xmls"),
+    *("image", "images", "img", "imgs", "jpegimages"),
+}
 # In the list of one class, the mark behind an image: no objects, difficult objects only, objects.
 MARKS = ("-1", "0", "1")
 
@@ -145,6 +148,8 @@ def _pair(labels: Mapping[Path, Label], images: Sequence[Path]) -> list[Entry]:
         if len(candidates) != 1:
             candidates = [x for x in candidates if x in named] or candidates or named
         candidates = [x for x in candidates if x.parent == xml.parent] or candidates
+        depth = len(xml.parts)  # images/a.jpg, rather than a.jpg above, for annotations/a.xml
+        candidates = [x for x in candidates if len(x.parts) == depth] or candidates
         if len(candidates) == 1:
             (image,) = candidates
             xmls_of[image].append(xml)
