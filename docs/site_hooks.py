@@ -1,10 +1,16 @@
-"""Hooks of MkDocs (mkdocs.yml): pages outside docs/, and links to files of the repository."""
+"""Hooks of MkDocs (mkdocs.yml): pages outside docs/, the notebook, and links to files of the
+repository."""
 
+import json
 import re
+import sys
 from pathlib import Path
 from posixpath import dirname, normpath, relpath
 
 from mkdocs.structure.files import File
+
+sys.path.insert(0, str(Path(__file__).parent))
+from notebook import NOTEBOOK, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 # File of the repository -> page of the site.
@@ -15,15 +21,22 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "projects/ATSS/README.md": "how_it_works.md",
     "docs/README.md": "pages.md",
+    "docs/quickstart.ipynb": "notebook.md",
 }
 SOURCES = {page: source for source, page in PAGES.items()}
+# In HTML, so that it stays a link to the file.
+DOWNLOAD = '<p><a href="quickstart.ipynb" download>Download this page as a notebook</a></p>\n\n'
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
 
 
 def on_files(files, config):
     """Add the pages outside docs/."""
     for source, page in PAGES.items():
-        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+        if source.endswith(".ipynb"):
+            text = DOWNLOAD + markdown(json.loads(NOTEBOOK.read_text()))
+            files.append(File.generated(config, page, content=text))
+        else:
+            files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
 
 
