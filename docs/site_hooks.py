@@ -24,8 +24,9 @@ PAGES = {
     "docs/quickstart.ipynb": "notebook.md",
 }
 SOURCES = {page: source for source, page in PAGES.items()}
+KEY = re.compile(r"(?<=<code>)[A-Z][A-Z_]+[._]\w[\w.]*(?=</code>)")
 # In HTML, so that it stays a link to the file.
-DOWNLOAD = '<p><a href="quickstart.ipynb" download>Download this page as a notebook</a></p>\n\n'
+DOWNLOAD = '<p><a href="quickstart.ipynb" download>Download this page as a notebook</a></p>\n'
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
 
 
@@ -33,7 +34,8 @@ def on_files(files, config):
     """Add the pages outside docs/."""
     for source, page in PAGES.items():
         if source.endswith(".ipynb"):
-            text = DOWNLOAD + markdown(json.loads(NOTEBOOK.read_text()))
+            title, text = markdown(json.loads(NOTEBOOK.read_text())).split("\n", 1)
+            text = f"{title}\n\n{DOWNLOAD}\n{text}"
             files.append(File.generated(config, page, content=text))
         else:
             files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
@@ -53,3 +55,8 @@ def on_page_markdown(markdown, page, config, files):
         return relpath(target, dirname(uri) or ".") + (match[2] or "")
 
     return LINK.sub(site_link, markdown)
+
+
+def on_page_content(html, page, config, files):
+    """Let config keys break after a dot or an underscore (site.css: on phones alone)."""
+    return KEY.sub(lambda match: re.sub(r"(?<=[._])", "<wbr>", match[0]), html)

@@ -1,11 +1,14 @@
 """Detection of the format, and the imports of the readers."""
 
+import io
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
+from atss.labels import coco
+from atss.labels.folders import with_progress
 from atss.labels.formats import read_labels, sources
 
 # Imports every module of labels/ in a package "atss" without its __init__.py, which imports torch.
@@ -35,3 +38,15 @@ def test_a_folder_with_two_formats_is_refused(tmp_path):
     for read in (read_labels, sources):
         with pytest.raises(ValueError, match=r"labels of two formats, .* such as b\.txt: put each"):
             read(str(tmp_path), ".")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_shown_on_terminals_only(squares, is_terminal, monkeypatch):
+    shown = io.StringIO()
+    shown.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr(coco, "NOTED_SIZE", 0)
+    coco.read_coco(str(squares / "annotations.json"))
+    assert (f"reading {squares}/annotations.json (0 MB)" in shown.getvalue()) == is_terminal
+    assert list(with_progress(iter("abc"), 3, "image")) == ["a", "b", "c"]
+    assert "image" not in shown.getvalue().replace(str(squares), "")  # it took no two seconds

@@ -32,8 +32,9 @@ class _Abridged(logging.Formatter):
         self.whole = whole
 
     def format(self, record: logging.LogRecord) -> str:
-        is_result = record.name.startswith("detectron2.evaluation")  # `whole` abbreviates the name
         lines = self.whole.format(record).splitlines()
+        # Detectron2's formatter abbreviates the name of a record.
+        is_result = record.name.startswith(("detectron2.evaluation", "d2.evaluation"))
         is_short = len(lines) == 1 and len(lines[0]) <= self.WIDTH
         if record.funcName == "default_setup" and not is_short:
             return f"{lines[0][: self.WIDTH]} ... (in full: log.txt)"
