@@ -12,7 +12,7 @@ DETECTRON2 ?=
 env: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt requirements-detectron2.txt setup.py pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, and $(PYTHON) is %d.%d: choose one with PYTHON=..." % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed, and $(PYTHON) is %d.%d: choose one with PYTHON=..." % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements.txt
 ifeq ($(DETECTRON2),)

@@ -46,7 +46,7 @@ setup(
         "atss.configs": ["**/*.yaml", "**/*.py"],
     },
     entry_points={"console_scripts": ["atss = atss.cli:main"]},
-    python_requires=">=3.11,<3.14",
+    python_requires=">=3.11",
     install_requires=[
         "torch>=2.7",
         "torchvision",

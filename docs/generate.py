@@ -289,7 +289,12 @@ def _text(docstring: str) -> str:
         else:
             in_section = in_section and not line.strip()
             lines.append(line)
-    return "\n".join(lines)
+    return "\n".join(x if x.startswith("    ") else _escape(x) for x in lines)
+
+
+def _escape(text: str) -> str:
+    """Keep <name> outside of code from becoming HTML."""
+    return re.sub(r"`[^`]*`|<(?=\w)", lambda m: "&lt;" if m[0] == "<" else m[0], text)
 
 
 def _value(value: Any) -> str:
@@ -301,7 +306,7 @@ def _value(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return _escape(text).replace("|", "\\|")
 
 
 def make_renamed() -> str:

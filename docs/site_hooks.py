@@ -1,10 +1,16 @@
-"""Hooks of MkDocs (mkdocs.yml): pages outside docs/, and links to files of the repository."""
+"""Hooks of MkDocs (mkdocs.yml): pages outside docs/, the notebook, and links to files of the
+repository."""
 
+import json
 import re
+import sys
 from pathlib import Path
 from posixpath import dirname, normpath, relpath
 
 from mkdocs.structure.files import File
+
+sys.path.insert(0, str(Path(__file__).parent))
+from notebook import NOTEBOOK, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 # File of the repository -> page of the site.
@@ -15,15 +21,24 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "projects/ATSS/README.md": "how_it_works.md",
     "docs/README.md": "pages.md",
+    "docs/quickstart.ipynb": "notebook.md",
 }
 SOURCES = {page: source for source, page in PAGES.items()}
+KEY = re.compile(r"(?<=<code>)[A-Z][A-Z_]+[._]\w[\w.]*(?=</code>)")
+# In HTML, so that it stays a link to the file.
+DOWNLOAD = '<p><a href="quickstart.ipynb" download>Download this page as a notebook</a></p>\n'
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?(?=\))")
 
 
 def on_files(files, config):
     """Add the pages outside docs/."""
     for source, page in PAGES.items():
-        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+        if source.endswith(".ipynb"):
+            title, text = markdown(json.loads(NOTEBOOK.read_text())).split("\n", 1)
+            text = f"{title}\n\n{DOWNLOAD}\n{text}"
+            files.append(File.generated(config, page, content=text))
+        else:
+            files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
 
 
@@ -40,3 +55,8 @@ def on_page_markdown(markdown, page, config, files):
         return relpath(target, dirname(uri) or ".") + (match[2] or "")
 
     return LINK.sub(site_link, markdown)
+
+
+def on_page_content(html, page, config, files):
+    """Let config keys break after a dot or an underscore (site.css: on phones alone)."""
+    return KEY.sub(lambda match: re.sub(r"(?<=[._])", "<wbr>", match[0]), html)

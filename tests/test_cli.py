@@ -169,6 +169,8 @@ def test_every_command_has_help_of_a_screen(command, capsys, monkeypatch):
     assert not leaving.value.code
     text = capsys.readouterr().out
     assert text.startswith(f"usage: atss {command} ")
+    assert f"\n    atss {command} " in text or f"\n  atss {command} " in text
+    assert f"tools/{cli.COMMANDS[command][0]}.py" not in text
     assert len(text.splitlines()) <= 45
 
 

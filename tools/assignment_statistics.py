@@ -9,9 +9,8 @@ assigner, or for several configs.
     tools/assignment_statistics.py --annotations train.json --config-file output/config.yaml \\
         --weights output/model_final.pth --images train/ --rules ATSS TAL SimOTA
 
-Images are read only for assigners that need the predictions of a model with the given weights.
-Canvases are those of testing: INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST of the first config,
-padded as the backbones need it. Writes a table, a plot, and one line per object.
+Images are read only for assigners that need the predictions of a model (--weights). Their sizes are
+INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST of the first config, padded as the backbones need it.
 """
 
 import argparse
@@ -31,22 +30,39 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--annotations", required=True, help="in COCO's format")
+    parser.add_argument("--annotations", required=True, metavar="FILE", help="in COCO's format")
     parser.add_argument(
         "--config-file",
         nargs="+",
+        metavar="CONFIG",
         default=[get_config_file("ATSS_R_50_FPN_1x")],
         help="one, for all rules on its anchors, or several, each with its own rule and anchors",
     )
     parser.add_argument(
         "--rules",
         nargs="+",
+        metavar="RULE",
         help="names of rules, for one config; by default all that need no missing weights",
     )
-    parser.add_argument("--weights", default="", help="of a model, for rules that need predictions")
-    parser.add_argument("--images", default="", help="the folder of its images")
-    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
-    parser.add_argument("--output", type=Path, default=Path("output/assignment_statistics"))
+    parser.add_argument(
+        "--weights", default="", metavar="FILE", help="of a model, for rules that need predictions"
+    )
+    parser.add_argument("--images", default="", metavar="FOLDER", help="with the images")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="Python file that registers your own parts",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("output/assignment_statistics"),
+        metavar="FOLDER",
+        help="for table.md, plot.png and objects.csv (default: %(default)s)",
+    )
     parser.add_argument(
         "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over the config"
     )

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures time and memory of training, inference, assignment and loading.
+"""Measure time and memory of training, inference, assignment and loading.
 
     tools/benchmark.py model                     a training step, inference, and their parts
     tools/benchmark.py model --against all       beside every peer that is installed
@@ -235,7 +235,9 @@ def make_parser() -> argparse.ArgumentParser:
     configured.add_argument(
         "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: changes to the config"
     )
-    commands = parser.add_subparsers(required=True, metavar="WHAT")
+    commands = parser.add_subparsers(
+        required=True, metavar="WHAT", help="WHAT --help lists options"
+    )
 
     modelled = argparse.ArgumentParser(add_help=False, parents=[shared, configured])
     modelled.add_argument(

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Check a data set before training.
 
-    tools/check_dataset.py train.json images --config-file configs/ATSS_R_18_FPN_small.yaml
-    tools/check_dataset.py train.json images --json report.json --deep
-    tools/check_dataset.py data.yaml train --against data.yaml:val
+    tools/check_dataset.py train.json:images --config-file ATSS_lite0_FPN_fine_tune
+    tools/check_dataset.py train.json:images --json report.json --deep
+    tools/check_dataset.py data.yaml:train --against data.yaml:val
     tools/check_dataset.py VOC2007:trainval
 
-Checks the annotations, the header of every image, and whether the anchors of the config suit the
+Check the annotations, the header of every image, and whether the anchors of the config suit the
 objects. Exit status: 0 without errors, 1 with errors, 2 if the annotations, the folder or the
 config cannot be read.
 """
@@ -51,7 +51,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="config with the anchors, image sizes and filters to check (default: "
         "ATSS_R_50_FPN_1x, not the recipe for fine-tuning)",
     )
-    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="Python file that registers your own parts",
+    )
     parser.add_argument(
         "--against",
         action="append",

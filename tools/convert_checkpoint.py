@@ -30,8 +30,10 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--from", dest="source", choices=("official", "mmdet"))
-    direction.add_argument("--to", dest="target", choices=("mmdet",))
+    direction.add_argument(
+        "--from", dest="source", choices=("official", "mmdet"), help="the format of IN"
+    )
+    direction.add_argument("--to", dest="target", choices=("mmdet",), help="the format of OUT")
     parser.add_argument(
         "--regression",
         choices=("box", "point"),
@@ -47,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         help="with --to: the config of the run that made IN; config.yaml beside it by default",
     )
-    parser.add_argument("input", type=Path, metavar="IN")
+    parser.add_argument("input", type=Path, metavar="IN", help="the weights to convert")
     parser.add_argument("output", type=Path, metavar="OUT", help="a .pth file")
     return parser
 

@@ -46,11 +46,15 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="ANNOTATIONS:IMAGES",
         help="annotations.json:image_dir, data.yaml:split or folder:split",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE.json", help="in COCO's format"
+    )
     parser.add_argument(
         "--split", nargs="+", default=[], metavar="NAME=SHARE", help="write one file per split"
     )
-    parser.add_argument("--seed", type=int, default=0, help="decides between equally good splits")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="decides between equally good splits"
+    )
     parser.add_argument(
         "--group",
         metavar="PATTERN",

@@ -28,9 +28,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    parser.add_argument("--config-file", required=True, metavar="CONFIG")
+    parser.add_argument("--weights", required=True, metavar="FILE")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="Python file that registers your own parts",
+    )
     parser.add_argument(
         "--input", nargs="+", required=True, help="images, videos or folders of them"
     )

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""`make demo`: train ATSS on handwritten digits over photographs, evaluate it, and draw the
-detections, in some minutes on two CPU cores. After an interruption the same command resumes.
+"""Train ATSS on handwritten digits over photographs, evaluate it, and draw the detections, in some
+minutes on two CPU cores. After an interruption the same command resumes.
 
+    tools/digits.py                         # as `make demo`; results in output/demo
     tools/digits.py --data output/digits    # only write 300 such images, to try commands on
 """
 

@@ -4,6 +4,9 @@ import io
 import logging
 import sys
 
+import pytest
+from detectron2.utils.logger import _ColorfulFormatter
+
 from atss.engine.terminal import abridge_terminal, hide_explained_tracebacks
 from atss.errors import UserError
 
@@ -22,6 +25,46 @@ def test_terminal_has_tracebacks_of_bugs_only(tmp_path, capsys):
         assert logged(UserError("SOLVER.MAX_ITER must be >= 1, got 0")) == ""
     finally:
         log.removeHandler(handler)
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """A log, what the terminal shows of it, and what the file contains."""
+    log, out, kept = logging.getLogger("detectron2.evaluation"), io.StringIO(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    root = logging.getLogger("detectron2")
+    terminal, file = logging.StreamHandler(out), logging.StreamHandler(kept)
+    terminal.setFormatter(_ColorfulFormatter("%(message)s", root_name="detectron2"))
+    for handler in (terminal, file):
+        root.addHandler(handler)
+    abridge_terminal()
+    level = root.level
+    root.setLevel(logging.INFO)
+    yield log, out, kept
+    root.setLevel(level)
+    for handler in (terminal, file):
+        root.removeHandler(handler)
+
+
+def test_terminal_shows_results_in_full(both):
+    log, out, kept = both
+    results = "\n".join(map(str, range(30)))
+    log.info(results)
+    assert out.getvalue() == kept.getvalue() == f"{results}\n"
+
+
+def test_terminal_shows_a_line_of_each_setup_record(both):
+    log, out, kept = both
+
+    def default_setup():
+        log.info("short")
+        log.info("config:\na: 1")
+        log.info("x" * 300)
+
+    default_setup()
+    rest = " ... (in full: log.txt)\n"
+    assert out.getvalue() == f"short\nconfig:{rest}{'x' * 100}{rest}"
+    assert kept.getvalue() == f"short\nconfig:\na: 1\n{'x' * 300}\n"
 
 
 def test_terminal_shortens_long_records(monkeypatch):

@@ -1,5 +1,6 @@
 """Detection of the format, and the imports of the readers."""
 
+import io
 import subprocess
 import sys
 
@@ -7,6 +8,8 @@ import pytest
 from conftest import ROOT
 
 from atss.errors import UserError
+from atss.labels import coco
+from atss.labels.folders import with_progress
 from atss.labels.formats import read_labels, sources
 
 # Imports every module of labels/ in a package "atss" without its __init__.py, which imports torch.
@@ -51,3 +54,15 @@ def test_json_with_another_suffix_is_read(tmp_path):
     file = tmp_path / "labels.coco"
     file.write_text('{"images": [{"id": 1}], "categories": [{"id": 1, "name": "a"}]}')
     assert read_labels(str(file), str(tmp_path)).names == ["a"]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_progress_is_shown_on_terminals_only(squares, is_terminal, monkeypatch):
+    shown = io.StringIO()
+    shown.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr(coco, "NOTED_SIZE", 0)
+    coco.read_coco(str(squares / "annotations.json"))
+    assert (f"reading {squares}/annotations.json (0 MB)" in shown.getvalue()) == is_terminal
+    assert list(with_progress(iter("abc"), 3, "image")) == ["a", "b", "c"]
+    assert "image" not in shown.getvalue().replace(str(squares), "")  # it took no two seconds

@@ -62,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             rest = predict_arguments(make_predict_parser().parse_args(rest))
     except UserError as error:
         sys.exit(f"error: {error}")
-    return _tool(name).main([*rest, *(["--", *pairs] if pairs else [])]) or 0
+    tool = _tool(name)
+    # Of the tool's help.
+    tool.__doc__ = (tool.__doc__ or "").replace(f"tools/{COMMANDS[name][0]}.py", f"atss {name}")
+    return tool.main([*rest, *(["--", *pairs] if pairs else [])]) or 0
 
 
 def _parse(words: list[str], pairs: list[str]) -> argparse.Namespace:
@@ -128,7 +131,7 @@ def make_train_parser() -> argparse.ArgumentParser:
     add("--output", metavar="FOLDER", required=True, help="for weights, logs and config.yaml")
     add("--config", metavar="NAME", help=f"of the model zoo, or a yaml file (default: {RECIPE})")
     add("--resume", action="store_true", help="continue the training in OUTPUT")
-    add("--num-gpus", type=int, default=1, metavar="N")
+    add("--num-gpus", type=int, default=1, metavar="N", help="processes, one for each GPU")
     formats.add_arguments(parser)
     add("--import", dest="imports", action="append", default=[], metavar="MODULE",
         help="Python file that registers your own parts")  # fmt: skip

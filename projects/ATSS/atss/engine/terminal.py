@@ -22,9 +22,10 @@ def hide_explained_tracebacks(output_dir: str) -> None:
 
 
 class _Abridged(logging.Formatter):
-    """Formatter that shortens records above PAGE lines, except results and errors."""
+    """Formatter that shortens records of more than PAGE lines, except results and errors, and those
+    of Detectron2's setup (environment, arguments, config) to one line."""
 
-    PAGE = 20
+    PAGE, WIDTH = 20, 100
 
     def __init__(self, whole: logging.Formatter):
         super().__init__()
@@ -32,7 +33,11 @@ class _Abridged(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         lines = self.whole.format(record).splitlines()
-        is_result = record.name.startswith("detectron2.evaluation")
+        # Detectron2's formatter abbreviates the name of a record.
+        is_result = record.name.startswith(("detectron2.evaluation", "d2.evaluation"))
+        is_short = len(lines) == 1 and len(lines[0]) <= self.WIDTH
+        if record.funcName == "default_setup" and not is_short:
+            return f"{lines[0][: self.WIDTH]} ... (in full: log.txt)"
         if len(lines) <= self.PAGE or is_result or record.levelno >= logging.ERROR:
             return "\n".join(lines)
         shown = 10 if record.levelno >= logging.WARNING else 1

@@ -178,19 +178,17 @@ class Trainer(DefaultTrainer):
             self.checkpointer.save("model_final", iteration=self.iter)
         with self.preemption.watch:
             try:
-                results = super().train()
+                super().train()
             except EndedEarly:
-                results = self._last_eval_results
                 if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
-                    verify_results(self.cfg, results)
+                    verify_results(self.cfg, self._last_eval_results)
             finally:
                 self.preemption.watch.unsaved = False
         if comm.is_main_process():
             weights = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")
             which = self.best.describe() if self.best else f"The last weights are in {weights}"
             logging.getLogger(__name__).info("%s: pass this file as MODEL.WEIGHTS", which)
-        # Detectron2 returns them only with TEST.EXPECTED_RESULTS.
-        return results or getattr(self, "_last_eval_results", None)
+        return getattr(self, "_last_eval_results", None)
 
     def before_train(self) -> None:
         """End if a resumed run had ended early, or exhausts patience now."""

@@ -2,12 +2,14 @@
 million annotations take seconds."""
 
 import json
+import os
 import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
 from ..errors import UserError
 from .findings import FAULTY_FIELDS, Finding, place_of
@@ -35,6 +37,8 @@ MIN_BOXES_FOR_CORNERS = 10
 BEYOND = 1.0
 # Sides, in pixels of the image, below which a box is empty after the image is resized.
 SHORTEST = 1e-3
+# MB of a json above which a terminal shows that it is read: about two seconds.
+NOTED_SIZE = 50
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,12 @@ def read_coco(json_file: str) -> dict:
         UserError: if the file cannot be read or has another structure.
     """
     try:
-        with open(json_file, encoding="utf-8-sig") as file:  # with or without a byte-order mark
+        size = os.path.getsize(json_file) >> 20
+        note = f"reading {json_file} ({size} MB)" if size >= NOTED_SIZE else ""
+        with (
+            tqdm(desc=note, bar_format="{desc}", disable=None if note else True, leave=False),
+            open(json_file, encoding="utf-8-sig") as file,  # with or without a byte-order mark
+        ):
             content = json.load(file)
     except OSError as error:
         raise UserError(f"cannot read the annotations {json_file}: {error.strerror}") from error

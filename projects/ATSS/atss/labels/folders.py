@@ -2,8 +2,11 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
 
 from ..errors import UserError
 from .findings import Finding
@@ -19,6 +22,12 @@ VALIDATION = ("val", "validation", "valid")
 THREADS = min(32, 4 * (os.cpu_count() or 1))
 # Kind of a finding -> its cases, for messages.
 Places = dict[str, list[str]]
+T = TypeVar("T")
+
+
+def with_progress(items: Iterable[T], total: int, name: str) -> Iterator[T]:
+    """Show a bar on a terminal while a loop takes more than two seconds."""
+    return iter(tqdm(items, total=total, unit=name, disable=None, leave=False, delay=2))
 
 
 class Split:

@@ -24,6 +24,7 @@ from .folders import (
     names_of,
     read_text,
     size_of,
+    with_progress,
 )
 from .voc_xml import Label, read_label
 
@@ -80,12 +81,14 @@ def read_voc(folder: str, split: str, first_pixel: int = FIRST_PIXEL) -> tuple[d
                 "the path of a data.yaml itself)"
             )
         with ThreadPoolExecutor(THREADS) as pool:
-            labels = dict(zip(xmls, pool.map(lambda f: read_label(root / f), xmls), strict=True))
+            read = pool.map(lambda f: read_label(root / f), xmls)
+            labels = dict(zip(xmls, with_progress(read, len(xmls), "label"), strict=True))
             result = Split(root)
             images = [f for f in files if f.suffix.lower() in SUFFIXES]
             entries = _select(root, split, _pair(labels, images), result)
             unsized = [e.image for e in entries if e.image and not _labelled_size(e, labels)]
-            sizes = dict(zip(unsized, pool.map(lambda f: size_of(root / f), unsized), strict=True))
+            measured = pool.map(lambda f: size_of(root / f), unsized)
+            sizes = dict(zip(unsized, with_progress(measured, len(unsized), "image"), strict=True))
         names = sorted({shape.name for label in labels.values() for shape in label.shapes})
         numbers = {name: i for i, name in enumerate(names, start=1)}
         for entry in entries:

@@ -11,7 +11,16 @@ from pathlib import Path
 from ..errors import UserError
 from .coco import BEYOND
 from .findings import Finding
-from .folders import NAMES_FILES, THREADS, Places, Split, name_in, read_text, size_of
+from .folders import (
+    NAMES_FILES,
+    THREADS,
+    Places,
+    Split,
+    name_in,
+    read_text,
+    size_of,
+    with_progress,
+)
 from .yolo_config import class_names, count_with_keypoints, find_images, label_files, read_config
 
 # Coordinates farther from the image, in sides of the image, are not normalised; nearer ones belong
@@ -72,8 +81,8 @@ def _read_images(
     has_labels_folder = any(len(x) > 1 and os.path.exists(x[0]) for x in map(label_files, images))
     read = partial(_read_label, has_labels_folder, num_with_keypoints)
     with ThreadPoolExecutor(THREADS) as pool:
-        sizes = list(pool.map(size_of, images))
-        labels = list(pool.map(read, images))
+        sizes = list(with_progress(pool.map(size_of, images), len(images), "image"))
+        labels = list(with_progress(pool.map(read, images), len(images), "label"))
     split = Split(folder)
     images_of = defaultdict(list)  # label file -> images that share it, such as a.jpg and a.png
     for image, (files, _) in zip(images, labels, strict=True):
