@@ -192,6 +192,7 @@ def train(
         config: a name of the model zoo or a yaml file; by default the recipe for fine-tuning.
         resume: continue the training in ``output``.
         opts: KEY VALUE pairs over the config.
+
     Returns:
         the metrics of the last evaluation.
 

@@ -74,6 +74,7 @@ def export_onnx(detector: ATSSDetector, cfg: CfgNode, target: Path) -> list[Pari
     Args:
         detector: with its weights.
         cfg: its config.
+
     Returns:
         the comparisons.
 
@@ -163,7 +164,7 @@ def compare(detector: ATSSDetector, file: str, settings: Mapping[str, Any]) -> l
 
 
 def metadata(detector: ATSSDetector, cfg: CfgNode) -> dict[str, Any]:
-    """What a runner needs to know.
+    """Return the metadata that a runner needs.
 
     Raises:
         UserError: if the config has no class names, or a part that no runner knows.
@@ -310,7 +311,7 @@ def convert_precision(file: Path, precision: str, calibrate: str | None) -> None
 
 
 def _quantize(file: Path, prepared: Path, target: Path, folder: str) -> None:
-    """Static int8 of convolutions, activations uint8 and weights int8 per channel. The first two
+    """Quantise convolutions, activations to uint8 and weights to int8 per channel. The first two
     stay in float: quantised, they cost a small backbone most of its AP."""
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process

@@ -1,5 +1,5 @@
 """Data structures of heads, assigners and the criterion, and the shape letters of all docstrings
-and comments:
+and comments.
 
     N  images in the batch               G  ground truths of the WHOLE batch
     R  anchors over all levels           K  classes
@@ -195,7 +195,7 @@ class Assignment:
 
     @classmethod
     def hard(cls, gt_index: Tensor) -> Assignment:
-        """Deprecated: the constructor."""
+        """Call the constructor (deprecated)."""
         warn("Assignment.hard", "Assignment(gt_index)")
         return cls(gt_index)
 

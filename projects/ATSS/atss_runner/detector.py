@@ -64,6 +64,7 @@ class Detector:
         Args:
             images: a path, a PIL image, or a uint8 array as of OpenCV, (H, W, 3) BGR, (H, W, 4)
                 BGRA or (H, W) grey; or a list of these.
+
         Returns:
             :class:`Detections`; of a list a list.
 
@@ -99,6 +100,7 @@ class Detector:
 
         Args:
             pixels: (N, 3, H, W) float32, 0 to 255, in the channel order of the metadata.
+
         Returns:
             boxes (N, R, 4), probabilities (N, R, K), and quality (N, R) or None.
 

@@ -25,6 +25,7 @@ def candidates(
         per_level: number of anchors of each level.
         settings: score_thresh, topk, score ("sqrt" or "product"), threshold_on_score,
             rank_by_class and rank_anchors of the metadata.
+
     Returns:
         (M,) anchor, score and class.
     """

@@ -23,6 +23,7 @@ def evaluate(file: Path, source: str) -> dict[str, float]:
 
     Args:
         source: labels.json:images, data.yaml:split or folder:split.
+
     Returns:
         AP, AP50 and so on, in percent.
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from ..anchors import Anchors
 from ..caching import cached, cached_property
 from ..geometry import centres
-from .legacy import max_distance
-from .similarities import Similarity
+from .similarities import Similarity, max_distance
 
 # Neighbouring anchors in a block.
 BLOCK = 16
@@ -60,6 +59,7 @@ class BoxIndex:
             image: (g,) int64 into N.
             least: (g,) least similarity, up to rounding. None: any above 0, all anchors whose
                 centres lie inside the object, and a few more.
+
         Returns:
             (P,) int64 objects, into g, and (P,) int64 anchors, in rising order.
         """

@@ -22,6 +22,7 @@ def nearest_locations(anchors: Anchors, points: Tensor, k: int) -> tuple[Tensor,
 
     Args:
         points: (G, 2) float64 (x, y) in pixels, also outside the canvas.
+
     Returns:
         (k, G, L) int64 index among the locations of all levels, nearest first, and (k, G, L) bool,
         False beyond the number of locations of a level.
@@ -73,6 +74,7 @@ def anchors_between(
     Args:
         low, high: (G, L, 2) corners (x, y) in pixels.
         piece: locations at a time, which bounds memory.
+
     Yields:
         (M,) int64 object and (M,) int64 anchor, objects in rising order.
     """

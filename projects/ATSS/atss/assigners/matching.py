@@ -14,7 +14,7 @@ from ..errors import Checked, UserError
 from ..structures import BACKGROUND, Assignment, GroundTruth, Predictions
 from .conflicts import Conflicts
 from .engine import uses_tables
-from .legacy import FunctionRule
+from .function_rule import FunctionRule
 from .lists import ListPairs, Lists
 from .segments import cheapest
 from .similarities import IOU, Similarity

@@ -48,6 +48,7 @@ def mixture(
         values: (S, M) in rising order, at least one, then infinity.
         tolerance: least change of a row's mean log likelihood.
         floor: added to variances.
+
     Returns:
         (S, M) bool: the first Gaussian is more likely; and (S, M) log densities.
     """

@@ -43,7 +43,7 @@ class AssignmentBatch:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, R)"""
+        """Return (N, R)."""
         return self.gt.num_images, len(self.anchors.boxes)
 
     @cached_property
@@ -196,7 +196,7 @@ class CandidatePairs:
 
     @property
     def shape(self) -> torch.Size:
-        """(...)"""
+        """Return (...)."""
         return torch.broadcast_shapes(self.owner.shape, self.index.shape)
 
     @property

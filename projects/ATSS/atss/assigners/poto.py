@@ -79,6 +79,7 @@ def match_one_each(cost: np.ndarray, slot: np.ndarray, unmatched: float) -> np.n
     Args:
         cost, slot: (g, M) of pairs, and their anchors as integers; images share no slots.
         unmatched: cost of a row without a slot.
+
     Returns:
         (g,) int64 column of the pair of each row, or -1.
     """

@@ -1,12 +1,12 @@
 """Similarities of two boxes: from 0 to 1, and falling as the boxes move apart along an axis."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..deprecated import renamed_attribute
+from ..deprecated import renamed_attribute, warn
 from ..errors import Checked, arg
 from ..geometry import iou, normalised_wasserstein, similarity_distance
 
@@ -29,6 +29,14 @@ class Similarity(Protocol):
             (..., 2) scale, along x and y; (..., 1) distance.
         """
         ...
+
+
+def max_distance(similarity: Any, least: Tensor) -> tuple[Tensor, Tensor]:
+    """Call a similarity's ``max_distance``, or ``reach``, its name in version 0.2."""
+    if hasattr(similarity, "max_distance"):
+        return similarity.max_distance(least)
+    warn(f"{type(similarity).__name__}.reach", "the name max_distance")
+    return similarity.reach(least)
 
 
 @dataclass(frozen=True)

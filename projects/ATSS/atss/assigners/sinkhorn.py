@@ -54,6 +54,7 @@ def transport(
         image: (g,) int64 of each object, in rising order.
         num_anchors: R of each image.
         regularisation: weight of the entropy.
+
     Returns:
         (g, M) bool: pairs with the largest entry of their anchor, relative to the largest of their
             row; of equal ones the lower object, and an object rather than the background.

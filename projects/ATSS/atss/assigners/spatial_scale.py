@@ -60,8 +60,10 @@ class SpatialScale(Matching):
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
-        """Raises:
-        UserError: if the number of levels is not that of the ranges.
+        """See :class:`~atss.structures.Assigner`.
+
+        Raises:
+            UserError: if the number of levels is not that of the ranges.
         """
         if len(self.ranges) + 1 != len(anchors.strides):
             raise UserError(

@@ -81,7 +81,7 @@ def complete_classes(cfg: CfgNode, training: bool = True) -> None:
 
 
 def follow_classes(cfg: CfgNode) -> None:
-    """Number the classes of the data sets as MODEL.ATSS.CLASS_NAMES, in each process after
+    """Renumber the classes of the data sets as MODEL.ATSS.CLASS_NAMES, in each process after
     registration.
 
     Raises:

@@ -185,7 +185,7 @@ def _register(name: str, images: Registered, metadata: dict) -> None:
 
 
 def follow(name: str, classes: Sequence[str]) -> None:
-    """Number the classes of a data set by their order in ``classes``, to combine sets with
+    """Renumber the classes of a data set by their order in ``classes``, to combine sets with
     different orders.
 
     Raises:

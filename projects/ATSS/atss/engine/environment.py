@@ -62,9 +62,10 @@ def _check_variables() -> None:
 
 
 def check_host(name: str, host: str) -> None:
-    """
+    """Check that a host has an address.
+
     Raises:
-        UserError: naming the variable or option whose host has no address.
+        UserError: naming the variable or option.
     """
     try:
         socket.getaddrinfo(host, None)

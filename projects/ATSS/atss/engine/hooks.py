@@ -54,9 +54,11 @@ class FiniteLosses(HookBase):
             self.exchange.send(losses)
 
     def after_backward(self) -> None:
-        """Raises:
-        FloatingPointError: in all processes, with losses, iteration, images and the last good
-            checkpoint.
+        """Check the losses.
+
+        Raises:
+            FloatingPointError: in all processes, with losses, iteration, images and the last good
+                checkpoint.
         """
         self.exchange.receive()
         broken = {}
@@ -148,7 +150,8 @@ def build_profiler(cfg: CfgNode) -> HookBase | None:
 
 
 def refuse_broken_weights(trainer: TrainerBase) -> None:
-    """
+    """Check the weights.
+
     Raises:
         FloatingPointError: if a weight is NaN or infinite.
     """

@@ -213,7 +213,7 @@ def _train(args: argparse.Namespace, cfg: CfgNode, config: bytes) -> dict | None
 
 
 def _follow_weights(names: list[str], cfg: CfgNode) -> None:
-    """Number the classes of test sets as the weights do; the log warns of other classes."""
+    """Renumber the classes of test sets as the weights do; the log warns of other classes."""
     for name in cfg.DATASETS.TEST:
         try:
             datasets.follow(name, names)

@@ -67,7 +67,7 @@ def sampled_conv2d(
 
 
 def deform_conv(x: Tensor, *arguments: Any) -> Tensor:
-    """torchvision's operator, or what computes the same on CPUs, where an offset that is NaN would
+    """Torchvision's operator, or what computes the same on CPUs, where an offset that is NaN would
     end the process. Exported, torchvision's becomes one node."""
     by_sampling = x.device.type == "cpu" and not torch.compiler.is_exporting()
     return (sampled_conv2d if by_sampling else deform_conv2d)(x, *arguments)

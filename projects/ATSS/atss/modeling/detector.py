@@ -191,6 +191,7 @@ class ATSSDetector(DenseDetector):
         Args:
             pixels: (N, C, H, W) float32 in the channel order of ``input_format``, 0 to 255; sides
                 are multiples of the backbone's divisor.
+
         Returns:
             boxes (N, R, 4) in pixels of the canvas, class probabilities (N, R, K) and, if the head
             predicts it, quality (N, R).
