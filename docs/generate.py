@@ -221,7 +221,7 @@ def make_api() -> str:
 
 
 def public_names(module: Any) -> Iterable[str]:
-    """``__all__``, or what the module defines itself."""
+    """Return the names in ``__all__``; without it, those of what the module defines."""
     if hasattr(module, "__all__"):
         return module.__all__
     own = (n for n, x in vars(module).items() if getattr(x, "__module__", "") == module.__name__)

@@ -175,7 +175,7 @@ def test_every_command_has_help_of_a_screen(command, capsys, monkeypatch):
 
 
 def test_trains_and_predicts(squares, tmp_path):
-    """On tiny data, and resumes what is finished."""
+    """A finished training can be resumed."""
     source = f"{squares / 'annotations.json'}:{squares / 'images'}"
     words = ["--train", source, "--val", source, "--output", tmp_path / "out"]
     words += ["--config", "ATSS_R_18_FPN_small", "MODEL.DEVICE", "cpu", *PAIRS]

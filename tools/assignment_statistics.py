@@ -22,7 +22,7 @@ from tqdm import tqdm
 from atss.analysis.plots import plot_statistics
 from atss.analysis.statistics import compare, constants, read_objects, table, write_csv
 from atss.config import get_config_file
-from atss.engine.run import import_modules
+from atss.engine.run import add_import, add_options, import_modules
 from atss.errors import UserError, check_writable
 
 
@@ -48,14 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--weights", default="", metavar="FILE", help="of a model, for rules that need predictions"
     )
     parser.add_argument("--images", default="", metavar="FOLDER", help="with the images")
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="Python file that registers your own parts",
-    )
+    add_import(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -63,9 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="for table.md, plot.png and objects.csv (default: %(default)s)",
     )
-    parser.add_argument(
-        "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over the config"
-    )
+    add_options(parser)
     return parser
 
 

@@ -33,7 +33,7 @@ from benchmarks.timing import Seconds, table
 from atss import load_config, model_zoo
 from atss.config import config_names
 from atss.engine.launch import keep_freed_memory
-from atss.engine.run import import_modules
+from atss.engine.run import add_import, import_modules
 from atss.errors import check_writable
 
 DEFAULT_CONFIG = "ATSS_R_50_FPN_1x.yaml"
@@ -281,7 +281,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     command = commands.add_parser("operators", parents=[shared, configured])
     command.set_defaults(measure=count_operators)
-    command.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    add_import(command)
     command.add_argument(
         "--compile", action="store_true", help="also with MODEL.ATSS.COMPILE: minutes"
     )

@@ -25,7 +25,7 @@ from atss import load_config
 from atss.analysis.statistics import match
 from atss.config import build_sampling, get_config_file
 from atss.data.datasets import split_source
-from atss.engine.run import import_modules
+from atss.engine.run import add_import, add_options, import_modules
 from atss.errors import UserError, check_writable
 from atss.labels.check import check, format_report
 from atss.labels.classes import refuse_unknown
@@ -51,14 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="config with the anchors, image sizes and filters to check (default: "
         "ATSS_R_50_FPN_1x, not the recipe for fine-tuning)",
     )
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="Python file that registers your own parts",
-    )
+    add_import(parser)
     parser.add_argument(
         "--against",
         action="append",
@@ -68,9 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all cases of all findings")
     parser.add_argument("--deep", action="store_true", help="decode every image (slow)")
-    parser.add_argument(
-        "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: changes of the config"
-    )
+    add_options(parser)
     return parser
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from atss.data.images import read_image
-from atss.engine.run import import_modules
+from atss.engine.run import add_import, add_options, import_modules
 from atss.engine.watch import EXIT_INTERRUPTED
 from atss.errors import UserError, check_range, check_writable
 from atss.predictor import Predictor
 from atss_runner.annotate import annotate, targets
+from atss_runner.images import SUFFIXES
 from atss_runner.media import find_media
-from atss_runner.suffixes import SUFFIXES
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -30,14 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config-file", required=True, metavar="CONFIG")
     parser.add_argument("--weights", required=True, metavar="FILE")
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="Python file that registers your own parts",
-    )
+    add_import(parser)
     parser.add_argument(
         "--input", nargs="+", required=True, help="images, videos or folders of them"
     )
@@ -49,9 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="draw and write detections with at least this score (default: %(default)s)",
     )
     parser.add_argument("--batch", type=int, default=4, help="images at a time")
-    parser.add_argument(
-        "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over the config"
-    )
+    add_options(parser)
     return parser
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from atss.analysis.assignment import draw_assignment
 from atss.data import datasets
-from atss.engine.run import import_modules
+from atss.engine.run import add_import, add_options, import_modules
 from atss.errors import UserError, check_choice, check_writable
 from atss.labels.formats import add_arguments, reading_of
 
@@ -30,9 +30,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--config-file", default="ATSS_R_50_FPN_1x", help="sets anchors and size of the image")
     add("--weights", default="", help="of a detector, for rules that need predictions")
     add("--output", type=Path, default=Path("output/rules.png"), metavar="FILE")
-    add("--import", dest="imports", action="append", default=[], metavar="MODULE")
+    add_import(parser)
     add_arguments(parser)
-    add("opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over the config")
+    add_options(parser)
     return parser
 
 

@@ -18,10 +18,10 @@ from detectron2.modeling import build_model
 from atss.analysis.exported import evaluate
 from atss.checkpoints import SafeCheckpointer
 from atss.config import class_names, for_inference, load_config
-from atss.engine.run import import_modules
+from atss.engine.run import add_import, add_options, import_modules
 from atss.errors import UserError, check_writable
 from atss.export import convert_precision, export_onnx
-from atss.predictor import find_weights
+from atss.predictor import find_run
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -38,8 +38,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--calibrate", metavar="FOLDER", help="with int8: images like those of the application")
     add("--evaluate", metavar="SOURCE", help="labels.json:images to measure AP before and after on")
     add("--max-drop", type=float, metavar="AP", help="refuse a file that loses more")
-    add("--import", dest="imports", action="append", default=[], metavar="MODULE")
-    add("opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over the config")
+    add_import(parser)
+    add_options(parser)
     return parser
 
 
@@ -49,12 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         check(args)
         import_modules(args.imports)
         check_writable("--output", args.output)
-        run, weights = Path(args.run), args.weights
-        config = run / "config.yaml" if run.is_dir() else args.run
-        if run.is_dir() and weights is None:
-            weights = str(find_weights(run))
-        if weights is None:
-            raise UserError(f"{args.run} is not the folder of a training: pass it, or --weights")
+        config, weights = find_run(args.run, args.weights)
         cfg = load_config(config, opts=[*args.opts, "MODEL.DEVICE", "cpu"])
         names = class_names(cfg)
         cfg.MODEL.WEIGHTS = weights

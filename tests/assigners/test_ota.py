@@ -1,18 +1,12 @@
 import torch
 from conftest import make_gt
+from predicted_scenes import predict
 from rule_scenes import make_scene
 
-from atss import Anchors, HeadOutput
+from atss import Anchors
 from atss.assigners import (
     OTA,
 )
-from atss.structures import Predictions
-
-
-def predict(classes, boxes, probabilities=False) -> Predictions:
-    """Make predictions of (N, R, K) classes and (N, R, 4) boxes."""
-    classes, boxes = (torch.as_tensor(x).float() for x in (classes, boxes))
-    return Predictions(HeadOutput(classes, torch.zeros_like(boxes), None, probabilities), boxes)
 
 
 def test_ota_ignores_objects_without_candidates():

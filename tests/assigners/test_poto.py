@@ -1,21 +1,14 @@
 import numpy as np
 import pytest
-import torch
 from conftest import make_gt
+from predicted_scenes import predict
 
-from atss import Anchors, HeadOutput
+from atss import Anchors
 from atss.assigners import (
     POTO,
 )
 from atss.assigners.lists import Lists
 from atss.assigners.poto import match_one_each
-from atss.structures import Predictions
-
-
-def predict(classes, boxes, probabilities=False) -> Predictions:
-    """Make predictions of (N, R, K) classes and (N, R, 4) boxes."""
-    classes, boxes = (torch.as_tensor(x).float() for x in (classes, boxes))
-    return Predictions(HeadOutput(classes, torch.zeros_like(boxes), None, probabilities), boxes)
 
 
 def test_match_one_each_is_not_greedy():

@@ -1,34 +1,16 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, make_gt
+from conftest import make_gt
+from predicted_scenes import VECTORS, by_hand, load_case, overlaps, predict
 
-from atss import Anchors, HeadOutput
+from atss import Anchors
 from atss.assigners import (
     SimOTA,
     SoftLabel,
 )
-from atss.structures import Predictions
-
-VECTORS = {
-    **np.load(GOLDEN / "dynamic_assignment.npz"),
-    **np.load(GOLDEN / "dynamic_soft_assignment.npz"),
-}
-
 
 CASES = ("typical", "crowded", "empty")
-
-
-def predict(classes, boxes, probabilities=False) -> Predictions:
-    """Make predictions of (N, R, K) classes and (N, R, 4) boxes."""
-    classes, boxes = (torch.as_tensor(x).float() for x in (classes, boxes))
-    return Predictions(HeadOutput(classes, torch.zeros_like(boxes), None, probabilities), boxes)
-
-
-def load_case(case):
-    anchors = Anchors.grid(tuple(VECTORS[f"{case}/image_size"].tolist()))
-    gt = make_gt(VECTORS[f"{case}/gt"], classes=VECTORS[f"{case}/labels"])
-    return anchors, gt, VECTORS[f"{case}/scores"][None], VECTORS[f"{case}/decoded"][None]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -43,31 +25,10 @@ def test_reference_vectors_of_soft_labels(case):
     np.testing.assert_allclose(found.score[0], overlap, atol=1e-6)
 
 
-def scene_of(boxes, classes, logits, predicted, hw=(64, 64), strides=(8,), scales=(2.0,)):
-    """Make a scene of one image and one level."""
-    anchors = Anchors.grid(hw, strides=strides, scales=scales)
-    return anchors, make_gt(boxes, classes=classes), predict(logits[None], predicted[None])
-
-
-@pytest.fixture
-def by_hand():
-    """8 x 8 locations of 8 pixels, all with a probability of 0.5; an object of 32 pixels around the
-    four in the middle. The k-th predicts it moved by k mod 16 pixels."""
-    boxes = torch.tensor([[16.0, 16, 48, 48]])
-    moved = torch.arange(64.0).view(64, 1) % 16
-    predicted = boxes + torch.cat([moved, 0 * moved, moved, 0 * moved], dim=1)
-    logits = torch.zeros(64, 2)
-    return scene_of(boxes, [1], logits, predicted)
-
-
-def overlaps(moved):
-    return (32 - moved) / (32 + moved)
-
-
-def test_simota_by_hand(by_hand):
+def test_simota_by_hand():
     """Four anchors for each number of pixels; the ten highest IoUs are 4 of 1, 4 of 31 / 33 and 2
     of 30 / 34."""
-    anchors, gt, predictions = by_hand
+    anchors, gt, predictions = by_hand()
     found = SimOTA(radius=8.0)(anchors, gt, predictions)
     k = int(4 * 1 + 4 * overlaps(1) + 2 * overlaps(2))
     assert k == 9

@@ -29,7 +29,7 @@ def test_terminal_has_tracebacks_of_bugs_only(tmp_path, capsys):
 
 @pytest.fixture
 def both(monkeypatch):
-    """A log, what the terminal shows of it, and what the file contains."""
+    """Return a log, the text that it writes to the terminal, and the text in its file."""
     log, out, kept = logging.getLogger("detectron2.evaluation"), io.StringIO(), io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     root = logging.getLogger("detectron2")

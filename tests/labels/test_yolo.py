@@ -17,7 +17,7 @@ from atss.data.datasets import register
 from atss.engine.evaluation import build_evaluator, build_test_loader
 from atss.labels.formats import read_labels
 from atss.labels.yolo import read_yolo
-from atss_runner.suffixes import SUFFIXES
+from atss_runner.images import SUFFIXES
 
 WIDTH, HEIGHT = 100, 50
 # The box [40, 15, 20, 10].

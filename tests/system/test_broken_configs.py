@@ -80,7 +80,7 @@ CASES = {
     "unknown device": ["MODEL.DEVICE", "gpu"],
     "unknown order of channels": ["INPUT.FORMAT", "rgb"],
     "classes against data": [ATSS + "NUM_CLASSES", "7"],
-    "data set that nobody registered": ["DATASETS.TRAIN", "('squares_train',)"],
+    "unregistered data set": ["DATASETS.TRAIN", "('squares_train',)"],
     "nothing to train on": ["DATASETS.TRAIN", "()"],
     "ranges of views": ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64,)"],
     "more processes than images": ["--num-gpus", "8", "SOLVER.IMS_PER_BATCH", "4"],

@@ -1,4 +1,4 @@
-"""A GPU computes what a CPU computes, in half precision nearly so, and the host does not wait.
+"""On a GPU: the results of a CPU, half precision close to them, and no waits of the host.
 
 make test-gpu                      # on a machine with a GPU
 pytest tests/system/test_gpu.py    # on a CPU: the cases that need no GPU, small

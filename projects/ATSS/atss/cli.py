@@ -19,10 +19,10 @@ from typing import Any
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from .engine.run import hold_folder, make_parser, prepare, run, start
+from .engine.run import add_import, hold_folder, make_parser, prepare, run, start
 from .errors import UserError
 from .labels import formats
-from .predictor import WEIGHTS, find_weights
+from .predictor import WEIGHTS, find_run
 
 RECIPE = "ATSS_lite0_FPN_fine_tune"
 # Command -> the module of atss.tools, and a line for the list of commands.
@@ -133,8 +133,7 @@ def make_train_parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="continue the training in OUTPUT")
     add("--num-gpus", type=int, default=1, metavar="N", help="processes, one for each GPU")
     formats.add_arguments(parser)
-    add("--import", dest="imports", action="append", default=[], metavar="MODULE",
-        help="Python file that registers your own parts")  # fmt: skip
+    add_import(parser)
     return parser
 
 
@@ -235,8 +234,7 @@ def make_predict_parser() -> argparse.ArgumentParser:
     add("--output", metavar="FOLDER", help="for the results (default: RUN/predictions)")
     add("--score-threshold", default="0.4", help="least score that is drawn (default: 0.4)")
     add("--batch", default="4", metavar="N", help="images at a time (default: 4)")
-    add("--import", dest="imports", action="append", default=[], metavar="MODULE",
-        help="Python file that registers your own parts")  # fmt: skip
+    add_import(parser)
     return parser
 
 
@@ -246,16 +244,11 @@ def predict_arguments(args: argparse.Namespace) -> list[str]:
     Raises:
         UserError: if RUN has no weights.
     """
-    config, weights, output = args.run, args.weights, args.output
-    run = Path(args.run)
-    if run.is_dir():
-        config, weights = str(run / "config.yaml"), weights or str(find_weights(run))
-        output = output or str(run / "predictions")
-    if not weights:
-        raise UserError(
-            f"{args.run} is not the folder of a training: pass its folder, or --weights"
-        )
-    if not output:
+    config, weights = find_run(args.run, args.weights)
+    output = args.output
+    if output is None and Path(args.run).is_dir():
+        output = str(Path(args.run, "predictions"))
+    if output is None:
         raise UserError("--output is missing: the folder for the results")
     words = ["--config-file", config, "--weights", weights, "--output", output]
     words += ["--score-threshold", args.score_threshold, "--batch", args.batch]

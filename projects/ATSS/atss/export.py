@@ -19,7 +19,7 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atss_runner.suffixes import SUFFIXES as IMAGE_SUFFIXES
+from atss_runner.images import SUFFIXES as IMAGE_SUFFIXES
 
 from . import __version__
 from .config import class_ids, class_names

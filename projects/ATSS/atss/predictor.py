@@ -15,6 +15,7 @@ from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from PIL import Image
 
 from atss_runner.detections import Detections, draw_detections
+from atss_runner.images import HIGH_DEPTH, too_thin
 
 from .checkpoints import SafeCheckpointer
 from .config import (
@@ -29,12 +30,24 @@ from .config.checks import lookup
 from .data.images import read_image
 from .data.mapper import single
 from .errors import UserError
-from .labels.headers import HIGH_DEPTH, too_thin
 from .structures import Predictions
 
 # Files of a training, best first.
 WEIGHTS = ("model_best.pth", "model_final.pth")
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
+
+
+def find_run(run: str | Path, weights: str | Path | None) -> tuple[str, str]:
+    """Return the config and the weights of a training's folder, or of a config with weights.
+
+    Raises:
+        UserError: if there are no weights.
+    """
+    if Path(run).is_dir():
+        return str(Path(run, "config.yaml")), str(weights or find_weights(run))
+    if weights is None:
+        raise UserError(f"{run} is not the folder of a training: pass its folder, or the weights")
+    return str(run), str(weights)
 
 
 def find_weights(run: str | Path) -> Path:
@@ -72,11 +85,13 @@ class Predictor:
         weights: str | Path | None = None,
         opts: Sequence[Any] = (),
     ):
-        if isinstance(config, str | Path) and Path(config).is_dir():
-            config, weights = Path(config, "config.yaml"), weights or find_weights(config)
-        if weights is None:
-            raise UserError(f"weights are missing: {config} is not the folder of a training")
-        cfg = config.clone() if isinstance(config, CfgNode) else load_config(config)
+        if isinstance(config, CfgNode):
+            if weights is None:
+                raise UserError("weights are missing: a CfgNode needs them")
+            cfg = config.clone()
+        else:
+            config, weights = find_run(config, weights)
+            cfg = load_config(config)
         cfg.defrost()
         merge_options(cfg, opts)
         use_available_device(cfg)
@@ -178,7 +193,7 @@ def _as_bgr(image: Any, name: str, size: tuple[int, int]) -> np.ndarray:
             f"{name} has type {type(image).__name__}{''.join(details)}: expected a path, a PIL "
             "image, a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a list of these"
         )
-    if thin := too_thin(image.shape[1::-1], [size]):
+    if thin := too_thin(image.shape[0], image.shape[1], *size):
         raise UserError(f"{name} {thin}")
     image = image.reshape(*image.shape[:2], -1)
     return image[:, :, :3] if image.shape[2] > 1 else image.repeat(3, axis=2)

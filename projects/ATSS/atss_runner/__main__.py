@@ -12,8 +12,8 @@ import numpy as np
 
 from .annotate import annotate, targets
 from .detector import load, read_rgb
+from .images import SUFFIXES
 from .media import FileError, find_media
-from .suffixes import SUFFIXES
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import media
 from .detections import as_records, draw_detections
+from .images import too_thin
 
 
 class Silent:
@@ -138,10 +139,8 @@ def _annotate_video(
         _skip(f"{path} has no frame that can be read")
         return
     size = first.shape[1], first.shape[0]
-    try:
-        predictor([first])
-    except ValueError as error:  # too thin to be resized
-        _skip(f"the film {path}: {error}")
+    if thin := too_thin(size[1], size[0], *predictor.size):
+        _skip(f"the film {path} {thin}")
         return
     writer = film.writer(target, size)
     if not writer.isOpened():

@@ -1,4 +1,4 @@
-"""Detection with an exported file, without torch: NumPy, Pillow and onnxruntime (or openvino).
+"""Detection with an exported file, without torch: NumPy, Pillow and onnxruntime.
 
 from atss_runner import load
 detector = load("model.onnx")
@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from .images import HIGH_DEPTH, resized, too_thin
 from .media import FileError
 from .postprocess import SUPPRESSIONS, detect
 
 SCHEMA = 1
-# Modes of Pillow with more than 8 bits per channel, which Pillow would cut off at 255.
-HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 
 
@@ -29,7 +28,7 @@ class Detector:
     """An exported detector.
 
     Args:
-        path: an ONNX file of `tools/export.py`, or an OpenVINO .xml of it.
+        path: an ONNX file of `tools/export.py`.
         threads: that the engine uses; 0: as many as there are cores.
 
     Attributes:
@@ -122,18 +121,9 @@ class Detector:
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Return the size to which an image is resized, as Detectron2's ResizeShortestEdge."""
-        short, longest = self.size
-        if not short:
-            return height, width
-        scale = short / min(height, width)
-        sides = [short if side == min(height, width) else scale * side for side in (height, width)]
-        if max(sides) > longest:
-            scale = longest / max(sides)
-            sides = [side * scale for side in sides]
-        height, width = (int(side + 0.5) for side in sides)
-        if not min(height, width):
-            raise FileError(f"the image is too thin to be resized to {longest} at most")
-        return height, width
+        if thin := too_thin(height, width, *self.size):
+            raise FileError(f"the image {thin}")
+        return resized(height, width, *self.size)
 
     def canvas(self, height: int, width: int) -> tuple[int, int]:
         """Return the padded size."""
@@ -154,8 +144,8 @@ class Detector:
         pixels[:] = mean[:, None, None]
         for place, (image, height, width) in zip(pixels, members, strict=True):
             # By Pillow, as in training: another filter would change the input of the network.
-            resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-            array = np.asarray(resized)
+            smaller = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+            array = np.asarray(smaller)
             if self.settings["input_format"] == "BGR":
                 array = array[:, :, ::-1]
             place[:, :height, :width] = array.transpose(2, 0, 1)
@@ -172,8 +162,6 @@ def _open(path: str, threads: int) -> tuple[Any, dict[str, str]]:
     if not os.path.isfile(path):
         raise FileError(f"{path} does not exist")
     try:
-        if path.endswith(".xml"):
-            return _open_openvino(path, threads)
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -188,22 +176,6 @@ def _open(path: str, threads: int) -> tuple[Any, dict[str, str]]:
         lambda pixels: session.run(None, {name: pixels}),
         session.get_modelmeta().custom_metadata_map,
     )
-
-
-def _open_openvino(path: str, threads: int) -> tuple[Any, dict[str, str]]:
-    import openvino
-
-    # Its default on many processors is bfloat16, which moves boxes by pixels.
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
-    if threads:
-        options["INFERENCE_NUM_THREADS"] = threads
-    core = openvino.Core()
-    model = core.read_model(path)
-    properties = {}
-    if model.has_rt_info("atss"):
-        properties["atss"] = model.get_rt_info("atss").value
-    compiled = core.compile_model(model, "CPU", options)
-    return lambda pixels: list(compiled(pixels).to_tuple()), properties
 
 
 def read_rgb(image: Any) -> np.ndarray:

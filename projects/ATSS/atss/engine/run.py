@@ -90,6 +90,13 @@ def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
     )
     add_arguments(parser)
     parser.set_defaults(recalls_classes=False, registered_in=None)
+    add_import(parser)
+    add_options(parser)
+    return parser
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """Add --import, for :func:`import_modules`."""
     parser.add_argument(
         "--import",
         dest="imports",
@@ -98,10 +105,13 @@ def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
         metavar="MODULE",
         help="import a Python module or file first, such as one that registers a rule (repeatable)",
     )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the KEY VALUE pairs of a config."""
     parser.add_argument(
         "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: overrides the config"
     )
-    return parser
 
 
 def prepare(args: argparse.Namespace) -> CfgNode:

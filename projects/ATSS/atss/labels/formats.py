@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from atss_runner.suffixes import SUFFIXES
+from atss_runner.images import SUFFIXES
 
 from ..errors import UserError
 from . import lvis

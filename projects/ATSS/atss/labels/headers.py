@@ -10,11 +10,11 @@ from typing import IO, cast
 import fsspec
 from PIL import Image
 
+from atss_runner.images import HIGH_DEPTH, too_thin
+
 # EXIF's tag, and the orientations that swap width and height.
 ORIENTATION = 0x0112
 TURNED = (5, 6, 7, 8)
-# Modes of Pillow with more than 8 bits per channel.
-HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,15 @@ def problems(
 
     Args:
         labelled: (width, height) in the annotations, if any.
-        sizes: (shorter side, longest side) to which training resizes.
+        sizes: (shorter side, longest side) to which training resizes; a shorter side of 0: not
+            resized.
 
     Yields:
         a key of KINDS, and the end of a sentence that begins with the file's name.
     """
+    width, height = header.size
     if labelled and header.size != labelled:
-        (width, height), turned = header.size, header.orientation in TURNED
+        turned = header.orientation in TURNED
         turn = f" after its EXIF orientation {header.orientation}" if turned else ""
         yield (
             "image_size_wrong",
@@ -113,7 +115,7 @@ def problems(
             f"has more than 8 bits per channel (mode {header.mode}), which would be clipped at "
             "255: convert it to 8 bits",
         )
-    if thin := too_thin(header.size, sizes):
+    if thin := next(filter(None, (too_thin(height, width, *size) for size in sizes)), ""):
         yield "image_thin", thin
     if header.orientation != 1 and header.format == "TIFF":
         # Pillow turns a TIFF while it decodes it.
@@ -128,8 +130,8 @@ def problems(
         yield "image_alpha", f"is transparent (mode {header.mode})"
     if header.animated:
         yield "image_animated", "is animated"
-    if header.size[0] * header.size[1] > cast(int, Image.MAX_IMAGE_PIXELS):
-        yield "image_huge", f"is {header.size[0]} x {header.size[1]} pixels"
+    if width * height > cast(int, Image.MAX_IMAGE_PIXELS):
+        yield "image_huge", f"is {width} x {height} pixels"
     for kind, modes in (
         ("image_grey", ("1", "L", "LA")),
         ("image_palette", ("P", "PA")),
@@ -137,24 +139,6 @@ def problems(
     ):
         if header.mode in modes:
             yield kind, f"has mode {header.mode}"
-
-
-def too_thin(size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> str:
-    """Return the end of a sentence if resizing would leave no pixel, else "".
-
-    Args:
-        size: (width, height).
-        sizes: (shorter side, longest side) of the result; no resizing if the shorter one is 0.
-    """
-    for short, longest in sizes:
-        if short and _shorter_side(size, short, longest) < 1:
-            return f"is {size[0]} x {size[1]} pixels, too thin to be resized to {longest} at most"
-    return ""
-
-
-def _shorter_side(size: tuple[int, int], short: int, longest: int) -> int:
-    longer = short / min(size) * max(size)
-    return int(short * min(longest / longer, 1) + 0.5)
 
 
 def _orientation(image: Image.Image, decoded: bool) -> int:

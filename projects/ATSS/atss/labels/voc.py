@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from atss_runner.suffixes import SUFFIXES
+from atss_runner.images import SUFFIXES
 
 from ..errors import UserError
 from .findings import Finding

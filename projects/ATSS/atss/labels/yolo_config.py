@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from atss_runner.suffixes import SUFFIXES
+from atss_runner.images import SUFFIXES
 
 from ..errors import UserError
 from .folders import NAMES_FILES, files_below, names_of, read_text, with_slashes
