@@ -19,7 +19,7 @@ def test_needs_neither_torch_nor_detectron2():
 def test_draws_on_a_copy_in_the_colour_of_the_class():
     image = np.full((120, 160, 3), 90, np.uint8)
     boxes = np.array([[20.2, 40.0, 80.0, 100.4], [100, 5, 155, 60]], np.float32)
-    drawn = media.draw_boxes(image, boxes, [1, 11], ["ant 90%", "bee 80%"])
+    drawn = media.draw_boxes(image, boxes, [1, 11], ["ant 0.90", "bee 0.80"])
     assert (image == 90).all()
     for x, y in ((20, 70), (80, 70), (50, 100), (100, 40), (155, 40)):  # on a box
         assert tuple(drawn[y, x]) == media.COLOURS[1]
@@ -123,3 +123,109 @@ def test_unreadable_videos_are_named(tmp_path, content, problem):
     (tmp_path / "film.mp4").write_bytes(content)
     with pytest.raises(OSError, match=f"cannot open the film .*film.mp4: it is {problem}"):
         media.Film(tmp_path / "film.mp4")
+
+
+# ------------------------------------------------------------------------------------------------
+# Films that are written
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["H264Writer", "Mpeg4Writer"])
+def codec(request, monkeypatch):
+    """Both codecs in turn; the second as if PyAV were missing."""
+    if request.param == "H264Writer":
+        pytest.importorskip("av")
+    else:
+        monkeypatch.setattr(media, "find_spec", lambda name: None)
+    return request.param
+
+
+def write(path, frames, rate=25.0, size=None):
+    writer = media.open_writer(path, rate, size or frames[0].shape[:2])
+    for frame in frames:
+        writer.write(frame)
+    writer.close()
+    return media.Film(path)
+
+
+COLOURS = ((200, 40, 60), (30, 180, 90), (50, 60, 220), (128, 128, 128))
+
+
+def test_written_film_has_the_frames_and_the_rate(tmp_path, codec):
+    frames = [np.full((48, 64, 3), colour, np.uint8) for colour in COLOURS]
+    for rate in (30000 / 1001, 12.5):
+        film = write(tmp_path / "film.mp4", frames, rate)
+        assert film.rate == pytest.approx(rate, abs=1e-3)
+        assert film.count == 4
+        for frame, colour in zip(film, COLOURS, strict=True):
+            np.testing.assert_allclose(frame.mean(axis=(0, 1)), colour, atol=8)
+
+
+def test_odd_sides_keep_their_pixels(tmp_path, codec):
+    """The codecs need even sides: the last column and row are repeated."""
+    for size in ((45, 61), (45, 64), (1, 1), (2, 3)):
+        film = write(tmp_path / "film.mp4", [np.full((*size, 3), 200, np.uint8)] * 3)
+        assert film.count == 3
+        assert film.size == (size[0] + size[0] % 2, size[1] + size[1] % 2)
+        assert film.first.min() > 180
+
+
+def test_frames_of_other_sizes_are_resized(tmp_path, codec):
+    frames = [np.full((*size, 3), 200, np.uint8) for size in ((48, 64), (96, 64), (45, 61))]
+    assert [x.shape for x in write(tmp_path / "film.mp4", frames)] == [(48, 64, 3)] * 3
+
+
+def test_film_of_h264_is_what_browsers_play(tmp_path, monkeypatch):
+    av = pytest.importorskip("av")
+    write(tmp_path / "film.mp4", [np.zeros((48, 64, 3), np.uint8)])
+    with av.open(str(tmp_path / "film.mp4")) as container:
+        (stream,) = container.streams
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+    # The index precedes the frames, so that a browser plays while it loads.
+    content = (tmp_path / "film.mp4").read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat")
+
+
+@pytest.mark.parametrize(("rate", "size"), [(25.0, (40, 90000)), (25.0, (0, 0))])
+def test_film_that_no_codec_takes_is_refused(tmp_path, codec, rate, size):
+    with pytest.raises(media.FileError, match=r"^cannot write the film .*film.mp4 of .*: .+") as e:
+        media.open_writer(tmp_path / "film.mp4", rate, size)
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "film.mp4").exists()
+
+
+def test_film_in_a_folder_that_is_missing_is_refused(tmp_path, codec):
+    with pytest.raises(media.FileError, match=r"cannot write the film .*nowhere/film.mp4"):
+        media.open_writer(tmp_path / "nowhere" / "film.mp4", 25.0, (48, 64))
+
+
+@pytest.mark.parametrize("rate", [float("nan"), 0.0, -1.0, 1e-5, 90000.0])
+def test_film_without_a_usable_rate_gets_one(tmp_path, monkeypatch, rate):
+    write(tmp_path / "film.mp4", [np.zeros((48, 64, 3), np.uint8)])
+    capture = media.cv2.VideoCapture
+
+    class WithoutRate:
+        def __init__(self, path):
+            self.capture = capture(path)
+
+        def __getattr__(self, name):
+            return getattr(self.capture, name)
+
+        def get(self, key):
+            return rate if key == media.cv2.CAP_PROP_FPS else self.capture.get(key)
+
+    monkeypatch.setattr(media.cv2, "VideoCapture", WithoutRate)
+    assert media.Film(tmp_path / "film.mp4").rate == media.FRAMES_PER_SECOND
+
+
+def test_full_disk_ends_in_a_sentence(tmp_path, monkeypatch):
+    av = pytest.importorskip("av")
+    writer = media.open_writer(tmp_path / "film.mp4", 25.0, (48, 64))
+
+    class Full:
+        def mux(self, packets):
+            raise av.FFmpegError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "container", Full())
+    with pytest.raises(OSError, match=r"^cannot write the film .*film.mp4: .*No space left"):
+        writer.write(np.zeros((48, 64, 3), np.uint8))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from atss import Anchors, HeadOutput
-from atss.modeling.box_coding import Corners
+from atss.modeling.box_coding import Corners, LegacyPixels
 from atss.modeling.postprocess import PostProcessor, product, root
 from atss.modeling.suppression import NMS, ScoreVote, SoftVote, Vote, keep_all
 from atss_runner.postprocess import detect
@@ -37,7 +37,7 @@ def outputs(seed=0, quality=True):
     return boxes, logits, torch.randn(shape, generator=generator) if quality else None
 
 
-def both(boxes, logits, quality, score, suppression, **options):
+def both(boxes, logits, quality, score, suppression, legacy=False, **options):
     function, arguments = SUPPRESSIONS[suppression]
     post = PostProcessor(
         score_thresh=0.2,
@@ -51,12 +51,14 @@ def both(boxes, logits, quality, score, suppression, **options):
     output = HeadOutput(logits, regression, quality)
     (expected,) = post(output, ANCHORS, Corners(), [SIZE])
     expected = post.in_original(expected, *ORIGINAL)
+    if legacy:
+        LegacyPixels(Corners()).after_resizing(expected, SIZE)
     settings = {
         "score_thresh": 0.2,
         "topk": 40,
         "max_detections": 30,
         "score": "sqrt" if score is root else "product",
-        "legacy_pixels": False,
+        "legacy_pixels": legacy,
         "suppression": {"name": suppression, **arguments},
         **options,
     }
@@ -74,7 +76,7 @@ def both(boxes, logits, quality, score, suppression, **options):
 
 
 @pytest.mark.parametrize("suppression", SUPPRESSIONS)
-@pytest.mark.parametrize("values", itertools.product([False, True], repeat=4))
+@pytest.mark.parametrize("values", [*itertools.product([False, True], repeat=4)])
 def test_detections_are_those_of_the_detector(suppression, values):
     options = dict(zip(FLAGS, values, strict=True))
     for seed, score in ((0, root), (1, product)):
@@ -92,6 +94,15 @@ def test_scores_without_quality_are_probabilities():
     expected, found = both(*outputs(quality=False), root, "nms", **options)
     assert len(found.boxes) == len(expected) > 0
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-6)
+
+
+def test_last_pixel_of_legacy_boxes_is_not_resized():
+    options = dict.fromkeys(FLAGS, False) | {"clip": True}
+    expected, found = both(*outputs(), root, "none", legacy=True, **options)
+    order = np.argsort(-expected.scores.numpy(), kind="stable")
+    boxes = expected.pred_boxes.tensor.numpy()[order]
+    assert len(boxes) > 0
+    np.testing.assert_allclose(found.boxes, boxes, rtol=1e-5, atol=1e-3)
 
 
 def test_an_image_without_candidates_has_no_detections():

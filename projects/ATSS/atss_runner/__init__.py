@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .detector import Detector, load
     from .media import FileError
 
+__version__ = "0.3.0"  # that of atss
 __all__ = ["Detections", "Detector", "FileError", "load"]
 
 # Imported when the name is asked for: media.py needs OpenCV, detector.py Pillow.

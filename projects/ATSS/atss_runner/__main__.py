@@ -8,10 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from .annotate import annotate, targets
-from .detector import load, read_rgb
+from .detector import load, read_bgr
 from .images import SUFFIXES
 from .media import FileError, find_media
 
@@ -37,29 +35,35 @@ def main(argv: list[str] | None = None) -> None:
     records: list[dict] = []
     num_images = 0
     try:
-        if args.batch < 1:
-            raise FileError(f"--batch must be >= 1, got {args.batch}")
+        for name, least in (("batch", 1), ("threads", 0)):
+            if (value := getattr(args, name)) < least:
+                raise FileError(f"--{name} must be >= {least}, got {value}")
+        if not 0 <= args.score_threshold <= 1:
+            raise FileError(
+                f"--score-threshold must be between 0 and 1, got {args.score_threshold}"
+            )
         inputs, skipped = find_media(args.inputs, SUFFIXES, args.output)
         for problem in skipped:
             print(f"skipped: {problem}", file=sys.stderr)
         places = targets(inputs, args.output)
-        for place in places.values():
-            place.parent.mkdir(parents=True, exist_ok=True)
-        detector = load(args.model, args.threads)
+        detector = load(args.model, args.threads, args.batch)
+        for folder in {args.output, *(place.parent for place in places.values())}:
+            folder.mkdir(parents=True, exist_ok=True)
         options = (args.score_threshold, args.batch)
-        for detections in annotate(detector, places, *options, read=read_bgr):
-            records += detections
-            num_images += 1
+        try:
+            for detections in annotate(detector, places, *options, read=read_bgr):
+                records += detections
+                num_images += 1
+        finally:  # also after an error or ctrl-C
+            if num_images:
+                (args.output / "detections.json").write_text(json.dumps(records))
     except OSError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     if not num_images:
         sys.exit("error: none of the inputs could be read")
-    (args.output / "detections.json").write_text(json.dumps(records))
     print(f"{len(records)} detections: pictures and detections.json are in {args.output}")
-
-
-def read_bgr(path: str) -> np.ndarray:
-    return read_rgb(path)[:, :, ::-1]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Detections drawn on images and videos, and yielded as COCO records."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -13,21 +16,13 @@ from . import media
 from .detections import as_records, draw_detections
 from .images import too_thin
 
+# An image, the function that writes its picture, and fields of its records.
+Frame = tuple[np.ndarray, Callable[[np.ndarray], None], Mapping[str, object]]
 
-class Silent:
-    """A progress bar that shows nothing."""
 
-    def __init__(self, **_: Any):
-        pass
-
-    def __enter__(self) -> "Silent":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, count: int) -> None:
-        pass
+def no_progress(**_: Any) -> Any:
+    """Return a progress bar that shows nothing."""
+    return nullcontext(SimpleNamespace(update=lambda count: None))
 
 
 def annotate(
@@ -37,7 +32,7 @@ def annotate(
     batch: int = 4,
     *,
     read: Callable[[str], np.ndarray],
-    progress: Callable[..., Any] = Silent,
+    progress: Callable[..., Any] = no_progress,
 ) -> Iterator[list[dict]]:
     """Draw detections, and yield the records of each image or frame, with "file_name" and, for a
     video, "frame". Unreadable inputs are listed on standard error.
@@ -53,11 +48,41 @@ def annotate(
     Raises:
         OSError: if a picture cannot be written.
     """
-    images = [path for path in places if not media.is_video(path)]
+
+    def detect(frames: Iterable[Frame], **bar_options: object) -> Iterator[list[dict]]:
+        with progress(**bar_options) as bar:
+            for part in media.batches(frames, batch):
+                results = predictor([image for image, _, _ in part])
+                for (image, write, fields), detections in zip(part, results, strict=True):
+                    shown = detections.above(threshold)
+                    write(draw_detections(image, shown, predictor.names))
+                    yield as_records(shown, predictor.ids, predictor.names, **fields)
+                bar.update(len(part))
+
+    images = {path: target for path, target in places.items() if not media.is_video(path)}
     if images:
-        yield from _annotate_images(predictor, images, places, threshold, batch, read, progress)
+        frames = _images(images, predictor.size, read)
+        yield from detect(frames, total=len(images), unit="image")
     for path in filter(media.is_video, places):
-        yield from _annotate_video(predictor, path, places[path], threshold, batch, progress)
+        try:
+            film = media.Film(path)
+            if thin := too_thin(*film.size, *predictor.size):
+                raise media.FileError(f"the film {path} {thin}")
+            writer = media.open_writer(places[path], film.rate, film.size)
+        except OSError as error:
+            _skip(error)
+            continue
+        number, name = 0, str(path)
+        frames = (
+            (frame, writer.write, {"file_name": name, "frame": i}) for i, frame in enumerate(film)
+        )
+        with closing(writer):
+            for records in detect(frames, total=film.count, unit="frame", desc=path.name):
+                yield records
+                number += 1
+        if film.count and number < film.count:
+            counts = f"{film.count} frames by its header, {number} could be read"
+            print(f"incomplete: {path}: {counts}", file=sys.stderr)
 
 
 def targets(inputs: Mapping[Path, Path], output: Path) -> dict[Path, Path]:
@@ -90,79 +115,26 @@ def image_ids(paths: Sequence[Path]) -> dict[Path, int | str]:
     return {path: path.name if are_unique else str(path) for path in paths}
 
 
-def _annotate_images(
-    predictor: Any,
-    paths: Sequence[Path],
-    places: Mapping[Path, Path],
-    threshold: float,
-    batch: int,
-    read: Callable[[str], np.ndarray],
-    progress: Callable[..., Any],
-) -> Iterator[list[dict]]:
-    def readable() -> Iterator[tuple[Path, np.ndarray]]:
-        for path in paths:
-            try:
-                yield path, read(str(path))
-            except (ValueError, OSError) as error:
-                _skip(error)
-
-    ids = image_ids(paths)
-    with progress(total=len(paths), unit="image") as bar:
-        for batch_images in media.batches(readable(), batch):
-            results = predictor([image for _, image in batch_images])
-            for (path, image), detections in zip(batch_images, results, strict=True):
-                shown = detections.above(threshold)
-                drawn = draw_detections(image, shown, predictor.names)
-                if not cv2.imwrite(str(places[path]), drawn):
-                    raise OSError(f"cannot write the picture {places[path]}")
-                fields = {"image_id": ids[path], "file_name": str(path)}
-                yield as_records(shown, predictor.ids, predictor.names, **fields)
-            bar.update(len(batch_images))
-
-
-def _annotate_video(
-    predictor: Any,
-    path: Path,
-    target: Path,
-    threshold: float,
-    batch: int,
-    progress: Callable[..., Any],
-) -> Iterator[list[dict]]:
-    try:
-        film = media.Film(path)
-    except OSError as error:
-        _skip(error)
-        return
-    frames = iter(film)
-    first = next(frames, None)
-    if first is None:
-        _skip(f"{path} has no frame that can be read")
-        return
-    size = first.shape[1], first.shape[0]
-    if thin := too_thin(size[1], size[0], *predictor.size):
-        _skip(f"the film {path} {thin}")
-        return
-    writer = film.writer(target, size)
-    if not writer.isOpened():
-        _skip(f"cannot write the film {target} of {size[0]} x {size[1]} pixels")
-        return
-    number = 0
-    with progress(total=film.count, unit="frame", desc=path.name) as bar:
+def _images(
+    places: Mapping[Path, Path], size: tuple[int, int], read: Callable[[str], np.ndarray]
+) -> Iterator[Frame]:
+    ids = image_ids([*places])
+    for path, target in places.items():
         try:
-            for batch_frames in media.batches(chain([first], frames), batch):
-                for frame, detections in zip(batch_frames, predictor(batch_frames), strict=True):
-                    shown = detections.above(threshold)
-                    # OpenCV silently drops frames of another size than the first.
-                    writer.write(cv2.resize(draw_detections(frame, shown, predictor.names), size))
-                    fields = {"file_name": str(path), "frame": number}
-                    yield as_records(shown, predictor.ids, predictor.names, **fields)
-                    number += 1
-                bar.update(len(batch_frames))
-        finally:
-            writer.release()
-    if film.count and number < film.count:
-        counts = f"{film.count} frames by its header, {number} could be read"
-        print(f"incomplete: {path}: {counts}", file=sys.stderr)
+            image = read(str(path))
+            height, width = image.shape[:2]
+            if thin := too_thin(height, width, *size):
+                raise media.FileError(f"{path} {thin}")
+        except (ValueError, OSError) as error:
+            _skip(error)
+            continue
+        fields = {"image_id": ids[path], "file_name": str(path)}
+        yield image, partial(_write_picture, target), fields
+
+
+def _write_picture(target: Path, picture: np.ndarray) -> None:
+    if not cv2.imwrite(str(target), picture):
+        raise OSError(f"cannot write the picture {target}")
 
 
 def _skip(problem: object) -> None:

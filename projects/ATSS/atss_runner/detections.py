@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 
 from .media import draw_boxes
@@ -30,13 +31,37 @@ class Detections(NamedTuple):
         return Detections(*(x[index] for x in self))
 
 
-def draw_detections(image: np.ndarray, found: Detections, names: Sequence[str]) -> np.ndarray:
-    """Return a copy of a BGR image with boxes, class names and scores."""
+def draw_detections(
+    image: np.ndarray, found: Detections, names: Sequence[str], least_side: int = 0
+) -> np.ndarray:
+    """Return a copy of a BGR image with boxes, class names and scores.
+
+    Args:
+        least_side: of the copy, in pixels: an image whose longer side is shorter is enlarged.
+    """
+    scale = max(least_side / max(image.shape[:2]), 1.0)
+    if scale > 1:
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     labels = [
-        f"{names[k] if names else k} {score:.0%}"
+        f"{names[k] if names else k} {score:.2f}"
         for k, score in zip(found.classes, found.scores, strict=True)
     ]
-    return draw_boxes(image, found.boxes, found.classes, labels)
+    return draw_boxes(image, found.boxes * scale, found.classes, labels)
+
+
+def explain_none(highest: float, threshold: float, option: str) -> str:
+    """Return a message for images on which no detection is drawn.
+
+    Args:
+        highest: score of all detections; 0 if there is none.
+        option: that sets the threshold.
+    """
+    if not highest:
+        return (
+            "No score is above MODEL.ATSS.SCORE_THRESH_TEST: the detector is of other data, or its "
+            "training was too short (docs/troubleshooting.md)"
+        )
+    return f"The highest score is {highest:.3f}: pass a lower {option} than {threshold:g}"
 
 
 def as_records(

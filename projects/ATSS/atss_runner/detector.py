@@ -1,14 +1,13 @@
-"""Detection with an exported file, without torch: NumPy, Pillow and onnxruntime.
+"""Detection with an exported file, without torch: NumPy, Pillow and onnxruntime (or openvino).
 
 from atss_runner import load
 detector = load("model.onnx")
 boxes, scores, classes = detector("photo.jpg")
 """
 
-import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,22 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from .detections import Detections
 from .images import HIGH_DEPTH, resized, too_thin
-from .media import FileError
-from .postprocess import SUPPRESSIONS, detect
+from .media import FileError, batches
+from .postprocess import detect, in_original
+from .settings import read_settings
 
-SCHEMA = 1
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 
 
 class Detector:
-    """An exported detector.
+    """An exported detector, for several threads at once, too.
 
     Args:
-        path: an ONNX file of `tools/export.py`.
+        path: an ONNX file of `tools/export.py`, or an OpenVINO .xml of it.
         threads: that the engine uses; 0: as many as there are cores.
+        batch: images of a list that are in memory and in the network at a time.
 
     Attributes:
         names: of the classes.
@@ -41,67 +42,71 @@ class Detector:
         FileError: if the file was not written by the exporter, or by a newer one.
     """
 
-    def __init__(self, path: str | Path, threads: int = 0):
+    def __init__(self, path: str | Path, threads: int = 0, batch: int = 4):
         self._run, properties = _open(str(path), threads)
-        if "atss" not in properties:
-            raise FileError(f"{path} is no exported detector: it has no metadata 'atss'")
-        self.settings: dict[str, Any] = json.loads(properties["atss"])
-        if self.settings["schema"] > SCHEMA:
-            raise FileError(
-                f"{path} has metadata of schema {self.settings['schema']}, this runner reads up to "
-                f"{SCHEMA}: install a newer atss_runner"
-            )
-        if (name := self.settings["suppression"]["name"]) not in SUPPRESSIONS:
-            raise FileError(f"{path} needs the suppression {name!r}, which this runner has not")
+        self.settings: dict[str, Any] = read_settings(str(path), properties)
         self.names: list[str] = self.settings["classes"]
         self.ids: list[int] = self.settings["ids"]
         self.size: tuple[int, int] = (self.settings["min_size"], self.settings["max_size"])
+        self.batch = batch
 
-    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Any:
+    def __call__(self, images: ImageLike | Sequence[ImageLike] | Iterator[ImageLike]) -> Any:
         """Detect on one image or several.
 
         Args:
             images: a path, a PIL image, or a uint8 array as of OpenCV, (H, W, 3) BGR, (H, W, 4)
-                BGRA or (H, W) grey; or a list of these.
+                BGRA or (H, W) grey; or a list or an iterator of these.
 
         Returns:
-            :class:`Detections`; of a list a list.
+            :class:`Detections`; of a list or an iterator a list.
 
         Raises:
             FileError: for an image that cannot be read or used.
         """
-        several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-        listed: Sequence[Any] = images if several else [images]  # type: ignore[assignment]
+        if isinstance(images, str | bytes) or not isinstance(images, Sequence | Iterator):
+            return self._detect([images])[0]
+        return [found for part in batches(images, self.batch) for found in self._detect(part)]
+
+    def _detect(self, images: Sequence[Any]) -> list[Detections]:
         # Images of one canvas run together; a larger canvas would change their borders.
-        arrays = [read_rgb(x) for x in listed]
+        arrays = [read_bgr(x) for x in images]
         groups = defaultdict(list)
         for i, array in enumerate(arrays):
-            height, width = self.resized(*array.shape[:2])
-            groups[self.canvas(height, width)].append((i, height, width))
-        results: list[Any] = [None] * len(arrays)
+            size = self.resized(*array.shape[:2])
+            groups[self.canvas(*size)].append((i, size))
+        results: dict[int, Detections] = {}
         for canvas, members in groups.items():
-            pixels = self._pixels([(arrays[i], h, w) for i, h, w in members], canvas)
-            boxes, probabilities, quality = self.run(pixels)
-            for row, (i, height, width) in enumerate(members):
+            pixels = self._pixels([(arrays[i], size) for i, size in members], canvas)
+            outputs = self.outputs(pixels, np.array([size for _, size in members]))
+            for row, (i, size) in enumerate(members):
+                own = {name: values[row] for name, values in outputs.items()}
+                original = arrays[i].shape[:2]
+                if self.settings["nms_inside"]:
+                    found = Detections(own["boxes"], own["scores"], own["classes"])
+                    found = found.take(slice(int(own["count"])))
+                    results[i] = in_original(found, size, original, self.settings)
+                    continue
                 results[i] = detect(
-                    boxes[row],
-                    probabilities[row],
-                    None if quality is None else quality[row],
+                    own["boxes"],
+                    own["probabilities"],
+                    own.get("quality"),
                     self.per_level(canvas),
-                    (height, width),
-                    arrays[i].shape[:2],
+                    size,
+                    original,
                     self.settings,
                 )
-        return results if several else results[0]
+        return [results[i] for i in range(len(arrays))]
 
-    def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    def outputs(self, pixels: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
         """Run the network.
 
         Args:
             pixels: (N, 3, H, W) float32, 0 to 255, in the channel order of the metadata.
+            sizes: (N, 2) int64 height and width of the images on their canvas.
 
         Returns:
-            boxes (N, R, 4), probabilities (N, R, K), and quality (N, R) or None.
+            boxes (N, R, 4), probabilities (N, R, K), and quality (N, R) if the head predicts it; of
+            a file with NMS, boxes (N, M, 4), scores (N, M), classes (N, M) and count (N,).
 
         Raises:
             FileError: if a side is no multiple of the divisor.
@@ -110,14 +115,14 @@ class Detector:
         if any(side % divisor or not side for side in pixels.shape[2:]):
             height, width = pixels.shape[2:]
             raise FileError(f"sides must be multiples of {divisor}, got {height} x {width}")
-        outputs = dict(zip(self.settings["outputs"], self._run(pixels), strict=True))
-        return outputs["boxes"], outputs["probabilities"], outputs.get("quality")
+        inputs = (pixels, sizes)[: len(self.settings["inputs"])]
+        return dict(zip(self.settings["outputs"], self._run(*inputs), strict=True))
 
     def pixels(self, image: ImageLike) -> np.ndarray:
         """Return the input of the network for one image, (1, 3, H, W)."""
-        array = read_rgb(image)
-        height, width = self.resized(*array.shape[:2])
-        return self._pixels([(array, height, width)], self.canvas(height, width))
+        array = read_bgr(image)
+        size = self.resized(*array.shape[:2])
+        return self._pixels([(array, size)], self.canvas(*size))
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Return the size to which an image is resized, as Detectron2's ResizeShortestEdge."""
@@ -136,32 +141,33 @@ class Detector:
         return [-(-canvas[0] // s) * -(-canvas[1] // s) * each for s in self.settings["strides"]]
 
     def _pixels(
-        self, members: list[tuple[np.ndarray, int, int]], canvas: tuple[int, int]
+        self, members: list[tuple[np.ndarray, tuple[int, int]]], canvas: tuple[int, int]
     ) -> np.ndarray:
         """Resized images on a canvas of the mean colour, which is 0 once normalised."""
         mean = np.array(self.settings["pixel_mean"], dtype=np.float32)
         pixels = np.empty((len(members), len(mean), *canvas), dtype=np.float32)
         pixels[:] = mean[:, None, None]
-        for place, (image, height, width) in zip(pixels, members, strict=True):
+        for place, (image, (height, width)) in zip(pixels, members, strict=True):
             # By Pillow, as in training: another filter would change the input of the network.
             smaller = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-            array = np.asarray(smaller)
-            if self.settings["input_format"] == "BGR":
-                array = array[:, :, ::-1]
-            place[:, :height, :width] = array.transpose(2, 0, 1)
+            channels = np.asarray(smaller).transpose(2, 0, 1)
+            is_rgb = self.settings["input_format"] == "RGB"
+            place[:, :height, :width] = channels[::-1] if is_rgb else channels
         return pixels
 
 
-def load(path: str | Path, threads: int = 0) -> Detector:
+def load(path: str | Path, threads: int = 0, batch: int = 4) -> Detector:
     """Load an exported detector; see :class:`Detector`."""
-    return Detector(path, threads)
+    return Detector(path, threads, batch)
 
 
 def _open(path: str, threads: int) -> tuple[Any, dict[str, str]]:
-    """Return a function (pixels) -> outputs, and the metadata of the file."""
+    """Return a function (inputs) -> outputs, and the metadata of the file."""
     if not os.path.isfile(path):
-        raise FileError(f"{path} does not exist")
+        raise FileError(f"{path} {'is no file' if os.path.exists(path) else 'does not exist'}")
     try:
+        if path.endswith(".xml"):
+            return _open_openvino(path, threads)
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -169,17 +175,32 @@ def _open(path: str, threads: int) -> tuple[Any, dict[str, str]]:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except ImportError as error:
         raise FileError(f"{path} needs {error.name}: pip install {error.name}") from error
-    except Exception as error:  # onnxruntime's own types
+    except Exception as error:  # the engines' own types
         raise FileError(f"cannot load {path}: {str(error).splitlines()[0]}") from error
-    name = session.get_inputs()[0].name
+    names = [x.name for x in session.get_inputs()]
     return (
-        lambda pixels: session.run(None, {name: pixels}),
+        lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True))),
         session.get_modelmeta().custom_metadata_map,
     )
 
 
-def read_rgb(image: Any) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of a path, a PIL image, or an array as of OpenCV."""
+def _open_openvino(path: str, threads: int) -> tuple[Any, dict[str, str]]:
+    import openvino
+
+    # Its default on many processors is bfloat16, which moves boxes by pixels.
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        options["INFERENCE_NUM_THREADS"] = threads
+    core = openvino.Core()
+    model = core.read_model(path)
+    properties = {"atss": model.get_rt_info("atss").value} if model.has_rt_info("atss") else {}
+    compiled = core.compile_model(model, "CPU", options)
+    # A request of its own for each call: calls may come from several threads.
+    return lambda *inputs: compiled.create_infer_request().infer(inputs).to_tuple(), properties
+
+
+def read_bgr(image: Any) -> np.ndarray:
+    """(H, W, 3) uint8 BGR of a path, a PIL image, or an array as of OpenCV."""
     if isinstance(image, str | os.PathLike):
         try:
             with Image.open(image) as opened:
@@ -201,7 +222,7 @@ def read_rgb(image: Any) -> np.ndarray:
         raise FileError(f"the image is empty: {image.shape}")
     image = image.reshape(*image.shape[:2], -1)
     bgr = image[:, :, :3] if image.shape[2] > 1 else image.repeat(3, axis=2)
-    return np.ascontiguousarray(bgr[:, :, ::-1])
+    return np.ascontiguousarray(bgr)
 
 
 def _of_pillow(image: Image.Image, name: str) -> np.ndarray:
@@ -212,4 +233,4 @@ def _of_pillow(image: Image.Image, name: str) -> np.ndarray:
     image.load()
     with suppress(Exception):  # a broken EXIF counts as none, as in training
         image = ImageOps.exif_transpose(image)
-    return np.asarray(image.convert("RGB"))
+    return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])

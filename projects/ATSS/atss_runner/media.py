@@ -1,10 +1,13 @@
-"""Images and videos: found, read, written, with boxes. NumPy and OpenCV only."""
+"""Images and videos: found, read, written, with boxes. NumPy and OpenCV; PyAV if it is there."""
 
 import os
 from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import suppress
+from fractions import Fraction
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -20,7 +23,7 @@ COLOURS = (
     (156, 188, 26), (0, 84, 211), (193, 182, 255), (15, 196, 241), (128, 128, 0),
 )
 # fmt: on
-FRAMES_PER_SECOND = 25.0  # of a video without a rate
+FRAMES_PER_SECOND = 25.0  # of a video without a rate that codecs take
 
 Item = TypeVar("Item")
 
@@ -109,14 +112,15 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 class Film:
-    """The frames of a video, (H, W, 3) BGR.
+    """The frames of a video, (H, W, 3) BGR. Its sound is ignored.
 
     Attributes:
         rate: frames per second.
         count: frames according to the header, or None.
+        size: (height, width) of the first frame.
 
     Raises:
-        OSError: naming a file that cannot be opened.
+        FileError: naming a file that cannot be opened, or has no frame.
     """
 
     def __init__(self, path: Path):
@@ -124,20 +128,100 @@ class Film:
         if not self.source.isOpened():
             empty = path.is_file() and not path.stat().st_size
             problem = "empty" if empty else "damaged, or has an unknown format"
-            raise OSError(f"cannot open the film {path}: it is {problem}")
-        self.rate = max(self.source.get(cv2.CAP_PROP_FPS), 0) or FRAMES_PER_SECOND
+            raise FileError(f"cannot open the film {path}: it is {problem}")
+        rate = self.source.get(cv2.CAP_PROP_FPS)
+        self.rate = rate if 0.01 <= rate <= 1000 else FRAMES_PER_SECOND
         self.count = max(int(self.source.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None
+        is_read, self.first = self.source.read()
+        if not is_read:
+            raise FileError(f"{path} has no frame that can be read")
+        self.size: tuple[int, int] = self.first.shape[:2]
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        while True:
-            ok, frame = self.source.read()
-            if not ok:
-                self.source.release()
-                return
+        is_read, frame = True, self.first
+        while is_read:
             yield frame
+            is_read, frame = self.source.read()
+        self.source.release()
 
-    def writer(self, path: Path, size: tuple[int, int]) -> cv2.VideoWriter:
-        return cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
+
+def open_writer(path: Path, rate: float, size: tuple[int, int]) -> "H264Writer | Mpeg4Writer":
+    """Open a film for writing: H.264, which browsers play, if PyAV is installed; else MPEG-4.
+
+    Args:
+        rate: frames per second.
+        size: (height, width); frames of other sizes are resized.
+
+    Raises:
+        FileError: if the codec refuses the size or the rate, or the file cannot be written.
+    """
+    try:
+        return (H264Writer if find_spec("av") else Mpeg4Writer)(path, rate, size)
+    except Exception as error:  # PyAV's own types
+        with suppress(OSError):
+            path.unlink()
+        kind = f"{size[1]} x {size[0]} pixels and {rate:g} frames per second"
+        raise FileError(f"cannot write the film {path} of {kind}: {error}") from error
+
+
+class H264Writer:
+    """Writer of an H.264 film, by PyAV."""
+
+    def __init__(self, path: Path, rate: float, size: tuple[int, int]):
+        import av
+
+        self.size, self.path, self.frame_of = size, path, av.VideoFrame.from_ndarray
+        self.container = av.open(str(path), "w", options={"movflags": "faststart"})
+        # Fractions such as 30000/1001 are exact.
+        exact_rate = Fraction(rate).limit_denominator(1001)
+        self.stream: Any = self.container.add_stream("libx264", exact_rate, {"preset": "veryfast"})
+        self.stream.height, self.stream.width = _even(size)
+        self.stream.pix_fmt = "yuv420p"
+        # BT.601 of limited range, into which FFmpeg converts; players guess by the height.
+        self.stream.codec_context.colorspace, self.stream.codec_context.color_range = 6, 1
+        self.container.start_encoding()
+
+    def write(self, frame: np.ndarray) -> None:
+        self._encode(self.frame_of(_with_even_sides(frame, self.size), "bgr24"))
+
+    def close(self) -> None:
+        self._encode(None)
+        self.container.close()
+
+    def _encode(self, frame: Any) -> None:
+        try:
+            self.container.mux(self.stream.encode(frame))
+        except Exception as error:  # PyAV's own types
+            raise OSError(f"cannot write the film {self.path}: {error}") from error
+
+
+class Mpeg4Writer:
+    """Writer of an MPEG-4 film, by OpenCV; browsers do not play it."""
+
+    def __init__(self, path: Path, rate: float, size: tuple[int, int]):
+        self.size = size
+        code = cv2.VideoWriter.fourcc(*"mp4v")
+        self.writer = cv2.VideoWriter(str(path), code, rate, _even(size)[::-1])
+        if not self.writer.isOpened():
+            raise FileError("OpenCV's codec mp4v refuses it")
+
+    def write(self, frame: np.ndarray) -> None:
+        # OpenCV silently drops frames of another size.
+        self.writer.write(_with_even_sides(frame, self.size))
+
+    def close(self) -> None:
+        self.writer.release()
+
+
+def _even(size: tuple[int, int]) -> tuple[int, int]:
+    """Round up: films store colours at half the height and width. OpenCV would round down."""
+    return size[0] + size[0] % 2, size[1] + size[1] % 2
+
+
+def _with_even_sides(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    bottom, right = size[0] % 2, size[1] % 2
+    frame = cv2.resize(frame, size[::-1])
+    return cv2.copyMakeBorder(frame, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
 
 
 def draw_boxes(

@@ -29,36 +29,27 @@ def candidates(
     Returns:
         (M,) anchor, score and class.
     """
-    top, threshold = settings["topk"], np.float32(settings["score_thresh"])
-
-    def score(probability: np.ndarray, anchor: np.ndarray) -> np.ndarray:
-        if quality is None:
-            return probability
-        own = quality[anchor]
-        product = probability * (own[:, None] if probability.ndim == 2 else own)
-        return np.sqrt(product) if settings["score"] == "sqrt" else product
-
+    scores = probabilities
+    if quality is not None:
+        scores = probabilities * quality[:, None]
+        scores = np.sqrt(scores) if settings["score"] == "sqrt" else scores
+    rank = probabilities if settings["rank_by_class"] else scores
+    passing = scores if settings["threshold_on_score"] else probabilities
+    passing = passing > np.float32(settings["score_thresh"])
     parts, first = [], 0
     for count in per_level:
         anchors = np.arange(first, first + count)
         first += count
         if settings["rank_anchors"]:
-            of_level = probabilities[anchors]
-            rank = of_level if settings["rank_by_class"] else score(of_level, anchors)
-            anchors = anchors[_best(rank.max(axis=1), top)]
-        passing = probabilities[anchors]
-        if settings["threshold_on_score"]:
-            passing = score(passing, anchors)
-        row, classes = np.nonzero(passing > threshold)
+            anchors = anchors[_best(rank[anchors].max(axis=1), settings["topk"])]
+        row, classes = np.nonzero(passing[anchors])
         anchor = anchors[row]
-        probability = probabilities[anchor, classes]
-        scores = score(probability, anchor)
         if not settings["rank_anchors"]:
-            kept = _best(probability if settings["rank_by_class"] else scores, top)
-            anchor, classes, scores = anchor[kept], classes[kept], scores[kept]
-        parts.append((anchor, scores, classes))
-    anchor, scores, classes = (np.concatenate(x) for x in zip(*parts, strict=True))
-    return anchor, scores, classes
+            kept = _best(rank[anchor, classes], settings["topk"])
+            anchor, classes = anchor[kept], classes[kept]
+        parts.append((anchor, classes))
+    anchor, classes = (np.concatenate(x) for x in zip(*parts, strict=True))
+    return anchor, scores[anchor, classes], classes
 
 
 def detect(
@@ -80,23 +71,33 @@ def detect(
         settings: the metadata of the file.
     """
     anchor, scores, classes = candidates(probabilities, quality, per_level, settings)
-    box = boxes[anchor]
+    found = Detections(boxes[anchor], scores, classes)
     if settings["clip"]:
-        box = _clip(box, size)
-    found = Detections(box, scores, classes.astype(np.int64))
-    found = found.take(_has_area(box))
-    suppression = settings["suppression"]
-    arguments = {k: v for k, v in suppression.items() if k != "name"}
-    found = SUPPRESSIONS[suppression["name"]](found, settings["max_detections"], **arguments)
+        found = found._replace(boxes=_clip(found.boxes, size))
+    found = found.take(_has_area(found.boxes))
+    arguments = dict(settings["suppression"])
+    suppress = SUPPRESSIONS[arguments.pop("name")]
+    found = suppress(found, settings["max_detections"], **arguments)
+    return in_original(found, size, original, settings)
+
+
+def in_original(
+    found: Detections,
+    size: tuple[int, int],
+    original: tuple[int, int],
+    settings: Mapping[str, Any],
+) -> Detections:
+    """Scale detections from the resized image to the original; arguments as :func:`detect`."""
     scale = np.array([original[1] / size[1], original[0] / size[0]] * 2, dtype=np.float32)
-    box = found.boxes * scale
+    found = found._replace(boxes=found.boxes * scale)
     if settings["clip"]:
-        box = _clip(box, original)
-        found, box = found.take(_has_area(box)), box[_has_area(box)]
+        found = found._replace(boxes=_clip(found.boxes, original))
+        found = found.take(_has_area(found.boxes))
     if settings["legacy_pixels"]:
         # The last pixel of a box is one pixel of the original image wide.
-        box = _clip(box + np.array([0, 0, 1 - scale[0], 1 - scale[1]], dtype=np.float32), original)
-    return found._replace(boxes=box.astype(np.float32))
+        widened = found.boxes + np.array([0, 0, 1 - scale[0], 1 - scale[1]], dtype=np.float32)
+        found = found._replace(boxes=_clip(widened, original))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------
@@ -106,21 +107,21 @@ def detect(
 
 def keep_all(found: Detections, limit: int) -> Detections:
     """No suppression."""
-    return found.take(np.argsort(-found.scores, kind="stable")[:limit])
+    return found.take(_best(found.scores, limit))
 
 
 def nms(found: Detections, limit: int, threshold: float) -> Detections:
     """Non-maximum suppression of each class."""
-    kept = []
+    boxes, kept = found.boxes.astype(np.float64), []
     for k in np.unique(found.classes):
         index = np.flatnonzero(found.classes == k)
-        order = index[np.argsort(-found.scores[index], kind="stable")]
-        boxes, count = found.boxes.astype(np.float64), 0
-        while len(order) and count < limit:
-            kept.append(order[0])
-            count += 1
-            rest = order[1:]
-            order = rest[~(_iou(boxes[order[0]], boxes[rest]) > threshold)]
+        order = index[_best(found.scores[index], len(index))]
+        for _ in range(limit):
+            if not len(order):
+                break
+            best, rest = order[0], order[1:]
+            kept.append(best)
+            order = rest[~(_iou(boxes[best], boxes[rest]) > threshold)]
     return keep_all(found.take(np.sort(np.array(kept, dtype=np.int64))), limit)
 
 
@@ -152,7 +153,7 @@ def vote(
     boxes, scores, classes = [], [], []
     for k in np.unique(found.classes):
         left = found.take(found.classes == k)
-        left = left.take(np.argsort(-left.scores, kind="stable"))
+        left = keep_all(left, len(left.boxes))
         while len(left.boxes):
             overlap = _iou(left.boxes[0], left.boxes)
             group = overlap >= threshold
@@ -188,10 +189,7 @@ SUPPRESSIONS: dict[str, Callable[..., Detections]] = {
 
 def _best(rank: np.ndarray, count: int) -> np.ndarray:
     """Return the positions of the ``count`` highest, highest first."""
-    if len(rank) > count:
-        chosen = np.argpartition(-rank, count - 1)[:count]
-        return chosen[np.argsort(-rank[chosen], kind="stable")]
-    return np.argsort(-rank, kind="stable")
+    return np.argsort(-rank, kind="stable")[:count]
 
 
 def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
