@@ -1,9 +1,11 @@
 """An exported file beside the detector that it was made of."""
 
 import json
+import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import make_cfg
@@ -12,9 +14,11 @@ from detectron2.modeling import build_model
 import atss_runner
 from atss import Predictor
 from atss.errors import UserError
-from atss.export import export_onnx
+from atss.export import convert_precision, export_onnx, export_openvino, parts
 
 SMALL = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.NUM_CONVS", 1, "INPUT.MIN_SIZE_TEST", 96)
+
+FORMS = ["exported", "with_nms", pytest.param("in_openvino", marks=pytest.mark.slow)]
 
 
 def build(*opts, config=""):
@@ -30,14 +34,29 @@ def build(*opts, config=""):
     return cfg, model
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """The file, and a Predictor of the same weights."""
-    folder = tmp_path_factory.mktemp("exported")
+def export(folder, export_file, name, **options):
+    """Return the file, and a Predictor of the same weights."""
     cfg, model = build()
     torch.save({"model": model.state_dict()}, folder / "model.pth")
-    export_onnx(model, cfg, folder / "model.onnx")
-    return folder / "model.onnx", Predictor(cfg, folder / "model.pth")
+    export_file(model, cfg, folder / name, **options)
+    assert {x.stem for x in folder.iterdir()} == {"model"}  # no unfinished file is left
+    return folder / name, Predictor(cfg, folder / "model.pth")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("exported"), export_onnx, "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def with_nms(tmp_path_factory):
+    return export(tmp_path_factory.mktemp("with_nms"), export_onnx, "model.onnx", nms=True)
+
+
+@pytest.fixture(scope="module")
+def in_openvino(tmp_path_factory):
+    pytest.importorskip("openvino")
+    return export(tmp_path_factory.mktemp("openvino"), export_openvino, "model.xml", nms=True)
 
 
 def assert_equal(found, expected):
@@ -48,8 +67,9 @@ def assert_equal(found, expected):
         assert same.any()
 
 
-def test_detections_are_those_of_the_predictor(exported, squares):
-    file, predictor = exported
+@pytest.mark.parametrize("form", FORMS)
+def test_detections_are_those_of_the_predictor(form, squares, request):
+    file, predictor = request.getfixturevalue(form)
     images = sorted(map(str, (squares / "images").iterdir()))
     detector = atss_runner.load(file)
     for found, expected in zip(detector(images), predictor(images), strict=True):
@@ -58,9 +78,35 @@ def test_detections_are_those_of_the_predictor(exported, squares):
     assert_equal(detector(images[0]), predictor(images[0]))
 
 
-def test_file_names_no_local_path(exported):
-    file, _ = exported
-    assert b".py" not in file.read_bytes()
+@pytest.mark.parametrize("form", FORMS)
+def test_file_names_no_local_path(form, request):
+    file, _ = request.getfixturevalue(form)
+    for part in file.parent.glob("model.[xbo]*"):
+        content = part.read_bytes()
+        assert b".py" not in content
+        assert str(file.parent).encode() not in content
+
+
+def test_file_with_nms_takes_any_batch_and_its_sizes(with_nms):
+    session = onnxruntime.InferenceSession(str(with_nms[0]))
+    assert [x.name for x in session.get_inputs()] == ["image", "sizes"]
+    assert [x.name for x in session.get_outputs()] == ["boxes", "scores", "classes", "count"]
+    pixels = np.random.default_rng(0).uniform(0, 255, (3, 3, 128, 160)).astype(np.float32)
+    sizes = np.array([[128, 160], [90, 160], [128, 70]])
+    boxes, scores, classes, count = session.run(None, {"image": pixels, "sizes": sizes})
+    assert boxes.shape == (3, 100, 4)
+    assert set(np.unique(classes)) == {0, 1, 2}
+    for i, (height, width) in enumerate(sizes):
+        assert count[i] == 100
+        assert (boxes[i].max(axis=0) <= [width, height] * 2).all()
+        alone = {"image": pixels[i : i + 1], "sizes": sizes[i : i + 1]}
+        np.testing.assert_allclose(session.run(None, alone)[1][0], scores[i], atol=1e-5)
+    small = {"image": pixels[:1, :, :32, :32], "sizes": np.array([[32, 32]])}
+    boxes, scores, classes, (count,) = session.run(None, small)
+    assert 0 < count < 100
+    assert not boxes[0, count:].any()
+    assert not scores[0, count:].any()
+    assert (classes[0, count:] == -1).all()
 
 
 @pytest.mark.parametrize(
@@ -91,10 +137,79 @@ def change(file, values):
     onnx.save(model, str(file))
 
 
+@pytest.mark.slow
+def test_damaged_openvino_files_are_refused(in_openvino, tmp_path):
+    content = in_openvino[0].read_bytes()
+    weights = in_openvino[0].with_suffix(".bin").read_bytes()
+    file = tmp_path / "model.xml"
+    for xml, binary, sentence in (
+        (content[:9999], weights, "cannot load"),
+        (content, weights[:9999], "cannot load"),
+        (content, None, "cannot load"),
+        (content.replace(b"<atss", b"<other"), weights, "no exported detector|cannot load"),
+    ):
+        file.write_bytes(xml)
+        file.with_suffix(".bin").unlink(missing_ok=True)
+        if binary is not None:
+            file.with_suffix(".bin").write_bytes(binary)
+        with pytest.raises(atss_runner.FileError, match=sentence):
+            atss_runner.load(file)
+
+
 def test_sides_must_be_multiples_of_the_divisor(exported):
     detector = atss_runner.load(exported[0])
     with pytest.raises(atss_runner.FileError, match=r"multiples of \d+, got 100 x 128"):
-        detector.run(np.zeros((1, 3, 100, 128), np.float32))
+        detector.outputs(np.zeros((1, 3, 100, 128), np.float32), np.array([[100, 128]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "precision"),
+    [("exported", "fp16"), ("with_nms", "fp16"), ("with_nms", "int8"), ("in_openvino", "fp16")],
+)
+def test_smaller_files_detect_alike(form, precision, request, squares, tmp_path):
+    file, predictor = request.getfixturevalue(form)
+    smaller = tmp_path / file.name
+    for part in parts(file):
+        (tmp_path / part.name).write_bytes(part.read_bytes())
+    convert_precision(smaller, precision, str(squares / "images"))
+    assert sorted(tmp_path.iterdir()) == sorted(parts(smaller))
+    sizes = [sum(x.stat().st_size for x in parts(y)) for y in (smaller, file)]
+    assert sizes[0] < 0.6 * sizes[1]
+    detector = atss_runner.load(smaller)
+    assert detector.settings == atss_runner.load(file).settings
+    image = min((squares / "images").iterdir())
+    scores, expected = detector(image).scores, predictor(str(image)).scores
+    np.testing.assert_allclose(scores[:10], expected[:10], rtol=0.05)
+
+
+def test_int8_leaves_two_convolutions_and_all_else_in_float(exported, squares, tmp_path):
+    file = tmp_path / "model.onnx"
+    file.write_bytes(exported[0].read_bytes())
+    convert_precision(file, "int8", str(squares / "images"))
+    nodes = onnx.load(str(file)).graph.node
+    makers = {name: node.op_type for node in nodes for name in node.output}
+    quantised = [makers.get(x.input[1]) == "DequantizeLinear" for x in nodes if x.op_type == "Conv"]
+    assert quantised == [False, False] + [True] * (len(quantised) - 2)
+    readers = {x.op_type for x in nodes if "DequantizeLinear" in map(makers.get, x.input)}
+    assert "Sigmoid" not in readers
+    image = str(min((squares / "images").iterdir()))
+    scores, expected = (x(image).scores for x in (atss_runner.load(file), exported[1]))
+    np.testing.assert_allclose(scores[:10], expected[:10], rtol=0.05)
+
+
+def test_int8_needs_images(exported, tmp_path):
+    with pytest.raises(UserError, match=r"--calibrate .* contains no image"):
+        convert_precision(exported[0], "int8", str(tmp_path))
+
+
+def test_missing_package_is_named(monkeypatch, tmp_path):
+    """The command works beside a wheel, too."""
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    cfg, model = build()
+    sentence = r"needs onnxscript: pip install 'atss-detectron2\[export\]'"
+    with pytest.raises(UserError, match=sentence):
+        export_onnx(model, cfg, tmp_path / "model.onnx")
 
 
 def test_config_without_class_names_is_refused(tmp_path):
@@ -122,12 +237,14 @@ def test_file_that_differs_is_removed(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
-    ["ATSS_lite0_FPN_fine_tune", "tables/atss_A9", "ATSS_dcnv2_R_50_FPN_1x"]
-    + [f"successors/{x}_R_50_FPN_1x" for x in ("GFLv2", "TOOD", "VFNet", "DDOD", "POTO", "PAA")],
+    ("export_file", "name", "opts"),
+    [
+        (export_onnx, "model.onnx", ("MODEL.ATSS.SUPPRESSION", "none")),
+        (export_onnx, "model.onnx", ("MODEL.ATSS.RANK_ANCHORS", True)),
+        (export_openvino, "model.xml", ("MODEL.ATSS.SUPPRESSION", "none")),
+    ],
 )
-def test_kinds_of_networks_export(name, tmp_path):
-    opts = ("MODEL.TIMM.PRETRAINED", False, "MODEL.ATSS.PRECISION", "fp32")
-    cfg, model = build(*opts, config=f"{name}.yaml")
-    parities = export_onnx(model, cfg, tmp_path / "model.onnx")
-    assert len(parities) == 3
+def test_forms_of_selection_export(export_file, name, opts, tmp_path):
+    cfg, model = build(*opts)
+    for parity in export_file(model, cfg, tmp_path / name, nms=True):
+        assert parity.detections[0] > 0

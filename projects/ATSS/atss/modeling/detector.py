@@ -196,13 +196,17 @@ class ATSSDetector(DenseDetector):
             boxes (N, R, 4) in pixels of the canvas, class probabilities (N, R, K) and, if the head
             predicts it, quality (N, R).
         """
+        return self.raw_levels(pixels)[0]
+
+    def raw_levels(self, pixels: Tensor) -> tuple[tuple[Tensor, ...], list[int]]:
+        """Return :meth:`raw`, and the number of anchors of each level."""
         maps = self.backbone((pixels - self.pixel_mean) / self.pixel_std)
         features = [maps[name] for name in self.head_in_features]
         outputs = self._run_heads(features, [self.inference])
         anchors = self.anchor_generator.grid(features)
         output, boxes = decode(self.box_coder, outputs[self.inference], anchors)
         quality = () if output.quality is None else (output.quality.sigmoid(),)
-        return boxes, output.probability(), *quality
+        return (boxes, output.probability(), *quality), anchors.per_level
 
     def _resize_detections(
         self, detections: Instances, input_hw: tuple[int, int], example: dict

@@ -1,0 +1,331 @@
+"""Export of a trained detector to one file for every batch and size, with its parity checked.
+
+The file maps pixels to boxes, class probabilities and quality at every anchor, and the runner
+(``atss_runner``) selects detections; or the file maps pixels to detections. Its metadata property
+"atss" is JSON with all that a runner needs.
+"""
+
+import dataclasses
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn import functional as F
+
+from .. import __version__
+from ..config import class_ids, class_names
+from ..errors import UserError
+from ..modeling import ATSSDetector, suppression
+from ..modeling.postprocess import product, root
+from . import selection
+from .formats import Save, hidden, move, remove, require, to_onnx, to_openvino
+
+SCHEMA = 1
+OUTPUTS = ("boxes", "probabilities", "quality")
+SUPPRESSIONS: dict[Any, str] = {
+    suppression.keep_all: "none",
+    suppression.NMS: "nms",
+    suppression.ScoreVote: "score_vote",
+    suppression.Vote: "vote",
+    suppression.SoftVote: "soft_vote",
+}
+# The file may differ from eager by so many times what eager itself moves when its input is
+# multiplied by 1 + NUDGE.
+NUDGE, ALLOWED = 1e-6, 10
+# Share of the detections that may differ: engines suppress in float32, so that a pair of boxes near
+# the threshold may be decided otherwise.
+UNMATCHED = 0.01
+
+
+class Parity(NamedTuple):
+    """The largest differences of a file and eager at one shape, and eager's own movement.
+
+    Attributes:
+        shape: (N, 3, H, W).
+        differences, own: of boxes in pixels, of probabilities, and of quality.
+        detections: if the file contains NMS, their number, and how many differ from the runner's.
+    """
+
+    shape: tuple[int, ...]
+    differences: tuple[float, ...]
+    own: tuple[float, ...]
+    detections: tuple[int, int] | None = None
+
+
+class Raw(nn.Module):
+    """The part of a detector that is exported."""
+
+    def __init__(self, detector: ATSSDetector):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """(N, C, H, W) -> :meth:`ATSSDetector.raw`."""
+        return self.detector.raw(image)
+
+
+def export_onnx(
+    detector: ATSSDetector, cfg: CfgNode, target: Path, nms: bool = False
+) -> list[Parity]:
+    """Write an ONNX file, and compare it with the detector at three other shapes.
+
+    Args:
+        detector: with its weights.
+        cfg: its config.
+        nms: whether the file selects and suppresses, so that its outputs are detections.
+
+    Returns:
+        the comparisons.
+
+    Raises:
+        UserError: if a package is missing, the config has no class names, its suppression or score
+            is not one of ours, or the file differs from the detector; then there is no file.
+    """
+    return _export(detector, cfg, target, nms, to_onnx)
+
+
+def export_openvino(
+    detector: ATSSDetector, cfg: CfgNode, target: Path, nms: bool = False
+) -> list[Parity]:
+    """Write OpenVINO's .xml and .bin, as :func:`export_onnx`."""
+    return _export(detector, cfg, target, nms, to_openvino)
+
+
+def _export(
+    detector: ATSSDetector, cfg: CfgNode, target: Path, nms: bool, convert: Callable[..., Save]
+) -> list[Parity]:
+    settings = metadata(detector, cfg, nms)
+    detector.cpu().float().eval()
+    detector.precision = None
+    model = selection.Selected(detector) if nms else Raw(detector)
+    raw = [*OUTPUTS] if has_quality(detector) else [*OUTPUTS[:2]]
+    everything = [*settings["outputs"], *(f"raw_{x}" for x in raw)] if nms else raw
+    probe, unfinished = hidden(target, "probe"), hidden(target, "unfinished")
+    try:
+        with torch.no_grad(), static_padding(model):
+            program = export_program(model.eval(), settings["divisor"], nms)
+            save = convert(program, settings["inputs"], everything)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A file of detections is compared by one of the same graph with its raw outputs too.
+        if nms:
+            save(probe, settings | {"outputs": everything})
+        save(unfinished, settings)
+        found = compare(detector, unfinished, probe if nms else unfinished)
+        move(unfinished, target)
+    finally:
+        remove(probe)
+        remove(unfinished)
+    return found
+
+
+def export_program(model: nn.Module, divisor: int, nms: bool = False) -> Any:
+    """Return torch.export's program for any batch and any size that the divisor divides.
+
+    Raises:
+        UserError: if the model branches on values.
+    """
+    # From a batch of 1, or a side on which a level is one cell, this size would be baked in.
+    height, width = (-(-side // divisor) * divisor for side in (192, 224))
+    height, width = max(height, 2 * divisor), max(width, 3 * divisor)
+    dim = torch.export.Dim
+    batch = dim("batch")
+    sides = [divisor * dim(x) if divisor > 1 else dim.DYNAMIC for x in ("h", "w")]
+    shapes = {"image": {0: batch, 2: sides[0], 3: sides[1]}}
+    example: tuple[Tensor, ...] = (torch.rand(2, 3, height, width) * 255,)
+    if nms:
+        shapes["sizes"] = {0: batch}
+        example += (torch.tensor([[height, width], [height - 1, width - 1]]),)
+    try:
+        return torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
+    except GuardOnDataDependentSymNode as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        place = [x for x in frames if not x.filename.startswith(os.path.dirname(torch.__file__))][
+            -1
+        ]
+        raise UserError(
+            "a part of the model branches on values, which cannot be exported: "
+            f"{place.filename}, line {place.lineno}, `{place.line}`"
+        ) from error
+
+
+def compare(detector: ATSSDetector, file: Path, raw_file: Path) -> list[Parity]:
+    """Run the file beside the detector on random pixels of three shapes.
+
+    Args:
+        raw_file: the same graph with the raw outputs.
+
+    Raises:
+        UserError: if an output differs by more than ALLOWED times eager's own movement, or
+            detections differ from those that the runner selects from the raw outputs.
+    """
+    runner = require("atss_runner")
+    loaded, raw_loaded = runner.load(file), runner.load(raw_file)
+    settings = loaded.settings
+    divisor = settings["divisor"]
+    coarsest = max(*settings["strides"], divisor)
+    one_cell = -(-coarsest // divisor) * divisor
+    sides = [-(-x // divisor) * divisor for x in (320, 384, 256)]
+    # Not a single cell: GroupNorm refuses one value per channel.
+    shapes = [(3, *sides[:2]), (1, sides[2], sides[0]), (2, one_cell, one_cell)]
+    found = []
+    generator = torch.Generator().manual_seed(0)
+    for batch, height, width in shapes:
+        pixels = torch.rand(batch, 3, height, width, generator=generator) * 255
+        with torch.no_grad():
+            eager = detector.raw(pixels)
+            moved = detector.raw(pixels * (1 + NUDGE))
+        # Images smaller than their canvas, and of different sizes.
+        sizes = np.array([(height - 3 * i, width - 5 * i - 1) for i in range(batch)])
+        outputs = raw_loaded.outputs(pixels.numpy(), sizes)
+        ours = [outputs[x] for x in raw_loaded.settings["outputs"][-len(eager) :]]
+        differences = tuple(
+            float(np.abs(x - y.numpy()).max()) for x, y in zip(ours, eager, strict=True)
+        )
+        own = tuple(float((x - y).abs().max()) for x, y in zip(eager, moved, strict=True))
+        floor = (1e-3, 1e-5, 1e-5)
+        for name, difference, movement, least in zip(
+            OUTPUTS, differences, own, floor, strict=False
+        ):
+            if not difference <= max(ALLOWED * movement, least):
+                raise UserError(
+                    f"the exported file differs from the detector: {name} by {difference:.1e} at "
+                    f"{tuple(pixels.shape)}, where the detector itself moves by {movement:.1e} if "
+                    f"its input moves by {NUDGE:g}; no file was written"
+                )
+        counts = None
+        if settings["nms_inside"]:
+            counts = _compare_detections(loaded, pixels.numpy(), sizes, ours)
+        found.append(Parity(tuple(pixels.shape), differences, own, counts))
+    return found
+
+
+def _compare_detections(
+    loaded: Any, pixels: np.ndarray, sizes: np.ndarray, raw: list[np.ndarray]
+) -> tuple[int, int]:
+    """Return the number of detections, and of those without an equal one.
+
+    Raises:
+        UserError: if there are more than UNMATCHED of the latter.
+    """
+    runner = require("atss_runner.postprocess")
+    total, unmatched = 0, 0
+    inside = loaded.outputs(pixels, sizes)
+    per_level = loaded.per_level(pixels.shape[2:])
+    for i, size in enumerate(sizes.tolist()):
+        boxes, probabilities, quality = (*(x[i] for x in raw), None)[:3]
+        expected = runner.detect(
+            boxes, probabilities, quality, per_level, size, size, loaded.settings
+        )
+        found = {name: values[i] for name, values in inside.items()}
+        used = np.arange(len(found["scores"])) < found["count"]
+        rows = np.column_stack([found[x][used] for x in ("boxes", "scores", "classes")])
+        ours = np.column_stack(expected)
+        near = np.abs(rows[:, None] - ours) <= [1e-3] * 4 + [1e-5, 0]
+        equal = near.all(axis=2)
+        total += len(ours)
+        unmatched += max((~equal.any(axis=0)).sum(), (~equal.any(axis=1)).sum())
+        if (used != (found["classes"] >= 0)).any():
+            raise UserError("the exported file counts other detections than it returns")
+    if unmatched > np.ceil(UNMATCHED * total):
+        raise UserError(
+            f"the exported file differs from the runner: {unmatched} of {total} detections at "
+            f"{pixels.shape}; no file was written"
+        )
+    return total, int(unmatched)
+
+
+def metadata(detector: ATSSDetector, cfg: CfgNode, nms: bool = False) -> dict[str, Any]:
+    """Return the metadata that a runner needs.
+
+    Raises:
+        UserError: if the config has no class names, or a part that no runner knows.
+    """
+    post, generator = detector.postprocess, detector.anchor_generator
+    names = class_names(cfg)
+    if not names:
+        raise UserError(
+            "the config has no class names, which the file would lack: set MODEL.ATSS.CLASS_NAMES"
+        )
+    part: Any = post.suppression
+    name = SUPPRESSIONS.get(part if part in SUPPRESSIONS else type(part))
+    if name is None:
+        raise UserError("MODEL.ATSS.SUPPRESSION is a part of your own, which no runner has")
+    arguments = {} if part in SUPPRESSIONS else dataclasses.asdict(part)
+    scores = {product: "product", root: "sqrt"}
+    if post.score not in scores:
+        raise UserError("MODEL.ATSS.SCORE is a part of your own, which no runner has")
+    raw = OUTPUTS if has_quality(detector) else OUTPUTS[:2]
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "classes": list(names),
+        "ids": list(class_ids(cfg)),
+        "inputs": ["image", "sizes"] if nms else ["image"],
+        "outputs": list(selection.OUTPUTS if nms else raw),
+        "input_format": cfg.INPUT.FORMAT,
+        "pixel_mean": detector.pixel_mean.flatten().tolist(),
+        "pixel_std": detector.pixel_std.flatten().tolist(),
+        "normalised_inside": True,
+        "nms_inside": nms,
+        "min_size": cfg.INPUT.MIN_SIZE_TEST,
+        "max_size": cfg.INPUT.MAX_SIZE_TEST,
+        "divisor": max(detector.backbone.size_divisibility, 1),
+        "strides": [int(x) for x in generator.strides],
+        "anchors_per_location": generator.num_anchors[0],
+        "score": scores[post.score],
+        "score_thresh": post.score_thresh,
+        "topk": post.topk_candidates,
+        "max_detections": post.max_detections,
+        "threshold_on_score": post.threshold_on_score,
+        "rank_by_class": post.rank_by_class,
+        "rank_anchors": post.rank_anchors,
+        "clip": post.clip,
+        "suppression": {"name": name, **arguments},
+        "legacy_pixels": detector.box_coder.inference_only,
+    }
+
+
+def has_quality(detector: ATSSDetector) -> bool:
+    """Whether the head predicts a quality."""
+    divisor = max(detector.backbone.size_divisibility, 1)
+    side = -(-192 // divisor) * divisor
+    with torch.no_grad():
+        return len(detector.raw(torch.zeros(2, 3, side, side, device=detector.device))) > 2
+
+
+@contextmanager
+def static_padding(model: nn.Module) -> Iterator[None]:
+    """Replace the padding of timm's "same" convolutions, which depends on the size, by the one that
+    sides which the stride divides get."""
+    try:
+        from timm.layers import Conv2dSame
+    except ImportError:
+        yield
+        return
+    replaced: list[Any] = [x for x in model.modules() if isinstance(x, Conv2dSame)]
+    for conv in replaced:
+        sides: list[int] = []
+        for kernel, stride, dilation in zip(
+            *(reversed(x) for x in (conv.kernel_size, conv.stride, conv.dilation)), strict=True
+        ):
+            total = max((kernel - 1) * dilation + 1 - stride, 0)
+            sides += [total // 2, total - total // 2]
+        conv.forward = _padded(conv, sides)
+    try:
+        yield
+    finally:
+        for conv in replaced:
+            del conv.forward
+
+
+def _padded(conv: Any, sides: Sequence[int]) -> Any:
+    geometry = (conv.stride, 0, conv.dilation, conv.groups)
+    return lambda x: F.conv2d(F.pad(x, sides), conv.weight, conv.bias, *geometry)

@@ -1,0 +1,80 @@
+"""The padding of exported networks, and the comparison of detections."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from atss.errors import UserError
+from atss.export.files import _compare_detections, static_padding
+from atss_runner.postprocess import detect
+
+PER_LEVEL = [192, 48, 12]
+SETTINGS = {
+    "score_thresh": 0.05,
+    "topk": 100,
+    "max_detections": 100,
+    "score": "sqrt",
+    "threshold_on_score": False,
+    "rank_by_class": False,
+    "rank_anchors": False,
+    "clip": True,
+    "suppression": {"name": "nms", "threshold": 0.6},
+    "legacy_pixels": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "side"),
+    [(3, 2, 1, (32, 64)), (5, 2, 1, (64, 32)), ((5, 3), (1, 2), 1, (32, 32)), (3, 1, 2, (32, 32))],
+)
+def test_constant_padding_is_that_of_timm(kernel, stride, dilation, side):
+    layers = pytest.importorskip("timm.layers")
+    conv = layers.Conv2dSame(3, 4, kernel, stride=stride, dilation=dilation)
+    model, image = nn.Sequential(conv), torch.rand(2, 3, *side)
+    expected = model(image)
+    with torch.no_grad(), static_padding(model):
+        torch.testing.assert_close(model(image), expected)
+    assert "forward" not in vars(conv)
+    torch.testing.assert_close(model(image), expected)
+
+
+def test_detections_that_differ_from_the_runner_are_refused():
+    sizes, raw = np.array([[90, 100]]), raw_outputs()
+    pixels = np.zeros((1, 3, 96, 128), np.float32)
+    one, size = [x[0] for x in raw], tuple(sizes[0].tolist())
+    found = detect(*one, PER_LEVEL, size, size, SETTINGS)
+    outputs = dict(zip(("boxes", "scores", "classes"), (x[None] for x in found), strict=True))
+    outputs["count"] = np.array([len(found.boxes)])
+
+    def compare(**changed):
+        loaded = SimpleNamespace(
+            settings=SETTINGS,
+            per_level=lambda canvas: PER_LEVEL,
+            outputs=lambda pixels, sizes: outputs | changed,
+        )
+        return _compare_detections(loaded, pixels, sizes, raw)
+
+    assert compare() == (100, 0)
+    for changed in (
+        {"boxes": outputs["boxes"] + 1},
+        {"scores": outputs["scores"] * 0.99},
+        {"classes": (outputs["classes"] + 1) % 3},
+        {"count": outputs["count"] - 2, "classes": np.where(np.arange(100) < 98, 1, -1)[None]},
+    ):
+        with pytest.raises(UserError, match=r"differs from the runner: \d+ of 100 detections"):
+            compare(**changed)
+    with pytest.raises(UserError, match="counts other detections than it returns"):
+        compare(count=outputs["count"] - 1)
+
+
+def raw_outputs():
+    """Boxes, probabilities and quality of random values."""
+    generator = np.random.default_rng(0)
+    count = sum(PER_LEVEL)
+    corners = generator.uniform(0, 90, (1, count, 2))
+    boxes = np.concatenate([corners, corners + generator.uniform(5, 40, (1, count, 2))], axis=2)
+    values = boxes, generator.uniform(size=(1, count, 3)), generator.uniform(size=(1, count))
+    return [x.astype(np.float32) for x in values]
