@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Check a data set before training.
 
-    tools/check_dataset.py train.json:images --config-file ATSS_lite0_FPN_fine_tune
+    tools/check_dataset.py train.json:images --config-file ATSS_R_50_FPN_1x
     tools/check_dataset.py train.json:images --json report.json --deep
     tools/check_dataset.py data.yaml:train --against data.yaml:val
     tools/check_dataset.py VOC2007:trainval
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from atss import load_config
 from atss.analysis.statistics import match
-from atss.config import build_sampling, get_config_file
+from atss.config import RECIPE, build_sampling
 from atss.data.datasets import split_source
 from atss.engine.run import add_import, add_options, import_modules
 from atss.errors import UserError, check_writable
@@ -47,9 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
     add_arguments(parser)
     parser.add_argument(
         "--config-file",
-        default=get_config_file("ATSS_R_50_FPN_1x"),
-        help="config with the anchors, image sizes and filters to check (default: "
-        "ATSS_R_50_FPN_1x, not the recipe for fine-tuning)",
+        default=RECIPE,
+        help="config with the anchors, image sizes and filters to check (default: %(default)s, as "
+        "for atss train)",
     )
     add_import(parser)
     parser.add_argument(
@@ -95,6 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     report = check(labels, sizes, filter_empty, fit, args.deep, progress)
     print(format_report(report))
+    if others and not shared:
+        print(f"No image of {annotations}:{images} or its scene is in {', '.join(args.against)}")
     if args.json:
         args.json.write_text(json.dumps(report.to_dict(), indent=1))
     return 1 if report.errors else 0

@@ -7,9 +7,10 @@ splits.
     tools/convert_dataset.py labels.json:images --output labels.json --split train=0.8 val=0.2
     tools/convert_dataset.py film:. --output film.json --split train=0.7 val=0.3 --group '(.*)_'
 
-Image files are not moved. Each split (film_train.json, film_val.json) has about its share of
-images, of crowded images and of the objects of every class. Images of one --group, copies of one
-image, and photographs of one scene stay in one split.
+The options of `atss train` and `tools/train_net.py` that read the files are printed. Image files
+are not moved. Each split (film_train.json, film_val.json) has about its share of images, of crowded
+images and of the objects of every class. Images of one --group, copies of one image, and
+photographs of one scene stay in one split.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from atss.labels.classes import refuse_unknown
 from atss.labels.coco import category_names, find_in_json, with_areas
 from atss.labels.copies import by_key, find_copies, join_groups
 from atss.labels.findings import DROPPED, ERROR, WARNING
+from atss.labels.folders import VALIDATION
 from atss.labels.formats import Labels, Reading, add_arguments, read_labels, reading_of
 from atss.labels.splits import divide, format_report, group_by_name, join, parse_shares, part
 
@@ -93,8 +95,12 @@ def main(argv: list[str] | None = None) -> int:
     for i, target in enumerate(targets):
         with open(target, "w") as file:
             json.dump(part(content, [x == i for x in split_of]), file)
+    sources = [f"{target}:{folder}" for target in targets]
+    if options := _train_options(list(shares), sources):
+        print("atss train:", options)
+    for target, source in zip(targets, sources, strict=True):
         name = target.stem.replace("=", "_")  # --register ends a name at the first one
-        print("--register", shlex.quote(f"{name}={target}:{folder}"))
+        print("--register", shlex.quote(f"{name}={source}"))
     return 0
 
 
@@ -144,6 +150,16 @@ def _divide(
             )
     print(format_report(content, split_of, shares))
     return split_of
+
+
+def _train_options(splits: list[str], sources: list[str]) -> str:
+    """Return the options of `atss train` for the splits train and val, or for a file without
+    splits; "" for other names."""
+    if not splits:
+        return f"--train or --val {shlex.quote(sources[0])}"
+    options = {"train": "--train", **dict.fromkeys(VALIDATION, "--val")}
+    named = [(options.get(x), source) for x, source in zip(splits, sources, strict=True)]
+    return " ".join(f"{option} {shlex.quote(source)}" for option, source in named if option)
 
 
 def _target(output: Path, split: str) -> Path:

@@ -11,6 +11,7 @@ import logging
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ from atss.engine.watch import EXIT_INTERRUPTED
 from atss.errors import UserError, check_range, check_writable
 from atss.predictor import Predictor
 from atss_runner.annotate import annotate, targets
+from atss_runner.detections import Detections, explain_none
 from atss_runner.images import SUFFIXES
 from atss_runner.media import find_media
 
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--input contains no image and no video")
         places = targets(inputs, args.output)
         check_writable("--output", target, *places.values())
-        predictor = Predictor(args.config_file, args.weights, args.opts)
+        predictor = _HighestScore(Predictor(args.config_file, args.weights, args.opts))
         try:
             read = partial(read_image, sizes=[predictor.size])
             options = {"read": read, "progress": tqdm}
@@ -85,6 +87,23 @@ def main(argv: list[str] | None = None) -> None:
     if not num_images:
         sys.exit("error: none of the inputs could be read")
     print(f"{len(records)} detections: pictures and detections.json are in {args.output}")
+    if not records:
+        print(explain_none(predictor.score, args.score_threshold, "--score-threshold"))
+
+
+class _HighestScore:
+    """A predictor that keeps the highest score of all its detections."""
+
+    def __init__(self, predictor: Predictor):
+        self.predictor, self.score = predictor, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.predictor, name)
+
+    def __call__(self, images: Any) -> list[Detections]:
+        results = self.predictor(images)
+        self.score = max([self.score, *(float(x.scores.max(initial=0)) for x in results)])
+        return results
 
 
 if __name__ == "__main__":

@@ -19,12 +19,16 @@ from typing import Any
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from .config import RECIPE
+from .config.files import check_pairs
 from .engine.run import add_import, hold_folder, make_parser, prepare, run, start
+from .engine.terminal import release_logs
 from .errors import UserError
 from .labels import formats
+from .labels.folders import VALIDATION, YOLO_CONFIGS
+from .labels.yolo_config import read_config
 from .predictor import WEIGHTS, find_run
 
-RECIPE = "ATSS_lite0_FPN_fine_tune"
 # Command -> the module of atss.tools, and a line for the list of commands.
 COMMANDS = {
     "train": ("train_net", "train on your images and labels"),
@@ -141,10 +145,11 @@ def train_arguments(args: argparse.Namespace) -> list[str]:
     """Return the options of `tools/train_net.py`.
 
     Raises:
-        UserError: if no training data is named.
+        UserError: if data are not named or do not exist.
     """
     config = args.config
-    begun = Path(args.output, "config.yaml")
+    output = str(Path(args.output).expanduser())
+    begun = Path(output, "config.yaml")
     if args.resume and config is None and begun.is_file():
         config = str(begun)
     sources = {split: f"{args.data}:{split}" for split in ("train", "val") if args.data}
@@ -166,7 +171,30 @@ def train_arguments(args: argparse.Namespace) -> list[str]:
         raise UserError("--val needs --train or --data")
     if "val" not in sources and args.val != "none" and "train" in sources:
         raise UserError("no validation data: pass --val SOURCE, or --val none to train without")
-    return [*words, "OUTPUT_DIR", args.output]
+    if args.data:
+        _check_data(args.data, reads_val=args.val is None)
+    return [*words, "OUTPUT_DIR", output]
+
+
+def _check_data(data: str, reads_val: bool) -> None:
+    """Check that --data exists and, if it is a data.yaml or obj.data, names a validation split.
+
+    Raises:
+        UserError: naming --data.
+    """
+    path = Path(data).expanduser()
+    if not path.exists():
+        raise UserError(f"--data {data} does not exist")
+    if not (reads_val and path.is_file() and path.suffix.lower() in YOLO_CONFIGS):
+        return
+    try:
+        config = read_config(path, "val")
+    except UserError:  # the registration of the split 'train' names file and fault
+        return
+    if not any(config.get(name) for name in VALIDATION):
+        raise UserError(
+            f"--data {data} has no split 'val': pass --val SOURCE, or --val none to train without"
+        )
 
 
 def train(
@@ -202,9 +230,11 @@ def train(
     named = {"data": data, "train": train, "val": val, "config": config}
     words += [f"--{name}={value}" for name, value in named.items() if value is not None]
     options = train_arguments(make_train_parser().parse_args(words))
+    check_pairs(opts)
     args = _parse(options, list(map(str, opts)))
     registered = {*DatasetCatalog.list()}
     with ExitStack() as held:
+        held.enter_context(release_logs())
         held.callback(_forget_others, registered)  # the next call may have other data
         cfg = prepare(args)
         hold_folder(args, cfg, held)
@@ -244,10 +274,11 @@ def predict_arguments(args: argparse.Namespace) -> list[str]:
     Raises:
         UserError: if RUN has no weights.
     """
-    config, weights = find_run(args.run, args.weights)
+    run = str(Path(args.run).expanduser())
+    config, weights = find_run(run, args.weights)
     output = args.output
-    if output is None and Path(args.run).is_dir():
-        output = str(Path(args.run, "predictions"))
+    if output is None and Path(run).is_dir():
+        output = str(Path(run, "predictions"))
     if output is None:
         raise UserError("--output is missing: the folder for the results")
     words = ["--config-file", config, "--weights", weights, "--output", output]

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """Error that the user can fix in config, data or command. Commands print its message without a
     traceback; any other error is a bug and keeps it."""
 
+    def _render_traceback_(self) -> list[str]:
+        """Return the lines that IPython and notebooks print: the message without a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class WrongValue(UserError):
     """Error for an argument whose value is not allowed.
@@ -60,6 +64,26 @@ def check_choice(argument: str, value: Any, choices: Sequence[Any]) -> None:
     """Raise WrongValue if a value is not among the choices."""
     if value not in choices:
         raise WrongValue(argument, f"is {value!r}: choose from {[*choices]}")
+
+
+def check_shape(maker: str, values: Any, shape: Sequence[int], broadcasts: bool = True) -> None:
+    """Check the shape of a tensor that a part returns.
+
+    Args:
+        maker: the part, for the message.
+        broadcasts: whether a shape that broadcasts to ``shape`` is allowed.
+
+    Raises:
+        UserError: naming the part and both shapes.
+    """
+    sizes = getattr(values, "shape", None)
+    if sizes is not None and len(sizes) <= len(shape):
+        pairs = zip(reversed(sizes), reversed(shape), strict=False)
+        if sizes == shape or (broadcasts and all(a == b or a == 1 for a, b in pairs)):
+            return
+    got = type(values).__name__ if sizes is None else tuple(sizes)
+    also = ", or one that broadcasts to it" if broadcasts else ""
+    raise UserError(f"{maker} must return a tensor of shape {tuple(shape)}{also}, got {got}")
 
 
 def arg(

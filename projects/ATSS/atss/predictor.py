@@ -1,5 +1,6 @@
 """Detection with a trained model: images in, NumPy arrays out."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from PIL import Image
 
-from atss_runner.detections import Detections, draw_detections
+from atss_runner.detections import Detections, draw_detections, explain_none
 from atss_runner.images import HIGH_DEPTH, too_thin
 
 from .checkpoints import SafeCheckpointer
@@ -34,6 +35,8 @@ from .structures import Predictions
 
 # Files of a training, best first.
 WEIGHTS = ("model_best.pth", "model_final.pth")
+# Longer side of a picture with detections, in pixels, at least.
+LEAST_SIDE = 640
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
 
@@ -43,8 +46,9 @@ def find_run(run: str | Path, weights: str | Path | None) -> tuple[str, str]:
     Raises:
         UserError: if there are no weights.
     """
-    if Path(run).is_dir():
-        return str(Path(run, "config.yaml")), str(weights or find_weights(run))
+    folder = Path(run).expanduser()
+    if folder.is_dir():
+        return str(folder / "config.yaml"), str(weights or find_weights(folder))
     if weights is None:
         raise UserError(f"{run} is not the folder of a training: pass its folder, or the weights")
     return str(run), str(weights)
@@ -135,13 +139,20 @@ class Predictor:
         return detections if _are_several(images) else detections[0]
 
     def show(self, image: ImageLike, threshold: float = 0.4) -> Image.Image:
-        """Return a picture of an image and its detections, which notebooks display.
+        """Return a picture of an image and its detections, which notebooks display. It has 640
+        pixels or more, so that labels can be read.
 
         Args:
-            threshold: smallest score that is drawn.
+            threshold: smallest score that is drawn. Detections have no score below
+                MODEL.ATSS.SCORE_THRESH_TEST.
         """
         pixels = _as_bgr(image, "the image", self.size)
-        drawn = draw_detections(pixels, self(image).above(threshold), self.names)
+        detections = self(pixels)
+        found = detections.above(threshold)
+        if not len(found.boxes):
+            highest = float(detections.scores.max(initial=0))
+            logging.getLogger(__name__).warning(explain_none(highest, threshold, "threshold"))
+        drawn = draw_detections(pixels, found, self.names, LEAST_SIDE)
         return Image.fromarray(np.ascontiguousarray(drawn[:, :, ::-1]))
 
     def at_anchors(

@@ -11,10 +11,9 @@ from detectron2.data import DatasetCatalog
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.structures import BoxMode
 
-from ..assigners import ASSIGNER_REGISTRY
 from ..config import build_sampling, load_config, with_rule
 from ..data.images import read_image
-from ..errors import UserError
+from ..errors import UserError, check_range
 from ..geometry import centres
 from ..predictor import Predictor
 from ..structures import GroundTruth
@@ -30,23 +29,23 @@ def draw_assignment(
     target: Path,
     weights: str = "",
     opts: Sequence[Any] = (),
+    objects: Sequence[int] = (),
 ) -> None:
     """Draw the positives of rules on an image of a registered data set.
 
     Args:
+        rules: names, with arguments as in "ATSS TOP_K=3".
         image: its file name, or the end of its path.
         config: file or name; sets the anchors and the size of the image.
         weights: of a detector with this config, for rules that need predictions.
+        objects: numbers of those to draw, in the order of the labels, from 0; empty for all.
 
     Raises:
-        UserError: for an unknown image or rule, an image without objects, or missing weights.
+        UserError: for an unknown image, rule or object, an image without objects, or missing
+            weights.
     """
     record = find_record(dataset, image)
     cfg = load_config(config, opts=opts)
-    for name in rules:
-        if name not in ASSIGNER_REGISTRY:
-            known = sorted(name for name, _ in ASSIGNER_REGISTRY)
-            raise UserError(f"unknown rule {name!r}: choose from {known}")
     samplings = {name: build_sampling(with_rule(cfg, name)) for name in rules}
     pixels = read_image(record["file_name"])
     size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
@@ -54,10 +53,15 @@ def draw_assignment(
     zoom = np.array([width / pixels.shape[1], height / pixels.shape[0]])
     gt = _ground_truth(record, zoom)
     if not len(gt):
-        raise UserError(f"{record['file_name']} has no objects")
+        raise UserError(f"{record['file_name']} has no objects: rules assign anchors to them")
+    if objects:
+        check_range("objects", [*objects], 0, len(gt) - 1)
     needing = [n for n, s in samplings.items() if getattr(s.assigner, "looks_at_predictions", 0)]
     if needing and not weights:
-        raise UserError(f"{needing[0]} needs predictions: pass --weights of a trained detector")
+        raise UserError(
+            f"{needing[0]} needs predictions: pass weights= (--weights) of a trained detector, and "
+            "config= (--config-file), its config"
+        )
     predictions = Predictor(cfg, weights).at_anchors(record["file_name"]) if needing else None
     divisor = max(s.divisibility for s in samplings.values())
     canvas = (-(-height // divisor) * divisor, -(-width // divisor) * divisor)
@@ -70,6 +74,7 @@ def draw_assignment(
         anchors.stride.numpy(),
         found,
         target,
+        objects,
     )
 
 
@@ -77,8 +82,13 @@ def find_record(dataset: str, image: str) -> dict:
     """Find an image by the end of its path.
 
     Raises:
-        UserError: if no image, or more than one, has this end.
+        UserError: if no image, or more than one, has this end, or the data set is not registered.
     """
+    if dataset not in DatasetCatalog:
+        raise UserError(
+            f"unknown data set {dataset!r}: register it first, as in "
+            "atss.data.datasets.register('mine=data.yaml:train'), and pass its name 'mine'"
+        )
     wanted = Path(image).parts
     records = [
         x

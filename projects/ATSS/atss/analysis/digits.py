@@ -61,6 +61,9 @@ DEMO = Recipe(
 # `tools/digits.py --data`: as large as a first data set of a user, in three splits.
 FEW = replace(DEMO, images={"train": 200, "val": 50, "test": 50})
 
+# docs/quickstart.ipynb: ten classes take longer to learn.
+FEW_OF_ONE_CLASS = replace(FEW, classes=("digit",))
+
 # `tools/ablation.py`: hard for assigners. Sides span more than a decade, so that objects suit some
 # levels and not others; aspects up to 2.7 : 1, which no square anchor overlaps well; smaller digits
 # on larger ones, so that objects compete for anchors. One class, because distinguishing digits

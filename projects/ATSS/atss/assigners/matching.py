@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..anchors import Anchors
 from ..deprecated import renamed_names
-from ..errors import Checked, UserError
+from ..errors import Checked, UserError, check_shape
 from ..structures import BACKGROUND, Assignment, GroundTruth, Predictions
 from .conflicts import Conflicts
 from .engine import uses_tables
@@ -100,7 +100,8 @@ class Matching(FunctionRule, Checked):
             batch = Tables(*args)
             for pairs in self.tables(batch):
                 cost = self._costs(pairs)
-                self._enter(conflicts, pairs, cost, self.select(pairs, cost))
+                selected = self._checked("select", self.select(pairs, cost), pairs)
+                self._enter(conflicts, pairs, cost, selected)
         else:
             batch = Lists(*args)
             self._match_lists(batch, conflicts)
@@ -109,8 +110,20 @@ class Matching(FunctionRule, Checked):
 
     def _costs(self, pairs: Any) -> Tensor:
         """Return the (...) cost of each pair; infinite if it is NaN or the pair impossible."""
-        cost = self.cost(pairs).double()
+        cost = self._checked("cost", self.cost(pairs), pairs).double()
         return cost.masked_fill(cost.isnan() | ~pairs.possible, torch.inf)
+
+    def _checked(self, method: str, values: Tensor, pairs: Any) -> Tensor:
+        """Return the values of a method, perhaps the user's own.
+
+        Raises:
+            UserError: naming the method, if the shape is not that of the pairs.
+        """
+        name = f"{type(self).__name__}.{method}"
+        check_shape(name, values, pairs.shape)
+        if method == "select" and values.dtype != torch.bool:
+            raise UserError(f"{name} must return a tensor of bool, got {values.dtype}")
+        return values
 
     def _enter(self, conflicts: Conflicts, pairs: Any, cost: Tensor, selected: Tensor) -> None:
         selected = selected & (cost < torch.inf)
@@ -118,7 +131,7 @@ class Matching(FunctionRule, Checked):
             conflicts.claim(pairs, selected)
             conflicts.compete(pairs, -cost)
         else:
-            rank = self.rank(pairs).double().expand(pairs.shape)
+            rank = self._checked("rank", self.rank(pairs), pairs).double().expand(pairs.shape)
             conflicts.compete(pairs, rank.masked_fill(~selected, -torch.inf))
 
     # Lengths of lists depend on the data: torch.compile would break the graph at each.
@@ -144,7 +157,7 @@ class Matching(FunctionRule, Checked):
         for candidates, bound in zip(stages, bounds, strict=True):
             pairs = candidates(batch, ids)
             cost = self._costs(pairs)
-            selected = self.select(pairs, cost)
+            selected = self._checked("select", self.select(pairs, cost), pairs)
             if fallbacks:
                 below = pairs.owner[selected & (cost < bound)]
                 count = torch.bincount(below, minlength=len(batch.gt))

@@ -52,16 +52,21 @@ class SafeCheckpointer(DetectionCheckpointer):
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict:
         if self.whole and not path:
             raise WeightsError("MODEL.WEIGHTS is empty: detection needs weights")
-        if path:
-            address = path.partition("?")[0]
-            try:
-                local = self.path_manager.get_local_path(address)
-            except OSError as error:
-                raise WeightsError(f"cannot fetch the weights {path}: {error}") from error
-            if not os.path.isfile(local):
-                raise WeightsError(f"the weights {path} do not exist")
-            if local != address:
-                verify_download(address, local)
+        if not path:
+            self.logger.info(
+                "MODEL.WEIGHTS is empty: no checkpoint is loaded, and all parts without pretrained "
+                "weights are random"
+            )
+            return {}
+        address = path.partition("?")[0]
+        try:
+            local = self.path_manager.get_local_path(address)
+        except OSError as error:
+            raise WeightsError(f"cannot fetch the weights {path}: {error}") from error
+        if not os.path.isfile(local):
+            raise WeightsError(f"the weights {path} do not exist")
+        if local != address:
+            verify_download(address, local)
         self._loading = path
         return super().load(path, *args, **kwargs)
 

@@ -36,6 +36,7 @@ from .execution import (
     use_available_device,
 )
 from .files import (
+    RECIPE,
     config_names,
     find_config,
     get_config,
@@ -46,6 +47,7 @@ from .files import (
 from .keys import add_atss_config
 
 __all__ = [
+    "RECIPE",
     "ATSSDetector",
     "GridAnchorGenerator",
     "Sampling",

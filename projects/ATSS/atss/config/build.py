@@ -29,12 +29,20 @@ from .backbones import begins_pretrained
 from .branches import build_branches, check_groups
 from .checks import building, check_values, lookup, rename_errors
 from .derive import resolve_num_classes
-from .execution import autocast_dtype, compile_in_place, compiled_parts, images_per_test_batch
+from .execution import (
+    autocast_dtype,
+    check_device,
+    compile_in_place,
+    compiled_parts,
+    images_per_test_batch,
+)
+from .files import merge_options
 
 
 @META_ARCH_REGISTRY.register()
 def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
     check_values(cfg)
+    check_device(cfg)
     node = cfg.MODEL.ATSS
     num_classes = resolve_num_classes(cfg)
     built_backbone, input_shape = build_levels(cfg)
@@ -281,9 +289,18 @@ def build_sampling(cfg: CfgNode) -> Sampling:
 
 
 def with_rule(cfg: CfgNode, rule: str) -> CfgNode:
+    """Return a copy with another rule: its name, or name and arguments as in "ATSS TOP_K=3".
+
+    Raises:
+        UserError: naming the key of an argument that is unknown or has another type.
+    """
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.ATSS.ASSIGNER = rule
+    name, *arguments = rule.split() or [rule]
+    cfg.MODEL.ATSS.ASSIGNER = name
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        merge_options(cfg, [f"MODEL.ATSS.ASSIGNERS.{name}.{key.upper()}", value])
     return cfg
 
 

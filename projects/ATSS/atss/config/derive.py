@@ -113,6 +113,9 @@ def class_names(cfg: CfgNode) -> list[str]:
 def complete_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
     """Set the iterations of SOLVER.EPOCHS, SOLVER.CHECKPOINT_EPOCHS and TEST.EVAL_EPOCHS.
 
+    SOLVER.MAX_ITER of the command line changes the length alone: a small data set has checkpoints
+    and evaluations as rarely as with SOLVER.EPOCHS and MIN_ITER.
+
     Args:
         given: keys of the command line, whose iterations precede epochs of a file.
 
@@ -120,6 +123,7 @@ def complete_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
         UserError: for negative or infinite epochs.
     """
     solver, test = cfg.SOLVER, cfg.TEST
+    planned = solver.EPOCHS
     for iterations, epochs in EPOCHS.items():
         group, name = epochs.split(".")
         if iterations in given and epochs not in given:
@@ -129,18 +133,27 @@ def complete_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
     if not (solver.EPOCHS or solver.CHECKPOINT_EPOCHS or test.EVAL_EPOCHS):
         return
     images = count_training_images(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    epoch = images / max(solver.IMS_PER_BATCH, 1)
+    one_pass = epoch = images / max(solver.IMS_PER_BATCH, 1)
+    if planned:
+        epoch = max(epoch, solver.MIN_ITER / planned)
     if solver.EPOCHS:
-        epoch = max(epoch, solver.MIN_ITER / solver.EPOCHS)
         solver.MAX_ITER = math.ceil(epoch * solver.EPOCHS)
+    # Epochs that the command line sets beside MAX_ITER are passes over the images.
+    exact = () if solver.EPOCHS else given
+    save_every, test_every = (
+        cfg[group][name] * (one_pass if f"{group}.{name}" in exact else epoch)
+        for group, name in (("SOLVER", "CHECKPOINT_EPOCHS"), ("TEST", "EVAL_EPOCHS"))
+    )
     # Rounded up, so that the last period ends with the training and not just before it.
-    if solver.CHECKPOINT_EPOCHS:
-        solver.CHECKPOINT_PERIOD = max(math.ceil(epoch * solver.CHECKPOINT_EPOCHS), 1)
-    if test.EVAL_EPOCHS:
+    if save_every:
+        solver.CHECKPOINT_PERIOD = max(math.ceil(save_every), 1)
+    if test_every:
         # A run that is interrupted in an evaluation loses nothing if a checkpoint precedes it.
-        follows = 0 < solver.CHECKPOINT_EPOCHS <= test.EVAL_EPOCHS
-        unit = solver.CHECKPOINT_PERIOD if follows else 1
-        test.EVAL_PERIOD = max(math.ceil(epoch * test.EVAL_EPOCHS / unit), 1) * unit
+        unit = solver.CHECKPOINT_PERIOD if 0 < save_every <= test_every else 1
+        test.EVAL_PERIOD = max(math.ceil(test_every / unit), 1) * unit
+    if epoch > one_pass and not solver.EPOCHS:
+        # config.yaml, which --resume reads, has no EPOCHS: keep the periods in iterations.
+        solver.CHECKPOINT_EPOCHS = test.EVAL_EPOCHS = 0.0
 
 
 def enter_schedule(cfg: CfgNode, done: int, seen: int) -> int:

@@ -19,6 +19,14 @@ def use_available_device(cfg: CfgNode) -> bool:
     return absent
 
 
+def check_device(cfg: CfgNode) -> None:
+    """Raise UserError if MODEL.DEVICE is a GPU and none is available."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch finds no GPU: set MODEL.DEVICE to cpu"
+        )
+
+
 def one_image_at_a_time(cfg: CfgNode) -> CfgNode:
     """Return a copy for models that accept one image (test-time augmentation)."""
     cfg = cfg.clone()

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from ast import literal_eval
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
@@ -18,6 +19,8 @@ from .checks import flatten
 from .derive import complete_pixels
 from .keys import RENAMED_KEYS, add_atss_config
 
+# Config that `atss train` and `atss check` take by default.
+RECIPE = "ATSS_lite0_FPN_fine_tune"
 # Arguments of parts of version 0.2 that the command line can still set.
 LEGACY_ARGUMENTS = (
     "MODEL.ATSS.ASSIGNERS.ATSS.ALPHA",
@@ -144,6 +147,8 @@ def _rename_old_keys(node: Any) -> None:
 
 def _read_keys(file: str) -> dict[str, Any]:
     with PathManager.open(file) as opened:
+        if file.endswith(".py"):
+            raise UserError("a LazyConfig, expected a yaml config")
         loader = yaml.SafeLoader(opened)
         node = loader.get_single_node()
     if not isinstance(node, yaml.MappingNode):
@@ -165,11 +170,25 @@ def _describe_recipe(file: str) -> str:
     )
 
 
-def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
+def check_pairs(options: Sequence[Any]) -> None:
+    """Check that options are keys and values in turn.
+
+    Raises:
+        UserError: also for a text or a dict.
+    """
+    if isinstance(options, str | Mapping):
+        raise UserError(
+            "options of the config must be a list such as ['SOLVER.MAX_ITER', 60], got a "
+            f"{type(options).__name__}: {options!r}"
+        )
     if len(options) % 2:
         text = " ".join(map(str, options))
         hint = REPEAT_REGISTER if any(map(DATA_SET.match, text.split())) else ""
         raise UserError(f"options of the config must be pairs KEY VALUE, got {text!r}{hint}")
+
+
+def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
+    check_pairs(options)
     keys = dict(flatten(cfg))
     for key, value in zip(options[::2], options[1::2], strict=True):
         node, _, name = key.rpartition(".")
@@ -183,12 +202,25 @@ def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
             parts.setdefault(part, CfgNode(new_allowed=True))[argument] = None
         if isinstance(keys.get(key), float) and re.fullmatch(r"[+-]?\d+", str(value)):
             value = float(value)
+        if isinstance(keys.get(key), str) and _is_number(value):
+            value = repr(value)  # a folder such as 7, which yacs would read as a number
         try:
             cfg.merge_from_list([key, value])
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             if key not in keys:
-                raise UserError(_describe_unknown(cfg, key)) from error
+                raise UserError(_describe_unknown(cfg, key)) from None
             raise UserError(f"{_explain(cfg, error)}, got {value!r}") from error
+        for legacy in LEGACY_ARGUMENTS:  # of a config.yaml of version 0.2
+            group, part, argument = legacy.split(".")[-3:]
+            if key == f"MODEL.ATSS.{argument}":
+                cfg.MODEL.ATSS[group].get(part, {}).pop(argument, None)
+
+
+def _is_number(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and isinstance(literal_eval(text), int | float)
+    except (SyntaxError, ValueError):
+        return False
 
 
 def _refuse_empty(cfg: CfgNode, defaults: CfgNode) -> None:
@@ -233,8 +265,14 @@ def _describe_unknown(cfg: CfgNode, key: str) -> str:
     is_argument = re.fullmatch(rf"{NODE}\.(?!BRANCH\.)\w+\.\w+", part) and part in keys
     if is_argument and not nearest.startswith(f"{part}."):
         return f"unknown key {key}: choose from {sorted(keys[part])}"
-    hint = f"; did you mean {nearest}?" if likeness(nearest) > 1.5 else ""
-    return f"unknown key {key}{hint}"
+    if likeness(nearest) <= 1.5:  # then a key of the same group with this word, such as K
+        group, words = part, {*key.rpartition(".")[2].split("_")}
+        while group and not any(x.startswith(f"{group}.") for x in keys):
+            group = group.rpartition(".")[0]
+        in_group = [x for x in keys if group and x.startswith(f"{group}.")]
+        with_words = [x for x in in_group if words <= {*x.rpartition(".")[2].split("_")}]
+        nearest = max(with_words, key=likeness, default="")
+    return f"unknown key {key}{f'; did you mean {nearest}?' if nearest else ''}"
 
 
 def _describe_group(key: str, group: CfgNode) -> str:

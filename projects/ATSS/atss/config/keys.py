@@ -28,6 +28,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     # SOLVER.WEIGHT_DECAY.
     cfg.SOLVER.WEIGHT_DECAY_SCALE = None
     # Length of the training in passes over the images, replaces SOLVER.MAX_ITER; 0 to use that.
+    # MAX_ITER of the command line replaces EPOCHS of a file, without more frequent checkpoints and
+    # evaluations.
     cfg.SOLVER.EPOCHS = 0.0
     # Lower bound on the iterations of SOLVER.EPOCHS, for small data sets.
     cfg.SOLVER.MIN_ITER = 0
@@ -234,10 +236,12 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.COMPILE = None
 
     # Parts: a key names one, a group contains the arguments of all.
+
     # Rule that selects training samples ("matcher" in Detectron2). ASSIGNERS.ATSS.TOP_K is the k of
     # ATSS (paper, Table 4).
     ASSIGNER_REGISTRY.add_keys(node, "ATSS")
     SIMILARITIES.add_keys(node)
+    # Head: "ATSSHead", two towers (RetinaNet, FCOS); "VFNetHead"; "TOODHead".
     modeling.HEAD_REGISTRY.add_keys(node, "ATSSHead")
     # HEADS.ATSSHead.TOWER: module of all levels, replaces the two towers: "dynamic" (dynamic head);
     # "" for the two towers.

@@ -50,7 +50,13 @@ class Evaluation(hooks.EvalHook):
         evaluate: Callable[[], dict],
         writer: hooks.PeriodicWriter | None = None,
     ):
-        super().__init__(period, evaluate)
+        self.results: dict = {}
+
+        def remember() -> dict:
+            self.results = evaluate()
+            return self.results
+
+        super().__init__(period, remember)
         self.writer = writer
         self.last = -1
 
@@ -81,7 +87,7 @@ class Evaluation(hooks.EvalHook):
     def _do_eval(self) -> None:
         start = time.perf_counter()
         super()._do_eval()
-        if self._period and self.last < 0:
+        if self._period and self.last < 0 and self.results:  # else DATASETS.TEST is empty
             seconds = timedelta(seconds=round(time.perf_counter() - start))
             logging.getLogger(__name__).info("One evaluation takes %s", seconds)
         self.last = evaluated_iteration(self.trainer)

@@ -46,7 +46,8 @@ def refuse_used_folder(path: str, resume: bool) -> None:
     """
     if not resume and os.path.exists(os.path.join(path, "last_checkpoint")):
         raise UserError(
-            f"OUTPUT_DIR {path} already contains a run: pass --resume or choose another folder"
+            f"OUTPUT_DIR {path} already contains a run: pass --resume (in Python resume=True) or "
+            "choose another folder"
         )
 
 

@@ -1,11 +1,37 @@
 """The terminal's share of the logs; log.txt has all."""
 
+import atexit
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from detectron2.utils import logger as detectron2_logger
 
 from .explain import explain
 
 LOGS = ("detectron2", "fvcore", "atss")
+
+
+@contextmanager
+def release_logs() -> Iterator[None]:
+    """Remove and close the handlers that a run adds, and empty Detectron2's caches of them, so that
+    the next run of this process has its own log.txt and prints each line once."""
+    before = {name: [*logging.getLogger(name).handlers] for name in LOGS}
+    consoles = sys.stdout, sys.stderr
+    try:
+        yield
+    finally:
+        for name in LOGS:
+            log = logging.getLogger(name)
+            for handler in [x for x in log.handlers if x not in before[name]]:
+                log.removeHandler(handler)
+                stream = getattr(handler, "stream", None)
+                if stream and stream not in consoles:  # log.txt, which the logs share
+                    stream.close()
+                    atexit.unregister(stream.close)
+        detectron2_logger.setup_logger.cache_clear()
+        detectron2_logger._cached_log_stream.cache_clear()
 
 
 def hide_explained_tracebacks(output_dir: str) -> None:
@@ -32,9 +58,9 @@ class _Abridged(logging.Formatter):
         self.whole = whole
 
     def format(self, record: logging.LogRecord) -> str:
-        lines = self.whole.format(record).splitlines()
-        # Detectron2's formatter abbreviates the name of a record.
+        # Before Detectron2's formatter abbreviates the name of the record, and after another has.
         is_result = record.name.startswith(("detectron2.evaluation", "d2.evaluation"))
+        lines = self.whole.format(record).splitlines()
         is_short = len(lines) == 1 and len(lines[0]) <= self.WIDTH
         if record.funcName == "default_setup" and not is_short:
             return f"{lines[0][: self.WIDTH]} ... (in full: log.txt)"

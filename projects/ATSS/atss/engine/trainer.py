@@ -320,7 +320,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test_averages(cls, cfg: CfgNode, model: nn.Module) -> dict:
         """Test averaged weights; results go to the folder ema."""
-        logging.getLogger(__name__).info("Evaluating the averaged weights")
+        if cfg.DATASETS.TEST:
+            logging.getLogger(__name__).info("Evaluating the averaged weights")
         cfg = cfg.clone()
         cfg.defrost()
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "ema")

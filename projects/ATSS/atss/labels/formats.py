@@ -130,6 +130,11 @@ def image_dir_of(annotations: str, images: str) -> str:
         return os.path.dirname(annotations)
     if not (ADDRESS.match(images) or Path(images).is_dir()):
         refuse_unknown_format(annotations)
+        if not os.path.exists(annotations):
+            raise UserError(
+                f"the labels {annotations} are missing, and the image folder {images} does not "
+                "exist"
+            )
         raise UserError(f"the image folder {images} does not exist")
     return images
 

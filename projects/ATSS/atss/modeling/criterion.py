@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..anchors import Anchors
-from ..errors import UserError, WrongValue, check_range
+from ..errors import UserError, WrongValue, check_range, check_shape
 from ..losses import Focal
 from ..structures import IGNORE, Assignment, GroundTruth, HeadOutput, Matched
 from .terms import GIoULoss, central, one, positives
@@ -182,6 +182,8 @@ class Criterion(nn.Module):
         targets.scatter_(2, matched.target_classes[..., None], cls_target[..., None])
         entropy = matched.output.cross_entropy(targets)
         loss = cls_loss(matched.output.probability(), entropy, targets)
+        name = getattr(cls_loss, "__name__", type(cls_loss).__name__)
+        check_shape(f"the class loss {name}", loss, classes.shape, broadcasts=False)
         return (loss.sum(dim=2) * matched.not_ignored * level_weight).sum()
 
     def _box_losses(
@@ -190,7 +192,9 @@ class Criterion(nn.Module):
         """Sum each box term over the positives, with (N, R) weights."""
         totals = {}
         for i, (name, term) in enumerate(self.box_terms.items()):
-            total = (term(matched) * weight * level_weight).sum()
+            loss = term(matched)
+            check_shape(f"the box loss {name!r}", loss, weight.shape)
+            total = (loss * weight * level_weight).sum()
             logged = "loss_box_reg" if i == 0 else f"loss_{name}"
             totals[logged] = getattr(term, "weight", 1.0) * total
         return totals
