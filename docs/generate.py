@@ -45,8 +45,11 @@ MODULES = (
     "atss.modeling",
     "atss.losses",
     "atss.structures",
+    "atss.data",
+    "atss.engine",
     "atss.checkpoints",
     "atss.model_zoo",
+    "atss.export",
     "atss.errors",
     "atss_runner",
 )
