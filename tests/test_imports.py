@@ -33,6 +33,7 @@ PRIVATE_USES = (
     "engine/best.py",
     "engine/evaluation.py",
     "engine/steps.py",
+    "engine/terminal.py",
     "engine/trainer.py",
     "engine/writers.py",
     "modeling/timm_backbone.py",

@@ -295,3 +295,16 @@ def test_overlays_for_inference_are_kept(tmp_path):
 def test_empty_weights_are_refused():
     with pytest.raises(WeightsError, match=r"MODEL.WEIGHTS is empty: detection needs weights"):
         Predictor(make_cfg(*TINY), "")
+
+
+def test_picture_is_large_enough_for_labels(predictor, caplog):
+    assert predictor.show(PICTURE, 0).size == (640, 480)
+    assert predictor.show(PICTURE.resize((800, 100)), 0).size == (800, 100)
+    assert not caplog.records
+
+
+def test_picture_without_detections_names_the_highest_score(predictor, caplog):
+    with caplog.at_level("WARNING"):
+        predictor.show(PICTURE, threshold=1)
+    highest = predictor(PICTURE).scores.max()
+    assert f"The highest score is {highest:.3f}: pass a lower threshold than 1" in caplog.text

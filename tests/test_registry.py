@@ -292,3 +292,9 @@ def test_defaults_in_python_are_those_of_the_keys(part):
 def test_wrong_value_can_be_pickled():
     error = pickle.loads(pickle.dumps(WrongValue("top_k", "must be >= 1, got 0")))
     assert (str(error), error.argument) == ("top_k must be >= 1, got 0", "top_k")
+
+
+def test_notebook_shows_a_message_without_a_traceback():
+    """By IPython's hook."""
+    error = WrongValue("MODEL.ATSS.K", "must be >= 1, got 0")
+    assert error._render_traceback_() == ["WrongValue: MODEL.ATSS.K must be >= 1, got 0"]

@@ -38,6 +38,7 @@ from atss.assigners.lists import Lists
 from atss.assigners.mixture import mixture
 from atss.assigners.sim_ota import dynamic_k
 from atss.assigners.tables import Tables
+from atss.errors import UserError
 from atss.geometry import nearest_side
 from atss.losses import Focal, QualityFocal, cross_entropy
 from atss.structures import Predictions
@@ -389,6 +390,22 @@ def test_rule_needs_predictions(rule):
         ValueError, match=rf"{type(rule).__name__} needs the predictions of a model, got none"
     ):
         rule(Anchors.grid((64, 64)), make_gt([[0, 0, 9, 9]]))
+
+
+@pytest.mark.parametrize("engine", ["lists", "tables"])
+@pytest.mark.parametrize(
+    ("method", "made", "sentence"),
+    [
+        ("cost", lambda pairs: pairs.probability[..., :3], "must return a tensor of shape"),
+        ("select", lambda pairs: pairs.probability[..., :3] > 0, "must return a tensor of shape"),
+        ("select", lambda pairs: pairs.probability, "must return a tensor of bool, got"),
+        ("rank", lambda pairs: 1.0, "must return a tensor of shape .*, got float"),
+    ],
+)
+def test_wrong_shape_of_an_own_method_is_named(engine, method, made, sentence):
+    wrong = type("Wrong", (TAL,), {method: lambda self, pairs, *cost: made(pairs)})
+    with use_engine(engine), pytest.raises(UserError, match=rf"^Wrong\.{method} {sentence}"):
+        wrong()(*by_hand())
 
 
 @pytest.mark.parametrize(

@@ -235,3 +235,11 @@ def test_nothing_to_resume_from(checkpointer, tmp_path):
     torch.save({"model": {}, "iteration": 5}, tmp_path / "weights.pth")  # alone no checkpoint
     with pytest.raises(OSError, match=r"model_0000005.pth is missing or cannot be read, and no"):
         resume(checkpointer)
+
+
+def test_training_without_weights_is_described(checkpointer, caplog):
+    """Detectron2's sentence, "from scratch", is false of a pretrained backbone."""
+    with caplog.at_level("INFO"):
+        assert checkpointer.resume_or_load("", resume=True) == {}
+    assert "MODEL.WEIGHTS is empty: no checkpoint is loaded" in caplog.text
+    assert "scratch" not in caplog.text

@@ -9,6 +9,7 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 from atss import add_atss_config
 from atss.assigners import ASSIGNER_REGISTRY
 from atss.config import autocast_dtype, build_assigner, resolve_num_classes
+from atss.errors import UserError
 
 
 @pytest.fixture
@@ -155,3 +156,11 @@ def test_solver_equals_the_authors():
     rates = scheduler._multiplier
     for iteration, factor in ((0, 1 / 3), (499, 1 / 3), (500, 1), (60000, 0.1), (80000, 0.01)):
         assert rates(iteration / 90000) == pytest.approx(factor), iteration
+
+
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_missing_gpu_is_named(monkeypatch, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = make_cfg("MODEL.DEVICE", "cuda:1", "MODEL.ATSS.PRECISION", precision)
+    with pytest.raises(UserError, match=r"MODEL.DEVICE is 'cuda:1', but torch finds no GPU: set"):
+        build_model(cfg)

@@ -1,16 +1,17 @@
 """Configs of finished runs with the rules and arguments of version 0.2."""
 
+import re
 from dataclasses import dataclass
 
 import pytest
 import yaml
-from conftest import make_cfg
+from conftest import ROOT, make_cfg
 from pages import run_page
 
 from atss import load_config
 from atss.assigners import ASSIGNER_REGISTRY, ATSS, DDOD, NWD, TAL, IoU
 from atss.config import build_assigner, build_branches, check_model, get_config, prune
-from atss.config.build import build_box_coder
+from atss.config.build import build_box_coder, head_depth
 from atss.config.files import get_config_file
 from atss.errors import UserError
 
@@ -194,8 +195,37 @@ def test_data_set_among_options_names_register(options, message):
         load_config(get_config_file("ATSS_R_50_FPN_1x"), opts=options)
 
 
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("MODEL.ATSS.K", "; did you mean MODEL.ATSS.ASSIGNERS.ATSS.TOP_K?"),
+        ("SOLVER.LR", "; did you mean SOLVER.BASE_LR?"),
+        ("MODEL.ATSS.FOO", ""),
+        ("LR", ""),
+    ],
+)
+def test_unknown_key_suggests_one_with_its_word(key, hint):
+    with pytest.raises(UserError, match=rf"^unknown key {key}{re.escape(hint)}$"):
+        load_config(get_config_file("ATSS_R_50_FPN_1x"), opts=[key, 3])
+
+
 def test_unknown_argument_lists_those_of_its_part():
     key = "MODEL.ATSS.ASSIGNERS.SpatialScale.SIMILARITY"
     choices = r"\['MARGIN', 'RADIUS', 'RANGES', 'TOP_K'\]"
     with pytest.raises(UserError, match=rf"^unknown key {key}: choose from {choices}$"):
         load_config(get_config_file("ATSS_R_50_FPN_1x"), opts=[key, "nwd"])
+
+
+def test_depth_of_the_command_line_replaces_older_keys(tmp_path):
+    heads = {"HEADS": {"TOODHead": {"NUM_CONVS": 5}}, "HEAD": "TOODHead"}
+    load(tmp_path, **heads)
+    depths = []
+    for opts in ([], ["MODEL.ATSS.NUM_CONVS", 2]):
+        cfg = load_config(tmp_path / "config.yaml", opts=opts)
+        depths.append(head_depth(cfg))
+    assert depths == [5, 2]
+
+
+def test_lazy_config_is_refused():
+    with pytest.raises(UserError, match=r"ATSS_R_50_FPN_1x\.py: a LazyConfig, expected a yaml"):
+        load_config(ROOT / "configs" / "ATSS_R_50_FPN_1x.py")

@@ -315,6 +315,14 @@ def test_expected_results_need_one_test_set(arguments, squares):
     assert sentence == "error: TEST.EXPECTED_RESULTS needs one data set in DATASETS.TEST, got 2"
 
 
+def test_unused_data_sets_are_named(arguments, squares, capsys):
+    source = f"{squares}/annotations.json:{squares}/images"
+    way_in.prepare(arguments("--register", f"unused={source}"))
+    err = capsys.readouterr().err
+    assert "--register unused: not used, because neither DATASETS.TRAIN ('squares',) nor" in err
+    assert "--register squares" not in err
+
+
 @pytest.mark.parametrize("place", ["inference", "ema/inference/squares"])
 def test_unwritable_folder_of_results_is_refused(arguments, tmp_path, place):
     """A file has the folder's name."""

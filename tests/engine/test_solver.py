@@ -125,6 +125,24 @@ def test_iterations_of_the_command_line_replace_epochs(monkeypatch):
         assert (wanted, 20) == (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD)
 
 
+def test_max_iter_of_the_command_line_keeps_the_periods(monkeypatch):
+    """Also after --resume, by the config.yaml of the run. Explicit epochs are kept."""
+    monkeypatch.setattr(datasets, "open_records", lambda *_, **__: [{}] * 40)
+    opts = ["SOLVER.EPOCHS", 8.0, "SOLVER.MIN_ITER", 480, "SOLVER.MAX_ITER", 110]
+    opts += ["SOLVER.CHECKPOINT_EPOCHS", 1.0, "TEST.EVAL_EPOCHS", 2.0, "SOLVER.IMS_PER_BATCH", 8]
+
+    def periods(cfg, *given):
+        complete_schedule(cfg, given)
+        return cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD
+
+    assert periods(make_cfg(*opts)) == (480, 60, 120)
+    cfg = make_cfg(*opts)
+    assert periods(cfg, "SOLVER.MAX_ITER") == (110, 60, 120)
+    assert periods(cfg) == (110, 60, 120)
+    given = ("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_EPOCHS", "TEST.EVAL_EPOCHS")
+    assert periods(make_cfg(*opts), *given) == (110, 5, 10)
+
+
 def test_negative_epochs_are_refused():
     with pytest.raises(ValueError, match=r"TEST\.EVAL_EPOCHS must be >= 0, got -1\.0"):
         complete_schedule(make_cfg("TEST.EVAL_EPOCHS", -1.0))

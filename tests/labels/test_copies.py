@@ -146,10 +146,13 @@ def test_check_dataset_reports_images_of_other_splits(tmp_path, capsys):
     config = ["--config-file", str(ROOT / "configs/ATSS_R_18_FPN_small.yaml")]
     argv = [str(yaml), "train", "--against", f"{yaml}:val", *config]
     assert check_dataset.main(argv) == 0
-    assert "another split" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "another split" not in out
+    assert out.endswith(f"No image of {yaml}:train or its scene is in {yaml}:val\n")
     photograph(1, (60, 45)).save(tmp_path / "val/images/9.jpg")
     assert check_dataset.main(argv) == 0
     out = capsys.readouterr().out
+    assert "No image of" not in out
     assert "1  images that another split contains too (equal bytes, resized or mirrored)" in out
     assert f"train/images/1.png, which is {tmp_path}/val/images/9.jpg" in out
     Image.open(tmp_path / "train/images/2.png").crop((4, 3, 118, 88)).save(

@@ -237,6 +237,7 @@ def test_sets_are_joined_by_class_names(two, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "first/a.json has no class 'cow': objects of such classes on its images" in captured.err
     assert "second/a.json has no class 'cat'" in captured.err
+    assert f"atss train: --train or --val {target}:{tmp_path}" in captured.out.splitlines()
     register = captured.out.splitlines()[-1]
     assert register == f"--register both={target}:{tmp_path}"
     assert not read_labels(str(target), str(tmp_path)).findings
@@ -320,7 +321,9 @@ def test_split_files_keep_classes_and_copies_together(two, tmp_path, capsys):
     (images / "d.png").write_bytes((images / "a.png").read_bytes())
     argv = [*two, "--output", f"{tmp_path}/both.json", "--split", "train=0.5", "val=0.5"]
     assert convert_dataset.main(argv) == 0
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
+    sources = [f"{tmp_path}/both_{x}.json:{tmp_path}" for x in ("train", "val")]
+    assert f"\natss train: --train {sources[0]} --val {sources[1]}\n" in out
     assert "copies of one image: first/images/a.png, first/images/d.png" in err
     parts = [json.loads((tmp_path / f"both_{x}.json").read_text()) for x in ("train", "val")]
     files = [{image["file_name"] for image in part["images"]} for part in parts]

@@ -23,6 +23,7 @@ from atss import (
 )
 from atss.config.branches import build_branches
 from atss.config.build import build_postprocess
+from atss.errors import UserError
 from atss.losses import Matchability, QualityFocal, Varifocal, giou_loss
 from atss.modeling import BOX_CODES
 from atss.modeling.box_coding import BoxDeltas, Distribution, PointDistances
@@ -234,6 +235,26 @@ def test_targets_are_detached():
         for i, gradient in enumerate(found):
             moved = gradient is not None and bool(gradient.abs().max() > 0)
             assert moved == (i == own), (name, i)
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        (
+            {"cls_loss": lambda p, entropy, targets: entropy.mean()},
+            r"the class loss <lambda> must return a tensor of shape \(2, 4, 3\), got \(\)",
+        ),
+        (
+            {"box_terms": {"mine": lambda matched: matched.boxes}},
+            r"the box loss 'mine' must return .* \(2, 4\), or .*, got \(2, 4, 4\)",
+        ),
+    ],
+)
+def test_wrong_shape_of_an_own_loss_is_named(parts, sentence):
+    output = random_output()
+    boxes = BoxDeltas().decode(output.box_regression, ANCHORS.boxes, ANCHORS.stride)
+    with pytest.raises(UserError, match=sentence):
+        Criterion(**parts)(output, boxes, ANCHORS, GT, Assignment(GT_INDEX))
 
 
 def of_one_positive(classes, numbers, code, target, **parts):

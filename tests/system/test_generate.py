@@ -1,11 +1,16 @@
-"""docs/generate.py, and that every key, command and tool stands on its page."""
+"""docs/generate.py, and that every key, command, tool and public name stands on its page."""
 
 import importlib.util
+import inspect
+import re
+from pkgutil import walk_packages
 
 import pytest
 from conftest import ROOT
 from detectron2.config import get_cfg
 
+import atss
+import atss_runner
 from atss import add_atss_config, cli
 from atss.config.checks import flatten
 
@@ -38,10 +43,35 @@ def test_every_meaning_is_stated():
         assert meaning, key
 
 
-def test_tools_page_has_every_command_and_tool():
+def test_tools_page_has_a_row_and_an_example_of_each():
     page = (DOCS / "tools.md").read_text()
-    for command, (tool, _) in cli.COMMANDS.items():
-        assert f"`atss {command}`" in page
-        assert f"`tools/{tool}.py`" in page
-    for file in ROOT.glob("tools/[!_]*.py"):
-        assert f"`tools/{file.name}`" in page, file.name
+    expected = {tool: f"atss {command}" for command, (tool, _) in cli.COMMANDS.items()}
+    tools = {file.stem for file in ROOT.glob("tools/[!_]*.py")}
+    rows = re.findall(r"^\| (?:`(.+?)`)? *\| .+ \| `tools/(\w+)\.py` \|$", page, re.MULTILINE)
+    assert sorted(rows) == sorted((expected.get(tool, ""), tool) for tool in tools)
+    sections = dict(x.partition("\n")[::2] for x in page.split("\n## ")[1:])
+    for command, tool in rows:
+        title = command or f"tools/{tool}.py"
+        assert f"\n\n    {title} " in sections[title], f"no example of {title}"
+
+
+def test_tools_page_has_every_option_of_train():
+    section = (
+        (DOCS / "tools.md").read_text().partition("\n## atss train\n")[2].partition("\n## ")[0]
+    )
+    for action in cli.make_train_parser()._actions:
+        option = action.option_strings[-1]
+        assert option == "--help" or f"`{option}" in section, option
+
+
+def test_python_page_has_every_public_name():
+    page = (DOCS / "python_api.md").read_text()
+    packages = (atss, atss_runner)
+    names = [x.name for p in packages for x in walk_packages(p.__path__, f"{p.__name__}.")]
+    for name in ("atss", "atss_runner", *names):
+        if name.startswith(("atss.tools", "atss.configs")) or name.endswith("__main__"):
+            continue
+        module = importlib.import_module(name)
+        for public in getattr(module, "__all__", ()):
+            is_module = inspect.ismodule(getattr(module, public, module))
+            assert is_module or f"\n### {public}\n" in page, f"{name}.{public}"

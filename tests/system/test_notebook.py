@@ -38,4 +38,4 @@ def test_notebook_runs_and_detects_digits(tmp_path):
     assert [[[*x] for x in cell] for cell in outputs] == [[[*x] for x in cell] for cell in stored]
     results = [x["text/plain"] for cell in outputs for x in cell if "text/plain" in x]
     (precisions,) = (x for x in results if "bbox_EMA" in "".join(x))
-    assert json.loads("".join(precisions).replace("'", '"'))["bbox_EMA"] > 30
+    assert json.loads("".join(precisions).replace("'", '"'))["bbox_EMA"]["AP50"] > 30

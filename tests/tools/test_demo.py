@@ -68,6 +68,16 @@ def test_draws_a_folder_and_an_image(run, squares, tmp_path):
     assert drawn.shape == (96, 128, 3)
 
 
+def test_highest_score_is_named_if_nothing_is_drawn(run, squares, capsys):
+    highest = max(x["score"] for x in run(squares / "images"))
+    assert "pass a lower" not in capsys.readouterr().out
+    assert run(squares / "images", threshold=1.0) == []
+    hint = f"The highest score is {highest:.3f}: pass a lower --score-threshold than 1"
+    assert hint in capsys.readouterr().out
+    run(squares / "images", opts=("MODEL.ATSS.SCORE_THRESH_TEST", "1.0"))
+    assert "No score is above MODEL.ATSS.SCORE_THRESH_TEST" in capsys.readouterr().out
+
+
 def test_detections_have_the_ids_of_the_data(run, squares):
     """COCO's own reader takes them."""
     records = run(squares / "images", opts=("MODEL.ATSS.CLASS_IDS", "[5, 6, 90]"))
@@ -248,14 +258,19 @@ def test_bad_input_is_skipped_and_named(run, squares, tmp_path, capsys, kind):
     assert sorted(x.name for x in (tmp_path / "out").iterdir()) == ["1.png", "detections.json"]
 
 
-@pytest.mark.parametrize("size", [(4000, 1), (9000, 40)])
+@pytest.mark.parametrize("size", [(4000, 1), (20000, 40)])
 def test_videos_of_extreme_sizes_are_skipped(run, squares, film, monkeypatch, capsys, size):
-    """The first is too thin to be resized, the second too wide for the codec."""
-    frame = np.zeros((*size[::-1], 3), np.uint8)
-    monkeypatch.setattr(media.Film, "__iter__", lambda self: iter([frame]))
+    """The first is too thin to be resized, the second too wide for the codecs."""
+    read = media.Film.__init__
+
+    def read_wide(self, path):
+        read(self, path)
+        self.size = size[::-1]
+
+    monkeypatch.setattr(media.Film, "__init__", read_wide)
     run(film, squares / "images" / "1.png")
     thin = "film.avi is 4000 x 1 pixels, too thin"
-    message = {4000: thin, 9000: "cannot write the film .*mp4"}[size[0]]
+    message = {4000: thin, 20000: "cannot write the film .*mp4"}[size[0]]
     assert re.search(f"skipped: .*{message}", capsys.readouterr().err)
 
 
