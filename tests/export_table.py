@@ -109,7 +109,8 @@ def differences(model: nn.Module, file: Path, shape: tuple[int, int, int]) -> di
     with torch.no_grad():
         eager, moved = model.raw(pixels), model.raw(pixels * (1 + NUDGE))
     found = {"shape": " x ".join(map(str, pixels.shape))}
-    outputs = [x for x in loaded.run(pixels.numpy()) if x is not None]
+    sizes = np.array([pixels.shape[2:]] * len(pixels))
+    outputs = loaded.outputs(pixels.numpy(), sizes).values()
     for name, output, expected, other in zip(VALUES, outputs, eager, moved, strict=False):
         found[name] = f"{np.abs(output - expected.numpy()).max():.1e}"
         found[f"{name} of the detector"] = f"{(other - expected).abs().max():.1e}"
