@@ -11,6 +11,7 @@
     tools/benchmark.py scaling                   the growth of assignment; draws scaling.png
     tools/benchmark.py data                      the time of loading images
     tools/benchmark.py labels                    registering 100,000 images, by format
+    tools/benchmark.py files RUN FILE...         exported files beside the detector
     tools/benchmark.py against COMMIT            the working tree beside a commit
 
 Compared functions are measured in one run, in turn. A ratio is the median of the ratios of each
@@ -26,7 +27,7 @@ import sys
 from pathlib import Path
 
 import torch
-from benchmarks import against, assignment, data, labels, model, operators, rules
+from benchmarks import against, assignment, data, files, labels, model, operators, rules
 from benchmarks.peers import PEERS, installed
 from benchmarks.timing import Seconds, table
 
@@ -201,6 +202,18 @@ def measure_labels(args: argparse.Namespace) -> dict:
     return labels.registration(args.images, args.boxes)
 
 
+def measure_files(args: argparse.Namespace) -> dict:
+    seconds = files.networks(args.run, args.files, tuple(args.size), args.runs, args.threads)
+    eager = seconds["eager, fp32"]
+    rows = [[name, _interval(s), _interval(eager.over(s))] for name, s in seconds.items()]
+    print(table(["network", "seconds (95 %)", "eager fp32 / this (95 %)"], rows))
+    parts = files.around(args.files[0], args.candidates, args.runs, args.threads)
+    print()
+    times = [[name, f"{1e3 * s.median:.1f}"] for name, s in parts.items()]
+    print(table([args.files[0], "milliseconds"], times))
+    return {"networks": _plain({"": seconds}), "parts": _plain({"": parts})}
+
+
 def measure_against(args: argparse.Namespace) -> dict:
     options = against.Options(
         *(
@@ -296,6 +309,13 @@ def make_parser() -> argparse.ArgumentParser:
     command.set_defaults(measure=measure_labels)
     command.add_argument("--images", type=int, default=100_000)
     command.add_argument("--boxes", type=int, default=10, help="objects on each image")
+    command = commands.add_parser("files", parents=[shared])
+    command.set_defaults(measure=measure_files)
+    command.add_argument("run", metavar="RUN", help="folder of a training, or a config")
+    command.add_argument("files", nargs="+", metavar="FILE", help="of tools/export.py")
+    command.add_argument("--size", type=int, nargs=2, default=(320, 448), metavar="PIXELS")
+    command.add_argument("--threads", type=int, default=1)
+    command.add_argument("--candidates", type=int, nargs="+", default=[300, 3000, 20_000])
     command = commands.add_parser("against", parents=[shared])
     command.set_defaults(measure=measure_against)
     command.add_argument(
