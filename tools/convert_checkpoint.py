@@ -10,7 +10,8 @@
 "official" is the authors' code. mmdet's detectors are listed below: the names of the weights decide
 between them, or the config in the file, or --detector. Nothing in a file is executed. Names that
 are missing, unexpected or of another shape are listed, and nothing is written. An existing OUT is
-not replaced. Anchors, box code and thresholds are assumed to be mmdet's defaults.
+not replaced. Preprocessing, anchors, thresholds and class names are those in mmdet's file; values
+that cannot be taken over, or are assumed because the file lacks them, are printed.
 
 For mmdet, train with MODEL.ATSS.TOWER_BIAS False: its towers have no biases. The settings of
 mmdet's config for these weights are printed, and written beside them.
@@ -75,7 +76,9 @@ def main(argv: list[str] | None = None) -> None:
             )
             config_file = args.output.with_suffix(".yaml")
             print(f"Written: {args.output}, weights of {detector}, and its config: {config_file}")
-            if cfg.DATASETS.TEST:
+            if names := cfg.MODEL.ATSS.CLASS_NAMES:
+                print(f"Classes, from the file: {', '.join(names)}")
+            elif cfg.DATASETS.TEST:
                 print("Eighty classes: assumed to be COCO's, whose names are written, too.")
             else:
                 print("The classes have no names: add data sets with --register.")

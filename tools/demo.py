@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING)
     records: list[dict] = []
-    num_images, target = 0, args.output / "detections.json"
+    num_images, num_full, target = 0, 0, args.output / "detections.json"
     try:
         import_modules(args.imports)
         check_range("--batch", args.batch, 1)
@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
             ):
                 records += detections
                 num_images += 1
+                num_full += len(detections) >= predictor.max_detections
         finally:  # also after an error or ctrl-C
             if num_images:
                 unfinished = target.with_name("detections.json.unfinished")
@@ -87,6 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     if not num_images:
         sys.exit("error: none of the inputs could be read")
     print(f"{len(records)} detections: pictures and detections.json are in {args.output}")
+    if num_full:
+        limit = f"TEST.DETECTIONS_PER_IMAGE ({predictor.max_detections})"
+        print(f"{num_full} images or frames reached {limit}: they may have more objects")
     if not records:
         print(explain_none(predictor.score, args.score_threshold, "--score-threshold"))
 

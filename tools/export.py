@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Export a trained detector to one file that runs without torch and Detectron2.
 
-    atss export out --output model.onnx                   # or: tools/export.py out --output ...
+    tools/export.py out --output model.onnx
     python -m atss_runner model.onnx photos --output pictures
 
 The file takes any batch and any size. It is compared with the detector at three other shapes; if
@@ -38,7 +38,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="FILE", help="FILE.onnx, or FILE.xml")
     add("--format", choices=FORMATS, default="onnx", help="openvino writes FILE.xml and FILE.bin")
     add("--nms", action="store_true", help="select and suppress in the file, too")
-    add("--precision", choices=PRECISIONS, default="fp32")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of the weights: fp16 halves the file, int8 needs --calibrate (default: fp32)",
+    )
     add("--calibrate", metavar="FOLDER", help="with int8: images like those of the application")
     add("--evaluate", metavar="SOURCE", help="labels.json:images to measure AP before and after on")
     add("--max-drop", type=float, metavar="AP", help="refuse a file that loses more")

@@ -33,7 +33,7 @@ from .predictor import WEIGHTS, find_run
 COMMANDS = {
     "train": ("train_net", "train on your images and labels"),
     "predict": ("demo", "draw the detections of a trained detector on images and videos"),
-    "export": ("export", "write a trained detector to one ONNX file"),
+    "export": ("export", "write a trained detector to one file of ONNX or OpenVINO"),
     "check": ("check_dataset", "find errors in images and labels"),
     "convert": ("convert_dataset", "join and split data sets, and write them as COCO json"),
     "convert-weights": ("convert_checkpoint", "convert weights from and to mmdet"),
@@ -133,9 +133,10 @@ def make_train_parser() -> argparse.ArgumentParser:
     add("--train", metavar="SOURCE", help="labels.json:images, data.yaml:split or folder:split")
     add("--val", metavar="SOURCE", help="the same for validation; 'none' trains without")
     add("--output", metavar="FOLDER", required=True, help="for weights, logs and config.yaml")
-    add("--config", metavar="NAME", help=f"of the model zoo, or a yaml file (default: {RECIPE})")
+    config = ("--config", "--config-file")
+    add(*config, metavar="NAME", help=f"of the model zoo, or a yaml file (default: {RECIPE})")
     add("--resume", action="store_true", help="continue the training in OUTPUT")
-    add("--num-gpus", type=int, default=1, metavar="N", help="processes, one for each GPU")
+    add("--num-gpus", type=int, default=1, metavar="N", help="N processes, also without GPUs")
     formats.add_arguments(parser)
     add_import(parser)
     return parser
@@ -184,7 +185,9 @@ def _check_data(data: str, reads_val: bool) -> None:
     """
     path = Path(data).expanduser()
     if not path.exists():
-        raise UserError(f"--data {data} does not exist")
+        file = data.rpartition(":")[0]
+        hint = f": --data takes {file} itself" if Path(file).expanduser().is_file() else ""
+        raise UserError(f"--data {data} does not exist{hint}")
     if not (reads_val and path.is_file() and path.suffix.lower() in YOLO_CONFIGS):
         return
     try:
@@ -250,6 +253,7 @@ def _forget_others(names: Container[str]) -> None:
 def make_predict_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="atss predict",
+        usage="%(prog)s RUN INPUT [INPUT ...] [options] [KEY VALUE ...]",
         description="Draw detections on images and videos, and write them as json.",
         epilog="""examples:
   atss predict out photos                  pictures and detections.json in out/predictions

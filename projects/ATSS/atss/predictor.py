@@ -63,7 +63,13 @@ def find_weights(run: str | Path) -> Path:
     for name in WEIGHTS:
         if Path(run, name).is_file():
             return Path(run, name)
-    raise UserError(f"{run} contains neither {' nor '.join(WEIGHTS)}")
+    hint = ""
+    if checkpoints := sorted(Path(run).glob("model_[0-9]*.pth")):
+        hint = (
+            ": the training was interrupted: continue it by --resume, or pass --weights "
+            f"{checkpoints[-1]}"
+        )
+    raise UserError(f"{run} contains neither {' nor '.join(WEIGHTS)}{hint}")
 
 
 class Predictor:
@@ -78,6 +84,7 @@ class Predictor:
         names: of the classes; may be empty.
         ids: of the classes in the training data; may be empty.
         size: (shorter side, longest side) of resized images.
+        max_detections: TEST.DETECTIONS_PER_IMAGE, the most that an image has.
 
     Raises:
         UserError: naming the file or the key.
@@ -108,6 +115,7 @@ class Predictor:
         SafeCheckpointer(self.model, class_names=self.names, whole=True).load(str(weights))
         self.ids = class_ids(cfg)
         self.size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        self.max_detections = cfg.TEST.DETECTIONS_PER_IMAGE
         self.resize = T.ResizeShortestEdge([self.size[0]] * 2, self.size[1])
         self.input_format = cfg.INPUT.FORMAT
 

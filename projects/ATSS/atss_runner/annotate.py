@@ -61,7 +61,7 @@ def annotate(
 
     images = {path: target for path, target in places.items() if not media.is_video(path)}
     if images:
-        frames = _images(images, predictor.size, read)
+        frames = _images(images, predictor.size, read, progress)
         yield from detect(frames, total=len(images), unit="image")
     for path in filter(media.is_video, places):
         try:
@@ -70,7 +70,7 @@ def annotate(
                 raise media.FileError(f"the film {path} {thin}")
             writer = media.open_writer(places[path], film.rate, film.size)
         except OSError as error:
-            _skip(error)
+            _skip(error, progress)
             continue
         number, name = 0, str(path)
         frames = (
@@ -116,7 +116,10 @@ def image_ids(paths: Sequence[Path]) -> dict[Path, int | str]:
 
 
 def _images(
-    places: Mapping[Path, Path], size: tuple[int, int], read: Callable[[str], np.ndarray]
+    places: Mapping[Path, Path],
+    size: tuple[int, int],
+    read: Callable[[str], np.ndarray],
+    progress: Callable[..., Any],
 ) -> Iterator[Frame]:
     ids = image_ids([*places])
     for path, target in places.items():
@@ -126,7 +129,7 @@ def _images(
             if thin := too_thin(height, width, *size):
                 raise media.FileError(f"{path} {thin}")
         except (ValueError, OSError) as error:
-            _skip(error)
+            _skip(error, progress)
             continue
         fields = {"image_id": ids[path], "file_name": str(path)}
         yield image, partial(_write_picture, target), fields
@@ -137,5 +140,6 @@ def _write_picture(target: Path, picture: np.ndarray) -> None:
         raise OSError(f"cannot write the picture {target}")
 
 
-def _skip(problem: object) -> None:
-    print(f"skipped: {problem}", file=sys.stderr)
+def _skip(problem: object, progress: Callable[..., Any]) -> None:
+    """Print above the bar: tqdm's own function clears the bar's line first."""
+    getattr(progress, "write", print)(f"skipped: {problem}", file=sys.stderr)

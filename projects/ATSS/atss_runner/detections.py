@@ -1,5 +1,6 @@
 """Detections of one image: filtered, drawn, and as COCO records."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -61,7 +62,9 @@ def explain_none(highest: float, threshold: float, option: str) -> str:
             "No score is above MODEL.ATSS.SCORE_THRESH_TEST: the detector is of other data, or its "
             "training was too short (docs/troubleshooting.md)"
         )
-    return f"The highest score is {highest:.3f}: pass a lower {option} than {threshold:g}"
+    # Rounded down: a threshold equal to the printed score draws it.
+    shown = math.floor(highest * 1000) / 1000
+    return f"The highest score is {shown:.3f}: pass a lower {option} than {threshold:g}"
 
 
 def as_records(

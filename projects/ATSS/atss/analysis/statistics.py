@@ -60,7 +60,7 @@ def match(
     has_positives = not looks_at_predictions(sampling.assigner)
     count = int(objects.used.sum())
     best_iou, side = np.zeros(count), np.zeros(count)
-    positives = np.zeros(count, dtype=np.int64)
+    positives, least, greatest = np.zeros(count, dtype=np.int64), np.inf, 0.0
     canvases = on_canvases(content, objects, sizes, sampling.divisibility, progress)
     for canvas, _, of_batch, gt, _ in canvases:
         anchors = sampling.anchors(canvas)
@@ -69,7 +69,9 @@ def match(
             positives[of_batch] = np.maximum(positives[of_batch], counts)
         best_iou[of_batch] = np.maximum(best_iou[of_batch], _best_iou(anchors, gt.boxes))
         side[of_batch] = np.maximum(side[of_batch], area(gt.boxes).double().sqrt().numpy())
-    return Fit(best_iou, positives if has_positives else None, side)
+        sides = area(anchors.boxes).sqrt()
+        least, greatest = min(least, float(sides.min())), max(greatest, float(sides.max()))
+    return Fit(best_iou, positives if has_positives else None, side, (least, greatest))
 
 
 def looks_at_predictions(assigner: Callable) -> bool:

@@ -54,8 +54,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             raise WeightsError("MODEL.WEIGHTS is empty: detection needs weights")
         if not path:
             self.logger.info(
-                "MODEL.WEIGHTS is empty: no checkpoint is loaded, and all parts without pretrained "
-                "weights are random"
+                "MODEL.WEIGHTS is empty: no checkpoint is loaded. FPN and head begin random, and "
+                "so does a backbone without pretrained weights"
             )
             return {}
         address = path.partition("?")[0]

@@ -1,5 +1,6 @@
 """Conversion of the authors' and mmdet's weights."""
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,9 @@ from ..weights import find_weights, load_weights, unwrapped
 from .classes import KEY
 from .detectors import DETECTORS, ConversionError, detector_of
 from .names import OFFICIAL, mmdet_rules, rename
+from .settings import apply_settings, class_names_in
+
+logger = logging.getLogger(__name__)
 
 SOURCES = ("official", "mmdet")
 # Blocks of the stages res2 to res5 -> depth of the ResNet.
@@ -155,7 +159,8 @@ def convert_file(
     path: Path, target: Path, source: str, regression: str = "box", detector: str | None = None
 ) -> tuple[CfgNode, str]:
     """Convert another project's checkpoint, and write its config beside it, as .yaml. Return config
-    and detector. Eighty classes get COCO's names.
+    and detector. Settings and class names are those in mmdet's file; warnings name values that are
+    not taken over, or assumed. Eighty classes without names get COCO's.
 
     Args:
         detector: for mmdet; None: the names of the weights decide, or the config in the file.
@@ -171,11 +176,29 @@ def convert_file(
         detector = detector_of(weights, _config_text(file_content), detector)
     converted = convert(weights, source, detector)
     cfg = config_for(converted, source, regression, detector)
+    if source == "mmdet":
+        _take_settings(cfg, file_content, path)
     cfg.MODEL.WEIGHTS = str(target.absolute())  # independent of the working directory
     content = {"model": converted, "__author__": f"converted from {source}"}
     content[KEY] = class_names(cfg)
     write(target, content, target.with_suffix(".yaml"), cfg.dump())
     return cfg, detector or "atss"
+
+
+def _take_settings(cfg: CfgNode, content: Any, path: Path) -> None:
+    refused, assumed = apply_settings(cfg, _config_text(content))
+    if refused:
+        logger.warning(f"Not taken over from the config in {path}: {'; '.join(refused)}")
+    if assumed:
+        logger.warning(f"Assumed, because {path} does not state them: {'; '.join(assumed)}")
+    names = class_names_in(content.get("meta") if isinstance(content, Mapping) else None)
+    count = cfg.MODEL.ATSS.NUM_CLASSES
+    if names and len(names) != count:
+        logger.warning(f"{path} has {len(names)} class names, but weights of {count} classes")
+    elif names:
+        cfg.MODEL.ATSS.CLASS_NAMES = names
+        if any(list(classes_of(name) or ()) != names for name in cfg.DATASETS.TEST):
+            cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
 
 
 def refuse_to_replace(*files: Path) -> None:

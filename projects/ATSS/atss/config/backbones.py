@@ -48,10 +48,10 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     check_pixels(cfg)
     weights = None
     loaded = begins_pretrained(cfg) or bool(cfg.MODEL.WEIGHTS)
-    # On "meta" there are shapes without values.
-    if loaded and not cfg.MODEL.WEIGHTS and torch.get_default_device().type != "meta":
+    has_values = torch.get_default_device().type != "meta"  # there are shapes alone
+    if loaded and not cfg.MODEL.WEIGHTS and has_values:
         weights = pretrained.load_pretrained(node.NAME, node.WEIGHTS)
-    if not loaded and (node.FREEZE_STATISTICS or cfg.MODEL.BACKBONE.FREEZE_AT):
+    if has_values and not loaded and (node.FREEZE_STATISTICS or cfg.MODEL.BACKBONE.FREEZE_AT):
         logging.getLogger(__name__).warning(
             "%s begins with random weights: all of it is trained, and "
             "MODEL.BACKBONE.FREEZE_AT and MODEL.TIMM.FREEZE_STATISTICS are ignored",

@@ -41,6 +41,11 @@ from .files import merge_options
 
 @META_ARCH_REGISTRY.register()
 def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
+    if "ATSS" not in cfg.MODEL:
+        raise UserError(
+            "the config has no MODEL.ATSS: call atss.add_atss_config(cfg) before "
+            "merge_from_file, or use atss.load_config"
+        )
     check_values(cfg)
     check_device(cfg)
     node = cfg.MODEL.ATSS

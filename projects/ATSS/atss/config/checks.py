@@ -31,6 +31,27 @@ CHOICES = {
     "MODEL.FPN.NORM": NORMS,
     "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),
 }
+# Detectron2's groups and keys that ATSSDetector does not read: {name: the same here, or ""}. Keys
+# of a group have their own names.
+NO_EFFECT = {
+    "MODEL.RETINANET": "MODEL.ATSS",
+    "MODEL.RPN": "MODEL.ATSS",
+    "MODEL.ROI_HEADS": "MODEL.ATSS",
+    "MODEL.PROPOSAL_GENERATOR": "",
+    "MODEL.ROI_BOX_HEAD": "",
+    "MODEL.ROI_BOX_CASCADE_HEAD": "",
+    "MODEL.ROI_MASK_HEAD": "",
+    "MODEL.ROI_KEYPOINT_HEAD": "",
+    "MODEL.SEM_SEG_HEAD": "",
+    "MODEL.PANOPTIC_FPN": "",
+    "MODEL.ANCHOR_GENERATOR.SIZES": "MODEL.ATSS.ANCHOR_SCALES",
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": "MODEL.ATSS.ANCHOR_RATIOS",
+    "MODEL.ANCHOR_GENERATOR.ANGLES": "",
+}
+
+
+def has_no_effect(key: str) -> bool:
+    return key in NO_EFFECT or key.rpartition(".")[0] in NO_EFFECT
 
 
 def check_values(cfg: CfgNode, limits: Mapping[str, tuple[float, float]] = LIMITS) -> None:

@@ -156,6 +156,27 @@ def complete_schedule(cfg: CfgNode, given: Collection[str] = ()) -> None:
         solver.CHECKPOINT_EPOCHS = test.EVAL_EPOCHS = 0.0
 
 
+def describe_schedule(cfg: CfgNode, images: int) -> str:
+    """Return the length of a training on a number of images, and the reason if it is
+    SOLVER.MIN_ITER."""
+    solver, batch = cfg.SOLVER, cfg.SOLVER.IMS_PER_BATCH
+    passes = solver.MAX_ITER * batch / max(images, 1)
+    count = f"{passes:,.0f}" if passes >= 10 else f"{passes:.1f}"
+    reason = ""
+    alone = math.ceil(images / batch * solver.EPOCHS)
+    if 0 < alone < solver.MIN_ITER <= solver.MAX_ITER:
+        reason = (
+            f"; SOLVER.MIN_ITER {solver.MIN_ITER} is the least, SOLVER.EPOCHS {solver.EPOCHS:g} "
+            f"alone would be {alone}"
+        )
+    period = cfg.TEST.EVAL_PERIOD
+    evaluations = f", evaluations every {period}" if period and cfg.DATASETS.TEST else ""
+    return (
+        f"{solver.MAX_ITER} iterations of {batch} images ({count} passes over {images} images"
+        f"{reason}){evaluations}"
+    )
+
+
 def enter_schedule(cfg: CfgNode, done: int, seen: int) -> int:
     """Return the iteration at which a run continues with another batch size.
 

@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..errors import UserError
 from ..registry import NODE
-from .checks import flatten
+from .checks import flatten, has_no_effect
 from .derive import complete_pixels
 from .keys import RENAMED_KEYS, add_atss_config
 
@@ -259,17 +259,19 @@ def _describe_unknown(cfg: CfgNode, key: str) -> str:
             SequenceMatcher(None, key, other).ratio()
             + SequenceMatcher(None, last, others_last).ratio()
             + 0.03 * is_named
+            + 0.1 * (other.rpartition(".")[0] == part)
         )
 
-    nearest = max(keys, key=likeness)
+    read_keys = [x for x in keys if not has_no_effect(x)]
+    nearest = max(read_keys, key=likeness)
     is_argument = re.fullmatch(rf"{NODE}\.(?!BRANCH\.)\w+\.\w+", part) and part in keys
     if is_argument and not nearest.startswith(f"{part}."):
         return f"unknown key {key}: choose from {sorted(keys[part])}"
     if likeness(nearest) <= 1.5:  # then a key of the same group with this word, such as K
         group, words = part, {*key.rpartition(".")[2].split("_")}
-        while group and not any(x.startswith(f"{group}.") for x in keys):
+        while group and not any(x.startswith(f"{group}.") for x in read_keys):
             group = group.rpartition(".")[0]
-        in_group = [x for x in keys if group and x.startswith(f"{group}.")]
+        in_group = [x for x in read_keys if group and x.startswith(f"{group}.")]
         with_words = [x for x in in_group if words <= {*x.rpartition(".")[2].split("_")}]
         nearest = max(with_words, key=likeness, default="")
     return f"unknown key {key}{f'; did you mean {nearest}?' if nearest else ''}"

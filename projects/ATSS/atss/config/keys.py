@@ -225,7 +225,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.IMS_PER_BATCH_TEST = 1
 
     # Precision of backbone and towers: "fp32", "bf16", "fp16" (GPUs only; gradients are scaled) or
-    # "auto": bf16 if the processor is fast at it, else fp32.
+    # "auto": bf16 if the processor is fast at it, else fp32. SOLVER.AMP.ENABLED (GPUs only) trains
+    # them in fp16 if this is fp32, and evaluates in fp32; with other values it scales gradients.
     node.PRECISION = "fp32"
     # Memory format channels_last, which is faster for convolutions in bf16.
     node.CHANNELS_LAST = False

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..labels.classes import refuse_unknown
 from ..labels.coco import category_names, find_in_json, is_difficult, learnable
 from ..labels.findings import DROPPED, ERROR, KINDS, WARNING
+from ..labels.folders import YOLO_CONFIGS
 from ..labels.formats import AS_IT_IS, Reading, image_dir_of, read_labels
 from .columns import Columns, open_columns
 from .images import find_missing, register_handler
@@ -114,8 +115,11 @@ def split_source(source: str, name: str = "a source") -> tuple[str, str]:
             if exists(annotations):
                 return annotations, images
     if not parts:
+        is_yolo = source.lower().endswith(YOLO_CONFIGS)
+        hint = f": did you mean {source}:train?" if is_yolo else ""
         raise UserError(
             f"{name} is annotations.json:image_dir, data.yaml:split or folder:split, got {source!r}"
+            f"{hint}"
         )
     return parts[-1]
 

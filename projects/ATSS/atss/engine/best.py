@@ -261,6 +261,12 @@ class Best(HookBase):
 
     def describe(self) -> str:
         path = os.path.join(self.checkpointer.save_dir, f"{self.FILE}.pth")
+        if self.record.value == -math.inf:
+            return (
+                f"No evaluation gave a number for {self.record.metric} (no detections?): the "
+                "training was too short, or its learning rate too low or too high; the last "
+                f"weights are in {path}"
+            )
         return f"The best weights are in {path} ({self.record.metric} {_describe(self.record)})"
 
     def state_dict(self) -> dict:

@@ -1,15 +1,19 @@
 """Checks of data, config and processes before a run."""
 
 import argparse
+import logging
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from urllib.parse import urlsplit
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..config import autocast_dtype
+from ..config.branches import kinds
+from ..config.checks import NO_EFFECT, flatten, has_no_effect
 from ..data import datasets
 from ..errors import UserError
 from .best import best_metric, check_metric, known_metrics
@@ -92,6 +96,55 @@ def check_config(cfg: CfgNode, training: bool, given: Collection[str] = ()) -> N
             )
         check_best(cfg, given)
     check_expected(cfg, training)
+
+
+def scales_gradients(cfg: CfgNode) -> bool:
+    """Return whether the training needs a gradient scaler, for fp16.
+
+    Raises:
+        UserError: if MODEL.ATSS.PRECISION or SOLVER.AMP.ENABLED is not for MODEL.DEVICE.
+    """
+    scaled = cfg.SOLVER.AMP.ENABLED or autocast_dtype(cfg) == torch.float16
+    if scaled and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise UserError("SOLVER.AMP.ENABLED needs a GPU; on a CPU set MODEL.ATSS.PRECISION")
+    return scaled
+
+
+def describe_unread(
+    cfg: CfgNode, before: Mapping[str, object], given: Collection[str]
+) -> Iterator[str]:
+    """Yield a line for each changed key of Detectron2 that ATSSDetector does not read, and for each
+    ``given`` argument of a part that the config does not use.
+
+    Args:
+        cfg: after :func:`prune`.
+        before: keys and values before it.
+        given: keys of the command line.
+    """
+    values = dict(flatten(cfg))
+    for key, default in flatten(get_cfg()):
+        if isinstance(default, CfgNode) or not has_no_effect(key) or values[key] == default:
+            continue
+        group, _, name = key.rpartition(".")
+        other = NO_EFFECT.get(key, f"{NO_EFFECT.get(group)}.{name}")
+        other = next((x for x in (other, f"{other}_TEST") if x in values), "")
+        yield f"{key} has no effect on ATSSDetector{f'; use {other}' if other else ''}"
+    choices = {kind.group: kind.key for kind in kinds()}
+    for key in given:
+        group = key.removeprefix("MODEL.ATSS.").partition(".")[0]
+        if key in before and key not in values and group in choices:
+            choice = f"MODEL.ATSS.{choices[group]}"
+            yield f"{key} has no effect with {choice} {values[choice]!r}"
+
+
+def warn_of_warmup(cfg: CfgNode) -> None:
+    """Warn of a warm-up that leaves no time to train: after it the schedule is near its end."""
+    warmup, total = cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.MAX_ITER
+    if warmup > total / 2:
+        logging.getLogger(__name__).warning(
+            f"SOLVER.WARMUP_ITERS {warmup} is more than half of SOLVER.MAX_ITER {total}: the "
+            f"learning rate stays low; set SOLVER.WARMUP_ITERS {max(total // 10, 1)}"
+        )
 
 
 def check_best(cfg: CfgNode, given: Collection[str] = ()) -> None:

@@ -33,13 +33,22 @@ from ..config import (
     prune,
     use_available_device,
 )
-from ..config.checks import check_values
+from ..config.checks import check_values, flatten
+from ..config.derive import describe_schedule
 from ..data import datasets
 from ..deprecated import renamed_names
 from ..errors import UserError
 from ..labels.formats import add_arguments, reading_of
 from .agreement import facts_of_config, refuse_differences, share_weights
-from .checks import TRAINING_LIMITS, check_config, check_data, check_processes
+from .checks import (
+    TRAINING_LIMITS,
+    check_config,
+    check_data,
+    check_processes,
+    describe_unread,
+    scales_gradients,
+    warn_of_warmup,
+)
 from .environment import is_started, local_size
 from .folder import (
     check_free_space,
@@ -69,7 +78,9 @@ def make_parser(epilog: str | None = None) -> argparse.ArgumentParser:
         "--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR"
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
-    parser.add_argument("--num-gpus", type=int, default=1, help="processes on each machine")
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, help="processes on each machine, also without GPUs"
+    )
     parser.add_argument("--num-machines", type=int, default=1)
     parser.add_argument("--machine-rank", type=int, default=0, help="0 for the first machine")
     parser.add_argument(
@@ -132,6 +143,8 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         cfg = for_inference(cfg)
     if use_available_device(cfg):
         print("No GPU here: running on the CPU.", file=sys.stderr)
+    if training:
+        scales_gradients(cfg)  # refuses a precision before data are read
 
     recall(args, cfg)
     register(args)
@@ -149,7 +162,11 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     check_model(_start_from_checkpoint(args, cfg), training)
     if training:
         check_values(cfg, TRAINING_LIMITS)
+    before = dict(flatten(cfg))
     prune(cfg)  # so that config.yaml can be read without parts that the run does not use
+    if is_atss:
+        for line in describe_unread(cfg, before, given):
+            print(line, file=sys.stderr)
     check_config(cfg, training, given)
     check_output_dir(cfg.OUTPUT_DIR, cfg.DATASETS.TEST)
     shorten_paths(cfg)
@@ -230,7 +247,11 @@ def _train(args: argparse.Namespace, cfg: CfgNode, config: bytes) -> dict | None
     trainer.resume_or_load(resume=args.resume)
     if comm.is_main_process():
         replace_file(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), config)
-    logging.getLogger("atss").info("Starting at iteration %d", trainer.start_iter)
+    log = logging.getLogger("atss")
+    if hasattr(trainer.data_loader, "records"):  # a user's own loader may have none
+        log.info(describe_schedule(trainer.cfg, len(trainer.data_loader.records)))
+    warn_of_warmup(trainer.cfg)
+    log.info("Starting at iteration %d", trainer.start_iter)
     return trainer.train()
 
 
@@ -334,7 +355,9 @@ def import_modules(names: list[str]) -> None:
         try:
             module = importlib.import_module(file.stem if file else name)
         except ModuleNotFoundError as error:
-            raise UserError(f"--import {name}: {error}") from error
+            hint = f"; pass its path, such as --import path/to/{name.replace('.', '/')}.py"
+            is_itself = not file and error.name == name.partition(".")[0]
+            raise UserError(f"--import {name}: {error}{hint if is_itself else ''}") from error
         except OSError as error:  # from the module's code, which needs its traceback
             raise RuntimeError(f"--import {name} failed") from error
         if file and Path(str(getattr(module, "__file__", None))).resolve() != file:

@@ -20,7 +20,6 @@ from torch import nn
 
 from ..checkpoints.checkpointer import TrainingCheckpointer
 from ..config import (
-    autocast_dtype,
     build_tta,
     class_names,
     enter_schedule,
@@ -32,6 +31,7 @@ from ..errors import UserError
 from .agreement import facts_of_config, facts_of_data, refuse_differences, share_weights
 from .averaging import Averaging, share_statistics
 from .best import Best, Evaluation, best_metric, evaluated_iteration
+from .checks import scales_gradients
 from .estimate import TrainingEstimate
 from .evaluation import PatientEvaluator, build_evaluator, build_test_loader
 from .hooks import (
@@ -100,10 +100,7 @@ class Trainer(DefaultTrainer):
             # iteration, also that of a resumed run: the last bits would differ.
             find_unused_parameters=not on_gpu,
         )
-        scaled = cfg.SOLVER.AMP.ENABLED or autocast_dtype(cfg) == torch.float16
-        if scaled and not on_gpu:
-            raise UserError("SOLVER.AMP.ENABLED needs a GPU; on a CPU set MODEL.ATSS.PRECISION")
-        kind = Float16StepTrainer if scaled else StepTrainer
+        kind = Float16StepTrainer if scales_gradients(cfg) else StepTrainer
         self._trainer = kind(model, data_loader, optimizer)
         self.preemption = Preemption()
         self._trainer.exchange = self.preemption.exchange

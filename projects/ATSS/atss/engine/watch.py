@@ -86,7 +86,10 @@ class Watch(Heartbeat):
                     write_line("stopped: training since the last checkpoint is lost")
                 end(EXIT_INTERRUPTED)
             if not self.interrupted and self.unsaved and (self.size == 1 or self.rank == 0):
-                write_line("Stopping after this iteration; a second ctrl-C ends at once.")
+                write_line(
+                    "Stopping after this iteration; a second ctrl-C ends at once, without a "
+                    "checkpoint."
+                )
             self.interrupted = self.interrupted or now
         # Alone, again at each signal: code that was interrupted may have caught the exception.
         if not self.unsaved and not (self.left and self.size > 1):

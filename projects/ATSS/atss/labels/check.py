@@ -42,11 +42,13 @@ class Fit(NamedTuple):
         best_iou: (M,) IoU with the best anchor.
         positives: (M,) positive anchors at the best input size; None if they depend on predictions.
         side: (M,) square root of the area, in pixels of the largest input.
+        anchor_sides: the least and the greatest of the anchors.
     """
 
     best_iou: np.ndarray
     positives: np.ndarray | None
     side: np.ndarray
+    anchor_sides: tuple[float, float]
 
 
 Match = Callable[[dict, Objects], Fit]
@@ -88,7 +90,7 @@ class Report:
         classes = [dict(zip(keys, c, strict=True)) for c in self.classes]
         result: dict = counts | {"findings": findings, "classes": classes}
         if self.fit is not None and len(self.fit.best_iou):
-            best_iou, positives, side = self.fit
+            best_iou, positives, side, _ = self.fit
             result["best_iou"] = {
                 f"p{q}": float(np.percentile(best_iou, q)) for q in (1, 5, 25, 50)
             }
@@ -131,14 +133,38 @@ def check(
         fit = match(content, objects)
         place = place_of(content, "annotations")
         unmatched = np.zeros(len(used), bool) if fit.positives is None else fit.positives == 0
-        poor = fit.best_iou < POOR_IOU
         if unmatched.any():
             findings.append(Finding("object_without_positive", used[unmatched], place))
-        if poor.any():
-            findings.append(Finding("object_poorly_matched", used[poor], place, f" {POOR_IOU}"))
+        aspects = np.sort(objects.boxes[used, 2:], axis=1)
+        longer = fit.side * np.sqrt(aspects[:, 1] / aspects[:, 0])
+        size = max(size for size, _ in sizes)
+        findings += _find_poorly_matched(fit, longer, used, place, size)
     findings.sort(key=lambda finding: LEVELS.index(finding.level))
     counts = len(content["images"]), len(content["annotations"])
     return Report(*counts, findings, classes, fit)
+
+
+def _find_poorly_matched(
+    fit: Fit, longer: np.ndarray, used: np.ndarray, place: Callable[[int], str], size: int
+) -> list[Finding]:
+    """Find objects with a low best IoU, by reason.
+
+    Args:
+        longer: (M,) longer side, in pixels of the largest input.
+        size: the greatest shorter side of the network's input.
+    """
+    poor = fit.best_iou < POOR_IOU
+    least, greatest = fit.anchor_sides
+    small, large = poor & (longer < least), poor & (fit.side > greatest)
+    # An object inside an anchor covers four times as much of it in an input twice as large.
+    left = int((4 * fit.best_iou[small] < POOR_IOU).sum())
+    at = f", INPUT.MIN_SIZE_TRAIN {size} (bbox: pixels of the file)"
+    kinds = (
+        ("object_too_small", small, f" {POOR_IOU}{at}; at {2 * size} about {left}"),
+        ("object_too_large", large, f" {POOR_IOU}{at}"),
+        ("object_too_long", poor & ~small & ~large, f" {POOR_IOU}{at}"),
+    )
+    return [Finding(kind, used[x], place, detail) for kind, x, detail in kinds if x.any()]
 
 
 def find_in_files(

@@ -3,6 +3,7 @@
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -168,9 +169,9 @@ KINDS = {
     "object_without_positive": Kind(
         WARNING, "objects without a positive anchor by the rule, never learnt"
     ),
-    "object_poorly_matched": Kind(
-        WARNING, "objects too small, too large or too long for the anchors: best IoU below"
-    ),
+    "object_too_small": Kind(WARNING, "objects too small for the anchors: best IoU below"),
+    "object_too_large": Kind(WARNING, "objects too large for the anchors: best IoU below"),
+    "object_too_long": Kind(WARNING, "objects too long for the anchors: best IoU below"),
 }
 
 # Kinds that are not about a box -> the fields at fault, whose values are shown.
@@ -187,6 +188,8 @@ FAULTY_FIELDS = {
     "keypoints_unusable": ("keypoints",),
     "area_unusable": ("area", "iscrowd"),
 }
+# Field of an annotation from a text beside its image: its line. Such annotations have no ids.
+LABEL_LINE = "label_line"
 # Types of json in messages.
 TYPES = {
     str: "text",
@@ -257,7 +260,10 @@ def place_of(content: dict, key: str, fields: Sequence[str] = ()) -> Callable[[i
         image = entry["image_id"]
         exists = isinstance(image, int | str) and image in files
         name = files[image] if exists else f"image {image}"
-        return f"annotation {entry['id']} of {name}{values(i, fields or ('bbox',))}"
+        about = values(i, fields or ("bbox",))
+        if exists and LABEL_LINE in entry:
+            return f"{PurePath(name).with_suffix('.txt').name}, line {entry[LABEL_LINE]}{about}"
+        return f"annotation {entry['id']} of {name}{about}"
 
     return annotation
 

@@ -101,7 +101,12 @@ def read_labels(annotations: str, images: str, reading: Reading = AS_IT_IS) -> L
     if _is_yolo(annotations):
         content, findings = read_yolo(annotations, images)
     elif os.path.isdir(annotations):
-        content, findings = read_voc(annotations, images, reading.first_pixel)
+        try:
+            content, findings = read_voc(annotations, images, reading.first_pixel)
+        except UserError as error:
+            if not (config := Path(annotations, "data.yaml")).is_file():
+                raise
+            raise UserError(f"{error}; did you mean the file {config}?") from error
     else:
         content = read_coco(annotations)
         for image in content["images"]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import UserError
 from .classes import ABSENT, PARTLY_MARKED
+from .findings import LABEL_LINE
 from .formats import Labels
 
 # The first rows of the table count images. Each weighs as much as that many classes, because
@@ -176,9 +177,14 @@ def divide(
 
 
 def part(content: dict, inside: Sequence[bool]) -> dict:
+    """Return the content of some images, for a json: without lines of other files."""
     images = [image for image, chosen in zip(content["images"], inside, strict=True) if chosen]
     ids = {image["id"] for image in images}
-    annotations = [a for a in content["annotations"] if a["image_id"] in ids]
+    annotations = [
+        {key: value for key, value in a.items() if key != LABEL_LINE}
+        for a in content["annotations"]
+        if a["image_id"] in ids
+    ]
     return {**content, "images": images, "annotations": annotations}
 
 

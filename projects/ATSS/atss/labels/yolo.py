@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .coco import BEYOND
-from .findings import Finding
+from .findings import LABEL_LINE, Finding
 from .folders import (
     NAMES_FILES,
     THREADS,
@@ -106,8 +106,8 @@ def _read_images(
                 split.places["label_ambiguous"].append(f"{name_of_label}: {names}")
         else:
             lines = _read_lines(text, name_of_label, size, ids, num_with_keypoints, split.places)
-            for category, box in lines:
-                split.add_object(category, box)
+            for category, box, number in lines:
+                split.add_object(category, box, **{LABEL_LINE: number})
     return split, {file for files, _ in labels for file in files}
 
 
@@ -138,8 +138,8 @@ def _read_lines(
     ids: set[int],
     num_with_keypoints: int | None,
     places: Places,
-) -> Iterator[tuple[int, list[float]]]:
-    """Yield the class and [x, y, width, height] in pixels of valid lines."""
+) -> Iterator[tuple[int, list[float], int]]:
+    """Yield the class, [x, y, width, height] in pixels and the number of valid lines."""
     for number, line in enumerate(text.splitlines(), start=1):
         fields = line.split()
         if not fields:
@@ -160,7 +160,7 @@ def _read_lines(
             if any(b * side > BEYOND for b, side in zip(beyond, size * 2, strict=True)):
                 places["box_partly_outside"].append(f"{name} line {number}")
             x1, y1, x2, y2 = (c * side for c, side in zip(clipped, size * 2, strict=True))
-            yield category, [x1, y1, x2 - x1, y2 - y1]
+            yield category, [x1, y1, x2 - x1, y2 - y1], number
 
 
 def _parse(fields: list[str], num_with_keypoints: int | None) -> tuple[int, list[float]]:
