@@ -66,6 +66,9 @@ Made from the code by `docs/generate.py`.
 CONFIG = """# Config keys
 
 Every key that this project adds to Detectron2's, made from the code by `docs/generate.py`.
+Detectron2's own keys work as in Detectron2: `SOLVER.BASE_LR`, `STEPS`, `MAX_ITER`, `WARMUP_*`,
+`LR_SCHEDULER_NAME`, `INPUT.MIN_SIZE_TRAIN`, `MAX_SIZE_TRAIN`, `MIN_SIZE_TEST`, `MAX_SIZE_TEST`,
+`TEST.DETECTIONS_PER_IMAGE`.
 A key is set in a yaml file or as `KEY VALUE` on the command line. Keys of
 `MODEL.ATSS` that name a part (a rule, a head, a loss) are followed by tables of the parts'
 arguments; `--import` registers parts of your own, whose arguments become keys in the same way.
