@@ -36,10 +36,12 @@ def run_page(page: str) -> Iterator[tuple[dict, list[str]]]:
 
 
 def read_shell(page: str) -> str:
-    """Return the blocks of a page that are not Python or yaml, with continued lines joined."""
+    """Return the blocks of a page that are not Python, yaml or json, with continued lines joined."""
     text = (ROOT / page).read_text()
     fenced = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-    shell = [(x.start(), x[2]) for x in fenced.finditer(text) if x[1] not in ("python", "yaml")]
+    shell = [
+        (x.start(), x[2]) for x in fenced.finditer(text) if x[1] not in ("python", "yaml", "json")
+    ]
     rest = fenced.sub(lambda x: "-" * len(x[0]), text)
     indented = [(x.start(), x[0]) for x in re.finditer(r"(?<=\n\n)(?: {4}.*\n)+", rest)]
     return "".join(code for _, code in sorted(shell + indented)).replace("\\\n", " ")

@@ -88,6 +88,11 @@ def test_train_takes_the_recipe_and_both_splits(started):
     assert dict(zip(args.opts[::2], args.opts[1::2], strict=True)) == expected
 
 
+def test_train_takes_detectron2s_name_of_the_config(started):
+    words = ("--data", "d.yaml", "--output", "out", "--config-file", "z")
+    assert train(started, *words).config_file == "z"
+
+
 def test_val_none_trains_without_validation(started):
     args = train(started, "--train", "a.json:i", "--val", "none", "--output", "o")
     assert args.register == ["train=a.json:i"]
@@ -130,6 +135,7 @@ def test_missing_data_is_named(words, sentence, tmp_path):
     ("words", "sentence"),
     [
         (["--data", "nowhere"], "--data nowhere does not exist"),
+        (["--data", "t.yaml:train"], "--data t.yaml:train .*: --data takes t.yaml itself"),
         (["--data", "t.yaml"], "--data t.yaml has no split 'val': pass --val .*, or --val none"),
     ],
 )
@@ -180,6 +186,13 @@ def test_predict_takes_a_config_and_weights(tools):
 def test_predict_names_what_is_missing(words, sentence, tmp_path):
     with pytest.raises(SystemExit, match=f"^error: .*{sentence}"):
         cli.main(["predict", *(x.format(folder=tmp_path) for x in words)])
+
+
+def test_predict_after_an_interruption_names_the_checkpoint(tmp_path):
+    for number in (3, 19):
+        (tmp_path / f"model_{number:07d}.pth").touch()
+    with pytest.raises(SystemExit, match=r"by --resume, or pass --weights \S+/model_0000019.pth$"):
+        cli.main(["predict", str(tmp_path), "a.jpg"])
 
 
 @pytest.mark.parametrize("command", [x for x in cli.COMMANDS if x not in ("train", "predict")])

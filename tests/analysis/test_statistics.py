@@ -214,7 +214,26 @@ def test_check_skips_rules_that_need_predictions():
         assert (fit.best_iou > 0).all()
         report = check(Labels(content, ""), [(480, 640)], False, matcher)
         kinds = {finding.kind for finding in report.findings}
-        assert "object_poorly_matched" in kinds
+        assert "object_too_small" in kinds
         assert ("object_without_positive" in kinds) == expected
         assert ("positives_per_object" in report.to_dict()) == expected
         assert ("depends on predictions" in format_report(report)) != expected
+
+
+def test_check_divides_poor_matches_by_their_reason():
+    """A file of 1280 pixels for an input of 320: sides are a fourth."""
+    images = [{"id": 1, "file_name": "a.jpg", "width": 1280, "height": 1280}]
+    content = {"images": images, "categories": [{"id": 1, "name": "thing"}]}
+    boxes = [(600, 600, 30, 30), (600, 600, 60, 60), (100, 600, 1000, 4), (300, 300, 400, 400)]
+    content["annotations"] = [annotation(*box, id=i) for i, box in enumerate(boxes, start=1)]
+    matcher = partial(match, sampling=build_sampling(make_cfg()), sizes=[(320, 320)])
+    found = {x.kind: x for x in check(Labels(content, ""), [(320, 320)], False, matcher).findings}
+    expected = {"object_too_small": [0, 1], "object_too_long": [2]}
+    poor = {k: x.positions.tolist() for k, x in found.items() if k.startswith("object_too")}
+    assert poor == expected
+    title = found["object_too_small"].title
+    assert title.endswith("INPUT.MIN_SIZE_TRAIN 320 (bbox: pixels of the file); at 640 about 1")
+    again = partial(match, sampling=build_sampling(make_cfg()), sizes=[(640, 640)])
+    findings = check(Labels(content, ""), [(640, 640)], False, again).findings
+    small = next(x for x in findings if x.kind == "object_too_small")
+    assert small.positions.tolist() == [0]

@@ -592,3 +592,111 @@ def test_no_output_is_replaced(way, there, tmp_path):
         convert_checkpoint.main([*way, "theirs.pth", str(tmp_path / "out.pth")])
     assert file.read_text() == "mine"
     assert [*tmp_path.iterdir()] == [file]
+
+
+# As mmdet 2 writes it: img_norm_cfg and pipelines at the top level.
+MMDET_2 = """
+img_norm_cfg = dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='MultiScaleFlipAug', img_scale=(1000, 600), transforms=[
+        dict(type='Resize', keep_ratio=True), dict(type='Normalize', **img_norm_cfg),
+        dict(type='Normalize', mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)])]
+model = dict(
+    type='ATSS',
+    backbone=dict(type='ResNet', depth=50, style='caffe'),
+    bbox_head=dict(type='ATSSHead', anchor_generator=dict(
+        type='AnchorGenerator', ratios=[1.0], octave_base_scale=6, scales_per_octave=1,
+        strides=[8, 16, 32, 64, 128])))
+train_cfg = dict(assigner=dict(type='ATSSAssigner', topk=11))
+test_cfg = dict(nms_pre=500, min_bbox_size=0, score_thr=0.02,
+                nms=dict(type='soft_nms', iou_threshold=0.5), max_per_img=open('exploded', 'w'))
+"""
+
+
+def convert_with_meta(weights, folder, meta, classes=80):
+    state = {k: v[:classes] if "atss_cls" in k else v for k, v in weights["mmdet"].items()}
+    torch.save({"state_dict": state, "meta": meta}, folder / "theirs.pth")
+    paths = [str(folder / name) for name in ("theirs.pth", "ours.pth")]
+    convert_checkpoint.main(["--from", "mmdet", "--detector", "atss", *paths])
+    names = torch.load(folder / "ours.pth", weights_only=True)["class_names"]
+    return load_config(folder / "ours.yaml"), names
+
+
+def test_settings_come_from_the_config_in_the_file(weights, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    cfg, _ = convert_with_meta(weights, tmp_path, {"config": MMDET_2})
+    assert not (tmp_path / "exploded").exists()
+    assert cfg.MODEL.RESNETS.STRIDE_IN_1X1
+    assert (*("BGR", 600, 1000),) == (
+        cfg.INPUT.FORMAT,
+        cfg.INPUT.MIN_SIZE_TEST,
+        cfg.INPUT.MAX_SIZE_TEST,
+    )
+    assert cfg.MODEL.PIXEL_MEAN == [103.53, 116.28, 123.675]
+    assert cfg.MODEL.PIXEL_STD == [1.0, 1.0, 1.0]
+    node = cfg.MODEL.ATSS
+    assert node.ANCHOR_SCALES == [6.0]
+    assert node.ASSIGNERS.ATSS.TOP_K == 11
+    assert (*(500, 0.02, 0.5),) == (
+        node.TOPK_CANDIDATES_TEST,
+        node.SCORE_THRESH_TEST,
+        node.NMS_THRESH_TEST,
+    )
+    refused, assumed = [record.getMessage() for record in caplog.records][-2:]
+    assert "Not taken over" in refused
+    for value in ("model.test_cfg.nms.type 'soft_nms'", "max_per_img open('exploded', 'w')"):
+        assert value in refused
+    assert "MODEL.ANCHOR_GENERATOR.OFFSET 0.0" in assumed
+    assert "ANCHOR_SCALES" not in assumed
+
+
+def test_settings_survive_mmdet_and_back(weights, tmp_path):
+    opts = ("MODEL.ATSS.TOWER_BIAS", False, "MODEL.ATSS.NUM_CLASSES", 80)
+    opts += (
+        "MODEL.ATSS.NMS_THRESH_TEST",
+        0.55,
+        "MODEL.ATSS.BBOX_REG_WEIGHTS",
+        (8.0, 3.0, 4.0, 2.0),
+    )
+    cfg = make_cfg(*opts, config="ATSS_R_50_FPN_1x.yaml")
+    text = mmdet_config(cfg, convert(weights["mmdet"], "mmdet", "atss"))
+    back, _ = convert_with_meta(weights, tmp_path, {"cfg": text})
+    assert back.INPUT.FORMAT == cfg.INPUT.FORMAT == "BGR"
+    for key in ("PIXEL_MEAN", "PIXEL_STD", "ANCHOR_GENERATOR", "RESNETS"):
+        assert back.MODEL[key] == cfg.MODEL[key]
+    for key in ("NMS_THRESH_TEST", "BBOX_REG_WEIGHTS", "RELU_BEFORE_P7", "ANCHOR_SCALES"):
+        assert back.MODEL.ATSS[key] == cfg.MODEL.ATSS[key]
+
+
+@pytest.mark.parametrize("text", ["", "[model]\nstyle = caffe", "model = (((", "x" * 10 + "\0"])
+def test_unreadable_config_is_assumed_to_be_mmdets(weights, tmp_path, caplog, text):
+    cfg, _ = convert_with_meta(weights, tmp_path, {"cfg": text})
+    assert cfg.INPUT.FORMAT == "RGB"
+    (assumed,) = [record.getMessage() for record in caplog.records if "Assumed" in record.msg]
+    assert "MODEL.RESNETS.STRIDE_IN_1X1 False" in assumed
+    assert "MODEL.ATSS.NMS_THRESH_TEST 0.6" in assumed
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"dataset_meta": {"classes": ("a", "b")}},
+        {"dataset_meta": {"CLASSES": ["a", "b"]}},
+        {"CLASSES": ("a", "b")},
+    ],
+)
+def test_class_names_come_from_the_file(weights, tmp_path, meta):
+    cfg, names = convert_with_meta(weights, tmp_path, meta, classes=2)
+    assert names == cfg.MODEL.ATSS.CLASS_NAMES == ["a", "b"]
+
+
+def test_eighty_other_classes_are_not_cocos(weights, tmp_path, caplog):
+    others_names = [f"class {i}" for i in range(80)]
+    cfg, names = convert_with_meta(weights, tmp_path, {"CLASSES": others_names})
+    assert (cfg.DATASETS.TEST, names) == ((), others_names)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    cfg, names = convert_with_meta(weights, tmp_path, {"CLASSES": ("a", "b")})
+    assert names[:2] == ["person", "bicycle"]
+    assert "2 class names, but weights of 80 classes" in caplog.text

@@ -30,6 +30,13 @@ def data_sets():
         MetadataCatalog.remove(name)
 
 
+def test_config_without_our_keys_names_their_function():
+    cfg = get_cfg()
+    cfg.merge_from_file(str(ROOT / "configs" / "ATSS_R_50_FPN_1x.yaml"))
+    with pytest.raises(UserError, match=r"call atss.add_atss_config\(cfg\) before merge_from_file"):
+        build_model(cfg)
+
+
 def test_number_of_classes_is_that_of_the_data(data_sets):
     data_sets(three_train=3, three_val=3, four=4)
     sets = ("DATASETS.TRAIN", ("three_train",), "DATASETS.TEST", ("three_val",))

@@ -200,6 +200,8 @@ def test_data_set_among_options_names_register(options, message):
     [
         ("MODEL.ATSS.K", "; did you mean MODEL.ATSS.ASSIGNERS.ATSS.TOP_K?"),
         ("SOLVER.LR", "; did you mean SOLVER.BASE_LR?"),
+        ("MODEL.ATSS.NMS_THRESH", "; did you mean MODEL.ATSS.NMS_THRESH_TEST?"),
+        ("MODEL.RETINANET.NMS_THRESH", "; did you mean MODEL.ATSS.NMS_THRESH_TEST?"),
         ("MODEL.ATSS.FOO", ""),
         ("LR", ""),
     ],

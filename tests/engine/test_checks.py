@@ -6,7 +6,9 @@ import pytest
 import torch
 from conftest import make_cfg
 
-from atss.engine.checks import check_processes
+from atss.config import prune
+from atss.config.checks import flatten
+from atss.engine.checks import check_processes, describe_unread, scales_gradients, warn_of_warmup
 from atss.engine.environment import is_started
 from atss.engine.run import make_parser
 
@@ -180,3 +182,46 @@ def test_restarts_need_a_new_folder_or_resume(torchrun, tmp_path):
     check_processes(arguments("--resume"), cfg)
     torchrun(TORCHELASTIC_MAX_RESTARTS=0)
     check_processes(arguments(), cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("MODEL.RETINANET.NMS_THRESH_TEST", 0.4, "on ATSSDetector; use MODEL.ATSS.NMS_THRESH_TEST"),
+        ("MODEL.RPN.NMS_THRESH", 0.4, "on ATSSDetector; use MODEL.ATSS.NMS_THRESH_TEST"),
+        ("MODEL.ROI_HEADS.NUM_CLASSES", 3, "on ATSSDetector; use MODEL.ATSS.NUM_CLASSES"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[9]], "on ATSSDetector; use MODEL.ATSS.ANCHOR_SCALES"),
+        ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 3, "on ATSSDetector"),
+        ("MODEL.ATSS.ASSIGNERS.TAL.TOP_K", 5, "with MODEL.ATSS.ASSIGNER 'ATSS'"),
+        ("MODEL.ATSS.ASSIGNERS.ATSS.TOP_K", 5, None),
+        ("MODEL.ANCHOR_GENERATOR.OFFSET", 0.25, None),
+        ("MODEL.RESNETS.DEPTH", 34, None),
+    ],
+)
+def test_keys_without_effect_are_named(key, value, line):
+    cfg = make_cfg(key, value)
+    before = dict(flatten(cfg))
+    prune(cfg)
+    found = [*describe_unread(cfg, before, [key])]
+    assert found == ([f"{key} has no effect {line}"] if line else [])
+
+
+def test_scaled_gradients_need_a_gpu():
+    assert not scales_gradients(make_cfg())
+    assert scales_gradients(make_cfg("MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", True))
+    assert scales_gradients(make_cfg("MODEL.DEVICE", "cuda", "MODEL.ATSS.PRECISION", "fp16"))
+    with pytest.raises(ValueError, match=r"AMP.ENABLED needs a GPU; on a CPU set MODEL.ATSS.PREC"):
+        scales_gradients(make_cfg("SOLVER.AMP.ENABLED", True))
+    with pytest.raises(ValueError, match="PRECISION fp16 needs a GPU"):
+        scales_gradients(make_cfg("MODEL.ATSS.PRECISION", "fp16"))
+
+
+@pytest.mark.parametrize(("total", "advice"), [(40, 4), (5, 1), (99, 9), (100, None)])
+def test_long_warm_up_is_named(caplog, total, advice):
+    warn_of_warmup(make_cfg("SOLVER.WARMUP_ITERS", 50, "SOLVER.MAX_ITER", total))
+    assert bool(caplog.records) == (advice is not None)
+    if advice:
+        assert caplog.messages[0].endswith(
+            f"50 is more than half of SOLVER.MAX_ITER {total}: the learning rate stays low; set "
+            f"SOLVER.WARMUP_ITERS {advice}"
+        )

@@ -470,7 +470,7 @@ def start_with(module):
 def test_missing_import_of_a_module_is_named(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lacks_one.py").write_text("import no_such_module")
-    with pytest.raises(SystemExit, match="error: --import lacks_one: No module named 'no_such"):
+    with pytest.raises(SystemExit, match=r"--import lacks_one: No module named '\w+'$"):
         start_with("lacks_one")
 
 
@@ -498,7 +498,7 @@ def test_file_is_imported_under_its_name(monkeypatch, tmp_path, place):
         ("rules/gone", "--import rules/gone: no such file"),
         (".gone", "--import .gone: no such file"),
         ("", "--import : no such file"),
-        ("gone.module", "--import gone.module: No module named 'gone'"),
+        ("gone.module", "--import gone.module: No module named 'gone'; .*path/to/gone/module.py$"),
         ("json.py", "--import json.py: <module 'json' from .*> has the same name: rename the file"),
     ],
 )

@@ -6,7 +6,8 @@ from conftest import make_cfg
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer as detectron2s
 
-from atss.config import complete_schedule, enter_schedule
+from atss.config import complete_schedule, derive, enter_schedule
+from atss.config.derive import describe_schedule
 from atss.data import datasets
 from atss.engine.solver import build_optimizer
 
@@ -169,3 +170,31 @@ def test_other_batch_size_enters_the_schedule(monkeypatch, images, opts, done, s
     cfg = make_cfg("SOLVER.IMS_PER_BATCH", 4, "SOLVER.CHECKPOINT_EPOCHS", 0.0, *opts)
     complete_schedule(cfg)
     assert enter_schedule(cfg, done, seen) == wanted
+
+
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        (
+            (
+                *("SOLVER.EPOCHS", 5.0, "SOLVER.MIN_ITER", 480),
+                *("TEST.EVAL_PERIOD", 120, "DATASETS.TEST", ("val",)),
+            ),
+            "480 iterations of 8 images (96 passes over 40 images; SOLVER.MIN_ITER 480 is the "
+            "least, SOLVER.EPOCHS 5 alone would be 25), evaluations every 120",
+        ),
+        (
+            ("SOLVER.EPOCHS", 100.0, "SOLVER.MIN_ITER", 480, "DATASETS.TEST", ()),
+            "500 iterations of 8 images (100 passes over 40 images)",
+        ),
+        (
+            ("SOLVER.MAX_ITER", 12, "DATASETS.TEST", ()),
+            "12 iterations of 8 images (2.4 passes over 40 images)",
+        ),
+    ],
+)
+def test_the_length_of_a_training_is_described(monkeypatch, opts, expected):
+    monkeypatch.setattr(derive, "count_training_images", lambda *_: 40)
+    cfg = make_cfg("SOLVER.IMS_PER_BATCH", 8, "SOLVER.CHECKPOINT_EPOCHS", 0.0, *opts)
+    complete_schedule(cfg)
+    assert describe_schedule(cfg, 40) == expected

@@ -111,7 +111,7 @@ def test_second_ctrl_c_ends_at_once(run_two):
     codes, printed = run_two(train, interrupt_twice)
     assert codes == [130, 130]
     assert printed[0] == (
-        "Stopping after this iteration; a second ctrl-C ends at once.\n"
+        "Stopping after this iteration; a second ctrl-C ends at once, without a checkpoint.\n"
         "stopped: training since the last checkpoint is lost\n"
     )
 

@@ -141,7 +141,9 @@ def test_the_page_and_the_cases_agree():
 def test_every_finding_has_a_case():
     assert len({(case.name, case.kind) for case in CASES}) == len(CASES)
     tested_elsewhere = {
-        "object_poorly_matched",
+        "object_too_small",
+        "object_too_large",
+        "object_too_long",
         "image_without_objects",
         "image_huge",
         "class_left_out",
@@ -241,6 +243,19 @@ def test_a_config_with_fewer_levels(tmp_path, in_one):
     assert check_dataset.main([*argv, "MODEL.ATSS.ASSIGNER", "Nonesuch"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [("d.yaml", "did you mean d.yaml:train?"), ("d:train", "did you mean the file d/data.yaml?")],
+)
+def test_a_source_without_its_split_gets_a_hint(tmp_path, monkeypatch, capsys, source, hint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    for name in ("d.yaml", "d/data.yaml"):
+        (tmp_path / name).write_text("{train: images, names: [cat]}")
+    assert check_dataset.main([source]) == 2
+    assert hint in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("source", ["{}", "{}:nowhere", "nowhere:{}", "nowhere"])
 def test_an_incomplete_source_is_refused(tmp_path, capsys, source):
     json_file, _ = break_data(SOUND, tmp_path / "data")
@@ -263,7 +278,8 @@ def test_a_config_with_an_imported_rule(tmp_path, capsys, monkeypatch):
         ASSIGNER_REGISTRY.entries.pop("ImportedRule", None)
     assert check_dataset.main([*paths, "--import", "no_such_rule"]) == 2
     err = capsys.readouterr().err
-    assert err == "error: --import no_such_rule: No module named 'no_such_rule'\n"
+    assert err.startswith("error: --import no_such_rule: No module named 'no_such_rule'; ")
+    assert err.endswith("pass its path, such as --import path/to/no_such_rule.py\n")
 
 
 def test_an_unwritable_report_is_refused_first(tmp_path, capsys):

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import check_dataset
+import convert_dataset
 import pytest
 import torch
 from conftest import ROOT, TINY, make_cfg
@@ -336,9 +337,10 @@ def test_boxes_and_polygons_in_a_file_from_windows(data):
         "bbox": [40, 15, 20, 10],
         "area": 200,
         "iscrowd": 0,
+        "label_line": 1,
     }
     assert (second["category_id"], second["bbox"]) == (1, [10, 10, 40, 35])
-    assert (third["id"], third["bbox"]) == (3, first["bbox"])
+    assert (third["id"], third["bbox"], third["label_line"]) == (3, first["bbox"], 5)
 
 
 def test_only_boxes_more_than_a_pixel_outside_are_reported(data):
@@ -660,3 +662,16 @@ def test_aquarium_is_checked(real_data, tmp_path, capsys):
     assert (content["images"], content["annotations"]) == (63, 584)
     assert {f["kind"]: f["count"] for f in content["findings"]}["box_empty"] == 2
     assert "63 images, 584 annotations" in capsys.readouterr().out
+
+
+def test_the_check_names_the_line_of_a_label(data, tmp_path, capsys):
+    """Not in a json, whose annotations have ids."""
+    source = data(one(f"1 0.1 0.1 0.1 0.1\n\n{BOX}\n{BOX}")) + ":train"
+    check_dataset.main([source, "--json", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    (twice,) = (x for x in report["findings"] if x["kind"] == "object_twice")
+    assert twice["where"] == ["a.txt, line 4, bbox [40.0, 15.0, 20.0, 10.0]"]
+    convert_dataset.main([source, "--output", str(tmp_path / "all.json")])
+    annotations = json.loads((tmp_path / "all.json").read_text())["annotations"]
+    assert len(annotations) == 3
+    assert not any("label_line" in x for x in annotations)

@@ -22,6 +22,8 @@ RUN = {
     "atss check": ([], "No errors"),
     "atss train": (TRAINED, ""),
     "atss predict": (DETECTED, ""),
+    "atss export": (["{folder}"], "Written: "),
+    "atss-runner": (["{folder}/detections.json", "{folder}/0000.png"], "detections: "),
     "tools/train_net.py": (EVALUATED, "AP"),
 }
 NOT_RUN = {
@@ -104,7 +106,8 @@ def test_commands_and_python_of_the_page_run(page, folder, monkeypatch):
         if command in NOT_RUN:
             continue
         begins = words[1] == "train" and "--resume" not in words
-        script = Path(sys.executable).with_name("atss") if words[0] == "atss" else ROOT / words[0]
+        installed = words[0] in ("atss", "atss-runner")
+        script = Path(sys.executable).with_name(words[0]) if installed else ROOT / words[0]
         argv = [script, *words[1:], *(PAIRS if begins else [])]
         text, code = Script(argv, folder).communicate(timeout=1800)
         assert code == 0, f"{command}\n{text}"

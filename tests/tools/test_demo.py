@@ -23,6 +23,7 @@ from atss.analysis import digits
 from atss.predictor import Predictor
 from atss_runner import media
 from atss_runner.annotate import image_ids
+from atss_runner.detections import explain_none
 from atss_runner.images import SUFFIXES
 
 
@@ -72,10 +73,30 @@ def test_highest_score_is_named_if_nothing_is_drawn(run, squares, capsys):
     highest = max(x["score"] for x in run(squares / "images"))
     assert "pass a lower" not in capsys.readouterr().out
     assert run(squares / "images", threshold=1.0) == []
-    hint = f"The highest score is {highest:.3f}: pass a lower --score-threshold than 1"
-    assert hint in capsys.readouterr().out
+    hint = r"The highest score is (\S+): pass a lower --score-threshold than 1"
+    shown = float(re.search(hint, capsys.readouterr().out)[1])
+    assert highest - 0.0011 < shown < highest + 0.0001
     run(squares / "images", opts=("MODEL.ATSS.SCORE_THRESH_TEST", "1.0"))
     assert "No score is above MODEL.ATSS.SCORE_THRESH_TEST" in capsys.readouterr().out
+
+
+def test_highest_score_is_rounded_down():
+    assert "score is 0.599: pass" in explain_none(0.5999, 0.6, "--score-threshold")
+
+
+def test_images_at_the_limit_of_detections_are_counted(run, squares, capsys):
+    run(squares / "images", opts=("TEST.DETECTIONS_PER_IMAGE", "2"))
+    assert "\n8 images or frames reached TEST.DETECTIONS_PER_IMAGE (2)" in capsys.readouterr().out
+    run(squares / "images", threshold=1.0, opts=("TEST.DETECTIONS_PER_IMAGE", "2"))
+    assert "reached" not in capsys.readouterr().out
+
+
+def test_skipped_inputs_do_not_share_the_line_of_the_bar(run, squares, tmp_path, capsys):
+    (tmp_path / "a.png").write_text("")
+    run(squares / "images" / "0.png", tmp_path / "a.png")
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert [x for x in lines if "skipped:" in x and not x.startswith("skipped:")] == []
+    assert any(x.startswith("skipped:") for x in lines)
 
 
 def test_detections_have_the_ids_of_the_data(run, squares):
