@@ -36,7 +36,7 @@ def run_page(page: str) -> Iterator[tuple[dict, list[str]]]:
 
 
 def read_shell(page: str) -> str:
-    """Return the blocks of a page that are not Python, yaml or json, with continued lines joined."""
+    """Return the blocks of a page but Python, yaml and json, with continued lines joined."""
     text = (ROOT / page).read_text()
     fenced = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
     shell = [
