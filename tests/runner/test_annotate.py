@@ -1,5 +1,7 @@
 """Images and films into pictures and records, with a predictor that finds one box."""
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from PIL import Image
 
 from atss_runner import media
 from atss_runner.annotate import annotate, targets
-from atss_runner.detections import Detections
+from atss_runner.detections import Detections, as_records
 from atss_runner.detector import read_bgr
 from atss_runner.media import Film
 
@@ -35,7 +37,9 @@ def run(tmp_path):
         predictor = Predictor()
         places = targets({path: path.relative_to(tmp_path) for path in paths}, tmp_path / "out")
         (tmp_path / "out").mkdir(exist_ok=True)
-        records = list(annotate(predictor, places, 0.4, batch, read=read_bgr))
+        found = annotate(predictor, places, 0.4, batch, read=read_bgr)
+        names = (predictor.ids, predictor.names)
+        records = [as_records(x.detections, *names, **x.fields) for x in found]
         return records, predictor.counts, [*places.values()]
 
     return run
@@ -111,4 +115,145 @@ def test_films_that_cannot_be_used_are_skipped(run, film, tmp_path, capsys, monk
     assert film_line == (
         f"skipped: cannot write the film {tmp_path}/out/film.mp4 of 64 x 48 pixels and 12.5 "
         "frames per second: no codec"
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Formats of pictures
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.png", "PNG"), ("a.tiff", "TIFF")),
+        *(("a.bmp", "BMP"), ("a.webp", "WEBP"), ("a.ppm", "PPM")),
+    ],
+)
+def test_picture_keeps_the_format_of_its_image(run, tmp_path, name, kind):
+    image = np.full((80, 60, 3), 90, np.uint8)
+    Image.fromarray(image).save(tmp_path / name, kind)
+    _, _, (picture,) = run(tmp_path / name)
+    assert picture == tmp_path / "out" / name
+    with Image.open(picture) as drawn:
+        assert drawn.format == kind
+        box = np.asarray(drawn.convert("RGB"))[35, 10][::-1]
+        np.testing.assert_allclose(box, media.COLOURS[1], atol=0 if kind == "PNG" else 70)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.gif", "GIF"), ("a.pgm", "PPM"), ("a.jfif", "JPEG")])
+def test_formats_that_opencv_cannot_draw_on_become_png(run, tmp_path, name, kind):
+    Image.new("L", (60, 80)).save(tmp_path / name, kind)
+    records, _, (picture,) = run(tmp_path / name)
+    assert records[0][0]["file_name"] == str(tmp_path / name)
+    with Image.open(picture) as drawn:
+        assert (picture.name, drawn.format) == ("a.png", "PNG")
+
+
+def test_targets_differ_without_their_endings(tmp_path):
+    """So that files named after them, such as YOLO's labels, differ; those of films do anyway."""
+    names = ("1.jpg", "1.png", "1_1.png", "d/1.png", "1.mp4", "1.avi")
+    places = targets({tmp_path / x: Path(x) for x in names}, Path("out"))
+    names = ("1.jpg", "1_1.png", "1_1_1.png", "d/1.png", "1.mp4", "1_1.mp4")
+    assert [*places.values()] == [Path("out") / x for x in names]
+
+
+# ------------------------------------------------------------------------------------------------
+# Cameras and addresses
+# ------------------------------------------------------------------------------------------------
+
+
+def annotate_stream(source, output, predictor=None):
+    inputs, _ = media.find_media([source], {".png"}, output)
+    (target,) = (places := targets(inputs, output)).values()
+    output.mkdir()
+    found = annotate(predictor or Predictor(), places, 0.4, 2, read=read_bgr)
+    return target, found
+
+
+def test_address_of_a_film_is_drawn_frame_by_frame(film, tmp_path):
+    target, found = annotate_stream(f"file://{film}", tmp_path / "out")
+    assert [x.fields["frame"] for x in found] == list(range(5))
+    assert Film(target).count == 5
+
+
+class Camera:
+    """OpenCV's capture of a camera that delivers four frames at 10 a second."""
+
+    opened: tuple = ()
+
+    def __init__(self, source):
+        Camera.opened += (source,)
+        self.shades = iter((20, 80, 140, 200))
+
+    def isOpened(self):
+        return True
+
+    def get(self, key):
+        return {cv2.CAP_PROP_FPS: 10.0, cv2.CAP_PROP_FRAME_COUNT: -1.0}[key]
+
+    def read(self):
+        shade = next(self.shades, None)
+        return shade is not None, np.full((48, 64, 3), shade or 0, np.uint8)
+
+    def release(self):
+        pass
+
+
+@pytest.fixture
+def camera(monkeypatch):
+    """A camera whose frames arrive at 0, 0.1, 0.5 and 1 s, each when the one before is drawn."""
+    monkeypatch.setattr(media.cv2, "VideoCapture", Camera)
+    monkeypatch.setattr(Camera, "opened", ())
+
+    class Slow(media.Queue):
+        def get_nowait(self):
+            raise media.Empty
+
+    times = iter((100.0, 100.0, 100.1, 100.5, 101.0))
+    monkeypatch.setattr(media, "monotonic", lambda: next(times))
+    monkeypatch.setattr(media, "Queue", Slow)
+
+
+def test_film_of_a_slow_detector_plays_in_time(camera, tmp_path, monkeypatch):
+    """Pictures fill the gaps; records have the positions of their pictures in the film."""
+    target, found = annotate_stream("0", tmp_path / "out")
+    results = [*found]
+    assert Camera.opened == (0,)
+    assert [x.fields for x in results] == [{"file_name": "0", "frame": i} for i in (0, 1, 5, 10)]
+    monkeypatch.undo()
+    assert target.name == "camera_0.mp4"
+    film = Film(target)
+    assert (film.rate, film.count) == (10, 11)
+    shades = [round(frame[5:15, 45:].mean() / 10) for frame in film]
+    np.testing.assert_allclose(shades, [2, 8, *[14] * 4, *[20] * 5], atol=1)
+
+
+def test_film_of_a_camera_is_complete_after_ctrl_c(camera, tmp_path, monkeypatch):
+    class Interrupted(Predictor):
+        def __call__(self, images):
+            if len(self.counts) == 2:
+                raise KeyboardInterrupt
+            return super().__call__(images)
+
+    target, found = annotate_stream("rtsp://me:pass@cam/a?b=c", tmp_path / "out", Interrupted())
+    results = []
+    with pytest.raises(KeyboardInterrupt):
+        results.extend(found)
+    assert Camera.opened == ("rtsp://me:pass@cam/a?b=c",)
+    assert [x.fields["file_name"] for x in results] == ["rtsp://cam/a"] * 2
+    monkeypatch.undo()
+    assert target.name == "cam_a.mp4"
+    assert Film(target).count == 2
+
+
+def test_camera_that_does_not_answer_is_skipped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Camera, "isOpened", lambda self: False)
+    monkeypatch.setattr(media.cv2, "VideoCapture", Camera)
+    for i, source in enumerate(("0", "rtsp://me:pass@cam/a")):
+        _, found = annotate_stream(source, tmp_path / str(i))
+        assert [*found] == []
+    assert capsys.readouterr().err == (
+        "skipped: cannot open the camera 0: no camera or stream answers\n"
+        "skipped: cannot open the film rtsp://cam/a: no camera or stream answers\n"
     )

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -229,3 +230,73 @@ def test_full_disk_ends_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "container", Full())
     with pytest.raises(OSError, match=r"^cannot write the film .*film.mp4: .*No space left"):
         writer.write(np.zeros((48, 64, 3), np.uint8))
+
+
+# ------------------------------------------------------------------------------------------------
+# Streams
+# ------------------------------------------------------------------------------------------------
+
+
+def test_numbers_and_addresses_are_streams_unless_they_exist(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1/a.png").touch()
+    names = ("0", "1", "rtsp://u:p@10.0.0.1:554/live/ch0?x=1", "0", Path("2"), "C://x")
+    files, results, skipped = find(*names)
+    assert files == ["0", Path("1/a.png"), names[2], "2"]
+    assert results == ["camera_0", "a.png", "10_0_0_1_554_live_ch0", "camera_2"]
+    assert skipped == ["C:/x does not exist"]
+    assert media.show_source(names[2]) == "rtsp://10.0.0.1:554/live/ch0"
+    assert media.show_source("rtsp://u:p@ss@cam/a@b") == "rtsp://cam/a@b"
+    assert [media.is_video(x) for x in files] == [True, False, True, True]
+
+
+def test_frames_of_a_live_film_are_the_newest():
+    """While the caller is busy with the first frame, frames 1 and 2 arrive; then the film ends."""
+    is_taken, has_arrived = Event(), Event()
+
+    class Live:
+        rate = 1e-9
+
+        def __iter__(self):
+            yield 0
+            assert is_taken.wait(60)
+            yield from (1, 2)
+            has_arrived.set()
+
+    frames = media.read_live(Live())
+    assert next(frames) == (0, 0)
+    is_taken.set()
+    assert has_arrived.wait(60)
+    assert [*frames] == [(1, 2)]
+
+
+def test_live_film_is_released_when_its_reader_stops():
+    is_released = Event()
+
+    class Live:
+        rate = 25.0
+
+        def __iter__(self):
+            try:
+                while True:
+                    yield 0
+            finally:
+                is_released.set()
+
+    frames = media.read_live(Live())
+    next(frames)
+    frames.close()
+    assert is_released.wait(60)
+
+
+def test_error_while_reading_ends_a_live_film(monkeypatch):
+    class Live:
+        rate = 25.0
+
+        def __iter__(self):
+            yield 0
+            raise RuntimeError
+
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    assert [frame for _, frame in media.read_live(Live())] == [0]

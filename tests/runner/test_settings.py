@@ -12,6 +12,8 @@ from atss_runner.settings import CHOICES, FIELDS, read_settings
 def test_complete_settings_are_read():
     assert read_settings("model.onnx", {"atss": json.dumps(SETTINGS)}) == SETTINGS
     assert {*FIELDS, *CHOICES, "schema"} == {*SETTINGS}
+    settings = SETTINGS | {"thresholds": [0.5, None]}
+    assert read_settings("model.onnx", {"atss": json.dumps(settings)}) == settings
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "7", "null", '"schema"', "{}", '{"schema": []}'])
@@ -37,6 +39,9 @@ def test_each_missing_field_is_named(name):
         ({"score": "sum"}, "needs the score 'sum', this runner has product, sqrt"),
         ({"suppression": {"name": "soft"}}, "needs the suppression 'soft', this runner has none,"),
         ({"suppression": {}}, "needs the suppression None"),
+        ({"thresholds": [0.5]}, r"has damaged metadata 'atss': thresholds is \[0.5\]"),
+        ({"thresholds": [0.5, 2]}, r"has damaged metadata 'atss': thresholds is \[0.5, 2\]"),
+        ({"thresholds": {"ant": 1}}, "has damaged metadata 'atss': thresholds is {'ant': 1}"),
     ],
 )
 def test_unknown_values_are_refused(change, sentence):

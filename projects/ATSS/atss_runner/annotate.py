@@ -1,4 +1,4 @@
-"""Detections drawn on images and videos, and yielded as COCO records."""
+"""Detections drawn on images and videos, and yielded."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -7,17 +7,54 @@ from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
 from . import media
-from .detections import as_records, draw_detections
+from .detections import Detections, draw_detections
 from .images import too_thin
 
-# An image, the function that writes its picture, and fields of its records.
-Frame = tuple[np.ndarray, Callable[[np.ndarray], None], Mapping[str, object]]
+# Formats that OpenCV writes in colour: pictures of such images keep them, others become PNG.
+# fmt: off
+KEPT = {".bmp", ".dib", ".jpe", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# fmt: on
+
+
+class Frame(NamedTuple):
+    """An image, or a frame of a film.
+
+    Attributes:
+        pixels: (H, W, 3) BGR.
+        write: function that writes its picture.
+        source, target, fields: as in :class:`Annotated`.
+    """
+
+    pixels: np.ndarray
+    write: Callable[[np.ndarray], None]
+    source: media.Source
+    target: Path
+    fields: Mapping[str, Any]
+
+
+class Annotated(NamedTuple):
+    """The drawn detections of an image, or of a frame of a film.
+
+    Attributes:
+        source: the image or film.
+        target: its picture, or the film with all its pictures.
+        size: (height, width).
+        fields: of its records: "image_id" and "file_name", or "file_name" and "frame".
+        highest: score of all detections; 0 without one.
+    """
+
+    source: media.Source
+    target: Path
+    size: tuple[int, int]
+    detections: Detections
+    fields: Mapping[str, Any]
+    highest: float
 
 
 def no_progress(**_: Any) -> Any:
@@ -27,21 +64,21 @@ def no_progress(**_: Any) -> Any:
 
 def annotate(
     predictor: Any,
-    places: Mapping[Path, Path],
-    threshold: float,
+    places: Mapping[media.Source, Path],
+    threshold: float | np.ndarray,
     batch: int = 4,
     *,
     read: Callable[[str], np.ndarray],
     progress: Callable[..., Any] = no_progress,
-) -> Iterator[list[dict]]:
-    """Draw detections, and yield the records of each image or frame, with "file_name" and, for a
-    video, "frame". Unreadable inputs are listed on standard error.
+) -> Iterator[Annotated]:
+    """Draw detections, and yield those of each image or frame. Unreadable inputs are listed on
+    standard error.
 
     Args:
-        predictor: list of (H, W, 3) BGR images -> list of :class:`Detections`; with ``names`` and
-            ``ids`` of the classes.
+        predictor: list of (H, W, 3) BGR images -> list of :class:`Detections`; with ``names`` of
+            the classes.
         places: {input: picture to write}, from :func:`targets`, in folders that exist.
-        threshold: least score of detections.
+        threshold: least score of detections; or (K,) one for each class.
         read: path -> (H, W, 3) BGR image.
         progress: class of progress bars, such as tqdm.
 
@@ -49,59 +86,66 @@ def annotate(
         OSError: if a picture cannot be written.
     """
 
-    def detect(frames: Iterable[Frame], **bar_options: object) -> Iterator[list[dict]]:
+    def detect(frames: Iterable[Frame], batch: int, **bar_options: object) -> Iterator[Annotated]:
         with progress(**bar_options) as bar:
             for part in media.batches(frames, batch):
-                results = predictor([image for image, _, _ in part])
-                for (image, write, fields), detections in zip(part, results, strict=True):
-                    shown = detections.above(threshold)
-                    write(draw_detections(image, shown, predictor.names))
-                    yield as_records(shown, predictor.ids, predictor.names, **fields)
+                results = predictor([frame.pixels for frame in part])
+                for frame, found in zip(part, results, strict=True):
+                    shown = found.above(threshold)
+                    frame.write(draw_detections(frame.pixels, shown, predictor.names))
+                    highest = float(found.scores.max(initial=0))
+                    height, width = frame.pixels.shape[:2]
+                    place = (frame.source, frame.target, (height, width))
+                    yield Annotated(*place, shown, frame.fields, highest)
                 bar.update(len(part))
 
-    images = {path: target for path, target in places.items() if not media.is_video(path)}
+    images = {Path(x): target for x, target in places.items() if not media.is_video(x)}
     if images:
         frames = _images(images, predictor.size, read, progress)
-        yield from detect(frames, total=len(images), unit="image")
-    for path in filter(media.is_video, places):
+        yield from detect(frames, batch, total=len(images), unit="image")
+    for source in filter(media.is_video, places):
+        name, target = media.show_source(source), places[source]
         try:
-            film = media.Film(path)
+            film = media.Film(source)
             if thin := too_thin(*film.size, *predictor.size):
-                raise media.FileError(f"the film {path} {thin}")
-            writer = media.open_writer(places[path], film.rate, film.size)
+                raise media.FileError(f"the film {name} {thin}")
+            writer = media.open_writer(target, film.rate, film.size)
         except OSError as error:
             _skip(error, progress)
             continue
-        number, name = 0, str(path)
-        frames = (
-            (frame, writer.write, {"file_name": name, "frame": i}) for i, frame in enumerate(film)
-        )
+        number = 0
         with closing(writer):
-            for records in detect(frames, total=film.count, unit="frame", desc=path.name):
-                yield records
+            frames = _frames(film, writer, source, target)
+            # One by one of a live film: the others of a batch would be old.
+            size = 1 if film.is_live else batch
+            for result in detect(frames, size, total=film.count, unit="frame", desc=target.name):
+                yield result
                 number += 1
         if film.count and number < film.count:
             counts = f"{film.count} frames by its header, {number} could be read"
-            print(f"incomplete: {path}: {counts}", file=sys.stderr)
+            print(f"incomplete: {name}: {counts}", file=sys.stderr)
 
 
-def targets(inputs: Mapping[Path, Path], output: Path) -> dict[Path, Path]:
-    """Return {input: picture or video to write}, numbered if several inputs have one name.
+def targets(inputs: Mapping[media.Source, Path], output: Path) -> dict[media.Source, Path]:
+    """Return {input: picture or video to write}, numbered if several inputs have one name, whatever
+    its ending. A picture keeps the format of its image if OpenCV writes it.
 
     Raises:
         FileError: if a target would replace an input.
     """
-    targets_of: dict[Path, Path] = {}
-    files, taken = {path.resolve() for path in inputs}, set()
-    for path, name in inputs.items():
-        ending = ".mp4" if media.is_video(path) else ".png"
+    targets_of: dict[media.Source, Path] = {}
+    files, taken = {path.resolve() for path in inputs if isinstance(path, Path)}, set()
+    for source, name in inputs.items():
+        is_video = media.is_video(source)
+        ending = name.suffix if name.suffix.lower() in KEPT else ".png"
         stems = chain([name.stem], (f"{name.stem}_{i}" for i in count(1)))
-        places = (output / name.with_name(f"{stem}{ending}") for stem in stems)
-        target = next(place for place in places if place not in taken)
+        places = (output / name.with_name(stem) for stem in stems)
+        place = next(x for x in places if (x, is_video) not in taken)
+        taken.add((place, is_video))
+        target = place.with_name(f"{place.name}{'.mp4' if is_video else ending}")
         if target.resolve() in files:
             raise media.FileError(f"{target} would replace an input: choose another --output")
-        taken.add(target)
-        targets_of[path] = target
+        targets_of[source] = target
     return targets_of
 
 
@@ -124,15 +168,31 @@ def _images(
     ids = image_ids([*places])
     for path, target in places.items():
         try:
-            image = read(str(path))
-            height, width = image.shape[:2]
+            pixels = read(str(path))
+            height, width = pixels.shape[:2]
             if thin := too_thin(height, width, *size):
                 raise media.FileError(f"{path} {thin}")
         except (ValueError, OSError) as error:
             _skip(error, progress)
             continue
         fields = {"image_id": ids[path], "file_name": str(path)}
-        yield image, partial(_write_picture, target), fields
+        yield Frame(pixels, partial(_write_picture, target), path, target, fields)
+
+
+def _frames(film: media.Film, writer: Any, source: media.Source, target: Path) -> Iterator[Frame]:
+    written = 0
+
+    def write(position: int, picture: np.ndarray) -> None:
+        nonlocal written
+        # A live film goes on while detection takes its time: a picture fills the gap before it.
+        for _ in range(written, position + 1):
+            writer.write(picture)
+        written = position + 1
+
+    positions = media.read_live(film) if film.is_live else enumerate(film)
+    for i, pixels in positions:
+        fields = {"file_name": media.show_source(source), "frame": i}
+        yield Frame(pixels, partial(write, i), source, target, fields)
 
 
 def _write_picture(target: Path, picture: np.ndarray) -> None:

@@ -23,9 +23,10 @@ class Detections(NamedTuple):
     scores: np.ndarray
     classes: np.ndarray
 
-    def above(self, threshold: float) -> "Detections":
-        """Return the detections with at least this score."""
-        return self.take(self.scores >= threshold)
+    def above(self, threshold: float | np.ndarray) -> "Detections":
+        """Return the detections with at least this score, or with that of their class (K,)."""
+        least = threshold[self.classes] if isinstance(threshold, np.ndarray) else threshold
+        return self.take(self.scores >= least)
 
     def take(self, index: "np.ndarray | slice") -> "Detections":
         """Return the detections of an index or a mask."""
@@ -50,11 +51,12 @@ def draw_detections(
     return draw_boxes(image, found.boxes * scale, found.classes, labels)
 
 
-def explain_none(highest: float, threshold: float, option: str) -> str:
+def explain_none(highest: float, threshold: float | np.ndarray, option: str) -> str:
     """Return a message for images on which no detection is drawn.
 
     Args:
         highest: score of all detections; 0 if there is none.
+        threshold: of all classes, or (K,) of each.
         option: that sets the threshold.
     """
     if not highest:
@@ -64,6 +66,11 @@ def explain_none(highest: float, threshold: float, option: str) -> str:
         )
     # Rounded down: a threshold equal to the printed score draws it.
     shown = math.floor(highest * 1000) / 1000
+    if isinstance(threshold, np.ndarray):
+        return (
+            f"The highest score is {shown:.3f}, below the threshold of its class: pass a lower "
+            f"{option} instead of thresholds by class"
+        )
     return f"The highest score is {shown:.3f}: pass a lower {option} than {threshold:g}"
 
 

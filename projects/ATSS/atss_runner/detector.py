@@ -36,6 +36,9 @@ class Detector:
         names: of the classes.
         ids: of the classes in the training data; empty if unknown.
         size: (shorter side, longest side) to which images are resized.
+        max_detections: the most that an image has.
+        thresholds: of the classes, if the file has them, with None for a class without one; the
+            command applies them, calls return all detections.
         settings: the metadata of the file.
 
     Raises:
@@ -47,7 +50,9 @@ class Detector:
         self.settings: dict[str, Any] = read_settings(str(path), properties)
         self.names: list[str] = self.settings["classes"]
         self.ids: list[int] = self.settings["ids"]
+        self.max_detections: int = self.settings["max_detections"]
         self.size: tuple[int, int] = (self.settings["min_size"], self.settings["max_size"])
+        self.thresholds: list[float | None] | None = self.settings.get("thresholds")
         self.batch = batch
 
     def __call__(self, images: ImageLike | Sequence[ImageLike] | Iterator[ImageLike]) -> Any:

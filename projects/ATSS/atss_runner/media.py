@@ -1,12 +1,16 @@
 """Images and videos: found, read, written, with boxes. NumPy and OpenCV; PyAV if it is there."""
 
 import os
+import re
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from fractions import Fraction
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Event, Thread
+from time import monotonic
 from typing import Any, TypeVar
 
 import cv2
@@ -26,6 +30,9 @@ COLOURS = (
 FRAMES_PER_SECOND = 25.0  # of a video without a rate that codecs take
 
 Item = TypeVar("Item")
+# A file, or a stream: the number of a camera, or an address such as rtsp://.
+Source = Path | str
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]+://")
 
 
 class FileError(OSError):
@@ -34,20 +41,24 @@ class FileError(OSError):
 
 def find_media(
     names: Iterable[str | Path], images: Container[str], output: Path
-) -> tuple[dict[Path, Path], list[str]]:
-    """Find named files, and images and videos below named folders, each once.
+) -> tuple[dict[Source, Path], list[str]]:
+    """Find named files and streams, and images and videos below named folders, each once.
 
     Args:
         images: endings of images in folders, such as ".png".
         output: folder of results, skipped inside other folders.
 
     Returns:
-        {file: its path within the named folder, or its name}; a sentence for each skipped input,
-            and for a folder's other files.
+        {file or stream: its path within the named folder, or its name}; a sentence for each skipped
+            input, and for a folder's other files.
     """
-    inputs: dict[str, tuple[Path, Path]] = {}
+    inputs: dict[str, tuple[Source, Path]] = {}
     skipped = []
-    for path in map(Path, names):
+    for source in names:
+        if _is_stream(source):
+            inputs[str(source)] = str(source), Path(_name_stream(str(source)))
+            continue
+        path = Path(source)
         files = [path]
         try:
             if path.is_dir():
@@ -101,8 +112,27 @@ def _find_in_folder(
     return media, problems
 
 
-def is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEOS
+def is_video(source: Source) -> bool:
+    """Whether a source has frames: a stream, or a file with the ending of a video."""
+    return isinstance(source, str) or source.suffix.lower() in VIDEOS
+
+
+def show_source(source: Source) -> str:
+    """Return a source for messages and results: of an address without password and query."""
+    if isinstance(source, str) and ADDRESS.match(source):
+        return re.sub(r"(?<=://)[^/]*@", "", source).partition("?")[0]
+    return str(source)
+
+
+def _is_stream(source: str | Path) -> bool:
+    is_camera = str(source).isascii() and str(source).isdecimal() and not os.path.exists(source)
+    return is_camera or (isinstance(source, str) and ADDRESS.match(source) is not None)
+
+
+def _name_stream(source: str) -> str:
+    """Return a file name without an ending."""
+    _, separator, place = show_source(source).partition("://")
+    return re.sub(r"\W+", "_", place).strip("_") if separator else f"camera_{source}"
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -118,31 +148,76 @@ class Film:
         rate: frames per second.
         count: frames according to the header, or None.
         size: (height, width) of the first frame.
+        is_live: whether it is a stream without an end.
 
     Raises:
-        FileError: naming a file that cannot be opened, or has no frame.
+        FileError: naming a source that cannot be opened, or has no frame.
     """
 
-    def __init__(self, path: Path):
-        self.source = cv2.VideoCapture(str(path))
+    def __init__(self, source: Source):
+        is_camera = isinstance(source, str) and source.isdecimal()
+        self.source = cv2.VideoCapture(int(source) if is_camera else str(source))  # type: ignore
         if not self.source.isOpened():
-            empty = path.is_file() and not path.stat().st_size
-            problem = "empty" if empty else "damaged, or has an unknown format"
-            raise FileError(f"cannot open the film {path}: it is {problem}")
+            problem = "it is damaged, or has an unknown format"
+            if isinstance(source, str):
+                problem = "no camera or stream answers"
+            elif source.is_file() and not source.stat().st_size:
+                problem = "it is empty"
+            kind = "camera" if is_camera else "film"
+            raise FileError(f"cannot open the {kind} {show_source(source)}: {problem}")
         rate = self.source.get(cv2.CAP_PROP_FPS)
         self.rate = rate if 0.01 <= rate <= 1000 else FRAMES_PER_SECOND
         self.count = max(int(self.source.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None
+        self.is_live = isinstance(source, str) and self.count is None
         is_read, self.first = self.source.read()
         if not is_read:
-            raise FileError(f"{path} has no frame that can be read")
+            raise FileError(f"{show_source(source)} has no frame that can be read")
         self.size: tuple[int, int] = self.first.shape[:2]
 
     def __iter__(self) -> Iterator[np.ndarray]:
         is_read, frame = True, self.first
-        while is_read:
-            yield frame
-            is_read, frame = self.source.read()
-        self.source.release()
+        try:
+            while is_read:
+                yield frame
+                is_read, frame = self.source.read()
+        finally:
+            self.source.release()
+
+
+def read_live(film: Film) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the newest frame of a live film at each request, and its position in a film of the same
+    rate. Frames that arrive in between are left out: detections would lag behind.
+    """
+    newest: Queue[np.ndarray | None] = Queue(1)
+    is_closed = Event()
+
+    def replace(frame: np.ndarray | None) -> None:
+        with suppress(Empty):
+            newest.get_nowait()
+        newest.put(frame)
+
+    def read() -> None:
+        try:
+            with closing(iter(film)) as frames:  # type: ignore[type-var]
+                for frame in frames:
+                    if is_closed.is_set():
+                        return
+                    replace(frame)
+        finally:
+            if not is_closed.is_set():
+                newest.put(None)
+
+    # A thread that waits for a silent camera does not keep the process alive.
+    Thread(target=read, daemon=True).start()
+    start, position = monotonic(), -1
+    try:
+        while (frame := newest.get()) is not None:
+            position = max(position + 1, int((monotonic() - start) * film.rate))
+            yield position, frame
+    finally:
+        is_closed.set()
+        with suppress(Empty):  # the thread may wait to put the end
+            newest.get_nowait()
 
 
 def open_writer(path: Path, rate: float, size: tuple[int, int]) -> "H264Writer | Mpeg4Writer":

@@ -6,6 +6,7 @@ from typing import Any
 
 from .media import FileError
 from .postprocess import SUPPRESSIONS
+from .thresholds import is_score
 
 SCHEMA = 1
 # The fields that the runner reads.
@@ -44,6 +45,12 @@ def read_settings(path: str, properties: Mapping[str, str]) -> dict[str, Any]:
         if not isinstance(settings.get(name), kind):
             value = repr(settings[name])[:40] if name in settings else "missing"
             raise FileError(f"{path} has damaged metadata 'atss': {name} is {value}")
+    thresholds = settings.get("thresholds")
+    if thresholds is not None:
+        valid = isinstance(thresholds, list) and len(thresholds) == len(settings["classes"])
+        if not valid or not all(x is None or is_score(x) for x in thresholds):
+            value = repr(thresholds)[:40]
+            raise FileError(f"{path} has damaged metadata 'atss': thresholds is {value}")
     parts = {name: settings.get(name) for name in CHOICES}
     parts["suppression"] = settings["suppression"].get("name")
     for name, allowed in (CHOICES | {"suppression": (*SUPPRESSIONS,)}).items():
