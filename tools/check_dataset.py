@@ -4,7 +4,7 @@
     tools/check_dataset.py train.json:images --config-file ATSS_R_50_FPN_1x
     tools/check_dataset.py train.json:images --json report.json --deep
     tools/check_dataset.py data.yaml:train --against data.yaml:val
-    tools/check_dataset.py VOC2007:trainval
+    tools/check_dataset.py VOC2007:trainval --pictures look
 
 Check the annotations, the header of every image, and whether the anchors of the config suit the
 objects. Exit status: 0 without errors, 1 with errors, 2 if the annotations, the folder or the
@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from atss import load_config
+from atss.analysis.dataset_page import write_dataset_page
 from atss.analysis.statistics import match
 from atss.config import RECIPE, build_sampling
 from atss.data.datasets import split_source
@@ -31,6 +32,8 @@ from atss.labels.check import check, format_report
 from atss.labels.classes import refuse_unknown
 from atss.labels.copies import find_in_others
 from atss.labels.formats import add_arguments, read_labels, reading_of
+
+PAGE = "index.html"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -60,6 +63,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="another split, to find images that both contain (repeatable)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all cases of all findings")
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="FOLDER",
+        help="write FOLDER/index.html: findings, counts, and the oddest images with labels",
+    )
     parser.add_argument("--deep", action="store_true", help="decode every image (slow)")
     add_options(parser)
     return parser
@@ -80,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
             if args.json.exists() and args.json.samefile(annotations):
                 raise UserError(f"--json {args.json} would replace the annotations")
             check_writable("--json", args.json)
+        if args.pictures:
+            check_writable("--pictures", args.pictures / PAGE)
         cfg = load_config(args.config_file, opts=opts)
         sizes = [(size, cfg.INPUT.MAX_SIZE_TRAIN) for size in cfg.INPUT.MIN_SIZE_TRAIN]
         fit = partial(match, sampling=build_sampling(cfg), sizes=sizes, progress=progress)
@@ -99,6 +110,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"No image of {annotations}:{images} or its scene is in {', '.join(args.against)}")
     if args.json:
         args.json.write_text(json.dumps(report.to_dict(), indent=1))
+    if args.pictures:
+        write_dataset_page(labels, report, (annotations, images), args.pictures / PAGE)
+        print(f"Written: {args.pictures / PAGE}")
     return 1 if report.errors else 0
 
 

@@ -174,7 +174,7 @@ def compare(
                 "folder of the images"
             )
         samplings = {name: s for name, s in samplings.items() if name not in predicting}
-    predict = _predict(first, weights, content, image_dir) if weights else None
+    predict = predict_with(first, weights, content, image_dir) if weights else None
     records = measure(content, objects, samplings, size, progress, predict)
     candidates = {candidates_per_object(cfg) for cfg in cfgs.values()}
     return records, list(samplings), candidates.pop() if len(candidates) == 1 else None
@@ -196,7 +196,7 @@ def read_objects(annotations: str) -> tuple[dict, Objects]:
     return content, objects
 
 
-def _predict(cfg: CfgNode, weights: str, content: dict, image_dir: str) -> Predict:
+def predict_with(cfg: CfgNode, weights: str, content: dict, image_dir: str) -> Predict:
     predictor = Predictor(cfg, weights)
     names = [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
     predicted = predictor.names or [""] * predictor.model.num_classes

@@ -62,6 +62,7 @@ class Report:
         findings: errors first.
         classes: (name, objects used in training, their images) of each class.
         fit: None if not checked.
+        objects: None if required fields or ids are missing or invalid.
     """
 
     images: int
@@ -69,6 +70,7 @@ class Report:
     findings: list[Finding]
     classes: list[tuple[str, int, int]]
     fit: Fit | None
+    objects: Objects | None
 
     @property
     def errors(self) -> int:
@@ -134,14 +136,15 @@ def check(
         place = place_of(content, "annotations")
         unmatched = np.zeros(len(used), bool) if fit.positives is None else fit.positives == 0
         if unmatched.any():
-            findings.append(Finding("object_without_positive", used[unmatched], place))
+            cases = used[unmatched]
+            findings.append(Finding("object_without_positive", cases, place, "", "annotations"))
         aspects = np.sort(objects.boxes[used, 2:], axis=1)
         longer = fit.side * np.sqrt(aspects[:, 1] / aspects[:, 0])
         size = max(size for size, _ in sizes)
         findings += _find_poorly_matched(fit, longer, used, place, size)
     findings.sort(key=lambda finding: LEVELS.index(finding.level))
     counts = len(content["images"]), len(content["annotations"])
-    return Report(*counts, findings, classes, fit)
+    return Report(*counts, findings, classes, fit, objects)
 
 
 def _find_poorly_matched(
@@ -164,7 +167,9 @@ def _find_poorly_matched(
         ("object_too_large", large, f" {POOR_IOU}{at}"),
         ("object_too_long", poor & ~small & ~large, f" {POOR_IOU}{at}"),
     )
-    return [Finding(kind, used[x], place, detail) for kind, x, detail in kinds if x.any()]
+    return [
+        Finding(kind, used[x], place, detail, "annotations") for kind, x, detail in kinds if x.any()
+    ]
 
 
 def find_in_files(
@@ -183,7 +188,10 @@ def find_in_files(
         for i, problems_of_image in enumerate(done):
             for kind, problem in problems_of_image:
                 places[kind][i] = f"{images[i]['file_name']} {problem}"
-    return [Finding(kind, sorted(cases), cases.__getitem__) for kind, cases in places.items()]
+    return [
+        Finding(kind, sorted(cases), cases.__getitem__, entries="images")
+        for kind, cases in places.items()
+    ]
 
 
 def _check_file(
@@ -221,7 +229,7 @@ def _find_in_objects(
 
     def add(kind: str, key: str, positions: Sequence[int] | np.ndarray) -> None:
         if len(positions):
-            more.append(Finding(kind, positions, place_of(content, key)))
+            more.append(Finding(kind, positions, place_of(content, key), entries=key))
 
     used = np.flatnonzero(objects.used)
     if not len(used) and all(finding.level != ERROR for finding in findings):

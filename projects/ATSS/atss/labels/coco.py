@@ -139,7 +139,7 @@ class _Findings:
         positions = list(positions)
         if positions:
             place = place or place_of(self.content, key, FAULTY_FIELDS.get(kind, ()))
-            self.items.append(Finding(kind, positions, place))
+            self.items.append(Finding(kind, positions, place, entries=key))
 
 
 def _find_in_fields(content: dict, findings: _Findings) -> None:

@@ -86,7 +86,8 @@ def find_in_others(
         }
         reported |= places.keys()
         if places:
-            findings.append(Finding(kind, sorted(places), places.__getitem__))
+            place = places.__getitem__
+            findings.append(Finding(kind, sorted(places), place, entries="images"))
     return findings
 
 

@@ -123,6 +123,7 @@ KINDS = {
         ERROR,
         "labels far outside their image: YOLO's coordinates are fractions of the image, not pixels",
     ),
+    "label_scored": Kind(WARNING, "labels with a score: detections, which may be wrong"),
     "label_missing": Kind(WARNING, "images without a label file, used as images without objects"),
     "label_of_another_image": Kind(
         WARNING, "xml files whose <filename> is another image: the image of the same stem is used"
@@ -211,12 +212,15 @@ class Finding:
         positions: of the cases, in a list of the json or of places.
         place: position -> name of the case.
         detail: appended to the title.
+        entries: "images", "annotations" or "categories" if the positions are in that list of the
+            json, else "".
     """
 
     kind: str
     positions: Sequence[int] | np.ndarray
     place: Callable[[int], str]
     detail: str = ""
+    entries: str = ""
 
     @property
     def level(self) -> str:

@@ -149,6 +149,8 @@ def _read_lines(
         except ValueError as error:
             places["label_malformed"].append(f"{name} line {number} {error}")
             continue
+        if _has_score(fields):
+            places["label_scored"].append(f"{name} line {number}")
         if category not in ids:
             places["label_class_unknown"].append(f"{name} line {number}, class {category}")
         elif min(numbers) < -FAR or max(numbers) > 1 + FAR:
@@ -169,7 +171,7 @@ def _parse(fields: list[str], num_with_keypoints: int | None) -> tuple[int, list
     Raises:
         UserError: the end of a sentence that names the line.
     """
-    if len(fields) == num_with_keypoints:
+    if len(fields) == num_with_keypoints or _has_score(fields):
         fields = fields[:5]
     numbers = []
     for field in fields:
@@ -189,6 +191,14 @@ def _parse(fields: list[str], num_with_keypoints: int | None) -> tuple[int, list
     if numbers[0] != int(numbers[0]):
         raise UserError(f"has class {fields[0]}, expected a whole number")
     return int(numbers[0]), numbers[1:]
+
+
+def _has_score(fields: list[str]) -> bool:
+    """Whether a line is a detection, with a score after the box, as detectors write it."""
+    try:
+        return len(fields) == 6 and 0 <= float(fields[5]) <= 1
+    except ValueError:
+        return False
 
 
 def _corners(numbers: list[float]) -> tuple[float, float, float, float]:

@@ -1,0 +1,44 @@
+"""Curves of a training from its metrics.json."""
+
+import json
+
+from atss.analysis.curves import read_series, training_curves
+
+
+def write(tmp_path, *records, end=""):
+    file = tmp_path / "metrics.json"
+    file.write_text("".join(json.dumps(x) + "\n" for x in records) + end)
+    return file
+
+
+def test_last_line_of_an_iteration_counts(tmp_path):
+    file = write(
+        tmp_path,
+        {"iteration": 1, "loss_cls": 3.0},
+        {"iteration": 3, "loss_cls": 2.0},
+        {"iteration": 1, "loss_cls": 1.0, "bbox/AP": None},
+        end='{"iteration": 5, "lo',
+    )
+    assert read_series(file) == {"iteration": ([1, 3], [1, 3]), "loss_cls": ([1, 3], [1.0, 2.0])}
+
+
+def test_charts_name_losses_and_averaged_weights(tmp_path):
+    file = write(
+        tmp_path,
+        {"iteration": 1, "loss_cls": 3.0, "loss_centerness": 1.0, "lr": 0.1},
+        {"iteration": 2, "bbox/AP": 30.0, "bbox_EMA/AP": 40.0},
+    )
+    charts = dict(training_curves(file))
+    assert [*charts] == [
+        "Losses, medians of 20 iterations",
+        "AP on the test images",
+        "Learning rate",
+    ]
+    losses, scores, _ = charts.values()
+    assert ">class<" in losses
+    assert ">centerness<" in losses
+    assert ">AP, averaged weights<" in scores
+
+
+def test_empty_file_has_no_charts(tmp_path):
+    assert training_curves(write(tmp_path)) == []
