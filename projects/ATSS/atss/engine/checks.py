@@ -19,6 +19,7 @@ from ..errors import UserError
 from .best import best_metric, check_metric, known_metrics
 from .environment import check_host, is_started, local_size, shares_agent_store, world_size
 from .evaluation import check_metadata
+from .loggers import build_run_writers
 
 # Limits of Detectron2's keys: least and greatest value.
 TRAINING_LIMITS = {
@@ -94,6 +95,7 @@ def check_config(cfg: CfgNode, training: bool, given: Collection[str] = ()) -> N
                 "SOLVER.PROFILE must be [first, last] iteration, such as [10, 12], or empty, got "
                 f"{profile}"
             )
+        build_run_writers(cfg)
         check_best(cfg, given)
     check_expected(cfg, training)
 

@@ -1,6 +1,7 @@
 """Loaders and evaluators of test sets."""
 
 import json
+import logging
 import os
 from contextlib import redirect_stdout
 from io import StringIO
@@ -27,18 +28,21 @@ from ..data.loader import WatchedLoader, loader_options
 from ..data.mapper import Mapper
 from ..deprecated import renamed_names
 from ..errors import UserError
-from ..labels.coco import SHORTEST, find_in_json, is_difficult, learnable
+from ..labels.numbering import GroundTruth
 from .agreement import facts_of_data, refuse_differences
 from .watch import current, wait_for_all
+
+try:
+    import hotcoco
+except ImportError:  # it is not in install_requires
+    hotcoco = None  # type: ignore[assignment]
 
 __getattr__ = renamed_names(__name__)
 
 
 class BoxEvaluator(COCOEvaluator):
-    """COCOEvaluator of boxes, for the objects that training uses (:func:`learnable`).
-
-    It renumbers images, classes and objects: pycocotools takes id 0 of an object for "not found",
-    and compares ids above 2^63 as float64. Detections are clipped to the image.
+    """COCOEvaluator of boxes, for the objects that training uses (:func:`learnable`), by hotcoco if
+    it is installed. Ids are those of :class:`~atss.labels.numbering.GroundTruth`.
 
     Args:
         count_difficult: whether difficult objects count like others, or detections of them are
@@ -50,78 +54,89 @@ class BoxEvaluator(COCOEvaluator):
         # Detectron2 writes a json there for data without one, which may be outdated the next time.
         super().__init__(dataset_name, ("bbox",), output_dir=output_dir, allow_cached_coco=False)
         content: dict = {"annotations": [], **self._coco_api.dataset}
-        # A data set of --register was checked when it was registered.
-        objects = None if columns_of(dataset_name) is not None else find_in_json(content)[1]
-        if objects is not None:  # None also for malformed fields: all annotations count
-            count = len(content["annotations"])
-            content = learnable(content, objects)
-            if dropped := count - len(content["annotations"]):
-                self._logger.warning(
-                    f"Data set {dataset_name}: {dropped} of {count} annotations do not count: they "
-                    "have no area or lie outside their image, and training drops them"
-                )
-        images = content["images"]
         # Contiguous number by category id; in a json that Detectron2 wrote, ids are these numbers.
-        numbers = {c["id"]: c["id"] for c in content["categories"]}
-        numbers = self._metadata.get("thing_dataset_id_to_contiguous_id", numbers)
-        classes = [c for c in content["categories"] if c["id"] in numbers]
-        self.category_ids = {number: category_id for category_id, number in numbers.items()}
-        self.image_numbers = {x["id"]: i for i, x in enumerate(images, start=1)}
-        self.trimmed = {x["id"]: (x["width"], x["height"]) for x in images if "trimmed" in x}
-        self._coco_api: COCO = COCO()
-        self._coco_api.dataset = {
-            "images": [{**x, "id": self.image_numbers[x["id"]]} for x in images],
-            "categories": [{**c, "id": numbers[c["id"]] + 1} for c in classes],
-            "annotations": [
-                {
-                    **x,
-                    "id": i,
-                    "image_id": self.image_numbers[x["image_id"]],
-                    "category_id": numbers[x["category_id"]] + 1,
-                    "difficult": is_difficult(x) and not count_difficult,
-                }
-                for i, x in enumerate(content["annotations"], start=1)
-                if x["category_id"] in numbers and x["image_id"] in self.image_numbers
-            ],
-        }
-        with redirect_stdout(StringIO()):
-            self._coco_api.createIndex()
+        classes = {c["id"]: c["id"] for c in content["categories"]}
+        classes = self._metadata.get("thing_dataset_id_to_contiguous_id", classes)
+        self.category_ids = {number: category_id for category_id, number in classes.items()}
+        # A data set of --register was checked when it was registered.
+        is_learnable = columns_of(dataset_name) is not None
+        self.truth = GroundTruth(content, classes, count_difficult, is_learnable)
+        if self.truth.dropped:
+            self._logger.warning(
+                f"Data set {dataset_name}: {self.truth.dropped} of {len(content['annotations'])} "
+                "annotations do not count: they have no area or lie outside their image, and "
+                "training drops them"
+            )
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None) -> None:
-        detections = [x for prediction in predictions for x in prediction["instances"]]
+        detections = [
+            {**x, "category_id": self.category_ids[x["category_id"]]}
+            for prediction in predictions
+            for x in prediction["instances"]
+        ]
         with open(os.path.join(self._output_dir, "coco_instances_results.json"), "w") as file:
-            json.dump([self._with_original_ids(x) for x in detections], file)
+            json.dump(detections, file)
         if not self._do_evaluation:
             self._logger.info("Annotations are not available for evaluation.")
             return
         evaluation = None
-        if numbered := list(filter(None, map(self._numbered, detections))):
-            results = self._coco_api.loadRes(numbered)
-            evaluation = _DifficultIgnored(self._coco_api, results, "bbox")
-            if img_ids is not None:
-                evaluation.params.imgIds = [self.image_numbers[x] for x in img_ids]
-            evaluation.evaluate()
-            evaluation.accumulate()
+        if numbered := self.truth.number(detections):
+            images = None if img_ids is None else [self.truth.image_numbers[x] for x in img_ids]
+            evaluation = evaluate_boxes(self.truth.dataset, numbered, images)
             evaluation.summarize()
         names = self._metadata.get("thing_classes")
-        self._results["bbox"] = self._derive_coco_results(evaluation, "bbox", class_names=names)
+        results = self._derive_coco_results(evaluation, "bbox", class_names=names)
+        if evaluation is not None and len(names or ()) > 1:
+            results |= {
+                f"AP50-{x}": ap for x, ap in zip(names, class_ap(evaluation, 0), strict=True)
+            }
+        self._results["bbox"] = results
 
-    def _with_original_ids(self, detection: dict) -> dict:
-        return {**detection, "category_id": self.category_ids[detection["category_id"]]}
 
-    def _numbered(self, detection: dict) -> dict | None:
-        """Clip and renumber a detection; None if nothing remains."""
-        image_id, box = detection["image_id"], detection["bbox"]
-        if image_id in self.trimmed:
-            x, y, w, h = box
-            width, height = self.trimmed[image_id]
-            left, right = (min(max(v, 0), width) for v in (x, x + w))
-            top, bottom = (min(max(v, 0), height) for v in (y, y + h))
-            box = [left, top, right - left, bottom - top]
-            if min(box[2:]) < SHORTEST:
-                return None
-        number = {"image_id": self.image_numbers[image_id], "bbox": box}
-        return {**detection, **number, "category_id": detection["category_id"] + 1}
+def evaluate_boxes(dataset: dict, detections: list[dict], images: list[int] | None = None) -> Any:
+    """Return an accumulated COCO evaluation: by hotcoco if it is installed and no object is
+    difficult, which it cannot express, else by pycocotools.
+
+    Args:
+        dataset: as from :class:`~atss.labels.numbering.GroundTruth`.
+        images: ids of the images to evaluate; None for all.
+    """
+    difficult = any(x["difficult"] for x in dataset["annotations"])
+    logger = logging.getLogger(__name__)
+    if hotcoco is None or difficult:
+        reason = "the data set has difficult objects" if difficult else "hotcoco is not installed"
+        logger.info("Evaluation by pycocotools: %s", reason)
+        evaluation = _by_pycocotools(dataset, detections)
+    else:
+        logger.info("Evaluation by hotcoco, whose results equal those of pycocotools")
+        truth = hotcoco.COCO(dataset)
+        evaluation = hotcoco.COCOeval(truth, truth.load_res(detections), "bbox")
+    if images is not None:
+        evaluation.params.imgIds = images
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return evaluation
+
+
+def _by_pycocotools(dataset: dict, detections: list[dict]) -> COCOeval:
+    truth = COCO()
+    truth.dataset = dataset
+    with redirect_stdout(StringIO()):
+        truth.createIndex()
+        return _DifficultIgnored(truth, truth.loadRes(detections), "bbox")
+
+
+def class_ap(evaluation: Any, threshold: int | slice = slice(None), area: int = 0) -> list[float]:
+    """Return the AP of each class in points of 100, NaN without objects.
+
+    Args:
+        threshold: index of the IoU, 0 for 0.5; all by default.
+        area: index of the sizes: 0 for all, then small, medium and large.
+    """
+    precision = evaluation.eval["precision"][threshold, ..., area, -1]
+    of_classes = precision.reshape(-1, precision.shape[-1])
+    has_objects = of_classes.min(axis=0) > -1
+    return np.where(has_objects, 100 * of_classes.mean(axis=0), np.nan).tolist()
 
 
 class _DifficultIgnored(COCOeval):

@@ -60,6 +60,7 @@ from .folder import (
     replace_file,
 )
 from .launch import keep_freed_memory, launch
+from .report import write_report
 from .sources import recall, shorten_paths
 from .terminal import abridge_terminal, hide_explained_tracebacks
 from .trainer import Trainer
@@ -252,7 +253,10 @@ def _train(args: argparse.Namespace, cfg: CfgNode, config: bytes) -> dict | None
         log.info(describe_schedule(trainer.cfg, len(trainer.data_loader.records)))
     warn_of_warmup(trainer.cfg)
     log.info("Starting at iteration %d", trainer.start_iter)
-    return trainer.train()
+    results = trainer.train()
+    if cfg.TEST.REPORT:
+        write_report(cfg)
+    return results
 
 
 def _follow_weights(names: list[str], cfg: CfgNode) -> None:

@@ -41,6 +41,7 @@ from .hooks import (
     build_profiler,
     refuse_broken_weights,
 )
+from .loggers import build_run_writers, tracked
 from .solver import build_optimizer, carry_over, follow_schedule
 from .steps import Float16StepTrainer, StepTrainer
 from .stream import Stream, skip_batches
@@ -61,6 +62,7 @@ class Trainer(DefaultTrainer):
         stream: the position in the stream of images.
         averaging: the hook of SOLVER.EMA_DECAY, or None.
         best: the hook of TEST.BEST_METRIC, or None.
+        run_writers: of SOLVER.LOGGERS, in the main process.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -120,6 +122,7 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.stream = Stream(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
         self.cfg = cfg
+        self.run_writers = build_run_writers(cfg) if comm.is_main_process() else []
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase]:
@@ -161,19 +164,21 @@ class Trainer(DefaultTrainer):
             share_weights(self.averaging.model)
 
     def build_writers(self) -> list[EventWriter]:
-        """Build Detectron2's writers, but metrics.json has null for NaN."""
+        """Build Detectron2's writers, but metrics.json has null for NaN, and those of
+        SOLVER.LOGGERS."""
         folder = self.cfg.OUTPUT_DIR
         return [
             CommonMetricPrinter(self.max_iter),
             StrictJSONWriter(os.path.join(folder, "metrics.json")),
             TensorboardXWriter(folder),
+            *self.run_writers,
         ]
 
     def train(self) -> dict | None:
         """Train until the end or a signal. Return the results of the last evaluation by task."""
         if self.start_iter >= self.max_iter:
             self.checkpointer.save("model_final", iteration=self.iter)
-        with self.preemption.watch:
+        with self.preemption.watch, tracked(self.run_writers, resumed=self.start_iter > 0):
             try:
                 super().train()
             except EndedEarly:

@@ -18,17 +18,24 @@ def strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def new_scalars(window: int, last: int) -> dict[int, dict[str, float]]:
+    """Return {iteration: {name: value}} of the scalars after iteration ``last``: a median over
+    ``window`` iterations, if Detectron2 smooths the scalar."""
+    new: dict[int, dict[str, float]] = defaultdict(dict)
+    latest = get_event_storage().latest_with_smoothing_hint(window)
+    for name, (value, iteration) in latest.items():
+        if iteration > last:
+            new[iteration][name] = value
+    return new
+
+
 class StrictJSONWriter(JSONWriter):
     """JSONWriter without NaN, such as the AP of a class without objects."""
 
     _last_write: int
 
     def write(self) -> None:
-        latest = get_event_storage().latest_with_smoothing_hint(self._window_size)
-        new: dict[int, dict[str, Any]] = defaultdict(dict)
-        for name, (value, iteration) in latest.items():
-            if iteration > self._last_write:
-                new[iteration][name] = value
+        new = new_scalars(self._window_size, self._last_write)
         self._last_write = max([self._last_write, *new])
         for iteration, values in new.items():
             line = strict({**values, "iteration": iteration})

@@ -73,7 +73,11 @@ class Raw(nn.Module):
 
 
 def export_onnx(
-    detector: ATSSDetector, cfg: CfgNode, target: Path, nms: bool = False
+    detector: ATSSDetector,
+    cfg: CfgNode,
+    target: Path,
+    nms: bool = False,
+    thresholds: Sequence[float | None] | None = None,
 ) -> list[Parity]:
     """Write an ONNX file, and compare it with the detector at three other shapes.
 
@@ -81,6 +85,7 @@ def export_onnx(
         detector: with its weights.
         cfg: its config.
         nms: whether the file selects and suppresses, so that its outputs are detections.
+        thresholds: least score of each class, for the metadata; the outputs do not depend on it.
 
     Returns:
         the comparisons.
@@ -89,20 +94,31 @@ def export_onnx(
         UserError: if a package is missing, the config has no class names, its suppression or score
             is not one of ours, or the file differs from the detector; then there is no file.
     """
-    return _export(detector, cfg, target, nms, to_onnx)
+    return _export(detector, cfg, target, nms, thresholds, to_onnx)
 
 
 def export_openvino(
-    detector: ATSSDetector, cfg: CfgNode, target: Path, nms: bool = False
+    detector: ATSSDetector,
+    cfg: CfgNode,
+    target: Path,
+    nms: bool = False,
+    thresholds: Sequence[float | None] | None = None,
 ) -> list[Parity]:
     """Write OpenVINO's .xml and .bin, as :func:`export_onnx`."""
-    return _export(detector, cfg, target, nms, to_openvino)
+    return _export(detector, cfg, target, nms, thresholds, to_openvino)
 
 
 def _export(
-    detector: ATSSDetector, cfg: CfgNode, target: Path, nms: bool, convert: Callable[..., Save]
+    detector: ATSSDetector,
+    cfg: CfgNode,
+    target: Path,
+    nms: bool,
+    thresholds: Sequence[float | None] | None,
+    convert: Callable[..., Save],
 ) -> list[Parity]:
     settings = metadata(detector, cfg, nms)
+    if thresholds is not None:
+        settings["thresholds"] = [*thresholds]
     detector.cpu().float().eval()
     detector.precision = None
     model = selection.Selected(detector) if nms else Raw(detector)
