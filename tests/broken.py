@@ -693,8 +693,10 @@ YAML = [
          "missing or unreadable images (1)", "file_unreadable", "images/a.png"),
 ]
 LABELS = [
-    Case("five numbers after the class", line("0 0.5 0.5 0.25 0.25 0.9"), "stops", "has 6 numbers",
+    Case("five numbers after the class", line("0 0.5 0.5 0.25 0.25 1.9"), "stops", "has 6 numbers",
          "label_malformed", LINE),
+    Case("a score after the box", line("0 0.5 0.5 0.25 0.25 0.9"), "trains", "by the box; logged",
+         "label_scored", LINE),
     Case("three numbers after the class", line("0 0.5 0.5 0.25"), "stops", "has 4 numbers",
          "label_malformed", LINE),
     Case("a class id only", line("1"), "stops", "has 1 number", "label_malformed", LINE),

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import demo
 import pytest
 from conftest import TINY
 
@@ -163,9 +164,28 @@ def test_predict_finds_the_best_weights(tools, tmp_path, best):
     weights = str(tmp_path / ("model_best.pth" if best else "model_final.pth"))
     cli.main(["predict", str(tmp_path), "MODEL.DEVICE", "cpu", "a.jpg", "b", "--batch", "2"])
     expected = ["--config-file", str(tmp_path / "config.yaml"), "--weights", weights]
-    expected += ["--output", str(tmp_path / "predictions"), "--score-threshold", "0.4"]
-    expected += ["--batch", "2", "--input", "a.jpg", "b", "--", "MODEL.DEVICE", "cpu"]
+    expected += ["--output", str(tmp_path / "predictions"), "--batch", "2", "--format", "coco"]
+    expected += ["--input", "a.jpg", "b", "--", "MODEL.DEVICE", "cpu"]
     assert tools == [["predict", expected]]
+
+
+def test_predict_passes_every_option_on(tools):
+    words = [
+        "--weights",
+        "w",
+        "--output",
+        "o",
+        "--score-threshold",
+        "0.3",
+        "--thresholds",
+        "r.json",
+    ]
+    words += ["--batch", "2", "--format", "yolo", "csv", "--import", "m.py"]
+    cli.main(["predict", "ATSS_R_50_FPN_1x", "0", "rtsp://a/b", *words])
+    args = demo.make_parser().parse_intermixed_args(tools[0][1])
+    assert (args.weights, str(args.output), args.imports) == ("w", "o", ["m.py"])
+    assert (args.score_threshold, args.thresholds, args.batch) == (0.3, "r.json", 2)
+    assert (args.format, args.input) == (["yolo", "csv"], ["0", "rtsp://a/b"])
 
 
 def test_predict_takes_a_config_and_weights(tools):

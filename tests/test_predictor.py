@@ -1,6 +1,7 @@
 """Predictor: a detector from its config and weights. Drawing and videos:
 tests/tools/test_demo.py."""
 
+import json
 import math
 import re
 from collections import deque
@@ -309,3 +310,26 @@ def test_picture_without_detections_names_the_highest_score(predictor, caplog):
         predictor.show(PICTURE, threshold=1)
     highest = math.floor(1000 * predictor(PICTURE).scores.max()) / 1000  # never above the score
     assert f"The highest score is {highest:.3f}: pass a lower threshold than 1" in caplog.text
+
+
+def test_thresholds_of_classes_select_detections(weights, tmp_path):
+    """Of a report or a dictionary; a class without one keeps all, and show its threshold."""
+    names = [f"c{k}" for k in range(80)]
+    config = (*TINY, "MODEL.ATSS.SCORE_THRESH_TEST", 0.0, "MODEL.ATSS.CLASS_NAMES", names)
+    everything = Predictor(make_cfg(*config), weights)
+    found = everything(PIXELS)
+    assert everything.thresholds is None
+    k = int(found.classes[0])
+    (tmp_path / "report.json").write_text(
+        json.dumps({"thresholds": {names[k]: {"score": 1.0}, "c1" if k else "c2": None}})
+    )
+    for thresholds in (tmp_path / "report.json", {names[k]: 1.0}):
+        selected = Predictor(make_cfg(*config), weights, thresholds=thresholds)
+        assert [x for x in selected.thresholds if x is not None] == [1.0]
+        kept = selected(PIXELS)
+        assert len(kept.scores) == (found.classes != k).sum() > 0
+        assert k not in kept.classes
+        pictures = [np.asarray(selected.show(PIXELS, x)) for x in (0.0, 1.0)]
+        assert (pictures[0] != pictures[1]).any()
+    with pytest.raises(OSError, match=r"^the dictionary has thresholds of dog, the det"):
+        Predictor(make_cfg(*config), weights, thresholds={"dog": 0.5})

@@ -4,6 +4,7 @@ import json
 import logging
 import random
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -447,3 +448,56 @@ def test_processes_wait_outside_collectives(monkeypatch, tmp_path):
     monkeypatch.setattr("atss.engine.trainer.build_evaluator", lambda *_: Evaluator())
     assert Trainer.build_evaluator(make_cfg(), "data").evaluate() == {"bbox": {}}
     assert calls == ["wait", "evaluate", "wait"]
+
+
+def detect(content: dict, evaluator: DatasetEvaluator, seed: int = 0) -> DatasetEvaluator:
+    """Return the evaluator after noisy copies of a file's objects, and on background."""
+    rng = np.random.default_rng(seed)
+    evaluator.reset()
+    for image in content["images"]:
+        own = [x for x in content["annotations"] if x["image_id"] == image["id"]]
+        boxes = np.array([x["bbox"] for x in own for _ in range(4)], dtype=float).reshape(-1, 4)
+        boxes += rng.normal(0, 0.1, boxes.shape) * boxes[:, 2:].repeat(2, axis=1)
+        boxes = torch.from_numpy(np.concatenate([boxes, rng.uniform(1, 50, (30, 4))]))
+        boxes[:, 2:] = boxes[:, :2] + boxes[:, 2:].abs()
+        classes = [x["category_id"] - 1 for x in own for _ in range(4)] + [0, 1, 2] * 10
+        instances = Instances((image["height"], image["width"]), pred_boxes=Boxes(boxes))
+        # Few digits: equal scores of several images are ordered by image id.
+        instances.scores = torch.from_numpy(rng.uniform(0, 1, len(boxes)).round(2))
+        instances.pred_classes = torch.tensor(classes)
+        evaluator.process([{"image_id": image["id"]}], [{"instances": instances}])
+    return evaluator
+
+
+@pytest.mark.parametrize("images", [None, [2, 5]])
+def test_hotcoco_and_pycocotools_give_equal_results(images, register, tmp_path, monkeypatch):
+    content = make_content(count=12, objects=5)
+    for annotation in content["annotations"][::7]:
+        annotation["iscrowd"] = 1
+    content["images"].reverse()
+    register(write(content, tmp_path))
+    cfg = make_cfg("OUTPUT_DIR", str(tmp_path))
+    evaluator = detect(content, build_evaluator(cfg, "data"))
+    fast = evaluator.evaluate(images)["bbox"]
+    assert images is None or fast["AP"] != evaluator.evaluate()["bbox"]["AP"]
+    monkeypatch.setattr("atss.engine.evaluation.hotcoco", None)
+    slow = detect(content, build_evaluator(cfg, "data")).evaluate(images)["bbox"]
+    assert fast == pytest.approx(slow, abs=1e-9, nan_ok=True)
+    assert 5 < fast["AP"] < 95
+    classes = [f"{key}-class {i}" for key in ("AP", "AP50") for i in (1, 2, 3)]
+    assert [x for x in fast if "-" in x] == classes
+    aps = [fast[x] for x in classes[3:]]
+    assert fast["AP50"] == pytest.approx(np.nanmean(aps))
+
+
+def test_log_names_the_library_that_evaluated(register, tmp_path, monkeypatch, caplog):
+    content = make_content()
+    register(write(content, tmp_path))
+    caplog.set_level(logging.INFO, "atss")
+    evaluate_with = partial(evaluate, content, tmp_path)
+    keep = {"keep": lambda annotation: annotation["category_id"] == 1}
+    evaluate_with(**keep)
+    assert "Evaluation by hotcoco, whose results equal those of pycocotools" in caplog.text
+    monkeypatch.setattr("atss.engine.evaluation.hotcoco", None)
+    evaluate_with(**keep)
+    assert "Evaluation by pycocotools: hotcoco is not installed" in caplog.text

@@ -591,7 +591,7 @@ def test_ground_truth_has_an_ap_of_100(data, registered, tmp_path):
     evaluator, result = evaluate("pets", tmp_path / "out")
     assert result["AP"] == pytest.approx(100)
     assert result["AP-dog"] == pytest.approx(100)
-    assert len(evaluator._coco_api.imgs) == 3
+    assert len(evaluator.truth.image_numbers) == 3
     written = json.loads((old.parent / "coco_instances_results.json").read_text())
     assert [r["category_id"] for r in written] == [0, 5, 9]  # the yaml's
     loader = build_test_loader(make_cfg("DATALOADER.NUM_WORKERS", 0), "pets")

@@ -18,6 +18,7 @@ TOOLS = {
     "check_dataset": ["nowhere", "nowhere"],
     "convert_checkpoint": ["--from", "mmdet", "nowhere", "x.pth"],
     "convert_dataset": ["nowhere:nowhere", "--output", "x.json"],
+    "report": ["nowhere"],
     "demo": ["--config-file", "nowhere", "--weights", "x", "--input", "nowhere", "--output", "out"],
     "digits": ["--data", "."],
     "explore": ["--register", "x=nowhere:nowhere", "--image", "a.png"],

@@ -18,6 +18,7 @@ from atss.export import convert_precision, export_onnx, export_openvino, parts
 
 SMALL = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.NUM_CONVS", 1, "INPUT.MIN_SIZE_TEST", 96)
 
+THRESHOLDS = [None, None, 0.9]
 FORMS = ["exported", "with_nms", pytest.param("in_openvino", marks=pytest.mark.slow)]
 
 
@@ -45,7 +46,8 @@ def export(folder, export_file, name, **options):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    return export(tmp_path_factory.mktemp("exported"), export_onnx, "model.onnx")
+    folder = tmp_path_factory.mktemp("exported")
+    return export(folder, export_onnx, "model.onnx", thresholds=THRESHOLDS)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,14 @@ def test_detections_are_those_of_the_predictor(form, squares, request):
         assert_equal(found, expected)
     assert detector.names == predictor.names
     assert_equal(detector(images[0]), predictor(images[0]))
+
+
+def test_thresholds_are_in_the_metadata(exported):
+    """The tool passes those of a report; calls return all detections."""
+    detector = atss_runner.load(exported[0])
+    assert detector.thresholds == THRESHOLDS
+    found = detector(np.random.default_rng(0).integers(0, 255, (90, 80, 3), np.uint8))
+    assert (found.scores[found.classes == 2] < THRESHOLDS[2]).any()
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,7 +1,12 @@
 """The options of tools/export.py."""
 
+import json
+
 import export as tool
 import pytest
+import torch
+from conftest import TINY, make_cfg
+from detectron2.modeling import build_model
 
 from atss.errors import UserError
 
@@ -36,3 +41,24 @@ def test_file_that_loses_more_than_max_drop_is_removed(tmp_path):
     with pytest.raises(UserError, match=r"AP fell by 1\.10, more than --max-drop 1"):
         tool.report_drop(args, 40.0, 38.9)
     assert not list(tmp_path.iterdir())
+
+
+def test_thresholds_of_a_report_reach_the_exporter(tmp_path, monkeypatch):
+    names = ("MODEL.ATSS.CLASS_NAMES", ["ant", "bee", "cat"], "MODEL.ATSS.NUM_CLASSES", 3)
+    cfg = make_cfg(*[x for item in TINY.items() for x in item], *names)
+    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model_best.pth")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    report = {"thresholds": {"cat": {"score": 0.25}, "ant": None}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    passed = []
+
+    def export(model, cfg, target, nms, thresholds):
+        passed.append(thresholds)
+        target.touch()
+        return []
+
+    monkeypatch.setitem(tool.FORMATS, "onnx", (export, ".onnx"))
+    words = [str(tmp_path), "--output", str(tmp_path / "m.onnx")]
+    tool.main(words)
+    tool.main([*words, "--thresholds", str(tmp_path / "report.json")])
+    assert passed == [None, [None, None, 0.25]]
