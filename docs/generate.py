@@ -227,7 +227,7 @@ def make_api() -> str:
 
 
 def public_names(module: Any) -> Iterable[str]:
-    """Return the names in ``__all__``; without it, those of what the module defines."""
+    """Return the names in ``__all__``, or without it the public names that the module defines."""
     if hasattr(module, "__all__"):
         return module.__all__
     own = (n for n, x in vars(module).items() if getattr(x, "__module__", "") == module.__name__)

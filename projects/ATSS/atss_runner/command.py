@@ -1,4 +1,4 @@
-"""What the commands `atss predict`, `tools/demo.py` and `python -m atss_runner` share."""
+"""Options and results shared by `atss predict`, `tools/demo.py` and `python -m atss_runner`."""
 
 import argparse
 import math

@@ -101,7 +101,8 @@ def confusion(results: Results, score: float) -> np.ndarray:
 
 
 def _match_across(results: Results, wrong: np.ndarray, lost: np.ndarray) -> tuple[list, list]:
-    """Return the true and predicted classes of pairs and of what is left, K for background."""
+    """Return the true and the predicted class of each pair, and of each unmatched object or
+    detection with K, the background."""
     background = len(results.names)
     boxes = np.array([results.detections[i]["bbox"] for i in wrong]).reshape(-1, 4)
     by_image: dict[int, list[int]] = {}

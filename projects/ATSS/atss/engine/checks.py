@@ -4,7 +4,8 @@ import argparse
 import logging
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
 import torch
@@ -251,3 +252,14 @@ def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} already contains a run, from which a restart would "
             "continue: pass --resume or choose another folder"
         )
+
+
+def warn_of_unused(specs: Sequence[str], cfg: CfgNode) -> None:
+    """Print the data sets of --register that the config does not use."""
+    for name in (spec.partition("=")[0] for spec in specs):
+        if name not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+            print(
+                f"--register {name}: not used, because neither DATASETS.TRAIN {cfg.DATASETS.TRAIN} "
+                f"nor DATASETS.TEST {cfg.DATASETS.TEST} names it",
+                file=sys.stderr,
+            )

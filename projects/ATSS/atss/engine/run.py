@@ -47,6 +47,7 @@ from .checks import (
     check_processes,
     describe_unread,
     scales_gradients,
+    warn_of_unused,
     warn_of_warmup,
 )
 from .environment import is_started, local_size
@@ -149,7 +150,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
 
     recall(args, cfg)
     register(args)
-    _warn_of_unused(args, cfg)
+    warn_of_unused(args.register, cfg)
     cfg.OUTPUT_DIR = os.path.expanduser(cfg.OUTPUT_DIR)
     check_processes(args, cfg)
     if "DATALOADER.NUM_WORKERS" not in given:
@@ -173,17 +174,6 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     shorten_paths(cfg)
     cfg.freeze()
     return cfg
-
-
-def _warn_of_unused(args: argparse.Namespace, cfg: CfgNode) -> None:
-    names = [spec.partition("=")[0] for spec in args.register]
-    for name in names:
-        if name not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-            print(
-                f"--register {name}: not used, because neither DATASETS.TRAIN {cfg.DATASETS.TRAIN} "
-                f"nor DATASETS.TEST {cfg.DATASETS.TEST} names it",
-                file=sys.stderr,
-            )
 
 
 def fit_workers(cfg: CfgNode, processes: int) -> None:

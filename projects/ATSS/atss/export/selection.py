@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
 
@@ -144,7 +144,7 @@ def _best_anchors(rank: Tensor, passing: Tensor, score: Tensor, top: int) -> tup
 # ------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("atss::suppress", mutates_args=())
+@library.custom_op("atss::suppress", mutates_args=())
 def suppress(boxes: Tensor, scores: Tensor, threshold: float, limit: int) -> Tensor:
     """Set scores (N, K, C) of boxes (N, C, 4) that NMS of each class removes to UNUSED."""
     kept = torch.full_like(scores, UNUSED)
