@@ -40,5 +40,12 @@ def test_charts_name_losses_and_averaged_weights(tmp_path):
     assert ">AP, averaged weights<" in scores
 
 
+def test_scores_of_several_data_sets_are_apart(tmp_path):
+    file = write(tmp_path, {"iteration": 2, "val/bbox/AP": 30.0, "test/bbox_EMA/AP50": 40.0})
+    ((_, chart),) = training_curves(file)
+    assert ">val: AP<" in chart
+    assert ">test: AP50, averaged weights<" in chart
+
+
 def test_empty_file_has_no_charts(tmp_path):
     assert training_curves(write(tmp_path)) == []

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from .charts import Line, line_chart
@@ -10,21 +11,19 @@ from .charts import Line, line_chart
 LOSSES = {"loss_cls": "class", "loss_box_reg": "box"}
 
 
+# Suffixes of metrics by task.
+TASKS = {"bbox": "", "bbox_EMA": ", averaged weights"}
+
+
 def training_curves(metrics_file: Path) -> list[tuple[str, str]]:
     """Return captions and charts (svg) of a training; none of a file without iterations."""
     series = read_series(metrics_file)
-    losses = {
-        LOSSES.get(key, key.replace("loss_", "")): line
-        for key, line in sorted(series.items(), key=lambda item: len(item[0]))
-        if key.rpartition("/")[2].startswith("loss_")
-    }
-    averaged = {"": "", "_EMA": ", averaged weights"}
-    scores = {
-        f"{metric}{suffix}": series[f"bbox{task}/{metric}"]
-        for task, suffix in averaged.items()
-        for metric in ("AP", "AP50")
-        if f"bbox{task}/{metric}" in series
-    }
+    losses, scores = loss_curves(series), {}
+    for key, line in series.items():
+        data, _, task = key.rpartition("/")[0].rpartition("/")
+        metric = key.rpartition("/")[2]
+        if task in TASKS and metric in ("AP", "AP50"):
+            scores[f"{f'{data}: ' if data else ''}{metric}{TASKS[task]}"] = line
     charts = []
     if losses:
         chart = line_chart(losses, "iteration", "loss", (0, None), (0, None))
@@ -36,6 +35,15 @@ def training_curves(metrics_file: Path) -> list[tuple[str, str]]:
         chart = line_chart({"rate": series["lr"]}, "iteration", "rate", (0, None), (0, None))
         charts.append(("Learning rate", chart))
     return charts
+
+
+def loss_curves(series: Mapping[str, Line]) -> dict[str, Line]:
+    """Return the losses of :func:`read_series` by their short names."""
+    return {
+        LOSSES.get(key, key.replace("loss_", "")): series[key]
+        for key in sorted(series, key=len)
+        if key.rpartition("/")[2].startswith("loss_")
+    }
 
 
 def read_series(metrics_file: Path) -> dict[str, Line]:

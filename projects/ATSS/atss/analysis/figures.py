@@ -4,6 +4,7 @@ APs are in points of 100; None stands for what cannot be computed. docs/report.m
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ def figures(results: Results, score: float = 0.3) -> dict[str, Any]:
         score: threshold of the confusion matrix. Lost objects and worst images are those at the
             thresholds of :func:`limits`.
     """
-    dataset, limit = results.dataset, limits(results, score)
+    dataset, best = results.dataset, thresholds(results)
+    limit = limits(results, best, score)
     stats = dict(
         zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), results.evaluation.stats, strict=False)
     )
@@ -45,7 +47,7 @@ def figures(results: Results, score: float = 0.3) -> dict[str, Any]:
             "iou": IOU,
         },
         "curves": curves(results),
-        "thresholds": thresholds(results),
+        "thresholds": best,
         "calibration": calibration(results),
         "missed": missed(results, limit),
         "images": images(results, limit),
@@ -162,10 +164,15 @@ def thresholds(results: Results) -> dict[str, dict | None]:
     return best
 
 
-def limits(results: Results, otherwise: float) -> np.ndarray:
-    """Return (N,) the threshold of each detection's class, ``otherwise`` if it has none."""
-    best = [otherwise if x is None else x["score"] for x in thresholds(results).values()]
-    return np.array(best)[results.category]
+def limits(results: Results, best: Mapping[str, dict | None], otherwise: float) -> np.ndarray:
+    """Return (N,) the threshold of each detection's class.
+
+    Args:
+        best: of :func:`thresholds`.
+        otherwise: the threshold of classes without one.
+    """
+    by_class = [otherwise if x is None else x["score"] for x in best.values()]
+    return np.array(by_class)[results.category]
 
 
 def calibration(results: Results) -> dict | None:

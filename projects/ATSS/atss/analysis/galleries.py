@@ -43,7 +43,8 @@ class Run:
     @cached_property
     def limits(self) -> np.ndarray:
         """(N,) the thresholds at which objects are found or missed."""
-        return limits(self.results, self.figures["confusion"]["score"])
+        figures = self.figures
+        return limits(self.results, figures["thresholds"], figures["confusion"]["score"])
 
 
 def worst(run: Run) -> Gallery:

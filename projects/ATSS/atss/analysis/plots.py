@@ -1,6 +1,5 @@
 """Plots with matplotlib."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from .curves import loss_curves, read_series
 from .explain import Explanation
 
 # (x1, y1, x2, y2) in pixels, and a label.
@@ -38,22 +38,13 @@ COUNTS, SHAPES = (0, 1, 2, 5, 10, 20, 50, 100), (1, 2, 3, 5, 10)
 
 
 def plot_metrics(metrics_file: Path, target: Path) -> None:
-    records = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    series = read_series(metrics_file)
+    scores = {name: series[f"bbox/{name}"] for name in ("AP", "AP50") if f"bbox/{name}" in series}
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = {"loss_cls": "class", "loss_box_reg": "box"}
-    losses = dict.fromkeys(
-        key for r in records for key in r if key.rpartition("/")[2].startswith("loss_")
-    )
-    curves = {names.get(key, key.replace("loss_", "")): key for key in sorted(losses, key=len)}
-    for axis, lines in ((left, curves), (right, {"AP": "bbox/AP", "AP50": "bbox/AP50"})):
-        for label, key in lines.items():
-            # A resumed run writes some iterations twice: the last line counts.
-            points = {r["iteration"]: r[key] for r in records if key in r}
-            marker = "o" if axis is right else None
-            axis.plot(
-                sorted(points), [points[i] for i in sorted(points)], label=label, marker=marker
-            )
+    for axis, lines in ((left, loss_curves(series)), (right, scores)):
+        for label, line in lines.items():
+            axis.plot(*line, label=label, marker="o" if axis is right else None)
         axis.set_xlabel("iteration")
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
