@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 from itertools import islice, pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from detectron2.utils import comm
 from PIL import Image
 
 from atss.data import datasets
+from atss.data import loader as loader_module
 from atss.data.loader import LOADER_DIED, WatchedLoader, build_train_loader, seeded
 from atss.data.mapper import Mapper, without_augmentation
 from atss.data.samplers import format_report, repeat_factors
@@ -673,6 +675,26 @@ def test_worker_that_hangs_or_dies(trouble, sentence, pinned):
     with pytest.raises((OSError, RuntimeError)) as caught:
         list(WatchedLoader(Pids(trouble), **options))
     assert explain(caught.value, ".").startswith(sentence)
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_broken_connection_of_a_dying_worker(dies, monkeypatch):
+    """It may break before the process has ended; a data set's own errors of connections remain."""
+    monkeypatch.setattr(loader_module, "SECONDS_TO_END", 0.01)
+    sentinel, other_end = os.pipe()
+    worker = SimpleNamespace(sentinel=sentinel, is_alive=lambda: True, kill=int, join=dict)
+    if dies:
+        os.close(other_end)
+
+    class Broken:
+        _workers = (worker,)
+
+        def __next__(self):
+            raise ConnectionResetError("reset by peer")
+
+    watched = WatchedLoader(Pids(), num_workers=0)
+    with pytest.raises(OSError, match="memory ran out" if dies else "reset by peer"):
+        watched._next(Broken())
 
 
 def test_worker_that_dies_while_the_model_computes():

@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
+from multiprocessing import connection
 from typing import Any
 
 import numpy as np
@@ -78,8 +79,8 @@ class WatchedLoader(DataLoader):
             threading.Thread(target=count_down, daemon=True).start()
         try:
             return next(iterator)
-        except (OSError, EOFError, RuntimeError):  # a broken pipe may be noticed first
-            if not is_late.is_set() and all(x.is_alive() for x in workers):
+        except (OSError, EOFError, RuntimeError) as error:
+            if not is_late.is_set() and not _has_died(workers, error):
                 raise
         finally:
             arrived.set()
@@ -95,6 +96,17 @@ class WatchedLoader(DataLoader):
                 "load images: check their disk and network"
             )
         raise OSError(LOADER_DIED)
+
+
+SECONDS_TO_END = 5  # after the connections of a dying worker break
+
+
+def _has_died(workers: Sequence[Any], error: Exception) -> bool:
+    """Return whether a worker has died, or is about to if an error is of its connections."""
+    seconds = SECONDS_TO_END if isinstance(error, ConnectionError | EOFError) else 0
+    with suppress(RuntimeError):  # of torch's signal handler, if a worker dies here
+        return bool(connection.wait([x.sentinel for x in workers], seconds))
+    return True
 
 
 class TrainLoader:
