@@ -15,6 +15,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import defaults
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.env import seed_all_rng
 from PIL import Image, ImageFilter
 from processes import reset_signals
 
@@ -71,6 +72,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Each test, with its fixtures, draws the same numbers whatever ran before it.
+    seed_all_rng(0)
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU: make test-gpu")
 

@@ -321,7 +321,7 @@ def test_thresholds_of_classes_select_detections(weights, tmp_path):
     assert everything.thresholds is None
     k = int(found.classes[0])
     (tmp_path / "report.json").write_text(
-        json.dumps({"thresholds": {names[k]: {"score": 1.0}, "c1" if k else "c2": None}})
+        json.dumps({"thresholds": {names[k]: {"score": 1.0}, names[k - 1]: None}})
     )
     for thresholds in (tmp_path / "report.json", {names[k]: 1.0}):
         selected = Predictor(make_cfg(*config), weights, thresholds=thresholds)
