@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from .detections import Detections
 from .images import HIGH_DEPTH, resized, too_thin
 from .media import FileError, batches
-from .postprocess import in_original, select
+from .postprocess import anchors_per_level, in_original, select
 from .settings import read_settings
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -159,8 +159,8 @@ class Detector:
 
     def per_level(self, canvas: tuple[int, int]) -> list[int]:
         """Return the number of anchors of each level."""
-        each = self.settings["anchors_per_location"]
-        return [-(-canvas[0] // s) * -(-canvas[1] // s) * each for s in self.settings["strides"]]
+        rules = self.settings
+        return anchors_per_level(canvas, rules["strides"], rules["anchors_per_location"])
 
 
 def load(path: str | Path, threads: int = 0, batch: int = 4) -> Detector:

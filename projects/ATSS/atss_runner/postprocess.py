@@ -3,12 +3,19 @@
 Shape letters: R anchors over all levels, K classes, M candidates or detections of one image.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .detections import Detections
+
+
+def anchors_per_level(
+    canvas: tuple[int, int], strides: Sequence[int], per_location: int
+) -> list[int]:
+    """Return the number of anchors of each level of a canvas (height, width)."""
+    return [-(-canvas[0] // s) * -(-canvas[1] // s) * per_location for s in strides]
 
 
 def select(
@@ -88,7 +95,8 @@ def keep_all(found: Detections, limit: int | None) -> Detections:
 def nms(found: Detections, limit: int, threshold: float) -> Detections:
     """Non-maximum suppression of each class."""
     found = keep_all(found, None)
-    boxes, kept = found.boxes.astype(np.float64), []
+    kept: list[int] = []
+    boxes = found.boxes.astype(np.float64)
     left = np.arange(len(boxes))
     while len(left) and len(kept) < limit:
         best, left = left[0], left[1:]
