@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from exported import with_own_backbone
 from torch import nn
 
 from atss.errors import UserError
-from atss.export.files import _compare_detections, static_padding
-from atss_runner.postprocess import detect
+from atss.export.files import OUTPUTS, _compare_detections, metadata, raw_outputs, static_padding
+from atss_runner.postprocess import select
 
 PER_LEVEL = [192, 48, 12]
 SETTINGS = {
@@ -22,7 +23,6 @@ SETTINGS = {
     "rank_anchors": False,
     "clip": True,
     "suppression": {"name": "nms", "threshold": 0.6},
-    "legacy_pixels": False,
 }
 
 
@@ -42,10 +42,9 @@ def test_constant_padding_is_that_of_timm(kernel, stride, dilation, side):
 
 
 def test_detections_that_differ_from_the_runner_are_refused():
-    sizes, raw = np.array([[90, 100]]), raw_outputs()
+    sizes, raw = np.array([[90, 100]]), random_outputs()
     pixels = np.zeros((1, 3, 96, 128), np.float32)
-    one, size = [x[0] for x in raw], tuple(sizes[0].tolist())
-    found = detect(*one, PER_LEVEL, size, size, SETTINGS)
+    found = select({k: x[0] for k, x in raw.items()}, PER_LEVEL, tuple(sizes[0]), SETTINGS)
     outputs = dict(zip(("boxes", "scores", "classes"), (x[None] for x in found), strict=True))
     outputs["count"] = np.array([len(found.boxes)])
 
@@ -70,11 +69,21 @@ def test_detections_that_differ_from_the_runner_are_refused():
         compare(count=outputs["count"] - 1)
 
 
-def raw_outputs():
+def random_outputs():
     """Boxes, probabilities and quality of random values."""
     generator = np.random.default_rng(0)
     count = sum(PER_LEVEL)
     corners = generator.uniform(0, 90, (1, count, 2))
     boxes = np.concatenate([corners, corners + generator.uniform(5, 40, (1, count, 2))], axis=2)
     values = boxes, generator.uniform(size=(1, count, 3)), generator.uniform(size=(1, count))
-    return [x.astype(np.float32) for x in values]
+    return dict(zip(OUTPUTS, (x.astype(np.float32) for x in values), strict=True))
+
+
+def test_backbone_that_rounds_down_is_refused(monkeypatch):
+    """The runner cuts outputs into levels of side / stride cells, rounded up."""
+    model, _ = with_own_backbone(monkeypatch)
+    assert raw_outputs(model) == OUTPUTS
+    model, cfg = with_own_backbone(monkeypatch, "rounds down")
+    sentence = r"have \[4, 1\] anchors at 17 x 17 pixels, a runner expects \[9, 4\]: each"
+    with pytest.raises(UserError, match=sentence):
+        metadata(model, cfg)

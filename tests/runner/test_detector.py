@@ -176,6 +176,21 @@ def test_boxes_are_in_pixels_of_the_image(make):
     assert detector(image).boxes.tolist() == [[180, 180, 220, 192]]
 
 
+def test_detections_of_a_file_with_nms_are_cut_and_scaled(make):
+    sizes = []
+
+    def network(pixels, size):
+        sizes.extend(size.tolist())
+        boxes = np.float32([[[90, 90, 110, 110], [5, 5, 9, 9], [0, 0, 0, 0]]])
+        return boxes, np.float32([[0.9, 0.5, 0]]), np.array([[1, 0, -1]]), np.array([2])
+
+    form = {"inputs": ["image", "sizes"], "outputs": ["boxes", "scores", "classes", "count"]}
+    boxes, scores, classes = make(network, nms_inside=True, **form)(np.zeros((192, 240, 3), "u1"))
+    assert sizes == [[96, 120]]
+    assert boxes.tolist() == [[180, 180, 220, 192], [10, 10, 18, 18]]
+    assert (scores.tolist(), classes.tolist()) == ([np.float32(0.9), 0.5], [1, 0])
+
+
 @pytest.mark.parametrize(
     ("image", "sentence"),
     [

@@ -14,12 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
-from conftest import make_cfg
-from detectron2.modeling import build_model
+from exported import export_once
 from PIL import Image
 
-from atss.export import export_onnx
 from atss_runner import Detections, FileError, load, media
 
 pytest.importorskip("starlette", reason="needs the extra: pip install -e '.[serve]'")
@@ -348,13 +345,7 @@ def test_unusable_arguments_get_one_sentence(words, sentence):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    file = tmp_path_factory.mktemp("exported") / "model.onnx"
-    opts = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.NUM_CONVS", 1, "INPUT.MIN_SIZE_TEST", 96)
-    names = ("MODEL.ATSS.CLASS_NAMES", ["ant", "bee", "cat"], "MODEL.ATSS.NUM_CLASSES", 3)
-    cfg = make_cfg(*opts, *names, "MODEL.ATSS.SCORE_THRESH_TEST", 0.0)
-    torch.manual_seed(0)
-    export_onnx(build_model(cfg).eval(), cfg, file)
-    return file
+    return export_once(tmp_path_factory) / "model.onnx"
 
 
 @pytest.fixture

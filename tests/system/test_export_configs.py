@@ -4,16 +4,14 @@
 """
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import CONFIGS, ROOT, THIN, make_cfg
 from detectron2.config import LazyConfig, instantiate
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
+from detectron2.modeling import build_model
 from export_table import network_key, stir
-from torch import nn
+from exported import with_own_backbone
 
 from atss import load_config
 from atss.config import for_inference
@@ -61,49 +59,17 @@ def test_lazy_config_exports_with_the_yaml_config(new_setuptools, tmp_path):
     assert (tmp_path / "model.onnx").is_file()
 
 
-class TwoLevels(Backbone):
-    """Backbone for images of any size: Detectron2's default divisor is 0."""
-
-    def __init__(self, cfg, input_shape):
-        super().__init__()
-        self.branches = cfg.MODEL.RESNETS.NORM == "branches"
-        self.fine = nn.Conv2d(3, 32, 7, 8, 3)
-        self.coarse = nn.Conv2d(32, 32, 3, 2, 1)
-
-    def forward(self, x):
-        x = self.fine(x)
-        if self.branches and x.mean() > 0:
-            x = x + 1
-        return {"fine": x, "coarse": self.coarse(x)}
-
-    def output_shape(self):
-        return {"fine": ShapeSpec(channels=32, stride=8), "coarse": ShapeSpec(32, stride=16)}
-
-
-@pytest.fixture
-def own_backbone():
-    BACKBONE_REGISTRY.register(TwoLevels)
-    yield
-    del BACKBONE_REGISTRY._obj_map["TwoLevels"]
-
-
-def with_own_backbone(*opts):
-    opts = ("MODEL.BACKBONE.NAME", "TwoLevels", "MODEL.ATSS.NUM_CONVS", 1, *NAMES, *opts)
-    cfg = make_cfg(*opts, "MODEL.ATSS.IN_FEATURES", ["fine", "coarse"])
-    return build_model(cfg).eval(), cfg
-
-
 @pytest.mark.slow
-def test_own_backbone_without_divisor_exports(own_backbone, tmp_path):
-    model, cfg = with_own_backbone()
+def test_own_backbone_without_divisor_exports(monkeypatch, tmp_path):
+    model, cfg = with_own_backbone(monkeypatch)
     one_cell = export_onnx(model, cfg, tmp_path / "model.onnx")[-1]
     assert one_cell.shape == (2, 3, 16, 16)
 
 
 @pytest.mark.slow
-def test_backbone_that_branches_on_values_is_named(own_backbone, tmp_path):
-    model, cfg = with_own_backbone("MODEL.RESNETS.NORM", "branches")
-    place = rf"branches on values.*{Path(__file__).name}, line \d+, `if self.branches and"
+def test_backbone_that_branches_on_values_is_named(monkeypatch, tmp_path):
+    model, cfg = with_own_backbone(monkeypatch, "branches")
+    place = r"branches on values.*exported.py, line \d+, `if self.branches and"
     with pytest.raises(UserError, match=place):
         export_onnx(model, cfg, tmp_path / "model.onnx")
     assert not os.listdir(tmp_path)

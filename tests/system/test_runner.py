@@ -4,6 +4,7 @@ import ast
 import email
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,22 +14,15 @@ import cv2
 import demo
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, TINY, make_cfg
-from detectron2.modeling import build_model
+from conftest import ROOT
+from exported import export_once
 from PIL import Image
 
 import atss
 from atss import Predictor
-from atss.export import export_onnx
 from atss_runner import Detections, load
 
 RUNNER = ROOT / "projects" / "ATSS" / "atss_runner"
-OPTS = [x for item in TINY.items() for x in item]
-OPTS += ["MODEL.FPN.OUT_CHANNELS", 64]
-OPTS += ["MODEL.ATSS.CLASS_NAMES", ["ant", "bee", "cat"], "MODEL.ATSS.CLASS_IDS", [5, 6, 90]]
-OPTS += ["INPUT.MIN_SIZE_TEST", 96, "INPUT.MAX_SIZE_TEST", 160]
-OPTS += ["MODEL.ATSS.SCORE_THRESH_TEST", 0.0]
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +30,7 @@ def trained(tmp_path_factory):
     """A folder with a config, weights with stirred norms, the exported file, and images."""
     pytest.importorskip("onnxscript")
     folder = tmp_path_factory.mktemp("trained")
-    cfg = make_cfg(*OPTS)
-    torch.manual_seed(0)
-    model = build_model(cfg).eval()
-    with torch.no_grad():
-        for name, value in model.named_buffers():
-            if name.endswith("running_var"):
-                value.uniform_(0.5, 1.5)
-    torch.save({"model": model.state_dict()}, folder / "model_best.pth")
-    (folder / "config.yaml").write_text(cfg.dump())
-    export_onnx(model, cfg, folder / "model.onnx")
+    shutil.copytree(export_once(tmp_path_factory), folder, dirs_exist_ok=True)
     (folder / "images").mkdir()
     noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
     exif = Image.Exif()

@@ -20,13 +20,16 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn import functional as F
 
+import atss_runner
+from atss_runner.postprocess import anchors_per_level, select
+
 from .. import __version__
 from ..config import class_ids, class_names
 from ..errors import UserError
 from ..modeling import ATSSDetector, suppression
 from ..modeling.postprocess import product, root
 from . import selection
-from .formats import Save, hidden, move, remove, require, to_onnx, to_openvino
+from .formats import Save, hidden, move, remove, to_onnx, to_openvino
 
 SCHEMA = 1
 OUTPUTS = ("boxes", "probabilities", "quality")
@@ -116,14 +119,14 @@ def _export(
     thresholds: Sequence[float | None] | None,
     convert: Callable[..., Save],
 ) -> list[Parity]:
+    detector.cpu().float().eval()
+    detector.precision = None
     settings = metadata(detector, cfg, nms)
     if thresholds is not None:
         settings["thresholds"] = [*thresholds]
-    detector.cpu().float().eval()
-    detector.precision = None
     model = selection.Selected(detector) if nms else Raw(detector)
-    raw = [*OUTPUTS] if has_quality(detector) else [*OUTPUTS[:2]]
-    everything = [*settings["outputs"], *(f"raw_{x}" for x in raw)] if nms else raw
+    raw = raw_outputs(detector)
+    everything = [*settings["outputs"], *(f"raw_{x}" for x in raw)] if nms else [*raw]
     probe, unfinished = hidden(target, "probe"), hidden(target, "unfinished")
     try:
         with torch.no_grad(), static_padding(model):
@@ -182,8 +185,7 @@ def compare(detector: ATSSDetector, file: Path, raw_file: Path) -> list[Parity]:
         UserError: if an output differs by more than ALLOWED times eager's own movement, or
             detections differ from those that the runner selects from the raw outputs.
     """
-    runner = require("atss_runner")
-    loaded, raw_loaded = runner.load(file), runner.load(raw_file)
+    loaded, raw_loaded = atss_runner.load(file), atss_runner.load(raw_file)
     settings = loaded.settings
     divisor = settings["divisor"]
     coarsest = max(*settings["strides"], divisor)
@@ -218,28 +220,26 @@ def compare(detector: ATSSDetector, file: Path, raw_file: Path) -> list[Parity]:
                 )
         counts = None
         if settings["nms_inside"]:
-            counts = _compare_detections(loaded, pixels.numpy(), sizes, ours)
+            raw = dict(zip(OUTPUTS, ours, strict=False))
+            counts = _compare_detections(loaded, pixels.numpy(), sizes, raw)
         found.append(Parity(tuple(pixels.shape), differences, own, counts))
     return found
 
 
 def _compare_detections(
-    loaded: Any, pixels: np.ndarray, sizes: np.ndarray, raw: list[np.ndarray]
+    loaded: Any, pixels: np.ndarray, sizes: np.ndarray, raw: dict[str, np.ndarray]
 ) -> tuple[int, int]:
     """Return the number of detections, and of those without an equal one.
 
     Raises:
         UserError: if there are more than UNMATCHED of the latter.
     """
-    runner = require("atss_runner.postprocess")
     total, unmatched = 0, 0
     inside = loaded.outputs(pixels, sizes)
     per_level = loaded.per_level(pixels.shape[2:])
     for i, size in enumerate(sizes.tolist()):
-        boxes, probabilities, quality = (*(x[i] for x in raw), None)[:3]
-        expected = runner.detect(
-            boxes, probabilities, quality, per_level, size, size, loaded.settings
-        )
+        one = {name: values[i] for name, values in raw.items()}
+        expected = select(one, per_level, size, loaded.settings)
         found = {name: values[i] for name, values in inside.items()}
         used = np.arange(len(found["scores"])) < found["count"]
         rows = np.column_stack([found[x][used] for x in ("boxes", "scores", "classes")])
@@ -262,7 +262,7 @@ def metadata(detector: ATSSDetector, cfg: CfgNode, nms: bool = False) -> dict[st
     """Return the metadata that a runner needs.
 
     Raises:
-        UserError: if the config has no class names, or a part that no runner knows.
+        UserError: if the config has no class names, or a part that no runner has.
     """
     post, generator = detector.postprocess, detector.anchor_generator
     names = class_names(cfg)
@@ -278,14 +278,13 @@ def metadata(detector: ATSSDetector, cfg: CfgNode, nms: bool = False) -> dict[st
     scores = {product: "product", root: "sqrt"}
     if post.score not in scores:
         raise UserError("MODEL.ATSS.SCORE is a part of your own, which no runner has")
-    raw = OUTPUTS if has_quality(detector) else OUTPUTS[:2]
     return {
         "schema": SCHEMA,
         "version": __version__,
         "classes": list(names),
         "ids": list(class_ids(cfg)),
         "inputs": ["image", "sizes"] if nms else ["image"],
-        "outputs": list(selection.OUTPUTS if nms else raw),
+        "outputs": list(selection.OUTPUTS if nms else raw_outputs(detector)),
         "input_format": cfg.INPUT.FORMAT,
         "pixel_mean": detector.pixel_mean.flatten().tolist(),
         "pixel_std": detector.pixel_std.flatten().tolist(),
@@ -309,12 +308,25 @@ def metadata(detector: ATSSDetector, cfg: CfgNode, nms: bool = False) -> dict[st
     }
 
 
-def has_quality(detector: ATSSDetector) -> bool:
-    """Whether the head predicts a quality."""
-    divisor = max(detector.backbone.size_divisibility, 1)
-    side = -(-192 // divisor) * divisor
+def raw_outputs(detector: ATSSDetector) -> tuple[str, ...]:
+    """Return the names of the outputs before selection.
+
+    Raises:
+        UserError: if the levels have other numbers of anchors than a runner expects.
+    """
+    generator, divisor = detector.anchor_generator, max(detector.backbone.size_divisibility, 1)
+    strides = [int(x) for x in generator.strides]
+    # The strides above the divisor do not divide this side: it shows how cells are rounded.
+    side = (-(-max(strides) // divisor) + 1) * divisor
     with torch.no_grad():
-        return len(detector.raw(torch.zeros(2, 3, side, side, device=detector.device))) > 2
+        outputs, found = detector.raw_levels(torch.zeros(2, 3, side, side, device=detector.device))
+    expected = anchors_per_level((side, side), strides, generator.num_anchors[0])
+    if found != expected:
+        raise UserError(
+            f"the levels of the backbone have {found} anchors at {side} x {side} pixels, a runner "
+            f"expects {expected}: each level must have side / stride cells, rounded up"
+        )
+    return OUTPUTS[: len(outputs)]
 
 
 @contextmanager
