@@ -3,7 +3,7 @@
 Shape letters: R anchors over all levels, K classes, M candidates or detections of one image.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -110,11 +110,12 @@ def keep_all(found: Detections, limit: int) -> Detections:
     return found.take(_best(found.scores, limit))
 
 
-def nms(found: Detections, limit: int, threshold: float) -> Detections:
-    """Non-maximum suppression of each class."""
+def nms(
+    found: Detections, limit: int, threshold: float, class_agnostic: bool = False
+) -> Detections:
+    """Non-maximum suppression of each class, or of all together."""
     boxes, kept = found.boxes.astype(np.float64), []
-    for k in np.unique(found.classes):
-        index = np.flatnonzero(found.classes == k)
+    for index in _groups(found.classes, class_agnostic):
         order = index[_best(found.scores[index], len(index))]
         for _ in range(limit):
             if not len(order):
@@ -126,11 +127,16 @@ def nms(found: Detections, limit: int, threshold: float) -> Detections:
 
 
 def score_vote(
-    found: Detections, limit: int, threshold: float, spread: float, min_overlap: float
+    found: Detections,
+    limit: int,
+    threshold: float,
+    spread: float,
+    min_overlap: float,
+    class_agnostic: bool = False,
 ) -> Detections:
     """NMS, then the mean of each box with the boxes of its class, weighted by score and overlap
     (PAA, arXiv 2007.08103, section 3.4)."""
-    kept = nms(found, limit, threshold)
+    kept = nms(found, limit, threshold, class_agnostic)
     moved = []
     for box, k in zip(kept.boxes, kept.classes, strict=True):
         overlap = _iou(box, found.boxes)
@@ -142,36 +148,40 @@ def score_vote(
 
 
 def vote(
-    found: Detections, limit: int, threshold: float, min_score: float | None = None
+    found: Detections,
+    limit: int,
+    threshold: float,
+    min_score: float | None = None,
+    class_agnostic: bool = False,
 ) -> Detections:
-    """Merge groups of overlapping boxes of a class into their mean, weighted by score.
+    """Merge groups of overlapping boxes of a class, or of all, into their mean, weighted by score.
 
     Args:
         min_score: voters stay with their scores lowered by their overlap if these are at least
             this (soft voting); None: voters go.
     """
     boxes, scores, classes = [], [], []
-    for k in np.unique(found.classes):
-        left = found.take(found.classes == k)
-        left = keep_all(left, len(left.boxes))
+    for index in _groups(found.classes, class_agnostic):
+        left = keep_all(found.take(index), len(index))
         while len(left.boxes):
             overlap = _iou(left.boxes[0], left.boxes)
             group = overlap >= threshold
             group[0] = True
             members, weights = left.boxes[group], left.scores[group]
-            merged, kept = members, weights
+            merged, kept, own = members, weights, left.classes[group]
             if len(members) > 1:
                 shares = weights if weights.any() else np.ones_like(weights)
                 merged = (members * shares[:, None]).sum(axis=0)[None] / shares.sum()
-                kept = weights[:1]
+                kept, own = weights[:1], own[:1]
                 if min_score is not None:
                     lowered = weights * (1 - overlap[group])
                     stay = lowered >= min_score
                     merged = np.concatenate([merged, members[stay]])
                     kept = np.concatenate([kept, lowered[stay]])
+                    own = np.concatenate([own, left.classes[group][stay]])
             boxes.append(merged)
             scores.append(kept)
-            classes.append(np.full(len(kept), k))
+            classes.append(own)
             left = left.take(~group)
     if not boxes:
         return found
@@ -185,6 +195,12 @@ SUPPRESSIONS: dict[str, Callable[..., Detections]] = {
     "vote": vote,
     "soft_vote": vote,
 }
+
+
+def _groups(classes: np.ndarray, class_agnostic: bool) -> Iterator[np.ndarray]:
+    """Yield the positions of boxes that may suppress each other: of each class, or all."""
+    groups = np.zeros_like(classes) if class_agnostic else classes
+    return (np.flatnonzero(groups == k) for k in np.unique(groups))
 
 
 def _best(rank: np.ndarray, count: int) -> np.ndarray:
