@@ -12,6 +12,9 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import log_every_n_seconds
 from torch import Tensor, nn
 
+from atss_runner.images import too_thin
+
+from ..errors import UserError
 from ..geometry import area
 from .suppression import ScoredBoxes
 
@@ -54,6 +57,9 @@ class ATSSWithTTA(nn.Module):
         Args:
             batched_inputs: with "image" in the size of "height" and "width", else with "file_name",
                 which is read, or with "image" alone.
+
+        Raises:
+            UserError: if an image is too thin for a view.
         """
         return [{"instances": self._merge_views(example)} for example in batched_inputs]
 
@@ -63,15 +69,19 @@ class ATSSWithTTA(nn.Module):
             image = read_image(example["file_name"], self.input_format)
         else:
             image = example["image"].permute(1, 2, 0).cpu().numpy()
+        height, width = image.shape[:2]
+        name = example.get("file_name", "of the input")
+        for short, longest, *_ in self.views:
+            if thin := too_thin(height, width, short, longest):
+                raise UserError(f"the image {name} {thin}")
         found = []
         views = [(*view, flip) for view in self.views for flip in self.flips]
         for number, view in enumerate(views, start=1):
             found.append(self._detect(image, *view))
-            name = example.get("file_name", "the image")
-            log_every_n_seconds(logging.INFO, f"View {number} of {len(views)} of {name}", n=5)
+            progress = f"View {number} of {len(views)} of the image {name}"
+            log_every_n_seconds(logging.INFO, progress, n=5)
         boxes, scores, classes = (torch.cat(x) for x in zip(*found, strict=True))
         boxes, scores, classes = self.merge(boxes, scores, classes, self.max_detections)
-        height, width = image.shape[:2]
         merged = Instances(
             (height, width), pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes
         )
