@@ -2,15 +2,21 @@
 
 The recipe is frozen: figures in docs/large_images.md depend on it.
 
-    python tests/crowds.py FOLDER COCO   # COCO has annotations, train2017 and val2017
+    python tests/crowds.py FOLDER COCO       # COCO has annotations, train2017 and val2017
+    python tests/crowds.py 50 1              # seconds of an evaluation of 50 images, one class
 """
 
 import json
 import sys
+import time
 from pathlib import Path
+from unittest.mock import patch
 
+import hotcoco
 import numpy as np
 from PIL import Image
+
+from atss.engine import evaluation
 
 ROWS, COLUMNS, CELL = 25, 40, 32
 # Longer sides of cut-outs, and the least shorter side of an object in its photograph, in pixels.
@@ -80,5 +86,53 @@ def fill(cut_outs: list[Image.Image], rng: np.random.Generator) -> tuple[np.ndar
     return pixels, boxes
 
 
+def make_results(images: int, classes: int, seed: int = 0) -> tuple[dict, list[dict]]:
+    """Return a data set with ROWS x COLUMNS objects on each image, and as many detections, of
+    which a tenth is of another class and others are moved, in COCO's formats."""
+    rng = np.random.default_rng(seed)
+    objects, detections = [], []
+    for image in range(1, images + 1):
+        for cell in range(ROWS * COLUMNS):
+            width, height = rng.integers(*SIDES, size=2).tolist()
+            box = [cell % COLUMNS * CELL + 2, cell // COLUMNS * CELL + 2, width, height]
+            category = int(rng.integers(classes)) + 1
+            about = {"image_id": image, "category_id": category, "bbox": box}
+            ids = {"id": len(objects) + 1, "iscrowd": 0, "difficult": False}
+            objects.append(about | ids | {"area": width * height})
+            moved = (np.array(box) + rng.normal(0, 0.1, 4) * min(width, height)).tolist()
+            detections.append(about | {"bbox": moved, "score": round(rng.uniform(), 3)})
+            if rng.uniform() < 0.1:
+                detections[-1]["category_id"] = int(rng.integers(classes)) + 1
+    dataset = {
+        "images": [{"id": i, "width": 1280, "height": 800} for i in range(1, images + 1)],
+        "categories": [{"id": i, "name": f"class {i}"} for i in range(1, classes + 1)],
+        "annotations": objects,
+    }
+    return dataset, detections
+
+
+def compare_libraries(images: int, classes: int, limit: int) -> dict[str, tuple[float, np.ndarray]]:
+    """Return seconds and the 12 values of the summary by library."""
+    dataset, detections = make_results(images, classes)
+    found = {}
+    for library in ("hotcoco", "pycocotools"):
+        with patch.object(evaluation, "hotcoco", hotcoco if library == "hotcoco" else None):
+            start = time.perf_counter()
+            evaluated = evaluation.evaluate_boxes(dataset, detections, limit=limit)
+            evaluated.summarize()
+            found[library] = time.perf_counter() - start, np.array(evaluated.stats)
+            print(
+                f"{library}: {found[library][0]:.1f} s, AP {100 * evaluated.stats[0]:.2f}",
+                flush=True,
+            )
+    return found
+
+
 if __name__ == "__main__":
-    print(make_crowds(Path(sys.argv[1]), Path(sys.argv[2])))
+    if sys.argv[1].isdigit():
+        for limit in (100, ROWS * COLUMNS):
+            found = compare_libraries(int(sys.argv[1]), int(sys.argv[2]), limit)
+            stats = [x for _, x in found.values()]
+            print(f"limit {limit}: largest difference {np.abs(stats[0] - stats[1]).max():.1e}")
+    else:
+        print(make_crowds(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -230,7 +230,7 @@ def test_progress_within_an_image_is_logged(monkeypatch):
 
 def test_an_image_too_thin_for_a_view_is_refused():
     thin = {"image": torch.zeros(3, 1, 900, dtype=torch.uint8), "file_name": "a.png"}
-    with pytest.raises(UserError, match="the image a.png is 900 x 1 pixels, too thin"):
+    with pytest.raises(UserError, match=r"the image a\.png is 900 x 1 pixels, too thin"):
         tta(Bright())([thin | {"height": 1, "width": 900}])
 
 

@@ -109,17 +109,17 @@ class BoxEvaluator(COCOEvaluator):
 
     def _limited(self) -> dict[str, int]:
         """Return and log the limit if it is not COCO's, and the objects beyond it if there are."""
-        limited = {}
+        limited, logger = {}, logging.getLogger(__name__)
         if self.limit != COCO_LIMIT:
             limited["max_detections"] = self.limit
-            self._logger.info(
+            logger.info(
                 f"TEST.DETECTIONS_PER_IMAGE {self.limit}: AP is that of at most "
                 f"{max(self.limit, COCO_LIMIT)} detections of an image and class; COCO's is of 100"
             )
         counts = self.truth.objects_per_image()
         if beyond := int((counts - self.limit).clip(min=0).sum()):
             limited["objects_beyond_limit"] = beyond
-            self._logger.warning(
+            logger.warning(
                 f"TEST.DETECTIONS_PER_IMAGE {self.limit}: at least {beyond} of {counts.sum()} "
                 f"objects are lost, in {(counts > self.limit).sum()} images with more objects: set "
                 f"it to {counts.max()} or more"
