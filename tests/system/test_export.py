@@ -19,7 +19,9 @@ from atss.export import convert_precision, export_onnx, export_openvino, parts
 SMALL = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.NUM_CONVS", 1, "INPUT.MIN_SIZE_TEST", 96)
 
 THRESHOLDS = [None, None, 0.9]
-FORMS = ["exported", "with_nms", pytest.param("in_openvino", marks=pytest.mark.slow)]
+SLOW_FORMS = ("in_openvino", "class_agnostic", "class_agnostic_in_openvino")
+FORMS = ["exported", "with_nms", *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW_FORMS)]
+AGNOSTIC = ("MODEL.ATSS.CLASS_AGNOSTIC_NMS", True, "TEST.DETECTIONS_PER_IMAGE", 300)
 
 
 def build(*opts, config=""):
@@ -35,9 +37,9 @@ def build(*opts, config=""):
     return cfg, model
 
 
-def export(folder, export_file, name, **options):
+def export(folder, export_file, name, opts=(), **options):
     """Return the file, and a Predictor of the same weights."""
-    cfg, model = build()
+    cfg, model = build(*opts)
     torch.save({"model": model.state_dict()}, folder / "model.pth")
     export_file(model, cfg, folder / name, **options)
     assert {x.stem for x in folder.iterdir()} == {"model"}  # no unfinished file is left
@@ -59,6 +61,19 @@ def with_nms(tmp_path_factory):
 def in_openvino(tmp_path_factory):
     pytest.importorskip("openvino")
     return export(tmp_path_factory.mktemp("openvino"), export_openvino, "model.xml", nms=True)
+
+
+@pytest.fixture(scope="module")
+def class_agnostic(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("class_agnostic")
+    return export(folder, export_onnx, "model.onnx", AGNOSTIC, nms=True)
+
+
+@pytest.fixture(scope="module")
+def class_agnostic_in_openvino(tmp_path_factory):
+    pytest.importorskip("openvino")
+    folder = tmp_path_factory.mktemp("class_agnostic_in_openvino")
+    return export(folder, export_openvino, "model.xml", AGNOSTIC, nms=True)
 
 
 def assert_equal(found, expected):
