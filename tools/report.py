@@ -56,10 +56,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         import_modules(args.imports)
         check_range("--score-threshold", args.score_threshold, 0, 1)
+        limit = args.max_detections
+        if limit is not None:
+            check_range("--max-detections", limit, 1)
         sources = find_files(args)
-        if args.max_detections is not None:
-            check_range("--max-detections", args.max_detections, 1)
-            sources = [files._replace(limit=args.max_detections) for files in sources]
+        if limit is not None:
+            sources = [files._replace(limit=limit) for files in sources]
         folders = [Path(x) for x in args.runs] or [None] * len(sources)
         page = args.output or (folders[0] / "report.html" if folders[0] else None)
         inputs = {Path(x).resolve() for files in sources for x in files[:2]}
