@@ -162,8 +162,8 @@ def warn_of_objects(cfg: CfgNode, training: bool) -> None:
         counts = datasets.objects_per_image(name)
         if number := (counts > limit).sum():
             logger.warning(
-                f"Data set {name} has {number} images with more objects than the "
-                f"{limit} detections of TEST.DETECTIONS_PER_IMAGE: set it to {counts.max()} or more"
+                f"Data set {name} has {number} images with more objects than "
+                f"TEST.DETECTIONS_PER_IMAGE {limit}: set it to {counts.max()} or more"
             )
 
 

@@ -120,9 +120,9 @@ class BoxEvaluator(COCOEvaluator):
         if beyond := int((counts - self.limit).clip(min=0).sum()):
             limited["objects_beyond_limit"] = beyond
             logger.warning(
-                f"TEST.DETECTIONS_PER_IMAGE {self.limit}: at least {beyond} of {counts.sum()} "
-                f"objects are lost, in {(counts > self.limit).sum()} images with more objects: set "
-                f"it to {counts.max()} or more"
+                f"{beyond} of {counts.sum()} objects, in {(counts > self.limit).sum()} images, are "
+                f"beyond TEST.DETECTIONS_PER_IMAGE {self.limit} and lost: set it to {counts.max()} "
+                "or more"
             )
         return limited
 
