@@ -106,7 +106,7 @@ def test_more_objects_than_the_limit_are_logged(caplog):
         sentence = (
             "2 images with more objects than TEST.DETECTIONS_PER_IMAGE 4: set it to 8 or more"
         )
-        assert f"Data set {name} has {sentence}" in caplog.text
+        assert f"Data set {name} has 2 images with {sentence}" in caplog.text
     caplog.clear()
     warn_of_objects(cfg, training=False)
     assert "Data set train" not in caplog.text
