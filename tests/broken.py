@@ -218,6 +218,13 @@ def copy(key: str, **other: object) -> Callable:
     return lambda content, root: content[key].append(content[key][0] | other)
 
 
+def fill(content: dict, root: Path) -> None:
+    """Add objects to the first image, up to 101."""
+    for i in range(98):
+        box = [i % 14 * 4, i // 14 * 6, 5, 6]
+        content["annotations"].append(content["annotations"][0] | {"id": 100 + i, "bbox": box})
+
+
 def file(write: Callable[[Path], object], **fields: object) -> Callable:
     """Replace the file a.png, and set these fields of its entry."""
 
@@ -567,6 +574,8 @@ ANNOTATIONS = [
          "unchanged; logged", "box_small_units", BOX),
     Case("a duplicate object", copy("annotations", id=99), "trains",
          "but the second gets no anchor", "object_twice", "annotation 99 of a.png", 13),
+    Case("101 objects on an image", fill, "trains", "with a warning of the limit of detections",
+         "image_over_limit", "a.png", OBJECTS + 98),
     Case("no area", drop(*FIRST, "area"), "trains",
          "and evaluates with that of the box; logged", "area_unusable", f"{BOX}, no area"),
     Case("an area that is null", put(*FIRST, "area", None), "trains",

@@ -104,7 +104,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    report = check(labels, sizes, filter_empty, fit, args.deep, progress)
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    report = check(labels, sizes, filter_empty, fit, args.deep, progress, limit)
     print(format_report(report))
     if others and not shared:
         print(f"No image of {annotations}:{images} or its scene is in {', '.join(args.against)}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from atss.analysis.page import write_page
 from atss.analysis.report import SCORE, all_figures, load_run
 from atss.analysis.results import Files, find_results
+from atss.engine.evaluation import COCO_LIMIT
 from atss.engine.run import add_import, import_modules
 from atss.errors import UserError, check_range, check_writable
 
@@ -39,6 +40,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SCORE",
         help="least score in the confusion matrix (default: %(default)s)",
     )
+    add(
+        "--max-detections",
+        type=int,
+        metavar="COUNT",
+        help="detections of an image and class that count, at least 100 (default: of a training "
+        "its TEST.DETECTIONS_PER_IMAGE, else 100)",
+    )
     add_import(parser)
     return parser
 
@@ -48,7 +56,12 @@ def main(argv: list[str] | None = None) -> None:
     try:
         import_modules(args.imports)
         check_range("--score-threshold", args.score_threshold, 0, 1)
+        limit = args.max_detections
+        if limit is not None:
+            check_range("--max-detections", limit, 1)
         sources = find_files(args)
+        if limit is not None:
+            sources = [files._replace(limit=limit) for files in sources]
         folders = [Path(x) for x in args.runs] or [None] * len(sources)
         page = args.output or (folders[0] / "report.html" if folders[0] else None)
         inputs = {Path(x).resolve() for files in sources for x in files[:2]}
@@ -103,6 +116,8 @@ def format_figures(content: dict) -> str:
     """Return the main figures as text."""
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     lines = ["  ".join(f"{name} {_points(content[name])}" for name in names), ""]
+    if (limit := content["data"]["max_detections"]) != COCO_LIMIT:
+        lines[1:1] = [f"of at most {limit} detections of an image and class; COCO counts 100"]
     rows = [["class", "objects", "AP", "AP50", "best threshold", "F1 there"]]
     for name, x in content["per_class"].items():
         best = content["thresholds"][name] or {"score": None, "f1": None}

@@ -1,14 +1,22 @@
 """Checks of processes before they start."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
 from conftest import make_cfg
+from detectron2.data import DatasetCatalog
 
 from atss.config import prune
 from atss.config.checks import flatten
-from atss.engine.checks import check_processes, describe_unread, scales_gradients, warn_of_warmup
+from atss.engine.checks import (
+    check_processes,
+    describe_unread,
+    scales_gradients,
+    warn_of_objects,
+    warn_of_warmup,
+)
 from atss.engine.environment import is_started
 from atss.engine.run import make_parser
 
@@ -84,6 +92,28 @@ def test_several_machines_need_dist_url():
 def test_number_of_processes_must_be_positive(option):
     with pytest.raises(ValueError, match=f"^{option} must be >= 1, got 0$"):
         check_processes(arguments(option, "0"), make_cfg())
+
+
+def test_more_objects_than_the_limit_are_logged(caplog):
+    """Crowds are no objects; a test set counts as a training set does."""
+    records = [{"annotations": [{}] * n + [{"iscrowd": 1}] * 3} for n in (3, 5, 8)]
+    for name in ("train", "test"):
+        DatasetCatalog.register(name, partial(list, records))
+    sets = ("DATASETS.TRAIN", ("train",), "DATASETS.TEST", ("test",))
+    cfg = make_cfg(*sets, "TEST.DETECTIONS_PER_IMAGE", 4)
+    warn_of_objects(cfg, training=True)
+    for name in ("train", "test"):
+        sentence = (
+            "2 images with more objects than TEST.DETECTIONS_PER_IMAGE 4: set it to 8 or more"
+        )
+        assert f"Data set {name} has 2 images with {sentence}" in caplog.text
+    caplog.clear()
+    warn_of_objects(cfg, training=False)
+    assert "Data set train" not in caplog.text
+    assert "Data set test" in caplog.text
+    caplog.clear()
+    warn_of_objects(make_cfg(*sets, "TEST.DETECTIONS_PER_IMAGE", 8), training=True)
+    assert not caplog.text
 
 
 EXPORTED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"

@@ -490,6 +490,34 @@ def test_hotcoco_and_pycocotools_give_equal_results(images, register, tmp_path, 
     assert fast["AP50"] == pytest.approx(np.nanmean(aps))
 
 
+@pytest.mark.parametrize("library", ["hotcoco", "pycocotools"])
+def test_ap_of_more_objects_than_100(library, register, tmp_path, monkeypatch, caplog):
+    """225 perfect detections: recall 100 / 225 at precision 1 is 45 of COCO's 101 points."""
+    content = make_content(count=1, objects=0)
+    for i in range(225):
+        ids = {"id": i + 1, "image_id": 1, "category_id": 1}
+        content["annotations"].append(ids | {"bbox": [i % 15 * 6, i // 15 * 6, 5, 5]})
+    register(write(content, tmp_path))
+    if library == "pycocotools":
+        monkeypatch.setattr("atss.engine.evaluation.hotcoco", None)
+    caplog.set_level(logging.INFO, "atss")
+    least = evaluate(content, tmp_path)
+    assert [least[x] for x in ("AP", "AP50", "APs")] == pytest.approx([100 * 45 / 101] * 3)
+    assert least["objects_beyond_limit"] == 125
+    assert "max_detections" not in least
+    assert "125 of 225 objects, in 1 images, are beyond TEST.DETECT" in caplog.text
+    assert "set it to 225 or more" in caplog.text
+    caplog.clear()
+    whole = evaluate(content, tmp_path, "TEST.DETECTIONS_PER_IMAGE", 300)
+    assert [whole[x] for x in ("AP", "AP50", "APs", "AP-class 1")] == pytest.approx([100] * 4)
+    assert whole["max_detections"] == 300
+    assert "objects_beyond_limit" not in whole
+    assert "TEST.DETECTIONS_PER_IMAGE 300: AP is that of at most 300" in caplog.text
+    assert " lost" not in caplog.text
+    few = evaluate(content, tmp_path, "TEST.DETECTIONS_PER_IMAGE", 50)
+    assert (few["AP"], few["objects_beyond_limit"]) == (least["AP"], 175)
+
+
 def test_log_names_the_library_that_evaluated(register, tmp_path, monkeypatch, caplog):
     content = make_content()
     register(write(content, tmp_path))

@@ -63,7 +63,7 @@ def assert_equal(rows, found):
         assert (k[n:] == -1).all()
 
 
-@pytest.mark.parametrize("suppression", [keep_all, NMS(0.5)])
+@pytest.mark.parametrize("suppression", [keep_all, NMS(0.5), NMS(0.5, class_agnostic=True)])
 @pytest.mark.parametrize("values", list(itertools.product([False, True], repeat=4)))
 def test_detections_are_those_of_the_detector(suppression, values):
     options = dict(zip(FLAGS, values, strict=True))

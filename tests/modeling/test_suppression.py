@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, nms
 
 from atss.modeling.suppression import NMS, ScoreVote, SoftVote, Vote, keep_all
 
@@ -21,6 +21,32 @@ def test_suppression_is_per_class_and_exact():
         if all(overlap[i, j] <= 0.3 for j in rivals):
             expected.append(i)
     assert kept == expected
+
+
+@pytest.mark.parametrize("most", [20_000, 100])
+def test_class_agnostic_suppression_equals_torchvision(monkeypatch, most):
+    monkeypatch.setattr(NMS, "MAX_BOXES", most)
+    generator = torch.Generator().manual_seed(3)
+    corner = torch.rand(300, 2, generator=generator) * 200
+    boxes = torch.cat([corner, corner + 40 + torch.rand(300, 2, generator=generator) * 60], dim=1)
+    scores, classes = torch.rand(300, generator=generator), torch.arange(300) % 7
+    kept = nms(boxes, scores, 0.5)
+    found = NMS(0.5, class_agnostic=True)(boxes, scores, classes, 300)
+    assert all(map(torch.equal, found, (boxes[kept], scores[kept], classes[kept])))
+    assert len(kept) < len(NMS(0.5)(boxes, scores, classes, 300).boxes)
+    voted = ScoreVote(0.5, class_agnostic=True)(boxes, scores, classes, 300)
+    assert all(map(torch.equal, voted[1:], found[1:]))
+
+
+def test_class_agnostic_votes_keep_the_best_class():
+    boxes = torch.tensor([[0.0, 0, 8, 8], [0, 0, 8, 6], [20, 0, 28, 8]])
+    scores, classes = torch.tensor([0.5, 1.0, 0.7]), torch.tensor([4, 1, 1])
+    found = Vote(0.5, class_agnostic=True)(boxes, scores, classes, 9)
+    assert found.classes.tolist() == [1, 1]
+    assert found.boxes[0].tolist() == pytest.approx([0, 0, 8, (6 + 0.5 * 8) / 1.5])
+    found = SoftVote(0.5, 0.1, class_agnostic=True)(boxes, scores, classes, 9)
+    assert found.classes.tolist() == [1, 1, 4]
+    assert found.scores.tolist() == pytest.approx([1, 0.7, 0.5 * (1 - 6 / 8)])
 
 
 def test_suppression_is_exact_for_high_classes():

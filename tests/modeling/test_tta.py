@@ -8,6 +8,10 @@ from PIL import Image
 from torch import nn
 
 from atss.config import build_tta
+from atss.config.build import build_postprocess
+from atss.data.datasets import register
+from atss.engine import Trainer
+from atss.errors import UserError
 from atss.modeling.suppression import NMS, SoftVote, Vote
 
 REFERENCE = np.load(GOLDEN / "tta_merge.npz")
@@ -198,6 +202,44 @@ def test_reads_file_name_if_given(tmp_path):
     model = Bright()
     tta(model)([small])
     assert model.seen[0] == (100, 200)
+
+
+def test_images_of_the_loader_are_not_read_again(squares, tmp_path, monkeypatch):
+    cfg = make_cfg("DATASETS.TEST", ("squares",), "OUTPUT_DIR", str(tmp_path))
+    register(f"squares={squares}/annotations.json:{squares}/images")
+    monkeypatch.setattr("atss.modeling.tta.read_image", None)
+    model = Bright()
+
+    def test(cfg, tta):
+        batch = next(iter(Trainer.build_test_loader(cfg, "squares")))
+        return {"bbox": tta(batch)[0]["instances"]}
+
+    monkeypatch.setattr(Trainer, "test", test)
+    found = Trainer.test_with_tta(cfg, model)["bbox_TTA"]
+    assert found.image_size == (96, 128)
+    assert len(model.seen) == 2 * (1 + len(cfg.TEST.AUG.MIN_SIZES))
+
+
+def test_progress_within_an_image_is_logged(monkeypatch):
+    lines = []
+    log = "atss.modeling.tta.log_every_n_seconds"
+    monkeypatch.setattr(log, lambda level, line, n: lines.append(line))
+    tta(Bright())([example()])
+    assert lines == [f"View {i} of 6 of the image of the input" for i in range(1, 7)]
+
+
+def test_an_image_too_thin_for_a_view_is_refused():
+    thin = {"image": torch.zeros(3, 1, 900, dtype=torch.uint8), "file_name": "a.png"}
+    with pytest.raises(UserError, match=r"the image a\.png is 900 x 1 pixels, too thin"):
+        tta(Bright())([thin | {"height": 1, "width": 900}])
+
+
+@pytest.mark.parametrize(("limit", "most"), [(100, 1000), (3000, 3000)])
+def test_limit_raises_that_of_merged_views_and_candidates(limit, most):
+    opts = ("TEST.DETECTIONS_PER_IMAGE", limit)
+    assert tta(Bright(), *opts).max_detections == most
+    post = build_postprocess(make_cfg(*opts))
+    assert (post.max_detections, post.topk_candidates) == (limit, most)
 
 
 def test_one_plain_view_equals_the_detector():

@@ -1,6 +1,7 @@
 """NumPy's filter, ranking and suppression against the detector's."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,10 @@ SUPPRESSIONS = {
     "vote": (Vote(0.6), {"threshold": 0.6}),
     "soft_vote": (SoftVote(0.6), {"threshold": 0.6, "min_score": 0.05}),
 }
+for name, (part, arguments) in [*SUPPRESSIONS.items()][1:]:
+    agnostic = {"class_agnostic": True}
+    SUPPRESSIONS[f"{name}, all classes"] = replace(part, **agnostic), arguments | agnostic
+
 FLAGS = ("threshold_on_score", "rank_by_class", "rank_anchors", "clip")
 
 
@@ -59,7 +64,7 @@ def both(boxes, logits, quality, score, suppression, legacy=False, **options):
         "max_detections": 30,
         "score": "sqrt" if score is root else "product",
         "legacy_pixels": legacy,
-        "suppression": {"name": suppression, **arguments},
+        "suppression": {"name": suppression.partition(",")[0], **arguments},
         **options,
     }
     decoded = Corners().decode(regression, ANCHORS.boxes, ANCHORS.stride)

@@ -74,6 +74,8 @@ CASES = {
     "text among numbers": [ATSS + "ANCHOR_RATIOS", "['one']"],
     "threshold above 1": [ATSS + "NMS_THRESH_TEST", "1.5"],
     "threshold that is no number": "MODEL: {ATSS: {SCORE_THRESH_TEST: .nan}}",
+    "no detections": ["TEST.DETECTIONS_PER_IMAGE", "0"],
+    "text for a limit": ["TEST.DETECTIONS_PER_IMAGE", "all"],
     "unknown score": [ATSS + "SCORE", "cubed"],
     "fp16 on a CPU": [ATSS + "PRECISION", "fp16"],
     "unknown precision": [ATSS + "PRECISION", "fp64"],

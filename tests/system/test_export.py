@@ -15,12 +15,22 @@ from atss import Predictor
 from atss.errors import UserError
 from atss.export import convert_precision, export_onnx, export_openvino, files, parts
 
-FORMS = ["exported", "with_nms", pytest.param("in_openvino", marks=pytest.mark.slow)]
+SLOW_FORMS = ("in_openvino", "class_agnostic", "class_agnostic_in_openvino")
+FORMS = ["exported", "with_nms", *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW_FORMS)]
+AGNOSTIC = ("MODEL.ATSS.CLASS_AGNOSTIC_NMS", True, "TEST.DETECTIONS_PER_IMAGE", 300)
 
 
 def with_predictor(folder, name="model.onnx"):
     """Return the file, and a Predictor of the same weights."""
     return folder / name, Predictor(folder)
+
+
+def export(folder, export_file, name, opts=(), **options):
+    """Return the file, and a Predictor of the same weights."""
+    cfg, model = build(*opts)
+    torch.save({"model": model.state_dict()}, folder / "model.pth")
+    export_file(model, cfg, folder / name, **options)
+    return folder / name, Predictor(cfg, folder / "model.pth")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +51,19 @@ def in_openvino(tmp_path_factory):
     cfg, model = build()
     export_openvino(model, cfg, folder / "model.xml", nms=True)
     return with_predictor(folder, "model.xml")
+
+
+@pytest.fixture(scope="module")
+def class_agnostic(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("class_agnostic")
+    return export(folder, export_onnx, "model.onnx", AGNOSTIC, nms=True)
+
+
+@pytest.fixture(scope="module")
+def class_agnostic_in_openvino(tmp_path_factory):
+    pytest.importorskip("openvino")
+    folder = tmp_path_factory.mktemp("class_agnostic_in_openvino")
+    return export(folder, export_openvino, "model.xml", AGNOSTIC, nms=True)
 
 
 def assert_equal(found, expected):

@@ -35,6 +35,31 @@ def test_files_give_a_table_and_a_json(files, tmp_path, capsys):
     assert f"cost in AP50 of {found['errors']['base_ap50']:.2f}" in text
 
 
+def test_limit_of_detections_is_counted_and_named(tmp_path, capsys):
+    """225 perfect detections on an image: COCO's limit of 100 leaves 45 of 101 recalls."""
+    boxes = [[i % 15 * 6, i // 15 * 6, 5, 5] for i in range(225)]
+    objects = [{"image_id": 1, "category_id": 1, "bbox": x} for x in boxes]
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 99, "height": 99}],
+        "categories": [{"id": 1, "name": "dot"}],
+        "annotations": [
+            {**x, "id": i, "area": 25, "iscrowd": 0} for i, x in enumerate(objects, start=1)
+        ],
+    }
+    (tmp_path / "gt.json").write_text(json.dumps(content))
+    (tmp_path / "found.json").write_text(json.dumps([{**x, "score": 0.9} for x in objects]))
+    argv = ["--annotations", f"{tmp_path}/gt.json", "--detections", f"{tmp_path}/found.json"]
+    argv += ["--json", f"{tmp_path}/report.json", "--output", f"{tmp_path}/report.html"]
+    for limit, ap, missed in ((100, 100 * 45 / 101, 125), (300, 100, 0)):
+        report.main([*argv, "--max-detections", str(limit)])
+        found = json.loads((tmp_path / "report.json").read_text())
+        assert found["AP"] == pytest.approx(ap)
+        assert found["errors"]["counts"]["Miss"] == missed
+        assert found["data"]["max_detections"] == limit
+        named = "300 count, COCO counts 100" in (tmp_path / "report.html").read_text()
+        assert named == ("at most 300 detections" in capsys.readouterr().out) == (limit == 300)
+
+
 def test_json_never_replaces_an_input(files):
     with pytest.raises(SystemExit, match=r"--json .*gt\.json would replace an input"):
         report.main([*files, "--json", files[1]])
@@ -49,7 +74,8 @@ def test_two_results_are_compared(files, capsys):
 def test_run_has_the_ap_of_its_evaluation(squares, tmp_path, capsys):
     """The annotations are found by the run's config, image ids and classes included."""
     output = tmp_path / "run"
-    cfg = make_cfg("OUTPUT_DIR", str(output), "DATASETS.TEST", "('squares',)")
+    opts = ("DATASETS.TEST", "('squares',)", "TEST.DETECTIONS_PER_IMAGE", 300)
+    cfg = make_cfg("OUTPUT_DIR", str(output), *opts)
     source = f"squares={squares}/annotations.json:{squares}/images"
     name = datasets.register(source)
     try:
@@ -80,6 +106,7 @@ def test_run_has_the_ap_of_its_evaluation(squares, tmp_path, capsys):
     assert 0 < found["AP"] < 100
     assert found["AP"] == pytest.approx(expected["AP"], abs=1e-9)
     assert found["AP50"] == pytest.approx(expected["AP50"], abs=1e-9)
+    assert found["data"]["max_detections"] == 300
 
 
 @pytest.mark.parametrize(
@@ -90,6 +117,7 @@ def test_run_has_the_ap_of_its_evaluation(squares, tmp_path, capsys):
         (["out", "--annotations", "a"], "pass OUTPUT_DIR, or --annotations and --detections"),
         (["a", "b", "c"], "at most two results can be compared"),
         (["nowhere"], "nowhere is not the folder of a training: it has no config.yaml"),
+        (["a", "--max-detections", "0"], "--max-detections must be >= 1, got 0"),
         (["a", "--score-threshold", "2"], "--score-threshold must be between 0 and 1, got 2.0"),
         (["--annotations", "a.json", "--detections", "b"], "cannot read the annotations a.json"),
     ],

@@ -92,27 +92,35 @@ def keep_all(found: Detections, limit: int | None) -> Detections:
     return found.take(_best(found.scores, limit))
 
 
-def nms(found: Detections, limit: int, threshold: float) -> Detections:
-    """Non-maximum suppression of each class."""
+def nms(
+    found: Detections, limit: int, threshold: float, class_agnostic: bool = False
+) -> Detections:
+    """Non-maximum suppression of each class, or of all together."""
     found = keep_all(found, None)
     kept: list[int] = []
     boxes = found.boxes.astype(np.float64)
+    groups = _groups(found.classes, class_agnostic)
     left = np.arange(len(boxes))
     while len(left) and len(kept) < limit:
         best, left = left[0], left[1:]
         kept.append(best)
-        rivals = np.flatnonzero(found.classes[left] == found.classes[best])
+        rivals = np.flatnonzero(groups[left] == groups[best])
         overlap = _iou(boxes[best], boxes[left[rivals]])
         left = np.delete(left, rivals[overlap > threshold])
     return found.take(np.array(kept, dtype=np.int64))
 
 
 def score_vote(
-    found: Detections, limit: int, threshold: float, spread: float, min_overlap: float
+    found: Detections,
+    limit: int,
+    threshold: float,
+    spread: float,
+    min_overlap: float,
+    class_agnostic: bool = False,
 ) -> Detections:
     """NMS, then the mean of each box with the boxes of its class, weighted by score and overlap
     (PAA, arXiv 2007.08103, section 3.4)."""
-    kept = nms(found, limit, threshold)
+    kept = nms(found, limit, threshold, class_agnostic)
     moved = []
     for box, k in zip(kept.boxes, kept.classes, strict=True):
         overlap = _iou(box, found.boxes)
@@ -123,28 +131,39 @@ def score_vote(
     return kept._replace(boxes=np.array(moved, dtype=np.float32).reshape(-1, 4))
 
 
-def vote(found: Detections, limit: int, threshold: float, min_score: float = np.inf) -> Detections:
-    """Merge groups of overlapping boxes of a class into their mean, weighted by score.
+def vote(
+    found: Detections,
+    limit: int,
+    threshold: float,
+    min_score: float = np.inf,
+    class_agnostic: bool = False,
+) -> Detections:
+    """Merge groups of overlapping boxes of a class, or of all, into their mean, weighted by score.
 
     Args:
         min_score: voters stay with their scores lowered by their overlap if these are at least
             this (soft voting).
     """
     parts = [found.take(slice(0))]
-    for k in np.unique(found.classes):
-        left = keep_all(found.take(found.classes == k), None)
+    groups = _groups(found.classes, class_agnostic)
+    for k in np.unique(groups):
+        left = keep_all(found.take(groups == k), None)
         while len(left.scores):
             overlap = _iou(left.boxes[0], left.boxes)
             group = overlap >= threshold
             group[0] = True
-            (boxes, scores, _), lowered = left.take(group), (left.scores * (1 - overlap))[group]
+            (boxes, scores, classes), lowered = (
+                left.take(group),
+                (left.scores * (1 - overlap))[group],
+            )
             if len(scores) > 1:
                 shares = scores if scores.any() else np.ones_like(scores)
                 mean = (boxes * shares[:, None]).sum(axis=0) / shares.sum()
                 stay = lowered >= min_score
                 boxes = np.vstack([mean, boxes[stay]])
                 scores = np.append(scores[:1], lowered[stay])
-            parts.append(Detections(boxes, scores, np.full(len(scores), k)))
+                classes = np.append(classes[:1], classes[stay])
+            parts.append(Detections(boxes, scores, classes))
             left = left.take(~group)
     return keep_all(Detections(*map(np.concatenate, zip(*parts, strict=True))), limit)
 
@@ -156,6 +175,11 @@ SUPPRESSIONS: dict[str, Callable[..., Detections]] = {
     "vote": vote,
     "soft_vote": vote,
 }
+
+
+def _groups(classes: np.ndarray, class_agnostic: bool) -> np.ndarray:
+    """Return a number for each box; boxes of one number may suppress each other."""
+    return np.zeros_like(classes) if class_agnostic else classes
 
 
 def _best(rank: np.ndarray, count: int | None) -> np.ndarray:

@@ -41,6 +41,7 @@ def evaluate(file: Path, source: str) -> dict[str, float]:
         add_atss_config(cfg)
         with tempfile.TemporaryDirectory() as folder:
             cfg.OUTPUT_DIR = folder
+            cfg.TEST.DETECTIONS_PER_IMAGE = detector.max_detections
             evaluator = build_evaluator(cfg, name)
             evaluator.reset()
             for record in DatasetCatalog.get(name):

@@ -39,7 +39,7 @@ def figures(results: Results, score: float = 0.3) -> dict[str, Any]:
     return {
         **{name: None if x < 0 else 100 * float(x) for name, x in stats.items()},
         "per_class": per_class(results),
-        "errors": tide(dataset, results.detections),
+        "errors": tide(dataset, results.detections, results.limit),
         "confusion": {
             "names": [*results.names, "background"],
             "matrix": confusion(results, score).tolist(),
@@ -57,6 +57,7 @@ def figures(results: Results, score: float = 0.3) -> dict[str, Any]:
             "objects": int((~results.crowd).sum()),
             "crowds": int(results.crowd.sum()),
             "detections": len(results.detections),
+            "max_detections": results.limit,
         },
     }
 

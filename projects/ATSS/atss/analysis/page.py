@@ -163,8 +163,9 @@ def errors_note(figures: Mapping[str, Any]) -> str:
         return f"{note} Nothing can be computed without objects and detections."
     same = ap50 is not None and abs(base - ap50) < 0.05
     reason = (
-        f"They start from TIDE's own AP50 of {base:.1f}. It takes at most 100 detections of an "
-        "image over all classes and counts a class with detections but no objects as 0"
+        f"They start from TIDE's own AP50 of {base:.1f}. It takes at most "
+        f"{figures['data']['max_detections']} detections of an image over all classes and counts "
+        "a class with detections but no objects as 0"
     )
     return f"{note} {reason}{'.' if same else f'; AP50 by COCO is {_text(ap50)}.'}"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import build_sampling, load_config
+from ..engine.evaluation import COCO_LIMIT
 from ..errors import UserError
 from ..labels.coco import find_in_json
 from ..predictor import find_weights
@@ -32,8 +33,10 @@ def load_run(files: Files, name: str, folder: Path | None = None, score: float =
     """
     content = read_annotations(files.annotations)
     detections, others = read_detections(files.detections, content)
-    results = Results(content, detections, files.count_difficult)
+    results = Results(content, detections, files.count_difficult, files.limit)
     about = {"annotations": files.annotations, "detections": files.detections}
+    if results.limit != COCO_LIMIT:
+        about["detections of an image and class"] = f"{results.limit} count, COCO counts 100"
     if others:
         about["detections of other images"] = f"{others}, left out"
     positives = None

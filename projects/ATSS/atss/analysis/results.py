@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..config import load_config
 from ..data import datasets
 from ..engine.best import BEST_RESULTS
-from ..engine.evaluation import evaluate_boxes, hotcoco
+from ..engine.evaluation import COCO_LIMIT, evaluate_boxes, hotcoco
 from ..engine.sources import recall
 from ..errors import UserError
 from ..labels.coco import category_names, find_in_json, read_coco
@@ -26,7 +26,7 @@ from ..labels.numbering import GroundTruth
 from ..labels.values import is_number
 
 FIELDS = ("image_id", "category_id", "bbox", "score")
-# A detection is WRONG also if it is IGNORED by AP: in a crowd, or beyond 100 of its class.
+# A detection is WRONG also if it is IGNORED by AP: in a crowd, or beyond the limit of its class.
 RIGHT, WRONG, IGNORED = 1, 0, -1
 
 
@@ -35,23 +35,25 @@ class Files(NamedTuple):
 
     Attributes:
         image_dir: folder in which the names of images begin, or "".
-        count_difficult: as in :class:`Results`.
+        count_difficult, limit: as in :class:`Results`.
     """
 
     annotations: str
     detections: str
     image_dir: str = ""
     count_difficult: bool = False
+    limit: int = COCO_LIMIT
 
 
 class Results:
-    """N detections matched with M objects as AP at IoU 0.5 does, at most 100 of each class in an
-    image. Difficult objects are crowds but for AP.
+    """N detections matched with M objects as AP at IoU 0.5 does. Difficult objects are crowds but
+    for AP.
 
     Args:
         content: annotations in COCO's format.
         detections: in COCO's format of results, as from :func:`read_detections`.
         count_difficult: whether difficult objects count like others.
+        limit: detections of an image and class that count, at least COCO's 100.
 
     Attributes:
         names: of the K classes, by id.
@@ -72,9 +74,16 @@ class Results:
         UserError: if hotcoco is not installed.
     """
 
-    def __init__(self, content: dict, detections: list[dict], count_difficult: bool = False):
+    def __init__(
+        self,
+        content: dict,
+        detections: list[dict],
+        count_difficult: bool = False,
+        limit: int = COCO_LIMIT,
+    ):
         if hotcoco is None:
             raise UserError("the report needs hotcoco, which is not installed: pip install hotcoco")
+        self.limit = max(limit, COCO_LIMIT)
         ids = sorted(c["id"] for c in content["categories"])
         self.names = category_names(content)
         self.truth = GroundTruth(content, {x: i for i, x in enumerate(ids)}, count_difficult)
@@ -96,12 +105,12 @@ class Results:
             {**x, "iscrowd": x["iscrowd"] or x["difficult"]} for x in dataset["annotations"]
         ]
         self.dataset = {**dataset, "annotations": [{**x, "difficult": False} for x in annotations]}
-        self.matching = evaluate_boxes(self.dataset, self.detections)
+        self.matching = evaluate_boxes(self.dataset, self.detections, limit=self.limit)
         self.matching.summary_lines()
         self.evaluation = self.matching
         if any(x["difficult"] for x in dataset["annotations"]) and self.detections:
             with redirect_stdout(StringIO()):
-                self.evaluation = evaluate_boxes(dataset, self.detections)
+                self.evaluation = evaluate_boxes(dataset, self.detections, limit=self.limit)
                 self.evaluation.summarize()
         found = self.matching.image_diagnostics(0.5, 0.5)
         self.labels = found["label_errors"]
@@ -234,4 +243,5 @@ def find_results(folder: str) -> Files:
     datasets.provide_json(name)
     metadata = MetadataCatalog.get(name)
     image_dir = metadata.get("image_root", "")
-    return Files(metadata.json_file, str(detections), image_dir, cfg.TEST.COUNT_DIFFICULT)
+    files = Files(metadata.json_file, str(detections), image_dir, cfg.TEST.COUNT_DIFFICULT)
+    return files._replace(limit=cfg.TEST.DETECTIONS_PER_IMAGE)

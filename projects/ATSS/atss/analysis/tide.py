@@ -10,8 +10,6 @@ import numpy as np
 from pycocotools import mask
 
 FOREGROUND, BACKGROUND = 0.5, 0.1
-# Detections of an image that count, over all classes.
-MAX_DETECTIONS = 100
 RECALLS = np.array([k / 100 for k in range(101)])
 KINDS = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")
 RIGHT, CLS, LOC, BOTH, DUPE, BKG = range(-1, 5)
@@ -22,7 +20,7 @@ class Errors:
     """N detections, image by image and by falling score in each, and M objects.
 
     Attributes:
-        index: (N,) int64 position among all detections; those beyond MAX_DETECTIONS are left out.
+        index: (N,) int64 position among all detections; those beyond the limit are left out.
         category, score: (N,) int64 and float64.
         kind: (N,) int64 RIGHT or the index of the kind in KINDS.
         ignored: (N,) bool, whether a wrong detection lies in a crowd of its class.
@@ -43,18 +41,19 @@ class Errors:
     missed: np.ndarray
 
 
-def tide(dataset: dict, detections: list[dict]) -> dict:
+def tide(dataset: dict, detections: list[dict], limit: int = 100) -> dict:
     """Return the kinds of errors of detections.
 
     Args:
         dataset: ground truth in COCO's format; the order of its images breaks ties of scores.
         detections: in COCO's format of results, of images of ``dataset``.
+        limit: detections of an image that count, over all classes.
 
     Returns:
         ``base_ap50``, ``counts`` and ``dap`` by kind, ``dap_special``. APs are in points of 100;
         None if no class is left to average.
     """
-    errors = find_errors(dataset, detections)
+    errors = find_errors(dataset, detections, limit)
     classes = max((x["id"] for x in dataset["categories"]), default=0) + 1
     objects = np.bincount(errors.object_class, minlength=classes)
     right = errors.kind == RIGHT
@@ -85,8 +84,8 @@ def tide(dataset: dict, detections: list[dict]) -> dict:
     return {"base_ap50": base, "counts": counts, "dap": dap, "dap_special": special}
 
 
-def find_errors(dataset: dict, detections: list[dict]) -> Errors:
-    """Match detections with objects, and name the kind of each error."""
+def find_errors(dataset: dict, detections: list[dict], limit: int = 100) -> Errors:
+    """Match detections with objects, and name the kind of each error; arguments as :func:`tide`."""
     position = {x["id"]: i for i, x in enumerate(dataset["images"])}
     annotations = dataset["annotations"]
     image = np.array([position[x["image_id"]] for x in detections], dtype=np.int64)
@@ -113,7 +112,7 @@ def find_errors(dataset: dict, detections: list[dict]) -> Errors:
     )
     kept = []
     for i in range(len(position)):
-        found = order[ends[i] : ends[i + 1]][:MAX_DETECTIONS]
+        found = order[ends[i] : ends[i + 1]][:limit]
         kept.append(found)
         objects = gt_order[gt_ends[i] : gt_ends[i + 1]]
         if not len(found):

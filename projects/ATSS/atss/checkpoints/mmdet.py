@@ -126,9 +126,13 @@ def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
             **theirs.settings(cfg),
         },
         "test_cfg": {
-            "nms_pre": node.TOPK_CANDIDATES_TEST,
+            "nms_pre": max(node.TOPK_CANDIDATES_TEST, cfg.TEST.DETECTIONS_PER_IMAGE),
             "score_thr": node.SCORE_THRESH_TEST,
-            "nms": {"type": "nms", "iou_threshold": node.NMS_THRESH_TEST},
+            "nms": {
+                "type": "nms",
+                "iou_threshold": node.NMS_THRESH_TEST,
+                **({"class_agnostic": True} if node.CLASS_AGNOSTIC_NMS else {}),
+            },
             "max_per_img": cfg.TEST.DETECTIONS_PER_IMAGE,
         },
     }

@@ -160,6 +160,7 @@ FIXED = {
     f"{_ANCHORS}.strides": [8, 16, 32, 64, 128],
     f"{_HEAD}.bbox_coder.target_means": [0, 0, 0, 0],
     f"{_TEST}.nms.type": "nms",
+    f"{_TEST}.nms.class_agnostic": False,
 }
 
 

@@ -1,7 +1,7 @@
 """Builds a model or parts from a config, as factories in Detectron2's registries."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -115,9 +115,11 @@ def head_depth(cfg: CfgNode) -> int:
 
 
 def build_postprocess(cfg: CfgNode) -> PostProcessor:
-    return modeling.POSTPROCESSOR.build(
-        cfg.MODEL.ATSS, {"max_detections": cfg.TEST.DETECTIONS_PER_IMAGE}
-    )
+    """Build the postprocessing. Each level has at least TEST.DETECTIONS_PER_IMAGE candidates,
+    because one level may have all objects of an image."""
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    postprocess = modeling.POSTPROCESSOR.build(cfg.MODEL.ATSS, {"max_detections": limit})
+    return replace(postprocess, topk_candidates=max(postprocess.topk_candidates, limit))
 
 
 def build_levels(cfg: CfgNode) -> tuple[Backbone, list[ShapeSpec]]:
@@ -230,7 +232,7 @@ def build_tta(cfg: CfgNode, model: nn.Module) -> ATSSWithTTA:
         sizes=build_views(cfg),
         flip=cfg.TEST.AUG.FLIP,
         merge=build_merge(cfg),
-        max_detections=cfg.MODEL.ATSS.TTA.MAX_DETECTIONS,
+        max_detections=max(cfg.MODEL.ATSS.TTA.MAX_DETECTIONS, cfg.TEST.DETECTIONS_PER_IMAGE),
         input_format=cfg.INPUT.FORMAT,
     )
 

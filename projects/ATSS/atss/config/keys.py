@@ -199,7 +199,7 @@ def add_atss_config(cfg: CfgNode) -> None:
     # (PAA, OTA).
     node.SCORE_THRESH_TEST = 0.05
     node.THRESHOLD_ON_SCORE = False
-    # Candidates per level before suppression.
+    # Candidates per level before suppression, at least TEST.DETECTIONS_PER_IMAGE.
     node.TOPK_CANDIDATES_TEST = 1000
     # Rank candidates by class probability (mmdet), not by score.
     node.RANK_BY_CLASS = False
@@ -210,6 +210,9 @@ def add_atss_config(cfg: CfgNode) -> None:
     node.CLIP_BOXES = True
     # IoU threshold of NMS.
     node.NMS_THRESH_TEST = 0.6
+    # Boxes suppress overlapping boxes of other classes, too: in NMS, in votes, and in the merging
+    # of views (class-agnostic NMS). The class of the best box stays.
+    node.CLASS_AGNOSTIC_NMS = False
 
     # Multi-scale testing (paper, Table 8), with TEST.AUG.ENABLED. Views are those of
     # TEST.AUG.MIN_SIZES, MAX_SIZE and FLIP, and the plain one of INPUT.
@@ -223,7 +226,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     # [min, max] box size of each of TEST.AUG.MIN_SIZES: square root of the area, in pixels of the
     # view. Other boxes are dropped.
     node.TTA.SIZE_RANGES = [[0, 10000]] * len(cfg.TEST.AUG.MIN_SIZES)
-    # Detections per image. COCO evaluates 100; the authors' code returns 1000.
+    # Detections per image, at least TEST.DETECTIONS_PER_IMAGE; the authors' code returns 1000.
+    # Evaluation counts 100 of an image and class, or TEST.DETECTIONS_PER_IMAGE if that is more.
     node.TTA.MAX_DETECTIONS = 1000
 
     # Images per process and step of an evaluation. Only images of one padded size are stacked, so

@@ -270,13 +270,20 @@ def has_objects(name: str) -> bool:
         return True
     columns = columns_of(name)
     if columns is None:
-        return _has_objects(DatasetCatalog[name])
+        return bool(objects_per_image(name).any())
     return columns.about["to_measure"] > 0
 
 
+def objects_per_image(name: str) -> np.ndarray:
+    """Return (N,) objects of each image of a data set; crowds do not count."""
+    columns = columns_of(name)
+    return _count_objects(DatasetCatalog[name]) if columns is None else columns.counts
+
+
 @cache
-def _has_objects(load: Callable[[], list[dict]]) -> bool:
-    return any(not x.get("iscrowd") for r in load() for x in r.get("annotations", ()))
+def _count_objects(load: Callable[[], list[dict]]) -> np.ndarray:
+    objects = ([not x.get("iscrowd") for x in r.get("annotations", ())] for r in load())
+    return np.array([sum(x) for x in objects], dtype=np.int64)
 
 
 def refuse_unannotated(names: Sequence[str]) -> None:

@@ -150,6 +150,23 @@ def warn_of_warmup(cfg: CfgNode) -> None:
         )
 
 
+def warn_of_objects(cfg: CfgNode, training: bool) -> None:
+    """Warn of test sets without objects, and of data sets with images of more objects than
+    TEST.DETECTIONS_PER_IMAGE."""
+    logger, limit = logging.getLogger(__name__), cfg.TEST.DETECTIONS_PER_IMAGE
+    for name in cfg.DATASETS.TEST:
+        if not datasets.has_objects(name):
+            logger.warning(f"Data set {name} has no objects to measure by")
+    trained = cfg.DATASETS.TRAIN if training else ()
+    for name in dict.fromkeys((*trained, *cfg.DATASETS.TEST)):
+        counts = datasets.objects_per_image(name)
+        if number := (counts > limit).sum():
+            logger.warning(
+                f"Data set {name} has {number} images with more objects than "
+                f"TEST.DETECTIONS_PER_IMAGE {limit}: set it to {counts.max()} or more"
+            )
+
+
 def check_best(cfg: CfgNode, given: Collection[str] = ()) -> None:
     """Check that training has the evaluations that TEST.PATIENCE and TEST.BEST_METRIC need. A
     PATIENCE that is not ``given`` may have no effect.

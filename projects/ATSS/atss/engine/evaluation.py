@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import warnings
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
@@ -39,6 +40,11 @@ except ImportError:  # it is not in install_requires
 
 __getattr__ = renamed_names(__name__)
 
+# Detections of an image and class that COCO counts. A lower limit of the detector has no effect.
+COCO_LIMIT = 100
+# hotcoco's warning of another limit, which the log names anyway.
+warnings.filterwarnings("ignore", "hotcoco: max_dets differ", UserWarning)
+
 
 class BoxEvaluator(COCOEvaluator):
     """COCOEvaluator of boxes, for the objects that training uses (:func:`learnable`), by hotcoco if
@@ -47,9 +53,17 @@ class BoxEvaluator(COCOEvaluator):
     Args:
         count_difficult: whether difficult objects count like others, or detections of them are
             neither right nor wrong (Pascal VOC).
+        limit: TEST.DETECTIONS_PER_IMAGE. Results name it if it is not COCO's 100, and the objects
+            that it excludes.
     """
 
-    def __init__(self, dataset_name: str, output_dir: str, count_difficult: bool = False):
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str,
+        count_difficult: bool = False,
+        limit: int = COCO_LIMIT,
+    ):
         provide_json(dataset_name)
         # Detectron2 writes a json there for data without one, which may be outdated the next time.
         super().__init__(dataset_name, ("bbox",), output_dir=output_dir, allow_cached_coco=False)
@@ -61,6 +75,7 @@ class BoxEvaluator(COCOEvaluator):
         # A data set of --register was checked when it was registered.
         is_learnable = columns_of(dataset_name) is not None
         self.truth = GroundTruth(content, classes, count_difficult, is_learnable)
+        self.limit = limit
         if self.truth.dropped:
             self._logger.warning(
                 f"Data set {dataset_name}: {self.truth.dropped} of {len(content['annotations'])} "
@@ -82,7 +97,7 @@ class BoxEvaluator(COCOEvaluator):
         evaluation = None
         if numbered := self.truth.number(detections):
             images = None if img_ids is None else [self.truth.image_numbers[x] for x in img_ids]
-            evaluation = evaluate_boxes(self.truth.dataset, numbered, images)
+            evaluation = evaluate_boxes(self.truth.dataset, numbered, images, self.limit)
             evaluation.summarize()
         names = self._metadata.get("thing_classes")
         results = self._derive_coco_results(evaluation, "bbox", class_names=names)
@@ -90,16 +105,41 @@ class BoxEvaluator(COCOEvaluator):
             results |= {
                 f"AP50-{x}": ap for x, ap in zip(names, class_ap(evaluation, 0), strict=True)
             }
-        self._results["bbox"] = results
+        self._results["bbox"] = results | self._limited()
+
+    def _limited(self) -> dict[str, int]:
+        """Return and log the limit if it is not COCO's, and the objects beyond it if there are."""
+        limited, logger = {}, logging.getLogger(__name__)
+        if self.limit != COCO_LIMIT:
+            limited["max_detections"] = self.limit
+            logger.info(
+                f"TEST.DETECTIONS_PER_IMAGE {self.limit}: AP is that of at most "
+                f"{max(self.limit, COCO_LIMIT)} detections of an image and class; COCO's is of 100"
+            )
+        counts = self.truth.objects_per_image()
+        if beyond := int((counts - self.limit).clip(min=0).sum()):
+            limited["objects_beyond_limit"] = beyond
+            logger.warning(
+                f"{beyond} of {counts.sum()} objects, in {(counts > self.limit).sum()} images, are "
+                f"beyond TEST.DETECTIONS_PER_IMAGE {self.limit} and lost: set it to {counts.max()} "
+                "or more"
+            )
+        return limited
 
 
-def evaluate_boxes(dataset: dict, detections: list[dict], images: list[int] | None = None) -> Any:
+def evaluate_boxes(
+    dataset: dict,
+    detections: list[dict],
+    images: list[int] | None = None,
+    limit: int = COCO_LIMIT,
+) -> Any:
     """Return an accumulated COCO evaluation: by hotcoco if it is installed and no object is
     difficult, which it cannot express, else by pycocotools.
 
     Args:
         dataset: as from :class:`~atss.labels.numbering.GroundTruth`.
         images: ids of the images to evaluate; None for all.
+        limit: detections of an image and class that count, at least COCO's 100.
     """
     difficult = any(x["difficult"] for x in dataset["annotations"])
     logger = logging.getLogger(__name__)
@@ -113,6 +153,7 @@ def evaluate_boxes(dataset: dict, detections: list[dict], images: list[int] | No
         evaluation = hotcoco.COCOeval(truth, truth.load_res(detections), "bbox")
     if images is not None:
         evaluation.params.imgIds = images
+    evaluation.params.maxDets = [1, 10, max(limit, COCO_LIMIT)]
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation
@@ -140,7 +181,8 @@ def class_ap(evaluation: Any, threshold: int | slice = slice(None), area: int = 
 
 
 class _DifficultIgnored(COCOeval):
-    """COCO evaluation in which any number of detections may match a difficult object."""
+    """COCO evaluation in which any number of detections may match a difficult object, for any limit
+    of detections."""
 
     def _prepare(self) -> None:
         super()._prepare()
@@ -155,6 +197,13 @@ class _DifficultIgnored(COCOeval):
             if x["difficult"]:  # pycocotools lets any number of detections match a crowd
                 x["iscrowd"] = 1
         return overlaps
+
+    def summarize(self) -> None:
+        with redirect_stdout(StringIO()):  # its AP is of 100 detections, and -1 with another limit
+            super().summarize()
+        precision = self.eval["precision"][..., 0, -1]
+        precision = precision[precision > -1]
+        self.stats[0] = precision.mean() if len(precision) else -1
 
 
 class PatientEvaluator(DatasetEvaluator):
@@ -220,12 +269,15 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     written."""
     check_metadata(dataset_name)
     output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
     kind = MetadataCatalog.get(dataset_name).evaluator_type
     if kind == "coco":
-        return BoxEvaluator(dataset_name, output_dir, cfg.TEST.COUNT_DIFFICULT)
+        return BoxEvaluator(dataset_name, output_dir, cfg.TEST.COUNT_DIFFICULT, limit)
     if kind == "lvis":
         provide_json(dataset_name)
-        return LVISEvaluator(dataset_name, ("bbox",), output_dir=output_dir)
+        return LVISEvaluator(
+            dataset_name, ("bbox",), output_dir=output_dir, max_dets_per_image=max(limit, 300)
+        )
     return PascalVOCDetectionEvaluator(dataset_name)
 
 

@@ -47,6 +47,7 @@ from .checks import (
     check_processes,
     describe_unread,
     scales_gradients,
+    warn_of_objects,
     warn_of_unused,
     warn_of_warmup,
 )
@@ -199,9 +200,8 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     config = _set_up(args, cfg)
     hide_explained_tracebacks(cfg.OUTPUT_DIR)
     datasets.log_remarks((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-    for name in cfg.DATASETS.TEST:
-        if not datasets.has_objects(name):
-            logging.getLogger("atss").warning("Data set %s has no objects to measure by", name)
+    if comm.is_main_process():
+        warn_of_objects(cfg, training=not args.eval_only)
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
     cfg = _start_from_checkpoint(args, cfg)

@@ -336,5 +336,6 @@ class Trainer(DefaultTrainer):
         model = getattr(model, "module", model)  # out of DistributedDataParallel
         one_by_one = one_image_at_a_time(cfg)
         one_by_one.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "tta")
+        one_by_one.INPUT.MIN_SIZE_TEST = 0  # the loader does not resize
         results = cls.test(one_by_one, build_tta(cfg, model))
         return {f"{name}_TTA": result for name, result in results.items()}

@@ -97,11 +97,15 @@ def select(
     valid = (box[..., 2:] > box[..., :2]).all(dim=2) & (box.abs() < torch.inf).all(dim=2)
     box = torch.where(valid[..., None], box, 0.0)
     scores = torch.where(valid[..., None], scores, UNUSED)
-    if isinstance(rules.suppression, suppression.NMS):
+    num_classes, part = scores.shape[2], rules.suppression
+    if isinstance(part, suppression.NMS) and part.class_agnostic:
+        # One class, in which each box stands once for each of its classes.
+        pairs = scores.flatten(1)[:, None]
+        repeated = box.repeat_interleave(num_classes, dim=1)
+        scores = suppress(repeated, pairs, part.threshold, rules.max_detections)
+    elif isinstance(part, suppression.NMS):
         dense = scores.transpose(1, 2)
-        kept = suppress(box, dense, rules.suppression.threshold, rules.max_detections)
-        scores = kept.transpose(1, 2)
-    num_classes = scores.shape[2]
+        scores = suppress(box, dense, part.threshold, rules.max_detections).transpose(1, 2)
     scores = scores.flatten(1)
     scores, index = scores.topk(min(rules.max_detections, scores.shape[1]))
     box = box.gather(1, (index // num_classes)[..., None].expand(-1, -1, 4))

@@ -1,5 +1,6 @@
 """Check of a data set before training: annotations, image files, fit of objects and anchors."""
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -110,6 +111,7 @@ def check(
     match: Match | None = None,
     deep: bool = False,
     progress: Callable[..., Iterable] = lambda items, **_: items,
+    limit: float = math.inf,
 ) -> Report:
     """Check a data set.
 
@@ -119,6 +121,7 @@ def check(
         match: matches objects and anchors; None to skip this.
         deep: decode every image, not only those without their format's end marker.
         progress: wraps long loops, as tqdm does.
+        limit: TEST.DETECTIONS_PER_IMAGE.
     """
     content, image_dir = labels.content, labels.image_dir
     findings, objects = find_in_json(content)
@@ -129,7 +132,7 @@ def check(
     fit = None
     if objects is not None:
         classes = _classes(content, objects)
-        findings += _find_in_objects(content, objects, filter_empty, findings)
+        findings += _find_in_objects(content, objects, filter_empty, limit, findings)
     if not has_errors and objects is not None and match is not None:
         used = np.flatnonzero(objects.used)
         fit = match(content, objects)
@@ -223,13 +226,17 @@ def _classes(content: dict, objects: Objects) -> list[tuple[str, int, int]]:
 
 
 def _find_in_objects(
-    content: dict, objects: Objects, filter_empty: bool, findings: Sequence[Finding]
+    content: dict,
+    objects: Objects,
+    filter_empty: bool,
+    limit: float,
+    findings: Sequence[Finding],
 ) -> list[Finding]:
     more = []
 
-    def add(kind: str, key: str, positions: Sequence[int] | np.ndarray) -> None:
+    def add(kind: str, key: str, positions: Sequence[int] | np.ndarray, detail: str = "") -> None:
         if len(positions):
-            more.append(Finding(kind, positions, place_of(content, key), entries=key))
+            more.append(Finding(kind, positions, place_of(content, key), detail, key))
 
     used = np.flatnonzero(objects.used)
     if not len(used) and all(finding.level != ERROR for finding in findings):
@@ -248,7 +255,10 @@ def _find_in_objects(
         add("category_without_objects", "categories", empty)
 
     number = len(content["images"])
-    with_objects = np.bincount(objects.image[used], minlength=number) > 0
+    counts = np.bincount(objects.image[used], minlength=number)
+    over = f" {limit}: set it to {counts.max(initial=0)} or more"
+    add("image_over_limit", "images", np.flatnonzero(counts > limit), over)
+    with_objects = counts > 0
     dropped = ~with_objects & filter_empty
     if not content["annotations"]:
         add("nothing_annotated", "images", range(number))

@@ -105,6 +105,7 @@ KINDS = {
         DROPPED,
         "images without objects or with crowds only, by DATALOADER.FILTER_EMPTY_ANNOTATIONS",
     ),
+    "image_over_limit": Kind(WARNING, "images with more objects than TEST.DETECTIONS_PER_IMAGE"),
     "image_without_objects": Kind(NOTE, "images without objects, trained on as background"),
     # LVIS.
     "category_lists_malformed": Kind(

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
 from .coco import SHORTEST, find_in_json, is_difficult, learnable, with_areas
 
 
@@ -70,6 +72,16 @@ class GroundTruth:
                 for i, x in enumerate(kept, start=1)
             ],
         }
+
+    def objects_per_image(self) -> np.ndarray:
+        """Return (N,) int64 objects that count of each image; crowds and difficult ones do not."""
+        images = [
+            x["image_id"] - 1
+            for x in self.dataset["annotations"]
+            if not (x["iscrowd"] or x["difficult"])
+        ]
+        numbers = np.array(images, dtype=np.int64)
+        return np.bincount(numbers, minlength=len(self.dataset["images"]))
 
     def number(self, detections: Iterable[dict]) -> list[dict]:
         """Clip detections to the images with clipped or dropped objects, drop those of which

@@ -100,10 +100,11 @@ CRITERION = Part(
 SCORES = Registry("SCORE")
 SCORES.add(sqrt=root, product=product)
 SUPPRESSIONS = Registry("SUPPRESSION")
-NMS_KEYS = {"threshold": "NMS_THRESH_TEST"}
+AGNOSTIC = {"class_agnostic": "CLASS_AGNOSTIC_NMS"}
+NMS_KEYS = {"threshold": "NMS_THRESH_TEST", **AGNOSTIC}
 SUPPRESSIONS.register(NMS, name="nms", keys=NMS_KEYS)
 SUPPRESSIONS.register(ScoreVote, name="score_vote", keys=NMS_KEYS)
-VOTE_KEYS = {"threshold": "TTA.VOTE_THRESH"}
+VOTE_KEYS = {"threshold": "TTA.VOTE_THRESH", **AGNOSTIC}
 SUPPRESSIONS.register(Vote, name="vote", keys=VOTE_KEYS)
 SUPPRESSIONS.register(
     SoftVote, name="soft_vote", keys={**VOTE_KEYS, "min_score": "TTA.SOFT_SCORE_MIN"}

@@ -4,7 +4,7 @@ A suppression maps (boxes (M, 4), scores (M,), classes (M,), limit) to at most `
 scores and classes, best first, without indices, because votes move boxes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -33,7 +33,22 @@ def keep_all(boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> Scor
 
 
 @dataclass(frozen=True)
-class NMS(Checked):
+class _Suppression(Checked):
+    """Base of suppressions.
+
+    Args:
+        class_agnostic: whether boxes suppress those of other classes, too.
+    """
+
+    class_agnostic: bool = field(default=False, kw_only=True)
+
+    def _groups(self, classes: Tensor) -> Tensor:
+        """Return (M,) int64 group of each box, which is suppressed by its group only."""
+        return torch.zeros_like(classes) if self.class_agnostic else classes
+
+
+@dataclass(frozen=True)
+class NMS(_Suppression):
     """Non-maximum suppression of all classes at once.
 
     Boxes of different classes are shifted apart, in float64: in float32 the shift would change the
@@ -48,21 +63,23 @@ class NMS(Checked):
     MAX_BOXES: ClassVar[int] = 20_000
 
     def __call__(self, boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> ScoredBoxes:
+        groups = self._groups(classes)
         if len(boxes) > self.MAX_BOXES:
-            indices = ((classes == k).nonzero().squeeze(1) for k in classes.unique())
+            indices = ((groups == k).nonzero().squeeze(1) for k in groups.unique())
             keep = [x[nms(boxes[x].double(), scores[x].double(), self.threshold)] for x in indices]
             kept = ScoredBoxes(boxes, scores, classes).take(torch.cat(keep).sort().values)
             return keep_all(*kept, limit)
         precise = boxes.double()
         span = precise.max() - precise.min() + 1 if len(precise) else 1
-        keep = nms(precise + (classes * span)[:, None], scores.double(), self.threshold)
+        keep = nms(precise + (groups * span)[:, None], scores.double(), self.threshold)
         return ScoredBoxes(boxes, scores, classes).take(keep[:limit])
 
 
 @dataclass(frozen=True)
 class ScoreVote(NMS):
     """Score voting: NMS, then each kept box becomes the mean of all boxes of its class, weighted by
-    exp(-(1 - IoU)^2 / spread) and score (PAA, arXiv 2007.08103, section 3.4).
+    exp(-(1 - IoU)^2 / spread) and score (PAA, arXiv 2007.08103, section 3.4). Boxes of other
+    classes do not vote, even if they are suppressed.
 
     Args:
         min_overlap: only boxes with a larger IoU vote.
@@ -96,9 +113,9 @@ class ScoreVote(NMS):
 
 
 @dataclass(frozen=True)
-class Vote(Checked):
+class Vote(_Suppression):
     """Box voting: overlapping boxes of a class become their mean, weighted by score, with the
-    highest score (arXiv 1505.01749, section 5).
+    highest score and its class (arXiv 1505.01749, section 5).
 
     Args:
         threshold: smallest IoU of a group's boxes with its best box.
@@ -108,33 +125,30 @@ class Vote(Checked):
 
     def __call__(self, boxes: Tensor, scores: Tensor, classes: Tensor, limit: int) -> ScoredBoxes:
         kept: list[ScoredBoxes] = []
-        for k in classes.unique():
-            index = (classes == k).nonzero().squeeze(1)
+        groups = self._groups(classes)
+        for k in groups.unique():
+            index = (groups == k).nonzero().squeeze(1)
             order = index[scores[index].argsort(descending=True, stable=True)]
-            left, left_scores = boxes[order], scores[order]
-            if len(left) == 1:
-                kept.append(ScoredBoxes(left, left_scores, classes[order]))
-                continue
-            while len(left):
-                overlap = iou(left[0], left)
+            left = ScoredBoxes(boxes, scores, classes).take(order)
+            while len(left.boxes):
+                overlap = iou(left.boxes[0], left.boxes)
                 # The best box belongs to its group even if it is empty: its IoU with itself is 0.
                 group = overlap >= self.threshold
-                group = group.index_fill(0, left.new_zeros(1, dtype=torch.long), True)
-                merged, new_scores = self._merge(left[group], left_scores[group], overlap[group])
-                kept.append(ScoredBoxes(merged, new_scores, k.expand(len(merged))))
-                left, left_scores = left[~group], left_scores[~group]
+                group = group.index_fill(0, order.new_zeros(1), True)
+                kept.append(self._merge(left.take(group), overlap[group]))
+                left = left.take(~group)
         if not kept:
             return ScoredBoxes(boxes, scores, classes)
         boxes, scores, classes = (torch.cat(x) for x in zip(*kept, strict=True))
         return keep_all(boxes, scores, classes, limit)
 
-    def _merge(self, boxes: Tensor, scores: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
-        """Merge a group of (M, 4) boxes, (M,) scores and IoUs with the best."""
-        if len(boxes) == 1:
-            return boxes, scores
-        weights = scores if scores.any() else torch.ones_like(scores)
-        mean = (boxes * weights[:, None]).sum(dim=0) / weights.sum()
-        return mean[None], scores[:1]
+    def _merge(self, group: ScoredBoxes, overlap: Tensor) -> ScoredBoxes:
+        """Merge a group, best first; ``overlap`` is the (M,) IoUs with the best."""
+        if len(group.boxes) == 1:
+            return group
+        weights = group.scores if group.scores.any() else torch.ones_like(group.scores)
+        mean = (group.boxes * weights[:, None]).sum(dim=0) / weights.sum()
+        return ScoredBoxes(mean[None], group.scores[:1], group.classes[:1])
 
 
 @dataclass(frozen=True)
@@ -148,10 +162,10 @@ class SoftVote(Vote):
 
     min_score: float = arg(0.05, low=0, high=1)
 
-    def _merge(self, boxes: Tensor, scores: Tensor, overlap: Tensor) -> tuple[Tensor, Tensor]:
-        merged, new_scores = super()._merge(boxes, scores, overlap)
-        if len(boxes) == 1:
-            return merged, new_scores
-        lowered = scores * (1 - overlap)
-        stay = lowered >= self.min_score
-        return torch.cat([merged, boxes[stay]]), torch.cat([new_scores, lowered[stay]])
+    def _merge(self, group: ScoredBoxes, overlap: Tensor) -> ScoredBoxes:
+        merged = super()._merge(group, overlap)
+        if len(group.boxes) == 1:
+            return merged
+        lowered = group.scores * (1 - overlap)
+        others = group._replace(scores=lowered).take(lowered >= self.min_score)
+        return ScoredBoxes(*(torch.cat(x) for x in zip(merged, others, strict=True)))

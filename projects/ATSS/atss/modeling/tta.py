@@ -1,5 +1,6 @@
 """Multi-scale testing as published: 26 views of an image, filtered by size and merged by voting."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 import detectron2.data.transforms as T
@@ -8,15 +9,19 @@ import torch
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.logger import log_every_n_seconds
 from torch import Tensor, nn
 
+from atss_runner.images import too_thin
+
+from ..errors import UserError
 from ..geometry import area
 from .suppression import ScoredBoxes
 
 
 class ATSSWithTTA(nn.Module):
     """Test-time augmentation: merged detections of resized and mirrored views of each image, one
-    view at a time, to limit memory.
+    view at a time, to limit memory. The log has its progress.
 
     Args:
         plain: (short side, longest side) of the view that contributes boxes of all sizes.
@@ -47,18 +52,36 @@ class ATSSWithTTA(nn.Module):
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """Return detections in Detectron2's format, of "file_name" or, without it, "image"."""
+        """Return detections in Detectron2's format.
+
+        Args:
+            batched_inputs: with "image" in the size of "height" and "width", else with "file_name",
+                which is read, or with "image" alone.
+
+        Raises:
+            UserError: if an image is too thin for a view.
+        """
         return [{"instances": self._merge_views(example)} for example in batched_inputs]
 
     def _merge_views(self, example: dict) -> Instances:
-        if "file_name" in example:
+        given, size = example.get("image"), (example.get("height"), example.get("width"))
+        if "file_name" in example and (given is None or given.shape[1:] != size):
             image = read_image(example["file_name"], self.input_format)
         else:
             image = example["image"].permute(1, 2, 0).cpu().numpy()
-        views = [self._detect(image, *view, flip) for view in self.views for flip in self.flips]
-        boxes, scores, classes = (torch.cat(x) for x in zip(*views, strict=True))
-        boxes, scores, classes = self.merge(boxes, scores, classes, self.max_detections)
         height, width = image.shape[:2]
+        name = example.get("file_name", "of the input")
+        for short, longest, *_ in self.views:
+            if thin := too_thin(height, width, short, longest):
+                raise UserError(f"the image {name} {thin}")
+        found = []
+        views = [(*view, flip) for view in self.views for flip in self.flips]
+        for number, view in enumerate(views, start=1):
+            found.append(self._detect(image, *view))
+            progress = f"View {number} of {len(views)} of the image {name}"
+            log_every_n_seconds(logging.INFO, progress, n=5)
+        boxes, scores, classes = (torch.cat(x) for x in zip(*found, strict=True))
+        boxes, scores, classes = self.merge(boxes, scores, classes, self.max_detections)
         merged = Instances(
             (height, width), pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes
         )
