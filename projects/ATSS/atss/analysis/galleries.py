@@ -87,11 +87,12 @@ def suspects(run: Run) -> Gallery:
         for x in found:
             label = f"{x['predicted']} {x['score']:.2f}"
             drawn.append(Mark(tuple(x["bbox"]), "wrong", label))
-            texts.append(f"{label} at {x['labelled'] or 'no label'}")
+            labelled = f"labelled {x['labelled']}" if x["labelled"] else "not labelled"
+            texts.append(f"{label}, {labelled}")
         more = f", and {len(texts) - 3} more" if len(texts) > 3 else ""
         pictures.append(
             {
-                "caption": f"{file_name}: {', '.join(texts[:3])}{more}",
+                "caption": f"{file_name}: {'; '.join(texts[:3])}{more}",
                 "source": _picture(run, file_name, drawn),
             }
         )
@@ -120,7 +121,7 @@ def marks(results: Results, image: int, limit: np.ndarray) -> list[Mark]:
         label = "" if j in found else results.names[results.gt_category[j]]
         drawn.append(Mark(tuple(results.gt_boxes[j]), kind, label))
     wrong = (results.image == image) & (results.status == WRONG) & (results.score >= limit)
-    for i in np.flatnonzero(wrong).tolist():
+    for i in sorted(np.flatnonzero(wrong).tolist(), key=lambda i: results.score[i]):
         label = f"{results.names[results.category[i]]} {results.score[i]:.2f}"
         drawn.append(Mark(tuple(results.detections[i]["bbox"]), "wrong", label))
     return drawn

@@ -197,9 +197,9 @@ def confusion(found: Mapping[str, Any]) -> Row:
     chosen = np.arange(count)
     note = (
         f"Detections of a score from {found['score']:g}, matched at an IoU from {found['iou']:g}, "
-        "first within classes, as AP does. Rows are true classes, columns detected ones; shares "
-        "of the row, counts under the pointer. The last column counts missed objects, the last "
-        "row detections where nothing is labelled."
+        "first within classes, as AP does. Rows are true classes, columns detected ones, cells shares "
+        "of the row, with the count under the pointer. Last column: missed objects. Last row: the "
+        "number of detections where nothing is labelled."
     )
     if count > MATRIX:
         weight = off.sum(axis=0) + off.sum(axis=1)
@@ -213,7 +213,7 @@ def confusion(found: Mapping[str, Any]) -> Row:
         for j in index:
             # The background has no total of which a share could be taken.
             share = float(matrix[i, j] / total) if i < count and total else None
-            text = f"{share:.0%}" if share is not None and matrix[i, j] else ""
+            text = ("<1%" if share < 0.005 else f"{share:.0%}") if share else ""
             if i == count and j < count:
                 text = str(matrix[i, j])
             cell = {"name": names[j], "count": int(matrix[i, j]), "share": share, "text": text}

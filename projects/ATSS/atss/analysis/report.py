@@ -33,7 +33,7 @@ def load_run(files: Files, name: str, folder: Path | None = None, score: float =
     content = read_annotations(files.annotations)
     detections, others = read_detections(files.detections, content)
     results = Results(content, detections, files.count_difficult)
-    about = {"annotations": files.annotations, "detections": files.detections}
+    about = {"annotations": files.source or files.annotations, "detections": files.detections}
     if others:
         about["detections of other images"] = f"{others}, left out"
     positives = None

@@ -36,12 +36,14 @@ class Files(NamedTuple):
     Attributes:
         image_dir: folder in which the names of images begin, or "".
         count_difficult: as in :class:`Results`.
+        source: of the annotations, as in DATASETS.REGISTER, or "".
     """
 
     annotations: str
     detections: str
     image_dir: str = ""
     count_difficult: bool = False
+    source: str = ""
 
 
 class Results:
@@ -234,4 +236,6 @@ def find_results(folder: str) -> Files:
     datasets.provide_json(name)
     metadata = MetadataCatalog.get(name)
     image_dir = metadata.get("image_root", "")
-    return Files(metadata.json_file, str(detections), image_dir, cfg.TEST.COUNT_DIFFICULT)
+    source = next((x for x in args.register if x.startswith(f"{name}=")), "")
+    count_difficult = cfg.TEST.COUNT_DIFFICULT
+    return Files(metadata.json_file, str(detections), image_dir, count_difficult, source)
