@@ -14,7 +14,7 @@ from atss.analysis.tide import KINDS, RIGHT, find_errors, tide
 # recalls with a best precision of 9 right of 9 detections, then 18 with 21 of 22; recalls that are
 # not reached have precision 0. A kind is mended as docs/report.md defines it: with Cls and Loc, the
 # first detection at each lost object becomes right and the others leave the ranks; with Both, Dupe
-# and Bkg, all leave; with Miss and FalseNeg, objects become fewer, and a right detection is a longer
+# and Bkg, all leave; with Miss and FalseNeg, objects become fewer, and each right one is a longer
 # step of recall: in medium_ties, 66, 44 and 34 become 59, 41 and 30, and 53, 37 and 26.
 # edge_score_ties, + right, - wrong, L Loc of a lost object, 8 objects: class 1 is +++-++-L--L; with
 # Loc +++-++-+--+, with Bkg +++++LL, with Miss 7 objects, with FalseNeg 5. Class 2 is +-.
