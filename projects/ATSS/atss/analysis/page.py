@@ -197,9 +197,9 @@ def confusion(found: Mapping[str, Any]) -> Row:
     chosen = np.arange(count)
     note = (
         f"Detections of a score from {found['score']:g}, matched at an IoU from {found['iou']:g}, "
-        "first within classes, as AP does. Rows are true classes, columns detected ones, cells shares "
-        "of the row, with the count under the pointer. Last column: missed objects. Last row: the "
-        "number of detections where nothing is labelled."
+        "first within classes, as AP does. Rows are true classes, columns detected ones, cells "
+        "shares of the row, with the count under the pointer. Last column: missed objects. Last "
+        "row: the number of detections where nothing is labelled."
     )
     if count > MATRIX:
         weight = off.sum(axis=0) + off.sum(axis=1)
