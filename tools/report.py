@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.json:
             args.json.write_text(json.dumps(content, allow_nan=False))
         if page:
-            write_page(runs, page)
+            write_page(runs, page, content.get("difference"))
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     for target in filter(None, (page, args.json)):

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from golden_results import CASES
+from golden_results import BOX, CASES, FAR, scene
 
 from atss.analysis.figures import (
     compare,
@@ -91,28 +91,6 @@ def test_confusion_matches_within_classes_first(name):
     if not name.startswith("medium"):
         of_supervision = expected["confusion"]["supervision_score0.3_iou0.5"]
         assert matrix.tolist() == MATRICES.get(name, of_supervision)
-
-
-def scene(boxes: dict[int, list], found: list[tuple], **fields) -> Results:
-    """Return the results of one image per key, classes a and b, by (image, class, box, score)."""
-    annotations = [
-        {"image_id": i, "category_id": k, "bbox": box, **fields}
-        for i, objects in boxes.items()
-        for k, box in objects
-    ]
-    for i, x in enumerate(annotations, start=10):
-        x["id"] = i
-    size = {"width": 200, "height": 200}
-    content = {
-        "images": [{"id": i, "file_name": f"{i}.jpg", **size} for i in boxes],
-        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
-        "annotations": annotations,
-    }
-    keys = ("image_id", "category_id", "bbox", "score")
-    return Results(content, [dict(zip(keys, x, strict=True)) for x in found])
-
-
-BOX, FAR = [10, 10, 40, 40], [120, 120, 40, 40]
 
 
 def test_wrong_class_of_higher_score_takes_no_object():

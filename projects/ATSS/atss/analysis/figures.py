@@ -209,7 +209,7 @@ def images(results: Results, limit: np.ndarray) -> dict[str, list[dict]]:
     count = len(results.image_ids)
     right = _right(results, limit)
     wrong = (results.status == WRONG) & (results.score >= limit)
-    name = {x["id"] - 1: x.get("file_name") for x in results.dataset["images"]}
+    name = _file_names(results)
     boxes = np.array([results.detections[i]["bbox"] for i in np.flatnonzero(right)]).reshape(-1, 4)
     ious = _pair_iou(boxes, results.gt_boxes[results.match[right]])
     hits = np.bincount(results.image[right], minlength=count)
@@ -242,7 +242,7 @@ def suspected_labels(results: Results) -> list[dict]:
     """Return detections of a score from 0.5 on that hint at errors of labels: on a lost object of
     another class, or far from all objects. An object is listed once."""
     suspects: list[dict] = []
-    seen = set()
+    seen, name = set(), _file_names(results)
     ids = [c["id"] for c in sorted(results.dataset["categories"], key=lambda c: c["id"])]
     for x in sorted(results.labels, key=lambda x: (-x["dt_score"], x["dt_id"])):
         if x["gt_id"] in seen:
@@ -253,6 +253,7 @@ def suspected_labels(results: Results) -> list[dict]:
             {
                 "kind": x["type"],
                 "image_id": results.image_ids[x["image_id"] - 1],
+                "file_name": name[x["image_id"] - 1],
                 "score": x["dt_score"],
                 "bbox": results.detections[x["dt_id"] - 1]["bbox"],
                 "predicted": results.names[ids.index(x["dt_category_id"])],
@@ -277,6 +278,7 @@ def compare(first: Results, second: Results, samples: int = 200) -> dict[str, di
     found = hotcoco.compare(first.matching, second.matching, n_bootstrap=samples)
     defined = {k: d for k, d in found["deltas"].items() if found["metrics_a"][k] >= 0}
     return {
+        "samples": samples,
         "metrics": {
             key: {
                 "difference": 100 * delta,
@@ -290,6 +292,11 @@ def compare(first: Results, second: Results, samples: int = 200) -> dict[str, di
             for name, x in zip(_unique(first.names), found["per_category"], strict=True)
         },
     }
+
+
+def _file_names(results: Results) -> dict[int, str | None]:
+    """Return {position in ``image_ids``: file name}; the json may have another order."""
+    return {x["id"] - 1: x.get("file_name") for x in results.dataset["images"]}
 
 
 def _right(results: Results, limit: np.ndarray | float) -> np.ndarray:

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..data.images import read_image
 from ..errors import UserError
-from .figures import limits
-from .results import RIGHT, WRONG, Results
+from .figures import limits, lost_objects
+from .results import WRONG, Results
 from .thumbnails import LEGEND, Mark, thumbnail
 
 PICTURES = 12  # of a gallery
@@ -50,13 +50,13 @@ class Run:
 def worst(run: Run) -> Gallery:
     """Return pictures of the images with most lost objects and wrong detections."""
     entries = run.figures["images"]["cost"][:PICTURES]
-    number = {image_id: i for i, image_id in enumerate(run.results.image_ids)}
+    number = run.results.truth.image_numbers
     pictures = [
         {
             "caption": f"{x['file_name']}: {x['lost']} missed, {x['wrong']} wrong, "
             f"{x['right']} right",
             "source": _picture(
-                run, x["file_name"], marks(run.results, number[x["image_id"]], run.limits)
+                run, x["file_name"], marks(run.results, number[x["image_id"]] - 1, run.limits)
             ),
         }
         for x in entries
@@ -70,14 +70,13 @@ def worst(run: Run) -> Gallery:
 
 def suspects(run: Run) -> Gallery:
     """Return pictures of images with suspected errors of labels, by the highest score of each."""
-    results = run.results
-    number = {image_id: i for i, image_id in enumerate(results.image_ids)}
+    results, number = run.results, run.results.truth.image_numbers
     by_image: dict[int, list[dict]] = {}
     for x in run.figures["suspected_labels"]:
-        by_image.setdefault(number[x["image_id"]], []).append(x)
+        by_image.setdefault(number[x["image_id"]] - 1, []).append(x)
     pictures = []
     for i, found in list(by_image.items())[:PICTURES]:
-        file_name = str(results.dataset["images"][i].get("file_name"))
+        file_name = str(found[0]["file_name"])
         of_image = np.flatnonzero(results.gt_image == i).tolist()
         drawn = [
             Mark(tuple(results.gt_boxes[j]), "found", results.names[results.gt_category[j]])
@@ -114,11 +113,11 @@ def marks(results: Results, image: int, limit: np.ndarray) -> list[Mark]:
     from ``limit`` (N,) on."""
     drawn = []
     objects = np.flatnonzero((results.gt_image == image) & ~results.crowd)
-    right = (results.status == RIGHT) & (results.score >= limit)
-    found = set(results.match[right].tolist())
+    lost = lost_objects(results, limit)
     for j in objects.tolist():
-        kind = "found" if j in found else "missed"
-        label = "" if j in found else results.names[results.gt_category[j]]
+        kind, label = (
+            ("missed", results.names[results.gt_category[j]]) if lost[j] else ("found", "")
+        )
         drawn.append(Mark(tuple(results.gt_boxes[j]), kind, label))
     wrong = (results.image == image) & (results.status == WRONG) & (results.score >= limit)
     for i in sorted(np.flatnonzero(wrong).tolist(), key=lambda i: results.score[i]):
