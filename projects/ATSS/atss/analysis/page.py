@@ -59,7 +59,7 @@ def write_page(
         target,
         title=f"Report: {names}",
         subtitle=(
-            f"{data['images']} images, {data['objects']} objects, {len(runs[0].results.names)} "
+            f"{data['images']:,} images, {data['objects']:,} objects, {len(runs[0].results.names)} "
             "classes."
         ),
         messages=messages(runs[0]),
