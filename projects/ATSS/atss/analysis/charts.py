@@ -46,7 +46,7 @@ def line_chart(
             width = 2.4 if name == bold or bold is None else 1.1
             marker = "o" if markers else None
             dashes = ("-", "--", ":")[i // len(COLOURS) % 3]
-            look = {"color": colour, "lw": width, "ls": dashes, "clip_on": False}
+            look: dict[str, Any] = {"color": colour, "lw": width, "ls": dashes, "clip_on": False}
             axis.plot(x, y, label=name, marker=marker, ms=4, **look)
             if points and name in points:
                 axis.plot(*points[name], "o", ms=5, **look)

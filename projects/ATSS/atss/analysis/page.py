@@ -18,8 +18,13 @@ from .template import write
 # Classes of a confusion matrix, if it has more; confused pairs.
 MATRIX, PAIRS = 20, 10
 # Positives of an object in training: from the first to the second.
-POSITIVES = {"0": (0, 0), "1 to 3": (1, 3), "4 to 8": (4, 8), "9 to 15": (9, 15)}
-POSITIVES["16 and more"] = 16, math.inf
+POSITIVES = {
+    "0": (0, 0),
+    "1 to 3": (1, 3),
+    "4 to 8": (4, 8),
+    "9 to 15": (9, 15),
+    "16 and more": (16, math.inf),
+}
 MEANINGS = {
     "Cls": "at an object (IoU from 0.5), but of another class",
     "Loc": "of the right class, but misplaced (IoU from 0.1 to 0.5)",
