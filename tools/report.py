@@ -14,6 +14,7 @@ import json
 import sys
 from pathlib import Path
 
+from atss.analysis.figures import METRICS
 from atss.analysis.page import write_page
 from atss.analysis.report import SCORE, all_figures, load_run
 from atss.analysis.results import Files, find_results
@@ -101,8 +102,7 @@ def find_files(args: argparse.Namespace) -> list[Files]:
 
 def format_figures(content: dict) -> str:
     """Return the main figures as text."""
-    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-    lines = ["  ".join(f"{name} {_points(content[name])}" for name in names), ""]
+    lines = ["  ".join(f"{name} {_points(content[name])}" for name in METRICS), ""]
     rows = [["class", "objects", "AP", "AP50", "best threshold", "F1 there"]]
     for name, x in content["per_class"].items():
         best = content["thresholds"][name] or {"score": None, "f1": None}

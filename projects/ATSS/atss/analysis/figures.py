@@ -15,6 +15,7 @@ from ..errors import UserError
 from .results import RIGHT, WRONG, Results
 from .tide import tide
 
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 IOU = 0.5
 # Sizes by the area in pixels, both ends inside: an area of exactly 32² is small and medium.
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, math.inf)}
@@ -33,9 +34,7 @@ def figures(results: Results, score: float = 0.3) -> dict[str, Any]:
     """
     dataset, best = results.dataset, thresholds(results)
     limit = limits(results, best, score)
-    stats = dict(
-        zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), results.evaluation.stats, strict=False)
-    )
+    stats = dict(zip(METRICS, results.evaluation.stats, strict=False))
     return {
         **{name: None if x < 0 else 100 * float(x) for name, x in stats.items()},
         "per_class": per_class(results),
@@ -266,7 +265,7 @@ def suspected_labels(results: Results) -> list[dict]:
     return suspects
 
 
-def compare(first: Results, second: Results, samples: int = 200) -> dict[str, dict]:
+def compare(first: Results, second: Results, samples: int = 200) -> dict[str, Any]:
     """Return the differences (second - first) of AP and so on, with 95 % intervals of a bootstrap
     over images, the same for both.
 
@@ -276,7 +275,9 @@ def compare(first: Results, second: Results, samples: int = 200) -> dict[str, di
     if first.truth.dataset != second.truth.dataset:
         raise UserError("the two runs were evaluated on different annotations")
     found = hotcoco.compare(first.matching, second.matching, n_bootstrap=samples)
-    defined = {k: d for k, d in found["deltas"].items() if found["metrics_a"][k] >= 0}
+    defined = {k: found["deltas"][k] for k in METRICS if found["metrics_a"].get(k, -1) >= 0}
+    # hotcoco's list of classes is in the order of their differences.
+    of_classes = np.subtract(class_ap(second.evaluation), class_ap(first.evaluation)).tolist()
     return {
         "samples": samples,
         "metrics": {
@@ -288,8 +289,7 @@ def compare(first: Results, second: Results, samples: int = 200) -> dict[str, di
             for key, delta in defined.items()
         },
         "per_class": {
-            name: _defined(100 * x["delta"])
-            for name, x in zip(_unique(first.names), found["per_category"], strict=True)
+            name: _defined(x) for name, x in zip(_unique(first.names), of_classes, strict=True)
         },
     }
 

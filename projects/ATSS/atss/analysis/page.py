@@ -11,7 +11,7 @@ import numpy as np
 from .. import __version__
 from .charts import Line, line_chart
 from .curves import training_curves
-from .figures import lost_objects
+from .figures import METRICS, lost_objects
 from .galleries import Run, suspects, worst
 from .template import write
 
@@ -35,7 +35,6 @@ MEANINGS = {
     "FalsePos": "all wrong detections",
     "FalseNeg": "all objects without a right detection",
 }
-TILES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 PACKAGES = ("torch", "torchvision", "numpy", "hotcoco", "pycocotools")
 
 Row = dict[str, Any]
@@ -105,7 +104,7 @@ def show(run: Run) -> Row:
     ]
     return {
         "name": run.name,
-        "tiles": [(name, figures.get(name)) for name in TILES],
+        "tiles": [(name, figures.get(name)) for name in METRICS],
         "curves": curves,
         "classes": classes(figures),
         "precision": precision(figures),
@@ -282,7 +281,7 @@ def comparison(runs: Sequence[Run], found: Mapping[str, Any]) -> Row:
             "values": [run.figures.get(name) for run in runs],
             **found["metrics"].get(name, undefined),
         }
-        for name in TILES
+        for name in METRICS
     ]
     for name, difference in found["per_class"].items():
         values = [run.figures["per_class"][name]["AP"] for run in runs]

@@ -98,7 +98,8 @@ class Results:
             {**x, "iscrowd": x["iscrowd"] or x["difficult"]} for x in dataset["annotations"]
         ]
         self.dataset = {**dataset, "annotations": [{**x, "difficult": False} for x in annotations]}
-        self.matching = evaluate_boxes(self.dataset, self.detections)
+        # Without the recalls at 1 and 10 detections, comparisons take half the time.
+        self.matching = evaluate_boxes(self.dataset, self.detections, max_detections=[100])
         self.matching.summary_lines()
         self.evaluation = self.matching
         if any(x["difficult"] for x in dataset["annotations"]) and self.detections:

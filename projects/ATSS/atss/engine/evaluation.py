@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
@@ -93,13 +94,19 @@ class BoxEvaluator(COCOEvaluator):
         self._results["bbox"] = results
 
 
-def evaluate_boxes(dataset: dict, detections: list[dict], images: list[int] | None = None) -> Any:
+def evaluate_boxes(
+    dataset: dict,
+    detections: list[dict],
+    images: list[int] | None = None,
+    max_detections: Sequence[int] = (1, 10, 100),
+) -> Any:
     """Return an accumulated COCO evaluation: by hotcoco if it is installed and no object is
     difficult, which it cannot express, else by pycocotools.
 
     Args:
         dataset: as from :class:`~atss.labels.numbering.GroundTruth`.
         images: ids of the images to evaluate; None for all.
+        max_detections: of a class in an image; AP takes the last.
     """
     difficult = any(x["difficult"] for x in dataset["annotations"])
     logger = logging.getLogger(__name__)
@@ -113,6 +120,7 @@ def evaluate_boxes(dataset: dict, detections: list[dict], images: list[int] | No
         evaluation = hotcoco.COCOeval(truth, truth.load_res(detections), "bbox")
     if images is not None:
         evaluation.params.imgIds = images
+    evaluation.params.maxDets = list(max_detections)
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation
