@@ -115,9 +115,8 @@ def marks(results: Results, image: int, limit: np.ndarray) -> list[Mark]:
     objects = np.flatnonzero((results.gt_image == image) & ~results.crowd)
     lost = lost_objects(results, limit)
     for j in objects.tolist():
-        kind, label = (
-            ("missed", results.names[results.gt_category[j]]) if lost[j] else ("found", "")
-        )
+        kind = "missed" if lost[j] else "found"
+        label = results.names[results.gt_category[j]] if lost[j] else ""
         drawn.append(Mark(tuple(results.gt_boxes[j]), kind, label))
     wrong = (results.image == image) & (results.status == WRONG) & (results.score >= limit)
     for i in sorted(np.flatnonzero(wrong).tolist(), key=lambda i: results.score[i]):
