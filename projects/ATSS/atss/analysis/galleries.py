@@ -83,11 +83,12 @@ def suspects(run: Run) -> Gallery:
             for j in of_image
         ]
         texts = []
-        for x in reversed(found):  # the highest score on top
+        for x in found:
             label = f"{x['predicted']} {x['score']:.2f}"
-            drawn.append(Mark(tuple(x["bbox"]), "wrong", label))
+            # Before the others: the highest score is on top.
+            drawn.insert(len(of_image), Mark(tuple(x["bbox"]), "wrong", label))
             labelled = f"labelled {x['labelled']}" if x["labelled"] else "not labelled"
-            texts.insert(0, f"{label}, {labelled}")
+            texts.append(f"{label}, {labelled}")
         more = f", and {len(texts) - 3} more" if len(texts) > 3 else ""
         pictures.append(
             {
