@@ -12,6 +12,7 @@ from atss.analysis.figures import (
     confusion,
     figures,
     images,
+    limits,
     missed,
     per_class,
     suspected_labels,
@@ -104,6 +105,14 @@ def test_second_pass_is_one_to_one_by_score():
     objects = {1: [(1, BOX), (1, [20, 10, 40, 40])]}
     results = scene(objects, [(1, 2, [14, 10, 40, 40], 0.9), (1, 2, [4, 10, 40, 40], 0.8)])
     assert confusion(results, 0.3).tolist() == [[0, 1, 1], [0, 0, 0], [0, 1, 0]]
+
+
+def test_limits_are_the_thresholds_of_the_classes():
+    found = [(1, 1, BOX, 0.9), (1, 2, FAR, 0.6), (1, 1, FAR, 0.2)]
+    results = scene({1: [(1, BOX), (2, FAR)]}, found)
+    assert limits(results, thresholds(results), 0.3).tolist() == [0.9, 0.6, 0.9]
+    results = scene({1: [(1, BOX)]}, found)
+    assert limits(results, thresholds(results), 0.3).tolist() == [0.9, 0.3, 0.9]
 
 
 def test_threshold_may_be_zero():
