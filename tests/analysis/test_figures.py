@@ -174,6 +174,7 @@ def test_scores_that_are_no_probabilities_have_no_calibration():
 def test_calibration_counts_right_detections():
     found = figures(scene({1: [(1, BOX)]}, [(1, 1, BOX, 0.95), (1, 1, FAR, 0.95)]))
     assert found["calibration"]["ece"] == pytest.approx(0.45)
+    assert [x["count"] for x in found["calibration"]["bins"]] == [0] * 9 + [2]
 
 
 def test_comparison_has_intervals_of_the_difference():
