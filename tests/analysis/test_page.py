@@ -118,8 +118,10 @@ def test_nothing_is_loaded_from_outside(medium):
 
 
 def test_names_are_escaped(tmp_path):
-    run = make_run("perfect", name="<b>&")
-    run.results.names[0] = "<i>"
+    content = CASES["perfect"]["gt"]
+    categories = [{**x, "name": "<i>"} for x in content["categories"]]
+    results = Results({**content, "categories": categories}, CASES["perfect"]["detections"])
+    run = Run("<b>&", results, figures(results))
     text = write(tmp_path, run)[1]
     assert "<i>" not in text
     assert "<b>&" not in text
