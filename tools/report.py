@@ -14,6 +14,7 @@ import json
 import sys
 from pathlib import Path
 
+from atss.analysis.figures import METRICS
 from atss.analysis.page import write_page
 from atss.analysis.report import SCORE, all_figures, load_run
 from atss.analysis.results import Files, find_results
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.json:
             args.json.write_text(json.dumps(content, allow_nan=False))
         if page:
-            write_page(runs, page)
+            write_page(runs, page, content.get("difference"))
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     for target in filter(None, (page, args.json)):
@@ -114,8 +115,7 @@ def find_files(args: argparse.Namespace) -> list[Files]:
 
 def format_figures(content: dict) -> str:
     """Return the main figures as text."""
-    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-    lines = ["  ".join(f"{name} {_points(content[name])}" for name in names), ""]
+    lines = ["  ".join(f"{name} {_points(content[name])}" for name in METRICS), ""]
     if (limit := content["data"]["max_detections"]) != COCO_LIMIT:
         lines[1:1] = [f"of at most {limit} detections of an image and class; COCO counts 100"]
     rows = [["class", "objects", "AP", "AP50", "best threshold", "F1 there"]]

@@ -2,6 +2,7 @@
 
 import json
 
+from atss.analysis import curves
 from atss.analysis.curves import read_series, training_curves
 
 
@@ -22,7 +23,9 @@ def test_last_line_of_an_iteration_counts(tmp_path):
     assert read_series(file) == {"iteration": ([1, 3], [1, 3]), "loss_cls": ([1, 3], [1.0, 2.0])}
 
 
-def test_charts_name_losses_and_averaged_weights(tmp_path):
+def test_charts_have_losses_and_averaged_weights(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curves, "line_chart", lambda lines, *a, **b: drawn.append(lines) or "")
     file = write(
         tmp_path,
         {"iteration": 1, "loss_cls": 3.0, "loss_centerness": 1.0, "lr": 0.1},
@@ -34,10 +37,10 @@ def test_charts_name_losses_and_averaged_weights(tmp_path):
         "AP on the test images",
         "Learning rate",
     ]
-    losses, scores, _ = charts.values()
-    assert ">class<" in losses
-    assert ">centerness<" in losses
-    assert ">AP, averaged weights<" in scores
+    losses, scores, rate = drawn
+    assert losses == {"class": ([1], [3.0]), "centerness": ([1], [1.0])}
+    assert scores == {"AP": ([2], [30.0]), "AP, averaged weights": ([2], [40.0])}
+    assert rate == {"rate": ([1], [0.1])}
 
 
 def test_scores_of_several_data_sets_are_apart(tmp_path):

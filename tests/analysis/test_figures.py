@@ -1,17 +1,18 @@
 """Figures of results: those of pycocotools and of the definitions in docs/report.md."""
 
 import json
-import math
 
 import numpy as np
 import pytest
-from golden_results import CASES
+from golden_results import BOX, CASES, FAR, scene
 
 from atss.analysis.figures import (
+    METRICS,
     compare,
     confusion,
     figures,
     images,
+    limits,
     missed,
     per_class,
     suspected_labels,
@@ -20,7 +21,6 @@ from atss.analysis.figures import (
 from atss.analysis.results import Results
 from atss.errors import UserError
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # pycocotools takes a match with annotation 0 for no match: there all detections are right, and 6 of
 # 10 IoUs count; its figures are not the data's.
 OF_PYCOCOTOOLS = [name for name in CASES if name != "edge_annotation_id_zero"]
@@ -93,28 +93,6 @@ def test_confusion_matches_within_classes_first(name):
         assert matrix.tolist() == MATRICES.get(name, of_supervision)
 
 
-def scene(boxes: dict[int, list], found: list[tuple], **fields) -> Results:
-    """Return the results of one image per key, classes a and b, by (image, class, box, score)."""
-    annotations = [
-        {"image_id": i, "category_id": k, "bbox": box, **fields}
-        for i, objects in boxes.items()
-        for k, box in objects
-    ]
-    for i, x in enumerate(annotations, start=10):
-        x["id"] = i
-    size = {"width": 200, "height": 200}
-    content = {
-        "images": [{"id": i, "file_name": f"{i}.jpg", **size} for i in boxes],
-        "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "b"}],
-        "annotations": annotations,
-    }
-    keys = ("image_id", "category_id", "bbox", "score")
-    return Results(content, [dict(zip(keys, x, strict=True)) for x in found])
-
-
-BOX, FAR = [10, 10, 40, 40], [120, 120, 40, 40]
-
-
 def test_wrong_class_of_higher_score_takes_no_object():
     """The detection of the right class finds the object, whatever the others' scores."""
     results = scene({1: [(1, BOX)]}, [(1, 2, BOX, 0.9), (1, 1, BOX, 0.5)])
@@ -127,6 +105,14 @@ def test_second_pass_is_one_to_one_by_score():
     objects = {1: [(1, BOX), (1, [20, 10, 40, 40])]}
     results = scene(objects, [(1, 2, [14, 10, 40, 40], 0.9), (1, 2, [4, 10, 40, 40], 0.8)])
     assert confusion(results, 0.3).tolist() == [[0, 1, 1], [0, 0, 0], [0, 1, 0]]
+
+
+def test_limits_are_the_thresholds_of_the_classes():
+    found = [(1, 1, BOX, 0.9), (1, 2, FAR, 0.6), (1, 1, FAR, 0.2)]
+    results = scene({1: [(1, BOX), (2, FAR)]}, found)
+    assert limits(results, thresholds(results), 0.3).tolist() == [0.9, 0.6, 0.9]
+    results = scene({1: [(1, BOX)]}, found)
+    assert limits(results, thresholds(results), 0.3).tolist() == [0.9, 0.3, 0.9]
 
 
 def test_threshold_may_be_zero():
@@ -188,6 +174,7 @@ def test_scores_that_are_no_probabilities_have_no_calibration():
 def test_calibration_counts_right_detections():
     found = figures(scene({1: [(1, BOX)]}, [(1, 1, BOX, 0.95), (1, 1, FAR, 0.95)]))
     assert found["calibration"]["ece"] == pytest.approx(0.45)
+    assert [x["count"] for x in found["calibration"]["bins"]] == [0] * 9 + [2]
 
 
 def test_comparison_has_intervals_of_the_difference():
@@ -196,10 +183,12 @@ def test_comparison_has_intervals_of_the_difference():
     second = Results(case["gt"], case["detections"][::2])
     found = compare(first, second, samples=30)
     ap = found["metrics"]["AP"]
-    expected = figures(second)["AP"] - figures(first)["AP"]
-    assert ap["difference"] == pytest.approx(expected, abs=1e-9)
+    before, after = figures(first), figures(second)
+    assert ap["difference"] == pytest.approx(after["AP"] - before["AP"], abs=1e-9)
+    for name, x in found["per_class"].items():
+        expected = after["per_class"][name]["AP"] - before["per_class"][name]["AP"]
+        assert x == pytest.approx(expected, abs=1e-9)
     assert ap["low"] < ap["difference"] < ap["high"] < 0
-    assert all(math.isfinite(x) for x in found["per_class"].values())
     same = compare(first, first, samples=5)
     assert {x["high"] for x in same["metrics"].values()} == {0}
 

@@ -22,5 +22,18 @@ def test_marks_are_scaled_with_the_image():
     assert (picture[150, 200] > 230).all()
 
 
+def test_labels_never_cover_each_other():
+    """The label of the upper mark is above the box, that of the next below, others are left out."""
+    image = np.full((100, 200, 3), 255, np.uint8)
+    box = (60, 30, 60, 40)
+    kinds = ("found", "missed", "wrong")
+    picture = decode(thumbnail(image, [Mark(box, kind, "name") for kind in kinds])).astype(int)
+    at = {
+        y: min(COLOURS, key=lambda k: np.abs(picture[y, 61] - COLOURS[k]).sum()) for y in (22, 73)
+    }
+    assert at == {22: "wrong", 73: "missed"}
+    assert (picture[90:] > 230).all()
+
+
 def test_small_images_keep_their_size():
     assert decode(thumbnail(np.zeros((30, 50, 3), np.uint8), [])).shape == (30, 50, 3)

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from exported import THRESHOLDS, build, export_once
 
 import atss_runner

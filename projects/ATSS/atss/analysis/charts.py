@@ -45,13 +45,16 @@ def line_chart(
             colour = INK if name == bold else COLOURS[i % len(COLOURS)]
             width = 2.4 if name == bold or bold is None else 1.1
             marker = "o" if markers else None
-            axis.plot(x, y, label=name, color=colour, lw=width, marker=marker, ms=4)
+            dashes = ("-", "--", ":")[i // len(COLOURS) % 3]
+            look: dict[str, Any] = {"color": colour, "lw": width, "ls": dashes, "clip_on": False}
+            axis.plot(x, y, label=name, marker=marker, ms=4, **look)
             if points and name in points:
-                axis.plot(*points[name], "o", color=colour, ms=5)
+                axis.plot(*points[name], "o", ms=5, **look)
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
         axis.set_xlim(*x_range)
         axis.set_ylim(*y_range)
+        axis.ticklabel_format(scilimits=(-3, 6))
         axis.grid(alpha=0.25, color=INK, lw=0.5)
         if 1 < len(lines) <= LEGEND:
             axis.legend(frameon=False, fontsize=8.5)

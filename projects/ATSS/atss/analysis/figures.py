@@ -15,6 +15,7 @@ from ..errors import UserError
 from .results import RIGHT, WRONG, Results
 from .tide import tide
 
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 IOU = 0.5
 # Sizes by the area in pixels, both ends inside: an area of exactly 32² is small and medium.
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, math.inf)}
@@ -33,9 +34,7 @@ def figures(results: Results, score: float = 0.3) -> dict[str, Any]:
     """
     dataset, best = results.dataset, thresholds(results)
     limit = limits(results, best, score)
-    stats = dict(
-        zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), results.evaluation.stats, strict=False)
-    )
+    stats = dict(zip(METRICS, results.evaluation.stats, strict=False))
     return {
         **{name: None if x < 0 else 100 * float(x) for name, x in stats.items()},
         "per_class": per_class(results),
@@ -210,7 +209,7 @@ def images(results: Results, limit: np.ndarray) -> dict[str, list[dict]]:
     count = len(results.image_ids)
     right = _right(results, limit)
     wrong = (results.status == WRONG) & (results.score >= limit)
-    name = {x["id"] - 1: x.get("file_name") for x in results.dataset["images"]}
+    name = _file_names(results)
     boxes = np.array([results.detections[i]["bbox"] for i in np.flatnonzero(right)]).reshape(-1, 4)
     ious = _pair_iou(boxes, results.gt_boxes[results.match[right]])
     hits = np.bincount(results.image[right], minlength=count)
@@ -243,7 +242,7 @@ def suspected_labels(results: Results) -> list[dict]:
     """Return detections of a score from 0.5 on that hint at errors of labels: on a lost object of
     another class, or far from all objects. An object is listed once."""
     suspects: list[dict] = []
-    seen = set()
+    seen, name = set(), _file_names(results)
     ids = [c["id"] for c in sorted(results.dataset["categories"], key=lambda c: c["id"])]
     for x in sorted(results.labels, key=lambda x: (-x["dt_score"], x["dt_id"])):
         if x["gt_id"] in seen:
@@ -254,6 +253,7 @@ def suspected_labels(results: Results) -> list[dict]:
             {
                 "kind": x["type"],
                 "image_id": results.image_ids[x["image_id"] - 1],
+                "file_name": name[x["image_id"] - 1],
                 "score": x["dt_score"],
                 "bbox": results.detections[x["dt_id"] - 1]["bbox"],
                 "predicted": results.names[ids.index(x["dt_category_id"])],
@@ -266,7 +266,7 @@ def suspected_labels(results: Results) -> list[dict]:
     return suspects
 
 
-def compare(first: Results, second: Results, samples: int = 200) -> dict[str, dict]:
+def compare(first: Results, second: Results, samples: int = 200) -> dict[str, Any]:
     """Return the differences (second - first) of AP and so on, with 95 % intervals of a bootstrap
     over images, the same for both.
 
@@ -276,8 +276,11 @@ def compare(first: Results, second: Results, samples: int = 200) -> dict[str, di
     if first.truth.dataset != second.truth.dataset:
         raise UserError("the two runs were evaluated on different annotations")
     found = hotcoco.compare(first.matching, second.matching, n_bootstrap=samples)
-    defined = {k: d for k, d in found["deltas"].items() if found["metrics_a"][k] >= 0}
+    defined = {k: found["deltas"][k] for k in METRICS if found["metrics_a"].get(k, -1) >= 0}
+    # hotcoco's list of classes is in the order of their differences.
+    of_classes = np.subtract(class_ap(second.evaluation), class_ap(first.evaluation)).tolist()
     return {
+        "samples": samples,
         "metrics": {
             key: {
                 "difference": 100 * delta,
@@ -287,10 +290,14 @@ def compare(first: Results, second: Results, samples: int = 200) -> dict[str, di
             for key, delta in defined.items()
         },
         "per_class": {
-            name: _defined(100 * x["delta"])
-            for name, x in zip(_unique(first.names), found["per_category"], strict=True)
+            name: _defined(x) for name, x in zip(_unique(first.names), of_classes, strict=True)
         },
     }
+
+
+def _file_names(results: Results) -> dict[int, str | None]:
+    """Return {position in ``image_ids``: file name}; the json may have another order."""
+    return {x["id"] - 1: x.get("file_name") for x in results.dataset["images"]}
 
 
 def _right(results: Results, limit: np.ndarray | float) -> np.ndarray:

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..data.images import read_image
 from ..errors import UserError
-from .figures import limits
-from .results import RIGHT, WRONG, Results
+from .figures import limits, lost_objects
+from .results import WRONG, Results
 from .thumbnails import LEGEND, Mark, thumbnail
 
 PICTURES = 12  # of a gallery
@@ -50,13 +50,13 @@ class Run:
 def worst(run: Run) -> Gallery:
     """Return pictures of the images with most lost objects and wrong detections."""
     entries = run.figures["images"]["cost"][:PICTURES]
-    number = {image_id: i for i, image_id in enumerate(run.results.image_ids)}
+    number = run.results.truth.image_numbers
     pictures = [
         {
             "caption": f"{x['file_name']}: {x['lost']} missed, {x['wrong']} wrong, "
             f"{x['right']} right",
             "source": _picture(
-                run, x["file_name"], marks(run.results, number[x["image_id"]], run.limits)
+                run, x["file_name"], marks(run.results, number[x["image_id"]] - 1, run.limits)
             ),
         }
         for x in entries
@@ -70,14 +70,13 @@ def worst(run: Run) -> Gallery:
 
 def suspects(run: Run) -> Gallery:
     """Return pictures of images with suspected errors of labels, by the highest score of each."""
-    results = run.results
-    number = {image_id: i for i, image_id in enumerate(results.image_ids)}
+    results, number = run.results, run.results.truth.image_numbers
     by_image: dict[int, list[dict]] = {}
     for x in run.figures["suspected_labels"]:
-        by_image.setdefault(number[x["image_id"]], []).append(x)
+        by_image.setdefault(number[x["image_id"]] - 1, []).append(x)
     pictures = []
     for i, found in list(by_image.items())[:PICTURES]:
-        file_name = str(results.dataset["images"][i].get("file_name"))
+        file_name = str(found[0]["file_name"])
         of_image = np.flatnonzero(results.gt_image == i).tolist()
         drawn = [
             Mark(tuple(results.gt_boxes[j]), "found", results.names[results.gt_category[j]])
@@ -86,12 +85,14 @@ def suspects(run: Run) -> Gallery:
         texts = []
         for x in found:
             label = f"{x['predicted']} {x['score']:.2f}"
-            drawn.append(Mark(tuple(x["bbox"]), "wrong", label))
-            texts.append(f"{label} at {x['labelled'] or 'no label'}")
+            # Before the others: the highest score is on top.
+            drawn.insert(len(of_image), Mark(tuple(x["bbox"]), "wrong", label))
+            labelled = f"labelled {x['labelled']}" if x["labelled"] else "not labelled"
+            texts.append(f"{label}, {labelled}")
         more = f", and {len(texts) - 3} more" if len(texts) > 3 else ""
         pictures.append(
             {
-                "caption": f"{file_name}: {', '.join(texts[:3])}{more}",
+                "caption": f"{file_name}: {'; '.join(texts[:3])}{more}",
                 "source": _picture(run, file_name, drawn),
             }
         )
@@ -113,14 +114,13 @@ def marks(results: Results, image: int, limit: np.ndarray) -> list[Mark]:
     from ``limit`` (N,) on."""
     drawn = []
     objects = np.flatnonzero((results.gt_image == image) & ~results.crowd)
-    right = (results.status == RIGHT) & (results.score >= limit)
-    found = set(results.match[right].tolist())
+    lost = lost_objects(results, limit)
     for j in objects.tolist():
-        kind = "found" if j in found else "missed"
-        label = "" if j in found else results.names[results.gt_category[j]]
+        kind = "missed" if lost[j] else "found"
+        label = results.names[results.gt_category[j]] if lost[j] else ""
         drawn.append(Mark(tuple(results.gt_boxes[j]), kind, label))
     wrong = (results.image == image) & (results.status == WRONG) & (results.score >= limit)
-    for i in np.flatnonzero(wrong).tolist():
+    for i in sorted(np.flatnonzero(wrong).tolist(), key=lambda i: results.score[i]):
         label = f"{results.names[results.category[i]]} {results.score[i]:.2f}"
         drawn.append(Mark(tuple(results.detections[i]["bbox"]), "wrong", label))
     return drawn

@@ -11,14 +11,20 @@ import numpy as np
 from .. import __version__
 from .charts import Line, line_chart
 from .curves import training_curves
-from .figures import compare, lost_objects
+from .figures import METRICS, lost_objects
 from .galleries import Run, suspects, worst
 from .template import write
 
 # Classes of a confusion matrix, if it has more; confused pairs.
 MATRIX, PAIRS = 20, 10
 # Positives of an object in training: from the first to the second.
-POSITIVES = ((0, 0), (1, 3), (4, 8), (9, 15), (16, math.inf))
+POSITIVES = {
+    "0": (0, 0),
+    "1 to 3": (1, 3),
+    "4 to 8": (4, 8),
+    "9 to 15": (9, 15),
+    "16 and more": (16, math.inf),
+}
 MEANINGS = {
     "Cls": "at an object (IoU from 0.5), but of another class",
     "Loc": "of the right class, but misplaced (IoU from 0.1 to 0.5)",
@@ -29,21 +35,27 @@ MEANINGS = {
     "FalsePos": "all wrong detections",
     "FalseNeg": "all objects without a right detection",
 }
-TILES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 PACKAGES = ("torch", "torchvision", "numpy", "hotcoco", "pycocotools")
 
 Row = dict[str, Any]
 
 
-def write_page(runs: Sequence[Run], target: Path) -> None:
-    """Write the page of one run, or of two on the same annotations.
+def write_page(
+    runs: Sequence[Run], target: Path, difference: Mapping[str, Any] | None = None
+) -> None:
+    """Write the page of one run, or of two.
+
+    Args:
+        difference: of two runs, from :func:`~atss.analysis.figures.compare`.
 
     Raises:
-        UserError: if two runs have different annotations.
         OSError: if ``target`` cannot be written.
     """
     shown = [show(run) for run in runs]
-    together = len(runs) == 2
+    sections = shown[0]["sections"]
+    if difference:
+        tops = [(f"r{i}-top", run.name) for i, run in enumerate(runs, start=1)]
+        sections = [("comparison", "Both runs"), *tops]
     names = " and ".join(run.name for run in runs)
     data = runs[0].figures["data"]
     write(
@@ -51,13 +63,13 @@ def write_page(runs: Sequence[Run], target: Path) -> None:
         target,
         title=f"Report: {names}",
         subtitle=(
-            f"{data['images']} images, {data['objects']} objects, {len(runs[0].results.names)} "
+            f"{data['images']:,} images, {data['objects']:,} objects, {len(runs[0].results.names)} "
             "classes."
         ),
         messages=messages(runs[0]),
-        comparison=comparison(*runs) if together else None,
+        comparison=comparison(runs, difference) if difference else None,
         runs=shown,
-        sections=[] if together else shown[0]["sections"],
+        sections=sections,
     )
 
 
@@ -92,7 +104,7 @@ def show(run: Run) -> Row:
     ]
     return {
         "name": run.name,
-        "tiles": [(name, figures.get(name)) for name in TILES],
+        "tiles": [(name, figures.get(name)) for name in METRICS],
         "curves": curves,
         "classes": classes(figures),
         "precision": precision(figures),
@@ -198,9 +210,9 @@ def confusion(found: Mapping[str, Any]) -> Row:
     chosen = np.arange(count)
     note = (
         f"Detections of a score from {found['score']:g}, matched at an IoU from {found['iou']:g}, "
-        "first within classes, as AP does. Rows are true classes, columns detected ones; shares "
-        "of the row, counts under the pointer. The last column counts missed objects, the last "
-        "row detections where nothing is labelled."
+        "first within classes, as AP does. Rows are true classes, columns detected ones, cells "
+        "shares of the row, with the count under the pointer. Last column: missed objects. Last "
+        "row: the number of detections where nothing is labelled."
     )
     if count > MATRIX:
         weight = off.sum(axis=0) + off.sum(axis=1)
@@ -214,7 +226,7 @@ def confusion(found: Mapping[str, Any]) -> Row:
         for j in index:
             # The background has no total of which a share could be taken.
             share = float(matrix[i, j] / total) if i < count and total else None
-            text = f"{share:.0%}" if share is not None and matrix[i, j] else ""
+            text = ("<1%" if share < 0.005 else f"{share:.0%}") if share else ""
             if i == count and j < count:
                 text = str(matrix[i, j])
             cell = {"name": names[j], "count": int(matrix[i, j]), "share": share, "text": text}
@@ -239,15 +251,8 @@ def missed(run: Run) -> Row:
     if run.positives is not None:
         lost = lost_objects(run.results, run.limits)
         rows = {}
-        for low, high in POSITIVES:
+        for label, (low, high) in POSITIVES.items():
             inside = (run.positives >= low) & (run.positives <= high) & ~run.results.crowd
-            label = (
-                str(low)
-                if low == high
-                else f"{low} to {high}"
-                if high < math.inf
-                else f"{low} and more"
-            )
             rows[label] = {"objects": int(inside.sum()), "lost": int((inside & lost).sum())}
         tables.append(_table("positives in training", rows))
         note += " Positives: the anchors that the rule would give the object in training."
@@ -268,23 +273,22 @@ def _table(name: str, groups: Mapping[str, Row]) -> Row:
     return {"name": name, "rows": rows}
 
 
-def comparison(first: Run, second: Run) -> Row:
-    samples = 200
-    found = compare(first.results, second.results, samples)
+def comparison(runs: Sequence[Run], found: Mapping[str, Any]) -> Row:
+    """Return the rows of the table of two runs; differences without objects are None."""
+    undefined = dict.fromkeys(("difference", "low", "high"))
     rows = [
         {
             "name": name,
-            "first": first.figures.get(name),
-            "second": second.figures.get(name),
-            **found["metrics"].get(name, dict.fromkeys(("difference", "low", "high"))),
+            "values": [run.figures.get(name) for run in runs],
+            **found["metrics"].get(name, undefined),
         }
-        for name in TILES
+        for name in METRICS
     ]
     for name, difference in found["per_class"].items():
-        values = (run.figures["per_class"][name]["AP"] for run in (first, second))
-        row = dict(zip(("first", "second"), values, strict=True))
-        rows.append({"name": f"AP, {name}", **row, "difference": difference, "low": None})
-    return {"samples": samples, "rows": rows}
+        values = [run.figures["per_class"][name]["AP"] for run in runs]
+        row = {"name": f"AP, {name}", "values": values, "difference": difference}
+        rows.append({**undefined, **row})
+    return {"samples": found["samples"], "rows": rows}
 
 
 def about(run: Run) -> list[tuple[str, str]]:

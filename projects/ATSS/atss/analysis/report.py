@@ -34,7 +34,7 @@ def load_run(files: Files, name: str, folder: Path | None = None, score: float =
     content = read_annotations(files.annotations)
     detections, others = read_detections(files.detections, content)
     results = Results(content, detections, files.count_difficult, files.limit)
-    about = {"annotations": files.annotations, "detections": files.detections}
+    about = {"annotations": files.source or files.annotations, "detections": files.detections}
     if results.limit != COCO_LIMIT:
         about["detections of an image and class"] = f"{results.limit} count, COCO counts 100"
     if others:

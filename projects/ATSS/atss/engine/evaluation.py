@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
@@ -97,7 +98,8 @@ class BoxEvaluator(COCOEvaluator):
         evaluation = None
         if numbered := self.truth.number(detections):
             images = None if img_ids is None else [self.truth.image_numbers[x] for x in img_ids]
-            evaluation = evaluate_boxes(self.truth.dataset, numbered, images, self.limit)
+            counted = (1, 10, max(self.limit, COCO_LIMIT))
+            evaluation = evaluate_boxes(self.truth.dataset, numbered, images, counted)
             evaluation.summarize()
         names = self._metadata.get("thing_classes")
         results = self._derive_coco_results(evaluation, "bbox", class_names=names)
@@ -131,7 +133,7 @@ def evaluate_boxes(
     dataset: dict,
     detections: list[dict],
     images: list[int] | None = None,
-    limit: int = COCO_LIMIT,
+    max_detections: Sequence[int] = (1, 10, 100),
 ) -> Any:
     """Return an accumulated COCO evaluation: by hotcoco if it is installed and no object is
     difficult, which it cannot express, else by pycocotools.
@@ -139,7 +141,7 @@ def evaluate_boxes(
     Args:
         dataset: as from :class:`~atss.labels.numbering.GroundTruth`.
         images: ids of the images to evaluate; None for all.
-        limit: detections of an image and class that count, at least COCO's 100.
+        max_detections: of a class in an image; AP takes the last.
     """
     difficult = any(x["difficult"] for x in dataset["annotations"])
     logger = logging.getLogger(__name__)
@@ -153,7 +155,7 @@ def evaluate_boxes(
         evaluation = hotcoco.COCOeval(truth, truth.load_res(detections), "bbox")
     if images is not None:
         evaluation.params.imgIds = images
-    evaluation.params.maxDets = [1, 10, max(limit, COCO_LIMIT)]
+    evaluation.params.maxDets = list(max_detections)
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation
