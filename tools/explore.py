@@ -23,7 +23,6 @@ from pathlib import Path
 
 from atss.analysis.assignment import draw_assignment
 from atss.analysis.explorer import Explorer
-from atss.analysis.explorer_pages import serve, write_page
 from atss.data import datasets
 from atss.engine.run import add_import, add_options, import_modules
 from atss.errors import UserError, check_choice, check_writable
@@ -84,10 +83,14 @@ def explore(args: argparse.Namespace) -> None:
         for rule in args.rules:
             explorer.rule(rule)
         if args.output is None:
+            from atss.analysis.explorer_server import serve
+
             image = explorer.find(args.image[0]) if args.image else 0
             print(f"Open http://127.0.0.1:{args.port} - ctrl-C ends the server")
             serve(explorer, image, args.rules[-2:], args.port)
             return
+        from atss.analysis.explorer_page import write_page
+
         write_page(explorer, args.image, args.rules, args.output)
     print(f"Written: {args.output}")
 

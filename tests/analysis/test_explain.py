@@ -73,7 +73,8 @@ def test_positives_are_chosen_pairs_with_values_of_predictions(rule):
     boxes = seen.boxes[0][pairs["index"]].double()
     overlap = IoU()(boxes, objects().boxes.double()[pairs["owner"]])
     assert np.array_equal(pairs["similarity"], overlap)
-    assert np.array_equal(pairs["probability"], seen.output.probability()[0, pairs["index"], 0])
+    logits = seen.output.classes[0, pairs["index"], 0].double()
+    assert np.array_equal(pairs["probability"], logits.sigmoid())
     for number in range(3) if "k" in found.objects else ():
         assert found.of_object(number)["chosen"].sum() == found.objects["k"][number]
 

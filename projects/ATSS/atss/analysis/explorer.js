@@ -64,7 +64,7 @@ let running = false, pending = false;
 async function update() {
   if (running) { pending = true; return; }
   running = true;
-  document.body.dataset.busy = "yes";
+  document.body.dataset.state = "busy";
   try {
     do {
       pending = false;
@@ -76,7 +76,7 @@ async function update() {
     if (pending) setTimeout(update);
   } finally {
     running = false;
-    delete document.body.dataset.busy;
+    document.body.dataset.state = "ready";
   }
 }
 
@@ -179,7 +179,7 @@ function paint() {
     canvas.height = Math.round(height * ratio);
   }
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-  pen.fillStyle = getComputedStyle(document.body).getPropertyValue("background-color");
+  pen.fillStyle = getComputedStyle(get("controls")).backgroundColor;
   pen.fillRect(0, 0, width, height);
   if (scene && picture) panes.forEach(paintPane);
 }
@@ -215,7 +215,7 @@ function paintPane(pane, i) {
     for (const [kind, map] of Object.entries(marks)) for (const mark of map.values()) paintMarks(kind, mark, scale);
     if (chosen >= 0 && views[1]) {
       const other = new Set(views[1 - i].ofObject[chosen]);
-      ring(view.ofObject[chosen].filter(a => !other.has(a)).map(a => onScreen(pane, anchorAt(a).x, anchorAt(a).y)));
+      ring(pane, view.ofObject[chosen].filter(a => !other.has(a)).map(anchorAt), scale);
     }
   }
   if (chosen >= 0) outline(pane, scene.boxes[chosen], "#fff", 4.5), outline(pane, scene.boxes[chosen], colour(chosen), 2.5);
@@ -280,9 +280,13 @@ function paintMarks(kind, {ink, level, points}, scale) {
   pen.globalAlpha = 1;
 }
 
-function ring(points) {
+function ring(pane, anchors, scale) {
   pen.beginPath();
-  for (const [x, y] of points) { pen.moveTo(x + 9, y); pen.arc(x, y, 9, 0, 7); }
+  for (const anchor of anchors) {
+    const [x, y] = onScreen(pane, anchor.x, anchor.y), r = radius(anchor.level, scale) * 1.3 + 2;
+    pen.moveTo(x + r, y);
+    pen.arc(x, y, r, 0, 7);
+  }
   pen.strokeStyle = "#fff";
   pen.lineWidth = 1.8;
   pen.stroke();
@@ -345,6 +349,7 @@ function shownObjects() {
 function showObjects() {
   order = views.length ? shownObjects() : [];
   const none = views[0] ? views[0].positives.filter(x => !x).length : 0;
+  get("only").hidden = !views[1];
   get("count").textContent = scene.boxes.length ? `${order.length} of ${scene.boxes.length} objects` + (none ? `, ${none} without a positive` : "") : "This image has no objects.";
   const present = [...new Set(scene.classes)].sort((a, b) => className(a).localeCompare(className(b)));
   if (state.class >= 0 && !present.includes(state.class)) state.class = -1;
@@ -357,15 +362,20 @@ function showObjects() {
     const [x1, y1, x2, y2] = scene.boxes[i];
     return make("li", {role: "option", id: `object-${i}`, "aria-selected": i === state.object, onclick: () => choose(i)},
       make("i", {style: `background: ${colour(i)}`}),
-      make("span", {}, make("b", {}, `#${i} ${className(scene.classes[i])}`), make("small", {}, `${Math.round(x2 - x1)} x ${Math.round(y2 - y1)} px, ${notes.filter(x => x).join(", ")}`)),
+      make("span", {}, make("b", {}, `#${i} ${className(scene.classes[i])}`), make("small", {}, `${Math.round(x2 - x1)} x ${Math.round(y2 - y1)}, ${notes.filter(x => x).join(", ")}`)),
       make("data", {class: views[0].positives[i] ? "" : "none", title: "positives"}, counts));
   }));
-  get(`object-${state.object}`)?.scrollIntoView({block: "nearest"});
+  const list = get("list"), row = get(`object-${state.object}`);
+  if (row) {  // scrollIntoView would also scroll a small screen's page
+    const top = row.offsetTop - list.offsetTop;
+    list.scrollTop = Math.max(top + row.offsetHeight - list.clientHeight, Math.min(list.scrollTop, top));
+  }
 }
 
 function showDetails() {
   const panel = get("details"), object = state.object;
   get("axis").hidden = object < 0;
+  get("near").disabled = object < 0;
   if (object < 0) {
     panel.replaceChildren(make("p", {class: "soft"}, "Choose an object in the list or in the picture: its candidates, their overlaps and the anchors that it loses are shown here."));
     return;
@@ -413,7 +423,8 @@ function plot(detail, view, kinds, object) {
     make("text", {x: across(x), y: 8, "text-anchor": i && lines[1][1] - lines[0][1] < span / 4 ? "start" : "middle", class: "label"}, name)));
   for (const kind of Object.keys(MARK).toReversed()) kinds.forEach((other, k) => {
     if (other !== kind || values[k] === null) return;
-    const {level} = anchorAt(detail.anchors[k]), x = across(values[k]), y = 24 + level * row;
+    // Anchors of one level often have equal overlaps: spread them.
+    const {level} = anchorAt(detail.anchors[k]), x = across(values[k]), y = 24 + level * row + (k % 3 - 1) * 4;
     const path = {d: "", moveTo(a, b) { this.d += `M${a.toFixed(1)} ${b.toFixed(1)}`; }, lineTo(a, b) { this.d += `L${a.toFixed(1)} ${b.toFixed(1)}`; },
       arc(a, b, r) { this.d += `a${r} ${r} 0 1 0 ${-2 * r} 0a${r} ${r} 0 1 0 ${2 * r} 0`; }};
     if (kind === "lost") path.d = `M${x - 4} ${y - 4}L${x + 4} ${y + 4}M${x + 4} ${y - 4}L${x - 4} ${y + 4}`;
@@ -575,6 +586,16 @@ function fit() {
   link();
 }
 
+// Zoom so that the chosen object takes a quarter of the view.
+function zoomToObject() {
+  if (state.object < 0) return;
+  const [x1, y1, x2, y2] = scene.boxes[state.object];
+  const zoom = Math.min(scene.width / (x2 - x1), scene.height / (y2 - y1)) / 4;
+  camera = {x: (x1 + x2) / 2, y: (y1 + y2) / 2, zoom: Math.max(1, Math.min(64, zoom))};
+  draw();
+  link();
+}
+
 function placeOf(event) {
   const {left, top} = canvas.getBoundingClientRect(), x = event.clientX - left, y = event.clientY - top;
   const i = panes.findIndex(p => x >= p.x && x < p.x + p.w && y >= p.y && y < p.y + p.h), pane = panes[Math.max(0, i)], scale = scaleOf(pane);
@@ -620,7 +641,7 @@ canvas.onwheel = event => { event.preventDefault(); if (scene) zoomBy(Math.exp(-
 const step = by => order.length && choose(order[Math.max(0, Math.min(order.length - 1, order.indexOf(state.object) + by))]);
 const KEYS = {
   j: () => step(1), k: () => order.indexOf(state.object) > 0 && step(-1), "]": () => chooseImage(state.image + 1), "[": () => chooseImage(state.image - 1),
-  "+": () => zoomBy(1.4), "=": () => zoomBy(1.4), "-": () => zoomBy(1 / 1.4), 0: fit, Escape: () => state.object >= 0 && choose(state.object),
+  "+": () => zoomBy(1.4), "=": () => zoomBy(1.4), "-": () => zoomBy(1 / 1.4), 0: fit, z: zoomToObject, Escape: () => state.object >= 0 && choose(state.object),
   ArrowLeft: () => pan(-40 / scaleOf(panes[0]), 0), ArrowRight: () => pan(40 / scaleOf(panes[0]), 0),
   ArrowUp: () => pan(0, -40 / scaleOf(panes[0])), ArrowDown: () => pan(0, 40 / scaleOf(panes[0])), "?": () => get("help").showModal(),
 };
@@ -641,6 +662,7 @@ get("next").onclick = () => chooseImage(state.image + 1);
 get("larger").onclick = () => zoomBy(1.4);
 get("smaller").onclick = () => zoomBy(1 / 1.4);
 get("fit").onclick = fit;
+get("near").onclick = zoomToObject;
 get("keys").onclick = () => get("help").showModal();
 get("theme").onclick = () => {
   const dark = getComputedStyle(document.documentElement).colorScheme === "dark" || (document.documentElement.style.colorScheme !== "light" && matchMedia("(prefers-color-scheme: dark)").matches);

@@ -1,13 +1,12 @@
-"""The explorer: a page that holds its answers, or a server on this machine that computes them."""
+"""A server on this machine that answers the page of the explorer."""
 
-import base64
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from ..errors import UserError
 from .explorer import Explorer, check_rule, rule_arguments
+from .explorer_page import TITLE, start_data
 from .template import render
 
 try:
@@ -20,54 +19,19 @@ try:
     from starlette.requests import Request
     from starlette.responses import HTMLResponse, JSONResponse, Response
     from starlette.routing import Route
-except ImportError:
-    uvicorn = None
+except ImportError as error:
+    raise UserError(f"the server needs {error.name}: pip install starlette uvicorn") from error
 
 HOST = "127.0.0.1"
-# Longest side of pictures in pixels, on the server's page and in a page of its own.
-LONGEST, LONGEST_INSIDE = 4096, 1333
-
-
-def write_page(explorer: Explorer, images: Sequence[str], rules: Sequence[str], page: Path) -> None:
-    """Write a page that needs no server, with all answers about some images and rules.
-
-    Raises:
-        UserError: for an unknown image or rule, or missing weights.
-        OSError: if the page cannot be written.
-    """
-    answers: dict[str, Any] = {}
-    numbers = [explorer.find(image) for image in images]
-    checkpoints = range(max(len(explorer.weights), 1))
-    for i, number in enumerate(numbers):
-        jpeg = base64.b64encode(explorer.picture(number, LONGEST_INSIDE)).decode()
-        answers[f"picture|{i}"] = f"data:image/jpeg;base64,{jpeg}"
-        answers[f"image|{i}"] = about = explorer.about_image(number)
-        for weights in checkpoints:
-            if explorer.weights:
-                answers[f"detections|{i}|{weights}"] = explorer.detections(number, weights)
-            for rule in rules:
-                key = f"{i}|{rule}|{weights}"
-                answers[f"rule|{key}"] = explorer.about_rule(number, rule, weights)
-                for k in range(len(about["boxes"])):
-                    values = explorer.about_object(number, rule, weights, k)
-                    answers[f"object|{key}|{k}"] = values
-    data = _start(explorer, 0, rules) | {"answers": answers, "texts": list(rules)}
-    data["images"] = [_name(explorer.records[number]) for number in numbers]
-    page.write_text(render("explorer.html", title="Assignment explorer", data=data), "utf-8")
+LONGEST = 4096  # side of pictures, in pixels
 
 
 def serve(explorer: Explorer, image: int, rules: Sequence[str], port: int) -> None:
-    """Answer a browser on this machine, until ctrl-C.
-
-    Raises:
-        UserError: if Starlette or uvicorn is missing.
-    """
-    if uvicorn is None:
-        raise UserError("the explorer's server needs: pip install starlette uvicorn")
+    """Answer a browser on this machine, until ctrl-C."""
     uvicorn.run(make_app(explorer, image, rules), host=HOST, port=port, log_level="warning")
 
 
-def make_app(explorer: Explorer, image: int, rules: Sequence[str]) -> "Starlette":
+def make_app(explorer: Explorer, image: int, rules: Sequence[str]) -> Starlette:
     known = rule_arguments(explorer.cfg)
     lock = Lock()  # rules share the machine's cores, and the explorer's caches
 
@@ -90,7 +54,7 @@ def make_app(explorer: Explorer, image: int, rules: Sequence[str]) -> "Starlette
 
         return endpoint
 
-    html = render("explorer.html", title="Assignment explorer", data=_start(explorer, image, rules))
+    html = render("explorer.html", title=TITLE, data=start_data(explorer, image, rules))
     of_rule = ("image", "rule", "weights")
     endpoints = {
         "/image": answers(explorer.about_image, "image"),
@@ -116,7 +80,7 @@ def make_app(explorer: Explorer, image: int, rules: Sequence[str]) -> "Starlette
     )
 
 
-def _parameter(request: "Request", name: str) -> Any:
+def _parameter(request: Request, name: str) -> Any:
     value = request.query_params.get(name, "")
     if name == "rule":
         return value
@@ -124,19 +88,3 @@ def _parameter(request: "Request", name: str) -> Any:
     if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
         raise UserError(f"{name} must be a whole number, got {value[:40]!r}")
     return int(value)
-
-
-def _name(record: dict) -> str:
-    return Path(record["file_name"]).name
-
-
-def _start(explorer: Explorer, image: int, rules: Sequence[str]) -> dict[str, Any]:
-    return {
-        "images": [_name(record) for record in explorer.records],
-        "classes": explorer.classes,
-        "rules": rule_arguments(explorer.cfg),
-        "weights": [Path(x).name for x in explorer.weights],
-        "image": image,
-        "start": [*rules, ""][:2],
-        "answers": None,
-    }
