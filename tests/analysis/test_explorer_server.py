@@ -12,7 +12,7 @@ import torch
 from conftest import TINY
 from detectron2.modeling import build_model
 
-from atss.analysis.explorer import Explorer, rule_arguments
+from atss.analysis.explorer import Explorer
 from atss.config import build_sampling
 from atss.data import datasets
 from atss.errors import UserError
@@ -65,6 +65,7 @@ def test_answers_are_those_of_the_rule(explorer, client):
         ("/picture?image=../../a.png", "image must be a whole number, got '../../a.png'"),
         ("/image?image=-1", "image must be between 0 and 7, got -1"),
         ("/rule?image=0&rule=ATSS TOP_K=100000000&weights=0", "TOP_K must be at most 100 here"),
+        ("/rule?image=0&rule=ATSS TOP_K=0xffffff&weights=0", "TOP_K must be at most 100 here"),
         ("/rule?image=0&rule=ATSS TOP_K=0&weights=0", "TOP_K must be >= 1, got 0"),
         ("/rule?image=0&rule=ATSS FOO=1&weights=0", "unknown key"),
         ("/rule?image=0&rule=&weights=0", "unknown MODEL.ATSS.ASSIGNER ''"),
@@ -216,7 +217,7 @@ def test_browser_opens_a_page_without_a_server(explorer, browse, tmp_path):
 def test_values_are_the_packages_on_200_objects_of_coco(real_data):
     source = f"coco={real_data}/coco/annotations/instances_val2017.json:{real_data}/coco/val2017"
     explorer = Explorer(datasets.register(source), "ATSS_R_50_FPN_1x", ["MODEL.DEVICE", "cpu"])
-    known, count, number = rule_arguments(explorer.cfg), 0, 0
+    known, count, number = explorer.arguments, 0, 0
     rules = [name for name, about in known.items() if not about["predictions"]]
     while count < 200:
         image = explorer.image(number)
@@ -238,7 +239,7 @@ def test_values_are_the_packages_on_predictions(squares, tmp_path):
     opts = [*OPTS, "MODEL.ATSS.NUM_CLASSES", "2"]
     explorer = Explorer(name, "ATSS_R_18_FPN_small", opts, weights)
     predictions = Predictor(explorer.cfg, weights[0]).at_anchors(f"{squares}/images/0.png")
-    for rule, about in rule_arguments(explorer.cfg).items():
+    for rule, about in explorer.arguments.items():
         if about["predictions"]:
             compare(explorer, 0, rule, predictions)
     first, last = (explorer.about_object(0, "TAL", i, 0) for i in range(2))

@@ -85,7 +85,6 @@ async function refresh() {
   if (image !== shownImage) {
     const next = await load("image", image);
     [picture, small] = await loadPicture(image);
-    if (shownImage >= 0) state.object = -1;
     scene = next;
     first = firstOfLevels();
     views = [];
@@ -466,7 +465,7 @@ function valuesOf(text) {
 function showControls() {
   get("rules").replaceChildren(...state.rules.map((text, i) => {
     const [name, values] = valuesOf(text || ""), set = value => { state.rules[i] = value; showControls(); update(); };
-    const box = make("fieldset", {}, make("legend", {}, i ? "beside" : "rule"));
+    const box = make("fieldset", {}, make("legend", {}, i ? "second rule" : "rule"));
     if (DATA.answers) {  // computed beforehand
       const texts = i ? ["", ...DATA.texts] : DATA.texts;
       const range = make("input", {type: "range", min: 0, max: texts.length - 1, "aria-label": "value", oninput: event => set(texts[event.target.value])});
@@ -477,7 +476,7 @@ function showControls() {
     const names = Object.keys(DATA.rules).filter(x => DATA.weights.length || !DATA.rules[x].predictions);
     box.append(choice(i ? ["", ...names] : names, name, set, i ? "second rule" : "rule"));
     for (const argument of DATA.rules[name]?.arguments ?? []) box.append(control(argument, values[argument.key], value => {
-      [, values[argument.key]] = [0, value];
+      values[argument.key] = value;
       state.rules[i] = ruleText(name, values);
       update();
     }));
@@ -559,6 +558,7 @@ function choose(object) {
 
 function chooseImage(number) {
   state.image = Math.max(0, Math.min(DATA.images.length - 1, number));
+  if (state.image !== shownImage) state.object = -1;
   showChoices();
   update();
 }

@@ -75,7 +75,8 @@ class Explorer:
         self.classes = list(MetadataCatalog.get(dataset).get("thing_classes", []))
         self.cfg = load_config(config, opts=opts)
         self.sampling = build_sampling(self.cfg)
-        self.image = lru_cache(4)(self._image)
+        self.arguments = rule_arguments(self.cfg)
+        self.image = lru_cache(2)(self._image)
         self.explain = lru_cache(16)(self._explain)
         self.predictions = lru_cache(16)(self._predictions)
         self.predictor = lru_cache(2)(lambda number: Predictor(self.cfg, self.weights[number]))
@@ -101,6 +102,22 @@ class Explorer:
             UserError: naming the key.
         """
         return build_assigner(with_rule(self.cfg, text))
+
+    def check_limits(self, rule: str) -> None:
+        """Check the length of a rule's text, and the numbers that set its time and memory.
+
+        Raises:
+            UserError: naming the argument and the largest value.
+        """
+        if len(rule) > LONGEST_RULE:
+            raise UserError(f"the rule has {len(rule)} characters, at most {LONGEST_RULE} are read")
+        node = with_rule(self.cfg, rule).MODEL.ATSS
+        values = node.ASSIGNERS.get(node.ASSIGNER, {})
+        for x in self.arguments.get(node.ASSIGNER, {"arguments": []})["arguments"]:
+            value = values.get(x["key"], x["value"])
+            if x["kind"] == "int" and value > x["high"]:
+                where = f"{node.ASSIGNER} {x['key']}"
+                raise UserError(f"{where} must be at most {x['high']} here, got {value}")
 
     def _image(self, number: int) -> ResizedImage:
         """Read an image.
@@ -239,37 +256,19 @@ def rule_arguments(cfg: CfgNode) -> dict[str, dict[str, Any]]:
         own = cfg.MODEL.ATSS.ASSIGNERS.get(name, {})
         arguments = []
         for argument, default in part.defaults.items():
+            value = own.get(argument.upper(), default)
             declared = getattr(part.target, "__dataclass_fields__", {}).get(argument)
             check = getattr(declared, "metadata", {}).get("check")
             bounds = dict(check.keywords) if check else {}
             if argument in part.parts:
                 bounds = {"choices": [name for name, _ in part.parts[argument]]}
             elif isinstance(default, int) and not isinstance(default, bool):
-                bounds["high"] = min(bounds.get("high", np.inf), max(TIMES * default, MOST))
+                most = max(TIMES * default, MOST, value)
+                bounds["high"] = min(bounds.get("high", np.inf), most)
             about = {k: v for k, v in bounds.items() if k == "choices" or np.isfinite(v)}
-            value = own.get(argument.upper(), default)
             value = list(value) if isinstance(value, tuple) else value
             about |= {"key": argument.upper(), "kind": type(default).__name__, "value": value}
             arguments.append(about)
         looks = bool(getattr(part.target, "looks_at_predictions", False))
         rules[name] = {"predictions": looks, "arguments": arguments}
     return rules
-
-
-def check_rule(text: str, rules: dict[str, dict[str, Any]]) -> None:
-    """Check the length of a rule's text, and numbers that set the time and memory of a rule.
-
-    Raises:
-        UserError: naming the argument and the largest value.
-    """
-    if len(text) > LONGEST_RULE:
-        raise UserError(f"the rule has {len(text)} characters, at most {LONGEST_RULE} are allowed")
-    name, *words = text.split() or [""]
-    given = dict(word.upper().partition("=")[::2] for word in words)
-    for argument in rules.get(name, {"arguments": []})["arguments"]:
-        value = given.get(argument["key"], "")
-        is_number = argument["kind"] == "int" and value.isdecimal()
-        if is_number and int(value[:20]) > argument["high"]:
-            raise UserError(
-                f"{name} {argument['key']} must be at most {argument['high']} here, got {value}"
-            )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .explorer import Explorer, rule_arguments
+from .explorer import Explorer
 from .template import render
 
 TITLE = "Assignment explorer"
@@ -49,7 +49,7 @@ def start_data(explorer: Explorer, image: int, rules: Sequence[str]) -> dict[str
     return {
         "images": [_name(record) for record in explorer.records],
         "classes": explorer.classes,
-        "rules": rule_arguments(explorer.cfg),
+        "rules": explorer.arguments,
         "weights": [Path(x).name for x in explorer.weights],
         "image": image,
         "start": [*rules, ""][:2],

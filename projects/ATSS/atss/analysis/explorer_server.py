@@ -5,7 +5,7 @@ from threading import Lock
 from typing import Any
 
 from ..errors import UserError
-from .explorer import Explorer, check_rule, rule_arguments
+from .explorer import Explorer
 from .explorer_page import TITLE, start_data
 from .template import render
 
@@ -32,7 +32,6 @@ def serve(explorer: Explorer, image: int, rules: Sequence[str], port: int) -> No
 
 
 def make_app(explorer: Explorer, image: int, rules: Sequence[str]) -> Starlette:
-    known = rule_arguments(explorer.cfg)
     lock = Lock()  # rules share the machine's cores, and the explorer's caches
 
     def answers(compute: Callable[..., Any], *names: str) -> Callable:
@@ -46,7 +45,7 @@ def make_app(explorer: Explorer, image: int, rules: Sequence[str]) -> Starlette:
         async def endpoint(request: Request) -> Response:
             values = [_parameter(request, name) for name in names]
             if "rule" in names:
-                check_rule(values[names.index("rule")], known)
+                explorer.check_limits(values[names.index("rule")])
             found = await run_in_threadpool(call, values)
             if isinstance(found, bytes):
                 return Response(found, media_type="image/jpeg")

@@ -51,7 +51,7 @@ def active_trace(rule: Any = None) -> Trace | None:
     if torch.compiler.is_compiling():
         return None
     trace = _trace.get()
-    return trace if trace is not None and rule in (None, trace.rule) else None
+    return trace if trace is not None and (rule is None or trace.rule is rule) else None
 
 
 def record_pairs(
