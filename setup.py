@@ -41,7 +41,7 @@ setup(
     package_dir={"": "projects/ATSS", "atss.configs": "configs", "atss.tools": "tools"},
     packages=[*find_packages("projects/ATSS"), "atss.configs", "atss.tools"],
     package_data={
-        "atss": ["py.typed", "analysis/*.html"],
+        "atss": ["py.typed", "analysis/*.html", "analysis/*.js"],
         "atss_runner": ["py.typed", "serve.html"],
         "atss.configs": ["**/*.yaml", "**/*.py"],
     },
@@ -67,6 +67,8 @@ setup(
         "docs": ["mkdocs-material>=9.6,<10"],
         # tools/export.py, and running its files.
         "export": ["onnx", "onnxscript", "onnxruntime"],
+        # tools/explore.py.
+        "explore": ["jinja2", "matplotlib", "starlette", "uvicorn"],
         # Evaluation by LVIS's rules.
         "lvis": ["hotcoco"],
         # tools/report.py, and faster evaluation by COCO's rules.

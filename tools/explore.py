@@ -1,13 +1,20 @@
 #!/usr/bin/env python3
-"""Draw the anchors that rules give the objects of one image, side by side.
+"""See the anchors that rules give the objects of an image, and those that they nearly give.
 
-    tools/explore.py --register coco=annotations.json:val2017 --image 000000000139.jpg \\
+    tools/explore.py --register coco=annotations.json:val2017
+    tools/explore.py --register coco=annotations.json:val2017 --image 000000009483.jpg \\
         --rules MaxIoU SpatialScale ATSS --output output/rules.png
+    tools/explore.py --register coco=annotations.json:val2017 --image 000000009483.jpg \\
+        --rules ATSS "ATSS TOP_K=3" "ATSS TOP_K=17" --output page.html
 
-Dots are positives, larger on coarser levels, in the colour of their object; its label is
-#NUMBER: POSITIVES. Hollow ones are candidates that are no positives, grey if several objects have
-them; with more than 8 objects they are left out. Crosses are anchors that the object would get if
-it were alone. A rule may have arguments, as in --rules ATSS "ATSS TOP_K=3".
+Without --output, a page on http://127.0.0.1:8000 chooses images, objects, rules and arguments. With
+it, a picture (png, jpg, pdf, svg) of one image, or a page (html) of some images that needs no
+server.
+
+In a picture, dots are positives, larger on coarser levels, in the colour of their object; its label
+is #NUMBER: POSITIVES. Hollow ones are candidates that are no positives, grey if several objects
+have them; with more than 8 objects they are left out. Crosses are anchors that the rule chooses for
+an object, and that another object gets.
 """
 
 import argparse
@@ -15,6 +22,7 @@ import sys
 from pathlib import Path
 
 from atss.analysis.assignment import draw_assignment
+from atss.analysis.explorer import Explorer
 from atss.data import datasets
 from atss.engine.run import add_import, add_options, import_modules
 from atss.errors import UserError, check_choice, check_writable
@@ -26,13 +34,14 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--register", required=True, metavar="NAME=SOURCE", help="the data set of the image")
-    add("--image", required=True, metavar="FILE", help="its name in the data set")
+    add("--register", required=True, metavar="NAME=SOURCE", help="the data set of the images")
+    add("--image", nargs="+", default=[], metavar="FILE", help="its name in the data set")
     add("--rules", nargs="+", default=["MaxIoU", "SpatialScale", "ATSS"], metavar="RULE")
     add("--objects", nargs="+", type=int, default=[], metavar="NUMBER", help="draw only these")
     add("--config-file", default="ATSS_R_50_FPN_1x", help="sets anchors and size of the image")
-    add("--weights", default="", help="of a detector, for rules that need predictions")
-    add("--output", type=Path, default=Path("output/rules.png"), metavar="FILE")
+    add("--weights", nargs="+", default=[], metavar="FILE", help="checkpoints of a detector")
+    add("--output", type=Path, metavar="FILE", help="a picture or a page; default: a server")
+    add("--port", type=int, default=8000, help="of the server (default: 8000)")
     add_import(parser)
     add_arguments(parser)
     add_options(parser)
@@ -42,22 +51,47 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_intermixed_args(argv)
     try:
-        import_modules(args.imports)
-        check_choice("--output", args.output.suffix.lower(), (".png", ".jpg", ".pdf", ".svg"))
+        explore(args)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def explore(args: argparse.Namespace) -> None:
+    import_modules(args.imports)
+    if args.output:
+        kinds = (".png", ".jpg", ".pdf", ".svg", ".html")
+        check_choice("--output", args.output.suffix.lower(), kinds)
         check_writable("--output", args.output)
-        name = datasets.register(args.register, reading_of(args))
+        if not args.image:
+            raise UserError("--output needs --image FILE")
+    name = datasets.register(args.register, reading_of(args))
+    if args.output and args.output.suffix.lower() != ".html":
+        if len(args.image) > 1 or len(args.weights) > 1:
+            raise UserError("a picture has one image and one checkpoint: several need a page.html")
         draw_assignment(
             name,
-            args.image,
+            args.image[0],
             args.rules,
             args.config_file,
             args.output,
-            args.weights,
+            *args.weights or [""],
             args.opts,
             args.objects,
         )
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+    else:
+        explorer = Explorer(name, args.config_file, args.opts, args.weights)
+        for rule in args.rules:
+            explorer.rule(rule)
+        if args.output is None:
+            from atss.analysis.explorer_server import serve
+
+            image = explorer.find(args.image[0]) if args.image else 0
+            print(f"Open http://127.0.0.1:{args.port} - ctrl-C ends the server")
+            serve(explorer, image, args.rules[-2:], args.port)
+            return
+        from atss.analysis.explorer_page import write_page
+
+        write_page(explorer, args.image, args.rules, args.output)
     print(f"Written: {args.output}")
 
 

@@ -41,6 +41,7 @@ COMMANDS = {
     "convert": ("convert_dataset", "join and split data sets, and write them as COCO json"),
     "convert-weights": ("convert_checkpoint", "convert weights from and to mmdet"),
     "statistics": ("assignment_statistics", "count the training samples of each object"),
+    "explore": ("explore", "see the anchors that rules give the objects of an image"),
     "demo": ("digits", "train on a small generated data set, in minutes"),
     "bench": ("benchmark", "measure speed (needs a checkout of the project)"),
 }

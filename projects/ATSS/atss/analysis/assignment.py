@@ -5,19 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
-import torch
-from detectron2.data import DatasetCatalog
-from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.structures import BoxMode
 
-from ..config import build_sampling, load_config, with_rule
-from ..data.images import read_image
 from ..errors import UserError, check_range
 from ..geometry import centres
-from ..predictor import Predictor
-from ..structures import GroundTruth
-from .explain import explain
+from .explorer import Explorer
 from .plots import plot_assignments
 
 
@@ -44,67 +35,22 @@ def draw_assignment(
         UserError: for an unknown image, rule or object, an image without objects, or missing
             weights.
     """
-    record = find_record(dataset, image)
-    cfg = load_config(config, opts=opts)
-    samplings = {name: build_sampling(with_rule(cfg, name)) for name in rules}
-    pixels = read_image(record["file_name"])
-    size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    height, width = ResizeShortestEdge.get_output_shape(*pixels.shape[:2], *size)
-    zoom = np.array([width / pixels.shape[1], height / pixels.shape[0]])
-    gt = _ground_truth(record, zoom)
-    if not len(gt):
-        raise UserError(f"{record['file_name']} has no objects: rules assign anchors to them")
+    explorer = Explorer(dataset, config, opts, [weights] if weights else [])
+    number = explorer.find(image)
+    resized = explorer.image(number)
+    if not len(resized.gt):
+        name = explorer.records[number]["file_name"]
+        raise UserError(f"{name} has no objects: rules assign anchors to them")
     if objects:
-        check_range("objects", [*objects], 0, len(gt) - 1)
-    needing = [n for n, s in samplings.items() if getattr(s.assigner, "looks_at_predictions", 0)]
-    if needing and not weights:
-        raise UserError(
-            f"{needing[0]} needs predictions: pass weights= (--weights) of a trained detector, and "
-            "config= (--config-file), its config"
-        )
-    predictions = Predictor(cfg, weights).at_anchors(record["file_name"]) if needing else None
-    divisor = max(s.divisibility for s in samplings.values())
-    canvas = (-(-height // divisor) * divisor, -(-width // divisor) * divisor)
-    anchors = samplings[rules[0]].anchors(canvas)
-    found = {n: explain(s.assigner, anchors, gt, predictions) for n, s in samplings.items()}
+        check_range("objects", [*objects], 0, len(resized.gt) - 1)
+    found = {rule: explorer.explain(number, rule) for rule in rules}
+    height, width = resized.size
     plot_assignments(
-        cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA),
-        gt.boxes.numpy(),
-        centres(anchors.boxes).numpy(),
-        anchors.stride.numpy(),
+        cv2.resize(resized.pixels, (width, height), interpolation=cv2.INTER_AREA),
+        resized.gt.boxes.numpy(),
+        centres(resized.anchors.boxes).numpy(),
+        resized.anchors.stride.numpy(),
         found,
         target,
         objects,
     )
-
-
-def find_record(dataset: str, image: str) -> dict:
-    """Find an image by the end of its path.
-
-    Raises:
-        UserError: if no image, or more than one, has this end, or the data set is not registered.
-    """
-    if dataset not in DatasetCatalog:
-        raise UserError(
-            f"unknown data set {dataset!r}: register it first, as in "
-            "atss.data.datasets.register('mine=data.yaml:train'), and pass its name 'mine'"
-        )
-    wanted = Path(image).parts
-    records = [
-        x
-        for x in DatasetCatalog.get(dataset)
-        if Path(x["file_name"]).parts[-len(wanted) :] == wanted
-    ]
-    if len(records) != 1:
-        count = f"{len(records)} images" if records else "no image"
-        raise UserError(f"{dataset} has {count} called {image}")
-    return records[0]
-
-
-def _ground_truth(record: dict, zoom: np.ndarray) -> GroundTruth:
-    objects = [x for x in record["annotations"] if not x.get("iscrowd")]
-    boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in objects]
-    scaled = np.array(boxes, dtype=np.float64).reshape(-1, 4) * np.tile(zoom, 2)
-    classes = torch.tensor([x["category_id"] for x in objects], dtype=torch.long)
-    index = torch.zeros(len(objects), dtype=torch.long)
-    return GroundTruth(torch.from_numpy(scaled), classes, index, 1)

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 
 from ..anchors import Anchors
-from ..structures import Assigner, GroundTruth, HeadOutput, Predictions
+from ..assigners.trace import trace_rule
+from ..geometry import iou
+from ..structures import Assigner, GroundTruth, Predictions
 
-# Objects that are assigned at a time, each on an image of its own.
-CHUNK = 64
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -18,42 +19,54 @@ class Explanation:
 
     Attributes:
         gt_index: (R,) object of each positive anchor, negative for the others.
-        lost: (M, 2) pairs (object, anchor): the anchor is a positive of the object only without the
-            other objects, one of which has it.
-        candidates: (M, 2) pairs (object, anchor) among which the rule chooses; empty if it compares
-            all anchors.
+        score: (R,) float32 soft target of each positive anchor, or None.
+        pairs: (P,) "owner" and "index", objects in rising order, of the candidates; bool "chosen":
+            the rule chooses the anchor for the object before conflicts are resolved; "similarity",
+            with predictions also "probability" and "cost". Positives, if the rule records no pairs.
+        objects: (G,) values of objects by name: "mean", "std" and "threshold" of similarities, or
+            "k"; NaN for none.
     """
 
     gt_index: np.ndarray
-    lost: np.ndarray
-    candidates: np.ndarray
+    score: np.ndarray | None
+    pairs: Arrays
+    objects: Arrays
+
+    @property
+    def is_lost(self) -> np.ndarray:
+        """(P,) bool: the object chooses the anchor, and another one has it."""
+        has = self.gt_index[self.pairs["index"]]
+        return self.pairs["chosen"] & (has >= 0) & (has != self.pairs["owner"])
+
+    def of_object(self, number: int) -> Arrays:
+        """Return the pairs of one object."""
+        first, stop = np.searchsorted(self.pairs["owner"], [number, number + 1])
+        return {name: values[first:stop] for name, values in self.pairs.items()}
 
 
 def explain(
     rule: Assigner, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
 ) -> Explanation:
-    """Assign the objects of one image together, and each of them alone."""
-    gt_index = rule(anchors, gt, predictions).gt_index[0]
-    lost = []
-    for ids in torch.arange(len(gt)).split(CHUNK) if len(gt) else ():
-        alone = GroundTruth(gt.boxes[ids], gt.classes[ids], torch.arange(len(ids)), len(ids))
-        repeated = None if predictions is None else _repeat(predictions, len(ids))
-        owned = rule(anchors, alone, repeated).positive
-        taken = (gt_index >= 0) & (gt_index != ids[:, None])
-        rows, anchor = (owned & taken).nonzero(as_tuple=True)
-        lost.append(torch.stack([ids[rows], anchor], dim=1))
-    candidates = torch.zeros(0, 2, dtype=torch.long)
-    if len(gt) and hasattr(rule, "nearest"):
-        index, valid, _ = rule.nearest(anchors, gt.boxes.double())
-        owner = torch.arange(len(gt)).expand_as(index)
-        candidates = torch.stack([owner[valid], index[valid]], dim=1)
-    empty = torch.zeros(0, 2, dtype=torch.long)
+    """Assign the objects of one image, and collect the pairs that the rule records."""
+    with trace_rule(rule) as trace:
+        assignment = rule(anchors, gt, predictions)
+    index = assignment.positive[0].nonzero()[:, 0]
+    owner = assignment.gt_index[0][index]
+    positives = {"owner": owner, "index": index, "chosen": torch.ones_like(index).bool()}
+    records = trace.pairs or [positives]
+    pairs = {name: torch.cat([x[name] for x in records]) for name in records[0]}
+    if "similarity" not in pairs:
+        boxes = anchors.boxes[pairs["index"]].double()
+        pairs["similarity"] = iou(boxes, gt.boxes.double()[pairs["owner"]])
+    order = pairs["owner"].argsort(stable=True)
+    objects: dict[str, np.ndarray] = {}
+    for record in trace.objects:
+        ids = record.pop("ids").numpy()
+        for name, values in record.items():
+            objects.setdefault(name, np.full(len(gt), np.nan))[ids] = values.numpy()
     return Explanation(
-        gt_index.numpy(), (torch.cat(lost) if lost else empty).numpy(), candidates.numpy()
+        assignment.gt_index[0].numpy(),
+        None if assignment.score is None else assignment.score[0].numpy(),
+        {name: values[order].numpy() for name, values in pairs.items()},
+        objects,
     )
-
-
-def _repeat(predictions: Predictions, times: int) -> Predictions:
-    output, boxes = predictions
-    expanded = output.map(lambda x: x.expand(times, *x.shape[1:]))
-    return Predictions(HeadOutput(*expanded), boxes.expand(times, *boxes.shape[1:]))

@@ -215,7 +215,7 @@ def plot_assignments(
         positive = np.flatnonzero(found.gt_index >= 0)
         positive = positive[drawn[found.gt_index[positive]]]
         if drawn.sum() <= MOST_WITH_CANDIDATES:
-            owners, rest = found.candidates.T
+            owners, rest = found.pairs["owner"], found.pairs["index"]
             kept = drawn[owners] & (found.gt_index[rest] < 0) & is_inside[rest]
             rest, first, times = np.unique(rest[kept], return_index=True, return_counts=True)
             edges = np.where(times > 1, SHARED, colours[owners[kept]][first])
@@ -227,7 +227,9 @@ def plot_assignments(
             **{"s": area[positive], "lw": rim[positive], "c": fills, "ec": "black"},
             clip_on=False,
         )
-        owners, crossed = found.lost[drawn[found.lost[:, 0]]].T
+        owners, crossed = found.pairs["owner"], found.pairs["index"]
+        kept = found.is_lost & drawn[owners]
+        owners, crossed = owners[kept], crossed[kept]
         axis.scatter(
             *centres[crossed].T, s=2 * area[crossed], lw=1.6, marker="x", c=colours[owners]
         )

@@ -19,12 +19,16 @@ def write(template: str, target: Path, **values: Any) -> None:
     Raises:
         OSError: if ``target`` cannot be written.
     """
+    values |= {"now": f"{datetime.now():%Y-%m-%d %H:%M}", "version": __version__}
+    target.write_text(render(template, **values), encoding="utf-8")
+
+
+def render(template: str, **values: Any) -> str:
+    """Return the text of a page."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("atss.analysis", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    values |= {"now": f"{datetime.now():%Y-%m-%d %H:%M}", "version": __version__}
-    page = environment.get_template(template).render(values)
-    target.write_text(page, encoding="utf-8")
+    return environment.get_template(template).render(values)

@@ -14,6 +14,7 @@ from ..structures import Assignment, GroundTruth, Predictions
 from .conflicts import assign_best
 from .locations import INSIDE_MARGIN, all_anchors, nearest_locations
 from .similarities import IOU
+from .trace import active_trace, record_columns
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class ATSS(Checked):
         objects = gt_boxes.double()
         index, valid, boxes = self.nearest(anchors, objects)
         iou = exact(self.similarity)(boxes, objects) * valid  # line 7
-        return index, self.keep_positives(iou, valid, boxes, objects)
+        affinity = self.keep_positives(iou, valid, boxes, objects)
+        self._record(index, iou, valid, affinity)
+        return index, affinity
 
     def statistics(self, anchors: Anchors, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Return (G,) float64 mean and standard deviation of the candidates' IoUs with (G, 4)
@@ -87,6 +90,13 @@ class ATSS(Checked):
         positive = (iou >= threshold - self.TOLERANCE * threshold.abs()) & valid
         inside = nearest_side(centres(boxes), objects) > INSIDE_MARGIN
         return iou.masked_fill(~(positive & inside), -torch.inf)
+
+    def _record(self, index: Tensor, iou: Tensor, valid: Tensor, affinity: Tensor) -> None:
+        if trace := active_trace(self):
+            ids = record_columns(trace, index, affinity > -torch.inf, valid, similarity=iou)
+            mean, std = mean_and_std(iou, valid)
+            values = {"mean": mean, "std": std, "threshold": mean + std}
+            trace.objects.append({"ids": ids, **values})
 
 
 def exact(similarity: Any) -> Any:

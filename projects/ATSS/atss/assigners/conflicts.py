@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..structures import BACKGROUND, GroundTruth
+from .trace import active_trace, record_columns
 
 NO_OBJECT = torch.iinfo(torch.int64).max  # above the index of every object
 LOWEST = torch.finfo(torch.float64).min  # below every rank but -inf
@@ -90,6 +91,8 @@ def assign_best(gt: GroundTruth, index: Tensor, affinity: Tensor, num_anchors: i
         affinity: (C, G) float64; -inf if the anchor is not positive for the object.
         num_anchors: R.
     """
+    if (trace := active_trace()) and not trace.pairs:  # a rule that records nothing itself
+        record_columns(trace, index, affinity > -torch.inf, torch.ones_like(index).bool())
     conflicts = Conflicts(gt, num_anchors)
     slot = (gt.image_index * num_anchors + index).flatten()
     claimant = torch.arange(len(gt), device=slot.device).expand_as(affinity)

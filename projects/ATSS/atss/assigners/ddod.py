@@ -45,4 +45,6 @@ class DDOD(ATSS):
         index, valid, boxes = self.nearest(batch.anchors, objects)
         pairs = CandidatePairs(batch, ids.expand_as(index), index)
         affinity = alignment(pairs, 1 - self.alpha, self.alpha) * valid
-        return index, self.keep_positives(affinity, valid, boxes, objects)
+        kept = self.keep_positives(affinity, valid, boxes, objects)
+        self._record(index, affinity, valid, kept)
+        return index, kept

@@ -19,6 +19,7 @@ from .lists import ListPairs, Lists
 from .segments import cheapest
 from .similarities import IOU, Similarity
 from .tables import Tables
+from .trace import active_trace, record_pairs
 
 __getattr__ = renamed_names(__name__)
 MISSING = "{} must define the methods cost and select; with fallbacks also num_wanted"
@@ -165,6 +166,14 @@ class Matching(FunctionRule, Checked):
                 ids = ids[~settled[ids]]
                 kept = settled[pairs.owner]
                 pairs, cost, selected = pairs.at(kept), cost[kept], selected[kept]
+            if trace := active_trace(self):
+                possible = cost < torch.inf
+                values = {"similarity": pairs.anchor_similarity}
+                if batch.predictions is not None:
+                    values = {"similarity": pairs.similarity, "probability": pairs.probability}
+                    values["cost"] = cost
+                chosen = selected & possible
+                record_pairs(trace, pairs.owner, pairs.index, chosen, possible, **values)
             self._enter(conflicts, pairs, cost, selected)
             if not len(ids):
                 break

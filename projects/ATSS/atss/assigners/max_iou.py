@@ -18,6 +18,7 @@ from .lists import ListPairs, Lists
 from .locations import INSIDE_MARGIN, all_anchors, nearest_locations
 from .similarities import IOU, Similarity
 from .tables import Tables
+from .trace import active_trace, record_pairs
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ class MaxIoU(Checked):
                 claimed = (iou == pairs.highest_of_object(iou)) & (iou > 0)
                 claims = pairs.owner.expand(pairs.shape).masked_fill(~claimed, -1)
                 pairs.view(claimant).scatter_reduce_(0, pairs.address, claims, "amax")
+            if trace := active_trace(self):
+                chosen = iou >= self.positive_from
+                chosen = chosen | claimed if self.low_quality_matches else chosen
+                possible = chosen | (iou >= self.background_below)
+                record_pairs(trace, pairs.owner, pairs.index, chosen, possible, similarity=iou)
         if isinstance(batch, Lists) and self.claims_go_to == "best":
             # The best object of a claimed anchor may have left it out of its list.
             uncertain = (claimant >= 0) & (conflicts.best < self.background_below)

@@ -17,6 +17,7 @@ from .sim_ota import dynamic_k
 from .similarities import IOU, Similarity
 from .sinkhorn import transport
 from .tables import Tables
+from .trace import active_trace
 
 FOCAL = Focal()
 
@@ -65,6 +66,8 @@ class OTA(Matching):
         possible = cost < torch.inf
         ious = pairs.rows(torch.where(possible, pairs.similarity, 0), 0)
         supply = dynamic_k(ious.topk(min(self.top_k, ious.shape[1])).values)
+        if trace := active_trace(self):
+            trace.objects.append({"ids": pairs.row_ids, "k": supply})
         selected = transport(
             pairs.rows(cost, torch.inf),
             supply,

@@ -15,6 +15,7 @@ from .lists import ListPairs, Lists
 from .matching import Candidates, Matching, select_cheapest
 from .pairs import CandidatePairs, class_cost
 from .similarities import IOU, Similarity
+from .trace import active_trace
 
 QUALITY_FOCAL = QualityFocal()
 # Keeps -ln IoU finite, as in mmdet.
@@ -36,6 +37,8 @@ class DynamicMatching(Matching):
 
     def select(self, pairs: Any, cost: Tensor) -> Tensor:
         k = dynamic_k(pairs.highest_similarities(self.top_k))
+        if trace := active_trace(self):
+            trace.objects.append({"ids": pairs.row_ids, "k": k})
         return select_cheapest(pairs, cost, k, self.top_k)
 
     def num_wanted(self, batch: Lists) -> Tensor:
