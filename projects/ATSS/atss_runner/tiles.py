@@ -1,0 +1,126 @@
+"""Detection on tiles of a large image: where tiles lie, and how their detections are merged."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from .detections import Detections
+from .postprocess import nms
+
+# Objects cover this share of a tile on average, as in getitune.
+SHARE = 0.03
+LEAST_SIZE = 32
+GREATEST_OVERLAP = 0.9
+# Overlap of two boxes, by which detections of all tiles are merged: intersection over union, or
+# over the smaller box.
+OVERLAPS = ("iou", "ios")
+
+
+def tile_size(mean_area: float) -> int:
+    """Return the size of tiles for objects of a mean area in pixels, a multiple of 32; 0 for 0."""
+    steps = round(math.sqrt(mean_area / SHARE) / LEAST_SIZE)
+    return max(steps, 1) * LEAST_SIZE if mean_area else 0
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Layout of square tiles over an image, and the merging of their detections.
+
+    Detections of all tiles are merged by NMS. Before it, boxes that a border of their tile cuts are
+    dropped if a box of the same class that no border cuts covers at least half of them.
+
+    Attributes:
+        size: of a tile's sides, in pixels of the image.
+        overlap: of neighbouring tiles, as a share of the size.
+        whole: whether the whole image is detected on, too.
+        merge: overlap of two boxes in NMS, a name of :data:`OVERLAPS`.
+        threshold: NMS removes a box that overlaps a better one by more than this.
+        batch: tiles in the network at a time.
+    """
+
+    size: int
+    overlap: float = 0.25
+    whole: bool = True
+    merge: str = "iou"
+    threshold: float = 0.6
+    batch: int = 4
+    # A border cuts a box that ends at most this share of a tile's side away from it.
+    MARGIN: ClassVar[float] = 0.01
+    # Least share of a cut box that a box without a cut covers to replace it.
+    COVERED: ClassVar[float] = 0.5
+    # Pairs of boxes that are compared at a time, to limit memory.
+    PAIRS: ClassVar[int] = 1 << 22
+
+    def boxes(self, height: int, width: int) -> np.ndarray:
+        """Return the tiles of an image, (T, 4) int64 (x1, y1, x2, y2), row by row."""
+        sides = min(width, self.size), min(height, self.size)
+        return np.array(
+            [
+                (x, y, x + sides[0], y + sides[1])
+                for y in self._starts(height)
+                for x in self._starts(width)
+            ]
+        )
+
+    def _starts(self, length: int) -> list[int]:
+        """Return where tiles begin. The last one is moved inward."""
+        last = max(length - self.size, 0)
+        return [*range(0, last, max(round(self.size * (1 - self.overlap)), 1)), last]
+
+    def detect(
+        self,
+        image: np.ndarray,
+        detect: Callable[[list[np.ndarray]], list[Detections]],
+        limit: int,
+    ) -> Detections:
+        """Detect on an image.
+
+        Args:
+            image: (H, W, C).
+            detect: images, views of the large one -> their detections.
+            limit: greatest number of detections.
+        """
+        height, width = image.shape[:2]
+        tiles = self.boxes(height, width)
+        if len(tiles) == 1:
+            return detect([image])[0]
+        found = []
+        for first in range(0, len(tiles), self.batch):
+            part = tiles[first : first + self.batch]
+            results = detect([image[y1:y2, x1:x2] for x1, y1, x2, y2 in part])
+            for tile, result in zip(part, results, strict=True):
+                shifted = (result.boxes + np.tile(tile[:2], 2)).astype(np.float32)
+                found.append(result._replace(boxes=shifted))
+        cut = [
+            self._cut(x.boxes, tile, height, width) for x, tile in zip(found, tiles, strict=True)
+        ]
+        if self.whole:
+            found += detect([image])
+            cut.append(np.zeros(len(found[-1].boxes), bool))
+        together = Detections(*map(np.concatenate, zip(*found, strict=True)))
+        kept = together.take(~self._is_replaced(together, np.concatenate(cut)))
+        return nms(kept, limit, self.threshold, self.merge == "ios")
+
+    def _cut(self, boxes: np.ndarray, tile: np.ndarray, height: int, width: int) -> np.ndarray:
+        """Return whether a border of the tile that is none of the image's cuts a box, (M,)."""
+        inner = tile != (0, 0, width, height)
+        away = (boxes - tile) * (1, 1, -1, -1)
+        return (inner & (away <= self.MARGIN * self.size)).any(axis=1)
+
+    def _is_replaced(self, found: Detections, cut: np.ndarray) -> np.ndarray:
+        """Return whether a box without a cut covers a cut one of its class, (M,)."""
+        replaced = np.zeros(len(cut), bool)
+        whole, rows = found.take(~cut), np.flatnonzero(cut)
+        step = max(self.PAIRS // max(len(whole.boxes), 1), 1)
+        for part in np.split(rows, range(step, len(rows), step)):
+            boxes = found.boxes[part, None]
+            sides = np.minimum(boxes[..., 2:], whole.boxes[:, 2:])
+            sides = sides - np.maximum(boxes[..., :2], whole.boxes[:, :2])
+            area = (boxes[..., 2:] - boxes[..., :2]).prod(axis=-1)
+            covers = sides.clip(0).prod(axis=-1) >= self.COVERED * area
+            same = found.classes[part, None] == whole.classes
+            replaced[part] = (covers & same).any(axis=1)
+        return replaced
