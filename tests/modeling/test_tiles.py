@@ -11,7 +11,6 @@ from detectron2.modeling import build_model
 
 from atss.config import build_tiled, check_model, complete_tiles
 from atss.data.datasets import register
-from atss.data.mapper import Mapper
 from atss.engine.trainer import Trainer
 from atss.errors import UserError
 from atss.labels.check import check, format_report
@@ -79,14 +78,6 @@ def test_evaluation_is_that_of_the_predictor(squares, weights, tmp_path):
     for record in DatasetCatalog.get("test"):
         scores = sorted(x["score"] for x in results if x["image_id"] == record["image_id"])
         assert scores == sorted(predictor(record["file_name"]).scores.tolist())
-
-
-def test_mapper_resizes_without_tiles_and_in_training():
-    cfg = make_cfg(*OPTS)
-    assert Mapper(cfg, is_train=False).augmentations.augs
-    cfg.TEST.TILES.ENABLED = True
-    assert not Mapper(cfg, is_train=False).augmentations.augs
-    assert Mapper(cfg, is_train=True).augmentations.augs
 
 
 @pytest.mark.parametrize(

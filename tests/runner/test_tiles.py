@@ -146,13 +146,6 @@ def test_box_in_another_goes_by_intersection_over_smaller(merge, count):
     assert len(found.boxes) == count
 
 
-def test_blocks_of_pairs_give_equal_results(monkeypatch):
-    expected = TILES.detect(scene(BOXES), reader(), 100)
-    monkeypatch.setattr(Tiles, "PAIRS", 3)
-    found = TILES.detect(scene(BOXES), reader(), 100)
-    assert all(map(np.array_equal, found, expected))
-
-
 @pytest.mark.parametrize(("area", "size"), [(0, 0), (1, 32), (7005.5, 480), (3 * 32**2, 320)])
 def test_objects_cover_three_percent_of_a_tile(area, size):
     assert tile_size(area) == size

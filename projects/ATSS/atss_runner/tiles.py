@@ -51,8 +51,6 @@ class Tiles:
     MARGIN: ClassVar[float] = 0.01
     # Least share of a cut box that a box without a cut covers to replace it.
     COVERED: ClassVar[float] = 0.5
-    # Pairs of boxes that are compared at a time, to limit memory.
-    PAIRS: ClassVar[int] = 1 << 22
 
     def boxes(self, height: int, width: int) -> np.ndarray:
         """Return the tiles of an image, (T, 4) int64 (x1, y1, x2, y2), row by row."""
@@ -94,33 +92,36 @@ class Tiles:
             for tile, result in zip(part, results, strict=True):
                 shifted = (result.boxes + np.tile(tile[:2], 2)).astype(np.float32)
                 found.append(result._replace(boxes=shifted))
-        cut = [
-            self._cut(x.boxes, tile, height, width) for x, tile in zip(found, tiles, strict=True)
+        cuts = [self._cut(x, tile, height, width) for x, tile in zip(found, tiles, strict=True)]
+        others = detect([image]) if self.whole else []
+        uncut = _join([*(x.take(~cut) for x, cut in zip(found, cuts, strict=True)), *others])
+        kept = [
+            x.take(cut & ~self._is_covered(x, _touching(uncut, tile)))
+            for x, cut, tile in zip(found, cuts, tiles, strict=True)
         ]
-        if self.whole:
-            found += detect([image])
-            cut.append(np.zeros(len(found[-1].boxes), bool))
-        together = Detections(*map(np.concatenate, zip(*found, strict=True)))
-        kept = together.take(~self._is_replaced(together, np.concatenate(cut)))
-        return nms(kept, limit, self.threshold, self.merge == "ios")
+        return nms(_join([uncut, *kept]), limit, self.threshold, self.merge == "ios")
 
-    def _cut(self, boxes: np.ndarray, tile: np.ndarray, height: int, width: int) -> np.ndarray:
+    def _cut(self, found: Detections, tile: np.ndarray, height: int, width: int) -> np.ndarray:
         """Return whether a border of the tile that is none of the image's cuts a box, (M,)."""
         inner = tile != (0, 0, width, height)
-        away = (boxes - tile) * (1, 1, -1, -1)
-        return (inner & (away <= self.MARGIN * self.size)).any(axis=1)
+        distance = (found.boxes - tile) * (1, 1, -1, -1)
+        return (inner & (distance <= self.MARGIN * self.size)).any(axis=1)
 
-    def _is_replaced(self, found: Detections, cut: np.ndarray) -> np.ndarray:
-        """Return whether a box without a cut covers a cut one of its class, (M,)."""
-        replaced = np.zeros(len(cut), bool)
-        whole, rows = found.take(~cut), np.flatnonzero(cut)
-        step = max(self.PAIRS // max(len(whole.boxes), 1), 1)
-        for part in np.split(rows, range(step, len(rows), step)):
-            boxes = found.boxes[part, None]
-            sides = np.minimum(boxes[..., 2:], whole.boxes[:, 2:])
-            sides = sides - np.maximum(boxes[..., :2], whole.boxes[:, :2])
-            area = (boxes[..., 2:] - boxes[..., :2]).prod(axis=-1)
-            covers = sides.clip(0).prod(axis=-1) >= self.COVERED * area
-            same = found.classes[part, None] == whole.classes
-            replaced[part] = (covers & same).any(axis=1)
-        return replaced
+    def _is_covered(self, found: Detections, others: Detections) -> np.ndarray:
+        """Return whether a box of the same class among the others covers most of a box, (M,)."""
+        boxes = found.boxes[:, None]
+        low = np.maximum(boxes[..., :2], others.boxes[:, :2])
+        high = np.minimum(boxes[..., 2:], others.boxes[:, 2:])
+        area = (boxes[..., 2:] - boxes[..., :2]).prod(axis=-1)
+        covers = (high - low).clip(0).prod(axis=-1) >= self.COVERED * area
+        return (covers & (found.classes[:, None] == others.classes)).any(axis=1)
+
+
+def _touching(found: Detections, tile: np.ndarray) -> Detections:
+    """Return the detections that overlap a tile."""
+    x1, y1, x2, y2 = found.boxes.T
+    return found.take((x1 < tile[2]) & (y1 < tile[3]) & (x2 > tile[0]) & (y2 > tile[1]))
+
+
+def _join(parts: list[Detections]) -> Detections:
+    return Detections(*map(np.concatenate, zip(*parts, strict=True)))

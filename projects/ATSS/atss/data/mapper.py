@@ -34,8 +34,6 @@ class Mapper(DatasetMapper):
                 T.FixedSizeCrop((side, side)),
                 *(x for x in arguments["augmentations"] if not isinstance(x, T.ResizeShortestEdge)),
             ]
-        if not is_train and cfg.TEST.TILES.ENABLED:
-            arguments["augmentations"] = []  # each tile is resized
         jitter = cfg.INPUT.COLOR_JITTER
         if is_train and jitter:
             low_high = (1 - jitter, 1 + jitter)

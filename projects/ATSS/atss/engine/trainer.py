@@ -324,9 +324,11 @@ class Trainer(DefaultTrainer):
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list | None = None) -> dict:
         """Test on all test sets, with TEST.TILES on tiles."""
         if cfg.TEST.TILES.ENABLED:
-            model = getattr(model, "module", model)  # out of DistributedDataParallel
-            model = build_tiled(cfg, model)
+            model = build_tiled(cfg, getattr(model, "module", model))  # as in test_with_tta
             logging.getLogger(__name__).info("Testing on %s", model.tiles)
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.INPUT.MIN_SIZE_TEST = 0  # the loader does not resize
         return super().test(cfg, model, evaluators)
 
     @classmethod
