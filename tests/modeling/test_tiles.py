@@ -100,14 +100,13 @@ def test_wrong_value_names_its_key(key, value, message):
         check_model(cfg, training=False)
 
 
-def test_size_of_tiles_follows_the_training_data(squares):
+def test_size_of_tiles_follows_the_training_data(squares, tmp_path):
     """Data sets of the user's code have no known areas."""
     source = str(squares / "annotations.json"), str(squares / "images")
     register(f"train={':'.join(source)}")
     DatasetCatalog.register("own", list)
-    areas = [
-        x["area"] for x in json.loads((squares / "annotations.json").read_text())["annotations"]
-    ]
+    content = json.loads((squares / "annotations.json").read_text())
+    areas = [x["area"] for x in content["annotations"]]
     size = round((np.mean(areas) / 0.03) ** 0.5 / 32) * 32
     cfg = make_cfg(*OPTS, *ON)
     cfg.DATASETS.TRAIN = ("train", "own")
@@ -117,6 +116,15 @@ def test_size_of_tiles_follows_the_training_data(squares):
     report = check(read_labels(*source), [(96, 128)], filter_empty=True)
     assert report.to_dict()["tile_size"] == size
     assert f"images are much larger: {size} pixels" in format_report(report)
+    for x in content["annotations"][1:]:
+        x["iscrowd"] = 1
+    content["annotations"][0]["bbox"] = [0, 0, 128, 96]
+    (tmp_path / "large.json").write_text(json.dumps(content))
+    register(f"large={tmp_path / 'large.json'}:{squares / 'images'}")
+    mean = (sum(areas) + 128 * 96) / (len(areas) + 1)
+    cfg.DATASETS.TRAIN = ("train", "large")
+    complete_tiles(cfg)
+    assert cfg.TEST.TILES.SIZE_OF_DATA == round((mean / 0.03) ** 0.5 / 32) * 32 > size
     cfg.DATASETS.TRAIN = ("own",)
     complete_tiles(cfg)
     assert cfg.TEST.TILES.SIZE_OF_DATA == 0
