@@ -110,13 +110,8 @@ def keep_all(found: Detections, limit: int) -> Detections:
     return found.take(_best(found.scores, limit))
 
 
-def nms(found: Detections, limit: int, threshold: float, smaller: bool = False) -> Detections:
-    """Non-maximum suppression of each class.
-
-    Args:
-        smaller: whether overlap is the intersection over the smaller box, not IoU.
-    """
-    overlap = _over_smaller if smaller else _iou
+def nms(found: Detections, limit: int, threshold: float) -> Detections:
+    """Non-maximum suppression of each class."""
     boxes, kept = found.boxes.astype(np.float64), []
     for k in np.unique(found.classes):
         index = np.flatnonzero(found.classes == k)
@@ -126,7 +121,7 @@ def nms(found: Detections, limit: int, threshold: float, smaller: bool = False) 
                 break
             best, rest = order[0], order[1:]
             kept.append(best)
-            order = rest[~(overlap(boxes[best], boxes[rest]) > threshold)]
+            order = rest[~(_iou(boxes[best], boxes[rest]) > threshold)]
     return keep_all(found.take(np.sort(np.array(kept, dtype=np.int64))), limit)
 
 
@@ -199,24 +194,10 @@ def _best(rank: np.ndarray, count: int) -> np.ndarray:
 
 def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """(4,) and (M, 4) -> (M,)."""
-    intersection = _intersection(box, boxes)
-    union = _area(box) + _area(boxes) - intersection
-    return intersection / np.maximum(union, np.finfo(union.dtype).tiny)
-
-
-def _over_smaller(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """(4,) and (M, 4) -> (M,)."""
-    smaller = np.minimum(_area(box), _area(boxes))
-    return _intersection(box, boxes) / np.maximum(smaller, np.finfo(smaller.dtype).tiny)
-
-
-def _intersection(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
-    return sides.clip(0).prod(axis=1)
-
-
-def _area(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[..., 2:] - boxes[..., :2]).prod(axis=-1)
+    intersection = sides.clip(0).prod(axis=1)
+    union = (box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) - intersection
+    return intersection / np.maximum(union, np.finfo(union.dtype).tiny)
 
 
 def _clip(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
