@@ -85,8 +85,12 @@ def keep_all(found: Detections, limit: int | None) -> Detections:
     return found.take(_best(found.scores, limit))
 
 
-def nms(found: Detections, limit: int, threshold: float) -> Detections:
-    """Non-maximum suppression of each class."""
+def nms(found: Detections, limit: int, threshold: float, over_smaller: bool = False) -> Detections:
+    """Non-maximum suppression of each class.
+
+    Args:
+        over_smaller: whether the overlap is the intersection over the smaller box, not IoU.
+    """
     found = keep_all(found, None)
     boxes, kept = found.boxes.astype(np.float64), []
     left = np.arange(len(boxes))
@@ -94,7 +98,7 @@ def nms(found: Detections, limit: int, threshold: float) -> Detections:
         best, left = left[0], left[1:]
         kept.append(best)
         rivals = np.flatnonzero(found.classes[left] == found.classes[best])
-        overlap = _iou(boxes[best], boxes[left[rivals]])
+        overlap = _iou(boxes[best], boxes[left[rivals]], over_smaller)
         left = np.delete(left, rivals[overlap > threshold])
     return found.take(np.array(kept, dtype=np.int64))
 
@@ -155,12 +159,13 @@ def _best(rank: np.ndarray, count: int | None) -> np.ndarray:
     return np.argsort(-rank, kind="stable")[:count]
 
 
-def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+def _iou(box: np.ndarray, boxes: np.ndarray, over_smaller: bool = False) -> np.ndarray:
     """(4,) and (M, 4) -> (M,)."""
     sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
     intersection = sides.clip(0).prod(axis=1)
-    union = (box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) - intersection
-    return intersection / np.maximum(union, np.finfo(union.dtype).tiny)
+    area, areas = (box[2:] - box[:2]).prod(), (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    divisor = np.minimum(area, areas) if over_smaller else area + areas - intersection
+    return intersection / np.maximum(divisor, np.finfo(divisor.dtype).tiny)
 
 
 def _clip(found: Detections, size: tuple[int, int]) -> Detections:
