@@ -9,13 +9,15 @@ from conftest import TINY, make_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
-from atss.config import build_tiled, check_model, complete_tiles
+from atss.config import build_tiled, build_tiles, build_tta, check_model, complete_tiles
 from atss.data.datasets import register
 from atss.engine.trainer import Trainer
 from atss.errors import UserError
+from atss.export.files import metadata
 from atss.labels.check import check, format_report
 from atss.labels.formats import read_labels
 from atss.predictor import Predictor
+from atss_runner.tiles import choose_tiles
 
 SMALL = [x for item in TINY.items() for x in item]
 ON = ("TEST.TILES.ENABLED", True)
@@ -60,6 +62,25 @@ def test_tile_is_an_image_of_its_own(weights):
     assert found.boxes.max() > 64
     predicted = tiled.at_anchors(PIXELS)
     assert torch.equal(predicted.boxes, predictor.at_anchors(PIXELS).boxes)
+
+
+def test_augmented_views_of_a_tile_are_those_of_an_image():
+    cfg = make_cfg(*OPTS, *ON, "TEST.TILES.SIZE", 128, "TEST.AUG.MIN_SIZES", (96,))
+    cfg.MODEL.ATSS.TTA.SIZE_RANGES = [[0, 10000]]
+    augmented = build_tta(cfg, build_model(cfg).eval())
+    cfg.INPUT.MIN_SIZE_TEST = 0  # as for the loader
+    image = {"image": torch.as_tensor(PIXELS.transpose(2, 0, 1).copy())}
+    (expected,), (found,) = augmented([image]), build_tiled(cfg, augmented)([image])
+    assert torch.equal(found["instances"].scores, expected["instances"].scores)
+    assert len(found["instances"])
+
+
+def test_exported_file_has_the_tiles_of_the_config():
+    cfg = make_cfg(*OPTS, "TEST.TILES.SIZE_OF_DATA", 96, "TEST.TILES.MERGE", "ios")
+    cfg.MODEL.ATSS.CLASS_NAMES = ["a", "b", "c"]
+    settings = json.loads(json.dumps(metadata(build_model(cfg).eval(), cfg)))
+    assert choose_tiles(settings["tiles"], 0) == build_tiles(cfg)
+    assert choose_tiles(settings["tiles"], 64).size == 64
 
 
 def test_evaluation_is_that_of_the_predictor(squares, weights, tmp_path):

@@ -105,8 +105,8 @@ def test_tiles_are_views_in_batches():
         sizes.append(len(images))
         return reader()(images)
 
-    tiles = Tiles(100, batch=3)
-    tiles.detect(image, detect, 100)
+    tiles = Tiles(100)
+    tiles.detect(image, detect, 100, batch=3)
     assert max(sizes) == 3
     assert sum(sizes) == len(tiles.boxes(*HW)) + 1
 

@@ -1,13 +1,14 @@
 """Detection on tiles of a large image: where tiles lie, and how their detections are merged."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .detections import Detections
+from .media import FileError
 from .postprocess import nms
 
 # Objects cover this share of a tile on average, as in getitune.
@@ -25,6 +26,20 @@ def tile_size(mean_area: float) -> int:
     return max(steps, 1) * LEAST_SIZE if mean_area else 0
 
 
+def choose_tiles(settings: Mapping[str, Any], size: int) -> "Tiles":
+    """Return the layout of an exported file's metadata, with another size if it is not 0.
+
+    Raises:
+        FileError: if no size is known, or it is too small.
+    """
+    chosen = Tiles(**{"size": 0, **settings} | ({"size": size} if size else {}))
+    if not chosen.size:
+        raise FileError("the file has no size of tiles for its training data: pass one in pixels")
+    if chosen.size < LEAST_SIZE:
+        raise FileError(f"the size of tiles must be >= {LEAST_SIZE} pixels, got {size}")
+    return chosen
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Layout of square tiles over an image, and the merging of their detections.
@@ -38,7 +53,6 @@ class Tiles:
         whole: whether the whole image is detected on, too.
         merge: overlap of two boxes in NMS, a name of :data:`OVERLAPS`.
         threshold: NMS removes a box that overlaps a better one by more than this.
-        batch: tiles in the network at a time.
     """
 
     size: int
@@ -46,7 +60,6 @@ class Tiles:
     whole: bool = True
     merge: str = "iou"
     threshold: float = 0.6
-    batch: int = 4
     # A border cuts a box that ends at most this share of a tile's side away from it.
     MARGIN: ClassVar[float] = 0.01
     # Least share of a cut box that a box without a cut covers to replace it.
@@ -73,6 +86,7 @@ class Tiles:
         image: np.ndarray,
         detect: Callable[[list[np.ndarray]], list[Detections]],
         limit: int,
+        batch: int = 4,
     ) -> Detections:
         """Detect on an image.
 
@@ -80,14 +94,15 @@ class Tiles:
             image: (H, W, C).
             detect: images, views of the large one -> their detections.
             limit: greatest number of detections.
+            batch: tiles that are passed at a time.
         """
         height, width = image.shape[:2]
         tiles = self.boxes(height, width)
         if len(tiles) == 1:
             return detect([image])[0]
         found = []
-        for first in range(0, len(tiles), self.batch):
-            part = tiles[first : first + self.batch]
+        for first in range(0, len(tiles), batch):
+            part = tiles[first : first + batch]
             results = detect([image[y1:y2, x1:x2] for x1, y1, x2, y2 in part])
             for tile, result in zip(part, results, strict=True):
                 shifted = (result.boxes + np.tile(tile[:2], 2)).astype(np.float32)
@@ -99,7 +114,7 @@ class Tiles:
             x.take(cut & ~self._is_covered(x, _touching(uncut, tile)))
             for x, cut, tile in zip(found, cuts, tiles, strict=True)
         ]
-        return nms(_join([uncut, *kept]), limit, self.threshold, self.merge == "ios")
+        return nms(_join([uncut, *kept]), limit, self.threshold, over_smaller=self.merge == "ios")
 
     def _cut(self, found: Detections, tile: np.ndarray, height: int, width: int) -> np.ndarray:
         """Return whether a border of the tile that is none of the image's cuts a box, (M,)."""

@@ -33,9 +33,14 @@ def build_tiles(cfg: CfgNode) -> Tiles:
     check_range("TEST.TILES.BATCH", node.BATCH, 1)
     check_choice("TEST.TILES.MERGE", node.MERGE, OVERLAPS)
     threshold = cfg.MODEL.ATSS.NMS_THRESH_TEST
-    return Tiles(size, node.OVERLAP, node.WHOLE, node.MERGE, threshold, node.BATCH)
+    return Tiles(size, node.OVERLAP, node.WHOLE, node.MERGE, threshold)
 
 
 def build_tiled(cfg: CfgNode, model: nn.Module) -> ATSSWithTiles:
-    size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    return ATSSWithTiles(model, build_tiles(cfg), size, cfg.TEST.DETECTIONS_PER_IMAGE)
+    return ATSSWithTiles(
+        model,
+        build_tiles(cfg),
+        size=(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
+        limit=cfg.TEST.DETECTIONS_PER_IMAGE,
+        batch=cfg.TEST.TILES.BATCH,
+    )

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn import functional as F
 
 from .. import __version__
-from ..config import class_ids, class_names
+from ..config import build_tiles, class_ids, class_names
 from ..errors import UserError
 from ..modeling import ATSSDetector, suppression
 from ..modeling.postprocess import product, root
@@ -278,6 +278,7 @@ def metadata(detector: ATSSDetector, cfg: CfgNode, nms: bool = False) -> dict[st
     if post.score not in scores:
         raise UserError("MODEL.ATSS.SCORE is a part of your own, which no runner has")
     raw = OUTPUTS if has_quality(detector) else OUTPUTS[:2]
+    has_tiles = cfg.TEST.TILES.SIZE or cfg.TEST.TILES.SIZE_OF_DATA
     return {
         "schema": SCHEMA,
         "version": __version__,
@@ -304,6 +305,7 @@ def metadata(detector: ATSSDetector, cfg: CfgNode, nms: bool = False) -> dict[st
         "rank_anchors": post.rank_anchors,
         "clip": post.clip,
         "suppression": {"name": name, **arguments},
+        "tiles": dataclasses.asdict(build_tiles(cfg)) if has_tiles else {},
         "legacy_pixels": detector.box_coder.inference_only,
     }
 

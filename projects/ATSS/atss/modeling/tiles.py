@@ -18,14 +18,18 @@ class ATSSWithTiles(nn.Module):
     Args:
         size: (short side, longest side) of a resized tile.
         limit: greatest number of detections of an image.
+        batch: tiles in the model at a time.
     """
 
-    def __init__(self, model: nn.Module, tiles: Tiles, size: tuple[int, int], limit: int):
+    def __init__(
+        self, model: nn.Module, tiles: Tiles, *, size: tuple[int, int], limit: int, batch: int
+    ):
         super().__init__()
         self.model = model
         self.tiles = tiles
         self.resize = ResizeShortestEdge([size[0]] * 2, size[1])
         self.limit = limit
+        self.batch = batch
         self.train(model.training)
 
     @torch.no_grad()
@@ -36,9 +40,8 @@ class ATSSWithTiles(nn.Module):
 
     def _detect(self, image: torch.Tensor) -> Instances:
         pixels = image.permute(1, 2, 0).cpu().numpy()
-        boxes, scores, classes = map(
-            torch.as_tensor, self.tiles.detect(pixels, self._run, self.limit)
-        )
+        found = self.tiles.detect(pixels, self._run, self.limit, self.batch)
+        boxes, scores, classes = map(torch.as_tensor, found)
         return Instances(
             tuple(pixels.shape[:2]), pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes
         )
