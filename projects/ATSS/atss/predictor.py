@@ -90,6 +90,7 @@ class Predictor:
         size: (shorter side, longest side) of resized images.
         thresholds: of the classes, with None for a class without one; None without thresholds.
         max_detections: TEST.DETECTIONS_PER_IMAGE, the most that an image has.
+        tiled: the detector on tiles of large images (TEST.TILES); None if it is off.
 
     Raises:
         UserError, OSError: naming the file or the key.
