@@ -67,7 +67,7 @@ def test_tile_is_an_image_of_its_own(weights):
 def test_augmented_views_of_a_tile_are_those_of_an_image():
     cfg = make_cfg(*OPTS, *ON, "TEST.TILES.SIZE", 128, "TEST.AUG.MIN_SIZES", (96,))
     cfg.MODEL.ATSS.TTA.SIZE_RANGES = [[0, 10000]]
-    augmented = build_tta(cfg, build_model(cfg).eval())
+    augmented = build_tta(cfg, build_model(cfg)).eval()
     cfg.INPUT.MIN_SIZE_TEST = 0  # as for the loader
     image = {"image": torch.as_tensor(PIXELS.transpose(2, 0, 1).copy())}
     (expected,), (found,) = augmented([image]), build_tiled(cfg, augmented)([image])

@@ -92,7 +92,8 @@ def nms(found: Detections, limit: int, threshold: float, over_smaller: bool = Fa
         over_smaller: whether the overlap is the intersection over the smaller box, not IoU.
     """
     found = keep_all(found, None)
-    boxes, kept = found.boxes.astype(np.float64), []
+    boxes = found.boxes.astype(np.float64)
+    kept: list[int] = []
     left = np.arange(len(boxes))
     while len(left) and len(kept) < limit:
         best, left = left[0], left[1:]
