@@ -333,3 +333,10 @@ def test_thresholds_of_classes_select_detections(weights, tmp_path):
         assert (pictures[0] != pictures[1]).any()
     with pytest.raises(OSError, match=r"^the dictionary has thresholds of dog, the det"):
         Predictor(make_cfg(*config), weights, thresholds={"dog": 0.5})
+
+
+def test_images_without_a_limit_of_pixels(predictor, tmp_path, monkeypatch):
+    """Pillow's way to read large images."""
+    PICTURE.save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert len(predictor(tmp_path / "a.png").boxes)

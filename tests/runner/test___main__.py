@@ -42,11 +42,14 @@ def run(tmp_path, monkeypatch):
 
 def test_options_reach_the_detector(run, capsys):
     records, (load, *batches) = run("--threads", "2", "--batch", "2")
-    assert load == ("m.onnx", 2, 2)
+    assert load == ("m.onnx", 2, 2, None)
     assert batches == [2, 1]
     assert [(x["image_id"], x["category_id"]) for x in records] == [(0, 9), (1, 9), (2, 9)]
     assert capsys.readouterr().out.startswith("3 detections: ")
     assert run("--score-threshold", "0.6")[0] == []
+    for words, tiles in ((["--tiles"], 0), (["--tiles", "640"], 640)):
+        _, loads = run(*words)
+        assert loads[-2] == ("m.onnx", 0, 4, tiles)
 
 
 @pytest.mark.parametrize(

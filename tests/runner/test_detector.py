@@ -26,10 +26,11 @@ from atss_runner import detector as module
 def make(monkeypatch):
     """Return detectors with a network of one's own and settings that differ from the above."""
 
-    def make(network=None, batch=4, **changed):
+    def make(network=None, batch=4, tiles=None, stored=(), **changed):
+        changed |= {"tiles": stored} if tiles is not None else {}
         properties = {"atss": json.dumps(SETTINGS | changed)}
         monkeypatch.setattr(module, "_open", lambda path, threads: (network, properties))
-        return load("model.onnx", batch=batch)
+        return load("model.onnx", batch=batch, tiles=tiles)
 
     return make
 
@@ -289,3 +290,40 @@ def test_version_is_that_of_atss():
     import atss
 
     assert atss_runner.__version__ == atss.__version__
+
+
+def test_tiles_are_images_of_their_own(make):
+    """A tile of 96 pixels is not resized: a network that detects its brightest pixel finds that of
+    each tile, in pixels of the image."""
+    sizes = []
+
+    def network(pixels, _):
+        sizes.append(pixels.shape)
+        y, x = (pixels[0].sum(axis=0) > 600).nonzero()
+        box = [x.min(), y.min(), x.max() + 1, y.max() + 1] if len(x) else [0, 0, 0, 0]
+        found = np.array([[box]], np.float32), np.full((1, 1), 0.9, np.float32)
+        return *found, np.zeros((1, 1), np.int64), np.array([int(len(x) > 0)])
+
+    image = np.zeros((200, 300, 3), np.uint8)
+    image[100:110, 150:160] = 255
+    inside = {"nms_inside": True, "inputs": ["image", "sizes"]}
+    inside["outputs"] = ["boxes", "scores", "classes", "count"]
+    detector = make(network, batch=1, tiles=0, **inside, stored={"size": 96, "whole": False})
+    found = detector(image)
+    assert found.boxes.tolist() == [[150, 100, 160, 110]]
+    assert set(sizes) == {(1, 3, 96, 96)}
+    assert len(sizes) == len(detector.tiles.boxes(200, 300)) == 12
+
+
+@pytest.mark.parametrize(
+    ("stored", "size", "message"),
+    [
+        ({}, 0, "the file has no size of tiles for its training data"),
+        ({"size": 96}, 31, "the size of tiles must be >= 32 pixels, got 31"),
+        ({}, -1, "the size of tiles must be >= 32 pixels, got -1"),
+        ([], 0, "has damaged metadata 'atss': tiles is"),
+    ],
+)
+def test_wrong_size_of_tiles_is_an_error(make, stored, size, message):
+    with pytest.raises(FileError, match=message):
+        make(tiles=size, stored=stored)

@@ -21,6 +21,7 @@ from atss_runner.thresholds import DEFAULT, class_thresholds, per_class
 
 from .checkpoints import SafeCheckpointer
 from .config import (
+    build_tiled,
     class_ids,
     class_names,
     for_inference,
@@ -89,6 +90,7 @@ class Predictor:
         size: (shorter side, longest side) of resized images.
         thresholds: of the classes, with None for a class without one; None without thresholds.
         max_detections: TEST.DETECTIONS_PER_IMAGE, the most that an image has.
+        tiled: the detector on tiles of large images (TEST.TILES); None if it is off.
 
     Raises:
         UserError, OSError: naming the file or the key.
@@ -125,6 +127,7 @@ class Predictor:
         self.size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
         self.max_detections = cfg.TEST.DETECTIONS_PER_IMAGE
         self.resize = T.ResizeShortestEdge([self.size[0]] * 2, self.size[1])
+        self.tiled = build_tiled(cfg, self.model) if cfg.TEST.TILES.ENABLED else None
         self.input_format = cfg.INPUT.FORMAT
 
     @overload  # a path is also a sequence of texts
@@ -146,8 +149,9 @@ class Predictor:
             UserError: if an image is too thin to be resized, or a PIL image is damaged.
             OSError: naming a file that cannot be read.
         """
-        inputs = self._inputs(images)
-        outputs = [x["instances"].to("cpu") for x in self.model(inputs)] if inputs else []
+        detector = self.tiled or self.model
+        inputs = self._inputs(images, resized=self.tiled is None)
+        outputs = [x["instances"].to("cpu") for x in detector(inputs)] if inputs else []
         detections = [
             Detections(x.pred_boxes.tensor.numpy(), x.scores.numpy(), x.pred_classes.numpy())
             for x in outputs
@@ -180,7 +184,7 @@ class Predictor:
         self, images: ImageLike | Sequence[ImageLike] | Iterator[ImageLike]
     ) -> Predictions:
         """Return the predictions at every anchor, for assigners, on the CPU. Resized images share a
-        canvas.
+        canvas. Tiles are not used.
 
         Raises:
             TypeError, ValueError, OSError: as above, and if there is no image.
@@ -191,19 +195,20 @@ class Predictor:
         output, boxes = self.model.predict(inputs)
         return Predictions(output.map(torch.Tensor.cpu), boxes.cpu())
 
-    def _inputs(self, images: Any) -> list[dict]:
+    def _inputs(self, images: Any, resized: bool = True) -> list[dict]:
         named_images = [("the image", images)]
         if _are_several(images):
             named_images = [(f"image {i}", image) for i, image in enumerate(images)]
         inputs = []
         for name, image in named_images:
-            image = _as_bgr(image, name, self.size)
+            image = _in_format(_as_bgr(image, name, self.size), self.input_format)
             height, width = image.shape[:2]
-            as_pillow = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
-            image = convert_PIL_to_numpy(as_pillow, self.input_format)
-            image = self.resize.get_transform(image).apply_image(image)
-            tensor = single(torch.as_tensor(image.transpose(2, 0, 1).copy()))
-            inputs.append({"image": tensor, "height": height, "width": width})
+            if resized:
+                image = self.resize.get_transform(image).apply_image(image)
+                tensor = torch.as_tensor(image.transpose(2, 0, 1).copy())
+            else:  # a view: the image may be large
+                tensor = torch.as_tensor(np.require(image, None, ["C", "W"])).permute(2, 0, 1)
+            inputs.append({"image": single(tensor), "height": height, "width": width})
         return inputs
 
 
@@ -229,6 +234,14 @@ def _as_bgr(image: Any, name: str, size: tuple[int, int]) -> np.ndarray:
         raise UserError(f"{name} {thin}")
     image = image.reshape(*image.shape[:2], -1)
     return image[:, :, :3] if image.shape[2] > 1 else image.repeat(3, axis=2)
+
+
+def _in_format(image: np.ndarray, input_format: str) -> np.ndarray:
+    """Return BGR pixels in the format of INPUT.FORMAT, without a copy of BGR and RGB."""
+    if input_format in ("BGR", "RGB"):
+        return image if input_format == "BGR" else image[:, :, ::-1]
+    as_pillow = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
+    return convert_PIL_to_numpy(as_pillow, input_format)
 
 
 def _pil_to_bgr(image: Image.Image, name: str) -> np.ndarray:

@@ -23,6 +23,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("inputs", nargs="+", metavar="INPUT", help=command.INPUTS)
     command.add_options(parser)
     add("--threads", type=int, default=0, help="of the engine (default: all cores)")
+    add(
+        "--tiles",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="SIZE",
+        help="detect on overlapping tiles of large images; their side in pixels (default: that for "
+        "the training data)",
+    )
     return parser
 
 
@@ -32,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.threads < 0:
             raise FileError(f"--threads must be >= 0, got {args.threads}")
         places = command.find_inputs(args.inputs, args)
-        detector = load(args.model, args.threads, args.batch)
+        detector = load(args.model, args.threads, args.batch, args.tiles)
         command.detect(args, places, detector, read_bgr)
     except OSError as error:
         sys.exit(f"error: {error}")

@@ -20,8 +20,11 @@ from .images import HIGH_DEPTH, resized, too_thin
 from .media import FileError, batches
 from .postprocess import anchors_per_level, in_original, select
 from .settings import read_settings
+from .tiles import choose_tiles
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
+# EXIF's tag.
+ORIENTATION = 0x0112
 
 
 class Detector:
@@ -30,7 +33,9 @@ class Detector:
     Args:
         path: an ONNX file of `tools/export.py`, or an OpenVINO .xml of it.
         threads: that the engine uses; 0: as many as there are cores.
-        batch: images of a list that are in memory and in the network at a time.
+        batch: images of a list that are in memory and in the network at a time, or tiles.
+        tiles: side of the tiles of large images, in pixels; 0: that for the training data; None: no
+            tiles.
 
     Attributes:
         names: of the classes.
@@ -42,10 +47,13 @@ class Detector:
         settings: the metadata of the file.
 
     Raises:
-        FileError: if the file was not written by the exporter, or by a newer one.
+        FileError: if the file was not written by the exporter, or by a newer one, or has no size of
+            tiles.
     """
 
-    def __init__(self, path: str | Path, threads: int = 0, batch: int = 4):
+    def __init__(
+        self, path: str | Path, threads: int = 0, batch: int = 4, tiles: int | None = None
+    ):
         self._run, properties = _open(str(path), threads)
         self.settings: dict[str, Any] = read_settings(str(path), properties)
         self.names: list[str] = self.settings["classes"]
@@ -54,6 +62,7 @@ class Detector:
         self.size: tuple[int, int] = (self.settings["min_size"], self.settings["max_size"])
         self.thresholds: list[float | None] | None = self.settings.get("thresholds")
         self.batch = batch
+        self.tiles = None if tiles is None else choose_tiles(self.settings.get("tiles", {}), tiles)
 
     def __call__(self, images: ImageLike | Sequence[ImageLike] | Iterator[ImageLike]) -> Any:
         """Detect on one image or several.
@@ -73,8 +82,14 @@ class Detector:
         return [found for part in batches(images, self.batch) for found in self._detect(part)]
 
     def _detect(self, images: Sequence[Any]) -> list[Detections]:
-        # Images of one canvas run together; a larger canvas would change their borders.
         arrays = [read_bgr(x) for x in images]
+        if self.tiles is None:
+            return self._detect_whole(arrays)
+        detect = self.tiles.detect
+        return [detect(x, self._detect_whole, self.max_detections, self.batch) for x in arrays]
+
+    def _detect_whole(self, arrays: Sequence[np.ndarray]) -> list[Detections]:
+        # Images of one canvas run together; a larger canvas would change their borders.
         sizes = [self.resized(x) for x in arrays]
         groups = defaultdict(list)
         for i, size in enumerate(sizes):
@@ -163,9 +178,9 @@ class Detector:
         return anchors_per_level(canvas, rules["strides"], rules["anchors_per_location"])
 
 
-def load(path: str | Path, threads: int = 0, batch: int = 4) -> Detector:
+def load(path: str | Path, threads: int = 0, batch: int = 4, tiles: int | None = None) -> Detector:
     """Load an exported detector; see :class:`Detector`."""
-    return Detector(path, threads, batch)
+    return Detector(path, threads, batch, tiles)
 
 
 def _open(path: str, threads: int) -> tuple[Any, dict[str, str]]:
@@ -239,5 +254,7 @@ def _of_pillow(image: Image.Image, name: str) -> np.ndarray:
         )
     image.load()
     with suppress(Exception):  # a broken EXIF counts as none, as in training
-        image = ImageOps.exif_transpose(image)
-    return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
+        if image.getexif().get(ORIENTATION, 1) != 1:  # otherwise it would only copy
+            image = ImageOps.exif_transpose(image)
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    return np.ascontiguousarray(np.asarray(rgb)[:, :, ::-1])

@@ -93,19 +93,27 @@ def keep_all(found: Detections, limit: int | None) -> Detections:
 
 
 def nms(
-    found: Detections, limit: int, threshold: float, class_agnostic: bool = False
+    found: Detections,
+    limit: int,
+    threshold: float,
+    class_agnostic: bool = False,
+    over_smaller: bool = False,
 ) -> Detections:
-    """Non-maximum suppression of each class, or of all together."""
+    """Non-maximum suppression of each class, or of all together.
+
+    Args:
+        over_smaller: whether the overlap is the intersection over the smaller box, not IoU.
+    """
     found = keep_all(found, None)
     kept: list[int] = []
     boxes = found.boxes.astype(np.float64)
-    groups = _groups(found.classes, class_agnostic)
+    groups = groups_of(found.classes, class_agnostic)
     left = np.arange(len(boxes))
     while len(left) and len(kept) < limit:
         best, left = left[0], left[1:]
         kept.append(best)
         rivals = np.flatnonzero(groups[left] == groups[best])
-        overlap = _iou(boxes[best], boxes[left[rivals]])
+        overlap = _iou(boxes[best], boxes[left[rivals]], over_smaller)
         left = np.delete(left, rivals[overlap > threshold])
     return found.take(np.array(kept, dtype=np.int64))
 
@@ -145,7 +153,7 @@ def vote(
             this (soft voting).
     """
     parts = [found.take(slice(0))]
-    groups = _groups(found.classes, class_agnostic)
+    groups = groups_of(found.classes, class_agnostic)
     for k in np.unique(groups):
         left = keep_all(found.take(groups == k), None)
         while len(left.scores):
@@ -177,7 +185,7 @@ SUPPRESSIONS: dict[str, Callable[..., Detections]] = {
 }
 
 
-def _groups(classes: np.ndarray, class_agnostic: bool) -> np.ndarray:
+def groups_of(classes: np.ndarray, class_agnostic: bool) -> np.ndarray:
     """Return a number for each box; boxes of one number may suppress each other."""
     return np.zeros_like(classes) if class_agnostic else classes
 
@@ -187,12 +195,13 @@ def _best(rank: np.ndarray, count: int | None) -> np.ndarray:
     return np.argsort(-rank, kind="stable")[:count]
 
 
-def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+def _iou(box: np.ndarray, boxes: np.ndarray, over_smaller: bool = False) -> np.ndarray:
     """(4,) and (M, 4) -> (M,)."""
     sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
     intersection = sides.clip(0).prod(axis=1)
-    union = (box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) - intersection
-    return intersection / np.maximum(union, np.finfo(union.dtype).tiny)
+    area, areas = (box[2:] - box[:2]).prod(), (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    divisor = np.minimum(area, areas) if over_smaller else area + areas - intersection
+    return intersection / np.maximum(divisor, np.finfo(divisor.dtype).tiny)
 
 
 def _clip(found: Detections, size: tuple[int, int]) -> Detections:

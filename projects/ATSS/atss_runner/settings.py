@@ -47,6 +47,8 @@ def read_settings(path: str, properties: Mapping[str, str]) -> dict[str, Any]:
     damaged = [name for name, kind in FIELDS.items() if not isinstance(settings.get(name), kind)]
     if not damaged and not _are_thresholds(settings.get("thresholds"), settings["classes"]):
         damaged.append("thresholds")
+    if not damaged and not isinstance(settings.get("tiles", {}), dict):
+        damaged.append("tiles")
     for name in damaged:
         value = repr(settings[name])[:40] if name in settings else "missing"
         raise FileError(f"{path} has damaged metadata 'atss': {name} is {value}")

@@ -45,6 +45,7 @@ from .files import (
     merge_options,
 )
 from .keys import add_atss_config
+from .tiles import build_tiled, build_tiles, complete_tiles
 
 __all__ = [
     "RECIPE",
@@ -61,6 +62,8 @@ __all__ = [
     "build_criterion",
     "build_postprocess",
     "build_sampling",
+    "build_tiled",
+    "build_tiles",
     "build_timm_fpn_backbone",
     "build_tta",
     "candidates_per_object",
@@ -69,6 +72,7 @@ __all__ = [
     "class_names",
     "complete_classes",
     "complete_schedule",
+    "complete_tiles",
     "config_names",
     "enter_schedule",
     "find_config",

@@ -37,6 +37,7 @@ from .execution import (
     images_per_test_batch,
 )
 from .files import merge_options
+from .tiles import build_tiles
 
 
 @META_ARCH_REGISTRY.register()
@@ -216,6 +217,8 @@ def check_model(cfg: CfgNode, training: bool) -> None:
     if cfg.TEST.AUG.ENABLED:
         build_views(cfg)
         build_merge(cfg)
+    if cfg.TEST.TILES.ENABLED:
+        build_tiles(cfg)
     if training and node.LEGACY_PIXELS:
         raise UserError(LEGACY_PIXELS_IN_TRAINING)
 

@@ -64,6 +64,27 @@ def add_atss_config(cfg: CfgNode) -> None:
     # which their detections are neither true nor false positives.
     cfg.TEST.COUNT_DIFFICULT = False
 
+    # Detection on overlapping square tiles of large images, in evaluations, Predictor and demo.py.
+    # Each tile is an image to the network: it is resized by INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST.
+    # A tile of MIN_SIZE_TEST pixels is not resized.
+    tiles = cfg.TEST.TILES = CfgNode()
+    tiles.ENABLED = False
+    # Side of a tile in pixels of the image; 0 for SIZE_OF_DATA. Images that are not larger are
+    # detected on as without tiles.
+    tiles.SIZE = 0
+    # train_net.py sets it from the training data: objects cover 3 % of a tile on average.
+    tiles.SIZE_OF_DATA = 0
+    # Overlap of neighbouring tiles, as a share of the size. Objects up to this share are complete
+    # on a tile.
+    tiles.OVERLAP = 0.25
+    # Detect on the whole image, too, for objects that are larger than a tile.
+    tiles.WHOLE = True
+    # Detections of all tiles are merged by NMS: by "iou", or by "ios", intersection over the
+    # smaller box. The threshold is MODEL.ATSS.NMS_THRESH_TEST.
+    tiles.MERGE = "iou"
+    # Tiles in the network at a time.
+    tiles.BATCH = 4
+
     # Values of --register (NAME=annotations:images, relative to the folder of the config file),
     # --classes and --first-pixel.
     cfg.DATASETS.REGISTER = []

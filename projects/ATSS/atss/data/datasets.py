@@ -84,12 +84,14 @@ def _read(annotations: str, images: str, reading: Reading) -> tuple[dict, dict]:
         if finding.level == ERROR:
             raise UserError(f"{annotations} has {finding.sentence()}")
     assert objects is not None  # it is None only after errors
+    areas = objects.boxes[objects.used, 2:].prod(axis=1)
     return learnable(labels.content, objects), {
         "evaluator_type": labels.evaluator,
         "thing_classes": category_names(labels.content),
         "names_in_data": list(labels.names),
         "found": sorted(labels.found),
-        "to_learn": int(objects.used.sum()),
+        "to_learn": len(areas),
+        "mean_area": float(areas.mean()) if len(areas) else 0.0,
         "to_measure": sum(
             not is_difficult(labels.content["annotations"][i]) for i in np.flatnonzero(objects.used)
         ),
@@ -304,6 +306,14 @@ def refuse_unannotated(names: Sequence[str]) -> None:
 def count_training_images(names: Sequence[str], filter_empty: bool) -> int:
     """Return the images of an epoch; ``filter_empty`` leaves out those without objects."""
     return len(open_records(names, filter_empty))
+
+
+def mean_area(names: Sequence[str]) -> float:
+    """Return the mean area, in pixels, of the objects of data sets of :func:`register`; 0 without
+    objects."""
+    known = [MetadataCatalog.get(name) for name in names if columns_of(name) is not None]
+    objects = sum(x.to_learn for x in known)
+    return sum(x.mean_area * x.to_learn for x in known) / max(objects, 1)
 
 
 def ids_of(name: str) -> list[int]:

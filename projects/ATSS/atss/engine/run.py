@@ -26,6 +26,7 @@ from ..config import (
     check_model,
     complete_classes,
     complete_schedule,
+    complete_tiles,
     find_config,
     follow_classes,
     for_inference,
@@ -162,6 +163,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         complete_classes(cfg, training)
     if training:
         complete_schedule(cfg, given)
+        complete_tiles(cfg)
     check_model(_start_from_checkpoint(args, cfg), training)
     if training:
         check_values(cfg, TRAINING_LIMITS)

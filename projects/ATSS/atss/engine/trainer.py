@@ -20,6 +20,7 @@ from torch import nn
 
 from ..checkpoints.checkpointer import TrainingCheckpointer
 from ..config import (
+    build_tiled,
     build_tta,
     class_names,
     enter_schedule,
@@ -318,6 +319,17 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return PatientEvaluator(build_evaluator(cfg, dataset_name))
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list | None = None) -> dict:
+        """Test on all test sets, with TEST.TILES on tiles."""
+        if cfg.TEST.TILES.ENABLED:
+            model = build_tiled(cfg, getattr(model, "module", model))  # as in test_with_tta
+            logging.getLogger(__name__).info("Testing on %s", model.tiles)
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.INPUT.MIN_SIZE_TEST = 0  # the loader does not resize
+        return super().test(cfg, model, evaluators)
 
     @classmethod
     def test_averages(cls, cfg: CfgNode, model: nn.Module) -> dict:

@@ -24,7 +24,7 @@ import atss_runner
 from atss_runner.postprocess import anchors_per_level, select
 
 from .. import __version__
-from ..config import class_ids, class_names
+from ..config import build_tiles, class_ids, class_names
 from ..errors import UserError
 from ..modeling import ATSSDetector, suppression
 from ..modeling.postprocess import product, root
@@ -278,6 +278,7 @@ def metadata(detector: ATSSDetector, cfg: CfgNode, nms: bool = False) -> dict[st
     scores = {product: "product", root: "sqrt"}
     if post.score not in scores:
         raise UserError("MODEL.ATSS.SCORE is a part of your own, which no runner has")
+    has_tiles = cfg.TEST.TILES.SIZE or cfg.TEST.TILES.SIZE_OF_DATA
     return {
         "schema": SCHEMA,
         "version": __version__,
@@ -304,6 +305,7 @@ def metadata(detector: ATSSDetector, cfg: CfgNode, nms: bool = False) -> dict[st
         "rank_anchors": post.rank_anchors,
         "clip": post.clip,
         "suppression": {"name": name, **arguments},
+        "tiles": dataclasses.asdict(build_tiles(cfg)) if has_tiles else {},
         "legacy_pixels": detector.box_coder.inference_only,
     }
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from atss_runner.tiles import SHARE, tile_size
+
 from .coco import Objects, find_in_json
 from .findings import DROPPED, ERROR, LEVELS, NOTE, WARNING, Finding, place_of
 from .folders import THREADS
@@ -92,6 +94,9 @@ class Report:
         keys = ("name", "objects", "images")
         classes = [dict(zip(keys, c, strict=True)) for c in self.classes]
         result: dict = counts | {"findings": findings, "classes": classes}
+        if self.objects is not None and self.objects.used.any():
+            areas = self.objects.boxes[self.objects.used, 2:].prod(axis=1)
+            result["tile_size"] = tile_size(float(areas.mean()))
         if self.fit is not None and len(self.fit.best_iou):
             best_iou, positives, side, _ = self.fit
             result["best_iou"] = {
@@ -305,6 +310,12 @@ def format_report(report: Report) -> str:
                 "",
                 _about_tiny(summary["median_side"], summary.get("share_without_positive")),
             ]
+    if "tile_size" in summary:
+        lines += [
+            "",
+            f"Size of tiles, if images are much larger: {summary['tile_size']} pixels, of which "
+            f"objects cover {SHARE:.0%} on average (TEST.TILES)",
+        ]
     lines += ["", f"Kinds of errors: {report.errors}" if report.errors else "No errors"]
     return "\n".join(lines)
 

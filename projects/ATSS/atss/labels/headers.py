@@ -1,11 +1,12 @@
 """Headers of image files, read without decoding pixels."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
-from typing import IO, cast
+from typing import IO
 
 import fsspec
 from PIL import Image
@@ -130,7 +131,7 @@ def problems(
         yield "image_alpha", f"is transparent (mode {header.mode})"
     if header.animated:
         yield "image_animated", "is animated"
-    if width * height > cast(int, Image.MAX_IMAGE_PIXELS):
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):  # None: no limit
         yield "image_huge", f"is {width} x {height} pixels"
     for kind, modes in (
         ("image_grey", ("1", "L", "LA")),

@@ -1,0 +1,52 @@
+"""Tiles of large images, from a config and training data."""
+
+from detectron2.config import CfgNode
+from torch import nn
+
+from atss_runner.tiles import GREATEST_OVERLAP, LEAST_SIZE, OVERLAPS, Tiles, tile_size
+
+from ..data.datasets import mean_area
+from ..errors import UserError, check_choice, check_range
+from ..modeling.tiles import ATSSWithTiles
+
+
+def complete_tiles(cfg: CfgNode) -> None:
+    """Set TEST.TILES.SIZE_OF_DATA, in place, by the objects of the training sets of --register."""
+    cfg.TEST.TILES.SIZE_OF_DATA = tile_size(mean_area(cfg.DATASETS.TRAIN))
+
+
+def build_tiles(cfg: CfgNode) -> Tiles:
+    """Build the layout of tiles.
+
+    Raises:
+        UserError: also if neither config nor training data give a size.
+    """
+    node = cfg.TEST.TILES
+    if not (size := node.SIZE or node.SIZE_OF_DATA):
+        raise UserError(
+            "TEST.TILES.SIZE is 0, the size for the training data, but TEST.TILES.SIZE_OF_DATA is "
+            "not set, because the config is not from a training: set TEST.TILES.SIZE, in pixels; "
+            "tools/check_dataset.py prints a size for a data set"
+        )
+    check_range("TEST.TILES.SIZE", size, LEAST_SIZE)
+    check_range("TEST.TILES.OVERLAP", node.OVERLAP, 0, GREATEST_OVERLAP)
+    check_range("TEST.TILES.BATCH", node.BATCH, 1)
+    check_choice("TEST.TILES.MERGE", node.MERGE, OVERLAPS)
+    return Tiles(
+        size,
+        node.OVERLAP,
+        node.WHOLE,
+        node.MERGE,
+        cfg.MODEL.ATSS.NMS_THRESH_TEST,
+        cfg.MODEL.ATSS.CLASS_AGNOSTIC_NMS,
+    )
+
+
+def build_tiled(cfg: CfgNode, model: nn.Module) -> ATSSWithTiles:
+    return ATSSWithTiles(
+        model,
+        build_tiles(cfg),
+        size=(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
+        limit=cfg.TEST.DETECTIONS_PER_IMAGE,
+        batch=cfg.TEST.TILES.BATCH,
+    )
