@@ -144,6 +144,13 @@ class HeadOutput(NamedTuple):
             self.probabilities,
         )
 
+    @classmethod
+    def concatenate(cls, outputs: Sequence[HeadOutput]) -> HeadOutput:
+        """Join outputs of one head for several batches of images."""
+        tensors = zip(*(x[:3] for x in outputs), strict=True)
+        joined = (None if x[0] is None else torch.cat(x) for x in tensors)
+        return cls(*joined, outputs[0].probabilities)
+
     def probability(self) -> Tensor:
         """Return the (N, R, K) class probabilities."""
         if self.classes is None:
