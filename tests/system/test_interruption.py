@@ -192,7 +192,7 @@ def test_other_batch_size_trains_the_remaining_epochs(
     """Three epochs of nine images in batches of two are 14 iterations, 6 of which are made. The
     best weights are of the third."""
     monkeypatch.setattr(Trainer, "test", lambda *_: {"bbox": {"AP": 1.0}})
-    other = {"SOLVER.IMS_PER_BATCH": batch}
+    other = {"SOLVER.IMS_PER_BATCH": batch, "SOLVER.ACCUMULATE": 1}
     evaluated = {"DATASETS.TEST": ("mixed",), "TEST.EVAL_PERIOD": 3}
     order = in_order(see(tmp_path / "whole", **PASSES))
     see(tmp_path, **PASSES | evaluated, stop_in=7)

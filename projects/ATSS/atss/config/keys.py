@@ -101,8 +101,7 @@ def add_atss_config(cfg: CfgNode) -> None:
     cfg.INPUT.SCALE_JITTER = []
     cfg.INPUT.SCALE_JITTER_SIZE = 352
     # Probability that a training image larger than its size by MIN_SIZE_TRAIN and MAX_SIZE_TRAIN is
-    # not shrunk, but a random crop of that size with an object, if there is one. Until the end,
-    # because small objects are small in the last images, too.
+    # not shrunk, but a crop of that size around a random object. AUGMENT_UNTIL does not end it.
     cfg.INPUT.FULL_SIZE_CROP = 0.0
     # Share of an object's area, 0 to 1, that such a crop must contain; others are dropped.
     cfg.INPUT.FULL_SIZE_CROP_MIN_AREA = 0.1

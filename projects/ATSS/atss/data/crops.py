@@ -1,5 +1,7 @@
 """Crops of large images at full resolution, in place of shrinking them."""
 
+import math
+
 import numpy as np
 from detectron2.data import transforms as T
 
@@ -9,8 +11,8 @@ TRIES = 10
 
 class FullSizeCrop(T.Augmentation):
     """Augmentation that resizes an image or, if that would shrink it, sometimes crops a random
-    window of the same size instead. A window contains an object if the image has any; after TRIES
-    windows without one, the image is resized.
+    window of the same size instead. The window contains the centre of a random object, if there is
+    one, and keeps at least one object; after TRIES windows that keep none, the image is resized.
 
     Args:
         resize: gives the size.
@@ -30,12 +32,24 @@ class FullSizeCrop(T.Augmentation):
         below, right = height - resized.new_h, width - resized.new_w
         if min(below, right) < 0 or not (below or right):
             return resized
+        size = resized.new_w, resized.new_h
         for _ in range(TRIES):
             x, y = np.random.randint(right + 1), np.random.randint(below + 1)
-            window = x, y, x + resized.new_w, y + resized.new_h
-            if not len(boxes) or (share_inside(boxes, window) >= self.min_area).any():
-                return T.CropTransform(x, y, resized.new_w, resized.new_h, width, height)
+            if len(boxes):
+                x1, y1, x2, y2 = boxes[np.random.randint(len(boxes))]
+                x = _draw((x1 + x2) / 2, size[0], right)
+                y = _draw((y1 + y2) / 2, size[1], below)
+            shares = share_inside(boxes, (x, y, x + size[0], y + size[1]))
+            if not len(boxes) or (shares >= self.min_area).any():
+                return T.CropTransform(x, y, *size, width, height)
         return resized
+
+
+def _draw(centre: float, length: int, last: int) -> int:
+    """Draw the start, between 0 and ``last``, of an interval that contains a centre. Another crop
+    may have moved the centre out of the image."""
+    low = min(max(math.ceil(centre) - length, 0), last)
+    return np.random.randint(low, max(min(int(centre), last), low) + 1)
 
 
 def share_inside(boxes: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:
