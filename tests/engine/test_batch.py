@@ -1,5 +1,7 @@
 """SOLVER.IMS_PER_BATCH -1: choice, rate, resumption, refusals."""
 
+from contextlib import nullcontext
+
 import pytest
 from conftest import ROOT, TINY, make_cfg
 from detectron2.data import DatasetCatalog
@@ -14,20 +16,14 @@ CONFIG = ROOT / "configs/ATSS_R_18_FPN_small.yaml"  # 4 images, BASE_LR 0.03
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Steps that need 1 MB and 2 MB for each image, of 20 MB; returns the measured sizes."""
+    """Steps that need 1 MB and 2 MB for each image, of 20 MB. Return the measured sizes."""
     sizes = []
 
-    class Steps:
-        def __init__(self, cfg, imports, canvas, objects, parts, most):
-            self.results = [(size, (1 + 2 * size) * 10**6, 0) for size in (parts, 2 * parts)]
+    def measure(images):
+        sizes.append(images)
+        return (1 + 2 * images) * 10**6, 0
 
-        def __enter__(self):
-            return self.results
-
-        def __exit__(self, *_):
-            sizes.extend(size for size, *_ in self.results)
-
-    monkeypatch.setattr(batch, "_Measurement", Steps)
+    monkeypatch.setattr(batch, "_measuring", lambda *_: nullcontext(measure))
     monkeypatch.setattr(batch, "memory_left", lambda: 20 * 10**6)
     monkeypatch.setattr(batch, "resident", lambda: 0)
     return sizes

@@ -6,7 +6,8 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -80,12 +81,15 @@ def _measure_batch(args: argparse.Namespace, cfg: CfgNode) -> tuple[int, str]:
     parts, processes = cfg.SOLVER.ACCUMULATE, world_size(args)
     most = max(len(records) // processes, 1)
     limit, measured = 0.0, []
-    with _Measurement(cfg, args.imports, canvas, objects, parts, most) as measurement:
-        for size, used, memory in measurement:
-            limit = SHARE * (memory if memory else _memory_of_process(local_size(args)))
+    with _measuring(cfg, args.imports, canvas, objects) as measure:
+        size = parts
+        while result := measure(size):
+            used, memory = result
+            limit = SHARE * (memory or _memory_of_process(local_size(args)))
             measured.append((size, used))
-            if used > limit or used - measured[0][1] > CLEAR * limit:
+            if used - measured[0][1] > CLEAR * limit or used > limit or 2 * size > most:
                 break
+            size *= 2
     described = f"{height} x {width} pixels"
     if not measured or measured[0][1] > limit:
         raise UserError(
@@ -133,59 +137,46 @@ def _memory_of_process(processes: int) -> float:
     return memory_left() + resident()  # this process will train
 
 
-class _Measurement:
-    """Steps of growing batches in another process, which a lack of memory may kill. Iterates over
-    (images, bytes at most, bytes of the GPU or 0) until it is left or the other process ends.
+@contextmanager
+def _measuring(
+    cfg: CfgNode, imports: list[str], canvas: tuple[int, int], objects: int
+) -> Iterator[Callable[[int], tuple[int, int] | None]]:
+    """Start a process that makes training steps, and that a lack of memory may kill.
 
     Args:
         canvas: (height, width) of each image.
         objects: of each image.
-        parts: least number of images.
-        most: largest number of images, or ``parts``.
+
+    Yields:
+        function from a number of images to the bytes used so far at most and the memory of the GPU,
+        0 on a CPU; it returns None if memory is not enough.
     """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    arguments = (cfg, imports, canvas, objects, there)
+    process = context.Process(target=_make_steps, args=arguments, daemon=True)
+    process.start()
+    there.close()
 
-    def __init__(
-        self,
-        cfg: CfgNode,
-        imports: list[str],
-        canvas: tuple[int, int],
-        objects: int,
-        parts: int,
-        most: int,
-    ):
-        context = multiprocessing.get_context("spawn")
-        self.received, sent = context.Pipe(duplex=False)
-        arguments = (cfg, imports, canvas, objects, parts, most, sent)
-        self.process = context.Process(target=_measure_steps, args=arguments, daemon=True)
-        self.process.start()
-        sent.close()
+    def measure(images: int) -> tuple[int, int] | None:
+        try:
+            here.send(images)
+            result = here.recv()
+        except (EOFError, ConnectionError):
+            return None
+        if isinstance(result, Exception):
+            raise result
+        return result
 
-    def __enter__(self) -> "_Measurement":
-        return self
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        while True:
-            try:
-                result = self.received.recv()
-            except EOFError:
-                return
-            if isinstance(result, Exception):
-                raise result
-            yield result
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.join()
+    try:
+        yield measure
+    finally:
+        process.kill()
+        process.join()
 
 
-def _measure_steps(
-    cfg: CfgNode,
-    imports: list[str],
-    canvas: tuple[int, int],
-    objects: int,
-    parts: int,
-    most: int,
-    sent: Connection,
+def _make_steps(
+    cfg: CfgNode, imports: list[str], canvas: tuple[int, int], objects: int, asked: Connection
 ) -> None:
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     try:
@@ -194,21 +185,18 @@ def _measure_steps(
             keep_freed_memory()
         model = build_model(cfg).train()
         optimizer = build_optimizer(cfg, model)
-        averages = [copy.deepcopy(model)] if cfg.SOLVER.EMA_DECAY else []
-        size = parts
-        while size <= max(most, parts):
-            batch = [_made_up(canvas, objects)] * size
+        averages = copy.deepcopy(model) if cfg.SOLVER.EMA_DECAY else None  # noqa: F841
+        while True:
+            batch = [_made_up(canvas, objects)] * asked.recv()
             for _ in range(2):  # the first one allocates the optimizer's moments
                 with torch.autocast(model.device.type, enabled=cfg.SOLVER.AMP.ENABLED):
                     loss = sum(model(batch).values())
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-            sent.send((size, *_used(on_gpu)))
-            size *= 2
-        del averages
+            asked.send(_used(on_gpu))
     except UserError as error:
-        sent.send(error)
+        asked.send(error)
     except (torch.OutOfMemoryError, MemoryError):
         return
 
