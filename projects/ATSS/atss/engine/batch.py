@@ -80,12 +80,15 @@ def _measure_batch(args: argparse.Namespace, cfg: CfgNode) -> tuple[int, str]:
     height, width = canvas = largest_canvas(cfg)
     parts, processes = cfg.SOLVER.ACCUMULATE, world_size(args)
     most = max(len(records) // processes, 1)
-    limit, measured = 0.0, []
+    on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
+    # Before the other process takes its part.
+    limit = 0.0 if on_gpu else SHARE * _memory_of_process(local_size(args))
+    measured: list[tuple[int, int]] = []
     with _measuring(cfg, args.imports, canvas, objects) as measure:
         size = parts
         while result := measure(size):
             used, memory = result
-            limit = SHARE * (memory or _memory_of_process(local_size(args)))
+            limit = limit or SHARE * memory
             measured.append((size, used))
             if used - measured[0][1] > CLEAR * limit or used > limit or 2 * size > most:
                 break
