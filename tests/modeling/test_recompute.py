@@ -109,9 +109,8 @@ def test_batch_norms_count_each_part_once():
     assert buffers[f"{norm}.num_batches_tracked"] == 4
     one_by_one = with_norms()
     with torch.no_grad():
-        canvas = one_by_one._canvas(BATCH)
-        for i in range(0, 8, 2):
-            one_by_one.backbone(one_by_one.preprocess_image(BATCH[i : i + 2], canvas).tensor)
+        for pixels in one_by_one.preprocess_image(BATCH).tensor.split(2):
+            one_by_one.backbone(pixels)
     mean = dict(one_by_one.named_buffers())[f"{norm}.running_mean"]
     assert torch.equal(buffers[f"{norm}.running_mean"], mean)
 

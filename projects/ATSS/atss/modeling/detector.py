@@ -12,7 +12,6 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..anchors import Anchors, GridAnchorGenerator
 from ..errors import UserError
@@ -51,7 +50,7 @@ class ATSSDetector(DenseDetector):
             Everything after the head is float32.
         compile_tail: whether torch.compile compiles :func:`.branch.compute_quotients`, for any
             canvas and number of objects.
-        accumulate: parts of a training batch that run one after the other.
+        accumulate: parts of a training batch that the network computes one after the other.
 
     Attributes:
         iteration: of the training, for phases, if no event storage counts iterations.
@@ -113,8 +112,7 @@ class ATSSDetector(DenseDetector):
         # Copied before the network runs: afterwards the copy would wait for the GPU.
         gt = self._ground_truth(batched_inputs) if self.training else None
         branches = self.branches if self.training else [self.inference]
-        run = self._run_parts if self.training and self.accumulate > 1 else self._run_network
-        images, features, outputs = run(batched_inputs, branches)
+        images, features, outputs = self._run_network(batched_inputs, branches)
         if gt is not None:
             return self.forward_training(images, features, outputs, gt)
         detections = self.forward_inference(images, features, outputs)
@@ -123,16 +121,11 @@ class ATSSDetector(DenseDetector):
 
     def _canvas_groups(self, batched_inputs: list[dict]) -> list[list[int]]:
         """Return image indices by padded size: more padding would change an image's detections."""
+        step = max(self.backbone.size_divisibility, 1)
         groups = defaultdict(list)
         for i, example in enumerate(batched_inputs):
-            groups[self._canvas([example])].append(i)
+            groups[tuple(-(-side // step) for side in example["image"].shape[-2:])].append(i)
         return list(groups.values())
-
-    def _canvas(self, batched_inputs: list[dict]) -> tuple[int, ...]:
-        """Return the padded (height, width) of these images."""
-        step = max(self.backbone.size_divisibility, 1)
-        sides = zip(*(x["image"].shape[-2:] for x in batched_inputs), strict=True)
-        return tuple(-(-max(x) // step) * step for x in sides)
 
     def _forward_groups(self, batched_inputs: list[dict], groups: list[list[int]]) -> list[dict]:
         results: dict[int, Any] = {}
@@ -147,46 +140,35 @@ class ATSSDetector(DenseDetector):
         gt = GroundTruth.from_instances([x["instances"] for x in batched_inputs])
         return gt.to(self.device)
 
-    def preprocess_image(
-        self, batched_inputs: list[dict], canvas: tuple[int, ...] = (0, 0)
-    ) -> ImageList:
-        """As in Detectron2, but without waiting for the GPU, on a (height, width) canvas at
-        least."""
-        moved = (x["image"].to(self.device, non_blocking=True) for x in batched_inputs)
-        images = super().preprocess_image([{"image": image} for image in moved])
-        height, width = images.tensor.shape[-2:]
-        padding = 0, max(canvas[1] - width, 0), 0, max(canvas[0] - height, 0)
-        images.tensor = F.pad(images.tensor, padding) if any(padding) else images.tensor
-        return images
-
-    def _run_parts(
-        self, batched_inputs: list[dict], branches: Iterable[str]
-    ) -> tuple[ImageList, list[Tensor], dict[str, HeadOutput]]:
-        """As :meth:`_run_network`, part after part, but with images and features of the first part.
-        Assignment and criterion get the whole batch; the backward pass runs each part again."""
-        size = -(-len(batched_inputs) // self.accumulate)
-        canvas = self._canvas(batched_inputs)
-        parts = [
-            recompute(self, self._run_network, batched_inputs[i : i + size], branches, canvas)
-            for i in range(0, len(batched_inputs), size)
-        ]
-        images, features, _ = parts[0]
-        images.image_sizes = [x for part in parts for x in part[0].image_sizes]
-        outputs = {x: HeadOutput.concatenate([part[2][x] for part in parts]) for x in branches}
-        return images, features, outputs
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
+        """As in Detectron2, but without waiting for the GPU."""
+        images = (x["image"].to(self.device, non_blocking=True) for x in batched_inputs)
+        return super().preprocess_image([{"image": image} for image in images])
 
     def _run_network(
-        self,
-        batched_inputs: list[dict],
-        branches: Iterable[str],
-        canvas: tuple[int, ...] = (0, 0),
+        self, batched_inputs: list[dict], branches: Iterable[str]
     ) -> tuple[ImageList, list[Tensor], dict[str, HeadOutput]]:
-        """Return the images, their features and the outputs of these branches."""
+        """Return the images, their features and the outputs of these branches; with ``accumulate``,
+        the features of the first part. Assignment and criterion get the outputs of all images; the
+        backward pass runs the network of one part after the other again."""
+        images = self.preprocess_image(batched_inputs)
+        if not self.training or self.accumulate == 1:
+            return images, *self._run_part(images.tensor, branches)
+        parts = [
+            recompute(self, self._run_part, pixels, branches)
+            for pixels in images.tensor.chunk(self.accumulate)
+        ]
+        features, _ = parts[0]
+        outputs = {x: HeadOutput.concatenate([part[1][x] for part in parts]) for x in branches}
+        return images, features, outputs
+
+    def _run_part(
+        self, pixels: Tensor, branches: Iterable[str]
+    ) -> tuple[list[Tensor], dict[str, HeadOutput]]:
         with torch.autocast(self.device.type, self.precision) if self.precision else nullcontext():
-            images = self.preprocess_image(batched_inputs, canvas)
-            maps = self.backbone(images.tensor)
+            maps = self.backbone(pixels)
             features = [maps[name] for name in self.head_in_features]
-            return images, features, self._run_heads(features, branches)
+            return features, self._run_heads(features, branches)
 
     def _run_heads(self, features: list[Tensor], names: Iterable[str]) -> dict[str, HeadOutput]:
         """Return the outputs of these branches. Each head runs once."""

@@ -63,7 +63,7 @@ def _keep_statistics(module: nn.Module) -> Iterator[None]:
     momenta = [x.momentum for x in norms]
     counts = [x.num_batches_tracked.clone() for x in norms]
     for norm in norms:
-        # Without a copy of the statistics, autograd would miss a tensor that it has stored.
+        # Statistics that are written back later would change a tensor that autograd has stored.
         norm.momentum = 0.0
     try:
         yield
