@@ -9,7 +9,7 @@ from conftest import TINY, WIDE_FOR_GN, make_cfg, make_input
 from detectron2.modeling import build_model
 from torch import nn
 
-from atss.modeling.recompute import recompute_blocks
+from atss.modeling.recompute import recompute_stages
 
 GROUP_NORM = (
     *("MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN"),
@@ -74,11 +74,11 @@ def with_norms(*opts):
     return model
 
 
-def test_checkpointed_blocks_change_no_bit():
+def test_checkpointed_stages_change_no_bit():
     """Gradients, dropout and the statistics of batch norms; also of copies."""
     plain = step(with_norms())
     model = with_norms()
-    recompute_blocks(model.backbone)
+    recompute_stages(model.backbone)
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     calls = count_calls(model)
     for x in (model, *copies):
@@ -115,6 +115,6 @@ def test_batch_norms_count_each_part_once():
     assert torch.equal(buffers[f"{norm}.running_mean"], mean)
 
 
-def test_backbone_without_blocks_is_refused():
-    with pytest.raises(ValueError, match="ACTIVATION_CHECKPOINTING needs a backbone with blocks"):
-        recompute_blocks(nn.ModuleList([nn.Conv2d(3, 3, 1)]))
+def test_backbone_without_stages_is_refused():
+    with pytest.raises(ValueError, match="ACTIVATION_CHECKPOINTING needs a backbone with stages"):
+        recompute_stages(nn.ModuleList([nn.Conv2d(3, 3, 1)]))

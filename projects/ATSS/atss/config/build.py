@@ -21,7 +21,7 @@ from ..modeling import backbone, detector, pretrained
 from ..modeling.box_coding import BoxCode, LegacyPixels
 from ..modeling.detector import LEGACY_PIXELS_IN_TRAINING
 from ..modeling.postprocess import PostProcessor
-from ..modeling.recompute import recompute_blocks
+from ..modeling.recompute import recompute_stages
 from ..modeling.suppression import ScoredBoxes
 from ..modeling.tta import ATSSWithTTA
 from ..registry import is_own
@@ -142,7 +142,7 @@ def build_levels(cfg: CfgNode) -> tuple[Backbone, list[ShapeSpec]]:
         )
     backbone.freeze_unused(built_backbone, node.IN_FEATURES)
     if cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING:
-        recompute_blocks(built_backbone)
+        recompute_stages(built_backbone)
     return built_backbone, input_shape
 
 

@@ -114,7 +114,7 @@ def add_atss_config(cfg: CfgNode) -> None:
     # are switched off.
     cfg.INPUT.AUGMENT_UNTIL = 1.0
 
-    # The backward pass computes each block of the backbone again, whose activations are not stored
+    # The backward pass computes each stage of the backbone again, whose activations are not stored
     # (activation checkpointing): less memory, a longer step.
     cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING = False
 

@@ -23,36 +23,37 @@ def recompute(module: nn.Module, function: Callable, *arguments: Any) -> Any:
     return checkpoint(function, *arguments, use_reentrant=False, context_fn=contexts)
 
 
-def recompute_blocks(backbone: nn.Module) -> None:
-    """Checkpoint, in place, each module of the outermost ``nn.Sequential`` in a backbone: a block
-    of a ResNet's stage, a stage of EfficientNet.
+def recompute_stages(backbone: nn.Module) -> None:
+    """Checkpoint, in place, each ``nn.Sequential`` in a backbone that is not itself made of them.
+    Single blocks would save little: a bottleneck's input is as large as its other activations.
 
     Raises:
         UserError: if the backbone has no ``nn.Sequential``.
     """
-    blocks = [block for stage in _outermost(backbone) for block in stage]
-    if not blocks:
+    stages = [*_stages(backbone)]
+    if not stages:
         raise UserError(
-            "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING needs a backbone with blocks in "
+            "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING needs a backbone with stages in "
             f"nn.Sequential, but {type(backbone).__name__} has none"
         )
-    for block in blocks:
-        block.forward = partial(_forward_block, block)
+    for stage in stages:
+        stage.forward = partial(_forward_stage, stage)
 
 
-def _forward_block(block: nn.Module, *inputs: Any) -> Any:
-    forward = partial(type(block).forward, block)
-    if block.training and torch.is_grad_enabled():
-        return recompute(block, forward, *inputs)
-    return forward(*inputs)
+def _forward_stage(stage: nn.Sequential, x: Any) -> Any:
+    forward = partial(type(stage).forward, stage)
+    if stage.training and torch.is_grad_enabled():
+        return recompute(stage, forward, x)
+    return forward(x)
 
 
-def _outermost(module: nn.Module) -> Iterator[nn.Sequential]:
+def _stages(module: nn.Module) -> Iterator[nn.Sequential]:
     for child in module.children():
-        if isinstance(child, nn.Sequential):
+        is_stage = isinstance(child, nn.Sequential)
+        if is_stage and not all(isinstance(x, nn.Sequential) for x in child):
             yield child
         else:
-            yield from _outermost(child)
+            yield from _stages(child)
 
 
 @contextmanager
