@@ -147,9 +147,14 @@ class HeadOutput(NamedTuple):
     @classmethod
     def concatenate(cls, outputs: Sequence[HeadOutput]) -> HeadOutput:
         """Join outputs of one head for several batches of images."""
-        tensors = zip(*(x[:3] for x in outputs), strict=True)
-        joined = (None if x[0] is None else torch.cat(x) for x in tensors)
-        return cls(*joined, outputs[0].probabilities)
+        first, *others = outputs
+
+        def join(name: str) -> Tensor | None:
+            one = getattr(first, name)
+            return None if one is None else torch.cat([one, *(getattr(x, name) for x in others)])
+
+        regression = torch.cat([x.box_regression for x in outputs])
+        return cls(join("classes"), regression, join("quality"), first.probabilities)
 
     def probability(self) -> Tensor:
         """Return the (N, R, K) class probabilities."""

@@ -37,7 +37,7 @@ def recompute_stages(backbone: nn.Module) -> None:
             f"nn.Sequential, but {type(backbone).__name__} has none"
         )
     for stage in stages:
-        stage.forward = partial(_forward_stage, stage)
+        stage.forward = partial(_forward_stage, stage)  # type: ignore[method-assign]
 
 
 def _forward_stage(stage: nn.Sequential, x: Any) -> Any:
@@ -49,8 +49,8 @@ def _forward_stage(stage: nn.Sequential, x: Any) -> Any:
 
 def _stages(module: nn.Module) -> Iterator[nn.Sequential]:
     for child in module.children():
-        is_stage = isinstance(child, nn.Sequential)
-        if is_stage and not all(isinstance(x, nn.Sequential) for x in child):
+        made_of = [type(x) for x in child.children()]
+        if isinstance(child, nn.Sequential) and {*made_of} != {nn.Sequential}:
             yield child
         else:
             yield from _stages(child)
@@ -60,15 +60,13 @@ def _stages(module: nn.Module) -> Iterator[nn.Sequential]:
 def _keep_statistics(module: nn.Module) -> Iterator[None]:
     """Keep the running statistics of batch norms in training mode."""
     norms = [x for x in module.modules() if isinstance(x, _BatchNorm) and x.training]
-    norms = [x for x in norms if x.track_running_stats]
-    momenta = [x.momentum for x in norms]
-    counts = [x.num_batches_tracked.clone() for x in norms]
-    for norm in norms:
+    saved = [(x, x.momentum, x.num_batches_tracked) for x in norms]
+    for norm, _, count in saved:
         # Statistics that are written back later would change a tensor that autograd has stored.
         norm.momentum = 0.0
+        norm.num_batches_tracked = None if count is None else count.clone()
     try:
         yield
     finally:
-        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+        for norm, momentum, count in saved:
+            norm.momentum, norm.num_batches_tracked = momentum, count
