@@ -152,7 +152,7 @@ class ATSSDetector(DenseDetector):
         the features of the first part. Assignment and criterion get the outputs of all images; the
         backward pass runs the network of one part after the other again."""
         images = self.preprocess_image(batched_inputs)
-        if not self.training or self.accumulate == 1:
+        if self.accumulate == 1 or not (self.training and torch.is_grad_enabled()):
             return images, *self._run_part(images.tensor, branches)
         parts = [
             recompute(self, self._run_part, pixels, branches)
