@@ -66,7 +66,7 @@ def test_memory_left_is_the_least_of_machine_and_groups(tmp_path, name):
 
 
 def test_other_systems_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="known only on Linux"):
+    with pytest.raises(ValueError, match="needs /proc/meminfo of Linux"):
         memory_left(tmp_path)
 
 

@@ -32,7 +32,9 @@ def memory_left(root: Path = Path("/")) -> int:
     try:
         machine = _entries(root / "proc/meminfo")["MemAvailable:"] * 1024
     except (OSError, KeyError) as error:
-        raise UserError("the memory of a process is known only on Linux") from error
+        raise UserError(
+            "SOLVER.IMS_PER_BATCH -1 on a CPU needs /proc/meminfo of Linux: set a number"
+        ) from error
     return max(min([machine, *_left_in_groups(root)]), 0)
 
 
