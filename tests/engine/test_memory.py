@@ -2,7 +2,7 @@
 
 import pytest
 
-from atss.engine.memory import memory_left, resident
+from atss.engine.memory import memory_left, resident, total_memory
 
 GIB = 1 << 30
 MACHINE = {"proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {20 * GIB // 1024} kB\nHugePages: 0\n"}
@@ -63,6 +63,14 @@ def test_memory_left_is_the_least_of_machine_and_groups(tmp_path, name):
     files, left = CASES[name]
     write(tmp_path, MACHINE | files)
     assert memory_left(tmp_path) == left * GIB
+
+
+def test_total_memory_is_the_least_limit(tmp_path):
+    whole = total_memory(tmp_path)
+    write(tmp_path, CASES["limit of a parent"][0])
+    assert total_memory(tmp_path) == 4 * GIB < whole
+    write(tmp_path, {f"{V2}/user/memory.max": "max"})
+    assert total_memory(tmp_path) == whole
 
 
 def test_other_systems_are_refused(tmp_path):

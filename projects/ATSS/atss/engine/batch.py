@@ -22,6 +22,8 @@ from ..data.datasets import open_records
 from ..errors import UserError
 from .checks import MEASURED, check_batch
 from .environment import is_started, local_size, world_size
+from .estimate import peak_memory
+from .explain import explain
 from .folder import read_if_exists
 from .imports import import_modules
 from .launch import keep_freed_memory
@@ -165,7 +167,10 @@ def _measuring(
         try:
             here.send(images)
             result = here.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, ConnectionError) as error:
+            process.join()
+            if (process.exitcode or 0) > 0:  # by a bug, not by a signal
+                raise RuntimeError("the process that measures memory has failed") from error
             return None
         if isinstance(result, Exception):
             raise result
@@ -200,8 +205,9 @@ def _make_steps(
             asked.send(_used(on_gpu))
     except UserError as error:
         asked.send(error)
-    except (torch.OutOfMemoryError, MemoryError):
-        return
+    except (RuntimeError, MemoryError) as error:
+        if explain(error, cfg.OUTPUT_DIR) is None:  # no lack of memory
+            raise
 
 
 def _made_up(canvas: tuple[int, int], objects: int) -> dict:
@@ -219,6 +225,4 @@ def _used(on_gpu: bool) -> tuple[int, int]:
     if on_gpu:
         free, total = torch.cuda.mem_get_info()
         return total - free, total
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, 0
+    return int(peak_memory(torch.device("cpu"))[0]), 0

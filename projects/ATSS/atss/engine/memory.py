@@ -35,7 +35,14 @@ def memory_left(root: Path = Path("/")) -> int:
         raise UserError(
             "SOLVER.IMS_PER_BATCH -1 on a CPU needs /proc/meminfo of Linux: set a number"
         ) from error
-    return max(min([machine, *_left_in_groups(root)]), 0)
+    left = [limit - usage for limit, usage in _groups(root) if limit is not None]
+    return max(min([machine, *left]), 0)
+
+
+def total_memory(root: Path = Path("/")) -> int:
+    """Return the bytes of the machine, or the least limit of the control groups."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([machine, *(limit for limit, _ in _groups(root) if limit is not None)])
 
 
 def resident(root: Path = Path("/")) -> int:
@@ -44,7 +51,8 @@ def resident(root: Path = Path("/")) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _left_in_groups(root: Path) -> Iterator[int]:
+def _groups(root: Path) -> Iterator[tuple[int | None, int]]:
+    """Yield limit, or None, and usage in bytes of each control group of this process."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # a kernel without control groups
@@ -64,8 +72,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
                     stat = _entries(folder / "memory.stat")
                 except OSError:
                     continue
-                if limit != "max":
-                    yield int(limit) - usage + stat.get(cache, 0)
+                yield None if limit == "max" else int(limit), usage - stat.get(cache, 0)
 
 
 def _entries(path: Path) -> dict[str, int]:
