@@ -34,6 +34,7 @@ SECTIONS = {
     "DATASETS": "Data sets",
     "DATALOADER": "Loading",
     "INPUT": "Input",
+    "MODEL.BACKBONE": "Backbone",
     "MODEL.TIMM": "Backbones of timm",
     "MODEL.ATSS": "Detector",
 }

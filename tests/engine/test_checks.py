@@ -49,6 +49,25 @@ def test_batch_must_be_divisible_by_processes(torchrun):
     check_processes(arguments("--eval-only"), cfg)
 
 
+@pytest.mark.parametrize(
+    ("parts", "processes", "sentence"),
+    [
+        (
+            3,
+            1,
+            "SOLVER.ACCUMULATE 3 must divide SOLVER.IMS_PER_BATCH 8 into parts of whole images$",
+        ),
+        (8, 2, "SOLVER.ACCUMULATE 8 must divide .* 8 into .* in each of 2 processes"),
+        (0, 1, "SOLVER.ACCUMULATE must be >= 1, got 0"),
+        (-2, 1, "SOLVER.ACCUMULATE must be >= 1, got -2"),
+    ],
+)
+def test_parts_of_a_batch_must_be_whole_images(parts, processes, sentence):
+    cfg = make_cfg("SOLVER.IMS_PER_BATCH", 8, "SOLVER.ACCUMULATE", parts)
+    with pytest.raises(ValueError, match=sentence):
+        check_processes(arguments("--num-gpus", str(processes)), cfg)
+
+
 def test_torchrun_and_launch_do_not_mix(torchrun):
     torchrun()
     with pytest.raises(ValueError, match="leave out --num-gpus"):

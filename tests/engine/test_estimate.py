@@ -125,15 +125,3 @@ def test_estimate_is_logged_once_per_training(squares, tmp_path):
     assert "plus evaluations" in line
     log = (tmp_path / "log.txt").read_text()
     assert len(re.findall(r"One evaluation takes \d+:\d\d:\d\d", log)) == 1
-
-
-@pytest.mark.parametrize(
-    ("content", "limited"),
-    [("1000000\n", True), ("max\n", False), (None, False), (f"{2**62}", False)],
-)
-def test_container_limit_is_the_total_memory(tmp_path, monkeypatch, content, limited):
-    if content is not None:
-        (tmp_path / "limit").write_text(content)
-    monkeypatch.setattr(estimate, "CONTAINER_LIMITS", (tmp_path / "limit",))
-    _, total = peak_memory(torch.device("cpu"))
-    assert (total == 1e6) == limited

@@ -94,11 +94,12 @@ def test_checkpoint_without_seed_is_resumed(mixed, uninterrupted, tmp_path):
     assert after == {i: uninterrupted[0][i] for i in range(3, 8)}
 
 
-def test_precise_bn_resumes(mixed, tmp_path):
-    """Its loader has a position of its own, which evaluations do not change."""
+def test_precise_bn_and_accumulation_resume(mixed, tmp_path):
+    """PreciseBN's loader has a position of its own, which evaluations do not change, and it refuses
+    batch norms that run twice in a forward pass."""
     node = "TEST.PRECISE_BN"
     opts = {f"{node}.ENABLED": True, f"{node}.NUM_ITER": 2, "TEST.EVAL_PERIOD": 2}
-    opts |= {"DATASETS.TEST": ("mixed",), "INPUT.MIN_SIZE_TEST": 64}
+    opts |= {"DATASETS.TEST": ("mixed",), "INPUT.MIN_SIZE_TEST": 64, "SOLVER.ACCUMULATE": 2}
     train(arguments(mixed, tmp_path / "whole", **opts))
     train(arguments(mixed, tmp_path / "parts", **opts), stop_after=4)
     train(arguments(mixed, tmp_path / "parts", "--resume", **opts))
@@ -469,7 +470,8 @@ def test_three_processes_resume_bit_for_bit(mixed, tmp_path):
     """The sum of three numbers depends on their order."""
 
     def launch(output, *options):
-        argv = arguments(mixed, output, "--num-gpus", 3, *options, **{"SOLVER.IMS_PER_BATCH": 6})
+        opts = {"SOLVER.IMS_PER_BATCH": 6, "SOLVER.ACCUMULATE": 2}
+        argv = arguments(mixed, output, "--num-gpus", 3, *options, **opts)
         command = [sys.executable, "-W", "ignore", str(ROOT / "tools/train_net.py"), *argv]
         done = subprocess.run(map(str, command), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -46,6 +46,7 @@ CASES = {
     ),
     "no object": ([[]] * 4, ()),
     "averaged": (BOXES, ("SOLVER.EMA_DECAY", 0.9)),
+    "accumulated": (BOXES, ("SOLVER.ACCUMULATE", 2)),
 }
 
 

@@ -144,6 +144,18 @@ class HeadOutput(NamedTuple):
             self.probabilities,
         )
 
+    @classmethod
+    def concatenate(cls, outputs: Sequence[HeadOutput]) -> HeadOutput:
+        """Join outputs of one head for several batches of images."""
+        first, *others = outputs
+
+        def join(name: str) -> Tensor | None:
+            one = getattr(first, name)
+            return None if one is None else torch.cat([one, *(getattr(x, name) for x in others)])
+
+        regression = torch.cat([x.box_regression for x in outputs])
+        return cls(join("classes"), regression, join("quality"), first.probabilities)
+
     def probability(self) -> Tensor:
         """Return the (N, R, K) class probabilities."""
         if self.classes is None:

@@ -196,6 +196,7 @@ def for_inference(cfg: CfgNode) -> CfgNode:
     cfg, fresh = cfg.clone(), get_cfg()
     add_atss_config(fresh)
     cfg.defrost()
+    cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING = False  # export would trace it
     node, defaults = cfg.MODEL.ATSS, fresh.MODEL.ATSS
     training = {"ASSIGNMENT_OF", "PHASES", *_training_keys()}
     for key in training & {*defaults}:

@@ -21,6 +21,7 @@ from ..modeling import backbone, detector, pretrained
 from ..modeling.box_coding import BoxCode, LegacyPixels
 from ..modeling.detector import LEGACY_PIXELS_IN_TRAINING
 from ..modeling.postprocess import PostProcessor
+from ..modeling.recompute import recompute_stages
 from ..modeling.suppression import ScoredBoxes
 from ..modeling.tta import ATSSWithTTA
 from ..registry import is_own
@@ -70,6 +71,7 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
         input_format=cfg.INPUT.FORMAT,
         vis_period=cfg.VIS_PERIOD,
         precision=autocast_dtype(cfg),
+        accumulate=cfg.SOLVER.ACCUMULATE,
     )
     if node.CHANNELS_LAST:
         # A convolution gives its output the memory format of its weights.
@@ -142,6 +144,8 @@ def build_levels(cfg: CfgNode) -> tuple[Backbone, list[ShapeSpec]]:
             f"have strides {strides}"
         )
     backbone.freeze_unused(built_backbone, node.IN_FEATURES)
+    if cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING:
+        recompute_stages(built_backbone)
     return built_backbone, input_shape
 
 

@@ -27,6 +27,11 @@ def add_atss_config(cfg: CfgNode) -> None:
     # Weight decay of learned scales (per level in a head, per channel in a backbone); None for
     # SOLVER.WEIGHT_DECAY.
     cfg.SOLVER.WEIGHT_DECAY_SCALE = None
+    # Images of an iteration, of all processes. -1, on the command line alone: the largest number
+    # that fits into the memory of the GPU, or of this process on a CPU, measured by steps on images
+    # of the largest size of INPUT. SOLVER.BASE_LR, that of the config file's number, is scaled:
+    # linearly for SGD, by the root for AdamW. Keys in iterations, such as MAX_ITER, are not.
+    cfg.SOLVER.IMS_PER_BATCH = 16
     # Length of the training in passes over the images, replaces SOLVER.MAX_ITER; 0 to use that.
     # MAX_ITER of the command line replaces EPOCHS of a file, without more frequent checkpoints and
     # evaluations.
@@ -37,6 +42,11 @@ def add_atss_config(cfg: CfgNode) -> None:
     cfg.SOLVER.CHECKPOINT_EPOCHS = 0.0
     # Epochs between evaluations, replaces TEST.EVAL_PERIOD; 0 to use that.
     cfg.TEST.EVAL_EPOCHS = 0.0
+    # Parts of SOLVER.IMS_PER_BATCH images that a step computes one after the other (gradient
+    # accumulation), each again in the backward pass: memory of one part, a longer step. Losses,
+    # their normalisers and gradients are those of the whole batch, but batch norms that are not
+    # frozen take the statistics of a part. The part of each process must be whole images.
+    cfg.SOLVER.ACCUMULATE = 1
     # Number of periodic checkpoints to keep; 0 for all.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 0
     # Minutes that a process waits for the others in a collective (all-reduce, all-gather) before it
@@ -111,6 +121,11 @@ def add_atss_config(cfg: CfgNode) -> None:
     # padded to the square. All images of a batch have one size. [] for none.
     cfg.INPUT.SCALE_JITTER = []
     cfg.INPUT.SCALE_JITTER_SIZE = 352
+    # Probability that a training image larger than its size by MIN_SIZE_TRAIN and MAX_SIZE_TRAIN is
+    # not shrunk, but a crop of that size around a random object. AUGMENT_UNTIL does not end it.
+    cfg.INPUT.FULL_SIZE_CROP = 0.0
+    # Share of an object's area, 0 to 1, that such a crop must contain; others are dropped.
+    cfg.INPUT.FULL_SIZE_CROP_MIN_AREA = 0.1
     # Brightness, contrast and saturation (of RGB) of a training image are each multiplied by a
     # factor between 1 - this and 1 + this.
     cfg.INPUT.COLOR_JITTER = 0.0
@@ -119,6 +134,10 @@ def add_atss_config(cfg: CfgNode) -> None:
     # Share of the training, 0 to 1, after which INPUT.CROP, SCALE_JITTER, COLOR_JITTER and MOSAIC
     # are switched off.
     cfg.INPUT.AUGMENT_UNTIL = 1.0
+
+    # The backward pass computes each stage of the backbone again, whose activations are not stored
+    # (activation checkpointing): less memory, a longer step.
+    cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING = False
 
     # timm model of MODEL.BACKBONE.NAME build_timm_fpn_backbone. MODEL.FPN.IN_FEATURES names its
     # feature maps by stride: s4, s8, ...

@@ -1,6 +1,7 @@
 """Detectron2's mapper, with errors that name the file."""
 
 import copy
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,8 +9,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
 
 from ..errors import UserError
+from .crops import FullSizeCrop, share_inside
 from .images import blame_file, blame_unreadable, read_image
 
 
@@ -33,6 +36,13 @@ class Mapper(DatasetMapper):
                 T.ResizeScale(*cfg.INPUT.SCALE_JITTER, side, side),
                 T.FixedSizeCrop((side, side)),
                 *(x for x in arguments["augmentations"] if not isinstance(x, T.ResizeShortestEdge)),
+            ]
+        if is_train and (share := cfg.INPUT.FULL_SIZE_CROP):
+            arguments["augmentations"] = [
+                FullSizeCrop(x, share, cfg.INPUT.FULL_SIZE_CROP_MIN_AREA)
+                if isinstance(x, T.ResizeShortestEdge)
+                else x
+                for x in arguments["augmentations"]
             ]
         jitter = cfg.INPUT.COLOR_JITTER
         if is_train and jitter:
@@ -65,16 +75,26 @@ class Mapper(DatasetMapper):
 
     def _resizes(self) -> list[tuple[int, int]]:
         """Return (shorter side, longest side) of possible resizing."""
-        augmentations = self.augmentations.augs
+        augmentations = [getattr(x, "resize", x) for x in self.augmentations.augs]
         resizes = [x for x in augmentations if isinstance(x, T.ResizeShortestEdge)]
         return [(side, x.max_size) for x in resizes for side in x.short_edge_length]
 
     def _map(self, mapped: dict, image: np.ndarray, sem_seg: np.ndarray | None) -> None:
         """Augment image (H, W, C), classes of pixels (H, W), and annotations."""
         utils.check_image_size(mapped, image)
-        augmented = T.AugInput(image, sem_seg=sem_seg)
+        crops = [x for x in self.augmentations.augs if isinstance(x, FullSizeCrop)]
+        boxes = None
+        if crops:
+            objects = [x for x in mapped.get("annotations", ()) if not x.get("iscrowd", 0)]
+            height, width = image.shape[:2]
+            boxes = _boxes(objects).clip(0, (width, height, width, height))
+        augmented = T.AugInput(image, boxes=boxes, sem_seg=sem_seg)
         transforms = self.augmentations(augmented)
         size = augmented.image.shape[:2]
+        for crop in crops:
+            shares = share_inside(augmented.boxes, (0, 0, size[1], size[0]))
+            kept = shares >= crop.min_area
+            mapped["annotations"] = [x for x, stays in zip(objects, kept, strict=True) if stays]
         mapped["image"] = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
         if sem_seg is not None:
             mapped["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype("long"))
@@ -84,6 +104,12 @@ class Mapper(DatasetMapper):
             mapped.pop("annotations", None)
         elif "annotations" in mapped:
             self._transform_annotations(mapped, transforms, size)
+
+
+def _boxes(annotations: Sequence[dict]) -> np.ndarray:
+    """Return the (M, 4) corners of the boxes of Detectron2's annotations."""
+    boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
+    return np.array(boxes, dtype=float).reshape(-1, 4)
 
 
 def single(image: torch.Tensor) -> torch.Tensor:

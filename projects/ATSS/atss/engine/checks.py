@@ -16,16 +16,20 @@ from ..config import autocast_dtype
 from ..config.branches import kinds
 from ..config.checks import NO_EFFECT, flatten, has_no_effect
 from ..data import datasets
-from ..errors import UserError
+from ..errors import UserError, check_range
 from .best import best_metric, check_metric, known_metrics
 from .environment import check_host, is_started, local_size, shares_agent_store, world_size
 from .evaluation import check_metadata
 from .loggers import build_run_writers
 
+# SOLVER.IMS_PER_BATCH of :func:`~atss.engine.batch.choose_batch`.
+MEASURED = -1
 # Limits of Detectron2's keys: least and greatest value.
 TRAINING_LIMITS = {
     "INPUT.AUGMENT_UNTIL": (0, 1),
     "INPUT.COLOR_JITTER": (0, 1),
+    "INPUT.FULL_SIZE_CROP": (0, 1),
+    "INPUT.FULL_SIZE_CROP_MIN_AREA": (0, 1),
     "INPUT.MIN_SIZE_TRAIN": (1, math.inf),
     "INPUT.MAX_SIZE_TRAIN": (1, math.inf),
     "INPUT.MOSAIC": (0, 1),
@@ -84,7 +88,17 @@ def check_config(cfg: CfgNode, training: bool, given: Collection[str] = ()) -> N
         UserError: naming the key.
     """
     if training:
+        if cfg.SOLVER.ACCUMULATE > 1 and cfg.MODEL.META_ARCHITECTURE != "ATSSDetector":
+            raise UserError(
+                f"SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE} needs MODEL.META_ARCHITECTURE "
+                f"ATSSDetector, got {cfg.MODEL.META_ARCHITECTURE}"
+            )
         jitter = cfg.INPUT.SCALE_JITTER
+        if jitter and cfg.INPUT.FULL_SIZE_CROP:
+            raise UserError(
+                "INPUT.FULL_SIZE_CROP replaces resizing by a crop, and INPUT.SCALE_JITTER has its "
+                "own: set one of them to 0 or []"
+            )
         if jitter and not (len(jitter) == 2 and 0 < jitter[0] <= jitter[1]):
             raise UserError(
                 "INPUT.SCALE_JITTER must be two factors, such as [0.5, 2.0], or empty, got "
@@ -229,7 +243,7 @@ def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
         if getattr(args, option) < 1:
             name = option.replace("_", "-")
             raise UserError(f"--{name} must be >= 1, got {getattr(args, option)}")
-    count, images = world_size(args), cfg.SOLVER.IMS_PER_BATCH
+    count = world_size(args)
     if is_started() and args.num_gpus * args.num_machines > 1:
         raise UserError("torchrun has started the processes: leave out --num-gpus, --num-machines")
     if args.num_machines > 1 and args.dist_url == "auto":
@@ -239,11 +253,8 @@ def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
         )
     if count > 1 and args.dist_url.startswith("tcp://"):
         check_host("--dist-url", urlsplit(args.dist_url).hostname or "")
-    if not args.eval_only and not cfg.SOLVER.REFERENCE_WORLD_SIZE and images % count:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH must be divisible by {count}, the number of processes, got "
-            f"{images}"
-        )
+    if not args.eval_only and cfg.SOLVER.IMS_PER_BATCH != MEASURED:
+        check_batch(cfg, count)
     on_gpu = cfg.MODEL.DEVICE.startswith("cuda")
     local = local_size(args)
     gpus = torch.cuda.device_count() if on_gpu else local
@@ -268,6 +279,28 @@ def check_processes(args: argparse.Namespace, cfg: CfgNode) -> None:
         raise UserError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR} already contains a run, from which a restart would "
             "continue: pass --resume or choose another folder"
+        )
+
+
+def check_batch(cfg: CfgNode, processes: int) -> None:
+    """Check that processes, and their parts of SOLVER.ACCUMULATE, share a batch evenly.
+
+    Raises:
+        UserError: naming the key.
+    """
+    solver = cfg.SOLVER
+    images, count = solver.IMS_PER_BATCH, solver.REFERENCE_WORLD_SIZE or processes
+    if images % processes and not solver.REFERENCE_WORLD_SIZE:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH must be divisible by {processes}, the number of processes, got "
+            f"{images}"
+        )
+    check_range("SOLVER.ACCUMULATE", solver.ACCUMULATE, 1)
+    if images % (count * solver.ACCUMULATE):
+        parts = f"SOLVER.ACCUMULATE {solver.ACCUMULATE}"
+        each = f" in each of {count} processes" if count > 1 else ""
+        raise UserError(
+            f"{parts} must divide SOLVER.IMS_PER_BATCH {images} into parts of whole images{each}"
         )
 
 

@@ -1,31 +1,23 @@
 """Estimate of a training's time and memory, after the first iterations."""
 
 import logging
-import os
 import resource
 import statistics
 import sys
 import time
-from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+
+from .memory import total_memory
 
 LESS_MEMORY = (
     "lower SOLVER.IMS_PER_BATCH, and SOLVER.BASE_LR with it, or the size of images "
     "(INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN; with INPUT.SCALE_JITTER also SCALE_JITTER_SIZE), or "
     "set MODEL.ATSS.PRECISION to bf16; in an evaluation lower MODEL.ATSS.IMS_PER_BATCH_TEST, "
     "INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST"
-)
-
-
-# The memory limit of a Linux container, in the two versions of control groups.
-CONTAINER_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
 
 
@@ -84,11 +76,7 @@ def peak_memory(device: torch.device) -> tuple[float, float]:
         return torch.cuda.max_memory_reserved(device), total
     unit = 1 if sys.platform == "darwin" else 1024
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit * comm.get_local_size()
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for file in CONTAINER_LIMITS:
-        with suppress(OSError, ValueError):  # no such file, or "max"
-            total = min(total, int(file.read_text()))
-    return used, total
+    return used, total_memory()
 
 
 def _duration(seconds: float) -> timedelta:

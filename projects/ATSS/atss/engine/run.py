@@ -5,12 +5,10 @@ run(args, cfg)          in every process
 """
 
 import argparse
-import importlib
 import logging
 import os
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
@@ -41,6 +39,7 @@ from ..deprecated import renamed_names
 from ..errors import UserError
 from ..labels.formats import add_arguments, reading_of
 from .agreement import facts_of_config, refuse_differences, share_weights
+from .batch import choose_batch
 from .checks import (
     TRAINING_LIMITS,
     check_config,
@@ -62,6 +61,7 @@ from .folder import (
     refuse_used_folder,
     replace_file,
 )
+from .imports import import_modules
 from .launch import keep_freed_memory, launch
 from .report import write_report
 from .sources import recall, shorten_paths
@@ -162,6 +162,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     if is_atss:
         complete_classes(cfg, training)
     if training:
+        choose_batch(args, cfg)
         complete_schedule(cfg, given)
         complete_tiles(cfg)
     check_model(_start_from_checkpoint(args, cfg), training)
@@ -332,29 +333,3 @@ def register(args: argparse.Namespace) -> None:
     args.registered_in = os.getpid()
     import_modules(args.imports)
     datasets.register_all(args.register, reading_of(args), partly=args.recalls_classes)
-
-
-def import_modules(names: list[str]) -> None:
-    """Import modules, by name (also from the current folder) or by file.
-
-    Raises:
-        UserError: if a module, or one that it imports, does not exist.
-    """
-    sys.path.insert(0, os.getcwd())
-    for name in names:
-        file = None
-        if name.endswith(".py") or os.sep in name or not all(name.split(".")):
-            file = Path(name).expanduser().resolve()
-            if not file.is_file():
-                raise UserError(f"--import {name}: no such file")
-            sys.path.insert(0, str(file.parent))  # for modules beside it
-        try:
-            module = importlib.import_module(file.stem if file else name)
-        except ModuleNotFoundError as error:
-            hint = f"; pass its path, such as --import path/to/{name.replace('.', '/')}.py"
-            is_itself = not file and error.name == name.partition(".")[0]
-            raise UserError(f"--import {name}: {error}{hint if is_itself else ''}") from error
-        except OSError as error:  # from the module's code, which needs its traceback
-            raise RuntimeError(f"--import {name} failed") from error
-        if file and Path(str(getattr(module, "__file__", None))).resolve() != file:
-            raise UserError(f"--import {name}: {module} has the same name: rename the file")

@@ -21,6 +21,7 @@ from .box_coding import BoxCode
 from .branch import Assigner, Branch, HeadOutputs, Phase, compute_quotients, decode
 from .criterion import Criterion, divide
 from .postprocess import PostProcessor
+from .recompute import recompute
 
 # COCO's sizes: bounds of the square root of the area, in pixels.
 SIZES = {"small": (0, 32), "medium": (32, 96), "large": (96, float("inf"))}
@@ -49,6 +50,7 @@ class ATSSDetector(DenseDetector):
             Everything after the head is float32.
         compile_tail: whether torch.compile compiles :func:`.branch.compute_quotients`, for any
             canvas and number of objects.
+        accumulate: parts of a training batch that the network computes one after the other.
 
     Attributes:
         iteration: of the training, for phases, if no event storage counts iterations.
@@ -78,6 +80,7 @@ class ATSSDetector(DenseDetector):
         vis_period: int = 0,
         precision: torch.dtype | None = None,
         compile_tail: bool = False,
+        accumulate: int = 1,
     ):
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
@@ -98,6 +101,7 @@ class ATSSDetector(DenseDetector):
         self.vis_period = vis_period
         self.precision = precision
         self.compile_tail = compile_tail
+        self.accumulate = accumulate
         self.iteration = 0
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
@@ -144,12 +148,27 @@ class ATSSDetector(DenseDetector):
     def _run_network(
         self, batched_inputs: list[dict], branches: Iterable[str]
     ) -> tuple[ImageList, list[Tensor], dict[str, HeadOutput]]:
-        """Return the images, their features and the outputs of these branches."""
+        """Return the images, their features and the outputs of these branches; with ``accumulate``,
+        the features of the first part. Assignment and criterion get the outputs of all images; the
+        backward pass runs the network of one part after the other again."""
+        images = self.preprocess_image(batched_inputs)
+        if self.accumulate == 1 or not (self.training and torch.is_grad_enabled()):
+            return images, *self._run_part(images.tensor, branches)
+        parts = [
+            recompute(self, self._run_part, pixels, branches)
+            for pixels in images.tensor.chunk(self.accumulate)
+        ]
+        features, _ = parts[0]
+        outputs = {x: HeadOutput.concatenate([part[1][x] for part in parts]) for x in branches}
+        return images, features, outputs
+
+    def _run_part(
+        self, pixels: Tensor, branches: Iterable[str]
+    ) -> tuple[list[Tensor], dict[str, HeadOutput]]:
         with torch.autocast(self.device.type, self.precision) if self.precision else nullcontext():
-            images = self.preprocess_image(batched_inputs)
-            maps = self.backbone(images.tensor)
+            maps = self.backbone(pixels)
             features = [maps[name] for name in self.head_in_features]
-            return images, features, self._run_heads(features, branches)
+            return features, self._run_heads(features, branches)
 
     def _run_heads(self, features: list[Tensor], names: Iterable[str]) -> dict[str, HeadOutput]:
         """Return the outputs of these branches. Each head runs once."""
