@@ -28,6 +28,7 @@ from .derive import (
     follow_classes,
     resolve_num_classes,
     set_num_classes,
+    uses_atss,
 )
 from .execution import (
     autocast_dtype,
@@ -45,10 +46,12 @@ from .files import (
     merge_options,
 )
 from .keys import add_atss_config
+from .proposals import ATSSProposals
 
 __all__ = [
     "RECIPE",
     "ATSSDetector",
+    "ATSSProposals",
     "GridAnchorGenerator",
     "Sampling",
     "add_atss_config",
@@ -84,5 +87,6 @@ __all__ = [
     "resolve_num_classes",
     "set_num_classes",
     "use_available_device",
+    "uses_atss",
     "with_rule",
 ]
