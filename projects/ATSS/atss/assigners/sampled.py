@@ -10,6 +10,8 @@ from ..errors import Checked, arg
 from ..structures import BACKGROUND, IGNORE, Assigner, Assignment, GroundTruth, Predictions
 from .atss import ATSS
 
+DEFAULT = ATSS()
+
 
 @dataclass(frozen=True)
 class Sampled(Checked):
@@ -23,7 +25,7 @@ class Sampled(Checked):
         positive_fraction: greatest share of positives.
     """
 
-    rule: Assigner = ATSS()
+    rule: Assigner = DEFAULT
     num: int = arg(256, low=1)
     positive_fraction: float = arg(0.5, low=0, high=1)
 

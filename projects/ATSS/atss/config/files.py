@@ -6,7 +6,7 @@ from ast import literal_eval
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import SequenceMatcher, get_close_matches
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def find_config(name: str, folder: str = "") -> str:
         return path
     if name.removesuffix(".yaml") in config_names():
         return get_config_file(name)
-    of_detectron2 = str(files("detectron2").joinpath("model_zoo", "configs", name))
+    of_detectron2 = str(resources.files("detectron2").joinpath("model_zoo", "configs", name))
     return of_detectron2 if os.path.isfile(of_detectron2) else path
 
 

@@ -14,10 +14,12 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
+    DatasetEvaluators,
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
 )
 from detectron2.evaluation.coco_evaluation import COCOeval_opt as COCOeval
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
@@ -91,6 +93,44 @@ class BoxEvaluator(COCOEvaluator):
                 f"AP50-{x}": ap for x, ap in zip(names, class_ap(evaluation, 0), strict=True)
             }
         self._results["bbox"] = results
+
+    def _eval_box_proposals(self, predictions: list[dict]) -> None:
+        """Measure the recall of a ProposalNetwork. Images without proposals count."""
+        if self._do_evaluation:
+            self._results["box_proposals"] = proposal_recall(self.truth, predictions)
+
+
+def proposal_recall(
+    truth: GroundTruth, predictions: list[dict], limits: tuple[int, ...] = (100, 300, 1000)
+) -> dict[str, float]:
+    """Return {"AR@<limit>": average recall} of COCO, of objects of any class and size.
+
+    Args:
+        predictions: "image_id" and "proposals" of images.
+        limits: proposals of each image, best first.
+    """
+    some_class = next(iter(truth.classes), None)
+    detections = [
+        {"image_id": x["image_id"], "category_id": some_class, "bbox": box, "score": score}
+        for x in predictions
+        for box, score in zip(
+            BoxMode.convert(
+                x["proposals"].proposal_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS
+            ).tolist(),
+            x["proposals"].objectness_logits.tolist(),
+            strict=True,
+        )
+    ]
+    if not (numbered := truth.number(detections)):  # which pycocotools does not accept
+        return dict.fromkeys((f"AR@{x}" for x in limits), 0.0 if truth.ids else float("nan"))
+    evaluation = _by_pycocotools(truth.dataset, numbered)
+    evaluation.params.useCats = 0
+    evaluation.params.maxDets = list(limits)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    recall = np.array(evaluation.eval["recall"])[:, 0, 0]  # (IoUs, limits), -1 without objects
+    means = np.where(recall.min(axis=0) > -1, 100 * recall.mean(axis=0), np.nan)
+    return {f"AR@{x}": mean for x, mean in zip(limits, means.tolist(), strict=True)}
 
 
 def evaluate_boxes(dataset: dict, detections: list[dict], images: list[int] | None = None) -> Any:
@@ -222,7 +262,15 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     output_dir = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
     kind = MetadataCatalog.get(dataset_name).evaluator_type
     if kind == "coco":
-        return BoxEvaluator(dataset_name, output_dir, cfg.TEST.COUNT_DIFFICULT)
+        boxes = BoxEvaluator(dataset_name, output_dir, cfg.TEST.COUNT_DIFFICULT)
+        shapes = {"segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+        tasks = [task for task, is_on in shapes.items() if is_on]
+        if not tasks or cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+            return boxes
+        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+        folder = os.path.join(output_dir, "shapes")
+        of_shapes = COCOEvaluator(dataset_name, tasks, output_dir=folder, kpt_oks_sigmas=sigmas)
+        return DatasetEvaluators([boxes, of_shapes])
     if kind == "lvis":
         provide_json(dataset_name)
         return LVISEvaluator(dataset_name, ("bbox",), output_dir=output_dir)
