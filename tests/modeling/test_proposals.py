@@ -3,16 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, NARROW, TWO_STAGE, make_input
+from conftest import GOLDEN, NARROW, TWO_STAGE, make_gt, make_input
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_model, build_proposal_generator
+from detectron2.modeling import build_model, build_proposal_generator, matcher
 from detectron2.modeling.proposal_generator import RPN
-from detectron2.structures import Boxes, ImageList, Instances, PolygonMasks
+from detectron2.structures import Boxes, ImageList, Instances, PolygonMasks, pairwise_iou
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
-from atss import Assignment, GroundTruth, load_config
+from atss import Anchors, Assignment, GroundTruth, load_config
 from atss.assigners import ASSIGNER_REGISTRY
 from atss.checkpoints.classes import class_tensors
 from atss.config import build_tta, check_model
@@ -101,6 +100,22 @@ def test_state_dict_is_that_of_detectron2():
     assert "proposal_generator.rpn_head.anchor_deltas.weight" in names[0]
 
 
+def test_thresholds_are_those_of_detectron2():
+    """Overlaps at, just below and far from a threshold; an object that overlaps no anchor."""
+    anchors = Anchors.grid((64, 64), (8, 16), scales=(1.0,))
+    ten = torch.tensor([8.0, 8.0, 16.0, 16.0])
+    sizes = [(0.7, 1), (0.3, 1), (0.6999, 1), (0.55, 0.55), (1.4, 1.1), (0.5, 1.4)]
+    boxes = [ten[:2].tolist() + (ten[:2] + 8 * torch.tensor(x)).tolist() for x in sizes]
+    boxes += [[100.0, 100.0, 120.0, 130.0]]
+    for objects in ([0], [1], [2], [3, 4], [0, 1, 2, 3, 4, 5], [6], [2, 6], []):
+        gt = make_gt([boxes[i] for i in objects])
+        match = matcher.Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True)
+        owner, label = match(pairwise_iou(Boxes(gt.boxes), Boxes(anchors.boxes)))
+        expected = torch.where(label == 1, owner, -1 + label.clamp(max=0))
+        found = ASSIGNER_REGISTRY.get("Matcher")()(anchors, gt).gt_index[0]
+        assert torch.equal(found, expected), objects
+
+
 @pytest.mark.parametrize("low_quality", [True, False])
 def test_labels_are_those_of_detectron2(reference, low_quality):
     """Also where rounding decides between equal overlaps."""
@@ -175,15 +190,22 @@ def test_proposals_are_those_of_detectron2(reference, case):
 
 
 def test_whole_detector_equals_detectron2s():
-    """Losses of both stages after the same random numbers, and detections."""
-    theirs = build_model(config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"))
-    ours = build_model(config(OWN_RPN))
+    """Losses and gradients of both stages with all anchors and proposals, and detections."""
+    every = ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 10_000, "MODEL.ATSS.ASSIGNERS.Sampled.NUM", 10_000)
+    every += ("MODEL.ATSS.NORMALISER_MIN", 1e4, "MODEL.ATSS.BOX_NORMALISER_MIN", 1e4)
+    every += (
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
+        1000,
+        "MODEL.ROI_HEADS.POSITIVE_FRACTION",
+        0.5,
+    )
+    theirs = build_model(config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", *every))
+    ours = build_model(config(OWN_RPN, *every))
     assert type(theirs.proposal_generator) is RPN
     ours.load_state_dict(theirs.state_dict())
     batch = [make_input(BOXES, [1, 2]), make_input(seed=1)]
     results = []
     for model in (theirs, ours):
-        seed_all_rng(3)
         losses = model.train()(batch)
         sum(losses.values()).backward()
         with torch.no_grad():
@@ -191,7 +213,7 @@ def test_whole_detector_equals_detectron2s():
         gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
         results.append((losses, gradients, found.pred_boxes.tensor, found.scores))
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [x for x in TWO_STAGE if "_1x_" in x])

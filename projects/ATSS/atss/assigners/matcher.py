@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from detectron2.modeling import matcher
 from detectron2.structures import Boxes, pairwise_iou
 
 from ..anchors import Anchors
@@ -13,8 +12,8 @@ from ..structures import BACKGROUND, IGNORE, Assignment, GroundTruth, Prediction
 
 @dataclass(frozen=True)
 class Matcher(Checked):
-    """Detectron2's Matcher on the float32 IoUs of all anchors and objects. Many low-quality matches
-    are ties that rounding decides: :class:`~atss.assigners.MaxIoU` computes in float64 and assigns
+    """The rule of Detectron2's Matcher, on float32 IoUs of all anchors and objects. Many low-quality
+    matches are ties that rounding decides: :class:`~atss.assigners.MaxIoU`, in float64, assigns
     others.
 
     As in Detectron2, an object that overlaps no anchor makes all anchors of its image positive.
@@ -41,14 +40,19 @@ class Matcher(Checked):
     def __call__(
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
-        thresholds = [self.background_below, self.positive_from]
-        match = matcher.Matcher(thresholds, [0, -1, 1], self.low_quality_matches)
-        shape = gt.num_images, len(anchors.boxes)
-        gt_index = gt.image_index.new_full(shape, BACKGROUND)
-        for i, row in enumerate(gt_index):
-            own = (gt.image_index == i).nonzero().squeeze(1)
-            if len(own):
-                best, label = match(pairwise_iou(Boxes(gt.boxes[own]), Boxes(anchors.boxes)))
-                row[label == 1] = own[best[label == 1]]
-                row[label == -1] = IGNORE
-        return Assignment(gt_index)
+        gt_index = gt.image_index.new_full((gt.num_images, len(anchors.boxes)), BACKGROUND)
+        if not len(gt):
+            return Assignment(gt_index)
+        iou = pairwise_iou(Boxes(gt.boxes), Boxes(anchors.boxes))
+        image = gt.image_index[:, None].expand_as(iou)
+        best = iou.new_full(gt_index.shape, -1).scatter_reduce_(0, image, iou, "amax")
+        # The first of the best objects.
+        objects = torch.arange(len(gt), device=iou.device)[:, None].expand_as(iou)
+        objects = objects.where(iou == best.gather(0, image), len(gt))
+        owner = torch.full_like(gt_index, len(gt)).scatter_reduce_(0, image, objects, "amin")
+        positive = best >= self.positive_from
+        if self.low_quality_matches:
+            claims = (iou == iou.amax(dim=1, keepdim=True)).long()
+            positive |= torch.zeros_like(gt_index).scatter_reduce_(0, image, claims, "amax") > 0
+        gt_index.masked_fill_(best >= self.background_below, IGNORE)
+        return Assignment(owner.where(positive, gt_index))

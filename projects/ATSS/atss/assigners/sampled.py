@@ -16,8 +16,7 @@ DEFAULT = ATSS()
 @dataclass(frozen=True)
 class Sampled(Checked):
     """Random sample of a rule's positives and background anchors in each image; the other anchors
-    are ignored (Faster R-CNN, arXiv 1506.01497, section 3.1.3). With equal random numbers the
-    sample is that of Detectron2's ``subsample_labels``.
+    are ignored (Faster R-CNN, arXiv 1506.01497, section 3.1.3).
 
     Args:
         rule: assigns the anchors.
@@ -38,16 +37,19 @@ class Sampled(Checked):
         self, anchors: Anchors, gt: GroundTruth, predictions: Predictions | None = None
     ) -> Assignment:
         assigned = self.rule(anchors, gt, predictions)
-        sampled = torch.full_like(assigned.gt_index, IGNORE)
-        for row, image in zip(sampled, assigned.gt_index, strict=True):
-            positive = _draw(image >= 0, int(self.num * self.positive_fraction))
-            background = _draw(image == BACKGROUND, self.num - len(positive))
-            row[positive] = image[positive]
-            row[background] = BACKGROUND
-        return Assignment(sampled, assigned.score)
+        order = torch.rand(assigned.gt_index.shape, device=assigned.gt_index.device)
+        is_background = assigned.gt_index == BACKGROUND
+        limit = torch.full_like(order[:, :1], int(self.num * self.positive_fraction))
+        positive = self._draw(order, assigned.positive, limit)
+        background = self._draw(order, is_background, self.num - positive.sum(1, keepdim=True))
+        return Assignment(
+            assigned.gt_index.masked_fill(~(positive | background), IGNORE), assigned.score
+        )
 
-
-def _draw(eligible: Tensor, num: int) -> Tensor:
-    """Return at most ``num`` random indices of (R,) eligible anchors."""
-    index = eligible.nonzero().squeeze(1)
-    return index[torch.randperm(len(index), device=index.device)[:num]]
+    def _draw(self, order: Tensor, eligible: Tensor, limit: Tensor) -> Tensor:
+        """Select the (N, 1) ``limit`` of (N, R) eligible anchors that come first. All shapes are
+        known in advance, so the host never waits for a GPU."""
+        first = torch.where(eligible, order, -1).topk(min(self.num, order.shape[1]), dim=1)
+        place = torch.arange(first.values.shape[1], device=order.device)
+        selected = (first.values >= 0) & (place < limit)
+        return torch.zeros_like(eligible).scatter(1, first.indices, selected)
