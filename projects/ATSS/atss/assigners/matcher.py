@@ -12,9 +12,10 @@ from ..structures import BACKGROUND, IGNORE, Assignment, GroundTruth, Prediction
 
 @dataclass(frozen=True)
 class Matcher(Checked):
-    """The rule of Detectron2's Matcher, on float32 IoUs of all anchors and objects: rounding decides
-    ties, which many low-quality matches are. :class:`~atss.assigners.MaxIoU`, in float64, assigns
-    other anchors.
+    """The rule of Detectron2's Matcher, on float32 IoUs of all anchors and objects.
+
+    Many low-quality matches are ties that rounding decides: :class:`~atss.assigners.MaxIoU`, in
+    float64, assigns other anchors.
 
     As in Detectron2, an object that overlaps no anchor makes all anchors of its image positive.
 
