@@ -7,7 +7,7 @@ from conftest import GOLDEN, NARROW, TWO_STAGE, make_gt, make_input
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model, build_proposal_generator, matcher
 from detectron2.modeling.proposal_generator import RPN
-from detectron2.structures import Boxes, ImageList, Instances, PolygonMasks, pairwise_iou
+from detectron2.structures import Boxes, ImageList, Instances, Keypoints, PolygonMasks, pairwise_iou
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
@@ -30,7 +30,8 @@ BOXES = [[20, 20, 90, 80], [5, 60, 30, 90]]
 
 def config(name, *opts):
     """Return the config of a narrow and shallow model."""
-    return load_config(name if "/" in name else f"two_stage/{name}", opts=[*SMALL, *opts])
+    files = [x if "/" in x else f"two_stage/{x}" for x in name.split()]
+    return load_config(*files, opts=[*SMALL, *opts])
 
 
 def with_masks(example):
@@ -281,6 +282,21 @@ def test_class_wise_and_class_agnostic_scores():
         best = (output.confidence() * output.quality.sigmoid()).sqrt().amax()
         assert found.objectness_logits.sigmoid().max() == pytest.approx(best.item(), rel=1e-4)
         assert (found.objectness_logits.diff() <= 0).all()
+
+
+def test_key_points_train_and_are_detected():
+    """Detectron2's config with either recipe over it."""
+    name = "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x Base-ATSS_RPN"
+    opts = ("MODEL.ROI_HEADS.NUM_CLASSES", 1, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", (8,))
+    model = build_model(config(name, *opts)).train()
+    example = make_input(BOXES, [0, 0])
+    points = torch.tensor([[[50.0, 50.0, 2.0]] * 17, [[10.0, 70.0, 2.0]] * 17])
+    example["instances"].gt_keypoints = Keypoints(points)
+    losses = model([example])
+    assert {"loss_keypoint", "loss_cls", "loss_rpn_cls"} <= {*losses}
+    sum(losses.values()).backward()
+    with torch.no_grad():
+        assert model.eval()([example])[0]["instances"].pred_keypoints.shape[1:] == (17, 3)
 
 
 def test_saturated_scores_stay_finite():

@@ -33,7 +33,7 @@ from ..registry import is_own
 from ..structures import Assigner
 from .backbones import begins_pretrained
 from .branches import build_branches, check_groups
-from .checks import building, check_values, lookup, rename_errors
+from .checks import building, check_first_stage, check_values, lookup, rename_errors
 from .derive import is_two_stage, resolve_num_classes, uses_atss
 from .execution import (
     autocast_dtype,
@@ -221,6 +221,8 @@ def check_model(cfg: CfgNode, training: bool) -> None:
     """
     node = cfg.MODEL.ATSS
     check_groups(node)
+    if is_two_stage(cfg):
+        check_first_stage(cfg)
     if uses_atss(cfg):
         code = build_box_coder(cfg, len(node.ANCHOR_SCALES) * len(node.ANCHOR_RATIOS))
         numbers = {"num_levels": len(node.IN_FEATURES), "num_classes": resolve_num_classes(cfg)}

@@ -94,8 +94,8 @@ def find_config(name: str, folder: str = "") -> str:
     """Return the path of a file or, if it does not exist, of the config of that name.
 
     Args:
-        name: path, URL, name of :func:`get_config_file`, or file of Detectron2's model zoo such as
-            COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml.
+        name: path, URL, name of :func:`get_config_file`, or name in Detectron2's model zoo such as
+            COCO-Detection/faster_rcnn_R_50_FPN_1x.
         folder: base of relative paths.
     """
     if "://" in name:
@@ -105,7 +105,11 @@ def find_config(name: str, folder: str = "") -> str:
         return path
     if name.removesuffix(".yaml") in config_names():
         return get_config_file(name)
-    of_detectron2 = str(resources.files("detectron2").joinpath("model_zoo", "configs", name))
+    of_detectron2 = str(
+        resources.files("detectron2").joinpath(
+            "model_zoo", "configs", f"{name.removesuffix('.yaml')}.yaml"
+        )
+    )
     return of_detectron2 if os.path.isfile(of_detectron2) else path
 
 

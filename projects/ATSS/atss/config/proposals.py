@@ -5,20 +5,10 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY
 
 from .. import modeling
-from ..errors import UserError
 from ..modeling import proposals
 from .branches import build_branches
 from .build import build_anchors, build_box_coder, injected_values, require_keys, select_levels
-from .checks import check_values, rename_errors
-
-# Keys of MODEL.ATSS that ATSSDetector alone obeys, and their values without effect.
-OF_DETECTOR = {
-    "CHANNELS_LAST": False,
-    "COMPILE": None,
-    "IMS_PER_BATCH_TEST": 1,
-    "LEGACY_PIXELS": False,
-    "PRECISION": "fp32",
-}
+from .checks import check_first_stage, check_values, rename_errors
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -31,12 +21,12 @@ def ATSSProposals(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> proposals.
     """
     require_keys(cfg)
     check_values(cfg)
-    check_proposals(cfg)
+    check_first_stage(cfg)
     node, rpn = cfg.MODEL.ATSS, cfg.MODEL.RPN
     levels = select_levels(node, input_shape)
     anchor_generator = build_anchors(cfg, levels)
     code = build_box_coder(cfg, anchor_generator.num_anchors[0])
-    num_classes = num_first_stage_classes(cfg)
+    num_classes = 1 if node.NUM_CLASSES == 1 else cfg.MODEL.ROI_HEADS.NUM_CLASSES
     injected = injected_values(cfg, levels, num_classes, anchor_generator, code)
     with rename_errors(
         pre_nms_topk="MODEL.RPN.PRE_NMS_TOPK_TRAIN or _TEST",
@@ -58,28 +48,3 @@ def ATSSProposals(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> proposals.
             nms_thresh=rpn.NMS_THRESH,
             min_size=cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE,
         )
-
-
-def num_first_stage_classes(cfg: CfgNode) -> int:
-    """Return 1 for proposals of any class, else the number of classes of the ROI heads.
-
-    Raises:
-        UserError: if MODEL.ATSS.NUM_CLASSES is another number.
-    """
-    number, of_rois = cfg.MODEL.ATSS.NUM_CLASSES, cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if number not in (1, -1, of_rois):
-        raise UserError(
-            "MODEL.ATSS.NUM_CLASSES of a first stage must be 1, for proposals of any class, or -1 "
-            f"for MODEL.ROI_HEADS.NUM_CLASSES {of_rois}, got {number}"
-        )
-    return 1 if number == 1 else of_rois
-
-
-def check_proposals(cfg: CfgNode) -> None:
-    """Raise UserError for a key that a first stage would ignore."""
-    for key, value in OF_DETECTOR.items():
-        if cfg.MODEL.ATSS[key] != value:
-            raise UserError(
-                f"MODEL.ATSS.{key} is for ATSSDetector: with MODEL.PROPOSAL_GENERATOR.NAME "
-                f"ATSSProposals it must be {value!r}, got {cfg.MODEL.ATSS[key]!r}"
-            )
