@@ -213,7 +213,13 @@ def test_whole_detector_equals_detectron2s():
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [x for x in TWO_STAGE if "ATSS" in x])
+SLOW = [x for x in TWO_STAGE if "lite0" in x and not x.endswith("small_ATSS_RPN")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in TWO_STAGE],
+)
 def test_every_config_trains_and_detects(name):
     """Also with an image without objects; every weight gets a gradient."""
     model = build_model(config(name, "MODEL.TIMM.PRETRAINED", False)).train()
@@ -288,6 +294,7 @@ def test_key_points_train_and_are_detected():
     """Detectron2's config with either recipe over it."""
     name = "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x Base-ATSS_RPN"
     opts = ("MODEL.ROI_HEADS.NUM_CLASSES", 1, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", (8,))
+    opts += ("MODEL.PIXEL_STD", [1000.0] * 3)  # else the heat maps overflow
     model = build_model(config(name, *opts)).train()
     example = make_input(BOXES, [0, 0])
     points = torch.tensor([[[50.0, 50.0, 2.0]] * 17, [[10.0, 70.0, 2.0]] * 17])

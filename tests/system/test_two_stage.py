@@ -146,16 +146,16 @@ def test_recall_counts_images_without_proposals(ellipses, tmp_path):
         evaluator = build_evaluator(cfg, "ellipses")
         evaluator.reset()
         for image in content["images"]:
-            proposals = Instances((96, 128))
-            proposals.proposal_boxes = Boxes(torch.zeros(0, 4))
+            boxes = torch.zeros(0, 4)
             if image["id"] in found:
                 of_image = [
                     x["bbox"] for x in content["annotations"] if x["image_id"] == image["id"]
                 ]
                 boxes = torch.tensor(of_image).reshape(-1, 4).float()
                 boxes[:, 2:] += boxes[:, :2]
-                proposals.proposal_boxes = Boxes(torch.cat([boxes, far]))
-            proposals.objectness_logits = torch.linspace(0, 9, len(proposals.proposal_boxes))
+                boxes = torch.cat([boxes, far])
+            logits = torch.linspace(0, 9, len(boxes))
+            proposals = Instances((96, 128), proposal_boxes=Boxes(boxes), objectness_logits=logits)
             evaluator.process([{"image_id": image["id"]}], [{"proposals": proposals}])
         measured = evaluator.evaluate()["box_proposals"]
         assert measured["AR@300"] == measured["AR@1000"] == pytest.approx(recall, abs=1e-3)
