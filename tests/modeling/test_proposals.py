@@ -213,12 +213,13 @@ def test_whole_detector_equals_detectron2s():
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5)
 
 
-SLOW = [x for x in TWO_STAGE if "lite0" in x and not x.endswith("small_ATSS_RPN")]
+OURS = [x for x in TWO_STAGE if not x.endswith("_small")]
+SLOW = [x for x in OURS if "lite0" in x and not x.endswith("small_ATSS_RPN")]
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in TWO_STAGE],
+    [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in OURS],
 )
 def test_every_config_trains_and_detects(name):
     """Also with an image without objects; every weight gets a gradient."""
