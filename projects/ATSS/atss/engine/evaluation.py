@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
@@ -121,25 +122,28 @@ def proposal_recall(
             strict=True,
         )
     ]
-    if not (numbered := truth.number(detections)):  # which pycocotools does not accept
+    if not (numbered := truth.number(detections)):  # as pycocotools does not accept it
         return dict.fromkeys((f"AR@{x}" for x in limits), 0.0 if truth.ids else float("nan"))
-    evaluation = _by_pycocotools(truth.dataset, numbered)
-    evaluation.params.useCats = 0
-    evaluation.params.maxDets = list(limits)
-    evaluation.evaluate()
-    evaluation.accumulate()
-    recall = np.array(evaluation.eval["recall"])[:, 0, 0]  # (IoUs, limits), -1 without objects
+    evaluation = evaluate_boxes(truth.dataset, numbered, limits=limits)
+    recall = evaluation.eval["recall"][:, 0, 0]  # (IoUs, limits), -1 without objects
     means = np.where(recall.min(axis=0) > -1, 100 * recall.mean(axis=0), np.nan)
     return {f"AR@{x}": mean for x, mean in zip(limits, means.tolist(), strict=True)}
 
 
-def evaluate_boxes(dataset: dict, detections: list[dict], images: list[int] | None = None) -> Any:
+def evaluate_boxes(
+    dataset: dict,
+    detections: list[dict],
+    images: list[int] | None = None,
+    limits: Sequence[int] = (),
+) -> Any:
     """Return an accumulated COCO evaluation: by hotcoco if it is installed and no object is
     difficult, which it cannot express, else by pycocotools.
 
     Args:
         dataset: as from :class:`~atss.labels.numbering.GroundTruth`.
         images: ids of the images to evaluate; None for all.
+        limits: detections of each image, of any class, for each of which recall is measured; () for
+            COCO's evaluation by class.
     """
     difficult = any(x["difficult"] for x in dataset["annotations"])
     logger = logging.getLogger(__name__)
@@ -153,6 +157,9 @@ def evaluate_boxes(dataset: dict, detections: list[dict], images: list[int] | No
         evaluation = hotcoco.COCOeval(truth, truth.load_res(detections), "bbox")
     if images is not None:
         evaluation.params.imgIds = images
+    if limits:
+        evaluation.params.useCats = 0
+        evaluation.params.maxDets = list(limits)
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation
