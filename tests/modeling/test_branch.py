@@ -221,6 +221,7 @@ def seen(model):
             r"PHASES must contain pairs .*, got \['x', '9'\]",
         ),
         (("MODEL.ATSS.BRANCHES", ["update"]), {}, "BRANCHES: 'update' is not a name, or already"),
+        (("MODEL.ATSS.BRANCHES", ["inference"]), {}, "BRANCHES: .inference. is not a name, or"),
         (("MODEL.ATSS.BRANCHES", [3]), {}, "BRANCHES: 3 is not a name"),
         (
             ("MODEL.ATSS.BRANCHES", ["x"]),

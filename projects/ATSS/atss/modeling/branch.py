@@ -107,6 +107,8 @@ class Branches(nn.ModuleDict):
         inference: name of the branch that detects; losses of the others are called <name>/...
     """
 
+    inference = "main"  # so that no branch has this name
+
     def __init__(self, branches: Mapping[str, Branch], inference: str = "main"):
         super().__init__(branches)
         if inference not in branches:
