@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import export
 import pytest
 import torch
 from conftest import NARROW
@@ -90,6 +91,8 @@ def test_masks_train_resume_evaluate_and_predict(ellipses, tmp_path):
     image = ellipses.partition(":")[2] + "/0.png"
     assert predictor(image).boxes.shape[1] == 4
 
+    with pytest.raises(SystemExit, match="error: only an ATSSDetector can be exported"):
+        export.main([str(tmp_path / "out"), "--output", str(tmp_path / "out.onnx")])
     forget("ellipses")
     weights = {"MODEL.WEIGHTS": tmp_path / "out/model_final.pth"}
     values = weights | {

@@ -116,7 +116,7 @@ class ATSSProposals(nn.Module):
             # Loading weights of other classes drops class layers without a row for each class.
             for module in self.modules():
                 if hasattr(module, "class_layers"):
-                    module.class_layers = {}
+                    module.class_layers = {}  # type: ignore[assignment]
         self.anchor_generator, self.box_coder = anchor_generator, box_coder
         self.num_classes, self.in_features = num_classes, list(in_features)
         self.score = score
