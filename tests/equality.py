@@ -100,6 +100,7 @@ def models(only: str) -> Iterator[tuple[str, object]]:
     assert Path(atss.__file__).is_relative_to(Path.cwd()), atss.__file__
     configs = Path.cwd() / "configs"
     files = {str(f.relative_to(configs)): (f,) for f in sorted(configs.rglob("*.yaml"))}
+    files = {name: parts for name, parts in files.items() if not name.startswith("two_stage")}
     files |= {name: tuple(configs / x for x in parts) for name, parts in RECIPES.items()}
     for name, parts in files.items():
         alone = len(parts) == 1 and "_BASE_" not in parts[0].read_text()

@@ -74,6 +74,8 @@ ARGUMENTS: dict[str, list[dict]] = {
         {"alpha": 0.8, **NWD},
         {"alpha": 0.8, **SIMD},
     ],
+    "Matcher": [{}, {"low_quality_matches": False}],
+    "Sampled": [{"num": 100_000, "positive_fraction": 1.0}],  # all, because others are random
     "MaxIoU": [
         {},
         {"low_quality_matches": False},

@@ -6,7 +6,7 @@ from conftest import make_gt
 from detectron2.structures import Boxes, Instances
 
 from atss import BACKGROUND, IGNORE, Anchors, Assignment, GroundTruth, HeadOutput, Predictions
-from atss.assigners import ASSIGNER_REGISTRY, SpatialScale
+from atss.assigners import ASSIGNER_REGISTRY, Sampled, SpatialScale
 from atss.modeling.criterion import Criterion
 
 
@@ -37,6 +37,7 @@ def test_ground_truth_refuses(arguments, sentence):
 
 RULES = {name: rule for name, rule in ASSIGNER_REGISTRY if name != "SpatialScale"}
 RULES["ranges"] = partial(SpatialScale, ranges=(64,))
+RULES["Sampled"] = partial(Sampled, num=100_000, positive_fraction=1.0)  # all
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32])

@@ -64,6 +64,11 @@ def main(argv: list[str] | None = None) -> None:
         cfg = load_config(config, opts=[*args.opts, "MODEL.DEVICE", "cpu"])
         names = class_names(cfg)
         thresholds = class_thresholds(args.thresholds, names) if args.thresholds else None
+        if cfg.MODEL.META_ARCHITECTURE != "ATSSDetector":
+            raise UserError(
+                "only an ATSSDetector can be exported: MODEL.META_ARCHITECTURE is "
+                f"{cfg.MODEL.META_ARCHITECTURE!r}"
+            )
         cfg.MODEL.WEIGHTS = weights
         cfg = for_inference(cfg)
         model = build_model(cfg).eval()

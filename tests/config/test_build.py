@@ -112,7 +112,7 @@ def test_own_rule_needs_registration_and_its_keys(tmp_path):
     [
         (
             ("MODEL.ATSS.HEAD", "NoHead"),
-            r"unknown MODEL.ATSS.HEAD 'NoHead': choose from \['ATSSHead', 'TOODHead', 'VFNetHead'",
+            r"unknown MODEL.ATSS.HEAD 'NoHead': choose from \['ATSSHead', 'RPNHead', 'TOODHead', ",
         ),
         (
             ("MODEL.ATSS.IN_FEATURES", ["p2", "p3"]),

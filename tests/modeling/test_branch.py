@@ -10,6 +10,7 @@ from torch import nn
 from atss import modeling
 from atss.assigners import ATSS, MaxIoU
 from atss.modeling import Branch, Criterion, Phase
+from atss.modeling.branch import Branches
 from atss.structures import HeadOutput
 
 TINY = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ATSS.NUM_CONVS", 1)
@@ -71,7 +72,7 @@ def test_two_branches_read_two_outputs_of_a_head():
 
     model = build()
     model.head = Two(model.head)
-    model.branches = nn.ModuleDict(
+    model.branches = Branches(
         {
             "main": Branch(Phase(ATSS(), Criterion()), output="fine"),
             "coarse": Branch(
@@ -101,7 +102,7 @@ def test_a_branch_uses_the_assignment_of_another():
             return super().__call__(*args)
 
     model = build()
-    model.branches = nn.ModuleDict(
+    model.branches = Branches(
         {
             "boxes": Branch(
                 Phase(None, Criterion(cls_loss=None, quality=None), assignment_of="main")
@@ -123,7 +124,7 @@ def test_phases_end_at_their_iterations():
     model = build()
     phases = Phase(first, criteria[0], until=5), Phase(last, criteria[1])
     branch = Branch(*phases)
-    model.branches = nn.ModuleDict({"main": branch})
+    model.branches = Branches({"main": branch})
     assert branch.at(4) is phases[0]
     assert branch.at(5) is phases[1]
     plain = build()([EXAMPLE])["loss_centerness"].item()
@@ -159,7 +160,7 @@ def test_buffers_are_saved_and_shared():
         "main": Branch(Phase(ATSS(), Criterion(level_weight=counter))),
         "other": Branch(Phase(ATSS(), Criterion(level_weight=counter))),
     }
-    model.branches = nn.ModuleDict(branches)
+    model.branches = Branches(branches)
     plain = build()([EXAMPLE])
     losses = model([EXAMPLE])
     assert losses["loss_cls"] > plain["loss_cls"]
@@ -220,6 +221,7 @@ def seen(model):
             r"PHASES must contain pairs .*, got \['x', '9'\]",
         ),
         (("MODEL.ATSS.BRANCHES", ["update"]), {}, "BRANCHES: 'update' is not a name, or already"),
+        (("MODEL.ATSS.BRANCHES", ["inference"]), {}, "BRANCHES: .inference. is not a name, or"),
         (("MODEL.ATSS.BRANCHES", [3]), {}, "BRANCHES: 3 is not a name"),
         (
             ("MODEL.ATSS.BRANCHES", ["x"]),

@@ -669,7 +669,8 @@ def two_alike(monkeypatch):
 def test_lower_bounds_apply_to_all_processes(two_alike, parts, divided_by):
     """Three positives in each: max(6, least) / 2. Box weights are all 1, and so 3 in each, too."""
     alone = losses_with(box_weight=one_for_all)
-    bounds = {**parts, "box_least": 2.0 * divided_by}
+    units = 4 if "least_per_image" in parts else 1
+    bounds = {**parts, "box_least": 2.0 * divided_by / units}
     found = losses_with(box_weight=one_for_all, **bounds)
     for name, loss in found.items():
         assert loss == pytest.approx(alone[name] * 3 / divided_by), name

@@ -20,8 +20,8 @@ from atss import BACKGROUND, Assignment
 from atss.checkpoints import config_for, convert
 from atss.config import build_tta
 from atss.modeling import Branch, Criterion, Phase
+from atss.modeling.branch import SIZES, Branches
 from atss.modeling.criterion import Quotient
-from atss.modeling.detector import SIZES
 from atss.modeling.terms import score
 
 # GroupNorm: with BatchNorm the images of a training batch would depend on each other.
@@ -298,7 +298,7 @@ def test_assigners_get_detached_predictions():
         weight = predictions.output.quality.sigmoid()
         return Assignment(torch.zeros_like(weight, dtype=torch.long), weight)
 
-    model.branches = nn.ModuleDict({"main": Branch(Phase(rule, Criterion(box_weight=score)))})
+    model.branches = Branches({"main": Branch(Phase(rule, Criterion(box_weight=score)))})
     losses = model([make_input(BOX, [0])])
     output, boxes = seen[0]
     assert not any(
@@ -339,7 +339,7 @@ def test_an_output_of_two_branches_is_decoded_once(monkeypatch):
         "guest": Branch(Phase(None, boxes, assignment_of="main"), head_of="own"),
     }
     nn.init.constant_(others["own"].head.bbox_pred.bias, 1.0)
-    model.branches = nn.ModuleDict({"main": model.branches["main"], **others})
+    model.branches = Branches({"main": model.branches["main"], **others})
     decode = model.box_coder.decode
     monkeypatch.setattr(
         model.box_coder, "decode", lambda *args: decoded.append(args) or decode(*args)
@@ -353,7 +353,7 @@ def test_an_output_of_two_branches_is_decoded_once(monkeypatch):
 def test_a_branch_without_an_assignment_is_named():
     model = tiny().train()
     phase = Phase(None, Criterion(), assignment_of="boxes")
-    model.branches = nn.ModuleDict({"main": model.branches["main"], "boxes": Branch(phase)})
+    model.branches = Branches({"main": model.branches["main"], "boxes": Branch(phase)})
     sentence = "branch 'boxes' takes the assignment of 'boxes': choose from ['main']"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         model([make_input(BOX, [0])])

@@ -8,12 +8,11 @@ values.
 import pytest
 import torch
 from benchmarks.operators import SimulatedGPU, registered_rules
-from conftest import THIN, make_cfg, make_input
+from conftest import CONFIGS, THIN, make_cfg, make_input
 from detectron2.modeling import build_model
 
 from atss import Anchors, GroundTruth, HeadOutput, Predictions
 from atss.assigners import ATSS, use_engine
-from atss.config import config_names
 from atss.modeling.box_coding import BoxDeltas
 from atss.modeling.criterion import Criterion
 
@@ -27,7 +26,7 @@ QUICK = [
     *(f"successors/{name}_R_50_FPN_1x" for name in ("GFLv2", "TAL_dual", "TOOD", "VFNet")),
     "tables/retinanet_A9",
 ]
-OTHERS = [x for x in config_names() if ("/" in x or "_FPN_" in x) and x not in QUICK]
+OTHERS = [x for x in CONFIGS if x not in QUICK]
 SLOW = [pytest.param(x, marks=pytest.mark.slow) for x in OTHERS]
 
 

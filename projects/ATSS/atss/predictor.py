@@ -28,6 +28,7 @@ from .config import (
     load_config,
     merge_options,
     use_available_device,
+    uses_atss,
 )
 from .config.checks import lookup
 from .data.images import read_image
@@ -119,7 +120,7 @@ class Predictor:
         if thresholds is not None:
             self.thresholds = class_thresholds(thresholds, self.names)
         cfg.MODEL.WEIGHTS = str(weights)  # without it a timm backbone loads its own
-        if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
+        if uses_atss(cfg):
             cfg = for_inference(cfg)
         self.model = build_model(cfg).eval()
         SafeCheckpointer(self.model, class_names=self.names, whole=True).load(str(weights))

@@ -4,12 +4,14 @@
 from .atss import ATSS
 from .ddod import DDOD
 from .engine import use_engine
+from .matcher import Matcher
 from .matching import Matching
 from .max_iou import MaxIoU
 from .ota import OTA
 from .paa import PAA
 from .poto import POTO
 from .registry import ASSIGNER_REGISTRY, SIMILARITIES
+from .sampled import Sampled
 from .sim_ota import SimOTA, SoftLabel
 from .similarities import NWD, IoU, SimD
 from .spatial_scale import SpatialScale
@@ -26,8 +28,10 @@ __all__ = [
     "SIMILARITIES",
     "TAL",
     "IoU",
+    "Matcher",
     "Matching",
     "MaxIoU",
+    "Sampled",
     "SimD",
     "SimOTA",
     "SoftLabel",

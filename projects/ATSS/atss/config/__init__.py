@@ -28,6 +28,7 @@ from .derive import (
     follow_classes,
     resolve_num_classes,
     set_num_classes,
+    uses_atss,
 )
 from .execution import (
     autocast_dtype,
@@ -45,11 +46,13 @@ from .files import (
     merge_options,
 )
 from .keys import add_atss_config
+from .proposals import ATSSProposals
 from .tiles import build_tiled, build_tiles, complete_tiles
 
 __all__ = [
     "RECIPE",
     "ATSSDetector",
+    "ATSSProposals",
     "GridAnchorGenerator",
     "Sampling",
     "add_atss_config",
@@ -88,5 +91,6 @@ __all__ = [
     "resolve_num_classes",
     "set_num_classes",
     "use_available_device",
+    "uses_atss",
     "with_rule",
 ]

@@ -11,9 +11,9 @@ from detectron2.modeling.backbone import FPN, Backbone, build_resnet_backbone
 
 from ..errors import UserError
 from ..modeling import pretrained
-from ..modeling.backbone import build_fpn, make_deformable
+from ..modeling.backbone import build_fpn, freeze_unused, make_deformable
 from ..modeling.timm_backbone import TimmBackbone
-from .derive import TIMM, check_pixels
+from .derive import TIMM, check_pixels, is_two_stage
 
 
 @BACKBONE_REGISTRY.register()
@@ -68,7 +68,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def _under_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
-    return build_fpn(
+    built = build_fpn(
         bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
@@ -76,6 +76,9 @@ def _under_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
         relu_before_p7=cfg.MODEL.ATSS.RELU_BEFORE_P7,
     )
+    if is_two_stage(cfg):
+        freeze_unused(built, {*cfg.MODEL.ATSS.IN_FEATURES, *cfg.MODEL.ROI_HEADS.IN_FEATURES})
+    return built
 
 
 def begins_pretrained(cfg: CfgNode) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from .. import assigners, modeling
 from ..assigners import ASSIGNER_REGISTRY, SIMILARITIES
 from ..errors import UserError, with_message
-from ..modeling.branch import Branch, Phase
+from ..modeling.branch import Branch, Branches, Phase
 from ..modeling.criterion import Criterion
 from ..registry import OWN_PARTS, Registry, overlay
 from .keys import add_atss_config
@@ -52,7 +52,7 @@ def build_branches(cfg: CfgNode, injected: Mapping[str, Any]) -> dict[str, Branc
         plain[key] = value
     heads = modeling.HEAD_REGISTRY.all_keys() | modeling.TOWERS.all_keys()
     for name in node.BRANCHES:
-        if not isinstance(name, str) or name in branches or hasattr(nn.ModuleDict, name):
+        if not isinstance(name, str) or name in branches or hasattr(Branches, name):
             raise UserError(f"MODEL.ATSS.BRANCHES: {name!r} is not a name, or already in use")
         allowed = {*BRANCH_KEYS, *heads, *_training_keys()} & {*node}
         branch_cfg = cfg.clone()

@@ -1,6 +1,6 @@
 """Builds a model or parts from a config, as factories in Detectron2's registries."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, build_anchor_generator, build_backbone
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    GeneralizedRCNN,
+    GeneralizedRCNNWithTTA,
+    build_anchor_generator,
+    build_backbone,
+)
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
@@ -28,8 +34,8 @@ from ..registry import is_own
 from ..structures import Assigner
 from .backbones import begins_pretrained
 from .branches import build_branches, check_groups
-from .checks import building, check_values, lookup, rename_errors
-from .derive import resolve_num_classes
+from .checks import building, check_first_stage, check_values, lookup, rename_errors
+from .derive import is_two_stage, resolve_num_classes, uses_atss
 from .execution import (
     autocast_dtype,
     check_device,
@@ -43,11 +49,7 @@ from .tiles import build_tiles
 
 @META_ARCH_REGISTRY.register()
 def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
-    if "ATSS" not in cfg.MODEL:
-        raise UserError(
-            "the config has no MODEL.ATSS: call atss.add_atss_config(cfg) before "
-            "merge_from_file, or use atss.load_config"
-        )
+    require_keys(cfg)
     check_values(cfg)
     check_device(cfg)
     node = cfg.MODEL.ATSS
@@ -55,7 +57,7 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
     built_backbone, input_shape = build_levels(cfg)
     anchor_generator = build_anchors(cfg, input_shape)
     code = build_box_coder(cfg, anchor_generator.num_anchors[0])
-    injected = _injected(cfg, input_shape, num_classes, anchor_generator, code)
+    injected = injected_values(cfg, input_shape, num_classes, anchor_generator, code)
     model = detector.ATSSDetector(
         backbone=built_backbone,
         head=modeling.HEAD_REGISTRY.build(node, **injected),
@@ -83,7 +85,15 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
     return model
 
 
-def _injected(
+def require_keys(cfg: CfgNode) -> None:
+    if "ATSS" not in cfg.MODEL:
+        raise UserError(
+            "the config has no MODEL.ATSS: call atss.add_atss_config(cfg) before "
+            "merge_from_file, or use atss.load_config"
+        )
+
+
+def injected_values(
     cfg: CfgNode,
     input_shape: list[ShapeSpec],
     num_classes: int,
@@ -130,7 +140,19 @@ def build_levels(cfg: CfgNode) -> tuple[Backbone, list[ShapeSpec]]:
     target = lookup(BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME, "MODEL.BACKBONE.NAME")
     with building("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, is_own(target)):
         built_backbone = build_backbone(cfg)
-    shapes = built_backbone.output_shape()
+    input_shape = select_levels(node, built_backbone.output_shape())
+    backbone.freeze_unused(built_backbone, node.IN_FEATURES)
+    if cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING:
+        recompute_stages(built_backbone)
+    return built_backbone, input_shape
+
+
+def select_levels(node: CfgNode, shapes: Mapping[str, ShapeSpec]) -> list[ShapeSpec]:
+    """Return the shapes of MODEL.ATSS.IN_FEATURES.
+
+    Raises:
+        UserError: if the backbone makes no such level, or levels are not from fine to coarse.
+    """
     missing = [name for name in node.IN_FEATURES if name not in shapes]
     if missing:
         raise UserError(
@@ -143,10 +165,7 @@ def build_levels(cfg: CfgNode) -> tuple[Backbone, list[ShapeSpec]]:
             f"MODEL.ATSS.IN_FEATURES must name levels from fine to coarse, but {node.IN_FEATURES} "
             f"have strides {strides}"
         )
-    backbone.freeze_unused(built_backbone, node.IN_FEATURES)
-    if cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING:
-        recompute_stages(built_backbone)
-    return built_backbone, input_shape
+    return input_shape
 
 
 def build_anchors(cfg: CfgNode, input_shape: list[ShapeSpec]) -> anchors.GridAnchorGenerator:
@@ -157,7 +176,7 @@ def build_anchors(cfg: CfgNode, input_shape: list[ShapeSpec]) -> anchors.GridAnc
     anchor_generator = build_anchor_generator(cfg, input_shape)
     if not hasattr(anchor_generator, "grid"):
         raise UserError(
-            "ATSSDetector needs anchors on grids: MODEL.ANCHOR_GENERATOR.NAME must be "
+            "rules need anchors on grids: MODEL.ANCHOR_GENERATOR.NAME must be "
             f"GridAnchorGenerator, got {cfg.MODEL.ANCHOR_GENERATOR.NAME}"
         )
     return anchor_generator
@@ -209,7 +228,9 @@ def check_model(cfg: CfgNode, training: bool) -> None:
     """
     node = cfg.MODEL.ATSS
     check_groups(node)
-    if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
+    if is_two_stage(cfg):
+        check_first_stage(cfg)
+    if uses_atss(cfg):
         code = build_box_coder(cfg, len(node.ANCHOR_SCALES) * len(node.ANCHOR_RATIOS))
         numbers = {"num_levels": len(node.IN_FEATURES), "num_classes": resolve_num_classes(cfg)}
         build_branches(cfg, {**numbers, "code": code})
@@ -218,7 +239,7 @@ def check_model(cfg: CfgNode, training: bool) -> None:
         pretrained.find_pretrained(cfg.MODEL.TIMM.NAME, cfg.MODEL.TIMM.WEIGHTS)
     images_per_test_batch(cfg)
     compiled_parts(cfg)
-    if cfg.TEST.AUG.ENABLED:
+    if cfg.TEST.AUG.ENABLED and not is_two_stage(cfg):
         build_views(cfg)
         build_merge(cfg)
     if cfg.TEST.TILES.ENABLED:
@@ -232,7 +253,11 @@ def check_model(cfg: CfgNode, training: bool) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def build_tta(cfg: CfgNode, model: nn.Module) -> ATSSWithTTA:
+def build_tta(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """Build Detectron2's test-time augmentation for GeneralizedRCNN, which merges masks too, else
+    that of ATSSDetector."""
+    if isinstance(model, GeneralizedRCNN):
+        return GeneralizedRCNNWithTTA(cfg, model)
     return ATSSWithTTA(
         model,
         plain=(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),

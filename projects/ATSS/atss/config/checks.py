@@ -49,6 +49,15 @@ NO_EFFECT = {
     "MODEL.ANCHOR_GENERATOR.ANGLES": "",
 }
 
+# Keys of MODEL.ATSS that ATSSDetector alone obeys, and their values without effect.
+OF_DETECTOR = {
+    "CHANNELS_LAST": False,
+    "COMPILE": None,
+    "IMS_PER_BATCH_TEST": 1,
+    "LEGACY_PIXELS": False,
+    "PRECISION": "fp32",
+}
+
 
 def has_no_effect(key: str) -> bool:
     return key in NO_EFFECT or key.rpartition(".")[0] in NO_EFFECT
@@ -65,6 +74,26 @@ def check_values(cfg: CfgNode, limits: Mapping[str, tuple[float, float]] = LIMIT
         check_range(key, values[key], low, high)
     for key, choices in CHOICES.items():
         check_choice(key, values[key], choices)
+
+
+def check_first_stage(cfg: CfgNode) -> None:
+    """Check the keys of MODEL.ATSS in a detector of two stages.
+
+    Raises:
+        UserError: for a key that a first stage would ignore, or an ambiguous number of classes.
+    """
+    for key, value in OF_DETECTOR.items():
+        if cfg.MODEL.ATSS[key] != value:
+            raise UserError(
+                f"MODEL.ATSS.{key} is for ATSSDetector: with MODEL.PROPOSAL_GENERATOR.NAME "
+                f"ATSSProposals it must be {value!r}, got {cfg.MODEL.ATSS[key]!r}"
+            )
+    number, of_rois = cfg.MODEL.ATSS.NUM_CLASSES, cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if number not in (1, -1, of_rois):
+        raise UserError(
+            "MODEL.ATSS.NUM_CLASSES of a first stage must be 1, for proposals of any class, or -1 "
+            f"for MODEL.ROI_HEADS.NUM_CLASSES {of_rois}, got {number}"
+        )
 
 
 @contextmanager

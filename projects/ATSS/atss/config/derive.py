@@ -23,21 +23,35 @@ EPOCHS = {
 # ------------------------------------------------------------------------------------------------
 
 
+def is_two_stage(cfg: CfgNode) -> bool:
+    """Return whether this project makes the proposals of Detectron2's detector of two stages."""
+    model = cfg.MODEL
+    proposals = model.PROPOSAL_GENERATOR.NAME == "ATSSProposals"
+    return proposals and model.META_ARCHITECTURE != "ATSSDetector"
+
+
+def uses_atss(cfg: CfgNode) -> bool:
+    return is_two_stage(cfg) or cfg.MODEL.META_ARCHITECTURE == "ATSSDetector"
+
+
 def resolve_num_classes(cfg: CfgNode) -> int:
-    """Return MODEL.ATSS.NUM_CLASSES; if it is -1, that of the data sets.
+    """Return MODEL.ATSS.NUM_CLASSES, or MODEL.ROI_HEADS.NUM_CLASSES of two stages; if it is -1,
+    that of the data sets.
 
     Raises:
         UserError: if config and data sets differ, or none has a number.
     """
-    number = cfg.MODEL.ATSS.NUM_CLASSES
+    group = "ROI_HEADS" if is_two_stage(cfg) else "ATSS"
+    key, in_config = f"MODEL.{group}.NUM_CLASSES", cfg.MODEL[group].NUM_CLASSES
+    number = in_config
     names = list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
     counts = {name: len(c) for name in names if (c := classes_of(name)) is not None}
     for name, count in counts.items():
         if number == -1:
             number = count
         elif number != count:
-            first = "MODEL.ATSS.NUM_CLASSES is"
-            if cfg.MODEL.ATSS.NUM_CLASSES == -1:
+            first = f"{key} is"
+            if in_config == -1:
                 first = f"data set {next(iter(counts))} has"
             sets = ""
             if cfg.DATASETS.TRAIN != cfg.DATASETS.TEST:  # one may come from the config's base
@@ -46,21 +60,22 @@ def resolve_num_classes(cfg: CfgNode) -> int:
     if number == -1 and (nameless := without_classes(names)):
         raise UserError(
             f"data set {nameless[0]} has no thing_classes in its metadata, and "
-            "MODEL.ATSS.NUM_CLASSES is -1: set one of them"
+            f"{key} is -1: set one of them"
         )
     if number == -1:
         raise UserError(
-            "MODEL.ATSS.NUM_CLASSES is -1 (the number of the data sets), but none of the data sets "
+            f"{key} is -1 (the number of the data sets), but none of the data sets "
             f"{names} is registered: register one, or set the number"
         )
     if number < 1:
-        raise UserError(f"MODEL.ATSS.NUM_CLASSES must be >= 1, or -1, got {number}")
+        raise UserError(f"{key} must be >= 1, or -1, got {number}")
     return number
 
 
 def set_num_classes(cfg: CfgNode) -> None:
-    """Set MODEL.ATSS.NUM_CLASSES by :func:`resolve_num_classes`."""
-    cfg.MODEL.ATSS.NUM_CLASSES = resolve_num_classes(cfg)
+    """Set the key of :func:`resolve_num_classes` to its result."""
+    group = cfg.MODEL.ROI_HEADS if is_two_stage(cfg) else cfg.MODEL.ATSS
+    group.NUM_CLASSES = resolve_num_classes(cfg)
 
 
 def complete_classes(cfg: CfgNode, training: bool = True) -> None:

@@ -88,6 +88,6 @@ def compile_in_place(model: ATSSDetector, parts: str) -> None:
         return
     model.compile_tail = True
     if parts == "all":
-        own_heads = [x.head for x in model.branches.values() if x.head is not None]
+        own_heads = [x.head for _, x in model.branches.named() if x.head is not None]
         for module in (model.backbone, model.head, *own_heads):
             module.compile()

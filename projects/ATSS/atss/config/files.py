@@ -6,6 +6,7 @@ from ast import literal_eval
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import SequenceMatcher, get_close_matches
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,23 @@ def find_config(name: str, folder: str = "") -> str:
     """Return the path of a file or, if it does not exist, of the config of that name.
 
     Args:
-        name: path, URL, or name of :func:`get_config_file`.
+        name: path, URL, name of :func:`get_config_file`, or name in Detectron2's model zoo such as
+            COCO-Detection/faster_rcnn_R_50_FPN_1x.
         folder: base of relative paths.
     """
     if "://" in name:
         return name
     path = os.path.join(folder, os.path.expanduser(name))
-    if not PathManager.isfile(path) and name.removesuffix(".yaml") in config_names():
+    if PathManager.isfile(path):
+        return path
+    if name.removesuffix(".yaml") in config_names():
         return get_config_file(name)
-    return path
+    of_detectron2 = str(
+        resources.files("detectron2").joinpath(
+            "model_zoo", "configs", f"{name.removesuffix('.yaml')}.yaml"
+        )
+    )
+    return of_detectron2 if os.path.isfile(of_detectron2) else path
 
 
 def _merge_file(cfg: CfgNode, file: str, parents: tuple[str, ...] = ()) -> None:

@@ -155,7 +155,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     timm.FREEZE_STATISTICS = False
 
     node = cfg.MODEL.ATSS = CfgNode()
-    # Number of classes without background; -1 for that of the data sets.
+    # Number of classes without background; -1 for that of the data sets. In a first stage: 1 for
+    # proposals of any class, -1 for MODEL.ROI_HEADS.NUM_CLASSES.
     node.NUM_CLASSES = -1
     # Names of the classes, for pictures and checkpoints. train_net.py sets them from the data sets.
     node.CLASS_NAMES = []
@@ -205,11 +206,12 @@ def add_atss_config(cfg: CfgNode) -> None:
     # Weight of the quality loss, relative to the class loss.
     node.QUALITY_LOSS_WEIGHT = 1.0
     # Lower bound of MODEL.ATSS.NORMALISER over all processes, which divides class and quality
-    # losses: for the whole batch, or for each image of it.
+    # losses.
     node.NORMALISER_MIN = 1.0
-    node.NORMALISER_PER_IMAGE = False
     # Lower bound of the sum of box weights, which divides box losses.
     node.BOX_NORMALISER_MIN = 1e-6
+    # Both bounds are for each image of the batch, not for the whole batch.
+    node.NORMALISER_PER_IMAGE = False
 
     # Names of the branches besides "main": outputs with a rule and a criterion of their own.
     node.BRANCHES = []
@@ -292,7 +294,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     # ATSS (paper, Table 4).
     ASSIGNER_REGISTRY.add_keys(node, "ATSS")
     SIMILARITIES.add_keys(node)
-    # Head: "ATSSHead", two towers (RetinaNet, FCOS); "VFNetHead"; "TOODHead".
+    # Head: "ATSSHead", two towers (RetinaNet, FCOS); "VFNetHead"; "TOODHead"; "RPNHead",
+    # Detectron2's for proposals.
     modeling.HEAD_REGISTRY.add_keys(node, "ATSSHead")
     # HEADS.ATSSHead.TOWER: module of all levels, replaces the two towers: "dynamic" (dynamic head);
     # "" for the two towers.
@@ -301,8 +304,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     # "log_point", logarithms of distances in pixels (FCOS, first version); "distribution",
     # probabilities of distances in strides (GFL); "corners", boxes in strides.
     modeling.BOX_CODES.add_keys(node, "box")
-    # Class loss: "focal", for class targets 0 and 1; "quality_focal" (GFL), "varifocal"
-    # (VarifocalNet) or "matchability" (DEIM), also for targets between; "" for none.
+    # Class loss: "focal", for class targets 0 and 1; "cross_entropy", "quality_focal" (GFL),
+    # "varifocal" (VarifocalNet) or "matchability" (DEIM), also for targets between; "" for none.
     modeling.CLS_LOSSES.add_keys(node, "focal")
     # Class target of a positive: "one"; "score", that of the rule; "overlap", the IoU of its
     # predicted box and its object.

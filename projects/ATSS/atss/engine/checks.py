@@ -104,6 +104,11 @@ def check_config(cfg: CfgNode, training: bool, given: Collection[str] = ()) -> N
                 "INPUT.SCALE_JITTER must be two factors, such as [0.5, 2.0], or empty, got "
                 f"{jitter}"
             )
+        if cfg.INPUT.MOSAIC and (cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON):
+            raise UserError(
+                "INPUT.MOSAIC keeps boxes alone: it must be 0 with MODEL.MASK_ON or KEYPOINT_ON, "
+                f"got {cfg.INPUT.MOSAIC}"
+            )
         profile = cfg.SOLVER.PROFILE
         if profile and not (len(profile) == 2 and 0 <= profile[0] <= profile[1]):
             raise UserError(

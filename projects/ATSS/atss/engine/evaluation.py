@@ -16,10 +16,12 @@ from detectron2.data.samplers import InferenceSampler
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
+    DatasetEvaluators,
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
 )
 from detectron2.evaluation.coco_evaluation import COCOeval_opt as COCOeval
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
@@ -128,12 +130,47 @@ class BoxEvaluator(COCOEvaluator):
             )
         return limited
 
+    def _eval_box_proposals(self, predictions: list[dict]) -> None:
+        """Measure the recall of a ProposalNetwork. Images without proposals count."""
+        if self._do_evaluation:
+            self._results["box_proposals"] = proposal_recall(self.truth, predictions)
+
+
+def proposal_recall(
+    truth: GroundTruth, predictions: list[dict], limits: tuple[int, ...] = (100, 300, 1000)
+) -> dict[str, float]:
+    """Return {"AR@<limit>": average recall} of COCO, of objects of any class and size.
+
+    Args:
+        predictions: "image_id" and "proposals" of images.
+        limits: proposals of each image, best first.
+    """
+    some_class = next(iter(truth.classes), None)
+    detections = [
+        {"image_id": x["image_id"], "category_id": some_class, "bbox": box, "score": score}
+        for x in predictions
+        for box, score in zip(
+            BoxMode.convert(
+                x["proposals"].proposal_boxes.tensor, BoxMode.XYXY_ABS, BoxMode.XYWH_ABS
+            ).tolist(),
+            x["proposals"].objectness_logits.tolist(),
+            strict=True,
+        )
+    ]
+    if not (numbered := truth.number(detections)):  # as pycocotools does not accept it
+        return dict.fromkeys((f"AR@{x}" for x in limits), 0.0 if truth.ids else float("nan"))
+    evaluation = evaluate_boxes(truth.dataset, numbered, max_detections=limits, by_class=False)
+    recall = evaluation.eval["recall"][:, 0, 0]  # (IoUs, limits), -1 without objects
+    means = np.where(recall.min(axis=0) > -1, 100 * recall.mean(axis=0), np.nan)
+    return {f"AR@{x}": mean for x, mean in zip(limits, means.tolist(), strict=True)}
+
 
 def evaluate_boxes(
     dataset: dict,
     detections: list[dict],
     images: list[int] | None = None,
     max_detections: Sequence[int] = (1, 10, 100),
+    by_class: bool = True,
 ) -> Any:
     """Return an accumulated COCO evaluation: by hotcoco if it is installed and no object is
     difficult, which it cannot express, else by pycocotools.
@@ -142,6 +179,7 @@ def evaluate_boxes(
         dataset: as from :class:`~atss.labels.numbering.GroundTruth`.
         images: ids of the images to evaluate; None for all.
         max_detections: of a class in an image; AP takes the last.
+        by_class: False takes all classes for one.
     """
     difficult = any(x["difficult"] for x in dataset["annotations"])
     logger = logging.getLogger(__name__)
@@ -156,6 +194,7 @@ def evaluate_boxes(
     if images is not None:
         evaluation.params.imgIds = images
     evaluation.params.maxDets = list(max_detections)
+    evaluation.params.useCats = int(by_class)
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation
@@ -274,7 +313,15 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     kind = MetadataCatalog.get(dataset_name).evaluator_type
     if kind == "coco":
-        return BoxEvaluator(dataset_name, output_dir, cfg.TEST.COUNT_DIFFICULT, limit)
+        boxes = BoxEvaluator(dataset_name, output_dir, cfg.TEST.COUNT_DIFFICULT, limit)
+        shapes = {"segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+        tasks = [task for task, is_on in shapes.items() if is_on]
+        if not tasks or cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+            return boxes
+        sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+        folder = os.path.join(output_dir, "shapes")
+        of_shapes = COCOEvaluator(dataset_name, tasks, output_dir=folder, kpt_oks_sigmas=sigmas)
+        return DatasetEvaluators([boxes, of_shapes])
     if kind == "lvis":
         provide_json(dataset_name)
         return LVISEvaluator(

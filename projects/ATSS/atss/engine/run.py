@@ -31,6 +31,7 @@ from ..config import (
     load_config,
     prune,
     use_available_device,
+    uses_atss,
 )
 from ..config.checks import check_values, flatten
 from ..config.derive import describe_schedule
@@ -142,8 +143,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     import_modules(args.imports)
     args.config_file = find_config(args.config_file)  # Detectron2's setup opens it, too
     cfg = load_config(args.config_file, opts=args.opts)
-    is_atss = cfg.MODEL.META_ARCHITECTURE == "ATSSDetector"
-    if is_atss and not training:
+    if uses_atss(cfg) and not training:
         cfg = for_inference(cfg)
     if use_available_device(cfg):
         print("No GPU here: running on the CPU.", file=sys.stderr)
@@ -159,7 +159,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         fit_workers(cfg, local_size(args))
     check_data(cfg, training, images=not is_started())
 
-    if is_atss:
+    if uses_atss(cfg):
         complete_classes(cfg, training)
     if training:
         choose_batch(args, cfg)
@@ -170,7 +170,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         check_values(cfg, TRAINING_LIMITS)
     before = dict(flatten(cfg))
     prune(cfg)  # so that config.yaml can be read without parts that the run does not use
-    if is_atss:
+    if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
         for line in describe_unread(cfg, before, given):
             print(line, file=sys.stderr)
     check_config(cfg, training, given)
@@ -198,7 +198,7 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     # Once per machine, after all processes have started: if one finds a fault, all end.
     if is_started() and int(os.environ["LOCAL_RANK"]) == 0:
         check_data(cfg, training=not args.eval_only)
-    if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
+    if uses_atss(cfg):
         follow_classes(cfg)
     config = _set_up(args, cfg)
     hide_explained_tracebacks(cfg.OUTPUT_DIR)

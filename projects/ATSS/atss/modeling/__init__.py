@@ -10,6 +10,7 @@ from .detector import ATSSDetector
 from .dyhead import DynamicTower
 from .head import ATSSHead
 from .postprocess import PostProcessor
+from .proposals import ATSSProposals, RPNHead
 from .registry import (
     BOX_CODES,
     BOX_LOSSES,
@@ -39,10 +40,11 @@ __getattr__ = renamed_names(__name__)
 __all__ = [
     "BOX_CODES", "BOX_LOSSES", "BOX_WEIGHTS", "CLS_LOSSES", "CLS_TARGETS", "CRITERION",
     "HEAD_REGISTRY", "LEVEL_WEIGHTS", "NMS", "NORMALISERS", "POSTPROCESSOR", "QUALITIES", "SCORES",
-    "SUPPRESSIONS", "TOWERS", "ATSSDetector", "ATSSHead", "ATSSWithTTA", "ATSSWithTiles",
-    "BoxDeltas", "Branch", "Corners", "Criterion", "Distribution", "DistributionFocalLoss",
-    "DynamicTower", "Focal", "GIoULoss", "IoULoss", "LegacyPixels", "LogDistances", "Matchability",
-    "NWDLoss", "P6P7FromP5", "Phase", "PointDistances", "PostProcessor", "QualityFocal",
+    "SUPPRESSIONS", "TOWERS", "ATSSDetector", "ATSSHead", "ATSSProposals", "ATSSWithTTA",
+    "ATSSWithTiles", "BoxDeltas", "Branch", "Corners", "Criterion", "Distribution",
+    "DistributionFocalLoss", "DynamicTower", "Focal", "GIoULoss", "IoULoss", "LegacyPixels",
+    "LogDistances", "Matchability", "NWDLoss", "P6P7FromP5", "Phase", "PointDistances",
+    "PostProcessor", "QualityFocal", "RPNHead",
     "ScoreVote", "SmoothL1Loss", "SoftVote", "TOODHead", "VFNetHead", "Varifocal", "Vote",
     "build_fpn", "keep_all", "make_deformable",
 ]

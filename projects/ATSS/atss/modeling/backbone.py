@@ -1,7 +1,7 @@
 """Backbones: a bottom-up of Detectron2 under an FPN with P6 and P7 computed from P5."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -72,7 +72,7 @@ def build_fpn(
     return FoldedFPN(bottom_up, in_features, out_channels, norm, top_block, fuse_type)
 
 
-def freeze_unused(backbone: Backbone, levels: Sequence[str]) -> None:
+def freeze_unused(backbone: Backbone, levels: Collection[str]) -> None:
     """Freeze, in place, the FPN's convolutions that these levels do not depend on: DDP on GPUs
     would wait for their gradients."""
     if not isinstance(backbone, FPN):

@@ -61,8 +61,9 @@ class Criterion(nn.Module):
             quality loss.
         quality_name, quality_weight: suffix of the quality loss's name, and its factor.
         normaliser: (matched, class targets) -> scalar, for class and quality losses.
-        least: lower bound of the normaliser; with ``least_per_image`` times the number of images.
+        least: lower bound of the normaliser.
         box_least: lower bound of the sum of box weights.
+        least_per_image: whether both bounds are multiplied by the number of images.
         level_weight: Matched -> (R,) factor of all losses of an anchor; None: 1. It may be a module
             with buffers, and shared with another criterion.
 
@@ -135,7 +136,8 @@ class Criterion(nn.Module):
         level_weight = 1 if self.level_weight is None else self.level_weight(matched)
         cls_target = self.cls_target(matched)
         amount = self.normaliser(matched, cls_target)
-        least = self.least * (gt.num_images * _num_processes() if self.least_per_image else 1)
+        images = gt.num_images * _num_processes() if self.least_per_image else 1
+        least, box_least = self.least * images, self.box_least * images
         losses: dict[str, Quotient] = {}
 
         total = self._class_loss(matched, cls_target, level_weight)
@@ -151,7 +153,7 @@ class Criterion(nn.Module):
         elif quality_target is not None:
             weight = weight * quality_target
         for name, total in self._box_losses(matched, weight, level_weight).items():
-            losses[name] = Quotient(total, weight.sum(), self.box_least)
+            losses[name] = Quotient(total, weight.sum(), box_least)
 
         if output.quality is not None and quality_target is not None:
             total = self._quality_loss(matched, output.quality, quality_target, level_weight)

@@ -1,9 +1,8 @@
 """The detector: from images to losses or detections, top to bottom."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -13,18 +12,15 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from ..anchors import Anchors, GridAnchorGenerator
+from ..anchors import GridAnchorGenerator
 from ..errors import UserError
-from ..geometry import area
-from ..structures import Assignment, GroundTruth, HeadOutput, Predictions
+from ..structures import GroundTruth, HeadOutput, Predictions
 from .box_coding import BoxCode
-from .branch import Assigner, Branch, HeadOutputs, Phase, compute_quotients, decode
-from .criterion import Criterion, divide
+from .branch import Assigner, Branch, Branches, Phase, decode
+from .criterion import Criterion
 from .postprocess import PostProcessor
 from .recompute import recompute
 
-# COCO's sizes: bounds of the square root of the area, in pixels.
-SIZES = {"small": (0, 32), "medium": (32, 96), "large": (96, float("inf"))}
 LEGACY_PIXELS_IN_TRAINING = (
     "MODEL.ATSS.LEGACY_PIXELS True is for inference with weights of the authors' code: set it to "
     "False to train them"
@@ -56,10 +52,6 @@ class ATSSDetector(DenseDetector):
         iteration: of the training, for phases, if no event storage counts iterations.
     """
 
-    # Period of Detectron2's writers. Reading a number from a GPU waits for it, so statistics are
-    # computed only if they are written.
-    LOG_PERIOD = 20
-
     def __init__(
         self,
         *,
@@ -89,9 +81,7 @@ class ATSSDetector(DenseDetector):
             if assigner is None or criterion is None:
                 raise UserError("a detector needs an assigner and a criterion, or branches")
             branches = {"main": Branch(Phase(assigner, criterion))}
-        if inference not in branches:
-            raise UserError(f"unknown branch {inference!r}: choose from {sorted(branches)}")
-        self.branches: Mapping[str, Branch] = nn.ModuleDict(branches)  # type: ignore[assignment]
+        self.branches = Branches(branches, inference)
         self.inference = inference
         self.anchor_generator = anchor_generator
         self.box_coder = box_coder
@@ -111,8 +101,7 @@ class ATSSDetector(DenseDetector):
             return self._forward_groups(batched_inputs, groups)
         # Copied before the network runs: afterwards the copy would wait for the GPU.
         gt = self._ground_truth(batched_inputs) if self.training else None
-        branches = self.branches if self.training else [self.inference]
-        images, features, outputs = self._run_network(batched_inputs, branches)
+        images, features, outputs = self._run_network(batched_inputs, self.training)
         if gt is not None:
             return self.forward_training(images, features, outputs, gt)
         detections = self.forward_inference(images, features, outputs)
@@ -146,60 +135,35 @@ class ATSSDetector(DenseDetector):
         return super().preprocess_image([{"image": image} for image in images])
 
     def _run_network(
-        self, batched_inputs: list[dict], branches: Iterable[str]
+        self, batched_inputs: list[dict], training: bool
     ) -> tuple[ImageList, list[Tensor], dict[str, HeadOutput]]:
-        """Return the images, their features and the outputs of these branches; with ``accumulate``,
+        """Return the images, their features and the outputs of the branches; with ``accumulate``,
         the features of the first part. Assignment and criterion get the outputs of all images; the
         backward pass runs the network of one part after the other again."""
         images = self.preprocess_image(batched_inputs)
-        if self.accumulate == 1 or not (self.training and torch.is_grad_enabled()):
-            return images, *self._run_part(images.tensor, branches)
+        if self.accumulate == 1 or not (training and torch.is_grad_enabled()):
+            return images, *self._run_part(images.tensor, training)
         parts = [
-            recompute(self, self._run_part, pixels, branches)
+            recompute(self, self._run_part, pixels, training)
             for pixels in images.tensor.chunk(self.accumulate)
         ]
         features, _ = parts[0]
-        outputs = {x: HeadOutput.concatenate([part[1][x] for part in parts]) for x in branches}
+        outputs = {x: HeadOutput.concatenate([part[1][x] for part in parts]) for x in parts[0][1]}
         return images, features, outputs
 
     def _run_part(
-        self, pixels: Tensor, branches: Iterable[str]
+        self, pixels: Tensor, training: bool
     ) -> tuple[list[Tensor], dict[str, HeadOutput]]:
         with torch.autocast(self.device.type, self.precision) if self.precision else nullcontext():
             maps = self.backbone(pixels)
             features = [maps[name] for name in self.head_in_features]
-            return features, self._run_heads(features, branches)
-
-    def _run_heads(self, features: list[Tensor], names: Iterable[str]) -> dict[str, HeadOutput]:
-        """Return the outputs of these branches. Each head runs once."""
-        heads: dict[str, HeadOutputs] = {}
-        outputs = {}
-        for name in names:
-            branch = self.branches[name]
-            owner, _ = branch.source(name)
-            if owner not in heads:
-                heads[owner] = self._run_head(features, owner)
-            outputs[name] = branch.select_output(heads[owner])
-        return outputs
-
-    def _run_head(self, features: list[Tensor], owner: str) -> HeadOutputs:
-        """Return the outputs of a branch's own head, or of the detector's head for ""."""
-        try:
-            return self.branches[owner].own_outputs(features) if owner else self.head(features)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):  # of torch's norms
-                raise
-            raise UserError(
-                "MODEL.ATSS.NORM has too few values on a level of 1 x 1 locations: raise "
-                "MODEL.FPN.OUT_CHANNELS, which GN divides into 32 groups, the size of images or "
-                f"their number ({error})"
-            ) from error
+            return features, self.branches.outputs(self.head, features, training)
 
     @torch.no_grad()
     def predict(self, batched_inputs: list[dict]) -> Predictions:
         """Return the predictions at all anchors of the branch that detects, as assigners get them.
         The images must share a canvas."""
-        _, features, outputs = self._run_network(batched_inputs, [self.inference])
+        _, features, outputs = self._run_network(batched_inputs, training=False)
         with torch.autocast(self.device.type, enabled=False):
             anchors = self.anchor_generator.grid(features)
             return decode(self.box_coder, outputs[self.inference], anchors)
@@ -221,7 +185,7 @@ class ATSSDetector(DenseDetector):
         """Return :meth:`raw`, and the number of anchors of each level."""
         maps = self.backbone((pixels - self.pixel_mean) / self.pixel_std)
         features = [maps[name] for name in self.head_in_features]
-        outputs = self._run_heads(features, [self.inference])
+        outputs = self.branches.outputs(self.head, features, training=False)
         anchors = self.anchor_generator.grid(features)
         output, boxes = decode(self.box_coder, outputs[self.inference], anchors)
         quality = () if output.quality is None else (output.quality.sigmoid(),)
@@ -250,35 +214,14 @@ class ATSSDetector(DenseDetector):
         """
         if self.box_coder.inference_only:
             raise UserError(LEGACY_PIXELS_IN_TRAINING)
-        storage = get_event_storage() if has_event_storage() else None
-        phases = self._phases(self.iteration if storage is None else storage.iter)
-        sources = {name: branch.source(name) for name, branch in self.branches.items()}
-        by_source = {sources[name]: output for name, output in outputs.items()}
-        with torch.autocast(self.device.type, enabled=False):
-            anchors = self.anchor_generator.grid(features)
-            tail = _compiled_tail(anchors, gt) if self.compile_tail else compute_quotients
-            quotients, assignments = tail(self.box_coder, phases, sources, by_source, anchors, gt)
-            losses = divide(
-                {
-                    loss if name == self.inference else f"{name}/{loss}": quotient
-                    for name, losses_of_branch in quotients.items()
-                    for loss, quotient in losses_of_branch.items()
-                }
-            )
-        if storage is not None:
-            self._log(images, features, outputs, gt, assignments)
+        anchors = self.anchor_generator.grid(features)
+        losses = self.branches.losses(
+            self.box_coder, outputs, anchors, gt, self.iteration, self.compile_tail
+        )
+        draws = has_event_storage() and self.vis_period > 0
+        if draws and get_event_storage().iter % self.vis_period == 0:
+            self._log_picture(images, features, outputs, gt)
         return losses
-
-    def _phases(self, iteration: int) -> dict[str, Phase]:
-        phases = {name: branch.at(iteration) for name, branch in self.branches.items()}
-        assigned = sorted(name for name, phase in phases.items() if phase.assigner is not None)
-        for name, phase in phases.items():
-            if phase.assignment_of and phase.assignment_of not in assigned:
-                raise UserError(
-                    f"branch {name!r} takes the assignment of {phase.assignment_of!r}: choose from "
-                    f"{assigned}"
-                )
-        return phases
 
     def forward_inference(
         self, images: ImageList, features: list[Tensor], outputs: Mapping[str, HeadOutput]
@@ -289,53 +232,18 @@ class ATSSDetector(DenseDetector):
             output = outputs[self.inference].map(Tensor.float)
             return self.postprocess(output, anchors, self.box_coder, images.image_sizes)
 
-    def _log(
+    def _log_picture(
         self,
         images: ImageList,
         features: list[Tensor],
         outputs: Mapping[str, HeadOutput],
         gt: GroundTruth,
-        assignments: Mapping[str, Assignment],
     ) -> None:
-        storage = get_event_storage()
-        if storage.iter % self.LOG_PERIOD == 0 and len(gt):
-            side = area(gt.boxes.cpu()).sqrt()  # on the canvas
-            for name, assignment in assignments.items():
-                group = "assignment" if name == self.inference else f"{name}/assignment"
-                counts = assignment.positives_per_object(len(gt)).cpu()
-                storage.put_scalar(f"{group}/positives_per_object", counts.float().mean().item())
-                without = counts == 0
-                statistic = f"{group}/objects_without_positive"
-                storage.put_scalar(statistic, without.sum().item())
-                for size, (low, high) in SIZES.items():
-                    of_size = without & (side >= low) & (side < high)
-                    storage.put_scalar(f"{statistic}_{size}", of_size.sum().item())
-        if self.vis_period > 0 and storage.iter % self.vis_period == 0:
-            height, width = images.image_sizes[0]
-            image = images.tensor[0, :, :height, :width] * self.pixel_std + self.pixel_mean
-            boxes = Boxes(gt.boxes[gt.image_index == 0].cpu())
-            objects = Instances((height, width), gt_boxes=boxes)
-            example = {"image": image.cpu(), "instances": objects}
-            with torch.no_grad():
-                results = self.forward_inference(images, features, outputs)
-            self.visualize_training([example], results[:1])
-
-
-def _compiled_tail(anchors: Anchors, gt: GroundTruth) -> Callable:
-    """Return the compiled :func:`compute_quotients`."""
-    # Compute the anchors' cached properties (functools') here. Otherwise torch.compile would make a
-    # graph for the first step of a canvas, which computes them, and another for the next steps.
-    for name, value in vars(Anchors).items():
-        if isinstance(value, cached_property):
-            getattr(anchors, name)
-    # Without the mark torch.compile assumes that sizes that are equal in the first batch are always
-    # equal, such as 4 objects and the 4 sides of a box.
-    for tensor in (gt.boxes, gt.classes, gt.image_index):
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return _compile(compute_quotients)
-
-
-@cache
-def _compile(function: Callable) -> Callable:
-    # Shared by all models, and no attribute of a model, because it cannot be pickled.
-    return torch.compile(function, dynamic=True)
+        height, width = images.image_sizes[0]
+        image = images.tensor[0, :, :height, :width] * self.pixel_std + self.pixel_mean
+        boxes = Boxes(gt.boxes[gt.image_index == 0].cpu())
+        objects = Instances((height, width), gt_boxes=boxes)
+        example = {"image": image.cpu(), "instances": objects}
+        with torch.no_grad():
+            results = self.forward_inference(images, features, outputs)
+        self.visualize_training([example], results[:1])

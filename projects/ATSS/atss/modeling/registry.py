@@ -11,6 +11,7 @@ from .criterion import Criterion
 from .dyhead import DynamicTower
 from .head import ATSSHead
 from .postprocess import PostProcessor, product, root
+from .proposals import RPNHead
 from .suppression import NMS, ScoreVote, SoftVote, Vote, keep_all
 from .tood_head import TOODHead
 from .vfnet_head import VFNetHead
@@ -41,15 +42,15 @@ ATSS_KEYS = DEFORM_KEYS | {"centerness": "CENTERNESS", "level_scale": "LEVEL_SCA
 HEAD_REGISTRY.register(ATSSHead, keys=ATSS_KEYS, parts={"tower": TOWERS})
 HEAD_REGISTRY.register(VFNetHead, keys=DEFORM_KEYS)
 HEAD_REGISTRY.register(TOODHead, keys=HEAD_KEYS, parts={"inner": BOX_CODES})
+HEAD_REGISTRY.register(RPNHead)
 
 # Losses
 CLS_LOSSES = Registry("CLS_LOSS", ("num_classes",), "CLS_LOSSES", optional=True)
 CLS_LOSSES.register(
     losses.Focal, name="focal", keys={"alpha": "FOCAL_LOSS_ALPHA", "gamma": "FOCAL_LOSS_GAMMA"}
 )
-CLS_LOSSES.add(
-    quality_focal=losses.QualityFocal, varifocal=losses.Varifocal, matchability=losses.Matchability
-)
+CLS_LOSSES.add(cross_entropy=losses.cross_entropy, quality_focal=losses.QualityFocal)
+CLS_LOSSES.add(varifocal=losses.Varifocal, matchability=losses.Matchability)
 
 CLS_TARGETS = Registry("CLS_TARGET")
 CLS_TARGETS.add(one=terms.one, score=terms.score, overlap=terms.overlap)
