@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("golden")
 # Files of configs/ that are only a part of a config.
 PARTS = ("Base-ATSS", "small", "ablation", "digits", "fine_tune", "fine_tune_coco")
+PARTS += ("fine_tune_coco_small",)
 CONFIGS = [name for name in config_names() if name not in PARTS]
 # A thin ResNet-50, which takes a quarter of the time of a ResNet-18.
 THIN = {

@@ -24,13 +24,14 @@ from .config import (
     class_ids,
     class_names,
     for_inference,
+    input_size,
     load_config,
     merge_options,
     use_available_device,
 )
 from .config.checks import lookup
 from .data.images import read_image
-from .data.mapper import single
+from .data.mapper import single, stretched
 from .errors import UserError
 from .structures import Predictions
 
@@ -86,7 +87,8 @@ class Predictor:
     Attributes:
         names: of the classes; may be empty.
         ids: of the classes in the training data; may be empty.
-        size: (shorter side, longest side) of resized images.
+        size: (shorter side, longest side) of resized images; (height, width, True) if they are
+            stretched to it.
         thresholds: of the classes, with None for a class without one; None without thresholds.
         max_detections: TEST.DETECTIONS_PER_IMAGE, the most that an image has.
 
@@ -122,9 +124,9 @@ class Predictor:
         self.model = build_model(cfg).eval()
         SafeCheckpointer(self.model, class_names=self.names, whole=True).load(str(weights))
         self.ids = class_ids(cfg)
-        self.size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        self.size = input_size(cfg)
         self.max_detections = cfg.TEST.DETECTIONS_PER_IMAGE
-        self.resize = T.ResizeShortestEdge([self.size[0]] * 2, self.size[1])
+        self.resize = stretched(T.ResizeShortestEdge([self.size[0]] * 2, self.size[1]), cfg)
         self.input_format = cfg.INPUT.FORMAT
 
     @overload  # a path is also a sequence of texts
@@ -211,7 +213,7 @@ def _are_several(images: Any) -> bool:
     return isinstance(images, Sequence | Iterator) and not isinstance(images, str | bytes)
 
 
-def _as_bgr(image: Any, name: str, size: tuple[int, int]) -> np.ndarray:
+def _as_bgr(image: Any, name: str, size: tuple[int, ...]) -> np.ndarray:
     """Return (H, W, 3) uint8 BGR. Messages begin with ``name``."""
     if isinstance(image, str | os.PathLike):
         return read_image(os.fspath(image), [size])

@@ -35,7 +35,8 @@ class Detector:
     Attributes:
         names: of the classes.
         ids: of the classes in the training data; empty if unknown.
-        size: (shorter side, longest side) to which images are resized.
+        size: (shorter side, longest side) to which images are resized; (height, width, True) if
+            they are stretched to it.
         max_detections: the most that an image has.
         thresholds: of the classes, if the file has them, with None for a class without one; the
             command applies them, calls return all detections.
@@ -51,7 +52,9 @@ class Detector:
         self.names: list[str] = self.settings["classes"]
         self.ids: list[int] = self.settings["ids"]
         self.max_detections: int = self.settings["max_detections"]
-        self.size: tuple[int, int] = (self.settings["min_size"], self.settings["max_size"])
+        size = (self.settings["min_size"], self.settings["max_size"])
+        stretched = self.settings["resize"] == "stretch"
+        self.size: tuple[int, int] | tuple[int, int, bool] = (*size, True) if stretched else size
         self.thresholds: list[float | None] | None = self.settings.get("thresholds")
         self.batch = batch
 
@@ -130,7 +133,7 @@ class Detector:
         return self._pixels([(array, size)], self.canvas(*size))
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size to which an image is resized, as Detectron2's ResizeShortestEdge."""
+        """Return the size to which an image is resized."""
         if thin := too_thin(height, width, *self.size):
             raise FileError(f"the image {thin}")
         return resized(height, width, *self.size)

@@ -20,6 +20,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "suppression": dict,
 }
 CHOICES = {"input_format": ("BGR", "RGB"), "score": ("product", "sqrt")}
+CHOICES["resize"] = ("shortest", "stretch")
 
 
 def read_settings(path: str, properties: Mapping[str, str]) -> dict[str, Any]:

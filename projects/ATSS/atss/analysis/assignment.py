@@ -8,10 +8,11 @@ import cv2
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog
-from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.structures import BoxMode
 
-from ..config import build_sampling, load_config, with_rule
+from atss_runner.images import resized
+
+from ..config import build_sampling, input_size, load_config, with_rule
 from ..data.images import read_image
 from ..errors import UserError, check_range
 from ..geometry import centres
@@ -48,8 +49,7 @@ def draw_assignment(
     cfg = load_config(config, opts=opts)
     samplings = {name: build_sampling(with_rule(cfg, name)) for name in rules}
     pixels = read_image(record["file_name"])
-    size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    height, width = ResizeShortestEdge.get_output_shape(*pixels.shape[:2], *size)
+    height, width = resized(*pixels.shape[:2], *input_size(cfg))
     zoom = np.array([width / pixels.shape[1], height / pixels.shape[0]])
     gt = _ground_truth(record, zoom)
     if not len(gt):

@@ -15,6 +15,7 @@ from ..config import (
     Sampling,
     build_sampling,
     candidates_per_object,
+    input_size,
     load_config,
     with_rule,
 )
@@ -82,12 +83,12 @@ def measure(
     content: dict,
     objects: Objects,
     samplings: dict[str, Sampling],
-    size: tuple[int, int],
+    size: tuple[int, ...],
     progress: Progress = lambda items, **_: items,
     predict: Predict | None = None,
 ) -> list[dict]:
     """Return a record for each used object, in the order of the json: properties, positives under
-    each of ``samplings`` on images of ``size`` (shorter side, longest side), and, if exactly one
+    each of ``samplings`` on images of ``size``, as of ``input_size``, and, if exactly one
     assigner is ATSS, mean and standard deviation of the candidates' IoUs."""
     used = np.flatnonzero(objects.used)
     x, y, w, h = objects.boxes[used].T
@@ -164,7 +165,7 @@ def compare(
             raise UserError(f"two configs are called {name}: rename one, for the names of columns")
         cfgs[name] = load_config(file, opts=opts)
     first = next(iter(cfgs.values()))
-    size = (first.INPUT.MIN_SIZE_TEST, first.INPUT.MAX_SIZE_TEST)
+    size = input_size(first)
     samplings = {name: build_sampling(cfg) for name, cfg in cfgs.items()}
     if not weights:
         predicting = [name for name, s in samplings.items() if looks_at_predictions(s.assigner)]
@@ -223,7 +224,7 @@ def constants(
     """Return NWD's CONSTANT, the mean side of an object on the canvas, and SimD's M and N, the mean
     distance of centres of object and anchor along x and y, relative to their sides' sum."""
     cfg = load_config(config_file, opts=opts)
-    sampling, size = build_sampling(cfg), (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    sampling, size = build_sampling(cfg), input_size(cfg)
     sides, distances, pairs = 0.0, np.zeros(2), 0
     for canvas, _, _, gt, _ in on_canvases(
         content, objects, [size], sampling.divisibility, progress

@@ -26,6 +26,7 @@ from .derive import (
     complete_schedule,
     enter_schedule,
     follow_classes,
+    input_size,
     resolve_num_classes,
     set_num_classes,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "get_config",
     "get_config_file",
     "images_per_test_batch",
+    "input_size",
     "load_config",
     "merge_options",
     "one_image_at_a_time",

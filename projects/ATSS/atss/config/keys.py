@@ -90,6 +90,9 @@ def add_atss_config(cfg: CfgNode) -> None:
     # padded to the square. All images of a batch have one size. [] for none.
     cfg.INPUT.SCALE_JITTER = []
     cfg.INPUT.SCALE_JITTER_SIZE = 352
+    # "shortest": the shorter side becomes MIN_SIZE_TRAIN or MIN_SIZE_TEST, the longer one at most
+    # MAX_SIZE_*. "stretch": height MIN_SIZE_* and width MAX_SIZE_*, whatever the image's aspect ratio.
+    cfg.INPUT.RESIZE = "shortest"
     # Brightness, contrast and saturation (of RGB) of a training image are each multiplied by a
     # factor between 1 - this and 1 + this.
     cfg.INPUT.COLOR_JITTER = 0.0

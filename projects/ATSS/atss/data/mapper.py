@@ -1,6 +1,7 @@
 """Detectron2's mapper, with errors that name the file."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ class Mapper(DatasetMapper):
                 T.FixedSizeCrop((side, side)),
                 *(x for x in arguments["augmentations"] if not isinstance(x, T.ResizeShortestEdge)),
             ]
+        arguments["augmentations"] = [stretched(x, cfg) for x in arguments["augmentations"]]
         jitter = cfg.INPUT.COLOR_JITTER
         if is_train and jitter:
             low_high = (1 - jitter, 1 + jitter)
@@ -89,6 +91,14 @@ class Mapper(DatasetMapper):
 def single(image: torch.Tensor) -> torch.Tensor:
     """Convert float64 images, which Detectron2 makes of YUV, to float32."""
     return image.float() if image.dtype == torch.float64 else image
+
+
+def stretched(augmentation: Any, cfg: CfgNode) -> Any:
+    """Return a resizing to (shorter side, longest side) as one to (height, width) if INPUT.RESIZE
+    is "stretch", another augmentation as it is."""
+    if cfg.INPUT.RESIZE != "stretch" or not isinstance(augmentation, T.ResizeShortestEdge):
+        return augmentation
+    return T.Resize((augmentation.short_edge_length[0], augmentation.max_size))
 
 
 def without_augmentation(cfg: CfgNode) -> CfgNode:
