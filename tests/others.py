@@ -4,6 +4,7 @@ import argparse
 import io
 import sys
 from collections import OrderedDict
+from functools import cache
 from pathlib import PurePosixPath, PureWindowsPath
 from types import ModuleType
 from unittest.mock import patch
@@ -45,8 +46,9 @@ def saved(content, **how):
     return buffer.getvalue()
 
 
+@cache
 def classes(module, name):
-    """Return a new class of another project, whose instances can be saved."""
+    """Return a class of another project, whose instances can be saved."""
     cls = type(name, (), {"__module__": module})
     parts = module.split(".")
     for i in range(len(parts)):

@@ -24,6 +24,7 @@ import atss.engine.run as way_in
 import atss_runner
 from atss import Predictor, load_config
 from atss.checkpoints import load
+from atss.config import input_size
 from atss.data.datasets import classes_of
 
 pytest.importorskip("timm")
@@ -73,6 +74,9 @@ def test_outputs_equal_getitunes(name, most, tmp_path):
     found = np.load(GOLDEN / "otx_atss.npz")
     cfg, names = convert({"state_dict": weights_of(name)}, tmp_path)
     assert names == list(classes_of("coco_2017_val"))
+    pixels = (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    assert pixels == ("RGB", [0.0] * 3, [255.0] * 3)
+    assert input_size(cfg) == (800, 992, True)
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg).eval()
     model.load_state_dict(load(tmp_path / "ours.pth"))
@@ -107,42 +111,22 @@ def small():
     return weights_of(SMALL)
 
 
-@pytest.mark.parametrize("kind", ["getitune", "OTX 2", "OTX 2.5", "mmdet"])
+@pytest.mark.parametrize("kind", ["getitune", "OTX 2", "OTX 2.5"])
 def test_own_classes_keep_their_names(kind, tmp_path):
-    """Of a checkpoint after a training: dictionaries of getitune, an object of OTX 2."""
+    """After a training in half precision: dictionaries of getitune, an object of OTX 2."""
     weights = weights_of(SMALL, 2)
+    half = {k: x.half() if x.is_floating_point() else x for k, x in weights.items()}
     content = {
-        "getitune": lambda: getitune(weights, ["ant", "bee"]),
-        "OTX 2": lambda: others.otx_2(weights, ["ant", "bee"], "otx.core"),
-        "OTX 2.5": lambda: others.otx_2(weights, ["ant", "bee"], "otx"),
-        "mmdet": lambda: {"state_dict": weights, "meta": {"CLASSES": ("ant", "bee")}},
+        "getitune": lambda: getitune(half, ["ant", "bee"]),
+        "OTX 2": lambda: others.otx_2(half, ["ant", "bee"], "otx.core"),
+        "OTX 2.5": lambda: others.otx_2(half, ["ant", "bee"], "otx"),
     }[kind]()
     cfg, names = convert(content, tmp_path)
     assert names == cfg.MODEL.ATSS.CLASS_NAMES == ["ant", "bee"]
     assert (cfg.MODEL.ATSS.NUM_CLASSES, cfg.DATASETS.TRAIN) == (2, ())
-
-
-def test_preprocessing_is_otxs(small, tmp_path):
-    cfg, _ = convert({"state_dict": small}, tmp_path)
-    assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD) == (
-        "RGB",
-        [0] * 3,
-        [255] * 3,
-    )
-    assert (cfg.INPUT.RESIZE, cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (
-        "stretch",
-        800,
-        992,
-    )
-    assert (cfg.MODEL.ANCHOR_GENERATOR.OFFSET, cfg.MODEL.ATSS.RELU_BEFORE_P7) == (0.0, True)
-
-
-def test_half_precision_becomes_single(small, tmp_path):
-    half = {k: x.half() if x.is_floating_point() else x for k, x in small.items()}
-    convert({"state_dict": half}, tmp_path)
-    ours = load(tmp_path / "ours.pth")
-    assert ours["head.cls_score.weight"].dtype == torch.float32
-    assert torch.equal(ours["head.cls_score.weight"], half["bbox_head.atss_cls.weight"].float())
+    found = load(tmp_path / "ours.pth")["head.cls_score.weight"]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, half["bbox_head.atss_cls.weight"].float())
 
 
 def test_entry_selects_averaged_or_last_weights(small, tmp_path):

@@ -91,7 +91,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     cfg.INPUT.SCALE_JITTER = []
     cfg.INPUT.SCALE_JITTER_SIZE = 352
     # "shortest": the shorter side becomes MIN_SIZE_TRAIN or MIN_SIZE_TEST, the longer one at most
-    # MAX_SIZE_*. "stretch": height MIN_SIZE_* and width MAX_SIZE_*, whatever the image's aspect ratio.
+    # MAX_SIZE_*. "stretch": the height becomes MIN_SIZE_*, the width MAX_SIZE_*, and the
+    # aspect ratio is lost.
     cfg.INPUT.RESIZE = "shortest"
     # Brightness, contrast and saturation (of RGB) of a training image are each multiplied by a
     # factor between 1 - this and 1 + this.
