@@ -49,8 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--entry",
         default="",
-        help="entry of IN with the weights: an EMAHook of mmdet writes their average as state_dict, "
-        "the default, and the last ones as ema_state_dict",
+        help="entry of IN with the weights: mmdet's EMAHook writes averaged ones as state_dict, "
+        "the default, the last ones as ema_state_dict",
     )
     parser.add_argument(
         "--config-file",

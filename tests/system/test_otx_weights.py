@@ -40,6 +40,9 @@ def weights_of(name, classes=80):
     shapes = {k: [classes, *v[1:]] if "atss_cls" in k else v for k, v in SHAPES[name].items()}
     state = {k: torch.from_numpy(v) for k, v in recipe.weights(shapes).items()}
     state["bbox_head.atss_cls.bias"] -= SHIFTS[name]
+    for key, value in state.items():
+        if re.search(r"(init_block|unit\d\.conv[12])\.bn\.weight", key):
+            value *= 8  # so that ReLU6 cuts off
     return state
 
 
