@@ -16,7 +16,7 @@ from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from PIL import Image
 
 from atss_runner.detections import Detections, draw_detections, explain_none
-from atss_runner.images import HIGH_DEPTH, too_thin
+from atss_runner.images import HIGH_DEPTH, Size, too_thin
 from atss_runner.thresholds import DEFAULT, class_thresholds, per_class
 
 from .checkpoints import SafeCheckpointer
@@ -213,7 +213,7 @@ def _are_several(images: Any) -> bool:
     return isinstance(images, Sequence | Iterator) and not isinstance(images, str | bytes)
 
 
-def _as_bgr(image: Any, name: str, size: tuple[int, ...]) -> np.ndarray:
+def _as_bgr(image: Any, name: str, size: Size) -> np.ndarray:
     """Return (H, W, 3) uint8 BGR. Messages begin with ``name``."""
     if isinstance(image, str | os.PathLike):
         return read_image(os.fspath(image), [size])

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .detections import Detections
-from .images import HIGH_DEPTH, resized, too_thin
+from .images import HIGH_DEPTH, Size, resized, too_thin
 from .media import FileError, batches
 from .postprocess import detect, in_original
 from .settings import read_settings
@@ -54,7 +54,7 @@ class Detector:
         self.max_detections: int = self.settings["max_detections"]
         size = (self.settings["min_size"], self.settings["max_size"])
         stretched = self.settings["resize"] == "stretch"
-        self.size: tuple[int, int] | tuple[int, int, bool] = (*size, True) if stretched else size
+        self.size: Size = (*size, True) if stretched else size
         self.thresholds: list[float | None] | None = self.settings.get("thresholds")
         self.batch = batch
 

@@ -14,6 +14,9 @@ SUFFIXES = {
 # Modes of Pillow with more than 8 bits per channel, which conversion would cut off at 255.
 HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
+# (shorter side, longest side) to which an image is resized; (height, width, True) if stretched.
+Size = tuple[int, int] | tuple[int, int, bool]
+
 
 def resized(
     height: int, width: int, short: int, longest: int, stretch: bool = False

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
-from atss_runner.images import resized
+from atss_runner.images import Size, resized
 
 from ..labels.coco import Objects
 from ..structures import GroundTruth
@@ -19,7 +19,7 @@ CHUNK = 64
 def on_canvases(
     content: dict,
     objects: Objects,
-    sizes: Sequence[tuple[int, ...]],
+    sizes: Sequence[Size],
     divisibility: int,
     progress: Progress = lambda items, **_: items,
     chunk: int = CHUNK,
@@ -59,7 +59,7 @@ def on_canvases(
 def _batches(
     images: np.ndarray,
     sides: np.ndarray,
-    sizes: Sequence[tuple[int, ...]],
+    sizes: Sequence[Size],
     divisibility: int,
     count: int,
 ) -> list[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
@@ -71,7 +71,10 @@ def _batches(
             width, height = map(int, sides[i])
             new = resized(height, width, *size)
             if min(new) > 0:
-                canvas = tuple(-(-x // divisibility) * divisibility for x in new)
+                canvas = (
+                    -(-new[0] // divisibility) * divisibility,
+                    -(-new[1] // divisibility) * divisibility,
+                )
                 by_canvas[canvas].append((i, new[1] / width, new[0] / height))
         for canvas, resized_images in by_canvas.items():
             for start in range(0, len(resized_images), count):

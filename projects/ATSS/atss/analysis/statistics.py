@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 
+from atss_runner.images import Size
+
 from ..anchors import Anchors
 from ..assigners import ASSIGNER_REGISTRY, ATSS
 from ..assigners.locations import all_anchors, nearest_locations
@@ -53,7 +55,7 @@ def match(
     content: dict,
     objects: Objects,
     sampling: Sampling,
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[Size],
     progress: Progress = lambda items, **_: items,
 ) -> Fit:
     """Match the used objects with the anchors, together with the others of their images, without
@@ -83,7 +85,7 @@ def measure(
     content: dict,
     objects: Objects,
     samplings: dict[str, Sampling],
-    size: tuple[int, ...],
+    size: Size,
     progress: Progress = lambda items, **_: items,
     predict: Predict | None = None,
 ) -> list[dict]:
