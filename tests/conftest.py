@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("golden")
 # Files of configs/ that are only a part of a config.
 PARTS = ("Base-ATSS", "small", "ablation", "digits", "fine_tune", "fine_tune_coco")
+PARTS += ("fine_tune_coco_small",)
 CONFIGS = [n for n in config_names() if n not in PARTS and not n.startswith("two_stage/")]
 TWO_STAGE = [n for n in config_names() if n.startswith("two_stage/") and "/Base" not in n]
 # A thin ResNet-50, which takes a quarter of the time of a ResNet-18.

@@ -24,6 +24,7 @@ SETTINGS = {
     "divisor": 32,
     "max_detections": 10,
     "topk": 50,
+    "resize": "shortest",
     "min_size": 96,
     "max_size": 160,
     "clip": True,

@@ -4,6 +4,7 @@ import argparse
 import io
 import sys
 from collections import OrderedDict
+from functools import cache
 from pathlib import PurePosixPath, PureWindowsPath
 from types import ModuleType
 from unittest.mock import patch
@@ -14,6 +15,7 @@ from torch import nn
 
 # mmengine's class; its instances are pickled together with methods of the class.
 _LOGS = ModuleType("mmengine.logging.history_buffer")
+_OTHERS: dict[str, ModuleType] = {}
 exec(
     """
 class HistoryBuffer:
@@ -39,9 +41,29 @@ def saved(content, **how):
     """Return the bytes that torch.save writes."""
     buffer = io.BytesIO()
     names = ("mmengine", "mmengine.logging", _LOGS.__name__)
-    with patch.dict(sys.modules, dict.fromkeys(names, _LOGS)):
+    with patch.dict(sys.modules, dict.fromkeys(names, _LOGS) | _OTHERS):
         torch.save(content, buffer, **how)
     return buffer.getvalue()
+
+
+@cache
+def classes(module, name):
+    """Return a class of another project, whose instances can be saved."""
+    cls = type(name, (), {"__module__": module})
+    parts = module.split(".")
+    for i in range(len(parts)):
+        _OTHERS.setdefault(".".join(parts[: i + 1]), ModuleType(module))
+    setattr(_OTHERS[module], name, cls)
+    return cls
+
+
+def otx_2(weights, names, root):
+    """Return the content of a checkpoint of OTX 2, whose modules are in ``root``."""
+    labels = classes(f"{root}.types.label", "LabelInfo")()
+    labels.label_names, labels.label_groups = names, [names]
+    tiles = classes(f"{root}.config.data", "TileConfig")()
+    tiles.tile_size = (400, 400)
+    return lightning(weights) | {"label_info": labels, "tile_config": tiles, "otx_version": "2.4"}
 
 
 def mmdet(weights, config=""):

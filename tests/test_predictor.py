@@ -16,6 +16,7 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from atss.checkpoints import WeightsError
+from atss.data.mapper import Mapper
 from atss.modeling import SUPPRESSIONS
 from atss.predictor import Predictor
 
@@ -183,6 +184,34 @@ def test_no_resizing_makes_no_image_thin(weights, tmp_path):
     cfg = make_cfg(*TINY, "INPUT.MIN_SIZE_TEST", 0, "MODEL.ATSS.SCORE_THRESH_TEST", 0.0)
     (array, file) = Predictor(cfg, weights)([PIXELS, as_file(PICTURE, "a.png")(tmp_path)])
     assert_same(file, array)
+
+
+def test_stretched_images_are_those_of_training(weights, tmp_path):
+    """Height 96 and width 160 in evaluation and training; boxes are in pixels of the image."""
+    opts = ("INPUT.RESIZE", "stretch", "INPUT.MIN_SIZE_TEST", 96, "INPUT.MAX_SIZE_TEST", 160)
+    opts += (
+        "INPUT.MIN_SIZE_TRAIN",
+        (96,),
+        "INPUT.MAX_SIZE_TRAIN",
+        160,
+        "INPUT.RANDOM_FLIP",
+        "none",
+    )
+    cfg = make_cfg(*TINY, *opts, "MODEL.ATSS.SCORE_THRESH_TEST", 0.0)
+    predictor = Predictor(cfg, weights)
+    seen = []
+    predictor.model.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[0]))
+    file = as_file(PICTURE.resize((300, 2)), "a.png")(tmp_path)  # too thin to keep its ratio
+    (found,) = predictor([file])
+    for is_train in (False, True):
+        mapped = Mapper(cfg, is_train=is_train)({"file_name": str(file)})["image"]
+        assert mapped.shape == (3, 96, 160)
+        assert torch.equal(seen[0]["image"], mapped)
+    assert 200 < found.boxes[:, [0, 2]].max() <= 300
+    assert 1 < found.boxes[:, [1, 3]].max() <= 2
+    cfg.INPUT.MIN_SIZE_TRAIN = (96, 128)
+    with pytest.raises(ValueError, match=r"stretch needs one INPUT\.MIN_SIZE_TRAIN, the h"):
+        Predictor(cfg, weights)
 
 
 @pytest.mark.parametrize("order", ["BGR", "RGB", "L", "YUV-BT.601"])

@@ -4,6 +4,7 @@ docs/broken_input.md, and execute nothing."""
 import functools
 import hashlib
 import io
+import itertools
 import os
 import pickle
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from broken_page import check_faults, check_sentence
-from conftest import TINY, make_cfg
+from conftest import GOLDEN, TINY, make_cfg
 from detectron2.modeling import build_model
 from others import WRAPPERS, HistoryBuffer, saved, wrapped
 from torch import nn
@@ -23,7 +24,14 @@ import atss.engine.run as way_in
 from atss.checkpoints import SafeCheckpointer, TrainingCheckpointer
 from atss.engine.launch import launch
 from atss.predictor import Predictor
-from atss.weights import WeightsError, find_weights, fit_names, load_weights, verify_download
+from atss.weights import (
+    WeightsError,
+    find_weights,
+    fit_names,
+    load_weights,
+    unwrapped,
+    verify_download,
+)
 
 MODEL = (*(x for item in TINY.items() for x in item), "MODEL.ATSS.NUM_CLASSES", 2)
 
@@ -254,6 +262,32 @@ def test_prefix_of_some_names_stays(tmp_path):
     )
     with pytest.raises(WeightsError, match=sentence):
         SafeCheckpointer(model).load(str(tmp_path / "theirs.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "".join(f"{x}." for x in order)
+        for count in range(4)
+        for order in itertools.permutations(("module", "_orig_mod", "model"), count)
+    ],
+)
+def test_prefixes_in_any_order_are_removed(prefix):
+    weights = {f"{prefix}{name}": torch.zeros(1) for name in ("a.model.b", "modules.c")}
+    *_, found = unwrapped(weights)
+    assert list(found) == ["a.model.b", "modules.c"]
+
+
+def test_checkpoint_of_mmengine_is_read():
+    """epoch_1.pth of mmengine 0.10.7, with its logs, optimizer, schedulers and averages."""
+    content = load_weights(GOLDEN / "mmengine_epoch_1.pth")
+    assert {"message_hub", "optimizer", "param_schedulers"} <= content.keys()
+    assert content["meta"]["dataset_meta"]["classes"] == ("ant", "bee")
+    weights = find_weights(content, "epoch_1.pth")
+    assert weights["backbone.0.weight"].shape == (2, 3, 1, 1)
+    last = content["ema_state_dict"]
+    assert last.keys() == {"steps", *(f"module.{name}" for name in weights)}
+    assert not torch.equal(last["module.backbone.0.weight"], weights["backbone.0.weight"])
 
 
 def test_prefix_of_the_model_stays():

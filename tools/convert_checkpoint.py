@@ -3,15 +3,18 @@
 
     tools/convert_checkpoint.py --from official ATSS_R_50_FPN_1x.pth converted.pth
     tools/convert_checkpoint.py --from mmdet gfl_r50_fpn_1x_coco.pth converted.pth
+    tools/convert_checkpoint.py --from otx mobilenet_v2-atss.pth small.pth
     tools/train_net.py --config-file converted.yaml --eval-only
 
     tools/convert_checkpoint.py --to mmdet output/model_final.pth for_mmdet.pth
 
-"official" is the authors' code. mmdet's detectors are listed below: the names of the weights decide
-between them, or the config in the file, or --detector. Nothing in a file is executed. Names that
-are missing, unexpected or of another shape are listed, and nothing is written. An existing OUT is
-not replaced. Preprocessing, anchors, thresholds and class names are those in mmdet's file; values
-that cannot be taken over, or are assumed because the file lacks them, are printed.
+"official" is the authors' code, "otx" OpenVINO Training Extensions, now getitune: ATSS on
+MobileNetV2 or ResNeXt-101, published or trained. mmdet's detectors are listed below: the names of
+the weights decide between them, or the config in the file, or --detector. Nothing in a file is
+executed. Names that are missing, unexpected or of another shape are listed, and nothing is written.
+An existing OUT is not replaced. Preprocessing, anchors, thresholds and class names are those in
+mmdet's file, for OTX the class names; values that cannot be taken over, or are assumed because the
+file lacks them, are printed. Names may have the prefixes module., _orig_mod. and model.
 
 For mmdet, train with MODEL.ATSS.TOWER_BIAS False: its towers have no biases. The settings of
 mmdet's config for these weights are printed, and written beside them.
@@ -22,7 +25,7 @@ import sys
 from pathlib import Path
 
 from atss import load_config
-from atss.checkpoints import DETECTORS, convert_file, convert_file_to_mmdet
+from atss.checkpoints import DETECTORS, SOURCES, convert_file, convert_file_to_mmdet
 from atss.errors import UserError
 
 
@@ -31,9 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument(
-        "--from", dest="source", choices=("official", "mmdet"), help="the format of IN"
-    )
+    direction.add_argument("--from", dest="source", choices=tuple(SOURCES), help="the format of IN")
     direction.add_argument("--to", dest="target", choices=("mmdet",), help="the format of OUT")
     parser.add_argument(
         "--regression",
@@ -44,6 +45,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--detector",
         choices=sorted(DETECTORS),
         help="detector of weights --from mmdet, if the file does not decide",
+    )
+    parser.add_argument(
+        "--entry",
+        default="",
+        help="entry of IN with the weights: mmdet's EMAHook writes averaged ones as state_dict, "
+        "the default, the last ones as ema_state_dict",
     )
     parser.add_argument(
         "--config-file",
@@ -64,6 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--regression is for --from official")
     if args.detector and args.source != "mmdet":
         parser.error("--detector is for --from mmdet")
+    if args.entry and not args.source:
+        parser.error("--entry is for --from")
     try:
         if args.output.suffix != ".pth":
             raise UserError(f"OUT must end in .pth, got {args.output.name}")
@@ -72,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.source:
             regression = args.regression or "box"
             cfg, detector = convert_file(
-                args.input, args.output, args.source, regression, args.detector
+                args.input, args.output, args.source, regression, args.detector, args.entry
             )
             config_file = args.output.with_suffix(".yaml")
             print(f"Written: {args.output}, weights of {detector}, and its config: {config_file}")

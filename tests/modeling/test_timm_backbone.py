@@ -30,6 +30,7 @@ MODELS = {
     "resnet18": (128, 256, 512),
     "convnext_atto": (80, 160, 320),
     "mobilenetv3_small_100": (24, 48, 576),
+    "mobilenetv2_w1": (32, 96, 320),
     "swin_tiny_patch4_window7_224": (192, 384, 768),
 }
 

@@ -64,9 +64,9 @@ def files(tmp_path):
     return {name: tmp_path / name for name in images}
 
 
-def as_in_training(image):
+def as_in_training(image, resize=T.ResizeShortestEdge([96, 96], 160)):  # noqa: B008
     """Resize as Detectron2, and pad as the detector."""
-    image = T.ResizeShortestEdge([96, 96], 160).get_transform(image).apply_image(image)
+    image = resize.get_transform(image).apply_image(image)
     height, width = image.shape[:2]
     canvas = np.empty((-(-height // 32) * 32, -(-width // 32) * 32, 3), np.float32)
     canvas[:] = MEAN
@@ -82,6 +82,14 @@ def test_files_become_the_input_of_training(make, files, channels):
         np.testing.assert_array_equal(detector.pixels(path), expected, name)
         with Image.open(path) as opened:
             np.testing.assert_array_equal(detector.pixels(opened), expected, name)
+
+
+def test_stretched_images_become_the_input_of_training(make, files):
+    detector = make(resize="stretch")
+    assert detector.size == (96, 160, True)
+    expected = as_in_training(read_image(files["wide.png"], "BGR"), T.Resize((96, 160)))
+    np.testing.assert_array_equal(detector.pixels(files["wide.png"]), expected)
+    detector.pixels(np.zeros((1, 5000, 3), np.uint8))  # no image is too thin
 
 
 def test_arrays_become_the_input_of_training(make):

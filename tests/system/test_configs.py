@@ -21,6 +21,7 @@ RECIPES = {
     "digits": ["fine_tune.yaml"],
     "fine_tune": [],
     "fine_tune_coco": [],
+    "fine_tune_coco_small": [],
 }
 # Keys of MODEL.ATSS that a recipe may set: they depend on levels, size and machine.
 OF_RECIPES = ("IN_FEATURES", "NUM_CONVS", "PRECISION", "CHANNELS_LAST", "IMS_PER_BATCH_TEST")

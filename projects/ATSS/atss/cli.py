@@ -39,7 +39,7 @@ COMMANDS = {
     "check": ("check_dataset", "find errors in images and labels"),
     "report": ("report", "measure the errors of a trained detector"),
     "convert": ("convert_dataset", "join and split data sets, and write them as COCO json"),
-    "convert-weights": ("convert_checkpoint", "convert weights from and to mmdet"),
+    "convert-weights": ("convert_checkpoint", "convert weights from OTX, from and to mmdet"),
     "statistics": ("assignment_statistics", "count the training samples of each object"),
     "explore": ("explore", "see the anchors that rules give the objects of an image"),
     "demo": ("digits", "train on a small generated data set, in minutes"),

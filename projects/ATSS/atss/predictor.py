@@ -16,7 +16,7 @@ from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from PIL import Image
 
 from atss_runner.detections import Detections, draw_detections, explain_none
-from atss_runner.images import HIGH_DEPTH, too_thin
+from atss_runner.images import HIGH_DEPTH, Size, too_thin
 from atss_runner.thresholds import DEFAULT, class_thresholds, per_class
 
 from .checkpoints import SafeCheckpointer
@@ -25,6 +25,7 @@ from .config import (
     class_ids,
     class_names,
     for_inference,
+    input_size,
     load_config,
     merge_options,
     use_available_device,
@@ -32,7 +33,7 @@ from .config import (
 )
 from .config.checks import lookup
 from .data.images import read_image
-from .data.mapper import single
+from .data.mapper import single, stretched
 from .errors import UserError
 from .structures import Predictions
 
@@ -88,7 +89,8 @@ class Predictor:
     Attributes:
         names: of the classes; may be empty.
         ids: of the classes in the training data; may be empty.
-        size: (shorter side, longest side) of resized images.
+        size: (shorter side, longest side) of resized images; (height, width, True) if they are
+            stretched to it.
         thresholds: of the classes, with None for a class without one; None without thresholds.
         max_detections: TEST.DETECTIONS_PER_IMAGE, the most that an image has.
         tiled: the detector on tiles of large images (TEST.TILES); None if it is off.
@@ -125,9 +127,9 @@ class Predictor:
         self.model = build_model(cfg).eval()
         SafeCheckpointer(self.model, class_names=self.names, whole=True).load(str(weights))
         self.ids = class_ids(cfg)
-        self.size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        self.size = input_size(cfg)
         self.max_detections = cfg.TEST.DETECTIONS_PER_IMAGE
-        self.resize = T.ResizeShortestEdge([self.size[0]] * 2, self.size[1])
+        self.resize = stretched(T.ResizeShortestEdge([self.size[0]] * 2, self.size[1]), cfg)
         self.tiled = build_tiled(cfg, self.model) if cfg.TEST.TILES.ENABLED else None
         self.input_format = cfg.INPUT.FORMAT
 
@@ -217,7 +219,7 @@ def _are_several(images: Any) -> bool:
     return isinstance(images, Sequence | Iterator) and not isinstance(images, str | bytes)
 
 
-def _as_bgr(image: Any, name: str, size: tuple[int, int]) -> np.ndarray:
+def _as_bgr(image: Any, name: str, size: Size) -> np.ndarray:
     """Return (H, W, 3) uint8 BGR. Messages begin with ``name``."""
     if isinstance(image, str | os.PathLike):
         return read_image(os.fspath(image), [size])

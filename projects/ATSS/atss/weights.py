@@ -2,7 +2,7 @@
 
 A pickle is a program that calls functions by name. This reader allows functions that build arrays,
 in versions that check memory sizes in the file, and replaces other objects beside weights by empty
-ones.
+ones, or by dictionaries of their attributes.
 """
 
 import copy
@@ -191,6 +191,18 @@ class _Empty:
         pass
 
 
+class _Record(dict):
+    """Attributes of an object, in its place."""
+
+    def __new__(cls, *_: Any) -> "_Record":
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise _Refused("it contains an object without named attributes")
+        self.update(state)
+
+
 def _checked(kind: Any) -> np.dtype:
     if not isinstance(kind, _DType):
         raise _Refused("it contains an array without a dtype")
@@ -213,7 +225,8 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-# Functions and types of pickled arrays in NumPy 1 and 2, and objects that become empty ones.
+# Functions and types of pickled arrays in NumPy 1 and 2, and objects that become empty ones or
+# dictionaries.
 _ALLOWED: dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
     "_codecs.encode": _encode,
@@ -235,6 +248,9 @@ _ALLOWED: dict[str, Any] = {
         for module in ("pathlib", "pathlib._local")
         for system in ("Posix", "Windows", "PurePosix", "PureWindows")
     },
+    # OTX 2 had two places for its modules.
+    **{f"otx.{place}types.label.LabelInfo": _Record for place in ("core.", "")},
+    **{f"otx.{place}config.data.TileConfig": _Empty for place in ("core.", "")},
     "mmengine.logging.history_buffer.HistoryBuffer": _Empty,
     "builtins.getattr": _Empty,  # a HistoryBuffer refers to its methods
 }

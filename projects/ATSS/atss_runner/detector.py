@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from .detections import Detections
-from .images import HIGH_DEPTH, resized, too_thin
+from .images import HIGH_DEPTH, Size, resized, too_thin
 from .media import FileError, batches
 from .postprocess import anchors_per_level, in_original, select
 from .settings import read_settings
@@ -40,7 +40,8 @@ class Detector:
     Attributes:
         names: of the classes.
         ids: of the classes in the training data; empty if unknown.
-        size: (shorter side, longest side) to which images are resized.
+        size: (shorter side, longest side) to which images are resized; (height, width, True) if
+            they are stretched to it.
         max_detections: the most that an image has.
         thresholds: of the classes, if the file has them, with None for a class without one; the
             command applies them, calls return all detections.
@@ -59,7 +60,9 @@ class Detector:
         self.names: list[str] = self.settings["classes"]
         self.ids: list[int] = self.settings["ids"]
         self.max_detections: int = self.settings["max_detections"]
-        self.size: tuple[int, int] = (self.settings["min_size"], self.settings["max_size"])
+        size = (self.settings["min_size"], self.settings["max_size"])
+        stretched = self.settings["resize"] == "stretch"
+        self.size: Size = (*size, True) if stretched else size
         self.thresholds: list[float | None] | None = self.settings.get("thresholds")
         self.batch = batch
         self.tiles = None if tiles is None else choose_tiles(self.settings.get("tiles", {}), tiles)

@@ -14,13 +14,21 @@ SUFFIXES = {
 # Modes of Pillow with more than 8 bits per channel, which conversion would cut off at 255.
 HIGH_DEPTH = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
+# (shorter side, longest side) to which an image is resized; (height, width, True) if stretched.
+Size = tuple[int, int] | tuple[int, int, bool]
 
-def resized(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
+
+def resized(
+    height: int, width: int, short: int, longest: int, stretch: bool = False
+) -> tuple[int, int]:
     """Return (height, width) after Detectron2's ResizeShortestEdge.
 
     Args:
         short: the shorter side, if the longer one stays below ``longest``; 0: not resized.
+        stretch: ``short`` is the height and ``longest`` the width, whatever the aspect ratio.
     """
+    if stretch:
+        return short, longest
     if not short:
         return height, width
     scale = short / min(height, width)
@@ -31,8 +39,8 @@ def resized(height: int, width: int, short: int, longest: int) -> tuple[int, int
     return int(sides[0] + 0.5), int(sides[1] + 0.5)
 
 
-def too_thin(height: int, width: int, short: int, longest: int) -> str:
+def too_thin(height: int, width: int, short: int, longest: int, stretch: bool = False) -> str:
     """Return the end of a message about an image with a side of 0 after resizing; else ""."""
-    if min(resized(height, width, short, longest)):
+    if min(resized(height, width, short, longest, stretch)):
         return ""
     return f"is {width} x {height} pixels, too thin to be resized to {longest} at most"

@@ -21,6 +21,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 CHOICES = {
     "input_format": ("BGR", "RGB"),
+    "resize": ("shortest", "stretch"),
     "score": ("product", "sqrt"),
     "suppression": (*SUPPRESSIONS,),
 }
@@ -35,7 +36,7 @@ def read_settings(path: str, properties: Mapping[str, str]) -> dict[str, Any]:
     if "atss" not in properties:
         raise FileError(f"{path} is no exported detector: it has no metadata 'atss'")
     try:
-        settings = json.loads(properties["atss"])
+        settings = {"resize": "shortest"} | json.loads(properties["atss"])
         is_newer = settings["schema"] > SCHEMA
     except (ValueError, TypeError, KeyError) as error:
         raise FileError(f"{path} has damaged metadata 'atss': no JSON with a schema") from error

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from detectron2.data.transforms import ResizeShortestEdge
+
+from atss_runner.images import Size, resized
 
 from ..labels.coco import Objects
 from ..structures import GroundTruth
@@ -18,7 +19,7 @@ CHUNK = 64
 def on_canvases(
     content: dict,
     objects: Objects,
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[Size],
     divisibility: int,
     progress: Progress = lambda items, **_: items,
     chunk: int = CHUNK,
@@ -26,7 +27,8 @@ def on_canvases(
     """Yield the objects that training uses, in batches of resized images of one canvas.
 
     Args:
-        sizes: (shorter side, longest side); every image comes once for each.
+        sizes: (shorter side, longest side), or (height, width, True) for stretched images; every
+            image comes once for each.
         divisibility: of the sides of canvases.
 
     Yields:
@@ -57,20 +59,23 @@ def on_canvases(
 def _batches(
     images: np.ndarray,
     sides: np.ndarray,
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[Size],
     divisibility: int,
     count: int,
 ) -> list[tuple[tuple[int, int], np.ndarray, np.ndarray]]:
     """Return canvas, positions of the images and (n, 2) their scales, by batch."""
     batches = []
-    for short, longest in sizes:
+    for size in sizes:
         by_canvas = defaultdict(list)
         for i in images:
             width, height = map(int, sides[i])
-            resized = ResizeShortestEdge.get_output_shape(height, width, short, longest)
-            if min(resized) > 0:
-                canvas = tuple(-(-x // divisibility) * divisibility for x in resized)
-                by_canvas[canvas].append((i, resized[1] / width, resized[0] / height))
+            new = resized(height, width, *size)
+            if min(new) > 0:
+                canvas = (
+                    -(-new[0] // divisibility) * divisibility,
+                    -(-new[1] // divisibility) * divisibility,
+                )
+                by_canvas[canvas].append((i, new[1] / width, new[0] / height))
         for canvas, resized_images in by_canvas.items():
             for start in range(0, len(resized_images), count):
                 chunk = np.array(resized_images[start : start + count])

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.structures import BoxMode
+
+from atss_runner.images import resized
 
 from ..anchors import Anchors
 from ..assigners import ASSIGNER_REGISTRY
-from ..config import build_assigner, build_sampling, load_config, with_rule
+from ..config import build_assigner, build_sampling, input_size, load_config, with_rule
 from ..data.images import read_image
 from ..errors import UserError, check_range
 from ..predictor import Predictor
@@ -127,9 +128,9 @@ class Explorer:
         """
         check_range("image", number, 0, len(self.records) - 1)
         record = self.records[number]
-        size = self.cfg.INPUT.MIN_SIZE_TEST, self.cfg.INPUT.MAX_SIZE_TEST
+        size = input_size(self.cfg)
         pixels = read_image(record["file_name"], [size])
-        height, width = ResizeShortestEdge.get_output_shape(*pixels.shape[:2], *size)
+        height, width = resized(*pixels.shape[:2], *size)
         zoom = np.array([width / pixels.shape[1], height / pixels.shape[0]])
         divisor = self.sampling.divisibility
         canvas = (-(-height // divisor) * divisor, -(-width // divisor) * divisor)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import build_sampling, load_config
+from ..config import build_sampling, input_size, load_config
 from ..engine.evaluation import COCO_LIMIT
 from ..errors import UserError
 from ..labels.coco import find_in_json
@@ -84,7 +84,7 @@ def positives_of(folder: Path, content: dict, image_dir: str) -> np.ndarray | No
             predict = predict_with(cfg, str(find_weights(folder)), content, image_dir)
         except UserError:
             return None
-    size = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    size = input_size(cfg)
     records = measure(content, objects, {"positives": sampling}, size, predict=predict)
     shown = (objects.used | objects.crowd) & (objects.image >= 0) & (objects.category >= 0)
     counts = np.zeros(len(shown), dtype=np.int64)

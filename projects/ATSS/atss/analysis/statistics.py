@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 
+from atss_runner.images import Size
+
 from ..anchors import Anchors
 from ..assigners import ASSIGNER_REGISTRY, ATSS
 from ..assigners.locations import all_anchors, nearest_locations
@@ -15,6 +17,7 @@ from ..config import (
     Sampling,
     build_sampling,
     candidates_per_object,
+    input_size,
     load_config,
     with_rule,
 )
@@ -52,7 +55,7 @@ def match(
     content: dict,
     objects: Objects,
     sampling: Sampling,
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[Size],
     progress: Progress = lambda items, **_: items,
 ) -> Fit:
     """Match the used objects with the anchors, together with the others of their images, without
@@ -82,12 +85,12 @@ def measure(
     content: dict,
     objects: Objects,
     samplings: dict[str, Sampling],
-    size: tuple[int, int],
+    size: Size,
     progress: Progress = lambda items, **_: items,
     predict: Predict | None = None,
 ) -> list[dict]:
     """Return a record for each used object, in the order of the json: properties, positives under
-    each of ``samplings`` on images of ``size`` (shorter side, longest side), and, if exactly one
+    each of ``samplings`` on images of ``size``, as of ``input_size``, and, if exactly one
     assigner is ATSS, mean and standard deviation of the candidates' IoUs."""
     used = np.flatnonzero(objects.used)
     x, y, w, h = objects.boxes[used].T
@@ -164,7 +167,7 @@ def compare(
             raise UserError(f"two configs are called {name}: rename one, for the names of columns")
         cfgs[name] = load_config(file, opts=opts)
     first = next(iter(cfgs.values()))
-    size = (first.INPUT.MIN_SIZE_TEST, first.INPUT.MAX_SIZE_TEST)
+    size = input_size(first)
     samplings = {name: build_sampling(cfg) for name, cfg in cfgs.items()}
     if not weights:
         predicting = [name for name, s in samplings.items() if looks_at_predictions(s.assigner)]
@@ -223,7 +226,7 @@ def constants(
     """Return NWD's CONSTANT, the mean side of an object on the canvas, and SimD's M and N, the mean
     distance of centres of object and anchor along x and y, relative to their sides' sum."""
     cfg = load_config(config_file, opts=opts)
-    sampling, size = build_sampling(cfg), (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    sampling, size = build_sampling(cfg), input_size(cfg)
     sides, distances, pairs = 0.0, np.zeros(2), 0
     for canvas, _, _, gt, _ in on_canvases(
         content, objects, [size], sampling.divisibility, progress

@@ -1,4 +1,4 @@
-"""Conversion of the authors' and mmdet's weights."""
+"""Conversion of the authors', mmdet's and OTX's weights."""
 
 import logging
 import re
@@ -23,7 +23,32 @@ from .settings import apply_settings, class_names_in
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("official", "mmdet")
+# {source: {key: value}} over the detector's row. "otx" is OpenVINO Training Extensions, later
+# getitune, whose pixels are RGB from 0 to 1.
+SOURCES: dict[str, dict[str, Any]] = {
+    "official": {"MODEL.ATSS.LEGACY_PIXELS": True},
+    "mmdet": {
+        "MODEL.ANCHOR_GENERATOR.OFFSET": 0.0,
+        "MODEL.ATSS.RELU_BEFORE_P7": False,
+        "INPUT.FORMAT": "RGB",
+        "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+        "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    },
+    "otx": {
+        "MODEL.ANCHOR_GENERATOR.OFFSET": 0.0,
+        "MODEL.ATSS.RELU_BEFORE_P7": True,
+        "INPUT.FORMAT": "RGB",
+        "MODEL.PIXEL_MEAN": [0.0, 0.0, 0.0],
+        "MODEL.PIXEL_STD": [255.0, 255.0, 255.0],
+        "INPUT.RESIZE": "stretch",
+        "INPUT.MIN_SIZE_TRAIN": (800,),
+        "INPUT.MAX_SIZE_TRAIN": 992,
+        "INPUT.MIN_SIZE_TEST": 800,
+        "INPUT.MAX_SIZE_TEST": 992,
+    },
+}
+# OTX's only backbone besides ResNets: a weight that identifies it, and the row with it.
+MOBILENET = ("backbone.bottom_up.net.conv_stem.weight", "ATSS_mobilenetv2_FPN_coco")
 # Blocks of the stages res2 to res5 -> depth of the ResNet.
 DEPTHS: dict[tuple[int, ...], int] = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 # The authors' frozen batch norm divides by sqrt(var), ours by sqrt(var + this).
@@ -47,7 +72,7 @@ def convert(
 
     Args:
         state_dict: of a model with one anchor per location.
-        source: "official" (the authors' code) or "mmdet".
+        source: "official" (the authors' code), "mmdet" or "otx".
         detector: for mmdet, one of DETECTORS; None: the names of the weights decide.
 
     Raises:
@@ -56,15 +81,15 @@ def convert(
     if source not in SOURCES:
         raise ConversionError(f"unknown source {source!r}: choose from {[*SOURCES]}")
     *_, state_dict = unwrapped(dict(state_dict))
-    if source == "mmdet":
-        detector = detector_of(state_dict, choice=detector)
-        rules = mmdet_rules(DETECTORS[detector].predictors)
-    else:
-        rules = OFFICIAL
-        if detector is not None:
-            raise ConversionError("a detector can be chosen for mmdet's weights only")
+    if source != "mmdet" and detector is not None:
+        raise ConversionError("a detector can be chosen for mmdet's weights only")
+    rules = OFFICIAL
+    if source != "official":
+        found = detector_of(state_dict, choice="atss" if source == "otx" else detector)
+        rules = mmdet_rules(DETECTORS[found].predictors)
+        detector = found if source == "mmdet" else None
     names, unknown = rename(list(state_dict), rules)
-    converted = {new: state_dict[old] for old, new in names.items()}
+    converted = {new: _single(state_dict[old]) for old, new in names.items()}
     if source == "official":
         for name, value in converted.items():
             if name.endswith("running_var"):
@@ -94,7 +119,7 @@ def config_for(
 
     Args:
         regression: "box" or "point", which the authors' weights do not reveal.
-        detector: one of DETECTORS for mmdet, None for "official".
+        detector: one of DETECTORS for mmdet, None for the others.
 
     Raises:
         ConversionError: if the backbone is unknown, or ``detector`` does not fit ``source``.
@@ -102,33 +127,25 @@ def config_for(
     if (source == "mmdet") != (detector in DETECTORS):
         raise ConversionError(
             f"unknown detector {detector!r} of {source}: choose from {sorted(DETECTORS)} for "
-            "mmdet, and none for official"
+            "mmdet, and none for official and otx"
         )
     theirs = DETECTORS["atss" if detector is None else detector]
     try:
-        blocks = tuple(_blocks(state_dict, stage) for stage in range(2, 6))
-        conv2 = state_dict["backbone.bottom_up.res2.0.conv2.weight"].shape
         classes = state_dict["head.cls_score.weight"].shape[0]
-        depth = DEPTHS[blocks]
         values = theirs.from_weights(state_dict)
+        if MOBILENET[0] in state_dict:
+            cfg = get_config(MOBILENET[1])
+        else:
+            cfg = get_config(theirs.row)
+            _set_resnet(cfg, state_dict)
     except (KeyError, IndexError, TypeError) as error:
         raise ConversionError(
-            "only detectors with a ResNet-50, 101 or 152 can be converted: in these weights "
-            f"{error} is missing or unknown"
+            "only detectors with a ResNet-50, 101 or 152, or OTX's MobileNetV2, can be converted: "
+            f"in these weights {error} is missing or unknown"
         ) from error
-    cfg = get_config(theirs.row)
-    resnet = cfg.MODEL.RESNETS
-    resnet.DEPTH = depth
-    resnet.NUM_GROUPS = conv2[0] // conv2[1]
-    resnet.WIDTH_PER_GROUP = conv2[1]
     # The authors' ResNets have the stride in the 1 x 1 convolutions, their ResNeXts have not.
+    resnet = cfg.MODEL.RESNETS
     resnet.STRIDE_IN_1X1 = source == "official" and resnet.NUM_GROUPS == 1
-    offsets = {
-        stage: f"backbone.bottom_up.res{stage}.0.conv2_offset.weight" for stage in range(2, 6)
-    }
-    resnet.DEFORM_ON_PER_STAGE = [name in state_dict for name in offsets.values()]
-    channels = [state_dict[name].shape[0] for name in offsets.values() if name in state_dict]
-    resnet.DEFORM_MODULATED = bool(channels) and channels[0] % 27 == 0
     versions = {27: "v2", 18: "v1"}
     in_tower = r"head\.cls_subnet\.\d+\.offset\.weight"
     channels = [len(x) for k, x in state_dict.items() if re.fullmatch(in_tower, k)]
@@ -142,28 +159,47 @@ def config_for(
     if any(len(classes_of(name) or ()) != classes for name in cfg.DATASETS.TEST):
         cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()  # an unknown data set, not COCO
     if source == "official":
-        cfg.MODEL.ATSS.REGRESSION = regression
-        cfg.MODEL.ATSS.LEGACY_PIXELS = True
+        values = {"MODEL.ATSS.REGRESSION": regression}
     else:
-        cfg.MODEL.ANCHOR_GENERATOR.OFFSET = 0.0
-        cfg.MODEL.ATSS.RELU_BEFORE_P7 = False
-        for key, value in (dict(theirs.values) | values).items():
-            cfg.merge_from_list([key, value])
-        cfg.INPUT.FORMAT = "RGB"
-        cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
-        cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+        values = {**theirs.values, **values}
+    for key, value in (SOURCES[source] | values).items():
+        cfg.merge_from_list([key, value])
     return cfg
 
 
+def _set_resnet(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> None:
+    """Set the keys of the ResNet, in place.
+
+    Raises:
+        KeyError: if a weight is missing, or the numbers of blocks are of no known depth.
+    """
+    resnet = cfg.MODEL.RESNETS
+    conv2 = state_dict["backbone.bottom_up.res2.0.conv2.weight"].shape
+    resnet.DEPTH = DEPTHS[tuple(_blocks(state_dict, stage) for stage in range(2, 6))]
+    resnet.NUM_GROUPS = conv2[0] // conv2[1]
+    resnet.WIDTH_PER_GROUP = conv2[1]
+    offsets = [f"backbone.bottom_up.res{i}.0.conv2_offset.weight" for i in range(2, 6)]
+    resnet.DEFORM_ON_PER_STAGE = [name in state_dict for name in offsets]
+    channels = [state_dict[name].shape[0] for name in offsets if name in state_dict]
+    resnet.DEFORM_MODULATED = bool(channels) and channels[0] % 27 == 0
+
+
 def convert_file(
-    path: Path, target: Path, source: str, regression: str = "box", detector: str | None = None
+    path: Path,
+    target: Path,
+    source: str,
+    regression: str = "box",
+    detector: str | None = None,
+    entry: str = "",
 ) -> tuple[CfgNode, str]:
     """Convert another project's checkpoint, and write its config beside it, as .yaml. Return config
-    and detector. Settings and class names are those in mmdet's file; warnings name values that are
-    not taken over, or assumed. Eighty classes without names get COCO's.
+    and detector. Settings are those in mmdet's file, class names those in mmdet's and OTX's;
+    warnings name values that are not taken over, or assumed. Eighty classes without names get
+    COCO's.
 
     Args:
         detector: for mmdet; None: the names of the weights decide, or the config in the file.
+        entry: of the file with the weights, such as "ema_state_dict"; "": its usual one.
 
     Raises:
         WeightsError: if the weights cannot be converted.
@@ -171,18 +207,35 @@ def convert_file(
     """
     refuse_to_replace(target, target.with_suffix(".yaml"))
     file_content = load_weights(path)
-    *_, weights = unwrapped(find_weights(file_content, path))
+    chosen = _select(file_content, entry, path) if entry else file_content
+    *_, weights = unwrapped(find_weights(chosen, path))
     if source == "mmdet":
         detector = detector_of(weights, _config_text(file_content), detector)
     converted = convert(weights, source, detector)
     cfg = config_for(converted, source, regression, detector)
     if source == "mmdet":
         _take_settings(cfg, file_content, path)
+    if source != "official":
+        _take_names(cfg, file_content, path)
     cfg.MODEL.WEIGHTS = str(target.absolute())  # independent of the working directory
     content = {"model": converted, "__author__": f"converted from {source}"}
     content[KEY] = class_names(cfg)
     write(target, content, target.with_suffix(".yaml"), cfg.dump())
     return cfg, detector or "atss"
+
+
+def _select(content: Any, entry: str, path: Path) -> dict[str, Any]:
+    """Return an entry of a file, without the count that mmengine averages by."""
+    if not isinstance(content, Mapping) or not isinstance(content.get(entry), Mapping):
+        entries = content.items() if isinstance(content, Mapping) else ()
+        names = [key for key, value in entries if isinstance(value, Mapping)]
+        raise ConversionError(f"{path} has no {entry} with weights: choose from {names}")
+    return {name: value for name, value in content[entry].items() if name != "steps"}
+
+
+def _single(value: Tensor) -> Tensor:
+    """Return float32 for weights of any precision."""
+    return value.float() if value.is_floating_point() else value
 
 
 def _take_settings(cfg: CfgNode, content: Any, path: Path) -> None:
@@ -191,7 +244,10 @@ def _take_settings(cfg: CfgNode, content: Any, path: Path) -> None:
         logger.warning(f"Not taken over from the config in {path}: {'; '.join(refused)}")
     if assumed:
         logger.warning(f"Assumed, because {path} does not state them: {'; '.join(assumed)}")
-    names = class_names_in(content.get("meta") if isinstance(content, Mapping) else None)
+
+
+def _take_names(cfg: CfgNode, content: Any, path: Path) -> None:
+    names = class_names_in(content)
     count = cfg.MODEL.ATSS.NUM_CLASSES
     if names and len(names) != count:
         logger.warning(f"{path} has {len(names)} class names, but weights of {count} classes")

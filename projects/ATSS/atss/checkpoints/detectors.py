@@ -205,7 +205,7 @@ def detector_of(names: Iterable[str], config: str = "", choice: str | None = Non
     ]
     if not candidates:
         raise ConversionError(
-            f"unknown predictors {sorted(predictors)} in these weights: choose weights of mmdet's "
+            f"unknown predictors {sorted(predictors)} in these weights: choose weights of "
             f"{sorted(DETECTORS)}"
         )
     if choice is not None and choice not in candidates:

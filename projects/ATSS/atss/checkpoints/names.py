@@ -40,6 +40,39 @@ def _resnet(root: str, offset: str, plain: str) -> list[Rule]:
     ]
 
 
+# Stages of pytorchcv's MobileNetV2 that timm counts as two: {stage: units of the first}. timm's
+# stages are counted from 0.
+_SPLIT_STAGES = {4: 4, 5: 3}
+
+
+def _mobilenet_unit(tail: str) -> Callable[[re.Match], str]:
+    def rename_unit(m: re.Match) -> str:
+        stage, unit = int(m[1]), int(m[2])
+        first = _SPLIT_STAGES.get(stage, unit)
+        block = stage - 1 + (stage > min(_SPLIT_STAGES)) + (unit > first)
+        unit = unit - first if unit > first else unit
+        return f"backbone.bottom_up.net.blocks.{block}.{unit - 1}." + m.expand(tail)
+
+    return rename_unit
+
+
+def _mobilenet() -> list[Rule]:
+    """Return the rules for pytorchcv's MobileNetV2, to timm's names."""
+    root = r"backbone\.features\."
+    net = "backbone.bottom_up.net."
+    rules: list[Rule] = [
+        (root + r"init_block\.conv\.(weight)", rf"{net}conv_stem.\1"),
+        (root + r"init_block\.bn\.(\w+)", rf"{net}bn1.\1"),
+    ]
+    for i, layer in enumerate(("pw", "dw", "pwl"), 1):
+        unit = root + rf"stage(\d)\.unit(\d)\.conv{i}\."
+        rules += [
+            (unit + r"conv\.(weight)", _mobilenet_unit(rf"conv_{layer}.\3")),
+            (unit + r"bn\.(\w+)", _mobilenet_unit(rf"bn{i}.\3")),
+        ]
+    return rules
+
+
 OFFICIAL: list[Rule] = [
     (r"rpn\.anchor_generator\.cell_anchors\.\d", None),
     (r"backbone\.body\.stem\.conv1\.(\w+)", r"backbone.bottom_up.stem.conv1.\1"),
@@ -70,6 +103,7 @@ _MMDET: list[Rule] = [
     (r"backbone\.bn1\.num_batches_tracked", None),
     (r"backbone\.bn1\.(\w+)", r"backbone.bottom_up.stem.conv1.norm.\1"),
     *_resnet("backbone", "conv_offset", ""),
+    *_mobilenet(),
     (
         r"neck\.lateral_convs\.(\d)\.conv\.(\w+)",
         lambda m: f"backbone.fpn_lateral{int(m[1]) + 3}.{m[2]}",

@@ -1,4 +1,4 @@
-"""Settings and classes in the file of an mmdet checkpoint, whose config is not executed."""
+"""Settings and classes in the files of mmdet and OTX. Their configs are not executed."""
 
 import ast
 from collections.abc import Callable, Iterator, Mapping
@@ -194,10 +194,16 @@ def apply_settings(cfg: CfgNode, text: str) -> tuple[list[str], list[str]]:
     return refused, [f"{key} {values[key]!r}" for key in assumed]
 
 
-def class_names_in(meta: Any) -> list[str]:
-    """Return the class names in the ``meta`` of a checkpoint by mmdet 2 or 3, or []."""
-    paths = ("dataset_meta.classes", "dataset_meta.CLASSES", "CLASSES")
-    names: Any = next(filter(None, (_get(meta, x) for x in paths)), [])
+# Places of the class names: of mmdet 3 and 2, getitune, OTX 2.
+CLASS_NAMES = (
+    *("meta.dataset_meta.classes", "meta.dataset_meta.CLASSES", "meta.CLASSES"),
+    *("hyper_parameters.label_info.label_names", "label_info.label_names"),
+)
+
+
+def class_names_in(content: Any) -> list[str]:
+    """Return the class names in a checkpoint by mmdet or OTX, or []."""
+    names: Any = next(filter(None, (_get(content, x) for x in CLASS_NAMES)), [])
     names = [names] if isinstance(names, str) else names
     is_list = isinstance(names, list | tuple) and all(isinstance(x, str) for x in names)
     return list(names) if is_list else []

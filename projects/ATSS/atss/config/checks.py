@@ -28,6 +28,7 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 CHOICES = {
     "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601"),
+    "INPUT.RESIZE": ("shortest", "stretch"),
     "MODEL.FPN.NORM": NORMS,
     "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),
 }
@@ -74,6 +75,16 @@ def check_values(cfg: CfgNode, limits: Mapping[str, tuple[float, float]] = LIMIT
         check_range(key, values[key], low, high)
     for key, choices in CHOICES.items():
         check_choice(key, values[key], choices)
+    if cfg.INPUT.RESIZE == "stretch":
+        if cfg.TEST.AUG.ENABLED:
+            raise UserError("TEST.AUG.ENABLED True needs INPUT.RESIZE shortest, got stretch")
+        for key in ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST"):
+            check_range(key, values[key], 1)
+        if len(cfg.INPUT.MIN_SIZE_TRAIN) != 1:
+            raise UserError(
+                "INPUT.RESIZE stretch needs one INPUT.MIN_SIZE_TRAIN, the height, got "
+                f"{cfg.INPUT.MIN_SIZE_TRAIN}"
+            )
 
 
 def check_first_stage(cfg: CfgNode) -> None:

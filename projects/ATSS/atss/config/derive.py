@@ -217,6 +217,12 @@ def enter_schedule(cfg: CfgNode, done: int, seen: int) -> int:
 # ------------------------------------------------------------------------------------------------
 
 
+def input_size(cfg: CfgNode) -> tuple[int, int] | tuple[int, int, bool]:
+    """Return the arguments of :func:`atss_runner.images.resized` after the image's size."""
+    size = (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    return (*size, True) if cfg.INPUT.RESIZE == "stretch" else size
+
+
 def complete_pixels(cfg: CfgNode, given: Collection[str] = ()) -> None:
     """Set the channels' order, mean and deviation to those of the timm backbone, if
     MODEL.TIMM.PIXELS is True.

@@ -126,6 +126,10 @@ def add_atss_config(cfg: CfgNode) -> None:
     cfg.INPUT.FULL_SIZE_CROP = 0.0
     # Share of an object's area, 0 to 1, that such a crop must contain; others are dropped.
     cfg.INPUT.FULL_SIZE_CROP_MIN_AREA = 0.1
+    # "shortest": the shorter side becomes MIN_SIZE_TRAIN or MIN_SIZE_TEST, the longer one at most
+    # MAX_SIZE_*. "stretch": the height becomes MIN_SIZE_*, the width MAX_SIZE_*, and the
+    # aspect ratio is lost.
+    cfg.INPUT.RESIZE = "shortest"
     # Brightness, contrast and saturation (of RGB) of a training image are each multiplied by a
     # factor between 1 - this and 1 + this.
     cfg.INPUT.COLOR_JITTER = 0.0

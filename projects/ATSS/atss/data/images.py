@@ -24,7 +24,7 @@ __getattr__ = renamed_names(__name__)
 
 def read_image(
     file_name: str,
-    sizes: Sequence[tuple[int, int]] = (),
+    sizes: Sequence[tuple[int, int] | tuple[int, int, bool]] = (),
     labelled: tuple[int, int] | None = None,
     image_format: str = "BGR",
 ) -> np.ndarray:

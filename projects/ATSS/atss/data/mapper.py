@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ class Mapper(DatasetMapper):
                 T.FixedSizeCrop((side, side)),
                 *(x for x in arguments["augmentations"] if not isinstance(x, T.ResizeShortestEdge)),
             ]
+        arguments["augmentations"] = [stretched(x, cfg) for x in arguments["augmentations"]]
         if is_train and (share := cfg.INPUT.FULL_SIZE_CROP):
             arguments["augmentations"] = [
                 FullSizeCrop(x, share, cfg.INPUT.FULL_SIZE_CROP_MIN_AREA)
@@ -115,6 +117,14 @@ def _boxes(annotations: Sequence[dict]) -> np.ndarray:
 def single(image: torch.Tensor) -> torch.Tensor:
     """Convert float64 images, which Detectron2 makes of YUV, to float32."""
     return image.float() if image.dtype == torch.float64 else image
+
+
+def stretched(augmentation: Any, cfg: CfgNode) -> Any:
+    """Return a resizing to (shorter side, longest side) as one to (height, width) if INPUT.RESIZE
+    is "stretch", another augmentation as it is."""
+    if cfg.INPUT.RESIZE != "stretch" or not isinstance(augmentation, T.ResizeShortestEdge):
+        return augmentation
+    return T.Resize((augmentation.short_edge_length[0], augmentation.max_size))
 
 
 def without_augmentation(cfg: CfgNode) -> CfgNode:

@@ -328,7 +328,7 @@ class Trainer(DefaultTrainer):
             logging.getLogger(__name__).info("Testing on %s", model.tiles)
             cfg = cfg.clone()
             cfg.defrost()
-            cfg.INPUT.MIN_SIZE_TEST = 0  # the loader does not resize
+            cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.RESIZE = 0, "shortest"  # the loader does not resize
         return super().test(cfg, model, evaluators)
 
     @classmethod

@@ -291,6 +291,7 @@ def metadata(detector: ATSSDetector, cfg: CfgNode, nms: bool = False) -> dict[st
         "pixel_std": detector.pixel_std.flatten().tolist(),
         "normalised_inside": True,
         "nms_inside": nms,
+        "resize": cfg.INPUT.RESIZE,
         "min_size": cfg.INPUT.MIN_SIZE_TEST,
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
         "divisor": max(detector.backbone.size_divisibility, 1),

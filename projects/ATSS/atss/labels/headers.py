@@ -11,7 +11,7 @@ from typing import IO
 import fsspec
 from PIL import Image
 
-from atss_runner.images import HIGH_DEPTH, too_thin
+from atss_runner.images import HIGH_DEPTH, Size, too_thin
 
 # EXIF's tag, and the orientations that swap width and height.
 ORIENTATION = 0x0112
@@ -89,7 +89,7 @@ def _opened(source: str | BytesIO) -> Iterator[tuple[IO, Image.Image]]:
 
 
 def problems(
-    header: Header, labelled: tuple[int, int] | None, sizes: Sequence[tuple[int, int]] = ()
+    header: Header, labelled: tuple[int, int] | None, sizes: Sequence[Size] = ()
 ) -> Iterator[tuple[str, str]]:
     """Find the problems of a readable image.
 

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import UserError
 from ..weights import fit_names
 from .pretrained import require_loaded
+from .timm_models import register_models
 
 # Sizes of trial images: multiples of 32, but of no larger number.
 TRIAL_SIZES = ((352, 352), (96, 160), (320, 448))
@@ -150,6 +151,7 @@ def _require(name: str) -> Any:
             "MODEL.BACKBONE.NAME build_timm_fpn_backbone needs timm: "
             "pip install 'atss-detectron2[timm]'"
         ) from error
+    register_models()
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
