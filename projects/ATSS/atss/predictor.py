@@ -17,6 +17,7 @@ from PIL import Image
 
 from atss_runner.detections import Detections, draw_detections, explain_none
 from atss_runner.images import HIGH_DEPTH, too_thin
+from atss_runner.planes import Planes
 from atss_runner.thresholds import DEFAULT, class_thresholds, per_class
 
 from .checkpoints import SafeCheckpointer
@@ -29,8 +30,8 @@ from .config import (
     use_available_device,
 )
 from .config.checks import lookup
-from .data.images import read_image
-from .data.mapper import single
+from .data.images import pixel_format, read_image
+from .data.mapper import ByPlanes, single
 from .errors import UserError
 from .structures import Predictions
 
@@ -125,14 +126,15 @@ class Predictor:
         self.size = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
         self.max_detections = cfg.TEST.DETECTIONS_PER_IMAGE
         self.resize = T.ResizeShortestEdge([self.size[0]] * 2, self.size[1])
-        self.input_format = cfg.INPUT.FORMAT
+        self.input_format = pixel_format(cfg)
+        if isinstance(self.input_format, Planes):
+            self.resize = ByPlanes(self.resize)
 
     @overload  # a path is also a sequence of texts
     def __call__(self, images: ImageLike) -> Detections: ...  # type: ignore[overload-overlap]
     @overload
     def __call__(self, images: Sequence[ImageLike] | Iterator[ImageLike]) -> list[Detections]: ...
 
-    @torch.no_grad()
     def __call__(self, images):
         """Detect on one image (one result) or several (a list).
 
@@ -140,13 +142,20 @@ class Predictor:
             images: an image, or a sequence or an iterator of images. An image is a path, read as in
                 training; a PIL image, turned by its EXIF orientation; or a uint8 array as in
                 OpenCV: (H, W, 3) BGR, (H, W, 4) BGRA (alpha is ignored), (H, W) or (H, W, 1) grey.
+                With INPUT.FORMAT planes, arrays are (H, W, planes) of integers or floats as in
+                files, red before blue.
 
         Raises:
             TypeError, ValueError: naming type, shape and dtype of other objects.
             UserError: if an image is too thin to be resized, or a PIL image is damaged.
             OSError: naming a file that cannot be read.
         """
-        inputs = self._inputs(images)
+        detections = self._detect(self._arrays(images))
+        return detections if _are_several(images) else detections[0]
+
+    @torch.no_grad()
+    def _detect(self, arrays: Sequence[np.ndarray]) -> list[Detections]:
+        inputs = self._inputs(arrays)
         outputs = [x["instances"].to("cpu") for x in self.model(inputs)] if inputs else []
         detections = [
             Detections(x.pred_boxes.tensor.numpy(), x.scores.numpy(), x.pred_classes.numpy())
@@ -154,7 +163,7 @@ class Predictor:
         ]
         if self.thresholds is not None:
             detections = [x.above(self._least_scores(0.0)) for x in detections]
-        return detections if _are_several(images) else detections[0]
+        return detections
 
     def show(self, image: ImageLike, threshold: float = DEFAULT) -> Image.Image:
         """Return a picture of an image and its detections, which notebooks display. It has 640
@@ -164,12 +173,14 @@ class Predictor:
             threshold: smallest score that is drawn, of classes without one of their own. Detections
                 have no score below MODEL.ATSS.SCORE_THRESH_TEST.
         """
-        pixels = _as_bgr(image, "the image", self.size)
-        detections = self(pixels)
+        pixels = self._read(image, "the image")
+        detections = self._detect([pixels])[0]
         found = detections.above(self._least_scores(threshold))
         if not len(found.boxes):
             highest = float(detections.scores.max(initial=0))
             logging.getLogger(__name__).warning(explain_none(highest, threshold, "threshold"))
+        if isinstance(self.input_format, Planes):
+            pixels = self.input_format.picture(pixels)
         drawn = draw_detections(pixels, found, self.names, LEAST_SIDE)
         return Image.fromarray(np.ascontiguousarray(drawn[:, :, ::-1]))
 
@@ -185,22 +196,30 @@ class Predictor:
         Raises:
             TypeError, ValueError, OSError: as above, and if there is no image.
         """
-        inputs = self._inputs(images)
+        inputs = self._inputs(self._arrays(images))
         if not inputs:
             raise ValueError("at_anchors needs an image, got none")
         output, boxes = self.model.predict(inputs)
         return Predictions(output.map(torch.Tensor.cpu), boxes.cpu())
 
-    def _inputs(self, images: Any) -> list[dict]:
-        named_images = [("the image", images)]
+    def _arrays(self, images: Any) -> list[np.ndarray]:
         if _are_several(images):
-            named_images = [(f"image {i}", image) for i, image in enumerate(images)]
+            return [self._read(image, f"image {i}") for i, image in enumerate(images)]
+        return [self._read(images, "the image")]
+
+    def _read(self, image: Any, name: str) -> np.ndarray:
+        """Return (H, W, 3) uint8 BGR, or the planes. Messages begin with ``name``."""
+        if isinstance(self.input_format, Planes):
+            return _as_planes(image, name, self.size, self.input_format)
+        return _as_bgr(image, name, self.size)
+
+    def _inputs(self, arrays: Sequence[np.ndarray]) -> list[dict]:
         inputs = []
-        for name, image in named_images:
-            image = _as_bgr(image, name, self.size)
+        for image in arrays:
             height, width = image.shape[:2]
-            as_pillow = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
-            image = convert_PIL_to_numpy(as_pillow, self.input_format)
+            if not isinstance(self.input_format, Planes):
+                as_pillow = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
+                image = convert_PIL_to_numpy(as_pillow, self.input_format)
             image = self.resize.get_transform(image).apply_image(image)
             tensor = single(torch.as_tensor(image.transpose(2, 0, 1).copy()))
             inputs.append({"image": tensor, "height": height, "width": width})
@@ -229,6 +248,21 @@ def _as_bgr(image: Any, name: str, size: tuple[int, int]) -> np.ndarray:
         raise UserError(f"{name} {thin}")
     image = image.reshape(*image.shape[:2], -1)
     return image[:, :, :3] if image.shape[2] > 1 else image.repeat(3, axis=2)
+
+
+def _as_planes(
+    image: Any, name: str, size: tuple[int, int], planes: Planes
+) -> np.ndarray:
+    """Return (H, W, planes) pixels. Messages begin with ``name``."""
+    if isinstance(image, str | os.PathLike):
+        return read_image(os.fspath(image), [size], image_format=planes)
+    try:
+        pixels = planes.scale(np.asarray(image))
+    except ValueError as error:
+        raise UserError(f"{name} cannot be used: {error}") from error
+    if thin := too_thin(pixels.shape[0], pixels.shape[1], *size):
+        raise UserError(f"{name} {thin}")
+    return pixels
 
 
 def _pil_to_bgr(image: Image.Image, name: str) -> np.ndarray:

@@ -66,7 +66,8 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
         num_classes=num_classes,
         pixel_mean=cfg.MODEL.PIXEL_MEAN,
         pixel_std=cfg.MODEL.PIXEL_STD,
-        input_format=cfg.INPUT.FORMAT,
+        input_format="RGB" if cfg.INPUT.FORMAT == planes.FORMAT else cfg.INPUT.FORMAT,
+        shown=cfg.INPUT.SHOWN_PLANES if cfg.INPUT.FORMAT == planes.FORMAT else None,
         vis_period=cfg.VIS_PERIOD,
         precision=autocast_dtype(cfg),
     )

@@ -7,6 +7,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from atss_runner import planes
+
 from ..deprecated import renamed_names
 from ..errors import UserError, WrongValue, check_choice, check_range, with_message
 from ..modeling.head import NORMS
@@ -20,6 +22,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "DATALOADER.NUM_WORKERS": (0, math.inf),
     "DATALOADER.PREFETCH_FACTOR": (1, math.inf),
     "DATALOADER.TIMEOUT": (0, math.inf),
+    "INPUT.HIGHEST": (1, math.inf),
     "INPUT.MAX_SIZE_TEST": (0, math.inf),
     "INPUT.MIN_SIZE_TEST": (0, math.inf),
     "MODEL.FPN.OUT_CHANNELS": (1, math.inf),
@@ -27,7 +30,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "TEST.DETECTIONS_PER_IMAGE": (1, math.inf),
 }
 CHOICES = {
-    "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601"),
+    "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601", planes.FORMAT),
     "MODEL.FPN.NORM": NORMS,
     "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),
 }

@@ -9,15 +9,18 @@ from typing import IO
 
 import fsspec
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL_to_numpy
 from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
+
+from atss_runner.planes import FORMAT, Planes
 
 from ..deprecated import renamed_names
 from ..errors import UserError
 from ..labels.findings import ERROR, KINDS
 from ..labels.formats import ADDRESS
-from ..labels.headers import problems, read_header, verify
+from ..labels.headers import Header, header_of, problems, read_header, verify
 
 __getattr__ = renamed_names(__name__)
 
@@ -26,13 +29,13 @@ def read_image(
     file_name: str,
     sizes: Sequence[tuple[int, int]] = (),
     labelled: tuple[int, int] | None = None,
-    image_format: str = "BGR",
+    image_format: str | Planes = "BGR",
 ) -> np.ndarray:
     """Read an image, turned by its EXIF orientation, as (H, W, C). The file is opened once.
 
     Args:
         labelled, sizes: see :func:`~atss.labels.headers.problems`.
-        image_format: INPUT.FORMAT. "BGR" gives three channels of uint8.
+        image_format: INPUT.FORMAT, or its Planes. "BGR" gives three channels of uint8.
 
     Raises:
         OSError: naming a file that cannot be read.
@@ -42,15 +45,44 @@ def read_image(
         register_handler(file_name)
         with PathManager.open(file_name, "rb") as file:
             content = BytesIO(file.read())
+        if isinstance(image_format, Planes):
+            pixels = image_format.read(content.getvalue())
+            _refuse(file_name, header_of(pixels), labelled, sizes)
+            return pixels
         header = read_header(content)
         if header.format == "PNG":
             # Detectron2 first meets damage when it looks for an EXIF, and ignores it.
             verify(content)
-        for kind, problem in problems(header, labelled, sizes):
-            if KINDS[kind].level == ERROR:
-                raise UserError(f"the image {file_name} {problem}")
+        _refuse(file_name, header, labelled, sizes)
         with Image.open(content) as image:
             return convert_PIL_to_numpy(_apply_exif_orientation(image), image_format)
+
+
+def pixel_format(cfg: CfgNode) -> str | Planes:
+    """Return INPUT.FORMAT, or its Planes.
+
+    Raises:
+        UserError: if pictures cannot show the planes.
+    """
+    if cfg.INPUT.FORMAT != FORMAT:
+        return cfg.INPUT.FORMAT
+    number, shown = len(cfg.MODEL.PIXEL_MEAN), tuple(cfg.INPUT.SHOWN_PLANES)
+    if len(shown) != 3 or not set(shown) <= set(range(number)):
+        raise UserError(
+            f"INPUT.SHOWN_PLANES is {list(shown)}: three planes of 0 to {number - 1} are needed"
+        )
+    return Planes(number, cfg.INPUT.HIGHEST, shown)
+
+
+def _refuse(
+    file_name: str,
+    header: Header,
+    labelled: tuple[int, int] | None,
+    sizes: Sequence[tuple[int, int]],
+) -> None:
+    for kind, problem in problems(header, labelled, sizes):
+        if KINDS[kind].level == ERROR:
+            raise UserError(f"the image {file_name} {problem}")
 
 
 @contextmanager

@@ -9,8 +9,13 @@ from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
+from atss_runner.planes import Planes, resize_planes
+
 from ..errors import UserError
-from .images import blame_file, blame_unreadable, read_image
+from .images import blame_file, blame_unreadable, pixel_format, read_image
+
+
+RESIZES = (T.ResizeShortestEdge, T.ResizeScale)
 
 
 class Mapper(DatasetMapper):
@@ -39,6 +44,13 @@ class Mapper(DatasetMapper):
             low_high = (1 - jitter, 1 + jitter)
             colours = (T.RandomBrightness, T.RandomContrast, T.RandomSaturation)
             arguments["augmentations"] += [colour(*low_high) for colour in colours]
+        arguments["image_format"] = pixel_format(cfg)
+        if isinstance(arguments["image_format"], Planes):
+            arguments["augmentations"] = [
+                ByPlanes(x) if isinstance(x, RESIZES) else x
+                for x in arguments["augmentations"]
+                if not isinstance(x, T.RandomSaturation)
+            ]
         return arguments
 
     def __call__(self, dataset_dict: dict) -> dict:
@@ -65,7 +77,7 @@ class Mapper(DatasetMapper):
 
     def _resizes(self) -> list[tuple[int, int]]:
         """Return (shorter side, longest side) of possible resizing."""
-        augmentations = self.augmentations.augs
+        augmentations = [getattr(x, "inner", x) for x in self.augmentations.augs]
         resizes = [x for x in augmentations if isinstance(x, T.ResizeShortestEdge)]
         return [(side, x.max_size) for x in resizes for side in x.short_edge_length]
 
@@ -84,6 +96,27 @@ class Mapper(DatasetMapper):
             mapped.pop("annotations", None)
         elif "annotations" in mapped:
             self._transform_annotations(mapped, transforms, size)
+
+
+class ByPlanes(T.Augmentation):
+    """Resizing of each plane by Pillow, as Detectron2 resizes RGB images."""
+
+    def __init__(self, inner: T.Augmentation):
+        super().__init__()
+        self.inner = inner
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        resize = self.inner.get_transform(image)
+        if isinstance(resize, T.ResizeTransform):
+            return ResizePlanes(resize.h, resize.w, resize.new_h, resize.new_w)
+        return resize
+
+
+class ResizePlanes(T.ResizeTransform):
+    """Resizing of images with any number of planes."""
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        return resize_planes(img, self.new_h, self.new_w)
 
 
 def single(image: torch.Tensor) -> torch.Tensor:

@@ -287,6 +287,8 @@ def metadata(detector: ATSSDetector, cfg: CfgNode, nms: bool = False) -> dict[st
         "inputs": ["image", "sizes"] if nms else ["image"],
         "outputs": list(selection.OUTPUTS if nms else raw),
         "input_format": cfg.INPUT.FORMAT,
+        "highest": cfg.INPUT.HIGHEST,
+        "shown_planes": list(cfg.INPUT.SHOWN_PLANES),
         "pixel_mean": detector.pixel_mean.flatten().tolist(),
         "pixel_std": detector.pixel_std.flatten().tolist(),
         "normalised_inside": True,
@@ -314,7 +316,7 @@ def has_quality(detector: ATSSDetector) -> bool:
     divisor = max(detector.backbone.size_divisibility, 1)
     side = -(-192 // divisor) * divisor
     with torch.no_grad():
-        return len(detector.raw(torch.zeros(2, 3, side, side, device=detector.device))) > 2
+        return len(detector.raw(torch.zeros(2, len(detector.pixel_mean), side, side, device=detector.device))) > 2
 
 
 @contextmanager
