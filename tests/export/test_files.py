@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from atss.errors import UserError
-from atss.export.files import _compare_detections, static_padding
-from atss_runner.postprocess import detect
+from atss.export.files import OUTPUTS, _compare_detections, static_padding
+from atss_runner.postprocess import select
 
 PER_LEVEL = [192, 48, 12]
 SETTINGS = {
@@ -22,7 +22,6 @@ SETTINGS = {
     "rank_anchors": False,
     "clip": True,
     "suppression": {"name": "nms", "threshold": 0.6},
-    "legacy_pixels": False,
 }
 
 
@@ -44,8 +43,7 @@ def test_constant_padding_is_that_of_timm(kernel, stride, dilation, side):
 def test_detections_that_differ_from_the_runner_are_refused():
     sizes, raw = np.array([[90, 100]]), raw_outputs()
     pixels = np.zeros((1, 3, 96, 128), np.float32)
-    one, size = [x[0] for x in raw], tuple(sizes[0].tolist())
-    found = detect(*one, PER_LEVEL, size, size, SETTINGS)
+    found = select({k: x[0] for k, x in raw.items()}, PER_LEVEL, tuple(sizes[0]), SETTINGS)
     outputs = dict(zip(("boxes", "scores", "classes"), (x[None] for x in found), strict=True))
     outputs["count"] = np.array([len(found.boxes)])
 
@@ -77,4 +75,4 @@ def raw_outputs():
     corners = generator.uniform(0, 90, (1, count, 2))
     boxes = np.concatenate([corners, corners + generator.uniform(5, 40, (1, count, 2))], axis=2)
     values = boxes, generator.uniform(size=(1, count, 3)), generator.uniform(size=(1, count))
-    return [x.astype(np.float32) for x in values]
+    return dict(zip(OUTPUTS, (x.astype(np.float32) for x in values), strict=True))

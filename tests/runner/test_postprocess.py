@@ -10,7 +10,7 @@ from atss import Anchors, HeadOutput
 from atss.modeling.box_coding import Corners, LegacyPixels
 from atss.modeling.postprocess import PostProcessor, product, root
 from atss.modeling.suppression import NMS, ScoreVote, SoftVote, Vote, keep_all
-from atss_runner.postprocess import detect
+from atss_runner.postprocess import in_original, select
 
 ANCHORS = Anchors.grid((128, 160))
 SIZE, ORIGINAL = (120, 150), (240, 310)
@@ -63,15 +63,12 @@ def both(boxes, logits, quality, score, suppression, legacy=False, **options):
         **options,
     }
     decoded = Corners().decode(regression, ANCHORS.boxes, ANCHORS.stride)
-    found = detect(
-        decoded[0].numpy(),
-        logits[0].sigmoid().numpy(),
-        None if quality is None else quality[0].sigmoid().numpy(),
-        ANCHORS.per_level,
-        SIZE,
-        ORIGINAL,
-        settings,
-    )
+    values = {"boxes": decoded, "probabilities": logits.sigmoid()}
+    if quality is not None:
+        values["quality"] = quality.sigmoid()
+    own = {name: x[0].numpy() for name, x in values.items()}
+    found = select(own, ANCHORS.per_level, SIZE, settings)
+    found = in_original(found, SIZE, ORIGINAL, settings)
     return expected, found
 
 

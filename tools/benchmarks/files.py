@@ -11,7 +11,6 @@ import atss_runner
 from atss.config import for_inference, load_config
 from atss.modeling import ATSSDetector
 from atss.predictor import find_run
-from atss_runner.postprocess import detect
 
 from .timing import Seconds, in_turn
 
@@ -60,23 +59,19 @@ def around(file: str, candidates: Sequence[int], runs: int, threads: int) -> dic
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (short * 3 // 2, short * 2, 3), dtype=np.uint8)
     pixels = detector.pixels(image)
-    height, width = pixels.shape[2:]
-    boxes, probabilities, *quality = detector.outputs(pixels, np.array([[height, width]])).values()
-    functions = {
+    canvas = pixels.shape[2:]
+    outputs = {
+        name: values[0] for name, values in detector.outputs(pixels, np.array([canvas])).items()
+    }
+    functions: dict[str, Callable[[], object]] = {
         "before": lambda: detector.pixels(image),
-        "network": lambda: detector.outputs(pixels, np.array([[height, width]])),
+        "network": lambda: detector.outputs(pixels, np.array([canvas])),
     }
     for count in candidates:
-        chosen = rng.permutation(probabilities[0].size)[:count]
-        made = np.zeros_like(probabilities[0])
+        made = np.zeros_like(outputs["probabilities"])
+        chosen = rng.permutation(made.size)[:count]
         made.flat[chosen] = rng.uniform(0.1, 1, len(chosen))
-        functions[f"after, {len(chosen)} candidates"] = lambda x=made: detect(
-            boxes[0],
-            x,
-            quality[0][0] if quality else None,
-            detector.per_level((height, width)),
-            (height, width),
-            image.shape[:2],
-            detector.settings,
+        functions[f"after, {len(chosen)} candidates"] = lambda x=made: detector.detections(
+            outputs | {"probabilities": x}, canvas, canvas, image.shape[:2]
         )
     return in_turn(functions, runs, CPU)

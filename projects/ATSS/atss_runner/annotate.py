@@ -94,8 +94,7 @@ def annotate(
                     shown = found.above(threshold)
                     frame.write(draw_detections(frame.pixels, shown, predictor.names))
                     highest = float(found.scores.max(initial=0))
-                    height, width = frame.pixels.shape[:2]
-                    place = (frame.source, frame.target, (height, width))
+                    place = (frame.source, frame.target, frame.pixels.shape[:2])
                     yield Annotated(*place, shown, frame.fields, highest)
                 bar.update(len(part))
 

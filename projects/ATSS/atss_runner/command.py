@@ -4,7 +4,6 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +105,9 @@ def detect(
         except OSError as error:
             raise FileError(f"cannot write --output {folder}: {error.strerror}") from error
     results: list[Annotated] = []
-    options = {"read": read, "progress": progress}
+    options: dict[str, Any] = {"read": read, "progress": progress}
     try:
-        with closing(annotate(predictor, places, threshold, args.batch, **options)) as found:  # type: ignore[type-var, arg-type]
-            for result in found:
-                results.append(result)
+        results.extend(annotate(predictor, places, threshold, args.batch, **options))
     except KeyboardInterrupt:
         print(f"stopped after {len(results)} images or frames", file=sys.stderr)
         raise

@@ -7,7 +7,7 @@ boxes, scores, classes = detector("photo.jpg")
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from .detections import Detections
 from .images import HIGH_DEPTH, resized, too_thin
 from .media import FileError, batches
-from .postprocess import detect, in_original
+from .postprocess import in_original, select
 from .settings import read_settings
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -75,31 +75,17 @@ class Detector:
     def _detect(self, images: Sequence[Any]) -> list[Detections]:
         # Images of one canvas run together; a larger canvas would change their borders.
         arrays = [read_bgr(x) for x in images]
+        sizes = [self.resized(x) for x in arrays]
         groups = defaultdict(list)
-        for i, array in enumerate(arrays):
-            size = self.resized(*array.shape[:2])
-            groups[self.canvas(*size)].append((i, size))
-        results: dict[int, Detections] = {}
+        for i, size in enumerate(sizes):
+            groups[self.canvas(size)].append(i)
+        results = {}
         for canvas, members in groups.items():
-            pixels = self._pixels([(arrays[i], size) for i, size in members], canvas)
-            outputs = self.outputs(pixels, np.array([size for _, size in members]))
-            for row, (i, size) in enumerate(members):
+            pixels = np.concatenate([self.pixels(arrays[i]) for i in members])
+            outputs = self.outputs(pixels, np.array([sizes[i] for i in members]))
+            for row, i in enumerate(members):
                 own = {name: values[row] for name, values in outputs.items()}
-                original = arrays[i].shape[:2]
-                if self.settings["nms_inside"]:
-                    found = Detections(own["boxes"], own["scores"], own["classes"])
-                    found = found.take(slice(int(own["count"])))
-                    results[i] = in_original(found, size, original, self.settings)
-                    continue
-                results[i] = detect(
-                    own["boxes"],
-                    own["probabilities"],
-                    own.get("quality"),
-                    self.per_level(canvas),
-                    size,
-                    original,
-                    self.settings,
-                )
+                results[i] = self.detections(own, canvas, sizes[i], arrays[i].shape[:2])
         return [results[i] for i in range(len(arrays))]
 
     def outputs(self, pixels: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
@@ -123,42 +109,58 @@ class Detector:
         inputs = (pixels, sizes)[: len(self.settings["inputs"])]
         return dict(zip(self.settings["outputs"], self._run(*inputs), strict=True))
 
-    def pixels(self, image: ImageLike) -> np.ndarray:
-        """Return the input of the network for one image, (1, 3, H, W)."""
-        array = read_bgr(image)
-        size = self.resized(*array.shape[:2])
-        return self._pixels([(array, size)], self.canvas(*size))
+    def detections(
+        self,
+        outputs: Mapping[str, np.ndarray],
+        canvas: tuple[int, int],
+        size: tuple[int, int],
+        original: tuple[int, int],
+    ) -> Detections:
+        """Return the detections of one image.
 
-    def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Return the size to which an image is resized, as Detectron2's ResizeShortestEdge."""
+        Args:
+            outputs: those of the network for the image.
+            canvas, size, original: (height, width) of the input, of the resized image on it, and of
+                the image.
+        """
+        if self.settings["nms_inside"]:
+            count = int(outputs["count"])
+            found = Detections(*(outputs[x][:count] for x in Detections._fields))
+        else:
+            found = select(outputs, self.per_level(canvas), size, self.settings)
+        return in_original(found, size, original, self.settings)
+
+    def pixels(self, image: ImageLike) -> np.ndarray:
+        """Return the input of the network for one image, (1, 3, H, W): resized, on a canvas of the
+        mean colour, which is 0 once normalised."""
+        array = read_bgr(image)
+        height, width = size = self.resized(array)
+        mean = np.array(self.settings["pixel_mean"], dtype=np.float32)
+        pixels = np.empty((1, len(mean), *self.canvas(size)), dtype=np.float32)
+        pixels[:] = mean[:, None, None]
+        # By Pillow, as in training: another filter would change the input of the network.
+        smaller = Image.fromarray(array).resize((width, height), Image.Resampling.BILINEAR)
+        is_rgb = self.settings["input_format"] == "RGB"
+        channels = np.asarray(smaller).transpose(2, 0, 1)
+        pixels[0, :, :height, :width] = channels[::-1] if is_rgb else channels
+        return pixels
+
+    def resized(self, image: np.ndarray) -> tuple[int, int]:
+        """Return (height, width) to which an image is resized."""
+        height, width = image.shape[:2]
         if thin := too_thin(height, width, *self.size):
             raise FileError(f"the image {thin}")
         return resized(height, width, *self.size)
 
-    def canvas(self, height: int, width: int) -> tuple[int, int]:
+    def canvas(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the padded size."""
         divisor = self.settings["divisor"]
-        return -(-height // divisor) * divisor, -(-width // divisor) * divisor
+        return -(-size[0] // divisor) * divisor, -(-size[1] // divisor) * divisor
 
     def per_level(self, canvas: tuple[int, int]) -> list[int]:
         """Return the number of anchors of each level."""
         each = self.settings["anchors_per_location"]
         return [-(-canvas[0] // s) * -(-canvas[1] // s) * each for s in self.settings["strides"]]
-
-    def _pixels(
-        self, members: list[tuple[np.ndarray, tuple[int, int]]], canvas: tuple[int, int]
-    ) -> np.ndarray:
-        """Resized images on a canvas of the mean colour, which is 0 once normalised."""
-        mean = np.array(self.settings["pixel_mean"], dtype=np.float32)
-        pixels = np.empty((len(members), len(mean), *canvas), dtype=np.float32)
-        pixels[:] = mean[:, None, None]
-        for place, (image, (height, width)) in zip(pixels, members, strict=True):
-            # By Pillow, as in training: another filter would change the input of the network.
-            smaller = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-            channels = np.asarray(smaller).transpose(2, 0, 1)
-            is_rgb = self.settings["input_format"] == "RGB"
-            place[:, :height, :width] = channels[::-1] if is_rgb else channels
-        return pixels
 
 
 def load(path: str | Path, threads: int = 0, batch: int = 4) -> Detector:

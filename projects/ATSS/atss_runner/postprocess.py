@@ -11,74 +11,45 @@ import numpy as np
 from .detections import Detections
 
 
-def candidates(
-    probabilities: np.ndarray,
-    quality: np.ndarray | None,
+def select(
+    outputs: Mapping[str, np.ndarray],
     per_level: list[int],
+    size: tuple[int, int],
     settings: Mapping[str, Any],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Select pairs of anchor and class, level by level.
+) -> Detections:
+    """Select and suppress detections of one image, in pixels of the resized image.
 
     Args:
-        probabilities: (R, K).
-        quality: (R,).
+        outputs: boxes (R, 4) in pixels of the canvas, probabilities (R, K), and quality (R,) if the
+            head predicts it.
         per_level: number of anchors of each level.
-        settings: score_thresh, topk, score ("sqrt" or "product"), threshold_on_score,
-            rank_by_class and rank_anchors of the metadata.
-
-    Returns:
-        (M,) anchor, score and class.
+        size: (height, width) of the resized image on the canvas.
+        settings: the metadata of the file.
     """
+    probabilities, topk = outputs["probabilities"], settings["topk"]
     scores = probabilities
-    if quality is not None:
-        scores = probabilities * quality[:, None]
+    if "quality" in outputs:
+        scores = probabilities * outputs["quality"][:, None]
         scores = np.sqrt(scores) if settings["score"] == "sqrt" else scores
     rank = probabilities if settings["rank_by_class"] else scores
     passing = scores if settings["threshold_on_score"] else probabilities
     passing = passing > np.float32(settings["score_thresh"])
-    parts, first = [], 0
-    for count in per_level:
-        anchors = np.arange(first, first + count)
-        first += count
+    pairs = []
+    for anchors in np.split(np.arange(len(scores)), np.cumsum(per_level)[:-1]):
         if settings["rank_anchors"]:
-            anchors = anchors[_best(rank[anchors].max(axis=1), settings["topk"])]
+            anchors = anchors[_best(rank[anchors].max(axis=1), topk)]
         row, classes = np.nonzero(passing[anchors])
-        anchor = anchors[row]
+        pair = np.stack([anchors[row], classes])
         if not settings["rank_anchors"]:
-            kept = _best(rank[anchor, classes], settings["topk"])
-            anchor, classes = anchor[kept], classes[kept]
-        parts.append((anchor, classes))
-    anchor, classes = (np.concatenate(x) for x in zip(*parts, strict=True))
-    return anchor, scores[anchor, classes], classes
-
-
-def detect(
-    boxes: np.ndarray,
-    probabilities: np.ndarray,
-    quality: np.ndarray | None,
-    per_level: list[int],
-    size: tuple[int, int],
-    original: tuple[int, int],
-    settings: Mapping[str, Any],
-) -> Detections:
-    """Make the detections of one image.
-
-    Args:
-        boxes: (R, 4) in pixels of the canvas.
-        probabilities, quality, per_level: as in :func:`candidates`.
-        size: (height, width) of the resized image on the canvas.
-        original: (height, width) of the image.
-        settings: the metadata of the file.
-    """
-    anchor, scores, classes = candidates(probabilities, quality, per_level, settings)
-    found = Detections(boxes[anchor], scores, classes)
+            pair = pair[:, _best(rank[*pair], topk)]
+        pairs.append(pair)
+    anchor, classes = np.concatenate(pairs, axis=1)
+    found = Detections(outputs["boxes"][anchor], scores[anchor, classes], classes)
     if settings["clip"]:
-        found = found._replace(boxes=_clip(found.boxes, size))
-    found = found.take(_has_area(found.boxes))
+        found = _clip(found, size)
     arguments = dict(settings["suppression"])
     suppress = SUPPRESSIONS[arguments.pop("name")]
-    found = suppress(found, settings["max_detections"], **arguments)
-    return in_original(found, size, original, settings)
+    return suppress(_with_area(found), settings["max_detections"], **arguments)
 
 
 def in_original(
@@ -87,16 +58,20 @@ def in_original(
     original: tuple[int, int],
     settings: Mapping[str, Any],
 ) -> Detections:
-    """Scale detections from the resized image to the original; arguments as :func:`detect`."""
+    """Scale detections from the resized image to the original.
+
+    Args:
+        size, original: (height, width) of both.
+        settings: the metadata of the file.
+    """
     scale = np.array([original[1] / size[1], original[0] / size[0]] * 2, dtype=np.float32)
     found = found._replace(boxes=found.boxes * scale)
     if settings["clip"]:
-        found = found._replace(boxes=_clip(found.boxes, original))
-        found = found.take(_has_area(found.boxes))
+        found = _with_area(_clip(found, original))
     if settings["legacy_pixels"]:
         # The last pixel of a box is one pixel of the original image wide.
-        widened = found.boxes + np.array([0, 0, 1 - scale[0], 1 - scale[1]], dtype=np.float32)
-        found = found._replace(boxes=_clip(widened, original))
+        last = np.array([0, 0, 1 - scale[0], 1 - scale[1]], dtype=np.float32)
+        found = _clip(found._replace(boxes=found.boxes + last), original)
     return found
 
 
@@ -105,24 +80,23 @@ def in_original(
 # ------------------------------------------------------------------------------------------------
 
 
-def keep_all(found: Detections, limit: int) -> Detections:
+def keep_all(found: Detections, limit: int | None) -> Detections:
     """No suppression."""
     return found.take(_best(found.scores, limit))
 
 
 def nms(found: Detections, limit: int, threshold: float) -> Detections:
     """Non-maximum suppression of each class."""
+    found = keep_all(found, None)
     boxes, kept = found.boxes.astype(np.float64), []
-    for k in np.unique(found.classes):
-        index = np.flatnonzero(found.classes == k)
-        order = index[_best(found.scores[index], len(index))]
-        for _ in range(limit):
-            if not len(order):
-                break
-            best, rest = order[0], order[1:]
-            kept.append(best)
-            order = rest[~(_iou(boxes[best], boxes[rest]) > threshold)]
-    return keep_all(found.take(np.sort(np.array(kept, dtype=np.int64))), limit)
+    left = np.arange(len(boxes))
+    while len(left) and len(kept) < limit:
+        best, left = left[0], left[1:]
+        kept.append(best)
+        rivals = np.flatnonzero(found.classes[left] == found.classes[best])
+        overlap = _iou(boxes[best], boxes[left[rivals]])
+        left = np.delete(left, rivals[overlap > threshold])
+    return found.take(np.array(kept, dtype=np.int64))
 
 
 def score_vote(
@@ -141,41 +115,30 @@ def score_vote(
     return kept._replace(boxes=np.array(moved, dtype=np.float32).reshape(-1, 4))
 
 
-def vote(
-    found: Detections, limit: int, threshold: float, min_score: float | None = None
-) -> Detections:
+def vote(found: Detections, limit: int, threshold: float, min_score: float = np.inf) -> Detections:
     """Merge groups of overlapping boxes of a class into their mean, weighted by score.
 
     Args:
         min_score: voters stay with their scores lowered by their overlap if these are at least
-            this (soft voting); None: voters go.
+            this (soft voting).
     """
-    boxes, scores, classes = [], [], []
+    parts = [found.take(slice(0))]
     for k in np.unique(found.classes):
-        left = found.take(found.classes == k)
-        left = keep_all(left, len(left.boxes))
-        while len(left.boxes):
+        left = keep_all(found.take(found.classes == k), None)
+        while len(left.scores):
             overlap = _iou(left.boxes[0], left.boxes)
             group = overlap >= threshold
             group[0] = True
-            members, weights = left.boxes[group], left.scores[group]
-            merged, kept = members, weights
-            if len(members) > 1:
-                shares = weights if weights.any() else np.ones_like(weights)
-                merged = (members * shares[:, None]).sum(axis=0)[None] / shares.sum()
-                kept = weights[:1]
-                if min_score is not None:
-                    lowered = weights * (1 - overlap[group])
-                    stay = lowered >= min_score
-                    merged = np.concatenate([merged, members[stay]])
-                    kept = np.concatenate([kept, lowered[stay]])
-            boxes.append(merged)
-            scores.append(kept)
-            classes.append(np.full(len(kept), k))
+            (boxes, scores, _), lowered = left.take(group), (left.scores * (1 - overlap))[group]
+            if len(scores) > 1:
+                shares = scores if scores.any() else np.ones_like(scores)
+                mean = (boxes * shares[:, None]).sum(axis=0) / shares.sum()
+                stay = lowered >= min_score
+                boxes = np.vstack([mean, boxes[stay]])
+                scores = np.append(scores[:1], lowered[stay])
+            parts.append(Detections(boxes, scores, np.full(len(scores), k)))
             left = left.take(~group)
-    if not boxes:
-        return found
-    return keep_all(Detections(*map(np.concatenate, (boxes, scores, classes))), limit)
+    return keep_all(Detections(*map(np.concatenate, zip(*parts, strict=True))), limit)
 
 
 SUPPRESSIONS: dict[str, Callable[..., Detections]] = {
@@ -187,8 +150,8 @@ SUPPRESSIONS: dict[str, Callable[..., Detections]] = {
 }
 
 
-def _best(rank: np.ndarray, count: int) -> np.ndarray:
-    """Return the positions of the ``count`` highest, highest first."""
+def _best(rank: np.ndarray, count: int | None) -> np.ndarray:
+    """Return the positions of the ``count`` highest, or of all, highest first."""
     return np.argsort(-rank, kind="stable")[:count]
 
 
@@ -200,10 +163,12 @@ def _iou(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     return intersection / np.maximum(union, np.finfo(union.dtype).tiny)
 
 
-def _clip(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    height, width = size
-    return boxes.clip(0, np.array([width, height] * 2, dtype=boxes.dtype))
+def _clip(found: Detections, size: tuple[int, int]) -> Detections:
+    limits = np.array([size[1], size[0]] * 2, dtype=found.boxes.dtype)
+    return found._replace(boxes=found.boxes.clip(0, limits))
 
 
-def _has_area(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & np.isfinite(boxes).all(axis=1)
+def _with_area(found: Detections) -> Detections:
+    """Return the detections whose boxes are finite and not empty."""
+    boxes = found.boxes
+    return found.take((boxes[:, 2:] > boxes[:, :2]).all(axis=1) & np.isfinite(boxes).all(axis=1))

@@ -19,7 +19,11 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "score_thresh": (int, float),
     "suppression": dict,
 }
-CHOICES = {"input_format": ("BGR", "RGB"), "score": ("product", "sqrt")}
+CHOICES = {
+    "input_format": ("BGR", "RGB"),
+    "score": ("product", "sqrt"),
+    "suppression": (*SUPPRESSIONS,),
+}
 
 
 def read_settings(path: str, properties: Mapping[str, str]) -> dict[str, Any]:
@@ -32,30 +36,29 @@ def read_settings(path: str, properties: Mapping[str, str]) -> dict[str, Any]:
         raise FileError(f"{path} is no exported detector: it has no metadata 'atss'")
     try:
         settings = json.loads(properties["atss"])
-        schema = settings["schema"]
-        is_newer = schema > SCHEMA
+        is_newer = settings["schema"] > SCHEMA
     except (ValueError, TypeError, KeyError) as error:
         raise FileError(f"{path} has damaged metadata 'atss': no JSON with a schema") from error
     if is_newer:
         raise FileError(
-            f"{path} has metadata of schema {schema}, this runner reads up to {SCHEMA}: "
-            "install a newer atss-runner"
+            f"{path} has metadata of schema {settings['schema']}, this runner reads up to "
+            f"{SCHEMA}: install a newer atss-runner"
         )
-    for name, kind in FIELDS.items():
-        if not isinstance(settings.get(name), kind):
-            value = repr(settings[name])[:40] if name in settings else "missing"
-            raise FileError(f"{path} has damaged metadata 'atss': {name} is {value}")
-    thresholds = settings.get("thresholds")
-    if thresholds is not None:
-        valid = isinstance(thresholds, list) and len(thresholds) == len(settings["classes"])
-        if not valid or not all(x is None or is_score(x) for x in thresholds):
-            value = repr(thresholds)[:40]
-            raise FileError(f"{path} has damaged metadata 'atss': thresholds is {value}")
-    parts = {name: settings.get(name) for name in CHOICES}
-    parts["suppression"] = settings["suppression"].get("name")
-    for name, allowed in (CHOICES | {"suppression": (*SUPPRESSIONS,)}).items():
-        if parts[name] not in allowed:
-            raise FileError(
-                f"{path} needs the {name} {parts[name]!r}, this runner has {', '.join(allowed)}"
-            )
+    damaged = [name for name, kind in FIELDS.items() if not isinstance(settings.get(name), kind)]
+    if not damaged and not _are_thresholds(settings.get("thresholds"), settings["classes"]):
+        damaged.append("thresholds")
+    for name in damaged:
+        value = repr(settings[name])[:40] if name in settings else "missing"
+        raise FileError(f"{path} has damaged metadata 'atss': {name} is {value}")
+    parts = settings | {"suppression": settings["suppression"].get("name")}
+    for name, allowed in CHOICES.items():
+        if (part := parts.get(name)) not in allowed:
+            choices = ", ".join(allowed)
+            raise FileError(f"{path} needs the {name} {part!r}, this runner has {choices}")
     return settings
+
+
+def _are_thresholds(value: Any, classes: list) -> bool:
+    if not isinstance(value, list):
+        return value is None
+    return len(value) == len(classes) and all(x is None or is_score(x) for x in value)

@@ -218,13 +218,14 @@ def compare(detector: ATSSDetector, file: Path, raw_file: Path) -> list[Parity]:
                 )
         counts = None
         if settings["nms_inside"]:
-            counts = _compare_detections(loaded, pixels.numpy(), sizes, ours)
+            raw = dict(zip(OUTPUTS, ours, strict=False))
+            counts = _compare_detections(loaded, pixels.numpy(), sizes, raw)
         found.append(Parity(tuple(pixels.shape), differences, own, counts))
     return found
 
 
 def _compare_detections(
-    loaded: Any, pixels: np.ndarray, sizes: np.ndarray, raw: list[np.ndarray]
+    loaded: Any, pixels: np.ndarray, sizes: np.ndarray, raw: dict[str, np.ndarray]
 ) -> tuple[int, int]:
     """Return the number of detections, and of those without an equal one.
 
@@ -236,10 +237,8 @@ def _compare_detections(
     inside = loaded.outputs(pixels, sizes)
     per_level = loaded.per_level(pixels.shape[2:])
     for i, size in enumerate(sizes.tolist()):
-        boxes, probabilities, quality = (*(x[i] for x in raw), None)[:3]
-        expected = runner.detect(
-            boxes, probabilities, quality, per_level, size, size, loaded.settings
-        )
+        one = {name: values[i] for name, values in raw.items()}
+        expected = runner.select(one, per_level, size, loaded.settings)
         found = {name: values[i] for name, values in inside.items()}
         used = np.arange(len(found["scores"])) < found["count"]
         rows = np.column_stack([found[x][used] for x in ("boxes", "scores", "classes")])
