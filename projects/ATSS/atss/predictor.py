@@ -173,16 +173,23 @@ class Predictor:
             threshold: smallest score that is drawn, of classes without one of their own. Detections
                 have no score below MODEL.ATSS.SCORE_THRESH_TEST.
         """
-        pixels = self._read(image, "the image")
+        pixels = self.read(image)
         detections = self._detect([pixels])[0]
         found = detections.above(self._least_scores(threshold))
         if not len(found.boxes):
             highest = float(detections.scores.max(initial=0))
             logging.getLogger(__name__).warning(explain_none(highest, threshold, "threshold"))
-        if isinstance(self.input_format, Planes):
-            pixels = self.input_format.picture(pixels)
-        drawn = draw_detections(pixels, found, self.names, LEAST_SIDE)
+        drawn = draw_detections(self.picture(pixels), found, self.names, LEAST_SIDE)
         return Image.fromarray(np.ascontiguousarray(drawn[:, :, ::-1]))
+
+    def read(self, image: ImageLike) -> np.ndarray:
+        """Return an image as an array: (H, W, 3) uint8 BGR, or its planes as in files."""
+        return self._read(image, "the image")
+
+    def picture(self, array: np.ndarray) -> np.ndarray:
+        """Return (H, W, 3) uint8 BGR of an array of :meth:`read`."""
+        planes = self.input_format
+        return planes.picture(array) if isinstance(planes, Planes) else array
 
     def _least_scores(self, default: float) -> float | np.ndarray:
         return default if self.thresholds is None else per_class(self.thresholds, default)
@@ -208,7 +215,7 @@ class Predictor:
         return [self._read(images, "the image")]
 
     def _read(self, image: Any, name: str) -> np.ndarray:
-        """Return (H, W, 3) uint8 BGR, or the planes. Messages begin with ``name``."""
+        """Return (H, W, 3) uint8 BGR, or planes as in files. Messages begin with ``name``."""
         if isinstance(self.input_format, Planes):
             return _as_planes(image, name, self.size, self.input_format)
         return _as_bgr(image, name, self.size)
@@ -217,7 +224,9 @@ class Predictor:
         inputs = []
         for image in arrays:
             height, width = image.shape[:2]
-            if not isinstance(self.input_format, Planes):
+            if isinstance(self.input_format, Planes):
+                image = self.input_format.scale(image)
+            else:
                 as_pillow = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
                 image = convert_PIL_to_numpy(as_pillow, self.input_format)
             image = self.resize.get_transform(image).apply_image(image)
@@ -250,19 +259,18 @@ def _as_bgr(image: Any, name: str, size: tuple[int, int]) -> np.ndarray:
     return image[:, :, :3] if image.shape[2] > 1 else image.repeat(3, axis=2)
 
 
-def _as_planes(
-    image: Any, name: str, size: tuple[int, int], planes: Planes
-) -> np.ndarray:
-    """Return (H, W, planes) pixels. Messages begin with ``name``."""
+def _as_planes(image: Any, name: str, size: tuple[int, int], planes: Planes) -> np.ndarray:
+    """Return planes as in files, checked. Messages begin with ``name``."""
     if isinstance(image, str | os.PathLike):
-        return read_image(os.fspath(image), [size], image_format=planes)
+        return read_planes(os.fspath(image), [size], planes)
+    array = np.asarray(image)
     try:
-        pixels = planes.scale(np.asarray(image))
+        planes.scale(array)
     except ValueError as error:
         raise UserError(f"{name} cannot be used: {error}") from error
-    if thin := too_thin(pixels.shape[0], pixels.shape[1], *size):
+    if thin := too_thin(array.shape[0], array.shape[1], *size):
         raise UserError(f"{name} {thin}")
-    return pixels
+    return array
 
 
 def _pil_to_bgr(image: Image.Image, name: str) -> np.ndarray:

@@ -69,17 +69,19 @@ def annotate(
     batch: int = 4,
     *,
     read: Callable[[str], np.ndarray],
+    picture: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels,
     progress: Callable[..., Any] = no_progress,
 ) -> Iterator[Annotated]:
     """Draw detections, and yield those of each image or frame. Unreadable inputs are listed on
     standard error.
 
     Args:
-        predictor: list of (H, W, 3) BGR images -> list of :class:`Detections`; with ``names`` of
+        predictor: list of images -> list of :class:`Detections`; with ``names`` of
             the classes.
         places: {input: picture to write}, from :func:`targets`, in folders that exist.
         threshold: least score of detections; or (K,) one for each class.
-        read: path -> (H, W, 3) BGR image.
+        read: path -> image for the predictor.
+        picture: image -> (H, W, 3) uint8 BGR.
         progress: class of progress bars, such as tqdm.
 
     Raises:
@@ -92,7 +94,7 @@ def annotate(
                 results = predictor([frame.pixels for frame in part])
                 for frame, found in zip(part, results, strict=True):
                     shown = found.above(threshold)
-                    frame.write(draw_detections(frame.pixels, shown, predictor.names))
+                    frame.write(draw_detections(picture(frame.pixels), shown, predictor.names))
                     highest = float(found.scores.max(initial=0))
                     place = (frame.source, frame.target, frame.pixels.shape[:2])
                     yield Annotated(*place, shown, frame.fields, highest)

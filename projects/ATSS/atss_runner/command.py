@@ -105,7 +105,7 @@ def detect(
         except OSError as error:
             raise FileError(f"cannot write --output {folder}: {error.strerror}") from error
     results: list[Annotated] = []
-    options: dict[str, Any] = {"read": read, "progress": progress}
+    options: dict[str, Any] = {"read": read, "progress": progress, "picture": predictor.picture}
     try:
         results.extend(annotate(predictor, places, threshold, args.batch, **options))
     except KeyboardInterrupt:

@@ -34,8 +34,9 @@ class Planes:
     highest: float
     shown: Sequence[int]
 
-    def read(self, content: bytes) -> np.ndarray:
-        """Return the pixels of an image file, turned by its EXIF orientation, as :meth:`scale`.
+    @staticmethod
+    def read(content: bytes) -> np.ndarray:
+        """Return the planes of an image file, turned by its EXIF orientation, for :meth:`scale`.
 
         Raises:
             ValueError: the end of a sentence that names the file.
@@ -44,7 +45,7 @@ class Planes:
         decode = _decode_tiff if content[:4] in TIFF else _decode
         planes, orientation = decode(content)
         turns, mirrored = TURNS.get(orientation, (0, False))
-        return self.scale(np.rot90(planes[:, ::-1] if mirrored else planes, turns))
+        return np.rot90(planes[:, ::-1] if mirrored else planes, turns)
 
     def scale(self, planes: np.ndarray) -> np.ndarray:
         """Return (H, W, number) pixels: uint8 as they are if ``highest`` is 255, else float32 with
@@ -73,16 +74,18 @@ class Planes:
             )
         return planes.astype(np.float32) * np.float32(255 / self.highest)
 
-    def picture(self, pixels: np.ndarray) -> np.ndarray:
-        """Return (H, W, 3) uint8 BGR of pixels (H, W, number)."""
-        shown = pixels[:, :, self.shown[::-1]]
+    def picture(self, planes: np.ndarray) -> np.ndarray:
+        """Return (H, W, 3) uint8 BGR of planes as of :meth:`read`."""
+        shown = self.scale(planes)[:, :, self.shown[::-1]]
         return np.ascontiguousarray(shown.clip(0, 255).astype(np.uint8))
 
 
 def resize_planes(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize (H, W, C) uint8 or float32 by Pillow, which equals its resizing of RGB images."""
     resized = (
-        Image.fromarray(np.ascontiguousarray(plane)).resize((width, height), Image.Resampling.BILINEAR)
+        Image.fromarray(np.ascontiguousarray(plane)).resize(
+            (width, height), Image.Resampling.BILINEAR
+        )
         for plane in pixels.transpose(2, 0, 1)
     )
     return np.stack([np.asarray(plane) for plane in resized], axis=2)
@@ -117,4 +120,6 @@ def _decode_tiff(content: bytes) -> tuple[np.ndarray, int]:
     other = [axis for axis in axes if axis not in "YX"]
     if count > 1 or len(other) > 1 or not AXES.issuperset(other):
         raise ValueError(f"it is a TIFF with {count} images of axes {axes}, not one of planes")
-    return np.moveaxis(planes, axes.index(other[0]), 2) if other else planes, tag.value if tag else 1
+    return np.moveaxis(
+        planes, axes.index(other[0]), 2
+    ) if other else planes, tag.value if tag else 1

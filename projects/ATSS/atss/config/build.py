@@ -14,6 +14,8 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from torch import nn
 
+from atss_runner import planes
+
 from .. import anchors, modeling
 from ..assigners import ASSIGNER_REGISTRY
 from ..errors import UserError, check_range

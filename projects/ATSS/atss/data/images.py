@@ -41,14 +41,10 @@ def read_image(
         OSError: naming a file that cannot be read.
         UserError: naming a file that training or evaluation would read wrongly.
     """
+    if isinstance(image_format, Planes):
+        return image_format.scale(read_planes(file_name, sizes, image_format, labelled))
     with blame_unreadable(file_name):
-        register_handler(file_name)
-        with PathManager.open(file_name, "rb") as file:
-            content = BytesIO(file.read())
-        if isinstance(image_format, Planes):
-            pixels = image_format.read(content.getvalue())
-            _refuse(file_name, header_of(pixels), labelled, sizes)
-            return pixels
+        content = BytesIO(_read(file_name))
         header = read_header(content)
         if header.format == "PNG":
             # Detectron2 first meets damage when it looks for an EXIF, and ignores it.
@@ -56,6 +52,26 @@ def read_image(
         _refuse(file_name, header, labelled, sizes)
         with Image.open(content) as image:
             return convert_PIL_to_numpy(_apply_exif_orientation(image), image_format)
+
+
+def read_planes(
+    file_name: str,
+    sizes: Sequence[tuple[int, int]],
+    planes: Planes,
+    labelled: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """Read the planes of an image that :meth:`Planes.scale` accepts. Errors as
+    :func:`read_image`."""
+    with blame_unreadable(file_name):
+        array = planes.read(_read(file_name))
+        _refuse(file_name, header_of(planes.scale(array)), labelled, sizes)
+        return array
+
+
+def _read(file_name: str) -> bytes:
+    register_handler(file_name)
+    with PathManager.open(file_name, "rb") as file:
+        return file.read()
 
 
 def pixel_format(cfg: CfgNode) -> str | Planes:

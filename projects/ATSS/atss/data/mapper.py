@@ -14,7 +14,6 @@ from atss_runner.planes import Planes, resize_planes
 from ..errors import UserError
 from .images import blame_file, blame_unreadable, pixel_format, read_image
 
-
 RESIZES = (T.ResizeShortestEdge, T.ResizeScale)
 
 

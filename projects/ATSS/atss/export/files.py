@@ -49,7 +49,7 @@ class Parity(NamedTuple):
     """The largest differences of a file and eager at one shape, and eager's own movement.
 
     Attributes:
-        shape: (N, 3, H, W).
+        shape: (N, C, H, W).
         differences, own: of boxes in pixels, of probabilities, and of quality.
         detections: if the file contains NMS, their number, and how many differ from the runner's.
     """
@@ -142,7 +142,7 @@ def _export(
     return found
 
 
-def export_program(model: nn.Module, divisor: int, nms: bool = False) -> Any:
+def export_program(model: nn.Module, divisor: int, nms: bool = False, channels: int = 3) -> Any:
     """Return torch.export's program for any batch and any size that the divisor divides.
 
     Raises:
@@ -155,7 +155,7 @@ def export_program(model: nn.Module, divisor: int, nms: bool = False) -> Any:
     batch = dim("batch")
     sides = [divisor * dim(x) if divisor > 1 else dim.DYNAMIC for x in ("h", "w")]
     shapes = {"image": {0: batch, 2: sides[0], 3: sides[1]}}
-    example: tuple[Tensor, ...] = (torch.rand(2, 3, height, width) * 255,)
+    example: tuple[Tensor, ...] = (torch.rand(2, channels, height, width) * 255,)
     if nms:
         shapes["sizes"] = {0: batch}
         example += (torch.tensor([[height, width], [height - 1, width - 1]]),)
@@ -185,7 +185,7 @@ def compare(detector: ATSSDetector, file: Path, raw_file: Path) -> list[Parity]:
     runner = require("atss_runner")
     loaded, raw_loaded = runner.load(file), runner.load(raw_file)
     settings = loaded.settings
-    divisor = settings["divisor"]
+    divisor, channels = settings["divisor"], len(settings["pixel_mean"])
     coarsest = max(*settings["strides"], divisor)
     one_cell = -(-coarsest // divisor) * divisor
     sides = [-(-x // divisor) * divisor for x in (320, 384, 256)]
@@ -194,7 +194,7 @@ def compare(detector: ATSSDetector, file: Path, raw_file: Path) -> list[Parity]:
     found = []
     generator = torch.Generator().manual_seed(0)
     for batch, height, width in shapes:
-        pixels = torch.rand(batch, 3, height, width, generator=generator) * 255
+        pixels = torch.rand(batch, channels, height, width, generator=generator) * 255
         with torch.no_grad():
             eager = detector.raw(pixels)
             moved = detector.raw(pixels * (1 + NUDGE))
@@ -315,7 +315,14 @@ def has_quality(detector: ATSSDetector) -> bool:
     divisor = max(detector.backbone.size_divisibility, 1)
     side = -(-192 // divisor) * divisor
     with torch.no_grad():
-        return len(detector.raw(torch.zeros(2, len(detector.pixel_mean), side, side, device=detector.device))) > 2
+        return (
+            len(
+                detector.raw(
+                    torch.zeros(2, len(detector.pixel_mean), side, side, device=detector.device)
+                )
+            )
+            > 2
+        )
 
 
 @contextmanager
