@@ -30,7 +30,7 @@ from .config import (
     use_available_device,
 )
 from .config.checks import lookup
-from .data.images import pixel_format, read_image
+from .data.images import pixel_format, read_image, read_planes
 from .data.mapper import ByPlanes, single
 from .errors import UserError
 from .structures import Predictions
@@ -261,9 +261,9 @@ def _as_bgr(image: Any, name: str, size: tuple[int, int]) -> np.ndarray:
 
 def _as_planes(image: Any, name: str, size: tuple[int, int], planes: Planes) -> np.ndarray:
     """Return planes as in files, checked. Messages begin with ``name``."""
-    if isinstance(image, str | os.PathLike):
-        return read_planes(os.fspath(image), [size], planes)
-    array = np.asarray(image)
+    is_file = isinstance(image, str | os.PathLike)
+    name = f"the image {os.fspath(image)}" if is_file else name
+    array = read_planes(os.fspath(image)) if is_file else np.asarray(image)
     try:
         planes.scale(array)
     except ValueError as error:

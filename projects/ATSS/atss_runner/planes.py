@@ -115,7 +115,7 @@ def _decode_tiff(content: bytes) -> tuple[np.ndarray, int]:
     with tifffile.TiffFile(BytesIO(content)) as file:
         series: Any = file.series[0]
         planes, axes = series.asarray(), series.axes
-        tag = file.pages[0].tags.get(ORIENTATION)
+        tag = file.pages.first.tags.get(ORIENTATION)
         count = len(file.series)
     other = [axis for axis in axes if axis not in "YX"]
     if count > 1 or len(other) > 1 or not AXES.issuperset(other):

@@ -1,11 +1,12 @@
 """Image files and addresses: reading, and checking that they exist."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from io import BytesIO
-from typing import IO
+from typing import IO, Any
 
 import fsspec
 import numpy as np
@@ -42,7 +43,10 @@ def read_image(
         UserError: naming a file that training or evaluation would read wrongly.
     """
     if isinstance(image_format, Planes):
-        return image_format.scale(read_planes(file_name, sizes, image_format, labelled))
+        with blame_unreadable(file_name):
+            pixels = image_format.scale(image_format.read(_read(file_name)))
+            _refuse(file_name, header_of(pixels), labelled, sizes)
+            return pixels
     with blame_unreadable(file_name):
         content = BytesIO(_read(file_name))
         header = read_header(content)
@@ -54,18 +58,48 @@ def read_image(
             return convert_PIL_to_numpy(_apply_exif_orientation(image), image_format)
 
 
-def read_planes(
-    file_name: str,
-    sizes: Sequence[tuple[int, int]],
-    planes: Planes,
-    labelled: tuple[int, int] | None = None,
-) -> np.ndarray:
-    """Read the planes of an image that :meth:`Planes.scale` accepts. Errors as
-    :func:`read_image`."""
+def read_planes(file_name: str) -> np.ndarray:
+    """Read the planes of an image as they are.
+
+    Raises:
+        OSError: naming a file that cannot be read.
+    """
     with blame_unreadable(file_name):
-        array = planes.read(_read(file_name))
-        _refuse(file_name, header_of(planes.scale(array)), labelled, sizes)
-        return array
+        return Planes.read(_read(file_name))
+
+
+def measure_planes(files: Iterable[str]) -> list[Any]:
+    """Return KEY VALUE pairs of INPUT.FORMAT planes for images: their range, and mean and deviation
+    of each plane. The range is that of the fewest bits that hold all values, at least eight.
+
+    Raises:
+        OSError: naming a file that cannot be read.
+        UserError: naming an image with another number of planes than the first.
+    """
+    highest, pixels = 0.0, 0
+    sums = np.zeros((2, 0))
+    for file in files:
+        planes = read_planes(file)
+        planes = planes.reshape(*planes.shape[:2], -1).astype(np.float64)
+        if not pixels:
+            sums = np.zeros((2, planes.shape[2]))
+        if planes.shape[2] != sums.shape[1]:
+            raise UserError(f"{file} has {planes.shape[2]} planes, the first image {sums.shape[1]}")
+        highest, pixels = max(highest, planes.max()), pixels + planes[:, :, 0].size
+        sums += [(planes**power).sum(axis=(0, 1)) for power in (1, 2)]
+    if not pixels:
+        raise UserError("no image has planes to measure")
+    highest = max(2 ** math.ceil(math.log2(highest + 1)) - 1, 255)
+    mean, square = sums / pixels
+    deviation = np.sqrt(np.maximum(square - mean**2, 0))
+    means, deviations = (
+        [round(255 / highest * x, 3) for x in values.tolist()] for values in (mean, deviation)
+    )
+    return [
+        *("INPUT.FORMAT", FORMAT, "INPUT.HIGHEST", highest, "MODEL.PIXEL_MEAN", means),
+        *("MODEL.PIXEL_STD", [x or 1.0 for x in deviations], "MODEL.TIMM.PIXELS", False),
+        *("INPUT.SHOWN_PLANES", [min(i, len(means) - 1) for i in range(3)]),
+    ]
 
 
 def _read(file_name: str) -> bytes:

@@ -127,7 +127,9 @@ def _export(
     probe, unfinished = hidden(target, "probe"), hidden(target, "unfinished")
     try:
         with torch.no_grad(), static_padding(model):
-            program = export_program(model.eval(), settings["divisor"], nms)
+            program = export_program(
+                model.eval(), settings["divisor"], nms, len(settings["pixel_mean"])
+            )
             save = convert(program, settings["inputs"], everything)
         target.parent.mkdir(parents=True, exist_ok=True)
         # A file of detections is compared by one of the same graph with its raw outputs too.
