@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         import_modules(args.imports)
         places = command.find_inputs(args.input, args)
         predictor = Predictor(args.config_file, args.weights, args.opts)
-        command.detect(args, places, predictor, predictor.read, tqdm)
+        command.detect(args, places, predictor, tqdm)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

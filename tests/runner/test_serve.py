@@ -21,6 +21,7 @@ from PIL import Image
 
 from atss.export import export_onnx
 from atss_runner import Detections, FileError, load, media
+from atss_runner.detector import read_bgr
 
 pytest.importorskip("starlette", reason="needs the extra: pip install -e '.[serve]'")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra: pip install -e '.[serve]'")
@@ -39,6 +40,7 @@ class StandIn:
     """
 
     names = ("ant", "bee", "cat")
+    read = staticmethod(read_bgr)
 
     def __init__(self):
         self.calls = []

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
             raise FileError(f"--threads must be >= 0, got {args.threads}")
         places = command.find_inputs(args.inputs, args)
         detector = load(args.model, args.threads, args.batch)
-        command.detect(args, places, detector, detector.read)
+        command.detect(args, places, detector)
     except OSError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

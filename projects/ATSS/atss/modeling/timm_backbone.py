@@ -75,8 +75,8 @@ class TimmBackbone(Backbone):
         self.channels_come_last = _channels_come_last(self.net)
         self._out_features = [f"s{stride}" for stride in strides]
         self._out_feature_strides = dict(zip(self._out_features, strides, strict=True))
-        channels = self.net.feature_info.channels()
-        self._out_feature_channels = dict(zip(self._out_features, channels, strict=True))
+        widths = self.net.feature_info.channels()
+        self._out_feature_channels = dict(zip(self._out_features, widths, strict=True))
         # Its parameters have the same names for any number of channels.
         used = _find_used(name, tuple(options["out_indices"]), tuple(strides))
         removed = _find_removable(name, tuple(options["out_indices"]), tuple(strides))
