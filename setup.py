@@ -80,6 +80,8 @@ setup(
         "openvino": ["openvino>=2026.4"],
         # To be measured beside, by tools/benchmark.py.
         "peers": ["mmdet==3.3.0", "mmcv-lite==2.1.0", "mmengine==0.10.7"],
+        # TIFF files with INPUT.FORMAT planes.
+        "planes": ["tifffile"],
         # atss_runner/serve.py.
         "serve": ["onnxruntime", "starlette", "uvicorn"],
         # Backbones, and the weights of the one that the recipe for one's own data begins with.

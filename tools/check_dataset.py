@@ -14,6 +14,7 @@ config cannot be read.
 import argparse
 import json
 import os
+import shlex
 import sys
 from dataclasses import replace
 from functools import partial
@@ -26,12 +27,14 @@ from atss.analysis.dataset_page import write_dataset_page
 from atss.analysis.statistics import match
 from atss.config import RECIPE, build_sampling
 from atss.data.datasets import split_source
+from atss.data.images import measure_planes, pixel_format
 from atss.engine.run import add_import, add_options, import_modules
 from atss.errors import UserError, check_writable
 from atss.labels.check import check, format_report
 from atss.labels.classes import refuse_unknown
 from atss.labels.copies import find_in_others
 from atss.labels.formats import add_arguments, read_labels, reading_of
+from atss_runner.planes import Planes
 
 PAGE = "index.html"
 
@@ -70,6 +73,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="write FOLDER/index.html: findings, counts, and the oddest images with labels",
     )
     parser.add_argument("--deep", action="store_true", help="decode every image (slow)")
+    parser.add_argument(
+        "--planes",
+        action="store_true",
+        help="only print the keys and values with which a config takes all planes of the images, "
+        "of 8 or 16 bits: range, means and deviations",
+    )
     add_options(parser)
     return parser
 
@@ -96,6 +105,11 @@ def main(argv: list[str] | None = None) -> int:
         fit = partial(match, sampling=build_sampling(cfg), sizes=sizes, progress=progress)
         labels = read_labels(annotations, images, reading := reading_of(args))
         refuse_unknown(reading.classes, labels.found, labels.names)
+        if args.planes:
+            entries = progress(labels.content["images"], unit="image")
+            files = (os.path.join(labels.image_dir, x["file_name"]) for x in entries)
+            print(*map(shlex.quote, map(str, measure_planes(files))))
+            return 0
         others = [read_labels(*split_source(other, "--against"), reading) for other in args.against]
         if others:
             shared = find_in_others(labels, others, progress)
@@ -105,7 +119,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
-    report = check(labels, sizes, filter_empty, fit, args.deep, progress, limit)
+    pixels = pixel_format(cfg)
+    planes = pixels if isinstance(pixels, Planes) else None
+    report = check(labels, sizes, filter_empty, fit, args.deep, progress, limit, planes)
     print(format_report(report))
     if others and not shared:
         print(f"No image of {annotations}:{images} or its scene is in {', '.join(args.against)}")

@@ -8,11 +8,9 @@
 import argparse
 import logging
 import sys
-from functools import partial
 
 from tqdm import tqdm
 
-from atss.data.images import read_image
 from atss.engine.run import add_import, add_options, import_modules
 from atss.errors import UserError
 from atss.predictor import Predictor
@@ -39,8 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         import_modules(args.imports)
         places = command.find_inputs(args.input, args)
         predictor = Predictor(args.config_file, args.weights, args.opts)
-        read = partial(read_image, sizes=[predictor.size])
-        command.detect(args, places, predictor, read, tqdm)
+        command.detect(args, places, predictor, tqdm)
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from atss_runner import __main__ as command
 from atss_runner.detections import Detections
+from atss_runner.detector import read_bgr
 
 
 @pytest.fixture
@@ -17,6 +18,7 @@ def run(tmp_path, monkeypatch):
 
     class Detector:
         names, ids, size, thresholds = ("ant", "bee"), (7, 9), (96, 160), None
+        read, picture = staticmethod(read_bgr), staticmethod(lambda image: image)
 
         def __init__(self, *arguments):
             loads.append(arguments)

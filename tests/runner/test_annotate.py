@@ -20,6 +20,7 @@ class Predictor:
     names = ("ant", "bee")
     ids = (7, 9)
     size = (96, 160)
+    read, picture = staticmethod(read_bgr), staticmethod(lambda image: image)
 
     def __init__(self):
         self.counts = []
@@ -37,7 +38,7 @@ def run(tmp_path):
         predictor = Predictor()
         places = targets({path: path.relative_to(tmp_path) for path in paths}, tmp_path / "out")
         (tmp_path / "out").mkdir(exist_ok=True)
-        found = annotate(predictor, places, 0.4, batch, read=read_bgr)
+        found = annotate(predictor, places, 0.4, batch)
         names = (predictor.ids, predictor.names)
         records = [as_records(x.detections, *names, **x.fields) for x in found]
         return records, predictor.counts, [*places.values()]
@@ -167,7 +168,7 @@ def annotate_stream(source, output, predictor=None):
     inputs, _ = media.find_media([source], {".png"}, output)
     (target,) = (places := targets(inputs, output)).values()
     output.mkdir()
-    found = annotate(predictor or Predictor(), places, 0.4, 2, read=read_bgr)
+    found = annotate(predictor or Predictor(), places, 0.4, 2)
     return target, found
 
 

@@ -18,6 +18,7 @@ from exported import export_once
 from PIL import Image
 
 from atss_runner import Detections, FileError, load, media
+from atss_runner.detector import read_bgr
 
 pytest.importorskip("starlette", reason="needs the extra: pip install -e '.[serve]'")
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra: pip install -e '.[serve]'")
@@ -36,6 +37,7 @@ class StandIn:
     """
 
     names = ("ant", "bee", "cat")
+    read = staticmethod(read_bgr)
 
     def __init__(self):
         self.calls = []

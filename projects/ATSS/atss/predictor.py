@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
-import detectron2.data.transforms as T
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -17,6 +16,7 @@ from PIL import Image
 
 from atss_runner.detections import Detections, draw_detections, explain_none
 from atss_runner.images import HIGH_DEPTH, Size, too_thin
+from atss_runner.planes import Planes
 from atss_runner.thresholds import DEFAULT, class_thresholds, per_class
 
 from .checkpoints import SafeCheckpointer
@@ -32,8 +32,8 @@ from .config import (
     uses_atss,
 )
 from .config.checks import lookup
-from .data.images import read_image
-from .data.mapper import single, stretched
+from .data.images import pixel_format, read_image, read_planes
+from .data.mapper import build_test_resize, single
 from .errors import UserError
 from .structures import Predictions
 
@@ -129,16 +129,15 @@ class Predictor:
         self.ids = class_ids(cfg)
         self.size = input_size(cfg)
         self.max_detections = cfg.TEST.DETECTIONS_PER_IMAGE
-        self.resize = stretched(T.ResizeShortestEdge([self.size[0]] * 2, self.size[1]), cfg)
+        self.resize = build_test_resize(cfg)
         self.tiled = build_tiled(cfg, self.model) if cfg.TEST.TILES.ENABLED else None
-        self.input_format = cfg.INPUT.FORMAT
+        self.input_format = pixel_format(cfg)
 
     @overload  # a path is also a sequence of texts
     def __call__(self, images: ImageLike) -> Detections: ...  # type: ignore[overload-overlap]
     @overload
     def __call__(self, images: Sequence[ImageLike] | Iterator[ImageLike]) -> list[Detections]: ...
 
-    @torch.no_grad()
     def __call__(self, images):
         """Detect on one image (one result) or several (a list).
 
@@ -146,14 +145,21 @@ class Predictor:
             images: an image, or a sequence or an iterator of images. An image is a path, read as in
                 training; a PIL image, turned by its EXIF orientation; or a uint8 array as in
                 OpenCV: (H, W, 3) BGR, (H, W, 4) BGRA (alpha is ignored), (H, W) or (H, W, 1) grey.
+                With INPUT.FORMAT planes, arrays are (H, W, planes) of integers or floats as in
+                files, red before blue.
 
         Raises:
             TypeError, ValueError: naming type, shape and dtype of other objects.
             UserError: if an image is too thin to be resized, or a PIL image is damaged.
             OSError: naming a file that cannot be read.
         """
+        detections = self._detect(self._arrays(images))
+        return detections if _are_several(images) else detections[0]
+
+    @torch.no_grad()
+    def _detect(self, arrays: Sequence[np.ndarray]) -> list[Detections]:
         detector = self.tiled or self.model
-        inputs = self._inputs(images, resized=self.tiled is None)
+        inputs = self._inputs(arrays, resized=self.tiled is None)
         outputs = [x["instances"].to("cpu") for x in detector(inputs)] if inputs else []
         detections = [
             Detections(x.pred_boxes.tensor.numpy(), x.scores.numpy(), x.pred_classes.numpy())
@@ -161,7 +167,7 @@ class Predictor:
         ]
         if self.thresholds is not None:
             detections = [x.above(self._least_scores(0.0)) for x in detections]
-        return detections if _are_several(images) else detections[0]
+        return detections
 
     def show(self, image: ImageLike, threshold: float = DEFAULT) -> Image.Image:
         """Return a picture of an image and its detections, which notebooks display. It has 640
@@ -171,14 +177,23 @@ class Predictor:
             threshold: smallest score that is drawn, of classes without one of their own. Detections
                 have no score below MODEL.ATSS.SCORE_THRESH_TEST.
         """
-        pixels = _as_bgr(image, "the image", self.size)
-        detections = self(pixels)
+        pixels = self.read(image)
+        detections = self._detect([pixels])[0]
         found = detections.above(self._least_scores(threshold))
         if not len(found.boxes):
             highest = float(detections.scores.max(initial=0))
             logging.getLogger(__name__).warning(explain_none(highest, threshold, "threshold"))
-        drawn = draw_detections(pixels, found, self.names, LEAST_SIDE)
+        drawn = draw_detections(self.picture(pixels), found, self.names, LEAST_SIDE)
         return Image.fromarray(np.ascontiguousarray(drawn[:, :, ::-1]))
+
+    def read(self, image: ImageLike) -> np.ndarray:
+        """Return an image as an array: (H, W, 3) uint8 BGR, or its planes as in files."""
+        return self._read(image, "the image")
+
+    def picture(self, array: np.ndarray) -> np.ndarray:
+        """Return (H, W, 3) uint8 BGR of an array of :meth:`read`."""
+        planes = self.input_format
+        return planes.picture(array) if isinstance(planes, Planes) else array
 
     def _least_scores(self, default: float) -> float | np.ndarray:
         return default if self.thresholds is None else per_class(self.thresholds, default)
@@ -192,19 +207,27 @@ class Predictor:
         Raises:
             TypeError, ValueError, OSError: as above, and if there is no image.
         """
-        inputs = self._inputs(images)
+        inputs = self._inputs(self._arrays(images))
         if not inputs:
             raise ValueError("at_anchors needs an image, got none")
         output, boxes = self.model.predict(inputs)
         return Predictions(output.map(torch.Tensor.cpu), boxes.cpu())
 
-    def _inputs(self, images: Any, resized: bool = True) -> list[dict]:
-        named_images = [("the image", images)]
+    def _arrays(self, images: Any) -> list[np.ndarray]:
         if _are_several(images):
-            named_images = [(f"image {i}", image) for i, image in enumerate(images)]
+            return [self._read(image, f"image {i}") for i, image in enumerate(images)]
+        return [self._read(images, "the image")]
+
+    def _read(self, image: Any, name: str) -> np.ndarray:
+        """Return (H, W, 3) uint8 BGR, or planes as in files. Messages begin with ``name``."""
+        if isinstance(self.input_format, Planes):
+            return _as_planes(image, name, self.size, self.input_format)
+        return _as_bgr(image, name, self.size)
+
+    def _inputs(self, arrays: Sequence[np.ndarray], resized: bool = True) -> list[dict]:
         inputs = []
-        for name, image in named_images:
-            image = _in_format(_as_bgr(image, name, self.size), self.input_format)
+        for array in arrays:
+            image = _in_format(array, self.input_format)
             height, width = image.shape[:2]
             if resized:
                 image = self.resize.get_transform(image).apply_image(image)
@@ -239,12 +262,28 @@ def _as_bgr(image: Any, name: str, size: Size) -> np.ndarray:
     return image[:, :, :3] if image.shape[2] > 1 else image.repeat(3, axis=2)
 
 
-def _in_format(image: np.ndarray, input_format: str) -> np.ndarray:
+def _in_format(array: np.ndarray, input_format: str | Planes) -> np.ndarray:
     """Return BGR pixels in the format of INPUT.FORMAT, without a copy of BGR and RGB."""
+    if isinstance(input_format, Planes):
+        return input_format.scale(array)
     if input_format in ("BGR", "RGB"):
-        return image if input_format == "BGR" else image[:, :, ::-1]
-    as_pillow = Image.fromarray(np.ascontiguousarray(image[:, :, ::-1]))
+        return array if input_format == "BGR" else array[:, :, ::-1]
+    as_pillow = Image.fromarray(np.ascontiguousarray(array[:, :, ::-1]))
     return convert_PIL_to_numpy(as_pillow, input_format)
+
+
+def _as_planes(image: Any, name: str, size: Size, planes: Planes) -> np.ndarray:
+    """Return planes as in files, checked. Messages begin with ``name``."""
+    is_file = isinstance(image, str | os.PathLike)
+    name = f"the image {os.fspath(image)}" if is_file else name
+    array = read_planes(os.fspath(image)) if is_file else np.asarray(image)
+    try:
+        planes.scale(array)
+    except ValueError as error:
+        raise UserError(f"{name} cannot be used: {error}") from error
+    if thin := too_thin(array.shape[0], array.shape[1], *size):
+        raise UserError(f"{name} {thin}")
+    return array
 
 
 def _pil_to_bgr(image: Image.Image, name: str) -> np.ndarray:

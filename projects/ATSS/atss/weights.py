@@ -13,14 +13,14 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from .deprecated import renamed_names
@@ -37,6 +37,30 @@ class WeightsError(UserError):
 KEYS = ("model", "state_dict")
 # Prefixes of names: of nn.DataParallel, torch.compile and Lightning.
 PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+def widen_first(weights: Mapping[str, Any], model: nn.Module, channels: int) -> dict[str, Any]:
+    """Return weights whose first convolution takes ``channels`` instead of three: its filters are
+    repeated and scaled by 3 / channels, or summed for one channel, as timm does.
+
+    Args:
+        model: whose first convolution of so many channels has the shape.
+    """
+    found = (x.weight.shape for x in model.modules() if isinstance(x, nn.Conv2d))
+    shape = next((x for x in found if x[1] == channels), None)
+    if channels == 3 or shape is None:
+        return dict(weights)
+
+    def widened(weight: Any) -> Any:
+        if tuple(weight.shape) != (shape[0], 3, *shape[2:]):
+            return weight
+        weight = torch.as_tensor(weight)
+        if channels == 1:
+            return weight.sum(dim=1, keepdim=True)
+        repeated = weight.repeat(1, -(-channels // 3), 1, 1)[:, :channels]
+        return repeated * (3 / channels)
+
+    return {name: widened(weight) for name, weight in weights.items()}
 
 
 def load_weights(path: str | Path, mmap: bool = False) -> Any:

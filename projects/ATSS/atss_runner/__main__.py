@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from . import command
-from .detector import load, read_bgr
+from .detector import load
 from .media import FileError
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
             raise FileError(f"--threads must be >= 0, got {args.threads}")
         places = command.find_inputs(args.inputs, args)
         detector = load(args.model, args.threads, args.batch, args.tiles)
-        command.detect(args, places, detector, read_bgr)
+        command.detect(args, places, detector)
     except OSError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

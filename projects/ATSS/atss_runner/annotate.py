@@ -68,18 +68,16 @@ def annotate(
     threshold: float | np.ndarray,
     batch: int = 4,
     *,
-    read: Callable[[str], np.ndarray],
     progress: Callable[..., Any] = no_progress,
 ) -> Iterator[Annotated]:
     """Draw detections, and yield those of each image or frame. Unreadable inputs are listed on
     standard error.
 
     Args:
-        predictor: list of (H, W, 3) BGR images -> list of :class:`Detections`; with ``names`` of
-            the classes.
+        predictor: list of images -> list of :class:`Detections`; with ``names`` of the classes,
+            ``read`` (path -> image) and ``picture`` (image -> (H, W, 3) uint8 BGR).
         places: {input: picture to write}, from :func:`targets`, in folders that exist.
         threshold: least score of detections; or (K,) one for each class.
-        read: path -> (H, W, 3) BGR image.
         progress: class of progress bars, such as tqdm.
 
     Raises:
@@ -92,7 +90,9 @@ def annotate(
                 results = predictor([frame.pixels for frame in part])
                 for frame, found in zip(part, results, strict=True):
                     shown = found.above(threshold)
-                    frame.write(draw_detections(frame.pixels, shown, predictor.names))
+                    frame.write(
+                        draw_detections(predictor.picture(frame.pixels), shown, predictor.names)
+                    )
                     highest = float(found.scores.max(initial=0))
                     place = (frame.source, frame.target, frame.pixels.shape[:2])
                     yield Annotated(*place, shown, frame.fields, highest)
@@ -100,7 +100,7 @@ def annotate(
 
     images = {Path(x): target for x, target in places.items() if not media.is_video(x)}
     if images:
-        frames = _images(images, predictor.size, read, progress)
+        frames = _images(images, predictor.size, predictor.read, progress)
         yield from detect(frames, batch, total=len(images), unit="image")
     for source in filter(media.is_video, places):
         name, target = media.show_source(source), places[source]

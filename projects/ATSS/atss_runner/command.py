@@ -84,7 +84,6 @@ def detect(
     args: argparse.Namespace,
     places: Mapping[Source, Path],
     predictor: Any,
-    read: Callable[[str], np.ndarray],
     progress: Callable[..., Any] = no_progress,
 ) -> None:
     """Draw and write detections, and print a summary. Detections so far are written after an error
@@ -92,7 +91,7 @@ def detect(
 
     Args:
         places: from :func:`find_inputs`.
-        predictor, read, progress: as in :func:`annotate`; the predictor with ``ids`` and
+        predictor, progress: as in :func:`annotate`; the predictor with ``ids`` and
             ``thresholds`` of the classes.
 
     Raises:
@@ -105,9 +104,8 @@ def detect(
         except OSError as error:
             raise FileError(f"cannot write --output {folder}: {error.strerror}") from error
     results: list[Annotated] = []
-    options: dict[str, Any] = {"read": read, "progress": progress}
     try:
-        results.extend(annotate(predictor, places, threshold, args.batch, **options))
+        results.extend(annotate(predictor, places, threshold, args.batch, progress=progress))
     except KeyboardInterrupt:
         print(f"stopped after {len(results)} images or frames", file=sys.stderr)
         raise

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from .detections import Detections
 from .images import HIGH_DEPTH, Size, resized, too_thin
 from .media import FileError, batches
+from .planes import FORMAT, Planes, resize_planes
 from .postprocess import anchors_per_level, in_original, select
 from .settings import read_settings
 from .tiles import choose_tiles
@@ -45,6 +46,7 @@ class Detector:
         max_detections: the most that an image has.
         thresholds: of the classes, if the file has them, with None for a class without one; the
             command applies them, calls return all detections.
+        planes: of images with INPUT.FORMAT planes, or None.
         settings: the metadata of the file.
 
     Raises:
@@ -66,6 +68,10 @@ class Detector:
         self.thresholds: list[float | None] | None = self.settings.get("thresholds")
         self.batch = batch
         self.tiles = None if tiles is None else choose_tiles(self.settings.get("tiles", {}), tiles)
+        self.planes: Planes | None = None
+        if self.settings["input_format"] == FORMAT:
+            number, shown = len(self.settings["pixel_mean"]), self.settings["shown_planes"]
+            self.planes = Planes(number, self.settings["highest"], shown)
 
     def __call__(self, images: ImageLike | Sequence[ImageLike] | Iterator[ImageLike]) -> Any:
         """Detect on one image or several.
@@ -85,7 +91,7 @@ class Detector:
         return [found for part in batches(images, self.batch) for found in self._detect(part)]
 
     def _detect(self, images: Sequence[Any]) -> list[Detections]:
-        arrays = [read_bgr(x) for x in images]
+        arrays = [self.read(x) for x in images]
         if self.tiles is None:
             return self._detect_whole(arrays)
         detect = self.tiles.detect
@@ -151,17 +157,28 @@ class Detector:
     def pixels(self, image: ImageLike) -> np.ndarray:
         """Return the input of the network for one image, (1, 3, H, W): resized, on a canvas of the
         mean colour, which is 0 once normalised."""
-        array = read_bgr(image)
+        array = self.read(image)
         height, width = size = self.resized(array)
         mean = np.array(self.settings["pixel_mean"], dtype=np.float32)
         pixels = np.empty((1, len(mean), *self.canvas(size)), dtype=np.float32)
         pixels[:] = mean[:, None, None]
-        # By Pillow, as in training: another filter would change the input of the network.
-        smaller = Image.fromarray(array).resize((width, height), Image.Resampling.BILINEAR)
+        scaled = array if self.planes is None else self.planes.scale(array)
+        channels = resize_planes(scaled, height, width).transpose(2, 0, 1)
         is_rgb = self.settings["input_format"] == "RGB"
-        channels = np.asarray(smaller).transpose(2, 0, 1)
         pixels[0, :, :height, :width] = channels[::-1] if is_rgb else channels
         return pixels
+
+    def read(self, image: ImageLike) -> np.ndarray:
+        """Return an image as an array: (H, W, 3) uint8 BGR, or its planes as in files.
+
+        Raises:
+            FileError: if it cannot be read or used.
+        """
+        return read_bgr(image) if self.planes is None else read_planes(image, self.planes)
+
+    def picture(self, array: np.ndarray) -> np.ndarray:
+        """Return (H, W, 3) uint8 BGR of an array of :meth:`read`."""
+        return array if self.planes is None else self.planes.picture(array)
 
     def resized(self, image: np.ndarray) -> tuple[int, int]:
         """Return (height, width) to which an image is resized."""
@@ -248,6 +265,19 @@ def read_bgr(image: Any) -> np.ndarray:
     image = image.reshape(*image.shape[:2], -1)
     bgr = image[:, :, :3] if image.shape[2] > 1 else image.repeat(3, axis=2)
     return np.ascontiguousarray(bgr)
+
+
+def read_planes(image: Any, planes: Planes) -> np.ndarray:
+    """Planes as in files of a path or an array, checked."""
+    is_file = isinstance(image, str | os.PathLike)
+    name = os.fspath(image) if is_file else "the image"
+    try:
+        array = planes.read(Path(image).read_bytes()) if is_file else np.asarray(image)
+        planes.scale(array)
+        return array
+    except Exception as error:  # decoders raise errors of many types for damaged files
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"cannot read {name}: {reason}") from error
 
 
 def _of_pillow(image: Image.Image, name: str) -> np.ndarray:

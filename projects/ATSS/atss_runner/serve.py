@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from .detections import Detections
-from .detector import load, read_bgr
+from .detector import load
 from .media import FileError
 
 try:
@@ -187,7 +187,7 @@ def detect_images(detector: Any, images: list[Image.Image]) -> list[Detections |
     results: list[Any] = []
     for image in images:
         try:
-            results.append(read_bgr(image))
+            results.append(detector.read(image))
         except FileError as error:
             results.append(error)
         except Exception as error:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .media import FileError
+from .planes import FORMAT
 from .postprocess import SUPPRESSIONS
 from .thresholds import is_score
 
@@ -20,7 +21,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "suppression": dict,
 }
 CHOICES = {
-    "input_format": ("BGR", "RGB"),
+    "input_format": ("BGR", "RGB", FORMAT),
     "resize": ("shortest", "stretch"),
     "score": ("product", "sqrt"),
     "suppression": (*SUPPRESSIONS,),

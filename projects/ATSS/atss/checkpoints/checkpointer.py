@@ -13,7 +13,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import UserError
-from ..weights import WeightsError, find_weights, fit_names, load_weights, verify_download
+from ..weights import (
+    WeightsError,
+    find_weights,
+    fit_names,
+    load_weights,
+    verify_download,
+    widen_first,
+)
 from .classes import KEY, names_in, take_rows, warn_of_others
 
 # Names of Detectron2's PeriodicCheckpointer.
@@ -215,6 +222,8 @@ class TrainingCheckpointer(SafeCheckpointer):
     def _load_model(self, checkpoint: dict) -> Any:
         if self._begins:
             self._forget_counts(checkpoint["model"])
+            channels = len(getattr(self.model, "pixel_mean", "RGB"))
+            checkpoint["model"] = widen_first(checkpoint["model"], self.model, channels)
         result = super()._load_model(checkpoint)
         if self._begins:
             return result

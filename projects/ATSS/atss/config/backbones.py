@@ -63,6 +63,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         weights=weights,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT if loaded else 0,
         freeze_statistics=node.FREEZE_STATISTICS and loaded,
+        channels=input_shape.channels,
     )
     return _under_fpn(cfg, bottom_up)
 

@@ -20,6 +20,8 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch import META_ARCH_REGISTRY
 from torch import nn
 
+from atss_runner import planes
+
 from .. import anchors, modeling
 from ..assigners import ASSIGNER_REGISTRY
 from ..errors import UserError, check_range
@@ -70,7 +72,8 @@ def ATSSDetector(cfg: CfgNode) -> detector.ATSSDetector:
         num_classes=num_classes,
         pixel_mean=cfg.MODEL.PIXEL_MEAN,
         pixel_std=cfg.MODEL.PIXEL_STD,
-        input_format=cfg.INPUT.FORMAT,
+        input_format="RGB" if cfg.INPUT.FORMAT == planes.FORMAT else cfg.INPUT.FORMAT,
+        shown=cfg.INPUT.SHOWN_PLANES if cfg.INPUT.FORMAT == planes.FORMAT else None,
         vis_period=cfg.VIS_PERIOD,
         precision=autocast_dtype(cfg),
         accumulate=cfg.SOLVER.ACCUMULATE,

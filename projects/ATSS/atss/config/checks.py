@@ -7,6 +7,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from atss_runner import planes
+
 from ..deprecated import renamed_names
 from ..errors import UserError, WrongValue, check_choice, check_range, with_message
 from ..modeling.head import NORMS
@@ -20,6 +22,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "DATALOADER.NUM_WORKERS": (0, math.inf),
     "DATALOADER.PREFETCH_FACTOR": (1, math.inf),
     "DATALOADER.TIMEOUT": (0, math.inf),
+    "INPUT.HIGHEST": (1, math.inf),
     "INPUT.MAX_SIZE_TEST": (0, math.inf),
     "INPUT.MIN_SIZE_TEST": (0, math.inf),
     "MODEL.FPN.OUT_CHANNELS": (1, math.inf),
@@ -27,7 +30,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "TEST.DETECTIONS_PER_IMAGE": (1, math.inf),
 }
 CHOICES = {
-    "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601"),
+    "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601", planes.FORMAT),
     "INPUT.RESIZE": ("shortest", "stretch"),
     "MODEL.FPN.NORM": NORMS,
     "MODEL.RESNETS.DEPTH": (18, 34, 50, 101, 152),
@@ -75,9 +78,10 @@ def check_values(cfg: CfgNode, limits: Mapping[str, tuple[float, float]] = LIMIT
         check_range(key, values[key], low, high)
     for key, choices in CHOICES.items():
         check_choice(key, values[key], choices)
+    for key, value in (("RESIZE", "stretch"), ("FORMAT", planes.FORMAT)):
+        if cfg.TEST.AUG.ENABLED and cfg.INPUT[key] == value:
+            raise UserError(f"TEST.AUG.ENABLED True is not possible with INPUT.{key} {value}")
     if cfg.INPUT.RESIZE == "stretch":
-        if cfg.TEST.AUG.ENABLED:
-            raise UserError("TEST.AUG.ENABLED True needs INPUT.RESIZE shortest, got stretch")
         for key in ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST"):
             check_range(key, values[key], 1)
         if len(cfg.INPUT.MIN_SIZE_TRAIN) != 1:

@@ -116,6 +116,14 @@ def add_atss_config(cfg: CfgNode) -> None:
     # Load batches into page-locked memory, which a GPU copies faster.
     cfg.DATALOADER.PIN_MEMORY = False
 
+    # INPUT.FORMAT "planes": all planes of image files of 8 or 16 bits, in their order (red before
+    # blue); MODEL.PIXEL_MEAN and PIXEL_STD have a value for each, and MODEL.TIMM.PIXELS is False
+    # (tools/check_dataset.py --planes prints these keys). The first convolution of pretrained
+    # weights is widened; lower MODEL.BACKBONE.FREEZE_AT to 0, so that it learns. The value in files
+    # that becomes 255: 65535 for 16 bits, or the largest that the camera writes.
+    cfg.INPUT.HIGHEST = 255
+    # The planes that pictures show in red, green and blue.
+    cfg.INPUT.SHOWN_PLANES = [0, 1, 2]
     # [low, high] factor of large scale jitter (arXiv 2012.07177), replaces INPUT.MIN_SIZE_TRAIN: an
     # image is resized to fit a square of SCALE_JITTER_SIZE pixels times the factor, then cropped or
     # padded to the square. All images of a batch have one size. [] for none.

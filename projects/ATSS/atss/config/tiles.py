@@ -6,6 +6,7 @@ from torch import nn
 from atss_runner.tiles import GREATEST_OVERLAP, LEAST_SIZE, OVERLAPS, Tiles, tile_size
 
 from ..data.datasets import mean_area
+from ..data.mapper import build_test_resize
 from ..errors import UserError, check_choice, check_range
 from ..modeling.tiles import ATSSWithTiles
 
@@ -46,7 +47,7 @@ def build_tiled(cfg: CfgNode, model: nn.Module) -> ATSSWithTiles:
     return ATSSWithTiles(
         model,
         build_tiles(cfg),
-        size=(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST),
+        resize=build_test_resize(cfg),
         limit=cfg.TEST.DETECTIONS_PER_IMAGE,
         batch=cfg.TEST.TILES.BATCH,
     )

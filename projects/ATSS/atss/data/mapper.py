@@ -12,9 +12,13 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 
+from atss_runner.planes import FORMAT, Planes, resize_planes
+
 from ..errors import UserError
 from .crops import FullSizeCrop, share_inside
-from .images import blame_file, blame_unreadable, read_image
+from .images import blame_file, blame_unreadable, pixel_format, read_image
+
+RESIZES = (T.Resize, T.ResizeShortestEdge, T.ResizeScale)
 
 
 class Mapper(DatasetMapper):
@@ -51,6 +55,13 @@ class Mapper(DatasetMapper):
             low_high = (1 - jitter, 1 + jitter)
             colours = (T.RandomBrightness, T.RandomContrast, T.RandomSaturation)
             arguments["augmentations"] += [colour(*low_high) for colour in colours]
+        arguments["image_format"] = pixel_format(cfg)
+        if isinstance(arguments["image_format"], Planes):
+            arguments["augmentations"] = [
+                _by_planes(x)
+                for x in arguments["augmentations"]
+                if not isinstance(x, T.RandomSaturation)
+            ]
         return arguments
 
     def __call__(self, dataset_dict: dict) -> dict:
@@ -77,7 +88,7 @@ class Mapper(DatasetMapper):
 
     def _resizes(self) -> list[tuple[int, int]]:
         """Return (shorter side, longest side) of possible resizing."""
-        augmentations = [getattr(x, "resize", x) for x in self.augmentations.augs]
+        augmentations = map(_resize_of, self.augmentations.augs)
         resizes = [x for x in augmentations if isinstance(x, T.ResizeShortestEdge)]
         return [(side, x.max_size) for x in resizes for side in x.short_edge_length]
 
@@ -112,6 +123,47 @@ def _boxes(annotations: Sequence[dict]) -> np.ndarray:
     """Return the (M, 4) corners of the boxes of Detectron2's annotations."""
     boxes = [BoxMode.convert(x["bbox"], x["bbox_mode"], BoxMode.XYXY_ABS) for x in annotations]
     return np.array(boxes, dtype=float).reshape(-1, 4)
+
+
+def _resize_of(augmentation: T.Augmentation) -> T.Augmentation:
+    """Return the resizing that others wrap."""
+    while hasattr(augmentation, "resize"):
+        augmentation = augmentation.resize
+    return augmentation
+
+
+class ByPlanes(T.Augmentation):
+    """Resizing of each plane by Pillow, as Detectron2 resizes RGB images."""
+
+    def __init__(self, resize: T.Augmentation):
+        super().__init__()
+        self.resize = resize
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        resize = self.resize.get_transform(image)
+        if isinstance(resize, T.ResizeTransform):
+            return ResizePlanes(resize.h, resize.w, resize.new_h, resize.new_w)
+        return resize
+
+
+class ResizePlanes(T.ResizeTransform):
+    """Resizing of images with any number of planes."""
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        return resize_planes(img, self.new_h, self.new_w)
+
+
+def _by_planes(augmentation: T.Augmentation) -> T.Augmentation:
+    if isinstance(augmentation, FullSizeCrop):
+        augmentation.resize = ByPlanes(augmentation.resize)
+    return ByPlanes(augmentation) if isinstance(augmentation, RESIZES) else augmentation
+
+
+def build_test_resize(cfg: CfgNode) -> T.Augmentation:
+    """Build the resizing of images for detection."""
+    short, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    resize = stretched(T.ResizeShortestEdge([short, short], longest), cfg)
+    return ByPlanes(resize) if cfg.INPUT.FORMAT == FORMAT else resize
 
 
 def single(image: torch.Tensor) -> torch.Tensor:

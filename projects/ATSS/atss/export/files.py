@@ -52,7 +52,7 @@ class Parity(NamedTuple):
     """The largest differences of a file and eager at one shape, and eager's own movement.
 
     Attributes:
-        shape: (N, 3, H, W).
+        shape: (N, C, H, W).
         differences, own: of boxes in pixels, of probabilities, and of quality.
         detections: if the file contains NMS, their number, and how many differ from the runner's.
     """
@@ -130,7 +130,9 @@ def _export(
     probe, unfinished = hidden(target, "probe"), hidden(target, "unfinished")
     try:
         with torch.no_grad(), static_padding(model):
-            program = export_program(model.eval(), settings["divisor"], nms)
+            program = export_program(
+                model.eval(), settings["divisor"], nms, len(settings["pixel_mean"])
+            )
             save = convert(program, settings["inputs"], everything)
         target.parent.mkdir(parents=True, exist_ok=True)
         # A file of detections is compared by one of the same graph with its raw outputs too.
@@ -145,7 +147,7 @@ def _export(
     return found
 
 
-def export_program(model: nn.Module, divisor: int, nms: bool = False) -> Any:
+def export_program(model: nn.Module, divisor: int, nms: bool = False, channels: int = 3) -> Any:
     """Return torch.export's program for any batch and any size that the divisor divides.
 
     Raises:
@@ -158,7 +160,7 @@ def export_program(model: nn.Module, divisor: int, nms: bool = False) -> Any:
     batch = dim("batch")
     sides = [divisor * dim(x) if divisor > 1 else dim.DYNAMIC for x in ("h", "w")]
     shapes = {"image": {0: batch, 2: sides[0], 3: sides[1]}}
-    example: tuple[Tensor, ...] = (torch.rand(2, 3, height, width) * 255,)
+    example: tuple[Tensor, ...] = (torch.rand(2, channels, height, width) * 255,)
     if nms:
         shapes["sizes"] = {0: batch}
         example += (torch.tensor([[height, width], [height - 1, width - 1]]),)
@@ -187,7 +189,7 @@ def compare(detector: ATSSDetector, file: Path, raw_file: Path) -> list[Parity]:
     """
     loaded, raw_loaded = atss_runner.load(file), atss_runner.load(raw_file)
     settings = loaded.settings
-    divisor = settings["divisor"]
+    divisor, channels = settings["divisor"], len(settings["pixel_mean"])
     coarsest = max(*settings["strides"], divisor)
     one_cell = -(-coarsest // divisor) * divisor
     sides = [-(-x // divisor) * divisor for x in (320, 384, 256)]
@@ -196,7 +198,7 @@ def compare(detector: ATSSDetector, file: Path, raw_file: Path) -> list[Parity]:
     found = []
     generator = torch.Generator().manual_seed(0)
     for batch, height, width in shapes:
-        pixels = torch.rand(batch, 3, height, width, generator=generator) * 255
+        pixels = torch.rand(batch, channels, height, width, generator=generator) * 255
         with torch.no_grad():
             eager = detector.raw(pixels)
             moved = detector.raw(pixels * (1 + NUDGE))
@@ -287,6 +289,8 @@ def metadata(detector: ATSSDetector, cfg: CfgNode, nms: bool = False) -> dict[st
         "inputs": ["image", "sizes"] if nms else ["image"],
         "outputs": list(selection.OUTPUTS if nms else raw_outputs(detector)),
         "input_format": cfg.INPUT.FORMAT,
+        "highest": cfg.INPUT.HIGHEST,
+        "shown_planes": list(cfg.INPUT.SHOWN_PLANES),
         "pixel_mean": detector.pixel_mean.flatten().tolist(),
         "pixel_std": detector.pixel_std.flatten().tolist(),
         "normalised_inside": True,
@@ -322,7 +326,8 @@ def raw_outputs(detector: ATSSDetector) -> tuple[str, ...]:
     # The strides above the divisor do not divide this side: it shows how cells are rounded.
     side = (-(-max(strides) // divisor) + 1) * divisor
     with torch.no_grad():
-        outputs, found = detector.raw_levels(torch.zeros(2, 3, side, side, device=detector.device))
+        zeros = torch.zeros(2, len(detector.pixel_mean), side, side, device=detector.device)
+        outputs, found = detector.raw_levels(zeros)
     expected = anchors_per_level((side, side), strides, generator.num_anchors[0])
     if found != expected:
         raise UserError(

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from atss_runner.planes import Planes
 from atss_runner.tiles import SHARE, tile_size
 
 from .coco import Objects, find_in_json
 from .findings import DROPPED, ERROR, LEVELS, NOTE, WARNING, Finding, place_of
 from .folders import THREADS
 from .formats import Labels
-from .headers import problems, read_header, verify
+from .headers import header_of, open_file, problems, read_header, verify
 from .values import is_empty, is_length
 
 # Best IoU below which an object is poorly matched: the best anchor has more than ten times its
@@ -117,6 +118,7 @@ def check(
     deep: bool = False,
     progress: Callable[..., Iterable] = lambda items, **_: items,
     limit: float = math.inf,
+    planes: Planes | None = None,
 ) -> Report:
     """Check a data set.
 
@@ -127,12 +129,13 @@ def check(
         deep: decode every image, not only those without their format's end marker.
         progress: wraps long loops, as tqdm does.
         limit: TEST.DETECTIONS_PER_IMAGE.
+        planes: of INPUT.FORMAT planes; every image is decoded.
     """
     content, image_dir = labels.content, labels.image_dir
     findings, objects = find_in_json(content)
     findings = [*labels.findings, *findings]
     has_errors = any(finding.level == ERROR for finding in findings)
-    findings += find_in_files(content, image_dir, sizes, deep, progress)
+    findings += find_in_files(content, image_dir, sizes, deep, progress, planes)
     classes: list[tuple[str, int, int]] = []
     fit = None
     if objects is not None:
@@ -186,9 +189,10 @@ def find_in_files(
     sizes: Sequence[tuple[int, int]],
     deep: bool,
     progress: Callable[..., Iterable],
+    planes: Planes | None = None,
 ) -> list[Finding]:
     images = [e for e in content["images"] if not is_empty(e.get("file_name"))]
-    check_file = partial(_check_file, image_dir=image_dir, sizes=sizes, deep=deep)
+    check_file = partial(_check_file, image_dir=image_dir, sizes=sizes, deep=deep, planes=planes)
     places: dict[str, dict[int, str]] = defaultdict(dict)
     with ThreadPoolExecutor(THREADS) as pool:
         results = pool.map(check_file, images)
@@ -203,16 +207,24 @@ def find_in_files(
 
 
 def _check_file(
-    entry: dict, image_dir: str, sizes: Sequence[tuple[int, int]], deep: bool
+    entry: dict,
+    image_dir: str,
+    sizes: Sequence[tuple[int, int]],
+    deep: bool,
+    planes: Planes | None,
 ) -> list[tuple[str, str]]:
     path = os.path.join(image_dir, entry["file_name"])
     try:
-        header = read_header(path)
-    except OSError as error:
+        if planes is None:
+            header = read_header(path)
+        else:
+            with open_file(path) as file:
+                header = header_of(planes.scale(planes.read(file.read())))
+    except (OSError, ValueError, ImportError) as error:
         return [("file_unreadable", f"cannot be read: {error}")]
     labelled: tuple[Any, Any] = (entry.get("width"), entry.get("height"))
     faults = list(problems(header, labelled if all(map(is_length, labelled)) else None, sizes))
-    if deep or not header.complete:
+    if planes is None and (deep or not header.complete):
         try:
             verify(path)
             read_header(path, decode=True)

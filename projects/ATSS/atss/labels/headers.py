@@ -9,6 +9,7 @@ from io import BytesIO
 from typing import IO
 
 import fsspec
+import numpy as np
 from PIL import Image
 
 from atss_runner.images import HIGH_DEPTH, Size, too_thin
@@ -71,10 +72,15 @@ def verify(source: str | BytesIO) -> None:
         image.verify()
 
 
+def header_of(pixels: np.ndarray) -> Header:
+    """Return the header of an image that was decoded and turned, (H, W, C)."""
+    return Header(None, pixels.shape[1::-1], "", 1, False, False, True)
+
+
 @contextmanager
 def _opened(source: str | BytesIO) -> Iterator[tuple[IO, Image.Image]]:
     try:
-        opened = _open(source) if isinstance(source, str) else nullcontext(source)
+        opened = open_file(source) if isinstance(source, str) else nullcontext(source)
         with opened as file, Image.open(file) as image:
             yield file, image
     except Image.UnidentifiedImageError as error:
@@ -173,5 +179,6 @@ def _complete(file: IO, image_format: str | None) -> bool:
     return False
 
 
-def _open(file_name: str) -> IO:
+def open_file(file_name: str) -> IO:
+    """Open a file or an address of fsspec."""
     return fsspec.open(file_name, "rb").open() if "://" in file_name else open(file_name, "rb")

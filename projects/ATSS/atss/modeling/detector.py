@@ -40,6 +40,7 @@ class ATSSDetector(DenseDetector):
         branches: {name: branch}, in place of assigner and criterion.
         inference: name of the branch that detects; losses of the others are called <name>/...
         input_format: order of the channels of images, pixel_mean and pixel_std, "BGR" or "RGB".
+        shown: the channels in pictures, in this order; None for all.
         head_in_features: levels, fine to coarse; by default all of the backbone's.
         vis_period: iterations between pictures of a training image in the log; 0: none.
         precision: dtype of backbone and towers under autocast; None leaves autocast to the caller.
@@ -68,6 +69,7 @@ class ATSSDetector(DenseDetector):
         branches: Mapping[str, Branch] | None = None,
         inference: str = "main",
         input_format: str = "BGR",
+        shown: Sequence[int] | None = None,
         head_in_features: Sequence[str] | None = None,
         vis_period: int = 0,
         precision: torch.dtype | None = None,
@@ -88,6 +90,7 @@ class ATSSDetector(DenseDetector):
         self.postprocess = postprocess
         self.num_classes = num_classes
         self.input_format = input_format
+        self.shown = slice(None) if shown is None else list(shown)
         self.vis_period = vis_period
         self.precision = precision
         self.compile_tail = compile_tail
@@ -241,6 +244,7 @@ class ATSSDetector(DenseDetector):
     ) -> None:
         height, width = images.image_sizes[0]
         image = images.tensor[0, :, :height, :width] * self.pixel_std + self.pixel_mean
+        image = image[self.shown]
         boxes = Boxes(gt.boxes[gt.image_index == 0].cpu())
         objects = Instances((height, width), gt_boxes=boxes)
         example = {"image": image.cpu(), "instances": objects}

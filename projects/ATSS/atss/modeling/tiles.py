@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.data.transforms import Augmentation
 from detectron2.structures import Boxes, Instances
 from torch import nn
 
@@ -16,18 +16,18 @@ class ATSSWithTiles(nn.Module):
     tiles.
 
     Args:
-        size: (short side, longest side) of a resized tile.
+        resize: of a tile; its ``get_transform`` takes an image.
         limit: greatest number of detections of an image.
         batch: tiles in the model at a time.
     """
 
     def __init__(
-        self, model: nn.Module, tiles: Tiles, *, size: tuple[int, int], limit: int, batch: int
+        self, model: nn.Module, tiles: Tiles, *, resize: Augmentation, limit: int, batch: int
     ):
         super().__init__()
         self.model = model
         self.tiles = tiles
-        self.resize = ResizeShortestEdge([size[0]] * 2, size[1])
+        self.resize = resize
         self.limit = limit
         self.batch = batch
         self.train(model.training)

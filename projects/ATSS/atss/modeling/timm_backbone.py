@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
-from ..weights import fit_names
+from ..weights import fit_names, widen_first
 from .pretrained import require_loaded
 from .timm_models import register_models
 
@@ -35,6 +35,7 @@ class TimmBackbone(Backbone):
         weights: of the whole model, with names of timm or of its authors; None: random.
         freeze_at: layers before the map of stride 2^freeze_at are frozen; 0: none.
         freeze_statistics: whether batch norms keep their means and variances in training.
+        channels: of images; timm widens the first convolution of weights for three.
 
     Raises:
         UserError: if timm, the model, a map or a weight is missing, or an image size is refused.
@@ -48,6 +49,7 @@ class TimmBackbone(Backbone):
         weights: Mapping[str, Tensor] | None = None,
         freeze_at: int = 0,
         freeze_statistics: bool = False,
+        channels: int = 3,
     ):
         super().__init__()
         with torch.device("meta"):
@@ -67,14 +69,16 @@ class TimmBackbone(Backbone):
             weights = fit_names(dict(weights), names)
             options |= {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": weights}}
         with _quiet():
-            self.net = _create(name, **options)
+            self.net = _create(name, in_chans=channels, **options)
         if weights is not None:
+            weights = widen_first(weights, self.net, channels)
             require_loaded(self.net, weights, name)
         self.channels_come_last = _channels_come_last(self.net)
         self._out_features = [f"s{stride}" for stride in strides]
         self._out_feature_strides = dict(zip(self._out_features, strides, strict=True))
-        channels = self.net.feature_info.channels()
-        self._out_feature_channels = dict(zip(self._out_features, channels, strict=True))
+        widths = self.net.feature_info.channels()
+        self._out_feature_channels = dict(zip(self._out_features, widths, strict=True))
+        # Its parameters have the same names for any number of channels.
         used = _find_used(name, tuple(options["out_indices"]), tuple(strides))
         removed = _find_removable(name, tuple(options["out_indices"]), tuple(strides))
         for path in removed:
@@ -98,7 +102,7 @@ class TimmBackbone(Backbone):
         self.train()
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Return {name: (N, C, H / stride, W / stride)} from (N, 3, H, W)."""
+        """Return {name: (N, C, H / stride, W / stride)} from (N, C, H, W)."""
         maps = self.net(image)
         if self.channels_come_last:
             maps = [x.permute(0, 3, 1, 2).contiguous() for x in maps]
