@@ -15,6 +15,7 @@ from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL
 from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
 
+from atss_runner.images import Size
 from atss_runner.planes import FORMAT, Planes
 
 from ..deprecated import renamed_names
@@ -28,7 +29,7 @@ __getattr__ = renamed_names(__name__)
 
 def read_image(
     file_name: str,
-    sizes: Sequence[tuple[int, int] | tuple[int, int, bool]] = (),
+    sizes: Sequence[Size] = (),
     labelled: tuple[int, int] | None = None,
     image_format: str | Planes = "BGR",
 ) -> np.ndarray:
