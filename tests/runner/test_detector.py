@@ -190,7 +190,7 @@ def test_detections_of_a_file_with_nms_are_cut_and_scaled(make):
 
     def network(pixels, size):
         sizes.extend(size.tolist())
-        boxes = np.float32([[[90, 90, 110, 110], [5, 5, 9, 9], [0, 0, 0, 0]]])
+        boxes = np.float32([[[90, 90, 110, 110], [5, 5, 9, 9], [1, 1, 2, 2]]])
         return boxes, np.float32([[0.9, 0.5, 0]]), np.array([[1, 0, -1]]), np.array([2])
 
     form = {"inputs": ["image", "sizes"], "outputs": ["boxes", "scores", "classes", "count"]}

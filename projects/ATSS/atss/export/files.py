@@ -29,7 +29,7 @@ from ..errors import UserError
 from ..modeling import ATSSDetector, suppression
 from ..modeling.postprocess import product, root
 from . import selection
-from .formats import Save, hidden, move, remove, to_onnx, to_openvino
+from .formats import Save, hidden, move, remove, require, to_onnx, to_openvino
 
 SCHEMA = 1
 OUTPUTS = ("boxes", "probabilities", "quality")
@@ -97,6 +97,9 @@ def export_onnx(
         UserError: if a package is missing, the config has no class names, its suppression or score
             is not one of ours, or the file differs from the detector; then there is no file.
     """
+    # Before the export, which takes long.
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        require(package)
     return _export(detector, cfg, target, nms, thresholds, to_onnx)
 
 
@@ -108,6 +111,7 @@ def export_openvino(
     thresholds: Sequence[float | None] | None = None,
 ) -> list[Parity]:
     """Write OpenVINO's .xml and .bin, as :func:`export_onnx`."""
+    require("openvino")
     return _export(detector, cfg, target, nms, thresholds, to_openvino)
 
 

@@ -24,8 +24,8 @@ def to_onnx(program: Any, inputs: Sequence[str], outputs: Sequence[str]) -> Save
     Args:
         inputs, outputs: names. A saved file has as many of the outputs as its settings name.
     """
-    onnx = require("onnx")
-    require("onnxscript")
+    import onnx
+
     written: Any = torch.onnx.export(
         program,
         opset_version=OPSET,
@@ -52,7 +52,8 @@ def to_onnx(program: Any, inputs: Sequence[str], outputs: Sequence[str]) -> Save
 def to_openvino(program: Any, inputs: Sequence[str], outputs: Sequence[str]) -> Save:
     """Convert a program to OpenVINO, as :func:`to_onnx`. OpenVINO's reader of ONNX has no
     deformable convolution."""
-    openvino = require("openvino")
+    import openvino
+
     model = openvino.convert_model(program, extension=[openvino_extension()])
     for ports, names in ((model.inputs, inputs), (model.outputs, outputs)):
         for port, name in zip(ports, names, strict=True):
