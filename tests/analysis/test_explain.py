@@ -6,7 +6,19 @@ import torch
 
 from atss import Anchors, GroundTruth, HeadOutput, Predictions
 from atss.analysis.explain import explain
-from atss.assigners import ATSS, DDOD, OTA, PAA, POTO, TAL, IoU, MaxIoU, SimOTA, SoftLabel
+from atss.assigners import (
+    ATSS,
+    DDOD,
+    OTA,
+    PAA,
+    POTO,
+    TAL,
+    IoU,
+    MaxIoU,
+    SimOTA,
+    SoftLabel,
+    SpatialScale,
+)
 
 ANCHORS = Anchors.grid((128, 160))
 # The first two share most of their area.
@@ -75,18 +87,27 @@ def test_positives_are_chosen_pairs_with_values_of_predictions(rule):
     assert np.array_equal(pairs["similarity"], overlap)
     logits = seen.output.classes[0, pairs["index"], 0].double()
     assert np.array_equal(pairs["probability"], logits.sigmoid())
-    for number in range(3) if "k" in found.objects else ():
+    for number in range(3) if isinstance(rule, SimOTA | SoftLabel) else ():
         assert found.of_object(number)["chosen"].sum() == found.objects["k"][number]
 
 
 def test_a_rule_without_records_has_its_positives():
     class Own:
         def __call__(self, anchors, gt, predictions=None):
-            return ATSS()(anchors, gt)
+            return MaxIoU()(anchors, gt)
 
-    pairs = explain(Own(), ANCHORS, objects()).pairs
-    # assign_best records the candidates of rules that record none.
-    assert len(pairs["owner"]) > pairs["chosen"].sum() > 0
+    found = explain(Own(), ANCHORS, objects())
+    positive = np.flatnonzero(found.gt_index >= 0)
+    assert {*found.pairs["index"]} == {*positive}
+    boxes = ANCHORS.boxes[found.pairs["index"]].double()
+    overlap = IoU()(boxes, objects().boxes.double()[found.pairs["owner"]])
+    assert np.array_equal(found.pairs["similarity"], overlap)
+
+
+def test_a_rule_of_assign_best_has_candidates():
+    found = explain(SpatialScale(top_k=3), ANCHORS, objects())
+    assert len(found.pairs["owner"]) > found.pairs["chosen"].sum() > 0
+    assert np.isfinite(found.pairs["similarity"]).all()
 
 
 def test_an_image_without_objects_has_no_positive():

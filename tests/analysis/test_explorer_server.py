@@ -29,6 +29,7 @@ from atss.analysis.explorer_server import make_app  # noqa: E402
 CHROMIUM = "/usr/bin/chromium"
 OPTS = ["MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TEST", "96", "MODEL.WEIGHTS", ""]
 OPTS += [x for item in TINY.items() for x in item]
+OPTS += ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
 RULES = ["ATSS", "MaxIoU"]
 
 

@@ -22,7 +22,8 @@ class Explanation:
         score: (R,) float32 soft target of each positive anchor, or None.
         pairs: (P,) "owner" and "index", objects in rising order, of the candidates; bool "chosen":
             the rule chooses the anchor for the object before conflicts are resolved; "similarity",
-            with predictions also "probability" and "cost". Positives, if the rule records no pairs.
+            with predictions also "probability" and "cost"; NaN if
+            unknown. All positives are among them.
         objects: (G,) values of objects by name: "mean", "std" and "threshold" of similarities, or
             "k"; NaN for none.
     """
@@ -51,13 +52,20 @@ def explain(
     with trace_rule(rule) as trace:
         assignment = rule(anchors, gt, predictions)
     index = assignment.positive[0].nonzero()[:, 0]
-    owner = assignment.gt_index[0][index]
-    positives = {"owner": owner, "index": index, "chosen": torch.ones_like(index).bool()}
-    records = trace.pairs or [positives]
-    pairs = {name: torch.cat([x[name] for x in records]) for name in records[0]}
-    if "similarity" not in pairs:
+    owner, count = assignment.gt_index[0][index], len(anchors.boxes)
+    keys = [owner[:0], *(x["owner"] * count + x["index"] for x in trace.pairs)]
+    # A rule may give an anchor to an object that did not choose it.
+    others = ~torch.isin(owner * count + index, torch.cat(keys))
+    rest = {"owner": owner[others], "index": index[others]}
+    rest["chosen"] = torch.zeros_like(rest["index"]).bool()
+    unknown = torch.full(rest["index"].shape, torch.nan, dtype=torch.float64)
+    names = trace.pairs[0] if trace.pairs else [*rest, "similarity"]
+    records = [*trace.pairs, {name: rest.get(name, unknown) for name in names}]
+    pairs = {name: torch.cat([x[name] for x in records]) for name in names}
+    if predictions is None:
         boxes = anchors.boxes[pairs["index"]].double()
-        pairs["similarity"] = iou(boxes, gt.boxes.double()[pairs["owner"]])
+        overlap = getattr(rule, "similarity", iou)(boxes, gt.boxes.double()[pairs["owner"]])
+        pairs["similarity"] = torch.where(pairs["similarity"].isnan(), overlap, pairs["similarity"])
     order = pairs["owner"].argsort(stable=True)
     objects: dict[str, np.ndarray] = {}
     for record in trace.objects:

@@ -9,15 +9,18 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from atss_runner.images import resized
 
 from ..anchors import Anchors
+<<<<<<< HEAD
 from ..assigners import ASSIGNER_REGISTRY
 from ..config import build_assigner, build_sampling, input_size, load_config, with_rule
+=======
+from ..config import build_assigner, build_sampling, load_config, rule_arguments, with_rule
+>>>>>>> c51
 from ..data.images import read_image
 from ..errors import UserError, check_range
 from ..predictor import Predictor
@@ -29,8 +32,6 @@ NEEDS_WEIGHTS = (
     "(--config-file), its config"
 )
 LONGEST_RULE = 300  # characters
-# An integer argument without an upper bound is at most this many times its default, or MOST.
-TIMES, MOST = 10, 100
 QUALITY = 85
 DECIMALS = 4
 
@@ -79,7 +80,7 @@ class Explorer:
         self.arguments = rule_arguments(self.cfg)
         self.image = lru_cache(2)(self._image)
         self.explain = lru_cache(16)(self._explain)
-        self.predictions = lru_cache(16)(self._predictions)
+        self.predictions = lru_cache(16)(self._predict)
         self.predictor = lru_cache(2)(lambda number: Predictor(self.cfg, self.weights[number]))
 
     def find(self, image: str) -> int:
@@ -112,13 +113,16 @@ class Explorer:
         """
         if len(rule) > LONGEST_RULE:
             raise UserError(f"the rule has {len(rule)} characters, at most {LONGEST_RULE} are read")
-        node = with_rule(self.cfg, rule).MODEL.ATSS
-        values = node.ASSIGNERS.get(node.ASSIGNER, {})
-        for x in self.arguments.get(node.ASSIGNER, {"arguments": []})["arguments"]:
-            value = values.get(x["key"], x["value"])
-            if x["kind"] == "int" and value > x["high"]:
-                where = f"{node.ASSIGNER} {x['key']}"
-                raise UserError(f"{where} must be at most {x['high']} here, got {value}")
+        changed = rule_arguments(with_rule(self.cfg, rule))
+        name = rule.split()[0] if rule.strip() else ""
+        if name not in changed:
+            return  # the message of `rule` has the names
+        for x, now in zip(
+            self.arguments[name]["arguments"], changed[name]["arguments"], strict=True
+        ):
+            if x["kind"] == "int" and now["value"] > x["high"]:
+                where = f"{name} {x['key']}"
+                raise UserError(f"{where} must be at most {x['high']} here, got {now['value']}")
 
     def _image(self, number: int) -> ResizedImage:
         """Read an image.
@@ -151,7 +155,7 @@ class Explorer:
             predictions = self.predictions(number, weights)
         return explain(assigner, image.anchors, image.gt, predictions)
 
-    def _predictions(self, number: int, weights: int) -> Predictions:
+    def _predict(self, number: int, weights: int) -> Predictions:
         check_range("weights", weights, 0, len(self.weights) - 1)
         return self.predictor(weights).at_anchors(self.image(number).pixels)
 
@@ -182,7 +186,7 @@ class Explorer:
         owner, similarity = found.pairs["owner"], found.pairs["similarity"]
         anchors = np.flatnonzero(found.gt_index >= 0)
         best = np.zeros(count)
-        np.maximum.at(best, owner, similarity)
+        np.fmax.at(best, owner, similarity)
         return {
             "anchors": anchors.tolist(),
             "owners": found.gt_index[anchors].tolist(),
@@ -247,29 +251,3 @@ def _round(values: np.ndarray, decimals: int = DECIMALS) -> list:
     if np.isfinite(numbers).all():
         return numbers.tolist()
     return np.where(np.isfinite(numbers), numbers.astype(object), None).tolist()
-
-
-def rule_arguments(cfg: CfgNode) -> dict[str, dict[str, Any]]:
-    """Return {rule: whether it looks at predictions, and its arguments} of all registered rules,
-    each argument with key, kind, value and, if it has them, bounds or choices."""
-    rules = {}
-    for name, part in ASSIGNER_REGISTRY.entries.items():
-        own = cfg.MODEL.ATSS.ASSIGNERS.get(name, {})
-        arguments = []
-        for argument, default in part.defaults.items():
-            value = own.get(argument.upper(), default)
-            declared = getattr(part.target, "__dataclass_fields__", {}).get(argument)
-            check = getattr(declared, "metadata", {}).get("check")
-            bounds = dict(check.keywords) if check else {}
-            if argument in part.parts:
-                bounds = {"choices": [name for name, _ in part.parts[argument]]}
-            elif isinstance(default, int) and not isinstance(default, bool):
-                most = max(TIMES * default, MOST, value)
-                bounds["high"] = min(bounds.get("high", np.inf), most)
-            about = {k: v for k, v in bounds.items() if k == "choices" or np.isfinite(v)}
-            value = list(value) if isinstance(value, tuple) else value
-            about |= {"key": argument.upper(), "kind": type(default).__name__, "value": value}
-            arguments.append(about)
-        looks = bool(getattr(part.target, "looks_at_predictions", False))
-        rules[name] = {"predictions": looks, "arguments": arguments}
-    return rules

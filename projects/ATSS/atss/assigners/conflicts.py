@@ -92,7 +92,9 @@ def assign_best(gt: GroundTruth, index: Tensor, affinity: Tensor, num_anchors: i
         num_anchors: R.
     """
     if (trace := active_trace()) and not trace.pairs:  # a rule that records nothing itself
-        record_columns(trace, index, affinity > -torch.inf, torch.ones_like(index).bool())
+        unknown = torch.full_like(affinity, torch.nan)
+        every = torch.ones_like(index, dtype=torch.bool)
+        record_columns(trace, index, affinity > -torch.inf, every, similarity=unknown)
     conflicts = Conflicts(gt, num_anchors)
     slot = (gt.image_index * num_anchors + index).flatten()
     claimant = torch.arange(len(gt), device=slot.device).expand_as(affinity)

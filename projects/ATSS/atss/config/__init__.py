@@ -17,6 +17,7 @@ from .build import (
     build_tta,
     candidates_per_object,
     check_model,
+    rule_arguments,
     with_rule,
 )
 from .derive import (
@@ -91,6 +92,7 @@ __all__ = [
     "one_image_at_a_time",
     "prune",
     "resolve_num_classes",
+    "rule_arguments",
     "set_num_classes",
     "use_available_device",
     "uses_atss",

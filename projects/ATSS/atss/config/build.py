@@ -1,7 +1,13 @@
 """Builds a model or parts from a config, as factories in Detectron2's registries."""
 
+<<<<<<< HEAD
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+=======
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+>>>>>>> c51
 from functools import partial
 from typing import Any
 
@@ -305,6 +311,10 @@ def build_merge(cfg: CfgNode) -> Callable[..., ScoredBoxes]:
 # ------------------------------------------------------------------------------------------------
 
 
+# An integer argument without an upper bound is at most this many times its default, or MOST.
+TIMES, MOST = 10, 100
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Anchors and rule of a config, without a model.
@@ -346,6 +356,32 @@ def with_rule(cfg: CfgNode, rule: str) -> CfgNode:
         key, _, value = argument.partition("=")
         merge_options(cfg, [f"MODEL.ATSS.ASSIGNERS.{name}.{key.upper()}", value])
     return cfg
+
+
+def rule_arguments(cfg: CfgNode) -> dict[str, dict[str, Any]]:
+    """Return {rule: whether it looks at predictions, and its arguments} of all registered rules,
+    each argument with key, kind, value and, if it has them, bounds or choices."""
+    rules = {}
+    for name, part in ASSIGNER_REGISTRY.entries.items():
+        own = cfg.MODEL.ATSS.ASSIGNERS.get(name, {})
+        arguments = []
+        for argument, default in part.defaults.items():
+            value = own.get(argument.upper(), default)
+            declared = getattr(part.target, "__dataclass_fields__", {}).get(argument)
+            check = getattr(declared, "metadata", {}).get("check")
+            bounds = dict(check.keywords) if check else {}
+            if argument in part.parts:
+                bounds = {"choices": [name for name, _ in part.parts[argument]]}
+            elif isinstance(default, int) and not isinstance(default, bool):
+                most = max(TIMES * default, MOST, value)
+                bounds["high"] = min(bounds.get("high", math.inf), most)
+            about = {k: v for k, v in bounds.items() if k == "choices" or math.isfinite(v)}
+            value = list(value) if isinstance(value, tuple) else value
+            about |= {"key": argument.upper(), "kind": type(default).__name__, "value": value}
+            arguments.append(about)
+        looks = bool(getattr(part.target, "looks_at_predictions", False))
+        rules[name] = {"predictions": looks, "arguments": arguments}
+    return rules
 
 
 def candidates_per_object(cfg: CfgNode) -> int:
