@@ -174,6 +174,15 @@ def quick_setup() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_end_of_loaders() -> Iterator[None]:
+    """Shorten torch's wait for the workers of a loader that garbage collection ends: 5 s, as they
+    miss the message to end."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+        yield
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real images; skips the test if it does not exist."""
