@@ -15,12 +15,14 @@ from detectron2.structures import BoxMode
 from atss_runner.images import resized
 
 from ..anchors import Anchors
-<<<<<<< HEAD
-from ..assigners import ASSIGNER_REGISTRY
-from ..config import build_assigner, build_sampling, input_size, load_config, with_rule
-=======
-from ..config import build_assigner, build_sampling, load_config, rule_arguments, with_rule
->>>>>>> c51
+from ..config import (
+    build_assigner,
+    build_sampling,
+    input_size,
+    load_config,
+    rule_arguments,
+    with_rule,
+)
 from ..data.images import read_image
 from ..errors import UserError, check_range
 from ..predictor import Predictor
@@ -204,8 +206,9 @@ class Explorer:
         found = self.explain(number, rule, weights)
         check_range("object", object_id, 0, len(self.image(number).gt) - 1)
         pairs = found.of_object(object_id)
-        values = {x: _round(pairs[x]) for x in ("similarity", "probability", "cost") if x in pairs}
-        about = {"anchors": pairs["index"].tolist(), "chosen": pairs["chosen"].tolist(), **values}
+        about: dict[str, Any] = {"anchors": pairs["index"].tolist()}
+        about["chosen"] = pairs["chosen"].tolist()
+        about |= {x: _round(pairs[x]) for x in ("similarity", "probability", "cost") if x in pairs}
         if "cost" in pairs:
             boxes = self.predictions(number, weights).boxes[0][pairs["index"]]
             about["boxes"] = _round(boxes.numpy(), 1)
@@ -250,4 +253,4 @@ def _round(values: np.ndarray, decimals: int = DECIMALS) -> list:
     numbers = np.round(values.astype(np.float64), decimals)
     if np.isfinite(numbers).all():
         return numbers.tolist()
-    return np.where(np.isfinite(numbers), numbers.astype(object), None).tolist()
+    return np.where(np.isfinite(numbers), numbers.astype(object), np.array(None)).tolist()

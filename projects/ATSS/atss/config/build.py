@@ -1,13 +1,8 @@
 """Builds a model or parts from a config, as factories in Detectron2's registries."""
 
-<<<<<<< HEAD
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-=======
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
->>>>>>> c51
 from functools import partial
 from typing import Any
 
