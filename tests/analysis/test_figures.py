@@ -123,9 +123,8 @@ def test_threshold_may_be_zero():
 def test_suspected_labels_are_named_once():
     shifted = [12, 10, 40, 40]
     found = [(1, 2, BOX, 0.9), (1, 2, shifted, 0.8), (7, 1, FAR, 0.95), (7, 1, BOX, 0.4)]
-    wrong, missing = sorted(
-        suspected_labels(scene({7: [], 1: [(1, BOX)]}, found)), key=lambda x: x["score"]
-    )
+    results = scene({7: [], 1: [(1, BOX)], 8: [(2, BOX)]}, [*found, (8, 2, BOX, 0.97)])
+    wrong, missing = sorted(suspected_labels(results), key=lambda x: x["score"])
     assert (wrong["kind"], wrong["image_id"], wrong["annotation_id"]) == ("wrong_label", 1, 10)
     assert (wrong["predicted"], wrong["labelled"], wrong["score"]) == ("b", "a", 0.9)
     assert (missing["kind"], missing["image_id"]) == ("missing_annotation", 7)
