@@ -21,10 +21,7 @@ IMAGES = Path(__file__).with_name("images")
 PICTURES = {
     "explorer_thin": ("000000001490.jpg", "a=MaxIoU&b=ATSS&object=1"),
     "explorer_crowd": ("000000009590.jpg", "a=ATSS&b=ATSS+TOP_K%3D17&object=10"),
-    "explorer_none": (
-        "000000009590.jpg",
-        "a=MaxIoU+LOW_QUALITY_MATCHES%3DFalse&b=ATSS&object=26",
-    ),
+    "explorer_none": ("000000000872.jpg", "a=MaxIoU&b=ATSS&object=0"),
 }
 
 

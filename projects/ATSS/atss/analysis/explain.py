@@ -59,7 +59,7 @@ def explain(
     rest = {"owner": owner[others], "index": index[others]}
     rest["chosen"] = torch.zeros_like(rest["index"]).bool()
     unknown = torch.full(rest["index"].shape, torch.nan, dtype=torch.float64)
-    names = trace.pairs[0] if trace.pairs else [*rest, "similarity"]
+    names = [*trace.pairs[0]] if trace.pairs else [*rest, "similarity"]
     records = [*trace.pairs, {name: rest.get(name, unknown) for name in names}]
     pairs = {name: torch.cat([x[name] for x in records]) for name in names}
     if predictions is None:

@@ -13,6 +13,7 @@ const SORTS = {
   size: ["smallest", i => area(i)],
   number: ["number", i => i],
 };
+const MOST_ROWS = 200;
 const SIZES = {all: [0, Infinity], small: [0, 32 ** 2], medium: [32 ** 2, 96 ** 2], large: [96 ** 2, Infinity]};
 const state = {image: DATA.image, object: -1, rules: [...DATA.start], weights: Math.max(0, DATA.weights.length - 1),
   sort: "positives", class: -1, size: "all", axis: "similarity", detections: false, least: 0.3};
@@ -287,7 +288,7 @@ function ring(pane, anchors, scale) {
     pen.arc(x, y, r, 0, 7);
   }
   pen.strokeStyle = "#fff";
-  pen.lineWidth = 1.8;
+  pen.lineWidth = 1.2;
   pen.stroke();
 }
 
@@ -349,15 +350,16 @@ function showObjects() {
   order = views.length ? shownObjects() : [];
   const none = views[0] ? views[0].positives.filter(x => !x).length : 0;
   get("only").hidden = !views[1];
-  get("count").textContent = scene.boxes.length ? `${order.length} of ${scene.boxes.length} objects` + (none ? `, ${none} without a positive` : "") : "This image has no objects.";
+  get("count").textContent = scene.boxes.length ? `${order.length} of ${scene.boxes.length} objects` + (none ? `, ${none} without a positive` : "") + (order.length > MOST_ROWS ? `; the first ${MOST_ROWS}:` : "") : "This image has no objects.";
   const present = [...new Set(scene.classes)].sort((a, b) => className(a).localeCompare(className(b)));
   if (state.class >= 0 && !present.includes(state.class)) state.class = -1;
   get("class").replaceChildren(make("option", {value: -1}, "all classes"), ...present.map(k => make("option", {value: k}, className(k))));
   get("class").value = state.class;
-  get("list").replaceChildren(...order.map(i => {
+  // A thousand rows would take longer than the rule.
+  get("list").replaceChildren(...order.slice(0, MOST_ROWS).map(i => {
     const counts = views.map(view => view.positives[i]).join(" | ");
     const lost = views[0].lostOf[i].length;
-    const notes = [`best ${views[0].objects.best[i].toFixed(2)}`, lost ? `${lost} lost` : "", views[1] && differing[i] ? `${differing[i]} differ` : ""];
+    const notes = [views[0].objects.candidates[i] ? `best ${views[0].objects.best[i].toFixed(2)}` : "no candidate", lost ? `${lost} lost` : "", views[1] && differing[i] ? `${differing[i]} differ` : ""];
     const [x1, y1, x2, y2] = scene.boxes[i];
     return make("li", {role: "option", id: `object-${i}`, "aria-selected": i === state.object, onclick: () => choose(i)},
       make("i", {style: `background: ${colour(i)}`}),
@@ -591,7 +593,8 @@ function zoomToObject() {
   if (state.object < 0) return;
   const [x1, y1, x2, y2] = scene.boxes[state.object];
   const zoom = Math.min(scene.width / (x2 - x1), scene.height / (y2 - y1)) / 4;
-  camera = {x: (x1 + x2) / 2, y: (y1 + y2) / 2, zoom: Math.max(1, Math.min(64, zoom))};
+  if (zoom < 1) { fit(); return; }
+  camera = {x: (x1 + x2) / 2, y: (y1 + y2) / 2, zoom: Math.min(64, zoom)};
   draw();
   link();
 }
