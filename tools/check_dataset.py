@@ -76,8 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--planes",
         action="store_true",
-        help="only print the keys and values with which a config takes all planes of the images, "
-        "of 8 or 16 bits: range, means and deviations",
+        help="only print the keys of all planes of the images (8 or 16 bits)",
     )
     add_options(parser)
     return parser

@@ -8,13 +8,11 @@
         --rules ATSS "ATSS TOP_K=3" "ATSS TOP_K=17" --output page.html
 
 Without --output, a page on http://127.0.0.1:8000 chooses images, objects, rules and arguments. With
-it, a picture (png, jpg, pdf, svg) of one image, or a page (html) of some images that needs no
-server.
+it, a picture (png, jpg, pdf, svg) of one image, or a page (html) of some that needs no server.
 
-In a picture, dots are positives, larger on coarser levels, in the colour of their object; its label
-is #NUMBER: POSITIVES. Hollow ones are candidates that are no positives, grey if several objects
-have them; with more than 8 objects they are left out. Crosses are anchors that the rule chooses for
-an object, and that another object gets.
+In a picture, dots are positives, larger on coarser levels, in the colour of their object; hollow
+ones are other candidates, grey if several objects have them, and left out with more than 8 objects;
+crosses are anchors that the rule chooses for an object, and that another object gets.
 """
 
 import argparse
@@ -37,8 +35,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--register", required=True, metavar="NAME=SOURCE", help="the data set of the images")
     add("--image", nargs="+", default=[], metavar="FILE", help="its name in the data set")
     add("--rules", nargs="+", default=["MaxIoU", "SpatialScale", "ATSS"], metavar="RULE")
-    add("--objects", nargs="+", type=int, default=[], metavar="NUMBER", help="draw only these")
-    add("--config-file", default="ATSS_R_50_FPN_1x", help="sets anchors and size of the image")
+    add("--objects", nargs="+", type=int, default=[], metavar="N", help="draw only these")
+    add("--config-file", default="ATSS_R_50_FPN_1x", metavar="FILE", help="sets anchors and size")
     add("--weights", nargs="+", default=[], metavar="FILE", help="checkpoints of a detector")
     add("--output", type=Path, metavar="FILE", help="a picture or a page; default: a server")
     add("--port", type=int, default=8000, help="of the server (default: 8000)")

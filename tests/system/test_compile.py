@@ -9,7 +9,7 @@ from conftest import THIN, TINY, WIDE_FOR_GN, make_cfg, make_input
 from detectron2.modeling import build_model
 
 from atss.config.build import check_model
-from atss.modeling import detector
+from atss.modeling import branch
 
 DISTRIBUTIONS = {"MODEL.ATSS.REGRESSION": "distribution", "MODEL.ATSS.CENTERNESS": "distribution"}
 
@@ -59,10 +59,10 @@ def traced(monkeypatch):
         return graph.forward
 
     torch._dynamo.reset()
-    detector._compile.cache_clear()
+    branch._compile.cache_clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=record))
     yield graphs
-    detector._compile.cache_clear()
+    branch._compile.cache_clear()
 
 
 def test_tail_is_one_graph_for_all_image_sizes_and_objects(traced):

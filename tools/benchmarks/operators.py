@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from atss import Assignment, Predictions, add_atss_config
 from atss.assigners import ASSIGNER_REGISTRY, use_engine
-from atss.modeling import detector, foreach
+from atss.modeling import branch, foreach
 from atss.modeling.criterion import divide
 
 from .model import OURS, Case, build, random_batch, sgd
@@ -336,7 +336,7 @@ def _laps_of_division(counter: Counter) -> Iterator[list[Tensor]]:
         totals.extend(x.total for x in quotients.values() if x.total.requires_grad)
         return divide(quotients)
 
-    with mock.patch.object(detector, "divide", divide_apart):
+    with mock.patch.object(branch, "divide", divide_apart):
         yield totals
 
 

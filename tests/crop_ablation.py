@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare trainings on whole images, on crops (INPUT.FULL_SIZE_CROP), and on both.
 
-    tools/ablation_crops.py aquarium/data.yaml --output output/crops
+    python tests/crop_ablation.py aquarium/data.yaml --output output/crops
 
 Images are halved, so that many objects are small, and trained at a quarter of their sides: a crop
 is a quarter of a halved image. All trainings have the same iterations. The last weights are
@@ -21,7 +21,7 @@ from PIL import Image
 from atss.engine.evaluation import evaluate_boxes
 from atss.labels.formats import read_labels
 
-TRAIN_NET = Path(__file__).with_name("train_net.py")
+TRAIN_NET = Path(__file__).parents[1] / "tools/train_net.py"
 SPLITS = {"train": "train", "test": "val"}
 # The share of crops of each row, and the sizes of evaluation, chosen before the first training.
 ROWS = {"whole": 0.0, "crops": 1.0, "both": 0.5}
