@@ -198,7 +198,8 @@ class Explorer:
         found = self.explain(number, rule, weights)
         check_range("object", object_id, 0, len(self.image(number).gt) - 1)
         pairs = found.of_object(object_id)
-        values = {x: _round(pairs[x]) for x in ("similarity", "probability", "cost") if x in pairs}
+        names = [x for x in ("similarity", "probability", "cost") if x in pairs]
+        values: dict[str, Any] = {name: _round(pairs[name]) for name in names}
         values |= {"anchors": pairs["index"].tolist(), "chosen": pairs["chosen"].tolist()}
         if "cost" in pairs:
             boxes = self.predictions(number, weights).boxes[0][pairs["index"]]
