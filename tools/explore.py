@@ -3,16 +3,11 @@
 
     tools/explore.py --register coco=annotations.json:val2017
     tools/explore.py --register coco=annotations.json:val2017 --image 000000009483.jpg \\
-        --rules MaxIoU SpatialScale ATSS --output output/rules.png
-    tools/explore.py --register coco=annotations.json:val2017 --image 000000009483.jpg \\
-        --rules ATSS "ATSS TOP_K=3" "ATSS TOP_K=17" --output page.html
+        --rules ATSS "ATSS TOP_K=3" --output page.html
 
 Without --output, a page on http://127.0.0.1:8000 chooses images, objects, rules and arguments. With
-it, a picture (png, jpg, pdf, svg) of one image, or a page (html) of some that needs no server.
-
-In a picture, dots are positives, larger on coarser levels, in the colour of their object; hollow
-ones are other candidates, grey if several objects have them, and left out with more than 8 objects;
-crosses are anchors that the rule chooses for an object, and that another object gets.
+it, a page (html) of some images that needs no server, or a picture (png, jpg, pdf, svg) of one.
+docs/explorer.md explains the marks.
 """
 
 import argparse

@@ -206,13 +206,13 @@ class Explorer:
         found = self.explain(number, rule, weights)
         check_range("object", object_id, 0, len(self.image(number).gt) - 1)
         pairs = found.of_object(object_id)
-        about: dict[str, Any] = {"anchors": pairs["index"].tolist()}
-        about["chosen"] = pairs["chosen"].tolist()
-        about |= {x: _round(pairs[x]) for x in ("similarity", "probability", "cost") if x in pairs}
+        names = [x for x in ("similarity", "probability", "cost") if x in pairs]
+        values: dict[str, Any] = {name: _round(pairs[name]) for name in names}
+        values |= {"anchors": pairs["index"].tolist(), "chosen": pairs["chosen"].tolist()}
         if "cost" in pairs:
             boxes = self.predictions(number, weights).boxes[0][pairs["index"]]
-            about["boxes"] = _round(boxes.numpy(), 1)
-        return about
+            values["boxes"] = _round(boxes.numpy(), 1)
+        return values
 
     def detections(self, number: int, weights: int) -> dict[str, Any]:
         """Return the detections on an image, in pixels of the resized image.
@@ -253,4 +253,6 @@ def _round(values: np.ndarray, decimals: int = DECIMALS) -> list:
     numbers = np.round(values.astype(np.float64), decimals)
     if np.isfinite(numbers).all():
         return numbers.tolist()
-    return np.where(np.isfinite(numbers), numbers.astype(object), np.array(None)).tolist()
+    objects = numbers.astype(object)
+    objects[~np.isfinite(numbers)] = None
+    return objects.tolist()
