@@ -13,7 +13,7 @@ MobileNetV2 or ResNeXt-101, published or trained. mmdet's detectors are listed b
 the weights decide between them, or the config in the file, or --detector. Nothing in a file is
 executed. Names that are missing, unexpected or of another shape are listed, and nothing is written.
 An existing OUT is not replaced. Preprocessing, anchors, thresholds and class names are those in
-mmdet's file, for OTX the class names; values that cannot be taken over, or are assumed, are printed.
+mmdet's file, for OTX the class names; values that cannot be taken over or are assumed are printed.
 
 For mmdet, train with MODEL.ATSS.TOWER_BIAS False: its towers have no biases. The settings of
 mmdet's config for these weights are printed, and written beside them.
