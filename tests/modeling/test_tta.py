@@ -205,7 +205,7 @@ def test_reads_file_name_if_given(tmp_path):
 
 
 def test_images_of_the_loader_are_not_read_again(squares, tmp_path, monkeypatch):
-    cfg = make_cfg("DATASETS.TEST", ("squares",), "OUTPUT_DIR", str(tmp_path))
+    cfg = make_cfg("OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", 0)
     register(f"squares={squares}/annotations.json:{squares}/images")
     monkeypatch.setattr("atss.modeling.tta.read_image", None)
     model = Bright()
