@@ -234,12 +234,12 @@ def test_an_image_too_thin_for_a_view_is_refused():
         tta(Bright())([thin | {"height": 1, "width": 900}])
 
 
-@pytest.mark.parametrize(("limit", "most"), [(100, 1000), (3000, 3000)])
-def test_limit_raises_that_of_merged_views_and_candidates(limit, most):
+@pytest.mark.parametrize(("limit", "most", "candidates"), [(100, 1000, 1000), (3000, 3000, 9000)])
+def test_limit_raises_that_of_merged_views_and_candidates(limit, most, candidates):
     opts = ("TEST.DETECTIONS_PER_IMAGE", limit)
     assert tta(Bright(), *opts).max_detections == most
     post = build_postprocess(make_cfg(*opts))
-    assert (post.max_detections, post.topk_candidates) == (limit, most)
+    assert (post.max_detections, post.topk_candidates) == (limit, candidates)
 
 
 def test_one_plain_view_equals_the_detector():
