@@ -138,9 +138,11 @@ def build_postprocess(cfg: CfgNode) -> PostProcessor:
 
 
 def candidates_per_level(cfg: CfgNode) -> int:
-    """Return MODEL.ATSS.TOPK_CANDIDATES_TEST, but at least three candidates for each detection: one
-    level may have all objects of an image, and each has several candidates."""
-    return max(cfg.MODEL.ATSS.TOPK_CANDIDATES_TEST, 3 * cfg.TEST.DETECTIONS_PER_IMAGE)
+    """Return MODEL.ATSS.TOPK_CANDIDATES_TEST, but at least one candidate for each detection, and
+    three beyond COCO's 100: one level may have all objects of an image, and each has several
+    candidates."""
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    return max(cfg.MODEL.ATSS.TOPK_CANDIDATES_TEST, limit if limit <= 100 else 3 * limit)
 
 
 def build_levels(cfg: CfgNode) -> tuple[Backbone, list[ShapeSpec]]:
