@@ -9,12 +9,11 @@
     tools/convert_checkpoint.py --to mmdet output/model_final.pth for_mmdet.pth
 
 "official" is the authors' code, "otx" OpenVINO Training Extensions, now getitune: ATSS on
-MobileNetV2 or ResNeXt-101, published or trained. mmdet's detectors are listed below: the names of
-the weights decide between them, or the config in the file, or --detector. Nothing in a file is
-executed. Names that are missing, unexpected or of another shape are listed, and nothing is written.
-An existing OUT is not replaced. Preprocessing, anchors, thresholds and class names are those in
-mmdet's file, for OTX the class names; values that cannot be taken over, or are assumed because the
-file lacks them, are printed. Names may have the prefixes module., _orig_mod. and model.
+MobileNetV2 or ResNeXt-101. mmdet's detectors are listed below: names of weights decide between
+them, or the config in the file, or --detector. Nothing in a file is executed. Names that are
+missing, unexpected or of another shape are listed, and nothing is written. An existing OUT is not
+replaced. Preprocessing, anchors and thresholds are those in mmdet's file, class names also those in
+OTX's; values that cannot be taken over, or are assumed because the file lacks them, are printed.
 
 For mmdet, train with MODEL.ATSS.TOWER_BIAS False: its towers have no biases. The settings of
 mmdet's config for these weights are printed, and written beside them.
@@ -49,8 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--entry",
         default="",
-        help="entry of IN with the weights: mmdet's EMAHook writes averaged ones as state_dict, "
-        "the default, the last ones as ema_state_dict",
+        help="entry of the weights in IN; mmdet's EMAHook writes the average as state_dict, the "
+        "default",
     )
     parser.add_argument(
         "--config-file",
