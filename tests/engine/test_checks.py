@@ -122,8 +122,8 @@ def test_more_objects_than_the_limit_are_logged(caplog):
     cfg = make_cfg(*sets, "TEST.DETECTIONS_PER_IMAGE", 4)
     warn_of_objects(cfg, training=True)
     for name in ("train", "test"):
-        sentence = f"{name} has 2 images with more objects than TEST.DETECTIONS_PER_IMAGE 4: set"
-        assert f"Data set {sentence} it to 8 or more" in caplog.text
+        sentence = "more objects than TEST.DETECTIONS_PER_IMAGE 4: set it to 8 or more"
+        assert f"Data set {name} has 2 images with {sentence}" in caplog.text
     caplog.clear()
     warn_of_objects(cfg, training=False)
     assert "Data set train" not in caplog.text
