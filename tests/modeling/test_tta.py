@@ -205,7 +205,7 @@ def test_reads_file_name_if_given(tmp_path):
 
 
 def test_images_of_the_loader_are_not_read_again(squares, tmp_path, monkeypatch):
-    cfg = make_cfg("DATASETS.TEST", ("squares",), "OUTPUT_DIR", str(tmp_path))
+    cfg = make_cfg("OUTPUT_DIR", str(tmp_path), "DATALOADER.NUM_WORKERS", 0)
     register(f"squares={squares}/annotations.json:{squares}/images")
     monkeypatch.setattr("atss.modeling.tta.read_image", None)
     model = Bright()
@@ -234,12 +234,12 @@ def test_an_image_too_thin_for_a_view_is_refused():
         tta(Bright())([thin | {"height": 1, "width": 900}])
 
 
-@pytest.mark.parametrize(("limit", "most"), [(100, 1000), (3000, 3000)])
-def test_limit_raises_that_of_merged_views_and_candidates(limit, most):
+@pytest.mark.parametrize(("limit", "most", "candidates"), [(100, 1000, 1000), (3000, 3000, 9000)])
+def test_limit_raises_that_of_merged_views_and_candidates(limit, most, candidates):
     opts = ("TEST.DETECTIONS_PER_IMAGE", limit)
     assert tta(Bright(), *opts).max_detections == most
     post = build_postprocess(make_cfg(*opts))
-    assert (post.max_detections, post.topk_candidates) == (limit, most)
+    assert (post.max_detections, post.topk_candidates) == (limit, candidates)
 
 
 def test_one_plain_view_equals_the_detector():

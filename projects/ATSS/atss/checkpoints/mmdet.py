@@ -8,7 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor
 
-from ..config.build import head_depth
+from ..config.build import candidates_per_level, head_depth
 from ..config.checks import flatten
 from ..config.files import get_config
 from .convert import check_against, is_tower_bias, load, refuse_to_replace, shapes_of, write
@@ -126,7 +126,7 @@ def mmdet_config(cfg: CfgNode, state_dict: Mapping[str, Tensor]) -> str:
             **theirs.settings(cfg),
         },
         "test_cfg": {
-            "nms_pre": max(node.TOPK_CANDIDATES_TEST, cfg.TEST.DETECTIONS_PER_IMAGE),
+            "nms_pre": candidates_per_level(cfg),
             "score_thr": node.SCORE_THRESH_TEST,
             "nms": {
                 "type": "nms",

@@ -132,11 +132,15 @@ def head_depth(cfg: CfgNode) -> int:
 
 
 def build_postprocess(cfg: CfgNode) -> PostProcessor:
-    """Build the postprocessing. Each level has at least TEST.DETECTIONS_PER_IMAGE candidates,
-    because one level may have all objects of an image."""
-    limit = cfg.TEST.DETECTIONS_PER_IMAGE
-    postprocess = modeling.POSTPROCESSOR.build(cfg.MODEL.ATSS, {"max_detections": limit})
-    return replace(postprocess, topk_candidates=max(postprocess.topk_candidates, limit))
+    limit = {"max_detections": cfg.TEST.DETECTIONS_PER_IMAGE}
+    postprocess = modeling.POSTPROCESSOR.build(cfg.MODEL.ATSS, limit)
+    return replace(postprocess, topk_candidates=candidates_per_level(cfg))
+
+
+def candidates_per_level(cfg: CfgNode) -> int:
+    """Return MODEL.ATSS.TOPK_CANDIDATES_TEST, but at least three candidates for each detection: one
+    level may have all objects of an image, and each has several candidates."""
+    return max(cfg.MODEL.ATSS.TOPK_CANDIDATES_TEST, 3 * cfg.TEST.DETECTIONS_PER_IMAGE)
 
 
 def build_levels(cfg: CfgNode) -> tuple[Backbone, list[ShapeSpec]]:

@@ -255,7 +255,7 @@ def add_atss_config(cfg: CfgNode) -> None:
     # (PAA, OTA).
     node.SCORE_THRESH_TEST = 0.05
     node.THRESHOLD_ON_SCORE = False
-    # Candidates per level before suppression, at least TEST.DETECTIONS_PER_IMAGE.
+    # Candidates per level before suppression, at least three times TEST.DETECTIONS_PER_IMAGE.
     node.TOPK_CANDIDATES_TEST = 1000
     # Rank candidates by class probability (mmdet), not by score.
     node.RANK_BY_CLASS = False
