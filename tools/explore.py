@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""See the anchors that rules give the objects of an image, and those that they nearly give.
+"""See the anchors that rules give to the objects of an image, and those that they compare.
 
     tools/explore.py --register coco=annotations.json:val2017
     tools/explore.py --register coco=annotations.json:val2017 --image 000000009483.jpg \\
         --rules ATSS "ATSS TOP_K=3" --output page.html
 
-Without --output, a page on http://127.0.0.1:8000 chooses images, objects, rules and arguments. With
-it, a page (html) of some images that needs no server, or a picture (png, jpg, pdf, svg) of one.
+Without --output, a page on http://127.0.0.1:8000, on which you choose images, objects, rules and
+arguments. With it, a page (html) of some images that needs no server, or a picture (png, jpg, pdf,
+svg) of one image.
 docs/explorer.md explains the marks.
 """
 
@@ -28,10 +29,21 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--register", required=True, metavar="NAME=SOURCE", help="the data set of the images")
-    add("--image", nargs="+", default=[], metavar="FILE", help="its name in the data set")
-    add("--rules", nargs="+", default=["MaxIoU", "SpatialScale", "ATSS"], metavar="RULE")
-    add("--objects", nargs="+", type=int, default=[], metavar="N", help="draw only these")
-    add("--config-file", default="ATSS_R_50_FPN_1x", metavar="FILE", help="sets anchors and size")
+    add("--image", nargs="+", default=[], metavar="FILE", help="names in the data set")
+    add(
+        "--rules",
+        nargs="+",
+        default=["MaxIoU", "SpatialScale", "ATSS"],
+        metavar="RULE",
+        help='with arguments, such as "ATSS TOP_K=3" (default: MaxIoU SpatialScale ATSS)',
+    )
+    add("--objects", nargs="+", type=int, default=[], metavar="N", help="in a picture, only these")
+    add(
+        "--config-file",
+        default="ATSS_R_50_FPN_1x",
+        metavar="FILE",
+        help="sets anchors and image size (default: %(default)s)",
+    )
     add("--weights", nargs="+", default=[], metavar="FILE", help="checkpoints of a detector")
     add("--output", type=Path, metavar="FILE", help="a picture or a page; default: a server")
     add("--port", type=int, default=8000, help="of the server (default: 8000)")

@@ -6,7 +6,8 @@ confusion matrix, thresholds, worst images, suspected errors of labels.
     tools/report.py output/run output/other_run
     tools/report.py --annotations labels.json --detections results.json --output page.html
 
-Of a run, the results of the last evaluation are measured. Two runs are compared, with intervals.
+The results of a run are those of its best weights, or else of its last evaluation. Two runs are
+compared, with intervals.
 """
 
 import argparse

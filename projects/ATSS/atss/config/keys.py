@@ -29,8 +29,9 @@ def add_atss_config(cfg: CfgNode) -> None:
     cfg.SOLVER.WEIGHT_DECAY_SCALE = None
     # Images of an iteration, of all processes. -1, on the command line alone: the largest number
     # that fits into the memory of the GPU, or of this process on a CPU, measured by steps on images
-    # of the largest size of INPUT. SOLVER.BASE_LR, that of the config file's number, is scaled:
-    # linearly for SGD, by the root for AdamW. Keys in iterations, such as MAX_ITER, are not.
+    # of the largest size of INPUT. SOLVER.BASE_LR, for the number in the config file, is scaled:
+    # linearly for SGD, by the square root for AdamW. Keys in iterations, such as MAX_ITER, are not
+    # scaled.
     cfg.SOLVER.IMS_PER_BATCH = 16
     # Length of the training in passes over the images, replaces SOLVER.MAX_ITER; 0 to use that.
     # MAX_ITER of the command line replaces EPOCHS of a file, without more frequent checkpoints and
@@ -42,10 +43,11 @@ def add_atss_config(cfg: CfgNode) -> None:
     cfg.SOLVER.CHECKPOINT_EPOCHS = 0.0
     # Epochs between evaluations, replaces TEST.EVAL_PERIOD; 0 to use that.
     cfg.TEST.EVAL_EPOCHS = 0.0
-    # Parts of SOLVER.IMS_PER_BATCH images that a step computes one after the other (gradient
-    # accumulation), each again in the backward pass: memory of one part, a longer step. Losses,
-    # their normalisers and gradients are those of the whole batch, but batch norms that are not
-    # frozen take the statistics of a part. The part of each process must be whole images.
+    # Number of parts into which a step divides its SOLVER.IMS_PER_BATCH images (gradient
+    # accumulation). A step needs the memory of one part, and more time, because the backward pass
+    # computes each part again. Losses, their normalisers and gradients are those of the whole
+    # batch, but batch norms that are not frozen take the statistics of a part. Each part of each
+    # process has the same number of images.
     cfg.SOLVER.ACCUMULATE = 1
     # Number of periodic checkpoints to keep; 0 for all.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 0
@@ -79,8 +81,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     # A tile of MIN_SIZE_TEST pixels is not resized.
     tiles = cfg.TEST.TILES = CfgNode()
     tiles.ENABLED = False
-    # Side of a tile in pixels of the image; 0 for SIZE_OF_DATA. Images that are not larger are
-    # detected on as without tiles.
+    # Side of a tile in pixels of the image; 0 for SIZE_OF_DATA. In images that are not larger, the
+    # detections are those without tiles.
     tiles.SIZE = 0
     # train_net.py sets it from the training data: objects cover 3 % of a tile on average.
     tiles.SIZE_OF_DATA = 0
@@ -116,11 +118,11 @@ def add_atss_config(cfg: CfgNode) -> None:
     # Load batches into page-locked memory, which a GPU copies faster.
     cfg.DATALOADER.PIN_MEMORY = False
 
-    # INPUT.FORMAT "planes": all planes of image files of 8 or 16 bits, in their order (red before
-    # blue); MODEL.PIXEL_MEAN and PIXEL_STD have a value for each, and MODEL.TIMM.PIXELS is False
-    # (tools/check_dataset.py --planes prints these keys). The first convolution of pretrained
-    # weights is widened; lower MODEL.BACKBONE.FREEZE_AT to 0, so that it learns. The value in files
-    # that becomes 255: 65535 for 16 bits, or the largest that the camera writes.
+    # For INPUT.FORMAT "planes": the value in files that becomes 255: 65535 for 16 bits, or the
+    # largest that the camera writes. This format reads all planes of image files of 8 or 16 bits,
+    # in their order (red before blue). MODEL.PIXEL_MEAN and PIXEL_STD have a value for each, and
+    # MODEL.TIMM.PIXELS is False: tools/check_dataset.py --planes prints these keys. The first
+    # convolution of pretrained weights is widened; MODEL.BACKBONE.FREEZE_AT 0 trains it.
     cfg.INPUT.HIGHEST = 255
     # The planes that pictures show in red, green and blue.
     cfg.INPUT.SHOWN_PLANES = [0, 1, 2]
@@ -129,10 +131,10 @@ def add_atss_config(cfg: CfgNode) -> None:
     # padded to the square. All images of a batch have one size. [] for none.
     cfg.INPUT.SCALE_JITTER = []
     cfg.INPUT.SCALE_JITTER_SIZE = 352
-    # Probability that a training image larger than its size by MIN_SIZE_TRAIN and MAX_SIZE_TRAIN is
-    # not shrunk, but a crop of that size around a random object. AUGMENT_UNTIL does not end it.
+    # Probability that a training image that MIN_SIZE_TRAIN and MAX_SIZE_TRAIN would shrink is
+    # replaced by a crop of the shrunk size around a random object. AUGMENT_UNTIL does not end it.
     cfg.INPUT.FULL_SIZE_CROP = 0.0
-    # Share of an object's area, 0 to 1, that such a crop must contain; others are dropped.
+    # Share of its area, 0 to 1, that an object must have in such a crop; others are dropped.
     cfg.INPUT.FULL_SIZE_CROP_MIN_AREA = 0.1
     # "shortest": the shorter side becomes MIN_SIZE_TRAIN or MIN_SIZE_TEST, the longer one at most
     # MAX_SIZE_*. "stretch": the height becomes MIN_SIZE_*, the width MAX_SIZE_*, and the
@@ -147,8 +149,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     # are switched off.
     cfg.INPUT.AUGMENT_UNTIL = 1.0
 
-    # The backward pass computes each stage of the backbone again, whose activations are not stored
-    # (activation checkpointing): less memory, a longer step.
+    # Do not store the activations of the backbone's stages: the backward pass computes them again
+    # (activation checkpointing). A step needs less memory and more time.
     cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING = False
 
     # timm model of MODEL.BACKBONE.NAME build_timm_fpn_backbone. MODEL.FPN.IN_FEATURES names its
