@@ -29,8 +29,9 @@ def add_atss_config(cfg: CfgNode) -> None:
     cfg.SOLVER.WEIGHT_DECAY_SCALE = None
     # Images of an iteration, of all processes. -1, on the command line alone: the largest number
     # that fits into the memory of the GPU, or of this process on a CPU, measured by steps on images
-    # of the largest size of INPUT. SOLVER.BASE_LR, that of the config file's number, is scaled:
-    # linearly for SGD, by the root for AdamW. Keys in iterations, such as MAX_ITER, are not.
+    # of the largest size of INPUT, without masks or key points. SOLVER.BASE_LR, that of the config
+    # file's number, is scaled: linearly for SGD, by the root for AdamW. Keys in iterations, such as
+    # MAX_ITER, are not.
     cfg.SOLVER.IMS_PER_BATCH = 16
     # Length of the training in passes over the images, replaces SOLVER.MAX_ITER; 0 to use that.
     # MAX_ITER of the command line replaces EPOCHS of a file, without more frequent checkpoints and
@@ -148,7 +149,7 @@ def add_atss_config(cfg: CfgNode) -> None:
     cfg.INPUT.AUGMENT_UNTIL = 1.0
 
     # The backward pass computes each stage of the backbone again, whose activations are not stored
-    # (activation checkpointing): less memory, a longer step.
+    # (activation checkpointing): less memory, a longer step. Not with MODEL.ATSS.COMPILE "all".
     cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING = False
 
     # timm model of MODEL.BACKBONE.NAME build_timm_fpn_backbone. MODEL.FPN.IN_FEATURES names its
