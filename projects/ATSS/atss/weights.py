@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ KEYS = ("model", "state_dict")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
-def widen_first(weights: Mapping[str, Any], model: nn.Module, channels: int) -> Mapping[str, Any]:
+def widen_first(weights: dict[str, Any], model: nn.Module, channels: int) -> dict[str, Any]:
     """Return weights whose first convolution takes ``channels`` instead of three: its filters are
     repeated and scaled by 3 / channels, or summed for one channel, as timm does.
 
