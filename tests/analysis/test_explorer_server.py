@@ -220,6 +220,7 @@ def test_values_are_the_packages_on_200_objects_of_coco(real_data):
     explorer = Explorer(datasets.register(source), "ATSS_R_50_FPN_1x", ["MODEL.DEVICE", "cpu"])
     known, count, number = explorer.arguments, 0, 0
     rules = [name for name, about in known.items() if not about["predictions"]]
+    rules.remove("Sampled")  # of many positives, each call draws others
     while count < 200:
         image = explorer.image(number)
         for rule in rules:

@@ -1,10 +1,14 @@
 """SOLVER.IMS_PER_BATCH -1: choice, rate, resumption, refusals."""
 
+import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, TINY, make_cfg
 from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
 
 import atss.engine.batch as batch
 from atss.data.datasets import register
@@ -56,6 +60,23 @@ def test_largest_batch_is_chosen_and_its_rate_scaled(choose, measured, capsys):
     assert choose(**{"SOLVER.IMS_PER_BATCH": 3}) == (3, 0.03)
 
 
+def test_measured_steps_take_planes_and_keep_weights(monkeypatch):
+    monkeypatch.setattr(batch, "keep_freed_memory", lambda: None)
+    values = TINY | {"INPUT.FORMAT": "planes", "MODEL.ATSS.NUM_CLASSES": 2}
+    values |= {"MODEL.PIXEL_MEAN": [0.0] * 5, "MODEL.PIXEL_STD": [1.0] * 5}
+    cfg = make_cfg(*(x for item in values.items() for x in item))
+    model, used = build_model(cfg), []
+    monkeypatch.setattr(batch, "build_model", lambda _: model)
+    weights = copy.deepcopy(model.state_dict())
+    asked = SimpleNamespace(recv=iter([2]).__next__, send=used.append)
+    with pytest.raises(StopIteration):
+        batch._make_steps(cfg, [], (32, 64), 3, asked)
+    assert len(used) == 1
+    assert used[0][0] > 0
+    for name, x in model.named_parameters():
+        assert torch.equal(x, weights[name])
+
+
 def test_resumed_run_keeps_its_batch(choose, measured, tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("SOLVER:\n  IMS_PER_BATCH: 2\n  BASE_LR: 1.0\n")
     assert choose("--resume") == (2, pytest.approx(0.015))
@@ -70,6 +91,14 @@ def test_no_batch_is_refused(choose, measured, monkeypatch, tmp_path):
     own.write_text(f"_BASE_: {CONFIG}\nSOLVER:\n  IMS_PER_BATCH: -1\n")
     with pytest.raises(ValueError, match=r"own.yaml must have the batch of its SOLVER.BASE_LR"):
         choose("--config-file", str(own))
+    for key, value, reason in (
+        ("MODEL.MASK_ON", True, "measures steps on boxes alone: .* with MODEL.MASK_ON True"),
+        ("SOLVER.ACCUMULATE", 0, "SOLVER.ACCUMULATE must be >= 1, got 0"),
+        ("INPUT.MAX_SIZE_TRAIN", 0, "INPUT.MAX_SIZE_TRAIN must be >= 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            choose(**{key: value})
+    assert not measured
     monkeypatch.setattr(batch, "memory_left", lambda: 10**6)
     with pytest.raises(ValueError, match=r"a step of one image of .* does not fit into memory"):
         choose()
@@ -100,6 +129,8 @@ def test_largest_canvas():
     assert largest_canvas(make_cfg(*sizes, "DATALOADER.ASPECT_RATIO_GROUPING", False)) == (100, 100)
     jitter = ("INPUT.SCALE_JITTER", [0.5, 1], "INPUT.SCALE_JITTER_SIZE", 64)
     assert largest_canvas(make_cfg(*sizes, *jitter)) == (64, 64)
+    high = ("INPUT.RESIZE", "stretch", "INPUT.MIN_SIZE_TRAIN", (120,), "INPUT.MAX_SIZE_TRAIN", 100)
+    assert largest_canvas(make_cfg(*high)) == (120, 100)
 
 
 @pytest.mark.slow

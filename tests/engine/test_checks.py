@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog
 from atss.config import prune
 from atss.config.checks import flatten
 from atss.engine.checks import (
+    check_config,
     check_processes,
     describe_unread,
     scales_gradients,
@@ -272,3 +273,13 @@ def test_long_warm_up_is_named(caplog, total, advice):
             f"50 is more than half of SOLVER.MAX_ITER {total}: the learning rate stays low; set "
             f"SOLVER.WARMUP_ITERS {advice}"
         )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("SOLVER.ACCUMULATE", 2), ("MODEL.BACKBONE.ACTIVATION_CHECKPOINTING", True)]
+)
+def test_keys_of_atss_detector_are_refused_for_others(key, value):
+    cfg = make_cfg(key, value, "MODEL.META_ARCHITECTURE", "GeneralizedRCNN")
+    reason = f"{key} {value} needs MODEL.META_ARCHITECTURE ATSSDetector, got GeneralizedRCNN"
+    with pytest.raises(ValueError, match=reason):
+        check_config(cfg, training=True)

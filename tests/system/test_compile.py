@@ -167,6 +167,12 @@ def test_unknown_parts_are_refused(value):
             check()
 
 
+def test_checkpointed_stages_are_refused():
+    opts = ("MODEL.ATSS.COMPILE", "all", "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING", True)
+    with pytest.raises(ValueError, match="cannot compile a backbone with activation checkpointing"):
+        check_model(make_cfg(*opts), training=True)
+
+
 def test_model_runs_uncompiled_without_a_compiler(monkeypatch, caplog):
     def no_compiler(function):
         raise RuntimeError("no working C++ compiler found\nand much more")

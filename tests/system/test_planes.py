@@ -112,6 +112,20 @@ def test_first_convolution_is_widened_as_timm_does(channels):
     assert widened["b"] is other
 
 
+def test_only_the_first_convolution_is_widened():
+    """Nor another of three channels, and versions of modules stay. A level of the pyramid may have
+    as many channels as the image has planes."""
+    first, grouped = torch.nn.Conv2d(8, 6, 3), torch.nn.Conv2d(9, 6, 3, groups=3)
+    model = torch.nn.ModuleDict({"fpn": torch.nn.Conv2d(8, 4, 1), "a": first, "b": grouped})
+    weights = model.state_dict() | {"a.weight": torch.rand(6, 3, 3, 3)}
+    weights._metadata = model.state_dict()._metadata
+    widened = widen_first(weights, model, 8)
+    model.load_state_dict(widened)
+    assert torch.equal(first.weight[:, 6:], weights["a.weight"][:, :2] * 3 / 8)
+    assert widened._metadata is weights._metadata
+    assert widen_first(weights, model, 3) is weights
+
+
 def test_pretrained_timm_backbone_takes_four_planes(tmp_path):
     timm = pytest.importorskip("timm")
     weights = timm.create_model("resnet18").state_dict()

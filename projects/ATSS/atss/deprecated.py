@@ -94,7 +94,6 @@ MODULES = {
     "atss.config.classes": "atss.config.derive",
     "atss.config.pixels": "atss.config.derive",
     "atss.config.read": "atss.config.files",
-    "atss.config.sampling": "atss.config.build",
     "atss.config.schedule": "atss.config.derive",
     "atss.config.tta": "atss.config.build",
     "atss.data.check": "atss.labels.check",

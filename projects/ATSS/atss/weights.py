@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,28 +39,31 @@ KEYS = ("model", "state_dict")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
-def widen_first(weights: Mapping[str, Any], model: nn.Module, channels: int) -> dict[str, Any]:
+def widen_first(weights: dict[str, Any], model: nn.Module, channels: int) -> dict[str, Any]:
     """Return weights whose first convolution takes ``channels`` instead of three: its filters are
     repeated and scaled by 3 / channels, or summed for one channel, as timm does.
 
     Args:
-        model: whose first convolution of so many channels has the shape.
+        weights: by the model's names or others. A copy keeps their attribute, the versions.
+        model: whose convolutions of so many channels have the shapes of the widened ones.
     """
-    found = (x.weight.shape for x in model.modules() if isinstance(x, nn.Conv2d))
-    shape = next((x for x in found if x[1] == channels), None)
-    if channels == 3 or shape is None:
-        return dict(weights)
+    if channels == 3:
+        return weights
+    own = {name: x.shape for name, x in model.state_dict().items()}
+    convolutions = [x.weight.shape for x in model.modules() if isinstance(x, nn.Conv2d)]
+    narrow = {(x[0], 3, *x[2:]) for x in convolutions if x[1] == channels}
+    widened = copy.copy(weights)
+    for name, weight in weights.items():
+        # Not another convolution of three channels, such as one of groups.
+        if tuple(weight.shape) in narrow and own.get(name) != weight.shape:
+            widened[name] = _widen(torch.as_tensor(weight), channels)
+    return widened
 
-    def widened(weight: Any) -> Any:
-        if tuple(weight.shape) != (shape[0], 3, *shape[2:]):
-            return weight
-        weight = torch.as_tensor(weight)
-        if channels == 1:
-            return weight.sum(dim=1, keepdim=True)
-        repeated = weight.repeat(1, -(-channels // 3), 1, 1)[:, :channels]
-        return repeated * (3 / channels)
 
-    return {name: widened(weight) for name, weight in weights.items()}
+def _widen(weight: Tensor, channels: int) -> Tensor:
+    if channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    return weight.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
 
 
 def load_weights(path: str | Path, mmap: bool = False) -> Any:

@@ -9,16 +9,11 @@ from .branches import build_branches, build_criterion, for_inference, prune
 from .build import (
     ATSSDetector,
     GridAnchorGenerator,
-    Sampling,
     build_assigner,
     build_box_coder,
     build_postprocess,
-    build_sampling,
     build_tta,
-    candidates_per_object,
     check_model,
-    rule_arguments,
-    with_rule,
 )
 from .derive import (
     class_ids,
@@ -49,6 +44,13 @@ from .files import (
 )
 from .keys import add_atss_config
 from .proposals import ATSSProposals
+from .sampling import (
+    Sampling,
+    build_sampling,
+    candidates_per_object,
+    rule_arguments,
+    with_rule,
+)
 from .tiles import build_tiled, build_tiles, complete_tiles
 
 __all__ = [

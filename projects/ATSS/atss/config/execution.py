@@ -63,11 +63,20 @@ def _fast_at_bf16(on_gpu: bool) -> bool:
 
 
 def compiled_parts(cfg: CfgNode) -> str | None:
-    """Return MODEL.ATSS.COMPILE: "tail", "all" or None."""
+    """Return MODEL.ATSS.COMPILE: "tail", "all" or None.
+
+    Raises:
+        UserError: for another value, or "all" with activation checkpointing.
+    """
     value = cfg.MODEL.ATSS.COMPILE
     if isinstance(value, bool):  # in configs up to 0.2
-        return "all" if value else None
+        value = "all" if value else None
     check_choice("MODEL.ATSS.COMPILE", value, (None, "tail", "all"))
+    if value == "all" and cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING:
+        raise UserError(
+            "torch.compile cannot compile a backbone with activation checkpointing: set "
+            "MODEL.ATSS.COMPILE to tail, or MODEL.BACKBONE.ACTIVATION_CHECKPOINTING to False"
+        )
     return value
 
 

@@ -29,7 +29,7 @@ def add_atss_config(cfg: CfgNode) -> None:
     cfg.SOLVER.WEIGHT_DECAY_SCALE = None
     # Images of an iteration, of all processes. -1, on the command line alone: the largest number
     # that fits into the memory of the GPU, or of this process on a CPU, measured by steps on images
-    # of the largest size of INPUT. SOLVER.BASE_LR, for the number in the config file, is scaled:
+    # of the largest size of INPUT, without masks or key points. SOLVER.BASE_LR, for the number in the config file, is scaled:
     # linearly for SGD, by the square root for AdamW. Keys in iterations, such as MAX_ITER, are not
     # scaled.
     cfg.SOLVER.IMS_PER_BATCH = 16
@@ -150,7 +150,8 @@ def add_atss_config(cfg: CfgNode) -> None:
     cfg.INPUT.AUGMENT_UNTIL = 1.0
 
     # Do not store the activations of the backbone's stages: the backward pass computes them again
-    # (activation checkpointing). A step needs less memory and more time.
+    # (activation checkpointing). A step needs less memory and more time. Not with
+    # MODEL.ATSS.COMPILE "all".
     cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING = False
 
     # timm model of MODEL.BACKBONE.NAME build_timm_fpn_backbone. MODEL.FPN.IN_FEATURES names its

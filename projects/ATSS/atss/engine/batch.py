@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import math
 import multiprocessing
 import os
 import sys
@@ -18,9 +17,10 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from ..config import load_config
+from ..config.checks import check_values
 from ..data.datasets import open_records
 from ..errors import UserError
-from .checks import MEASURED, check_batch
+from .checks import MEASURED, TRAINING_LIMITS, check_batch
 from .environment import is_started, local_size, world_size
 from .estimate import peak_memory
 from .explain import explain
@@ -28,7 +28,7 @@ from .folder import read_if_exists
 from .imports import import_modules
 from .launch import keep_freed_memory
 from .memory import memory_left, resident
-from .solver import build_optimizer
+from .solver import RATE_EXPONENTS, build_optimizer
 
 # Share of the memory that a step may use. The rest is for the processes that load images, for
 # evaluations, and for blocks of other sizes than those of the measured steps.
@@ -61,8 +61,8 @@ def choose_batch(args: argparse.Namespace, cfg: CfgNode) -> None:
     else:
         solver.IMS_PER_BATCH, reason = _measure_batch(args, cfg)
     check_batch(cfg, world_size(args))
-    factor = solver.IMS_PER_BATCH / reference
-    solver.BASE_LR *= math.sqrt(factor) if solver.OPTIMIZER == "AdamW" else factor
+    exponent = RATE_EXPONENTS.get(solver.OPTIMIZER, 1.0)
+    solver.BASE_LR *= (solver.IMS_PER_BATCH / reference) ** exponent
     print(
         f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}, {reason}; SOLVER.BASE_LR "
         f"{solver.BASE_LR:.3g}, scaled from that of {reference} images",
@@ -77,8 +77,17 @@ def _measure_batch(args: argparse.Namespace, cfg: CfgNode) -> tuple[int, str]:
             f"SOLVER.IMS_PER_BATCH {MEASURED} measures before processes start, but torchrun has "
             "started them: set a number"
         )
+    for key in ("MASK_ON", "KEYPOINT_ON"):
+        if cfg.MODEL[key]:
+            raise UserError(
+                f"SOLVER.IMS_PER_BATCH {MEASURED} measures steps on boxes alone: set a number with "
+                f"MODEL.{key} True"
+            )
+    limits = {key: x for key, x in TRAINING_LIMITS.items() if key != "SOLVER.IMS_PER_BATCH"}
+    check_values(cfg, limits)
     records = open_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     objects = int(np.bincount(records.objects()[0], minlength=1).max())
+    objects *= 4 if cfg.INPUT.MOSAIC else 1  # a mosaic has those of four images
     height, width = canvas = largest_canvas(cfg)
     parts, processes = cfg.SOLVER.ACCUMULATE, world_size(args)
     most = max(len(records) // processes, 1)
@@ -131,6 +140,8 @@ def largest_canvas(cfg: CfgNode) -> tuple[int, int]:
     if node.SCALE_JITTER:
         return node.SCALE_JITTER_SIZE, node.SCALE_JITTER_SIZE
     longest = node.MAX_SIZE_TRAIN
+    if node.RESIZE == "stretch":
+        return node.MIN_SIZE_TRAIN[0], longest
     short = min(max(node.MIN_SIZE_TRAIN), longest)
     # Without groups a batch may contain a high and a wide image.
     return (short if cfg.DATALOADER.ASPECT_RATIO_GROUPING else longest), longest
@@ -150,7 +161,7 @@ def _measuring(
 
     Args:
         canvas: (height, width) of each image.
-        objects: of each image.
+        objects: number of objects in each image.
 
     Yields:
         function from a number of images to the bytes used so far at most and the memory of the GPU,
@@ -193,9 +204,12 @@ def _make_steps(
             keep_freed_memory()
         model = build_model(cfg).train()
         optimizer = build_optimizer(cfg, model)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # without a warm-up, weights could diverge, which Detectron2 refuses
         averages = copy.deepcopy(model) if cfg.SOLVER.EMA_DECAY else None  # noqa: F841
         while True:
-            batch = [_made_up(canvas, objects)] * asked.recv()
+            example = _made_up(canvas, objects, len(cfg.MODEL.PIXEL_MEAN))
+            batch = [example] * asked.recv()
             for _ in range(2):  # the first one allocates the optimizer's moments
                 with torch.autocast(model.device.type, enabled=cfg.SOLVER.AMP.ENABLED):
                     loss = sum(model(batch).values())
@@ -210,14 +224,17 @@ def _make_steps(
             raise
 
 
-def _made_up(canvas: tuple[int, int], objects: int) -> dict:
+def _made_up(canvas: tuple[int, int], objects: int, channels: int) -> dict:
     height, width = canvas
     instances = Instances(canvas)
     corners = torch.rand(objects, 2) * torch.tensor([0.9 * width, 0.9 * height])
     sides = torch.tensor([0.1 * width, 0.1 * height])
     instances.gt_boxes = Boxes(torch.cat([corners, corners + sides], dim=1))
     instances.gt_classes = torch.zeros(objects, dtype=torch.long)
-    return {"image": torch.zeros(3, height, width, dtype=torch.uint8), "instances": instances}
+    return {
+        "image": torch.zeros(channels, height, width, dtype=torch.uint8),
+        "instances": instances,
+    }
 
 
 def _used(on_gpu: bool) -> tuple[int, int]:

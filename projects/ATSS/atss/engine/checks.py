@@ -24,6 +24,7 @@ from .loggers import build_run_writers
 
 # SOLVER.IMS_PER_BATCH of :func:`~atss.engine.batch.choose_batch`.
 MEASURED = -1
+CHECKPOINTING = "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING"
 # Limits of Detectron2's keys: least and greatest value.
 TRAINING_LIMITS = {
     "INPUT.AUGMENT_UNTIL": (0, 1),
@@ -34,6 +35,7 @@ TRAINING_LIMITS = {
     "INPUT.MAX_SIZE_TRAIN": (1, math.inf),
     "INPUT.MOSAIC": (0, 1),
     "INPUT.SCALE_JITTER_SIZE": (32, math.inf),
+    "SOLVER.ACCUMULATE": (1, math.inf),
     "SOLVER.BACKBONE_LR_FACTOR": (0, math.inf),
     "SOLVER.BASE_LR": (0, math.inf),
     "SOLVER.CHECKPOINT_PERIOD": (1, math.inf),
@@ -88,11 +90,15 @@ def check_config(cfg: CfgNode, training: bool, given: Collection[str] = ()) -> N
         UserError: naming the key.
     """
     if training:
-        if cfg.SOLVER.ACCUMULATE > 1 and cfg.MODEL.META_ARCHITECTURE != "ATSSDetector":
-            raise UserError(
-                f"SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE} needs MODEL.META_ARCHITECTURE "
-                f"ATSSDetector, got {cfg.MODEL.META_ARCHITECTURE}"
-            )
+        for key, value, without in (
+            ("SOLVER.ACCUMULATE", cfg.SOLVER.ACCUMULATE, 1),
+            (CHECKPOINTING, cfg.MODEL.BACKBONE.ACTIVATION_CHECKPOINTING, False),
+        ):
+            if value != without and cfg.MODEL.META_ARCHITECTURE != "ATSSDetector":
+                raise UserError(
+                    f"{key} {value} needs MODEL.META_ARCHITECTURE ATSSDetector, got "
+                    f"{cfg.MODEL.META_ARCHITECTURE}"
+                )
         jitter = cfg.INPUT.SCALE_JITTER
         if jitter and cfg.INPUT.FULL_SIZE_CROP:
             raise UserError(
@@ -300,7 +306,8 @@ def check_batch(cfg: CfgNode, processes: int) -> None:
             f"SOLVER.IMS_PER_BATCH must be divisible by {processes}, the number of processes, got "
             f"{images}"
         )
-    check_range("SOLVER.ACCUMULATE", solver.ACCUMULATE, 1)
+    limits = TRAINING_LIMITS["SOLVER.ACCUMULATE"]
+    check_range("SOLVER.ACCUMULATE", solver.ACCUMULATE, *limits)  # a divisor
     if images % (count * solver.ACCUMULATE):
         parts = f"SOLVER.ACCUMULATE {solver.ACCUMULATE}"
         each = f" in each of {count} processes" if count > 1 else ""

@@ -14,6 +14,8 @@ from ..errors import UserError
 BACKBONE = "backbone.bottom_up."
 # Moments that an optimizer keeps for each weight.
 MOMENTS = {"SGD": 1, "AdamW": 2}
+# Power of the batch by which an optimizer's learning rate grows (arXiv 1706.02677, 2205.10287).
+RATE_EXPONENTS = {"SGD": 1.0, "AdamW": 0.5}
 # Entries of an optimizer's groups that the config sets: name in messages, keys.
 SETTINGS = {
     "initial_lr": ("learning rate", "SOLVER.BASE_LR, BIAS_LR_FACTOR, BACKBONE_LR_FACTOR"),
