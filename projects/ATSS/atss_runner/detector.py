@@ -65,9 +65,9 @@ class Detector:
         size = (self.settings["min_size"], self.settings["max_size"])
         stretched = self.settings["resize"] == "stretch"
         self.size: Size = (*size, True) if stretched else size
-        self.thresholds: list[float | None] | None = self.settings.get("thresholds")
+        self.thresholds: list[float | None] | None = self.settings["thresholds"]
         self.batch = batch
-        self.tiles = None if tiles is None else choose_tiles(self.settings.get("tiles", {}), tiles)
+        self.tiles = None if tiles is None else choose_tiles(self.settings["tiles"], tiles)
         self.planes: Planes | None = None
         if self.settings["input_format"] == FORMAT:
             number, shown = len(self.settings["pixel_mean"]), self.settings["shown_planes"]
