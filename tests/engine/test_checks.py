@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog
 from atss.config import prune
 from atss.config.checks import flatten
 from atss.engine.checks import (
+    check_config,
     check_processes,
     describe_unread,
     scales_gradients,
@@ -66,6 +67,13 @@ def test_parts_of_a_batch_must_be_whole_images(parts, processes, sentence):
     cfg = make_cfg("SOLVER.IMS_PER_BATCH", 8, "SOLVER.ACCUMULATE", parts)
     with pytest.raises(ValueError, match=sentence):
         check_processes(arguments("--num-gpus", str(processes)), cfg)
+
+
+def test_tiles_of_masks_are_refused():
+    """They would be evaluated as rectangles."""
+    cfg = make_cfg("TEST.TILES.ENABLED", True, "MODEL.MASK_ON", True)
+    with pytest.raises(ValueError, match="^TEST.TILES merges boxes alone: ENABLED must be False"):
+        check_config(cfg, training=False)
 
 
 def test_torchrun_and_launch_do_not_mix(torchrun):

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from .detections import Detections
 from .images import HIGH_DEPTH, Size, resized, too_thin
 from .media import FileError, batches
-from .planes import FORMAT, Planes, resize_planes
+from .planes import FORMAT, Planes, as_planes, resize_planes
 from .postprocess import anchors_per_level, in_original, select
 from .settings import read_settings
 from .tiles import choose_tiles
@@ -78,7 +78,8 @@ class Detector:
 
         Args:
             images: a path, a PIL image, or a uint8 array as of OpenCV, (H, W, 3) BGR, (H, W, 4)
-                BGRA or (H, W) grey; or a list or an iterator of these.
+                BGRA or (H, W) grey; or a list or an iterator of these. With INPUT.FORMAT planes,
+                arrays are (H, W, planes) as in files, red before blue.
 
         Returns:
             :class:`Detections`; of a list or an iterator a list.
@@ -116,7 +117,7 @@ class Detector:
         """Run the network.
 
         Args:
-            pixels: (N, 3, H, W) float32, 0 to 255, in the channel order of the metadata.
+            pixels: (N, C, H, W) float32, 0 to 255, in the channel order of the metadata.
             sizes: (N, 2) int64 height and width of the images on their canvas.
 
         Returns:
@@ -155,7 +156,7 @@ class Detector:
         return in_original(found, size, original, self.settings)
 
     def pixels(self, image: ImageLike) -> np.ndarray:
-        """Return the input of the network for one image, (1, 3, H, W): resized, on a canvas of the
+        """Return the input of the network for one image, (1, C, H, W): resized, on a canvas of the
         mean colour, which is 0 once normalised."""
         array = self.read(image)
         height, width = size = self.resized(array)
@@ -268,12 +269,12 @@ def read_bgr(image: Any) -> np.ndarray:
 
 
 def read_planes(image: Any, planes: Planes) -> np.ndarray:
-    """Planes as in files of a path or an array, checked."""
+    """Return the checked planes, as in files, of a path, a Pillow image or an array."""
     is_file = isinstance(image, str | os.PathLike)
     name = os.fspath(image) if is_file else "the image"
     try:
-        array = planes.read(Path(image).read_bytes()) if is_file else np.asarray(image)
-        planes.scale(array)
+        array = planes.read(Path(image).read_bytes()) if is_file else as_planes(image)
+        planes.check(array)
         return array
     except Exception as error:  # decoders raise errors of many types for damaged files
         reason = getattr(error, "strerror", None) or error

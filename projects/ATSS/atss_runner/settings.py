@@ -9,8 +9,8 @@ from .planes import FORMAT
 from .postprocess import SUPPRESSIONS
 from .thresholds import is_score
 
-# 2: "resize", "tiles", "class_agnostic" of suppressions, and planes. Older runners would ignore them
-# or fail.
+# 2: "resize", "tiles", planes, and "class_agnostic" of suppressions, without which older runners
+# detect wrongly or fail.
 SCHEMA = 2
 # Fields that older files lack.
 DEFAULTS: dict[str, Any] = {"resize": "shortest", "tiles": {}, "thresholds": None}
