@@ -72,7 +72,7 @@ def test_parts_of_a_batch_must_be_whole_images(parts, processes, sentence):
 def test_tiles_of_masks_are_refused():
     """They would be evaluated as rectangles."""
     cfg = make_cfg("TEST.TILES.ENABLED", True, "MODEL.MASK_ON", True)
-    with pytest.raises(ValueError, match="^TEST.TILES merges boxes alone: ENABLED must be False"):
+    with pytest.raises(ValueError, match=r"^TEST\.TILES merges boxes alone: E"):
         check_config(cfg, training=False)
 
 
