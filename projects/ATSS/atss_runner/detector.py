@@ -18,14 +18,12 @@ from PIL import Image, ImageOps
 from .detections import Detections
 from .images import HIGH_DEPTH, Size, resized, too_thin
 from .media import FileError, batches
-from .planes import FORMAT, Planes, as_planes, resize_planes
+from .planes import FORMAT, ORIENTATION, Planes, as_planes, resize_planes
 from .postprocess import anchors_per_level, in_original, select
 from .settings import read_settings
 from .tiles import choose_tiles
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
-# EXIF's tag.
-ORIENTATION = 0x0112
 
 
 class Detector:
