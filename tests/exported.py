@@ -12,7 +12,7 @@ from torch import nn
 
 MEAN = [103.5, 116.25, 123.75]
 SETTINGS = {
-    "schema": 1,
+    "schema": 2,
     "classes": ["ant", "bee"],
     "ids": [],
     "inputs": ["image"],
@@ -36,6 +36,8 @@ SETTINGS = {
     "score": "sqrt",
     "score_thresh": 0.5,
     "suppression": {"name": "nms", "threshold": 0.6},
+    "tiles": {},
+    "thresholds": None,
 }
 
 

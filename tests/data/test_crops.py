@@ -48,11 +48,12 @@ def sides(result):
     return (boxes[:, 2:] - boxes[:, :2]).tolist()
 
 
-def test_crops_have_the_size_of_resized_images_and_keep_objects(tmp_path):
+@pytest.mark.parametrize("resize", ["shortest", "stretch"])
+def test_crops_have_the_size_of_resized_images_and_keep_objects(tmp_path, resize):
     """Boxes lie on their objects, at the image's own resolution; cut objects keep a tenth."""
     example = record(tmp_path, (100, 100, 30, 20))
     cut = 0
-    for result in mapped(example):
+    for result in mapped(example, "INPUT.RESIZE", resize):
         assert result["image"].shape == (3, 60, 80)
         (box,) = result["instances"].gt_boxes.tensor.tolist()
         x, y = torch.meshgrid(torch.arange(80) + 0.5, torch.arange(60) + 0.5, indexing="xy")

@@ -69,6 +69,13 @@ def test_parts_of_a_batch_must_be_whole_images(parts, processes, sentence):
         check_processes(arguments("--num-gpus", str(processes)), cfg)
 
 
+def test_tiles_of_masks_are_refused():
+    """They would be evaluated as rectangles."""
+    cfg = make_cfg("TEST.TILES.ENABLED", True, "MODEL.MASK_ON", True)
+    with pytest.raises(ValueError, match=r"^TEST\.TILES merges boxes alone: E"):
+        check_config(cfg, training=False)
+
+
 def test_torchrun_and_launch_do_not_mix(torchrun):
     torchrun()
     with pytest.raises(ValueError, match="leave out --num-gpus"):

@@ -17,6 +17,7 @@ from atss.export.files import metadata
 from atss.labels.check import check, format_report
 from atss.labels.formats import read_labels
 from atss.predictor import Predictor
+from atss_runner.media import FileError
 from atss_runner.tiles import choose_tiles
 
 SMALL = [x for item in TINY.items() for x in item]
@@ -81,6 +82,12 @@ def test_exported_file_has_the_tiles_of_the_config():
     settings = json.loads(json.dumps(metadata(build_model(cfg).eval(), cfg)))
     assert choose_tiles(settings["tiles"], 0) == build_tiles(cfg)
     assert choose_tiles(settings["tiles"], 64).size == 64
+    cfg.TEST.TILES.SIZE_OF_DATA = 0  # the rules of merging are known, the size is not
+    settings = metadata(build_model(cfg).eval(), cfg)
+    with pytest.raises(FileError, match="no size of tiles"):
+        choose_tiles(settings["tiles"], 0)
+    cfg.TEST.TILES.SIZE = 64
+    assert choose_tiles(settings["tiles"], 64) == build_tiles(cfg)
 
 
 def test_evaluation_is_that_of_the_predictor(squares, weights, tmp_path):

@@ -19,6 +19,7 @@ def run(tmp_path, monkeypatch):
     class Detector:
         names, ids, size, thresholds = ("ant", "bee"), (7, 9), (96, 160), None
         read, picture = staticmethod(read_bgr), staticmethod(lambda image: image)
+        planes = None
 
         def __init__(self, *arguments):
             loads.append(arguments)

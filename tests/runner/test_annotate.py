@@ -12,6 +12,7 @@ from atss_runner.annotate import annotate, targets
 from atss_runner.detections import Detections, as_records
 from atss_runner.detector import read_bgr
 from atss_runner.media import Film
+from atss_runner.planes import Planes
 
 
 class Predictor:
@@ -21,6 +22,7 @@ class Predictor:
     ids = (7, 9)
     size = (96, 160)
     read, picture = staticmethod(read_bgr), staticmethod(lambda image: image)
+    planes = None
 
     def __init__(self):
         self.counts = []
@@ -73,6 +75,12 @@ def test_unusable_images_are_skipped_and_named(run, tmp_path, capsys):
     thin_line, text_line = capsys.readouterr().err.splitlines()
     assert thin_line == f"skipped: {thin} is 5000 x 1 pixels, too thin to be resized to 160 at most"
     assert text_line.startswith(f"skipped: cannot read the image {text}: ")
+
+
+def test_film_is_skipped_by_a_detector_of_planes(run, film, monkeypatch, capsys):
+    monkeypatch.setattr(Predictor, "planes", Planes(3, 255, (0, 1, 2)))
+    assert run(film)[0] == []
+    assert "film.avi has no planes (INPUT.FORMAT planes)" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ class Predictor:
 
     names, ids, size, thresholds = ("ant", "bee"), (7, 9), (96, 160), None
     read, picture = staticmethod(read_bgr), staticmethod(lambda image: image)
+    planes = None
 
     def __call__(self, images):
         boxes, scores = np.float32([[0, 0, 9, 9], [9, 9, 20, 20]]), np.float32([0.5, 0.5])

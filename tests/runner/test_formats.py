@@ -27,6 +27,7 @@ class Predictor:
 
     names, ids, size = NAMES, (0, 7), (96, 160)
     read, picture = staticmethod(read_bgr), staticmethod(lambda image: image)
+    planes = None
 
     def __call__(self, images):
         count = [0 if image.shape[:2] == (50, 50) else 3 for image in images]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from atss_runner.planes import Planes, resize_planes
+from atss_runner.planes import Planes, as_planes, resize_planes
 
 WIDE = np.random.default_rng(0).integers(0, 65536, (6, 9, 5), np.uint16)
 
@@ -52,7 +52,21 @@ def test_orientation_is_applied_as_by_pillow(orientation, tmp_path):
     content = save(tmp_path / "a.png", WIDE[:, :, :3].astype(np.uint8), exif=exif)
     with Image.open(tmp_path / "a.png") as image:
         expected = np.asarray(ImageOps.exif_transpose(image))
+        np.testing.assert_array_equal(as_planes(image), expected)
     np.testing.assert_array_equal(Planes.read(content), expected)
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.png"])
+def test_damaged_file_is_a_value_or_os_error(name, tmp_path):
+    content = save(tmp_path / name, WIDE[:, :, 0])
+    for end in range(4, len(content), 9):
+        with pytest.raises((ValueError, OSError)):
+            Planes.read(content[:end])
+
+
+def test_palette_becomes_colours():
+    image = Image.fromarray(WIDE[:, :, :3].astype(np.uint8)).quantize(8)
+    np.testing.assert_array_equal(as_planes(image), np.asarray(image.convert("RGB")))
 
 
 def test_highest_value_becomes_255():
@@ -75,6 +89,7 @@ def test_bytes_stay_as_they_are():
         (WIDE.astype(np.uint8), 65535, "it has 8 bits, but INPUT.HIGHEST is 65535"),
         (WIDE, 4095, r"it has the value \d+, above INPUT.HIGHEST 4095"),
         (np.full((2, 2, 5), np.nan, np.float32), 255, "it has the value nan, above"),
+        (np.full((2, 2, 5), -np.inf, np.float32), 255, "it has the value -inf"),
         (WIDE.astype(complex), 65535, "dtype complex128"),
         (WIDE[None], 65535, r"it has shape \(1, 6, 9, 5\)"),
     ],

@@ -340,6 +340,17 @@ def test_unusable_arguments_get_one_sentence(words, sentence):
     assert leaving.value.code == f"error: {sentence}"
 
 
+def test_batch_is_that_of_the_detector_too(monkeypatch):
+    loads, apps = [], []
+    monkeypatch.setattr(serve, "load", lambda *arguments: loads.append(arguments) or StandIn())
+    monkeypatch.setattr(uvicorn, "run", lambda app, **_: apps.append(app))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    serve.main(["x.onnx", "--batch", "9"])
+    assert loads == [("x.onnx", 0, 9)]
+    assert len(apps) == 1
+
+
 # ------------------------------------------------------------------------------------------------
 # An exported file in a process
 # ------------------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ import pytest
 from exported import SETTINGS
 
 from atss_runner import FileError
-from atss_runner.settings import CHOICES, FIELDS, read_settings
+from atss_runner.settings import CHOICES, DEFAULTS, FIELDS, read_settings
 
 
 def test_complete_settings_are_read():
     assert read_settings("model.onnx", {"atss": json.dumps(SETTINGS)}) == SETTINGS
-    assert {*FIELDS, *CHOICES, "schema"} == {*SETTINGS}
+    assert {*FIELDS, *CHOICES, *DEFAULTS, "schema"} == {*SETTINGS}
+    older = {key: value for key, value in SETTINGS.items() if key not in DEFAULTS}
+    assert read_settings("model.onnx", {"atss": json.dumps(older)}) == SETTINGS
     settings = SETTINGS | {"thresholds": [0.5, None]}
     assert read_settings("model.onnx", {"atss": json.dumps(settings)}) == settings
 
@@ -22,7 +24,7 @@ def test_damaged_json_is_refused(text):
         read_settings("m.onnx", {"atss": text})
 
 
-@pytest.mark.parametrize("name", [*FIELDS, *sorted(CHOICES.keys() - {"resize"})])
+@pytest.mark.parametrize("name", sorted({*FIELDS, *CHOICES} - {*DEFAULTS}))
 def test_each_missing_field_is_named(name):
     settings = {key: value for key, value in SETTINGS.items() if key != name}
     with pytest.raises(FileError, match=f"^m.onnx .*{name}"):
@@ -32,7 +34,9 @@ def test_each_missing_field_is_named(name):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"schema": 2}, "has metadata of schema 2, this runner reads up to 1: install a newer"),
+        ({"schema": 3}, "has metadata of schema 3, this runner reads up to 2: install a newer"),
+        ({"tiles": [480]}, r"has damaged metadata 'atss': tiles is \[480\]"),
+        ({"input_format": "planes"}, "has damaged metadata 'atss': highest is missing"),
         ({"strides": "8"}, "has damaged metadata 'atss': strides is '8'"),
         ({"divisor": None}, "has damaged metadata 'atss': divisor is None"),
         ({"input_format": "L"}, "needs the input_format 'L', this runner has BGR, RGB"),

@@ -131,7 +131,7 @@ def test_file_with_nms_takes_any_batch_and_its_sizes(with_nms):
         (lambda file: file.write_text("no model"), "cannot load"),
         (lambda file: file.write_bytes(file.read_bytes()[:9999]), "cannot load"),
         (lambda file: change(file, None), "no exported detector: it has no metadata"),
-        (lambda file: change(file, {"schema": 2}), "schema 2, this runner reads up to 1"),
+        (lambda file: change(file, {"schema": 3}), "schema 3, this runner reads up to 2"),
         (lambda file: file.unlink(), "does not exist"),
     ],
 )

@@ -21,6 +21,7 @@ from atss.errors import UserError
 from atss.export import export_onnx
 from atss.weights import widen_first
 from atss_runner.media import FileError
+from atss_runner.planes import Planes
 
 FOUR = (
     *("INPUT.FORMAT", "planes", "INPUT.HIGHEST", 65535, "INPUT.SHOWN_PLANES", [3, 1, 0]),
@@ -76,8 +77,20 @@ def train_and_detect(planes, tmp_path):
     return cfg, file, predictor, expected
 
 
-def test_trains_and_detects(planes, tmp_path):
-    train_and_detect(planes, tmp_path)
+def test_trains_and_detects(planes, tmp_path, monkeypatch):
+    """On tiles, too, whose planes are scaled one by one."""
+    cfg, file, _, expected = train_and_detect(planes, tmp_path)
+    shapes, scale = [], Planes.scale
+    monkeypatch.setattr(
+        Planes, "scale", lambda self, x: shapes.append(x.shape[:2]) or scale(self, x)
+    )
+    weights, tiles = tmp_path / "model_final.pth", ("TEST.TILES.ENABLED", True, "TEST.TILES.SIZE")
+    found = Predictor(cfg, weights, [*tiles, 128])(str(file))
+    assert all(map(np.array_equal, found, expected))
+    shapes.clear()
+    opts = [*tiles, 64, "TEST.TILES.WHOLE", False]
+    assert len(Predictor(cfg, weights, opts)(str(file)).boxes)
+    assert set(shapes) == {(64, 64)}
 
 
 @pytest.mark.slow

@@ -16,12 +16,12 @@ from PIL import Image
 
 from atss_runner.detections import Detections, draw_detections, explain_none
 from atss_runner.images import HIGH_DEPTH, Size, too_thin
-from atss_runner.planes import Planes
+from atss_runner.planes import Planes, as_planes
 from atss_runner.thresholds import DEFAULT, class_thresholds, per_class
 
 from .checkpoints import SafeCheckpointer
 from .config import (
-    build_tiled,
+    build_tiles,
     class_ids,
     class_names,
     for_inference,
@@ -93,7 +93,8 @@ class Predictor:
             stretched to it.
         thresholds: of the classes, with None for a class without one; None without thresholds.
         max_detections: TEST.DETECTIONS_PER_IMAGE, the most that an image has.
-        tiled: the detector on tiles of large images (TEST.TILES); None if it is off.
+        tiles: layout of tiles of large images (TEST.TILES); None if it is off.
+        planes: of images with INPUT.FORMAT planes, or None.
 
     Raises:
         UserError, OSError: naming the file or the key.
@@ -130,8 +131,10 @@ class Predictor:
         self.size = input_size(cfg)
         self.max_detections = cfg.TEST.DETECTIONS_PER_IMAGE
         self.resize = build_test_resize(cfg)
-        self.tiled = build_tiled(cfg, self.model) if cfg.TEST.TILES.ENABLED else None
+        self.tiles = build_tiles(cfg) if cfg.TEST.TILES.ENABLED else None
+        self._tile_batch = cfg.TEST.TILES.BATCH
         self.input_format = pixel_format(cfg)
+        self.planes = self.input_format if isinstance(self.input_format, Planes) else None
 
     @overload  # a path is also a sequence of texts
     def __call__(self, images: ImageLike) -> Detections: ...  # type: ignore[overload-overlap]
@@ -156,18 +159,24 @@ class Predictor:
         detections = self._detect(self._arrays(images))
         return detections if _are_several(images) else detections[0]
 
-    @torch.no_grad()
     def _detect(self, arrays: Sequence[np.ndarray]) -> list[Detections]:
-        detector = self.tiled or self.model
-        inputs = self._inputs(arrays, resized=self.tiled is None)
-        outputs = [x["instances"].to("cpu") for x in detector(inputs)] if inputs else []
-        detections = [
-            Detections(x.pred_boxes.tensor.numpy(), x.scores.numpy(), x.pred_classes.numpy())
-            for x in outputs
-        ]
+        if self.tiles is None:
+            detections = self._detect_whole(arrays)
+        else:
+            rules = self._detect_whole, self.max_detections, self._tile_batch
+            detections = [self.tiles.detect(x, *rules) for x in arrays]
         if self.thresholds is not None:
             detections = [x.above(self._least_scores(0.0)) for x in detections]
         return detections
+
+    @torch.no_grad()
+    def _detect_whole(self, arrays: Sequence[np.ndarray]) -> list[Detections]:
+        inputs = self._inputs(arrays)
+        outputs = [x["instances"].to("cpu") for x in self.model(inputs)] if inputs else []
+        return [
+            Detections(x.pred_boxes.tensor.numpy(), x.scores.numpy(), x.pred_classes.numpy())
+            for x in outputs
+        ]
 
     def show(self, image: ImageLike, threshold: float = DEFAULT) -> Image.Image:
         """Return a picture of an image and its detections, which notebooks display. It has 640
@@ -192,8 +201,7 @@ class Predictor:
 
     def picture(self, array: np.ndarray) -> np.ndarray:
         """Return (H, W, 3) uint8 BGR of an array of :meth:`read`."""
-        planes = self.input_format
-        return planes.picture(array) if isinstance(planes, Planes) else array
+        return array if self.planes is None else self.planes.picture(array)
 
     def _least_scores(self, default: float) -> float | np.ndarray:
         return default if self.thresholds is None else per_class(self.thresholds, default)
@@ -220,20 +228,17 @@ class Predictor:
 
     def _read(self, image: Any, name: str) -> np.ndarray:
         """Return (H, W, 3) uint8 BGR, or planes as in files. Messages begin with ``name``."""
-        if isinstance(self.input_format, Planes):
-            return _as_planes(image, name, self.size, self.input_format)
+        if self.planes is not None:
+            return _as_planes(image, name, self.size, self.planes)
         return _as_bgr(image, name, self.size)
 
-    def _inputs(self, arrays: Sequence[np.ndarray], resized: bool = True) -> list[dict]:
+    def _inputs(self, arrays: Sequence[np.ndarray]) -> list[dict]:
         inputs = []
         for array in arrays:
             image = _in_format(array, self.input_format)
             height, width = image.shape[:2]
-            if resized:
-                image = self.resize.get_transform(image).apply_image(image)
-                tensor = torch.as_tensor(image.transpose(2, 0, 1).copy())
-            else:  # a view: the image may be large
-                tensor = torch.as_tensor(np.require(image, None, ["C", "W"])).permute(2, 0, 1)
+            image = self.resize.get_transform(image).apply_image(image)
+            tensor = torch.as_tensor(image.transpose(2, 0, 1).copy())
             inputs.append({"image": single(tensor), "height": height, "width": width})
         return inputs
 
@@ -274,12 +279,13 @@ def _in_format(array: np.ndarray, input_format: str | Planes) -> np.ndarray:
 
 def _as_planes(image: Any, name: str, size: Size, planes: Planes) -> np.ndarray:
     """Return planes as in files, checked. Messages begin with ``name``."""
-    is_file = isinstance(image, str | os.PathLike)
-    name = f"the image {os.fspath(image)}" if is_file else name
-    array = read_planes(os.fspath(image)) if is_file else np.asarray(image)
+    if isinstance(image, str | os.PathLike):
+        name = f"the image {os.fspath(image)}"
+        image = read_planes(os.fspath(image))
     try:
-        planes.scale(array)
-    except ValueError as error:
+        array = as_planes(image)
+        planes.check(array)
+    except (ValueError, OSError) as error:
         raise UserError(f"{name} cannot be used: {error}") from error
     if thin := too_thin(array.shape[0], array.shape[1], *size):
         raise UserError(f"{name} {thin}")

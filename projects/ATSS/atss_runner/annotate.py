@@ -75,7 +75,8 @@ def annotate(
 
     Args:
         predictor: list of images -> list of :class:`Detections`; with ``names`` of the classes,
-            ``read`` (path -> image) and ``picture`` (image -> (H, W, 3) uint8 BGR).
+            ``read`` (path -> image), ``picture`` (image -> (H, W, 3) uint8 BGR) and ``planes``
+            (None if images are BGR; films have no planes and are skipped).
         places: {input: picture to write}, from :func:`targets`, in folders that exist.
         threshold: least score of detections; or (K,) one for each class.
         progress: class of progress bars, such as tqdm.
@@ -105,6 +106,8 @@ def annotate(
     for source in filter(media.is_video, places):
         name, target = media.show_source(source), places[source]
         try:
+            if predictor.planes is not None:
+                raise media.FileError(f"the film {name} has no planes (INPUT.FORMAT planes)")
             film = media.Film(source)
             if thin := too_thin(*film.size, *predictor.size):
                 raise media.FileError(f"the film {name} {thin}")

@@ -18,14 +18,12 @@ from PIL import Image, ImageOps
 from .detections import Detections
 from .images import HIGH_DEPTH, Size, resized, too_thin
 from .media import FileError, batches
-from .planes import FORMAT, Planes, resize_planes
+from .planes import FORMAT, ORIENTATION, Planes, as_planes, resize_planes
 from .postprocess import anchors_per_level, in_original, select
 from .settings import read_settings
 from .tiles import choose_tiles
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
-# EXIF's tag.
-ORIENTATION = 0x0112
 
 
 class Detector:
@@ -65,9 +63,9 @@ class Detector:
         size = (self.settings["min_size"], self.settings["max_size"])
         stretched = self.settings["resize"] == "stretch"
         self.size: Size = (*size, True) if stretched else size
-        self.thresholds: list[float | None] | None = self.settings.get("thresholds")
+        self.thresholds: list[float | None] | None = self.settings["thresholds"]
         self.batch = batch
-        self.tiles = None if tiles is None else choose_tiles(self.settings.get("tiles", {}), tiles)
+        self.tiles = None if tiles is None else choose_tiles(self.settings["tiles"], tiles)
         self.planes: Planes | None = None
         if self.settings["input_format"] == FORMAT:
             number, shown = len(self.settings["pixel_mean"]), self.settings["shown_planes"]
@@ -78,7 +76,8 @@ class Detector:
 
         Args:
             images: a path, a PIL image, or a uint8 array as of OpenCV, (H, W, 3) BGR, (H, W, 4)
-                BGRA or (H, W) grey; or a list or an iterator of these.
+                BGRA or (H, W) grey; or a list or an iterator of these. With INPUT.FORMAT planes,
+                arrays are (H, W, planes) as in files, red before blue.
 
         Returns:
             :class:`Detections`; of a list or an iterator a list.
@@ -116,7 +115,7 @@ class Detector:
         """Run the network.
 
         Args:
-            pixels: (N, 3, H, W) float32, 0 to 255, in the channel order of the metadata.
+            pixels: (N, C, H, W) float32, 0 to 255, in the channel order of the metadata.
             sizes: (N, 2) int64 height and width of the images on their canvas.
 
         Returns:
@@ -155,7 +154,7 @@ class Detector:
         return in_original(found, size, original, self.settings)
 
     def pixels(self, image: ImageLike) -> np.ndarray:
-        """Return the input of the network for one image, (1, 3, H, W): resized, on a canvas of the
+        """Return the input of the network for one image, (1, C, H, W): resized, on a canvas of the
         mean colour, which is 0 once normalised."""
         array = self.read(image)
         height, width = size = self.resized(array)
@@ -268,12 +267,12 @@ def read_bgr(image: Any) -> np.ndarray:
 
 
 def read_planes(image: Any, planes: Planes) -> np.ndarray:
-    """Planes as in files of a path or an array, checked."""
+    """Return the checked planes, as in files, of a path, a Pillow image or an array."""
     is_file = isinstance(image, str | os.PathLike)
     name = os.fspath(image) if is_file else "the image"
     try:
-        array = planes.read(Path(image).read_bytes()) if is_file else np.asarray(image)
-        planes.scale(array)
+        array = planes.read(Path(image).read_bytes()) if is_file else as_planes(image)
+        planes.check(array)
         return array
     except Exception as error:  # decoders raise errors of many types for damaged files
         reason = getattr(error, "strerror", None) or error

@@ -43,9 +43,34 @@ class Planes:
             ImportError: if a TIFF needs tifffile.
         """
         decode = _decode_tiff if content[:4] in TIFF else _decode
-        planes, orientation = decode(content)
-        turns, mirrored = TURNS.get(orientation, (0, False))
-        return np.rot90(planes[:, ::-1] if mirrored else planes, turns)
+        try:
+            return _turned(*decode(content))
+        except (ImportError, OSError, ValueError):
+            raise
+        except Exception as error:  # decoders raise errors of many types for damaged files
+            raise ValueError(f"it is damaged: {error}") from error
+
+    def check(self, planes: np.ndarray) -> None:
+        """Check planes for :meth:`scale`.
+
+        Raises:
+            ValueError: the end of a sentence that names the image.
+        """
+        if planes.dtype.kind not in "uif" or planes.ndim not in (2, 3) or not planes.size:
+            raise ValueError(f"it has shape {planes.shape} and dtype {planes.dtype}")
+        number = 1 if planes.ndim == 2 else planes.shape[2]
+        if number != self.number:
+            raise ValueError(f"it has {number} planes, but MODEL.PIXEL_MEAN is of {self.number}")
+        if planes.dtype == np.uint8:
+            if self.highest == 255:
+                return
+            raise ValueError(f"it has 8 bits, but INPUT.HIGHEST is {self.highest:g}")
+        if not planes.max() <= self.highest:  # NaN included
+            raise ValueError(
+                f"it has the value {planes.max()}, above INPUT.HIGHEST {self.highest:g}"
+            )
+        if planes.min() == -np.inf:
+            raise ValueError("it has the value -inf")
 
     def scale(self, planes: np.ndarray) -> np.ndarray:
         """Return (H, W, number) pixels: uint8 as they are if ``highest`` is 255, else float32 with
@@ -55,29 +80,40 @@ class Planes:
             planes: (H, W, number), or (H, W) for one plane, of integers or floats.
 
         Raises:
-            ValueError: the end of a sentence that names the image.
+            ValueError: as :meth:`check`.
         """
-        if planes.dtype.kind not in "uif" or planes.ndim not in (2, 3) or not planes.size:
-            raise ValueError(f"it has shape {planes.shape} and dtype {planes.dtype}")
-        planes = planes.reshape(*planes.shape[:2], -1)
-        if planes.shape[2] != self.number:
-            raise ValueError(
-                f"it has {planes.shape[2]} planes, but MODEL.PIXEL_MEAN is of {self.number}"
-            )
-        if planes.dtype == np.uint8:
-            if self.highest == 255:
-                return np.ascontiguousarray(planes)
-            raise ValueError(f"it has 8 bits, but INPUT.HIGHEST is {self.highest:g}")
-        if not planes.max() <= self.highest:  # NaN included
-            raise ValueError(
-                f"it has the value {planes.max()}, above INPUT.HIGHEST {self.highest:g}"
-            )
-        return planes.astype(np.float32) * np.float32(255 / self.highest)
+        self.check(planes)
+        return self._scaled(planes.reshape(*planes.shape[:2], -1))
 
     def picture(self, planes: np.ndarray) -> np.ndarray:
-        """Return (H, W, 3) uint8 BGR of planes as of :meth:`read`."""
-        shown = self.scale(planes)[:, :, self.shown[::-1]]
-        return np.ascontiguousarray(shown.clip(0, 255).astype(np.uint8))
+        """Return (H, W, 3) uint8 BGR of planes that :meth:`check` accepts."""
+        shown = planes.reshape(*planes.shape[:2], -1)[:, :, self.shown[::-1]]
+        return np.ascontiguousarray(self._scaled(shown).clip(0, 255).astype(np.uint8))
+
+    def _scaled(self, planes: np.ndarray) -> np.ndarray:
+        if planes.dtype == np.uint8:
+            return np.ascontiguousarray(planes)
+        pixels = planes.astype(np.float32)
+        pixels *= np.float32(255 / self.highest)  # in place: images may be large
+        return pixels
+
+
+def as_planes(image: Any) -> np.ndarray:
+    """Return the planes of a Pillow image, turned by its EXIF orientation, or of an array."""
+    if not isinstance(image, Image.Image):
+        return np.asarray(image)
+    image.load()  # which turns a TIFF and removes its orientation
+    return _turned(_of_pillow(image), image.getexif().get(ORIENTATION, 1))
+
+
+def _turned(planes: np.ndarray, orientation: int) -> np.ndarray:
+    turns, mirrored = TURNS.get(orientation, (0, False))
+    return np.rot90(planes[:, ::-1] if mirrored else planes, turns)
+
+
+def _of_pillow(image: Image.Image) -> np.ndarray:
+    plain = {"1": "L", "P": "RGB", "PA": "RGBA"}.get(image.mode)
+    return np.asarray(image.convert(plain) if plain else image)
 
 
 def resize_planes(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -96,8 +132,7 @@ def _decode(content: bytes) -> tuple[np.ndarray, int]:
     with Image.open(BytesIO(content)) as image:
         orientation = image.getexif().get(ORIENTATION, 1)
         if image.format != "PNG" or content[24] < 16:  # bits in its header
-            plain = {"1": "L", "P": "RGB"}.get(image.mode)
-            return np.asarray(image.convert(plain) if plain else image), orientation
+            return _of_pillow(image), orientation
     import cv2  # Pillow drops eight of sixteen bits
 
     planes = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)

@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in ("batch", "waiting", "limit_megabytes", "limit_megapixels"):
             if (value := getattr(args, name)) < 1:
                 raise FileError(f"--{name.replace('_', '-')} must be >= 1, got {value}")
-        detector = load(args.model, args.threads)
+        detector = load(args.model, args.threads, args.batch)
     except OSError as error:
         sys.exit(f"error: {error}")
     limits = (args.limit_megabytes * 1_000_000, args.limit_megapixels * 1_000_000)

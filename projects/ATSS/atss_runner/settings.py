@@ -9,7 +9,11 @@ from .planes import FORMAT
 from .postprocess import SUPPRESSIONS
 from .thresholds import is_score
 
-SCHEMA = 1
+# 2: "resize", "tiles", planes, and "class_agnostic" of suppressions, without which older runners
+# detect wrongly or fail.
+SCHEMA = 2
+# Fields that older files lack.
+DEFAULTS: dict[str, Any] = {"resize": "shortest", "tiles": {}, "thresholds": None}
 # The fields that the runner reads.
 FIELDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("classes", "ids", "inputs", "outputs", "pixel_mean", "strides"), list),
@@ -18,8 +22,9 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("clip", "legacy_pixels", "nms_inside", "rank_anchors"), bool),
     **dict.fromkeys(("rank_by_class", "threshold_on_score"), bool),
     "score_thresh": (int, float),
-    "suppression": dict,
+    **dict.fromkeys(("suppression", "tiles"), dict),
 }
+OF_PLANES: dict[str, type | tuple[type, ...]] = {"highest": (int, float), "shown_planes": list}
 CHOICES = {
     "input_format": ("BGR", "RGB", FORMAT),
     "resize": ("shortest", "stretch"),
@@ -37,7 +42,7 @@ def read_settings(path: str, properties: Mapping[str, str]) -> dict[str, Any]:
     if "atss" not in properties:
         raise FileError(f"{path} is no exported detector: it has no metadata 'atss'")
     try:
-        settings = {"resize": "shortest"} | json.loads(properties["atss"])
+        settings = DEFAULTS | json.loads(properties["atss"])
         is_newer = settings["schema"] > SCHEMA
     except (ValueError, TypeError, KeyError) as error:
         raise FileError(f"{path} has damaged metadata 'atss': no JSON with a schema") from error
@@ -46,11 +51,10 @@ def read_settings(path: str, properties: Mapping[str, str]) -> dict[str, Any]:
             f"{path} has metadata of schema {settings['schema']}, this runner reads up to "
             f"{SCHEMA}: install a newer atss-runner"
         )
-    damaged = [name for name, kind in FIELDS.items() if not isinstance(settings.get(name), kind)]
-    if not damaged and not _are_thresholds(settings.get("thresholds"), settings["classes"]):
+    fields = FIELDS | (OF_PLANES if settings.get("input_format") == FORMAT else {})
+    damaged = [name for name, kind in fields.items() if not isinstance(settings.get(name), kind)]
+    if not damaged and not _are_thresholds(settings["thresholds"], settings["classes"]):
         damaged.append("thresholds")
-    if not damaged and not isinstance(settings.get("tiles", {}), dict):
-        damaged.append("tiles")
     for name in damaged:
         value = repr(settings[name])[:40] if name in settings else "missing"
         raise FileError(f"{path} has damaged metadata 'atss': {name} is {value}")

@@ -30,13 +30,16 @@ def choose_tiles(settings: Mapping[str, Any], size: int) -> "Tiles":
     """Return the layout of an exported file's metadata, with another size if it is not 0.
 
     Raises:
-        FileError: if no size is known, or it is too small.
+        FileError: if no size is known, or it is too small, or the metadata are damaged.
     """
-    chosen = Tiles(**{"size": 0, **settings} | ({"size": size} if size else {}))
+    try:
+        chosen = Tiles(**{"size": 0, **settings} | ({"size": size} if size else {}))
+    except TypeError as error:
+        raise FileError(f"the metadata 'tiles' are damaged: {settings}") from error
     if not chosen.size:
         raise FileError("the file has no size of tiles for its training data: pass one in pixels")
     if chosen.size < LEAST_SIZE:
-        raise FileError(f"the size of tiles must be >= {LEAST_SIZE} pixels, got {size}")
+        raise FileError(f"the size of tiles must be >= {LEAST_SIZE} pixels, got {chosen.size}")
     return chosen
 
 

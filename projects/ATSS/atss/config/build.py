@@ -280,10 +280,8 @@ def build_views(cfg: CfgNode) -> list[tuple[int, int, float, float]]:
     """Return (short side, longest side, min box size, max box size) of each view but the plain one.
 
     Raises:
-        UserError: if sizes and ranges differ in number, or images are stretched.
+        UserError: if sizes and ranges differ in number.
     """
-    if cfg.INPUT.RESIZE == "stretch":
-        raise UserError("INPUT.RESIZE must be shortest for TEST.AUG.ENABLED, got stretch")
     ranges, aug = cfg.MODEL.ATSS.TTA.SIZE_RANGES, cfg.TEST.AUG
     if len(ranges) != len(aug.MIN_SIZES):
         raise UserError(

@@ -29,9 +29,9 @@ def add_atss_config(cfg: CfgNode) -> None:
     cfg.SOLVER.WEIGHT_DECAY_SCALE = None
     # Images of an iteration, of all processes. -1, on the command line alone: the largest number
     # that fits into the memory of the GPU, or of this process on a CPU, measured by steps on images
-    # of the largest size of INPUT, without masks or key points. SOLVER.BASE_LR, for the number in the config file, is scaled:
-    # linearly for SGD, by the square root for AdamW. Keys in iterations, such as MAX_ITER, are not
-    # scaled.
+    # of the largest size of INPUT, without masks or key points. SOLVER.BASE_LR, for the number in
+    # the config file, is scaled: linearly for SGD, by the square root for AdamW. Keys in
+    # iterations, such as MAX_ITER, are not scaled.
     cfg.SOLVER.IMS_PER_BATCH = 16
     # Length of the training in passes over the images, replaces SOLVER.MAX_ITER; 0 to use that.
     # MAX_ITER of the command line replaces EPOCHS of a file, without more frequent checkpoints and

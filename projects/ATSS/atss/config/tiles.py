@@ -16,20 +16,24 @@ def complete_tiles(cfg: CfgNode) -> None:
     cfg.TEST.TILES.SIZE_OF_DATA = tile_size(mean_area(cfg.DATASETS.TRAIN))
 
 
-def build_tiles(cfg: CfgNode) -> Tiles:
+def build_tiles(cfg: CfgNode, need_size: bool = True) -> Tiles:
     """Build the layout of tiles.
 
+    Args:
+        need_size: whether a size of 0, which neither config nor training data give, is an error.
+
     Raises:
-        UserError: also if neither config nor training data give a size.
+        UserError: for a value out of range.
     """
     node = cfg.TEST.TILES
-    if not (size := node.SIZE or node.SIZE_OF_DATA):
+    if not (size := node.SIZE or node.SIZE_OF_DATA) and need_size:
         raise UserError(
             "TEST.TILES.SIZE is 0, the size for the training data, but TEST.TILES.SIZE_OF_DATA is "
             "not set, because the config is not from a training: set TEST.TILES.SIZE, in pixels; "
             "tools/check_dataset.py prints a size for a data set"
         )
-    check_range("TEST.TILES.SIZE", size, LEAST_SIZE)
+    if size:
+        check_range("TEST.TILES.SIZE", size, LEAST_SIZE)
     check_range("TEST.TILES.OVERLAP", node.OVERLAP, 0, GREATEST_OVERLAP)
     check_range("TEST.TILES.BATCH", node.BATCH, 1)
     check_choice("TEST.TILES.MERGE", node.MERGE, OVERLAPS)

@@ -15,12 +15,12 @@ class FullSizeCrop(T.Augmentation):
     one, and keeps at least one object; after TRIES windows that keep none, the image is resized.
 
     Args:
-        resize: gives the size.
+        resize: gives the size, by the shortest edge or stretched.
         share: probability of a crop.
         min_area: share of an object's area that a window must contain.
     """
 
-    def __init__(self, resize: T.ResizeShortestEdge, share: float, min_area: float):
+    def __init__(self, resize: T.Augmentation, share: float, min_area: float):
         super().__init__()
         self.resize, self.share, self.min_area = resize, share, min_area
 

@@ -46,7 +46,7 @@ class Mapper(DatasetMapper):
         if is_train and (share := cfg.INPUT.FULL_SIZE_CROP):
             arguments["augmentations"] = [
                 FullSizeCrop(x, share, cfg.INPUT.FULL_SIZE_CROP_MIN_AREA)
-                if isinstance(x, T.ResizeShortestEdge)
+                if isinstance(x, RESIZES)
                 else x
                 for x in arguments["augmentations"]
             ]

@@ -123,6 +123,11 @@ def check_config(cfg: CfgNode, training: bool, given: Collection[str] = ()) -> N
             )
         build_run_writers(cfg)
         check_best(cfg, given)
+    if cfg.TEST.TILES.ENABLED and (cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON):
+        raise UserError(
+            "TEST.TILES merges boxes alone: ENABLED must be False with MODEL.MASK_ON or "
+            "KEYPOINT_ON, got True"
+        )
     check_expected(cfg, training)
 
 

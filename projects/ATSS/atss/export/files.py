@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import atss_runner
 from atss_runner.postprocess import anchors_per_level, select
+from atss_runner.settings import SCHEMA
 
 from .. import __version__
 from ..config import build_tiles, class_ids, class_names
@@ -31,7 +32,6 @@ from ..modeling.postprocess import product, root
 from . import selection
 from .formats import Save, hidden, move, remove, require, to_onnx, to_openvino
 
-SCHEMA = 1
 OUTPUTS = ("boxes", "probabilities", "quality")
 SUPPRESSIONS: dict[Any, str] = {
     suppression.keep_all: "none",
@@ -284,7 +284,6 @@ def metadata(detector: ATSSDetector, cfg: CfgNode, nms: bool = False) -> dict[st
     scores = {product: "product", root: "sqrt"}
     if post.score not in scores:
         raise UserError("MODEL.ATSS.SCORE is a part of your own, which no runner has")
-    has_tiles = cfg.TEST.TILES.SIZE or cfg.TEST.TILES.SIZE_OF_DATA
     return {
         "schema": SCHEMA,
         "version": __version__,
@@ -314,7 +313,7 @@ def metadata(detector: ATSSDetector, cfg: CfgNode, nms: bool = False) -> dict[st
         "rank_anchors": post.rank_anchors,
         "clip": post.clip,
         "suppression": {"name": name, **arguments},
-        "tiles": dataclasses.asdict(build_tiles(cfg)) if has_tiles else {},
+        "tiles": dataclasses.asdict(build_tiles(cfg, need_size=False)),
         "legacy_pixels": detector.box_coder.inference_only,
     }
 

@@ -219,7 +219,9 @@ def _check_file(
             header = read_header(path)
         else:
             with open_file(path) as file:
-                header = header_of(planes.scale(planes.read(file.read())))
+                pixels = planes.read(file.read())
+            planes.check(pixels)
+            header = header_of(pixels)
     except (OSError, ValueError, ImportError) as error:
         return [("file_unreadable", f"cannot be read: {error}")]
     labelled: tuple[Any, Any] = (entry.get("width"), entry.get("height"))

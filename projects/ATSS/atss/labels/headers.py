@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from atss_runner.images import HIGH_DEPTH, Size, too_thin
+from atss_runner.planes import ORIENTATION
 
-# EXIF's tag, and the orientations that swap width and height.
-ORIENTATION = 0x0112
+# EXIF's orientations that swap width and height.
 TURNED = (5, 6, 7, 8)
 
 
