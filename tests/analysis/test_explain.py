@@ -104,8 +104,9 @@ def test_a_rule_without_records_has_its_positives():
     assert np.array_equal(found.pairs["similarity"], overlap)
 
 
-def test_a_rule_of_assign_best_has_candidates():
-    found = explain(SpatialScale(top_k=3), ANCHORS, objects())
+@pytest.mark.parametrize("rule", [SpatialScale(top_k=3), MaxIoU()])
+def test_candidates_are_more_than_the_chosen(rule):
+    found = explain(rule, ANCHORS, objects())
     assert len(found.pairs["owner"]) > found.pairs["chosen"].sum() > 0
     assert np.isfinite(found.pairs["similarity"]).all()
 

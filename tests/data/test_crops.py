@@ -69,7 +69,7 @@ def test_objects_with_less_than_the_share_are_dropped(tmp_path):
     found = mapped(example, "INPUT.FULL_SIZE_CROP_MIN_AREA", 1.0)
     assert all(sides(x) in ([[30, 20]], [[40, 40]], [[30, 20], [40, 40]]) for x in found)
     assert len({len(x["instances"]) for x in found}) == 2
-    crowd = record(tmp_path, (100, 100, 30, 20), (0, 0, 320, 240))
+    crowd = record(tmp_path, (100, 100, 30, 20), (250, 30, 30, 30))
     crowd["annotations"][1]["iscrowd"] = 1
     assert all(sides(x) == [[30, 20]] for x in mapped(crowd, "INPUT.FULL_SIZE_CROP_MIN_AREA", 1.0))
 

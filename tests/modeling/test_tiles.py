@@ -78,7 +78,8 @@ def test_augmented_views_of_a_tile_are_those_of_an_image():
 
 def test_exported_file_has_the_tiles_of_the_config():
     cfg = make_cfg(*OPTS, "TEST.TILES.SIZE_OF_DATA", 96, "TEST.TILES.MERGE", "ios")
-    cfg.MODEL.ATSS.CLASS_NAMES = ["a", "b", "c"]
+    cfg.MODEL.ATSS.CLASS_NAMES, cfg.MODEL.ATSS.CLASS_AGNOSTIC_NMS = ["a", "b", "c"], True
+    assert build_tiles(cfg).class_agnostic
     settings = json.loads(json.dumps(metadata(build_model(cfg).eval(), cfg)))
     assert choose_tiles(settings["tiles"], 0) == build_tiles(cfg)
     assert choose_tiles(settings["tiles"], 64).size == 64

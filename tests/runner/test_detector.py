@@ -190,14 +190,17 @@ def test_detections_of_a_file_with_nms_are_cut_and_scaled(make):
 
     def network(pixels, size):
         sizes.extend(size.tolist())
-        boxes = np.float32([[[90, 90, 110, 110], [5, 5, 9, 9], [1, 1, 2, 2]]])
-        return boxes, np.float32([[0.9, 0.5, 0]]), np.array([[1, 0, -1]]), np.array([2])
+        boxes = np.float32([[90, 90, 110, 110], [5, 5, 9, 9], [1, 1, 2, 2]])
+        one = boxes, np.float32([0.9, 0.5, 0]), np.array([1, 0, -1]), np.array(2)
+        return tuple(np.stack([x] * len(pixels)) for x in one)
 
     form = {"inputs": ["image", "sizes"], "outputs": ["boxes", "scores", "classes", "count"]}
-    boxes, scores, classes = make(network, nms_inside=True, **form)(np.zeros((192, 240, 3), "u1"))
-    assert sizes == [[96, 120]]
-    assert boxes.tolist() == [[180, 180, 220, 192], [10, 10, 18, 18]]
-    assert (scores.tolist(), classes.tolist()) == ([np.float32(0.9), 0.5], [1, 0])
+    images = [np.zeros((192, width, 3), np.uint8) for width in (240, 210)]
+    found, narrow = make(network, nms_inside=True, **form)(images)
+    assert sizes == [[96, 120], [96, 105]]
+    assert found.boxes.tolist() == [[180, 180, 220, 192], [10, 10, 18, 18]]
+    assert narrow.boxes.tolist() == [[180, 180, 210, 192], [10, 10, 18, 18]]
+    assert (found.scores.tolist(), found.classes.tolist()) == ([np.float32(0.9), 0.5], [1, 0])
 
 
 @pytest.mark.parametrize(

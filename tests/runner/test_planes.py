@@ -31,16 +31,33 @@ def save(path, planes, **options):
         ("rgba8.png", WIDE[:, :, :4].astype(np.uint8), {}),
         ("five.tif", WIDE, {"photometric": "minisblack", "planarconfig": "contig"}),
         ("float.tif", WIDE[:, :, 0].astype(np.float32), {}),
+        ("big.tif", WIDE[:, :, 0], {"bigtiff": True}),
     ],
 )
 def test_planes_are_those_of_the_file(name, planes, options, tmp_path):
     np.testing.assert_array_equal(Planes.read(save(tmp_path / name, planes, **options)), planes)
 
 
+@pytest.mark.parametrize(("mode", "expected"), [("P", "RGB"), ("1", "L")])
+def test_palettes_and_single_bits_become_bytes(mode, expected, tmp_path):
+    image = Image.fromarray(WIDE[:, :, :3].astype(np.uint8)).convert(mode)
+    image.save(tmp_path / "a.png")
+    planes = Planes.read((tmp_path / "a.png").read_bytes())
+    np.testing.assert_array_equal(planes, np.asarray(image.convert(expected)))
+
+
 def test_planes_of_separate_pages(tmp_path):
     pages = np.ascontiguousarray(WIDE.transpose(2, 0, 1))
     content = save(tmp_path / "a.tif", pages, photometric="minisblack")
     np.testing.assert_array_equal(Planes.read(content), WIDE)
+
+
+def test_tiff_of_several_images_is_refused(tmp_path):
+    with pytest.importorskip("tifffile").TiffWriter(tmp_path / "a.tif") as file:
+        for side in (5, 6):
+            file.write(WIDE[:side, :, 0])
+    with pytest.raises(ValueError, match="it is a TIFF with 2 images of axes YX, not one"):
+        Planes.read((tmp_path / "a.tif").read_bytes())
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -56,6 +73,7 @@ def test_orientation_is_applied_as_by_pillow(orientation, tmp_path):
     np.testing.assert_array_equal(Planes.read(content), expected)
 
 
+<<<<<<< HEAD
 @pytest.mark.parametrize("name", ["a.tif", "a.png"])
 def test_damaged_file_is_a_value_or_os_error(name, tmp_path):
     content = save(tmp_path / name, WIDE[:, :, 0])
@@ -67,12 +85,18 @@ def test_damaged_file_is_a_value_or_os_error(name, tmp_path):
 def test_palette_becomes_colours():
     image = Image.fromarray(WIDE[:, :, :3].astype(np.uint8)).quantize(8)
     np.testing.assert_array_equal(as_planes(image), np.asarray(image.convert("RGB")))
+=======
+def test_orientation_of_a_tiff_is_applied(tmp_path):
+    content = save(tmp_path / "a.tif", WIDE[:, :, 0], extratags=[(0x0112, "H", 1, 6, True)])
+    np.testing.assert_array_equal(Planes.read(content), np.rot90(WIDE[:, :, 0], 3))
+>>>>>>> m1
 
 
 def test_highest_value_becomes_255():
     pixels = Planes(5, 65535, (0, 1, 2)).scale(WIDE)
     assert pixels.dtype == np.float32
     np.testing.assert_allclose(pixels, WIDE / 257, rtol=1e-6)
+    assert Planes(1, 4095, (0, 0, 0)).scale(np.array([[4095, 0]], np.uint16)).max() == 255
 
 
 def test_bytes_stay_as_they_are():

@@ -133,8 +133,14 @@ def test_cut_box_goes_only_if_another_covers_it(other, kept):
     assert Tiles(100).detect(scene([]), fixed(CUT, other), 9).scores.tolist() == kept
 
 
+def test_class_agnostic_tiles_compare_boxes_of_all_classes():
+    found = fixed(CUT, ([55, 10, 98, 50], 0.2, 1), ([54, 10, 98, 50], 0.1, 2))
+    tiles = Tiles(100, class_agnostic=True)
+    assert tiles.detect(scene([]), found, 9).scores.tolist() == [0.2]
+
+
 def test_border_of_the_image_cuts_no_box():
-    at_edge, inside = ([0, 0, 30, 30], 0.9, 0), ([1, 1, 33, 33], 0.2, 0)
+    at_edge, inside = ([0, 0, 30, 30], 0.9, 0), ([2, 2, 33, 33], 0.2, 0)
     found = Tiles(100).detect(scene([]), fixed(at_edge, inside), 9)
     assert found.scores.tolist() == [0.9]
 
