@@ -73,7 +73,6 @@ def test_orientation_is_applied_as_by_pillow(orientation, tmp_path):
     np.testing.assert_array_equal(Planes.read(content), expected)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("name", ["a.tif", "a.png"])
 def test_damaged_file_is_a_value_or_os_error(name, tmp_path):
     content = save(tmp_path / name, WIDE[:, :, 0])
@@ -85,11 +84,11 @@ def test_damaged_file_is_a_value_or_os_error(name, tmp_path):
 def test_palette_becomes_colours():
     image = Image.fromarray(WIDE[:, :, :3].astype(np.uint8)).quantize(8)
     np.testing.assert_array_equal(as_planes(image), np.asarray(image.convert("RGB")))
-=======
+
+
 def test_orientation_of_a_tiff_is_applied(tmp_path):
     content = save(tmp_path / "a.tif", WIDE[:, :, 0], extratags=[(0x0112, "H", 1, 6, True)])
     np.testing.assert_array_equal(Planes.read(content), np.rot90(WIDE[:, :, 0], 3))
->>>>>>> m1
 
 
 def test_highest_value_becomes_255():
