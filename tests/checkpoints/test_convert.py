@@ -288,6 +288,8 @@ def test_unsupported_configs_are_refused():
     ):
         with pytest.raises(ConversionError, match=rf"only MODEL\.{key} .*, got {value!r}"):
             mmdet_config(make_cfg(*opts, f"MODEL.{key}", value, config=SMALL), state)
+    with pytest.raises(ConversionError, match=r"only INPUT\.FORMAT BGR and RGB, got planes"):
+        mmdet_config(make_cfg(*opts, "INPUT.FORMAT", "planes", config=SMALL), state)
     with pytest.raises(ConversionError, match="one anchor per location"):
         mmdet_config(make_cfg(config="tables/atss_A9.yaml"), state)
 

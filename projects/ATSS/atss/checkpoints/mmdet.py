@@ -181,6 +181,8 @@ def detector_for(cfg: CfgNode) -> str:
             "mmdet's ResNet has only MODEL.RESNETS.WIDTH_PER_GROUP 64, got "
             f"{cfg.MODEL.RESNETS.WIDTH_PER_GROUP}"
         )
+    if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
+        raise ConversionError(f"mmdet has only INPUT.FORMAT BGR and RGB, got {cfg.INPUT.FORMAT}")
     if len(cfg.MODEL.ATSS.ANCHOR_SCALES) * len(cfg.MODEL.ATSS.ANCHOR_RATIOS) > 1:
         raise ConversionError("only models with one anchor per location can be converted for mmdet")
     if len(cfg.MODEL.ATSS.IN_FEATURES) != len(levels_of(cfg)):

@@ -150,7 +150,7 @@ SETTINGS: tuple[Setting, ...] = (
 )
 # Key of the rule ATSS; other detectors' rules have other arguments.
 _TOP_K: Setting = ("model.train_cfg.assigner.topk", "MODEL.ATSS.ASSIGNERS.ATSS.TOP_K", int)
-# {path: the only value that this project has}.
+# {path: the only value that is taken over}.
 FIXED = {
     "pixels.rgb_to_bgr": False,
     "input.keep_ratio": True,
