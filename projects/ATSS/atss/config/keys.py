@@ -84,7 +84,7 @@ def add_atss_config(cfg: CfgNode) -> None:
     # Side of a tile in pixels of the image; 0 for SIZE_OF_DATA. In images that are not larger, the
     # detections are those without tiles.
     tiles.SIZE = 0
-    # train_net.py sets it from the training data: objects cover 3 % of a tile on average.
+    # train_net.py sets it from the training data: an object covers 3 % of a tile on average.
     tiles.SIZE_OF_DATA = 0
     # Overlap of neighbouring tiles, as a share of the size. Objects up to this share are complete
     # on a tile.

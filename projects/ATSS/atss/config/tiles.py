@@ -29,8 +29,8 @@ def build_tiles(cfg: CfgNode, need_size: bool = True) -> Tiles:
     if not (size := node.SIZE or node.SIZE_OF_DATA) and need_size:
         raise UserError(
             "TEST.TILES.SIZE is 0, the size for the training data, but TEST.TILES.SIZE_OF_DATA is "
-            "not set, because the config is not from a training: set TEST.TILES.SIZE, in pixels; "
-            "tools/check_dataset.py prints a size for a data set"
+            "not set, as in configs of the zoo and of trainings by older versions: set "
+            "TEST.TILES.SIZE, in pixels; tools/check_dataset.py prints a size for a data set"
         )
     if size:
         check_range("TEST.TILES.SIZE", size, LEAST_SIZE)

@@ -328,7 +328,7 @@ def format_report(report: Report) -> str:
         lines += [
             "",
             f"Size of tiles, if images are much larger: {summary['tile_size']} pixels, of which "
-            f"objects cover {SHARE:.0%} on average (TEST.TILES)",
+            f"an object covers {SHARE:.0%} on average (TEST.TILES)",
         ]
     lines += ["", f"Kinds of errors: {report.errors}" if report.errors else "No errors"]
     return "\n".join(lines)
