@@ -275,7 +275,7 @@ def test_a_thousand_objects():
 
 def test_second_branch_has_losses_in_training_alone():
     cfg = config("Faster_R_50_FPN_1x_ATSS_RPN", "MODEL.ATSS.BRANCHES", ["extra"])
-    cfg.MODEL.ATSS.BRANCH.extra = type(cfg)({"ASSIGNER": "MaxIoU"})
+    cfg.MODEL.ATSS.BRANCH.extra = type(cfg)({"OWN_HEAD": True})
     model = build_model(cfg)
     _, losses = propose(model.train(), [make_input(BOXES, [1, 2])])
     assert {"loss_rpn_cls", "extra/loss_rpn_cls", "extra/loss_rpn_loc"} <= {*losses}
