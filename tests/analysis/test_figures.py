@@ -188,6 +188,7 @@ def test_comparison_has_intervals_of_the_difference():
         expected = after["per_class"][name]["AP"] - before["per_class"][name]["AP"]
         assert x == pytest.approx(expected, abs=1e-9)
     assert ap["low"] < ap["difference"] < ap["high"] < 0
+    assert compare(first, second, samples=2)["metrics"]["AP"]["low"] != ap["low"]
     same = compare(first, first, samples=5)
     assert {x["high"] for x in same["metrics"].values()} == {0}
 

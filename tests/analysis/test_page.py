@@ -120,10 +120,14 @@ def test_nothing_is_loaded_from_outside(medium):
 def test_names_are_escaped(tmp_path):
     content = CASES["perfect"]["gt"]
     categories = [{**x, "name": "<i>"} for x in content["categories"]]
-    results = Results({**content, "categories": categories}, CASES["perfect"]["detections"])
-    run = Run("<b>&", results, figures(results))
+    images = [{**x, "file_name": "<u>"} for x in content["images"]]
+    changed = {**content, "categories": categories, "images": images}
+    results = Results(changed, CASES["perfect"]["detections"][1:])
+    run = Run("<b>&", results, figures(results), image_dir="nowhere")
     text = write(tmp_path, run)[1]
     assert "<i>" not in text
+    assert "<u>" not in text
+    assert "&lt;u&gt;: 1 missed" in text
     assert "<b>&" not in text
     assert "&lt;b&gt;&amp;" in text
 

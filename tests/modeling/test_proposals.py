@@ -107,14 +107,17 @@ def test_thresholds_are_those_of_detectron2():
     ten = torch.tensor([8.0, 8.0, 16.0, 16.0])
     sizes = [(0.7, 1), (0.3, 1), (0.6999, 1), (0.55, 0.55), (1.4, 1.1), (0.5, 1.4)]
     boxes = [ten[:2].tolist() + (ten[:2] + 8 * torch.tensor(x)).tolist() for x in sizes]
-    boxes += [[100.0, 100.0, 120.0, 130.0]]
-    for objects in ([0], [1], [2], [3, 4], [0, 1, 2, 3, 4, 5], [6], [2, 6], []):
+    boxes += [[100.0, 100.0, 120.0, 130.0], [8.0, 8.0, 12.0, 16.0], [8.0, 8.0, 10.0, 16.0]]
+    exact = 0.25, 0.5, False  # IoUs of the last two, which claim no anchor
+    for objects in ([0], [1], [2], [3, 4], [0, 1, 2, 3, 4, 5], [6], [2, 6], [], [7], [8]):
         gt = make_gt([boxes[i] for i in objects])
-        match = matcher.Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True)
-        owner, label = match(pairwise_iou(Boxes(gt.boxes), Boxes(anchors.boxes)))
-        expected = torch.where(label == 1, owner, -1 + label.clamp(max=0))
-        found = ASSIGNER_REGISTRY.get("Matcher")()(anchors, gt).gt_index[0]
-        assert torch.equal(found, expected), objects
+        iou = pairwise_iou(Boxes(gt.boxes), Boxes(anchors.boxes))
+        for low, high, low_quality in ((0.3, 0.7, True), exact):
+            match = matcher.Matcher([low, high], [0, -1, 1], allow_low_quality_matches=low_quality)
+            owner, label = match(iou)
+            expected = torch.where(label == 1, owner, -1 + label.clamp(max=0))
+            rule = ASSIGNER_REGISTRY.get("Matcher")(low, high, low_quality)
+            assert torch.equal(rule(anchors, gt).gt_index[0], expected), objects
 
 
 @pytest.mark.parametrize("low_quality", [True, False])
@@ -268,6 +271,15 @@ def test_a_thousand_objects():
     boxes = torch.cat([corners, corners + torch.rand(1000, 2) * 30 + 1], dim=1)
     _, losses = propose(model, [make_input(boxes, torch.arange(1000) % 3)])
     assert all(torch.isfinite(x) and x > 0 for x in losses.values())
+
+
+def test_second_branch_has_losses_in_training_alone():
+    cfg = config("Faster_R_50_FPN_1x_ATSS_RPN", "MODEL.ATSS.BRANCHES", ["extra"])
+    cfg.MODEL.ATSS.BRANCH.extra = type(cfg)({"OWN_HEAD": True})
+    model = build_model(cfg)
+    _, losses = propose(model.train(), [make_input(BOXES, [1, 2])])
+    assert {"loss_rpn_cls", "extra/loss_rpn_cls", "extra/loss_rpn_loc"} <= {*losses}
+    assert not propose(model.eval(), [make_input()])[1]
 
 
 def test_class_wise_and_class_agnostic_scores():

@@ -22,6 +22,7 @@ RUN = {
     "atss check": ([], "No errors"),
     "atss train": (TRAINED, ""),
     "atss predict": (DETECTED, ""),
+    "atss report": (["out/report.html"], "AP"),
     "atss export": (["{folder}"], "Written: "),
     "atss-runner": (["{folder}/detections.json", "{folder}/0000.png"], "detections: "),
     "tools/train_net.py": (EVALUATED, "AP"),

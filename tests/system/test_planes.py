@@ -21,7 +21,7 @@ from atss.errors import UserError
 from atss.export import export_onnx
 from atss.weights import widen_first
 from atss_runner.media import FileError
-from atss_runner.planes import Planes
+from atss_runner.planes import Planes, resize_planes
 
 FOUR = (
     *("INPUT.FORMAT", "planes", "INPUT.HIGHEST", 65535, "INPUT.SHOWN_PLANES", [3, 1, 0]),
@@ -57,6 +57,18 @@ def test_three_bytes_equal_the_rgb_path(squares):
     assert torch.equal(*mapped)
 
 
+@pytest.mark.parametrize("opts", [(), ("INPUT.FULL_SIZE_CROP", 1e-9)])
+def test_sixteen_bits_are_resized_as_in_detection(planes, opts):
+    file = next(planes.glob("*.png"))
+    sizes = ("INPUT.MIN_SIZE_TRAIN", (48,), "INPUT.MIN_SIZE_TEST", 48, "INPUT.RANDOM_FLIP", "none")
+    mapper = Mapper(make_cfg(*FOUR, *sizes, *opts), is_train=bool(opts))
+    found = mapper({"file_name": str(file), "image_id": 0, "annotations": []})["image"]
+    pixels = Planes(4, 65535, (0, 1, 2)).scale(Planes.read(file.read_bytes()))
+    assert found.shape[1] == 48 < len(pixels)
+    expected = resize_planes(pixels, *found.shape[1:])
+    np.testing.assert_array_equal(found.permute(1, 2, 0), expected)
+
+
 def train_and_detect(planes, tmp_path):
     register(f"planes={planes}/annotations.json:{planes}")
     opts = (*(x for item in TINY.items() for x in item), *FOUR, "VIS_PERIOD", 1)
@@ -71,6 +83,10 @@ def train_and_detect(planes, tmp_path):
     file = sorted(planes.glob("*.png"))[0]
     predictor = Predictor(cfg, tmp_path / "model_final.pth")
     expected = predictor(str(file))
+    record = {"file_name": str(file), "image_id": 0}
+    with torch.no_grad():
+        (found,) = trainer.model.eval()([Mapper(cfg, is_train=False)(record)])
+    np.testing.assert_allclose(found["instances"].scores, expected.scores, atol=1e-6)
     assert predictor.show(str(file)).size[0] >= 640
     with pytest.raises(UserError, match="the image cannot be used: it has 3 planes"):
         predictor(predictor.read(str(file))[:, :, :3])
