@@ -31,7 +31,7 @@ def save(path, planes, **options):
         ("rgba8.png", WIDE[:, :, :4].astype(np.uint8), {}),
         ("five.tif", WIDE, {"photometric": "minisblack", "planarconfig": "contig"}),
         ("float.tif", WIDE[:, :, 0].astype(np.float32), {}),
-        ("big.tif", WIDE[:, :, 0], {"bigtiff": True}),
+        ("big.tif", WIDE, {"planarconfig": "contig", "bigtiff": True, "photometric": "minisblack"}),
     ],
 )
 def test_planes_are_those_of_the_file(name, planes, options, tmp_path):
