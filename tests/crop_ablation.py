@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from atss.engine.evaluation import evaluate_boxes
+from atss.engine.coco import evaluate_boxes
 from atss.labels.formats import read_labels
 
 TRAIN_NET = Path(__file__).parents[1] / "tools/train_net.py"

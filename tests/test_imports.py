@@ -31,6 +31,7 @@ PRIVATE_USES = (
     "data/images.py",
     "data/mapper.py",
     "engine/best.py",
+    "engine/coco.py",
     "engine/evaluation.py",
     "engine/steps.py",
     "engine/terminal.py",

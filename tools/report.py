@@ -19,7 +19,7 @@ from atss.analysis.figures import METRICS
 from atss.analysis.page import write_page
 from atss.analysis.report import SCORE, all_figures, load_run
 from atss.analysis.results import Files, find_results
-from atss.engine.evaluation import COCO_LIMIT
+from atss.engine.coco import COCO_LIMIT
 from atss.engine.run import add_import, import_modules
 from atss.errors import UserError, check_range, check_writable
 

@@ -480,7 +480,7 @@ def test_hotcoco_and_pycocotools_give_equal_results(images, register, tmp_path, 
     evaluator = detect(content, build_evaluator(cfg, "data"))
     fast = evaluator.evaluate(images)["bbox"]
     assert images is None or fast["AP"] != evaluator.evaluate()["bbox"]["AP"]
-    monkeypatch.setattr("atss.engine.evaluation.hotcoco", None)
+    monkeypatch.setattr("atss.engine.coco.hotcoco", None)
     slow = detect(content, build_evaluator(cfg, "data")).evaluate(images)["bbox"]
     assert fast == pytest.approx(slow, abs=1e-9, nan_ok=True)
     assert 5 < fast["AP"] < 95
@@ -499,7 +499,7 @@ def test_ap_of_more_objects_than_100(library, register, tmp_path, monkeypatch, c
         content["annotations"].append(ids | {"bbox": [i % 15 * 6, i // 15 * 6, 5, 5]})
     register(write(content, tmp_path))
     if library == "pycocotools":
-        monkeypatch.setattr("atss.engine.evaluation.hotcoco", None)
+        monkeypatch.setattr("atss.engine.coco.hotcoco", None)
     caplog.set_level(logging.INFO, "atss")
     least = evaluate(content, tmp_path)
     assert [least[x] for x in ("AP", "AP50", "APs")] == pytest.approx([100 * 45 / 101] * 3)
@@ -526,6 +526,6 @@ def test_log_names_the_library_that_evaluated(register, tmp_path, monkeypatch, c
     keep = {"keep": lambda annotation: annotation["category_id"] == 1}
     evaluate_with(**keep)
     assert "Evaluation by hotcoco, whose results equal those of pycocotools" in caplog.text
-    monkeypatch.setattr("atss.engine.evaluation.hotcoco", None)
+    monkeypatch.setattr("atss.engine.coco.hotcoco", None)
     evaluate_with(**keep)
     assert "Evaluation by pycocotools: hotcoco is not installed" in caplog.text

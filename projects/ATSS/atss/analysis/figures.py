@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask
 
-from ..engine.evaluation import class_ap, hotcoco
+from ..engine.coco import class_ap, hotcoco
 from ..errors import UserError
 from .results import RIGHT, WRONG, Results
 from .tide import tide

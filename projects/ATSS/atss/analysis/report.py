@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import build_sampling, input_size, load_config
-from ..engine.evaluation import COCO_LIMIT
+from ..engine.coco import COCO_LIMIT
 from ..errors import UserError
 from ..labels.coco import find_in_json
 from ..predictor import find_weights

@@ -16,7 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..config import load_config
 from ..data import datasets
 from ..engine.best import BEST_RESULTS
-from ..engine.evaluation import COCO_LIMIT, evaluate_boxes, hotcoco
+from ..engine.coco import COCO_LIMIT, evaluate_boxes, hotcoco
 from ..engine.sources import recall
 from ..errors import UserError
 from ..labels.coco import category_names, find_in_json, read_coco
@@ -63,7 +63,7 @@ class Results:
         truth: annotations and images numbered from 1.
         dataset: the same with difficult objects as crowds.
         detections: numbered like ``truth``.
-        evaluation: AP, as from :func:`~atss.engine.evaluation.evaluate_boxes`.
+        evaluation: AP, as from :func:`~atss.engine.coco.evaluate_boxes`.
         matching: hotcoco's evaluation for everything else.
         labels: hotcoco's suspected errors of labels, by falling score.
         image, category, score: (N,) of the detections, numbered from 0.
