@@ -16,6 +16,8 @@ import hotcoco
 import numpy as np
 from PIL import Image
 
+from atss.engine import coco as evaluation
+
 ROWS, COLUMNS, CELL = 25, 40, 32
 # Longer sides of cut-outs, and the least shorter side of an object in its photograph, in pixels.
 SIDES, SOURCE_SIDE = (14, 28), 24
@@ -114,9 +116,11 @@ def compare_libraries(images: int, classes: int, limit: int) -> dict[str, tuple[
     dataset, detections = make_results(images, classes)
     found = {}
     for library in ("hotcoco", "pycocotools"):
-        with patch.object(coco, "hotcoco", hotcoco if library == "hotcoco" else None):
+        with patch.object(evaluation, "hotcoco", hotcoco if library == "hotcoco" else None):
             start = time.perf_counter()
-            evaluated = coco.evaluate_boxes(dataset, detections, max_detections=(1, 10, limit))
+            evaluated = evaluation.evaluate_boxes(
+                dataset, detections, max_detections=(1, 10, limit)
+            )
             evaluated.summarize()
             found[library] = time.perf_counter() - start, np.array(evaluated.stats)
             print(
