@@ -9,7 +9,8 @@ from exported import with_own_backbone
 from torch import nn
 
 from atss.errors import UserError
-from atss.export.files import OUTPUTS, _compare_detections, metadata, raw_outputs, static_padding
+from atss.export.files import OUTPUTS, _compare_detections, metadata, raw_outputs
+from atss.export.padding import static_padding
 from atss_runner.postprocess import select
 
 PER_LEVEL = [192, 48, 12]

@@ -104,7 +104,7 @@ class Detector:
             groups[self.canvas(size)].append(i)
         results = {}
         for canvas, members in groups.items():
-            pixels = np.concatenate([self.pixels(arrays[i]) for i in members])
+            pixels = np.concatenate([self._pixels(arrays[i]) for i in members])
             outputs = self.outputs(pixels, np.array([sizes[i] for i in members]))
             for row, i in enumerate(members):
                 own = {name: values[row] for name, values in outputs.items()}
@@ -156,7 +156,9 @@ class Detector:
     def pixels(self, image: ImageLike) -> np.ndarray:
         """Return the input of the network for one image, (1, C, H, W): resized, on a canvas of the
         mean colour, which is 0 once normalised."""
-        array = self.read(image)
+        return self._pixels(self.read(image))
+
+    def _pixels(self, array: np.ndarray) -> np.ndarray:
         height, width = size = self.resized(array)
         mean = np.array(self.settings["pixel_mean"], dtype=np.float32)
         pixels = np.empty((1, len(mean), *self.canvas(size)), dtype=np.float32)

@@ -6,8 +6,9 @@ import torch
 from detectron2.structures import Boxes, pairwise_iou
 
 from ..anchors import Anchors
-from ..errors import Checked, UserError
+from ..errors import Checked
 from ..structures import BACKGROUND, IGNORE, Assignment, GroundTruth, Predictions
+from .max_iou import check_thresholds
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,7 @@ class Matcher(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.background_below <= self.positive_from:
-            raise UserError(
-                "Matcher needs 0 < background_below <= positive_from, got "
-                f"{self.background_below} and {self.positive_from}"
-            )
+        check_thresholds(type(self).__name__, self.background_below, self.positive_from)
 
     @torch.no_grad()
     def __call__(

@@ -21,6 +21,15 @@ from .tables import Tables
 from .trace import active_trace, record_pairs
 
 
+def check_thresholds(rule: str, background_below: float, positive_from: float) -> None:
+    """Raise UserError, naming the rule, unless 0 < background_below <= positive_from."""
+    if not 0 < background_below <= positive_from:
+        raise UserError(
+            f"{rule} needs 0 < background_below <= positive_from, got {background_below} and "
+            f"{positive_from}"
+        )
+
+
 @dataclass(frozen=True)
 class MaxIoU(Checked):
     """Thresholds on the IoU of an anchor with its best object: positive from one on, background
@@ -46,11 +55,7 @@ class MaxIoU(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.background_below <= self.positive_from:
-            raise UserError(
-                "MaxIoU needs 0 < background_below <= positive_from, got "
-                f"{self.background_below} and {self.positive_from}"
-            )
+        check_thresholds(type(self).__name__, self.background_below, self.positive_from)
 
     @torch.no_grad()
     def __call__(

@@ -8,9 +8,9 @@ from .files import (
     export_openvino,
     export_program,
     metadata,
-    static_padding,
 )
 from .formats import parts, remove
+from .padding import static_padding
 from .precision import convert_precision
 
 __all__ = [

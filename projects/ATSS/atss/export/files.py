@@ -8,8 +8,7 @@ The file maps pixels to boxes, class probabilities and quality at every anchor, 
 import dataclasses
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.nn import functional as F
 
 import atss_runner
 from atss_runner.postprocess import anchors_per_level, select
@@ -31,6 +29,7 @@ from ..modeling import ATSSDetector, suppression
 from ..modeling.postprocess import product, root
 from . import selection
 from .formats import Save, hidden, move, remove, require, to_onnx, to_openvino
+from .padding import static_padding
 
 OUTPUTS = ("boxes", "probabilities", "quality")
 SUPPRESSIONS: dict[Any, str] = {
@@ -338,33 +337,3 @@ def raw_outputs(detector: ATSSDetector) -> tuple[str, ...]:
             f"expects {expected}: each level must have side / stride cells, rounded up"
         )
     return OUTPUTS[: len(outputs)]
-
-
-@contextmanager
-def static_padding(model: nn.Module) -> Iterator[None]:
-    """Replace the padding of timm's "same" convolutions, which depends on the size, by the one that
-    sides which the stride divides get."""
-    try:
-        from timm.layers import Conv2dSame
-    except ImportError:
-        yield
-        return
-    replaced: list[Any] = [x for x in model.modules() if isinstance(x, Conv2dSame)]
-    for conv in replaced:
-        sides: list[int] = []
-        for kernel, stride, dilation in zip(
-            *(reversed(x) for x in (conv.kernel_size, conv.stride, conv.dilation)), strict=True
-        ):
-            total = max((kernel - 1) * dilation + 1 - stride, 0)
-            sides += [total // 2, total - total // 2]
-        conv.forward = _padded(conv, sides)
-    try:
-        yield
-    finally:
-        for conv in replaced:
-            del conv.forward
-
-
-def _padded(conv: Any, sides: Sequence[int]) -> Any:
-    geometry = (conv.stride, 0, conv.dilation, conv.groups)
-    return lambda x: F.conv2d(F.pad(x, sides), conv.weight, conv.bias, *geometry)
