@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", help="data.yaml with the splits train and val")
     parser.add_argument("--output", type=Path, default=Path("output/crops"))
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument(
         "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over every row"
     )
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_intermixed_args(argv)
     truth = {split: halve(args.source, split, args.output / "data") for split in SPLITS}
     lines = ["| row | evaluated at | seed | AP | AP, small | recall, small |", "|" + "---|" * 6]
-    for seed in range(1, args.seeds + 1):
+    for seed in args.seeds:
         for row, share in ROWS.items():
             folder = args.output / row / f"seed{seed}"
             opts = RECIPE | {"INPUT.FULL_SIZE_CROP": share, "SEED": seed}

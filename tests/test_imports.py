@@ -26,7 +26,6 @@ UNSTABLE_IMPORTS = (
 # Files that may use or override private members of Detectron2 (``_name``).
 PRIVATE_USES = (
     "analysis/demo.py",
-    "analysis/experiments.py",
     "checkpoints/checkpointer.py",
     "data/images.py",
     "data/mapper.py",

@@ -1,21 +1,23 @@
 #!/usr/bin/env python3
-"""Train rows of the paper's tables on a small data set, and compare them seed by seed.
+"""Train configs on the same data, and compare them seed by seed.
 
-    tools/ablation.py                                # the primary rows, three seeds: about an hour
-    tools/ablation.py --rows atss_k3 atss_box --seeds 5 --output output/k
-    tools/ablation.py --rows all
+    tools/ablation.py docs/ablation/digits.yaml
+    tools/ablation.py docs/ablation/bccd.yaml --data datasets --jobs 2
+    tools/ablation.py docs/ablation/bccd.yaml --tables
 
-A row is a config in configs/tables/, overridden by configs/ablation.yaml. With one seed all rows
-have the same images in the same order and the same initial weights. After an interruption the same
-command continues with the first incomplete run.
+A plan names the rows, the data and the seeds (docs/ablation.md). With one seed all rows have the
+same images in the same order, and the same initial weights. A line of results for each run is
+written to bccd.csv beside the plan, tables to bccd.md, a plot to bccd.png. After an interruption at
+any moment the same command continues; runs with a line are not repeated.
 """
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
-from atss.analysis.experiments import PRIMARY, claims, compare_rows, write_table
+from atss.analysis.comparison import compared, read_results, tables
+from atss.analysis.experiments import carry_out
+from atss.analysis.plans import read_plan
 from atss.analysis.plots import plot_experiments
 from atss.engine.explain import exit_with_message
 from atss.errors import check_writable
@@ -25,9 +27,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", nargs="+", default=list(PRIMARY), metavar="ROW")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("output/ablation"))
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--data", type=Path, default=Path(), help="folder of the plan's data")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="default: the plan's")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument(
+        "--output", type=Path, help="folder of the runs (default: output/ablation/NAME)"
+    )
+    parser.add_argument("--results", type=Path, metavar="FILE", help="default: PLAN.csv")
+    parser.add_argument("--tables", action="store_true", help="only write tables and plot")
     parser.add_argument(
         "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over every row"
     )
@@ -36,19 +45,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_intermixed_args(argv)
+    output = args.output or Path("output/ablation", args.plan.stem)
+    results = args.results or args.plan.with_suffix(".csv")
     log = logging.getLogger("detectron2")
-    log.setLevel(logging.INFO)  # otherwise the trainer sets up a log
     log.addHandler(logging.NullHandler())  # otherwise Python prints errors twice
-    try:
-        check_writable("--output", args.output / "table.md", args.output / "plot.png")
-    except OSError as error:
-        sys.exit(f"error: {error}")
-    with exit_with_message(str(args.output)):
-        results = compare_rows(args.rows, args.seeds, args.output, args.opts)
-    write_table(results, args.output / "table.md")
-    plot_experiments(results, claims(results), args.output / "plot.png")
-    print((args.output / "table.md").read_text())
-    print(f"Table and plot: {args.output}/table.md and {args.output}/plot.png")
+    with exit_with_message(str(output)):
+        whole = read_plan(args.plan, args.opts)
+        check_writable("--output", output / "log.txt")
+        check_writable("--results", results)
+        if not args.tables:
+            plan = whole.choose(args.rows, args.seeds)
+            carry_out(plan, whole, args.data, output, results, args.jobs)
+        found = read_results(results)
+        plot_experiments(found, compared(whole, found), results.with_suffix(".png"))
+    results.with_suffix(".md").write_text(tables(whole, found))
+    print(results.with_suffix(".md").read_text())
 
 
 if __name__ == "__main__":

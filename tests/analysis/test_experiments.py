@@ -1,10 +1,9 @@
 """tools/ablation.py: paired runs, resumed, in a table."""
 
 import json
-from dataclasses import replace
+from concurrent.futures import Future
 
 import ablation
-import numpy as np
 import pytest
 import torch
 from conftest import TINY, make_cfg
@@ -12,108 +11,136 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
-from atss.analysis import digits, experiments
+from atss.analysis import experiments
+from atss.analysis.comparison import read_results
 
-SHORT = (
-    *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "0"),
-    *(str(x) for item in TINY.items() for x in item),
-)
+PLAN = {
+    "data": {"digits": {"train": 8, "test": 4}},
+    "recipe": ["ablation"],
+    "keys": TINY
+    | {"SOLVER.MAX_ITER": 2, "SOLVER.IMS_PER_BATCH": 2, "SOLVER.CHECKPOINT_PERIOD": 1}
+    | {"MODEL.ATSS.SCORE_THRESH_TEST": 0.0},
+    "rows": {"IoU": "tables/iou_box", "ATSS": "tables/atss_box"},
+    "evaluations": {"small": {"INPUT.MIN_SIZE_TEST": 64}},
+    "compare": {"ATSS over IoU": ["ATSS", "IoU"]},
+}
+
+
+class Pool:
+    """Runs in this process, instead of in a new one."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def submit(self, function, run):
+        future: Future = Future()
+        try:
+            future.set_result(experiments.train_and_measure(run))
+        except BaseException as error:
+            future.set_exception(error)
+        finally:
+            for name in ("train", "test"):
+                DatasetCatalog.pop(name, None)
+                MetadataCatalog.pop(name, None)
+        return future
+
+    def shutdown(self, **_):
+        pass
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
-    few = replace(digits.ABLATION, images={"train": 8, "test": 4})
-    monkeypatch.setattr(experiments, "ABLATION", few)
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", Pool)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(json.dumps(PLAN, default=list))
 
     def call(*argv):
-        try:
-            ablation.main(["--output", str(tmp_path / "out"), *argv])
-        finally:
-            for name in ("ablation_train", "ablation_test"):
-                DatasetCatalog.pop(name, None)
-                MetadataCatalog.pop(name, None)
+        ablation.main([str(plan), "--output", str(tmp_path / "out"), *argv])
         return capsys.readouterr().out
 
     return call
 
 
-def test_trains_missing_runs_and_compares(run, tmp_path):
-    rows = ("--rows", "iou_box", "atss_box", "--seeds", "2")
-    first = run(*rows, *SHORT)
-    assert first.count("AP") > 4
-    out = tmp_path / "out"
-    assert "Table 3: ATSS over IoU, boxes" in (out / "table.md").read_text()
-    assert (out / "plot.png").stat().st_size > 10_000
-    assert not list(out.rglob("model_*.pth"))  # gigabytes, otherwise
-    result = out / "atss_box" / "seed2" / "result.json"
-    metrics = json.loads(result.read_text())["metrics"]
-    result.unlink()  # as if it had been interrupted there
-    assert "3 runs are in" in run(*rows, *SHORT)
-    again = json.loads(result.read_text())["metrics"]
-    assert [again[k] for k in experiments.METRICS] == [metrics[k] for k in experiments.METRICS]
-    with pytest.raises(SystemExit, match="has a run of another config"):
-        run(*rows, *SHORT, "SOLVER.BASE_LR", "0.5")
+def test_missing_runs_are_trained_and_compared(run, tmp_path):
+    assert "of 2: ATSS, seed 1: AP" in run()
+    results = tmp_path / "plan.csv"
+    first = read_results(results)
+    assert {*first["ATSS"][1]} >= {"AP", "small/AP", "positives", "inference_ms", "megabytes"}
+    assert "| ATSS over IoU |" in (tmp_path / "plan.md").read_text()
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
+    assert not list(tmp_path.rglob("model_*.pth"))  # gigabytes, otherwise
+    lines = results.read_text().splitlines()
+    results.write_text("\n".join(lines[:2]) + "\n")  # as if it had been interrupted there
+    assert "1 of 2 runs are in" in run("--tables") + run()
+    with pytest.raises(SystemExit, match="has a run of another config: row IoU, seed 1"):
+        run("SOLVER.BASE_LR", "0.5")
 
 
-def test_errors_come_before_training(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "train", None)
-    out = tmp_path / "out"
-    out.write_text("")
-    with pytest.raises(SystemExit, match=r"error: cannot write --output .*out/table.md: File exi"):
-        run("--rows", "atss_box")
-    out.unlink()
-    result = out / "atss_box" / "seed1" / "result.json"
-    result.parent.mkdir(parents=True)
-    for content in ("{", "[]", '{"config": ""}'):
-        result.write_text(content)
-        with pytest.raises(SystemExit, match=r"seed1/result.json is no result of a run, or is dam"):
-            run("--rows", "atss_box", "--seeds", "1")
-    (out / "data" / "test" / "0001.png").unlink()
-    with pytest.raises(SystemExit, match=r"data is not complete: it has 3 of 4 images in test"):
-        run("--rows", "atss_box")
+def test_killed_run_continues(run, tmp_path, monkeypatch):
+    """And ends with the same weights, also if it is killed while they are evaluated."""
+    weights, evaluate = [], experiments._evaluate
+
+    def keep(run, file):
+        weights.append(torch.load(file)["model"])
+        return evaluate(run, file)
+
+    monkeypatch.setattr(experiments, "_evaluate", keep)
+    run("--rows", "ATSS")
+    after_step = experiments.Trainer.after_step
+
+    def stop(trainer):
+        after_step(trainer)
+        if trainer.iter == 0:
+            raise KeyboardInterrupt
+
+    again = ("--rows", "ATSS", "--results", str(tmp_path / "again.csv"), "--output")
+    again = (*again, str(tmp_path / "again"))
+    monkeypatch.setattr(experiments.Trainer, "after_step", stop)
+    with pytest.raises(SystemExit):
+        run(*again)
+    monkeypatch.setattr(experiments.Trainer, "after_step", after_step)
+    monkeypatch.setattr(experiments, "_measure", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(*again)
+    monkeypatch.undo()
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", Pool)
+    run(*again)
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
+    one, two = (read_results(tmp_path / f"{x}.csv")["ATSS"][1] for x in ("plan", "again"))
+    assert (one["AP"], one["small/AP"]) == (two["AP"], two["small/AP"])
 
 
-def test_unknown_row_lists_all(run):
-    with pytest.raises(SystemExit, match=r"unknown row 'atss_k99': choose from .*atss_k9?"):
-        run("--rows", "atss_k99")
+def test_errors_come_before_training(run, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(SystemExit, match=r"error: cannot write --output .*out/log.txt: File exi"):
+        run()
+    (tmp_path / "out").unlink()
+    with pytest.raises(SystemExit, match=r"unknown row 'FCOS': choose from \['IoU', 'ATSS'\]"):
+        run("--rows", "FCOS")
+    (tmp_path / "out/digits/test").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"digits is not complete: it has no train.json"):
+        run()
 
 
 def test_rows_of_a_seed_have_equal_initial_weights():
-    def weights(row, seed):
+    """Their heads have different layers; what they share is equal."""
+
+    def build(row, seed):
         seed_all_rng(seed)
-        model = build_model(make_cfg(config=f"tables/{row}.yaml"))
-        experiments.pair_weights(model, seed)
-        parts = {
-            name: [m.weight for m in part.modules() if isinstance(m, torch.nn.Conv2d)]
-            for name, part in model.head.named_children()
-            if name != "scales"
-        }
-        return parts | {"backbone": list(model.backbone.parameters())}
+        return build_model(make_cfg(config=f"tables/{row}.yaml"))
 
-    # Their heads have different layers; what they share is equal.
-    plain, full, other = weights("retinanet_A1", 1), weights("atss_point", 1), weights("iou_box", 2)
-    assert set(plain) == set(full) - {"ctrness"}
-    for name, tensors in plain.items():
-        for a, b in zip(tensors, full[name], strict=True):
-            assert torch.equal(a, b)
-    assert not torch.equal(other["cls_score"][0], full["cls_score"][0])
-
-
-def test_paired_interval_by_hand():
-    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.3027."""
-    results = {
-        "a": {1: {"AP": 11.0}, 2: {"AP": 22.0}, 3: {"AP": 33.0}},
-        "b": {1: {"AP": 10.0}, 2: {"AP": 20.0}, 3: {"AP": 30.0}},
-    }
-    difference, half = experiments.paired(results, "a", "b")
-    np.testing.assert_allclose(difference, [1, 2, 3])
-    assert half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
-
-
-def test_claims_name_existing_rows():
-    for _, row, other in experiments.CLAIMS:
-        assert row in experiments.known_rows()
-        assert other in experiments.known_rows()
-    assert experiments.paper_ap("atss_A9") == "39.2"
-    assert experiments.paper_ap("atss_A9_locations") == ""  # not the paper's
+    names = ("retinanet_A1", "atss_point")
+    plain = build(names[0], 1).state_dict()
+    full, other = build(names[1], 1), build(names[1], 2).state_dict()
+    before = {name: x.clone() for name, x in full.state_dict().items()}
+    experiments.pair_weights(full, [make_cfg(config=f"tables/{names[0]}.yaml")], 1)
+    after = full.state_dict()
+    shared = [name for name in after.keys() & plain.keys() if after[name].ndim > 1]
+    assert {name.split(".")[0] for name in shared} == {"backbone", "head"}
+    assert all(torch.equal(after[name], plain[name]) for name in shared)
+    assert any(not torch.equal(after[name], before[name]) for name in shared)
+    for name in after.keys() - set(shared):
+        assert torch.equal(after[name], before[name])
+    assert not torch.equal(other["head.cls_score.weight"], after["head.cls_score.weight"])

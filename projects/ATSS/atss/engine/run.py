@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from contextlib import ExitStack
+from functools import partial
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
@@ -192,7 +193,9 @@ def fit_workers(cfg: CfgNode, processes: int) -> None:
         cfg.DATALOADER.NUM_WORKERS = min(default, max(cores // processes, 1))
 
 
-def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
+def run(
+    args: argparse.Namespace, cfg: CfgNode, trainer_class: type[Trainer] = Trainer
+) -> dict | None:
     """Train, or evaluate with --eval-only. Return results by task."""
     register(args)
     # Once per machine, after all processes have started: if one finds a fault, all end.
@@ -208,7 +211,9 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> dict | None:
     if cfg.MODEL.DEVICE == "cpu":
         keep_freed_memory()
     cfg = _start_from_checkpoint(args, cfg)
-    return _evaluate(args, cfg) if args.eval_only else _train(args, cfg, config)
+    if args.eval_only:
+        return _evaluate(args, cfg)
+    return _train(args, cfg, config, trainer_class)
 
 
 def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> dict:
@@ -226,8 +231,10 @@ def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> dict:
     return results
 
 
-def _train(args: argparse.Namespace, cfg: CfgNode, config: bytes) -> dict | None:
-    trainer = Trainer(cfg)
+def _train(
+    args: argparse.Namespace, cfg: CfgNode, config: bytes, trainer_class: type[Trainer]
+) -> dict | None:
+    trainer = trainer_class(cfg)
     if comm.is_main_process():
         check_free_space(trainer.cfg, trainer.model)
     if args.resume:
@@ -274,7 +281,7 @@ def _start_from_checkpoint(args: argparse.Namespace, cfg: CfgNode) -> CfgNode:
     return resumed
 
 
-def start(args: argparse.Namespace) -> None:
+def start(args: argparse.Namespace, trainer_class: type[Trainer] = Trainer) -> None:
     """Prepare and run. Exit with ``error: ...`` after an error that the user can fix."""
     with ExitStack() as held:
         try:
@@ -282,7 +289,7 @@ def start(args: argparse.Namespace) -> None:
             hold_folder(args, cfg, held)
         except (UserError, OSError) as error:
             sys.exit(f"error: {error}")
-        launch(run, args, cfg)
+        launch(partial(run, trainer_class=trainer_class), args, cfg)
 
 
 def hold_folder(args: argparse.Namespace, cfg: CfgNode, held: ExitStack) -> None:

@@ -1,0 +1,133 @@
+"""Results of experiments: a csv with a line for each run, differences by seed, tables."""
+
+import csv
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ..errors import UserError
+from .plans import Plan
+
+# {row: {seed: {column: value}}}.
+Results: TypeAlias = dict[str, dict[int, dict[str, Any]]]
+# A column of the table: (title, column of the results, factor, digits).
+Column: TypeAlias = tuple[str, str, int, int]
+COLUMNS: tuple[Column, ...] = (
+    *((x, x, 1, 1) for x in ("AP", "AP50", "AP75", "APs", "APm", "APl")),
+    ("positives per object", "positives", 1, 1),
+    ("objects without, %", "without_positives", 100, 1),
+    ("step, s", "step_seconds", 1, 2),
+    ("inference, ms", "inference_ms", 1, 0),
+    ("MB", "megabytes", 1, 0),
+)
+TEXTS = ("row", "config", "fingerprint", "data", "versions", "machine", "commit", "date")
+
+
+def read_results(file: Path) -> Results:
+    """Read a csv of :func:`write_results`; without a file, nothing.
+
+    Raises:
+        UserError: naming a line that is damaged.
+    """
+    results: Results = {}
+    if not file.exists():
+        return results
+    try:
+        with open(file, newline="") as opened:
+            for number, line in enumerate(csv.DictReader(opened), start=2):
+                try:
+                    record = {key: _value(key, x) for key, x in line.items() if x != ""}
+                    results.setdefault(record["row"], {})[int(record["seed"])] = record
+                    record["AP"], record["fingerprint"]
+                except (KeyError, TypeError, ValueError) as error:
+                    raise UserError(f"{file}: line {number} is damaged: remove it") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+    return results
+
+
+def _value(column: str, text: str) -> Any:
+    if column in TEXTS:
+        return text
+    return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
+
+
+def write_results(results: Results, file: Path) -> None:
+    """Write a csv with a line for each run, complete at any moment."""
+    records = [x for runs in results.values() for x in runs.values()]
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    unfinished = file.with_name(file.name + ".unfinished")
+    with open(unfinished, "w", newline="") as opened:
+        writer = csv.DictWriter(opened, columns, lineterminator="\n")
+        writer.writeheader()
+        for record in records:
+            writer.writerow(
+                {k: f"{x:.6g}" if isinstance(x, float) else x for k, x in record.items()}
+            )
+    unfinished.replace(file)
+
+
+def paired(results: Results, row: str, other: str) -> tuple[np.ndarray, float]:
+    """Return differences of AP by seed, and half the 95 % interval of their mean (Student's t; NaN
+    for one seed)."""
+    seeds = sorted(set(results[row]) & set(results[other]))
+    difference = np.array([results[row][s]["AP"] - results[other][s]["AP"] for s in seeds])
+    if len(seeds) < 2:
+        return difference, float("nan")
+    from scipy import stats  # the extra "demo"
+
+    half = stats.t.ppf(0.975, len(seeds) - 1) * stats.sem(difference)
+    return difference, float(half)
+
+
+def compared(plan: Plan, results: Results) -> list[tuple[str, np.ndarray, float]]:
+    """Return the plan's statements that have a seed in common, with :func:`paired`."""
+    return [
+        (statement, *paired(results, row, other))
+        for statement, (row, other) in plan.compare.items()
+        if results.get(row, {}).keys() & results.get(other, {}).keys()
+    ]
+
+
+def paper_ap(config: str) -> str:
+    """Return the paper's AP from the comment of a config of a table, or ""."""
+    comment = Path(config).read_text().replace("\n# ", " ")
+    printed = re.search(r"the paper's AP ([\d.]+\d)", comment)
+    return printed.group(1) if printed else ""
+
+
+def tables(plan: Plan, results: Results) -> str:
+    """Return the means of each row and the differences by seed, in Markdown."""
+    rows = {name: results[name] for name in plan.rows if results.get(name)}
+    records = [x for runs in rows.values() for x in runs.values()]
+    columns = [x for x in COLUMNS if any(x[1] in record for record in records)]
+    further = {k for record in records for k in record if "/" in k and "-" not in k}
+    columns += [(x, x, 1, 1) for x in sorted(further)]
+    published = {name: paper_ap(plan.rows[name].configs[0]) for name in rows}
+    titles = [title for title, *_ in columns] + ["paper, COCO"] * any(published.values())
+    lines = [f"| row | seeds | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
+    for name, runs in rows.items():
+        cells = [_mean(runs, column) for column in columns]
+        cells += [published[name]] * any(published.values())
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+    if differences := compared(plan, results):
+        lines += [
+            "",
+            "| difference of AP | mean | 95 % interval | of each seed |",
+            "|---" * 4 + "|",
+        ]
+    for statement, difference, half in differences:
+        mean = difference.mean()
+        interval = "" if np.isnan(half) else f"{mean - half:+.1f} to {mean + half:+.1f}"
+        each = ", ".join(f"{d:+.1f}" for d in difference)
+        lines.append(f"| {statement} | {mean:+.1f} | {interval} | {each} |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean(runs: Mapping[int, dict], column: Column) -> str:
+    _, key, factor, digits = column
+    values = [x[key] for x in runs.values() if key in x]
+    return f"{factor * np.mean(values):.{digits}f}" if values else ""

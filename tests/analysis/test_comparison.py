@@ -1,0 +1,67 @@
+"""Results of experiments: csv, differences by seed, tables."""
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from atss.analysis.comparison import paired, paper_ap, read_results, tables, write_results
+from atss.analysis.plans import Plan, Row
+from atss.errors import UserError
+
+RESULTS = {
+    "a": {
+        seed: {"row": "a", "seed": seed, "AP": 11.0 * seed, "fingerprint": "1"}
+        for seed in (1, 2, 3)
+    },
+    "b": {
+        seed: {"row": "b", "seed": seed, "AP": 10.0 * seed, "fingerprint": "2"}
+        for seed in (1, 2, 3)
+    },
+}
+
+
+def test_paired_interval_by_hand():
+    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.3027."""
+    difference, half = paired(RESULTS, "a", "b")
+    np.testing.assert_allclose(difference, [1, 2, 3])
+    assert half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+
+
+def test_results_return_from_the_csv(tmp_path):
+    file = tmp_path / "results.csv"
+    assert read_results(file) == {}
+    RESULTS["a"][1] |= {"machine": "CPU, 7", "AP-a, b": 3.25, "large/AP": float("nan")}
+    write_results(RESULTS, file)
+    again = read_results(file)
+    assert list(again) == ["a", "b"]
+    assert again["b"] == RESULTS["b"]
+    assert np.isnan(again["a"][1].pop("large/AP"))
+    RESULTS["a"][1].pop("large/AP")
+    assert again["a"] == RESULTS["a"]
+
+
+@pytest.mark.parametrize("line", ["a,1,,1", "a,x,3.0,1", "a,1,high,1", "a"])
+def test_damaged_line_is_named(tmp_path, line):
+    file = tmp_path / "results.csv"
+    file.write_text(f"row,seed,AP,fingerprint\nb,1,3.0,1\n{line}\n")
+    with pytest.raises(UserError, match=r"results\.csv: line 3 is damaged: remove it"):
+        read_results(file)
+
+
+def test_tables_have_rows_with_results():
+    config = str(ROOT / "configs/tables/atss_box.yaml")
+    rows = {x: Row([config], [], {}) for x in ("b", "none", "a")}
+    text = tables(Plan(rows, [1, 2, 3], {}, {"x": ("a", "b"), "y": ("a", "none")}), RESULTS)
+    lines = text.splitlines()
+    assert lines[0] == "| row | seeds | AP | paper, COCO |"
+    assert [x for x in lines if x.startswith("| b")] == ["| b | 3 | 20.0 | 39.3 |"]
+    assert [x for x in lines if x.startswith("| x")] == [
+        "| x | +2.0 | -0.5 to +4.5 | +1.0, +2.0, +3.0 |"
+    ]
+    assert "none" not in text
+
+
+def test_published_ap_of_a_config():
+    folder = ROOT / "configs/tables"
+    assert paper_ap(str(folder / "atss_A9.yaml")) == "39.2"
+    assert paper_ap(str(folder / "atss_A9_locations.yaml")) == ""  # not the paper's
