@@ -73,7 +73,9 @@ def test_missing_runs_are_trained_and_compared(run, tmp_path):
     lines = results.read_text().splitlines()
     results.write_text("\n".join(lines[:2]) + "\n")  # as if it had been interrupted there
     assert "1 of 2 runs are in" in run("--tables") + run()
-    with pytest.raises(SystemExit, match="has a run of another config: row IoU, seed 1"):
+    with pytest.raises(
+        SystemExit, match="has a run of another config or of other data: row IoU, seed 1"
+    ):
         run("SOLVER.BASE_LR", "0.5")
 
 

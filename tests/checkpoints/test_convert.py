@@ -653,6 +653,21 @@ def test_settings_come_from_the_config_in_the_file(weights, tmp_path, monkeypatc
     assert "ANCHOR_SCALES" not in assumed
 
 
+@pytest.mark.parametrize(
+    ("scale", "resize", "refused"),
+    [("(992, 800)", "stretch", 0), ("(800, 992)", "shortest", 1)],
+)
+def test_stretched_images_and_agnostic_nms(weights, tmp_path, caplog, scale, resize, refused):
+    """Images that are stretched to a portrait have no counterpart."""
+    text = MMDET_2.replace("(1000, 600)", scale).replace("keep_ratio=True", "keep_ratio=False")
+    text = text.replace("type='soft_nms'", "class_agnostic=True")
+    cfg, _ = convert_with_meta(weights, tmp_path, {"config": text})
+    assert (resize, True) == (cfg.INPUT.RESIZE, cfg.MODEL.ATSS.CLASS_AGNOSTIC_NMS)
+    assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (800, 992)
+    assert caplog.text.count("input.keep_ratio False") == refused
+    assert "class_agnostic" not in caplog.text
+
+
 def test_settings_survive_mmdet_and_back(weights, tmp_path):
     opts = ("MODEL.ATSS.TOWER_BIAS", False, "MODEL.ATSS.NUM_CLASSES", 80)
     opts += (

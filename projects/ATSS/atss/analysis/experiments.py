@@ -100,29 +100,28 @@ def carry_out(plan: Plan, whole: Plan, data: Path, output: Path, results: Path, 
         whole: the plan of which it is a part.
         data: folder of the data.
         output: folder with a folder for each run, in which an interrupted one continues.
-        jobs: runs at a time, each with its share of the cores.
+        jobs: runs at a time, each with its share of the threads.
 
     Raises:
         UserError: if the results have runs of other configs, or a run cannot start.
         SystemExit: if a run fails.
     """
     found, missing = read_results(results), []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for seed in plan.seeds:
         for name, row in plan.rows.items():
             mark = fingerprint(row)
             if (before := found.get(name, {}).get(seed)) is not None:
-                if before["fingerprint"] != mark:
+                if (before["fingerprint"], before["data"]) != (mark, _data_name(row)):
                     raise UserError(
-                        f"{results} has a run of another config: row {name}, seed {seed}; choose "
-                        "another file"
+                        f"{results} has a run of another config or of other data: row {name}, "
+                        f"seed {seed}; choose another file"
                     )
                 continue
             names = [*whole.rows]
             rows = {x: whole.rows[x] for x in names[: names.index(name) + 1]}
             sources = _sources(row, data, output)
             folder = output / name / f"seed{seed}"
-            threads = max((cores or 1) // jobs, 1)
+            threads = max(torch.get_num_threads() // jobs, 1)
             missing.append(Run(rows, seed, plan.evaluations, sources, folder, threads, jobs))
     if found:
         total = len(plan.rows) * len(plan.seeds)
@@ -133,6 +132,7 @@ def carry_out(plan: Plan, whole: Plan, data: Path, output: Path, results: Path, 
     try:
         for number, future in enumerate(as_completed(waiting), start=1):
             record = future.result()
+            found = read_results(results)  # to which another machine may have added
             found.setdefault(record["row"], {})[record["seed"]] = record
             write_results(found, results)
             _remove_weights(output / record["row"] / f"seed{record['seed']}")
@@ -217,6 +217,7 @@ def paired_trainer(run: Run) -> type[Trainer]:
     class Paired(Trainer):
         @classmethod
         def build_model(cls, cfg: CfgNode) -> nn.Module:
+            seed_all_rng(run.seed)
             model = super().build_model(cfg)
             earlier = [x for name, x in run.rows.items() if name != run.name]
             pair_weights(model, (_row_config(x) for x in earlier), run.seed)
@@ -304,7 +305,6 @@ def _peak_memory() -> float:
 def _circumstances(run: Run, cfg: CfgNode) -> dict[str, Any]:
     versions = {"atss": __version__, "torch": torch.__version__}
     versions |= {"detectron2": detectron2.__version__, "python": platform.python_version()}
-    data = run.row.data
     return {
         "iterations": _iterations(run.folder),
         "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
@@ -312,12 +312,16 @@ def _circumstances(run: Run, cfg: CfgNode) -> dict[str, Any]:
         "runs_at_a_time": run.beside,
         "config": "+".join(Path(x).stem for x in run.row.configs),
         "fingerprint": fingerprint(run.row),
-        "data": "digits" if "digits" in data else data["train"],
+        "data": _data_name(run.row),
         "versions": ", ".join(f"{name} {x}" for name, x in versions.items()),
         "machine": _machine(),
         "commit": _commit(),
         "date": date.today().isoformat(),
     }
+
+
+def _data_name(row: Row) -> str:
+    return "digits" if "digits" in row.data else row.data["train"]
 
 
 def _iterations(folder: Path) -> int:

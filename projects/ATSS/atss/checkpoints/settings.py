@@ -92,8 +92,14 @@ def _with_preprocessing(config: dict[str, Any]) -> dict[str, Any]:
             pixels = dict(pixels) | {"bgr_to_rgb": pixels.get("to_rgb", True)}
     sizes = [x for step in steps for x in (step.get("img_scale"), step.get("scale")) if x]
     ratios = [step["keep_ratio"] for step in steps if "keep_ratio" in step]
-    size = {"size": next(iter(sizes), None), "keep_ratio": next(iter(ratios), None)}
-    return {"model": model, "pixels": pixels, "input": size}
+    size, keep_ratio = next(iter(sizes), None), next(iter(ratios), None)
+    if keep_ratio is False and isinstance(size, list | tuple) and size[0] >= size[-1]:
+        keep_ratio = "stretch"  # to width and height
+    return {
+        "model": model,
+        "pixels": pixels,
+        "input": {"size": size, "keep_ratio": keep_ratio},
+    }
 
 
 def _choose(choices: Mapping[Any, Any]) -> Callable[[Any], Any]:
@@ -148,19 +154,26 @@ SETTINGS: tuple[Setting, ...] = (
     (f"{_TEST}.nms.iou_threshold", "MODEL.ATSS.NMS_THRESH_TEST", float),
     (f"{_TEST}.max_per_img", "TEST.DETECTIONS_PER_IMAGE", int),
 )
+# Those that most configs leave out, and that our defaults then equal.
+OPTIONAL: tuple[Setting, ...] = (
+    ("input.keep_ratio", "INPUT.RESIZE", _choose({True: "shortest", "stretch": "stretch"})),
+    (
+        f"{_TEST}.nms.class_agnostic",
+        "MODEL.ATSS.CLASS_AGNOSTIC_NMS",
+        _choose({True: True, False: False}),
+    ),
+)
 # Key of the rule ATSS; other detectors' rules have other arguments.
 _TOP_K: Setting = ("model.train_cfg.assigner.topk", "MODEL.ATSS.ASSIGNERS.ATSS.TOP_K", int)
 # {path: the only value that is taken over}.
 FIXED = {
     "pixels.rgb_to_bgr": False,
-    "input.keep_ratio": True,
     "model.neck.start_level": 1,
     "model.neck.add_extra_convs": "on_output",
     f"{_ANCHORS}.scales_per_octave": 1,
     f"{_ANCHORS}.strides": [8, 16, 32, 64, 128],
     f"{_HEAD}.bbox_coder.target_means": [0, 0, 0, 0],
     f"{_TEST}.nms.type": "nms",
-    f"{_TEST}.nms.class_agnostic": False,
 }
 
 
@@ -176,10 +189,10 @@ def apply_settings(cfg: CfgNode, text: str) -> tuple[list[str], list[str]]:
     config = _with_preprocessing(parse_config(text))
     rows = (*SETTINGS, _TOP_K) if cfg.MODEL.ATSS.ASSIGNER == "ATSS" else SETTINGS
     refused, assumed = [], []
-    for path, key, convert in rows:
+    for path, key, convert in (*rows, *OPTIONAL):
         value = _get(config, path)
         if value is None:
-            assumed.append(key)
+            assumed += [key] * ((path, key, convert) in rows)
             continue
         try:
             cfg.merge_from_list([key, convert(value)])
