@@ -73,9 +73,7 @@ def test_missing_runs_are_trained_and_compared(run, tmp_path):
     lines = results.read_text().splitlines()
     results.write_text("\n".join(lines[:2]) + "\n")  # as if it had been interrupted there
     assert "1 of 2 runs are in" in run("--tables") + run()
-    with pytest.raises(
-        SystemExit, match=r"run of another config or .*: row IoU, seed 1; choose"
-    ):
+    with pytest.raises(SystemExit, match=r"run of another config or .*: row IoU, seed 1; choose"):
         run("SOLVER.BASE_LR", "0.5")
 
 

@@ -9,11 +9,12 @@ from conftest import make_cfg
 from detectron2.data import DatasetCatalog
 
 from atss.config import prune
-from atss.config.checks import flatten
+from atss.config.checks import OF_DETECTIONS, flatten
 from atss.engine.checks import (
     check_config,
     check_processes,
     describe_unread,
+    describe_unread_by_proposals,
     scales_gradients,
     warn_of_objects,
     warn_of_warmup,
@@ -259,6 +260,21 @@ def test_keys_without_effect_are_named(key, value, line):
     prune(cfg)
     found = [*describe_unread(cfg, before, [key])]
     assert found == ([f"{key} has no effect {line}"] if line else [])
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("MODEL.ATSS.NMS_THRESH_TEST", "; use MODEL.RPN.NMS_THRESH"),
+        ("MODEL.ATSS.CLIP_BOXES", ""),
+        ("MODEL.ATSS.NUM_CLASSES", None),
+        ("MODEL.RPN.NMS_THRESH", None),
+    ],
+)
+def test_keys_of_detections_have_no_effect_on_proposals(key, line):
+    found = [*describe_unread_by_proposals([key, "SEED"])]
+    assert found == ([] if line is None else [f"{key} has no effect on proposals{line}"])
+    assert {*OF_DETECTIONS} <= {*make_cfg().MODEL.ATSS}
 
 
 def test_scaled_gradients_need_a_gpu():

@@ -53,6 +53,19 @@ NO_EFFECT = {
     "MODEL.ANCHOR_GENERATOR.ANGLES": "",
 }
 
+# Keys of MODEL.ATSS that select detections, and those that select proposals in a first stage.
+OF_DETECTIONS = {
+    "SCORE_THRESH_TEST": "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+    "THRESHOLD_ON_SCORE": "",
+    "TOPK_CANDIDATES_TEST": "MODEL.RPN.PRE_NMS_TOPK_TEST",
+    "RANK_BY_CLASS": "",
+    "RANK_ANCHORS": "",
+    "CLIP_BOXES": "",
+    "NMS_THRESH_TEST": "MODEL.RPN.NMS_THRESH",
+    "CLASS_AGNOSTIC_NMS": "",
+    "SUPPRESSION": "MODEL.RPN.NMS_THRESH",
+}
+
 # Keys of MODEL.ATSS that ATSSDetector alone obeys, and their values without effect.
 OF_DETECTOR = {
     "CHANNELS_LAST": False,

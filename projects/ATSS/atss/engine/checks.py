@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..config import autocast_dtype
 from ..config.branches import kinds
-from ..config.checks import NO_EFFECT, flatten, has_no_effect
+from ..config.checks import NO_EFFECT, OF_DETECTIONS, flatten, has_no_effect
 from ..data import datasets
 from ..errors import UserError, check_range
 from .best import best_metric, check_metric, known_metrics
@@ -168,6 +168,16 @@ def describe_unread(
         if key in before and key not in values and group in choices:
             choice = f"MODEL.ATSS.{choices[group]}"
             yield f"{key} has no effect with {choice} {values[choice]!r}"
+
+
+def describe_unread_by_proposals(given: Collection[str]) -> Iterator[str]:
+    """Yield a line for each ``given`` key that selects detections of ATSSDetector: a first stage
+    selects proposals as Detectron2's RPN does."""
+    for key in given:
+        name = key.removeprefix("MODEL.ATSS.")
+        if name != key and name in OF_DETECTIONS:
+            other = OF_DETECTIONS[name]
+            yield f"{key} has no effect on proposals{f'; use {other}' if other else ''}"
 
 
 def warn_of_warmup(cfg: CfgNode) -> None:

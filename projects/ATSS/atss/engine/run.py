@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
 
@@ -48,6 +49,7 @@ from .checks import (
     check_data,
     check_processes,
     describe_unread,
+    describe_unread_by_proposals,
     scales_gradients,
     warn_of_objects,
     warn_of_unused,
@@ -171,9 +173,13 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         check_values(cfg, TRAINING_LIMITS)
     before = dict(flatten(cfg))
     prune(cfg)  # so that config.yaml can be read without parts that the run does not use
+    unread: Iterable[str] = ()
     if cfg.MODEL.META_ARCHITECTURE == "ATSSDetector":
-        for line in describe_unread(cfg, before, given):
-            print(line, file=sys.stderr)
+        unread = describe_unread(cfg, before, given)
+    elif uses_atss(cfg):
+        unread = describe_unread_by_proposals(given)
+    for line in unread:
+        print(line, file=sys.stderr)
     check_config(cfg, training, given)
     check_output_dir(cfg.OUTPUT_DIR, cfg.DATASETS.TEST)
     shorten_paths(cfg)
