@@ -7,6 +7,7 @@
     tools/benchmark.py batching                  inference of 8 images, together and one by one
     tools/benchmark.py assignment                the assigner beside dense ones
     tools/benchmark.py rules                     rules that look at predictions, beside mmdet's
+    tools/benchmark.py proposals                 rules in a region proposal network
     tools/benchmark.py operators                 operators that start on a GPU, counted on a CPU
     tools/benchmark.py scaling                   the growth of assignment; draws scaling.png
     tools/benchmark.py data                      the time of loading images
@@ -27,7 +28,7 @@ import sys
 from pathlib import Path
 
 import torch
-from benchmarks import against, assignment, data, files, labels, model, operators, rules
+from benchmarks import against, assignment, data, files, labels, model, operators, proposals, rules
 from benchmarks.peers import PEERS, installed
 from benchmarks.timing import Seconds, table
 
@@ -179,6 +180,14 @@ def measure_rules(args: argparse.Namespace) -> dict:
     return rules.beside_mmdet(args.runs, installed("mmdet-atss"), args.crowd)
 
 
+def measure_proposals(args: argparse.Namespace) -> dict:
+    seconds = proposals.rules(tuple(args.size), args.batch, args.runs)
+    theirs = seconds[proposals.THEIRS]
+    rows = [[n, f"{1e3 * s.median:.1f}", _interval(s.over(theirs))] for n, s in seconds.items()]
+    print(table(["", "milliseconds", "this / Detectron2's (95 %)"], rows))
+    return _plain({"": seconds})
+
+
 def count_operators(args: argparse.Namespace) -> dict:
     """Count operators of every rule, and of a training step beside Detectron2's."""
     import_modules(args.imports)
@@ -292,6 +301,10 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--crowd", action="store_true", help="also measure memory for 75,000 objects: minutes"
     )
+    command = commands.add_parser("proposals", parents=[shared])
+    command.set_defaults(measure=measure_proposals)
+    command.add_argument("--size", type=int, nargs=2, default=(800, 1216), metavar="PIXELS")
+    command.add_argument("--batch", type=int, default=2, help="images")
     command = commands.add_parser("operators", parents=[shared, configured])
     command.set_defaults(measure=count_operators)
     add_import(command)

@@ -225,6 +225,13 @@ def test_autocast_of_simulated_gpu_is_cudas():
         assert torch.nn.functional.group_norm(low.expand(1, 4, 3, 3), 2).dtype == torch.float32
 
 
+def test_rules_of_proposals_are_measured_beside_detectron2s(capsys):
+    benchmark.main(["proposals", "--size", "64", "96", "--runs", "1"])
+    printed = capsys.readouterr().out
+    assert "Detectron2's Matcher and sampling" in printed
+    assert all(f"| {name} " in printed for name in ("ATSS", "Matcher", "PAA"))
+
+
 def test_operators_are_printed_as_tables(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(operators, "OBJECTS", (3,))
     monkeypatch.setattr(operators, "registered_rules", lambda: [("ATSS", ATSS())])
