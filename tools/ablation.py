@@ -2,12 +2,12 @@
 """Train configs on the same data, and compare them seed by seed.
 
     tools/ablation.py docs/ablation/digits.yaml
-    tools/ablation.py docs/ablation/bccd.yaml --data datasets --jobs 2
-    tools/ablation.py docs/ablation/bccd.yaml --tables
+    tools/ablation.py docs/ablation/paper_bccd.yaml --data datasets --jobs 2
+    tools/ablation.py docs/ablation/paper_bccd.yaml --tables
 
 A plan names the rows, the data and the seeds (docs/ablation.md). With one seed all rows have the
-same images in the same order, and the same initial weights. A line of results for each run is
-written to bccd.csv beside the plan, tables to bccd.md, a plot to bccd.png. After an interruption at
+same images in the same order, and the same initial weights. Beside the plan, paper_bccd.csv gets a
+line for each run; tables are in paper_bccd.md, a plot in paper_bccd.png. After an interruption at
 any moment the same command continues; runs with a line are not repeated.
 """
 

@@ -159,13 +159,18 @@ def fingerprint(row: Row) -> str:
 
 def _sources(row: Row, data: Path, output: Path) -> dict[str, str]:
     if "digits" not in row.data:
-        return {
-            split: ":".join(str(data / x) if (data / x).exists() else x for x in source.split(":"))
-            for split, source in row.data.items()
-        }
+        return {split: _below(data, source) for split, source in row.data.items()}
     folder = output / "digits"
     make_digits(folder, replace(ABLATION, images=row.data["digits"]))
     return {split: f"{folder}/{split}.json:{folder}/{split}" for split in SPLITS}
+
+
+def _below(folder: Path, source: str) -> str:
+    """Return ``annotations:images`` in a folder; ``images`` may be the name of a split."""
+    annotations, _, images = source.rpartition(":")
+    if annotations.endswith(".json"):
+        images = str(folder / images)
+    return f"{folder / annotations}:{images}"
 
 
 def _in_own_process(run: Run) -> dict[str, Any]:
