@@ -13,13 +13,15 @@ any moment the same command continues; runs with a line are not repeated.
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 
-from atss.analysis.comparison import compared, read_results, tables
-from atss.analysis.experiments import carry_out
+from atss.analysis.comparison import compared, tables
+from atss.analysis.experiments import Comparison
 from atss.analysis.plans import read_plan
 from atss.analysis.plots import plot_experiments
 from atss.engine.explain import exit_with_message
+from atss.engine.run import add_import, add_options, import_modules
 from atss.errors import check_writable
 
 
@@ -35,31 +37,45 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", type=Path, help="folder of the runs (default: output/ablation/NAME)"
     )
-    parser.add_argument("--results", type=Path, metavar="FILE", help="default: PLAN.csv")
-    parser.add_argument("--tables", action="store_true", help="only write tables and plot")
     parser.add_argument(
-        "opts", nargs="*", default=[], metavar="KEY VALUE", help="last: over every row"
+        "--results",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="csv files, of which the first gets the new lines (default: PLAN.csv)",
     )
+    parser.add_argument("--tables", action="store_true", help="only write tables and plot")
+    add_import(parser)
+    add_options(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_intermixed_args(argv)
     output = args.output or Path("output/ablation", args.plan.stem)
-    results = args.results or args.plan.with_suffix(".csv")
+    results = args.results or [args.plan.with_suffix(".csv")]
+    table, plot = (results[0].with_suffix(x) for x in (".md", ".png"))
     log = logging.getLogger("detectron2")
     log.addHandler(logging.NullHandler())  # otherwise Python prints errors twice
-    with exit_with_message(str(output)):
-        whole = read_plan(args.plan, args.opts)
-        check_writable("--output", output / "log.txt")
-        check_writable("--results", results)
-        if not args.tables:
-            plan = whole.choose(args.rows, args.seeds)
-            carry_out(plan, whole, args.data, output, results, args.jobs)
-        found = read_results(results)
-        plot_experiments(found, compared(whole, found), results.with_suffix(".png"))
-    results.with_suffix(".md").write_text(tables(whole, found))
-    print(results.with_suffix(".md").read_text())
+    done = True
+    try:
+        with exit_with_message(str(output)):
+            import_modules(args.imports)
+            plan = read_plan(args.plan, args.opts)
+            check_writable("--output", output / "log.txt")
+            check_writable("--results", results[0])
+            comparison = Comparison(plan, args.data, output, results, args.imports)
+            if not args.tables:
+                done = comparison.carry_out(plan.choose(args.rows, args.seeds), args.jobs)
+            found = comparison.find()
+    except KeyboardInterrupt:
+        print("stopped: the same command continues", file=sys.stderr)
+        sys.exit(130)
+    if found:
+        plot_experiments(found, compared(plan, found), plot)
+        table.write_text(tables(plan, found))
+        print(f"\n{table.read_text()}")
+    sys.exit(not done)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
-from atss.analysis.comparison import paired, paper_ap, read_results, tables, write_results
+from atss.analysis.comparison import paired, read_results, tables, write_results
 from atss.analysis.plans import Plan, Row
 from atss.errors import UserError
 
@@ -29,10 +28,10 @@ def test_paired_interval_by_hand():
 
 def test_results_return_from_the_csv(tmp_path):
     file = tmp_path / "results.csv"
-    assert read_results(file) == {}
+    assert read_results([file]) == {}
     RESULTS["a"][1] |= {"machine": "CPU, 7", "AP-a, b": 3.25, "large/AP": float("nan")}
     write_results(RESULTS, file)
-    again = read_results(file)
+    again = read_results([file])
     assert list(again) == ["a", "b"]
     assert again["b"] == RESULTS["b"]
     assert np.isnan(again["a"][1].pop("large/AP"))
@@ -40,17 +39,25 @@ def test_results_return_from_the_csv(tmp_path):
     assert again["a"] == RESULTS["a"]
 
 
+def test_results_of_several_files_are_joined(tmp_path):
+    files = [tmp_path / "one.csv", tmp_path / "two.csv"]
+    write_results({"a": RESULTS["a"]}, files[0])
+    write_results({"b": RESULTS["b"]}, files[1])
+    assert list(read_results(files)) == ["a", "b"]
+    with pytest.raises(UserError, match=r"one\.csv: line 2 repeats row a, seed 1"):
+        read_results([*files, files[0]])
+
+
 @pytest.mark.parametrize("line", ["a,1,,1", "a,x,3.0,1", "a,1,high,1", "a"])
 def test_damaged_line_is_named(tmp_path, line):
     file = tmp_path / "results.csv"
     file.write_text(f"row,seed,AP,fingerprint\nb,1,3.0,1\n{line}\n")
     with pytest.raises(UserError, match=r"results\.csv: line 3 is damaged: remove it"):
-        read_results(file)
+        read_results([file])
 
 
 def test_tables_have_rows_with_results():
-    config = str(ROOT / "configs/tables/atss_box.yaml")
-    rows = {x: Row([config], [], {}) for x in ("b", "none", "a")}
+    rows = {x: Row([], [], {}, "39.3") for x in ("b", "none", "a")}
     text = tables(Plan(rows, [1, 2, 3], {}, {"x": ("a", "b"), "y": ("a", "none")}), RESULTS)
     lines = text.splitlines()
     assert lines[0] == "| row | seeds | AP | paper, COCO |"
@@ -59,9 +66,3 @@ def test_tables_have_rows_with_results():
         "| x | +2.0 | -0.5 to +4.5 | +1.0, +2.0, +3.0 |"
     ]
     assert "none" not in text
-
-
-def test_published_ap_of_a_config():
-    folder = ROOT / "configs/tables"
-    assert paper_ap(str(folder / "atss_A9.yaml")) == "39.2"
-    assert paper_ap(str(folder / "atss_A9_locations.yaml")) == ""  # not the paper's

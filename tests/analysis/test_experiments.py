@@ -1,17 +1,14 @@
-"""tools/ablation.py: paired runs, resumed, in a table."""
+"""tools/ablation.py: runs of a plan, resumed, in a table."""
 
 import json
 from concurrent.futures import Future
 
 import ablation
 import pytest
-import torch
-from conftest import TINY, make_cfg
+from conftest import TINY
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import build_model
-from detectron2.utils.env import seed_all_rng
 
-from atss.analysis import experiments
+from atss.analysis import experiments, runs
 from atss.analysis.comparison import read_results
 
 PLAN = {
@@ -29,13 +26,13 @@ PLAN = {
 class Pool:
     """Runs in this process, instead of in a new one."""
 
-    def __init__(self, *_, **__):
+    def __init__(self, *_):
         pass
 
-    def submit(self, function, run):
+    def submit(self, _, run):
         future: Future = Future()
         try:
-            future.set_result(experiments.train_and_measure(run))
+            future.set_result(runs.carry_out(run))
         except BaseException as error:
             future.set_exception(error)
         finally:
@@ -44,7 +41,7 @@ class Pool:
                 MetadataCatalog.pop(name, None)
         return future
 
-    def shutdown(self, **_):
+    def shutdown(self):
         pass
 
 
@@ -56,38 +53,40 @@ def run(tmp_path, monkeypatch, capsys):
     plan.write_text(json.dumps(PLAN, default=list))
 
     def call(*argv):
-        ablation.main([str(plan), "--output", str(tmp_path / "out"), *argv])
-        return capsys.readouterr().out
+        code = 0
+        try:
+            ablation.main([str(plan), "--output", str(tmp_path / "out"), *argv])
+        except SystemExit as error:
+            code = error.code
+        return code, capsys.readouterr().out
 
     return call
 
 
 def test_missing_runs_are_trained_and_compared(run, tmp_path):
-    assert "of 2: ATSS, seed 1: AP" in run()
+    code, printed = run()
+    assert code == 0
+    assert "ATSS, seed 1: AP" in printed
     results = tmp_path / "plan.csv"
-    first = read_results(results)
+    first = read_results([results])
     assert {*first["ATSS"][1]} >= {"AP", "small/AP", "positives", "inference_ms", "megabytes"}
     assert "| ATSS over IoU |" in (tmp_path / "plan.md").read_text()
     assert (tmp_path / "plan.png").stat().st_size > 10_000
     assert not list(tmp_path.rglob("model_*.pth"))  # gigabytes, otherwise
     lines = results.read_text().splitlines()
     results.write_text("\n".join(lines[:2]) + "\n")  # as if it had been interrupted there
-    assert "1 of 2 runs are in" in run("--tables") + run()
-    with pytest.raises(SystemExit, match=r"run of another config or .*: row IoU, seed 1; choose"):
-        run("SOLVER.BASE_LR", "0.5")
+    assert "1 of 2 runs are done" in run()[1]
+    again = read_results([results])
+    assert again["ATSS"][1]["AP"] == first["ATSS"][1]["AP"]
+    for option in (("--tables",), ("--rows", "ATSS")):
+        code, _ = run("SOLVER.BASE_LR", "0.5", *option)
+        assert "plan.csv has a run of another config or other data: row IoU, seed 1" in code
 
 
 def test_killed_run_continues(run, tmp_path, monkeypatch):
-    """And ends with the same weights, also if it is killed while they are evaluated."""
-    weights, evaluate = [], experiments._evaluate
-
-    def keep(run, file):
-        weights.append(torch.load(file)["model"])
-        return evaluate(run, file)
-
-    monkeypatch.setattr(experiments, "_evaluate", keep)
+    """With the same results, also if it is killed while the weights are evaluated."""
     run("--rows", "ATSS")
-    after_step = experiments.Trainer.after_step
+    after_step = runs.Trainer.after_step
 
     def stop(trainer):
         after_step(trainer)
@@ -96,51 +95,45 @@ def test_killed_run_continues(run, tmp_path, monkeypatch):
 
     again = ("--rows", "ATSS", "--results", str(tmp_path / "again.csv"), "--output")
     again = (*again, str(tmp_path / "again"))
-    monkeypatch.setattr(experiments.Trainer, "after_step", stop)
-    with pytest.raises(SystemExit):
-        run(*again)
-    monkeypatch.setattr(experiments.Trainer, "after_step", after_step)
-    monkeypatch.setattr(experiments, "_measure", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(*again)
-    monkeypatch.undo()
-    monkeypatch.setattr(experiments, "ProcessPoolExecutor", Pool)
-    run(*again)
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
-    one, two = (read_results(tmp_path / f"{x}.csv")["ATSS"][1] for x in ("plan", "again"))
+    monkeypatch.setattr(runs.Trainer, "after_step", stop)
+    assert run(*again)[0] == 1
+    assert list(tmp_path.glob("again/ATSS/seed1/training/model_0000000.pth"))
+    code, printed = run("SOLVER.BASE_LR", "0.5", *again)
+    assert "seed1 has an unfinished run of another config or other data: remove it" in printed
+    monkeypatch.setattr(runs.Trainer, "after_step", after_step)
+    measure = runs._measure
+    monkeypatch.setattr(runs, "_measure", lambda *_: 1 / 0)
+    code, printed = run(*again)
+    assert code == 1
+    assert "ATSS, seed 1: ZeroDivisionError: division by zero (log: " in printed
+    monkeypatch.setattr(runs, "_measure", measure)
+    assert run(*again)[0] == 0
+    one, two = (read_results([tmp_path / f"{x}.csv"])["ATSS"][1] for x in ("plan", "again"))
+    assert one["AP"] > 0
     assert (one["AP"], one["small/AP"]) == (two["AP"], two["small/AP"])
+
+
+def test_failed_run_leaves_the_others(run, tmp_path, monkeypatch):
+    step = runs.Trainer.run_step
+
+    def fail(trainer):
+        if "IoU" in trainer.cfg.OUTPUT_DIR:
+            raise FloatingPointError("the loss is not finite")
+        step(trainer)
+
+    monkeypatch.setattr(runs.Trainer, "run_step", fail)
+    code, printed = run()
+    assert code == 1
+    assert "IoU, seed 1: " in printed
+    assert "the loss is not finite" in printed
+    assert list(read_results([tmp_path / "plan.csv"])) == ["ATSS"]
 
 
 def test_errors_come_before_training(run, tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(SystemExit, match=r"error: cannot write --output .*out/log.txt: File exi"):
-        run()
+    assert "error: cannot write --output" in run()[0]
     (tmp_path / "out").unlink()
-    with pytest.raises(SystemExit, match=r"unknown row 'FCOS': choose from \['IoU', 'ATSS'\]"):
-        run("--rows", "FCOS")
-    (tmp_path / "out/digits/test").mkdir(parents=True)
-    with pytest.raises(SystemExit, match=r"digits is not complete: it has no train.json"):
-        run()
-
-
-def test_rows_of_a_seed_have_equal_initial_weights():
-    """Their heads have different layers; what they share is equal."""
-
-    def build(row, seed):
-        seed_all_rng(seed)
-        return build_model(make_cfg(config=f"tables/{row}.yaml"))
-
-    names = ("retinanet_A1", "atss_point")
-    plain = build(names[0], 1).state_dict()
-    full, other = build(names[1], 1), build(names[1], 2).state_dict()
-    before = {name: x.clone() for name, x in full.state_dict().items()}
-    experiments.pair_weights(full, [make_cfg(config=f"tables/{names[0]}.yaml")], 1)
-    after = full.state_dict()
-    shared = [name for name in after.keys() & plain.keys() if after[name].ndim > 1]
-    assert {name.split(".")[0] for name in shared} == {"backbone", "head"}
-    assert all(torch.equal(after[name], plain[name]) for name in shared)
-    assert any(not torch.equal(after[name], before[name]) for name in shared)
-    for name in after.keys() - set(shared):
-        assert torch.equal(after[name], before[name])
-    assert not torch.equal(other["head.cls_score.weight"], after["head.cls_score.weight"])
+    assert "unknown row 'FCOS': choose from ['IoU', 'ATSS']" in run("--rows", "FCOS")[0]
+    (tmp_path / "out/.digits/test").mkdir(parents=True)
+    assert ".digits is not complete: it has no train.json" in run()[0]
+    assert "unknown key SOLVER.BASE" in run("SOLVER.BASE", "3")[0]

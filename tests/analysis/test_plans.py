@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from atss.analysis.plans import read_plan
+from atss.analysis.plans import paper_ap, read_plan
 from atss.errors import UserError
 
 PLAN = """
@@ -44,8 +44,10 @@ def test_rows_have_the_keys_of_the_plan_below_their_own(read):
 
 def test_rows_and_seeds_are_chosen_in_the_order_of_the_command(read):
     plan = read(PLAN)
-    assert list(plan.choose(["longer", "plain"], [3]).rows) == ["longer", "plain"]
-    assert plan.choose([], [3]).seeds == [3]
+    assert plan.choose(["longer", "plain"], [3]) == [("longer", 3), ("plain", 3)]
+    assert plan.choose([], []) == [("plain", 1), ("longer", 1)]
+    with pytest.raises(UserError, match=r"--seeds must be a list of different numbers from 0 on"):
+        plan.choose([], [1, 1])
     with pytest.raises(UserError, match=r"unknown row 'short': choose from \['plain', 'longer'\]"):
         plan.choose(["short"], [])
 
@@ -55,8 +57,16 @@ def test_rows_and_seeds_are_chosen_in_the_order_of_the_command(read):
     [
         ("recipe: [ablation]", "recipes: []", "unknown key 'recipes': choose from"),
         ("keys: {SOLVER.MAX_ITER: 4}", "keys: [1]", "keys must be keys with values, got [1]"),
-        ("keys: {SOLVER.MAX_ITER: 4}", "seeds: 3", "seeds must be a list of numbers, got 3"),
-        ("plain: tables", "../plain: tables", "row '../plain' names a folder: use letters"),
+        (
+            "keys: {SOLVER.MAX_ITER: 4}",
+            "seeds: 3",
+            "seeds must be a list of different numbers from",
+        ),
+        ("keys: {SOLVER.MAX_ITER: 4}", "seeds: [1, true]", "seeds must be a list of different"),
+        ("keys: {SOLVER.MAX_ITER: 4}", "evaluations: {7: {}}", "evaluation 7 names a folder"),
+        ("keys: {SOLVER.MAX_ITER: 4}", "evaluations: {test: {}}", "'test': choose another name"),
+        ("recipe: [ablation]", "recipe: []", "row longer has no config"),
+        ("plain: tables", "../plain: tables", "row '../plain' names a folder: use a text"),
         ("plain: tables/iou_box", "plain: 3", "row plain must be keys with values, got 3"),
         ('test: "test', 'val: "test', "data of row plain must be {train: annotations:images"),
         ("[longer, plain]", "[longer]", "'longer over plain' must have two rows, got ['longer']"),
@@ -68,7 +78,7 @@ def test_rows_and_seeds_are_chosen_in_the_order_of_the_command(read):
 )
 def test_faults_are_named(read, before, after, message):
     with pytest.raises(UserError, match=rf"plan\.yaml.*{re.escape(message)}"):
-        read(PLAN.replace(before, after))
+        read(PLAN.replace(before, after).replace("{config: tables/atss_box, ", "{"))
 
 
 def test_missing_plan(tmp_path):
@@ -79,3 +89,9 @@ def test_missing_plan(tmp_path):
 @pytest.mark.parametrize("file", sorted(ROOT.glob("docs/ablation/*.yaml")), ids=lambda x: x.stem)
 def test_committed_plan_can_be_read(file):
     assert read_plan(file).compare
+
+
+def test_published_ap_of_a_config():
+    folder = ROOT / "configs/tables"
+    assert paper_ap(str(folder / "atss_A9.yaml")) == "39.2"
+    assert paper_ap(str(folder / "atss_A9_locations.yaml")) == ""  # not the paper's

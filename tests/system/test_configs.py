@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from torch.nn.parallel import DistributedDataParallel
 
 from atss import load_config
-from atss.analysis.comparison import paper_ap
+from atss.analysis.plans import paper_ap
 from atss.assigners import ASSIGNER_REGISTRY
 from atss.config import check_model, get_config_file
 from atss.engine.solver import build_optimizer

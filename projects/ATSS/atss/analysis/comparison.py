@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,26 +26,28 @@ COLUMNS: tuple[Column, ...] = (
 TEXTS = ("row", "config", "fingerprint", "data", "versions", "machine", "commit", "date")
 
 
-def read_results(file: Path) -> Results:
-    """Read a csv of :func:`write_results`; without a file, nothing.
+def read_results(files: Sequence[Path]) -> Results:
+    """Read csv files of :func:`write_results`; one that does not exist has no results.
 
     Raises:
-        UserError: naming a line that is damaged.
+        UserError: naming a line that is damaged, or a run that two files have.
     """
     results: Results = {}
-    if not file.exists():
-        return results
-    try:
-        with open(file, newline="") as opened:
-            for number, line in enumerate(csv.DictReader(opened), start=2):
-                try:
-                    record = {key: _value(key, x) for key, x in line.items() if x != ""}
-                    results.setdefault(record["row"], {})[int(record["seed"])] = record
-                    record["AP"], record["fingerprint"]
-                except (KeyError, TypeError, ValueError) as error:
-                    raise UserError(f"{file}: line {number} is damaged: remove it") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
+    for file in files:
+        try:
+            content = file.read_text() if file.exists() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {file}: {error}") from error
+        for number, line in enumerate(csv.DictReader(content.splitlines()), start=2):
+            try:
+                record = {key: _value(key, x) for key, x in line.items() if x != ""}
+                row, seed = record["row"], int(record["seed"])
+                record["AP"], record["fingerprint"]
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{file}: line {number} is damaged: remove it") from error
+            if seed in results.setdefault(row, {}):
+                raise UserError(f"{file}: line {number} repeats row {row}, seed {seed}")
+            results[row][seed] = record
     return results
 
 
@@ -92,21 +94,14 @@ def compared(plan: Plan, results: Results) -> list[tuple[str, np.ndarray, float]
     ]
 
 
-def paper_ap(config: str) -> str:
-    """Return the paper's AP from the comment of a config of a table, or ""."""
-    comment = Path(config).read_text().replace("\n# ", " ")
-    printed = re.search(r"the paper's AP ([\d.]+\d)", comment)
-    return printed.group(1) if printed else ""
-
-
 def tables(plan: Plan, results: Results) -> str:
     """Return the means of each row and the differences by seed, in Markdown."""
     rows = {name: results[name] for name in plan.rows if results.get(name)}
     records = [x for runs in rows.values() for x in runs.values()]
     columns = [x for x in COLUMNS if any(x[1] in record for record in records)]
-    further = {k for record in records for k in record if "/" in k and "-" not in k}
-    columns += [(x, x, 1, 1) for x in sorted(further)]
-    published = {name: paper_ap(plan.rows[name].configs[0]) for name in rows}
+    further = dict.fromkeys(key for record in records for key in record if "/" in key)
+    columns += [(x, x, 1, 1) for x in further if not x.rpartition("/")[2].startswith("AP-")]
+    published = {name: plan.rows[name].published for name in rows}
     titles = [title for title, *_ in columns] + ["paper, COCO"] * any(published.values())
     lines = [f"| row | seeds | {' | '.join(titles)} |", "|---" * (len(titles) + 2) + "|"]
     for name, runs in rows.items():
@@ -130,4 +125,5 @@ def tables(plan: Plan, results: Results) -> str:
 def _mean(runs: Mapping[int, dict], column: Column) -> str:
     _, key, factor, digits = column
     values = [x[key] for x in runs.values() if key in x]
+    values = [x for x in values if not np.isnan(x)]  # NaN without objects of a size
     return f"{factor * np.mean(values):.{digits}f}" if values else ""
