@@ -112,8 +112,8 @@ def plot_experiments(
     right.axvline(0, color="black", lw=0.8)
     right.set_yticks(range(len(compared)), [statement for statement, _, _ in compared])
     right.set_xlabel("paired difference of AP (%): mean and its 95 % interval")
-    for axis in (left, right):
-        axis.invert_yaxis()
+    for axis, count in ((left, len(results)), (right, len(compared))):
+        axis.set_ylim(max(count, 1) - 0.5, -0.5)  # the first at the top
         axis.grid(axis="x", alpha=0.3)
     figure.savefig(target, dpi=110)
 
