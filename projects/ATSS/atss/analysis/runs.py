@@ -3,12 +3,15 @@
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -278,12 +281,9 @@ def commit() -> str:
 
 def in_own_process(run: Run) -> dict[str, Any]:
     """Carry out a run in a process that does nothing else, and that ends with its parent."""
-    import multiprocessing
-    import signal
-    import threading
+    parent = multiprocessing.parent_process()
 
     def follow() -> None:
-        parent = multiprocessing.parent_process()
         if parent is not None:
             parent.join()
             os.kill(os.getpid(), signal.SIGTERM)  # a training saves a checkpoint
@@ -294,4 +294,8 @@ def in_own_process(run: Run) -> dict[str, Any]:
         for stream in (1, 2):
             os.dup2(terminal.fileno(), stream)
     torch.set_num_threads(run.threads)
-    return carry_out(run)
+    try:
+        return carry_out(run)
+    finally:
+        if parent is not None and not parent.is_alive():
+            os._exit(1)  # otherwise the process would wait for another run
