@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     if found:
         plot_experiments(found, compared(plan, found), plot)
-        table.write_text(tables(plan, found))
+        title = f"# Results of {args.plan.name}\n\nAP in percent, means over the seeds.\n\n"
+        figure = f"\n![AP of each seed, and the differences with their intervals]({plot.name})\n"
+        table.write_text(title + tables(plan, found) + figure)
         print(f"\n{table.read_text()}")
     sys.exit(not done)
 
