@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import ablation
 import pytest
@@ -127,6 +128,18 @@ def test_failed_run_leaves_the_others(run, tmp_path, monkeypatch):
     assert "IoU, seed 1: " in printed
     assert "the loss is not finite" in printed
     assert list(read_results([tmp_path / "plan.csv"])) == ["ATSS"]
+
+
+def test_killed_process_is_named(run, monkeypatch):
+    def die(*_):
+        future: Future = Future()
+        future.set_exception(BrokenProcessPool("a process in the pool was terminated"))
+        return future
+
+    monkeypatch.setattr(Pool, "submit", die)
+    code, printed = run()
+    assert code == 1
+    assert "2 of 2: ATSS, seed 1: its process was killed (log: " in printed
 
 
 def test_errors_come_before_training(run, tmp_path):

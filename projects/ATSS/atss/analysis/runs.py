@@ -152,7 +152,7 @@ def _write(file: Path, content: dict) -> None:
 def _facts(training: Path) -> dict[str, float]:
     """Return iterations, time and memory of a training that has just ended."""
     lines = [json.loads(x) for x in (training / "metrics.json").read_text().splitlines()]
-    facts: dict[str, float] = {"iterations": lines[-1]["iteration"] + 1}
+    facts = {"iterations": load_config(training / "config.yaml").SOLVER.MAX_ITER}
     times = [x["time"] for x in lines if "time" in x]  # none in the first iterations
     if times:
         facts["step_seconds"] = statistics.median(times)
