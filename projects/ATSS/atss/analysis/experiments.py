@@ -22,7 +22,7 @@ from ..errors import UserError
 from .comparison import Results, read_results, write_results
 from .digits import ABLATION, make_digits
 from .plans import SPLITS, Plan, Row
-from .runs import Run, commit, in_own_process
+from .runs import Run, in_own_process
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,6 @@ class Comparison:
             "runs_at_a_time": jobs,
             "config": "+".join(Path(x).stem for x in row.configs),
             "data": "digits" if "digits" in row.data else row.data["train"],
-            "commit": commit(),
         }
         return Run(
             *(name, seed, _load(row).dump(), row.opts, _load(first).dump()),

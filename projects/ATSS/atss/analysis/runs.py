@@ -105,7 +105,7 @@ def carry_out(run: Run) -> dict[str, Any]:
         SystemExit: if the training fails or is interrupted.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(str(run.folder))
+    lock, at_start = lock_folder(str(run.folder)), commit()
     try:
         _claim(run)
         training = run.folder / "training"
@@ -123,7 +123,7 @@ def carry_out(run: Run) -> dict[str, Any]:
             **{"row": run.row, "seed": run.seed, **metrics, **_measure(cfg, weights)},
             **json.loads(facts.read_text()),
             **{"images_per_batch": cfg.SOLVER.IMS_PER_BATCH, "threads": run.threads},
-            **{**run.about, "fingerprint": run.fingerprint},
+            **{**run.about, "fingerprint": run.fingerprint, "commit": at_start},
             **{"versions": _versions(), "machine": _machine(), "date": date.today().isoformat()},
         }
     finally:
