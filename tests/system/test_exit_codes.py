@@ -12,7 +12,7 @@ from atss.engine.watch import EXIT_INTERRUPTED
 
 # Arguments with which each tool fails.
 TOOLS = {
-    "ablation": ["--rows", "nowhere"],
+    "ablation": ["nowhere.yaml"],
     "assignment_statistics": ["--annotations", "nowhere"],
     "benchmark": ["data", "--config-file", "nowhere"],
     "check_dataset": ["nowhere", "nowhere"],

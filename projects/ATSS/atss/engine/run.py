@@ -200,7 +200,7 @@ def fit_workers(cfg: CfgNode, processes: int) -> None:
 
 
 def run(
-    args: argparse.Namespace, cfg: CfgNode, trainer_class: type[Trainer] = Trainer
+    args: argparse.Namespace, cfg: CfgNode, trainer_class: type[Trainer] | None = None
 ) -> dict | None:
     """Train, or evaluate with --eval-only. Return results by task."""
     register(args)
@@ -238,9 +238,9 @@ def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> dict:
 
 
 def _train(
-    args: argparse.Namespace, cfg: CfgNode, config: bytes, trainer_class: type[Trainer]
+    args: argparse.Namespace, cfg: CfgNode, config: bytes, trainer_class: type[Trainer] | None
 ) -> dict | None:
-    trainer = trainer_class(cfg)
+    trainer = (trainer_class or Trainer)(cfg)
     if comm.is_main_process():
         check_free_space(trainer.cfg, trainer.model)
     if args.resume:
@@ -287,7 +287,7 @@ def _start_from_checkpoint(args: argparse.Namespace, cfg: CfgNode) -> CfgNode:
     return resumed
 
 
-def start(args: argparse.Namespace, trainer_class: type[Trainer] = Trainer) -> None:
+def start(args: argparse.Namespace, trainer_class: type[Trainer] | None = None) -> None:
     """Prepare and run. Exit with ``error: ...`` after an error that the user can fix."""
     with ExitStack() as held:
         try:
