@@ -12,7 +12,6 @@ any moment the same command continues; runs with a line are not repeated.
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -55,8 +54,6 @@ def main(argv: list[str] | None = None) -> None:
     output = args.output or Path("output/ablation", args.plan.stem)
     results = args.results or [args.plan.with_suffix(".csv")]
     table, plot = (results[0].with_suffix(x) for x in (".md", ".png"))
-    log = logging.getLogger("detectron2")
-    log.addHandler(logging.NullHandler())  # otherwise Python prints errors twice
     done = True
     try:
         with exit_with_message(str(output)):

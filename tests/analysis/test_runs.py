@@ -21,7 +21,7 @@ def first():
 
 @pytest.mark.parametrize("keep", [None, "backbone.bottom_up."])
 def test_rows_begin_with_the_weights_of_the_first(first, keep):
-    """Their heads have different layers; what they share is equal."""
+    """Layers of the same name and shape get equal weights; all others keep theirs."""
     other, weights = build("retinanet_A1", 2), first.state_dict()
     before = {name: x.clone() for name, x in other.state_dict().items()}
     pair_weights(other, first, keep)

@@ -221,13 +221,13 @@ def _measure(cfg: CfgNode, weights: str) -> dict[str, float]:
     content, objects = read_objects(about.json_file)
     predictor = Predictor(cfg, weights)
     files = [str(Path(about.image_root) / x["file_name"]) for x in content["images"]]
-    seconds = []
-    for file in [*files[:WARM_UP], *files[:TIMED]]:
+    seconds, warm_up = [], files[:WARM_UP]
+    for file in [*warm_up, *files[:TIMED]]:
         image = predictor.read(file)
         before = time.perf_counter()
         predictor(image)
         seconds.append(time.perf_counter() - before)
-    measured = {"inference_ms": 1000 * statistics.median(seconds[-TIMED:])}
+    measured = {"inference_ms": 1000 * statistics.median(seconds[len(warm_up) :])}
     if cfg.MODEL.META_ARCHITECTURE != "ATSSDetector":
         return measured
     sampling = build_sampling(cfg)

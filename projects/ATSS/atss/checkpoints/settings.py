@@ -189,10 +189,12 @@ def apply_settings(cfg: CfgNode, text: str) -> tuple[list[str], list[str]]:
     config = _with_preprocessing(parse_config(text))
     rows = (*SETTINGS, _TOP_K) if cfg.MODEL.ATSS.ASSIGNER == "ATSS" else SETTINGS
     refused, assumed = [], []
+    optional = {key for _, key, _ in OPTIONAL}
     for path, key, convert in (*rows, *OPTIONAL):
         value = _get(config, path)
         if value is None:
-            assumed += [key] * ((path, key, convert) in rows)
+            if key not in optional:
+                assumed.append(key)
             continue
         try:
             cfg.merge_from_list([key, convert(value)])
