@@ -24,6 +24,15 @@ from atss.engine.run import add_import, add_options, import_modules
 from atss.errors import check_writable
 
 
+def csv_file(text: str) -> Path:
+    """Refuse keys and values of a config, which ``--results`` would take if they followed it."""
+    if not text.endswith(".csv"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no .csv file (give keys and values before --results)"
+        )
+    return Path(text)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -32,14 +41,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, default=Path(), help="folder of the plan's data")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="default: the plan's")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, which share cores and GPUs"
+    )
     parser.add_argument(
         "--output", type=Path, help="folder of the runs (default: output/ablation/NAME)"
     )
     parser.add_argument(
         "--results",
         nargs="+",
-        type=Path,
+        type=csv_file,
         metavar="FILE",
         help="csv files, of which the first gets the new lines (default: PLAN.csv)",
     )

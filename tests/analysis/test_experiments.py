@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import ablation
 import pytest
@@ -30,7 +31,7 @@ class Pool:
     def __init__(self, *_):
         pass
 
-    def submit(self, _, run):
+    def submit(self, _, run, place):
         future: Future = Future()
         try:
             future.set_result(runs.carry_out(run))
@@ -142,6 +143,29 @@ def test_killed_process_is_named(run, monkeypatch):
     assert "2 of 2: ATSS, seed 1: its process was killed (log: " in printed
 
 
+def test_runs_at_a_time_have_places(run, monkeypatch):
+    """So that each can have its own GPU."""
+    waiting, placed, started = [], {}, []
+
+    def submit(_, __, run, place):
+        placed[future := Future()] = place
+        waiting.append(future)
+        started.append((f"{run.row}{run.seed}", place))
+        return future
+
+    def one_ends(running, return_when):
+        assert len({placed[x] for x in running}) == len(running) <= 2
+        waiting.sort(key=placed.get)
+        future = waiting.pop()
+        future.set_exception(FloatingPointError())
+        return SimpleNamespace(done={future})
+
+    monkeypatch.setattr(Pool, "submit", submit)
+    monkeypatch.setattr(experiments, "wait", one_ends)
+    run("--jobs", "2", "--seeds", "1", "2")
+    assert started == [("IoU1", 0), ("ATSS1", 1), ("IoU2", 1), ("ATSS2", 1)]
+
+
 def test_errors_come_before_training(run, tmp_path):
     (tmp_path / "out").write_text("")
     assert "error: cannot write --output" in run()[0]
@@ -149,4 +173,11 @@ def test_errors_come_before_training(run, tmp_path):
     assert "unknown row 'FCOS': choose from ['IoU', 'ATSS']" in run("--rows", "FCOS")[0]
     (tmp_path / "out/.digits/test").mkdir(parents=True)
     assert ".digits is not complete: it has no train.json" in run()[0]
+    assert "--jobs 0: use 1 or more" in run("--jobs", "0")[0]
     assert "unknown key SOLVER.BASE" in run("SOLVER.BASE", "3")[0]
+
+
+def test_keys_after_results_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        ablation.main(["plan.yaml", "--results", "a.csv", "SOLVER.MAX_ITER", "3"])
+    assert "'SOLVER.MAX_ITER' is no .csv file" in capsys.readouterr().err

@@ -68,8 +68,10 @@ class Comparison:
             jobs: runs at a time, each with its share of the threads.
 
         Raises:
-            UserError: as :meth:`find`, or if another process uses the folder.
+            UserError: as :meth:`find`, without a job, or if another process uses the folder.
         """
+        if jobs < 1:
+            raise UserError(f"--jobs {jobs}: use 1 or more")
         found = self.find()
         missing = [x for x in chosen if x[1] not in found.get(x[0], {})]
         if found:
@@ -85,19 +87,18 @@ class Comparison:
     def _train(self, runs: list[Run], jobs: int) -> bool:
         """Each run has its own pool, so that a process that is killed ends no other."""
         context = multiprocessing.get_context("spawn")
-        running: dict[Future, tuple[Run, ProcessPoolExecutor]] = {}
-        left, done, failed = iter(runs), 0, 0
+        running: dict[Future, tuple[Run, int, ProcessPoolExecutor]] = {}
+        left, free, done, failed = iter(runs), [*range(jobs)], 0, 0
         while True:
-            for run in left:
-                pool = ProcessPoolExecutor(1, context)
-                running[pool.submit(in_own_process, run)] = run, pool
-                if len(running) == jobs:
-                    break
+            while free and (run := next(left, None)):
+                pool, place = ProcessPoolExecutor(1, context), free.pop(0)
+                running[pool.submit(in_own_process, run, place)] = run, place, pool
             if not running:
                 return not failed
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                run, pool = running.pop(future)
+                run, place, pool = running.pop(future)
                 pool.shutdown()
+                free.append(place)
                 done += 1
                 print(f"{done} of {len(runs)}: {run.row}, seed {run.seed}: ", end="")
                 failed += not self._finish(run, future)

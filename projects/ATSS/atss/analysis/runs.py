@@ -279,8 +279,12 @@ def commit() -> str:
     return ""
 
 
-def in_own_process(run: Run) -> dict[str, Any]:
-    """Carry out a run in a process that does nothing else, and that ends with its parent."""
+def in_own_process(run: Run, place: int) -> dict[str, Any]:
+    """Carry out a run in a process that does nothing else, and that ends with its parent.
+
+    Args:
+        place: among the runs at a time, which take the GPUs in turn.
+    """
     parent = multiprocessing.parent_process()
 
     def follow() -> None:
@@ -294,6 +298,8 @@ def in_own_process(run: Run) -> dict[str, Any]:
         for stream in (1, 2):
             os.dup2(terminal.fileno(), stream)
     torch.set_num_threads(run.threads)
+    if gpus := torch.cuda.device_count():
+        torch.cuda.set_device(place % gpus)
     try:
         return carry_out(run)
     finally:
