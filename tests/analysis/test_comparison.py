@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from atss.analysis.comparison import paired, read_results, tables, write_results
+from atss.analysis.comparison import deviation, paired, read_results, tables, write_results
 from atss.analysis.plans import Plan, Row
 from atss.errors import UserError
 
@@ -24,6 +24,24 @@ def test_paired_interval_by_hand():
     difference, half = paired(RESULTS, "a", "b")
     np.testing.assert_allclose(difference, [1, 2, 3])
     assert half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+
+
+def test_interval_is_of_all_rows():
+    """Each row's mean and each seed's subtracted, -0.5, 0.5; 0.5, -0.5; 0, 0 remain: their sum of
+    squares is 1, with 2 degrees of freedom."""
+    values = {"a": (1.0, 3.0), "b": (2.0, 2.0), "c": (3.0, 4.0)}
+    results = {row: {s: {"AP": x} for s, x in enumerate(ap)} for row, ap in values.items()}
+    one, freedom = deviation(results)
+    assert (one, freedom) == (pytest.approx(0.5**0.5), 2)
+    difference, half = paired(results, "c", "a")
+    np.testing.assert_allclose(difference, [2, 1])
+    assert half == pytest.approx(4.3027 * 0.5**0.5, rel=1e-4)
+    # A third seed of one row adds nothing.
+    results["a"][2] = {"AP": 30.0}
+    assert deviation(results) == (pytest.approx(one), freedom)
+    # Nor is a single seed of a row compared.
+    results["d"] = {0: {"AP": 1.0}}
+    assert np.isnan(paired(results, "d", "a")[1])
 
 
 def test_results_return_from_the_csv(tmp_path):

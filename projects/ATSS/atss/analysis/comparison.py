@@ -72,16 +72,40 @@ def write_results(results: Results, file: Path) -> None:
     unfinished.replace(file)
 
 
+def deviation(results: Results) -> tuple[float, int]:
+    """Return the standard deviation of a run's AP from the sum of what its row and its seed add,
+    and the degrees of freedom (two-way analysis of variance, by least squares; NaN and 0 if no two
+    rows have two seeds in common)."""
+    runs = [(row, seed, x["AP"]) for row, seeds in results.items() for seed, x in seeds.items()]
+    design = np.array(
+        [
+            [*(row == x for x in results), *(seed == x for x in sorted({s for _, s, _ in runs}))]
+            for row, seed, _ in runs
+        ],
+        dtype=float,
+    )
+    ap = np.array([x for *_, x in runs])
+    fit, _, rank, _ = np.linalg.lstsq(design, ap)
+    freedom = len(runs) - int(rank)
+    squares = np.square(ap - design @ fit).sum()
+    return (float(np.sqrt(squares / freedom)), freedom) if freedom else (float("nan"), 0)
+
+
 def paired(results: Results, row: str, other: str) -> tuple[np.ndarray, float]:
     """Return differences of AP by seed, and half the 95 % interval of their mean (Student's t; NaN
-    for one seed)."""
+    for one seed).
+
+    The interval is that of :func:`deviation`, of all rows: two seeds of two rows alone would say
+    little. With two rows it is Student's interval of their differences.
+    """
     seeds = sorted(set(results[row]) & set(results[other]))
     difference = np.array([results[row][s]["AP"] - results[other][s]["AP"] for s in seeds])
-    if len(seeds) < 2:
+    one, freedom = deviation(results)
+    if not freedom or len(seeds) < 2:
         return difference, float("nan")
     from scipy import stats  # the extra "demo"
 
-    half = stats.t.ppf(0.975, len(seeds) - 1) * stats.sem(difference)
+    half = stats.t.ppf(0.975, freedom) * one * np.sqrt(2 / len(seeds))
     return difference, float(half)
 
 

@@ -111,10 +111,11 @@ def plot_experiments(
         right.plot(difference, [y] * len(difference), ".", color="black", alpha=0.4)
     right.axvline(0, color="black", lw=0.8)
     right.set_yticks(range(len(compared)), [statement for statement, _, _ in compared])
-    right.set_xlabel("paired difference of AP (%): mean and its 95 % interval")
+    right.set_xlabel("difference of AP: each seed, mean, 95 % interval")
     for axis, count in ((left, len(results)), (right, len(compared))):
         axis.set_ylim(max(count, 1) - 0.5, -0.5)  # the first at the top
         axis.grid(axis="x", alpha=0.3)
+        axis.locator_params(axis="x", nbins=7)
     figure.savefig(target, dpi=110)
 
 
