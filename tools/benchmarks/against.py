@@ -150,9 +150,10 @@ def _memory(rule: str, objects: int, num_images: int, engine: str) -> float | No
 
 
 def configs() -> list[str]:
-    """Return a config of each rule, and the successors but for the two that differ from others only
-    in backbone and head."""
+    """Return a config of each rule, the successors but for the two that differ from others only in
+    backbone and head, and the recipe."""
     others = ["ATSS_R_50_FPN_1x", "tables/retinanet_A1", "tables/ssc_point"]
+    others.append("ATSS_lite0_FPN_fine_tune")
     successors = (x for x in config_names() if x.startswith("successors/"))
     return [*others, *(x for x in successors if "dcnv2" not in x)]
 

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
 from ..weights import fit_names, widen_first
+from .depthwise import speed_up_gradients
 from .pretrained import require_loaded
 from .timm_models import register_models
 
@@ -83,6 +84,7 @@ class TimmBackbone(Backbone):
         removed = _find_removable(name, tuple(options["out_indices"]), tuple(strides))
         for path in removed:
             self.net.set_submodule(path, nn.Identity())
+        speed_up_gradients(self.net)
         self._removed = tuple(f"net.{path}." for path in removed)
         if freeze_at and 2**freeze_at not in index:
             raise UserError(
