@@ -231,6 +231,7 @@ def measure_against(args: argparse.Namespace) -> dict:
             args.only,
             args.objects,
             tuple(args.size),
+            args.batch,
             args.opts,
             args.threads,
         ),
@@ -356,6 +357,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="canvas of training steps; the share of assignment is larger on a small one",
     )
+    command.add_argument("--batch", type=int, default=1, help="images of a training step")
     command.add_argument("--threads", type=int, help="of each process")
     command.add_argument("--rounds", type=int, default=3, help="pairs of processes")
     command.add_argument(

@@ -296,7 +296,7 @@ def test_commits_take_turns(monkeypatch, capsys):
     calls = [x for x in requests if x[1:] in (("call", "SimOTA", 7), ("again",))][:8]
     assert [x[0] for x in calls] == [2, 3, 3, 2, 2, 3, 3, 2]
     file = "configs/successors/SimOTA_R_50_FPN_1x.yaml"
-    assert (2, "step", f"old/{file}", 7, 64, 96, []) in requests
+    assert (2, "step", f"old/{file}", 7, 1, 64, 96, []) in requests
     assert (3, "memory", "SimOTA", 1000, 1, "lists") in requests
     assert capsys.readouterr().out.count("| 1.500          | 1.500 to 1.500 |") == 2
     assert report["lists"] == {"SimOTA": {"before": 2.0, "after": 3.0}}

@@ -48,6 +48,7 @@ class Options:
         names: only rules and configs whose names contain one of these.
         objects: numbers of objects on an image; a table for each.
         canvas_hw: of training steps.
+        batch: images of a training step.
         opts: changes to the configs.
         threads: of each process; None: torch's default.
         keep_freed_memory: see :func:`~atss.engine.launch.keep_freed_memory`.
@@ -58,6 +59,7 @@ class Options:
     names: Sequence[str] = ("",)
     objects: Sequence[int] = (7, 100, 1000)
     canvas_hw: tuple[int, int] = (128, 160)
+    batch: int = 1
     opts: Sequence[str] = ()
     threads: int | None = None
     keep_freed_memory: bool = False
@@ -133,9 +135,11 @@ def _call(rule: str, objects: int) -> Callable[[], object]:
     return lambda: assigner(*scene)
 
 
-def _step(file: str, objects: int, height: int, width: int, opts: list[str]) -> Callable:
+def _step(
+    file: str, objects: int, batch: int, height: int, width: int, opts: list[str]
+) -> Callable:
     """Return a step of the last phase of a training."""
-    case = Case("fp32", False, 1, height, width, objects, "cpu", file, tuple(opts))
+    case = Case("fp32", False, batch, height, width, objects, "cpu", file, tuple(opts))
     torch.manual_seed(0)
     last = load_config(file, opts=opts).SOLVER.MAX_ITER - 1
     return training_step(build_ours(case), random_batch(case), last)
@@ -174,12 +178,13 @@ def against(commits: Sequence[str | None], parts: Sequence[str], options: Option
             title = f"a rule alone, one image of 800 x 1344, {count} objects"
             report[title] = _beside(title, folders, requests, options)
         for count in options.objects if "steps" in parts else ():
-            tail = (count, height, width, list(options.opts))
+            tail = (count, options.batch, height, width, list(options.opts))
             requests = {
                 x: [("step", str(folder / "configs" / f"{x}.yaml"), *tail) for folder in folders]
                 for x in options.of(configs())
             }
-            title = f"a training step, one image of {height} x {width}, {count} objects"
+            images = "one image" if options.batch == 1 else f"{options.batch} images"
+            title = f"a training step, {images} of {height} x {width}, {count} objects"
             report[title] = _beside(title, folders, requests, options)
         for part in MEMORY:
             if part in parts:
