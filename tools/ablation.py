@@ -26,9 +26,9 @@ from atss.errors import check_writable
 
 def csv_file(text: str) -> Path:
     """Refuse keys and values of a config, which ``--results`` would take if they followed it."""
-    if not text.endswith(".csv"):
+    if not text.lower().endswith(".csv"):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no .csv file (give keys and values before --results)"
+            f"{text!r} is no .csv file (keys and values of a config go before --results)"
         )
     return Path(text)
 
@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="default: the plan's")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, which share cores and GPUs"
+        "--jobs", type=int, default=1, help="runs at a time: cores are shared, GPUs taken in turn"
     )
     parser.add_argument(
         "--output", type=Path, help="folder of the runs (default: output/ablation/NAME)"

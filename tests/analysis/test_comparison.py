@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from atss.analysis.comparison import deviation, paired, read_results, tables, write_results
+from atss.analysis.comparison import paired, read_results, scatter, tables, write_results
 from atss.analysis.plans import Plan, Row
 from atss.errors import UserError
 
@@ -20,28 +20,53 @@ RESULTS = {
 
 
 def test_paired_interval_by_hand():
-    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.3027."""
-    difference, half = paired(RESULTS, "a", "b")
-    np.testing.assert_allclose(difference, [1, 2, 3])
-    assert half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.3027. Of two rows,
+    both intervals are the same."""
+    _, each, half, alone = paired("", RESULTS, "a", "b")
+    np.testing.assert_allclose(each, [1, 2, 3])
+    assert alone == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    assert half == pytest.approx(alone)
+
+
+def of_rows(**rows):
+    return {
+        row: {s: {"AP": x} for s, x in enumerate(ap) if x is not None} for row, ap in rows.items()
+    }
 
 
 def test_interval_is_of_all_rows():
     """Each row's mean and each seed's subtracted, -0.5, 0.5; 0.5, -0.5; 0, 0 remain: their sum of
     squares is 1, with 2 degrees of freedom."""
-    values = {"a": (1.0, 3.0), "b": (2.0, 2.0), "c": (3.0, 4.0)}
-    results = {row: {s: {"AP": x} for s, x in enumerate(ap)} for row, ap in values.items()}
-    one, freedom = deviation(results)
-    assert (one, freedom) == (pytest.approx(0.5**0.5), 2)
-    difference, half = paired(results, "c", "a")
-    np.testing.assert_allclose(difference, [2, 1])
+    rows = {"a": (1.0, 3.0), "b": (2.0, 2.0), "c": (3.0, 4.0)}
+    results = of_rows(**rows)
+    assert scatter(results) == (pytest.approx(0.5**0.5), 2)
+    _, each, half, alone = paired("", results, "c", "a")
+    np.testing.assert_allclose(each, [2, 1])
     assert half == pytest.approx(4.3027 * 0.5**0.5, rel=1e-4)
-    # A third seed of one row adds nothing.
-    results["a"][2] = {"AP": 30.0}
-    assert deviation(results) == (pytest.approx(one), freedom)
-    # Nor is a single seed of a row compared.
-    results["d"] = {0: {"AP": 1.0}}
-    assert np.isnan(paired(results, "d", "a")[1])
+    assert alone == pytest.approx(12.706 * 0.5, rel=1e-4)
+    # A third seed of one row, a run without AP and the only run of a row add nothing.
+    results = of_rows(**rows | {"a": (1.0, 3.0, 30.0), "d": (1.0, float("nan"))})
+    assert scatter(results) == (pytest.approx(0.5**0.5), 2)
+    assert paired("", results, "c", "a").half == pytest.approx(half)
+    assert np.isnan(paired("", of_rows(a=[1.0], b=[2.0]), "a", "b")[2:]).all()
+    assert scatter({}) == (pytest.approx(float("nan"), nan_ok=True), 0)
+
+
+def test_rows_of_other_data_have_other_seeds():
+    """In each of two data sets 1 remains of a square, with 1 degree of freedom."""
+    results = of_rows(a=(1.0, 3.0), b=(2.0, 2.0), c=(51.0, 3.0), d=(52.0, 2.0))
+    for row in "cd":
+        for run in results[row].values():
+            run["data"] = "other"
+    assert scatter(results) == (pytest.approx(1), 2)
+
+
+@pytest.mark.parametrize("num_rows", [2, 5, 8])
+@pytest.mark.parametrize("num_seeds", [2, 3, 5])
+def test_degrees_of_freedom(num_rows, num_seeds):
+    values = np.random.default_rng(0).normal(50, 3, (num_rows, num_seeds))
+    results = of_rows(**{f"r{i}": row for i, row in enumerate(values)})
+    assert scatter(results)[1] == (num_rows - 1) * (num_seeds - 1)
 
 
 def test_results_return_from_the_csv(tmp_path):
@@ -81,6 +106,7 @@ def test_tables_have_rows_with_results():
     assert lines[0] == "| row | seeds | AP | paper, COCO |"
     assert [x for x in lines if x.startswith("| b")] == ["| b | 3 | 20.0 | 39.3 |"]
     assert [x for x in lines if x.startswith("| x")] == [
-        "| x | +2.0 | -0.5 to +4.5 | +1.0, +2.0, +3.0 |"
+        "| x | +2.0 | -0.5 to +4.5 | -0.5 to +4.5 | +1.0, +2.0, +3.0 |"
     ]
+    assert lines[-1] == "Scatter of a run: 0.71 AP (degrees of freedom: 2)."
     assert "none" not in text

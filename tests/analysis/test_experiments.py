@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import ablation
 import pytest
+import torch
 from conftest import TINY
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from atss import load_config
 from atss.analysis import experiments, runs
 from atss.analysis.comparison import read_results
 
@@ -156,14 +158,29 @@ def test_runs_at_a_time_have_places(run, monkeypatch):
     def one_ends(running, return_when):
         assert len({placed[x] for x in running}) == len(running) <= 2
         waiting.sort(key=placed.get)
-        future = waiting.pop()
+        future = waiting.pop(0 if len(started) > 3 else -1)
         future.set_exception(FloatingPointError())
         return SimpleNamespace(done={future})
 
     monkeypatch.setattr(Pool, "submit", submit)
     monkeypatch.setattr(experiments, "wait", one_ends)
-    run("--jobs", "2", "--seeds", "1", "2")
-    assert started == [("IoU1", 0), ("ATSS1", 1), ("IoU2", 1), ("ATSS2", 1)]
+    run("--jobs", "2", "--seeds", "1", "2", "3")
+    assert started[:4] == [("IoU1", 0), ("ATSS1", 1), ("IoU2", 1), ("ATSS2", 1)]
+    assert started[4:] == [("IoU3", 0), ("ATSS3", 0)]
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cuda", [1]), ("cpu", [])])
+def test_places_have_gpus(tmp_path, monkeypatch, device, chosen):
+    found = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(runs, "carry_out", lambda run: {"AP": 1.0})
+    monkeypatch.setattr(runs.os, "dup2", lambda *_: None)
+    config = load_config(opts=["MODEL.DEVICE", device]).dump()
+    run = SimpleNamespace(folder=tmp_path, threads=1, config=config)
+    assert runs.in_own_process(run, 3) == {"AP": 1.0}
+    assert found == chosen
 
 
 def test_errors_come_before_training(run, tmp_path):

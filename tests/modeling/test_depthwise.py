@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from atss.modeling import depthwise
 from atss.modeling.depthwise import Depthwise, speed_up_gradients
@@ -40,16 +41,58 @@ def test_only_slow_gradients_are_replaced():
     x = torch.randn(1, 8, 16, 16, requires_grad=True)
     fast = nn.Conv2d(8, 8, 3, padding=1, groups=8)
     grouped = nn.Conv2d(8, 8, 5, groups=4)
+    padded = nn.Conv2d(8, 8, 3, stride=2, padding=3, groups=8)
+    named = nn.Conv2d(8, 8, 5, padding="same", groups=8)
     strided = nn.Conv2d(8, 8, 3, stride=2, groups=8)
-    large = nn.Conv2d(8, 8, 5, padding="same", groups=8)
-    net = nn.ModuleList([fast, grouped, strided, large, nn.Conv2d(8, 8, 5, groups=8)])
+    large = nn.Conv2d(8, 8, 5, groups=8)
+    net = nn.ModuleList([fast, grouped, padded, named, strided, large])
     speed_up_gradients(net)
-    for conv in copy.deepcopy(net):
+    replaced = [function_of(conv, x, torch.bfloat16) == "DepthwiseBackward" for conv in net]
+    assert replaced == [False, False, False, False, True, True]
+    for conv in (strided, large):
         assert function_of(conv, x, None) == "ConvolutionBackward0"
+        assert function_of(conv, x, torch.float16) == "ConvolutionBackward0"
+        assert function_of(conv, x[0], torch.bfloat16) != "DepthwiseBackward"
         with torch.no_grad():
             assert function_of(conv, x, torch.bfloat16) == "NoneType"
-    replaced = [function_of(conv, x, torch.bfloat16) for conv in copy.deepcopy(net)]
-    assert [y == "DepthwiseBackward" for y in replaced] == [False, False, True, False, True]
+        assert conv.to("meta")(x.to("meta")).device.type == "meta"
+
+
+def test_copy_has_its_own_gradients():
+    conv = nn.Conv2d(8, 8, 5, groups=8)
+    speed_up_gradients(conv)
+    other = copy.deepcopy(conv)
+    with torch.autocast("cpu", torch.bfloat16):
+        other(torch.randn(1, 8, 16, 16)).float().square().sum().backward()
+    assert conv.weight.grad is None
+    assert other.weight.grad.abs().sum() > 0
+
+
+class Slow(TorchDispatchMode):
+    """Notes gradients that oneDNN computes slowly."""
+
+    found = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            (weight, _, stride), (of_input, of_weight, _) = args[2:5], args[-1]
+            large = of_weight and max(weight.shape[2:]) > 3
+            self.found |= large or (of_input and max(stride) > 1)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 5}, {"kernel_size": 3, "stride": 2}])
+def test_no_gradient_is_slow(options):
+    x = torch.randn(1, 8, 16, 16, requires_grad=True)
+    for ours in (False, True):
+        conv = nn.Conv2d(8, 8, groups=8, **options)
+        if ours:
+            speed_up_gradients(conv)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = conv(x)
+        with Slow() as slow:
+            output.float().sum().backward()
+        assert slow.found is not ours
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "convnext_atto"])

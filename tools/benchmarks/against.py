@@ -45,7 +45,8 @@ class Options:
         runs: turns of each pair of processes.
         rounds: pairs of processes, one after another: two processes with the same code differ by
             some percent for their whole life, because their memory lies elsewhere.
-        names: only rules and configs whose names contain one of these.
+        names: only rules, and any configs, whose names contain one of these; by default all rules
+            and :func:`configs`.
         objects: numbers of objects on an image; a table for each.
         canvas_hw: of training steps.
         batch: images of a training step.
@@ -154,10 +155,9 @@ def _memory(rule: str, objects: int, num_images: int, engine: str) -> float | No
 
 
 def configs() -> list[str]:
-    """Return a config of each rule, the successors but for the two that differ from others only in
-    backbone and head, and the recipe."""
+    """Return a config of each rule, and the successors but for the two that differ from others only
+    in backbone and head."""
     others = ["ATSS_R_50_FPN_1x", "tables/retinanet_A1", "tables/ssc_point"]
-    others.append("ATSS_lite0_FPN_fine_tune")
     successors = (x for x in config_names() if x.startswith("successors/"))
     return [*others, *(x for x in successors if "dcnv2" not in x)]
 
@@ -181,7 +181,7 @@ def against(commits: Sequence[str | None], parts: Sequence[str], options: Option
             tail = (count, options.batch, height, width, list(options.opts))
             requests = {
                 x: [("step", str(folder / "configs" / f"{x}.yaml"), *tail) for folder in folders]
-                for x in options.of(configs())
+                for x in (configs() if options.names == ("",) else options.of(config_names()))
             }
             images = "one image" if options.batch == 1 else f"{options.batch} images"
             title = f"a training step, {images} of {height} x {width}, {count} objects"

@@ -4,7 +4,7 @@ import csv
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -72,50 +72,62 @@ def write_results(results: Results, file: Path) -> None:
     unfinished.replace(file)
 
 
-def deviation(results: Results) -> tuple[float, int]:
-    """Return the standard deviation of a run's AP from the sum of what its row and its seed add,
-    and the degrees of freedom (two-way analysis of variance, by least squares; NaN and 0 if no two
-    rows have two seeds in common)."""
-    runs = [(row, seed, x["AP"]) for row, seeds in results.items() for seed, x in seeds.items()]
-    design = np.array(
-        [
-            [*(row == x for x in results), *(seed == x for x in sorted({s for _, s, _ in runs}))]
-            for row, seed, _ in runs
-        ],
-        dtype=float,
-    )
-    ap = np.array([x for *_, x in runs])
-    fit, _, rank, _ = np.linalg.lstsq(design, ap)
-    freedom = len(runs) - int(rank)
-    squares = np.square(ap - design @ fit).sum()
-    return (float(np.sqrt(squares / freedom)), freedom) if freedom else (float("nan"), 0)
+class Difference(NamedTuple):
+    """A statement of a plan: a row's AP less that of another.
 
-
-def paired(results: Results, row: str, other: str) -> tuple[np.ndarray, float]:
-    """Return differences of AP by seed, and half the 95 % interval of their mean (Student's t; NaN
-    for one seed).
-
-    The interval is that of :func:`deviation`, of all rows: two seeds of two rows alone would say
-    little. With two rows it is Student's interval of their differences.
+    Attributes:
+        each: of each seed that both rows have.
+        half: half the 95 % interval of their mean, from the scatter of all rows
+            (:func:`scatter`); NaN for one seed.
+        alone: the same from the scatter of this pair.
     """
-    seeds = sorted(set(results[row]) & set(results[other]))
-    difference = np.array([results[row][s]["AP"] - results[other][s]["AP"] for s in seeds])
-    one, freedom = deviation(results)
-    if not freedom or len(seeds) < 2:
-        return difference, float("nan")
-    from scipy import stats  # the extra "demo"
 
-    half = stats.t.ppf(0.975, freedom) * one * np.sqrt(2 / len(seeds))
-    return difference, float(half)
+    statement: str
+    each: np.ndarray
+    half: float
+    alone: float
 
 
-def compared(plan: Plan, results: Results) -> list[tuple[str, np.ndarray, float]]:
-    """Return the plan's statements that have a seed in common, with :func:`paired`."""
+def scatter(results: Results) -> tuple[float, int]:
+    """Return the standard deviation of a run's AP from the sum of what its row and its seed add,
+    and its degrees of freedom: a two-way analysis of variance, by least squares. Rows with other
+    data have seeds of their own. NaN and 0 if nothing remains to be compared."""
+    runs = [
+        (row, (run.get("data"), seed), run["AP"])
+        for row, seeds in results.items()
+        for seed, run in seeds.items()
+        if not np.isnan(run["AP"])
+    ]
+    effects = list(dict.fromkeys(x for row, seed, _ in runs for x in (row, seed)))
+    design = np.array([[x in (row, seed) for x in effects] for row, seed, _ in runs], dtype=float)
+    freedom = len(runs) - int(np.linalg.matrix_rank(design)) if runs else 0
+    if not freedom:
+        return float("nan"), 0
+    ap = np.array([ap for *_, ap in runs])
+    rest = ap - design @ np.linalg.lstsq(design, ap, rcond=None)[0]
+    return float(np.sqrt(np.square(rest).sum() / freedom)), freedom
+
+
+def compared(plan: Plan, results: Results) -> list[Difference]:
+    """Return the plan's statements whose rows have a seed in common."""
     return [
-        (statement, *paired(results, row, other))
+        paired(statement, results, row, other)
         for statement, (row, other) in plan.compare.items()
         if results.get(row, {}).keys() & results.get(other, {}).keys()
     ]
+
+
+def paired(statement: str, results: Results, row: str, other: str) -> Difference:
+    seeds = sorted(set(results[row]) & set(results[other]))
+    each = np.array([results[row][s]["AP"] - results[other][s]["AP"] for s in seeds])
+    if len(seeds) < 2:
+        return Difference(statement, each, float("nan"), float("nan"))
+    from scipy import stats  # the extra "demo"
+
+    run, freedom = scatter(results)
+    half = stats.t.ppf(0.975, freedom) * run * np.sqrt(2 / len(seeds)) if freedom else np.nan
+    alone = stats.t.ppf(0.975, len(seeds) - 1) * stats.sem(each)
+    return Difference(statement, each, float(half), float(alone))
 
 
 def tables(plan: Plan, results: Results) -> str:
@@ -135,14 +147,17 @@ def tables(plan: Plan, results: Results) -> str:
     if differences := compared(plan, results):
         lines += [
             "",
-            "| difference of AP | mean | 95 % interval | of each seed |",
-            "|---" * 4 + "|",
+            "| difference of AP | mean | 95 % interval | of the pair alone | of each seed |",
+            "|---" * 5 + "|",
         ]
-    for statement, difference, half in differences:
-        mean = difference.mean()
-        interval = "" if np.isnan(half) else f"{mean - half:+.1f} to {mean + half:+.1f}"
-        each = ", ".join(f"{d:+.1f}" for d in difference)
-        lines.append(f"| {statement} | {mean:+.1f} | {interval} | {each} |")
+    for statement, each, *halves in differences:
+        mean = each.mean()
+        intervals = [f"{mean - x:+.1f} to {mean + x:+.1f}" if x == x else "" for x in halves]
+        cells = [f"{mean:+.1f}", *intervals, ", ".join(f"{d:+.1f}" for d in each)]
+        lines.append(f"| {statement} | {' | '.join(cells)} |")
+    run, freedom = scatter(rows)
+    if differences and freedom:
+        lines += ["", f"Scatter of a run: {run:.2f} AP (degrees of freedom: {freedom})."]
     return "\n".join(lines) + "\n"
 
 

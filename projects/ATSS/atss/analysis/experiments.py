@@ -68,7 +68,7 @@ class Comparison:
             jobs: runs at a time, each with its share of the threads.
 
         Raises:
-            UserError: as :meth:`find`, without a job, or if another process uses the folder.
+            UserError: as :meth:`find`; for no jobs; if another process uses the folder.
         """
         if jobs < 1:
             raise UserError(f"--jobs {jobs}: use 1 or more")

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from .comparison import Difference
 from .curves import loss_curves, read_series
 from .explain import Explanation
 
@@ -93,9 +94,7 @@ def plot_examples(
     figure.savefig(target, dpi=100)
 
 
-def plot_experiments(
-    results: dict, compared: Sequence[tuple[str, np.ndarray, float]], target: Path
-) -> None:
+def plot_experiments(results: dict, compared: Sequence[Difference], target: Path) -> None:
     height = 1.2 + 0.32 * max(len(results), len(compared))
     figure = Figure(figsize=(12, height), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -105,12 +104,13 @@ def plot_experiments(
         left.plot(np.mean(points), y, "|", color="black", ms=16, mew=2)
     left.set_yticks(range(len(results)), list(results))
     left.set_xlabel("AP (%): each seed, and the mean")
-    for y, (_, difference, half) in enumerate(compared):
-        half = 0 if np.isnan(half) else half
-        right.errorbar(difference.mean(), y, xerr=half, fmt="o", color="tab:orange", capsize=3)
-        right.plot(difference, [y] * len(difference), ".", color="black", alpha=0.4)
+    for y, difference in enumerate(compared):
+        half = difference.alone if np.isnan(difference.half) else difference.half
+        half = np.nan_to_num(half)
+        right.errorbar(difference.each.mean(), y, xerr=half, fmt="o", color="tab:orange", capsize=3)
+        right.plot(difference.each, [y] * len(difference.each), ".", color="black", alpha=0.4)
     right.axvline(0, color="black", lw=0.8)
-    right.set_yticks(range(len(compared)), [statement for statement, _, _ in compared])
+    right.set_yticks(range(len(compared)), [x.statement for x in compared])
     right.set_xlabel("difference of AP: each seed, mean, 95 % interval")
     for axis, count in ((left, len(results)), (right, len(compared))):
         axis.set_ylim(max(count, 1) - 0.5, -0.5)  # the first at the top

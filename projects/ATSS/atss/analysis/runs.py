@@ -283,7 +283,8 @@ def in_own_process(run: Run, place: int) -> dict[str, Any]:
     """Carry out a run in a process that does nothing else, and that ends with its parent.
 
     Args:
-        place: among the runs at a time, which take the GPUs in turn.
+        place: number of the run among those that run at the same time, from 0; with several GPUs
+            each place has its own.
     """
     parent = multiprocessing.parent_process()
 
@@ -298,7 +299,8 @@ def in_own_process(run: Run, place: int) -> dict[str, Any]:
         for stream in (1, 2):
             os.dup2(terminal.fileno(), stream)
     torch.set_num_threads(run.threads)
-    if gpus := torch.cuda.device_count():
+    device = CfgNode.load_cfg(run.config).MODEL.DEVICE
+    if device == "cuda" and (gpus := torch.cuda.device_count()):
         torch.cuda.set_device(place % gpus)
     try:
         return carry_out(run)

@@ -18,6 +18,7 @@ def static_padding(model: nn.Module) -> Iterator[None]:
         yield
         return
     replaced: list[Any] = [x for x in model.modules() if isinstance(x, Conv2dSame)]
+    before = [vars(conv).pop("forward", None) for conv in replaced]
     for conv in replaced:
         sides: list[int] = []
         for kernel, stride, dilation in zip(
@@ -29,8 +30,10 @@ def static_padding(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for conv in replaced:
+        for conv, forward in zip(replaced, before, strict=True):
             del conv.forward
+            if forward is not None:
+                conv.forward = forward
 
 
 def _padded(conv: Any, sides: Sequence[int]) -> Any:

@@ -34,6 +34,7 @@ def speed_up_gradients(net: nn.Module) -> None:
             and 1 < conv.groups == conv.in_channels == conv.out_channels
             and conv.dilation == (1, 1)
             and not isinstance(conv.padding, str)
+            and all(p < k for p, k in zip(conv.padding, conv.kernel_size, strict=True))
             and (max(conv.kernel_size) > FAST or max(conv.stride) > 1)
         ):
             conv.forward = partial(_forward, conv)  # type: ignore[method-assign]
@@ -41,13 +42,11 @@ def speed_up_gradients(net: nn.Module) -> None:
 
 def _forward(conv: nn.Conv2d, x: Tensor) -> Tensor:
     forward = partial(type(conv).forward, conv)
-    dtype = autocast_dtype(x) or x.dtype
-    trains = dtype == torch.bfloat16 and torch.is_grad_enabled() and not is_traced()
-    if trains and x.device.type == "cpu":
-        # Subclasses pad the input in their own way, so the function that they call is replaced.
-        with _Replaced():
-            return forward(x)
-    return forward(x)
+    if x.device.type != "cpu" or is_traced() or not torch.is_grad_enabled():
+        return forward(x)
+    # Subclasses pad the input in their own way, so the function that they call is replaced.
+    with _Replaced():
+        return forward(x)
 
 
 class _Replaced(TorchFunctionMode):
@@ -59,7 +58,7 @@ class _Replaced(TorchFunctionMode):
 
 
 def _convolve(
-    x: Tensor,
+    input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: Any = 1,
@@ -67,13 +66,19 @@ def _convolve(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    tensors = (y if y is None else y.to(torch.bfloat16) for y in (x, weight, bias))
-    return Depthwise.apply(*tensors, stride, padding)
+    tensors = (input, weight) if bias is None else (input, weight, bias)
+    is_bfloat16 = all((autocast_dtype(x) or x.dtype) == torch.bfloat16 for x in tensors)
+    is_depthwise = input.ndim == 4 and groups == len(weight) and _pair(dilation) == (1, 1)
+    if not (is_bfloat16 and is_depthwise):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    cast = (x if x is None else x.to(torch.bfloat16) for x in (input, weight, bias))
+    return Depthwise.apply(*cast, stride, padding)
 
 
 class Depthwise(Function):
     """A depthwise convolution: ``Depthwise.apply(x, weight, bias, stride, padding)``, (N, C, H, W)
-    and (C, 1, h, w), as ``F.conv2d``."""
+    and (C, 1, h, w), as ``F.conv2d``. The padding is less than the kernel. It has no second
+    derivatives."""
 
     @staticmethod
     def forward(
