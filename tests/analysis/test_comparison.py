@@ -29,9 +29,7 @@ def test_paired_interval_by_hand():
 
 
 def of_rows(**rows):
-    return {
-        row: {s: {"AP": x} for s, x in enumerate(ap) if x is not None} for row, ap in rows.items()
-    }
+    return {row: {s: {"AP": x} for s, x in enumerate(ap)} for row, ap in rows.items()}
 
 
 def test_interval_is_of_all_rows():

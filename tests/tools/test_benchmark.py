@@ -276,6 +276,13 @@ def test_unknown_commit_is_refused():
         pass
 
 
+def test_recipes_are_measured_if_named():
+    assert against.configs_of(against.Options(names=[""])) == against.configs()
+    found = against.configs_of(against.Options(names=["lite0"]))
+    assert "ATSS_lite0_FPN_fine_tune" in found
+    assert "ATSS_R_50_FPN_1x" not in found
+
+
 def test_commits_take_turns(monkeypatch, capsys):
     """The second takes 3 / 2 of the seconds of the first; they begin a turn alternately."""
     requests = []

@@ -162,6 +162,10 @@ def configs() -> list[str]:
     return [*others, *(x for x in successors if "dcnv2" not in x)]
 
 
+def configs_of(options: Options) -> list[str]:
+    return configs() if "" in options.names else options.of(config_names())
+
+
 def against(commits: Sequence[str | None], parts: Sequence[str], options: Options) -> dict:
     """Print tables of both commits, the second over the first; return their values.
 
@@ -181,7 +185,7 @@ def against(commits: Sequence[str | None], parts: Sequence[str], options: Option
             tail = (count, options.batch, height, width, list(options.opts))
             requests = {
                 x: [("step", str(folder / "configs" / f"{x}.yaml"), *tail) for folder in folders]
-                for x in (configs() if options.names == ("",) else options.of(config_names()))
+                for x in configs_of(options)
             }
             images = "one image" if options.batch == 1 else f"{options.batch} images"
             title = f"a training step, {images} of {height} x {width}, {count} objects"

@@ -89,9 +89,9 @@ class Difference(NamedTuple):
 
 
 def scatter(results: Results) -> tuple[float, int]:
-    """Return the standard deviation of a run's AP from the sum of what its row and its seed add,
-    and its degrees of freedom: a two-way analysis of variance, by least squares. Rows with other
-    data have seeds of their own. NaN and 0 if nothing remains to be compared."""
+    """Return the residual standard deviation of AP, and its degrees of freedom (NaN and 0 without
+    any). Each run's AP is modelled as an effect of its row plus an effect of its seed: a two-way
+    analysis of variance, by least squares. Seeds have other effects on other data."""
     runs = [
         (row, (run.get("data"), seed), run["AP"])
         for row, seeds in results.items()
