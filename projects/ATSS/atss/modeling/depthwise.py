@@ -148,7 +148,7 @@ def _parts(length: int) -> Iterator[tuple[int, int]]:
 def _backward(
     gradient: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, of: tuple
 ) -> tuple[Tensor, ...]:
-    """Return torch's gradients of input, weight and bias: tensors where ``of`` is True, else None."""
+    """Return the gradients of input, weight and bias by torch; None where ``of`` is False."""
     backward = torch.ops.aten.convolution_backward
     geometry = (stride, padding, (1, 1), False, (0, 0), len(weight))
     return backward(gradient, x, weight, None, *geometry, of)
