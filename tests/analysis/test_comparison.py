@@ -108,3 +108,17 @@ def test_tables_have_rows_with_results():
     ]
     assert lines[-1] == "Scatter of a run: 0.71 AP (degrees of freedom: 2)."
     assert "none" not in text
+
+
+def test_tables_have_the_classes():
+    rows = {x: Row([], [], {}, "") for x in ("a", "b")}
+    results = of_rows(a=(1.0, 3.0), b=(2.0, 2.0))
+    results["a"][0] |= {"AP-cat": 3.0, "AP50-cat": 9.0}
+    results["a"][1] |= {"AP-cat": 4.0, "AP-dog": float("nan")}
+    lines = tables(Plan(rows, [0, 1], {}, {}), results).splitlines()
+    assert lines[5:] == [
+        "| AP of a class | a | b |",
+        "|---|---|---|",
+        "| cat | 3.5 |  |",
+        "| dog |  |  |",
+    ]

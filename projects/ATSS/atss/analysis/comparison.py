@@ -131,7 +131,7 @@ def paired(statement: str, results: Results, row: str, other: str) -> Difference
 
 
 def tables(plan: Plan, results: Results) -> str:
-    """Return the means of each row and the differences by seed, in Markdown."""
+    """Return the means of each row, also by class, and the differences by seed, in Markdown."""
     rows = {name: results[name] for name in plan.rows if results.get(name)}
     records = [x for runs in rows.values() for x in runs.values()]
     columns = [x for x in COLUMNS if any(x[1] in record for record in records)]
@@ -144,6 +144,11 @@ def tables(plan: Plan, results: Results) -> str:
         cells = [_mean(runs, column) for column in columns]
         cells += [published[name]] * any(published.values())
         lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+    if classes := dict.fromkeys(x for record in records for x in record if x.startswith("AP-")):
+        lines += ["", f"| AP of a class | {' | '.join(rows)} |", "|---" * (len(rows) + 1) + "|"]
+    for key in classes:
+        cells = [key.removeprefix("AP-"), *(_mean(x, (key, key, 1, 1)) for x in rows.values())]
+        lines.append(f"| {' | '.join(cells)} |")
     if differences := compared(plan, results):
         lines += [
             "",
