@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Count the positives of each object of a data set, by its size, shape and place: for every
-assigner, or for several configs.
+"""Count the positives of each object of a data set, by its size, shape, place and class: for
+every assigner, or for several configs.
 
     tools/assignment_statistics.py --annotations datasets/coco/annotations/instances_val2017.json
     tools/assignment_statistics.py --annotations train.json --config-file configs/tables/atss_*.yaml

@@ -12,17 +12,18 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from atss import Anchors
-from atss.analysis.statistics import constants, match, read_objects
+from atss.analysis.statistics import constants, groups, match, read_objects
 from atss.config import build_sampling
 from atss.labels.check import check, format_report
 from atss.labels.coco import find_in_json
 from atss.labels.formats import Labels
 
 
-def run(tmp_path, annotations, *argv):
+def run(tmp_path, annotations, *argv, names=("thing",)):
     file = tmp_path / "annotations.json"
     images = [{"id": 1, "file_name": "a.jpg", "width": 640, "height": 480}]
-    content = {"images": images, "categories": [{"id": 1, "name": "thing"}]}
+    categories = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
+    content = {"images": images, "categories": categories}
     numbered = [annotation | {"id": i} for i, annotation in enumerate(annotations, start=1)]
     file.write_text(json.dumps(content | {"annotations": numbered}))
     tool.main(["--annotations", str(file), "--output", str(tmp_path / "out"), *argv])
@@ -50,6 +51,22 @@ def test_counts_by_rule_and_group(tmp_path, capsys):
     assert "| objects | count | ATSS | MaxIoU | SpatialScale |" in table
     assert "small, < 32² | 1 |" in table
     assert (tmp_path / "out" / "plot.png").is_file()
+
+
+def test_counts_by_class(tmp_path):
+    boxes = [(0, 0, 20, 20), (100, 100, 50, 50), (200, 100, 300, 90)]
+    annotations = [annotation(*b, category_id=k) for b, k in zip(boxes, (2, 1, 1), strict=True)]
+    objects = run(tmp_path, annotations, "--rules", "SpatialScale", names=("thing", "cat"))
+    assert [o["class"] for o in objects] == ["cat", "thing", "thing"]
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert [x[:18] for x in lines[-2:]] == ["| class: cat | 1 |", "| class: thing | 2"]
+
+
+@pytest.mark.parametrize(("count", "lines"), [(1, 0), (2, 2), (20, 20), (21, 0)])
+def test_few_classes_are_groups(count, lines):
+    properties = {"area": 400.0, "aspect": 1.0, "border": 9.0}
+    labels = groups([properties | {"class": f"name {i}"} for i in range(count)])
+    assert sum(label.startswith("class: ") for label in labels) == lines
 
 
 def test_rules_and_options_are_chosen(tmp_path):

@@ -34,6 +34,8 @@ from .canvases import CHUNK, Progress, on_canvases
 Predict = Callable[[Sequence[int]], Predictions]
 # Images predicted at a time, which bounds memory.
 PREDICTED = 4
+# More classes than these have no lines in the table, only a column in objects.csv.
+MAX_CLASSES = 20
 # name -> (key of an object's record, [(label, lower bound, upper bound)]).
 GROUPS: dict[str, tuple[str, list[tuple[str, float, float]]]] = {
     "size in the image (COCO's)": (
@@ -96,10 +98,12 @@ def measure(
     x, y, w, h = objects.boxes[used].T
     sides = np.array([(e["width"], e["height"]) for e in content["images"]], dtype=np.float64)
     width, height = sides[objects.image[used]].T
+    names = [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
     columns = {
         "image_id": np.array(
             [content["images"][i]["id"] for i in objects.image[used]], dtype=object
         ),
+        "class": np.array([names[k] for k in objects.category[used]], dtype=object),
         "area": w * h,
         "side": np.zeros(len(used)),
         "aspect": np.maximum(w, h) / np.minimum(w, h),
@@ -255,11 +259,15 @@ def _relative_distances(anchors: Anchors, boxes: torch.Tensor) -> np.ndarray:
 
 
 def groups(objects: list[dict]) -> dict[str, list[dict]]:
-    """Return the objects of each of GROUPS that is not empty, all objects first."""
+    """Return the objects of each of GROUPS that is not empty, and of each of at most MAX_CLASSES
+    classes, after all objects."""
     by_label = {"all": objects}
     for group, (key, bins) in GROUPS.items():
         for label, low, high in bins:
             by_label[f"{group}: {label}"] = [o for o in objects if low <= o[key] < high]
+    names = sorted({o["class"] for o in objects})
+    for name in names if 1 < len(names) <= MAX_CLASSES else ():
+        by_label[f"class: {name}"] = [o for o in objects if o["class"] == name]
     return {label: members for label, members in by_label.items() if members}
 
 
