@@ -6,8 +6,8 @@ every assigner, or for several configs.
     tools/assignment_statistics.py --annotations train.json --config-file configs/tables/atss_*.yaml
     tools/assignment_statistics.py --annotations train.json --rules ATSS SpatialScale \\
         --config-file configs/ATSS_R_18_FPN_small.yaml --output output/statistics
-    tools/assignment_statistics.py --annotations train.json --config-file output/config.yaml \\
-        --weights output/model_final.pth --images train/ --rules ATSS TAL SimOTA
+    tools/assignment_statistics.py --annotations data.yaml:train --config-file output/config.yaml \\
+        --weights output/model_final.pth --rules ATSS TAL SimOTA
 
 Images are read only for assigners that need the predictions of a model (--weights). Their sizes are
 INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST of the first config, padded as the backbones need it.
@@ -30,7 +30,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--annotations", required=True, metavar="FILE", help="in COCO's format")
+    parser.add_argument(
+        "--annotations",
+        required=True,
+        metavar="SOURCE",
+        help="a json in COCO's format, or labels of any format with their images: "
+        "annotations.json:image_dir, data.yaml:split or folder:split",
+    )
     parser.add_argument(
         "--config-file",
         nargs="+",
@@ -47,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights", default="", metavar="FILE", help="of a model, for rules that need predictions"
     )
-    parser.add_argument("--images", default="", metavar="FOLDER", help="with the images")
+    parser.add_argument("--images", default="", metavar="FOLDER", help="images of a json")
     add_import(parser)
     parser.add_argument(
         "--output",
@@ -66,9 +72,16 @@ def main(argv: list[str] | None = None) -> None:
     try:
         import_modules(args.imports)
         check_writable("--output", *results)
-        content, used = read_objects(args.annotations)
+        content, used, image_dir = read_objects(args.annotations)
         objects, columns, top = compare(
-            content, used, args.config_file, args.rules, args.opts, tqdm, args.weights, args.images
+            content,
+            used,
+            args.config_file,
+            args.rules,
+            args.opts,
+            tqdm,
+            args.weights,
+            args.images or image_dir,
         )
         fitted = constants(content, used, args.config_file[0], args.opts)
     except (UserError, OSError) as error:

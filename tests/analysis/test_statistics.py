@@ -14,6 +14,7 @@ from PIL import Image
 from atss import Anchors
 from atss.analysis.statistics import constants, groups, match, read_objects
 from atss.config import build_sampling
+from atss.errors import UserError
 from atss.labels.check import check, format_report
 from atss.labels.coco import find_in_json
 from atss.labels.formats import Labels
@@ -60,6 +61,25 @@ def test_counts_by_class(tmp_path):
     assert [o["class"] for o in objects] == ["cat", "thing", "thing"]
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     assert [x[:18] for x in lines[-2:]] == ["| class: cat | 1 |", "| class: thing | 2"]
+
+
+def test_labels_of_any_format_are_read(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (64, 48)).save(tmp_path / "a" / "x.png")
+    (tmp_path / "data.yaml").write_text("train: a\nnames: [cat, dog]\n")
+    label = tmp_path / "a" / "x.txt"
+    label.write_text("1 0.5 0.5 0.25 0.5\n")
+    source = f"{tmp_path}/data.yaml:train"
+    content, objects, image_dir = read_objects(source)
+    assert objects.boxes.tolist() == [[24, 12, 16, 24]]
+    assert (tmp_path / image_dir / content["images"][0]["file_name"]).samefile(
+        tmp_path / "a" / "x.png"
+    )
+    with pytest.raises(UserError, match=r"did you mean .*data.yaml:train\?"):
+        read_objects(source.removesuffix(":train"))
+    label.write_text("2 0.5 0.5 0.25 0.5\n")
+    with pytest.raises(UserError, match=r"data.yaml:train has .*class"):
+        read_objects(source)
 
 
 @pytest.mark.parametrize(("count", "lines"), [(1, 0), (2, 2), (20, 20), (21, 0)])
@@ -179,7 +199,7 @@ def test_constants_of_similarities_by_brute_force(tmp_path, capsys):
     run(tmp_path, [annotation(*b) for b in boxes], "--", "INPUT.MIN_SIZE_TEST", "480")
     printed = capsys.readouterr().out
     found = constants(
-        *read_objects(str(tmp_path / "annotations.json")),
+        *read_objects(str(tmp_path / "annotations.json"))[:2],
         str(ROOT / "configs/ATSS_R_50_FPN_1x.yaml"),
         ["INPUT.MIN_SIZE_TEST", 480],
     )

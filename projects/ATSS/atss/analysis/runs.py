@@ -218,7 +218,7 @@ def _measure(cfg: CfgNode, weights: str) -> dict[str, float]:
     """Return the time of an inference, and positives per object of the test images."""
     provide_json("test")
     about = MetadataCatalog.get("test")
-    content, objects = read_objects(about.json_file)
+    content, objects, _ = read_objects(about.json_file)
     predictor = Predictor(cfg, weights)
     files = [str(Path(about.image_root) / x["file_name"]) for x in content["images"]]
     seconds, warm_up = [], files[:WARM_UP]

@@ -21,11 +21,13 @@ from ..config import (
     load_config,
     with_rule,
 )
+from ..data.datasets import split_source
 from ..errors import UserError
 from ..geometry import area, centres, iou
 from ..labels.check import Fit
 from ..labels.coco import Objects, find_in_json, read_coco
 from ..labels.findings import ERROR
+from ..labels.formats import Labels, read_labels
 from ..predictor import Predictor
 from ..structures import Predictions
 from .canvases import CHUNK, Progress, on_canvases
@@ -187,20 +189,26 @@ def compare(
     return records, list(samplings), candidates.pop() if len(candidates) == 1 else None
 
 
-def read_objects(annotations: str) -> tuple[dict, Objects]:
-    """Return the content of a json, and its objects.
+def read_objects(source: str) -> tuple[dict, Objects, str]:
+    """Return the labels in COCO's format, the objects and the image folder, "" for a json alone.
+
+    Args:
+        source: a json in COCO's format, or ``annotations:images`` of any format.
 
     Raises:
-        UserError: if it has errors or no objects.
+        UserError: if the labels have errors or no objects.
     """
-    content = read_coco(annotations)
-    findings, objects = find_in_json(content)
-    for finding in findings:
+    if source.lower().endswith(".json"):
+        labels = Labels(read_coco(source), "")
+    else:
+        labels = read_labels(*split_source(source, "--annotations"))
+    findings, objects = find_in_json(labels.content)
+    for finding in [*labels.findings, *findings]:
         if finding.level == ERROR:
-            raise UserError(f"{annotations} has {finding.sentence()}")
+            raise UserError(f"{source} has {finding.sentence()}")
     if objects is None or not objects.used.any():
-        raise UserError(f"{annotations} has no objects")
-    return content, objects
+        raise UserError(f"{source} has no objects")
+    return labels.content, objects, labels.image_dir
 
 
 def predict_with(cfg: CfgNode, weights: str, content: dict, image_dir: str) -> Predict:
