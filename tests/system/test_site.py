@@ -9,7 +9,6 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.slow
 def test_site_builds_strictly_and_loads_nothing_from_outside(tmp_path):
     pytest.importorskip("mkdocs")
     site = tmp_path / "site"
