@@ -25,7 +25,7 @@ from ..data.datasets import split_source
 from ..errors import UserError
 from ..geometry import area, centres, iou
 from ..labels.check import Fit
-from ..labels.coco import Objects, find_in_json, read_coco
+from ..labels.coco import Objects, category_names, find_in_json, read_coco
 from ..labels.findings import ERROR
 from ..labels.formats import Labels, read_labels
 from ..predictor import Predictor
@@ -100,7 +100,7 @@ def measure(
     x, y, w, h = objects.boxes[used].T
     sides = np.array([(e["width"], e["height"]) for e in content["images"]], dtype=np.float64)
     width, height = sides[objects.image[used]].T
-    names = [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+    names = category_names(content)
     columns = {
         "image_id": np.array(
             [content["images"][i]["id"] for i in objects.image[used]], dtype=object
@@ -213,7 +213,7 @@ def read_objects(source: str) -> tuple[dict, Objects, str]:
 
 def predict_with(cfg: CfgNode, weights: str, content: dict, image_dir: str) -> Predict:
     predictor = Predictor(cfg, weights)
-    names = [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+    names = category_names(content)
     predicted = predictor.names or [""] * predictor.model.num_classes
     if len(predicted) != len(names) or (predictor.names and list(predictor.names) != names):
         raise UserError(
