@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     if found:
         plot_experiments(found, compared(plan, found), plot)
-        title = f"# Results of {args.plan.name}\n\nAP in percent, means over the seeds.\n\n"
+        how = "AP in percent. Means over the seeds; of times, the shortest."
+        title = f"# Results of {args.plan.name}\n\n{how}\n\n"
         figure = f"\n![AP of each seed, and the differences with their intervals]({plot.name})\n"
         table.write_text(title + tables(plan, found) + figure)
         print(f"\n{table.read_text()}")

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 from benchmarks import against, assignment, data, files, labels, model, operators, proposals, rules
-from benchmarks.peers import PEERS, installed
+from benchmarks.peers import NUM_CLASSES, PEERS, installed
 from benchmarks.timing import Seconds, table
 
 from atss import load_config, model_zoo
@@ -154,7 +154,7 @@ def _cases(args: argparse.Namespace) -> list[model.Case]:
         cases.append(
             model.Case(
                 *(precision, layout == "channels_last", args.batch, height, width, args.boxes),
-                *(args.device, args.config_file, tuple(args.opts)),
+                *(args.device, args.config_file, tuple(args.opts), args.classes),
             )
         )
     return cases
@@ -273,6 +273,7 @@ def make_parser() -> argparse.ArgumentParser:
     modelled.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     modelled.add_argument("--size", type=int, nargs=2, default=(800, 1088), metavar="PIXELS")
     modelled.add_argument("--boxes", type=int, default=7, help="objects on each image")
+    modelled.set_defaults(classes=NUM_CLASSES)  # those of the peers
     command = commands.add_parser("model", parents=[modelled])
     command.set_defaults(measure=measure_model)
     command.add_argument(
@@ -292,6 +293,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--beside", nargs="+", metavar="FILE", help="configs; by default successors/"
     )
     command.add_argument("--batch", type=int, default=1, help="images")
+    command.add_argument("--classes", type=int, default=NUM_CLASSES)
     command = commands.add_parser("batching", parents=[modelled])
     command.set_defaults(measure=measure_batching)
     command.add_argument("--batch", type=int, default=8, help="images")

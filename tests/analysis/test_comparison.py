@@ -110,6 +110,15 @@ def test_tables_have_rows_with_results():
     assert "none" not in text
 
 
+def test_tables_have_the_shortest_times():
+    results = of_rows(a=(1.0, 3.0))
+    results["a"][0] |= {"step_seconds": 0.9, "megabytes": 10}
+    results["a"][1] |= {"step_seconds": 0.5, "megabytes": 20}
+    lines = tables(Plan({"a": Row([], [], {}, "")}, [0, 1], {}, {}), results).splitlines()
+    assert lines[0] == "| row | seeds | AP | step, s | MB |"
+    assert lines[2] == "| a | 2 | 2.0 | 0.50 | 15 |"
+
+
 def test_tables_have_the_classes():
     rows = {x: Row([], [], {}, "") for x in ("a", "b")}
     results = of_rows(a=(1.0, 3.0), b=(2.0, 2.0))

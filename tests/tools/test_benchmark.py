@@ -108,19 +108,24 @@ def test_configs_are_measured_in_their_last_phase(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(TAL, "__call__", lambda *args: rules.append(TAL) or call(*args))
     small = ["--variants", "fp32", "--runs", "1", "--size", "64", "64", "--device", "cpu"]
     files = [model_zoo.get_config_file(f"successors/{x}_R_50_FPN_1x.yaml") for x in ("TAL", "GFL")]
+    same_name = tmp_path / "GFL_R_50_FPN_1x.yaml"
+    same_name.write_text(f"_BASE_: {files[0]}\n")
+    files.append(str(same_name))
     report = tmp_path / "report.json"
     argv = ["benchmark.py", "configs", "--beside", *files, *small, "--json", str(report)]
+    argv += ["--classes", "3"]
     monkeypatch.setattr(sys, "argv", argv)
     benchmark.main()
     printed = capsys.readouterr().out
     measured = json.loads(report.read_text())["fp32, contiguous"]
-    names = ["ATSS_R_50_FPN_1x", "TAL_R_50_FPN_1x", "GFL_R_50_FPN_1x"]
+    names = ["ATSS_R_50_FPN_1x", "TAL_R_50_FPN_1x", *files[1:]]
     assert [*measured] == names
     assert all(name in printed for name in names)
     assert rules
     counts = [x["parameters"] for x in measured.values()]
     assert counts[0] - counts[1] == 256 * 9 + 1  # without centerness
     assert counts[2] - counts[1] == 64 * (256 * 9 + 1)  # 68 channels instead of 4
+    assert counts[3] == counts[1]
 
 
 def test_successors_are_measured_by_default(monkeypatch):

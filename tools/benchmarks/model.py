@@ -1,5 +1,6 @@
 """The detector beside its peers: a training step, inference, their parts, and memory."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -39,6 +40,7 @@ class Case:
     device: str
     config_file: str
     options: tuple[str, ...] = ()
+    classes: int = NUM_CLASSES
 
     @property
     def title(self) -> str:
@@ -57,7 +59,7 @@ def random_batch(case: Case) -> list[dict]:
         centre = torch.rand(case.boxes, 2, generator=generator) * corner[:2]
         half = 4 * 64 ** torch.rand(case.boxes, 2, generator=generator)
         boxes = torch.cat([centre - half, centre + half], dim=1).clamp(min=0).minimum(corner)
-        classes = torch.randint(0, NUM_CLASSES, (case.boxes,), generator=generator)
+        classes = torch.randint(0, case.classes, (case.boxes,), generator=generator)
         instances = Instances(size[1:], gt_boxes=Boxes(boxes), gt_classes=classes)
         batch.append({"image": image, "instances": instances, "height": size[1], "width": size[2]})
     return batch
@@ -66,7 +68,8 @@ def random_batch(case: Case) -> list[dict]:
 def build_ours(case: Case) -> Peer:
     """Return the detector of a config, in the precision and layout of the case."""
     options = [
-        *("MODEL.DEVICE", case.device, "MODEL.ATSS.NUM_CLASSES", NUM_CLASSES),
+        *("MODEL.DEVICE", case.device, "DATASETS.TRAIN", (), "DATASETS.TEST", ()),
+        *("MODEL.ATSS.NUM_CLASSES", case.classes),
         *("MODEL.ATSS.PRECISION", case.precision),
         *("MODEL.ATSS.CHANNELS_LAST", case.channels_last),
         *case.options,
@@ -144,15 +147,19 @@ def beside_peers(names: Sequence[str], case: Case, runs: int) -> dict[str, dict[
 
 def beside_configs(files: Sequence[str], case: Case, runs: int) -> dict[str, tuple[Seconds, int]]:
     """Return {config: (seconds of a training step of its last phase, number of parameters)}, all
-    configs in turn, that of the case first."""
+    configs in turn, that of the case first. A config is named by its file, without the folders if
+    no other has that name."""
     device, batch = torch.device(case.device), random_batch(case)
+    files = (case.config_file, *files)
+    short = Counter(Path(file).stem for file in files)
     steps, parameters = {}, {}
-    for file in (case.config_file, *files):
+    for file in files:
         torch.manual_seed(0)
         peer = build_ours(replace(case, config_file=file))
         last = load_config(file, opts=case.options).SOLVER.MAX_ITER - 1
-        steps[Path(file).stem] = training_step(peer, batch, last)
-        parameters[Path(file).stem] = sum(p.numel() for p in peer.model.parameters())
+        name = Path(file).stem if short[Path(file).stem] == 1 else str(file)
+        steps[name] = training_step(peer, batch, last)
+        parameters[name] = sum(p.numel() for p in peer.model.parameters())
     seconds = in_turn(steps, runs, device)
     return {name: (seconds[name], parameters[name]) for name in steps}
 
