@@ -57,6 +57,9 @@ def test_rows_of_other_data_have_other_seeds():
         for run in results[row].values():
             run["data"] = "other"
     assert scatter(results) == (pytest.approx(1), 2)
+    assert np.isfinite(paired("", results, "a", "b").half)
+    assert np.isnan(paired("", results, "a", "c").half)  # effects of the seeds do not cancel
+    assert np.isfinite(paired("", results, "a", "c").alone)
 
 
 @pytest.mark.parametrize("num_rows", [2, 5, 8])
@@ -108,6 +111,14 @@ def test_tables_have_rows_with_results():
     ]
     assert lines[-1] == "Scatter of a run: 0.71 AP (degrees of freedom: 2)."
     assert "none" not in text
+
+
+def test_tables_name_different_seeds():
+    plan = Plan({x: Row([], [], {}, "") for x in ("a", "b")}, [0, 1], {}, {"a, b": ("a", "b")})
+    results = of_rows(a=(1.0, 3.0), b=(2.0, 2.0))
+    assert "different seeds" not in tables(plan, results)
+    del results["b"][0]
+    assert "different seeds" in tables(plan, results)
 
 
 def test_tables_have_the_shortest_times():

@@ -89,7 +89,8 @@ class Difference(NamedTuple):
     Attributes:
         each: of each seed that both rows have.
         half: half the 95 % interval of their mean, from the scatter of all rows
-            (:func:`scatter`); NaN for one seed.
+            (:func:`scatter`); NaN for one seed, and for rows of different data, whose seeds do not
+            cancel.
         alone: the same from the scatter of this pair.
     """
 
@@ -136,7 +137,10 @@ def paired(statement: str, results: Results, row: str, other: str) -> Difference
     from scipy import stats  # the extra "demo"
 
     run, freedom = scatter(results)
-    half = stats.t.ppf(0.975, freedom) * run * np.sqrt(2 / len(seeds)) if freedom else np.nan
+    same_data = all(results[row][s].get("data") == results[other][s].get("data") for s in seeds)
+    half = np.nan
+    if freedom and same_data:
+        half = stats.t.ppf(0.975, freedom) * run * np.sqrt(2 / len(seeds))
     alone = stats.t.ppf(0.975, len(seeds) - 1) * stats.sem(each)
     return Difference(statement, each, float(half), float(alone))
 
@@ -161,6 +165,11 @@ def tables(plan: Plan, results: Results) -> str:
     for key in classes:
         cells = [key.removeprefix("AP-"), *(_cell(x, Column(key, key)) for x in rows.values())]
         lines.append(f"| {' | '.join(cells)} |")
+    if len({frozenset(runs) for runs in rows.values()}) > 1:
+        lines += [
+            "",
+            "The rows have different seeds. Their differences use the common ones.",
+        ]
     if differences := compared(plan, results):
         lines += [
             "",
