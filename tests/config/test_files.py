@@ -231,3 +231,17 @@ def test_depth_of_the_command_line_replaces_older_keys(tmp_path):
 def test_lazy_config_is_refused():
     with pytest.raises(UserError, match=r"ATSS_R_50_FPN_1x\.py: a LazyConfig, expected a yaml"):
         load_config(ROOT / "configs" / "ATSS_R_50_FPN_1x.py")
+
+
+@pytest.mark.parametrize("text", ["7", "1,2", "2026", "1e3", "None", "True", "()", "'7'", "a b"])
+def test_texts_return_from_the_config_of_a_run(text, tmp_path):
+    """`--output 7 --classes 1,2` write a config.yaml that yacs would read as numbers."""
+    cfg = load_config("ATSS_R_50_FPN_1x")
+    cfg.OUTPUT_DIR = cfg.DATASETS.CLASSES = text
+    file = tmp_path / "config.yaml"
+    file.write_text(cfg.dump())
+    again = load_config(str(file))
+    if text == "'7'":
+        text = "7"  # quoted already
+    assert (again.OUTPUT_DIR, again.DATASETS.CLASSES) == (text, text)
+    assert load_config(str(file), opts=["OUTPUT_DIR", text]).OUTPUT_DIR == text

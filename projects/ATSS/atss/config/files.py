@@ -130,7 +130,27 @@ def _merge_file(cfg: CfgNode, file: str, parents: tuple[str, ...] = ()) -> None:
     with _blame_file(cfg, file):
         if keys.get("VERSION", cfg.VERSION) != cfg.VERSION:
             raise UserError(f"VERSION must be {cfg.VERSION}, got {keys['VERSION']!r}")
+        _quote_texts(keys, cfg)
         cfg.merge_from_other_cfg(CfgNode(keys))
+
+
+def _quote_texts(keys: dict, cfg: CfgNode) -> None:
+    """Quote texts that yacs would read as other values, such as a folder 7, in place."""
+    for name, value in keys.items():
+        default = cfg.get(name)
+        if isinstance(value, dict) and isinstance(default, CfgNode):
+            _quote_texts(value, default)
+        elif isinstance(default, str):
+            keys[name] = _quoted(value)
+
+
+def _quoted(value: Any) -> Any:
+    """Return the value of a key with texts so that yacs reads it as a text."""
+    try:
+        is_other = isinstance(value, str) and not isinstance(literal_eval(value), str)
+    except (SyntaxError, ValueError):
+        return value
+    return repr(value) if is_other else value
 
 
 @contextmanager
@@ -211,8 +231,8 @@ def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
             parts.setdefault(part, CfgNode(new_allowed=True))[argument] = None
         if isinstance(keys.get(key), float) and re.fullmatch(r"[+-]?\d+", str(value)):
             value = float(value)
-        if isinstance(keys.get(key), str) and _is_number(value):
-            value = repr(value)  # a folder such as 7, which yacs would read as a number
+        if isinstance(keys.get(key), str):
+            value = _quoted(value)
         try:
             cfg.merge_from_list([key, value])
         except (AssertionError, KeyError, TypeError, ValueError) as error:
@@ -223,13 +243,6 @@ def merge_options(cfg: CfgNode, options: Sequence[Any]) -> None:
             group, part, argument = legacy.split(".")[-3:]
             if key == f"MODEL.ATSS.{argument}":
                 cfg.MODEL.ATSS[group].get(part, {}).pop(argument, None)
-
-
-def _is_number(text: Any) -> bool:
-    try:
-        return isinstance(text, str) and isinstance(literal_eval(text), int | float)
-    except (SyntaxError, ValueError):
-        return False
 
 
 def _refuse_empty(cfg: CfgNode, defaults: CfgNode) -> None:
