@@ -100,6 +100,8 @@ def make_odd(seed: int) -> dict:
         if key == "images" and seed % 3 == 0:
             ids = [f"image {x}" for x in ids]
         renumber(content, key, field, dict(zip(old, ids, strict=True)))
+    for entry in content["images"]:  # license and date as Datumaro writes them, and worse
+        entry |= {"license": rng.choice([0, ""]), "date_captured": 0, "own": float("nan")}
     start = rng.choice([0, 0, 1, 2**63 - 2, 2**64])
     for i, annotation in enumerate(content["annotations"]):
         annotation["id"] = start + i

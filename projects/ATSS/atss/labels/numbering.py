@@ -6,6 +6,7 @@ import numpy as np
 
 from .coco import SHORTEST, find_in_json, is_difficult, learnable, with_areas
 
+IMAGE_KEYS = ("file_name", "width", "height")
 
 class GroundTruth:
     """The objects of a json that training uses, and crowds, numbered from 1.
@@ -53,7 +54,12 @@ class GroundTruth:
         ]
         self.ids = [x.get("id_in_file", x.get("id")) for x in kept]
         self.dataset = {
-            "images": [{**x, "id": self.image_numbers[x["id"]]} for x in images],
+            # No other fields: hotcoco refuses a date_captured that is a number, as Datumaro writes.
+            "images": [
+                {key: x[key] for key in IMAGE_KEYS if key in x}
+                | {"id": self.image_numbers[x["id"]]}
+                for x in images
+            ],
             "categories": [
                 {"id": classes[c["id"]] + 1, "name": c["name"]}
                 for c in content["categories"]
