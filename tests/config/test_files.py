@@ -243,5 +243,5 @@ def test_texts_return_from_the_config_of_a_run(text, tmp_path):
     again = load_config(str(file))
     if text == "'7'":
         text = "7"  # quoted already
-    assert (again.OUTPUT_DIR, again.DATASETS.CLASSES) == (text, text)
-    assert load_config(str(file), opts=["OUTPUT_DIR", text]).OUTPUT_DIR == text
+    assert (text, text) == (again.OUTPUT_DIR, again.DATASETS.CLASSES)
+    assert text == load_config(str(file), opts=["OUTPUT_DIR", text]).OUTPUT_DIR

@@ -8,6 +8,7 @@ from .coco import SHORTEST, find_in_json, is_difficult, learnable, with_areas
 
 IMAGE_KEYS = ("file_name", "width", "height")
 
+
 class GroundTruth:
     """The objects of a json that training uses, and crowds, numbered from 1.
 
