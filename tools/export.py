@@ -17,6 +17,7 @@ from detectron2.modeling import build_model
 
 from atss.analysis.exported import evaluate
 from atss.checkpoints import SafeCheckpointer
+from atss.checkpoints.inputs import values_in
 from atss.config import class_names, for_inference, load_config
 from atss.engine.run import add_import, add_options, import_modules
 from atss.errors import UserError, check_writable
@@ -72,7 +73,10 @@ def main(argv: list[str] | None = None) -> None:
         cfg.MODEL.WEIGHTS = weights
         cfg = for_inference(cfg)
         model = build_model(cfg).eval()
-        SafeCheckpointer(model, class_names=names, whole=True).load(weights)
+        trained_with = values_in(cfg)
+        SafeCheckpointer(model, class_names=names, trained_with=trained_with, whole=True).load(
+            weights
+        )
         export, _ = FORMATS[args.format]
         print_parity(export(model, cfg, args.output, args.nms, thresholds))
         before = evaluate(args.output, args.evaluate)["AP"] if args.evaluate else None

@@ -18,17 +18,20 @@ from detections import compare
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from PIL import Image
+from torch import nn
 
 from atss import add_atss_config, load_config
 from atss.checkpoints import (
     ConversionError,
     SafeCheckpointer,
+    TrainingCheckpointer,
     config_for,
     convert,
     load,
     mmdet_config,
     to_mmdet,
 )
+from atss.checkpoints.inputs import ENTRY, PIXELS, refuse_others, values_in
 from atss.data.mapper import Mapper
 from atss.weights import WeightsError
 
@@ -508,6 +511,31 @@ def test_fine_tuning_recipe_overrides_written_config(weights, tmp_path):
     for key in ("PIXEL_MEAN", "PIXEL_STD", "RESNETS", "ANCHOR_GENERATOR", "FPN"):
         assert cfg.MODEL[key] == given.MODEL[key]
     assert given.INPUT.FORMAT == cfg.INPUT.FORMAT
+
+
+def test_weights_refuse_other_pixel_values(weights, tmp_path, monkeypatch):
+    """Those of mmdet's config load into the zoo's, but would get other pixels and strides."""
+    torch.save({"state_dict": weights["mmdet"]}, tmp_path / "theirs.pth")
+    monkeypatch.chdir(tmp_path)
+    convert_checkpoint.main(["--from", "mmdet", "--detector", "atss", "theirs.pth", "ours.pth"])
+    (tmp_path / "tune.yaml").write_text("_BASE_: [ours.yaml, fine_tune_coco.yaml]\n")
+    for config, sentence in (
+        ("tune.yaml", None),
+        ("ATSS_R_50_FPN_fine_tune", r"INPUT\.FORMAT RGB.*STRIDE_IN_1X1 False.*has BGR.*set these"),
+    ):
+        cfg = load_config(config, opts=["DATASETS.TRAIN", (), "DATASETS.TEST", ()])
+        values = values_in(cfg)
+        load = TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path), trained_with=values).load
+        with pytest.raises(WeightsError, match=sentence or "no weights in .* fit"):
+            load("ours.pth")
+    planes = values | {"INPUT.FORMAT": "planes", "MODEL.PIXEL_MEAN": [0.0]}
+    stored = torch.load("ours.pth", weights_only=True)[ENTRY] | {
+        x: values[x] for x in values if x not in PIXELS
+    }
+    refuse_others(stored, planes, "ours.pth")
+    with pytest.raises(WeightsError, match=r"with INPUT\.FORMAT RGB"):
+        refuse_others(stored, values, "ours.pth")
+    refuse_others(None, values, "ours.pth")  # of older versions
 
 
 def test_tool_writes_nothing_if_weights_do_not_fit(weights, tmp_path):

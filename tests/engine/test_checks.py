@@ -70,6 +70,20 @@ def test_parts_of_a_batch_must_be_whole_images(parts, processes, sentence):
         check_processes(arguments("--num-gpus", str(processes)), cfg)
 
 
+def test_key_points_have_no_augmented_test():
+    """Detectron2 would refuse them after the training."""
+    cfg = make_cfg("TEST.AUG.ENABLED", True, "MODEL.KEYPOINT_ON", True)
+    with pytest.raises(ValueError, match=r"^TEST\.AUG\.ENABLED True is not possible with .*KEYP"):
+        check_config(cfg, training=True)
+
+
+def test_jitter_does_not_stretch():
+    cfg = make_cfg("INPUT.SCALE_JITTER", [0.5, 1.5], "INPUT.RESIZE", "stretch")
+    with pytest.raises(ValueError, match=r"^INPUT\.SCALE_JITTER keeps the aspect ratio"):
+        check_config(cfg, training=True)
+    check_config(cfg, training=False)
+
+
 def test_tiles_of_masks_are_refused():
     """They would be evaluated as rectangles."""
     cfg = make_cfg("TEST.TILES.ENABLED", True, "MODEL.MASK_ON", True)

@@ -63,6 +63,7 @@ CASES = {
     "smooth L1 on points": [ATSS + "REGRESSION", "point", ATSS + "BBOX_REG_LOSS_TYPE", "smooth_l1"],
     "distribution focal loss of deltas": [ATSS + "BBOX_REG_LOSS_TYPE", "giou + dfl"],
     "quality from no distribution": [ATSS + "CENTERNESS", "distribution"],
+    "quality without a loss": [ATSS + "QUALITY", ""],
     "distributions without a distance": [
         ATSS + "REGRESSION",
         "distribution",

@@ -6,6 +6,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from .checkpoints.checkpointer import SafeCheckpointer
+from .checkpoints.inputs import values_in
 from .config import use_available_device
 from .config.files import get_config, get_config_file
 
@@ -64,5 +65,5 @@ def get(name: str, weights: str | None = None, device: str | None = None) -> nn.
         cfg.MODEL.WEIGHTS = weights  # a timm backbone then loads no weights of its own
     model = build_model(cfg).eval()
     if weights is not None:
-        SafeCheckpointer(model).load(weights)
+        SafeCheckpointer(model, trained_with=values_in(cfg)).load(weights)
     return model

@@ -20,6 +20,7 @@ from atss_runner.planes import Planes, as_planes
 from atss_runner.thresholds import DEFAULT, class_thresholds, per_class
 
 from .checkpoints import SafeCheckpointer
+from .checkpoints.inputs import values_in
 from .config import (
     build_tiles,
     class_ids,
@@ -126,7 +127,9 @@ class Predictor:
         if uses_atss(cfg):
             cfg = for_inference(cfg)
         self.model = build_model(cfg).eval()
-        SafeCheckpointer(self.model, class_names=self.names, whole=True).load(str(weights))
+        SafeCheckpointer(
+            self.model, class_names=self.names, trained_with=values_in(cfg), whole=True
+        ).load(str(weights))
         self.ids = class_ids(cfg)
         self.size = input_size(cfg)
         self.max_detections = cfg.TEST.DETECTIONS_PER_IMAGE

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, BinaryIO, ClassVar
 
@@ -22,6 +22,7 @@ from ..weights import (
     widen_first,
 )
 from .classes import KEY, names_in, take_rows, warn_of_others
+from .inputs import ENTRY, refuse_others
 
 # Names of Detectron2's PeriodicCheckpointer.
 NUMBERED = re.compile(r"model_(\d{7,})\.pth")
@@ -33,6 +34,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     Args:
         class_names: of the model; empty if unknown.
+        trained_with: of the config, from :func:`~atss.checkpoints.inputs.values_in`.
         whole: require all weights of the model, as detection does.
     """
 
@@ -49,12 +51,14 @@ class SafeCheckpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         class_names: Sequence[str] = (),
+        trained_with: Mapping[str, Any] | None = None,
         whole: bool = False,
         **checkpointables: Any,
     ):
         super().__init__(model, save_dir, **checkpointables)
         self.whole = whole
         self.class_names = list(class_names)
+        self.trained_with = trained_with or {}
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict:
         if self.whole and not path:
@@ -99,6 +103,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return content if isinstance(content, dict) else {"model": content}
 
     def _load_model(self, checkpoint: dict) -> Any:
+        refuse_others(checkpoint.get(ENTRY), self.trained_with, self._loading)
         self._match_classes(names_in(checkpoint, self._loading), checkpoint["model"])
         first = next(iter(checkpoint["model"]), "none")
         result = super()._load_model(checkpoint)
@@ -173,7 +178,7 @@ class TrainingCheckpointer(SafeCheckpointer):
             return
         parts = {"model": self.model, **self.checkpointables}
         data = {key: part.state_dict() for key, part in parts.items()}
-        data |= {KEY: self.class_names, **kwargs}
+        data |= {KEY: self.class_names, ENTRY: self.trained_with, **kwargs}
         self.logger.info("Saving checkpoint to %s", os.path.join(self.save_dir, f"{name}.pth"))
         self._write(f"{name}.pth", lambda file: torch.save(data, file))
         self.tag_last_checkpoint(f"{name}.pth")
@@ -184,7 +189,8 @@ class TrainingCheckpointer(SafeCheckpointer):
         """Write ``<name>.pth``, not for resumption."""
         if not (self.save_dir and self.save_to_disk):
             return
-        data = {"model": model.state_dict(), KEY: self.class_names} | kwargs
+        data = {"model": model.state_dict(), KEY: self.class_names, ENTRY: self.trained_with}
+        data |= kwargs
         self._write(f"{name}.pth", lambda file: torch.save(data, file))
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict:

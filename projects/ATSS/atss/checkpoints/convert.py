@@ -16,6 +16,7 @@ from ..config.files import get_config
 from ..data.datasets import classes_of
 from ..errors import UserError
 from ..weights import find_weights, load_weights, unwrapped
+from . import inputs
 from .classes import KEY
 from .detectors import DETECTORS, ConversionError, detector_of
 from .names import OFFICIAL, mmdet_rules, rename
@@ -219,7 +220,7 @@ def convert_file(
         _take_names(cfg, file_content, path)
     cfg.MODEL.WEIGHTS = str(target.absolute())  # independent of the working directory
     content = {"model": converted, "__author__": f"converted from {source}"}
-    content[KEY] = class_names(cfg)
+    content |= {KEY: class_names(cfg), inputs.ENTRY: inputs.values_in(cfg)}
     write(target, content, target.with_suffix(".yaml"), cfg.dump())
     return cfg, detector or "atss"
 

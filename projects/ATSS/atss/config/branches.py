@@ -51,13 +51,14 @@ def build_branches(cfg: CfgNode, injected: Mapping[str, Any]) -> dict[str, Branc
     for key, value in BRANCH_KEYS.items():
         plain[key] = value
     heads = modeling.HEAD_REGISTRY.all_keys() | modeling.TOWERS.all_keys()
+    nodes = {"": node}  # by the branch whose head they describe, as in Source
     for name in node.BRANCHES:
         if not isinstance(name, str) or name in branches or hasattr(Branches, name):
             raise UserError(f"MODEL.ATSS.BRANCHES: {name!r} is not a name, or already in use")
         allowed = {*BRANCH_KEYS, *heads, *_training_keys()} & {*node}
         branch_cfg = cfg.clone()
         branch_cfg.defrost()
-        branch_cfg.MODEL.ATSS = over = _overlay(plain, name, allowed, "a branch")
+        branch_cfg.MODEL.ATSS = nodes[name] = over = _overlay(plain, name, allowed, "a branch")
         try:
             branches[name] = _build_branch(
                 over, {**injected, "cfg": branch_cfg}, own_keys=node.BRANCH[name]
@@ -80,7 +81,30 @@ def build_branches(cfg: CfgNode, injected: Mapping[str, Any]) -> dict[str, Branc
         raise UserError(
             f"unknown MODEL.ATSS.INFERENCE {node.INFERENCE!r}: choose from {sorted(branches)}"
         )
+    _check_quality(branches, node.INFERENCE, nodes)
     return branches
+
+
+def _check_quality(
+    branches: Mapping[str, Branch], inference: str, nodes: Mapping[str, CfgNode]
+) -> None:
+    """Check that a loss trains the quality with which detections are scored."""
+    owner, output = branches[inference].source(inference)
+    head = modeling.HEAD_REGISTRY.entries.get(nodes[owner].HEAD)
+    source = nodes[owner].CENTERNESS
+    # That of distributions is a factor of class probabilities, which the class loss trains.
+    if head is None or "centerness" not in head.keys or source not in ("box", "cls"):
+        return
+    trained = (
+        any(isinstance(x, Phase) and x.criterion.quality is not None for x in branch.phases)
+        for name, branch in branches.items()
+        if branch.source(name) == (owner, output)
+    )
+    if not any(trained):
+        raise UserError(
+            f"MODEL.ATSS.CENTERNESS {source!r} predicts a quality for the scores of detections, "
+            "but no loss trains it: set MODEL.ATSS.QUALITY, or MODEL.ATSS.CENTERNESS ''"
+        )
 
 
 def _build_branch(

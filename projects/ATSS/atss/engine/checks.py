@@ -110,6 +110,11 @@ def check_config(cfg: CfgNode, training: bool, given: Collection[str] = ()) -> N
                 "INPUT.SCALE_JITTER must be two factors, such as [0.5, 2.0], or empty, got "
                 f"{jitter}"
             )
+        if jitter and cfg.INPUT.RESIZE == "stretch":
+            raise UserError(
+                "INPUT.SCALE_JITTER keeps the aspect ratio of training images, and INPUT.RESIZE "
+                "stretch changes that of test images: set SCALE_JITTER [] or RESIZE shortest"
+            )
         if cfg.INPUT.MOSAIC and (cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON):
             raise UserError(
                 "INPUT.MOSAIC keeps boxes alone: it must be 0 with MODEL.MASK_ON or KEYPOINT_ON, "
@@ -123,6 +128,8 @@ def check_config(cfg: CfgNode, training: bool, given: Collection[str] = ()) -> N
             )
         build_run_writers(cfg)
         check_best(cfg, given)
+    if cfg.TEST.AUG.ENABLED and cfg.MODEL.KEYPOINT_ON:
+        raise UserError("TEST.AUG.ENABLED True is not possible with MODEL.KEYPOINT_ON True")
     if cfg.TEST.TILES.ENABLED and (cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON):
         raise UserError(
             "TEST.TILES merges boxes alone: ENABLED must be False with MODEL.MASK_ON or "

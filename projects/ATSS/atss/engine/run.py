@@ -21,6 +21,7 @@ from torch import nn
 
 from ..checkpoints import SafeCheckpointer, TrainingCheckpointer
 from ..checkpoints.classes import names_in, warn_of_others
+from ..checkpoints.inputs import values_in
 from ..config import (
     begins_pretrained,
     check_model,
@@ -225,7 +226,9 @@ def run(
 def _evaluate(args: argparse.Namespace, cfg: CfgNode) -> dict:
     refuse_differences(facts_of_config(cfg))
     model = Trainer.build_model(cfg)
-    checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR, whole=True)
+    checkpointer = SafeCheckpointer(
+        model, save_dir=cfg.OUTPUT_DIR, trained_with=values_in(cfg), whole=True
+    )
     loaded = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     share_weights(model)
     _follow_weights(names_in(loaded, cfg.MODEL.WEIGHTS), cfg)

@@ -19,6 +19,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoints.checkpointer import TrainingCheckpointer
+from ..checkpoints.inputs import values_in
 from ..config import (
     build_tiled,
     build_tta,
@@ -114,6 +115,7 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             keep=cfg.SOLVER.CHECKPOINTS_TO_KEEP,
             class_names=class_names(cfg),
+            trained_with=values_in(cfg),
             trainer=weakref.proxy(self),
         )
         self._trainer.register_hooks(
