@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> None:
         import_modules(args.imports)
         check_writable("--output", args.output)
         config, weights = find_run(args.run, args.weights)
-        cfg = load_config(config, opts=[*args.opts, "MODEL.DEVICE", "cpu"])
+        on_cpu = ["MODEL.DEVICE", "cpu", "MODEL.ATSS.PRECISION", "fp32"]
+        cfg = load_config(config, opts=[*args.opts, *on_cpu])
         names = class_names(cfg)
         thresholds = class_thresholds(args.thresholds, names) if args.thresholds else None
         if cfg.MODEL.META_ARCHITECTURE != "ATSSDetector":

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 from conftest import ROOT, make_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
@@ -10,6 +11,7 @@ import atss.engine.run as way_in
 from atss import load_config
 from atss.assigners import ASSIGNER_REGISTRY
 from atss.config import build_assigner, prune
+from atss.config.branches import scale_phases
 
 
 @pytest.fixture
@@ -89,3 +91,17 @@ def test_config_loads_without_an_unused_third_party_rule(register_mine, squares,
         way_in.prepare(arguments)
     register_mine()
     assert build_assigner(way_in.prepare(arguments)).share == 0.5
+
+
+def test_ends_of_phases_are_scaled_with_the_length():
+    """Iterations, also of branches; shares of the length are unaffected."""
+    cfg = make_cfg(config="successors/TAL_dual_R_50_FPN_1x.yaml")
+    node = cfg.MODEL.ATSS
+    node.PHASES = [["warm_up", 30], ["second", 0.5]]
+    node.BRANCH = CfgNode({"warm_up": {}, "other": {"PHASES": [["warm_up", 1]]}})
+    before = node.clone()
+    scale_phases(cfg, 1.0)
+    assert node == before
+    scale_phases(cfg, 0.125)
+    assert node.PHASES == [["warm_up", 4], ["second", 0.5]]
+    assert node.BRANCH.other.PHASES == [["warm_up", 1]]

@@ -8,7 +8,12 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 
 from atss import add_atss_config
 from atss.assigners import ASSIGNER_REGISTRY
-from atss.config import autocast_dtype, build_assigner, resolve_num_classes
+from atss.config import (
+    autocast_dtype,
+    build_assigner,
+    resolve_num_classes,
+    use_available_device,
+)
 from atss.errors import UserError
 
 
@@ -163,6 +168,14 @@ def test_solver_equals_the_authors():
     rates = scheduler._multiplier
     for iteration, factor in ((0, 1 / 3), (499, 1 / 3), (500, 1), (60000, 0.1), (80000, 0.01)):
         assert rates(iteration / 90000) == pytest.approx(factor), iteration
+
+
+def test_fp16_runs_without_a_gpu_in_fp32(monkeypatch):
+    """A training in fp16 detects on a CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = make_cfg("MODEL.DEVICE", "cuda", "MODEL.ATSS.PRECISION", "fp16")
+    assert use_available_device(cfg)
+    assert (cfg.MODEL.DEVICE, cfg.MODEL.ATSS.PRECISION) == ("cpu", "fp32")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "auto"])

@@ -15,12 +15,14 @@ from atss.engine.checks import (
     check_processes,
     describe_unread,
     describe_unread_by_proposals,
+    describe_unused,
     scales_gradients,
     warn_of_objects,
-    warn_of_warmup,
 )
 from atss.engine.environment import is_started
 from atss.engine.run import make_parser
+from atss.engine.values import check_training_values, warn_of_frozen, warn_of_warmup
+from atss.errors import UserError
 
 
 @pytest.fixture
@@ -82,6 +84,67 @@ def test_jitter_does_not_stretch():
     with pytest.raises(ValueError, match=r"^INPUT\.SCALE_JITTER keeps the aspect ratio"):
         check_config(cfg, training=True)
     check_config(cfg, training=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("INPUT.RANDOM_FLIP", "both", r"INPUT\.RANDOM_FLIP is 'both': choose from \['none'"),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "MIN_SIZE_TRAIN must be the least and the grea"),
+        ("INPUT.CROP.TYPE", "random", r"INPUT\.CROP\.TYPE is 'random'"),
+        ("SOLVER.BASE_LR", 0.0, r"SOLVER\.BASE_LR must be >= 1e-12, got 0"),
+        ("SOLVER.WARMUP_FACTOR", -1.0, r"SOLVER\.WARMUP_FACTOR must be .* got -1"),
+        ("SOLVER.WARMUP_METHOD", "x", r"SOLVER\.WARMUP_METHOD is 'x'"),
+        ("SOLVER.LR_SCHEDULER_NAME", "Cosine", r"SOLVER\.LR_SCHEDULER_NAME is 'Cosine'"),
+        ("SOLVER.STEPS", (10, 5), r"SOLVER\.STEPS must be rising iterations, got \(10, 5\)"),
+        ("SEED", 2**40, "SEED must be between"),
+    ],
+)
+def test_values_that_detectron2_finds_wrong_late(key, value, sentence):
+    check_training_values(make_cfg())
+    steps = ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR")
+    with pytest.raises(UserError, match=sentence):
+        check_training_values(make_cfg(*steps, key, value))
+
+
+def test_frozen_random_layers_are_named(caplog):
+    caplog.set_level("WARNING")
+    warn_of_frozen(make_cfg("MODEL.WEIGHTS", "x.pth"))
+    warn_of_frozen(make_cfg("MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", 0))
+    warn_of_frozen(make_cfg("MODEL.WEIGHTS", "", config="ATSS_lite0_FPN_fine_tune.yaml"))
+    assert not caplog.records
+    warn_of_frozen(make_cfg("MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_AT", 2))
+    assert "FREEZE_AT 2 keeps its first layers so" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "keys", "unused"),
+    [
+        ("ATSS_lite0_FPN_fine_tune", ["MODEL.RESNETS.DEPTH", "MODEL.TIMM.NAME"], [0]),
+        ("ATSS_R_50_FPN_1x", ["MODEL.RESNETS.DEPTH", "MODEL.TIMM.NAME"], [1]),
+        ("successors/TOOD_R_50_FPN_1x", ["MODEL.ATSS.DEFORM_TOWER", "MODEL.ATSS.NUM_CONVS"], [0]),
+        ("successors/GFL_R_50_FPN_1x", ["MODEL.ATSS.FOCAL_LOSS_GAMMA", "SEED"], [0]),
+        ("successors/POTO_R_50_FPN_1x", ["MODEL.ATSS.NMS_THRESH_TEST"], [0]),
+        ("ATSS_R_50_FPN_1x", ["MODEL.ATSS.NMS_THRESH_TEST", "MODEL.ATSS.FOCAL_LOSS_GAMMA"], []),
+    ],
+)
+def test_keys_that_nothing_reads_are_named(config, keys, unused):
+    found = [x.partition(" ")[0] for x in describe_unused(make_cfg(config=f"{config}.yaml"), keys)]
+    assert found == [keys[i] for i in unused]
+
+
+def test_tiles_read_the_threshold_of_suppression():
+    cfg = make_cfg("TEST.TILES.ENABLED", True, config="successors/POTO_R_50_FPN_1x.yaml")
+    assert not [*describe_unused(cfg, ["MODEL.ATSS.NMS_THRESH_TEST"])]
+
+
+def test_forgotten_overlay_is_named():
+    cfg = make_cfg(config="successors/TAL_R_50_FPN_1x.yaml")
+    assert not [*describe_unused(cfg, [])]
+    cfg.MODEL.ATSS.PHASES = []
+    assert [*describe_unused(cfg, [])] == [
+        "MODEL.ATSS.BRANCH.warm_up has no effect: no branch, phase or part names it"
+    ]
 
 
 def test_tiles_of_masks_are_refused():

@@ -157,3 +157,14 @@ def test_size_of_tiles_follows_the_training_data(squares, tmp_path):
     cfg.DATASETS.TRAIN = ("own",)
     complete_tiles(cfg)
     assert cfg.TEST.TILES.SIZE_OF_DATA == 0
+
+
+def test_two_stages_merge_by_the_threshold_of_their_detections():
+    cfg = make_cfg("TEST.TILES.SIZE", 300, "MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.3)
+    of_one_stage = build_tiles(cfg)
+    assert of_one_stage.threshold == cfg.MODEL.ATSS.NMS_THRESH_TEST
+    two = make_cfg(
+        *("TEST.TILES.SIZE", 300, "MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.3),
+        config="two_stage/Faster_R_50_FPN_1x_ATSS_RPN.yaml",
+    )
+    assert build_tiles(two).threshold == 0.3

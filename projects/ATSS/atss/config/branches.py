@@ -134,6 +134,16 @@ def _build_branch(
     )
 
 
+def scale_phases(cfg: CfgNode, factor: float) -> None:
+    """Scale the ends of phases that are iterations, in place, if the length was scaled."""
+    for node in (cfg.MODEL.ATSS, *cfg.MODEL.ATSS.BRANCH.values()):
+        if factor != 1 and isinstance(node, CfgNode) and node.get("PHASES"):
+            node.PHASES = [
+                [name, max(round(until * factor), 1) if isinstance(until, int) else until]
+                for name, until in node.PHASES
+            ]
+
+
 def _parse_phase(entry: Any, max_iter: int) -> tuple[str, float]:
     """Return name and last iteration of an entry of MODEL.ATSS.PHASES."""
     if isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str):
@@ -205,6 +215,15 @@ def prune(cfg: CfgNode) -> None:
             del group[name]
         if kind.group in node and not group and not node.BRANCH:  # overlays may hold it
             del node[kind.group]
+
+
+def unread_keys(node: CfgNode) -> set[str]:
+    """Return the keys of MODEL.ATSS that parts share, but none that the config names reads."""
+    nodes = [node, *(overlay(node, name) for name in node.BRANCH)]
+    chosen = {kind.entries[name] for x in nodes for kind, name in _chosen(x)}
+    parts = {part for kind in kinds() for part in kind.entries.values()}
+    keys, read = ({key for x in of for key in x.keys.values()} for of in (parts, chosen))
+    return keys - read
 
 
 def _chosen(node: CfgNode) -> Iterator[tuple[Registry, str]]:

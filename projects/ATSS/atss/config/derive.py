@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..modeling.timm_backbone import pixels_of
 
 TIMM = "build_timm_fpn_backbone"
+RESNET = "build_atss_resnet_fpn_backbone"
 # Key in iterations -> key in epochs.
 EPOCHS = {
     "SOLVER.MAX_ITER": "SOLVER.EPOCHS",

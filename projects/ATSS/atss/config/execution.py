@@ -12,10 +12,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 
 def use_available_device(cfg: CfgNode) -> bool:
-    """Set MODEL.DEVICE to "cpu" if no GPU is available; return whether it changed."""
+    """Set MODEL.DEVICE to "cpu", and fp16 to fp32, if no GPU is available; return whether the
+    device changed."""
     absent = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
     if absent:
         cfg.MODEL.DEVICE = "cpu"
+        if cfg.MODEL.ATSS.PRECISION == "fp16":
+            cfg.MODEL.ATSS.PRECISION = "fp32"
     return absent
 
 

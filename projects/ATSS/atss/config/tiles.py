@@ -9,6 +9,7 @@ from ..data.datasets import mean_area
 from ..data.mapper import build_test_resize
 from ..errors import UserError, check_choice, check_range
 from ..modeling.tiles import ATSSWithTiles
+from .derive import is_two_stage
 
 
 def complete_tiles(cfg: CfgNode) -> None:
@@ -37,14 +38,10 @@ def build_tiles(cfg: CfgNode, need_size: bool = True) -> Tiles:
     check_range("TEST.TILES.OVERLAP", node.OVERLAP, 0, GREATEST_OVERLAP)
     check_range("TEST.TILES.BATCH", node.BATCH, 1)
     check_choice("TEST.TILES.MERGE", node.MERGE, OVERLAPS)
-    return Tiles(
-        size,
-        node.OVERLAP,
-        node.WHOLE,
-        node.MERGE,
-        cfg.MODEL.ATSS.NMS_THRESH_TEST,
-        cfg.MODEL.ATSS.CLASS_AGNOSTIC_NMS,
-    )
+    suppression = cfg.MODEL.ATSS.NMS_THRESH_TEST, cfg.MODEL.ATSS.CLASS_AGNOSTIC_NMS
+    if is_two_stage(cfg):  # where these keys are of no detections
+        suppression = cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, False
+    return Tiles(size, node.OVERLAP, node.WHOLE, node.MERGE, *suppression)
 
 
 def build_tiled(cfg: CfgNode, model: nn.Module) -> ATSSWithTiles:

@@ -17,10 +17,9 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from ..config import load_config
-from ..config.checks import check_values
 from ..data.datasets import open_records
 from ..errors import UserError
-from .checks import MEASURED, TRAINING_LIMITS, check_batch
+from .checks import MEASURED, check_batch
 from .environment import is_started, local_size, world_size
 from .estimate import peak_memory
 from .explain import explain
@@ -29,6 +28,7 @@ from .imports import import_modules
 from .launch import keep_freed_memory
 from .memory import memory_left, resident
 from .solver import RATE_EXPONENTS, build_optimizer
+from .values import check_training_values
 
 # Share of the memory that a step may use. The rest is for the processes that load images, for
 # evaluations, and for blocks of other sizes than those of the measured steps.
@@ -83,8 +83,7 @@ def _measure_batch(args: argparse.Namespace, cfg: CfgNode) -> tuple[int, str]:
                 f"SOLVER.IMS_PER_BATCH {MEASURED} measures steps on boxes alone: set a number with "
                 f"MODEL.{key} True"
             )
-    limits = {key: x for key, x in TRAINING_LIMITS.items() if key != "SOLVER.IMS_PER_BATCH"}
-    check_values(cfg, limits)
+    check_training_values(cfg, unknown=["SOLVER.IMS_PER_BATCH"])
     records = open_records(cfg.DATASETS.TRAIN, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     objects = int(np.bincount(records.objects()[0], minlength=1).max())
     objects *= 4 if cfg.INPUT.MOSAIC else 1  # a mosaic has those of four images

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import math
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,40 +12,20 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..config import autocast_dtype
-from ..config.branches import kinds
+from ..config.branches import kinds, unread_keys
 from ..config.checks import NO_EFFECT, OF_DETECTIONS, flatten, has_no_effect
+from ..config.derive import RESNET, TIMM
 from ..data import datasets
 from ..errors import UserError, check_range
 from .best import best_metric, check_metric, known_metrics
 from .environment import check_host, is_started, local_size, shares_agent_store, world_size
 from .evaluation import check_metadata
 from .loggers import build_run_writers
+from .values import TRAINING_LIMITS
 
 # SOLVER.IMS_PER_BATCH of :func:`~atss.engine.batch.choose_batch`.
 MEASURED = -1
 CHECKPOINTING = "MODEL.BACKBONE.ACTIVATION_CHECKPOINTING"
-# Limits of Detectron2's keys: least and greatest value.
-TRAINING_LIMITS = {
-    "INPUT.AUGMENT_UNTIL": (0, 1),
-    "INPUT.COLOR_JITTER": (0, 1),
-    "INPUT.FULL_SIZE_CROP": (0, 1),
-    "INPUT.FULL_SIZE_CROP_MIN_AREA": (0, 1),
-    "INPUT.MIN_SIZE_TRAIN": (1, math.inf),
-    "INPUT.MAX_SIZE_TRAIN": (1, math.inf),
-    "INPUT.MOSAIC": (0, 1),
-    "INPUT.SCALE_JITTER_SIZE": (32, math.inf),
-    "SOLVER.ACCUMULATE": (1, math.inf),
-    "SOLVER.BACKBONE_LR_FACTOR": (0, math.inf),
-    "SOLVER.BASE_LR": (0, math.inf),
-    "SOLVER.CHECKPOINT_PERIOD": (1, math.inf),
-    "SOLVER.COLLECTIVE_TIMEOUT": (0.1, math.inf),
-    "SOLVER.EMA_DECAY": (0, 0.999999),
-    "SOLVER.IMS_PER_BATCH": (1, math.inf),
-    "SOLVER.MAX_ITER": (1, math.inf),
-    "SOLVER.MIN_ITER": (0, math.inf),
-    "TEST.EVAL_PERIOD": (0, math.inf),
-    "TEST.PATIENCE": (0, math.inf),
-}
 
 
 def check_data(cfg: CfgNode, training: bool, images: bool = True) -> None:
@@ -150,6 +129,10 @@ def scales_gradients(cfg: CfgNode) -> bool:
     return scaled
 
 
+# Groups of the other backbone: {MODEL.BACKBONE.NAME: beginning of its keys}.
+OTHER_BACKBONES = {TIMM: "MODEL.RESNETS.", RESNET: "MODEL.TIMM."}
+
+
 def describe_unread(
     cfg: CfgNode, before: Mapping[str, object], given: Collection[str]
 ) -> Iterator[str]:
@@ -177,6 +160,32 @@ def describe_unread(
             yield f"{key} has no effect with {choice} {values[choice]!r}"
 
 
+def describe_unused(cfg: CfgNode, given: Collection[str]) -> Iterator[str]:
+    """Yield a line for each ``given`` key of another backbone, or that no part reads, and for each
+    overlay that nothing names."""
+    backbone, unread = cfg.MODEL.BACKBONE.NAME, unread_keys(cfg.MODEL.ATSS)
+    if cfg.TEST.TILES.ENABLED:
+        unread.discard("NMS_THRESH_TEST")
+    for key in given:
+        if key.startswith(OTHER_BACKBONES.get(backbone, "-")):
+            yield f"{key} has no effect with MODEL.BACKBONE.NAME {backbone!r}"
+        if key.removeprefix("MODEL.ATSS.") in unread:
+            yield f"{key} has no effect: no part that the config names reads it"
+    named = {str(x) for _, value in flatten(cfg.MODEL.ATSS) for x in _texts(value)}
+    for name in cfg.MODEL.ATSS.BRANCH:
+        if name not in named:
+            yield f"MODEL.ATSS.BRANCH.{name} has no effect: no branch, phase or part names it"
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield the texts in a value, also of lists in lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for x in value:
+            yield from _texts(x)
+
+
 def describe_unread_by_proposals(given: Collection[str]) -> Iterator[str]:
     """Yield a line for each ``given`` key that selects detections of ATSSDetector: a first stage
     selects proposals as Detectron2's RPN does."""
@@ -185,16 +194,6 @@ def describe_unread_by_proposals(given: Collection[str]) -> Iterator[str]:
         if name != key and name in OF_DETECTIONS:
             other = OF_DETECTIONS[name]
             yield f"{key} has no effect on proposals{f'; use {other}' if other else ''}"
-
-
-def warn_of_warmup(cfg: CfgNode) -> None:
-    """Warn of a warm-up that leaves no time to train: after it the schedule is near its end."""
-    warmup, total = cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.MAX_ITER
-    if warmup > total / 2:
-        logging.getLogger(__name__).warning(
-            f"SOLVER.WARMUP_ITERS {warmup} is more than half of SOLVER.MAX_ITER {total}: the "
-            f"learning rate stays low; set SOLVER.WARMUP_ITERS {max(total // 10, 1)}"
-        )
 
 
 def warn_of_objects(cfg: CfgNode, training: bool) -> None:

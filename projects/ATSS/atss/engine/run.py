@@ -36,7 +36,7 @@ from ..config import (
     use_available_device,
     uses_atss,
 )
-from ..config.checks import check_values, flatten
+from ..config.checks import flatten
 from ..config.derive import describe_schedule
 from ..data import datasets
 from ..deprecated import renamed_names
@@ -45,16 +45,15 @@ from ..labels.formats import add_arguments, reading_of
 from .agreement import facts_of_config, refuse_differences, share_weights
 from .batch import choose_batch
 from .checks import (
-    TRAINING_LIMITS,
     check_config,
     check_data,
     check_processes,
     describe_unread,
     describe_unread_by_proposals,
+    describe_unused,
     scales_gradients,
     warn_of_objects,
     warn_of_unused,
-    warn_of_warmup,
 )
 from .environment import is_started, local_size
 from .folder import (
@@ -72,6 +71,7 @@ from .report import write_report
 from .sources import recall, shorten_paths
 from .terminal import abridge_terminal, hide_explained_tracebacks
 from .trainer import Trainer
+from .values import check_training_values, warn_of_frozen, warn_of_warmup
 
 __getattr__ = renamed_names(__name__)
 
@@ -171,7 +171,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         complete_tiles(cfg)
     check_model(_start_from_checkpoint(args, cfg), training)
     if training:
-        check_values(cfg, TRAINING_LIMITS)
+        check_training_values(cfg)
     before = dict(flatten(cfg))
     prune(cfg)  # so that config.yaml can be read without parts that the run does not use
     unread: Iterable[str] = ()
@@ -179,6 +179,8 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         unread = describe_unread(cfg, before, given)
     elif uses_atss(cfg):
         unread = describe_unread_by_proposals(given)
+    if uses_atss(cfg):
+        unread = [*unread, *describe_unused(cfg, given)]
     for line in unread:
         print(line, file=sys.stderr)
     check_config(cfg, training, given)
@@ -261,6 +263,7 @@ def _train(
     if hasattr(trainer.data_loader, "records"):  # a user's own loader may have none
         log.info(describe_schedule(trainer.cfg, len(trainer.data_loader.records)))
     warn_of_warmup(trainer.cfg)
+    warn_of_frozen(trainer.cfg)
     log.info("Starting at iteration %d", trainer.start_iter)
     results = trainer.train()
     if cfg.TEST.REPORT:

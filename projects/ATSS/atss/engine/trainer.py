@@ -27,6 +27,7 @@ from ..config import (
     enter_schedule,
     one_image_at_a_time,
 )
+from ..config.branches import scale_phases
 from ..data.loader import TrainLoader, build_train_loader, derive_seed
 from ..data.mapper import Mapper, without_augmentation
 from ..errors import UserError
@@ -74,11 +75,13 @@ class Trainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         evaluates = cfg.TEST.EVAL_PERIOD > 0
+        length = cfg.SOLVER.MAX_ITER
         cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         self.given_seed = cfg.SEED
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         cfg.defrost()
         cfg.SEED = self.seed
+        scale_phases(cfg, cfg.SOLVER.MAX_ITER / length)
         # Scaled to the number of processes, short periods become 0.
         cfg.SOLVER.CHECKPOINT_PERIOD = max(cfg.SOLVER.CHECKPOINT_PERIOD, 1)
         cfg.TEST.EVAL_PERIOD = max(cfg.TEST.EVAL_PERIOD, int(evaluates))
