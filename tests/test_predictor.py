@@ -274,7 +274,7 @@ def test_unknown_rules_are_not_needed(weights, tmp_path):
 
 def test_inference_branch_is_built(tmp_path):
     cfg = make_cfg(*TINY, "MODEL.ATSS.BRANCHES", ["one"], "MODEL.ATSS.INFERENCE", "one")
-    cfg.MODEL.ATSS.BRANCH.one = type(cfg)({"OWN_HEAD": True, "QUALITY": "", "NUM_CONVS": 2})
+    cfg.MODEL.ATSS.BRANCH.one = type(cfg)({"OWN_HEAD": True, "CENTERNESS": "", "NUM_CONVS": 2})
     torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "model.pth")
     model = Predictor(cfg, tmp_path / "model.pth").model
     assert len(model.branches["one"].head.cls_subnet) == 6

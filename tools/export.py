@@ -17,8 +17,8 @@ from detectron2.modeling import build_model
 
 from atss.analysis.exported import evaluate
 from atss.checkpoints import SafeCheckpointer
-from atss.checkpoints.inputs import values_in
 from atss.config import class_names, for_inference, load_config
+from atss.config.inputs import values_in
 from atss.engine.run import add_import, add_options, import_modules
 from atss.errors import UserError, check_writable
 from atss.export import convert_precision, export_onnx, export_openvino, parts, remove

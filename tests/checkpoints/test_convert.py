@@ -31,7 +31,8 @@ from atss.checkpoints import (
     mmdet_config,
     to_mmdet,
 )
-from atss.checkpoints.inputs import ENTRY, PIXELS, refuse_others, values_in
+from atss.checkpoints.inputs import ENTRY, refuse_others
+from atss.config.inputs import PIXELS, values_in
 from atss.data.mapper import Mapper
 from atss.weights import WeightsError
 
@@ -528,13 +529,12 @@ def test_weights_refuse_other_pixel_values(weights, tmp_path, monkeypatch):
         load = TrainingCheckpointer(nn.Linear(1, 1), str(tmp_path), trained_with=values).load
         with pytest.raises(WeightsError, match=sentence or "no weights in .* fit"):
             load("ours.pth")
-    planes = values | {"INPUT.FORMAT": "planes", "MODEL.PIXEL_MEAN": [0.0]}
-    stored = torch.load("ours.pth", weights_only=True)[ENTRY] | {
-        x: values[x] for x in values if x not in PIXELS
-    }
-    refuse_others(stored, planes, "ours.pth")
-    with pytest.raises(WeightsError, match=r"with INPUT\.FORMAT RGB"):
-        refuse_others(stored, values, "ours.pth")
+    stored = torch.load("ours.pth", weights_only=True)[ENTRY]
+    cfg.INPUT.FORMAT = "planes"
+    assert values.keys() - values_in(cfg).keys() == {*PIXELS}
+    refuse_others(stored, {"INPUT.FORMAT": "RGB"}, "ours.pth")
+    with pytest.raises(WeightsError, match=r"with INPUT\.FORMAT RGB, the config has BGR"):
+        refuse_others(stored, {"INPUT.FORMAT": "BGR"}, "ours.pth")
     refuse_others(None, values, "ours.pth")  # of older versions
 
 

@@ -9,6 +9,7 @@ from conftest import TINY, make_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
+from atss import load_config
 from atss.config import build_tiled, build_tiles, build_tta, check_model, complete_tiles
 from atss.data.datasets import register
 from atss.engine.trainer import Trainer
@@ -163,8 +164,6 @@ def test_two_stages_merge_by_the_threshold_of_their_detections():
     cfg = make_cfg("TEST.TILES.SIZE", 300, "MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.3)
     of_one_stage = build_tiles(cfg)
     assert of_one_stage.threshold == cfg.MODEL.ATSS.NMS_THRESH_TEST
-    two = make_cfg(
-        *("TEST.TILES.SIZE", 300, "MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.3),
-        config="two_stage/Faster_R_50_FPN_1x_ATSS_RPN.yaml",
-    )
+    opts = ["TEST.TILES.SIZE", 300, "MODEL.ROI_HEADS.NMS_THRESH_TEST", 0.3]
+    two = load_config("two_stage/Faster_R_50_FPN_1x_ATSS_RPN", opts=opts)
     assert build_tiles(two).threshold == 0.3

@@ -6,9 +6,9 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from .checkpoints.checkpointer import SafeCheckpointer
-from .checkpoints.inputs import values_in
 from .config import use_available_device
 from .config.files import get_config, get_config_file
+from .config.inputs import values_in
 
 __all__ = ["PUBLISHED", "Published", "get", "get_config", "get_config_file"]
 

@@ -20,7 +20,6 @@ from atss_runner.planes import Planes, as_planes
 from atss_runner.thresholds import DEFAULT, class_thresholds, per_class
 
 from .checkpoints import SafeCheckpointer
-from .checkpoints.inputs import values_in
 from .config import (
     build_tiles,
     class_ids,
@@ -33,6 +32,7 @@ from .config import (
     uses_atss,
 )
 from .config.checks import lookup
+from .config.inputs import values_in
 from .data.images import pixel_format, read_image, read_planes
 from .data.mapper import build_test_resize, single
 from .errors import UserError

@@ -34,7 +34,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     Args:
         class_names: of the model; empty if unknown.
-        trained_with: of the config, from :func:`~atss.checkpoints.inputs.values_in`.
+        trained_with: of the config, from :func:`~atss.config.inputs.values_in`.
         whole: require all weights of the model, as detection does.
     """
 

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from ..config.derive import class_names
 from ..config.files import get_config
+from ..config.inputs import values_in
 from ..data.datasets import classes_of
 from ..errors import UserError
 from ..weights import find_weights, load_weights, unwrapped
-from . import inputs
 from .classes import KEY
 from .detectors import DETECTORS, ConversionError, detector_of
+from .inputs import ENTRY
 from .names import OFFICIAL, mmdet_rules, rename
 from .settings import apply_settings, class_names_in
 
@@ -220,7 +221,7 @@ def convert_file(
         _take_names(cfg, file_content, path)
     cfg.MODEL.WEIGHTS = str(target.absolute())  # independent of the working directory
     content = {"model": converted, "__author__": f"converted from {source}"}
-    content |= {KEY: class_names(cfg), inputs.ENTRY: inputs.values_in(cfg)}
+    content |= {KEY: class_names(cfg), ENTRY: values_in(cfg)}
     write(target, content, target.with_suffix(".yaml"), cfg.dump())
     return cfg, detector or "atss"
 

@@ -13,6 +13,7 @@ from ..errors import UserError, with_message
 from ..modeling.branch import Branch, Branches, Phase
 from ..modeling.criterion import Criterion
 from ..registry import OWN_PARTS, Registry, overlay
+from .checks import flatten
 from .keys import add_atss_config
 
 # Keys of a branch that name no parts. A branch of MODEL.ATSS.BRANCHES begins with these values.
@@ -217,13 +218,29 @@ def prune(cfg: CfgNode) -> None:
             del node[kind.group]
 
 
-def unread_keys(node: CfgNode) -> set[str]:
+def unread_keys(cfg: CfgNode) -> set[str]:
     """Return the keys of MODEL.ATSS that parts share, but none that the config names reads."""
+    node = cfg.MODEL.ATSS
     nodes = [node, *(overlay(node, name) for name in node.BRANCH)]
     chosen = {kind.entries[name] for x in nodes for kind, name in _chosen(x)}
     parts = {part for kind in kinds() for part in kind.entries.values()}
     keys, read = ({key for x in of for key in x.keys.values()} for of in (parts, chosen))
     return keys - read
+
+
+def unnamed_overlays(cfg: CfgNode) -> list[str]:
+    """Return the names in MODEL.ATSS.BRANCH that no branch, phase or part names."""
+    named = {x for _, value in flatten(cfg.MODEL.ATSS) for x in _texts(value)}
+    return [name for name in cfg.MODEL.ATSS.BRANCH if name not in named]
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield the texts in a value, also of lists in lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for x in value:
+            yield from _texts(x)
 
 
 def _chosen(node: CfgNode) -> Iterator[tuple[Registry, str]]:

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..config import autocast_dtype
-from ..config.branches import kinds, unread_keys
+from ..config.branches import kinds, unnamed_overlays, unread_keys
 from ..config.checks import NO_EFFECT, OF_DETECTIONS, flatten, has_no_effect
 from ..config.derive import RESNET, TIMM
 from ..data import datasets
@@ -163,7 +163,7 @@ def describe_unread(
 def describe_unused(cfg: CfgNode, given: Collection[str]) -> Iterator[str]:
     """Yield a line for each ``given`` key of another backbone, or that no part reads, and for each
     overlay that nothing names."""
-    backbone, unread = cfg.MODEL.BACKBONE.NAME, unread_keys(cfg.MODEL.ATSS)
+    backbone, unread = cfg.MODEL.BACKBONE.NAME, unread_keys(cfg)
     if cfg.TEST.TILES.ENABLED:
         unread.discard("NMS_THRESH_TEST")
     for key in given:
@@ -171,19 +171,8 @@ def describe_unused(cfg: CfgNode, given: Collection[str]) -> Iterator[str]:
             yield f"{key} has no effect with MODEL.BACKBONE.NAME {backbone!r}"
         if key.removeprefix("MODEL.ATSS.") in unread:
             yield f"{key} has no effect: no part that the config names reads it"
-    named = {str(x) for _, value in flatten(cfg.MODEL.ATSS) for x in _texts(value)}
-    for name in cfg.MODEL.ATSS.BRANCH:
-        if name not in named:
-            yield f"MODEL.ATSS.BRANCH.{name} has no effect: no branch, phase or part names it"
-
-
-def _texts(value: object) -> Iterator[str]:
-    """Yield the texts in a value, also of lists in lists."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | tuple):
-        for x in value:
-            yield from _texts(x)
+    for name in unnamed_overlays(cfg):
+        yield f"MODEL.ATSS.BRANCH.{name} has no effect: no branch, phase or part names it"
 
 
 def describe_unread_by_proposals(given: Collection[str]) -> Iterator[str]:

@@ -21,7 +21,6 @@ from torch import nn
 
 from ..checkpoints import SafeCheckpointer, TrainingCheckpointer
 from ..checkpoints.classes import names_in, warn_of_others
-from ..checkpoints.inputs import values_in
 from ..config import (
     begins_pretrained,
     check_model,
@@ -38,6 +37,7 @@ from ..config import (
 )
 from ..config.checks import flatten
 from ..config.derive import describe_schedule
+from ..config.inputs import values_in
 from ..data import datasets
 from ..deprecated import renamed_names
 from ..errors import UserError

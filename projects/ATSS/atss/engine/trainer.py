@@ -19,7 +19,6 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..checkpoints.checkpointer import TrainingCheckpointer
-from ..checkpoints.inputs import values_in
 from ..config import (
     build_tiled,
     build_tta,
@@ -28,6 +27,7 @@ from ..config import (
     one_image_at_a_time,
 )
 from ..config.branches import scale_phases
+from ..config.inputs import values_in
 from ..data.loader import TrainLoader, build_train_loader, derive_seed
 from ..data.mapper import Mapper, without_augmentation
 from ..errors import UserError
