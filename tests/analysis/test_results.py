@@ -61,6 +61,18 @@ def test_detections_of_other_images_are_counted(tmp_path):
     assert read_detections(file, CONTENT) == ([GOOD], 1)
 
 
+def test_detections_are_of_the_images_that_they_name(tmp_path):
+    """`atss predict` takes numbers of file names for ids, which may be of other images."""
+    images = [{**CONTENT["images"][0], "id": i, "file_name": f"a/{i + 1}.jpg"} for i in range(3)]
+    content = {**CONTENT, "images": images}
+    found = [{**GOOD, "image_id": i, "file_name": f"photos\\{i}.jpg"} for i in (1, 2, 3)]
+    read, others = read_detections(write(found, tmp_path), content)
+    assert ([x["image_id"] for x in read], others) == ([0, 1, 2], 0)
+    found[1]["file_name"] = "b.jpg"
+    with pytest.raises(UserError, match=r"detection 1 is of b\.jpg, but .* image_id 2 3\.jpg: rem"):
+        read_detections(write(found, tmp_path), content)
+
+
 @pytest.mark.parametrize("objects", [True, False])
 @pytest.mark.parametrize("found", [[], [GOOD]])
 def test_nothing_to_measure_is_null(objects, found):

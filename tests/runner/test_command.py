@@ -1,6 +1,7 @@
 """The choice of thresholds, and results of interrupted commands."""
 
 import json
+import shutil
 from argparse import ArgumentParser
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from atss_runner import command
 from atss_runner.detections import Detections
 from atss_runner.detector import read_bgr
+from atss_runner.media import FileError
 
 
 class Predictor:
@@ -81,13 +83,16 @@ def test_highest_score_is_named_with_thresholds_of_classes(detect, capsys):
 
 def test_equal_names_of_subfolders_stay_apart(detect, tmp_path):
     names = ("1.png", "a/1.png", "b/1.png", "b/1.jpg")
-    assert len(detect("--format", "coco", "yolo", "dataset", names=names)) == 8
+    with pytest.raises(FileError, match=r"would have one file of labels, labels/b/1\.txt"):
+        detect("--format", "yolo", names=names)
+    assert len(detect("--format", "coco", "dataset", names=names)) == 8
+    content = json.loads((tmp_path / "out/dataset.json").read_text())
+    assert {x["file_name"] for x in content["images"]} == {*names}
+    shutil.rmtree(tmp_path / "photos/b")
+    detect("--format", "coco", "yolo", names=names[:2])
     labels = tmp_path / "out/yolo/labels"
     found = {x.relative_to(labels).as_posix() for x in labels.rglob("*.txt")}
-    assert found == {"1.txt", "a/1.txt", "b/1.txt", "b/1_1.txt"}
-    content = json.loads((tmp_path / "out/dataset.json").read_text())
-    found = {x["file_name"] for x in content["images"]}
-    assert found == {"1.png", "a/1.png", "b/1.jpg", "b/1_1.png"}
+    assert found == {"1.txt", "a/1.txt"}
 
 
 def test_only_requested_formats_are_written(detect, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,6 +102,34 @@ def test_dataset_has_the_fields_that_importers_read(write):
     first = content["annotations"][0]
     assert first["area"] == pytest.approx(19.75 * 20.5, abs=0.01)
     assert (first["iscrowd"], first["segmentation"], first["score"]) == (0, [], 0.9)
+
+
+def test_images_of_one_stem_keep_their_names(tmp_path):
+    """Pictures are numbered: a.png, a_1.png, a_1_1.png. Images are not."""
+    files = [tmp_path / "photos" / name for name in ("a.jpg", "a.png", "a_1.png")]
+    other = tmp_path / "day2" / "a.jpg"
+    for file in (*files, other):
+        file.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (70, 40)).save(file)
+    output = tmp_path / "out"
+    output.mkdir()
+    found, _ = media.find_media([tmp_path / "photos"], {".jpg", ".png"}, output)
+    places = targets(found, output)
+    results = [*annotate(Predictor(), places, 0.1)]
+    run = formats.Run(results, output, NAMES, (0, 7))
+    formats.write(["dataset"], run)
+    content = json.loads((output / "dataset.json").read_text())
+    names = {x["id"]: x["file_name"] for x in content["images"]}
+    assert [names[x["id"]] for x in content["images"]] == [Path(x.source).name for x in results]
+    assert {*names.values()} == {file.name for file in files}
+    with pytest.raises(media.FileError, match=r"a\.jpg and .*a\.png would have one file"):
+        formats.check_names(["yolo"], places, output)
+    formats.check_names(["dataset"], places, output)
+    found, _ = media.find_media([tmp_path / "photos", tmp_path / "day2"], {".jpg"}, output)
+    both = [*annotate(Predictor(), targets(found, output), 0.1)]
+    formats.write(["dataset"], run._replace(results=both))
+    content = json.loads((output / "dataset.json").read_text())
+    assert [x["file_name"] for x in content["images"]] == [files[0].as_posix(), other.as_posix()]
 
 
 @pytest.mark.parametrize("source", [("yolo/data.yaml", "train"), ("yolo", "images")])

@@ -98,6 +98,7 @@ def detect(
         OSError: if a result cannot be written.
     """
     threshold = choose_thresholds(args, predictor)
+    formats.check_names(args.format, places, args.output)
     for folder in {args.output, *(place.parent for place in places.values())}:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,14 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from .annotate import Annotated
 from .detections import Detections, as_records
+from .media import FileError, Source, is_video
 
 
 class Run(NamedTuple):
@@ -25,6 +27,28 @@ class Run(NamedTuple):
     output: Path
     names: Sequence[str]
     ids: Sequence[int]
+
+
+def check_names(formats: Collection[str], places: Mapping[Source, Path], output: Path) -> None:
+    """Check that no two images have one file of labels.
+
+    Args:
+        places: {input: its picture}, from :func:`~atss_runner.annotate.targets`.
+
+    Raises:
+        FileError: naming both images.
+    """
+    first: dict[str, Source] = {}
+    for source, target in places.items():
+        if "yolo" not in formats or is_video(source):
+            continue
+        label = _label(_name(source, target, output))
+        if other := first.get(label):
+            raise FileError(
+                f"--format yolo: {other} and {source} would have one file of labels, {label}: "
+                "rename one of them, or use --format dataset"
+            )
+        first[label] = source
 
 
 def write(formats: Iterable[str], run: Run) -> list[str]:
@@ -61,12 +85,15 @@ def write_coco(run: Run) -> dict[str, str]:
 
 def write_dataset(run: Run) -> dict[str, str]:
     """Return a data set in COCO's format, in dataset.json. File names are those within the inputs'
-    folders; ids count from 1."""
+    folders, or as passed if two folders have the same name; ids count from 1."""
+    names_within = [_name_of(x, run.output) for x in run.results]
+    count = Counter(names_within)
     images: list[dict] = []
     annotations: list[dict] = []
     for image_id, result in enumerate(run.results, start=1):
         height, width = result.size
-        name = _name(result, run.output)
+        name = names_within[image_id - 1]
+        name = name if count[name] == 1 else Path(result.source).as_posix()
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
         found = _inside(result)
         for record in as_records(found, (), (), image_id=image_id):
@@ -87,8 +114,7 @@ def write_yolo(run: Run) -> dict[str, str]:
     lines = "".join(f"{key}: {json.dumps(value)}\n" for key, value in config.items())
     files = {"classes.txt": "".join(f"{name}\n" for name in names), "data.yaml": lines}
     for result in run.results:
-        label = Path("labels", _name(result, run.output)).with_suffix(".txt").as_posix()
-        files[label] = "".join(_yolo_lines(result))
+        files[_label(_name_of(result, run.output))] = "".join(_yolo_lines(result))
     return {f"yolo/{name}": text for name, text in files.items()}
 
 
@@ -123,12 +149,22 @@ FORMATS: dict[str, Callable[[Run], dict[str, str]]] = {
 }
 
 
-def _name(result: Annotated, output: Path) -> str:
+def _label(name: str) -> str:
+    return Path("labels", name).with_suffix(".txt").as_posix()
+
+
+def _name_of(result: Annotated, output: Path) -> str:
     """Return the path of an image within its folder, or one for a frame of a film."""
-    path = result.target.relative_to(output)
     if (frame := result.fields.get("frame")) is not None:
+        path = result.target.relative_to(output)
         return (path.with_suffix("") / f"frame_{frame:06d}.png").as_posix()
-    return path.with_suffix(Path(result.source).suffix).as_posix()
+    return _name(result.source, result.target, output)
+
+
+def _name(source: Source, target: Path, output: Path) -> str:
+    """Return the path of an image within its folder. Its picture has the same folders, but may have
+    a number."""
+    return target.relative_to(output).with_name(Path(source).name).as_posix()
 
 
 def _inside(result: Annotated) -> Detections:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
@@ -174,6 +175,7 @@ def read_detections(file: str, content: dict) -> tuple[list[dict], int]:
     for i, x in enumerate(found):
         for problem in _problems(x, categories):
             raise UserError(f"{file}: detection {i} {problem}")
+    found = _with_ids_of_names(found, content["images"], file)
     images = {x["id"] for x in content["images"]}
     of_images = [x for x in found if x["image_id"] in images]
     if found and not of_images:
@@ -182,6 +184,37 @@ def read_detections(file: str, content: dict) -> tuple[list[dict], int]:
             f"first has image_id {shown(found[0]['image_id'])}"
         )
     return of_images, len(found) - len(of_images)
+
+
+def _with_ids_of_names(found: list[dict], images: list[dict], file: str) -> list[dict]:
+    """Return detections with the ids of the images that their file names name: those of `atss
+    predict` are guessed, and may be of other images.
+
+    Raises:
+        UserError: if an image has the id of a detection but another name.
+    """
+    name_of = {x["id"]: _last(x.get("file_name")) for x in images}
+    ids: dict[str | None, list] = {}
+    for number, name in name_of.items():
+        ids.setdefault(name, []).append(number)
+    renumbered = []
+    for i, x in enumerate(found):
+        name, own = _last(x.get("file_name")), name_of.get(x["image_id"])
+        if name is not None and name != own:
+            if len(same := ids.get(name, [])) == 1:
+                x = {**x, "image_id": same[0]}
+            elif own is not None:
+                raise UserError(
+                    f"{file}: detection {i} is of {name}, but the annotations name its image_id "
+                    f"{shown(x['image_id'])} {own}: remove file_name if the ids are right"
+                )
+        renumbered.append(x)
+    return renumbered
+
+
+def _last(path: Any) -> str | None:
+    """Return the file's name in a path, of Windows too; None if there is no text."""
+    return re.split(r"[\\/]", path)[-1] if isinstance(path, str) and path else None
 
 
 def _problems(x: Any, categories: set) -> Iterator[str]:
