@@ -269,7 +269,8 @@ def test_check_divides_poor_matches_by_their_reason():
     poor = {k: x.positions.tolist() for k, x in found.items() if k.startswith("object_too")}
     assert poor == expected
     title = found["object_too_small"].title
-    assert title.endswith("INPUT.MIN_SIZE_TRAIN 320 (bbox: pixels of the file); at 640 about 1")
+    at = "INPUT.MIN_SIZE_TRAIN 320, MAX_SIZE_TRAIN 320 (bbox: pixels of the file)"
+    assert title.endswith(f"{at}; with both twice as large about 1")
     again = partial(match, sampling=build_sampling(make_cfg()), sizes=[(640, 640)])
     findings = check(Labels(content, ""), [(640, 640)], False, again).findings
     small = next(x for x in findings if x.kind == "object_too_small")

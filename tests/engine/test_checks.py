@@ -21,7 +21,7 @@ from atss.engine.checks import (
 )
 from atss.engine.environment import is_started
 from atss.engine.run import make_parser
-from atss.engine.values import check_training_values, warn_of_frozen, warn_of_warmup
+from atss.engine.values import check_training_values, warn_of_frozen, warn_of_sizes, warn_of_warmup
 from atss.errors import UserError
 
 
@@ -105,6 +105,17 @@ def test_values_that_detectron2_finds_wrong_late(key, value, sentence):
     steps = ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR")
     with pytest.raises(UserError, match=sentence):
         check_training_values(make_cfg(*steps, key, value))
+
+
+def test_sizes_beyond_the_longer_side_are_named(caplog):
+    caplog.set_level("WARNING")
+    opts = ("INPUT.MIN_SIZE_TRAIN", (320, 640), "INPUT.MAX_SIZE_TRAIN", 448)
+    warn_of_sizes(make_cfg(*opts, "INPUT.MIN_SIZE_TEST", 320, "INPUT.MAX_SIZE_TEST", 448))
+    assert [x.getMessage().partition(" is")[0] for x in caplog.records] == [
+        "INPUT.MIN_SIZE_TRAIN 640"
+    ]
+    warn_of_sizes(make_cfg(*opts, "INPUT.RESIZE", "stretch", "INPUT.MAX_SIZE_TEST", 1333))
+    assert len(caplog.records) == 1
 
 
 def test_frozen_random_layers_are_named(caplog):

@@ -71,7 +71,7 @@ from .report import write_report
 from .sources import recall, shorten_paths
 from .terminal import abridge_terminal, hide_explained_tracebacks
 from .trainer import Trainer
-from .values import check_training_values, warn_of_frozen, warn_of_warmup
+from .values import check_training_values, warn_of_frozen, warn_of_sizes, warn_of_warmup
 
 __getattr__ = renamed_names(__name__)
 
@@ -264,6 +264,7 @@ def _train(
         log.info(describe_schedule(trainer.cfg, len(trainer.data_loader.records)))
     warn_of_warmup(trainer.cfg)
     warn_of_frozen(trainer.cfg)
+    warn_of_sizes(trainer.cfg)
     log.info("Starting at iteration %d", trainer.start_iter)
     results = trainer.train()
     if cfg.TEST.REPORT:

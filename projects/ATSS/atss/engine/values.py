@@ -84,6 +84,18 @@ def warn_of_warmup(cfg: CfgNode) -> None:
         )
 
 
+def warn_of_sizes(cfg: CfgNode) -> None:
+    """Warn of shorter sides that no image gets, because its longer side is limited to less."""
+    node = cfg.INPUT
+    for of, shortest in (("TRAIN", max(node.MIN_SIZE_TRAIN)), ("TEST", node.MIN_SIZE_TEST)):
+        longest = node[f"MAX_SIZE_{of}"]
+        if node.RESIZE != "stretch" and shortest > longest:
+            logging.getLogger(__name__).warning(
+                f"INPUT.MIN_SIZE_{of} {shortest} is never reached: INPUT.MAX_SIZE_{of} {longest} "
+                "limits the longer side. Change them together, for training and test"
+            )
+
+
 def warn_of_frozen(cfg: CfgNode) -> None:
     """Warn of a ResNet whose first layers keep their random values."""
     begins_random = cfg.MODEL.BACKBONE.NAME != TIMM and not cfg.MODEL.WEIGHTS

@@ -151,30 +151,33 @@ def check(
             findings.append(Finding("object_without_positive", cases, place, "", "annotations"))
         aspects = np.sort(objects.boxes[used, 2:], axis=1)
         longer = fit.side * np.sqrt(aspects[:, 1] / aspects[:, 0])
-        size = max(size for size, _ in sizes)
-        findings += _find_poorly_matched(fit, longer, used, place, size)
+        findings += _find_poorly_matched(fit, longer, used, place, max(sizes))
     findings.sort(key=lambda finding: LEVELS.index(finding.level))
     counts = len(content["images"]), len(content["annotations"])
     return Report(*counts, findings, classes, fit, objects)
 
 
 def _find_poorly_matched(
-    fit: Fit, longer: np.ndarray, used: np.ndarray, place: Callable[[int], str], size: int
+    fit: Fit,
+    longer: np.ndarray,
+    used: np.ndarray,
+    place: Callable[[int], str],
+    size: tuple[int, int],
 ) -> list[Finding]:
     """Find objects with a low best IoU, by reason.
 
     Args:
         longer: (M,) longer side, in pixels of the largest input.
-        size: the greatest shorter side of the network's input.
+        size: (shorter side, longest side) of the network's largest input.
     """
     poor = fit.best_iou < POOR_IOU
     least, greatest = fit.anchor_sides
     small, large = poor & (longer < least), poor & (fit.side > greatest)
     # An object inside an anchor covers four times as much of it in an input twice as large.
     left = int((4 * fit.best_iou[small] < POOR_IOU).sum())
-    at = f", INPUT.MIN_SIZE_TRAIN {size} (bbox: pixels of the file)"
+    at = f", INPUT.MIN_SIZE_TRAIN {size[0]}, MAX_SIZE_TRAIN {size[1]} (bbox: pixels of the file)"
     kinds = (
-        ("object_too_small", small, f" {POOR_IOU}{at}; at {2 * size} about {left}"),
+        ("object_too_small", small, f" {POOR_IOU}{at}; with both twice as large about {left}"),
         ("object_too_large", large, f" {POOR_IOU}{at}"),
         ("object_too_long", poor & ~small & ~large, f" {POOR_IOU}{at}"),
     )
