@@ -253,7 +253,7 @@ def test_saved_best_weights_give_the_same_value(squares, tmp_path):
     found = best(tmp_path)
     values = [line[f"bbox{x}/AP50"] for line in metrics(tmp_path).values() for x in ("", "_EMA")]
     assert found["value"] == max(values)
-    assert set(found) == {"model", "class_names", *ABOUT}
+    assert set(found) == {"model", "class_names", "trained_with", *ABOUT}
     kind = "averaged weights (EMA)" if found["averaged"] else "weights"
     assert (
         f"The best weights are in {tmp_path}/model_best.pth (bbox/AP50 {found['value']:.3f}, with "

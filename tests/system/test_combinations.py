@@ -103,6 +103,7 @@ def try_all(rule, opts, axes, combinations_of_values):
         probabilities = values.pop("probabilities", False)
         for key, value in values.items():
             cfg.MODEL.ATSS[key] = value
+        cfg.MODEL.ATSS.CENTERNESS = "box" if cfg.MODEL.ATSS.QUALITY else ""
         try:
             assert 0 <= step(cfg, probabilities) < float("inf"), combination
             trained += 1
