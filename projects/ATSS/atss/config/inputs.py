@@ -6,6 +6,8 @@ from detectron2.config import CfgNode
 
 from atss_runner import planes
 
+from .checks import flatten
+
 PIXELS = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
 KEYS = (
     "MODEL.ANCHOR_GENERATOR.OFFSET",
@@ -17,10 +19,6 @@ KEYS = (
 def values_in(cfg: CfgNode) -> dict[str, Any]:
     """Return {key: value}, which a checkpoint can contain. Planes have no pixel values: they may
     begin with weights for three channels."""
-    values = {}
-    for key in (*(() if cfg.INPUT.FORMAT == planes.FORMAT else PIXELS), *KEYS):
-        node: Any = cfg
-        for name in key.split("."):
-            node = node[name]
-        values[key] = list(node) if isinstance(node, tuple) else node
-    return values
+    values = dict(flatten(cfg))
+    keys = KEYS if cfg.INPUT.FORMAT == planes.FORMAT else (*PIXELS, *KEYS)
+    return {k: list(x) if isinstance(x := values[k], tuple) else x for k in keys}
